@@ -1,0 +1,6 @@
+"""``python -m toolkit`` and ``torchrun -m toolkit`` are the ``toolkit`` command."""
+
+from toolkit.cli.train import main
+
+if __name__ == "__main__":
+    main()

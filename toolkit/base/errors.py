@@ -1,0 +1,93 @@
+"""One family of errors, each with the exit code that schedulers act on.
+
+An error is for a person: what went wrong, where, and what to do. The command line prints it as one block and never as a
+traceback; ``--debug`` shows the traceback. The drop-in API raises the subclasses that are also a ``ValueError``, ``TypeError``,
+``NotImplementedError`` or ``ImportError``, so code written for the original keeps working.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_CODES: dict[int, str] = {
+    0: "ok",
+    1: "the user must change the config or the request",
+    2: "usage, or input that cannot be read",
+    3: "this node is bad",
+    4: "try again later: a tenant holds memory, a race",
+    5: "could not be established, under --strict",
+    70: "a defect of ours: please report it",
+    75: "stopped on purpose with a checkpoint: requeue me",
+}
+
+
+class ToolkitError(Exception):
+    """What happened (``message``), where (``where``) and what to do (``fix``)."""
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, message: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.message, self.where, self.fix = message, where, fix
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{head}\n  fix: {self.fix}" if self.fix else head
+
+
+class ConfigError(ToolkitError):
+    """The config or the request must change."""
+
+    exit_code = 1
+
+
+class ConfigValueError(ConfigError, ValueError):
+    """A value that the drop-in API refuses."""
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """A type, or a keyword, that the drop-in API refuses."""
+
+
+class UnsupportedError(ConfigError, NotImplementedError):
+    """A request that is understood and cannot be served."""
+
+
+class MissingExtraError(ConfigError, ImportError):
+    """A package is missing; ``fix`` names the extra that brings it."""
+
+
+class InputError(ToolkitError):
+    """Usage, or input that cannot be read."""
+
+    exit_code = 2
+
+
+class NodeError(ToolkitError):
+    """This node is bad: its owner must act, another node may work."""
+
+    exit_code = 3
+
+
+class RetryError(ToolkitError):
+    """Nothing is wrong with the config or the node: try again later."""
+
+    exit_code = 4
+
+
+class UnknownError(ToolkitError):
+    """Something could not be established, and ``--strict`` asked that it be."""
+
+    exit_code = 5
+
+
+class StoppedError(ToolkitError):
+    """Stopped on purpose after a checkpoint; the scheduler should requeue the job."""
+
+    exit_code = 75
+
+
+class DefectError(ToolkitError):
+    """An invariant of ours broke."""
+
+    exit_code = 70

@@ -1,0 +1,31 @@
+"""Units as people read them. Names elsewhere carry their unit (``_bytes``, ``_gib``, ``_tokens``, ``_s``)."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in binary units: ``1.50 GiB``, ``12.0 MiB``, ``17 B``."""
+    sign, size = ("-", -count) if count < 0 else ("", count)
+    if size >= GIB:
+        return f"{sign}{size / GIB:.2f} GiB"
+    if size >= MIB:
+        return f"{sign}{size / MIB:.1f} MiB"
+    if size >= KIB:
+        return f"{sign}{size / KIB:.1f} KiB"
+    return f"{sign}{size:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

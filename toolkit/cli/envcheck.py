@@ -1,0 +1,43 @@
+"""``envcheck``: probe the GPU, check the node, size the run, validate the run file. Never imports torch."""
+
+from __future__ import annotations
+
+import click
+
+from toolkit import __version__
+from toolkit.cli.exits import command_main
+from toolkit.cli.lazy import LazyGroup
+
+COMMANDS = {
+    "probe": ("toolkit.cli.probe:probe", "Show this node's GPUs as NVML sees them."),
+    "check": ("toolkit.cli.check:check", "Check that this node can run the job."),
+    "size": ("toolkit.cli.size:size", "Size gpu_memory_utilization, max_lora_rank and batches."),
+    "validate": ("toolkit.cli.validate:validate", "Find every fault in a run file."),
+    "schema": ("toolkit.cli.schema:schema", "Print a JSON Schema that editors understand."),
+    "explain": (
+        "toolkit.cli.explain:explain",
+        "Explain a rule, a check, a config key, or a pasted traceback.",
+    ),
+    "record": ("toolkit.cli.record:record", "Write a redacted snapshot of this node."),
+    "replay": ("toolkit.cli.record:replay", "Judge a recorded snapshot as if on its node."),
+    "calibrate": (
+        "toolkit.cli.calibrate:calibrate",
+        "Compare a run's measured peaks with the prediction.",
+    ),
+}
+
+
+@click.group(
+    "envcheck",
+    cls=LazyGroup,
+    commands_at=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="envcheck")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Find what would fail before a GPU-second is spent."""
+    del debug  # read from argv by command_main, so that it covers errors at import too
+
+
+main = command_main(cli)

@@ -1,0 +1,58 @@
+"""From an error to what a person reads and a scheduler acts on. Every command runs inside ``guarded``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from toolkit.base.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def guarded(*, debug: bool = False) -> Iterator[None]:
+    """Turn a ToolkitError into one block on stderr and its exit code; anything else is a defect of ours (70).
+
+    ``debug`` shows the traceback as well.
+    """
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED, debug=debug)
+    except BrokenPipeError:
+        # The reader of our output went away (`envcheck probe | head`): not an error of anyone's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except ToolkitError as error:
+        _leave(f"error: {error}", error.exit_code, debug=debug)
+    except Exception as error:  # noqa: BLE001 - the one place where a defect of ours is told to a person
+        text = f"internal error: {type(error).__name__}: {error}\n  fix: run again with --debug and report what it prints"
+        _leave(text, 70, debug=debug)
+
+
+def _leave(text: str, code: int, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(text, err=True)
+    sys.exit(code)
+
+
+def command_main(group: click.Group) -> Callable[[], None]:
+    """The console-script entry of a group: usage errors exit 2, everything else goes through ``guarded``."""
+
+    def main() -> None:
+        with guarded(debug="--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"):
+            group(prog_name=group.name)
+
+    return main

@@ -1,0 +1,33 @@
+"""``toolkit``: train, demo, generate, export, bench."""
+
+from __future__ import annotations
+
+import click
+
+from toolkit import __version__
+from toolkit.cli.exits import command_main
+from toolkit.cli.lazy import LazyGroup
+
+COMMANDS = {
+    "train": ("toolkit.cli.train_run:train", "Train a run file, from pre-flight to report."),
+    "demo": ("toolkit.cli.demo:demo", "Make a small model and data, and do the whole job on them."),
+    "generate": ("toolkit.cli.generate:generate", "Ask a trained run for completions."),
+    "export": ("toolkit.cli.export:export", "Write a run's adapter, or merged weights."),
+    "bench": ("toolkit.cli.bench:bench", "Measure step time and memory against TRL and Unsloth."),
+}
+
+
+@click.group(
+    "toolkit",
+    cls=LazyGroup,
+    commands_at=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="toolkit")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """GRPO with LoRA on a model that has a vLLM engine on it."""
+    del debug  # read from argv by command_main, so that it covers errors at import too
+
+
+main = command_main(cli)

@@ -1,0 +1,1 @@
+"""The run file: load with positions, validate, judge, freeze."""

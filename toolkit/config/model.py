@@ -1,0 +1,130 @@
+"""The validated run file as frozen values. The trainer gets this very object; there is no second parse.
+
+``"auto"`` is a value here; ``toolkit.sizing`` fills it, and what has been filled is what config.json of the run records.
+Names and defaults are those of the drop-in API, of PEFT and of TRL's GRPOConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Auto = Literal["auto"]
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """What is loaded, and the engine on it."""
+
+    model_name: str
+    max_seq_length: int = 2048
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    load_in_16bit: bool = False
+    load_in_fp8: bool = False
+    full_finetuning: bool = False
+    fast_inference: bool | Auto = "auto"
+    share_weights: bool = True
+    max_lora_rank: int | Auto = "auto"
+    gpu_memory_utilization: float | Auto = "auto"
+    float8_kv_cache: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    max_num_seqs: int | Auto = "auto"
+    max_num_batched_tokens: int | Auto = "auto"
+    max_loras: int = 1
+    max_cpu_loras: int | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    enable_sleep_mode: bool | Auto = "auto"
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSection:
+    """The adapter under training; scaling is alpha/r, or alpha/sqrt(r) with use_rslora."""
+
+    r: int = 16
+    lora_alpha: int = 16
+    target_modules: tuple[str, ...] | str = SEVEN_PROJECTIONS
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_gradient_checkpointing: bool | Literal["auto", "unsloth"] = "auto"
+    use_rslora: bool = False
+    use_dora: bool = False
+    random_state: int = 3407
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    init_lora_weights: bool | str = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSection:
+    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None trains from an environment."""
+
+    path: str | None = None
+    eval_path: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    prompt: str = "prompt"
+    answer: str | None = None
+    system: str | None = None
+    limit: int | None = None
+    eval_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFunction:
+    """A named reward, its weight and its own options. ``name`` is built in, or ``module:function``."""
+
+    name: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSection:
+    """The rewards, and what is done when one misbehaves."""
+
+    functions: tuple[RewardFunction, ...] = ()
+    on_error: Literal["fail", "none"] = "fail"
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSection:
+    """Where and how the run lives."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    output_dir: str = "runs/run"
+    resume: Literal["auto", "never", "must"] | str = "auto"
+    reproducible: bool = True
+    allow_code: tuple[str, ...] = ()
+    allow_changed: tuple[str, ...] = ()
+    keep_last: int = 2
+    keep_best: int = 0
+    max_bad_steps: int = 3
+    log_completions: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole run. ``grpo`` holds TRL GRPOConfig fields as written, plus ``max_prompt_length``."""
+
+    model: ModelSection
+    lora: LoraSection = field(default_factory=LoraSection)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    grpo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    source: str | None = None

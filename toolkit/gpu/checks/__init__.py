@@ -1,0 +1,1 @@
+"""One file a family of checks; each check is one small function."""

@@ -1,0 +1,1 @@
+"""How much memory a run needs, term by term, and the settings that follow."""

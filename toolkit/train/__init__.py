@@ -1,0 +1,1 @@
+"""A whole run: data, rewards, trainer, checkpoints, manifest, report."""
