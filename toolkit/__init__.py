@@ -1,6 +1,7 @@
 """GRPO fine-tuning with LoRA on a model that has a vLLM engine on it, made reproducible.
 
-``from toolkit import FastLanguageModel, GRPOTrainer`` loads torch on first use; ``import toolkit`` alone does not (PEP 562).
+``from toolkit import FastLanguageModel, GRPOTrainer`` loads torch on first use; ``import toolkit``
+alone does not (PEP 562).
 """
 
 from __future__ import annotations

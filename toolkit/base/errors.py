@@ -1,8 +1,9 @@
 """One family of errors, each with the exit code that schedulers act on.
 
-An error is for a person: what went wrong, where, and what to do. The command line prints it as one block and never as a
-traceback; ``--debug`` shows the traceback. The drop-in API raises the subclasses that are also a ``ValueError``, ``TypeError``,
-``NotImplementedError`` or ``ImportError``, so code written for the original keeps working.
+An error is for a person: what went wrong, where, and what to do. The command line prints it as one
+block and never as a traceback; ``--debug`` shows the traceback. The drop-in API raises the
+subclasses that are also a ``ValueError``, ``TypeError``, ``NotImplementedError`` or
+``ImportError``, so code written for the original keeps working.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Units as people read them. Names elsewhere carry their unit (``_bytes``, ``_gib``, ``_tokens``, ``_s``)."""
+"""Units as people read them.
+
+Names elsewhere carry their unit: ``_bytes``, ``_gib``, ``_tokens``, ``_s``.
+"""
 
 from __future__ import annotations
 

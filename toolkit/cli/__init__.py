@@ -1,1 +1,4 @@
-"""The commands. Heavy imports happen inside the function that needs them, after the arguments are parsed."""
+"""The commands.
+
+Heavy imports happen inside the function that needs them, after the arguments are parsed.
+"""

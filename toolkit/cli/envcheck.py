@@ -1,4 +1,7 @@
-"""``envcheck``: probe the GPU, check the node, size the run, validate the run file. Never imports torch."""
+"""``envcheck``: probe the GPU, check the node, size the run, validate the run file.
+
+Never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import click
 
 from toolkit import __version__
 from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import LazyGroup
+from toolkit.cli.lazy import HELP, LazyGroup
 
 COMMANDS = {
     "probe": ("toolkit.cli.probe:probe", "Show this node's GPUs as NVML sees them."),
@@ -31,7 +34,7 @@ COMMANDS = {
     "envcheck",
     cls=LazyGroup,
     commands_at=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 @click.version_option(__version__, prog_name="envcheck")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

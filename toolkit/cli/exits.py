@@ -1,4 +1,7 @@
-"""From an error to what a person reads and a scheduler acts on. Every command runs inside ``guarded``."""
+"""From an error to what a person reads and a scheduler acts on.
+
+Every command runs inside ``guarded``.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ INTERRUPTED = 130
 
 @contextmanager
 def guarded(*, debug: bool = False) -> Iterator[None]:
-    """Turn a ToolkitError into one block on stderr and its exit code; anything else is a defect of ours (70).
+    """Turn a ToolkitError into one block on stderr and its exit code.
 
-    ``debug`` shows the traceback as well.
+    Anything else is a defect of ours (70). ``debug`` shows the traceback as well.
     """
     try:
         yield
@@ -36,9 +39,10 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         sys.exit(0)
     except ToolkitError as error:
         _leave(f"error: {error}", error.exit_code, debug=debug)
-    except Exception as error:  # noqa: BLE001 - the one place where a defect of ours is told to a person
-        text = f"internal error: {type(error).__name__}: {error}\n  fix: run again with --debug and report what it prints"
-        _leave(text, 70, debug=debug)
+    except Exception as error:  # noqa: BLE001 - a defect of ours, told to a person
+        text = f"internal error: {type(error).__name__}: {error}"
+        fix = "run again with --debug and report what it prints"
+        _leave(f"{text}\n  fix: {fix}", 70, debug=debug)
 
 
 def _leave(text: str, code: int, *, debug: bool) -> None:
@@ -49,7 +53,7 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
 
 
 def command_main(group: click.Group) -> Callable[[], None]:
-    """The console-script entry of a group: usage errors exit 2, everything else goes through ``guarded``."""
+    """The console-script entry of a group: usage errors exit 2, the rest is ``guarded``."""
 
     def main() -> None:
         with guarded(debug="--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"):

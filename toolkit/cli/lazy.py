@@ -1,19 +1,20 @@
-"""A click group whose commands are imported when they are run, so that ``--help`` stays fast and light."""
+"""A click group whose commands are imported when they are run: ``--help`` stays fast and light."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
+
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class LazyGroup(click.Group):
     """``commands_at`` maps a command's name to ``(module:attribute, one line of help)``."""
 
-    def __init__(
-        self, *args: object, commands_at: dict[str, tuple[str, str]], **kwargs: object
-    ) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, commands_at: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.commands_at = commands_at
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
@@ -27,7 +28,7 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the commands from the table, without importing any of them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self.commands_at.items()])

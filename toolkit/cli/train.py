@@ -6,7 +6,7 @@ import click
 
 from toolkit import __version__
 from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import LazyGroup
+from toolkit.cli.lazy import HELP, LazyGroup
 
 COMMANDS = {
     "train": ("toolkit.cli.train_run:train", "Train a run file, from pre-flight to report."),
@@ -21,7 +21,7 @@ COMMANDS = {
     "toolkit",
     cls=LazyGroup,
     commands_at=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 @click.version_option(__version__, prog_name="toolkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
