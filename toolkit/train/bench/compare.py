@@ -1,0 +1,125 @@
+"""Run the arms one after another and lay their figures side by side."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.units import format_bytes
+from toolkit.train.bench.settings import Result, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+ARM_NAMES = ("ours", "trl", "unsloth")
+
+
+def compare(
+    settings: Settings, arms: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> list[Result]:
+    """Each arm in its own process, so that none inherits another's memory; its output to a log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.write(folder / "settings.json")
+    results = []
+    for arm in arms:
+        say(f"{arm}: running, log in {folder / (arm + '.log')}")
+        results.append(_run(arm, folder))
+        why = results[-1].not_run
+        say(f"{arm}: not run: {why}" if why else f"{arm}: done")
+    return results
+
+
+def _run(arm: str, folder: Path) -> Result:
+    if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
+        return Result(arm, not_run="Unsloth is not installed")
+    answer = folder / f"{arm}.json"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "toolkit.train.bench.arms", arm]
+    with (folder / f"{arm}.log").open("w") as log:
+        subprocess.run(
+            [*command, str(folder / "settings.json"), str(answer)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if not answer.is_file():
+        return Result(arm, not_run="the process died; see its log")
+    known = {field.name for field in fields(Result)}
+    stored = json.loads(answer.read_text())
+    return Result(**{name: value for name, value in stored.items() if name in known})
+
+
+def report(
+    settings: Settings, results: Sequence[Result], floor: dict[str, float], card: str
+) -> dict[str, Any]:
+    """The JSON of the benchmark: settings, card, floor, every arm with its ratio to the floor."""
+    arms = []
+    for result in results:
+        median = result.median_step_s
+        ratio = median / floor["step"] if median else None
+        arms.append(result.to_json() | {"step_over_floor": ratio})
+    described = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {"settings": described, "card": card, "floor_s": floor, "arms": arms}
+
+
+def table(results: Sequence[Result], floor: dict[str, float]) -> list[tuple[str, ...]]:
+    """Rows of text: a header of arms, then one figure a row; ``-`` where an arm has none."""
+    rows: list[tuple[str, ...]] = [("", *(result.arm for result in results))]
+    for title, figure in _figures(floor):
+        rows.append((title, *(_cell(result, figure) for result in results)))
+    return rows
+
+
+def _cell(result: Result, figure: Callable[[Result], str | None]) -> str:
+    if result.not_run:
+        return "not run"
+    return figure(result) or "-"
+
+
+def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str | None]]]:
+    return [
+        ("load, s", lambda r: _number(r.load_s, 1)),
+        ("first step, s", lambda r: _number(r.first_step_s, 2)),
+        ("load + first step, s", lambda r: _number(_add(r.load_s, r.first_step_s), 1)),
+        ("median step, s", lambda r: _number(r.median_step_s, 2)),
+        ("step over its floor", lambda r: _number(_over(r.median_step_s, floor["step"]), 1, "x")),
+        ("rollout, tokens/s", lambda r: _number(r.rollout_tokens_s, 0)),
+        ("training, tokens/s", lambda r: _number(r.train_tokens_s, 0)),
+        ("publish, s", lambda r: _number(_median(r.publish_s), 3)),
+        ("peak torch memory", lambda r: _bytes(r.peak_torch_bytes)),
+        ("device memory in use", lambda r: _bytes(r.peak_device_bytes)),
+        ("logp gap mean, nats", lambda r: _number(r.logp_gap_mean, 6)),
+        ("logp gap max, nats", lambda r: _number(r.logp_gap_max, 6)),
+        ("base tensors changed", _changed),
+    ]
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str | None:
+    return None if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _bytes(value: int | None) -> str | None:
+    return None if value is None else format_bytes(value)
+
+
+def _add(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left + right
+
+
+def _over(value: float | None, floor: float) -> float | None:
+    return value / floor if value and floor else None
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def _changed(result: Result) -> str | None:
+    if result.base_total is None:
+        return None
+    return f"{result.base_changed} of {result.base_total}"

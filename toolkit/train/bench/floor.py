@@ -1,0 +1,83 @@
+"""What the card could do: the time below which no implementation of one GRPO step can go.
+
+Decode must read every weight once a token step, and the KV cache of every sequence; prefill and
+the training step must do their multiplications. LoRA trains no base weight, so the step is a
+forward and a backward to the activations: 4 operations a parameter and token (Kaplan et al. 2020,
+arXiv 2001.08361, less the weight gradients).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Measured on this device: bytes a second copied, bf16 operations a second multiplied."""
+
+    name: str
+    bandwidth_bytes_s: float
+    matmul_ops_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step: sequences, tokens, and the model's sizes."""
+
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    prompts: int
+    sequences: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def measure_card() -> Card:
+    """Copy and multiply large bf16 matrices; the best of five. Float32 and smaller on a CPU."""
+    import torch  # noqa: PLC0415 - heavy
+
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    elements = 2**30 if cuda else 2**24
+    source = torch.ones(elements, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copy_s = _best(partial(target.copy_, source), cuda=cuda)
+    size = 8192 if cuda else 1024
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    matmul_s = _best(partial(torch.mm, left, left), cuda=cuda)
+    bandwidth = 2 * elements * dtype.itemsize / copy_s
+    return Card(name, bandwidth, 2 * size**3 / matmul_s)
+
+
+def _best(work: Callable[[], object], *, cuda: bool) -> float:
+    import torch  # noqa: PLC0415 - heavy
+
+    times = []
+    for _ in range(6):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def floor_seconds(work: Work, card: Card) -> dict[str, float]:
+    """Seconds of one step at the measured rates: ``decode``, ``prefill``, ``train``, ``step``."""
+    mean_length = work.prompt_tokens + work.completion_tokens / 2
+    cache_bytes = work.sequences * mean_length * work.kv_bytes_per_token
+    decode = work.completion_tokens * (work.weight_bytes + cache_bytes) / card.bandwidth_bytes_s
+    prefill = 2 * work.parameters * work.prompts * work.prompt_tokens / card.matmul_ops_s
+    trained = work.sequences * (work.prompt_tokens + work.completion_tokens)
+    train = 4 * work.parameters * trained / card.matmul_ops_s
+    return {"decode": decode, "prefill": prefill, "train": train, "step": decode + prefill + train}

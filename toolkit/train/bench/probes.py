@@ -1,0 +1,117 @@
+"""Measuring from outside: an arm's trainer is watched through public hooks, not changed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from toolkit.train.bench.settings import Result
+
+
+def clock() -> float:
+    """Seconds, after the device has finished what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """The wall clock of every optimizer step, into ``result.step_s``."""
+
+    def __init__(self, result: Result) -> None:
+        self.result, self.last = result, 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start of the first step."""
+        self.last = clock()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """End of one optimizer step."""
+        now = clock()
+        self.result.step_s.append(now - self.last)
+        self.last = now
+
+    def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """TRL's own log-probability differences, where the arm logs them."""
+        for ours, names in (
+            ("logp_gap_mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
+            ("logp_gap_max", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
+        ):
+            for name in names:
+                if logs and name in logs:
+                    setattr(self.result, ours, float(logs[name]))
+                    break
+
+
+class TimedGeneration:
+    """Stands where TRL keeps its generation object, and times what passes through."""
+
+    def __init__(self, inner: Any, result: Result) -> None:
+        self.inner, self.result = inner, result
+
+    def sync_weights(self) -> Any:
+        """The publish of the policy to the engine."""
+        start = clock()
+        out = self.inner.sync_weights()
+        self.result.publish_s.append(clock() - start)
+        return out
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The rollout of one generation batch."""
+        start = clock()
+        out = self.inner.generate(*args, **kwargs)
+        self.result.rollout_s.append(clock() - start)
+        self.result.completion_tokens.append(sum(len(ids) for ids in out[1]))
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def base_digests(model: torch.nn.Module) -> dict[str, str]:
+    """A digest of every parameter that is no adapter, by its name without PEFT's wrappers."""
+    digests = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        plain = name.replace("base_model.model.", "").replace(".base_layer", "")
+        raw = parameter.detach().contiguous().view(torch.uint8).flatten()
+        digests[plain] = _digest(raw)
+    return digests
+
+
+def _digest(raw: torch.Tensor) -> str:
+    """SHA-256 on the CPU; on a GPU, where copying out a model costs more than a step, two sums.
+
+    The second sum is weighted by position, so that swapped bytes are seen too.
+    """
+    if raw.device.type == "cpu":
+        return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+    total, weighted = 0, 0
+    for piece in torch.split(raw, 2**26):
+        wide = piece.to(torch.int64)
+        weights = torch.arange(1, len(wide) + 1, device=wide.device) % 65521
+        total += int(wide.sum())
+        weighted += int((wide * weights).sum())
+    return f"{total}-{weighted}"
+
+
+def record_peaks(result: Result) -> None:
+    """Peak bytes that torch held, and bytes in use on the device now; None on a CPU."""
+    if not torch.cuda.is_available():
+        return
+    result.peak_torch_bytes = torch.cuda.max_memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    result.peak_device_bytes = total - free
+
+
+def compare_bases(before: dict[str, str], after: dict[str, str], result: Result) -> None:
+    """How many base tensors the run changed."""
+    shared = before.keys() & after.keys()
+    result.base_total = len(shared)
+    result.base_changed = sum(before[name] != after[name] for name in shared)

@@ -1,0 +1,129 @@
+"""Random checkpoints of real shapes: a benchmark needs the sizes of a model and not its knowledge.
+
+Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B and Qwen3-4B.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_LLAMA3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model type of transformers and the keyword arguments of its config."""
+
+    model_type: str
+    config: dict[str, Any]
+
+
+SHAPES: dict[str, Shape] = {
+    "llama-1b": Shape(
+        "llama",
+        _LLAMA3
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-8b": Shape(
+        "llama",
+        _LLAMA3
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3-4b": Shape(
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny": Shape(
+        "llama",
+        {
+            "vocab_size": 512,
+            "max_position_embeddings": 1024,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
+    """Write a random checkpoint of shape ``name`` and a word-level tokenizer to ``folder``.
+
+    bfloat16 on a GPU, float32 on the CPU. Returns the folder at once when it already holds that
+    shape, so that one checkpoint serves every arm.
+    """
+    import torch  # noqa: PLC0415 - heavy
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
+
+    stamp = folder / "bench-shape.json"
+    wanted = json.dumps({"shape": name, "seed": seed})
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return folder
+    shape = SHAPES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.for_model(
+        shape.model_type, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape.config
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    _tokenizer(config.vocab_size).save_pretrained(folder)
+    stamp.write_text(wanted)
+    return folder
+
+
+def _tokenizer(vocab_size: int) -> Any:
+    """One word a token id (``t0`` .. ``tN``): lengths in tokens are then what the data says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy
+
+    words = {f"t{index}": index for index in range(vocab_size)}
+    core = Tokenizer(models.WordLevel(words, unk_token="t3"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="t0", bos_token="t1", eos_token="t2"
+    )
