@@ -1,0 +1,35 @@
+"""From a config.json to blocks, one small function an architecture family; ``FAMILIES`` maps model_type to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.families import dense, gemma, hybrid, mla, moe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from toolkit.sizing.families.common import Shape
+    from toolkit.sizing.fields import Fields
+
+FAMILIES: dict[str, Callable[[Fields], Shape]] = {
+    "llama": dense.llama,
+    "mistral": dense.mistral,
+    "ministral": dense.mistral,
+    "qwen2": dense.qwen2,
+    "qwen3": dense.qwen3,
+    "smollm3": dense.smollm3,
+    "granite": dense.granite,
+    "olmo2": dense.olmo2,
+    "olmo3": dense.olmo3,
+    "phi3": dense.phi3,
+    "gemma2": gemma.gemma2,
+    "gemma3_text": gemma.gemma3_text,
+    "gemma3": gemma.gemma3,
+    "mixtral": moe.mixtral,
+    "qwen3_moe": moe.qwen3_moe,
+    "gpt_oss": moe.gpt_oss,
+    "deepseek_v2": mla.deepseek_v2,
+    "deepseek_v3": mla.deepseek_v3,
+    "qwen3_next": hybrid.qwen3_next,
+}

@@ -1,0 +1,123 @@
+"""What the families share: attention and MLP linears, layer kinds, and the value that each family function returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import InputError
+from toolkit.sizing.fields import MAX_LAYERS
+from toolkit.sizing.model import Block, Cache, Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from toolkit.sizing.fields import Fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The architecture part of a ModelSpec."""
+
+    hidden: int
+    vocab: int
+    heads: int
+    head_dim: int
+    max_position: int
+    tied: bool
+    blocks: tuple[Block, ...]
+    final_vectors: int
+    extra_parameters: int = 0
+    head_bias: bool = False
+    embedding_lora: bool = False
+    rotary_elements: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Attention head counts and sizes."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
+    """Heads with the defaults that transformers gives: kv heads = heads, head_dim = hidden // heads unless written."""
+    hidden = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
+    if fields.has("head_dim") or default_head_dim is None:
+        head_dim = fields.integer("head_dim", default=hidden // heads, low=0)
+    else:
+        head_dim = default_head_dim
+    if head_dim < 1 or heads % kv_heads:
+        raise InputError(
+            f"{heads} heads, {kv_heads} KV heads and hidden size {hidden} do not fit together",
+            where=fields.where,
+            fix="check num_attention_heads, num_key_value_heads and head_dim",
+        )
+    return Heads(hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def attention(heads: Heads, *, qkv_bias: bool = False, out_bias: bool = False) -> list[Linear]:
+    """q, k, v and o projections."""
+    return [
+        Linear("self_attn.q_proj", heads.query, heads.hidden, qkv_bias),
+        Linear("self_attn.k_proj", heads.key, heads.hidden, qkv_bias),
+        Linear("self_attn.v_proj", heads.key, heads.hidden, qkv_bias),
+        Linear("self_attn.o_proj", heads.hidden, heads.query, out_bias),
+    ]
+
+
+def gated_mlp(hidden: int, inner: int, *, bias: bool = False, prefix: str = "mlp") -> list[Linear]:
+    """gate, up and down projections (arXiv 2002.05202)."""
+    return [
+        Linear(f"{prefix}.gate_proj", inner, hidden, bias),
+        Linear(f"{prefix}.up_proj", inner, hidden, bias),
+        Linear(f"{prefix}.down_proj", hidden, inner, bias),
+    ]
+
+
+def layer_count(fields: Fields) -> int:
+    return fields.integer("num_hidden_layers", high=MAX_LAYERS)
+
+
+def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...]:
+    """``layer_types`` as written, else ``default(index)`` for every layer. Raises InputError on a wrong length."""
+    count = layer_count(fields)
+    written = fields.items("layer_types", str)
+    if written is None:
+        return tuple(default(index) for index in range(count))
+    if len(written) < count:
+        raise InputError(
+            f"layer_types has {len(written)} entries for {count} layers",
+            where=fields.where,
+            fix="take the model's own config.json",
+        )
+    return written[:count]
+
+
+def kv_cache(heads: Heads, window: int | None = None) -> Cache:
+    return Cache(
+        kind="full" if window is None else "sliding",
+        key_elements=heads.key,
+        value_elements=heads.key,
+        window=window,
+    )
+
+
+def blocks_by_kind(kinds: Sequence[str], make: Callable[[str, int], Block]) -> tuple[Block, ...]:
+    """One Block for each kind of layer, with its count."""
+    return tuple(make(kind, count) for kind, count in Counter(kinds).items())

@@ -1,0 +1,200 @@
+"""Dense decoders: Llama and what copies it, Mistral, Qwen2/2.5, Qwen3, SmolLM, Granite, OLMo 2/3, Phi-3/4.
+
+Read from the configuration and modeling classes of transformers 5.17; parameter counts are held to them by
+tests/contract/test_sizing_parameters.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.families.common import (
+    Shape,
+    attention,
+    blocks_by_kind,
+    gated_mlp,
+    kv_cache,
+    layer_count,
+    layer_kinds,
+    read_heads,
+)
+from toolkit.sizing.model import Block, Linear
+
+if TYPE_CHECKING:
+    from toolkit.sizing.families.common import Heads
+    from toolkit.sizing.fields import Fields
+
+
+def _shape(
+    fields: Fields,
+    heads: Heads,
+    blocks: tuple[Block, ...],
+    *,
+    tied: bool,
+    embedding_lora: bool = False,
+    max_position: int = 2048,
+) -> Shape:
+    rotary = _rotary(fields, heads.head_dim)
+    return Shape(
+        hidden=heads.hidden,
+        vocab=fields.integer("vocab_size"),
+        heads=heads.heads,
+        head_dim=heads.head_dim,
+        max_position=fields.integer("max_position_embeddings", default=max_position),
+        tied=fields.flag("tie_word_embeddings", tied),
+        blocks=blocks,
+        final_vectors=heads.hidden,
+        embedding_lora=embedding_lora,
+        rotary_elements=rotary,
+    )
+
+
+def _rotary(fields: Fields, head_dim: int) -> int:
+    factor = fields.values.get("partial_rotary_factor")
+    if isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor <= 1:
+        return int(head_dim * factor)
+    return head_dim
+
+
+def _uniform(
+    fields: Fields,
+    heads: Heads,
+    linears: list[Linear],
+    vectors: int,
+    window: int | None = None,
+) -> tuple[Block, ...]:
+    block = Block(
+        count=layer_count(fields),
+        linears=tuple(linears),
+        vectors=vectors,
+        cache=kv_cache(heads, window),
+    )
+    return (block,)
+
+
+def llama(fields: Fields) -> Shape:
+    """Llama 1-3, SmolLM, TinyLlama, DeepSeek distills of Llama."""
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    mlp_bias = fields.flag("mlp_bias", False)
+    inner = fields.integer("intermediate_size")
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += gated_mlp(heads.hidden, inner, bias=mlp_bias)
+    blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
+    return _shape(fields, heads, blocks, tied=False, embedding_lora=True)
+
+
+def granite(fields: Fields) -> Shape:
+    """Granite 3: Llama with four scalar multipliers."""
+    return llama(fields)
+
+
+def smollm3(fields: Fields) -> Shape:
+    """SmolLM3: Llama without rotary on every fourth layer; tied by default."""
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    mlp_bias = fields.flag("mlp_bias", False)
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"), bias=mlp_bias)
+    blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
+    return _shape(fields, heads, blocks, tied=True)
+
+
+def mistral(fields: Fields) -> Shape:
+    """Mistral: no biases; every layer slides where sliding_window is written."""
+    heads = read_heads(fields)
+    window = fields.integer("sliding_window", default=0) or None
+    linears = attention(heads) + gated_mlp(heads.hidden, fields.integer("intermediate_size"))
+    blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
+    return _shape(fields, heads, blocks, tied=False)
+
+
+def _qwen_window(fields: Fields) -> int | None:
+    if not fields.flag("use_sliding_window", False):
+        return None
+    return fields.integer("sliding_window", default=0) or None
+
+
+def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> tuple[Block, ...]:
+    window = _qwen_window(fields)
+    first = fields.integer("max_window_layers", default=28, low=0)
+
+    def default(index: int) -> str:
+        return "sliding_attention" if window and index >= first else "full_attention"
+
+    def make(kind: str, count: int) -> Block:
+        used = window if kind == "sliding_attention" else None
+        return Block(
+            count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
+        )
+
+    return blocks_by_kind(layer_kinds(fields, default), make)
+
+
+def qwen2(fields: Fields) -> Shape:
+    """Qwen2 and 2.5, DeepSeek distills of Qwen: biases on q, k and v whatever the config says."""
+    heads = read_heads(fields)
+    linears = attention(heads, qkv_bias=True)
+    linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
+    blocks = _qwen(fields, heads, linears, 2 * heads.hidden)
+    return _shape(fields, heads, blocks, tied=False, embedding_lora=False, max_position=32768)
+
+
+def qwen3(fields: Fields) -> Shape:
+    """Qwen3: head_dim of its own (128 by default), a norm on each query and key head."""
+    heads = read_heads(fields, default_head_dim=128)
+    bias = fields.flag("attention_bias", False)
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
+    vectors = 2 * heads.hidden + 2 * heads.head_dim
+    blocks = _qwen(fields, heads, linears, vectors)
+    return _shape(fields, heads, blocks, tied=False, embedding_lora=True, max_position=32768)
+
+
+def olmo2(fields: Fields) -> Shape:
+    """OLMo 2: norms after attention and MLP, and over the whole query and key width."""
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
+    vectors = 2 * heads.hidden + heads.query + heads.key
+    return _shape(fields, heads, _uniform(fields, heads, linears, vectors), tied=False)
+
+
+def olmo3(fields: Fields) -> Shape:
+    """OLMo 3: OLMo 2 with three sliding layers for each full one."""
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
+    vectors = 2 * heads.hidden + heads.query + heads.key
+    window = fields.integer("sliding_window", default=4096)
+
+    def default(index: int) -> str:
+        return "sliding_attention" if (index + 1) % 4 else "full_attention"
+
+    def make(kind: str, count: int) -> Block:
+        used = window if kind == "sliding_attention" else None
+        return Block(
+            count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
+        )
+
+    blocks = blocks_by_kind(layer_kinds(fields, default), make)
+    return _shape(fields, heads, blocks, tied=False)
+
+
+def phi3(fields: Fields) -> Shape:
+    """Phi-3 and Phi-4: qkv and gate/up are fused in the checkpoint itself."""
+    heads = read_heads(fields)
+    inner = fields.integer("intermediate_size")
+    linears = [
+        Linear("self_attn.qkv_proj", heads.query + 2 * heads.key, heads.hidden),
+        Linear("self_attn.o_proj", heads.hidden, heads.query),
+        Linear("mlp.gate_up_proj", 2 * inner, heads.hidden),
+        Linear("mlp.down_proj", heads.hidden, inner),
+    ]
+    window = fields.integer("sliding_window", default=0) or None
+    if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
+        window = None  # a window as long as the context is none
+    blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
+    return _shape(fields, heads, blocks, tied=False, max_position=4096)

@@ -1,0 +1,134 @@
+"""Gemma 2 and 3: four norms a layer, sliding and full layers mixed; Gemma 3 has many class defaults that files leave out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import InputError
+from toolkit.sizing.families.common import (
+    Shape,
+    attention,
+    blocks_by_kind,
+    gated_mlp,
+    kv_cache,
+    layer_kinds,
+    read_heads,
+)
+from toolkit.sizing.fields import Fields
+from toolkit.sizing.model import Block
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Gemma3TextConfig's own defaults (transformers 5.17), which published files rely on.
+GEMMA3_DEFAULTS: Mapping[str, object] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
+GEMMA2_DEFAULTS: Mapping[str, object] = {
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+}
+
+
+def _with_defaults(fields: Fields, defaults: Mapping[str, object]) -> Fields:
+    written = {key: value for key, value in fields.values.items() if value is not None}
+    return Fields({**defaults, **written}, fields.where)
+
+
+def _gemma(fields: Fields, *, pattern: int, head_norms: bool) -> Shape:
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
+    vectors = 4 * heads.hidden + (2 * heads.head_dim if head_norms else 0)
+    window = fields.integer("sliding_window")
+
+    def default(index: int) -> str:
+        return "sliding_attention" if (index + 1) % pattern else "full_attention"
+
+    def make(kind: str, count: int) -> Block:
+        used = window if kind == "sliding_attention" else None
+        return Block(
+            count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
+        )
+
+    return Shape(
+        hidden=heads.hidden,
+        vocab=fields.integer("vocab_size"),
+        heads=heads.heads,
+        head_dim=heads.head_dim,
+        max_position=fields.integer("max_position_embeddings"),
+        tied=fields.flag("tie_word_embeddings", True),
+        blocks=blocks_by_kind(layer_kinds(fields, default), make),
+        final_vectors=heads.hidden,
+        rotary_elements=heads.head_dim,
+    )
+
+
+def gemma2(fields: Fields) -> Shape:
+    """Gemma 2: every other layer slides."""
+    return _gemma(_with_defaults(fields, GEMMA2_DEFAULTS), pattern=2, head_norms=False)
+
+
+def gemma3_text(fields: Fields) -> Shape:
+    """Gemma 3, text only: five sliding layers for each full one, a norm on each query and key head."""
+    full = _with_defaults(fields, GEMMA3_DEFAULTS)
+    pattern = full.integer("sliding_window_pattern", "_sliding_window_pattern", high=64)
+    return _gemma(full, pattern=pattern, head_norms=True)
+
+
+def gemma3(fields: Fields) -> Shape:
+    """Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError without a text_config."""
+    text = fields.section("text_config")
+    if text is None:
+        raise InputError(
+            "text_config is missing", where=fields.where, fix="take the model's own config.json"
+        )
+    shape = gemma3_text(text)
+    vision = fields.section("vision_config") or Fields({}, fields.where)
+    tower = _siglip(vision)
+    projector = vision.integer("hidden_size", default=768) * (shape.hidden + 1)
+    # The outer config decides the tie, as transformers reads it.
+    tied = fields.flag("tie_word_embeddings", shape.tied)
+    return Shape(
+        hidden=shape.hidden,
+        vocab=shape.vocab,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        max_position=shape.max_position,
+        tied=tied,
+        blocks=shape.blocks,
+        final_vectors=shape.final_vectors,
+        extra_parameters=tower + projector,
+        rotary_elements=shape.rotary_elements,
+        notes=("the vision tower is counted and not sized for images",),
+    )
+
+
+def _siglip(vision: Fields) -> int:
+    """Parameters of SiglipVisionModel (arXiv 2303.15343) with vision_use_head false."""
+    hidden = vision.integer("hidden_size", default=768)
+    inner = vision.integer("intermediate_size", default=3072)
+    layers = vision.integer("num_hidden_layers", default=12)
+    image = vision.integer("image_size", default=224)
+    patch = vision.integer("patch_size", default=16)
+    channels = vision.integer("num_channels", default=3)
+    positions = (image // patch) ** 2
+    embeddings = channels * patch * patch * hidden + hidden + positions * hidden
+    layer = 4 * (hidden * hidden + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
+    total = embeddings + layers * layer + 2 * hidden
+    if vision.flag("vision_use_head", True):
+        probe = hidden + 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
+        total += probe + 2 * hidden + 2 * hidden * inner + inner + hidden
+    return total

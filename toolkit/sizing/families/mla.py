@@ -1,0 +1,96 @@
+"""DeepSeek V2 and V3: multi-head latent attention (arXiv 2405.04434) caches one latent and one rotary key for all heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.families.common import Shape, blocks_by_kind, gated_mlp, layer_count
+from toolkit.sizing.families.moe import experts
+from toolkit.sizing.fields import MAX_EXPERTS, MAX_LAYERS
+from toolkit.sizing.model import Block, Cache, Linear
+
+if TYPE_CHECKING:
+    from toolkit.sizing.fields import Fields
+
+
+def deepseek_v2(fields: Fields) -> Shape:
+    """DeepSeek-V2 and V2-Lite (q_lora_rank null: one plain query projection)."""
+    return _deepseek(fields, router_vectors=False)
+
+
+def deepseek_v3(fields: Fields) -> Shape:
+    """DeepSeek-V3 and R1; the router also keeps a correction bias (a buffer, no parameter, in transformers)."""
+    return _deepseek(fields, router_vectors=True)
+
+
+def _deepseek(fields: Fields, *, router_vectors: bool) -> Shape:
+    hidden = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    nope = fields.integer("qk_nope_head_dim", default=128)
+    rope = fields.integer("qk_rope_head_dim", default=64)
+    latent = fields.integer("kv_lora_rank", default=512)
+    value = fields.integer("v_head_dim", default=128)
+    linears, vectors = _attention(fields, hidden, heads, (nope, rope, latent, value))
+    routed = fields.integer("n_routed_experts", default=0, low=0, high=MAX_EXPERTS)
+    inner = fields.integer("moe_intermediate_size", default=1407)
+    shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
+    first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
+    step = fields.integer("moe_layer_freq", default=1)
+    # One latent and one rotary key a token, whatever the number of heads; nothing is kept for the values.
+    cache = Cache(kind="mla", key_elements=latent + rope)
+
+    def make(kind: str, count: int) -> Block:
+        if kind == "dense":
+            mlp = gated_mlp(hidden, fields.integer("intermediate_size"))
+            return Block(count=count, linears=(*linears, *mlp), vectors=vectors, cache=cache)
+        mlp = [Linear("mlp.gate", routed, hidden), *experts(hidden, inner, routed)]
+        if shared:
+            mlp += gated_mlp(hidden, inner * shared, prefix="mlp.shared_experts")
+        return Block(
+            count=count,
+            linears=(*linears, *mlp),
+            vectors=vectors,
+            cache=cache,
+            active_experts=fields.integer("num_experts_per_tok", default=8, high=MAX_EXPERTS),
+        )
+
+    kinds = [
+        "dense" if index < first_dense or not routed or index % step else "sparse"
+        for index in range(layer_count(fields))
+    ]
+    del router_vectors  # the correction bias is a buffer: it is in no parameter count
+    return Shape(
+        hidden=hidden,
+        vocab=fields.integer("vocab_size"),
+        heads=heads,
+        head_dim=nope + rope,
+        max_position=fields.integer("max_position_embeddings", default=2048),
+        tied=fields.flag("tie_word_embeddings", False),
+        blocks=blocks_by_kind(kinds, make),
+        final_vectors=hidden,
+        rotary_elements=rope,
+    )
+
+
+def _attention(
+    fields: Fields, hidden: int, heads: int, sizes: tuple[int, int, int, int]
+) -> tuple[list[Linear], int]:
+    """The projections of latent attention, and the parameters of a layer's norms."""
+    nope, rope, latent, value = sizes
+    bias = fields.flag("attention_bias", False)
+    query_rank = fields.integer("q_lora_rank", default=0, low=0)
+    vectors = 2 * hidden + latent
+    if query_rank:
+        linears = [
+            Linear("self_attn.q_a_proj", query_rank, hidden, bias),
+            Linear("self_attn.q_b_proj", heads * (nope + rope), query_rank),
+        ]
+        vectors += query_rank
+    else:
+        linears = [Linear("self_attn.q_proj", heads * (nope + rope), hidden)]
+    linears += [
+        Linear("self_attn.kv_a_proj_with_mqa", latent + rope, hidden, bias),
+        Linear("self_attn.kv_b_proj", heads * (nope + value), latent),
+        Linear("self_attn.o_proj", hidden, heads * value, bias),
+    ]
+    return linears, vectors

@@ -1,0 +1,134 @@
+"""Mixtures of experts with ordinary attention: Mixtral, Qwen3-MoE, gpt-oss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.families.common import (
+    Shape,
+    attention,
+    blocks_by_kind,
+    gated_mlp,
+    kv_cache,
+    layer_count,
+    layer_kinds,
+    read_heads,
+)
+from toolkit.sizing.fields import MAX_EXPERTS
+from toolkit.sizing.model import Block, Linear
+
+if TYPE_CHECKING:
+    from toolkit.sizing.families.common import Heads
+    from toolkit.sizing.fields import Fields
+
+
+def experts(hidden: int, inner: int, count: int) -> list[Linear]:
+    """Routed experts of gate, up and down."""
+    return [
+        Linear("mlp.experts.gate_proj", inner, hidden, copies=count),
+        Linear("mlp.experts.up_proj", inner, hidden, copies=count),
+        Linear("mlp.experts.down_proj", hidden, inner, copies=count),
+    ]
+
+
+def _shape(
+    fields: Fields, heads: Heads, blocks: tuple[Block, ...], *, embedding_lora: bool
+) -> Shape:
+    return Shape(
+        hidden=heads.hidden,
+        vocab=fields.integer("vocab_size"),
+        heads=heads.heads,
+        head_dim=heads.head_dim,
+        max_position=fields.integer("max_position_embeddings", default=32768),
+        tied=fields.flag("tie_word_embeddings", False),
+        blocks=blocks,
+        final_vectors=heads.hidden,
+        embedding_lora=embedding_lora,
+        rotary_elements=heads.head_dim,
+    )
+
+
+def mixtral(fields: Fields) -> Shape:
+    """Mixtral (arXiv 2401.04088)."""
+    heads = read_heads(fields)
+    count = fields.integer("num_local_experts", default=8, high=MAX_EXPERTS)
+    inner = fields.integer("intermediate_size")
+    window = fields.integer("sliding_window", default=0) or None
+    linears = attention(heads)
+    linears += [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
+    block = Block(
+        count=layer_count(fields),
+        linears=tuple(linears),
+        vectors=2 * heads.hidden,
+        cache=kv_cache(heads, window),
+        active_experts=fields.integer("num_experts_per_tok", default=2, high=MAX_EXPERTS),
+    )
+    return _shape(fields, heads, (block,), embedding_lora=True)
+
+
+def qwen3_moe(fields: Fields) -> Shape:
+    """Qwen3-MoE: every decoder_sparse_step-th layer is sparse unless mlp_only_layers names it."""
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    count = fields.integer("num_experts", "num_local_experts", default=128, high=MAX_EXPERTS)
+    inner = fields.integer("moe_intermediate_size", default=768)
+    dense_inner = fields.integer("intermediate_size", default=6144)
+    step = fields.integer("decoder_sparse_step", default=1)
+    only_dense = set(fields.items("mlp_only_layers", int) or ())
+    attending = attention(heads, qkv_bias=bias, out_bias=bias)
+    vectors = 2 * heads.hidden + 2 * heads.head_dim
+
+    def make(kind: str, layers: int) -> Block:
+        if kind == "sparse":
+            mlp = [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
+        else:
+            mlp = gated_mlp(heads.hidden, dense_inner)
+        return Block(
+            count=layers,
+            linears=(*attending, *mlp),
+            vectors=vectors,
+            cache=kv_cache(heads),
+            active_experts=fields.integer("num_experts_per_tok", default=8, high=MAX_EXPERTS)
+            if kind == "sparse"
+            else 0,
+        )
+
+    kinds = [
+        "dense" if index in only_dense or (index + 1) % step else "sparse"
+        for index in range(layer_count(fields))
+    ]
+    return _shape(fields, heads, blocks_by_kind(kinds, make), embedding_lora=True)
+
+
+def gpt_oss(fields: Fields) -> Shape:
+    """gpt-oss: biases everywhere, one attention sink a head, alternating windows, experts with biases."""
+    heads = read_heads(fields, default_head_dim=64)
+    count = fields.integer("num_local_experts", "num_experts", default=128, high=MAX_EXPERTS)
+    inner = fields.integer("intermediate_size", default=2880)
+    window = fields.integer("sliding_window", default=128)
+    bias = fields.flag("attention_bias", True)
+    linears = attention(heads, qkv_bias=bias, out_bias=bias)
+    linears += [
+        Linear("mlp.router", count, heads.hidden, bias=True),
+        Linear("mlp.experts.gate_up_proj", 2 * inner, heads.hidden, bias=True, copies=count),
+        Linear("mlp.experts.down_proj", heads.hidden, inner, bias=True, copies=count),
+    ]
+    active = fields.integer(
+        "num_experts_per_tok", "experts_per_token", default=4, high=MAX_EXPERTS
+    )
+
+    def default(index: int) -> str:
+        return "sliding_attention" if (index + 1) % 2 else "full_attention"
+
+    def make(kind: str, layers: int) -> Block:
+        used = window if kind == "sliding_attention" else None
+        return Block(
+            count=layers,
+            linears=tuple(linears),
+            vectors=2 * heads.hidden + heads.heads,
+            cache=kv_cache(heads, used),
+            active_experts=active,
+        )
+
+    blocks = blocks_by_kind(layer_kinds(fields, default), make)
+    return _shape(fields, heads, blocks, embedding_lora=False)

@@ -1,0 +1,104 @@
+"""Typed reads from a config.json that somebody else wrote: every value is checked and bounded before arithmetic is done on it.
+
+A size that is missing, of another type, negative or absurd (a vocabulary of 2**60) is an ``InputError`` that names the file and
+the key, so that a hostile or truncated file costs a finding and never time or memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# No dimension of a real model comes near this; products of three of them still fit what a card could ever hold.
+MAX_DIMENSION = 1 << 24
+MAX_LAYERS = 4096
+MAX_EXPERTS = 1 << 14
+
+_MISSING = object()
+
+
+class Fields:
+    """A view of one mapping of config.json; ``where`` is what error messages call it."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value (null counts as absent, as in transformers)."""
+        return self.values.get(key) is not None
+
+    def integer(
+        self, *keys: str, default: Any = _MISSING, low: int = 1, high: int = MAX_DIMENSION
+    ) -> int:
+        """The first of ``keys`` that is there, as an int within [low, high]. Raises InputError."""
+        for key in keys:
+            value = self.values.get(key)
+            if value is None:
+                continue
+            if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+                value = int(value)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise self._bad(key, f"must be an integer, not {_short(value)}")
+            if not low <= value <= high:
+                raise self._bad(key, f"{value} is outside {low}..{high}")
+            return value
+        if default is _MISSING:
+            raise self._bad(keys[0], "is missing")
+        assert isinstance(default, int)
+        return default
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean; null and absence give the default. Raises InputError."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._bad(key, f"must be true or false, not {_short(value)}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A text, or the default. Raises InputError."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self._bad(key, f"must be a text, not {_short(value)}")
+        return value
+
+    def section(self, key: str) -> Fields | None:
+        """A nested mapping, or None. Raises InputError if it is something else."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self._bad(key, f"must be a mapping, not {_short(value)}")
+        return Fields(value, f"{self.where}: {key}")
+
+    def items(self, key: str, kind: type) -> tuple[Any, ...] | None:
+        """A list whose members are all of ``kind``, or None. Raises InputError."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) > MAX_EXPERTS:
+            raise self._bad(key, f"must be a list, not {_short(value)}")
+        for member in value:
+            if not isinstance(member, kind) or isinstance(member, bool):
+                raise self._bad(key, f"holds {_short(member)}, not {kind.__name__}")
+        return tuple(value)
+
+    def _bad(self, key: str, what: str) -> InputError:
+        return InputError(
+            f"{key} {what}",
+            where=self.where,
+            fix="check that the file is the model's own config.json and is complete",
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

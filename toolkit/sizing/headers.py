@@ -1,0 +1,230 @@
+"""safetensors headers, read without safetensors and without trusting them.
+
+The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of JSON mapping each tensor's name to
+its dtype, shape and data offsets. A file may lie about every one of these; a lie is an ``InputError``, found in bounded time and memory
+and without reading any weight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+# Headers of real checkpoints are below 2 MiB; the format itself allows 100 MB.
+MAX_HEADER_BYTES = 32 << 20
+MAX_JSON_BYTES = 32 << 20
+MAX_SHARDS = 4096
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FIX = "download the file again; it is truncated or was not written by safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a header: safetensors' name of the dtype, and the shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """All headers of a checkpoint together."""
+
+    files: int
+    nbytes: int
+    elements: int
+    tensors: dict[str, StoredTensor] = field(repr=False)
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file of at most ``limit`` bytes. Raises InputError for anything that cannot be read as one."""
+    with open_regular(path) as (descriptor, size):
+        if size > limit:
+            raise _bad(path, f"is {size} bytes long; {limit} is the most that is read")
+        raw = os.read(descriptor, limit + 1) if size else b""
+        while len(raw) < size and (more := os.read(descriptor, size - len(raw))):
+            raw += more
+    return parse_json(raw, path)
+
+
+def parse_json(raw: bytes, path: Path) -> Any:
+    """JSON from bytes; duplicate keys, too deep nesting, NaN and undecodable bytes are InputErrors."""
+    try:
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is {error}"
+        raise _bad(path, f"cannot be read as JSON: the text {reason}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a mapping that has a key twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holding {name}, which is no JSON number")
+
+
+class open_regular:  # noqa: N801 - used as a function
+    """``with open_regular(path) as (descriptor, size)``: a regular file only, so that a pipe or a device cannot hang us."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = -1
+
+    def __enter__(self) -> tuple[int, int]:
+        try:
+            # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever.
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            status = os.fstat(self.descriptor)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise _bad(self.path, f"cannot be opened: {reason}", fix=None) from None
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self.descriptor)
+            raise _bad(self.path, "is not a regular file", fix=None)
+        return self.descriptor, status.st_size
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises InputError where the header is not what the format says."""
+    with open_regular(path) as (descriptor, size):
+        if size < 8:
+            raise _bad(path, f"is {size} bytes long, too short for a header")
+        length = int.from_bytes(os.read(descriptor, 8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise _bad(
+                path, f"says that its header is {length} bytes long; {MAX_HEADER_BYTES} is the most"
+            )
+        if 8 + length > size:
+            raise _bad(path, f"ends inside its header ({size} bytes, header {length})")
+        raw = b""
+        while len(raw) < length and (more := os.read(descriptor, length - len(raw))):
+            raw += more
+    header = parse_json(raw, path)
+    if not isinstance(header, dict):
+        raise _bad(path, "has a header that is not a mapping")
+    header.pop("__metadata__", None)
+    return _check(header, size - 8 - length, path)
+
+
+def _check(header: dict[str, Any], data_bytes: int, path: Path) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        tensor, begin, end = _entry(name, entry, path)
+        if end > data_bytes:
+            raise _bad(path, f"ends before its tensor {name[:80]!r} does")
+        tensors[name] = tensor
+        spans.append((begin, end, name))
+    spans.sort()
+    at = 0
+    for begin, end, name in spans:
+        if begin < at:
+            raise _bad(path, f"has overlapping data offsets at {name[:80]!r}")
+        at = end
+    return tensors
+
+
+def _entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, int]:
+    where = f"entry {name[:80]!r}"
+    if not isinstance(entry, dict):
+        raise _bad(path, f"has a header whose {where} is not a mapping")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise _bad(path, f"has an unknown dtype {str(dtype)[:20]!r} at {where}")
+    if not _naturals(shape) or len(shape) > 8:
+        raise _bad(path, f"has a bad shape at {where}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _bad(path, f"has bad data offsets at {where}")
+    tensor = StoredTensor(str(dtype), tuple(shape), offsets[1] - offsets[0])
+    if tensor.elements * bits != tensor.nbytes * 8:
+        raise _bad(path, f"has a shape and data offsets that disagree at {where}")
+    return tensor, offsets[0], offsets[1]
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 60
+        for item in value
+    )
+
+
+def read_stored(folder: Path) -> StoredWeights | None:
+    """The headers of every shard in ``folder``; None where it holds no safetensors. Raises InputError."""
+    files = _shards(folder)
+    if not files:
+        return None
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        found = read_header(file)
+        if twice := next((name for name in found if name in tensors), None):
+            raise _bad(file, f"holds {twice[:80]!r}, which another shard holds too")
+        tensors.update(found)
+    return StoredWeights(
+        files=len(files),
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        elements=sum(tensor.elements for tensor in tensors.values()),
+        tensors=tensors,
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        values = read_json(index)
+        weight_map = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise _bad(index, "has no weight_map")
+        return [folder / name for name in _plain_names(weight_map.values(), index)]
+    single = folder / "model.safetensors"
+    if single.is_file() or single.is_symlink():
+        return [single]
+    return sorted(
+        path
+        for path in folder.glob("*.safetensors")
+        if not path.name.startswith(("consolidated", "adapter_"))
+    )[:MAX_SHARDS]
+
+
+def _plain_names(names: Iterable[Any], index: Path) -> list[str]:
+    """The distinct shard names; a name that leads out of the folder is refused."""
+    distinct = list(dict.fromkeys(name if isinstance(name, str) else "" for name in names))
+    for name in distinct:
+        if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+            raise _bad(index, f"names a shard outside its folder: {name[:80]!r}")
+    if len(distinct) > MAX_SHARDS:
+        raise _bad(index, f"names {len(distinct)} shards; {MAX_SHARDS} is the most")
+    return sorted(distinct)
+
+
+def _bad(path: Path, what: str, *, fix: str | None = FIX) -> InputError:
+    return InputError(f"the file {what}", where=str(path), fix=fix)

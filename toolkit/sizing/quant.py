@@ -1,0 +1,147 @@
+"""How many bytes a weight takes under each stored or requested format, metadata included.
+
+Sources: bitsandbytes functional.quantize_4bit (blocks of 64, one float32 absmax each; double quantization: uint8 absmax plus
+one float32 per 256 blocks and 16 + 256 code floats per tensor); AutoAWQ GEMM and AutoGPTQ tensor layouts (qweight int32, qzeros
+int32, scales float16, g_idx int32); compressed-tensors and Transformer-Engine style FP8 (one byte, scales per channel or per
+block); OCP MXFP4 (4 bits and one 8-bit scale per 32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.sizing.fields import Fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+Method = Literal["bnb-nf4", "bnb-int8", "awq", "gptq", "fp8", "mxfp4", "int8"]
+NF4_BLOCK = 64
+NF4_NESTED_BLOCK = 256
+MXFP4_BLOCK = 32
+
+
+def _ceil(count: int, divisor: int) -> int:
+    return -(-count // divisor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """A weight format. ``skipped`` holds name fragments of modules that stay in the model's own dtype."""
+
+    method: Method
+    bits: int = 4
+    group: int = 128  # weights that share one scale along the input; 0 = per output channel
+    block: tuple[int, int] | None = None  # (out, in) of FP8 block scales
+    nested: bool = False
+    act_order: bool = False
+    skipped: tuple[str, ...] = ()
+
+    def skips(self, name: str) -> bool:
+        """Whether the module of this dotted name is left in 16 bits."""
+        pieces = name.split(".")
+        return any(
+            fragment == name
+            or fragment in pieces
+            or name.startswith(fragment + ".")
+            or f".{fragment}." in f".{name}."
+            for fragment in self.skipped
+        )
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of one (out, in) matrix with its metadata."""
+        count = out_features * in_features
+        match self.method:
+            case "bnb-nf4":
+                return _ceil(count, 2) + self._absmax_bytes(_ceil(count, NF4_BLOCK))
+            case "bnb-int8" | "int8":
+                return count + 4 * out_features
+            case "awq":
+                groups = _ceil(in_features, self.group) if self.group > 0 else 1
+                packed = _ceil(out_features, 32 // self.bits) * 4
+                return in_features * packed + groups * packed + groups * out_features * 2
+            case "gptq":
+                groups = _ceil(in_features, self.group) if self.group > 0 else 1
+                qweight = _ceil(in_features * self.bits, 32) * out_features * 4
+                qzeros = groups * _ceil(out_features * self.bits, 32) * 4
+                return qweight + qzeros + groups * out_features * 2 + in_features * 4
+            case "fp8":
+                if self.block is not None:
+                    scales = _ceil(out_features, self.block[0]) * _ceil(in_features, self.block[1])
+                    return count + 4 * scales
+                return count + 4 * out_features
+            case "mxfp4":
+                return _ceil(count, 2) + _ceil(count, MXFP4_BLOCK)
+
+    def _absmax_bytes(self, blocks: int) -> int:
+        if not self.nested:
+            return blocks * 4
+        return blocks + _ceil(blocks, NF4_NESTED_BLOCK) * 4 + 256 * 4 + 16 * 4
+
+
+NF4_ON_LOAD = Quantization(method="bnb-nf4", skipped=("lm_head", "embed_tokens"))
+FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "embed_tokens"))
+
+
+def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | None | str:
+    """``quantization_config`` of a config.json.
+
+    Returns None where there is none, and the method's name (a text) where it is one that is not known here: the caller then sizes
+    from the safetensors headers.
+    """
+    if values is None:
+        return None
+    fields = Fields(values, f"{where}: quantization_config")
+    method = fields.text("quant_method") or ""
+    skipped = _skipped(fields)
+    if method == "bitsandbytes":
+        if fields.flag("load_in_8bit", False):
+            return Quantization(method="bnb-int8", bits=8, group=0, skipped=skipped)
+        nested = fields.flag("bnb_4bit_use_double_quant", False)
+        return Quantization(method="bnb-nf4", nested=nested, skipped=skipped)
+    if method in ("awq", "gptq"):
+        bits = fields.integer("bits", "w_bit", default=4, low=2, high=8)
+        group = fields.integer("group_size", "q_group_size", default=128, low=-1, high=1 << 20)
+        act_order = fields.flag("desc_act", False)
+        return Quantization(
+            method="awq" if method == "awq" else "gptq",
+            bits=bits,
+            group=max(group, 0),
+            act_order=act_order,
+            skipped=skipped,
+        )
+    if method in ("fp8", "fbgemm_fp8"):
+        block = fields.items("weight_block_size", int)
+        pair = (block[0], block[1]) if block and len(block) == 2 and min(block) > 0 else None
+        return Quantization(method="fp8", bits=8, group=0, block=pair, skipped=skipped)
+    if method == "compressed-tensors":
+        return _compressed(fields, skipped) or "compressed-tensors"
+    if method == "mxfp4":
+        return Quantization(method="mxfp4", skipped=skipped)
+    return method or "unnamed"
+
+
+def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
+    """One group with float or integer 8-bit weights is sized; anything else goes by the headers."""
+    groups = fields.section("config_groups")
+    if groups is None or len(groups.values) != 1:
+        return None
+    group = groups.section(next(iter(groups.values)))
+    weights = group.section("weights") if group else None
+    if weights is None or weights.integer("num_bits", low=1, high=64) != 8:
+        return None
+    kind = weights.text("type")
+    return Quantization(
+        method="fp8" if kind == "float" else "int8", bits=8, group=0, skipped=skipped
+    )
+
+
+def _skipped(fields: Fields) -> tuple[str, ...]:
+    named: list[str] = []
+    for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers"):
+        named += [name for name in fields.items(key, str) or () if not name.startswith("re:")]
+    # The head and the embeddings stay as they are in every format above unless a checkpoint says otherwise.
+    named += ["lm_head", "embed_tokens"]
+    return tuple(dict.fromkeys(name.replace("model.layers.*.", "") for name in named))

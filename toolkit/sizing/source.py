@@ -1,0 +1,96 @@
+"""Where a model's files lie: a folder, a config.json, or a snapshot in the Hugging Face cache. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.base.errors import InputError
+from toolkit.sizing.headers import read_json
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """``folder`` holds the weights (None if only a config.json was given); ``config`` is the config.json."""
+
+    folder: Path | None
+    config: Path
+    revision: str | None
+
+
+def find_model(name: str, revision: str | None = None) -> ModelFiles:
+    """Find the files of ``name``. Raises InputError that says where it was looked for."""
+    if not name or "\0" in name:
+        raise InputError("the model's name is empty or holds a null byte", fix="name a model")
+    path = Path(name).expanduser()
+    if path.name == "config.json" or (path.suffix == ".json" and path.is_file()):
+        return ModelFiles(path.parent if path.name == "config.json" else None, path, None)
+    if path.is_dir():
+        return _in_folder(path, None)
+    if not _HUB_ID.fullmatch(name):
+        raise InputError(
+            f"there is no folder {name!r}, and it is no hub id",
+            fix="give a folder with config.json, or ORGANISATION/NAME",
+        )
+    return _in_cache(name, revision)
+
+
+def cache_folder() -> Path:
+    """The hub cache as huggingface_hub finds it: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
+    if written := os.environ.get("HF_HUB_CACHE"):
+        return Path(written).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "huggingface" / "hub"
+
+
+def _in_cache(name: str, revision: str | None) -> ModelFiles:
+    folder = cache_folder() / ("models--" + name.replace("/", "--"))
+    wanted = revision or "main"
+    commit = wanted if _COMMIT.fullmatch(wanted) else _read_ref(folder, wanted)
+    snapshot = folder / "snapshots" / commit if commit else None
+    if snapshot is None or not snapshot.is_dir():
+        raise InputError(
+            f"{name} (revision {wanted}) is neither a folder nor in the cache {cache_folder()}",
+            fix=f"hf download {name}, or set HF_HOME to the cache that has it",
+        )
+    return _in_folder(snapshot, commit)
+
+
+def _read_ref(folder: Path, revision: str) -> str | None:
+    if ".." in revision.split("/") or revision.startswith("/"):
+        return None
+    try:
+        with (folder / "refs" / revision).open("rb") as file:
+            text = file.read(64).decode("ascii", "replace").strip()
+    except (OSError, ValueError):
+        return None
+    return text if _COMMIT.fullmatch(text) else None
+
+
+def _in_folder(folder: Path, revision: str | None) -> ModelFiles:
+    config = folder / "config.json"
+    if not config.is_file() and (folder / "adapter_config.json").is_file():
+        adapter = read_json(folder / "adapter_config.json")
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+        if not isinstance(base, str) or Path(base).expanduser().resolve() == folder.resolve():
+            raise InputError(
+                "the adapter does not name its base model",
+                where=str(folder / "adapter_config.json"),
+                fix="size the base model instead",
+            )
+        found = find_model(base)
+        if (found.config.parent / "adapter_config.json").is_file() and not found.config.is_file():
+            raise InputError("an adapter's base is an adapter", where=str(folder))
+        return found
+    if not config.exists():
+        raise InputError(
+            "there is no config.json", where=str(folder), fix="give the model's own folder"
+        )
+    return ModelFiles(folder, config, revision)

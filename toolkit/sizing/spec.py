@@ -1,0 +1,149 @@
+"""``read_spec``: a ModelSpec from config.json and safetensors headers alone. No torch, no download, no weight is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import InputError, UnsupportedError
+from toolkit.sizing.families import FAMILIES
+from toolkit.sizing.fields import Fields
+from toolkit.sizing.headers import read_json, read_stored
+from toolkit.sizing.model import DTYPE_BYTES, ModelSpec
+from toolkit.sizing.quant import Quantization, parse_quantization
+from toolkit.sizing.source import find_model
+from toolkit.sizing.unknown import shape_from_headers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from toolkit.sizing.families.common import Shape
+    from toolkit.sizing.headers import StoredWeights
+
+# What a config.json that this sizer does not know costs in trust: its terms get this much more.
+UNKNOWN_MARGIN = 0.10
+
+
+def read_spec(model: str, revision: str | None = None) -> ModelSpec:
+    """Read the model at a folder, a config.json, or a cached hub id.
+
+    Raises InputError where files are missing or broken, UnsupportedError where the architecture is unknown and there are no weights
+    to size it from.
+    """
+    files = find_model(model, revision)
+    values = read_json(files.config)
+    if not isinstance(values, dict):
+        raise InputError("the file is not a mapping", where=str(files.config))
+    stored = read_stored(files.folder) if files.folder else None
+    return spec_from_values(values, name=model, where=str(files.config), stored=stored)
+
+
+def spec_from_values(
+    values: Mapping[str, Any],
+    *,
+    name: str,
+    where: str = "config.json",
+    stored: StoredWeights | None = None,
+) -> ModelSpec:
+    """A ModelSpec from the mapping of a config.json and, where there are any, its headers. Raises as ``read_spec`` does."""
+    fields = Fields(values, where)
+    model_type = fields.text("model_type") or ""
+    architectures = fields.items("architectures", str) or ()
+    family = FAMILIES.get(model_type)
+    nested = fields.section("quantization_config")
+    quantization = parse_quantization(nested.values if nested else None, where)
+    notes: list[str] = []
+    margin = 0.0
+    if isinstance(quantization, str):
+        notes.append(f"weight format {quantization!r} is not known: sized by its headers")
+        margin = UNKNOWN_MARGIN
+        if stored is None:
+            raise UnsupportedError(
+                f"weight format {quantization!r} is not known and there are no headers to size it from",
+                where=where,
+                fix="give a folder with the safetensors files",
+            )
+    if family is None:
+        shape = _unknown(fields, stored, model_type, architectures)
+        notes.append(f"architecture {model_type!r} is not known: sized from its headers")
+        margin = UNKNOWN_MARGIN
+    else:
+        shape = family(fields)
+        notes += _compare(shape, stored, quantization)
+    return ModelSpec(
+        name=name,
+        architecture=architectures[0] if architectures else model_type,
+        family=model_type if family else "unknown",
+        hidden_size=shape.hidden,
+        vocab_size=shape.vocab,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        max_position=shape.max_position,
+        dtype=_dtype(fields),
+        tied=shape.tied,
+        blocks=shape.blocks,
+        final_vectors=shape.final_vectors,
+        extra_parameters=shape.extra_parameters,
+        head_bias=shape.head_bias,
+        quantization=quantization if isinstance(quantization, Quantization) else None,
+        stored=stored,
+        margin=margin,
+        embedding_lora=shape.embedding_lora,
+        rotary_elements=shape.rotary_elements,
+        notes=(*shape.notes, *notes),
+    )
+
+
+def _unknown(
+    fields: Fields, stored: StoredWeights | None, model_type: str, architectures: tuple[str, ...]
+) -> Shape:
+    if stored is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedError(
+            f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known to the sizer, "
+            "and there are no safetensors headers to size it from",
+            where=fields.where,
+            fix=f"give a folder that holds the weights too; known: {known}",
+        )
+    inner = fields.section("text_config")
+    return shape_from_headers(inner or fields, stored)
+
+
+def _dtype(fields: Fields) -> str:
+    inner = fields.section("text_config")
+    written = fields.text("dtype") or fields.text("torch_dtype")
+    if written is None and inner is not None:
+        written = inner.text("dtype") or inner.text("torch_dtype")
+    name = (written or "float32").removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise InputError(f"dtype {name!r} is not known", where=fields.where)
+    return name
+
+
+def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
+    """A sentence where unquantized headers hold another number of parameters than the config says."""
+    if stored is None or quantization is not None:
+        return []
+    spec = ModelSpec(
+        name="",
+        architecture="",
+        family="",
+        hidden_size=shape.hidden,
+        vocab_size=shape.vocab,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        max_position=shape.max_position,
+        dtype="bfloat16",
+        tied=shape.tied,
+        blocks=shape.blocks,
+        final_vectors=shape.final_vectors,
+        extra_parameters=shape.extra_parameters,
+        head_bias=shape.head_bias,
+    )
+    duplicate_head = shape.vocab * shape.hidden if shape.tied else 0
+    if stored.elements in (spec.parameters, spec.parameters + duplicate_head):
+        return []
+    share = stored.elements / max(spec.parameters, 1) - 1
+    return [
+        f"the headers hold {stored.elements:,} values, the config says {spec.parameters:,} ({share:+.1%})"
+    ]
