@@ -1,0 +1,188 @@
+"""Secrets are found by form, by the name of their key, and by being in the environment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.base.secrets import (
+    PATTERNS,
+    find_secret,
+    is_secret_key,
+    protect_output,
+    redact,
+    redact_tree,
+)
+
+# Made up, and put together here, so that no scanner takes this file for a leak.
+EXAMPLES = {
+    "Hugging Face token": "hf_" + "aB3dE6gH9jKl" * 3,
+    "API key": "sk-" + "proj-" + "x1Y2z3" * 8,
+    "GitHub token": "ghp_" + "a1B2c3" * 6,
+    "GitLab token": "glpat-" + "a1B2c3" * 4,
+    "AWS key": "AKIA" + "ABCD" * 4,
+    "Google key": "AIza" + "a1B2c" * 7,
+    "NVIDIA key": "nvapi-" + "a1B2c3" * 8,
+    "Weights & Biases key": "wandb_v1_" + "a1B2c3" * 6,
+    "Slack token": "xoxb-" + "1234567890-abc",
+    "JSON web token": "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "dozjgNryP4J3jVm",
+    "password in a URL": "https://user:hunter2hunter2@host/x",
+    "bearer token": "Bearer " + "abcdef0123456789",
+    "private key": "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+}
+
+
+def test_every_pattern_has_an_example() -> None:
+    assert set(EXAMPLES) == set(PATTERNS)
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_found_and_redacted_by_form(kind: str) -> None:
+    secret = EXAMPLES[kind]
+    text = f"before {secret} after"
+    shown = redact(text, {})
+    assert find_secret(text) == kind
+    assert f"[redacted: {kind}]" in shown
+    assert shown.startswith("before ")
+    assert shown.endswith(" after")
+    assert secret not in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_transfer",
+        "pad_token",
+        "task-based skis",
+        "a:b@c",
+        "https://host:80/x",
+        "The bearer came",
+    ],
+)
+def test_ordinary_text_stays(text: str) -> None:
+    assert find_secret(text) is None
+    assert redact(text, {"HOME": "/root"}) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hub_token", "token", "api_key", "apikey", "OPENAI_API_KEY", "password", "HF_TOKEN",
+     "push_to_hub_token_api_key", "aws_secret_access_key", "client_secret"],
+)  # fmt: skip
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret_key(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pad_token", "eos_token", "max_tokens", "tokens_per_s", "tokenizer", "keep_last", "key",
+     "max_num_batched_tokens", "token_type_ids", "secretary", "model_name"],
+)  # fmt: skip
+def test_names_that_only_look_like_it(name: str) -> None:
+    assert not is_secret_key(name)
+
+
+def test_values_of_the_environment_are_known() -> None:
+    environ = {
+        "MY_SERVICE_TOKEN": "correct horse battery",
+        "SHORT_TOKEN": "none",
+        "USER": "abcdefgh",
+    }
+    shown = redact("x correct horse battery abcdefgh none", environ)
+    assert shown == "x [redacted: MY_SERVICE_TOKEN] abcdefgh none"
+
+
+def test_a_path_to_a_secret_is_no_secret() -> None:
+    assert redact("/run/token", {"HF_TOKEN": "/run/token"}) == "/run/token"
+
+
+def test_trees() -> None:
+    tree = {
+        "token": "short",
+        "pad_token": "<pad>",
+        "hub_token": None,
+        "list": [EXAMPLES["AWS key"], 1, 2.5, True, None],
+        EXAMPLES["GitHub token"]: {"api_key": "x"},
+    }
+    assert redact_tree(tree, {}) == {
+        "token": "[redacted]",
+        "pad_token": "<pad>",
+        "hub_token": None,
+        "list": ["[redacted: AWS key]", 1, 2.5, True, None],
+        "[redacted: GitHub token]": {"api_key": "[redacted]"},
+    }
+    assert tree["token"] == "short"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+def test_redacting_twice_changes_nothing_more(tree: object) -> None:
+    once = redact_tree(tree, {})
+    assert redact_tree(once, {}) == once
+    json.dumps(once)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["a." * 50_000, "eyJ" + "a" * 100_000, "sk-" * 50_000, "x://" * 30_000, "Bearer " * 20_000,
+     "-----BEGIN PRIVATE KEY-----" * 5_000, "eyJaaaaaaaa-" * 10_000, "hf_" + "a" * 100_000],
+)  # fmt: skip
+def test_hostile_text_takes_no_time(hostile: str) -> None:
+    started = time.perf_counter()
+    redact(hostile, {})
+    assert time.perf_counter() - started < 2
+
+
+def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = EXAMPLES["Hugging Face token"]
+    log = logging.getLogger("elsewhere.deep")
+    handler = logging.StreamHandler()
+    log.addHandler(handler)
+    try:
+        with protect_output():
+            handler.setStream(sys.stderr)
+            print(f"out {secret}")
+            print(f"err {secret}", file=sys.stderr)
+            log.warning("log %s", secret)
+            try:
+                raise ValueError(secret)
+            except ValueError:
+                log.exception("failed")
+            log.warning("wrong %d", secret)
+    finally:
+        log.removeHandler(handler)
+    shown = capsys.readouterr()
+    assert secret not in shown.out + shown.err
+    assert "out [redacted: Hugging Face token]" in shown.out
+    assert "log [redacted: Hugging Face token]" in shown.err
+    assert "ValueError: [redacted: Hugging Face token]" in shown.err
+    assert "wrong" in shown.err
+    assert logging.getLogRecordFactory() is logging.LogRecord
+
+
+def test_a_protected_process_still_works() -> None:
+    code = (
+        "import sys, os\n"
+        "from toolkit.base.secrets import protect_output\n"
+        "with protect_output():\n"
+        "    print(sys.stdout.isatty(), sys.stdout.encoding, sys.stdout.fileno())\n"
+        "    print(os.environ['HF_TOKEN'], file=sys.stderr, flush=True)\n"
+        "    sys.stdout.writelines(['a\\n', 'b\\n'])\n"
+        "    sys.stdout.buffer.write(b'c')\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"HF_TOKEN": "a canary that sings", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert "False utf-8 1" in shown.stdout
+    assert "a\nb\n" in shown.stdout
+    assert shown.stderr == "[redacted: HF_TOKEN]\n"

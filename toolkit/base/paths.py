@@ -1,0 +1,114 @@
+"""Paths that stay where they belong, and files that are never more open than 0644 (folders: 0755).
+
+Names that come from a file (an index of weights, the state of a saved dataset, a member of an
+archive) are joined with ``safe_join``; what we write goes through ``make_folder``, ``write_file``
+and ``append_line``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from toolkit.base.errors import ConfigError
+
+FILE_MODE = 0o644
+FOLDER_MODE = 0o755
+
+
+def tighten_umask() -> int:
+    """Take group's and others' write permission from all that this process makes from now on;
+    return the old umask.
+
+    Libraries (safetensors, transformers, datasets) write with 0666 and leave the rest to the
+    umask, which clusters often set to 0. A stricter umask of the user's is kept.
+    """
+    old = os.umask(0o022)
+    os.umask(old | 0o022)
+    return old
+
+
+def safe_join(root: Path, name: str, *, what: str = "a file name") -> Path:
+    """``root / name``, where ``name`` was written by someone else: it must not lead outside
+    ``root``.
+
+    Raises ConfigError for an absolute path, a drive, ``..``, a NUL or an empty name, and for a
+    link that leads outside.
+    """
+    pure = PurePosixPath(name.replace("\\", "/"))
+    outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
+    if outside or "\0" in name or pure == PurePosixPath():
+        raise ConfigError(
+            f"{what} leads outside its folder: {name!r}",
+            where=str(root),
+            fix="this folder was damaged or made to do harm: get it again from where you trust it",
+        )
+    path = root / pure
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"{what} is a link that leads outside its folder: {name!r} -> {path.resolve()}",
+            where=str(root),
+            fix="copy the file itself into the folder",
+        )
+    return path
+
+
+def make_folder(path: Path) -> Path:
+    """Make ``path`` and its parents, 0755 at most under any umask; what exists keeps its mode."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    return path
+
+
+def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+    """Replace ``path`` by ``content`` in one step: a reader sees the old file or the new one,
+    never half of it.
+
+    Mode 0644 less the umask. With ``durable``, file and folder are on the disk when this returns.
+    Raises OSError.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        Path(temporary).chmod(FILE_MODE & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+    return path
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in one write, so that lines of several processes do not mix. Raises
+    OSError.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    handle = os.open(path, flags, FILE_MODE)
+    try:
+        os.write(handle, (line.rstrip("\n") + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk (a rename alone is not)."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
