@@ -1,1 +1,4 @@
-"""Values of this node and its GPUs, read through NVML and /proc. Read-only, no CUDA context."""
+"""What this node is: GPUs through NVML, the host, the installed software. Values, checks, reports.
+
+Everything here reads and nothing changes: no persistence mode, no CUDA context, no privilege.
+"""

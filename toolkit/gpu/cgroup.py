@@ -1,0 +1,91 @@
+"""Limits of the control group that this process is in: what the job may use, versions 1 and 2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Version 1 writes "no limit" as the largest multiple of a page below 2^63.
+_NO_LIMIT = 1 << 60
+
+
+def read_cgroup(root: Path) -> dict[str, Any]:
+    """{version, memory_limit, memory_used, cpu_limit}: bytes and CPUs, None for no limit.
+
+    A limit of any parent group binds too, so the smallest on the way up counts.
+
+    Raises:
+        OSError: no cgroup file system here.
+        ValueError: files in a form that is not known.
+    """
+    groups = _groups(root)
+    base = root / "sys/fs/cgroup"
+    if (base / "cgroup.controllers").exists():
+        chain = _chain(base, groups.get("", "/"))
+        return {
+            "version": 2,
+            "memory_limit": _least(_number(folder / "memory.max") for folder in chain),
+            "memory_used": _number(chain[0] / "memory.current"),
+            "cpu_limit": _least(_share(folder) for folder in chain),
+        }
+    memory = _chain(base / "memory", groups.get("memory", "/"))
+    cpu = _chain(base / "cpu", groups.get("cpu", "/"))
+    return {
+        "version": 1,
+        "memory_limit": _least(_number(folder / "memory.limit_in_bytes") for folder in memory),
+        "memory_used": _number(memory[0] / "memory.usage_in_bytes"),
+        "cpu_limit": _least(_quota(folder) for folder in cpu),
+    }
+
+
+def _groups(root: Path) -> dict[str, str]:
+    """Controller to the path of this process's group ("" for version 2)."""
+    groups: dict[str, str] = {}
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        parts = line.split(":", 2)
+        if len(parts) == 3:
+            groups.update(dict.fromkeys(parts[1].split(","), parts[2]))
+    return groups
+
+
+def _chain(base: Path, group: str) -> list[Path]:
+    """The group's folder and its parents up to ``base``.
+
+    In a container the path may be the host's, which is not there: then ``base`` is the group.
+    """
+    folder = base / group.lstrip("/")
+    if ".." in group.split("/") or not folder.is_dir():
+        return [base]
+    chain = [folder]
+    while chain[-1] != base:
+        chain.append(chain[-1].parent)
+    return chain
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:  # the root group has no such file, and no limit
+        return None
+    return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
+
+
+def _share(folder: Path) -> float | None:
+    """CPUs from version 2's ``cpu.max``: quota and period in microseconds."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+    except FileNotFoundError:
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _quota(folder: Path) -> float | None:
+    quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+    return None if not quota or not period or quota < 0 else quota / period
+
+
+def _least(values: Any) -> Any:
+    known = [value for value in values if value is not None]
+    return min(known) if known else None

@@ -1,0 +1,154 @@
+"""Which card is which: CUDA's numbers (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER) to NVML's rows.
+
+Follows the CUDA programming guide: a list of indices or of UUIDs (a unique prefix is enough), the
+first entry that names nothing ends the list, and of MIG slices CUDA uses one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """The devices that CUDA will number 0, 1, ...; ``problem`` says why the list ended early."""
+
+    devices: tuple[GpuSnapshot, ...]
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that CUDA can use; ``integrated`` memory is shared with the CPU (GB10, Jetson)."""
+
+    total_bytes: int
+    free_bytes: int
+    integrated: bool = False
+
+
+def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
+    """All answering cards in CUDA's own order, before CUDA_VISIBLE_DEVICES.
+
+    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts by speed with a rule of its own. Equal cards
+    keep the bus order; for unequal ones this guesses by capability and memory, and the check
+    ``devices.order`` says that it is a guess.
+    """
+    answering = [gpu for gpu in snapshot.gpus if not gpu.lost]
+    by_bus = sorted(answering, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
+    if snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID" or not mixed(snapshot):
+        return tuple(by_bus)
+    return tuple(
+        sorted(
+            by_bus, key=lambda gpu: (gpu.capability or (0, 0), gpu.total_bytes or 0), reverse=True
+        )
+    )
+
+
+def mixed(snapshot: NodeSnapshot) -> bool:
+    """Whether the node holds cards of different kinds."""
+    return len({gpu.name.value for gpu in snapshot.gpus if gpu.name.known}) > 1
+
+
+def visible(snapshot: NodeSnapshot) -> Visible:
+    """The devices that CUDA will see, slices in place of cards in MIG mode."""
+    cards = cuda_order(snapshot)
+    wanted = snapshot.environment.get(VISIBLE)
+    if wanted is None:
+        return _with_slices(cards)
+    if wanted.strip() == "NoDevFiles":
+        return Visible((), f"{VISIBLE}=NoDevFiles: Slurm gave this job no GPU")
+    chosen: list[GpuSnapshot] = []
+    for entry in (part.strip() for part in wanted.split(",")):
+        device = _named(entry, cards)
+        if device is None:
+            what = f"{entry!r} in {VISIBLE}={wanted!r}" if entry else f"{VISIBLE} is empty"
+            reason = f"{what} names no GPU here; CUDA ignores it and all that follow it"
+            return _with_slices(tuple(chosen), reason if entry else f"{what}: CUDA sees no GPU")
+        if device in chosen:
+            return Visible((), f"{VISIBLE}={wanted!r} names {device.label} twice: CUDA sees no GPU")
+        chosen.append(device)
+    return _with_slices(tuple(chosen))
+
+
+def _named(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
+    if entry.isdecimal():
+        return cards[int(entry)] if int(entry) < len(cards) else None
+    kinds = {"GPU-": cards, "MIG-": tuple(part for card in cards for part in card.slices)}
+    candidates = kinds.get(entry[:4].upper(), ())
+    found = [
+        device
+        for device in candidates
+        if (device.uuid.value or "").lower().startswith(entry.lower())
+    ]
+    if not found and entry.upper().startswith("MIG-GPU-"):
+        found = [part for part in candidates if _old_mig_name(part, cards) == entry.lower()]
+    return found[0] if len(found) == 1 else None
+
+
+def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
+    """``MIG-GPU-<uuid of the card>/<gpu instance>/<compute instance>``, drivers before 470."""
+    card = next(card for card in cards if card.index == part.parent)
+    return f"mig-{card.uuid.value}/{part.gpu_instance.value}/{part.compute_instance.value}".lower()
+
+
+def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
+    """In MIG mode a card is only reachable through a slice, and CUDA uses exactly one."""
+    slices = [device if device.parent is not None else device.slices[:1] for device in devices]
+    first = next((part for part in slices if part), None)
+    if first is not None:
+        one = first[0] if isinstance(first, tuple) else first
+        return Visible((one,), problem)
+    usable = tuple(device for device in devices if not in_mig_mode(device))
+    return Visible(usable, problem)
+
+
+def in_mig_mode(gpu: GpuSnapshot) -> bool:
+    """Whether the card is cut into slices (possibly none yet)."""
+    return bool(gpu.mig_mode.value and gpu.mig_mode.value[0] == 1)
+
+
+def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | None:
+    """The device that CUDA numbers ``index`` (0 for None); None where CUDA will see no GPU.
+
+    Raises:
+        ConfigError: there are GPUs, and fewer than ``index`` asks for.
+    """
+    seen = visible(snapshot)
+    if not seen.devices and (index is None or not snapshot.gpus):
+        return None
+    if (index or 0) >= len(seen.devices) or (index or 0) < 0:
+        raise ConfigError(
+            f"GPU {index} was asked for and CUDA sees {len(seen.devices)} here"
+            + (f" ({seen.problem})" if seen.problem else ""),
+            where="--gpu-index",
+            fix="indices count from 0 in CUDA's order, after CUDA_VISIBLE_DEVICES",
+        )
+    return seen.devices[index or 0]
+
+
+def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
+    """What CUDA can use of a device; on integrated memory, what the host has available.
+
+    NVML answers "not supported" for memory on GB10 and Jetson: the CPU's memory is the GPU's.
+    """
+    if gpu.total_bytes is not None and gpu.free_bytes is not None:
+        return Memory(gpu.total_bytes, gpu.free_bytes)
+    host_memory = snapshot.host.memory.value
+    if not gpu.memory.unsupported or host_memory is None:
+        return None
+    return Memory(host_memory["total"], host_memory["available"], integrated=True)
+
+
+def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
+    """The whole card of a slice; a card is its own. Health is the card's, memory the slice's."""
+    if gpu.parent is None:
+        return gpu
+    return next(card for card in snapshot.gpus if card.index == gpu.parent)

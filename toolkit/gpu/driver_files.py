@@ -1,0 +1,193 @@
+"""What the file system says about the driver: which libcuda wins, device nodes, the kernel's log.
+
+Nothing is loaded: a library's version is read from its file name, and the loader's cache is read
+as bytes. Paths are taken under ``root`` so that tests can lay out a node of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.reading import Reading, failed, of, unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+ROOT = Path("/")
+_DEFAULT_FOLDERS = ("lib64", "usr/lib64", "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
+_WSL_FOLDER = "usr/lib/wsl/lib"
+_XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
+_SXID = re.compile(r"SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
+_LOG_BYTES = 4_000_000
+_LOG_SECONDS = 0.5
+
+
+def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any]]:
+    """The fields of ``DriverSnapshot`` that come from files."""
+    return {
+        "kernel_module": asked(lambda: kernel_module(root)),
+        "libcuda": asked(lambda: libcuda(environ, root)),
+        "device_nodes": asked(lambda: device_nodes(root)),
+        "pci_gpus": asked(lambda: pci_gpus(root)),
+        "kernel_log": kernel_log(root),
+        "mps": asked(lambda: mps(environ, root)),
+    }
+
+
+def asked(question: Callable[[], Any]) -> Reading[Any]:
+    """The outcome of a question to the file system; a missing file is "not supported"."""
+    try:
+        return of(question())
+    except FileNotFoundError as error:
+        return unsupported(f"{error.filename}: not there")
+    except (OSError, ValueError) as error:
+        return failed(getattr(error, "strerror", None) or str(error))
+
+
+def kernel_module(root: Path = ROOT) -> str:
+    """Version of the loaded kernel module.
+
+    Raises:
+        OSError: it is not loaded.
+    """
+    text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"(?:Kernel Module|for \S+)\s+(\d+\.\d+(?:\.\d+)?)", text)
+    if found is None:
+        raise ValueError("/proc/driver/nvidia/version in an unknown form")
+    return found[1]
+
+
+def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
+    """Every libcuda.so.1 in the loader's own order (the first wins), with where it was found."""
+    places = [
+        ("LD_LIBRARY_PATH", Path(folder))
+        for folder in environ.get("LD_LIBRARY_PATH", "").split(":")
+        if folder
+    ]
+    places += [("ld.so.cache", path.parent) for path in _cached(root)]
+    places += [("default", Path("/") / folder) for folder in (*_DEFAULT_FOLDERS, _WSL_FOLDER)]
+    found: list[dict[str, Any]] = []
+    for source, folder in places:
+        path = root / folder.relative_to("/") if folder.is_absolute() else folder
+        library = path / "libcuda.so.1"
+        try:
+            target = library.resolve(strict=True)
+        except (OSError, RuntimeError):  # absent, or a loop of links
+            continue
+        if any(entry["target"] == str(target) for entry in found):
+            continue
+        version = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", target.name)
+        found.append(
+            {
+                "path": str(folder / "libcuda.so.1"),
+                "target": str(target),
+                "version": version[1] if version and "." in version[1] else None,
+                "source": source,
+            }
+        )
+    for entry in found:
+        del entry["target"]
+    return found
+
+
+def _cached(root: Path) -> list[Path]:
+    """Paths of libcuda.so.1 in the loader's cache, which is a table of NUL-ended strings."""
+    try:
+        data = (root / "etc/ld.so.cache").read_bytes()
+    except OSError:
+        return []
+    paths = re.findall(rb"(/[\x21-\x7e]+/libcuda\.so\.1)\0", data)
+    wide = [path for path in paths if b"i386" not in path and b"lib32" not in path]
+    return [Path(path.decode()) for path in dict.fromkeys(wide)]
+
+
+def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
+    """The NVIDIA device files, and whether this user may open each for reading and writing."""
+    names = [
+        name
+        for name in os.listdir(root / "dev")
+        if re.fullmatch(r"nvidia(ctl|-uvm|\d+)|dxg|nvgpu", name)
+    ]
+    return [
+        {"path": f"/dev/{name}", "usable": os.access(root / "dev" / name, os.R_OK | os.W_OK)}
+        for name in sorted(names)
+    ]
+
+
+def pci_gpus(root: Path = ROOT) -> int:
+    """NVIDIA display controllers on the PCI bus, whether or not a driver serves them."""
+    count = 0
+    for device in (root / "sys/bus/pci/devices").iterdir():
+        try:
+            vendor = (device / "vendor").read_text(encoding="ascii").strip()
+            kind = (device / "class").read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        count += vendor == "0x10de" and kind.startswith("0x03")
+    return count
+
+
+def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
+    """Whether the multi-process service stands between CUDA and the card."""
+    pipe = environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # CUDA's default
+    return (root / pipe.lstrip("/") / "control").exists()
+
+
+def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
+    """XID and SXID events since boot: number, bus id, and age in seconds where it is known."""
+    try:
+        return of(_events(root / "dev/kmsg"))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    for name in ("var/log/kern.log", "var/log/messages"):
+        try:
+            with (root / name).open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - _LOG_BYTES))
+                text = file.read(_LOG_BYTES).decode("utf-8", errors="replace")
+        except OSError:
+            continue
+        return of([event for line in text.splitlines() if (event := _event(line))])
+    return failed(f"/dev/kmsg: {reason}")
+
+
+def _events(kmsg: Path) -> list[dict[str, Any]]:
+    """The ring buffer, one record a read, until it would block; bounded in time."""
+    descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
+    events, until = [], time.monotonic() + _LOG_SECONDS
+    now_us = time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6
+    try:
+        while time.monotonic() < until:
+            try:
+                record = os.read(descriptor, 8192)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the record was overwritten: the next one is there
+                    continue
+                raise
+            if not record:
+                break
+            head, _, text = record.decode("utf-8", errors="replace").partition(";")
+            event = _event(text)
+            if event:
+                stamp = head.split(",")[2] if head.count(",") >= 2 else ""
+                if stamp.isdecimal():
+                    event["age_s"] = round(max(0.0, now_us - int(stamp)) / 1e6)
+                events.append(event)
+    finally:
+        os.close(descriptor)
+    return events
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    for kind, pattern in (("xid", _XID), ("sxid", _SXID)):
+        found = pattern.search(line)
+        if found:
+            return {"kind": kind, "number": int(found[2]), "bus": found[1], "age_s": None}
+    return None

@@ -1,0 +1,179 @@
+"""The host as the job will feel it: limits of its cgroup and not the machine's totals, disks,
+clock.
+
+Read-only: writability is asked of the kernel (``access``) and never tried. Paths are taken under
+``root`` so that tests can lay out a host of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import resource
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.cgroup import read_cgroup
+from toolkit.gpu.driver_files import ROOT, asked
+from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+# The variables that checks read. Nothing else of the environment is kept: it holds secrets.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "CUDA_MPS_PIPE_DIRECTORY",
+    "HF_HUB_OFFLINE",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "NCCL_DEBUG",
+    "NCCL_P2P_DISABLE",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_JOB_GPUS",
+    "SLURM_JOB_ID",
+    "TRANSFORMERS_OFFLINE",
+    "VLLM_ATTENTION_BACKEND",
+    "VLLM_USE_V1",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HostSnapshot:
+    """Bytes, counts, seconds. ``cgroup`` {version, memory_limit, memory_used, cpu_limit};
+    ``disks`` a list of {role, path, total, free, free_inodes, writable}; ``limits`` {memlock,
+    nofile} with None for unlimited; ``place`` {container, kubernetes, slurm, wsl}.
+    """
+
+    place: Reading[dict[str, Any]] = NOT_ASKED
+    memory: Reading[dict[str, int]] = NOT_ASKED
+    cgroup: Reading[dict[str, Any]] = NOT_ASKED
+    cpus: Reading[int] = NOT_ASKED
+    shm: Reading[dict[str, int]] = NOT_ASKED
+    limits: Reading[dict[str, int | None]] = NOT_ASKED
+    disks: Reading[list[dict[str, Any]]] = NOT_ASKED
+    clock: Reading[dict[str, Any]] = NOT_ASKED
+    user: Reading[str] = NOT_ASKED
+
+
+def relevant(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that checks read, and no other."""
+    return {name: environ[name] for name in VARIABLES if name in environ}
+
+
+def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROOT) -> HostSnapshot:
+    """Everything about the host, each answer on its own."""
+    return HostSnapshot(
+        place=asked(lambda: place(environ, root)),
+        memory=read_memory(root),
+        cgroup=asked(lambda: read_cgroup(root)),
+        cpus=asked(lambda: len(os.sched_getaffinity(0))),
+        shm=asked(lambda: _space(root / "dev/shm")),
+        limits=asked(_limits),
+        disks=asked(lambda: [disk(role, path) for role, path in paths.items()]),
+        clock=clock(),
+        user=_user(),
+    )
+
+
+def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
+    """Bytes of main memory, in all and available without swapping."""
+    return asked(lambda: _memory(root))
+
+
+def _memory(root: Path) -> dict[str, int]:
+    lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
+    if "MemTotal" not in kib or "MemAvailable" not in kib:
+        raise ValueError("/proc/meminfo has no MemTotal or MemAvailable")
+    return {"total": kib["MemTotal"] * 1024, "available": kib["MemAvailable"] * 1024}
+
+
+def _space(path: Path) -> dict[str, int]:
+    status = os.statvfs(path)
+    return {"total": status.f_blocks * status.f_frsize, "free": status.f_bavail * status.f_frsize}
+
+
+def disk(role: str, path: Path) -> dict[str, Any]:
+    """The file system that a folder is on, or will be on once it is made."""
+    existing = path.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    status = os.statvfs(existing)
+    return {
+        "role": role,
+        "path": str(path),
+        "total": status.f_blocks * status.f_frsize,
+        "free": status.f_bavail * status.f_frsize,
+        # File systems without a fixed number of inodes (btrfs, some network ones) report 0 of 0.
+        "free_inodes": status.f_favail if status.f_files else None,
+        "writable": os.access(existing, os.W_OK | os.X_OK) and existing.is_dir(),
+    }
+
+
+def _limits() -> dict[str, int | None]:
+    kinds = {"memlock": resource.RLIMIT_MEMLOCK, "nofile": resource.RLIMIT_NOFILE}
+    soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    return {
+        name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()
+    }
+
+
+def clock() -> Reading[dict[str, Any]]:
+    """Now, and whether the kernel's clock is kept in step (``adjtimex`` with nothing to set)."""
+    now = time.time()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "adjtimex"):
+        return failed("this C library has no adjtimex")
+    state = libc.adjtimex(ctypes.create_string_buffer(256))  # struct timex with modes = 0
+    if state < 0:
+        return failed(os.strerror(ctypes.get_errno()))
+    return of({"now": now, "synchronised": state != 5})  # TIME_ERROR
+
+
+def _user() -> Reading[str]:
+    """The account name; torch and triton ask for it and fail where the uid has none."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        if os.environ.get(name):
+            return of("from the environment")
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return failed(f"uid {os.getuid()} has no account, and USER is not set")
+    return of("from the accounts")
+
+
+def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
+    """Container engine, orchestrator, scheduler and WSL, by the marks that each leaves."""
+    container = None
+    if "APPTAINER_CONTAINER" in environ or "SINGULARITY_CONTAINER" in environ:
+        container = "apptainer"
+    elif (root / "run/.containerenv").exists():
+        container = "podman"
+    elif (root / ".dockerenv").exists():
+        container = "docker"
+    elif environ.get("container"):
+        container = environ["container"][:20]
+    try:
+        release = (root / "proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
+    except (OSError, UnicodeDecodeError):
+        release = ""
+    return {
+        "container": container,
+        "kubernetes": "KUBERNETES_SERVICE_HOST" in environ,
+        "slurm": "SLURM_JOB_ID" in environ,
+        "wsl": "microsoft" in release,
+    }

@@ -1,0 +1,168 @@
+"""NVML, asked one question at a time. The only module that imports pynvml.
+
+Every answer is a ``Reading``; a card that is lost spoils its own row. Nothing is set: no
+persistence mode, no clocks. ``nvmlSystemGetCudaDriverVersion`` is not asked, because it opens
+libcuda; the driver's version says which CUDA it can run.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.nvml_queries import GPU_QUERIES, RECOVERY_ACTION_FIELD, SLICE_QUERIES
+from toolkit.gpu.reading import Reading, failed, of, unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# A driver in trouble can block a query for ever (processes in state D). This is far above a
+# healthy node's time (8 cards without persistence mode need some seconds to wake up).
+DEADLINE_S = 30.0
+
+# NOT_SUPPORTED, FUNCTION_NOT_FOUND, VGPU_ECC_NOT_SUPPORTED, ARGUMENT_VERSION_MISMATCH, DEPRECATED
+_UNSUPPORTED_CODES = {3, 13, 22, 25, 26}
+LIBRARY_NOT_FOUND = 12
+GPU_IS_LOST = 15
+MAX_NVLINKS = 18
+
+Answers = dict[str, Any]  # a Reading[Any] by the name of its field
+
+
+@dataclass
+class NvmlAnswers:
+    """What NVML said: ``start`` is whether it started at all, and ``gpus`` a row a card.
+
+    A row is ``{field of GpuSnapshot: Reading}``; its ``slices`` are rows of MIG devices.
+    """
+
+    start: Reading[str]
+    driver_version: Reading[str]
+    gpus: list[tuple[Answers, list[Answers]]] = field(default_factory=list)
+    p2p: Reading[list[list[int]]] = field(default_factory=lambda: unsupported("one GPU"))
+
+
+def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
+    """Ask one question and keep its outcome.
+
+    Newer pynvml raises NVMLLibraryMismatchError, no NVMLError, where the driver is older than the
+    call: that too is "not supported".
+    """
+    try:
+        return of(query(*arguments))
+    except nvml.NVMLLibraryMismatchError:
+        return unsupported("Function Not Found", 13)
+    except nvml.NVMLError as error:
+        code = int(error.value)
+        kind = unsupported if code in _UNSUPPORTED_CODES else failed
+        return kind(str(error), code)
+    except UnicodeDecodeError:
+        return failed("an answer that is not text")
+
+
+def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
+    """All of NVML's answers about this node; a hanging driver is an answer too, after a while."""
+    results: list[NvmlAnswers] = []
+    worker = threading.Thread(target=lambda: results.append(_read()), name="nvml", daemon=True)
+    worker.start()
+    worker.join(deadline_s)
+    if results:
+        return results[0]
+    silence: Reading[str] = failed(
+        f"NVML did not answer within {deadline_s:g} s"
+        if worker.is_alive()
+        else "NVML could not be asked"
+    )
+    return NvmlAnswers(start=silence, driver_version=silence)
+
+
+def _read() -> NvmlAnswers:
+    import pynvml  # noqa: PLC0415 - 15 ms, and only where NVML is asked
+
+    start = ask(pynvml, pynvml.nvmlInit)
+    if not start.known:
+        return NvmlAnswers(start=start, driver_version=start)
+    try:
+        answers = NvmlAnswers(
+            start=ask(pynvml, pynvml.nvmlSystemGetNVMLVersion),
+            driver_version=ask(pynvml, pynvml.nvmlSystemGetDriverVersion),
+        )
+        count = ask(pynvml, pynvml.nvmlDeviceGetCount)
+        if not count.known:
+            answers.start = count
+            return answers
+        handles = [_handle(pynvml, index) for index in range(count.value or 0)]
+        answers.gpus = [_gpu(pynvml, handle) for handle in handles]
+        known = [(index, one.value) for index, one in enumerate(handles) if one.known]
+        answers.p2p = _peers(pynvml, known)
+        return answers
+    finally:
+        ask(pynvml, pynvml.nvmlShutdown)
+
+
+def _handle(nvml: Any, index: int) -> Reading[Any]:
+    return ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+
+
+def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
+    if not handle.known:
+        lost: Reading[Any] = Reading(None, handle.reason, handle.unsupported, handle.code)
+        return {"state": lost}, []
+    row = {name: ask(nvml, query, nvml, handle.value) for name, query in GPU_QUERIES}
+    # A card that fell off the bus keeps its handle and fails every question with the same code.
+    first_loss = next((answer for answer in row.values() if answer.code == GPU_IS_LOST), None)
+    row["state"] = first_loss if first_loss is not None else of("ok")
+    row["nvlinks"] = _nvlinks(nvml, handle.value)
+    row["recovery_action"] = _recovery_action(nvml, handle.value)
+    mig_mode = row["mig_mode"].value
+    return row, _slices(nvml, handle.value) if mig_mode and mig_mode[0] == 1 else []
+
+
+def _slices(nvml: Any, parent: Any) -> list[Answers]:
+    """The MIG devices of a card; numbers may have gaps, and end where NVML says not found."""
+    rows = []
+    most = ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
+    for index in range(most):
+        handle = ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, index)
+        if handle.known:
+            rows.append(
+                {name: ask(nvml, query, nvml, handle.value) for name, query in SLICE_QUERIES}
+            )
+    return rows
+
+
+def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
+    """1 or 0 a link, up to the first that the card does not have."""
+    states: list[int] = []
+    for link in range(MAX_NVLINKS):
+        state = ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
+        if state.value is None:
+            return of(states) if states else state
+        states.append(int(state.value))
+    return of(states)
+
+
+def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
+    """What the driver asks for: 0 nothing, 1 reset, 2 reboot, 3 and 4 drain (driver >= 570)."""
+    answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
+    if answer.value is None:
+        return answer
+    field_value = answer.value[0]
+    if field_value.nvmlReturn:
+        return unsupported("no such field", int(field_value.nvmlReturn))
+    return of(int(field_value.value.uiVal))
+
+
+def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
+    """``[i, j, status]`` of reads over P2P for every pair; status 0 is OK."""
+    if len(handles) < 2:
+        return unsupported("fewer than two GPUs")
+    pairs = []
+    for (i, one), (j, other) in combinations(handles, 2):
+        status = ask(nvml, nvml.nvmlDeviceGetP2PStatus, one, other, 0)
+        if status.value is None:
+            return status
+        pairs.append([i, j, int(status.value)])
+    return of(pairs)

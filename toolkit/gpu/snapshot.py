@@ -1,0 +1,245 @@
+"""A node as values: what ``take`` read, what ``record`` writes, what every check judges.
+
+``GpuSnapshot`` and ``NodeSnapshot`` hold ``Reading``s only, so that a snapshot of another node
+(or of a broken one) is the same kind of thing as this node's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu import driver_files, host, nvml, software
+from toolkit.gpu.reading import NOT_ASKED, Reading, from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSnapshot:
+    """One card (or one MIG slice of it: ``parent`` is then the card's index), in NVML's order.
+
+    Units: bytes, mW, MHz, degrees Celsius. ``memory`` is {total, free, used, reserved, version};
+    ``fabric`` {state, status, health}; ``remapped_rows`` {correctable, uncorrectable, pending,
+    failure}; ``retired_pages`` {single_bit, double_bit, pending}; ``pcie`` {generation,
+    max_generation, width, max_width}; ``clocks_mhz`` {sm, max_sm, memory, max_memory}.
+    """
+
+    index: int
+    parent: int | None = None
+    slices: tuple[GpuSnapshot, ...] = ()
+    state: Reading[str] = NOT_ASKED
+    name: Reading[str] = NOT_ASKED
+    uuid: Reading[str] = NOT_ASKED
+    pci_bus_id: Reading[str] = NOT_ASKED
+    minor: Reading[int] = NOT_ASKED
+    compute_capability: Reading[list[int]] = NOT_ASKED
+    memory: Reading[dict[str, Any]] = NOT_ASKED
+    processes: Reading[list[dict[str, Any]]] = NOT_ASKED
+    utilization_percent: Reading[int] = NOT_ASKED
+    mig_mode: Reading[list[int]] = NOT_ASKED
+    gpu_instance: Reading[int] = NOT_ASKED
+    compute_instance: Reading[int] = NOT_ASKED
+    ecc_mode: Reading[int] = NOT_ASKED
+    ecc_uncorrected: Reading[int] = NOT_ASKED
+    ecc_uncorrected_lifetime: Reading[int] = NOT_ASKED
+    ecc_corrected: Reading[int] = NOT_ASKED
+    remapped_rows: Reading[dict[str, int]] = NOT_ASKED
+    retired_pages: Reading[dict[str, int]] = NOT_ASKED
+    recovery_action: Reading[int] = NOT_ASKED
+    fabric: Reading[dict[str, int | None]] = NOT_ASKED
+    persistence_mode: Reading[int] = NOT_ASKED
+    compute_mode: Reading[int] = NOT_ASKED
+    performance_state: Reading[int] = NOT_ASKED
+    clock_reasons: Reading[int] = NOT_ASKED
+    clocks_mhz: Reading[dict[str, int]] = NOT_ASKED
+    temperature_c: Reading[int] = NOT_ASKED
+    slowdown_c: Reading[int] = NOT_ASKED
+    power_mw: Reading[int] = NOT_ASKED
+    power_limit_mw: Reading[int] = NOT_ASKED
+    power_default_mw: Reading[int] = NOT_ASKED
+    pcie: Reading[dict[str, int]] = NOT_ASKED
+    nvlinks: Reading[list[int]] = NOT_ASKED
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Memory of the card or slice as NVML reports it; None where it does not."""
+        return None if self.memory.value is None else int(self.memory.value["total"])
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Free memory as NVML reports it; None where it does not."""
+        return None if self.memory.value is None else int(self.memory.value["free"])
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability, as (major, minor)."""
+        value = self.compute_capability.value
+        return None if value is None else (int(value[0]), int(value[1]))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the card does not answer."""
+        return not self.state.known
+
+    @property
+    def label(self) -> str:
+        """How messages name it: ``GPU 3`` or ``GPU 3 MIG 1``."""
+        return f"GPU {self.index}" if self.parent is None else f"GPU {self.parent} MIG {self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class DriverSnapshot:
+    """``nvml`` is NVML's version, or why it did not start; ``version`` the driver's.
+
+    ``p2p`` is [i, j, status] a pair of cards (0 is OK). The rest is of ``driver_files``.
+    """
+
+    nvml: Reading[str] = NOT_ASKED
+    version: Reading[str] = NOT_ASKED
+    p2p: Reading[list[list[int]]] = NOT_ASKED
+    kernel_module: Reading[str] = NOT_ASKED
+    libcuda: Reading[list[dict[str, Any]]] = NOT_ASKED
+    device_nodes: Reading[list[dict[str, Any]]] = NOT_ASKED
+    pci_gpus: Reading[int] = NOT_ASKED
+    kernel_log: Reading[list[dict[str, Any]]] = NOT_ASKED
+    mps: Reading[bool] = NOT_ASKED
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSnapshot:
+    """One node at one moment. ``environment`` holds only the variables that checks read."""
+
+    driver: DriverSnapshot = field(default_factory=DriverSnapshot)
+    gpus: tuple[GpuSnapshot, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    host: host.HostSnapshot = field(default_factory=host.HostSnapshot)
+    software: software.SoftwareSnapshot = field(default_factory=software.SoftwareSnapshot)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain objects, the inverse of ``node_from_json``."""
+        return {
+            "format": FORMAT,
+            "driver": values_of(self.driver),
+            "gpus": [gpu_to_json(gpu) for gpu in self.gpus],
+            "environment": dict(self.environment),
+            "host": values_of(self.host),
+            "software": values_of(self.software),
+        }
+
+
+def take(
+    *, paths: Mapping[str, Path] | None = None, environ: Mapping[str, str] | None = None
+) -> NodeSnapshot:
+    """Read this node: NVML, the host and the installed software. Writes nothing, needs no right.
+
+    Args:
+        paths: folders whose disks matter, by role (``output``, ``cache`` ...); a folder that does
+            not exist yet stands for its nearest parent that does.
+        environ: instead of ``os.environ``.
+    """
+    variables = os.environ if environ is None else environ
+    driver, gpus = _ask_nvml()
+    return NodeSnapshot(
+        driver=replace(driver, **driver_files.read(variables)),
+        gpus=gpus,
+        environment=host.relevant(variables),
+        host=host.read(variables, paths or {}),
+        software=software.read(),
+    )
+
+
+def take_gpus(*, environ: Mapping[str, str] | None = None) -> NodeSnapshot:
+    """Read NVML only: what sizing needs, without a look at the host's disks and packages."""
+    driver, gpus = _ask_nvml()
+    variables = os.environ if environ is None else environ
+    memory = host.HostSnapshot(memory=host.read_memory())
+    return NodeSnapshot(driver, gpus, host.relevant(variables), memory)
+
+
+def _ask_nvml() -> tuple[DriverSnapshot, tuple[GpuSnapshot, ...]]:
+    answers = nvml.read()
+    gpus = []
+    for index, (row, slices) in enumerate(answers.gpus):
+        parts = tuple(
+            GpuSnapshot(
+                index=number,
+                parent=index,
+                **{"state": row["state"], "compute_capability": row["compute_capability"], **part},
+            )
+            for number, part in enumerate(slices)
+        )
+        gpus.append(GpuSnapshot(index=index, slices=parts, **row))
+    return DriverSnapshot(answers.start, answers.driver_version, answers.p2p), tuple(gpus)
+
+
+def values_of(snapshot: Any) -> dict[str, Any]:
+    """The readings of a snapshot dataclass as plain objects."""
+    return {item.name: getattr(snapshot, item.name).to_json() for item in fields(snapshot)}
+
+
+_NOT_READINGS = {"index", "parent", "slices"}
+
+
+def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
+    """A card and its slices as plain objects; questions that were not asked are left out."""
+    readings = {
+        item.name: getattr(gpu, item.name).to_json()
+        for item in fields(gpu)
+        if item.name not in _NOT_READINGS and getattr(gpu, item.name) is not NOT_ASKED
+    }
+    return {"index": gpu.index, **readings, "slices": [gpu_to_json(part) for part in gpu.slices]}
+
+
+def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
+    """The fields of ``kind`` that ``data`` has.
+
+    Raises:
+        ValueError: ``data`` is not an object of readings.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{kind.__name__}: not an object")
+    names = {item.name for item in fields(kind)} - _NOT_READINGS
+    return {name: from_json(answer) for name, answer in data.items() if name in names}
+
+
+def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:
+    """The inverse of ``gpu_to_json``.
+
+    Raises:
+        ValueError: not a recorded card.
+    """
+    readings = readings_from_json(GpuSnapshot, data)
+    number = data.get("index", index)
+    parts: Sequence[Any] = data.get("slices", [])
+    if not isinstance(number, int) or not isinstance(parts, list):
+        raise ValueError("a GPU has an integer index and a list of slices")
+    slices = tuple(gpu_from_json(part, number, position) for position, part in enumerate(parts))
+    return GpuSnapshot(index=number, parent=parent, slices=slices, **readings)
+
+
+def node_from_json(data: Any) -> NodeSnapshot:
+    """The inverse of ``NodeSnapshot.to_json``.
+
+    Raises:
+        ValueError: not a recorded node, or one of a newer format.
+    """
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"not a snapshot of format {FORMAT}")
+    rows, environment = data.get("gpus", []), data.get("environment", {})
+    if not isinstance(rows, list) or not isinstance(environment, dict):
+        raise ValueError("gpus is a list and environment an object")
+    return NodeSnapshot(
+        driver=DriverSnapshot(**readings_from_json(DriverSnapshot, data.get("driver"))),
+        gpus=tuple(gpu_from_json(row, index=position) for position, row in enumerate(rows)),
+        environment={str(name): str(value) for name, value in environment.items()},
+        host=host.HostSnapshot(**readings_from_json(host.HostSnapshot, data.get("host"))),
+        software=software.SoftwareSnapshot(
+            **readings_from_json(software.SoftwareSnapshot, data.get("software"))
+        ),
+    )
