@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Builds one image of containers/Dockerfile so that a second build gives the same digest.
+# usage: build.sh TARGET [--stand-in] [--engine docker|buildah] [--tag NAME]      TARGET: envcheck, train or train-cpu
+#
+#   --stand-in   build on a base made from the distribution's archive, where no registry is reached (stand-in.sh)
+#   BASE_IMAGE, CPU_BASE_IMAGE   another base, by digest        TOOLKIT_STORE   a store of its own (buildah)
+#   TOOLKIT_BASE_TIMEOUT         seconds to wait for the registry (default 60)
+#
+# Settings of pip on this machine (index, certificate) reach the build as secrets and stay in no layer; wheels that its
+# find-links folders hold can be used (the CPU build of torch).
+set -euo pipefail
+# shellcheck source=containers/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+target="" stand_in=0 engine="" tag=""
+while [ "$#" -gt 0 ]; do
+    case "$1" in
+        envcheck | train | train-cpu) target=$1 ;;
+        --stand-in) stand_in=1 ;;
+        --engine) engine=${2:?} && shift ;;
+        --tag) tag=${2:?} && shift ;;
+        *) die 2 "what is $1? usage: build.sh envcheck|train|train-cpu [--stand-in] [--engine docker|buildah] [--tag NAME]" ;;
+    esac
+    shift
+done
+[ -n "$target" ] || die 2 "usage: build.sh envcheck|train|train-cpu [--stand-in] [--engine docker|buildah] [--tag NAME]"
+tag=${tag:-localhost/toolkit:$target}
+case "$target" in
+    envcheck) locks=(light.txt) base_variable=CPU_BASE_IMAGE release=bookworm ;;
+    train-cpu) locks=(image-torch.txt cpu.txt) base_variable=CPU_BASE_IMAGE release=bookworm ;;
+    train) locks=(cu130.txt) base_variable=BASE_IMAGE release=noble ;;
+esac
+
+"$REPO/containers/lock.sh" --check || exit $?
+
+if [ -z "$engine" ]; then
+    if [ "$stand_in" = 0 ] && command -v docker >/dev/null && docker info >/dev/null 2>&1; then
+        engine=docker
+    else
+        engine=buildah
+    fi
+fi
+[ "$engine" = docker ] || "$REPO/containers/tools.sh" buildah skopeo
+
+# ---- the base ----------------------------------------------------------------------------------------------------
+base=${!base_variable:-$(sed -n "s/^ARG $base_variable=//p" "$REPO/containers/Dockerfile")}
+snapshot=()
+if [ "$stand_in" = 1 ]; then
+    [ "$engine" = buildah ] || die 2 "--stand-in needs buildah"
+    base=$("$REPO/containers/stand-in.sh" "$release")
+    snapshot=(--build-arg APT_SNAPSHOT=)
+    say "NOTE: built on a stand-in base, $base, and not on the pinned one: same release and packages, another digest"
+elif [[ $base != localhost/* && $base != *@sha256:* ]]; then
+    die 1 "$base_variable=$base is not pinned by digest" "append @sha256:... (skopeo inspect docker://$base shows it)"
+elif [ "$engine" = buildah ] && ! buildah_ inspect --type image "$base" >/dev/null 2>&1; then
+    # Asked here, so that a wrong digest and a registry out of reach are two different answers.
+    [[ $base != localhost/* ]] || die 1 "$base_variable=$base is not in the local store" "build or load it first, or name another"
+    reference=$(sed 's/:[^:@/]*@/@/' <<<"$base") # a name with both tag and digest is none that skopeo reads
+    answer=$(timeout "${TOOLKIT_BASE_TIMEOUT:-60}" skopeo inspect --raw "docker://$reference" 2>&1 >/dev/null) || {
+        case "$answer" in
+            *"manifest unknown"* | *"does not match"* | *"not found"* | *"invalid reference"* | *"invalid checksum"*)
+                die 1 "$base_variable: the registry has no image $base" "correct the digest: skopeo inspect docker://${base%@*} shows the present one"
+                ;;
+            *) die 4 "the registry of $base is not reached" "try again, or build on a stand-in base: --stand-in" ;;
+        esac
+    }
+fi
+
+# ---- pip's settings, as secrets --------------------------------------------------------------------------------
+private=$(mktemp -d)
+trap 'rm -rf "$private"' EXIT
+mkdir "$private/wheels"
+# Paths of this machine mean nothing inside a build: they are left out, and the wheels they hold are handed over.
+"$(find_python)" - "$private" <<'END'
+import os, pathlib, re, shutil, subprocess, sys
+
+private = pathlib.Path(sys.argv[1])
+listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+settings, links = {}, []
+for line in listing.splitlines():
+    name, _, value = line.partition("=")
+    key, value = name.rpartition(".")[2], value.strip().strip("'")
+    if key == "find-links":
+        links += value.split()
+    if key in {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}:
+        kept = [word for word in re.split(r"\s+|\\n", value) if word and not word.startswith("file:")]
+        if kept:
+            settings[key] = " ".join(kept)
+(private / "pip.conf").write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
+certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or ""
+(private / "ca.crt").write_bytes(pathlib.Path(certificate).read_bytes() if certificate else b"")
+locks = pathlib.Path("locks/image-torch.txt").read_text()
+for folder in dict.fromkeys(links):
+    for wheel in sorted(pathlib.Path(folder).glob("torch-*+cpu-*.whl")) if os.path.isdir(folder) else []:
+        if wheel.name.split("-")[1] in locks:
+            shutil.copy(wheel, private / "wheels") if wheel.stat().st_dev != private.stat().st_dev else os.link(wheel, private / "wheels" / wheel.name)
+END
+
+# ---- build -------------------------------------------------------------------------------------------------------
+created=$(git -C "$REPO" log -1 --format=%cI 2>/dev/null || echo unknown)
+revision=$(git -C "$REPO" rev-parse HEAD 2>/dev/null || echo unknown)
+[ -z "$(git -C "$REPO" status --porcelain -- toolkit schemas locks containers pyproject.toml 2>/dev/null)" ] || revision=$revision-dirty
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$REPO/toolkit/__init__.py")
+arguments=(
+    --build-arg "$base_variable=$base" "${snapshot[@]}"
+    --build-arg "SOURCE_DATE_EPOCH=$EPOCH" --build-arg "CREATED=$created" --build-arg "REVISION=$revision" --build-arg "VERSION=$version"
+    --build-arg "LOCK_DIGEST=$(lock_digest "${locks[@]}")" --build-arg "BASE_NAME=$base"
+    --secret "id=pipconf,src=$private/pip.conf" --secret "id=ca,src=$private/ca.crt"
+    --build-context "wheels=$private/wheels"
+)
+say "building $tag ($engine, base $base)"
+cd "$REPO"
+if [ "$engine" = docker ]; then
+    SOURCE_DATE_EPOCH=$EPOCH docker buildx build --file containers/Dockerfile --target "$target" "${arguments[@]}" \
+        --output "type=docker,name=$tag,rewrite-timestamp=true" .
+else
+    # chroot isolation: works in a container and without a user namespace; the build needs no more.
+    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format oci --quiet \
+        --ignorefile containers/Dockerfile.dockerignore --file containers/Dockerfile --target "$target" \
+        "${arguments[@]}" --tag "$tag" . >"$private/log" 2>&1 || {
+        tail -n 40 "$private/log" >&2
+        die "$(grep -q 'the lock does not match' "$private/log" && echo 1 || echo 4)" "the build of $target failed"
+    }
+fi
+size=$(buildah_ inspect --type image "$tag" 2>/dev/null | sed -n 's/^ *"Size": \([0-9]*\).*/\1/p' | head -n 1 || true)
+digest=$(buildah_ inspect --type image --format '{{.FromImageDigest}}' "$tag" 2>/dev/null || true)
+say "built $tag ${digest:-}${size:+ ($((size / 1000000)) MB)}"

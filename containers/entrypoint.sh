@@ -1,0 +1,123 @@
+#!/bin/sh
+# The entry point of every image, and the %runscript of the SIF: makes a home for whoever calls, runs the pre-flight
+# before a training command, then becomes the command (exec: signals reach it, its exit code is the container's).
+#
+#   TOOLKIT_PREFLIGHT   check (default): run `envcheck check --config RUN.yaml` first and leave with its exit code
+#                       warn: run it, print it, go on whatever it says      skip: do not run it
+#   TOOLKIT_CACHE       where caches go; default: the first writable of /cache, $HOME, $TMPDIR, /tmp, /dev/shm
+#   TOOLKIT_CUDA_COMPAT 1: use the forward-compatibility libraries, if this driver is older than they are
+set -eu
+
+say() { echo "toolkit-entrypoint: $*" >&2; }
+
+writable() { # DIR: can this caller make a file there? Asked by doing, since root squash and read-only mounts lie to `test -w`.
+    probe="$1/.toolkit-$$"
+    (umask 077 && mkdir -p "$1" && mkdir "$probe") 2>/dev/null && rmdir "$probe"
+}
+
+# ---- a place to write ----------------------------------------------------------------------------------------
+place=""
+for candidate in "${TOOLKIT_CACHE:-}" /cache "${HOME:-}" "${TMPDIR:-}" /tmp /dev/shm; do
+    case "$candidate" in "" | /) continue ;; esac
+    if writable "$candidate"; then
+        place=$candidate
+        break
+    fi
+    if [ "$candidate" = "${TOOLKIT_CACHE:-}" ]; then
+        say "error: TOOLKIT_CACHE=$candidate cannot be written by uid $(id -u), gid $(id -g)"
+        say "  fix: mount a folder of yours there, or unset TOOLKIT_CACHE"
+        exit 1
+    fi
+done
+if [ -z "$place" ]; then
+    say "error: no writable place for caches: tried /cache, HOME=${HOME:-unset}, TMPDIR=${TMPDIR:-unset}, /tmp, /dev/shm as uid $(id -u), gid $(id -g)"
+    say "  fix: mount one, for example --tmpfs /cache:rw,mode=1777 or -v \"\$PWD/cache:/cache\", or set TOOLKIT_CACHE"
+    exit 1
+fi
+
+# ---- who calls: an unknown uid has no passwd entry, and torch and Triton ask for one ----------------------------
+if [ -z "${HOME:-}" ] || [ "$HOME" = / ] || ! writable "$HOME"; then
+    HOME=$place
+fi
+USER=${USER:-$(id -un 2>/dev/null || echo "uid$(id -u)")}
+LOGNAME=${LOGNAME:-$USER}
+export HOME USER LOGNAME
+
+# ---- caches: the caller's own settings win ----------------------------------------------------------------------
+# Large and worth keeping (models) and small and made again (compiled kernels) alike; compiled files go beneath the uid,
+# because two users of one /cache must not run each other's code.
+compiled="$place/compiled-$(id -u)"
+export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$place/xdg}"
+export HF_HOME="${HF_HOME:-$place/huggingface}"
+export TORCH_HOME="${TORCH_HOME:-$place/torch}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$compiled/inductor}"
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$compiled/torch-extensions}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$compiled/triton}"
+export TRITON_HOME="${TRITON_HOME:-$compiled}"
+export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$compiled/vllm}"
+export VLLM_CONFIG_ROOT="${VLLM_CONFIG_ROOT:-$place/vllm-config}"
+export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$compiled}"
+export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$compiled/numba}"
+export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$compiled/cuda}"
+export MPLCONFIGDIR="${MPLCONFIGDIR:-$place/matplotlib}"
+# A run that asks a telemetry host from a closed node waits for the time-out; nobody asked for it either.
+export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}" HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
+
+# ---- CUDA forward compatibility: only when asked, only when this driver needs it --------------------------------
+if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
+    library=$(ls /opt/cuda-compat/libcuda.so.*.* 2>/dev/null | head -n 1)
+    driver=$(sed -n 's/^NVRM version:.*[^0-9.]\([0-9][0-9]*\)\.[0-9.]* .*/\1/p' "${TOOLKIT_PROC_DRIVER:-/proc/driver/nvidia/version}" 2>/dev/null || true)
+    ours=${library##*libcuda.so.}
+    ours=${ours%%.*}
+    if [ -z "$library" ]; then
+        say "error: TOOLKIT_CUDA_COMPAT=1, and this image has no compatibility libraries"
+        say "  fix: use the \`train\` image, or unset TOOLKIT_CUDA_COMPAT"
+        exit 1
+    elif [ -z "$driver" ]; then
+        say "error: TOOLKIT_CUDA_COMPAT=1, and the version of the driver cannot be read"
+        say "  fix: pass the GPU in (--gpus all, --nv), or unset TOOLKIT_CUDA_COMPAT"
+        exit 3
+    elif [ "$driver" -ge "$ours" ]; then
+        say "TOOLKIT_CUDA_COMPAT=1 not applied: driver $driver is as new as the libraries ($ours), which would break it"
+    else
+        export LD_LIBRARY_PATH="/opt/cuda-compat${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+        say "driver $driver is older than CUDA 13.0 wants: using the compatibility libraries ($ours)"
+    fi
+fi
+
+# ---- pre-flight --------------------------------------------------------------------------------------------------
+# The run file of `toolkit train RUN.yaml`: the first argument after `train` that is no option and is a file.
+run_file=""
+if [ "${1:-}" = toolkit ] && [ "${2:-}" = train ]; then
+    for argument in "$@"; do
+        case "$argument" in
+            *.yaml | *.yml | *.json | *.toml)
+                run_file=$argument
+                break
+                ;;
+        esac
+    done
+fi
+preflight=${TOOLKIT_PREFLIGHT:-check}
+case "$preflight" in
+    check | warn | skip) ;;
+    *)
+        say "error: TOOLKIT_PREFLIGHT=$preflight: check, warn or skip"
+        exit 2
+        ;;
+esac
+if [ -n "$run_file" ] && [ "$preflight" != skip ]; then
+    # The report goes to stderr, so that stdout stays the command's own.
+    verdict=0
+    envcheck check --config "$run_file" >&2 || verdict=$?
+    if [ "$verdict" -ne 0 ] && [ "$preflight" = check ]; then
+        say "the pre-flight said no (exit code $verdict): not started. TOOLKIT_PREFLIGHT=warn starts it all the same"
+        exit "$verdict"
+    fi
+    if [ "$verdict" -ne 0 ]; then
+        say "the pre-flight said no (exit code $verdict); starting, since TOOLKIT_PREFLIGHT=warn"
+    fi
+fi
+
+[ "$#" -gt 0 ] || set -- envcheck check
+exec "$@"
