@@ -1,1 +1,49 @@
-"""The run file: load with positions, validate, judge, freeze."""
+"""The run file: load with positions, validate, judge, freeze.
+
+``load_run(path, overrides)`` is what the trainer and the sizer call; names are loaded on first
+use, so that ``toolkit.config.model`` alone costs no YAML parser.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolkit.config.document import Document
+    from toolkit.config.finding import Finding
+    from toolkit.config.layers import load_document
+    from toolkit.config.model import RunConfig
+    from toolkit.config.schemas import find_schema
+    from toolkit.config.validate import Validation, check_instance, load_run, validate
+
+__all__ = [
+    "Document",
+    "Finding",
+    "RunConfig",
+    "Validation",
+    "check_instance",
+    "find_schema",
+    "load_document",
+    "load_run",
+    "validate",
+]
+
+_HOME = {
+    "Document": "document",
+    "Finding": "finding",
+    "RunConfig": "model",
+    "Validation": "validate",
+    "check_instance": "validate",
+    "find_schema": "schemas",
+    "load_document": "layers",
+    "load_run": "validate",
+    "validate": "validate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'toolkit.config' has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - on first use
+
+    return getattr(import_module(f"toolkit.config.{_HOME[name]}"), name)

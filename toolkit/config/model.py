@@ -1,7 +1,9 @@
-"""The validated run file as frozen values. The trainer gets this very object; there is no second parse.
+"""The validated run file as frozen values. The trainer gets this very object; there is no second
+parse.
 
-``"auto"`` is a value here; ``toolkit.sizing`` fills it, and what has been filled is what config.json of the run records.
-Names and defaults are those of the drop-in API, of PEFT and of TRL's GRPOConfig.
+``"auto"`` is a value here; ``toolkit.sizing`` fills it, and what has been filled is what
+config.json of the run records. Names and defaults are those of the drop-in API, of PEFT and of
+TRL's GRPOConfig.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class LoraSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
-    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None trains from an environment."""
+    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None
+    trains from an environment.
+    """
 
     path: str | None = None
     eval_path: str | None = None
@@ -85,7 +89,9 @@ class DatasetSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFunction:
-    """A named reward, its weight and its own options. ``name`` is built in, or ``module:function``."""
+    """A named reward, its weight and its own options. ``name`` is built in, or
+    ``module:function``.
+    """
 
     name: str
     weight: float = 1.0

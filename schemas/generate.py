@@ -1,0 +1,225 @@
+"""Write the grpo part of run.schema.json from the installed TRL's GRPOConfig: ``just schemas``.
+
+Types, defaults and texts are TRL's own (dataclass fields, docstrings); ranges, units and
+examples, and the fields that a run file may not set, stand in grpo.overlay.json. ``--check``
+writes nothing and fails when the file would change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+JSON_TYPES = {
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    str: "string",
+    dict: "object",
+    list: "array",
+}
+PARAMETER = re.compile(r"^ {4}(\w+) \(.*?\):?\n((?: {8}.*\n|\n)+)", re.MULTILINE)
+CHOICE = re.compile(
+    r"^\s*- ((?:`[^`]+`(?: or )?)+)(?: \(default\))?: ((?:.*\n?(?!\s*- ))+)", re.MULTILINE
+)
+
+
+def grpo_section() -> dict[str, Any]:
+    """The schema of the grpo section for the TRL that is installed."""
+    import trl  # noqa: PLC0415 - it brings torch
+
+    overlay = json.loads((FOLDER / "grpo.overlay.json").read_text(encoding="utf-8"))
+    hints = typing.get_type_hints(trl.GRPOConfig)
+    texts = docstrings(trl.GRPOConfig)
+    properties = {"max_prompt_length": max_prompt_length()}
+    for field in dataclasses.fields(trl.GRPOConfig):
+        if field.init:
+            properties[field.name] = one_field(
+                field, hints[field.name], texts.get(field.name), overlay
+            )
+    unused = (set(overlay["fields"]) | set(overlay["refused"])) - set(properties)
+    if unused:
+        raise SystemExit(
+            f"grpo.overlay.json names what TRL {trl.__version__} does not have: {sorted(unused)}"
+        )
+    return {
+        "title": "GRPO training",
+        "description": "The fields of TRL's GRPOConfig under TRL's names, and max_prompt_length.",
+        "$comment": f"Generated from trl {trl.__version__} (Apache-2.0); do not edit.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def max_prompt_length() -> dict[str, Any]:
+    """The one key that is ours: TRL dropped it in 0.28, and a prompt that does not fit has to be
+    cut somewhere.
+    """
+    return {
+        "title": "Max prompt length",
+        "description": "Longer prompts are cut from the left, and the run says how many were. "
+        "null: max_seq_length less max_completion_length.",
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "default": None,
+        "examples": [256, 1024],
+        "x-unit": "tokens",
+    }
+
+
+def docstrings(config: type) -> dict[str, str]:
+    """What the docstrings of a config and its bases say on each field, the most derived first."""
+    texts: dict[str, str] = {}
+    for base in config.__mro__:
+        for match in PARAMETER.finditer((inspect.getdoc(base) or "") + "\n"):
+            texts.setdefault(match[1], match[2])
+    return texts
+
+
+def one_field(
+    field: dataclasses.Field[Any], hint: Any, text: str | None, overlay: dict[str, Any]
+) -> dict[str, Any]:
+    """The schema of one field."""
+    more = dict(overlay["fields"].get(field.name, {}))
+    refused = overlay["refused"].get(field.name)
+    text = text or field.metadata.get("help", "").replace("%%", "%")
+    schema: dict[str, Any] = {
+        "title": field.name.replace("_", " ").capitalize(),
+        "description": more.pop("description", None) or clean(CHOICE.sub("", text)),
+    }
+    if refused:
+        use = f"use {refused['use']}" if refused["use"] else "leave it out"
+        told = f"Not in a run file: {refused['why']}; {use}."
+        return schema | {
+            "description": told,
+            "deprecated": True,
+            "deprecationMessage": told,
+            "doNotSuggest": True,
+            "x-refused": refused,
+            "not": {},
+        }
+    schema |= shape(hint, more.pop("nullable", True))
+    told = more.pop("told", None)
+    choices = dict(choices_of(text))
+    names = (
+        more.pop("enum", None)
+        or list(field.metadata.get("choices") or ())
+        or enum_of(hint)
+        or list(choices)
+    )
+    if names and "array" not in schema["type"]:
+        if field.name == "scale_rewards":
+            names = ["group", "batch", "none", True, False]
+        if "null" in schema["type"]:
+            names = [*names, None]
+        schema.pop("type")
+        schema["enum"] = names
+        schema["enumDescriptions"] = told or [choices.get(name, "") for name in names]
+        if not any(schema["enumDescriptions"]):
+            del schema["enumDescriptions"]
+    texts = more.pop("enum_text", None)
+    if texts:
+        others = [name for name in schema.pop("type") if name != "string"]
+        schema["anyOf"] = [{"type": others, "minimum": more.pop("minimum")}, {"enum": texts}]
+    default = plain(
+        field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    )
+    examples = more.pop("examples", None) or names[:2] or [default]
+    return schema | more | {"default": default, "examples": examples}
+
+
+def choices_of(text: str) -> list[tuple[Any, str]]:
+    """The values that a docstring lists as bullets, with what it says on each."""
+    found: list[tuple[Any, str]] = []
+    for match in CHOICE.finditer(text):
+        for name in re.findall(r"`([^`]+)`", match[1]):
+            value = {"True": True, "False": False}.get(name, name.strip('"'))
+            found.append((value, clean(match[2])))
+    return found
+
+
+def clean(text: str) -> str:
+    """Docstring text as one plain paragraph: no markup, no links, first sentence upper case."""
+    text = re.sub(r"\[(`?[^\]]*`?)\]\((https?://[^)]*)\)", r"\1 (\2)", text)
+    text = re.sub(r"\[`~?(?:\w+\.)*([\w.]+)`\]", r"\1", text)
+    text = text.replace("`", "").replace('"', "'")
+    return " ".join(text.split()).strip()
+
+
+def shape(hint: Any, nullable: bool) -> dict[str, Any]:
+    """JSON types of a Python type; str beside an enum or a dict is how a command line writes it,
+    so it is left out.
+    """
+    members = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+    kinds: list[str] = []
+    items: dict[str, Any] = {}
+    for member in members:
+        origin = typing.get_origin(member) or member
+        if origin is type(None):
+            if nullable:
+                kinds.append("null")
+        elif origin is typing.Literal:
+            kinds.append("boolean")
+        elif origin in JSON_TYPES:
+            kinds.append(JSON_TYPES[origin])
+            if origin is list:
+                inner = typing.get_args(member)[0]
+                items = {"items": {"type": JSON_TYPES.get(inner, "string")}}
+    if "object" in kinds and "string" in kinds:
+        kinds.remove("string")
+    if "number" in kinds and "integer" in kinds:
+        kinds.remove("integer")
+    return {"type": kinds[0] if len(kinds) == 1 else kinds, **items}
+
+
+def enum_of(hint: Any) -> list[Any]:
+    """The values of the Enum in a type, if there is one."""
+    for member in (hint, *typing.get_args(hint)):
+        if isinstance(member, type) and issubclass(member, enum.Enum):
+            return [choice.value for choice in member]
+    return []
+
+
+def plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def render() -> str:
+    """run.schema.json as it should be."""
+    schema = json.loads((FOLDER / "run.schema.json").read_text(encoding="utf-8"))
+    schema["properties"]["grpo"] = grpo_section()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def main() -> int:
+    """Write the schema; with --check only say whether it is up to date."""
+    path = FOLDER / "run.schema.json"
+    wanted = render()
+    if path.read_text(encoding="utf-8") == wanted:
+        return 0
+    if "--check" in sys.argv[1:]:
+        sys.stderr.write(
+            "schemas/run.schema.json is not what the installed TRL gives: run `just schemas`\n"
+        )
+        return 1
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

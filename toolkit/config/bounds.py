@@ -1,0 +1,12 @@
+"""How large and how deep a run file may be: far above what a run needs, low enough that none
+takes long.
+"""
+
+from __future__ import annotations
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 40
+MAX_NODES = 50_000
+MAX_DIGITS = 400  # a longer number stays text: int() of a megabyte of digits takes minutes
+MAX_LAYERS = 16  # files that extend one another
+PIPE_WAIT_S = 1.5

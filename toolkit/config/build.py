@@ -1,0 +1,88 @@
+"""From validated nodes to the frozen RunConfig, with relative paths resolved against the file
+that they are written in.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.model import (
+    DatasetSection,
+    LoraSection,
+    ModelSection,
+    RewardFunction,
+    RewardSection,
+    RunConfig,
+    RuntimeSection,
+)
+from toolkit.config.paths import local_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.config.document import Document, Node
+
+# Keys that may name a file or a folder. Those of output_dir and resume always do; the others only
+# when one is there.
+_PATHS = ("model_name", "path", "eval_path", "output_dir", "resume")
+
+
+def build_config(document: Document) -> RunConfig:
+    """The run as values. The document must have no error."""
+    root = document.root
+    sections = {
+        name: _section(root.value.get(name))
+        for name in ("model", "lora", "dataset", "runtime", "reward")
+    }
+    grpo = dict(_section(root.value.get("grpo")))
+    functions = list(sections["reward"].pop("functions", ()))
+    weights = grpo.pop("reward_weights", None) or [None] * len(functions)
+    rewards = tuple(
+        RewardFunction(
+            **(dict(function) if weight is None else {**function, "weight": float(weight)})
+        )
+        for function, weight in zip(functions, weights, strict=True)
+    )
+    return RunConfig(
+        model=ModelSection(**sections["model"]),
+        lora=LoraSection(**sections["lora"]),
+        dataset=DatasetSection(**sections["dataset"]),
+        reward=RewardSection(functions=rewards, **sections["reward"]),
+        grpo=MappingProxyType(grpo),
+        runtime=RuntimeSection(**sections["runtime"]),
+        source=str(document.source.path) if document.source.path else None,
+    )
+
+
+def _section(node: Node | None) -> dict[str, Any]:
+    if node is None:
+        return {}
+    return {key: _value(key, child) for key, child in node.value.items()}
+
+
+def _value(key: str, node: Node) -> Any:
+    if key in _PATHS and isinstance(node.value, str):
+        return local_path(key, node)
+    return freeze(node.to_plain())
+
+
+def freeze(value: Any) -> Any:
+    """Lists as tuples and mappings as read-only views, all the way down."""
+    if isinstance(value, dict):
+        frozen: Mapping[str, Any] = MappingProxyType(
+            {key: freeze(below) for key, below in value.items()}
+        )
+        return frozen
+    if isinstance(value, list):
+        return tuple(freeze(below) for below in value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The reverse of ``freeze``, for JSON and for libraries that want plain lists and dicts."""
+    if isinstance(value, (dict, MappingProxyType)):
+        return {key: thaw(below) for key, below in value.items()}
+    if isinstance(value, tuple):
+        return [thaw(below) for below in value]
+    return value

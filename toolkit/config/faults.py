@@ -1,0 +1,155 @@
+"""What is wrong with one value under one schema, in words, and what could be written instead."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.config.wording import describe, kind_of, show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from toolkit.config.document import Node
+
+
+class Fault(NamedTuple):
+    """A rule id, the sentence after the key, values to write instead, and further lines."""
+
+    rule: str
+    message: str
+    fixes: tuple[Any, ...] = ()  # values to write instead
+    notes: tuple[str, ...] = ()
+
+
+def fits_type(value: Any, schema: dict[str, Any]) -> bool:
+    kinds = schema.get("type")
+    if kinds is None:
+        legal = [schema["const"]] if "const" in schema else schema.get("enum", [])
+        return any(type(one) is type(value) for one in legal)
+    return any(_is(value, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds))
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == "integer":
+        return type(value) is int
+    if kind == "number":
+        return type(value) in (int, float)
+    return type(value) is _PYTHON[kind]
+
+
+_PYTHON: dict[str, type] = {
+    "boolean": bool,
+    "string": str,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def value_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
+    """What is wrong with this value itself, not with what is below it."""
+    if "x-either" in schema or ("type" in schema and not fits_type(value, schema)):
+        return _type_fault(value, schema)
+    if "enum" in schema or "const" in schema:
+        return _enum_fault(value, schema)
+    if type(value) in (int, float):
+        return _range_fault(value, schema)
+    if isinstance(value, str):
+        return _text_fault(value, schema)
+    if isinstance(value, list):
+        return _list_fault(value, schema)
+    return None
+
+
+def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
+    wanted = describe(schema)
+    if value is None:
+        return Fault("KEY006", f"null is no value here: {wanted} is wanted")
+    fixes: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = ()
+    if isinstance(value, str):
+        from toolkit.config.coerce import coerce  # noqa: PLC0415 - only for a fault
+
+        fixes = coerce(value, schema, value_fault)
+    elif (
+        isinstance(value, float) and value.is_integer() and value_fault(int(value), schema) is None
+    ):
+        fixes = (int(value),)
+        notes = (f"{value} is a float; the trainer wants an integer",)
+    elif (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value in (0, 1)
+        and fits_type(True, schema)
+    ):
+        fixes = (bool(value),)
+    elif not isinstance(value, (dict, list)) and fits_type("", schema):
+        fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
+    return Fault("KEY003", f"{show(value)} is {kind_of(value)}; {wanted} is wanted", fixes, notes)
+
+
+def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
+    legal = [schema["const"]] if "const" in schema else schema["enum"]
+    if any(type(one) is type(value) and one == value for one in legal):
+        return None
+    if value is None:
+        return Fault(
+            "KEY006", f"null is no value here: one of {', '.join(map(show, legal))} is wanted"
+        )
+    from toolkit.config.suggest import nearest  # noqa: PLC0415 - only for a fault
+
+    close = (
+        nearest(value, [one for one in legal if isinstance(one, str)])
+        if isinstance(value, str)
+        else None
+    )
+    return Fault(
+        "KEY004",
+        f"{show(value)} is none of {', '.join(map(show, legal))}",
+        (close,) if close else (),
+    )
+
+
+def _range_fault(value: float, schema: dict[str, Any]) -> Fault | None:
+    for keyword, holds, words in _LIMITS:
+        limit = schema.get(keyword)
+        if limit is not None and not holds(value, limit):
+            return Fault("KEY005", f"{show(value)} is out of range: {words} {show(limit)}")
+    return None
+
+
+_LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
+    ("minimum", lambda value, limit: value >= limit, "at least"),
+    ("maximum", lambda value, limit: value <= limit, "at most"),
+    ("exclusiveMinimum", lambda value, limit: value > limit, "more than"),
+    ("exclusiveMaximum", lambda value, limit: value < limit, "less than"),
+)
+
+
+def _text_fault(value: str, schema: dict[str, Any]) -> Fault | None:
+    if len(value) < schema.get("minLength", 0):
+        return Fault("KEY005", "the text is empty")
+    pattern = schema.get("pattern")
+    if pattern is not None and not _compiled(pattern).search(value):
+        return Fault("KEY004", f"{show(value)} does not have the form {pattern}")
+    return None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+def _list_fault(value: list[Node], schema: dict[str, Any]) -> Fault | None:
+    if len(value) < schema.get("minItems", 0):
+        return Fault("KEY005", "the list is empty")
+    if schema.get("uniqueItems"):
+        seen: set[Any] = set()
+        for node in value:
+            item = repr(node.to_plain())
+            if item in seen:
+                return Fault("KEY005", f"{show(node.to_plain())} stands in the list twice")
+            seen.add(item)
+    return None

@@ -1,0 +1,73 @@
+"""What validation tells: a finding with its place, the arithmetic and the fix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.config.document import KeyPath, Mark, Node, Source
+
+
+class Severity(StrEnum):
+    """An error refuses the run; a warning does not, unless under --strict."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Characters ``start`` to ``end`` of ``source.text`` become ``text``."""
+
+    source: Source
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """One way out, as text; ``edits`` are there when rewriting scalars alone does it."""
+
+    text: str
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One fault, with everything that a person or a program needs to act on it."""
+
+    rule: str
+    severity: Severity
+    message: str
+    path: KeyPath = ()
+    source: Source | None = None
+    mark: Mark | None = None
+    notes: tuple[str, ...] = ()
+    fixes: tuple[Fix, ...] = ()
+    related: tuple[Node, ...] = ()  # the other operands
+    unknown: bool = False  # not a fault but something that could not be looked into here
+
+    @property
+    def line(self) -> int:
+        """1-based; 1 for a fault of the whole file."""
+        return self.mark.line if self.mark else 1
+
+    @property
+    def column(self) -> int:
+        """1-based, in characters."""
+        return self.mark.column if self.mark else 1
+
+    @property
+    def place(self) -> str:
+        """``run.yaml:12:20``, or the ``--set`` argument itself."""
+        name = self.source.name if self.source else "run file"
+        if self.source is not None and self.source.is_override:
+            return name
+        return f"{name}:{self.line}:{self.column}"
+
+    def as_error(self) -> Finding:
+        """The same finding, refusing the run (--strict)."""
+        return replace(self, severity=Severity.ERROR)

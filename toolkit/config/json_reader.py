@@ -1,0 +1,192 @@
+"""JSON to nodes with places (RFC 8259): what the standard library reads, and where each value
+stands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from typing import Any
+
+from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
+from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.finding import Finding, Fix, Severity
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
+_FOREIGN = re.compile(r"NaN|-?Infinity")
+
+
+class _SyntaxFault(Exception):
+    """Reading cannot go on; carries the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
+
+
+class Places:
+    """From an offset in a text to its line and column."""
+
+    def __init__(self, text: str) -> None:
+        self.starts = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
+
+    def mark(self, start: int, end: int) -> Mark:
+        """The mark of characters ``start`` to ``end``."""
+        line = bisect_right(self.starts, start)
+        return Mark(line, start - self.starts[line - 1] + 1, start, end)
+
+
+def parse_json(source: Source) -> Document:
+    """A JSON text as nodes; the first syntax error ends the reading and is a finding."""
+    reader = _Reader(source)
+    document = Document(source, Node({}, Mark(1, 1, 0, 0), source), reader.findings)
+    try:
+        document.root = reader.whole()
+    except _SyntaxFault as fault:
+        document.findings.append(fault.finding)
+    return document
+
+
+class _Reader:
+    def __init__(self, source: Source) -> None:
+        self.source, self.text = source, source.text
+        self.places = Places(source.text)
+        self.findings: list[Finding] = []
+        self.at = 0
+        self.count = 0
+
+    def fault(self, message: str, *, rule: str = "DOC001", fix: str | None = None) -> _SyntaxFault:
+        mark = self.places.mark(self.at, self.at + 1)
+        return _SyntaxFault(self.finding(rule, mark, message, fix))
+
+    def finding(self, rule: str, mark: Mark, message: str, fix: str | None) -> Finding:
+        fixes = (Fix(fix),) if fix else ()
+        return Finding(
+            rule=rule,
+            severity=Severity.ERROR,
+            message=message,
+            source=self.source,
+            mark=mark,
+            fixes=fixes,
+        )
+
+    def space(self) -> str:
+        """Skip white space; the character that is next, or nothing at the end."""
+        found = _SPACE.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return self.text[self.at : self.at + 1]
+
+    def whole(self) -> Node:
+        self.space()
+        node = self.value(0)
+        if self.space():
+            raise self.fault("JSON syntax: there is more after the value")
+        return node
+
+    def value(self, depth: int) -> Node:
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise self.fault(f"more than {MAX_NODES} values", rule="DOC009")
+        if depth > MAX_DEPTH:
+            raise self.fault(f"nested deeper than {MAX_DEPTH} levels", rule="DOC009")
+        start, first = self.at, self.text[self.at : self.at + 1]
+        value: Any
+        if first == "{":
+            value = self.mapping(depth)
+        elif first == "[":
+            value = self.sequence(depth)
+        elif first == '"':
+            value = self.string()
+        else:
+            value = self.word()
+        return Node(value, self.places.mark(start, self.at), self.source)
+
+    def string(self) -> str:
+        found = _STRING.match(self.text, self.at)
+        if found is None:
+            raise self.fault("JSON syntax: the text that starts here has no end, or a bad escape")
+        self.at = found.end()
+        text = json.loads(found.group())
+        assert isinstance(text, str)
+        return text
+
+    def word(self) -> Any:
+        for word, value in _WORDS.items():
+            if self.text.startswith(word, self.at):
+                self.at += len(word)
+                return value
+        foreign = _FOREIGN.match(self.text, self.at)
+        if foreign:
+            raise self.fault(f"{foreign.group()} is no number for a run", rule="DOC006")
+        found = _NUMBER.match(self.text, self.at)
+        if found is None:
+            raise self.fault("JSON syntax: a value is wanted here")
+        text = found.group()
+        if len(text) > 400:
+            raise self.fault("a number of more than 400 digits", rule="DOC009")
+        mark = self.places.mark(self.at, found.end())
+        self.at = found.end()
+        value = json.loads(text)
+        if value in (float("inf"), float("-inf")):
+            self.findings.append(self.finding("DOC006", mark, f"{text} is infinite", None))
+        return value
+
+    def sequence(self, depth: int) -> list[Node]:
+        items: list[Node] = []
+        self.at += 1
+        if self.space() == "]":
+            self.at += 1
+            return items
+        while True:
+            self.space()
+            items.append(self.value(depth + 1))
+            if not self.more("]"):
+                return items
+
+    def mapping(self, depth: int) -> dict[str, Node]:
+        members: dict[str, Node] = {}
+        self.at += 1
+        if self.space() == "}":
+            self.at += 1
+            return members
+        while True:
+            self.space()
+            start = self.at
+            if self.text[start : start + 1] != '"':
+                raise self.fault("JSON syntax: a key in double quotes is wanted here")
+            key = self.string()
+            mark = self.places.mark(start, self.at)
+            if self.space() != ":":
+                raise self.fault("JSON syntax: a colon is wanted after the key")
+            self.at += 1
+            self.space()
+            node = self.value(depth + 1)
+            self.keep(members, key, mark, node)
+            if not self.more("}"):
+                return members
+
+    def keep(self, members: dict[str, Node], key: str, mark: Mark, node: Node) -> None:
+        if key in members:
+            first = members[key].key
+            lines = f"lines {first.line if first else mark.line} and {mark.line}"
+            message = f"{key} is written twice in one mapping"
+            self.findings.append(
+                self.finding("DOC002", mark, message, f"remove one of the two ({lines})")
+            )
+            return
+        node.key = mark
+        members[key] = node
+
+    def more(self, closing: str) -> bool:
+        """After an item: True at a comma, False at the closing bracket."""
+        following = self.space()
+        if following not in (",", closing) or not following:
+            raise self.fault(f"JSON syntax: a comma or {closing} is wanted here")
+        self.at += 1
+        if following == "," and self.space() == closing:
+            raise self.fault(f"JSON syntax: no comma before {closing}")
+        return following == ","

@@ -1,0 +1,151 @@
+"""A whole run file: its own text over what it extends, and the ``--set`` overrides over that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.bounds import MAX_LAYERS
+from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.finding import Finding, Fix, Severity
+from toolkit.config.load import parse_yaml
+from toolkit.config.read import Unreadable, failed, read_source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """The document at ``path`` (``-`` is standard input); never raises for what is in it."""
+    try:
+        source = read_source(path)
+    except Unreadable as error:
+        return failed(error.finding)
+    document = parse(source)
+    _extend(document, [source.path] if source.path else [])
+    for text in overrides:
+        _override(document, text)
+    return document
+
+
+def parse(source: Source) -> Document:
+    """One text as a document, by its format."""
+    if source.format == "json":
+        from toolkit.config.json_reader import parse_json  # noqa: PLC0415 - most run files are YAML
+
+        document = parse_json(source)
+    elif source.format == "toml":
+        from toolkit.config.toml_reader import parse_toml  # noqa: PLC0415 - most run files are YAML
+
+        document = parse_toml(source)
+    else:
+        document = parse_yaml(source)
+    if not isinstance(document.root.value, dict):
+        kind = "empty" if document.root.value is None else "not a mapping of keys"
+        if not document.findings:
+            document.findings.append(_told("DOC001", document.root, f"the run file is {kind}"))
+        document.root = Node({}, document.root.mark, source)
+    return document
+
+
+def _told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
+    return Finding(
+        rule=rule,
+        severity=Severity.ERROR,
+        message=message,
+        source=node.source,
+        mark=node.mark,
+        fixes=fixes,
+    )
+
+
+def _extend(document: Document, chain: list[Path]) -> None:
+    """Lay ``document`` over what its ``extends`` names, and that over what it names in turn."""
+    node = document.root.value.pop("extends", None)
+    if node is None:
+        return
+    if not isinstance(node.value, str) or not node.value:
+        document.findings.append(
+            _told("DOC011", node, "extends: the path of one run file is wanted")
+        )
+        return
+    path = Path(node.source.folder, node.value).resolve()
+    if path in [seen.resolve() for seen in chain] or len(chain) >= MAX_LAYERS:
+        around = " -> ".join(seen.name for seen in [*chain, path])
+        document.findings.append(_told("DOC011", node, f"extends goes round in a circle: {around}"))
+        return
+    try:
+        source = read_source(_shown(path, node))
+    except Unreadable as error:
+        document.findings.append(
+            _told("DOC011", node, f"extends: {node.value} {error.finding.message}")
+        )
+        return
+    base = parse(source)
+    _extend(base, [*chain, path])
+    document.findings += base.findings
+    document.root = merge(base.root, document.root)
+
+
+def _shown(path: Path, node: Node) -> Path:
+    """The base as findings name it: beside the file that names it, if that was given relative."""
+    return Path(node.source.name).parent / node.value if node.source.path else path
+
+
+def merge(below: Node, above: Node) -> Node:
+    """``above`` laid over ``below``: mappings merge, everything else is replaced. Nodes keep
+    their places.
+    """
+    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
+        return above
+    merged = Node(dict(below.value), above.mark, above.source)
+    merged.key = above.key
+    for key, child in above.value.items():
+        merged.value[key] = merge(below.value[key], child) if key in below.value else child
+    return merged
+
+
+def _override(document: Document, text: str) -> None:
+    """Apply one ``key.path=value``."""
+    name, equals, written = text.partition("=")
+    source = Source(f"--set {text}", written, Path.cwd(), None, "set")
+    at = Node(None, Mark(1, 1, 0, len(written)), source)
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        document.findings.append(
+            _told("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
+        )
+        return
+    parsed = parse_yaml(source)
+    if any(found.severity is Severity.ERROR for found in parsed.findings):
+        document.findings += parsed.findings
+        return
+    value = parsed.root if written.strip() else Node(None, at.mark, source)
+    value.key = at.mark
+    problem = _put(document.root, keys, value)
+    if problem:
+        document.findings.append(_told("DOC012", at, problem))
+
+
+def _put(root: Node, keys: list[str], value: Node) -> str | None:
+    """Set ``value`` at ``keys``, making mappings on the way; returns what is in the way."""
+    node = root
+    for depth, key in enumerate(keys):
+        holder: Any = node.value
+        last = depth == len(keys) - 1
+        if isinstance(holder, list):
+            if not key.isdigit() or int(key) >= len(holder):
+                return f"{'.'.join(keys[: depth + 1])}: the list has items 0 to {len(holder) - 1}"
+            index: Any = int(key)
+        elif isinstance(holder, dict):
+            index = key
+            if not last and key not in holder:
+                holder[key] = Node({}, value.mark, value.source)
+                holder[key].key = value.mark
+        else:
+            return f"{'.'.join(keys[:depth])} is not a mapping, so it has no key {key}"
+        if last:
+            holder[index] = value
+        else:
+            node = holder[index]
+    return None

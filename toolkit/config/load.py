@@ -1,0 +1,244 @@
+"""YAML to nodes with places; the only module that imports PyYAML. ``layers`` assembles whole run
+files from it.
+
+YAML is read through libyaml's events and not through ``compose``: compose recurses in C, and a
+file of 100,000 brackets would end the process with a segmentation fault. Every bound below is far
+from what a run file needs and keeps any input within a second.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
+from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.finding import Edit, Finding, Fix, Severity
+from toolkit.config.scalars import differs, plain_spelling, read_core
+
+try:
+    from yaml.cyaml import CLoader as _Parser
+except ImportError:  # PyYAML without libyaml: the same events, slower
+    from yaml import Loader as _Parser  # type: ignore[assignment]
+
+
+class Fault(Exception):
+    """Loading cannot go on; carries the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
+
+
+def empty(source: Source) -> Node:
+    """A root with nothing in it."""
+    return Node({}, Mark(1, 1, 0, 0), source)
+
+
+def parse_yaml(source: Source) -> Document:
+    """The first document of a YAML text as nodes; faults become findings."""
+    document = Document(source, empty(source))
+    builder = _Builder(source, document.findings)
+    try:
+        root = builder.build()
+    except Fault as fault:
+        document.findings.append(fault.finding)
+        return document
+    if root is not None:
+        document.root = root
+    return document
+
+
+class _Builder:
+    """Events to nodes, with its own stack."""
+
+    def __init__(self, source: Source, findings: list[Finding]) -> None:
+        self.source = source
+        self.findings = findings
+        self.anchors: dict[str, Node] = {}
+        self.stack: list[Node] = []  # the collections that are open
+        self.keys: list[tuple[str, Mark] | None] = []  # beside each, the key that waits for a value
+        self.root: Node | None = None
+        self.count = 0
+
+    def finding(self, rule: str, mark: Mark, message: str, *fixes: Fix) -> Finding:
+        return Finding(
+            rule=rule,
+            severity=Severity.ERROR,
+            message=message,
+            source=self.source,
+            mark=mark,
+            fixes=fixes,
+        )
+
+    def tell(self, rule: str, mark: Mark, message: str, fix: str) -> None:
+        self.findings.append(self.finding(rule, mark, message, Fix(fix)))
+
+    def build(self) -> Node | None:
+        try:
+            parser = _Parser(self.source.text)
+            while (event := parser.get_event()) is not None:
+                if isinstance(event, yaml.DocumentStartEvent) and self.root is not None:
+                    message = "a second YAML document: a run file is one document"
+                    self.tell("DOC005", _mark(event), message, "share settings with extends:")
+                    break
+                if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+                    self.close(event)
+                elif isinstance(event, yaml.NodeEvent):
+                    self.open(event)
+        except yaml.MarkedYAMLError as error:
+            raise Fault(self.syntax(error)) from None
+        except yaml.reader.ReaderError as error:
+            raise Fault(self.character(error)) from None
+        return self.root
+
+    def open(self, event: Any) -> None:
+        node = self.node(event)
+        if self.stack:
+            self.place(node, event)
+        else:
+            self.root = node
+        if isinstance(event, yaml.CollectionStartEvent):
+            self.stack.append(node)
+            self.keys.append(None)
+            if len(self.stack) > MAX_DEPTH:
+                message = f"nested deeper than {MAX_DEPTH} levels"
+                raise Fault(self.finding("DOC009", node.mark, message))
+
+    def close(self, event: Any) -> None:
+        node = self.stack.pop()
+        self.keys.pop()
+        start = node.mark
+        node.mark = Mark(start.line, start.column, start.start, event.end_mark.index)
+
+    def bounded(self, mark: Mark) -> None:
+        self.count += 1
+        if self.count > MAX_NODES:
+            message = f"more than {MAX_NODES} values, aliases counted"
+            raise Fault(self.finding("DOC009", mark, message))
+
+    def node(self, event: Any) -> Node:
+        mark = _mark(event)
+        self.bounded(mark)
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(str(event.anchor), mark)
+        if event.tag not in (None, "!"):
+            message = f"the tag {event.tag}: a run file takes no tags"
+            self.tell("DOC003", mark, message, "remove the tag")
+        if isinstance(event, yaml.ScalarEvent):
+            node = Node(event.value, mark, self.source, plain=not event.style)
+            if node.plain:
+                self.resolve(node, event.value)
+        else:
+            empty_value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+            node = Node(empty_value, mark, self.source)
+        if event.anchor:
+            self.anchors[event.anchor] = node
+        return node
+
+    def resolve(self, node: Node, text: str) -> None:
+        """Give a plain scalar its value, and a note where YAML 1.1 would give it another."""
+        node.value = value = read_core(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            message = f"{text} is no number for a run"
+            self.tell("DOC006", node.mark, message, "write a finite number")
+            return
+        other = differs(text, value)
+        if other is not None:
+            spelling = plain_spelling(value)
+            ours = "text" if isinstance(value, str) else f"the number {value!r}"
+            node.note = Finding(
+                rule="DOC007",
+                severity=Severity.WARNING,
+                message=f"{text} is {ours} in YAML 1.2 and {other} in YAML 1.1",
+                source=self.source,
+                mark=node.mark,
+                fixes=(
+                    Fix(spelling, (Edit(self.source, node.mark.start, node.mark.end, spelling),)),
+                ),
+            )
+
+    def alias(self, anchor: str, mark: Mark) -> Node:
+        target = self.anchors.get(anchor)
+        if target is None:
+            message = f"YAML syntax: there is no anchor &{anchor} above"
+            raise Fault(self.finding("DOC001", mark, message))
+        if any(target is node for node in self.stack):
+            raise Fault(self.finding("DOC009", mark, f"*{anchor} contains itself"))
+        return self.copy(target, mark)
+
+    def copy(self, target: Node, mark: Mark) -> Node:
+        """An alias' own nodes; they count, so that a bomb of aliases ends early."""
+        self.bounded(mark)
+        copy = Node(target.value, target.mark, target.source, plain=target.plain)
+        copy.key = target.key
+        if isinstance(target.value, dict):
+            copy.value = {key: self.copy(child, mark) for key, child in target.value.items()}
+        elif isinstance(target.value, list):
+            copy.value = [self.copy(child, mark) for child in target.value]
+        return copy
+
+    def place(self, node: Node, event: Any) -> None:
+        """Put a node into the collection that is open, as an item, a key or a value."""
+        holder = self.stack[-1].value
+        if isinstance(holder, list):
+            holder.append(node)
+            return
+        pending = self.keys[-1]
+        if pending is None:
+            self.keys[-1] = self.key(node, event)
+            return
+        self.keys[-1] = None
+        name, mark = pending
+        if name in holder:
+            first = holder[name].key
+            fix = f"remove one of the two (lines {first.line} and {mark.line})"
+            self.tell("DOC002", mark, f"{name} is written twice in one mapping", fix)
+            return
+        node.key = mark
+        holder[name] = node
+
+    def key(self, node: Node, event: Any) -> tuple[str, Mark]:
+        """A key's name; one that is none gets a name that nothing else has (and a finding)."""
+        nameless = f"\0{node.mark.start}"
+        if not isinstance(event, yaml.ScalarEvent):
+            self.tell("DOC010", node.mark, "a key must be a plain name", "write a name")
+            return nameless, node.mark
+        if node.plain and event.value == "<<":
+            message = "a merge key (<<) is YAML 1.1 only"
+            self.tell("DOC008", node.mark, message, "share settings with extends: base.yaml")
+            return nameless, node.mark
+        return str(event.value), node.mark
+
+    def syntax(self, error: yaml.MarkedYAMLError) -> Finding:
+        at = error.problem_mark or error.context_mark
+        mark = _at(at) if at is not None else Mark(1, 1, 0, 0)
+        lines = self.source.lines
+        line = lines[mark.line - 1] if mark.line <= len(lines) else ""
+        if "\t" in line[: mark.column]:
+            message = "a tab indents this line: YAML takes spaces only"
+            return self.finding("DOC004", mark, message, Fix("indent with spaces"))
+        found = self.finding("DOC001", mark, f"YAML syntax: {error.problem or 'not YAML'}")
+        if error.context and error.context_mark:
+            context = f"{error.context} that starts on line {error.context_mark.line + 1}"
+            return replace(found, notes=(context,))
+        return found
+
+    def character(self, error: yaml.reader.ReaderError) -> Finding:
+        before = self.source.text[: error.position]
+        column = error.position - (before.rfind("\n") + 1) + 1
+        mark = Mark(before.count("\n") + 1, column, error.position, error.position + 1)
+        message = "a control character that YAML does not allow"
+        return self.finding("DOC013", mark, message, Fix("remove it"))
+
+
+def _at(mark: Any) -> Mark:
+    return Mark(mark.line + 1, mark.column + 1, mark.index, mark.index)
+
+
+def _mark(event: Any) -> Mark:
+    start, end = event.start_mark, event.end_mark
+    return Mark(start.line + 1, start.column + 1, start.index, end.index)

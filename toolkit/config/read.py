@@ -1,0 +1,124 @@
+"""Bytes to text: what can be had within bounds, or a finding that says why not."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+import stat
+import sys
+import time
+from pathlib import Path
+
+from toolkit.config.bounds import MAX_BYTES, PIPE_WAIT_S
+from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.finding import Finding, Fix, Severity
+
+FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
+STDIN = "-"
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+class Unreadable(Exception):
+    """No text could be had; carries the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
+
+
+def read_source(path: str | Path) -> Source:
+    """The text of a run file, ``-`` for standard input; raises Unreadable."""
+    if str(path) == STDIN:
+        source = Source("<stdin>", "", Path.cwd(), None, "stdin")
+        return _decode(source, _bounded(source, sys.stdin.fileno(), None))
+    file = Path(path)
+    source = Source(
+        str(path),
+        "",
+        Path(os.path.abspath(file)).parent,
+        Path(os.path.abspath(file)),
+        FORMATS.get(file.suffix.lower(), "yaml"),
+    )
+    try:
+        return _decode(source, _read_file(source, file))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Unreadable(unreadable(source, f"cannot be read: {reason}")) from None
+
+
+def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
+    """The finding for a file that gives no text."""
+    return Finding(
+        rule="DOC014", severity=Severity.ERROR, message=message, source=source, fixes=fixes
+    )
+
+
+def failed(finding: Finding) -> Document:
+    """A document of nothing but the reason why there is none."""
+    source = finding.source or Source("run file", "", Path.cwd())
+    root = Node({}, Mark(1, 1, 0, 0), source)
+    return Document(source, root, [finding], readable=False)
+
+
+def _read_file(source: Source, file: Path) -> bytes:
+    # Not blocking: opening a named pipe that nobody writes to would wait for ever.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = os.fstat(descriptor)
+        if stat.S_ISDIR(kind.st_mode):
+            raise Unreadable(unreadable(source, "is a folder, not a run file"))
+        if stat.S_ISREG(kind.st_mode) and kind.st_size > MAX_BYTES:
+            raise Unreadable(
+                unreadable(source, f"is {kind.st_size} bytes; a run file has at most {MAX_BYTES}")
+            )
+        return _bounded(source, descriptor, None if stat.S_ISREG(kind.st_mode) else PIPE_WAIT_S)
+    finally:
+        os.close(descriptor)
+
+
+def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
+    """At most MAX_BYTES from a descriptor; ``wait_s`` bounds a pipe, None waits for the writer."""
+    chunks: list[bytes] = []
+    total = 0
+    deadline = None if wait_s is None else time.monotonic() + wait_s
+    while total <= MAX_BYTES:
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                raise Unreadable(
+                    unreadable(source, f"nothing came from this pipe within {wait_s} s")
+                )
+        try:
+            chunk = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            continue
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+        total += len(chunk)
+    raise Unreadable(unreadable(source, f"is more than {MAX_BYTES} bytes; a run file is not"))
+
+
+def _decode(source: Source, data: bytes) -> Source:
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            raise Unreadable(
+                unreadable(source, f"is {name}; a run file is UTF-8", Fix("save it as UTF-8"))
+            )
+    bom = "\ufeff" if data.startswith(codecs.BOM_UTF8) else ""
+    try:
+        text = data[len(codecs.BOM_UTF8) if bom else 0 :].decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}"
+        raise Unreadable(unreadable(source, message, Fix("save it as UTF-8"))) from None
+    form = source.format
+    if form == "stdin":
+        form = "json" if text.lstrip()[:1] == "{" else "yaml"
+    return Source(source.name, text, source.folder, source.path, form, bom)

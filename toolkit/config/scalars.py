@@ -1,0 +1,172 @@
+"""How a plain YAML scalar is read: by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
+
+Ours is YAML 1.2 core (yaml.org/spec/1.2.2, 10.3.2). Many readers still follow YAML 1.1
+(yaml.org/type; PyYAML among them), and a value that the two read differently is a trap: ``5e-6``
+is text to one and a number to the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from toolkit.config.bounds import MAX_DIGITS
+
+_INT_12 = re.compile(r"[-+]?[0-9]+")
+_OCT_12 = re.compile(r"0o[0-7]+")
+_HEX_12 = re.compile(r"0x[0-9a-fA-F]+")
+_FLOAT_12 = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_INF = re.compile(r"[-+]?\.(?:inf|Inf|INF)")
+_NAN = re.compile(r"\.(?:nan|NaN|NAN)")
+_WORDS_12: dict[str, Any] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+
+_WORDS_11 = dict(_WORDS_12)
+for _spelling, _meaning in {
+    "yes": True,
+    "on": True,
+    "y": True,
+    "no": False,
+    "off": False,
+    "n": False,
+}.items():
+    _WORDS_11 |= {
+        _spelling: _meaning,
+        _spelling.capitalize(): _meaning,
+        _spelling.upper(): _meaning,
+    }
+_FLOAT_11 = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?)"
+)
+_INT_11 = re.compile(r"[-+]?(?:0b[0-1_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)")
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
+_TIME_11 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)"
+    r"[0-9]{1,2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?"
+    r"(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::?[0-9]{2})?))?"
+)
+
+
+def read_core(text: str) -> Any:
+    """The value of a plain scalar by the YAML 1.2 core schema: None, bool, int, float or str."""
+    if text in _WORDS_12:
+        return _WORDS_12[text]
+    first = text[0]
+    if not (first.isdigit() or first in "+-.") or len(text) > MAX_DIGITS or not text.isascii():
+        return text
+    if _INT_12.fullmatch(text):
+        return int(text)
+    if _FLOAT_12.fullmatch(text):
+        return float(text)
+    if _OCT_12.fullmatch(text):
+        return int(text[2:], 8)
+    if _HEX_12.fullmatch(text):
+        return int(text, 16)
+    if _INF.fullmatch(text):
+        return -math.inf if first == "-" else math.inf
+    if _NAN.fullmatch(text):
+        return math.nan
+    return text
+
+
+def read_legacy(text: str) -> tuple[str, Any]:
+    """What YAML 1.1 makes of a plain scalar: the kind's name for people, and the value where it
+    is cheap to tell.
+    """
+    if text in _WORDS_11:
+        value = _WORDS_11[text]
+        return ("null" if value is None else "the boolean " + str(value).lower()), value
+    if len(text) > MAX_DIGITS or not text.isascii():
+        return "text", text
+    if _INT_11.fullmatch(text):
+        return _legacy_int(text)
+    if _FLOAT_11.fullmatch(text):
+        digits = text.replace("_", "")
+        return ("a float", float(digits)) if digits.strip("+-.") else ("text", text)
+    if _INF.fullmatch(text) or _NAN.fullmatch(text):
+        return "a float", read_core(text)
+    if _BASE_60.fullmatch(text):
+        value = _base_60(text)
+        return f"the base-60 number {value:g}", value
+    if _TIME_11.fullmatch(text):
+        return "a date", None
+    return "text", text
+
+
+def _legacy_int(text: str) -> tuple[str, Any]:
+    sign = -1 if text[0] == "-" else 1
+    digits = text.lstrip("+-").replace("_", "")
+    if digits.startswith("0b"):
+        return _told(sign, digits[2:], 2, "the binary number")
+    if digits.startswith("0x"):
+        return _told(sign, digits[2:], 16, "the number")
+    if len(digits) > 1 and digits[0] == "0":
+        return _told(sign, digits[1:], 8, "the octal number")
+    return _told(sign, digits, 10, "the number")
+
+
+def _told(sign: int, digits: str, base: int, name: str) -> tuple[str, Any]:
+    if not digits:
+        return "text", digits
+    value = sign * int(digits, base)
+    return f"{name} {value}", value
+
+
+def _base_60(text: str) -> float:
+    sign = -1 if text[0] == "-" else 1
+    total = 0.0
+    for part in text.lstrip("+-").replace("_", "").split(":"):
+        total = total * 60 + float(part)
+    return sign * total
+
+
+def differs(text: str, core: Any) -> str | None:
+    """What YAML 1.1 reads where that is not ``core``; None where the two agree."""
+    if isinstance(core, str):
+        first = text[0]
+        if not (first.isdigit() or first in "+-.=<") and text not in _WORDS_11:
+            return None
+    elif core is None or isinstance(core, bool):
+        return None
+    kind, legacy = read_legacy(text)
+    if type(legacy) is type(core) and (legacy == core or legacy != legacy):
+        return None
+    return kind
+
+
+def plain_spelling(value: Any) -> str:
+    """A scalar spelled so that YAML 1.1 and 1.2, and a person, read the same."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        text = repr(value)
+        mantissa, exponent, power = text.partition("e")
+        if exponent:
+            mantissa += "" if "." in mantissa else ".0"
+            return f"{mantissa}e{int(power):+d}"
+        return text
+    if isinstance(value, str):
+        return quote_if_needed(value)
+    return str(value)
+
+
+_SAFE_TEXT = re.compile(r"[A-Za-z_./][A-Za-z0-9_./ -]*(?<! )")
+
+
+def quote_if_needed(text: str) -> str:
+    """Text as a plain scalar where every reader takes it as text, double-quoted otherwise."""
+    if (
+        _SAFE_TEXT.fullmatch(text)
+        and isinstance(read_core(text), str)
+        and read_legacy(text)[1] == text
+    ):
+        return text
+    escaped = (
+        text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+    )
+    return f'"{escaped}"'

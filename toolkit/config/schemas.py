@@ -1,0 +1,45 @@
+"""Find a JSON Schema of ours: in a checkout under schemas/, in an installed package under
+toolkit/schemas/.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from toolkit.base.errors import DefectError, InputError
+
+
+def schema_path(name: str) -> Path:
+    """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...); InputError for a name
+    that is none.
+    """
+    places = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "schemas")
+    for folder in places:
+        path = folder / f"{name}.schema.json"
+        if name.isidentifier() and path.is_file():
+            return path
+    known = schema_names()
+    if not known:
+        raise DefectError(
+            f"no schemas in {' or '.join(map(str, places))}: the installation is broken"
+        )
+    raise InputError(f"there is no schema {name!r}", fix="one of: " + ", ".join(known))
+
+
+def schema_names() -> list[str]:
+    """The names that ``schema_path`` knows, sorted."""
+    folders = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "schemas")
+    return sorted(
+        {path.name.partition(".")[0] for folder in folders for path in folder.glob("*.schema.json")}
+    )
+
+
+@cache
+def find_schema(name: str) -> dict[str, Any]:
+    """The schema as parsed JSON (one shared object: do not change it)."""
+    schema = json.loads(schema_path(name).read_text(encoding="utf-8"))
+    assert isinstance(schema, dict)
+    return schema

@@ -1,0 +1,205 @@
+"""A document against a JSON Schema, with places: unknown keys, types, legal values, ranges.
+
+This reads the part of JSON Schema that our schemas use (``KEYWORDS``; a test holds them to it,
+and another compares the verdicts with the jsonschema library's on generated instances). The
+library itself is not used here for two reasons: it says "is not valid under any of the given
+schemas" where a person needs one sentence, and its import costs from 60 ms up to a second, by
+what else is installed. Where it differs on purpose: 8.0 is no integer here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from toolkit.config.document import KeyPath, Node, dotted
+from toolkit.config.faults import Fault, fits_type, value_fault
+from toolkit.config.finding import Edit, Finding, Fix, Severity
+from toolkit.config.wording import show, spell
+
+KEYWORDS = frozenset(
+    [
+        "type",
+        "enum",
+        "const",
+        "anyOf",
+        "not",
+        "properties",
+        "required",
+        "additionalProperties",
+        "items",
+        "minItems",
+        "uniqueItems",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "minLength",
+        "pattern",
+    ]
+)
+ANNOTATIONS = frozenset(
+    [
+        "$schema",
+        "$id",
+        "$comment",
+        "title",
+        "description",
+        "default",
+        "examples",
+        "enumDescriptions",
+        "deprecated",
+        "deprecationMessage",
+        "doNotSuggest",
+        "x-unit",
+        "x-rule",
+        "x-refused",
+    ]
+)
+
+
+class Outcome(NamedTuple):
+    """What the walk found, and the paths whose values no rule may lean on."""
+
+    findings: list[Finding]
+    bad: set[KeyPath]
+
+
+def check_structure(root: Node, schema: dict[str, Any]) -> Outcome:
+    """Every structural fault of ``root`` under ``schema``."""
+    walk = _Walk()
+    walk.visit(root, schema, ())
+    return Outcome(walk.findings, walk.bad)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.bad: set[KeyPath] = set()
+
+    def visit(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
+        if "x-refused" in schema:
+            return  # rule KEY007 tells it
+        branches = schema.get("anyOf")
+        if branches is not None:
+            schema = _branch(node.value, branches) | {
+                k: v for k, v in schema.items() if k != "anyOf"
+            }
+        if isinstance(node.value, float) and not math.isfinite(node.value):
+            self.bad.add(path)  # told while loading (DOC006)
+            return
+        fault = value_fault(node.value, schema)
+        if fault is not None:
+            self.bad.add(path)
+            if "x-rule" not in schema or fault.rule == "KEY003":
+                self.tell(node, schema, path, fault)
+        elif isinstance(node.value, dict):
+            self.mapping(node, schema, path)
+        elif isinstance(node.value, list):
+            self.sequence(node, schema, path)
+        elif node.note is not None:
+            self.findings.append(node.note)
+
+    def mapping(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
+        properties = schema.get("properties", {})
+        for key, child in node.value.items():
+            below = properties.get(key)
+            if below is not None:
+                self.visit(child, below, (*path, key))
+            elif schema.get("additionalProperties") is False and not key.startswith("\0"):
+                self.bad.add((*path, key))
+                self.findings.append(unknown_key(child, (*path, key), properties))
+            else:
+                self.anything(child, (*path, key))
+        for key in schema.get("required", ()):
+            if key not in node.value:
+                self.bad.add((*path, key))
+                self.findings.append(_missing(node, (*path, key), properties[key]))
+
+    def sequence(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
+        items = schema.get("items", {})
+        for index, child in enumerate(node.value):
+            self.visit(child, items, (*path, index))
+
+    def anything(self, node: Node, path: KeyPath) -> None:
+        """A value that the schema leaves open: only what YAML itself makes doubtful is told."""
+        for _, below in node.walk(path):
+            if below.note is not None:
+                self.findings.append(below.note)
+
+    def tell(self, node: Node, schema: dict[str, Any], path: KeyPath, fault: Fault) -> None:
+        notes, fixes = fault.notes, fault.fixes
+        if node.note is not None:
+            notes = (*notes, node.note.message)
+        edits = [
+            Fix(spelling, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
+            for spelling in (spell(value, node.source.format) for value in fixes)
+        ]
+        self.findings.append(
+            Finding(
+                rule=fault.rule,
+                severity=Severity.ERROR,
+                message=f"{dotted(path)}: {fault.message}",
+                path=path,
+                source=node.source,
+                mark=node.mark,
+                notes=notes,
+                fixes=tuple(edits) or _advice(schema, fault),
+            )
+        )
+
+
+def _advice(schema: dict[str, Any], fault: Fault) -> tuple[Fix, ...]:
+    if fault.rule == "KEY006" and "default" in schema:
+        return (Fix(f"leave the key out for the default {show(schema['default'])}"),)
+    return ()
+
+
+def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
+    """The branch of an anyOf to hold a value to: one it fits, else one of its type, else all of
+    them named together.
+    """
+    for branch in branches:
+        if value_fault(value, branch) is None:
+            return branch
+    for branch in branches:
+        if fits_type(value, branch):
+            return branch
+    return {"x-either": branches}
+
+
+def unknown_key(node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
+    """KEY001, with the key that was probably meant."""
+    from toolkit.config.suggest import key_advice  # noqa: PLC0415 - only for a fault
+
+    key = str(path[-1])
+    notes, fixes = key_advice(key, path[:-1], node, properties)
+    return Finding(
+        rule="KEY001",
+        severity=Severity.ERROR,
+        message=f"{dotted(path)}: there is no such key",
+        path=path,
+        source=node.source,
+        mark=node.key,
+        notes=notes,
+        fixes=fixes,
+    )
+
+
+def _missing(node: Node, path: KeyPath, schema: dict[str, Any]) -> Finding:
+    example = schema.get("examples", ["..."])[0]
+    return Finding(
+        rule="KEY002",
+        severity=Severity.ERROR,
+        message=f"{dotted(path)} is missing",
+        path=path,
+        source=node.source,
+        mark=node.key or node.mark,
+        fixes=(
+            Fix(
+                f"{path[-1]}: {spell(example, 'yaml')}"
+                if not isinstance(example, dict)
+                else f"add {path[-1]}:"
+            ),
+        ),
+    )

@@ -1,0 +1,108 @@
+"""TOML to nodes with places: the standard library reads the values, a scan beside it finds where
+they stand.
+
+The scan may assume valid TOML, because tomllib has read the text before. What it cannot place
+(nothing that we know of) stands at the start of the file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+import tomllib
+from typing import Any
+
+from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
+from toolkit.config.document import Document, KeyPath, Mark, Node, Source
+from toolkit.config.finding import Finding, Severity
+from toolkit.config.json_reader import Places
+from toolkit.config.toml_scan import scan
+
+_POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
+MAX_PARTS = 2_000  # dots in one key: tomllib takes quadratic time for them
+
+
+def parse_toml(source: Source) -> Document:
+    """A TOML text as nodes; a syntax error is one finding."""
+    document = Document(source, Node({}, Mark(1, 1, 0, 0), source))
+    text = source.text.replace("\r\n", "\n")
+    try:
+        if any(line.count(".") > MAX_PARTS for line in text.splitlines()):
+            raise _too_much("a key of so many parts")
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        document.findings.append(_syntax(source, str(error)))
+        return document
+    except RecursionError:
+        document.findings.append(_finding(source, None, "DOC009", "nested too deep"))
+        return document
+    except _TooMuch as error:
+        document.findings.append(_finding(source, None, "DOC009", str(error)))
+        return document
+    places = Places(source.text)
+    builder = _Builder(source, document, {
+        path: (places.mark(*key), places.mark(*value)) for path, key, value in scan(source.text)
+    })  # fmt: skip
+    try:
+        document.root = builder.node(values, ())
+    except _TooMuch as error:
+        document.findings.append(_finding(source, None, "DOC009", str(error)))
+    return document
+
+
+class _TooMuch(Exception):
+    """More than a run file needs."""
+
+
+def _too_much(what: str) -> _TooMuch:
+    return _TooMuch(f"{what} is no run file")
+
+
+def _syntax(source: Source, message: str) -> Finding:
+    found = _POSITION.search(message)
+    text = _POSITION.sub("", message).strip()
+    text = text[:1].lower() + text[1:]
+    if found is None or found[1] is None:
+        last = len(source.lines)
+        mark = Mark(last, len(source.lines[-1]) + 1, len(source.text), len(source.text))
+    else:
+        mark = Mark(int(found[1]), int(found[2]), 0, 0)
+    return _finding(source, mark, "DOC001", f"TOML syntax: {text}")
+
+
+def _finding(source: Source, mark: Mark | None, rule: str, message: str) -> Finding:
+    return Finding(rule=rule, severity=Severity.ERROR, message=message, source=source, mark=mark)
+
+
+class _Builder:
+    """Values and places together."""
+
+    def __init__(
+        self, source: Source, document: Document, places: dict[KeyPath, tuple[Mark, Mark]]
+    ) -> None:
+        self.source, self.document, self.places = source, document, places
+        self.count = 0
+
+    def node(self, value: Any, path: KeyPath) -> Node:
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise _TooMuch(f"more than {MAX_NODES} values")
+        if len(path) > MAX_DEPTH:
+            raise _TooMuch(f"nested deeper than {MAX_DEPTH} levels")
+        key, mark = self.places.get(path, (None, Mark(1, 1, 0, 0)))
+        node = Node(self.below(value, path), mark, self.source)
+        node.key = key if path and isinstance(path[-1], str) else None
+        if isinstance(value, float) and not math.isfinite(value):
+            message = f"{value} is no number for a run"
+            self.document.findings.append(_finding(self.source, mark, "DOC006", message))
+        return node
+
+    def below(self, value: Any, path: KeyPath) -> Any:
+        if isinstance(value, dict):
+            return {key: self.node(child, (*path, key)) for key, child in value.items()}
+        if isinstance(value, list):
+            return [self.node(child, (*path, index)) for index, child in enumerate(value)]
+        if isinstance(value, (datetime.date, datetime.time)):
+            return value.isoformat()  # no key of a run file takes a date: it is judged as text
+        return value

@@ -1,0 +1,77 @@
+"""Judge a document: structure, then every rule; and hand the very same document on as a frozen
+RunConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError, InputError
+from toolkit.config.build import build_config
+from toolkit.config.finding import Finding, Severity
+from toolkit.config.layers import load_document
+from toolkit.config.schemas import find_schema
+from toolkit.config.structure import check_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from toolkit.config.document import Document
+    from toolkit.config.model import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """All findings in the order of their places, and the config when none of them is an error."""
+
+    findings: tuple[Finding, ...]
+    config: RunConfig | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing refuses the run."""
+        return self.config is not None
+
+
+def validate(document: Document, *, world_size: int = 1) -> Validation:
+    """Judge a loaded document."""
+    del world_size
+    findings = list(document.findings)
+    if document.readable:
+        outcome = check_structure(document.root, find_schema("run"))
+        findings += outcome.findings
+    findings.sort(
+        key=lambda found: (found.source.name if found.source else "", found.line, found.column)
+    )
+    refused = any(found.severity is Severity.ERROR for found in findings)
+    return Validation(tuple(findings), None if refused else build_config(document))
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
+    """The run file at ``path`` with ``key=value`` overrides, validated.
+
+    Raises InputError when it cannot be read, and ConfigError, whose message holds every finding,
+    when something in it is wrong.
+    """
+    from toolkit.config.render import render_text  # noqa: PLC0415 - only for a fault
+
+    document = load_document(path, overrides)
+    outcome = validate(document, world_size=world_size)
+    if outcome.config is not None:
+        return outcome.config
+    errors = [found for found in outcome.findings if found.severity is Severity.ERROR]
+    if not document.readable:
+        raise InputError(errors[0].message, where=errors[0].place)
+    raise ConfigError("the run file is refused\n" + render_text(outcome.findings))
+
+
+def check_instance(instance: Any, schema_name: str) -> list[str]:
+    """What the jsonschema library finds wrong with a JSON value under one of our schemas; empty
+    when it is valid.
+    """
+    from jsonschema import Draft202012Validator  # noqa: PLC0415 - its import costs from 60 ms to a second
+
+    validator = Draft202012Validator(find_schema(schema_name))
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(instance)]

@@ -1,0 +1,64 @@
+"""Values and schemas as people read them in a message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.config.scalars import plain_spelling
+
+_TYPES = {
+    "integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text",
+    "array": "a list", "object": "a mapping", "null": "null",
+}  # fmt: skip
+_LONGEST = 60
+
+
+def show(value: Any) -> str:
+    """A value in one short piece: text in quotes where it needs them, collections by their first
+    items.
+    """
+    if isinstance(value, dict):
+        return "a mapping" if value else "{}"
+    if isinstance(value, (list, tuple)):
+        items = [show(getattr(item, "value", item)) for item in value[:4]]
+        return "[" + ", ".join(items) + (", ..." if len(value) > 4 else "") + "]"
+    text = plain_spelling(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def kind_of(value: Any) -> str:
+    """``text``, ``a list``, ``an integer`` ..."""
+    if isinstance(value, bool):
+        return "a boolean"
+    for kind, name in ((int, "an integer"), (float, "a float"), (str, "text"), (list, "a list")):
+        if isinstance(value, kind):
+            return name
+    return "null" if value is None else "a mapping"
+
+
+def describe(schema: dict[str, Any]) -> str:
+    """What a schema wants: ``an integer, at least 1, or auto``."""
+    if "x-either" in schema:
+        parts = [describe(branch) for branch in schema["x-either"]]
+        return " or ".join(part for part in parts if part != "null") or "null"
+    if "const" in schema:
+        return show(schema["const"])
+    if "enum" in schema:
+        return (
+            ", ".join(show(value) for value in schema["enum"][:-1])
+            + f" or {show(schema['enum'][-1])}" * (len(schema["enum"]) > 1)
+            + show(schema["enum"][0]) * (len(schema["enum"]) == 1)
+        )
+    kinds = schema.get("type", [])
+    names = [
+        _TYPES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind != "null"
+    ]
+    return " or ".join(names)
+
+
+def spell(value: Any, form: str) -> str:
+    """A scalar as it is written in a file of format ``form``."""
+    text = plain_spelling(value)
+    if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
+        return f'"{text}"'
+    return text
