@@ -1,0 +1,224 @@
+"""Hugging Face generation behind the face of ``engine.base.RolloutEngine``: no vLLM, the trainer's
+own model.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.engine.rollout import Rollout, check_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from toolkit.engine.rollout import Sampling
+
+WHERE = "sampling"
+
+
+class TransformersEngine:
+    """Samples from ``model`` (transformers or PEFT) as it is at that moment; there is nothing to
+    publish.
+
+    ``end_ids`` are the token ids that end a completion, ``pad_id`` fills the left of a batch;
+    ``max_model_len`` (tokens, prompt and completion together) None asks the model's config.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pad_id: int,
+        end_ids: Collection[int],
+        max_model_len: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model = model
+        self._pad_id, self._end_ids, self._tokenizer = pad_id, sorted(end_ids), tokenizer
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_model_len = max_model_len or longest or 2**31
+
+    def publish(self, peft_model: Any, name: str = "default") -> None:
+        """Nothing to do: the model that is trained is the model that samples.
+
+        Raises:
+            ConfigValueError: ``peft_model`` is another model.
+        """
+        if peft_model is not self.model:
+            raise ConfigValueError(f"adapter {name!r} is on another model", where="publish")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        adapter: bool | str = True,
+    ) -> Rollout:
+        """``sampling.n`` completions of each prompt (token ids), drawn from ``seed`` alone.
+
+        Log-probabilities are those of the distribution sampled from: after temperature, top-k,
+        top-p, min-p and penalties. ``adapter`` False samples from the base. The caller's generators
+        and the model's training mode are left as they were.
+
+        Raises:
+            ConfigValueError: prompts that do not fit, or values that transformers refuses.
+            ConfigTypeError: an ``extra`` keyword that transformers does not know.
+            UnsupportedError: structured outputs, which need the vLLM engine.
+        """
+        check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        if not prompts:
+            none_asked = sampling.logprobs is None
+            return Rollout([], [], None if none_asked else [], None if none_asked else [])
+        config, strings = self._config(sampling)
+        ids_BP, mask_BP = self._batch(prompts)
+        plain = adapter or not hasattr(self.model, "disable_adapter")
+        base = nullcontext() if plain else self.model.disable_adapter()
+        with base, _inference(self.model), _seeded(seed, self.model.device):
+            try:
+                output = self.model.generate(
+                    input_ids=ids_BP, attention_mask=mask_BP, generation_config=config, **strings
+                )
+            except ValueError as error:
+                raise ConfigValueError(
+                    f"transformers refuses the sampling options: {str(error).splitlines()[0]}",
+                    where=WHERE,
+                ) from error
+        return self._collect(prompts, output, ids_BP.shape[1], sampling)
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to release: the model is its owner's."""
+
+    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, dict[str, Any]]:
+        """transformers' form of ``sampling``, and the keywords that go beside it (stop strings)."""
+        if sampling.structured_outputs_regex is not None or "structured_outputs" in sampling.extra:
+            raise UnsupportedError(
+                "structured outputs need the vLLM engine",
+                where=WHERE,
+                fix="load with fast_inference=True, or leave them out",
+            )
+        extra = dict(sampling.extra)
+        stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
+        strings: dict[str, Any] = {}
+        if stop:
+            strings = {"stop_strings": stop, "tokenizer": self._tokenizer}
+        for name in extra:
+            if not hasattr(GenerationConfig(), name):
+                raise ConfigTypeError(
+                    f"{name!r} is no generation option of transformers",
+                    where=WHERE,
+                    fix="leave it out, or load with fast_inference=True if it is one of vLLM's",
+                )
+        greedy = sampling.temperature == 0.0
+        draw: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+        if not greedy:
+            draw = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": max(sampling.top_k, 0),  # vLLM writes "off" as -1 or 0
+                "min_p": sampling.min_p or None,
+            }
+        keywords = {
+            **draw,
+            "repetition_penalty": sampling.repetition_penalty,
+            "num_return_sequences": sampling.n,
+            "max_new_tokens": sampling.max_tokens,
+            "eos_token_id": sorted({*self._end_ids, *sampling.stop_token_ids}),
+            "pad_token_id": self._pad_id,
+            "return_dict_in_generate": True,
+            "output_scores": sampling.logprobs is not None,
+        }
+        return GenerationConfig(**{**keywords, **extra}), strings
+
+    def _batch(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, mask), both (B, P) int64: prompts padded on the left."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = [[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _collect(
+        self, prompts: Sequence[Sequence[int]], output: Any, width: int, sampling: Sampling
+    ) -> Rollout:
+        """What was generated, each completion up to and with the token that ended it."""
+        ends = {*self._end_ids, *sampling.stop_token_ids}
+        completions_BT = output.sequences[:, width:].tolist()
+        lengths = [_length(row, ends) for row in completions_BT]
+        completions = [row[:size] for row, size in zip(completions_BT, lengths, strict=True)]
+        repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
+        if sampling.logprobs is None:
+            return Rollout(repeated, completions, None, None)
+        values, tokens = _logprobs(output.scores, output.sequences[:, width:], sampling.logprobs)
+        cut = range(len(lengths))
+        return Rollout(
+            repeated,
+            completions,
+            [values[i][: lengths[i]] for i in cut],
+            [tokens[i][: lengths[i]] for i in cut],
+        )
+
+
+def _length(row: list[int], ends: Collection[int]) -> int:
+    return next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+
+
+def _logprobs(
+    scores: tuple[torch.Tensor, ...], sampled_BT: torch.Tensor, count: int
+) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
+    """(log-probabilities, token ids), each [sequence][position][rank], most likely first.
+
+    ``scores`` are T tensors (B, V), processed logits. With ``count`` 0 only the sampled token's;
+    else the ``count`` most likely, and the sampled one wherever it ranks.
+    """
+    values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
+    tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]
+    for position, logits_BV in enumerate(scores):
+        logps_BV = torch.log_softmax(logits_BV.float(), -1)
+        own_B1 = sampled_BT[:, position : position + 1]
+        own = logps_BV.gather(1, own_B1)[:, 0].tolist()
+        top = torch.topk(logps_BV, count, dim=-1) if count else None
+        for row, token in enumerate(own_B1[:, 0].tolist()):
+            found: dict[int, float] = {}
+            if top is not None:
+                ids = top.indices[row].tolist()
+                found = dict(zip(ids, top.values[row].tolist(), strict=True))
+            found.setdefault(token, own[row])
+            values[row].append(list(found.values()))
+            tokens[row].append(list(found))
+    return values, tokens
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Evaluation mode for the while: dropout off, and no gradient checkpointing, which drops the
+    cache.
+    """
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from ``seed`` for the while, and put every generator back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed % 2**63) if devices else torch.default_generator.manual_seed(seed)
+        yield

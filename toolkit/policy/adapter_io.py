@@ -1,0 +1,120 @@
+"""Write an adapter: PEFT's own folder, safetensors only, whole or not at all, equal bytes for equal
+adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.policy.checkpoint import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BASE_FILE = "base.json"
+"""Beside PEFT's files: what the base was, so that an adapter is not put on another one."""
+
+SAMPLE = 16
+"""Values of each base tensor that go into the fingerprint."""
+
+
+def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "default") -> Path:
+    """Write the adapter ``name`` of ``model`` to ``folder`` and return it; equal adapters, equal
+    bytes.
+
+    The files appear together at the end: a full disk or a kill leaves what was there before.
+
+    Raises:
+        ConfigValueError: the model has no adapter. InputError: the folder cannot be written.
+    """
+    if name not in getattr(model, "peft_config", {}):
+        raise ConfigValueError(
+            "the model has no adapter to save", where="save_lora", fix="call get_peft_model first"
+        )
+    target = Path(folder)
+    with _beside(target) as work:
+        model.save_pretrained(
+            str(work), selected_adapters=[name], save_embedding_layers=_has_embeddings(model, name)
+        )
+        inner = work if name == "default" else work / name
+        _sort_config(inner / ADAPTER_CONFIG)
+        described = {"base_model_name_or_path": base_name(model), "fingerprint": fingerprint(model)}
+        (inner / BASE_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        for file in inner.iterdir():
+            file.chmod(0o644)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(inner.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
+            os.replace(file, target / file.name)
+    return target
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary folder on the same file system as ``target``; an OSError becomes an
+    InputError.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", where=str(target)) from error
+    try:
+        yield work
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot be written: {error}", where=str(target)) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sort_config(path: Path) -> None:
+    """PEFT writes sets in hash order; sorted, the file is the same in every process."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _has_embeddings(model: Any, name: str) -> bool:
+    targets = model.peft_config[name].target_modules or ()
+    embeddings = ("embed_tokens", "lm_head")
+    if isinstance(targets, str):
+        return any(word in targets for word in embeddings)
+    resized = getattr(model, "toolkit_resized", False)
+    return bool(resized) or any(target.rsplit(".", 1)[-1] in embeddings for target in targets)
+
+
+def base_name(model: Any) -> str | None:
+    name = getattr(model, "name_or_path", None)
+    return str(name) if name else None
+
+
+def fingerprint(model: Any) -> str | None:
+    """A short digest of the base: names, shapes and a few values of every frozen tensor, in
+    bfloat16.
+
+    Rounded so that one checkpoint has one fingerprint in float32 and in bfloat16. None for
+    quantized weights.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    digest = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            continue
+        if not parameter.is_floating_point():
+            return None
+        values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
+        digest.update(name.replace(".base_layer.", ".").encode())
+        digest.update(repr((tuple(parameter.shape), values.tolist())).encode())
+    return digest.hexdigest()[:16]

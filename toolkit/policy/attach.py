@@ -1,0 +1,36 @@
+"""What a model of ours carries beyond transformers and PEFT, set as plain attributes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from toolkit.policy.adapter_io import save_lora
+from toolkit.policy.generate import fast_generate, load_lora
+
+CARRIED = (
+    "toolkit_engine",
+    "vllm_engine",
+    "max_seq_length",
+    "toolkit_tokenizer",
+    "toolkit_full_finetuning",
+    "toolkit_resized",
+)
+"""Attributes handed from a model to the PEFT model around it."""
+
+
+def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
+    """Set ``carried`` (or those of the model ``like``) on ``model`` and bind its methods; returns
+    it.
+
+    ``fast_generate``, ``save_lora`` and ``load_lora`` are those of ``policy.generate`` and
+    ``policy.adapter_io``.
+    """
+    if like is not None:
+        carried = {name: getattr(like, name, None) for name in CARRIED}
+    for name in CARRIED:
+        setattr(model, name, carried.get(name))
+    model.fast_generate = partial(fast_generate, model)
+    model.save_lora = partial(save_lora, model)
+    model.load_lora = partial(load_lora, model)
+    return model

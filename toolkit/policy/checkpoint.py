@@ -1,0 +1,112 @@
+"""Find a checkpoint: a folder, or a hub id that becomes the folder of one snapshot.
+
+Engine and trainer read the same folder, so they cannot see two revisions of one name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from toolkit.base.errors import ConfigValueError, InputError
+
+ADAPTER_CONFIG = "adapter_config.json"
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """``folder`` on disk; ``name`` is what a reader calls it: the hub id, or the absolute
+    folder.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def is_adapter(self) -> bool:
+        """True for a PEFT adapter's folder (which has no model config of its own)."""
+        return (self.folder / ADAPTER_CONFIG).is_file() and not self._has("config.json")
+
+    def _has(self, file: str) -> bool:
+        return (self.folder / file).is_file()
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """The JSON object in ``file`` of the folder.
+
+        Raises:
+            InputError: it is missing, unreadable, or no JSON object.
+        """
+        path = self.folder / file
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read: {error}", where=str(path)) from error
+        if not isinstance(value, dict):
+            raise InputError(f"{file} is not a JSON object", where=str(path))
+        return value
+
+    def check_model(self, *, pickle: bool = False) -> None:
+        """Refuse a folder that is no model checkpoint; weights are safetensors unless ``pickle``.
+
+        Raises:
+            InputError: no config.json, or no weights.
+            ConfigValueError: only pickled weights, which are not read unless that is asked for.
+        """
+        if not self._has("config.json"):
+            raise InputError(
+                "is no checkpoint: it has neither config.json nor adapter_config.json",
+                where=str(self.folder),
+                fix="name a folder that save_pretrained wrote, or a hub id",
+            )
+        if pickle or any(self.folder.glob("*.safetensors")):
+            return
+        if any(self.folder.glob("*.bin")):
+            raise ConfigValueError(
+                "holds only pickled weights (*.bin), and a pickle can run code",
+                where=str(self.folder),
+                fix="convert it to safetensors, or pass use_safetensors=False by name",
+            )
+        raise InputError(
+            "holds no weights (*.safetensors)",
+            where=str(self.folder),
+            fix="copy the whole checkpoint",
+        )
+
+
+def find_checkpoint(
+    name: str, *, revision: str | None = None, token: str | bool | None = None, pickle: bool = False
+) -> Checkpoint:
+    """The checkpoint called ``name``, downloaded if it is a hub id. ``token`` reads gated ones.
+
+    Raises:
+        InputError: there is no such folder and no such repository, or it cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigValueError(
+                f"revision={revision!r} is for hub ids, and {name} is a folder",
+                where="revision",
+                fix="leave revision out",
+            )
+        return Checkpoint(folder.resolve(), str(folder.resolve()))
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        kind = "is a file, not a checkpoint's folder" if folder.exists() else "does not exist"
+        raise InputError(kind, where=name, fix="name a checkpoint's folder, or a hub id")
+    try:
+        patterns = [*_FILES, "*.bin"] if pickle else list(_FILES)
+        path = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"is no folder here, and the hub gave no such model: {reason}",
+            where=name,
+            fix="check the name and revision; a gated model needs token=... or `hf auth login`",
+        ) from error
+    return Checkpoint(Path(path), name)

@@ -1,0 +1,112 @@
+"""A model with a vLLM engine on it: the engine holds the weights, the model is a view of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import ConfigValueError
+from toolkit.engine.load import open_engine
+from toolkit.engine.options import LEGAL_RANKS, EngineOptions
+from toolkit.policy.arguments import ENGINE_EXTRA, WHERE
+from toolkit.policy.hf_model import choose_dtype, load_base, read_config
+
+if TYPE_CHECKING:
+    from toolkit.policy.checkpoint import Checkpoint
+    from toolkit.policy.request import LoadRequest
+    from toolkit.policy.saved_adapter import Adapter
+
+OWN = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_cpu_loras",
+    "kv_cache_bytes",
+    "max_loras",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "float8_kv_cache",
+    "share_weights",
+    "tensor_parallel_size",
+)
+"""EngineOptions of the same name; "auto" leaves them to vLLM."""
+
+DEFAULT_RANK = 64
+"""max_lora_rank "auto" without an adapter to read it from: the drop-in API's default."""
+
+
+def load_on_engine(
+    checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
+) -> tuple[Any, Any]:
+    """(model, engine): the model borrows the engine's weights, unless ``share_weights`` is False.
+
+    Raises:
+        InputError, ConfigValueError: the checkpoint cannot be used with these arguments.
+        Whatever ``open_engine`` and ``shared_model`` raise; the engine is closed then.
+    """
+    checkpoint.check_model(pickle=not request.use_safetensors)
+    read_config(
+        checkpoint, request
+    )  # refuses a max_seq_length beyond the model's before vLLM starts
+    engine = open_engine(engine_options(checkpoint, request, adapter))
+    try:
+        if not engine.options.share_weights:
+            return load_base(checkpoint, request), engine
+        from toolkit.policy.views import shared_model  # noqa: PLC0415 - imports vLLM's side
+
+        model = shared_model(engine, attn_implementation=request.attn_implementation)
+    except BaseException:
+        engine.close()
+        raise
+    return model, engine
+
+
+def engine_options(
+    checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None = None
+) -> EngineOptions:
+    """What the engine of ``request`` is built with. Lengths in tokens, memory in bytes."""
+    given = request.engine
+    own: dict[str, Any] = {name: None if given[name] == "auto" else given[name] for name in OWN}
+    extra = {name: given[name] for name in ENGINE_EXTRA if given[name] is not None}
+    return EngineOptions(
+        model=str(checkpoint.folder),
+        max_model_len=request.max_seq_length,
+        dtype=str(choose_dtype(request)).removeprefix("torch."),
+        load_in_4bit=request.load_in_4bit,
+        max_lora_rank=_rank(given["max_lora_rank"], adapter),
+        gpu_memory_utilization=_share(given["gpu_memory_utilization"]),
+        sleep=given["enable_sleep_mode"] is True,
+        seed=request.random_state,
+        extra=extra,
+        **own,
+    )
+
+
+def _rank(asked: Any, adapter: Adapter | None) -> int:
+    """The largest adapter rank that the engine has room for; "auto" fits the adapter at hand."""
+    if asked != "auto":
+        return int(asked)
+    if adapter is None:
+        return DEFAULT_RANK
+    legal = [rank for rank in LEGAL_RANKS if rank >= adapter.config.r]
+    if not legal:
+        raise ConfigValueError(
+            f"r={adapter.config.r} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
+            where=WHERE,
+            fix="load with fast_inference=False",
+        )
+    return legal[0]
+
+
+def _share(asked: Any) -> float | None:
+    """gpu_memory_utilization; "auto" is half of what is free now, the other half being the
+    trainer's.
+
+    A run file's "auto" is sized by its budget instead. Without a GPU the engine does not read it.
+    """
+    if asked != "auto":
+        return float(asked)
+    if not torch.cuda.is_available():
+        return None
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return max(round(free_bytes / total_bytes / 2, 2), 0.01)

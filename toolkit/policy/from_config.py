@@ -1,0 +1,74 @@
+"""A run file's model section as a load request; which engine a run file means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from toolkit.engine.base import vllm_available
+from toolkit.policy.request import LoadRequest, check_request
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+
+MODEL_FIELDS = (
+    "model_name",
+    "max_seq_length",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "load_in_16bit",
+    "load_in_fp8",
+    "full_finetuning",
+    "revision",
+    "trust_remote_code",
+    "attn_implementation",
+)
+ENGINE_FIELDS = (
+    "gpu_memory_utilization",
+    "float8_kv_cache",
+    "max_lora_rank",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_loras",
+    "max_cpu_loras",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "enable_sleep_mode",
+    "kv_cache_bytes",
+    "share_weights",
+    "tensor_parallel_size",
+)
+
+
+def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
+    """``runtime.engine`` where it is written, else ``model.fast_inference``.
+
+    With both "auto": vLLM where it is installed and there is a GPU, else transformers.
+    """
+    if config.runtime.engine != "auto":
+        return config.runtime.engine
+    fast = config.model.fast_inference
+    if fast == "auto":
+        fast = torch.cuda.is_available() and vllm_available()
+    return "vllm" if fast else "transformers"
+
+
+def request_of(config: RunConfig) -> LoadRequest:
+    """The load request of a run file whose every "auto" has been filled.
+
+    Raises:
+        The refusals of ``policy.request.check_request``.
+    """
+    engine = choose_engine(config) == "vllm"
+    names = MODEL_FIELDS + (ENGINE_FIELDS if engine else ())
+    values = {name: getattr(config.model, name, None) for name in names}
+    return check_request(
+        {
+            **values,
+            "fast_inference": engine,
+            "random_state": config.lora.random_state,
+            "use_gradient_checkpointing": config.lora.use_gradient_checkpointing,
+        }
+    )

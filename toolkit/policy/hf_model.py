@@ -1,0 +1,246 @@
+"""A Hugging Face causal language model from a checkpoint: dtype, device, quantization,
+positions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from toolkit.base.errors import (
+    ConfigValueError,
+    InputError,
+    MissingExtraError,
+    UnsupportedError,
+)
+from toolkit.policy.arguments import WHERE
+
+if TYPE_CHECKING:
+    from toolkit.policy.checkpoint import Checkpoint
+    from toolkit.policy.request import LoadRequest
+
+
+def check_quantization(request: LoadRequest) -> None:
+    """Refuse 4-bit and 8-bit where they cannot run.
+
+    Raises:
+        UnsupportedError: there is no CUDA GPU.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    flag = "load_in_4bit" if request.load_in_4bit else "load_in_8bit"
+    if not (request.load_in_4bit or request.load_in_8bit):
+        return
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"{flag}=True needs an NVIDIA GPU, and PyTorch sees none here"
+            + (" (True is load_in_4bit's default)" if request.load_in_4bit else ""),
+            where=WHERE,
+            fix=f"pass {flag}=False",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            f"{flag}=True needs bitsandbytes, which is not installed",
+            where=WHERE,
+            fix="pip install 'grpo-toolkit[cuda]', or pass " + flag + "=False",
+        )
+
+
+def choose_dtype(request: LoadRequest) -> torch.dtype:
+    """What the weights are held in.
+
+    Asked for nothing: bfloat16 on a GPU that has it (compute capability 8.0 and up), float16 on an
+    older one, float32 on a CPU, whatever the checkpoint stores: there float32 is the fast and exact
+    one.
+    """
+    if request.dtype != "auto":
+        dtype = getattr(torch, request.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    return torch.bfloat16 if request.load_in_16bit else torch.float32
+
+
+def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
+    """The model's configuration, with the positions that ``request`` asks for.
+
+    Raises:
+        InputError: config.json cannot be read. UnsupportedError: no text-only causal language
+        model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            str(checkpoint.folder),
+            trust_remote_code=request.trust_remote_code,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"its config.json cannot be used: {str(error).splitlines()[0]}",
+            where=checkpoint.name,
+            fix="check the checkpoint; a model with code of its own needs trust_remote_code=True",
+        ) from error
+    if config.get_text_config() is not config:
+        raise UnsupportedError(
+            f"{config.model_type!r} is a multimodal model, and only text models are trained",
+            where=checkpoint.name,
+            fix="use the text-only checkpoint of the family",
+        )
+    _set_positions(config, request, checkpoint.name)
+    return config
+
+
+def _set_positions(config: Any, request: LoadRequest, name: str) -> None:
+    """Honour ``rope_scaling``, or stretch the positions when ``max_seq_length`` asks for more.
+
+    Stretching is dynamic NTK: nothing changes for sequences within the length the model knows.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    wanted = request.max_seq_length
+    beyond = wanted is not None and longest is not None and wanted > longest
+    if beyond and request.fast_inference:
+        raise ConfigValueError(
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}",
+            where=WHERE,
+            fix=f"pass max_seq_length={longest} or less, or fast_inference=False",
+        )
+    scaling = dict(request.rope_scaling) if request.rope_scaling else None
+    current = getattr(config, "rope_parameters", None) or {}
+    if scaling is None and not beyond:
+        return
+    if current.get("rope_type") is None:
+        raise UnsupportedError(
+            f"the positions of {config.model_type!r} cannot be stretched by one rope_scaling",
+            where=name,
+            fix=f"keep max_seq_length within {longest} and leave rope_scaling out",
+        )
+    if scaling is None:
+        assert wanted is not None
+        assert longest is not None
+        if current["rope_type"] != "default":
+            raise ConfigValueError(
+                f"max_seq_length={wanted} is beyond the {longest} positions of {name}, which"
+                f" already stretches them ({current['rope_type']})",
+                where=WHERE,
+                fix=f"pass max_seq_length={longest} or less, or a rope_scaling of your own",
+            )
+        scaling = {"rope_type": "dynamic", "factor": wanted / longest}
+        warnings.warn(
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}: stretched by"
+            f" rope_scaling={scaling} for longer sequences",
+            UserWarning,
+            stacklevel=4,
+        )
+    kind = scaling.pop("type", None)
+    scaling.setdefault("rope_type", kind)
+    scaling.setdefault("rope_theta", current.get("rope_theta"))
+    config.rope_parameters = scaling
+    try:
+        config.standardize_rope_params()
+        config.validate_rope()
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigValueError(f"rope_scaling={scaling!r}: {error}", where=WHERE) from error
+
+
+def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
+    """The base model with every tensor from the checkpoint, frozen unless ``full_finetuning``.
+
+    Raises:
+        InputError: a weight file that cannot be read, or tensors that are missing, extra or
+        misshapen.
+    """
+    checkpoint.check_model(pickle=not request.use_safetensors)
+    config = read_config(checkpoint, request)
+    quantization = _quantization(config, request, checkpoint.name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.folder),
+            config=config,
+            dtype=choose_dtype(request),
+            device_map=_device_map(request.device_map),
+            quantization_config=quantization,
+            attn_implementation=request.attn_implementation,
+            use_safetensors=request.use_safetensors,
+            trust_remote_code=request.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ImportError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}",
+            where=checkpoint.name,
+        ) from error
+    _check_complete(info, checkpoint.name)
+    if request.resize_model_vocab is not None:
+        _resize(model, request.resize_model_vocab, request.random_state)
+    model.requires_grad_(request.full_finetuning)
+    return model
+
+
+def _quantization(config: Any, request: LoadRequest, name: str) -> Any:
+    """bitsandbytes' settings; NF4 with plain float32 scales is what the engine holds too."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        if not (request.load_in_4bit or request.load_in_8bit):
+            method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+            raise ConfigValueError(
+                f"{name} is stored quantized ({method}), and no load_in_* flag asks for that",
+                where=WHERE,
+                fix="pass load_in_4bit=True, or name the checkpoint in 16 bits",
+            )
+        return None
+    if request.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not request.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=choose_dtype(request),
+    )
+
+
+def _device_map(asked: Any) -> Any:
+    """``"sequential"`` (the default) is the whole model on this process's device."""
+    cuda = torch.cuda.is_available()
+    if asked in (None, "sequential", "auto", "balanced") and not cuda:
+        return None
+    if asked in (None, "sequential"):
+        return {"": torch.cuda.current_device()}
+    named = set(asked.values()) if isinstance(asked, dict) else {asked}
+    wants_cuda = any(str(device).startswith("cuda") or isinstance(device, int) for device in named)
+    if wants_cuda and not cuda:
+        raise ConfigValueError(
+            f"device_map={asked!r} names a GPU, and PyTorch sees none here",
+            where=WHERE,
+            fix="leave device_map out",
+        )
+    return asked
+
+
+def _check_complete(info: dict[str, Any], name: str) -> None:
+    """Every tensor of the model came from the checkpoint, and the checkpoint had no other."""
+    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, unknown to the model,")):
+        names = sorted(info.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(
+                f"{what} {len(names)} tensors: {', '.join(names[:3])}{more}",
+                where=name,
+                fix="the checkpoint does not fit its own config.json: copy it again",
+            )
+
+
+def _resize(model: Any, size: int, seed: int) -> None:
+    """Resize embeddings and head to ``size`` rows; new rows are drawn from ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model.resize_token_embeddings(size)

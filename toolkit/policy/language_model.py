@@ -1,0 +1,218 @@
+"""FastLanguageModel: load a model, put an adapter on it, switch between training and inference."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigValueError
+from toolkit.policy.arguments import check_checkpointing, refuse_unknown
+from toolkit.policy.attach import attach
+from toolkit.policy.checkpointing import (
+    apply_checkpointing,
+    pause_checkpointing,
+    resume_checkpointing,
+)
+from toolkit.policy.from_config import request_of
+from toolkit.policy.loading import load
+from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
+from toolkit.policy.request import check_request
+from toolkit.policy.settings import WHERE, LoraSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.config.model import RunConfig
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_KWARGS = (
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""Keyword arguments of get_peft_model beyond its signature: PEFT's LoraConfig fields of that
+name.
+"""
+
+
+class FastLanguageModel:
+    """The drop-in API. Every method is static: the state is on the model."""
+
+    @staticmethod
+    def from_pretrained(  # noqa: PLR0913 - the drop-in signature
+        model_name: str,
+        max_seq_length: int | None = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | bool | None = None,
+        device_map: Any = "sequential",
+        rope_scaling: Mapping[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        resize_model_vocab: int | None = None,
+        revision: str | None = None,
+        use_exact_model_name: bool = False,
+        offload_embedding: bool = False,
+        float32_mixed_precision: bool | None = None,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float | str = 0.5,
+        float8_kv_cache: bool = False,
+        random_state: int = 3407,
+        max_lora_rank: int | str = 64,
+        disable_log_stats: bool = True,
+        qat_scheme: str | None = None,
+        load_in_fp8: bool | str = False,
+        text_only: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Load ``model_name`` and its tokenizer.
+
+        ``model_name`` is a folder, a hub id, or an adapter's folder: then its base is loaded with
+        the adapter on it, trainable. ``dtype`` None means bfloat16 (or float16) on a GPU and
+        float32 on a CPU. ``max_seq_length`` is in tokens. With ``fast_inference`` a vLLM engine
+        holds the weights and the model is a view of them; ``gpu_memory_utilization`` and
+        ``max_lora_rank`` are its share of the card and its largest adapter rank, or "auto".
+        ``kwargs`` are engine options such as ``max_num_seqs``, and ``attn_implementation``.
+
+        Returns:
+            (model, tokenizer). The model also has ``fast_generate``, ``save_lora``, ``load_lora``,
+            ``vllm_engine`` (None without one) and ``max_seq_length``.
+
+        Raises:
+            ConfigTypeError, ConfigValueError, UnsupportedError, MissingExtraError: a parameter is
+                refused; the message names it.
+            InputError: the checkpoint cannot be found or read.
+        """
+        named = {name: value for name, value in locals().items() if name != "kwargs"}
+        named["model_name"] = str(model_name)
+        return load(check_request({**named, **kwargs}))
+
+    @staticmethod
+    def get_peft_model(  # noqa: PLR0913 - the drop-in signature
+        model: Any,
+        r: int = 16,
+        target_modules: Sequence[str] | str = SEVEN,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: Sequence[int] | int | None = None,
+        layers_pattern: Sequence[str] | str | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int = 2048,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Put a LoRA adapter on ``model`` and return it as a ``peft.PeftModelForCausalLM``.
+
+        The update of a weight is s B A, with s = alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with
+        ``use_rslora`` (arXiv 2312.03732). B = 0 at first, so no logit changes; the same
+        ``random_state`` gives the same bytes. On a model that has the adapter already, a warning.
+
+        Raises:
+            ConfigTypeError: r is no int, an unknown keyword, or another adapter is on the model.
+            ConfigValueError: a value, a target that the model has not, or r above the engine's
+                ``max_lora_rank``.
+            UnsupportedError: what an engine on the model could not sample from.
+        """
+        refuse_unknown(kwargs, LORA_KWARGS, WHERE)
+        check_checkpointing(use_gradient_checkpointing, WHERE)
+        settings = LoraSettings(
+            r=r,
+            target_modules=_frozen(target_modules),
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            layers_to_transform=_frozen(layers_to_transform),
+            layers_pattern=_frozen(layers_pattern),
+            random_state=random_state,
+            use_rslora=use_rslora,
+            modules_to_save=_frozen(modules_to_save),
+            init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config,
+            **{name: _frozen(value) for name, value in kwargs.items() if value is not None},
+        )
+        _check_length(model, max_seq_length)
+        if is_peft(model):
+            return same_or_refuse(model, settings)
+        if getattr(model, "toolkit_full_finetuning", False):
+            warnings.warn(
+                "full_finetuning=True: every weight is trained, and no adapter was added",
+                UserWarning,
+                stacklevel=2,
+            )
+            return model
+        return put_adapter(model, settings, use_gradient_checkpointing)
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
+        """``model`` in training mode, with the gradient checkpointing that it was given.
+
+        ``use_gradient_checkpointing`` False leaves it off this time.
+        """
+        model.train()
+        if use_gradient_checkpointing is False:
+            pause_checkpointing(model)
+        else:
+            resume_checkpointing(model)
+        return model
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """``model`` in evaluation mode, without gradient checkpointing (it would disable the
+        cache).
+        """
+        model.eval()
+        pause_checkpointing(model)
+        return model
+
+
+def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
+    """``model`` with a fresh adapter, its methods bound to it, in training mode."""
+    peft_model = add_lora(model, settings)
+    length = getattr(model, "max_seq_length", None)
+    apply_checkpointing(peft_model, checkpointing, max_seq_length=length)
+    attach(peft_model, like=model)
+    peft_model.train()
+    return peft_model
+
+
+def load_policy(config: RunConfig) -> tuple[Any, Any]:
+    """(model with its adapter, tokenizer) of a resolved run file; the engine by ``runtime.engine``.
+
+    Raises:
+        As ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
+    """
+    model, tokenizer = load(request_of(config))
+    if is_peft(model) or config.model.full_finetuning:
+        return model, tokenizer
+    settings = LoraSettings.from_section(config.lora)
+    return put_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
+
+
+def _check_length(model: Any, max_seq_length: int) -> None:
+    """``max_seq_length`` belongs to the loading; here only the loaded value or the default is
+    taken.
+    """
+    loaded = getattr(model, "max_seq_length", None)
+    if max_seq_length not in (loaded, 2048) and loaded is not None:
+        raise ConfigValueError(
+            f"max_seq_length={max_seq_length}, and the model was loaded with {loaded}",
+            where=WHERE,
+            fix=f"pass max_seq_length={max_seq_length} to from_pretrained",
+        )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple, set)) else value

@@ -1,0 +1,92 @@
+"""From a checked request to a model and a tokenizer, with or without an engine, with or without an
+adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+from toolkit.policy.attach import attach
+from toolkit.policy.checkpoint import find_checkpoint
+from toolkit.policy.checkpointing import apply_checkpointing
+from toolkit.policy.hf_model import check_quantization, load_base
+from toolkit.policy.saved_adapter import put_saved, read_adapter
+from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from toolkit.policy.checkpoint import Checkpoint
+    from toolkit.policy.request import LoadRequest
+    from toolkit.policy.saved_adapter import Adapter
+
+
+def load(request: LoadRequest) -> tuple[Any, Any]:
+    """(model, tokenizer) of ``request``; an adapter's folder gives its base with the adapter on it.
+
+    Raises:
+        InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
+    """
+    check_quantization(request)
+    found = _find(request, request.model_name)
+    adapter = read_adapter(found.folder) if found.is_adapter else None
+    base = _base_of(request, adapter) if adapter else found
+    if request.fast_inference:
+        from toolkit.policy.engine_model import load_on_engine  # noqa: PLC0415 - vLLM is optional
+
+        model, engine = load_on_engine(base, request, adapter)
+    else:
+        model, engine = load_base(base, request), None
+    return _finish(model, engine, base, request, adapter)
+
+
+def _find(request: LoadRequest, name: str) -> Checkpoint:
+    pickle = not request.use_safetensors
+    return find_checkpoint(name, revision=request.revision, token=request.token, pickle=pickle)
+
+
+def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
+    """The checkpoint that ``adapter`` was trained on, as its config names it."""
+    name = adapter.config.base_model_name_or_path
+    if not name:
+        raise InputError(
+            "adapter_config.json does not name its base model", where=str(adapter.folder)
+        )
+    revision = getattr(adapter.config, "revision", None)
+    return _find(replace(request, revision=revision), str(name))
+
+
+def _finish(
+    model: Any, engine: Any, base: Checkpoint, request: LoadRequest, adapter: Adapter | None
+) -> tuple[Any, Any]:
+    """Name the model, load the tokenizer, put the adapter on it, bind the methods."""
+    # transformers remembers the snapshot's folder; adapters must record what the user called it.
+    model.name_or_path = model.config._name_or_path = base.name
+    source = adapter.folder if adapter and _has_tokenizer(adapter) else base.folder
+    tokenizer = load_tokenizer(
+        source,
+        max_seq_length=request.max_seq_length,
+        trust_remote_code=request.trust_remote_code,
+    )
+    if request.fix_tokenizer:
+        fix_tokenizer(tokenizer, model)
+    attach(
+        model,
+        toolkit_engine=engine,
+        vllm_engine=getattr(engine, "llm", None),
+        max_seq_length=request.max_seq_length,
+        toolkit_tokenizer=tokenizer,
+        toolkit_full_finetuning=request.full_finetuning,
+        toolkit_resized=request.resize_model_vocab is not None,
+    )
+    mode = request.use_gradient_checkpointing
+    if adapter is not None:
+        model = attach(put_saved(model, adapter), like=model)
+        model.train()
+    if adapter is not None or request.full_finetuning:
+        apply_checkpointing(model, mode, max_seq_length=request.max_seq_length)
+    return model, tokenizer
+
+
+def _has_tokenizer(adapter: Adapter) -> bool:
+    return (adapter.folder / "tokenizer_config.json").is_file()

@@ -1,0 +1,179 @@
+"""The adapter under training. With ``engine.adapter``, the only module that imports PEFT.
+
+Adapter weights are float32 whatever the base is (PEFT's own default): Adam's steps on a bfloat16
+adapter, with its 8 bits of mantissa, are lost below 1/256 of the weight, and its moments would be
+bfloat16 too. The forward pass computes in the base's dtype under autocast, as the engine does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.policy.settings import (
+    WHERE,
+    LoraSettings,
+    check_settings,
+    check_targets,
+    check_with_engine,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NOT_PEFTS = ("random_state",)
+MAPPINGS = ("loftq_config", "rank_pattern", "alpha_pattern")
+DIFFERING = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+)
+
+
+def add_lora(model: Any, settings: LoraSettings) -> Any:
+    """``model`` (a transformers model) with a fresh adapter: a ``peft.PeftModelForCausalLM``.
+
+    B = 0, so no logit changes; A is drawn from ``settings.random_state`` alone, on the CPU, so the
+    same seed gives the same bytes on every device, and the caller's generators are left as they
+    were.
+
+    Raises:
+        ConfigTypeError, ConfigValueError, UnsupportedError: the refusals of ``policy.settings``.
+    """
+    check_settings(settings)
+    engine = getattr(model, "toolkit_engine", None)
+    if engine is not None:
+        check_with_engine(settings, engine.options.max_lora_rank)
+    check_targets(settings, (name for name, _ in model.named_modules()))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.random_state)
+        try:
+            return get_peft_model(model, to_peft(settings))
+        except ValueError as error:
+            raise ConfigValueError(str(error).strip(), where=WHERE) from error
+
+
+def to_peft(settings: LoraSettings) -> Any:
+    """The ``peft.LoraConfig`` of ``settings``."""
+    values: dict[str, Any] = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name in NOT_PEFTS or (item.name in MAPPINGS and not value):
+            continue
+        values[item.name] = _plain(value)
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **values)
+    except (ValueError, ImportError) as error:
+        raise ConfigValueError(str(error).strip(), where=WHERE) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if hasattr(value, "items") else value
+
+
+def is_peft(model: Any) -> bool:
+    """True if ``model`` already carries an adapter."""
+    return isinstance(model, PeftModel)
+
+
+def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
+    """``model``, which already has an adapter, if ``settings`` ask for the very same one.
+
+    Raises:
+        ConfigTypeError: they ask for another; the differences are named.
+    """
+    check_settings(settings)
+    current, asked = model.peft_config["default"], to_peft(settings)
+    names = [*DIFFERING, "target_modules", "layers_to_transform", "modules_to_save"]
+    different = [
+        f"{name} is {_show(getattr(current, name))}, asked for {_show(getattr(asked, name))}"
+        for name in names
+        if _show(getattr(current, name)) != _show(getattr(asked, name))
+    ]
+    if different:
+        raise ConfigTypeError(
+            "the model already has an adapter with other settings: " + "; ".join(different),
+            where=WHERE,
+            fix="load the model again, or ask for the same settings",
+        )
+    warnings.warn(
+        "the model already has this adapter: returned as it is", UserWarning, stacklevel=4
+    )
+    return model
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (set, list, tuple)):
+        return repr(sorted(value) or None)
+    return repr(value)
+
+
+def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names that its file has, on their device, not copied."""
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
+    return tensors
+
+
+def set_adapter_tensors(
+    model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
+) -> None:
+    """Write ``tensors`` (checked against ``adapter_tensors`` by the caller) into the adapter."""
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+
+
+def read_peft_config(values: Mapping[str, Any]) -> Any:
+    """The ``peft.LoraConfig`` of an adapter_config.json's object, trainable.
+
+    Raises:
+        ConfigValueError: it is no LoRA adapter, or its values are none that PEFT takes.
+    """
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise ConfigValueError(f"peft_type is {kind!r}, and only LORA adapters are loaded")
+    known = {item.name for item in fields(LoraConfig)}
+    kept = {name: value for name, value in values.items() if name in known}
+    try:
+        return LoraConfig(**{**kept, "inference_mode": False, "task_type": "CAUSAL_LM"})
+    except (TypeError, ValueError) as error:
+        raise ConfigValueError(f"its adapter_config.json cannot be used: {error}") from error
+
+
+def settings_of(config: Any) -> LoraSettings:
+    """The settings that a ``peft.LoraConfig`` expresses, for the refusals of
+    ``policy.settings``.
+    """
+    values = {item.name: getattr(config, item.name, None) for item in fields(LoraSettings)}
+    kept = {name: value for name, value in values.items() if value is not None}
+    for name, value in kept.items():
+        if isinstance(value, (set, list)):
+            kept[name] = tuple(sorted(value))
+    return LoraSettings(**kept)
+
+
+def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
+    """``model`` with an adapter ``name`` laid out by ``config``, its values still to be set."""
+    if is_peft(model):
+        model.add_adapter(name, config)
+        return model
+    with torch.random.fork_rng(devices=[]):
+        return PeftModelForCausalLM(model, config, adapter_name=name)

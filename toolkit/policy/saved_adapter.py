@@ -1,0 +1,173 @@
+"""Read an adapter with suspicion, compare it with the model, put it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.policy.adapter_io import BASE_FILE, base_name, fingerprint
+from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
+from toolkit.policy.lora import (
+    adapter_tensors,
+    add_from_config,
+    read_peft_config,
+    set_adapter_tensors,
+    settings_of,
+)
+from toolkit.policy.settings import check_targets, check_with_engine
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter read from ``folder``: its PEFT config, its tensors (on the CPU) and what its base
+    was.
+    """
+
+    folder: Path
+    config: Any
+    tensors: Mapping[str, torch.Tensor]
+    base: Mapping[str, Any]
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """The adapter in ``folder``, every value finite and every rank as its config says.
+
+    Raises:
+        InputError: a file is missing or unreadable. ConfigValueError: no LoRA adapter, only pickled
+            weights, values that are not finite, or ranks that differ from the config.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(
+            "is no adapter's folder", where=str(folder), fix="name what save_lora wrote"
+        )
+    values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
+    try:
+        config = read_peft_config(values)
+    except ConfigValueError as error:
+        raise ConfigValueError(error.message, where=str(path)) from error
+    tensors = _read_tensors(path)
+    _check_values(tensors, path)
+    _check_ranks(tensors, config, path)
+    base: dict[str, Any] = {"base_model_name_or_path": values.get("base_model_name_or_path")}
+    if (path / BASE_FILE).is_file():
+        base |= Checkpoint(path, str(path)).read_json(BASE_FILE)
+    return Adapter(path, config, tensors, base)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    file = path / WEIGHTS
+    if not file.is_file():
+        if (path / "adapter_model.bin").is_file():
+            raise ConfigValueError(
+                "holds only a pickled adapter (adapter_model.bin), and a pickle can run code",
+                where=str(path),
+                fix=f"convert it to {WEIGHTS} where you trust it",
+            )
+        raise InputError(f"{WEIGHTS} is missing", where=str(path), fix="copy the whole folder")
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(str(file), device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(file)) from error
+    return tensors
+
+
+def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ConfigValueError(
+            f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}",
+            where=str(path / WEIGHTS),
+            fix="use an earlier checkpoint of the run",
+        )
+
+
+def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
+    if config.rank_pattern:
+        return
+    for name, value in tensors.items():
+        rank = value.shape[0] if ".lora_A." in name else value.shape[-1]
+        if (".lora_A." in name or ".lora_B." in name) and value.dim() == 2 and rank != config.r:
+            raise ConfigValueError(
+                f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={config.r}", where=str(path)
+            )
+
+
+def check_base(model: Any, adapter: Adapter) -> None:
+    """Refuse an adapter of another base: by fingerprint where both have one, else by hub id.
+
+    Raises:
+        ConfigValueError: the bases differ; both are named.
+    """
+    theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
+    mark, own = adapter.base.get("fingerprint"), fingerprint(model)
+    if mark is not None and own is not None:
+        differ, detail = mark != own, f" (weights {mark}, not {own})"
+    else:
+        hub = all(
+            name and not Path(name).is_dir() and name.count("/") == 1 for name in (theirs, ours)
+        )
+        differ, detail = hub and theirs != ours, ""
+    if differ:
+        raise ConfigValueError(
+            f"was trained on {theirs}, and this model is {ours}{detail}",
+            where=str(adapter.folder),
+            fix="load the base that it was trained on",
+        )
+
+
+def check_fits(model: Any, adapter: Adapter, *, name: str = "default") -> None:
+    """Compare the file's tensors with those that the adapter ``name`` of ``model`` has.
+
+    Raises:
+        ConfigValueError: tensors are missing, extra or of another shape; the first are named.
+    """
+    expected, given = adapter_tensors(model, name), adapter.tensors
+    missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    shapes = [
+        f"{key} is {tuple(given[key].shape)}, the model needs {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(names)} {what}, first {names[0]}"
+        for names, what in ((missing, "missing"), (extra, "extra"), (shapes, "of another shape"))
+        if names
+    ]
+    if problems:
+        raise ConfigValueError(
+            f"its tensors do not fit this model: {'; '.join(problems)}",
+            where=str(adapter.folder),
+            fix="load the base that it was trained on",
+        )
+
+
+def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
+    """``model`` with the saved ``adapter`` on it under ``name``: base, targets, shapes checked
+    first.
+
+    Raises:
+        ConfigValueError: the adapter is another base's, or does not fit; the difference is named.
+    """
+    check_base(model, adapter)
+    settings = settings_of(adapter.config)
+    engine = getattr(model, "toolkit_engine", None)
+    if engine is not None:
+        check_with_engine(settings, engine.options.max_lora_rank)
+    check_targets(settings, (module for module, _ in model.named_modules()))
+    peft_model = add_from_config(model, adapter.config, name)
+    check_fits(peft_model, adapter, name=name)
+    set_adapter_tensors(peft_model, adapter.tensors, name)
+    return peft_model

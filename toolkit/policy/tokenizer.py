@@ -1,0 +1,94 @@
+"""The tokenizer of a checkpoint, made fit for generation in batches."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from toolkit.base.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+PAD_NAMES = (
+    "<|finetune_right_pad_id|>",
+    "<|vision_pad|>",
+    "<|fim_pad|>",
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|endoftext|>",
+    "<|dummy_0|>",
+    "<unk>",
+)
+"""Tokens that published vocabularies hold and text never does, best first (Llama 3, Qwen, Phi,
+...).
+"""
+
+
+def load_tokenizer(
+    folder: Path, *, max_seq_length: int | None, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer in ``folder``; ``max_seq_length`` (tokens) becomes its ``model_max_length``.
+
+    Raises:
+        InputError: the folder holds no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json of the model into it",
+        ) from error
+    if max_seq_length is not None:
+        tokenizer.model_max_length = max_seq_length
+    return tokenizer
+
+
+def fix_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Pad on the left, by a token that is no end of sequence where the vocabulary has one.
+
+    No token is ever added: that would change the embeddings. ``model``'s configs learn the pad id.
+    Generation from a batch needs left padding; a pad token that is also the end of sequence would
+    be masked out of the loss where a completion ends.
+    """
+    tokenizer.padding_side = "left"
+    ends = end_ids(tokenizer, model)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        token = _find_pad(tokenizer, ends)
+        if token is None:
+            warnings.warn(
+                f"the vocabulary has no token to pad with; padding with {tokenizer.eos_token!r}",
+                UserWarning,
+                stacklevel=4,
+            )
+            token = tokenizer.eos_token
+        tokenizer.pad_token = token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def end_ids(tokenizer: Any, model: Any) -> set[int]:
+    """Every token id that ends a completion: the tokenizer's and the generation config's."""
+    ends: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if isinstance(listed, int):
+        return ends | {listed}
+    return ends | set(listed or ())
+
+
+def _find_pad(tokenizer: Any, ends: Collection[int]) -> str | None:
+    vocabulary = tokenizer.get_vocab()
+    for name in PAD_NAMES:
+        if name in vocabulary and vocabulary[name] not in ends:
+            return name
+    reserved = [name for name in vocabulary if "reserved" in name and vocabulary[name] not in ends]
+    return min(reserved, key=lambda name: vocabulary[name], default=None)
