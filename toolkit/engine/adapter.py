@@ -1,0 +1,261 @@
+"""The adapter under training, put into the engine's LoRA slots from memory.
+
+The first publish goes through vLLM's own manager, which makes the adapter known and finds its slot.
+Every later one copies into that slot's stacked tensors on the device, and nothing else: the
+addresses that CUDA graphs captured stay as they are.
+
+Scaling (alpha/r, or alpha/sqrt(r) with rsLoRA: arXiv 2106.09685, 2312.03732) is multiplied into B
+on the way, on our side and in the trainer's dtype. vLLM is told alpha = r: it would otherwise fold
+alpha/r into lora_B in place (``LoRALayerWeights.optimize``), and so into the tensors under
+training; and its packing of expert layers ignores rsLoRA before 0.31.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+
+from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
+from toolkit.engine.weights import engine_name, rename_mapper
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The A (r, in) and B (out, r) of one adapted layer, live, and the factor of B."""
+
+    module: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The adapter's rank on this layer."""
+        return int(self.a.shape[0])
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which live tensor is copied where, in lists that one fused kernel takes at once."""
+
+    signature: tuple[object, ...]
+    a_from: list[torch.Tensor] = field(default_factory=list)
+    a_to: list[torch.Tensor] = field(default_factory=list)
+    b_from: list[torch.Tensor] = field(default_factory=list)
+    b_to: list[torch.Tensor] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Copy every tensor into its slot, casting on the way; nothing of the source changes."""
+        torch._foreach_copy_(self.a_to, self.a_from)
+        if all(factor == 1.0 for factor in self.factors):
+            torch._foreach_copy_(self.b_to, self.b_from)
+        else:
+            torch._foreach_copy_(self.b_to, torch._foreach_mul(self.b_from, self.factors))
+
+
+def read_pairs(peft_model: Any, name: str) -> list[Pair]:
+    """The layers that adapter ``name`` of a PEFT model adapts.
+
+    Raises:
+        ConfigValueError: the model has no adapter of that name.
+        UnsupportedError: the adapter has parts that vLLM's slots do not hold (DoRA, biases,
+            experts, whole modules).
+    """
+    config = getattr(peft_model, "peft_config", {}).get(name)
+    if config is None:
+        raise ConfigValueError(
+            f"the model has no adapter named {name!r}",
+            where="publish",
+            fix="call get_peft_model first",
+        )
+    if getattr(config, "modules_to_save", None):
+        raise UnsupportedError(
+            f"modules_to_save={list(config.modules_to_save)} trains whole modules,"
+            " which the engine shares with the trainer",
+            where="lora.modules_to_save",
+            fix="leave modules_to_save out, or train with fast_inference: false",
+        )
+    pairs = []
+    for path, module in peft_model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name in module.lora_embedding_A:
+            raise UnsupportedError(
+                f"LoRA on the embedding {path} is not served by the engine",
+                where="lora.target_modules",
+            )
+        if name not in module.lora_A:
+            continue
+        a, b = module.lora_A[name], module.lora_B[name]
+        if getattr(b, "bias", None) is not None or getattr(module, "use_dora", {}).get(name):
+            raise UnsupportedError(
+                f"{path} has a LoRA bias or DoRA, which vLLM has no slot for", where="lora"
+            )
+        if a.weight.dim() != 2 or hasattr(module, "parameter_name"):
+            raise UnsupportedError(
+                f"LoRA on expert weights ({path}) cannot be published to the engine",
+                where="lora.target_modules",
+                fix="target the attention projections, or train with fast_inference: false",
+            )
+        pairs.append(
+            Pair(path.removeprefix(PEFT_PREFIX), a.weight, b.weight, float(module.scaling[name]))
+        )
+    return pairs
+
+
+class AdapterSlots:
+    """The adapters of one engine. ``slots`` is vLLM's LoRAModelManager, with ``dtype`` and
+    ``device`` of its slots.
+    """
+
+    def __init__(self, slots: Any, module: Any, max_lora_rank: int) -> None:
+        self._slots = slots
+        self._module = module
+        self._max_rank = max_lora_rank
+        self._plans: dict[str, Plan] = {}
+        self.ids: dict[str, int] = {}
+
+    def publish(self, peft_model: Any, name: str) -> None:
+        """Put adapter ``name``, as it is now, into its slot.
+
+        Raises:
+            ConfigValueError: its rank is above ``max_lora_rank``.
+            UnsupportedError: a layer of it has no slot.
+        """
+        pairs = read_pairs(peft_model, name)
+        if not pairs:
+            raise ConfigValueError(f"adapter {name!r} adapts no layer", where="lora.target_modules")
+        signature = tuple(
+            (pair.module, pair.a.data_ptr(), pair.b.data_ptr(), pair.rank) for pair in pairs
+        )
+        plan = self._plans.get(name)
+        if plan is None or plan.signature != signature or not self.is_active(name):
+            self._check_ranks(pairs)
+            self._register(pairs, name)
+            plan = self._plans[name] = self._make_plan(pairs, self._slot(name), signature)
+        plan.factors = [
+            pair.scaling for pair in pairs for _ in range(len(self._places(pair.module)))
+        ]
+        plan.run()
+
+    def is_active(self, name: str) -> bool:
+        """False if the adapter was never published, or another one took its slot since."""
+        return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
+
+    def forget(self) -> None:
+        """Let go of every live tensor."""
+        self._plans.clear()
+        self.ids.clear()
+
+    def _check_ranks(self, pairs: Sequence[Pair]) -> None:
+        rank = max(pair.rank for pair in pairs)
+        if rank > self._max_rank:
+            raise ConfigValueError(
+                f"the adapter has rank {rank}, the engine was built for at most {self._max_rank}",
+                where="lora.r",
+                fix=(
+                    f"load the model with max_lora_rank of at least {rank}, or use r <="
+                    f" {self._max_rank}"
+                ),
+            )
+
+    def _slot(self, name: str) -> int:
+        return int(self._slots.lora_index_to_id.index(self.ids[name]))
+
+    def _register(self, pairs: Sequence[Pair], name: str) -> None:
+        """Through vLLM's own path, with copies: it writes to what it is given."""
+        for pair in pairs:
+            self._places(pair.module)  # vLLM skips silently what it has no layer for
+        identity = self.ids.setdefault(name, 1 + len(self.ids))
+        rank = max(pair.rank for pair in pairs)
+        device, dtype = self._slots.device, self._slots.lora_config.lora_dtype
+        tensors: dict[str, torch.Tensor] = {}
+        for pair in pairs:
+            prefix = PEFT_PREFIX + pair.module
+            tensors[f"{prefix}.lora_A.weight"] = pair.a.detach().to(
+                device=device, dtype=dtype, copy=True
+            )
+            tensors[f"{prefix}.lora_B.weight"] = (pair.b.detach() * pair.scaling).to(
+                device=device, dtype=dtype, copy=True
+            )
+        adapter = LoRAModel.from_lora_tensors(
+            identity,
+            tensors,
+            PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
+            device=str(device),
+            dtype=dtype,
+            weights_mapper=rename_mapper(self._module),
+            skip_prefixes=getattr(self._module, "lora_skip_prefixes", None),
+        )
+        self._slots.remove_adapter(identity)
+        self._slots.add_adapter(adapter)
+        self._slots.activate_adapter(identity)
+
+    def _make_plan(self, pairs: Sequence[Pair], slot: int, signature: tuple[object, ...]) -> Plan:
+        plan = Plan(signature)
+        for pair in pairs:
+            start = 0
+            for layer, part in self._places(pair.module):
+                a, b = layer.lora_a_stacked[part][slot, 0], layer.lora_b_stacked[part][slot, 0]
+                rows = b.shape[0]
+                plan.a_from.append(pair.a.detach())
+                plan.a_to.append(a[: pair.rank, : pair.a.shape[1]])
+                plan.b_from.append(pair.b.detach()[start : start + rows])
+                plan.b_to.append(b[:, : pair.rank])
+                start += rows
+            if start != pair.b.shape[0]:
+                raise DefectError(f"{pair.module}: B has {pair.b.shape[0]} rows, its slots {start}")
+        return plan
+
+    def _places(self, module: str) -> list[tuple[Any, int]]:
+        """The (layer, part) slots of an adapted layer: one, or those of each part where Hugging
+        Face has fused them.
+        """
+        return find_places(
+            module, self._slots.modules, self._slots.packed_modules_mapping, self._module
+        )
+
+
+def find_places(
+    module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
+) -> list[tuple[Any, int]]:
+    """Where the LoRA of the Hugging Face layer ``module`` goes: vLLM's layer and the index among
+    its fused parts.
+
+    Raises:
+        UnsupportedError: vLLM has no layer with slots there, or its model skips adapters under that
+            name.
+    """
+    name = engine_name(vllm_module, module)
+    for prefix in getattr(vllm_module, "lora_skip_prefixes", None) or ():
+        if f".{prefix}" in name or name.startswith(prefix):
+            raise UnsupportedError(
+                f"vLLM skips adapters under {prefix!r} for this model ({module})",
+                where="lora.target_modules",
+            )
+    parent, _, leaf = name.rpartition(".")
+    for fused, parts in packed.items():
+        if leaf in parts and len(parts) > 1:
+            layer = layers.get(f"{parent}.{fused}" if parent else fused)
+            if layer is not None:
+                return [(layer, list(parts).index(leaf))]
+    layer = layers.get(name)
+    if layer is None or not hasattr(layer, "lora_a_stacked"):
+        raise UnsupportedError(
+            f"the engine has no LoRA slot for {module}",
+            where="lora.target_modules",
+            fix="leave it out of target_modules, or train with fast_inference: false",
+        )
+    return [(layer, part) for part in range(len(layer.lora_a_stacked))]

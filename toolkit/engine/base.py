@@ -1,0 +1,53 @@
+"""What training needs from a thing that samples, and whether vLLM is there. Importable without
+torch or vLLM.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.engine.rollout import Rollout, Sampling
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples from the policy under training. vLLM (``engine.load``) and Hugging Face generation
+    both have this face.
+    """
+
+    def publish(self, peft_model: Any, name: str = "default") -> None:
+        """Make the adapter ``name`` of ``peft_model``, as it is now, what the next ``generate``
+        samples from.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        adapter: bool = True,
+    ) -> Rollout:
+        """``sampling.n`` completions of each prompt (token ids). Same seed, same prompts, same
+        policy: same completions.
+        """
+
+    def sleep(self) -> None:
+        """Give memory back that only sampling needs. Weights stay. Without effect where there is
+        nothing to give.
+        """
+
+    def wake(self) -> None:
+        """Take it again; called before the next ``generate``."""
+
+    def close(self) -> None:
+        """Release everything; a second call does nothing."""
+
+
+def vllm_available() -> bool:
+    """True if vLLM can be imported here; it is not imported."""
+    return find_spec("vllm") is not None

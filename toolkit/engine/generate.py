@@ -1,0 +1,140 @@
+"""Token ids in, token ids and log-probabilities out, with as little Python per token as vLLM
+allows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from toolkit.base.errors import ConfigValueError
+from toolkit.engine.rollout import Rollout, request_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm import LLM
+    from vllm.logprobs import FlatLogprobs
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+
+    from toolkit.engine.rollout import Sampling
+
+
+def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
+    """vLLM's own form of ``sampling``.
+
+    Raises:
+        ConfigValueError: vLLM refuses a value or does not know a keyword of ``sampling.extra``.
+    """
+    keywords: dict[str, Any] = {
+        "n": sampling.n,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0 if sampling.min_p is None else sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logprobs": sampling.logprobs,
+        "seed": seed,
+        "detokenize": False,
+        # One flat list a sequence instead of a dict of objects a token.
+        "flat_logprobs": True,
+    }
+    if sampling.stop_token_ids:
+        keywords["stop_token_ids"] = list(sampling.stop_token_ids)
+    keywords |= dict(sampling.extra)
+    if keywords.get("stop") or keywords.get("bad_words"):
+        keywords["detokenize"] = True  # vLLM matches stop strings on text
+    structured = keywords.get("structured_outputs")
+    try:
+        if sampling.structured_outputs_regex is not None:
+            keywords["structured_outputs"] = StructuredOutputsParams(
+                regex=sampling.structured_outputs_regex
+            )
+        elif isinstance(structured, dict):
+            keywords["structured_outputs"] = StructuredOutputsParams(**structured)
+        return SamplingParams(**keywords)
+    except (TypeError, ValueError) as problem:
+        raise ConfigValueError(
+            f"vLLM refuses the sampling options: {problem}",
+            where="grpo (sampling options, generation_kwargs)",
+        ) from problem
+
+
+def generate(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+    lora: LoRARequest | None,
+) -> Rollout:
+    """``sampling.n`` completions of each prompt.
+
+    Each prompt is one request with n completions, so its prefix is computed once, and has a seed of
+    its own: what is drawn does not hang on what ran before, nor on how requests share a batch.
+        Greedy sampling needs none.
+    """
+    greedy = sampling.temperature == 0.0
+    requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    shared = sampling_params(sampling, None) if greedy else None
+    params = [
+        shared or sampling_params(sampling, request_seed(seed, index))
+        for index in range(len(prompts))
+    ]
+    try:
+        outputs = (
+            llm.generate(requests, params, lora_request=lora, use_tqdm=False) if requests else []
+        )
+    except (
+        TypeError,
+        ValueError,
+    ) as problem:  # vLLM checks each request as it comes in, and drops those before it
+        raise ConfigValueError(
+            f"vLLM refuses the request: {problem}", where="grpo (sampling options)"
+        ) from problem
+    return collect(prompts, outputs)
+
+
+def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
+    """vLLM's outputs in TRL's layout."""
+    prompt_ids: list[list[int]] = []
+    completion_ids: list[list[int]] = []
+    logprobs: list[list[list[float | None]]] | None = []
+    token_ids: list[list[list[int]]] | None = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        for completion in output.outputs:
+            prompt_ids.append(list(prompt))
+            completion_ids.append(list(completion.token_ids))
+            if completion.logprobs is None:
+                logprobs = token_ids = None
+            elif logprobs is not None and token_ids is not None:
+                values, tokens = unpack(completion.logprobs)
+                logprobs.append(values)
+                token_ids.append(tokens)
+    return Rollout(prompt_ids, completion_ids, logprobs, token_ids)
+
+
+def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
+    """One sequence's log-probabilities and their tokens, [position][rank], most likely first.
+
+    vLLM puts the sampled token first and then the k most likely, which may hold it again: as TRL
+    does, it is kept once, in the place of its rank.
+    """
+    size = len(flat.logprobs)
+    if size == len(flat.start_indices):  # one a position, the usual case: no sorting, no objects
+        return (
+            [[None if math.isnan(value) else value] for value in flat.logprobs],
+            [[token] for token in flat.token_ids],
+        )
+    values: list[list[float | None]] = []
+    tokens: list[list[int]] = []
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        last = {flat.token_ids[i]: i for i in range(start, end)}
+        order = sorted(last.values(), key=lambda i: flat.ranks[i] or 0)
+        values.append([None if math.isnan(flat.logprobs[i]) else flat.logprobs[i] for i in order])
+        tokens.append([flat.token_ids[i] for i in order])
+    return values, tokens

@@ -1,0 +1,219 @@
+"""A started engine: what the rest of the toolkit holds in its hand."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from vllm.lora.request import LoRARequest
+
+from toolkit.base.errors import ConfigError, ConfigValueError, ToolkitError
+from toolkit.engine import generate as generation
+from toolkit.engine.adapter import AdapterSlots
+from toolkit.engine.rollout import check_prompts
+from toolkit.engine.seams import open_internals, shut_down
+from toolkit.engine.sleep import KvSleep
+from toolkit.engine.symptoms import explain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from torch import nn
+    from vllm import LLM
+
+    from toolkit.engine.options import EngineOptions
+    from toolkit.engine.rollout import Rollout, Sampling
+
+IN_MEMORY = "in-memory"
+"""A LoRARequest wants a path even for an adapter that is already in its slot."""
+FILE_IDS_FROM = 1000
+"""Adapters from files are numbered from here on, published ones from 1."""
+
+
+class Engine:
+    """vLLM in this process. Made by ``engine.load.open_engine``; a context manager; satisfies
+    ``base.RolloutEngine``.
+    """
+
+    def __init__(self, llm: LLM, options: EngineOptions, *, owns_process_group: bool) -> None:
+        self._llm: LLM | None = llm
+        self.options = options
+        self._owns_process_group = owns_process_group
+        internals = open_internals(llm)
+        self._module: nn.Module | None = internals.module
+        slots = internals.slots
+        self._adapters = (
+            None if slots is None else AdapterSlots(slots, internals.module, options.max_lora_rank)
+        )
+        self._sleep = KvSleep(llm) if options.sleep else None
+        self._files: dict[str, LoRARequest] = {}
+        self._published: dict[str, Any] = {}
+        self._dead: ToolkitError | None = None
+
+    @property
+    def llm(self) -> LLM:
+        """The ``vllm.LLM`` itself.
+
+        Raises:
+            ConfigError: the engine is closed.
+        """
+        if self._llm is None:
+            raise ConfigError(
+                "the engine is closed", where="engine", fix="open a new one: load the model again"
+            )
+        return self._llm
+
+    @property
+    def module(self) -> nn.Module:
+        """The live vLLM module, whose parameters the trainer borrows."""
+        if self._module is None:
+            raise ConfigError(
+                "the engine is closed", where="engine", fix="open a new one: load the model again"
+            )
+        return self._module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of the computation."""
+        found: torch.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
+        return found
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and completion together, in tokens."""
+        return int(self.llm.llm_engine.vllm_config.model_config.max_model_len)
+
+    @property
+    def closed(self) -> bool:
+        """True after ``close``."""
+        return self._llm is None
+
+    def publish(self, peft_model: Any, name: str = "default") -> None:
+        """Put adapter ``name`` of a PEFT model, as it is now, into its slot, and forget cached
+        prefixes of the old one.
+
+        Nothing of the model is changed: scaling is applied to what is copied. Casts to the engine's
+            dtype.
+
+        Raises:
+            ConfigValueError: no such adapter, or its rank is above ``max_lora_rank``.
+            UnsupportedError: the engine has no slot for a layer of it.
+        """
+        if self._adapters is None:
+            raise ConfigError(
+                "the engine was built without LoRA", where="engine", fix="load with enable_lora"
+            )
+        self.wake()
+        self._adapters.publish(peft_model, name)
+        self._published[name] = peft_model
+        self.llm.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        adapter: bool | str = True,
+    ) -> Rollout:
+        """``sampling.n`` completions of each prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: how to draw.
+            seed: with the place of a prompt it decides all that is drawn for it
+                (``rollout.derive_seed``).
+            adapter: True samples from the adapter published last as ``"default"`` (the base model
+                before any publish), a name from that one, False from the base model.
+
+        Raises:
+            ConfigValueError: sampling options that vLLM refuses, prompts that do not fit.
+            NodeError, RetryError, ConfigError: the engine died; the message says which check
+                explains it.
+        """
+        if self._dead is not None:
+            raise type(self._dead)(
+                f"the engine died earlier: {self._dead.message}", where="engine", fix=self._dead.fix
+            )
+        check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        self.wake()
+        request = self._request(adapter)
+        try:
+            return generation.generate(self.llm, prompts, sampling, seed, request)
+        except ToolkitError:
+            raise
+        except Exception as problem:
+            self._dead = explain(problem, "the rollout failed")
+            raise self._dead from problem
+
+    def lora_request(self, name: str = "default") -> LoRARequest:
+        """A request for a published adapter, for calls of ``llm.generate`` by hand."""
+        if self._adapters is None or name not in self._adapters.ids:
+            raise ConfigValueError(
+                f"no adapter {name!r} has been published", where="engine", fix="publish it first"
+            )
+        if not self._adapters.is_active(name):  # an adapter from a file took its slot
+            self._adapters.publish(self._published[name], name)
+            self.llm.reset_prefix_cache()
+        return LoRARequest(name, self._adapters.ids[name], IN_MEMORY)
+
+    def load_lora(self, folder: str) -> LoRARequest:
+        """A request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads it on first
+        use.
+        """
+        if folder not in self._files:
+            self._files[folder] = LoRARequest(folder, FILE_IDS_FROM + len(self._files), folder)
+        return self._files[folder]
+
+    def sleep(self) -> None:
+        """Release the KV cache, if the engine was built with ``sleep``; weights and slots stay
+        where they are.
+        """
+        if self._sleep is not None:
+            self._sleep.sleep()
+
+    def wake(self) -> None:
+        """Take the KV cache again. Does nothing when awake."""
+        if self._sleep is not None:
+            self._sleep.wake()
+
+    def close(self) -> None:
+        """Shut the engine down and release its memory. A second call does nothing.
+
+        A model that borrows its weights must be dropped as well before they can be freed.
+        """
+        if self._llm is None:
+            return
+        llm, self._llm, self._module = self._llm, None, None
+        if self._sleep is not None:
+            self._sleep.wake_for_close()
+        if self._adapters is not None:
+            self._adapters.forget()
+        self._adapters = self._sleep = None
+        self._published.clear()
+        shut_down(llm, keep_process_group=not self._owns_process_group)
+        del llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, adapter: bool | str) -> LoRARequest | None:
+        if adapter is False or self._adapters is None:
+            return None
+        name = "default" if adapter is True else adapter
+        if adapter is True and name not in self._adapters.ids:
+            return None
+        return self.lora_request(name)

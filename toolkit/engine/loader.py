@@ -1,0 +1,61 @@
+"""Our model loader, registered through vLLM's own ``register_model_loader``.
+
+It reads checkpoints as vLLM's default loader does, and two things more:
+
+* on a CPU it asks each linear layer to keep its weight as loaded. vLLM would otherwise prepack it
+  for its matrix kernel and drop the original, and nothing could then look at it
+  (``_cpu_skip_gemm_dispatch``, read at vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
+* it notes the name of every tensor that it read, so that ``policy.views`` can refuse a checkpoint
+  with tensors that no parameter of the model holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from toolkit.engine.options import LOADER
+from toolkit.engine.weights import READ_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    import torch
+    from torch import nn
+    from vllm.config import ModelConfig
+    from vllm.config.load import LoadConfig
+
+
+class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
+    """vLLM's default loader, leaving weights in a form that a second model can view."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        load_config.load_format = "auto"
+        super().__init__(load_config)
+        self._names: set[str] = set()
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Read the checkpoint into ``model``."""
+        for module in model.modules():
+            if isinstance(module, LinearBase):
+                module._cpu_skip_gemm_dispatch = True
+        super().load_weights(model, model_config)
+        setattr(model, READ_NAMES, frozenset(self._names))
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Every (name, tensor) of the checkpoint, the names noted in passing."""
+        for name, tensor in super().get_all_weights(model_config, model):
+            self._names.add(name)
+            yield name, tensor
+
+
+def register() -> None:
+    """Make the loader known to vLLM under ``options.LOADER``. A second call replaces it by
+    itself.
+    """
+    register_model_loader(LOADER)(SharedWeightsLoader)

@@ -1,0 +1,132 @@
+"""What is asked of a sampler and what it gives back, in TRL's layout. Plain values: no torch, no
+vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+OWNED_KEYWORDS = frozenset({"n", "seed", "detokenize", "flat_logprobs", "output_kind"})
+"""Sampling arguments that reproducibility and the return layout rest on; ``generation_kwargs`` may
+not set them.
+"""
+
+SEED_LIMIT = 2**62
+"""Seeds stay below it, so that the n completions of a prompt can count up from theirs within a
+signed 64-bit integer.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn. Names and defaults are those of TRL's GRPOConfig.
+
+    ``top_k`` 0 means off. ``logprobs`` None asks for none, 0 for the sampled token's, k for the k
+    most likely as well; they are of the distribution sampled from (after temperature, top-k, top-p,
+    min-p and penalties). ``extra`` holds ``generation_kwargs``: any other sampling argument of the
+    engine under its own name, and wins over the fields.
+    """
+
+    n: int = 1
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    structured_outputs_regex: str | None = None
+    logprobs: int | None = 0
+    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        """Refuse what would break the layout; ranges are the engine's to judge.
+
+        Raises:
+            ConfigValueError: ``n`` or ``max_tokens`` below 1, or an ``extra`` key that the toolkit
+                sets.
+        """
+        if self.n < 1 or self.max_tokens < 1:
+            raise ConfigValueError(
+                f"n={self.n} and max_tokens={self.max_tokens} must both be at least 1",
+                where="sampling",
+            )
+        for name in self.extra:
+            if name in OWNED_KEYWORDS:
+                raise ConfigValueError(
+                    f"{name!r} is set by the toolkit",
+                    where=f"grpo.generation_kwargs.{name}",
+                    fix="leave it out",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Completions in the layout of ``trl.generation.vllm_generation.VLLMGeneration.generate`` (TRL
+    1.16).
+
+    The four lists have ``len(prompts) * n`` entries, the n completions of a prompt side by side.
+    ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], most likely first (with
+    ``logprobs=0`` one entry: the sampled token); both are None when none were asked for. A
+    log-probability that is not a number is None.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[list[float | None]]] | None
+    logprob_token_ids: list[list[list[int]]] | None
+
+    def as_tuple(self) -> tuple[Any, Any, Any, Any]:
+        """(prompt_ids, completion_ids, logprobs, logprob_token_ids), as TRL unpacks it."""
+        return self.prompt_ids, self.completion_ids, self.logprobs, self.logprob_token_ids
+
+
+def request_seed(seed: int, index: int) -> int:
+    """The seed of prompt number ``index`` in a call of seed ``seed``: a hash, so that neighbours do
+    not overlap.
+
+    The n completions of a prompt use this seed + 0 ... n-1. Below ``SEED_LIMIT``.
+    """
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % SEED_LIMIT
+
+
+def derive_seed(run_seed: int, step: int, call: int = 0) -> int:
+    """The seed of one call of ``generate``: the run's seed, the optimizer step, and which call of
+    that step it is.
+    """
+    digest = hashlib.blake2b(f"{run_seed}|{step}|{call}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % SEED_LIMIT
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
+    """Refuse prompts that are empty, or that leave no room for one token.
+
+    Raises:
+        ConfigValueError: naming the first such prompt and what to change.
+    """
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ConfigValueError(
+                f"prompt {index} has no tokens",
+                where="rollout",
+                fix="leave empty prompts out of the data",
+            )
+        if len(prompt) >= max_model_len:
+            raise ConfigValueError(
+                f"prompt {index} has {len(prompt)} tokens, the engine was built for"
+                f" {max_model_len} with its completion",
+                where="rollout",
+                fix=(
+                    f"raise model.max_seq_length (prompt + {max_tokens} would fit all),"
+                    " or set grpo.max_prompt_length"
+                ),
+            )

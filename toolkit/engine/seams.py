@@ -1,0 +1,85 @@
+"""The internals of vLLM that are reached here, each in one function. Read at vLLM 0.25.1 and
+0.31.0.
+
+``tests/contract/test_vllm_seams.py`` names each of them and fails with the name of the one that
+moved.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.parallel_state import destroy_model_parallel
+from vllm.platforms import current_platform
+
+from toolkit.base.errors import DefectError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm import LLM
+
+
+@dataclass(frozen=True, slots=True)
+class Internals:
+    """What of a started engine is touched: the runner, its live module and the slots of its
+    adapters (None without LoRA).
+    """
+
+    runner: Any
+    module: nn.Module
+    slots: Any | None
+
+
+def device_type() -> str:
+    """``"cuda"`` or ``"cpu"``: what vLLM was built for and found."""
+    if current_platform.is_cuda_alike():
+        return "cuda"
+    if current_platform.is_cpu():
+        return "cpu"
+    raise UnsupportedError(
+        f"vLLM runs on {current_platform.device_name or 'an unknown device'} here; the"
+        " engine is made for CUDA and CPU",
+        fix="set fast_inference: false (runtime.engine: transformers)",
+    )
+
+
+def open_internals(llm: LLM) -> Internals:
+    """The internals of an engine that runs in this process."""
+    workers = llm.collective_rpc(_itself)
+    if len(workers) != 1:
+        raise UnsupportedError(
+            f"the engine has {len(workers)} workers, sharing needs exactly one",
+            fix="use tensor_parallel_size: 1",
+        )
+    worker = getattr(workers[0], "worker", workers[0])
+    runner = worker.model_runner
+    manager = getattr(runner, "lora_manager", None)
+    slots = None if manager is None else manager._adapter_manager
+    module = runner.get_model()
+    if module is None:
+        raise DefectError("vLLM's runner has no model")
+    return Internals(runner=runner, module=module, slots=slots)
+
+
+def _itself(worker: Any) -> Any:
+    return worker
+
+
+def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
+    """Stop the engine core of this process.
+
+    vLLM's own shut-down also destroys torch.distributed's default group, whoever made it. With
+    ``keep_process_group`` (the trainer made it) only the engine's part is torn down.
+    """
+    client = llm.llm_engine.engine_core
+    if not keep_process_group:
+        client.shutdown()
+        return
+    core = client.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
+    destroy_model_parallel()

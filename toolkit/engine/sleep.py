@@ -1,0 +1,122 @@
+"""KV-only sleep: while the trainer works, the KV cache's memory is released and the shared weights
+stay.
+
+vLLM's own sleep also unmaps the weights (level 1 moves them to the host, level 2 drops them), and
+the trainer's views would then point at nothing. Its factory of sleep backends
+(``vllm/device_allocator/sleep_mode_backend.py``, 0.25.1 to 0.31.0) is the seam: ``KvOnlyBackend``
+releases the allocations that the allocator tagged ``kv_cache`` and no others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+NAME = "toolkit_kv"
+KV_TAG = "kv_cache"
+
+
+class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no types
+    """Releases and maps again what is tagged ``kv_cache``. The cache's contents are lost, as in
+    vLLM's own sleep.
+    """
+
+    def suspend(self, level: int = 1) -> None:
+        """Release the KV cache, whatever the level."""
+        del level
+        self._state = "SUSPENDED"
+        release_tag(KV_TAG)
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        """Map the KV cache again, unless ``tags`` names only other things."""
+        if tags is not None and KV_TAG not in tags:
+            return
+        self._state = "RESUMING"
+        map_tag(KV_TAG)
+        self._state = "RUNNING"
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Release the KV cache if it is among ``tags``; weights are never released."""
+        if KV_TAG in tags:
+            self._state = "SUSPENDED"
+            release_tag(KV_TAG)
+
+    @classmethod
+    def preserves_communicators(cls) -> bool:
+        """Communicator buffers live outside the pool."""
+        return True
+
+    @classmethod
+    def preserves_compiled_artifacts(cls) -> bool:
+        """Addresses stay reserved, so compiled code and CUDA graphs stay valid."""
+        return True
+
+
+def register() -> None:
+    """Make the backend known to vLLM's factory, once."""
+    if NAME not in SleepModeBackendFactory._registry:
+        SleepModeBackendFactory.register_backend(NAME, __name__, KvOnlyBackend.__name__)
+
+
+def release_tag(tag: str) -> None:
+    """Give back the memory of every mapped allocation tagged ``tag``; its addresses stay
+    reserved.
+    """
+    allocator, unmap_and_release, _ = _allocator()
+    for data in allocator.pointer_to_data.values():
+        if data.tag == tag and not data.is_asleep:
+            torch.cuda.synchronize()
+            unmap_and_release(data.handle)
+            data.is_asleep = True
+
+
+def map_tag(tag: str) -> None:
+    """Map memory at the addresses of every released allocation tagged ``tag``; its contents are
+    undefined.
+    """
+    allocator, _, create_and_map = _allocator()
+    for data in allocator.pointer_to_data.values():
+        if data.tag == tag and data.is_asleep:
+            create_and_map(data.handle)
+            data.is_asleep = False
+
+
+def _allocator() -> tuple[Any, Any, Any]:
+    """vLLM's allocator of this process and its two primitives; CUDA only, hence imported here."""
+    from vllm.device_allocator import cumem  # noqa: PLC0415 - wants the CUDA runtime library
+
+    return cumem.CuMemAllocator.get_instance(), cumem.unmap_and_release, cumem.create_and_map
+
+
+class KvSleep:
+    """The switch of one engine that was built with ``enable_sleep_mode``."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self.asleep = False
+        # The worker resolves its backend by this name at its first sleep; no engine argument sets
+        # it (0.25.1, 0.31.0).
+        llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
+
+    def sleep(self) -> None:
+        """Release the KV cache. Level 1, so that the worker copies no buffers."""
+        if not self.asleep:
+            self._llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Map it again. The KV tag first, then the rest, which has nothing to do for weights that
+        never slept.
+        """
+        if self.asleep:
+            self._llm.wake_up()
+            self.asleep = False
+
+    def wake_for_close(self) -> None:
+        """Before a shut-down: freeing memory that is not mapped would fail."""
+        self.wake()

@@ -1,0 +1,103 @@
+"""The engine's live parameters under their plain names, and how its fused layers are made of
+parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+READ_NAMES = "_toolkit_read_names"
+"""Attribute that ``engine.loader`` leaves on the module: names of the checkpoint's tensors as
+stored in the files.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWeights:
+    """Borrowed, never copied: writing to one of these tensors changes what the engine computes."""
+
+    parameters: Mapping[str, torch.Tensor]
+    """Plain name (no ``base_layer``) -> tensor; a tied parameter stands under each of its names."""
+    packed: Mapping[str, tuple[str, ...]]
+    """Fused layer -> its parts in order, e.g. ``qkv_proj -> (q_proj, k_proj, v_proj)``; the model's
+    own mapping.
+    """
+    padded: frozenset[str]
+    """Names of embeddings and heads: the engine may have padded their rows (the vocabulary)."""
+    read_names: frozenset[str]
+    """Names of the tensors that the checkpoint had; empty if another loader than ours read it."""
+
+
+def borrow(module: nn.Module) -> LiveWeights:
+    """The live tensors of a vLLM module."""
+    return LiveWeights(
+        parameters=plain_parameters(module),
+        packed=packed_modules(module),
+        padded=padded_parameters(module),
+        read_names=getattr(module, READ_NAMES, frozenset()),
+    )
+
+
+def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter of a vLLM module, without the ``base_layer`` that vLLM puts between when
+    LoRA is on.
+    """
+    named = module.named_parameters(remove_duplicate=False)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in named}
+
+
+def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Fused layer -> its parts, of every part of the model that says so."""
+    found: dict[str, tuple[str, ...]] = {}
+    for child in module.modules():
+        mapping = getattr(child, "packed_modules_mapping", None)
+        if isinstance(mapping, dict):
+            found |= {fused: tuple(parts) for fused, parts in mapping.items()}
+    return found
+
+
+def padded_parameters(module: nn.Module) -> frozenset[str]:
+    """Names of the weights and biases of vocabulary layers, told by ``num_embeddings_padded``
+    (VocabParallelEmbedding).
+    """
+    names = set()
+    for path, child in module.named_modules(remove_duplicate=False):
+        if hasattr(child, "num_embeddings_padded"):
+            for name, _ in child.named_parameters(recurse=False):
+                names.add(f"{path}.{name}".replace(".base_layer.", "."))
+    return frozenset(names)
+
+
+def rename_mapper(module: Any) -> Any | None:
+    """The model's name mapper without fusing q/k/v into one name, where adapter names would
+    collide.
+
+    ``get_unstacked_mapper`` in vLLM 0.25.1, ``get_rename_mapper`` in 0.31.0. None where the model
+    has none.
+    """
+    mapper = getattr(module, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    make = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
+    return make()
+
+
+def engine_name(module: Any, name: str) -> str:
+    """The engine's name of a Hugging Face module or parameter, fused parts left apart."""
+    mapper = rename_mapper(module)
+    if mapper is None:
+        return name
+    mapped = mapper.apply_list([name])
+    return str(mapped[0]) if mapped else name
+
+
+def uses_transformers_backend(module: Any) -> bool:
+    """True where vLLM has no model of its own for the architecture and runs Hugging Face's."""
+    return type(module).__module__.startswith("vllm.model_executor.models.transformers")

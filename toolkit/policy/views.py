@@ -1,0 +1,246 @@
+"""A Hugging Face model over the engine's tensors: built on the meta device, then every parameter
+bound to a view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from toolkit.base.errors import DefectError, UnsupportedError
+from toolkit.engine.rollout import Sampling
+from toolkit.engine.weights import borrow, engine_name, uses_transformers_backend
+from toolkit.policy.names import FALLBACK, WHY_SHARE, Sources, plan_views
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from toolkit.engine.live import Engine
+    from toolkit.engine.weights import LiveWeights
+    from toolkit.policy.names import Slice
+
+SPOT_TOKENS = 8
+SPOT_TOLERANCE = {torch.float32: 1e-3}
+SPOT_TOLERANCE_HALF = 0.5
+"""Largest difference, in nats, between the engine's and the model's log-probability of a token that
+still counts as rounding.
+"""
+
+
+def shared_model(
+    engine: Engine, *, attn_implementation: str | None = None, check: bool = True
+) -> PreTrainedModel:
+    """The engine's model as a Hugging Face model that owns no weights of its own.
+
+    Every parameter is a view of a live tensor of the engine, frozen (``requires_grad`` False);
+    buffers (rotary tables) are its own. Checked: every parameter is bound, to engine storage, with
+    its own shape and dtype; the checkpoint had no tensor that the model has not; and the
+    log-probabilities of a few tokens agree with the engine's (``check``).
+
+    The model must not outlive the engine by much: its memory is freed when both are gone.
+
+    Args:
+        engine: a running engine.
+        attn_implementation: Hugging Face's, None for the model's default.
+        check: compare log-probabilities on a few tokens.
+
+    Raises:
+        UnsupportedError: something cannot be shared; the message says what.
+    """
+    if not engine.options.share_weights:
+        raise UnsupportedError(
+            "the engine was opened with share_weights: false",
+            where=WHY_SHARE,
+            fix="load the trainer's model by itself",
+        )
+    model = empty_model(engine, attn_implementation)
+    live = borrow(engine.module)
+    refuse_extra(model, live)
+    bind(model, live, engine)
+    assert_borrowed(model, live)
+    model.eval()
+    if check:
+        spot_check(engine, model)
+    return model
+
+
+def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
+    """The architecture with parameters on the meta device and real buffers on the engine's
+    device.
+    """
+    options = engine.options
+    config = AutoConfig.from_pretrained(options.model, revision=options.revision)
+    device = next(engine.module.parameters()).device
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    touched = uses_transformers_backend(engine.module)
+    make = untouched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = make(config, dtype=engine.dtype, **extra)
+    model.tie_weights()
+    persistent = set(model.state_dict()) - {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+    if persistent:
+        raise UnsupportedError(
+            "the checkpoint also stores buffers, which are not shared:"
+            f" {', '.join(sorted(persistent)[:3])}",
+            where=WHY_SHARE,
+            fix=FALLBACK,
+        )
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.config.name_or_path = options.model
+    model.name_or_path = options.model
+    # Without one in the checkpoint, what the config implies stays.
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(
+            options.model, revision=options.revision
+        )
+    return model
+
+
+def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The model class of ``config`` from a second import of its module.
+
+    Where vLLM has no model of its own it runs the Hugging Face class, and changes that class for the
+    whole process (bases, ``__init__`` and ``__call__`` in ``support_torch_compile``, read at vLLM
+    0.31.0): it can no longer be built outside vLLM. The file is imported again under another name.
+    """
+    touched = AutoModelForCausalLM._model_mapping[type(config)]
+    name = f"{touched.__module__}_untouched"
+    if name not in sys.modules:
+        origin = sys.modules[touched.__module__].__file__
+        spec = importlib.util.spec_from_file_location(name, origin)
+        if spec is None or spec.loader is None:
+            raise DefectError(f"{touched.__module__} cannot be imported a second time")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    found: type[PreTrainedModel] = getattr(sys.modules[name], touched.__name__)
+    return found
+
+
+def refuse_extra(model: PreTrainedModel, live: LiveWeights) -> None:
+    """Refuse a checkpoint with tensors that the model has no parameter for: it was made for another
+    model.
+
+    Names that Hugging Face ignores as well pass, and those of expert layers, which it converts
+    itself.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    known |= {name.removeprefix(prefix) for name in known}
+    ignored = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"\.rotary_emb\.inv_freq$",
+        r"\.experts\.",
+    ]
+    pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
+    extra = sorted(name for name in live.read_names - known if not pattern.search(name))
+    if extra:
+        more = f" (and {len(extra) - 5} more)" if len(extra) > 5 else ""
+        raise UnsupportedError(
+            f"the checkpoint has tensors that {type(model).__name__} has not:"
+            f" {', '.join(extra[:5])}{more}",
+            where="model.model_name",
+            fix="use a checkpoint made for this architecture",
+        )
+
+
+def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
+    """Replace every parameter of ``model`` by a frozen view of a live tensor."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    sources = Sources(
+        shapes={name: tuple(tensor.shape) for name, tensor in live.parameters.items()},
+        packed=live.packed,
+        padded=live.padded,
+    )
+    plan = plan_views(
+        wanted, tied_names(model), sources, lambda name: engine_name(engine.module, name)
+    )
+    made: dict[Slice, nn.Parameter] = {}
+    for name, part in plan.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        tensor = live.parameters[part.source].detach()[part.start : part.start + part.rows]
+        expected = getattr(owner, attribute).dtype
+        if tensor.dtype != expected:
+            raise UnsupportedError(
+                f"{name} is {expected} in the model and {tensor.dtype} in the engine",
+                where=WHY_SHARE,
+                fix=FALLBACK,
+            )
+        # One Parameter a slice, so that tied names stay one object.
+        setattr(
+            owner, attribute, made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
+        )
+
+
+def tied_names(model: nn.Module) -> list[frozenset[str]]:
+    """Groups of parameter names that are one and the same parameter."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return [frozenset(names) for names in groups.values() if len(names) > 1]
+
+
+def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
+    """Every parameter lies in the engine's storage.
+
+    Raises:
+        DefectError: one does not.
+    """
+    storages = {tensor.untyped_storage().data_ptr() for tensor in live.parameters.values()}
+    own = [
+        name
+        for name, p in model.named_parameters()
+        if p.untyped_storage().data_ptr() not in storages
+    ]
+    if own:
+        raise DefectError(f"these parameters are not the engine's: {', '.join(own[:5])}")
+
+
+def spot_check(engine: Engine, model: PreTrainedModel) -> float:
+    """The largest difference between the engine's and the model's log-probability on a few greedy
+    tokens, in nats.
+
+    Raises:
+        UnsupportedError: it is more than rounding, so the two compute different functions.
+    """
+    device = next(model.parameters()).device
+    prompt = [
+        1 + 7 * i % (model.config.get_text_config().vocab_size - 1) for i in range(SPOT_TOKENS)
+    ]
+    rollout = engine.generate(
+        [prompt], Sampling(max_tokens=SPOT_TOKENS, temperature=0.0), seed=0, adapter=False
+    )
+    if rollout.logprobs is None:
+        raise DefectError("the engine gave no log-probabilities")
+    told = torch.tensor(
+        [[value or 0.0 for value in position] for position in rollout.logprobs[0]], device=device
+    )[:, 0]
+    tokens = torch.tensor([prompt + rollout.completion_ids[0]], device=device)
+    with torch.no_grad():
+        logits = model(tokens).logits[0, len(prompt) - 1 : -1].float()
+    # Greedy log-probabilities of the engine are those of the untouched distribution.
+    ours = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    gap = float((ours - told).abs().max())
+    limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
+    if not gap <= limit:
+        raise UnsupportedError(
+            f"the engine and the Hugging Face model differ by {gap:.3g} nats on the"
+            f" same weights (at most {limit:g} is rounding):"
+            f" vLLM computes {type(model).__name__} differently here",
+            where=WHY_SHARE,
+            fix="set fast_inference: false, and report the model",
+        )
+    return gap
