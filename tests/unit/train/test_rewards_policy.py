@@ -1,0 +1,324 @@
+"""A reward that raises, hangs or returns nonsense: the sample is found, saved and told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigError
+from toolkit.train.rewards import policy as policy_module
+from toolkit.train.rewards.limits import LoopThread, OutOfTime, call_within
+from toolkit.train.rewards.policy import AsyncGuardedReward, Policy, guard, is_async
+
+COMPLETIONS = ["a", "bad", "c", "d"]
+
+
+def run(function: Any, tmp_path: Path, on_error: str = "none", timeout_s: float | None = None):
+    policy = Policy(on_error, timeout_s, tmp_path / "run" / "bad_rewards.jsonl")  # type: ignore[arg-type]
+    reward = guard("mine", function, policy)
+    logged: dict[str, float] = {}
+    columns = {"answer": [1, 2, 3, 4], "log_metric": logged.__setitem__, "log_extra": lambda *_: 1}
+    call = reward(prompts=["p"] * 4, completions=list(COMPLETIONS), **columns)
+    scores = asyncio.run(call) if isinstance(reward, AsyncGuardedReward) else call
+    return reward, scores, logged
+
+
+def saved(tmp_path: Path) -> list[dict[str, Any]]:
+    file = tmp_path / "run" / "bad_rewards.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def each(score: Any):
+    """A well-made reward but for what ``score`` does with the completion "bad"."""
+
+    def mine(completions, **kwargs):
+        return [score() if text == "bad" else 1.0 for text in completions]
+
+    return mine
+
+
+def divide() -> float:
+    return 1 / 0
+
+
+def leave() -> float:
+    raise SystemExit(3)
+
+
+def hang() -> float:
+    time.sleep(60)
+    return 1.0
+
+
+def spin() -> float:
+    while True:
+        try:
+            sum(range(100))
+        except Exception:  # noqa: BLE001 - a careless reward
+            continue
+
+
+def backtrack() -> float:
+    return float(bool(re.fullmatch("(a+)+b", "a" * 60)))
+
+
+RAISED = [(divide, "ZeroDivisionError: division by zero at .*test_rewards_policy.py:\\d+"),
+          (leave, "SystemExit: 3")]  # fmt: skip
+RETURNED = [
+    (lambda: float("nan"), "returned nan, which is no finite 32-bit number"),
+    (lambda: float("inf"), "returned inf, which is no finite"),
+    (lambda: 1e39, "returned 1e\\+39, which is no finite"),
+    (lambda: 10**400, "returned 10*\\.\\.\\., which is no finite 32-bit number"),
+    (lambda: "1.0", "returned a str for a reward"),
+    (lambda: [1.0], "returned a list for a reward"),
+    (lambda: 1j, "returned a complex for a reward"),
+    (lambda: np.array([1.0, 2.0]), "returned a ndarray for a reward"),
+]
+
+
+@pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
+def test_fail_names_function_and_sample_and_saves_it(tmp_path: Path, score, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(each(score), tmp_path, "fail")
+    assert re.search(rf"reward mine (raised )?{what} ?.*\(sample 1 of 4\)", caught.value.message)
+    assert str(tmp_path / "run/bad_rewards.jsonl") in caught.value.message
+    assert "on_error: none" in str(caught.value)
+    (record,) = saved(tmp_path)
+    assert (record["reward"], record["index"]) == ("mine", 1)
+    assert (record["prompt"], record["completion"]) == ("p", "bad")
+    assert record["columns"] == {"answer": 2}
+
+
+@pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
+def test_none_scores_that_sample_none_and_counts_it(tmp_path: Path, score, what: str) -> None:
+    reward, scores, logged = run(each(score), tmp_path, "none")
+    assert scores == [1.0, None, 1.0, 1.0]
+    assert reward.failures == 1
+    assert logged == {"rewards/mine/failed": 0.25}
+    assert [record["index"] for record in saved(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("score", [hang, spin, backtrack])
+@pytest.mark.parametrize("on_error", ["none", "fail"])
+def test_a_hang_is_cut(tmp_path: Path, score, on_error: str) -> None:
+    started = time.monotonic()
+    if on_error == "none":
+        _, scores, _ = run(each(score), tmp_path, on_error, 0.2)
+        assert scores == [1.0, None, 1.0, 1.0]
+    else:
+        with pytest.raises(ConfigError, match=r"mine took longer than 0\.2 s \(sample 1 of 4\)"):
+            run(each(score), tmp_path, on_error, 0.2)
+    assert time.monotonic() - started < 5
+    assert threading.active_count() < 3
+
+
+def test_the_search_for_what_hangs_is_bounded(tmp_path: Path) -> None:
+    started = time.monotonic()
+    reward, scores, _ = run(lambda **kwargs: hang(), tmp_path, "none", 0.1)
+    assert scores == [None] * 4
+    assert reward.failures == 4
+    assert time.monotonic() - started < 0.1 * (1 + policy_module.SEARCH_FACTOR) + 2
+
+
+def test_wrong_length_of_some_samples(tmp_path: Path) -> None:
+    def drops(completions, **kwargs):
+        return [1.0 for text in completions if text != "bad"]
+
+    assert run(drops, tmp_path)[1] == [1.0, None, 1.0, 1.0]
+    with pytest.raises(ConfigError, match=r"returned 0 rewards for 1 .*\(sample 1 of 4\)"):
+        run(drops, tmp_path, "fail")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions, **kwargs: [1.0] * min(len(completions), 3),
+        lambda completions, **kwargs: [1.0 / (4 - len(completions))] * len(completions),
+    ],
+)
+def test_where_no_sample_alone_is_guilty_the_batch_is(tmp_path: Path, function) -> None:
+    reward, scores, _ = run(function, tmp_path)
+    assert scores == [None] * 4
+    assert reward.failures == 4
+    with pytest.raises(ConfigError, match="though with no sample alone"):
+        run(function, tmp_path, "fail")
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, "abcd", {1: 2}, np.float32(1)])
+def test_what_is_no_list(tmp_path: Path, returned: Any) -> None:
+    with pytest.raises(ConfigError, match="not a list of rewards"):
+        run(lambda **kwargs: returned, tmp_path, "fail")
+
+
+def test_a_coroutine_from_a_plain_function(tmp_path: Path) -> None:
+    async def later() -> None: ...
+
+    with pytest.raises(ConfigError, match="returned a coroutine, not a list of rewards"):
+        run(lambda **kwargs: later(), tmp_path, "fail")
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, True, None, np.float32(0.5)],
+        (1.0, 1, None, 0.5),
+        np.array([1.0, 1.0, 0.25, 0.5]),
+        torch.tensor([1.0, 1.0, 0.25, 0.5]),
+        [torch.tensor(1.0), torch.tensor(1), None, torch.tensor([0.5])],
+    ],
+)
+def test_what_is_taken(tmp_path: Path, returned: Any) -> None:
+    _, scores, logged = run(lambda **kwargs: returned, tmp_path, "fail")
+    assert [type(score) for score in scores if score is not None] == [float] * (
+        4 - scores.count(None)
+    )
+    assert [scores[0], scores[1], scores[3]] == [1.0, 1.0, 0.5]
+    assert logged == {}
+
+
+def test_async_functions_are_async_for_trl_too(tmp_path: Path) -> None:
+    async def mine(completions, answer, **kwargs):
+        await asyncio.sleep(0.01)
+        return [float(value) for value in answer]
+
+    class Judge:
+        async def __call__(self, completions, **kwargs):
+            return [2.0] * len(completions)
+
+    assert is_async(mine)
+    assert is_async(Judge())
+    assert not is_async(divide)
+    assert run(mine, tmp_path)[1] == [1.0, 2.0, 3.0, 4.0]
+    assert run(Judge(), tmp_path)[1] == [2.0] * 4
+
+
+@pytest.mark.parametrize("nap", [asyncio.sleep, time.sleep])
+def test_an_async_hang_is_cut_also_where_it_blocks_its_loop(tmp_path: Path, nap) -> None:
+    async def mine(completions, **kwargs):
+        if "bad" in completions:
+            result = nap(1.5)
+            if result is not None:
+                await result
+        return [1.0] * len(completions)
+
+    started = time.monotonic()
+    assert run(mine, tmp_path, "none", 0.2)[1] == [1.0, None, 1.0, 1.0]
+    assert time.monotonic() - started < 4
+
+
+def test_ctrl_c_goes_through(tmp_path: Path) -> None:
+    def interrupt() -> float:
+        signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(each(interrupt), tmp_path)
+
+
+def test_a_function_cannot_spoil_the_next_ones_lists() -> None:
+    def mine(prompts, completions, **kwargs):
+        size = len(completions)
+        prompts.clear(), completions.clear()
+        return [0.0] * size
+
+    prompts, completions = ["p"] * 4, list(COMPLETIONS)
+    assert guard("mine", mine, Policy("fail"))(prompts, completions) == [0.0] * 4
+    assert len(prompts) == 4
+    assert completions == COMPLETIONS
+
+
+def test_saved_samples_are_bounded_and_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_module, "MAX_SAVED", 2)
+    monkeypatch.setenv("MY_API_KEY", "a canary that sings")
+
+    def mine(**kwargs):
+        raise ValueError("a canary that sings")
+
+    reward, scores, _ = run(mine, tmp_path)
+    assert scores == [None] * 4
+    assert reward.failures == 4
+    assert len(saved(tmp_path)) == 2
+    assert "canary" not in (tmp_path / "run/bad_rewards.jsonl").read_text()
+    with pytest.raises(ConfigError) as caught:
+        run(mine, tmp_path, "fail")
+    assert "canary" not in str(caught.value)
+
+
+def test_odd_values_are_saved_as_text(tmp_path: Path) -> None:
+    reward = guard("mine", each(divide), Policy("none", None, tmp_path / "run/bad_rewards.jsonl"))
+    reward(["p"] * 4, COMPLETIONS, x=[{1}, float("nan"), "\ud800", 0], answer=[object()] * 4)
+    (record,) = saved(tmp_path)
+    assert record["columns"]["x"] == "NaN"
+
+
+def test_a_full_disk_does_not_hide_the_problem(tmp_path: Path) -> None:
+    reward = guard("mine", each(divide), Policy("fail", None, Path("/dev/full/x")))
+    with pytest.raises(ConfigError, match=r"ZeroDivisionError[\s\S]*could not be saved"):
+        reward(["p"] * 4, COMPLETIONS)
+
+
+def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:
+    heard: list[int] = []
+    old = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(OutOfTime, match=r"longer than 0\.05 s"):
+            call_within(5, lambda: call_within(0.05, lambda: time.sleep(10)))
+        assert call_within(5, lambda: call_within(5, lambda: 7)) == 7
+        assert heard == []
+        time.sleep(0.5)
+        assert heard == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_the_outer_limit_still_counts_after_an_inner_one() -> None:
+    def work() -> None:
+        call_within(5, lambda: None)
+        time.sleep(10)
+
+    started = time.monotonic()
+    with pytest.raises(OutOfTime):
+        call_within(0.2, work)
+    assert time.monotonic() - started < 3
+
+
+def test_elsewhere_than_in_the_main_thread() -> None:
+    outcomes: list[object] = []
+
+    def work() -> None:
+        try:
+            call_within(0.1, lambda: time.sleep(2))
+        except OutOfTime as error:
+            outcomes.append(str(error))
+        outcomes.append(call_within(5, lambda: 7))
+        try:
+            call_within(5, divide)
+        except ZeroDivisionError:
+            outcomes.append("raised")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert outcomes == ["took longer than 0.1 s", 7, "raised"]
+
+
+def test_one_loop_for_all_calls() -> None:
+    async def which() -> int:
+        return id(asyncio.get_running_loop())
+
+    loop = LoopThread()
+    assert loop.call_within(5, which()) == loop.call_within(None, which())

@@ -1,0 +1,175 @@
+"""Functions by name: from allowed modules only, from beside the run file, with a fitting form."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.config.model import (
+    ModelSection,
+    RewardFunction,
+    RewardSection,
+    RunConfig,
+    RuntimeSection,
+)
+from toolkit.train.rewards import load_rewards
+from toolkit.train.rewards.user import BesideRunFile, is_allowed, load_function
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = (
+    "def tone(completions, answer, scale=1.0, **kwargs):\n    return [scale] * len(completions)\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_finders():
+    before, modules = list(sys.meta_path), set(sys.modules)
+    yield
+    sys.meta_path[:] = before
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def write(folder: Path, name: str, content: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def rewards(tmp_path: Path, *functions: RewardFunction, allow=("mine",), columns=("answer",)):
+    config = RunConfig(
+        model=ModelSection(model_name="m"),
+        reward=RewardSection(functions=functions),
+        runtime=RuntimeSection(allow_code=allow),
+        source=str(tmp_path / "run.yaml"),
+    )
+    return load_rewards(config, tmp_path / "out", columns=columns)
+
+
+def test_a_module_beside_the_run_file(tmp_path: Path) -> None:
+    write(tmp_path, "mine.py", GOOD)
+    loaded = rewards(
+        tmp_path,
+        RewardFunction(name="mine:tone", weight=0.2, options={"scale": 3.0}),
+        RewardFunction(name="numeric_match"),
+    )
+    assert [function.__name__ for function in loaded.functions] == ["tone", "numeric_match"]
+    assert loaded.weights == [0.2, 1.0]
+    assert loaded.functions[0](prompts=["p"], completions=["c"], answer=["1"]) == [3.0]
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_package_and_what_it_imports(tmp_path: Path) -> None:
+    write(tmp_path, "mine/__init__.py", "")
+    write(tmp_path, "mine/rewards.py", "from mine.deep import tone\n")
+    write(tmp_path, "mine/deep.py", "import helper_beside\n" + GOOD)
+    write(tmp_path, "helper_beside.py", "")
+    function = load_function("mine.rewards:tone", ["mine", "helper_beside"], tmp_path)
+    assert function.__module__ == "mine.deep"
+
+
+@pytest.mark.parametrize(
+    ("module", "allow", "allowed"),
+    [
+        ("mine", ["mine"], True),
+        ("mine.a.b", ["mine"], True),
+        ("mine.a", ["mine.a"], True),
+        ("mine.ab", ["mine.a"], False),
+        ("mine2", ["mine"], False),
+        ("mine", ["mine.a"], False),
+        ("os", [], False),
+        ("mine", [""], False),
+    ],
+)
+def test_what_is_allowed(module: str, allow: list[str], allowed: bool) -> None:
+    assert is_allowed(module, allow) is allowed
+
+
+def test_what_is_not_allowed_is_not_run(tmp_path: Path) -> None:
+    write(tmp_path, "evil.py", f"open({str(tmp_path / 'run')!r}, 'w')\n{GOOD}")
+    with pytest.raises(ConfigError, match=r"allow_code does not allow[\s\S]*allow_code: \[evil\]"):
+        load_function("evil:tone", ["mine"], tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_beside_the_run_file_cannot_pose_as_another_module(tmp_path: Path) -> None:
+    """Neither the standard library's, even if allowed by name, nor one that is not allowed."""
+    for name in ("json", "fractions", "helper_evil"):
+        write(tmp_path, f"{name}.py", "raise SystemExit('evil')")
+    write(tmp_path, "mine.py", "import json, fractions\n" + GOOD)
+    load_function("mine:tone", ["mine", "fractions", "json"], tmp_path)
+    assert sys.modules["json"] is json
+    finders = [finder for finder in sys.meta_path if isinstance(finder, BesideRunFile)]
+    assert [finder.top for finder in finders] == ["mine"]
+    write(tmp_path, "mine2.py", "import helper_evil\n" + GOOD)
+    with pytest.raises(ConfigError, match=r"module helper_evil, not found[\s\S]*allow it"):
+        load_function("mine2:tone", ["mine2"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mine", "mine:", ":tone", "../mine:tone", "/etc/mine:tone", "mine:tone()", "mine:a.b",
+     "mine :tone", "mine:to ne", "mine..x:tone", "mine:tone\n", "1mine:tone"],
+)  # fmt: skip
+def test_malformed_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError):
+        rewards(tmp_path, RewardFunction(name=name), allow=("mine", "..", "/etc/mine"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def tones(**kwargs): ...", "tone does not exist in mine[\\s\\S]*did you mean tones"),
+        ("x = 1", "tone does not exist in mine[\\s\\S]*it has: none"),
+        ("tone = 5", "tone is not a function in mine"),
+        ("def tone(:", "mine.py:1: reward mine:tone: invalid syntax"),
+        ("1 / 0", "importing mine raised ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "importing mine raised SystemExit"),
+        ("import not_there_at_all", "needs the module not_there_at_all"),
+        ("def tone(prompts, completions): ...", "end its parameters with \\*\\*kwargs"),
+        ("def tone(completions, /, **kwargs): ...", "called by keyword"),
+        ("def tone(completions, solution, **kwargs): ...", "needs the column solution; .* answer"),
+        ("def tone(completions, x, y, **kwargs): ...", "needs the columns x, y"),
+    ],
+)
+def test_modules_that_do_not_fit(tmp_path: Path, content: str, message: str) -> None:
+    write(tmp_path, "mine.py", content)
+    with pytest.raises(ConfigError, match=message):
+        rewards(tmp_path, RewardFunction(name="mine:tone"))
+
+
+def test_a_module_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no module mine[\s\S]*put mine.py beside the run file"):
+        rewards(tmp_path, RewardFunction(name="mine:tone"))
+
+
+def test_an_option_that_is_also_a_column(tmp_path: Path) -> None:
+    write(tmp_path, "mine.py", GOOD)
+    with pytest.raises(ConfigError, match="option answer is also a dataset column"):
+        rewards(tmp_path, RewardFunction(name="mine:tone", options={"answer": 1}))
+
+
+def test_a_built_in_reward_without_its_column(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exact_match needs the column answer; .* gold"):
+        rewards(tmp_path, RewardFunction(name="exact_match"), columns=("prompt", "gold"))
+
+
+def test_every_reward_has_a_name_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "mine.py", GOOD)
+    write(tmp_path, "other.py", GOOD)
+    loaded = rewards(
+        tmp_path,
+        RewardFunction(name="mine:tone"),
+        RewardFunction(name="other:tone"),
+        RewardFunction(name="format", options={"tags": ["a"]}),
+        RewardFunction(name="format", options={"tags": ["b"]}),
+        allow=("mine", "other"),
+    )
+    names = [function.__name__ for function in loaded.functions]
+    assert names == ["mine:tone", "other:tone", "format_1", "format_2"]

@@ -1,0 +1,203 @@
+"""The rewards that come with the toolkit. Each is a value: its fields are its options.
+
+All are called as TRL calls a reward, ``(prompts, completions, **columns)``, with plain or chat
+completions, and give one float a completion, or None where the answer is missing. All are pure:
+the same completions give the same rewards.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from toolkit.base.errors import ConfigError
+from toolkit.train.rewards.numbers import answer_in, same, to_number
+from toolkit.train.rewards.text import column_of, inside_tag, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Score = float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A reward that compares each completion with an answer from the dataset.
+
+    ``column`` holds the answers. With ``tag``, only what stands in the last ``<tag>...</tag>`` of
+    a completion counts, and a completion without it scores 0.
+    """
+
+    name: ClassVar[str]
+    column: str = "answer"
+    tag: str | None = None
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        del prompts
+        answers = column_of(columns, self.column, self.name)
+        return [self._one(text_of(c), a) for c, a in zip(completions, answers, strict=True)]
+
+    def _one(self, text: str, answer: Any) -> Score:
+        if answer is None:
+            return None
+        part = inside_tag(text, self.tag) if self.tag else text
+        return 0.0 if part is None else self.score(part, answer)
+
+    def score(self, text: str, answer: Any) -> Score:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatch(Compared):
+    """1 where the completion is the answer, runs of white space being one space; else 0."""
+
+    name: ClassVar[str] = "exact_match"
+    ignore_case: bool = False
+
+    def score(self, text: str, answer: Any) -> Score:
+        guess, gold = " ".join(text.split()), " ".join(str(answer).split())
+        if self.ignore_case:
+            guess, gold = guess.casefold(), gold.casefold()
+        return float(guess == gold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericMatch(Compared):
+    """1 where the number that the completion gives equals the answer's, else 0.
+
+    Which number that is, and how it is read, is told in ``rewards/numbers.py``: behind ``####``,
+    in ``\\boxed{}``, or the last. An answer without a number scores None. ``tolerance`` is
+    relative to the larger of 1 and the answer.
+    """
+
+    name: ClassVar[str] = "numeric_match"
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ConfigError(f"numeric_match: tolerance must be in [0, 1), not {self.tolerance}")
+
+    def score(self, text: str, answer: Any) -> Score:
+        gold = to_number(answer)
+        if gold is None:
+            return None
+        guess = answer_in(text)
+        return float(guess is not None and same(guess, gold, self.tolerance))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegexMatch:
+    """1 where ``pattern`` (Python's re) is found in the completion, else 0.
+
+    With ``full`` the pattern must be all of the completion.
+    """
+
+    name: ClassVar[str] = "regex_match"
+    pattern: str
+    full: bool = False
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            self._compiled()
+        except re.error as error:
+            raise ConfigError(
+                f"regex_match: the pattern {self.pattern!r} is no regular expression: {error}",
+                fix="quote it with single quotes in YAML, so that backslashes stay",
+            ) from error
+
+    def _compiled(self) -> re.Pattern[str]:
+        return re.compile(self.pattern, re.IGNORECASE if self.ignore_case else 0)  # re caches it
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        del prompts, columns
+        compiled = self._compiled()
+        find = compiled.fullmatch if self.full else compiled.search
+        return [float(find(text_of(completion)) is not None) for completion in completions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """1 where the completion has each of ``tags`` exactly once, closed, in this order; else 0.
+
+    With ``strict`` nothing but white space may stand outside of them. ``opened`` says that the
+    prompt already ends with the first tag (as some reasoning models' templates do). With
+    ``partial`` what is not right scores half of the share of tags that are there exactly once.
+    """
+
+    name: ClassVar[str] = "format"
+    tags: tuple[str, ...] = ("think", "answer")
+    strict: bool = True
+    opened: bool = False
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tags or len(set(self.tags)) != len(self.tags):
+            raise ConfigError(f"format: tags must be different names, at least one: {self.tags}")
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        del prompts, columns
+        start = f"<{self.tags[0]}>" if self.opened else ""
+        return [self.score(start + text_of(completion)) for completion in completions]
+
+    def score(self, text: str) -> float:
+        once = [text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.tags]
+        if all(once) and self._in_order(text):
+            return 1.0
+        return 0.5 * sum(once) / len(once) if self.partial else 0.0
+
+    def _in_order(self, text: str) -> bool:
+        end, outside = 0, ""
+        for tag in self.tags:
+            opening, closing = text.find(f"<{tag}>", end), text.find(f"</{tag}>", end)
+            if not 0 <= opening < closing:
+                return False
+            outside += text[end:opening]
+            end = closing + len(f"</{tag}>")
+        return not (self.strict and (outside + text[end:]).strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthPenalty:
+    """0 up to ``max_length - margin``, falling in a line to -1 at ``max_length`` and beyond.
+
+    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). Lengths are tokens, as
+    the trainer counts them, or characters with ``unit: characters``.
+    """
+
+    name: ClassVar[str] = "length_penalty"
+    max_length: int
+    margin: int = 0
+    unit: str = "tokens"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin <= self.max_length or self.max_length < 1:
+            raise ConfigError(
+                f"length_penalty: needs 0 <= margin <= max_length and max_length >= 1, "
+                f"not margin {self.margin} and max_length {self.max_length}"
+            )
+        if self.unit not in ("tokens", "characters"):
+            raise ConfigError(f"length_penalty: unit is tokens or characters, not {self.unit!r}")
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        del prompts
+        if self.unit == "characters":
+            lengths = [len(text_of(completion)) for completion in completions]
+        else:
+            lengths = [len(ids) for ids in column_of(columns, "completion_ids", self.name)]
+        return [self.score(length) for length in lengths]
+
+    def score(self, length: int) -> float:
+        over = length - (self.max_length - self.margin)
+        if over <= 0:
+            return 0.0
+        return -min(1.0, over / self.margin) if self.margin else -1.0

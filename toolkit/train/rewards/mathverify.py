@@ -1,0 +1,55 @@
+"""Compare mathematics with the package Math-Verify, where it is installed (extra ``math``)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from toolkit.base.errors import MissingExtraError
+from toolkit.train.rewards.builtin import Compared, Score
+from toolkit.train.rewards.limits import OutOfTime, call_within
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathVerify(Compared):
+    """1 where Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...).
+
+    Source: https://github.com/huggingface/Math-Verify. Its own time limits need the alarm that
+    ``reward.timeout_s`` may be using, so ours (``seconds_each``) is put around each comparison;
+    a comparison that takes longer scores 0. An answer that it cannot read scores None.
+    """
+
+    name: ClassVar[str] = "math_verify"
+    seconds_each: float = 5.0
+
+    def __post_init__(self) -> None:
+        _math_verify()
+
+    def score(self, text: str, answer: Any) -> Score:
+        try:
+            return call_within(self.seconds_each, lambda: _verified(text, str(answer)))
+        except OutOfTime:
+            return 0.0
+
+
+def _math_verify() -> Any:
+    try:
+        import math_verify  # noqa: PLC0415 - an extra, and only this reward needs it
+    except ImportError as error:
+        raise MissingExtraError(
+            "reward math_verify needs the package math-verify, which is not installed",
+            fix="pip install 'grpo-toolkit[math]'",
+        ) from error
+    for name in ("math_verify.parser", "math_verify.grader"):  # they warn that they have no limit
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return math_verify
+
+
+def _verified(text: str, answer: str) -> Score:
+    library = _math_verify()
+    gold = library.parse(answer.rsplit("####", 1)[-1].strip(), parsing_timeout=None)
+    if not gold:
+        return None
+    guess = library.parse(text, parsing_timeout=None)
+    return float(bool(library.verify(gold, guess, timeout_seconds=None)))

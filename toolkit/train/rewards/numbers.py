@@ -1,0 +1,148 @@
+"""Read numbers as people and models write them: exactly, as fractions, and in bounded time.
+
+Understood: ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``, ``1.2 x 10^3``, ``50%``,
+GSM8K's ``#### 42``, LaTeX ``\\boxed{\\frac{3}{4}}``; units behind a number are ignored. A comma
+that is no thousands separator ends a number (``3,5`` is 3 and 5).
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+# A model can write numbers whose value would fill the memory (1e999999999): longer ones are none.
+MAX_DIGITS = 300
+
+_PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"""
+    (?<![A-Za-z_\d.])                    # not inside a word or another number
+    (?P<sign>(?<![\w)\]}}])[-+](?=[$€£¥]?[\d.]))?     # behind an operand it is none: 7-5
+    (?:[$€£¥]\s?(?P<inner>-)?)?
+    (?:(?P<whole>\d{{1,9}})[ ]+(?=\d{{1,9}}/\d))?     # the 1 of 1 3/4
+    (?P<value>{_PLAIN})
+    (?:
+      [eE](?P<exponent>[-+]?\d{{1,9}})(?!\w|\.\d)
+      | \s?(?:x|\u00d7|\*|\\times|\\cdot)\s?10(?:\^|\*\*)\{{?(?P<power>[-+]?\d{{1,9}})\}}?
+    )?
+    (?:\s?/\s?(?P<below>{_PLAIN}))?
+    (?P<percent>\s?(?:%|percent\b))?
+    """,
+    re.VERBOSE,
+)
+_FRACTION = re.compile(
+    r"\\[dt]?frac\s*(?:\{\s*([^{}]{1,60}?)\s*\}\s*\{\s*([^{}]{1,60}?)\s*\}|(\d)(\d))"
+)
+_SPACE_IN_NUMBER = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
+
+
+class Number(NamedTuple):
+    """An exact value, and whether a percent sign stood behind it (``50%`` has the value 50)."""
+
+    value: Fraction
+    percent: bool = False
+
+
+def numbers_in(text: str) -> list[Number]:
+    """Every number in ``text``, in order. Never raises; over-long numbers and x/0 are left out."""
+    found = (_read(match) for match in _NUMBER.finditer(_plain(text)))
+    return [number for number in found if number is not None]
+
+
+def answer_in(text: str) -> Number | None:
+    """The number that ``text`` gives as its answer.
+
+    The first behind the last ``####`` (GSM8K, arXiv 2110.14168), else the last in the last
+    ``\\boxed{}``, else the last of all; None where there is none.
+    """
+    if "####" in text:
+        behind = numbers_in(text.rsplit("####", 1)[1])
+        if behind:
+            return behind[0]
+    boxed = last_boxed(text)
+    found = numbers_in(boxed) if boxed is not None else []
+    found = found or numbers_in(text)
+    return found[-1] if found else None
+
+
+def to_number(value: Any) -> Number | None:
+    """A dataset's answer as a number: an int, a float, or a text that gives one."""
+    if isinstance(value, bool) or value is None:
+        return None
+    return answer_in(value if isinstance(value, str) else repr(value))
+
+
+def same(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
+    """Whether two numbers are equal; with one percent sign between them, as 50 or as 0.5.
+
+    ``tolerance`` is relative to the larger of 1 and the gold value. Without one, whole numbers
+    are compared exactly and others up to the rounding of a double (1e-12).
+    """
+    guesses = [guess.value] if guess.percent == gold.percent or gold.percent else _readings(guess)
+    golds = [gold.value] if guess.percent == gold.percent or guess.percent else _readings(gold)
+    return any(_close(a, b, tolerance) for a in guesses for b in golds)
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last ``\\boxed{...}``, with its inner braces balanced; None if none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start:position]
+    return None
+
+
+def _readings(number: Number) -> list[Fraction]:
+    return [number.value, number.value / 100]
+
+
+def _close(a: Fraction, b: Fraction, tolerance: float | None) -> bool:
+    if tolerance is None:
+        if a.denominator == b.denominator == 1:
+            return a == b
+        tolerance = 1e-12
+    return abs(a - b) <= Fraction(tolerance) * max(Fraction(1), abs(b))
+
+
+_SPELLINGS = (
+    ("\u2212", "-"),
+    ("{,}", ","),
+    ("\\!", ""),
+    ("\\,", ""),
+    ("\\$", "$"),
+    ("\\%", "%"),
+)
+
+
+def _plain(text: str) -> str:
+    """Typographic and LaTeX spellings as plain ones."""
+    for old, new in _SPELLINGS:
+        text = text.replace(old, new)
+    return _FRACTION.sub(_plain_fraction, _SPACE_IN_NUMBER.sub("", text))
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    mixed = match.string[: match.start()][-1:].isdigit()  # 1\frac{3}{4}
+    return f"{' ' if mixed else ''}{match[1] or match[3]}/{match[2] or match[4]} "
+
+
+def _read(match: re.Match[str]) -> Number | None:
+    value = _decimal(match["value"])
+    below = _decimal(match["below"]) if match["below"] else Fraction(1)
+    exponent = int(match["exponent"] or match["power"] or 0)
+    if value is None or not below or abs(exponent) > MAX_DIGITS:
+        return None
+    value = value * Fraction(10) ** exponent / below + int(match["whole"] or 0)
+    negative = "-" in (match["sign"], match["inner"])
+    return Number(-value if negative else value, match["percent"] is not None)
+
+
+def _decimal(text: str) -> Fraction | None:
+    digits = text.replace(",", "")
+    return Fraction(digits) if len(digits) <= MAX_DIGITS else None
