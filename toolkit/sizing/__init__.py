@@ -1,1 +1,16 @@
-"""How much memory a run needs, term by term, and the settings that follow."""
+"""How much memory a run needs, from config.json and safetensors headers alone. Never imports
+torch.
+
+``resolve(config, device)`` is what training calls: it reads the model, solves, and fills every
+"auto".
+"""
+
+from __future__ import annotations
+
+from toolkit.sizing.device import Device
+from toolkit.sizing.model import ModelSpec
+from toolkit.sizing.result import SizingResult
+from toolkit.sizing.solve import resolve, solve
+from toolkit.sizing.spec import read_spec
+
+__all__ = ["Device", "ModelSpec", "SizingResult", "read_spec", "resolve", "solve"]

@@ -1,7 +1,9 @@
-"""Typed reads from a config.json that somebody else wrote: every value is checked and bounded before arithmetic is done on it.
+"""Typed reads from a config.json that somebody else wrote: every value is checked and bounded
+before arithmetic is done on it.
 
-A size that is missing, of another type, negative or absurd (a vocabulary of 2**60) is an ``InputError`` that names the file and
-the key, so that a hostile or truncated file costs a finding and never time or memory.
+A size that is missing, of another type, negative or absurd (a vocabulary of 2**60) is an
+``InputError`` that names the file and the key, so that a hostile or truncated file costs a finding
+and never time or memory.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from toolkit.base.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# No dimension of a real model comes near this; products of three of them still fit what a card could ever hold.
+# No dimension of a real model comes near this; products of three of them still fit what a card
+# could ever hold.
 MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 14

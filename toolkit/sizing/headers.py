@@ -1,8 +1,9 @@
 """safetensors headers, read without safetensors and without trusting them.
 
-The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of JSON mapping each tensor's name to
-its dtype, shape and data offsets. A file may lie about every one of these; a lie is an ``InputError``, found in bounded time and memory
-and without reading any weight.
+The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of
+JSON mapping each tensor's name to its dtype, shape and data offsets. A file may lie about every
+one of these; a lie is an ``InputError``, found in bounded time and memory and without reading any
+weight.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from toolkit.base.errors import InputError
 
@@ -24,8 +25,9 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_JSON_BYTES = 32 << 20
 MAX_SHARDS = 4096
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 FIX = "download the file again; it is truncated or was not written by safetensors"
 
@@ -57,7 +59,9 @@ class StoredWeights:
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON file of at most ``limit`` bytes. Raises InputError for anything that cannot be read as one."""
+    """A JSON file of at most ``limit`` bytes. Raises InputError for anything that cannot be read
+    as one.
+    """
     with open_regular(path) as (descriptor, size):
         if size > limit:
             raise _bad(path, f"is {size} bytes long; {limit} is the most that is read")
@@ -68,7 +72,9 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
-    """JSON from bytes; duplicate keys, too deep nesting, NaN and undecodable bytes are InputErrors."""
+    """JSON from bytes; duplicate keys, too deep nesting, NaN and undecodable bytes are
+    InputErrors.
+    """
     try:
         return json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
@@ -89,8 +95,10 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"holding {name}, which is no JSON number")
 
 
-class open_regular:  # noqa: N801 - used as a function
-    """``with open_regular(path) as (descriptor, size)``: a regular file only, so that a pipe or a device cannot hang us."""
+class open_regular:
+    """``with open_regular(path) as (descriptor, size)``: a regular file only, so that a pipe or a
+    device cannot hang us.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,7 +122,9 @@ class open_regular:  # noqa: N801 - used as a function
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises InputError where the header is not what the format says."""
+    """The tensors of one safetensors file. Raises InputError where the header is not what the
+    format says.
+    """
     with open_regular(path) as (descriptor, size):
         if size < 8:
             raise _bad(path, f"is {size} bytes long, too short for a header")
@@ -171,7 +181,7 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, int]:
     return tensor, offsets[0], offsets[1]
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 60
         for item in value
@@ -179,7 +189,9 @@ def _naturals(value: Any) -> bool:
 
 
 def read_stored(folder: Path) -> StoredWeights | None:
-    """The headers of every shard in ``folder``; None where it holds no safetensors. Raises InputError."""
+    """The headers of every shard in ``folder``; None where it holds no safetensors. Raises
+    InputError.
+    """
     files = _shards(folder)
     if not files:
         return None

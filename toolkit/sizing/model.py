@@ -1,7 +1,9 @@
-"""What a model is made of, as far as memory goes: blocks of linear maps, vectors, and what each block caches for a token.
+"""What a model is made of, as far as memory goes: blocks of linear maps, vectors, and what each
+block caches for a token.
 
-Everything else (parameters, weight bytes under a quantization, KV bytes, LoRA buffers, activations) is arithmetic on these values,
-so one description of an architecture serves every term and a test on one term guards the others.
+Everything else (parameters, weight bytes under a quantization, KV bytes, LoRA buffers,
+activations) is arithmetic on these values, so one description of an architecture serves every term
+and a test on one term guards the others.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "f
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``copies`` matrices of (out_features, in_features), with a bias of out_features each where ``bias``.
+    """``copies`` matrices of (out_features, in_features), with a bias of out_features each where
+    ``bias``.
 
-    ``name`` is the dotted path inside the block under Hugging Face's names; routed experts are one Linear with copies > 1.
+    ``name`` is the dotted path inside the block under Hugging Face's names; routed experts are one
+    Linear with copies > 1.
     """
 
     name: str
@@ -56,7 +60,9 @@ class Cache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """``count`` identical layers. ``vectors`` are the parameters that are no linear map (norms, sinks, convolutions)."""
+    """``count`` identical layers. ``vectors`` are the parameters that are no linear map (norms,
+    sinks, convolutions).
+    """
 
     count: int
     linears: tuple[Linear, ...]
@@ -115,7 +121,9 @@ class ModelSpec:
 
     @property
     def widest_mlp(self) -> int:
-        """Output features of the widest gate/up pair (or of a fused one) that a token goes through."""
+        """Output features of the widest gate/up pair (or of a fused one) that a token goes
+        through.
+        """
         widest = 0
         for block in self.blocks:
             total = 0

@@ -1,8 +1,9 @@
 """How many bytes a weight takes under each stored or requested format, metadata included.
 
-Sources: bitsandbytes functional.quantize_4bit (blocks of 64, one float32 absmax each; double quantization: uint8 absmax plus
-one float32 per 256 blocks and 16 + 256 code floats per tensor); AutoAWQ GEMM and AutoGPTQ tensor layouts (qweight int32, qzeros
-int32, scales float16, g_idx int32); compressed-tensors and Transformer-Engine style FP8 (one byte, scales per channel or per
+Sources: bitsandbytes functional.quantize_4bit (blocks of 64, one float32 absmax each; double
+quantization: uint8 absmax plus one float32 per 256 blocks and 16 + 256 code floats per tensor);
+AutoAWQ GEMM and AutoGPTQ tensor layouts (qweight int32, qzeros int32, scales float16, g_idx
+int32); compressed-tensors and Transformer-Engine style FP8 (one byte, scales per channel or per
 block); OCP MXFP4 (4 bits and one 8-bit scale per 32).
 """
 
@@ -29,7 +30,9 @@ def _ceil(count: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A weight format. ``skipped`` holds name fragments of modules that stay in the model's own dtype."""
+    """A weight format. ``skipped`` holds name fragments of modules that stay in the model's own
+    dtype.
+    """
 
     method: Method
     bits: int = 4
@@ -85,11 +88,11 @@ NF4_ON_LOAD = Quantization(method="bnb-nf4", skipped=("lm_head", "embed_tokens")
 FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "embed_tokens"))
 
 
-def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | None | str:
+def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | str | None:
     """``quantization_config`` of a config.json.
 
-    Returns None where there is none, and the method's name (a text) where it is one that is not known here: the caller then sizes
-    from the safetensors headers.
+    Returns None where there is none, and the method's name (a text) where it is one that is not
+    known here: the caller then sizes from the safetensors headers.
     """
     if values is None:
         return None
@@ -142,6 +145,7 @@ def _skipped(fields: Fields) -> tuple[str, ...]:
     named: list[str] = []
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers"):
         named += [name for name in fields.items(key, str) or () if not name.startswith("re:")]
-    # The head and the embeddings stay as they are in every format above unless a checkpoint says otherwise.
+    # The head and the embeddings stay as they are in every format above unless a checkpoint says
+    # otherwise.
     named += ["lm_head", "embed_tokens"]
     return tuple(dict.fromkeys(name.replace("model.layers.*.", "") for name in named))

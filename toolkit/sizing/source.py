@@ -1,4 +1,6 @@
-"""Where a model's files lie: a folder, a config.json, or a snapshot in the Hugging Face cache. Nothing is downloaded."""
+"""Where a model's files lie: a folder, a config.json, or a snapshot in the Hugging Face cache.
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """``folder`` holds the weights (None if only a config.json was given); ``config`` is the config.json."""
+    """``folder`` holds the weights (None if only a config.json was given); ``config`` is the
+    config.json.
+    """
 
     folder: Path | None
     config: Path
@@ -41,7 +45,9 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
 
 
 def cache_folder() -> Path:
-    """The hub cache as huggingface_hub finds it: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
+    """The hub cache as huggingface_hub finds it: HF_HUB_CACHE, else HF_HOME/hub, else
+    ~/.cache/huggingface/hub.
+    """
     if written := os.environ.get("HF_HUB_CACHE"):
         return Path(written).expanduser()
     if home := os.environ.get("HF_HOME"):

@@ -1,4 +1,6 @@
-"""``read_spec``: a ModelSpec from config.json and safetensors headers alone. No torch, no download, no weight is read."""
+"""``read_spec``: a ModelSpec from config.json and safetensors headers alone. No torch, no
+download, no weight is read.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ UNKNOWN_MARGIN = 0.10
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
     """Read the model at a folder, a config.json, or a cached hub id.
 
-    Raises InputError where files are missing or broken, UnsupportedError where the architecture is unknown and there are no weights
-    to size it from.
+    Raises InputError where files are missing or broken, UnsupportedError where the architecture is
+    unknown and there are no weights to size it from.
     """
     files = find_model(model, revision)
     values = read_json(files.config)
@@ -45,7 +47,9 @@ def spec_from_values(
     where: str = "config.json",
     stored: StoredWeights | None = None,
 ) -> ModelSpec:
-    """A ModelSpec from the mapping of a config.json and, where there are any, its headers. Raises as ``read_spec`` does."""
+    """A ModelSpec from the mapping of a config.json and, where there are any, its headers. Raises
+    as ``read_spec`` does.
+    """
     fields = Fields(values, where)
     model_type = fields.text("model_type") or ""
     architectures = fields.items("architectures", str) or ()
@@ -59,7 +63,7 @@ def spec_from_values(
         margin = UNKNOWN_MARGIN
         if stored is None:
             raise UnsupportedError(
-                f"weight format {quantization!r} is not known and there are no headers to size it from",
+                f"weight format {quantization!r} is not known and there are no headers",
                 where=where,
                 fix="give a folder with the safetensors files",
             )
@@ -100,8 +104,8 @@ def _unknown(
     if stored is None:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedError(
-            f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known to the sizer, "
-            "and there are no safetensors headers to size it from",
+            f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known "
+            "to the sizer, and there are no safetensors headers to size it from",
             where=fields.where,
             fix=f"give a folder that holds the weights too; known: {known}",
         )
@@ -121,7 +125,7 @@ def _dtype(fields: Fields) -> str:
 
 
 def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
-    """A sentence where unquantized headers hold another number of parameters than the config says."""
+    """A sentence where unquantized headers hold another number of values than the config."""
     if stored is None or quantization is not None:
         return []
     spec = ModelSpec(
@@ -145,5 +149,6 @@ def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -
         return []
     share = stored.elements / max(spec.parameters, 1) - 1
     return [
-        f"the headers hold {stored.elements:,} values, the config says {spec.parameters:,} ({share:+.1%})"
+        f"the headers hold {stored.elements:,} values, "
+        f"the config says {spec.parameters:,} ({share:+.1%})"
     ]

@@ -1,4 +1,6 @@
-"""An architecture that nobody taught us, sized from its headers: matrices by name and layer, attention from the usual keys."""
+"""An architecture that nobody taught us, sized from its headers: matrices by name and layer,
+attention from the usual keys.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ if TYPE_CHECKING:
     from toolkit.sizing.model import Cache
 
 _LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks|layer)\.(\d{1,4})\.(.+)$")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
+)
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
-    """A Shape whose parameters are those of the headers; raises UnsupportedError naming the keys that config.json lacks."""
+    """A Shape whose parameters are those of the headers; raises UnsupportedError naming the keys
+    that config.json lacks.
+    """
     if missing := [key for key in NEEDED if not fields.has(key)]:
         raise UnsupportedError(
             f"the architecture is not known and its config.json lacks {', '.join(missing)}",
@@ -63,7 +69,9 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     )
 
 
-def _groups(layers: dict[int, dict[str, StoredTensor]]) -> list[tuple[dict[str, StoredTensor], int]]:
+def _groups(
+    layers: dict[int, dict[str, StoredTensor]],
+) -> list[tuple[dict[str, StoredTensor], int]]:
     """Layers with the same tensors together, with their number."""
     found: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[dict[str, StoredTensor], int]] = {}
     for tensors in layers.values():
@@ -82,9 +90,13 @@ def _block(tensors: dict[str, StoredTensor], count: int, cache: Cache) -> Block:
             generic = re.sub(r"\.experts\.\d+\.", ".experts.", name.removesuffix(".weight"))
             experts[generic, tensor.shape[0], tensor.shape[1]] += 1
         elif len(tensor.shape) == 3:
-            experts[name.removesuffix(".weight"), tensor.shape[1], tensor.shape[2]] += tensor.shape[0]
+            experts[name.removesuffix(".weight"), tensor.shape[1], tensor.shape[2]] += tensor.shape[
+                0
+            ]
         else:
             vectors += tensor.elements
     for (name, out_features, in_features), copies in experts.items():
         linears.append(Linear(name, out_features, in_features, copies=copies))
-    return Block(count=count, linears=tuple(linears), vectors=vectors, cache=cache, active_experts=1)
+    return Block(
+        count=count, linears=tuple(linears), vectors=vectors, cache=cache, active_experts=1
+    )

@@ -1,4 +1,6 @@
-"""From a config.json to blocks, one small function an architecture family; ``FAMILIES`` maps model_type to it."""
+"""From a config.json to blocks, one small function an architecture family; ``FAMILIES`` maps
+model_type to it.
+"""
 
 from __future__ import annotations
 

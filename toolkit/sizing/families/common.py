@@ -1,4 +1,6 @@
-"""What the families share: attention and MLP linears, layer kinds, and the value that each family function returns."""
+"""What the families share: attention and MLP linears, layer kinds, and the value that each family
+function returns.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Heads:
 
 
 def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
-    """Heads with the defaults that transformers gives: kv heads = heads, head_dim = hidden // heads unless written."""
+    """Heads with the defaults that transformers gives: kv heads = heads, head_dim = hidden //
+    heads unless written.
+    """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default=heads)
@@ -95,7 +99,9 @@ def layer_count(fields: Fields) -> int:
 
 
 def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...]:
-    """``layer_types`` as written, else ``default(index)`` for every layer. Raises InputError on a wrong length."""
+    """``layer_types`` as written, else ``default(index)`` for every layer. Raises InputError on a
+    wrong length.
+    """
     count = layer_count(fields)
     written = fields.items("layer_types", str)
     if written is None:

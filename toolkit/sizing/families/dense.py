@@ -1,7 +1,8 @@
-"""Dense decoders: Llama and what copies it, Mistral, Qwen2/2.5, Qwen3, SmolLM, Granite, OLMo 2/3, Phi-3/4.
+"""Dense decoders: Llama and what copies it, Mistral, Qwen2/2.5, Qwen3, SmolLM, Granite, OLMo 2/3,
+Phi-3/4.
 
-Read from the configuration and modeling classes of transformers 5.17; parameter counts are held to them by
-tests/contract/test_sizing_parameters.py.
+Read from the configuration and modeling classes of transformers 5.17; parameter counts are held to
+them by tests/contract/test_sizing_parameters.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Gemma 2 and 3: four norms a layer, sliding and full layers mixed; Gemma 3 has many class defaults that files leave out."""
+"""Gemma 2 and 3: four norms a layer, sliding and full layers mixed; Gemma 3 has many class
+defaults that files leave out.
+"""
 
 from __future__ import annotations
 
@@ -82,14 +84,18 @@ def gemma2(fields: Fields) -> Shape:
 
 
 def gemma3_text(fields: Fields) -> Shape:
-    """Gemma 3, text only: five sliding layers for each full one, a norm on each query and key head."""
+    """Gemma 3, text only: five sliding layers for each full one, a norm on each query and key
+    head.
+    """
     full = _with_defaults(fields, GEMMA3_DEFAULTS)
     pattern = full.integer("sliding_window_pattern", "_sliding_window_pattern", high=64)
     return _gemma(full, pattern=pattern, head_norms=True)
 
 
 def gemma3(fields: Fields) -> Shape:
-    """Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError without a text_config."""
+    """Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError without a
+    text_config.
+    """
     text = fields.section("text_config")
     if text is None:
         raise InputError(

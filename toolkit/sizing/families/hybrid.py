@@ -1,4 +1,6 @@
-"""Qwen3-Next: three gated delta-net layers (one state a sequence) for each layer of full attention, experts in all."""
+"""Qwen3-Next: three gated delta-net layers (one state a sequence) for each layer of full
+attention, experts in all.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def qwen3_next(fields: Fields) -> Shape:
-    """Qwen3-Next (transformers' Qwen3NextConfig); the query projection also makes the output gate."""
+    """Qwen3-Next (transformers' Qwen3NextConfig); the query projection makes the output gate too."""
     heads = read_heads(fields, default_head_dim=256)
     interval = fields.integer("full_attention_interval", default=4)
     count = fields.integer("num_experts", default=512, high=MAX_EXPERTS)
@@ -88,6 +90,7 @@ def _delta_net(fields: Fields, hidden: int) -> tuple[list[Linear], int, Cache]:
         Linear("linear_attn.out_proj", hidden, values),
     ]
     vectors = convolved * kernel + 2 * value_heads + value_dim
-    # Engine state a sequence: the recurrent matrix in float32 and the convolution's last kernel - 1 inputs in 16 bits.
+    # Engine state a sequence: the recurrent matrix in float32 and the convolution's last kernel -
+    # 1 inputs in 16 bits.
     state = 4 * value_heads * key_dim * value_dim + 2 * convolved * (kernel - 1)
     return linears, vectors, Cache(kind="linear", state_bytes=state)

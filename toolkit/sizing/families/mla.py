@@ -1,4 +1,6 @@
-"""DeepSeek V2 and V3: multi-head latent attention (arXiv 2405.04434) caches one latent and one rotary key for all heads."""
+"""DeepSeek V2 and V3: multi-head latent attention (arXiv 2405.04434) caches one latent and one
+rotary key for all heads.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def deepseek_v2(fields: Fields) -> Shape:
 
 
 def deepseek_v3(fields: Fields) -> Shape:
-    """DeepSeek-V3 and R1; the router also keeps a correction bias (a buffer, no parameter, in transformers)."""
+    """DeepSeek-V3 and R1; the router also keeps a correction bias (a buffer, no parameter, in
+    transformers).
+    """
     return _deepseek(fields, router_vectors=True)
 
 
@@ -36,7 +40,8 @@ def _deepseek(fields: Fields, *, router_vectors: bool) -> Shape:
     shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
     first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
     step = fields.integer("moe_layer_freq", default=1)
-    # One latent and one rotary key a token, whatever the number of heads; nothing is kept for the values.
+    # One latent and one rotary key a token, whatever the number of heads; nothing is kept for the
+    # values.
     cache = Cache(kind="mla", key_elements=latent + rope)
 
     def make(kind: str, count: int) -> Block:

@@ -101,7 +101,9 @@ def qwen3_moe(fields: Fields) -> Shape:
 
 
 def gpt_oss(fields: Fields) -> Shape:
-    """gpt-oss: biases everywhere, one attention sink a head, alternating windows, experts with biases."""
+    """gpt-oss: biases everywhere, one attention sink a head, alternating windows, experts with
+    biases.
+    """
     heads = read_heads(fields, default_head_dim=64)
     count = fields.integer("num_local_experts", "num_experts", default=128, high=MAX_EXPERTS)
     inner = fields.integer("intermediate_size", default=2880)
@@ -113,9 +115,7 @@ def gpt_oss(fields: Fields) -> Shape:
         Linear("mlp.experts.gate_up_proj", 2 * inner, heads.hidden, bias=True, copies=count),
         Linear("mlp.experts.down_proj", heads.hidden, inner, bias=True, copies=count),
     ]
-    active = fields.integer(
-        "num_experts_per_tok", "experts_per_token", default=4, high=MAX_EXPERTS
-    )
+    active = fields.integer("num_experts_per_tok", "experts_per_token", default=4, high=MAX_EXPERTS)
 
     def default(index: int) -> str:
         return "sliding_attention" if (index + 1) % 2 else "full_attention"

@@ -1,0 +1,76 @@
+"""The card that is sized for: here (a GpuSnapshot) or not (a Card of the table)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.units import MIB
+
+if TYPE_CHECKING:
+    from toolkit.gpu.cards import Card
+    from toolkit.gpu.snapshot import GpuSnapshot
+
+# What a process's CUDA context takes outside torch's allocator on data-centre cards with CUDA 12
+# and 13 (driver 580: 0.5 GiB with the kernels that vLLM and torch load).
+CONTEXT_BYTES = 520 * MIB
+# NVML's total counts what the driver keeps for itself; cudaMemGetInfo's total, which vLLM
+# multiplies by gpu_memory_utilization, does not. Seen on H100 and H200: 0.4 to 0.6 % of the card.
+RESERVED_SHARE = 0.0055
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One card. ``total_bytes`` and ``free_bytes`` are NVML's; ``cuda_total_bytes`` is what vLLM
+    takes its share of.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int = CONTEXT_BYTES
+    compute_capability: tuple[int, int] = (9, 0)
+    reserved_bytes: int | None = None
+    here: bool = True
+
+    @property
+    def cuda_total_bytes(self) -> int:
+        reserved = self.reserved_bytes
+        if reserved is None:
+            reserved = int(self.total_bytes * RESERVED_SHARE)
+        return self.total_bytes - reserved
+
+    @classmethod
+    def from_card(cls, card: Card) -> Device:
+        """An empty card of the table."""
+        reserved = int(card.total_bytes * RESERVED_SHARE)
+        return cls(
+            name=card.name,
+            total_bytes=card.total_bytes,
+            free_bytes=card.total_bytes - reserved,
+            compute_capability=card.compute_capability,
+            reserved_bytes=reserved,
+            here=False,
+        )
+
+    @classmethod
+    def from_snapshot(cls, gpu: GpuSnapshot) -> Device:
+        """The card as it is now, tenants included. Raises ConfigError where NVML does not tell its
+        memory.
+        """
+        total, free = gpu.total_bytes, gpu.free_bytes
+        if total is None or free is None:
+            raise ConfigError(
+                f"{gpu.label} does not report its memory ({gpu.memory.reason})",
+                fix="name the card with --gpu",
+            )
+        memory = gpu.memory.value or {}
+        reserved = memory.get("reserved")
+        return cls(
+            name=gpu.name.value or gpu.label,
+            total_bytes=total,
+            free_bytes=min(free, total),
+            compute_capability=gpu.capability or (0, 0),
+            reserved_bytes=int(reserved) if isinstance(reserved, int) and reserved > 0 else None,
+        )

@@ -1,0 +1,207 @@
+"""One candidate (an engine plan and a step plan) against one card: its terms, and where they leave
+gpu_memory_utilization.
+
+u_min = (weights + LoRA + tables + runtime + graphs + activations + KV of one sequence) / total
+u_max = the largest u with which both phases fit: rollout   context + u x total + what the trainer
+keeps                                       <= free training  context + u x total - activations
+(given back) + what the trainer keeps + a step   <= free
+            (with KV sleep: without the KV cache, whatever u is)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toolkit.base.units import MIB
+from toolkit.sizing import engine as engines
+from toolkit.sizing.memory import available_bytes
+from toolkit.sizing.rollout import transformers_terms
+from toolkit.sizing.terms import Term, total
+from toolkit.sizing.trainer import trainer_terms
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+    from toolkit.sizing.device import Device
+    from toolkit.sizing.model import ModelSpec
+    from toolkit.sizing.plan import EnginePlan
+    from toolkit.sizing.trainer import StepPlan
+    from toolkit.sizing.workload import Workload
+
+# Stated margins: what the caching allocator loses to fragmentation, and what the estimates of the
+# engine may be off.
+STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
+ENGINE_MARGIN = 0.05
+ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
+CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
+CPU_SHARE = 0.8  # of the available memory; the rest is for data, tokenizer and everybody else
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Everything that one evaluation needs."""
+
+    config: RunConfig
+    spec: ModelSpec
+    device: Device | None
+    work: Workload
+    plan: EnginePlan
+    step: StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Bytes: ``least`` and ``most`` are the ends for u x total, ``short`` is missing (<= 0: it
+    fits), ``sequence`` is the KV of one sequence, ``wanted`` the KV of a whole rollout, ``kv``
+    a CPU engine's cache.
+    """
+
+    terms: tuple[Term, ...]
+    least: int
+    most: int
+    binding_min: str
+    binding_max: str
+    short: int
+    sequence: int
+    wanted: int
+    kv: int | None = None
+
+    @property
+    def holds_rollout(self) -> bool:
+        """Whether it fits, with the KV cache of every sequence of a rollout at once."""
+        return self.short <= 0 and self.most - self.least >= self.wanted - self.sequence
+
+
+def evaluate(case: Case) -> Fit:
+    """The terms of one candidate and how they fit."""
+    trainer = trainer_terms(case.spec, case.plan, case.work, case.step)
+    if not case.work.uses_engine:
+        rollout = transformers_terms(case.spec, case.plan, case.work)
+        return _fit_alone(case, [*rollout, *trainer, *_margins(case, [], trainer)])
+    engine = engines.engine_terms(case.spec, case.plan)
+    terms = [*engine, *trainer, *_margins(case, engine, trainer)]
+    return _fit_on_card(case, terms) if case.device else _fit_on_host(case, terms)
+
+
+def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
+    unknown = case.spec.margin
+    estimated = sum(term.bytes for term in engine if term.term in ESTIMATED)
+    weights = sum(term.bytes for term in (*engine, *trainer) if term.term.endswith(".weights"))
+    margins = []
+    if engine or unknown:
+        margins.append(
+            Term(
+                "margin.engine",
+                int(estimated * (ENGINE_MARGIN + unknown) + weights * unknown),
+                f"{ENGINE_MARGIN + unknown:.0%} of the estimated terms"
+                + (f", {unknown:.0%} of the weights" if unknown else ""),
+            )
+        )
+    fixed = STEP_MARGIN_BYTES if case.device else 0
+    margins.append(
+        Term(
+            "margin.fragmentation",
+            int(total(trainer, "training") * (STEP_MARGIN + unknown)) + fixed,
+            f"{STEP_MARGIN + unknown:.0%} of a step, and {fixed // MIB} MiB",
+            "training",
+        )
+    )
+    return margins
+
+
+def _in_engine(term: Term) -> bool:
+    return term.term.startswith("engine.") or term.term == "margin.engine"
+
+
+def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
+    device = case.device
+    assert device is not None
+    engine = [term for term in terms if _in_engine(term)]
+    others = [term for term in terms if not _in_engine(term)]
+    one = engines.kv_sequence_bytes(case.spec, case.plan, case.plan.max_model_len)
+    fixed, given_back = total(engine), total(engine, "rollout")
+    kept, step = total(others, "always"), total(others, "training")
+    room = device.free_bytes - device.context_bytes
+    ends = {
+        "free memory - context - what the trainer keeps (rollout phase)": room - kept,
+        "the card": device.cuda_total_bytes,
+    }
+    short = 0
+    if case.plan.sleep:
+        # What is missing asleep is missing at every u: the interval is then empty by that much.
+        short = max(0, fixed - given_back + kept + step - room)
+        name = f"a training step beside the sleeping engine ({_largest(others, 'training')})"
+        ends |= {name: fixed + one - short} if short else {}
+    else:
+        name = f"free memory - context - a training step ({_largest(others, 'training')})"
+        ends[name] = room - kept - step + given_back
+    binding = min(ends, key=lambda name: ends[name])
+    least = fixed + one
+    return Fit(
+        terms=tuple(terms),
+        least=least,
+        most=ends[binding],
+        binding_min=f"{_largest(engine, 'always', 'rollout')} + KV of one sequence",
+        binding_max=binding,
+        short=max(short, least - ends[binding]),
+        sequence=one,
+        wanted=_wanted(case),
+    )
+
+
+def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
+    """The CPU engine: no share of a card, but a KV cache of a stated size."""
+    one = engines.kv_sequence_bytes(case.spec, case.plan, case.plan.max_model_len)
+    wanted = _wanted(case)
+    cache = max(one, min(2 * wanted, CPU_KV_MOST), CPU_KV_LEAST)
+    engine = [term for term in terms if _in_engine(term)]
+    others = [term for term in terms if not _in_engine(term)]
+    always = total(terms, "always") + cache
+    need = always + max(total(engine, "rollout"), total(others, "training"))
+    room = int(available_bytes() * CPU_SHARE)
+    return Fit(
+        terms=tuple(terms),
+        least=need,
+        most=room,
+        binding_min=_largest(terms, "always", "training"),
+        binding_max=f"{CPU_SHARE:.0%} of the host memory that is available",
+        short=need - room,
+        sequence=one,
+        wanted=one,
+        kv=cache,
+    )
+
+
+def _fit_alone(case: Case, terms: list[Term]) -> Fit:
+    """No engine: the trainer's own model, and transformers' generate."""
+    device = case.device
+    need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))
+    if device is not None:
+        room, of = device.free_bytes - device.context_bytes, "free memory - context"
+    else:
+        room, of = (
+            int(available_bytes() * CPU_SHARE),
+            f"{CPU_SHARE:.0%} of the host memory that is available",
+        )
+    return Fit(
+        terms=tuple(terms),
+        least=need,
+        most=room,
+        binding_min=_largest(terms, "always", "rollout", "training"),
+        binding_max=of,
+        short=need - room,
+        sequence=0,
+        wanted=0,
+    )
+
+
+def _wanted(case: Case) -> int:
+    """KV of all sequences that the engine runs at once, at the length that the run gives them."""
+    sequences = min(case.plan.max_num_seqs, case.work.rollouts)
+    length = min(case.work.sequence, case.plan.max_model_len)
+    return sequences * engines.kv_sequence_bytes(case.spec, case.plan, length)
+
+
+def _largest(terms: list[Term], *phases: str) -> str:
+    found = max((term for term in terms if term.phase in phases), key=lambda term: term.bytes)
+    return found.term

@@ -1,0 +1,82 @@
+"""What an engine is to be built with, each "auto" given its candidate: the input of every engine
+term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from toolkit.sizing import lora
+from toolkit.sizing.weights import format_on_load, model_dtype
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+    from toolkit.sizing.device import Device
+    from toolkit.sizing.model import ModelSpec
+    from toolkit.sizing.quant import Quantization
+    from toolkit.sizing.workload import Workload
+
+MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more only costs sampler and graph memory
+BATCHED_TOKENS = 8192
+GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens of a KV block (vllm/platforms/{cuda,cpu}.py)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """Engine settings with every "auto" decided."""
+
+    on_gpu: bool
+    dtype: str
+    quantization: Quantization | None
+    max_lora_rank: int
+    max_loras: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enforce_eager: bool
+    float8_kv_cache: bool
+    sleep: bool
+    share_weights: bool
+    block_tokens: int
+
+    def with_sleep(self, sleep: bool) -> EnginePlan:
+        return replace(self, sleep=sleep)
+
+
+def plan_engine(
+    config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
+) -> EnginePlan:
+    """The candidate for ``config``: written values as they are, the rest by the workload. Raises
+    ConfigError on an illegal rank.
+    """
+    model = config.model
+    if model.max_num_seqs == "auto":
+        evaluated = config.grpo.get("per_device_eval_batch_size", 1)
+        wanted = max(work.rollouts, evaluated if isinstance(evaluated, int) else 1)
+        sequences = min(wanted, MAX_SEQUENCES)
+    else:
+        sequences = model.max_num_seqs
+    if model.max_num_batched_tokens == "auto":
+        # One step of the scheduler need not hold more than all prompts and completions together,
+        # and must hold one of each.
+        needed = max(sequences * work.sequence, sequences, 256)
+        batched = max(min(BATCHED_TOKENS, needed), sequences)
+    else:
+        batched = model.max_num_batched_tokens
+    rank = model.max_lora_rank
+    return EnginePlan(
+        on_gpu=device is not None,
+        dtype=model_dtype(spec, model.dtype, device.compute_capability if device else None),
+        quantization=format_on_load(spec, load_in_4bit=model.load_in_4bit),
+        max_lora_rank=lora.legal_rank(work.rank) if rank == "auto" else rank,
+        max_loras=model.max_loras,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=batched,
+        max_model_len=model.max_seq_length,
+        enforce_eager=model.enforce_eager or device is None,
+        float8_kv_cache=model.float8_kv_cache,
+        sleep=model.enable_sleep_mode is True,
+        share_weights=model.share_weights,
+        block_tokens=CPU_BLOCK if device is None else GPU_BLOCK,
+    )

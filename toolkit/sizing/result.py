@@ -1,0 +1,197 @@
+"""What sizing found: the interval, the choice, the whole budget, and the run file with every
+"auto" filled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.config.model import RunConfig
+    from toolkit.sizing.terms import Term
+    from toolkit.sizing.trainer import Checkpointing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPart:
+    """Facts of the model as loaded."""
+
+    name: str
+    architecture: str
+    parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    layers: int
+    dtype: str
+    quantization: str | None
+    margin: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePart:
+    """Facts of the engine as it would be built. ``peak_bytes`` is without context and KV."""
+
+    lora_bytes: int
+    activation_bytes: int
+    graph_bytes: int
+    fixed_bytes: int
+    kv_sequence_bytes: int
+    kv_wanted_bytes: int
+    kv_bytes: int
+    ranks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerPart:
+    """``resident_bytes`` stay during rollouts; ``step_bytes`` come and go with a micro-batch."""
+
+    resident_bytes: int
+    step_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """gpu_memory_utilization may be in [min, max]; each end with the term that binds it. None
+    without a GPU.
+    """
+
+    min: float | None
+    max: float | None
+    binding_min: str
+    binding_max: str
+
+    @property
+    def empty(self) -> bool:
+        return self.min is not None and self.max is not None and self.min > self.max
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The values for every "auto"."""
+
+    gpu_memory_utilization: float | None
+    max_lora_rank: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gradient_checkpointing: Checkpointing
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    enable_sleep_mode: bool
+    dtype: str
+    fast_inference: bool
+    kv_cache_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change, what it frees, and whether it alone is enough."""
+
+    change: str
+    frees_bytes: int
+    enough: bool
+
+    def __str__(self) -> str:
+        return f"{self.change} frees {format_bytes(self.frees_bytes)}" + (
+            " (enough)" if self.enough else ""
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizingResult:
+    """The answer of ``solve``. ``budget`` lists every term; ``short_bytes`` is what is missing (0
+    where it fits).
+    """
+
+    device: Mapping[str, Any] | None
+    model: ModelPart
+    engine: EnginePart
+    trainer: TrainerPart
+    interval: Interval
+    choice: Choice
+    terms: tuple[Term, ...]
+    remedies: tuple[Remedy, ...] = ()
+    short_bytes: int = 0
+
+    @property
+    def feasible(self) -> bool:
+        return self.short_bytes <= 0
+
+    @property
+    def budget(self) -> list[dict[str, str | int]]:
+        return [term.to_json() for term in self.terms]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``envcheck size --json`` prints."""
+        engine = asdict(self.engine)
+        engine["ranks"] = [
+            {"rank": rank, "lora_bytes": nbytes} for rank, nbytes in self.engine.ranks
+        ]
+        return {
+            "feasible": self.feasible,
+            "short_bytes": max(0, self.short_bytes),
+            "device": dict(self.device) if self.device else None,
+            "model": {**asdict(self.model), "notes": list(self.model.notes)},
+            "engine": engine,
+            "trainer": asdict(self.trainer),
+            "interval": asdict(self.interval),
+            "choice": asdict(self.choice),
+            "budget": self.budget,
+            "remedies": [asdict(remedy) for remedy in self.remedies],
+        }
+
+    def error(self) -> ConfigError:
+        """What an empty interval says: what is missing, what binds, and the priced list."""
+        name = self.device["name"] if self.device else "this host"
+        listed = "\n       ".join(str(remedy) for remedy in self.remedies)
+        return ConfigError(
+            f"the run does not fit on {name}: {format_bytes(self.short_bytes)} are missing "
+            f"(least: {self.interval.binding_min}; most: {self.interval.binding_max})",
+            where="gpu_memory_utilization",
+            fix=listed or "use a card with more memory",
+        )
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """``config`` with every "auto" filled; raises ConfigError where the run does not fit.
+
+        gpu_memory_utilization stays "auto" without a GPU: it is not used there.
+        """
+        if not self.feasible:
+            raise self.error()
+        choice = self.choice
+        model = config.model
+        filled: dict[str, Any] = {
+            name: getattr(choice, name)
+            for name in (
+                "max_lora_rank",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "enable_sleep_mode",
+                "fast_inference",
+                "dtype",
+            )
+            if getattr(model, name) == "auto"
+        }
+        if model.gpu_memory_utilization == "auto" and choice.gpu_memory_utilization is not None:
+            filled["gpu_memory_utilization"] = choice.gpu_memory_utilization
+        if getattr(model, "kv_cache_bytes", 0) in (None, "auto"):
+            filled["kv_cache_bytes"] = choice.kv_cache_bytes
+        lora = config.lora
+        if lora.use_gradient_checkpointing == "auto":
+            lora = replace(lora, use_gradient_checkpointing=choice.gradient_checkpointing)
+        grpo = {
+            key: getattr(choice, key) if value == "auto" and hasattr(choice, key) else value
+            for key, value in config.grpo.items()
+        }
+        return replace(
+            config, model=replace(model, **filled), lora=lora, grpo=MappingProxyType(grpo)
+        )

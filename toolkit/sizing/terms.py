@@ -1,0 +1,31 @@
+"""One line of the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["always", "rollout", "training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``bytes`` that ``term`` takes during ``phase``, and where the number is from."""
+
+    term: str
+    bytes: int
+    source: str
+    phase: Phase = "always"
+
+    def to_json(self) -> dict[str, str | int]:
+        return {
+            "term": self.term,
+            "bytes": self.bytes,
+            "source": self.source,
+            "phase": self.phase,
+        }
+
+
+def total(terms: tuple[Term, ...] | list[Term], *phases: Phase) -> int:
+    """Bytes of the terms of these phases (all phases if none is named)."""
+    return sum(term.bytes for term in terms if not phases or term.phase in phases)

@@ -1,0 +1,79 @@
+"""Bytes of the weights: as the engine holds them, and as a trainer of its own would."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.model import DTYPE_BYTES
+from toolkit.sizing.quant import NF4_ON_LOAD, Quantization
+
+if TYPE_CHECKING:
+    from toolkit.sizing.model import Block, Linear, ModelSpec
+
+# vLLM pads the vocabulary of embeddings and head to a multiple of this
+# (model_executor/layers/vocab_parallel_embedding.py).
+VOCABULARY_PADDING = 64
+
+
+def padded_vocab(vocab: int) -> int:
+    """The vocabulary rows that the engine allocates."""
+    return -(-vocab // VOCABULARY_PADDING) * VOCABULARY_PADDING
+
+
+def format_on_load(spec: ModelSpec, *, load_in_4bit: bool) -> Quantization | None:
+    """The weight format in memory: the checkpoint's own, else NF4 where asked for."""
+    if spec.quantization is not None:
+        return spec.quantization
+    return NF4_ON_LOAD if load_in_4bit else None
+
+
+def model_dtype(spec: ModelSpec, asked: str, capability: tuple[int, int] | None) -> str:
+    """What ``dtype: auto`` means: float32 on the CPU, bfloat16 from compute capability 8.0 on,
+    float16 before.
+    """
+    if asked != "auto":
+        return asked
+    if capability is None:
+        return "float32"
+    if spec.dtype == "float16" and spec.quantization is not None:
+        return "float16"
+    return "bfloat16" if capability >= (8, 0) else "float16"
+
+
+def weight_bytes(
+    spec: ModelSpec, dtype: str, quantization: Quantization | None, *, engine: bool = False
+) -> int:
+    """Bytes of all weights; ``engine`` counts the padded vocabulary rows of vLLM."""
+    width = DTYPE_BYTES[dtype]
+    vocab = padded_vocab(spec.vocab_size) if engine else spec.vocab_size
+    tables = (1 if spec.tied else 2) * vocab * spec.hidden_size
+    plain = tables + spec.final_vectors + spec.extra_parameters
+    plain += vocab if spec.head_bias else 0
+    total = plain * width
+    for block in spec.blocks:
+        total += block.count * _block_bytes(block, width, quantization)
+    return total
+
+
+def _block_bytes(block: Block, width: int, quantization: Quantization | None) -> int:
+    total = block.vectors * width
+    for linear in block.linears:
+        total += _linear_bytes(linear, width, quantization)
+    return total
+
+
+def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None) -> int:
+    biases = linear.copies * linear.out_features * width if linear.bias else 0
+    if quantization is None or _stays(linear, quantization):
+        return linear.weights * width + biases
+    one = quantization.weight_bytes(linear.out_features, linear.in_features)
+    return linear.copies * one + biases
+
+
+def _stays(linear: Linear, quantization: Quantization) -> bool:
+    """Routers stay in 16 bits in every engine; MXFP4 packs the experts alone."""
+    if linear.leaf in ("gate", "router", "shared_expert_gate"):
+        return True
+    if quantization.method == "mxfp4" and linear.copies == 1:
+        return True
+    return quantization.skips(linear.name)

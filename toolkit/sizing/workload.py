@@ -1,0 +1,103 @@
+"""The run file as the numbers that memory depends on, with the defaults of TRL 1.16's GRPOConfig
+where it is silent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.config.model import RunConfig
+
+# trl.GRPOConfig 1.16; held by tests/contract/test_sizing_trl.py.
+TRL_DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 8,
+    "num_generations": 8,
+    "max_completion_length": 512,
+    "beta": 0.0,
+    "optim": "adamw_torch_fused",
+}
+# Bytes of optimizer state a trainable parameter (torch.optim, bitsandbytes).
+OPTIMIZER_BYTES = {
+    "adamw": 8, "adam": 8, "sgd": 0, "adafactor": 0.1, "lion": 4, "rmsprop": 4, "adagrad": 4,
+    "adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1, "lion_8bit": 1.1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One process's share of a step. Lengths in tokens; a micro-batch is one forward pass."""
+
+    micro_batch: int
+    accumulation: int
+    rollouts: int
+    generations: int
+    prompt: int
+    completion: int
+    sequence: int
+    rank: int
+    targets: tuple[str, ...] | str
+    optimizer_bytes: float
+    reference_copies: int
+    uses_engine: bool
+    dropout: bool
+
+
+def read_workload(config: RunConfig, *, world_size: int = 1) -> Workload:
+    """The numbers of ``config``. Raises ConfigError for a number that is none or below 1."""
+    grpo = config.grpo
+    micro = _count(grpo, "per_device_train_batch_size")
+    accumulation = _count(grpo, "gradient_accumulation_steps")
+    generation = grpo.get("generation_batch_size")
+    if isinstance(generation, int) and generation > 0:
+        rollouts = max(micro, generation // max(world_size, 1))
+    else:
+        steps = grpo.get("steps_per_generation")
+        rollouts = micro * (steps if isinstance(steps, int) and steps > 0 else accumulation)
+    completion = _count(grpo, "max_completion_length")
+    length = config.model.max_seq_length
+    prompt = grpo.get("max_prompt_length")
+    if not isinstance(prompt, int) or prompt < 1:
+        prompt = max(length - completion, 1)
+    engine = config.runtime.engine != "transformers" and config.model.fast_inference is not False
+    return Workload(
+        micro_batch=micro,
+        accumulation=accumulation,
+        rollouts=rollouts,
+        generations=_count(grpo, "num_generations"),
+        prompt=prompt,
+        completion=completion,
+        sequence=min(prompt + completion, length),
+        rank=config.lora.r,
+        targets=config.lora.target_modules,
+        optimizer_bytes=optimizer_bytes(str(grpo.get("optim", TRL_DEFAULTS["optim"]))),
+        reference_copies=0,
+        uses_engine=engine,
+        dropout=config.lora.lora_dropout > 0,
+    )
+
+
+def optimizer_bytes(name: str) -> float:
+    """State bytes a trainable parameter; the longest known name that ``name`` starts with, AdamW's
+    8 for what is not known.
+    """
+    known = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
+    if "8bit" in name and not any("8bit" in key for key in known):
+        return 2.1
+    return OPTIMIZER_BYTES[max(known, key=len)] if known else 8.0
+
+
+def _count(grpo: Mapping[str, Any], key: str) -> int:
+    value = grpo.get(key, TRL_DEFAULTS[key])
+    if value == "auto" or value is None:
+        value = TRL_DEFAULTS[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
+        raise ConfigError(f"{value!r} is no usable number", where=f"grpo.{key}")
+    return value
