@@ -16,6 +16,7 @@ for package in "$@"; do
 done
 
 if [ -n "$missing" ]; then
+    # shellcheck source=/dev/null
     . /etc/os-release
     set -- -o Acquire::Check-Valid-Until=false -o Acquire::Languages=none
     if [ -s /run/secrets/ca ]; then

@@ -69,32 +69,7 @@ fi
 # ---- pip's settings, as secrets --------------------------------------------------------------------------------
 private=$(mktemp -d)
 trap 'rm -rf "$private"' EXIT
-mkdir "$private/wheels"
-# Paths of this machine mean nothing inside a build: they are left out, and the wheels they hold are handed over.
-"$(find_python)" - "$private" <<'END'
-import os, pathlib, re, shutil, subprocess, sys
-
-private = pathlib.Path(sys.argv[1])
-listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
-settings, links = {}, []
-for line in listing.splitlines():
-    name, _, value = line.partition("=")
-    key, value = name.rpartition(".")[2], value.strip().strip("'")
-    if key == "find-links":
-        links += value.split()
-    if key in {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}:
-        kept = [word for word in re.split(r"\s+|\\n", value) if word and not word.startswith("file:")]
-        if kept:
-            settings[key] = " ".join(kept)
-(private / "pip.conf").write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
-certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or ""
-(private / "ca.crt").write_bytes(pathlib.Path(certificate).read_bytes() if certificate else b"")
-locks = pathlib.Path("locks/image-torch.txt").read_text()
-for folder in dict.fromkeys(links):
-    for wheel in sorted(pathlib.Path(folder).glob("torch-*+cpu-*.whl")) if os.path.isdir(folder) else []:
-        if wheel.name.split("-")[1] in locks:
-            shutil.copy(wheel, private / "wheels") if wheel.stat().st_dev != private.stat().st_dev else os.link(wheel, private / "wheels" / wheel.name)
-END
+"$(find_python)" "$REPO/containers/pip_secrets.py" "$private"
 
 # ---- build -------------------------------------------------------------------------------------------------------
 created=$(git -C "$REPO" log -1 --format=%cI 2>/dev/null || echo unknown)

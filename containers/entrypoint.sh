@@ -65,7 +65,10 @@ export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}" HF_HUB_DISABLE_TELEMETRY=
 
 # ---- CUDA forward compatibility: only when asked, only when this driver needs it --------------------------------
 if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
-    library=$(ls /opt/cuda-compat/libcuda.so.*.* 2>/dev/null | head -n 1)
+    library=""
+    for file in /opt/cuda-compat/libcuda.so.*.*; do
+        if [ -e "$file" ]; then library=$file; fi
+    done
     driver=$(sed -n 's/^NVRM version:.*[^0-9.]\([0-9][0-9]*\)\.[0-9.]* .*/\1/p' "${TOOLKIT_PROC_DRIVER:-/proc/driver/nvidia/version}" 2>/dev/null || true)
     ours=${library##*libcuda.so.}
     ours=${ours%%.*}

@@ -3,6 +3,7 @@
 # Exit codes are the product's own: 1 the request must change, 2 usage, 3 this machine lacks something, 4 try again later.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck disable=SC2034 # used by those that source this
 SETUP=${TOOLKIT_SETUP:-$REPO/.setup/containers} # what the scripts fetch or make: ignored by git, safe to delete
 
 say() { echo "${0##*/}: $*" >&2; }
@@ -30,6 +31,7 @@ find_python() { # Prints a Python for the helper scripts: the project's own if i
 
 # The moment that every layer claims. Fixed, and not the commit's: a layer taken from the cache then has the bytes of one
 # built anew, and a change of the product moves the product's layer alone. (Not 0: a zip file cannot hold dates before 1980.)
+# shellcheck disable=SC2034
 EPOCH=${SOURCE_DATE_EPOCH:-1767225600}
 
 lock_digest() { # LOCK...: as image_manifest.py computes it

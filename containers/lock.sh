@@ -38,7 +38,9 @@ if [ "$mode" = check ]; then
     "$uv" lock --quiet --check ||
         die 1 "uv.lock does not match pyproject.toml" "run \`just lock\`, look at what moved, commit it"
 else
-    "$uv" lock --quiet $([ "$mode" = upgrade ] && echo --upgrade)
+    upgrade=()
+    [ "$mode" = lock ] || upgrade=(--upgrade)
+    "$uv" lock --quiet "${upgrade[@]}"
 fi
 export_lock light.txt
 export_lock dev.txt --extra dev

@@ -22,7 +22,7 @@ archive=$SETUP/stand-in-$release.tar
 if [ ! -s "$archive" ]; then
     mkdir -p "$SETUP"
     options=()
-    [ "$release" = bookworm ] || options=(--components=main,universe)
+    [ "$release" = bookworm ] || options=("--components=main,universe")
     say "making a stand-in base from the archive of $release (once)"
     SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --mode=root --include="$packages" "${options[@]}" \
         "$release" "$archive.part" >&2 ||

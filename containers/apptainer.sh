@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs apptainer (or singularity): the one of this machine if there is one, else Debian's own in a folder beside the build.
+# usage: apptainer.sh ARGUMENTS...
+#
+#   TOOLKIT_APPTAINER_USER=UID   as this ordinary user, when called as root (default 1000; 0: stay root)
+#   TOOLKIT_APPTAINER_BIND=DIR   one more folder that the program can see (the repository and /tmp always are)
+set -euo pipefail
+# shellcheck source=containers/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+for program in apptainer singularity; do
+    if command -v "$program" >/dev/null && [ "${TOOLKIT_APPTAINER:-}" != debian ]; then
+        exec "$program" "$@"
+    fi
+done
+
+[ "$(id -u)" -eq 0 ] || die 3 "apptainer is not installed here" "install it, or run this as root on Debian"
+root=$SETUP/apptainer-root
+if [ ! -e "$root/usr/bin/apptainer" ]; then
+    "$REPO/containers/tools.sh" mmdebstrap
+    say "fetching apptainer from Debian (once)"
+    rm -rf "$root"
+    mkdir -p "$SETUP"
+    SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=apt --mode=root --include=apptainer,mount,squashfuse \
+        --aptopt='Acquire::Check-Valid-Until "false"' sid "$root" >&2 ||
+        die 4 "mmdebstrap could not fetch apptainer" "is Debian's archive reached from here?"
+    echo 'builder:x:1000:1000:builder:/home/builder:/bin/sh' >>"$root/etc/passwd"
+    echo 'builder:x:1000:' >>"$root/etc/group"
+    install -d -o 1000 -g 1000 "$root/home/builder"
+fi
+
+# pivot_root and not chroot: apptainer makes a mount namespace of its own, which the kernel refuses inside a chroot.
+export root REPO USER_ID="${TOOLKIT_APPTAINER_USER:-1000}" EXTRA="${TOOLKIT_APPTAINER_BIND:-}" FROM_DIR=$PWD
+# shellcheck disable=SC2016 # expanded by the inner shell
+exec unshare --mount --propagation private bash -euc '
+    mount --bind "$root" "$root"
+    mount --rbind /proc "$root/proc"
+    mount --rbind /sys "$root/sys"
+    mount --rbind /dev "$root/dev"
+    # Ordinary users may open /dev/fuse on a normal machine.
+    rm -f "$root/run/fuse" && mknod -m 0666 "$root/run/fuse" c 10 229
+    mount --bind "$root/run/fuse" "$root/dev/fuse"
+    touch "$root/etc/resolv.conf" && mount --bind /etc/resolv.conf "$root/etc/resolv.conf"
+    for folder in "$REPO" /tmp ${EXTRA:+"$EXTRA"}; do
+        mkdir -p "$root$folder"
+        mount --rbind "$folder" "$root$folder"
+    done
+    mkdir -p "$root/.old"
+    cd "$root"
+    pivot_root . .old
+    umount -l /.old
+    cd "$FROM_DIR" 2>/dev/null || cd /tmp
+    if [ "$USER_ID" = 0 ]; then
+        export HOME=/root USER=root
+        exec apptainer "$@"
+    fi
+    export HOME=/home/builder USER=builder LOGNAME=builder
+    exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups -- apptainer "$@"
+' apptainer.sh "$@"

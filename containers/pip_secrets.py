@@ -1,0 +1,57 @@
+"""Write what a build may know of this machine's pip: DIR/pip.conf, DIR/ca.crt, DIR/wheels/.
+
+Paths of this machine mean nothing inside a build, so they are left out; the wheels that the locks cannot get from the public index
+(torch's CPU build) are handed over as files. All of it is for secrets and bind mounts: it must reach no layer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PASSED_ON = {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}
+
+
+def pip_settings() -> list[tuple[str, str]]:
+    """(option, value) as pip itself merges its files and variables, least important first."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    pairs = (line.partition("=") for line in listing.splitlines())
+    ordered = sorted(pairs, key=lambda pair: pair[0].startswith(":env:"))
+    return [(name.rpartition(".")[2], value.strip().strip("'")) for name, _, value in ordered]
+
+
+def words(value: str) -> list[str]:
+    """The words of a setting; `pip config list` prints the breaks of a value of several lines as ``\\n``."""
+    return [word for word in re.split(r"\s+|\\n", value) if word]
+
+
+def write(folder: Path, locks: Path) -> None:
+    """Fill ``folder``, with the wheels that ``locks/image-torch.txt`` names."""
+    kept: dict[str, str] = {}
+    links: list[str] = []
+    for option, value in pip_settings():
+        if option == "find-links":
+            links += words(value)
+        remote = [word for word in words(value) if not word.startswith(("file:", "/"))]
+        if option in PASSED_ON and remote:
+            kept[option] = " ".join(remote)
+    lines = "".join(f"{option} = {value}\n" for option, value in kept.items())
+    (folder / "pip.conf").write_text(f"[global]\n{lines}")
+    certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    (folder / "ca.crt").write_bytes(Path(certificate).read_bytes() if certificate else b"")
+    wheels = folder / "wheels"
+    wheels.mkdir(exist_ok=True)
+    pin = re.search(r"^torch==(\S+)", (locks / "image-torch.txt").read_text(), re.MULTILINE)
+    assert pin is not None
+    for link in dict.fromkeys(links):
+        for wheel in Path(link).glob(f"torch-{pin[1]}-*.whl"):
+            shutil.copy(wheel, wheels)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Path(__file__).resolve().parent.parent / "locks")

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Builds a SIF of one target by toolkit.def.
+# usage: sif.sh [TARGET] [--from-image | --from-base] [--stand-in] [--output FILE]       TARGET: train-cpu (default), train, envcheck
+#
+#   --from-image   from the image that `build.sh TARGET` made (default; it is built when it is not there)
+#   --from-base    from the base, all of it in the definition's %post, as a cluster without a container engine would
+#   --stand-in     on a base made from the distribution's archive (stand-in.sh)
+set -euo pipefail
+# shellcheck source=containers/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+target=train-cpu source=image stand_in=() output=""
+while [ "$#" -gt 0 ]; do
+    case "$1" in
+        envcheck | train | train-cpu) target=$1 ;;
+        --from-image) source=image ;;
+        --from-base) source=base ;;
+        --stand-in) stand_in=(--stand-in) ;;
+        --output) output=${2:?} && shift ;;
+        *) die 2 "what is $1? usage: sif.sh [TARGET] [--from-image | --from-base] [--stand-in] [--output FILE]" ;;
+    esac
+    shift
+done
+output=${output:-$SETUP/toolkit-$target.sif}
+case "$output" in /*) ;; *) output=$PWD/$output ;; esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+chmod 0755 "$work"
+revision=$(git -C "$REPO" rev-parse HEAD 2>/dev/null || echo unknown)
+
+if [ "$source" = image ]; then
+    image=localhost/toolkit:$target
+    "$REPO/containers/tools.sh" buildah
+    buildah_ inspect --type image "$image" >/dev/null 2>&1 ||
+        "$REPO/containers/build.sh" "$target" "${stand_in[@]}" --engine buildah --tag "$image"
+    # Uncompressed: it is read once, right away.
+    buildah_ push --quiet --disable-compression "$image" "oci-archive:$work/image.tar" >/dev/null
+    arguments=(--build-arg BOOTSTRAP=oci-archive --build-arg "FROM=$work/image.tar")
+else
+    arguments=(--bind "$work:/mnt")
+    "$(find_python)" "$REPO/containers/pip_secrets.py" "$work"
+    release=bookworm
+    [ "$target" = train ] && release=noble
+    if [ "${#stand_in[@]}" -gt 0 ]; then
+        base=$("$REPO/containers/stand-in.sh" "$release")
+        say "NOTE: built on a stand-in base, $base, and not on the pinned one"
+        buildah_ push --quiet --disable-compression "$base" "oci-archive:$work/image.tar" >/dev/null
+        arguments+=(--build-arg BOOTSTRAP=oci-archive --build-arg "FROM=$work/image.tar" --build-arg APT_SNAPSHOT=)
+    elif [ "$release" = bookworm ]; then
+        base=$(sed -n 's/^ARG CPU_BASE_IMAGE=//p' "$REPO/containers/Dockerfile" | sed 's/:[^:@/]*@/@/')
+        arguments+=(--build-arg "FROM=$base")
+    fi
+fi
+
+cd "$REPO" # %files of the definition are named from here
+say "building $output ($target, from the $source)"
+# As root, for %post writes system files; what it makes runs as anyone. On a cluster --fakeroot does the same.
+TOOLKIT_APPTAINER_USER=0 "$REPO/containers/apptainer.sh" build --force --notest "${arguments[@]}" \
+    --build-arg "TARGET=$target" --build-arg "REVISION=$revision" "$output.part" "$REPO/containers/toolkit.def"
+mv "$output.part" "$output"
+say "built $output ($(($(stat -c %s "$output") / 1000000)) MB)"
