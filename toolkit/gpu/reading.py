@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading(Generic[T]):
+class Reading(Generic[T_co]):
     """``value`` where the question was answered, else ``reason`` and, from NVML, its ``code``.
 
     ``unsupported`` tells an answer that this hardware or driver does not give (fine on many cards)
     from one that should have come and did not.
     """
 
-    value: T | None = None
+    value: T_co | None = None
     reason: str | None = None
     unsupported: bool = False
     code: int | None = None

@@ -7,17 +7,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from toolkit.gpu import driver_files, host, nvml, software
-from toolkit.gpu.reading import NOT_ASKED, Reading, from_json
+from toolkit.gpu import driver_files, host, model_folder, nvml, software
+from toolkit.gpu.reading import NOT_ASKED, Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,32 +118,31 @@ class NodeSnapshot:
     environment: Mapping[str, str] = field(default_factory=dict)
     host: host.HostSnapshot = field(default_factory=host.HostSnapshot)
     software: software.SoftwareSnapshot = field(default_factory=software.SoftwareSnapshot)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain objects, the inverse of ``node_from_json``."""
-        return {
-            "format": FORMAT,
-            "driver": values_of(self.driver),
-            "gpus": [gpu_to_json(gpu) for gpu in self.gpus],
-            "environment": dict(self.environment),
-            "host": values_of(self.host),
-            "software": values_of(self.software),
-        }
+    model: model_folder.ModelSnapshot = field(default_factory=model_folder.ModelSnapshot)
 
 
 def take(
-    *, paths: Mapping[str, Path] | None = None, environ: Mapping[str, str] | None = None
+    *,
+    paths: Mapping[str, Path] | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> NodeSnapshot:
     """Read this node: NVML, the host and the installed software. Writes nothing, needs no right.
 
     Args:
         paths: folders whose disks matter, by role (``output``, ``cache`` ...); a folder that does
             not exist yet stands for its nearest parent that does.
+        model: folder or hub id of a model whose files matter, and its ``revision``.
         environ: instead of ``os.environ``.
     """
     variables = os.environ if environ is None else environ
     driver, gpus = _ask_nvml()
+    look = model_folder.ModelSnapshot()
+    if model is not None:
+        look = model_folder.read(model, revision, variables)
     return NodeSnapshot(
+        model=look,
         driver=replace(driver, **driver_files.read(variables)),
         gpus=gpus,
         environment=host.relevant(variables),
@@ -176,70 +173,3 @@ def _ask_nvml() -> tuple[DriverSnapshot, tuple[GpuSnapshot, ...]]:
         )
         gpus.append(GpuSnapshot(index=index, slices=parts, **row))
     return DriverSnapshot(answers.start, answers.driver_version, answers.p2p), tuple(gpus)
-
-
-def values_of(snapshot: Any) -> dict[str, Any]:
-    """The readings of a snapshot dataclass as plain objects."""
-    return {item.name: getattr(snapshot, item.name).to_json() for item in fields(snapshot)}
-
-
-_NOT_READINGS = {"index", "parent", "slices"}
-
-
-def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
-    """A card and its slices as plain objects; questions that were not asked are left out."""
-    readings = {
-        item.name: getattr(gpu, item.name).to_json()
-        for item in fields(gpu)
-        if item.name not in _NOT_READINGS and getattr(gpu, item.name) is not NOT_ASKED
-    }
-    return {"index": gpu.index, **readings, "slices": [gpu_to_json(part) for part in gpu.slices]}
-
-
-def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
-    """The fields of ``kind`` that ``data`` has.
-
-    Raises:
-        ValueError: ``data`` is not an object of readings.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"{kind.__name__}: not an object")
-    names = {item.name for item in fields(kind)} - _NOT_READINGS
-    return {name: from_json(answer) for name, answer in data.items() if name in names}
-
-
-def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:
-    """The inverse of ``gpu_to_json``.
-
-    Raises:
-        ValueError: not a recorded card.
-    """
-    readings = readings_from_json(GpuSnapshot, data)
-    number = data.get("index", index)
-    parts: Sequence[Any] = data.get("slices", [])
-    if not isinstance(number, int) or not isinstance(parts, list):
-        raise ValueError("a GPU has an integer index and a list of slices")
-    slices = tuple(gpu_from_json(part, number, position) for position, part in enumerate(parts))
-    return GpuSnapshot(index=number, parent=parent, slices=slices, **readings)
-
-
-def node_from_json(data: Any) -> NodeSnapshot:
-    """The inverse of ``NodeSnapshot.to_json``.
-
-    Raises:
-        ValueError: not a recorded node, or one of a newer format.
-    """
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"not a snapshot of format {FORMAT}")
-    rows, environment = data.get("gpus", []), data.get("environment", {})
-    if not isinstance(rows, list) or not isinstance(environment, dict):
-        raise ValueError("gpus is a list and environment an object")
-    return NodeSnapshot(
-        driver=DriverSnapshot(**readings_from_json(DriverSnapshot, data.get("driver"))),
-        gpus=tuple(gpu_from_json(row, index=position) for position, row in enumerate(rows)),
-        environment={str(name): str(value) for name, value in environment.items()},
-        host=host.HostSnapshot(**readings_from_json(host.HostSnapshot, data.get("host"))),
-        software=software.SoftwareSnapshot(
-            **readings_from_json(software.SoftwareSnapshot, data.get("software"))
-        ),
-    )

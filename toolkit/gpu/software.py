@@ -6,14 +6,10 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.metadata import PackagePath
 
 # Packages whose versions decide whether a run works; `--lock` compares every line of a lock.
 PACKAGES = (
@@ -64,25 +60,13 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def file_of(distribution: str, name: str) -> Path | None:
-    """A file that a distribution installed, without importing anything; None where absent."""
-    from importlib.metadata import PackageNotFoundError, files  # noqa: PLC0415 - as above
-
-    try:
-        listed: Sequence[PackagePath] = files(distribution) or []
-    except PackageNotFoundError:
-        return None
-    path = next((Path(str(item.locate())) for item in listed if str(item) == name), None)
-    return path if path is not None and path.is_file() else None
-
-
 def _torch_cuda() -> str | None:
     """``13.0``, or None for a CPU build.
 
     Raises:
         FileNotFoundError: torch is not installed.
     """
-    path = _next_to_us("torch/version.py") or file_of("torch", "torch/version.py")
+    path = on_import_path("torch/version.py")
     if path is None:
         raise FileNotFoundError(2, "not installed", "torch")
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -90,8 +74,8 @@ def _torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def _next_to_us(name: str) -> Path | None:
-    """A file on the import path; torch's metadata lists 10 000 files and takes 60 ms to read."""
+def on_import_path(name: str) -> Path | None:
+    """A file of an importable package, found without importing it; None where there is none."""
     return next(
         (path for entry in sys.path if entry and (path := Path(entry, name)).is_file()), None
     )

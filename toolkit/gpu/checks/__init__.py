@@ -1,1 +1,93 @@
-"""One file a family of checks; each check is one small function."""
+"""All checks, and what runs a choice of them."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import InputError
+from toolkit.gpu.checks.check import Check, CheckContext, CheckResult, context_from_json
+from toolkit.gpu.checks.devices import CHECKS as DEVICES
+from toolkit.gpu.checks.driver import CHECKS as DRIVER
+from toolkit.gpu.checks.health import CHECKS as HEALTH
+from toolkit.gpu.checks.host import CHECKS as HOST
+from toolkit.gpu.checks.memory import CHECKS as MEMORY
+from toolkit.gpu.checks.model import CHECKS as MODEL
+from toolkit.gpu.checks.place import CHECKS as PLACE
+from toolkit.gpu.checks.software import CHECKS as SOFTWARE
+from toolkit.gpu.checks.speed import CHECKS as SPEED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+__all__ = [
+    "Check",
+    "CheckContext",
+    "CheckResult",
+    "catalogue",
+    "choose",
+    "context_from_json",
+    "exit_code",
+    "run_checks",
+]
+
+_FAMILIES = (DRIVER, DEVICES, MEMORY, HEALTH, SPEED, HOST, SOFTWARE, MODEL, PLACE)
+
+
+def catalogue() -> dict[str, Check]:
+    """Every check by its id, in the order they are run."""
+    return {check.id: check for family in _FAMILIES for check in family}
+
+
+def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
+    """The checks that ``only`` and ``skip`` leave; each entry is a family or an id.
+
+    Raises:
+        InputError: an entry is neither.
+    """
+    checks = catalogue()
+    families = {check.family for check in checks.values()}
+    kept, left = set(only), set(skip)
+    for entry in sorted(kept | left):
+        if entry not in checks and entry not in families:
+            near = difflib.get_close_matches(entry, [*families, *checks], n=3, cutoff=0.5)
+            fix = f"did you mean {', '.join(near)}? " if near else ""
+            names = ", ".join(sorted(families))
+            raise InputError(f"no check named {entry!r}", fix=f"{fix}families: {names}")
+    return [
+        check
+        for check in checks.values()
+        if (not kept or {check.id, check.family} & kept) and not {check.id, check.family} & left
+    ]
+
+
+def run_checks(
+    snapshot: NodeSnapshot,
+    context: CheckContext | None = None,
+    *,
+    only: Iterable[str] = (),
+    skip: Iterable[str] = (),
+) -> list[CheckResult]:
+    """Judge a snapshot. Checks that do not apply here are left out of the answer."""
+    asked = context or CheckContext()
+    checks = [check for check in choose(only, skip) if check.about_node or not asked.node]
+    results = [check.result(snapshot, asked) for check in checks]
+    return [result for result in results if result is not None]
+
+
+def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: bool = False) -> int:
+    """Who must act, as one of ``base.errors.EXIT_CODES``.
+
+    A bad node (3) comes before a fault of the user (1), because the first can cause the second
+    (seven of eight cards answer; eight were asked for). Under ``node`` only a bad node counts, so
+    that a scheduler's prolog drains no node for a job's mistake or for a process that is leaving.
+    """
+    blames = {result.blame for result in results if result.verdict == "fail"}
+    for blame, code in (("node", 3), ("user", 1), ("retry", 4)):
+        if blame in blames and (blame == "node" or not node):
+            return code
+    if strict and any(result.verdict == "unknown" for result in results):
+        return 5
+    return 0

@@ -1,0 +1,321 @@
+"""A libnvidia-ml that answers from a recorded snapshot, at the level of pynvml's function table.
+
+pynvml looks every C function up as an attribute of ``pynvml.nvmlLib`` and calls it with ctypes
+arguments; ``install`` puts a ``FakeNvml`` there, so pynvml itself (its structs, its buffer sizes,
+its error classes) runs for real. It lives with the tests and is installed nowhere.
+
+``quirks`` say what readings cannot: ``missing`` C functions of an old driver, ``hang_s`` seconds
+that the start takes, ``memory_version`` and ``process_version`` of a driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+SUCCESS, NOT_SUPPORTED, NOT_FOUND, INSUFFICIENT_SIZE, LOST = 0, 3, 6, 7, 15
+UNKNOWN, VERSION_MISMATCH, INVALID_ARGUMENT, NO_SUCH_LIBRARY = 999, 25, 2, 12
+SLICE_BASE = 1000  # a slice's handle is SLICE_BASE * (card + 1) + slice + 1, a card's is card + 1
+NO_MEMORY_FIGURE = (1 << 64) - 1
+
+
+class Failure(Exception):
+    """An answer that is an NVML return code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class CFunction:
+    """What ``getattr(CDLL, name)`` gives: callable, with attributes that callers may set."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self.body(*arguments) or SUCCESS
+        except Failure as failure:
+            return failure.code
+
+
+def target(reference: Any) -> Any:
+    """The object that a ``byref`` or a pointer argument refers to."""
+    return getattr(reference, "_obj", reference)
+
+
+def set_handle(reference: Any, number: int) -> None:
+    """Write an opaque device handle."""
+    ctypes.cast(reference, ctypes.POINTER(ctypes.c_void_p))[0] = number
+
+
+def number_of(value: Any) -> int:
+    """A C integer argument, wrapped or not."""
+    return int(getattr(value, "value", value))
+
+
+class FakeNvml:
+    """Answers for one node; ``calls`` counts every C function that was called."""
+
+    def __init__(self, node: dict[str, Any], quirks: dict[str, Any] | None = None) -> None:
+        self.node, self.quirks = node, quirks or {}
+        self.calls: dict[str, int] = {}
+        self._functions: dict[str, CFunction] = {}
+
+    def __getattr__(self, name: str) -> CFunction:
+        if name.startswith("_") or name in self.quirks.get("missing", ()):
+            raise AttributeError(name)
+        body = getattr(type(self), f"c_{name}", None) or PLAIN.get(name)
+        if body is None:
+            raise AttributeError(name)
+
+        def counted(*arguments: Any) -> Any:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            return body(self, *arguments)
+
+        return self._functions.setdefault(name, CFunction(counted))
+
+    # What a handle stands for, and what is recorded about it.
+
+    def row(self, handle: Any) -> dict[str, Any]:
+        number = ctypes.cast(handle, ctypes.c_void_p).value or 0
+        if number >= SLICE_BASE:
+            card, part = divmod(number, SLICE_BASE)
+            return dict(self.node["gpus"][card - 1]["slices"][part - 1])
+        return dict(self.node["gpus"][number - 1])
+
+    def value(self, handle: Any, name: str) -> Any:
+        row = self.row(handle)
+        answer = row.get(name)
+        if "state" in row and "value" not in row["state"]:
+            answer = row["state"]  # a lost card answers everything with its loss
+        return self.unwrap(answer)
+
+    @staticmethod
+    def unwrap(answer: dict[str, Any] | None) -> Any:
+        if answer is None:
+            raise Failure(NOT_SUPPORTED)
+        if "value" in answer:
+            return answer["value"]
+        raise Failure(answer.get("code", NOT_SUPPORTED if "unsupported" in answer else UNKNOWN))
+
+    # The system.
+
+    def c_nvmlInitWithFlags(self, _flags: Any) -> None:
+        time.sleep(self.quirks.get("hang_s", 0))
+        self.unwrap(self.node["driver"]["nvml"])
+
+    def c_nvmlShutdown(self) -> None:
+        return None
+
+    def c_nvmlErrorString(self, code: Any) -> bytes:
+        return f"Error {number_of(code)}".encode()
+
+    def c_nvmlSystemGetNVMLVersion(self, buffer: Any, _size: Any) -> None:
+        buffer.value = self.unwrap(self.node["driver"]["nvml"]).encode()
+
+    def c_nvmlSystemGetDriverVersion(self, buffer: Any, _size: Any) -> None:
+        buffer.value = self.unwrap(self.node["driver"]["version"]).encode()
+
+    def c_nvmlDeviceGetCount_v2(self, count: Any) -> None:
+        target(count).value = len(self.node["gpus"])
+
+    def c_nvmlDeviceGetHandleByIndex_v2(self, index: Any, device: Any) -> None:
+        row = self.node["gpus"][number_of(index)]
+        if self.quirks.get("lost_handle") == number_of(index):
+            self.unwrap(row["state"])
+        set_handle(device, number_of(index) + 1)
+
+    # Texts and numbers.
+
+    def c_nvmlDeviceGetName(self, handle: Any, buffer: Any, _size: Any) -> None:
+        buffer.value = self.value(handle, "name").encode()
+
+    def c_nvmlDeviceGetUUID(self, handle: Any, buffer: Any, _size: Any) -> None:
+        buffer.value = self.value(handle, "uuid").encode()
+
+    def c_nvmlDeviceGetPciInfo_v3(self, handle: Any, info: Any) -> None:
+        target(info).busId = self.value(handle, "pci_bus_id").encode()
+
+    def c_nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> None:
+        target(major).value, target(minor).value = self.value(handle, "compute_capability")
+
+    def c_nvmlDeviceGetUtilizationRates(self, handle: Any, rates: Any) -> None:
+        target(rates).gpu = self.value(handle, "utilization_percent")
+
+    def c_nvmlDeviceGetEccMode(self, handle: Any, current: Any, pending: Any) -> None:
+        target(current).value = target(pending).value = self.value(handle, "ecc_mode")
+
+    def c_nvmlDeviceGetTotalEccErrors(
+        self, handle: Any, kind: Any, counter: Any, count: Any
+    ) -> None:
+        names = {
+            (1, 0): "ecc_uncorrected",
+            (1, 1): "ecc_uncorrected_lifetime",
+            (0, 0): "ecc_corrected",
+        }
+        name = names[number_of(kind), number_of(counter)]
+        target(count).value = self.value(handle, name)
+
+    def c_nvmlDeviceGetClockInfo(self, handle: Any, kind: Any, clock: Any) -> None:
+        name = {1: "sm", 2: "memory"}[number_of(kind)]
+        target(clock).value = self.value(handle, "clocks_mhz")[name]
+
+    def c_nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: Any, clock: Any) -> None:
+        name = {1: "max_sm", 2: "max_memory"}[number_of(kind)]
+        target(clock).value = self.value(handle, "clocks_mhz")[name]
+
+    def c_nvmlDeviceGetTemperature(self, handle: Any, _sensor: Any, degrees: Any) -> None:
+        target(degrees).value = self.value(handle, "temperature_c")
+
+    def c_nvmlDeviceGetTemperatureV(self, handle: Any, info: Any) -> None:
+        target(info).temperature = self.value(handle, "temperature_c")
+
+    def c_nvmlDeviceGetTemperatureThreshold(self, handle: Any, _kind: Any, degrees: Any) -> None:
+        target(degrees).value = self.value(handle, "slowdown_c")
+
+    # Structures.
+
+    def _memory(self, handle: Any, version: int) -> dict[str, Any]:
+        memory = self.value(handle, "memory")
+        if version > memory["version"]:
+            raise Failure(VERSION_MISMATCH)
+        return dict(memory)
+
+    def c_nvmlDeviceGetMemoryInfo_v2(self, handle: Any, info: Any) -> None:
+        memory, out = self._memory(handle, 2), target(info)
+        if out.version != 0x02000028:
+            raise Failure(VERSION_MISMATCH)
+        out.total, out.free, out.used = memory["total"], memory["free"], memory["used"]
+        out.reserved = memory["reserved"]
+
+    def c_nvmlDeviceGetMemoryInfo(self, handle: Any, info: Any) -> None:
+        memory, out = self._memory(handle, 1), target(info)
+        out.total, out.free, out.used = memory["total"], memory["free"], memory["used"]
+
+    def _processes(self, kind: str, handle: Any, count: Any, buffer: Any) -> None:
+        rows = [row for row in self.value(handle, "processes") if row["kind"] == kind]
+        room = target(count).value
+        if not rows:
+            target(count).value = 0
+            return
+        if buffer is None or room < len(rows):
+            target(count).value = len(rows)
+            raise Failure(INSUFFICIENT_SIZE)
+        for slot, row in zip(buffer, rows, strict=False):
+            slot.pid = row["pid"]
+            used = row["used_bytes"]
+            slot.usedGpuMemory = NO_MEMORY_FIGURE if used is None else used
+        target(count).value = len(rows)
+
+    def c_nvmlDeviceGetComputeRunningProcesses_v3(self, *arguments: Any) -> None:
+        self._processes("compute", *arguments)
+
+    def c_nvmlDeviceGetGraphicsRunningProcesses_v3(self, *arguments: Any) -> None:
+        self._processes("graphics", *arguments)
+
+    c_nvmlDeviceGetComputeRunningProcesses_v2 = c_nvmlDeviceGetComputeRunningProcesses_v3
+    c_nvmlDeviceGetGraphicsRunningProcesses_v2 = c_nvmlDeviceGetGraphicsRunningProcesses_v3
+
+    def c_nvmlDeviceGetRemappedRows(self, handle: Any, *counters: Any) -> None:
+        rows = self.value(handle, "remapped_rows")
+        for counter, name in zip(
+            counters, ("correctable", "uncorrectable", "pending", "failure"), strict=True
+        ):
+            target(counter).value = rows[name]
+
+    def c_nvmlDeviceGetRetiredPages(self, handle: Any, cause: Any, count: Any, _pages: Any) -> None:
+        pages = self.value(handle, "retired_pages")
+        target(count).value = pages["double_bit" if number_of(cause) else "single_bit"]
+
+    def c_nvmlDeviceGetRetiredPagesPendingStatus(self, handle: Any, pending: Any) -> None:
+        target(pending).value = self.value(handle, "retired_pages")["pending"]
+
+    def c_nvmlDeviceGetGpuFabricInfoV(self, handle: Any, info: Any) -> None:
+        fabric, out = self.value(handle, "fabric"), target(info)
+        if hasattr(out, "healthSummary"):
+            if fabric["health"] is None:
+                raise Failure(VERSION_MISMATCH)
+            out.healthSummary = fabric["health"]
+        out.state, out.status = fabric["state"], fabric["status"]
+
+    def c_nvmlDeviceGetFieldValues(self, handle: Any, count: Any, values: Any) -> None:
+        assert number_of(count) == 1
+        slot = target(values)[0]
+        assert slot.fieldId == 230, "the only field that is asked"
+        try:
+            slot.value.uiVal, slot.nvmlReturn = self.value(handle, "recovery_action"), SUCCESS
+        except Failure as failure:
+            if failure.code == LOST:
+                raise
+            slot.nvmlReturn = failure.code
+
+    def c_nvmlDeviceGetNvLinkState(self, handle: Any, link: Any, active: Any) -> None:
+        links = self.value(handle, "nvlinks")
+        if number_of(link) >= len(links):
+            raise Failure(INVALID_ARGUMENT)
+        target(active).value = links[number_of(link)]
+
+    def c_nvmlDeviceGetP2PStatus(self, one: Any, other: Any, _kind: Any, status: Any) -> None:
+        pairs = self.unwrap(self.node["driver"].get("p2p"))
+        indices = [ctypes.cast(handle, ctypes.c_void_p).value - 1 for handle in (one, other)]
+        target(status).value = next(row[2] for row in pairs if row[:2] == indices)
+
+    # MIG.
+
+    def c_nvmlDeviceGetMigMode(self, handle: Any, current: Any, pending: Any) -> None:
+        target(current).value, target(pending).value = self.value(handle, "mig_mode")
+
+    def c_nvmlDeviceGetMaxMigDeviceCount(self, _handle: Any, count: Any) -> None:
+        target(count).value = 7
+
+    def c_nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, index: Any, part: Any) -> None:
+        if number_of(index) >= len(self.row(handle).get("slices", ())):
+            raise Failure(NOT_FOUND)
+        card = ctypes.cast(handle, ctypes.c_void_p).value
+        set_handle(part, card * SLICE_BASE + number_of(index) + 1)
+
+
+def _plain(field: str, key: str | None = None) -> Any:
+    """A C function ``(handle, out)`` that gives one recorded number."""
+
+    def body(fake: FakeNvml, handle: Any, out: Any) -> None:
+        value = fake.value(handle, field)
+        target(out).value = value if key is None else value[key]
+
+    return body
+
+
+PLAIN = {
+    "nvmlDeviceGetMinorNumber": _plain("minor"),
+    "nvmlDeviceGetPersistenceMode": _plain("persistence_mode"),
+    "nvmlDeviceGetComputeMode": _plain("compute_mode"),
+    "nvmlDeviceGetPerformanceState": _plain("performance_state"),
+    "nvmlDeviceGetCurrentClocksEventReasons": _plain("clock_reasons"),
+    "nvmlDeviceGetCurrentClocksThrottleReasons": _plain("clock_reasons"),
+    "nvmlDeviceGetPowerUsage": _plain("power_mw"),
+    "nvmlDeviceGetEnforcedPowerLimit": _plain("power_limit_mw"),
+    "nvmlDeviceGetPowerManagementDefaultLimit": _plain("power_default_mw"),
+    "nvmlDeviceGetCurrPcieLinkGeneration": _plain("pcie", "generation"),
+    "nvmlDeviceGetMaxPcieLinkGeneration": _plain("pcie", "max_generation"),
+    "nvmlDeviceGetCurrPcieLinkWidth": _plain("pcie", "width"),
+    "nvmlDeviceGetMaxPcieLinkWidth": _plain("pcie", "max_width"),
+    "nvmlDeviceGetGpuInstanceId": _plain("gpu_instance"),
+    "nvmlDeviceGetComputeInstanceId": _plain("compute_instance"),
+}
+
+
+def install(node: dict[str, Any], quirks: dict[str, Any] | None = None) -> FakeNvml:
+    """Make pynvml talk to this node for the rest of the process.
+
+    A node without NVML's library (code 12) leaves pynvml as it is: the loader's failure is real.
+    """
+    import pynvml
+
+    fake = FakeNvml(node, quirks)
+    start = node["driver"]["nvml"]
+    if start.get("code") != NO_SUCH_LIBRARY:
+        pynvml.nvmlLib = fake
+        pynvml._nvmlGetFunctionPointer_cache.clear()
+    return fake

@@ -1,0 +1,236 @@
+"""What a check is: a small function from a snapshot and a context to an outcome, with its texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.gpu import devices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from toolkit.gpu.reading import Reading
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+Verdict = Literal["ok", "warn", "fail", "unknown"]
+Blame = Literal["user", "node", "retry"]
+_SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "unknown": 2, "fail": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckContext:
+    """What the job asks of the node, as plain values; all defaults mean "nothing is asked".
+
+    ``configured`` says that the values come from a run file, so that what is not asked is not
+    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
+    ``node`` judges every card of the node and leaves the job out. ``lock`` maps a package to its
+    locked version. ``sizer_architectures`` are the model classes that sizing knows exactly.
+    """
+
+    configured: bool = False
+    node: bool = False
+    gpu_index: int | None = None
+    required_gpus: int = 0
+    required_card: str | None = None
+    required_capability: tuple[int, int] | None = None
+    required_free_bytes: int = 0
+    required_driver: str | None = None
+    engine: str = "auto"
+    load_in_4bit: bool = False
+    float8_kv_cache: bool = False
+    dtype: str = "auto"
+    gpu_memory_utilization: float | None = None
+    sleeps: bool = False
+    tensor_parallel_size: int = 1
+    world_size: int = 1
+    model: str | None = None
+    revision: str | None = None
+    sizer_architectures: tuple[str, ...] | None = None
+    lock: Mapping[str, str] | None = None
+
+    @property
+    def gpus_wanted(self) -> int:
+        """Cards that one node must have for this job."""
+        return max(self.required_gpus, self.world_size * self.tensor_parallel_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values that differ from the default; a recorded snapshot keeps them."""
+        changed = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if getattr(self, item.name) != item.default
+        }
+        return {name: _plain(value) for name, value in changed.items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def context_from_json(data: Any) -> CheckContext:
+    """The inverse of ``CheckContext.to_json``; unknown names are refused.
+
+    Raises:
+        ValueError: not a recorded context.
+    """
+    if not isinstance(data, dict):
+        raise ValueError("the context is an object")
+    known = {item.name for item in fields(CheckContext)}
+    if set(data) - known:
+        raise ValueError(f"unknown in the context: {', '.join(sorted(set(data) - known))}")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+    }
+    return CheckContext(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a check saw. ``remedy`` in place of the check's own where this case has a better one."""
+
+    verdict: Verdict
+    evidence: str
+    blame: Blame | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One line of the answer. ``remedy`` and ``blame`` are None where nothing is wrong."""
+
+    id: str
+    verdict: Verdict
+    evidence: str
+    remedy: str | None = None
+    blame: Blame | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As in report.schema.json."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """``run`` answers None where the check does not apply (no GPU, no run file, no model).
+
+    ``why`` and ``remedy`` are what ``envcheck explain ID`` prints. ``about_node`` marks what
+    ``--node`` judges: the node's own health, whoever uses it.
+    """
+
+    id: str
+    title: str
+    why: str
+    remedy: str
+    run: Callable[[NodeSnapshot, CheckContext], Outcome | None]
+    about_node: bool = False
+
+    @property
+    def family(self) -> str:
+        """The part of the id before the point."""
+        return self.id.partition(".")[0]
+
+    def result(self, snapshot: NodeSnapshot, context: CheckContext) -> CheckResult | None:
+        """Run it; a remedy and a blame are only kept where something is wrong or unknown."""
+        outcome = self.run(snapshot, context)
+        if outcome is None:
+            return None
+        if outcome.verdict == "ok":
+            return CheckResult(self.id, "ok", outcome.evidence)
+        remedy = outcome.remedy or self.remedy
+        blame = outcome.blame if outcome.verdict == "fail" else None
+        assert outcome.verdict != "fail" or blame, f"{self.id}: a failure is somebody's to mend"
+        return CheckResult(self.id, outcome.verdict, outcome.evidence, remedy, blame)
+
+
+Row = tuple[str, str, str, str, "Callable[[NodeSnapshot, CheckContext], Outcome | None]"]
+
+
+def checks_of(rows: tuple[Row, ...], about_node: tuple[str, ...] = ()) -> tuple[Check, ...]:
+    """Checks from rows of (id, title, why, remedy, run); ``about_node`` lists what --node runs."""
+    return tuple(Check(*row, about_node=row[0] in about_node) for row in rows)
+
+
+def ok(evidence: str) -> Outcome:
+    """As it should be."""
+    return Outcome("ok", evidence)
+
+
+def warn(evidence: str, remedy: str | None = None) -> Outcome:
+    """The run will work, worse than it could."""
+    return Outcome("warn", evidence, remedy=remedy)
+
+
+def fail(blame: Blame, evidence: str, remedy: str | None = None) -> Outcome:
+    """The run will not work here; ``blame`` says whose it is to mend."""
+    return Outcome("fail", evidence, blame, remedy)
+
+
+def unknown(evidence: str, remedy: str | None = None) -> Outcome:
+    """It could not be established."""
+    return Outcome("unknown", evidence, remedy=remedy)
+
+
+def unread(reading: Reading[Any], what: str) -> Outcome | None:
+    """Not supported: nothing to judge. Failed: unknown, and never a pass."""
+    return None if reading.unsupported else unknown(f"{what} not read: {reading.reason}")
+
+
+def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
+    """The cards and slices that the job would use; under ``node``, every card.
+
+    Where CUDA_VISIBLE_DEVICES and --gpu-index choose nothing, a lost card is judged too: CUDA
+    counts without it, and the job would get another card than it thinks.
+    """
+    chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
+    if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):
+        return snapshot.gpus
+    seen = devices.visible(snapshot).devices
+    if context.gpu_index is None:
+        return seen
+    return seen[context.gpu_index : context.gpu_index + 1]
+
+
+def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
+    """The whole cards under ``judged``: health is a card's, also where a job has a slice of it."""
+    cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
+    return tuple({card.index: card for card in cards}.values())
+
+
+def each(
+    gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
+) -> Outcome | None:
+    """One outcome for all cards: the worst, with every card that has it. Lost cards are left out:
+    ``health.lost`` names them.
+    """
+    seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]
+    outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]
+    if not outcomes:
+        return None
+    worst = max((outcome for _, outcome in outcomes), key=lambda one: _SEVERITY[one.verdict])
+    same = [(gpu, one) for gpu, one in outcomes if one.verdict == worst.verdict]
+    if len({one.evidence for _, one in same}) == 1:
+        who = _names([gpu for gpu, _ in same], len(gpus))
+        evidence = f"{who}: {worst.evidence}"
+    else:
+        evidence = "; ".join(f"{gpu.label}: {one.evidence}" for gpu, one in same)
+    return Outcome(worst.verdict, evidence, worst.blame, worst.remedy)
+
+
+def _names(gpus: list[GpuSnapshot], of: int) -> str:
+    if len(gpus) == 1:
+        return gpus[0].label
+    if len(gpus) == of:
+        return f"all {of} GPUs"
+    return "GPUs " + ", ".join(str(gpu.index) for gpu in gpus)
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    """``580.159.04`` and ``2.13.0+cpu`` as numbers, for comparing; text after them is left out."""
+    numbers = []
+    for part in text.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -1,0 +1,203 @@
+"""Which cards CUDA will number: CUDA_VISIBLE_DEVICES, order, MIG slices, and how many there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.gpu import cards
+from toolkit.gpu.checks.check import (
+    Check,
+    CheckContext,
+    Outcome,
+    fail,
+    judged,
+    ok,
+    version_tuple,
+    warn,
+)
+from toolkit.gpu.devices import ORDER, VISIBLE, cuda_order, in_mig_mode, mixed
+from toolkit.gpu.devices import visible as visible_devices
+from toolkit.gpu.needs import gpu_needed
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+# vLLM turns entries of CUDA_VISIBLE_DEVICES into numbers. 0.20.1 still fails on UUIDs (issue
+# 41848); 0.25.1 and 0.31 ask NVML for the index (vllm/platforms/cuda.py, read there).
+VLLM_READS_UUIDS = (0, 25)
+
+
+def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """CUDA_VISIBLE_DEVICES names cards that are here."""
+    if not snapshot.gpus:
+        return None
+    seen = visible_devices(snapshot)
+    if not seen.problem:
+        names = ", ".join(gpu.label for gpu in seen.devices) or "no GPU"
+        return ok(f"CUDA sees {names}")
+    if seen.devices or gpu_needed(snapshot, context):
+        return fail("user", seen.problem)
+    if snapshot.environment.get(VISIBLE, "x").strip() in ("", "-1"):
+        return ok(f"{VISIBLE} hides every GPU: a CPU run")
+    return fail("user", seen.problem)
+
+
+def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """As many cards as the job wants."""
+    wanted = context.gpus_wanted
+    if not snapshot.gpus or (wanted <= 1 and context.required_gpus == 0):
+        return None
+    seen = len(visible_devices(snapshot).devices)
+    if seen < wanted:
+        lost = [gpu.label for gpu in snapshot.gpus if gpu.lost]
+        because = f" ({', '.join(lost)} lost)" if lost else ""
+        return fail("node" if lost else "user", f"{wanted} GPUs wanted, {seen} visible{because}")
+    return ok(f"{seen} visible, {wanted} wanted")
+
+
+def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The card that --gpu-index asks for."""
+    if context.gpu_index is None or not snapshot.gpus:
+        return None
+    seen = visible_devices(snapshot).devices
+    if context.gpu_index >= len(seen):
+        return fail("user", f"--gpu-index {context.gpu_index}: CUDA sees {len(seen)} GPU(s)")
+    chosen = seen[context.gpu_index]
+    return ok(f"--gpu-index {context.gpu_index} is {chosen.label} ({chosen.name.value})")
+
+
+def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The card and the compute capability that --require asks for."""
+    gpus = [gpu for gpu in judged(snapshot, context) if not gpu.lost]
+    if not gpus or not (context.required_card or context.required_capability):
+        return None
+    names = {gpu.name.value or "" for gpu in gpus}
+    if context.required_card:
+        row = cards.find(context.required_card)
+        if not any(name.lower() == row.name.lower() for name in names):
+            return fail("user", f"{row.name} wanted, here: {', '.join(sorted(names))}")
+    least = context.required_capability
+    low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
+    if least and low:
+        has = ".".join(map(str, low[0].capability or ())) or "unknown"
+        wanted = ".".join(map(str, least))
+        return fail("user", f"{low[0].label}: compute capability {has}, {wanted} wanted")
+    return ok(", ".join(sorted(names)))
+
+
+def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
+    """The installed vLLM understands the form of CUDA_VISIBLE_DEVICES."""
+    entries = snapshot.environment.get(VISIBLE, "").upper()
+    installed = (snapshot.software.packages.value or {}).get("vllm")
+    if not snapshot.gpus or not installed or not ("GPU-" in entries or "MIG-" in entries):
+        return None
+    if version_tuple(installed)[:2] < VLLM_READS_UUIDS:
+        return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
+    if "MIG-" in entries:
+        return warn(
+            f"vLLM {installed} takes the memory of a MIG device from NVML by index: it may show "
+            "the whole card's",
+            "set gpu_memory_utilization from `envcheck size`, which uses the slice's own memory",
+        )
+    return ok(f"vLLM {installed} reads UUIDs")
+
+
+def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
+    """CUDA's numbers are NVML's, or it is said that they may not be."""
+    if len(snapshot.gpus) < 2:
+        return None
+    by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
+    if by_bus or not mixed(snapshot):
+        return ok("cards in the order of the PCI bus")
+    guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
+    return warn(f"cards of different kinds and no {ORDER}: CUDA sorts by speed, likely {guess}")
+
+
+def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """A card in MIG mode has a slice, and one slice is enough for the job."""
+    cut = [gpu for gpu in snapshot.gpus if in_mig_mode(gpu)]
+    if not cut:
+        return None
+    empty = [gpu for gpu in cut if not gpu.slices]
+    if len(empty) == len(snapshot.gpus):
+        return fail("node", f"{empty[0].label} is in MIG mode and has no slice: CUDA sees nothing")
+    if context.gpus_wanted > 1:
+        return fail("user", f"{context.gpus_wanted} GPUs wanted; CUDA uses one MIG slice a process")
+    names = [f"{part.label} ({part.name.value})" for gpu in cut for part in gpu.slices]
+    return ok("slices: " + ", ".join(names))
+
+
+def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Cards that work together are of one kind."""
+    seen = visible_devices(snapshot).devices[: context.gpus_wanted]
+    if context.gpus_wanted < 2 or len(seen) < 2:
+        return None
+    names = {gpu.name.value for gpu in seen}
+    if len(names) > 1:
+        return warn(f"the job would span {' and '.join(sorted(map(str, names)))}")
+    return ok(f"{len(seen)} x {names.pop()}")
+
+
+CHECKS = (
+    Check(
+        "devices.visible",
+        "CUDA_VISIBLE_DEVICES names cards that are here",
+        "CUDA reads the list up to the first entry that names nothing and ignores the rest, "
+        "silently: a job then runs on fewer cards, or finds no GPU.",
+        "write indices that exist, UUIDs as `envcheck probe` shows them, or unset the variable",
+        visible,
+    ),
+    Check(
+        "devices.count",
+        "There are as many GPUs as the job wants",
+        "Counted after CUDA_VISIBLE_DEVICES, lost cards left out; asked for with --require N or "
+        "by world size and tensor_parallel_size.",
+        "ask the scheduler for more GPUs, or lower tensor_parallel_size",
+        count,
+    ),
+    Check(
+        "devices.index",
+        "--gpu-index names a card",
+        "Indices are CUDA's, after CUDA_VISIBLE_DEVICES.",
+        "use an index below the number of visible GPUs",
+        index,
+    ),
+    Check(
+        "devices.kind",
+        "The card is the one that was asked for",
+        "Asked for with --require h200 or --require 'cc>=9.0'.",
+        "use a node with that card",
+        kind,
+    ),
+    Check(
+        "devices.uuid",
+        "vLLM reads CUDA_VISIBLE_DEVICES as it is written",
+        "vLLM up to at least 0.20.1 fails on UUIDs (invalid literal for int()); 0.25.1 and "
+        "later ask NVML for the index.",
+        "write the index of the GPU instead of its UUID, or install vllm 0.25.1",
+        uuid,
+    ),
+    Check(
+        "devices.order",
+        "CUDA's numbers are those of nvidia-smi",
+        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA numbers unequal cards by speed, nvidia-smi by "
+        "bus: a job pinned to 'GPU 1' lands on another card.",
+        "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+        order,
+    ),
+    Check(
+        "devices.mig",
+        "A card in MIG mode has a slice for the job",
+        "A card in MIG mode without slices is no CUDA device, and a process can use one slice "
+        "only: tensor parallelism over slices does not work.",
+        "create a slice (`nvidia-smi mig -cgi PROFILE -C`), or ask for a whole card",
+        mig,
+    ),
+    Check(
+        "devices.alike",
+        "Cards that work together are of one kind",
+        "In a job over several cards the smallest memory and the slowest card bind.",
+        "choose equal cards with CUDA_VISIBLE_DEVICES",
+        alike,
+    ),
+)

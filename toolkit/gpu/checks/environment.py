@@ -1,0 +1,53 @@
+"""Variables that harm a run, each with what it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.gpu.checks.check import CheckContext, Outcome, fail, ok, warn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+_ON = ("1", "true", "yes", "on")
+
+
+def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """No variable harms the run; the engine's sleep decides whether expandable segments do."""
+    variables = snapshot.environment
+    expandable = [
+        name
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+        if "expandable_segments:true" in variables.get(name, "").lower().replace(" ", "")
+    ]
+    if expandable and context.sleeps:
+        return fail(
+            "user",
+            f"{expandable[0]} asks for expandable_segments, and the engine's sleep excludes it",
+            f"remove expandable_segments from {expandable[0]}, or enable_sleep_mode: false",
+        )
+    harms = [*harmful(variables)]
+    if expandable and not context.configured:
+        harms.append(f"{expandable[0]}: expandable_segments excludes the engine's sleep mode")
+    return warn("; ".join(harms)) if harms else ok("no harmful variable")
+
+
+def harmful(variables: Mapping[str, str]) -> list[str]:
+    """The variables that slow a run or change what it runs on."""
+    found = []
+    if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _ON:
+        found.append("CUDA_LAUNCH_BLOCKING=1: every kernel waits for the one before")
+    if variables.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "").lower() in _ON:
+        found.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation goes to the driver")
+    if variables.get("LD_PRELOAD"):
+        names = ", ".join(part.rpartition("/")[2] for part in variables["LD_PRELOAD"].split(":"))
+        found.append(f"LD_PRELOAD loads {names} into every process")
+    if variables.get("VLLM_USE_V1") == "0":
+        found.append("VLLM_USE_V1=0: the pinned vLLM has no other engine")
+    if variables.get("NCCL_P2P_DISABLE") == "1":
+        found.append("NCCL_P2P_DISABLE=1: copies between cards go through the host")
+    if variables.get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
+        found.append(f"NCCL_DEBUG={variables['NCCL_DEBUG']}: floods the log")
+    return found

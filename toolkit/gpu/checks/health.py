@@ -1,0 +1,218 @@
+"""Health of the card: errors in its memory, its fabric, what the kernel's log says about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.gpu.checks.check import (
+    CheckContext,
+    Outcome,
+    checks_of,
+    each,
+    fail,
+    judged_cards,
+    ok,
+    unread,
+    warn,
+)
+from toolkit.gpu.checks.modes import compute_mode, mps, persistence
+from toolkit.gpu.checks.xids import xid
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+RETIRED_PAGES_LIMIT = 60  # NVIDIA replaces a card at 64 retired pages
+_RECOVERY = {
+    1: "a GPU reset",
+    2: "a reboot of the node",
+    3: "a drain of its peers",
+    4: "a drain, then a reset",
+    5: "a recovery of the IMEX domain",
+    6: "a bus reset",
+    7: "a reboot of the system",
+}
+_NOT_SUPPORTED, _NOT_STARTED, _IN_PROGRESS, _COMPLETED = 0, 1, 2, 3
+
+
+def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Every card answers."""
+    cards = judged_cards(snapshot, context)
+    gone = [gpu for gpu in cards if gpu.lost]
+    if not cards:
+        return None
+    if gone:
+        return fail("node", "; ".join(f"{gpu.label}: {gpu.state.reason}" for gpu in gone))
+    return ok(f"{len(cards)} of {len(cards)} answer")
+
+
+def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """No uncorrected memory error since the driver was loaded."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        if gpu.ecc_mode.value == 0:
+            return warn("ECC is off: memory errors go unseen", "nvidia-smi -e 1 (by the owner)")
+        errors = gpu.ecc_uncorrected
+        if errors.value is None:
+            return unread(errors, "ECC errors")
+        if errors.value:
+            return fail("node", f"{errors.value} uncorrected ECC error(s) since the driver loaded")
+        before = gpu.ecc_uncorrected_lifetime.value or 0
+        return ok(f"no uncorrected ECC error ({before} in the card's life)")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """No row of memory waits to be replaced, and none could not be."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        state = gpu.remapped_rows.value
+        if state is None:
+            return unread(gpu.remapped_rows, "remapped rows")
+        if state["failure"]:
+            return fail("node", "a row could not be remapped", "replace the card (RMA)")
+        if state["pending"]:
+            return fail("node", "a row remap is pending")
+        return ok(f"{state['correctable'] + state['uncorrectable']} rows remapped, none pending")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """No page of memory waits for retirement (cards before Ampere)."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        state = gpu.retired_pages.value
+        if state is None:
+            return unread(gpu.retired_pages, "retired pages")
+        total = state["single_bit"] + state["double_bit"]
+        if state["pending"]:
+            return fail("node", f"a page retirement is pending ({total} retired)")
+        if total >= RETIRED_PAGES_LIMIT:
+            return fail("node", f"{total} pages retired", "replace the card (RMA)")
+        return ok(f"{total} pages retired, none pending")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The driver asks for no reset or reboot."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        action = gpu.recovery_action
+        if action.value is None:
+            return unread(action, "recovery action")
+        if action.value:
+            what = _RECOVERY.get(action.value, f"action {action.value}")
+            return fail("node", f"the driver asks for {what}")
+        return ok("the driver asks for no recovery")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The NVSwitch fabric is ready; without it CUDA's start fails with 802, also on one card."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        state = gpu.fabric.value
+        if state is None:
+            return unread(gpu.fabric, "fabric")
+        if state["state"] == _NOT_SUPPORTED:
+            return ok("no NVSwitch fabric")
+        if state["state"] == _IN_PROGRESS:
+            return fail("retry", "the fabric is being set up", "wait for the fabric manager")
+        if state["state"] != _COMPLETED:
+            return fail("node", "the fabric is not started: CUDA error 802")
+        if state["status"]:
+            return fail("node", f"the fabric failed (NVML code {state['status']}): CUDA error 802")
+        if state["health"] == 2:
+            return fail("node", "the fabric is unhealthy")
+        if state["health"] == 3:
+            return warn("the fabric runs at limited capacity")
+        return ok("the fabric is ready")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+_ROWS = (
+    (
+        "health.lost",
+        "Every GPU answers",
+        "A card that fell off the bus (XID 79) fails every question; CUDA may still start on the "
+        "others, with other numbers.",
+        "reset or reboot the node; if it comes back, check power and seating",
+        lost,
+    ),
+    (
+        "health.ecc",
+        "No uncorrected memory error",
+        "An uncorrected ECC error ends the process that met it, and the next one soon after.",
+        "reset the GPU (`nvidia-smi -r` by the owner) and drain the node if it comes back",
+        ecc,
+    ),
+    (
+        "health.rows",
+        "No row remap is pending or failed",
+        "Ampere and later replace bad rows of memory; the replacement takes effect at a reset, "
+        "and until then the bad row is in use.",
+        "reset the GPU with no process on it, then check again",
+        rows,
+    ),
+    (
+        "health.pages",
+        "No page retirement is pending",
+        "Cards before Ampere retire bad pages at a reset; at 64 the card is to be replaced.",
+        "reset the GPU with no process on it, then check again",
+        pages,
+    ),
+    (
+        "health.recovery",
+        "The driver asks for no recovery",
+        "Drivers from 570 say themselves whether a card needs a reset or the node a reboot.",
+        "do what the driver asks, with no process on the card",
+        recovery,
+    ),
+    (
+        "health.xid",
+        "The kernel's log holds no XID of a bad card",
+        "XID and SXID lines are the driver's own reports of faults. Some are a program's fault "
+        "(13, 31, 43, 45), others the card's (48, 64, 74, 79, 94, 95, 119, 120 ...).",
+        "drain the node and follow NVIDIA's XID catalogue; reading the log needs the right to it",
+        xid,
+    ),
+    (
+        "health.fabric",
+        "The NVSwitch fabric is ready",
+        "On HGX boards CUDA does not start until nvidia-fabricmanager has set the fabric up, not "
+        "even on one card: error 802, system not yet initialized.",
+        "start nvidia-fabricmanager, of exactly the driver's version",
+        fabric,
+    ),
+    (
+        "health.persistence",
+        "Persistence mode is on",
+        "Without it the driver unloads its state with the last process, and each start costs "
+        "seconds a card. This tool never sets it.",
+        "run nvidia-persistenced (the node's owner)",
+        persistence,
+    ),
+    (
+        "health.compute_mode",
+        "The compute mode lets the job in",
+        "'Prohibited' refuses every CUDA context; 'exclusive process' all but one.",
+        "nvidia-smi -c 0 (the node's owner)",
+        compute_mode,
+    ),
+    (
+        "health.mps",
+        "No MPS daemon limits the job",
+        "Under MPS the daemon's limits on memory and threads apply, and one client's fault can "
+        "end the others.",
+        "stop it (`echo quit | nvidia-cuda-mps-control`) or leave CUDA_MPS_PIPE_DIRECTORY unset",
+        mps,
+    ),
+)
+CHECKS = checks_of(
+    _ROWS,
+    about_node=tuple(row[0] for row in _ROWS if row[0] not in ("health.persistence", "health.mps")),
+)

@@ -1,0 +1,150 @@
+"""The model's files: all there, readable, of a kind that sizing and vLLM know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.units import format_bytes
+from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
+    """Where the model's files are, if they are here and the job has a model."""
+    if context.model is None:
+        return None
+    place = snapshot.model.location.value
+    return None if place is None or place["kind"] == "hub" else str(place["path"])
+
+
+def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The model is a folder, is in the cache, or can be fetched."""
+    if context.model is None:
+        return None
+    place = snapshot.model.location
+    if place.value is None:
+        return fail("user", f"model {context.model}: {place.reason}")
+    if place.value["kind"] != "hub":
+        return ok(f"{place.value['kind']} {place.value['path']}")
+    offline = [n for n in _OFFLINE if snapshot.environment.get(n, "0").lower() not in ("", "0")]
+    revision = f" at {context.revision}" if context.revision else ""
+    text = f"{context.model}{revision} is not in the hub's cache"
+    if offline:
+        return fail("user", f"{text} and {offline[0]} is set")
+    return warn(f"{text}: the run will fetch it")
+
+
+def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Every shard of the index is there, and no link leads to nothing."""
+    path = _place(snapshot, context)
+    if path is None:
+        return None
+    files = snapshot.model.files
+    if files.value is None:
+        return fail("user", f"{path}: {files.reason}")
+    state = files.value
+    for names, what in (
+        (state["missing_shards"], f"missing, named by {state['index']}"),
+        (state["dangling"], "links to nothing"),
+        (state["unreadable"], "may not be read"),
+        (state["empty_weights"], "empty"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return fail("user", f"{path}: {', '.join(names[:3])}{more}: {what}")
+    if not state["weights"]:
+        return fail("user", f"{path} holds no weights")
+    return ok(f"{state['weights']} file(s), {format_bytes(state['weight_bytes'])}")
+
+
+def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """config.json can be read and names an architecture."""
+    path = _place(snapshot, context)
+    if path is None:
+        return None
+    found = snapshot.model.config
+    if found.value is None:
+        return fail("user", f"{path}: {found.reason}")
+    if not found.value["architectures"]:
+        return fail("user", f"{path}/config.json names no architecture")
+    if found.value["needs_code"]:
+        return warn(f"{found.value['architectures'][0]} may need code of the model's author")
+    return ok(", ".join(found.value["architectures"]))
+
+
+def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """There is a tokenizer."""
+    path = _place(snapshot, context)
+    if path is None:
+        return None
+    found = snapshot.model.tokenizer
+    if found.value is None:
+        return unknown(f"{path}: {found.reason}")
+    if not found.value:
+        return fail("user", f"{path} holds no tokenizer (tokenizer.json, tokenizer.model ...)")
+    return ok(", ".join(found.value))
+
+
+def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Sizing and the installed vLLM know the architecture."""
+    if _place(snapshot, context) is None or snapshot.model.config.value is None:
+        return None
+    names = snapshot.model.config.value["architectures"]
+    if not names:
+        return None
+    knows = snapshot.model.vllm_knows
+    if knows.value is False and context.engine == "vllm":
+        return fail("user", f"the installed vLLM does not list {names[0]}")
+    if knows.value is False:
+        return warn(f"the installed vLLM does not list {names[0]}: engine transformers only")
+    if context.sizer_architectures is not None and names[0] not in context.sizer_architectures:
+        return warn(
+            f"{names[0]} is not known to sizing by name: it is sized with a wider margin",
+            "leave more room, or run `envcheck calibrate` on a short run",
+        )
+    return ok(f"{names[0]}: known" + ("" if knows.known else " to sizing; vLLM is not installed"))
+
+
+_ROWS = (
+    (
+        "model.location",
+        "The model is here or can be fetched",
+        "A hub id is looked for in the cache first; offline it must be there already.",
+        "download it first (`hf download MODEL`), or correct model_name and revision",
+        location,
+    ),
+    (
+        "model.weights",
+        "All weights are there",
+        "An interrupted download leaves an index whose shards are missing, or links to nothing; "
+        "loading then fails after minutes.",
+        "download the model again (`hf download MODEL`), or copy the missing files",
+        weights,
+    ),
+    (
+        "model.config",
+        "config.json can be read",
+        "Everything about the model's shape comes from it.",
+        "take config.json from the model's page again",
+        config,
+    ),
+    (
+        "model.tokenizer",
+        "There is a tokenizer",
+        "Prompts cannot be encoded without one.",
+        "copy the tokenizer's files of the base model into the folder",
+        tokenizer,
+    ),
+    (
+        "model.architecture",
+        "Sizing and vLLM know the architecture",
+        "vLLM runs the architectures of its registry; sizing is exact for those that it knows.",
+        "use runtime.engine: transformers, or a model of a listed architecture",
+        architecture,
+    ),
+)
+CHECKS = checks_of(_ROWS)

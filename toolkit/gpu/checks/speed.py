@@ -1,0 +1,177 @@
+"""What makes a healthy card slow: heat, power, a narrow PCIe link, links between cards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.gpu.checks.check import (
+    CheckContext,
+    Outcome,
+    checks_of,
+    each,
+    judged_cards,
+    ok,
+    unread,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+# Bits of nvmlClocksEventReason* that mean trouble; idle, the power cap of a busy card and clocks
+# set by the owner do not.
+_TROUBLE = {
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+_OWNER_SET = 0x02
+_NEAR_SLOWDOWN_C = 3
+_LOW_POWER_SHARE = 0.9
+_P2P_OK = 0
+
+
+def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Nothing holds the clocks down."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        mask = gpu.clock_reasons
+        if mask.value is None:
+            return unread(mask, "throttle reasons")
+        trouble = [text for bit, text in _TROUBLE.items() if mask.value & bit]
+        clocks = gpu.clocks_mhz.value
+        now = f" (SM clock {clocks['sm']} of {clocks['max_sm']} MHz)" if clocks else ""
+        if trouble:
+            return warn(f"{', '.join(trouble)}{now}")
+        if mask.value & _OWNER_SET:
+            return warn(f"clocks are set by the owner{now}", "nvidia-smi -rac (the node's owner)")
+        return ok("not throttled")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The power limit is the card's usual one."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        limit, usual = gpu.power_limit_mw.value, gpu.power_default_mw.value
+        if limit is None or not usual:
+            return unread(gpu.power_limit_mw, "power limit") if limit is None else None
+        text = f"{limit / 1000:.0f} W of {usual / 1000:.0f} W"
+        return ok(text) if limit >= _LOW_POWER_SHARE * usual else warn(f"limited to {text}")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The card is cooler than where it slows itself down."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        now, limit = gpu.temperature_c.value, gpu.slowdown_c.value
+        if now is None:
+            return unread(gpu.temperature_c, "temperature")
+        if limit is None:
+            return ok(f"{now} C")
+        text = f"{now} C, slows down at {limit} C"
+        return ok(text) if now < limit - _NEAR_SLOWDOWN_C else warn(text)
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The PCIe link is as wide as it can be, and under load as fast."""
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        link = gpu.pcie.value
+        if link is None:
+            return unread(gpu.pcie, "PCIe link")
+        text = f"x{link['width']} of x{link['max_width']}, generation {link['generation']}"
+        text += f" of {link['max_generation']}"
+        if 0 < link["width"] < link["max_width"]:
+            return warn(f"the link is narrow: {text}")
+        # Below P0 the card lowers the generation to save power, and raises it with work.
+        busy = gpu.performance_state.value == 0 and (gpu.utilization_percent.value or 0) > 0
+        if busy and link["generation"] < link["max_generation"]:
+            return warn(f"the link is slow under load: {text}")
+        return ok(text)
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def nvlink(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """All NVLinks are up."""
+    if len(snapshot.gpus) < 2:
+        return None
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        links = gpu.nvlinks.value
+        if not links:
+            return None if links is not None else unread(gpu.nvlinks, "NVLink")
+        down = [str(number) for number, state in enumerate(links) if not state]
+        if not down:
+            return ok(f"{len(links)} NVLinks up")
+        return warn(f"NVLink {', '.join(down)} of {len(links)} down")
+
+    return each(judged_cards(snapshot, context), look)
+
+
+def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """Cards that work together can read each other's memory."""
+    if context.gpus_wanted < 2 or len(snapshot.gpus) < 2:
+        return None
+    pairs = snapshot.driver.p2p
+    if pairs.value is None:
+        return unread(pairs, "P2P")
+    wanted = {gpu.index for gpu in judged_cards(snapshot, context)}
+    bad = [f"{i}-{j}" for i, j, status in pairs.value if {i, j} <= wanted and status != _P2P_OK]
+    if bad:
+        return warn(f"no peer access between {', '.join(bad[:6])}: copies go through the host")
+    return ok("peer access between all")
+
+
+_ROWS = (
+    (
+        "speed.throttle",
+        "Nothing holds the clocks down",
+        "Heat, a power brake or a failing supply halve the clocks with no error anywhere.",
+        "look at cooling and power supply of the node; use another meanwhile",
+        throttle,
+    ),
+    (
+        "speed.power",
+        "The power limit is the card's usual one",
+        "A lowered limit is often left behind by an experiment and costs speed under load.",
+        "nvidia-smi -pl DEFAULT (the node's owner)",
+        power,
+    ),
+    (
+        "speed.temperature",
+        "The card is cooler than where it slows down",
+        "At its slowdown temperature a card halves its clocks.",
+        "look at the cooling; use another node meanwhile",
+        temperature,
+    ),
+    (
+        "speed.pcie",
+        "The PCIe link is at its full width",
+        "A badly seated card negotiates fewer lanes: loading weights and host copies slow down.",
+        "reseat the card, check the slot's lanes and the BIOS (the node's owner)",
+        pcie,
+    ),
+    (
+        "speed.nvlink",
+        "All NVLinks are up",
+        "A link that is down slows every collective of a job over several cards.",
+        "check the bridge or the NVSwitch trays; reset the node (its owner)",
+        nvlink,
+    ),
+    (
+        "speed.p2p",
+        "Cards that work together read each other's memory",
+        "Without peer access NCCL copies through the host.",
+        "check the topology (`nvidia-smi topo -m`), IOMMU and ACS settings",
+        p2p,
+    ),
+)
+CHECKS = checks_of(_ROWS, about_node=("speed.throttle", "speed.pcie"))

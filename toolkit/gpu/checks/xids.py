@@ -1,0 +1,80 @@
+"""The kernel's log: XID numbers of the driver, sorted by whose fault they are (NVIDIA's list)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.units import format_duration
+from toolkit.gpu.checks.check import CheckContext, Outcome, fail, judged_cards, ok, unknown, warn
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+RECENT_S = 3600
+
+FATAL_XIDS: dict[int, str] = {
+    46: "the GPU stopped processing",
+    48: "double-bit ECC error",
+    61: "internal micro-controller breakpoint",
+    62: "internal micro-controller halt",
+    64: "a row remap or page retirement failed",
+    74: "NVLink error",
+    79: "the GPU has fallen off the bus",
+    94: "contained memory error",
+    95: "uncontained memory error",
+    119: "the GPU's system processor does not answer",
+    120: "the GPU's system processor failed",
+    121: "C2C link error",
+    136: "link training failed",
+    140: "unrecovered ECC error",
+    143: "the GPU did not initialise",
+}
+USER_XIDS: dict[int, str] = {
+    13: "graphics engine exception",
+    31: "memory page fault",
+    32: "corrupted push buffer",
+    43: "the GPU stopped a channel",
+    45: "preemptive cleanup",
+    68: "video processor exception",
+    69: "graphics engine class error",
+}
+
+
+def about(event: dict[str, Any]) -> str:
+    """In words what an event of the kernel's log means."""
+    if event["kind"] == "sxid":
+        return "NVSwitch fault"
+    number = event["number"]
+    return FATAL_XIDS.get(number) or USER_XIDS.get(number) or "see NVIDIA's XID catalogue"
+
+
+def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The kernel's log holds no XID that means a bad card."""
+    if not snapshot.gpus:
+        return None
+    events = snapshot.driver.kernel_log.value
+    if events is None:
+        return unknown(
+            f"the kernel's log is not readable here: {snapshot.driver.kernel_log.reason}"
+        )
+    buses = {_bus(gpu.pci_bus_id.value or "") for gpu in judged_cards(snapshot, context)}
+    ours = [event for event in events if event["kind"] == "sxid" or _bus(event["bus"]) in buses]
+    bad = [e for e in ours if e["kind"] == "sxid" or e["number"] in FATAL_XIDS]
+    if not bad:
+        seen = sorted({event["number"] for event in ours if event["number"] in USER_XIDS})
+        of_programs = f" (XID {', '.join(map(str, seen))}: faults of programs)" if seen else ""
+        return ok(f"no XID of a bad card since boot{of_programs}")
+    worst = min(bad, key=lambda event: event["age_s"] if event["age_s"] is not None else 0)
+    text = f"{worst['kind'].upper()} {worst['number']} on {worst['bus']}: {about(worst)}"
+    if worst["age_s"] is None:
+        return fail("node", text)
+    text += f", {format_duration(worst['age_s'])} ago"
+    # The card answers now; an event of long ago may have been mended by a reset since.
+    return fail("node", text) if worst["age_s"] <= RECENT_S else warn(text)
+
+
+def _bus(text: str) -> str:
+    """``00000000:3B:00.0`` and ``0000:3b:00`` as ``3b:00``, with the domain where it is not 0."""
+    domain, _, rest = text.lower().partition(":")
+    short = rest.split(".")[0]
+    return short if domain.strip("0") == "" else f"{domain.lstrip('0')}:{short}"

@@ -1,0 +1,188 @@
+"""The model's files before anything loads them: local folder or cached hub snapshot, complete or
+not.
+
+Plain JSON and directory listings; sizes are bounded, links are followed once and loops are found.
+What the model is (parameters, shapes) is sizing's; this says whether its files are all there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.driver_files import asked
+from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
+from toolkit.gpu.software import on_import_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LARGEST_JSON = 64_000_000
+MOST_FILES = 20_000
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSnapshot:
+    """``location`` {kind: folder | cache | hub, path}; ``files`` {count, weight_bytes, weights,
+    dangling, unreadable, missing_shards, index}; ``tokenizer`` the names found; ``config``
+    {architectures, model_type, quantization, needs_code}; ``vllm_knows`` whether the installed
+    vLLM's registry lists the architecture.
+    """
+
+    location: Reading[dict[str, Any]] = NOT_ASKED
+    files: Reading[dict[str, Any]] = NOT_ASKED
+    tokenizer: Reading[list[str]] = NOT_ASKED
+    config: Reading[dict[str, Any]] = NOT_ASKED
+    vllm_knows: Reading[bool] = NOT_ASKED
+
+
+def read(
+    name: str, revision: str | None = None, environ: Mapping[str, str] = os.environ
+) -> ModelSnapshot:
+    """Look at a model by folder or by hub id; never asks the network."""
+    location = asked(lambda: locate(name, revision, environ))
+    place = location.value
+    if place is None or place["kind"] == "hub":
+        absent: Reading[Any] = unsupported("the model is not on this machine")
+        return ModelSnapshot(location, absent, absent, absent, absent)
+    folder = Path(place["path"])
+    config = _config(folder)
+    return ModelSnapshot(
+        location=location,
+        files=asked(lambda: _files(folder)),
+        tokenizer=asked(lambda: [one for one in _TOKENIZERS if (folder / one).is_file()]),
+        config=config,
+        vllm_knows=_vllm_knows((config.value or {}).get("architectures") or []),
+    )
+
+
+def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Where the model's files are.
+
+    Raises:
+        OSError: a path that does not exist or is no folder.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return {"kind": "folder", "path": str(folder)}
+    if folder.exists():
+        raise NotADirectoryError(20, "not a folder", name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(2, "no such folder", name)
+    base = _hub_cache(environ) / f"models--{name.replace('/', '--')}"
+    snapshot = _snapshot(base, revision or "main")
+    if snapshot is None:
+        return {"kind": "hub", "path": name}
+    return {"kind": "cache", "path": str(snapshot)}
+
+
+def _hub_cache(environ: Mapping[str, str]) -> Path:
+    if environ.get("HF_HUB_CACHE"):
+        return Path(environ["HF_HUB_CACHE"])
+    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def _snapshot(base: Path, revision: str) -> Path | None:
+    """The snapshot folder of a branch, a tag or a commit in the hub's cache."""
+    reference = base / "refs" / revision
+    commit = revision
+    if ".." not in revision and reference.is_file():
+        commit = reference.read_text(encoding="ascii", errors="replace")[:64].strip()
+    folder = base / "snapshots" / commit
+    return folder if re.fullmatch(r"[0-9a-zA-Z_.-]+", commit) and folder.is_dir() else None
+
+
+def _load(path: Path) -> Any:
+    """A JSON file of bounded size.
+
+    Raises:
+        OSError, ValueError: unreadable, too large, or not JSON.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path.name}: {path.stat().st_size} bytes is no {path.suffix} of a model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}"[:200]) from None
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    weights: dict[str, int] = {}
+    dangling, unreadable, names = [], [], []
+    for number, entry in enumerate(os.scandir(folder)):
+        if number >= MOST_FILES:
+            raise ValueError(f"more than {MOST_FILES} files: not a model's folder")
+        names.append(entry.name)
+        try:
+            size = entry.stat().st_size
+        except OSError:  # a link to nothing, or a loop of links
+            dangling.append(entry.name)
+            continue
+        if not os.access(entry.path, os.R_OK):
+            unreadable.append(entry.name)
+        if _WEIGHTS.match(entry.name) and entry.name not in ("training_args.bin", "optimizer.pt"):
+            weights[entry.name] = size
+    indices = sorted(name for name in names if name.endswith(".index.json"))
+    index = next((name for name in indices if "safetensors" in name), None)
+    index = index or next(iter(indices), None)
+    return {
+        "count": len(names),
+        "weights": len(weights),
+        "weight_bytes": sum(weights.values()),
+        "empty_weights": sorted(name for name, size in weights.items() if size == 0),
+        "dangling": sorted(dangling),
+        "unreadable": sorted(unreadable),
+        "index": index,
+        "missing_shards": _missing_shards(folder / index, names) if index else [],
+    }
+
+
+def _missing_shards(index: Path, names: list[str]) -> list[str]:
+    data = _load(index)
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index.name} has no weight_map")
+    return sorted({str(shard) for shard in shards.values()} - set(names))
+
+
+def _config(folder: Path) -> Reading[dict[str, Any]]:
+    try:
+        data = _load(folder / "config.json")
+    except FileNotFoundError:
+        return failed("config.json is not there")
+    except (OSError, ValueError) as error:
+        return failed(str(error)[:200])
+    if not isinstance(data, dict):
+        return failed("config.json is not an object")
+    architectures = data.get("architectures")
+    quantization = data.get("quantization_config")
+    return of(
+        {
+            "architectures": architectures
+            if isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
+            else [],
+            "model_type": str(data.get("model_type", ""))[:80],
+            "quantization": str(quantization.get("quant_method", ""))[:40]
+            if isinstance(quantization, dict)
+            else None,
+            "needs_code": bool(data.get("auto_map")),
+        }
+    )
+
+
+def _vllm_knows(architectures: list[str]) -> Reading[bool]:
+    """Whether vLLM's registry names the architecture; read as text, vLLM is not imported."""
+    registry = on_import_path("vllm/model_executor/models/registry.py")
+    if registry is None:
+        return unsupported("vLLM is not installed")
+    if not architectures:
+        return failed("config.json names no architecture")
+    text = registry.read_text(encoding="utf-8", errors="replace")
+    return of(any(f'"{name}"' in text for name in architectures))

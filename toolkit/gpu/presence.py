@@ -1,0 +1,108 @@
+"""No GPU, no driver, a mismatch, no permission, silence: each told apart and in its own words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+Kind = Literal[
+    "gpus", "none", "not passed in", "no driver", "mismatch", "no permission", "silent", "broken"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What stands between this process and a GPU; ``text`` says it, ``remedy`` what to do."""
+
+    kind: Kind
+    text: str
+    remedy: str
+
+
+# NVML's return codes.
+_NO_PERMISSION, _DRIVER_NOT_LOADED, _NO_LIBRARY, _MISMATCH = 4, 9, 12, 18
+_PASS_IN = {
+    "docker": "run the container with --gpus all (NVIDIA Container Toolkit on the host)",
+    "podman": "run the container with --device nvidia.com/gpu=all (CDI)",
+    "apptainer": "run apptainer with --nv",
+}
+_KUBERNETES = "give the pod resources.limits: {nvidia.com/gpu: 1}"
+_SLURM = "ask Slurm for one, e.g. --gpus=1"
+_ELSEWHERE = "use a machine with an NVIDIA GPU"
+
+
+def presence(snapshot: NodeSnapshot) -> Presence:
+    """Why there is a GPU, or why not."""
+    if snapshot.gpus:
+        return Presence("gpus", f"{len(snapshot.gpus)} GPU(s)", "")
+    start, cards = snapshot.driver.nvml, snapshot.driver.pci_gpus.value
+    how = how_to_pass_in(snapshot)
+    if start.code == _MISMATCH:
+        module = snapshot.driver.kernel_module.value
+        return Presence(
+            "mismatch",
+            "driver and library do not match: the driver was updated and the old kernel module"
+            + (f" ({module})" if module else "")
+            + " is still loaded",
+            "reload the nvidia kernel modules with no process on the GPU, or reboot the node",
+        )
+    if start.code == _NO_PERMISSION:
+        return Presence(
+            "no permission",
+            "the driver refuses this user: the NVIDIA device files may not be opened",
+            "let this user open /dev/nvidia* (their group or mode), or the container's device rule",
+        )
+    if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.known:
+        return _absent(snapshot, cards, how)
+    if start.code is None:
+        return Presence(
+            "silent",
+            f"the driver does not answer: {start.reason}",
+            "look at the kernel's log for XID errors and reboot the node",
+        )
+    return Presence(
+        "broken",
+        f"NVML does not start: {start.reason} (code {start.code})",
+        "look at the kernel's log (dmesg, NVRM) and reset or reboot the node",
+    )
+
+
+def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
+    """No library, no kernel module, or no card: what the PCI bus shows decides."""
+    start = snapshot.driver.nvml
+    if not cards:
+        seen = "" if cards == 0 else " as far as can be seen (the PCI bus could not be read)"
+        return Presence("none", f"no NVIDIA GPU here{seen}", how)
+    many = f"{cards} NVIDIA GPU(s) on the PCI bus"
+    if start.code == _NO_LIBRARY:
+        if how != _ELSEWHERE:
+            return Presence("not passed in", f"{many}, and none is passed in to here", how)
+        return Presence(
+            "no driver",
+            f"{many}, and no NVIDIA driver: libnvidia-ml.so.1 is not installed",
+            "install the NVIDIA driver (580 or newer for CUDA 13)",
+        )
+    if start.code == _DRIVER_NOT_LOADED:
+        return Presence(
+            "no driver",
+            f"{many}, and the driver's kernel module is not loaded",
+            "load it (`modprobe nvidia`), or reinstall the driver for the running kernel",
+        )
+    return Presence(
+        "broken",
+        f"{many}, and the driver serves none of them",
+        "look at the kernel's log (dmesg, NVRM) and reset or reboot the node",
+    )
+
+
+def how_to_pass_in(snapshot: NodeSnapshot) -> str:
+    """What this place needs to hand a GPU to a job."""
+    place = snapshot.host.place.value or {}
+    if place.get("kubernetes"):
+        return _KUBERNETES
+    if place.get("container") in _PASS_IN:
+        return _PASS_IN[place["container"]]
+    return _SLURM if place.get("slurm") else _ELSEWHERE

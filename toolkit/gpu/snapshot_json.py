@@ -1,0 +1,96 @@
+"""A snapshot as JSON and back: what `record` writes and `replay` reads."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.host import HostSnapshot
+from toolkit.gpu.model_folder import ModelSnapshot
+from toolkit.gpu.reading import NOT_ASKED, Reading, from_json
+from toolkit.gpu.snapshot import DriverSnapshot, GpuSnapshot, NodeSnapshot
+from toolkit.gpu.software import SoftwareSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FORMAT = 1
+
+
+def node_to_json(snapshot: NodeSnapshot) -> dict[str, Any]:
+    """Plain objects, the inverse of ``node_from_json``."""
+    return {
+        "format": FORMAT,
+        "driver": values_of(snapshot.driver),
+        "gpus": [gpu_to_json(gpu) for gpu in snapshot.gpus],
+        "environment": dict(snapshot.environment),
+        "host": values_of(snapshot.host),
+        "software": values_of(snapshot.software),
+        "model": values_of(snapshot.model),
+    }
+
+
+def values_of(snapshot: Any) -> dict[str, Any]:
+    """The readings of a snapshot dataclass as plain objects."""
+    return {item.name: getattr(snapshot, item.name).to_json() for item in fields(snapshot)}
+
+
+_NOT_READINGS = {"index", "parent", "slices"}
+
+
+def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
+    """A card and its slices as plain objects; questions that were not asked are left out."""
+    readings = {
+        item.name: getattr(gpu, item.name).to_json()
+        for item in fields(gpu)
+        if item.name not in _NOT_READINGS and getattr(gpu, item.name) is not NOT_ASKED
+    }
+    return {"index": gpu.index, **readings, "slices": [gpu_to_json(part) for part in gpu.slices]}
+
+
+def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
+    """The fields of ``kind`` that ``data`` has.
+
+    Raises:
+        ValueError: ``data`` is not an object of readings.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{kind.__name__}: not an object")
+    names = {item.name for item in fields(kind)} - _NOT_READINGS
+    return {name: from_json(answer) for name, answer in data.items() if name in names}
+
+
+def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:
+    """The inverse of ``gpu_to_json``.
+
+    Raises:
+        ValueError: not a recorded card.
+    """
+    readings = readings_from_json(GpuSnapshot, data)
+    number = data.get("index", index)
+    parts: Sequence[Any] = data.get("slices", [])
+    if not isinstance(number, int) or not isinstance(parts, list):
+        raise ValueError("a GPU has an integer index and a list of slices")
+    slices = tuple(gpu_from_json(part, number, position) for position, part in enumerate(parts))
+    return GpuSnapshot(index=number, parent=parent, slices=slices, **readings)
+
+
+def node_from_json(data: Any) -> NodeSnapshot:
+    """The inverse of ``node_to_json``.
+
+    Raises:
+        ValueError: not a recorded node, or one of a newer format.
+    """
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"not a snapshot of format {FORMAT}")
+    rows, environment = data.get("gpus", []), data.get("environment", {})
+    if not isinstance(rows, list) or not isinstance(environment, dict):
+        raise ValueError("gpus is a list and environment an object")
+    return NodeSnapshot(
+        driver=DriverSnapshot(**readings_from_json(DriverSnapshot, data.get("driver"))),
+        gpus=tuple(gpu_from_json(row, index=position) for position, row in enumerate(rows)),
+        environment={str(name): str(value) for name, value in environment.items()},
+        host=HostSnapshot(**readings_from_json(HostSnapshot, data.get("host"))),
+        software=SoftwareSnapshot(**readings_from_json(SoftwareSnapshot, data.get("software"))),
+        model=ModelSnapshot(**readings_from_json(ModelSnapshot, data.get("model", {}))),
+    )
