@@ -43,7 +43,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
             "the model has no adapter to save", where="save_lora", fix="call get_peft_model first"
         )
     target = Path(folder)
-    with _beside(target) as work:
+    with beside(target) as work:
         model.save_pretrained(
             str(work), selected_adapters=[name], save_embedding_layers=_has_embeddings(model, name)
         )
@@ -60,7 +60,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def beside(target: Path) -> Iterator[Path]:
     """A temporary folder on the same file system as ``target``; an OSError becomes an
     InputError.
     """

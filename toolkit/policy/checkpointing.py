@@ -51,7 +51,7 @@ def resume_checkpointing(model: Any) -> None:
 
 def _offloads(base: Any) -> bool:
     """True if hidden states go to the host: on a CPU they are there, and nothing can be pinned."""
-    return base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu"
+    return bool(base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu")
 
 
 def _keep_offload(base: Any) -> None:

@@ -16,21 +16,30 @@ from toolkit.policy.saved_adapter import put_saved, read_adapter
 from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from toolkit.policy.checkpoint import Checkpoint
     from toolkit.policy.request import LoadRequest
     from toolkit.policy.saved_adapter import Adapter
 
 
-def load(request: LoadRequest) -> tuple[Any, Any]:
+def load(request: LoadRequest, adapter_folder: Path | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of ``request``; an adapter's folder gives its base with the adapter on it.
+
+    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it.
 
     Raises:
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
     """
     check_quantization(request)
     found = _find(request, request.model_name)
-    adapter = read_adapter(found.folder) if found.is_adapter else None
-    base = _base_of(request, adapter) if adapter else found
+    if adapter_folder is not None:
+        adapter, base = read_adapter(adapter_folder), found
+    elif found.is_adapter:
+        adapter = read_adapter(found.folder)
+        base = _base_of(request, adapter)
+    else:
+        adapter, base = None, found
     if request.fast_inference:
         from toolkit.policy.engine_model import load_on_engine  # noqa: PLC0415 - vLLM is optional
 

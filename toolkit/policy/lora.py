@@ -20,6 +20,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.policy.settings import (
@@ -139,6 +140,24 @@ def set_adapter_tensors(
 ) -> None:
     """Write ``tensors`` (checked against ``adapter_tensors`` by the caller) into the adapter."""
     set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+
+
+@torch.no_grad()
+def merge(model: Any, name: str = "default") -> Any:
+    """The base model with the adapter ``name`` added into its weights: in float32, rounded once.
+
+    PEFT's own merge rounds the update before it adds it; it serves the layers that are not plain.
+    """
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or name not in module.lora_A:
+            continue
+        if module.lora_variant.get(name) is not None or getattr(module.lora_B[name], "bias", None):
+            return model.merge_and_unload(safe_merge=True, adapter_names=[name])
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            weight = module.get_base_layer().weight
+            weight.copy_(weight.float() + module.get_delta_weight(name).float())
+    return model.unload()
 
 
 def read_peft_config(values: Mapping[str, Any]) -> Any:

@@ -1,0 +1,38 @@
+"""``toolkit export RUN --to DIR``: the adapter of a run, or merged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder that does not exist yet.",
+)
+@click.option("--merge", is_flag=True, help="Merge the adapter into the base weights.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of merged weights; auto is the base checkpoint's.",
+)
+@click.option("--checkpoint", type=int, metavar="STEP", help="Of checkpoint-STEP, not the end.")
+def export(run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None) -> None:
+    """Write RUN's adapter (PEFT, safetensors) to DIR, or a checkpoint of plain transformers."""
+    from toolkit.train.finished import export_run, open_run  # noqa: PLC0415 - loads torch
+
+    if dtype != "auto" and not merge:
+        raise click.UsageError("--dtype is for --merge")
+    found = open_run(run, step=checkpoint)
+    export_run(found, to, merge=merge, dtype=dtype)
+    source = found.adapter or found.checkpoint
+    kind = "merged weights" if merge else "the adapter"
+    click.echo(f"wrote {kind} of {source} to {to}")

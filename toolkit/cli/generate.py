@@ -1,0 +1,73 @@
+"""``toolkit generate RUN "prompt"``: completions from the policy that a run trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toolkit.base.errors import InputError
+
+
+@click.command("generate")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="0 is greedy.",
+)
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option(
+    "-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="A prompt."
+)
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--checkpoint", type=int, metavar="STEP", help="Of checkpoint-STEP, not the end.")
+@click.option("--base", is_flag=True, help="From the base model, without the adapter.")
+@click.option(
+    "--chat/--plain",
+    default=None,
+    help="Put the prompt through the chat template, or not. Default: as the run did.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt.")
+def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
+    """Ask the policy that RUN trained for completions of PROMPTS; "-" reads one a line from
+    stdin.
+    """
+    from toolkit.train.finished import complete, open_run  # noqa: PLC0415 - loads torch
+
+    found = open_run(run, step=options.pop("checkpoint"))
+    as_json = options.pop("as_json")
+    texts = _texts(prompts)
+    answers = complete(found, texts, **options)
+    for text, completions in zip(texts, answers, strict=True):
+        if as_json:
+            row = {"prompt": text, "completions": completions}
+            click.echo(json.dumps(row, ensure_ascii=False))
+            continue
+        if len(texts) > 1:
+            click.echo(f"> {text}")
+        for number, completion in enumerate(completions, 1):
+            click.echo(f"[{number}] {completion}" if len(completions) > 1 else completion)
+
+
+def _texts(prompts: tuple[str, ...]) -> list[str]:
+    """The prompts as given, with "-" replaced by the lines of stdin."""
+    texts: list[str] = []
+    for prompt in prompts:
+        texts += [line.rstrip("\n") for line in sys.stdin] if prompt == "-" else [prompt]
+    if not any(texts):
+        raise InputError("no prompt", where="PROMPTS", fix='give one, or lines on stdin with "-"')
+    return [text for text in texts if text]

@@ -1,0 +1,188 @@
+"""A run folder, read back: its policy for generation, its adapter or merged weights for others."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
+from toolkit.config.build import build_config
+from toolkit.config.layers import load_document
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+
+EngineName = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """``config`` as it was resolved; ``adapter`` is the finished one, ``checkpoint`` one to read
+    instead.
+    """
+
+    folder: Path
+    config: RunConfig
+    adapter: Path | None
+    checkpoint: Path | None
+
+
+def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
+    """The run in ``folder``: its finished adapter, or ``checkpoint-<step>``, or its latest sound
+    one.
+
+    The run file's rules are not judged again: data that has moved since does not matter here.
+
+    Raises:
+        InputError: it is no run folder. ConfigValueError: it has nothing to generate with.
+    """
+    from toolkit.train import checkpoint  # noqa: PLC0415 - not needed for a folder that is none
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            "is no run folder: config.json is missing",
+            where=str(folder),
+            fix="name the output_dir of a run of `toolkit train`",
+        )
+    document = load_document(path)
+    if not document.readable:
+        raise InputError("config.json cannot be read", where=str(path))
+    config = build_config(document)
+    if config.model.full_finetuning:
+        raise UnsupportedError(
+            "the run trained every weight, and has no adapter",
+            where=str(folder),
+            fix="load it as a model",
+        )
+    finished = folder / "adapter"
+    if step is None and (finished / "adapter_config.json").is_file():
+        return FinishedRun(folder, config, finished, None)
+    steps = checkpoint.list_steps(folder) if step is None else [step]
+    for number in sorted(steps, reverse=True):
+        found = folder / f"checkpoint-{number}"
+        if found.is_dir() and not checkpoint.faults(found):
+            return FinishedRun(folder, config, None, found)
+    raise ConfigValueError(
+        "has no sound checkpoint and no finished adapter yet"
+        if step is None
+        else f"has no sound checkpoint-{step}",
+        where=str(folder),
+        fix="let the run write one, or name another with --checkpoint",
+    )
+
+
+def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") -> tuple[Any, Any]:
+    """(model with the trained adapter, tokenizer), ready for ``fast_generate``, in evaluation mode.
+
+    Raises:
+        What ``policy.loading.load`` raises.
+    """
+    from toolkit.policy.from_config import request_of  # noqa: PLC0415 - loads torch
+    from toolkit.policy.language_model import FastLanguageModel, load_policy  # noqa: PLC0415
+    from toolkit.policy.loading import load  # noqa: PLC0415
+
+    config = with_engine(run.config, engine)
+    if run.adapter is not None:
+        model, tokenizer = load(request_of(config), run.adapter)
+    else:
+        assert run.checkpoint is not None
+        model, tokenizer = load_policy(config)
+        read_checkpoint(model, run.checkpoint)
+    return FastLanguageModel.for_inference(model), tokenizer
+
+
+def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
+    """``config`` on ``engine``, for generation alone: no checkpointing, and "auto" left to the
+    engine.
+    """
+    return replace(
+        config,
+        runtime=replace(config.runtime, engine=engine),
+        lora=replace(config.lora, use_gradient_checkpointing=False),
+    )
+
+
+def read_checkpoint(model: Any, folder: Path) -> None:
+    """The adapter of the training checkpoint in ``folder`` into ``model``, in place."""
+    from safetensors.torch import load_file  # noqa: PLC0415 - loads torch
+
+    from toolkit.train.resume import ADAPTER  # noqa: PLC0415
+    from toolkit.train.state import copy_into, trainable  # noqa: PLC0415
+
+    copy_into(trainable(model), load_file(str(folder / ADAPTER)), str(folder))
+
+
+def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
+    """Write the run's adapter to ``to``, or with ``merge`` the base with it merged in.
+
+    An adapter is PEFT's folder, with the tokenizer; merged weights load with plain transformers.
+
+    Raises:
+        ConfigValueError: ``to`` is not empty. InputError: it cannot be written.
+    """
+    from toolkit.policy.checkpoint import find_checkpoint  # noqa: PLC0415 - loads torch
+    from toolkit.policy.export import check_empty, merge_adapter, write_adapter  # noqa: PLC0415
+    from toolkit.policy.from_config import request_of  # noqa: PLC0415
+    from toolkit.policy.saved_adapter import read_adapter  # noqa: PLC0415
+
+    check_empty(to)
+    config = with_engine(run.config, "transformers")
+    base = find_checkpoint(config.model.model_name, revision=config.model.revision)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = run.adapter
+        if folder is None:
+            model, _ = load_run_policy(run)
+            folder = model.save_lora(Path(scratch) / "adapter")
+        adapter = read_adapter(folder)
+        if merge:
+            return merge_adapter(base, adapter, request_of(config), to, dtype=dtype)
+        return write_adapter(base, adapter, to)
+
+
+def complete(
+    run: FinishedRun,
+    prompts: list[str],
+    *,
+    chat: bool | None = None,
+    base: bool = False,
+    engine: EngineName = "transformers",
+    count: int = 1,
+    **options: Any,
+) -> list[list[str]]:
+    """``count`` completions of each prompt, as text. ``base`` leaves the adapter out.
+
+    ``chat`` puts a prompt, and the run's system prompt, through the tokenizer's chat template; None
+    does what the run did. ``options`` are those of ``fast_generate``: max_tokens, temperature, ...
+
+    Raises:
+        ConfigValueError: ``chat`` without a chat template, or prompts that do not fit.
+    """
+    model, tokenizer = load_run_policy(run, engine=engine)
+    system = run.config.dataset.system
+    if chat is None:
+        chat = system is not None
+    if chat and not tokenizer.chat_template:
+        raise ConfigValueError(
+            "the tokenizer has no chat template", where=str(run.folder), fix="use --plain"
+        )
+    inputs: list[Any] = [_chat(tokenizer, prompt, system) if chat else prompt for prompt in prompts]
+    try:
+        chosen = {"lora_request": None} if base else {}
+        answers = model.fast_generate(inputs, n=count, **options, **chosen)
+        return [[output.text for output in answer.outputs] for answer in answers]
+    finally:
+        if model.toolkit_engine is not None:
+            model.toolkit_engine.close()
+
+
+def _chat(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
+    """Token ids of one user message, ready for the answer."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    return ids
