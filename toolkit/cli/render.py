@@ -1,0 +1,85 @@
+"""Printing that all commands share: tables that fit the terminal, colours only where they help.
+
+Colour is used on a terminal, and not where NO_COLOR is set (https://no-color.org) or output goes
+to a file or a pipe. No meaning is carried by colour alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LEAST_WIDTH = 80
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "magenta"}
+
+
+def colours_on() -> bool:
+    """Whether standard output takes colours and its reader wants them."""
+    return not os.environ.get("NO_COLOR") and sys.stdout.isatty()
+
+
+def styled(text: str, colour: str | None = None, *, bold: bool = False) -> str:
+    """The text in a colour, or as it is where colours are off."""
+    if not colours_on() or not (colour or bold):
+        return text
+    return click.style(text, fg=colour, bold=bold or None)
+
+
+def verdict_word(verdict: str) -> str:
+    """A verdict in its colour, padded to the longest."""
+    return styled(f"{verdict:<7}", COLOURS.get(verdict), bold=verdict == "fail")
+
+
+def terminal_width() -> int:
+    """Columns to fill: the terminal's, or COLUMNS; never below 80."""
+    return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
+) -> str:
+    """Aligned columns, two spaces apart; ``right`` lists the columns aligned right.
+
+    Where the terminal is too narrow, the widest column is shortened with an ellipsis.
+    """
+    cells = [list(headers), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    excess = sum(widths) + 2 * (len(widths) - 1) - terminal_width()
+    if excess > 0:
+        widest = widths.index(max(widths))
+        widths[widest] = max(8, widths[widest] - excess)
+    lines = ["  ".join(_cell(row, widths, right)).rstrip() for row in cells]
+    return "\n".join([styled(lines[0], bold=True), *lines[1:]])
+
+
+def _cell(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
+    parts = []
+    for column, (text, width) in enumerate(zip(row, widths, strict=True)):
+        short = text if len(text) <= width else text[: width - 1] + "…"
+        parts.append(short.rjust(width) if column in right else short.ljust(width))
+    return parts
+
+
+def paragraph(text: str, *, first: str = "", indent: str = "") -> str:
+    """Text wrapped to the terminal, after ``first`` on its first line and ``indent`` on others."""
+    return textwrap.fill(
+        text,
+        width=min(terminal_width(), 110),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 warning``, ``2 warnings``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,139 @@
+"""Prometheus' text format, for node_exporter's textfile collector. What is not known is left out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from toolkit import __version__
+from toolkit.gpu.devices import memory_of
+from toolkit.gpu.reading import Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from toolkit.gpu.checks import CheckResult
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+VERDICTS = {"ok": 0, "warn": 1, "fail": 2, "unknown": 3}
+
+
+def _part(reading: Reading[Any], key: str) -> float | None:
+    return None if reading.value is None else reading.value[key]
+
+
+# name -> (help, value of a card)
+_GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
+    "utilization_ratio": (
+        "Share of time in which a kernel ran.",
+        lambda gpu: _scaled(gpu.utilization_percent, 100),
+    ),
+    "temperature_celsius": ("Temperature.", lambda gpu: gpu.temperature_c.value),
+    "power_watts": ("Power drawn.", lambda gpu: _scaled(gpu.power_mw, 1000)),
+    "power_limit_watts": ("Enforced limit.", lambda gpu: _scaled(gpu.power_limit_mw, 1000)),
+    "ecc_uncorrected_errors": (
+        "Uncorrected ECC errors since the driver was loaded.",
+        lambda gpu: gpu.ecc_uncorrected.value,
+    ),
+    "row_remap_pending": (
+        "1 if a row remap waits for a reset.",
+        lambda gpu: _part(gpu.remapped_rows, "pending"),
+    ),
+    "row_remap_failed": (
+        "1 if a row could not be remapped.",
+        lambda gpu: _part(gpu.remapped_rows, "failure"),
+    ),
+    "fabric_state": ("0 none, 1 not started, 2 in progress, 3 ready.", lambda gpu: _fabric(gpu)),
+    "clock_event_reasons": ("Bit mask of NVML.", lambda gpu: gpu.clock_reasons.value),
+    "pcie_link_width": ("Lanes of the PCIe link.", lambda gpu: _part(gpu.pcie, "width")),
+}
+
+
+def _scaled(reading: Reading[int], divisor: int) -> float | None:
+    return None if reading.value is None else reading.value / divisor
+
+
+def _fabric(gpu: GpuSnapshot) -> float | None:
+    return _part(gpu.fabric, "state")
+
+
+def exposition(
+    snapshot: NodeSnapshot, results: Sequence[CheckResult] = (), exit_code: int | None = None
+) -> str:
+    """The metrics of a snapshot and of its checks; each family with its HELP and TYPE."""
+    families = [
+        _family("info", "The tool and the driver.", [(_info(snapshot), 1)]),
+        _family("gpu_answers", "0 if the card is lost.", _each(snapshot, lambda g: not g.lost)),
+        _family("gpu_memory_total_bytes", "Memory.", _memory(snapshot, "total_bytes")),
+        _family("gpu_memory_free_bytes", "Free memory.", _memory(snapshot, "free_bytes")),
+    ]
+    for name, (text, value) in _GAUGES.items():
+        families.append(_family(f"gpu_{name}", text, _each(snapshot, value)))
+    if results:
+        samples: list[tuple[dict[str, str], float]] = [
+            ({"check": one.id, "blame": one.blame or ""}, VERDICTS[one.verdict]) for one in results
+        ]
+        families.append(_family("check", "0 ok, 1 warn, 2 fail, 3 unknown.", samples))
+    if exit_code is not None:
+        families.append(_family("exit_code", "Exit code of the check.", [({}, exit_code)]))
+    return "".join(families)
+
+
+def _info(snapshot: NodeSnapshot) -> dict[str, str]:
+    return {"version": __version__, "driver": str(snapshot.driver.version.value or "")}
+
+
+def _labels(gpu: GpuSnapshot) -> dict[str, str]:
+    return {
+        "gpu": str(gpu.index if gpu.parent is None else gpu.parent),
+        "slice": "" if gpu.parent is None else str(gpu.index),
+        "uuid": str(gpu.uuid.value or ""),
+        "name": str(gpu.name.value or ""),
+    }
+
+
+def _devices(snapshot: NodeSnapshot) -> list[GpuSnapshot]:
+    return [device for gpu in snapshot.gpus for device in (gpu, *gpu.slices)]
+
+
+def _each(
+    snapshot: NodeSnapshot, value: Callable[[GpuSnapshot], float | None]
+) -> list[tuple[dict[str, str], float]]:
+    values = [(_labels(gpu), value(gpu)) for gpu in snapshot.gpus]
+    return [(labels, float(one)) for labels, one in values if one is not None]
+
+
+def _memory(snapshot: NodeSnapshot, field: str) -> list[tuple[dict[str, str], float]]:
+    found = [(_labels(gpu), memory_of(snapshot, gpu)) for gpu in _devices(snapshot) if not gpu.lost]
+    return [(labels, getattr(one, field)) for labels, one in found if one is not None]
+
+
+def _family(name: str, text: str, samples: Sequence[tuple[dict[str, str], float]]) -> str:
+    if not samples:
+        return ""
+    lines = [f"# HELP envcheck_{name} {text}", f"# TYPE envcheck_{name} gauge"]
+    for labels, value in samples:
+        inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+        shown = f"{{{inside}}}" if inside else ""
+        number = int(value) if float(value).is_integer() else value
+        lines.append(f"envcheck_{name}{shown} {number}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace the file in one step, readable by node_exporter: it never sees half of it."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

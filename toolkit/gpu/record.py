@@ -1,0 +1,141 @@
+"""A node in a file, for a bug report: every raw answer, and nothing that names a person or a host.
+
+UUIDs become hashes of themselves (the same card stays recognisable), pids become small numbers;
+names of processes, users and hosts go. The environment was an allow-list to begin with.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import re
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit import __version__
+from toolkit.base.errors import InputError
+from toolkit.gpu.checks import CheckContext, context_from_json, exit_code
+from toolkit.gpu.report import SCHEMA_ID, now
+from toolkit.gpu.snapshot_json import node_from_json, node_to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.gpu.checks import CheckResult
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+LARGEST_BYTES = 20_000_000
+_UUID = re.compile(r"\b(MIG-GPU-|GPU-|MIG-)([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){0,3}(?:-[0-9a-f]+)?)")
+_DROPPED = {"SLURM_JOB_ID": "1"}
+
+
+def recording(
+    snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
+) -> dict[str, Any]:
+    """The file's object, redacted; ``verdicts`` are what was found, for ``replay`` to compare."""
+    data: dict[str, Any] = {
+        "schema": SCHEMA_ID,
+        "kind": "record",
+        "toolkit_version": __version__,
+        "time": now(),
+        "exit_code": exit_code(results),
+        "context": replace(context, lock=None).to_json(),
+        "node": node_to_json(snapshot),
+        "verdicts": {result.id: result.verdict for result in results if result.id != _LOCK},
+    }
+    redacted: dict[str, Any] = redact(data, _names_here())
+    return redacted
+
+
+# A lock file is the user's own and is not kept, so its check has nothing to judge in a replay.
+_LOCK = "software.lock"
+
+
+def _names_here() -> dict[str, str]:
+    """What must not leave this machine: home folder, account name, host name."""
+    names = {str(Path.home()): "~"}
+    try:
+        names[getpass.getuser()] = "USER"
+    except (KeyError, OSError):  # a uid without an account
+        pass
+    host = socket.gethostname()
+    names[host] = "HOST"
+    names[host.partition(".")[0]] = "HOST"
+    return {name: mark for name, mark in names.items() if len(name) > 1 and name != "root"}
+
+
+def redact(data: Any, names: dict[str, str]) -> Any:
+    """The same object with every text scrubbed and every process made anonymous."""
+    pids: dict[int, int] = {}
+
+    def walk(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: walk(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [walk(part, key) for part in value]
+        if key == "pid" and isinstance(value, int):
+            return pids.setdefault(value, len(pids) + 1)
+        if isinstance(value, str):
+            return _DROPPED.get(key) or _scrubbed(value, names)
+        return value
+
+    without_names = _drop_process_names(data)
+    return walk(without_names)
+
+
+def _drop_process_names(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_process_names(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if "pid" in value and "name" in value:
+        return {**value, "name": None}
+    return {name: _drop_process_names(part) for name, part in value.items()}
+
+
+def _scrubbed(text: str, names: dict[str, str]) -> str:
+    text = _UUID.sub(lambda found: found[1] + _hashed(found[2]), text)
+    text = re.sub(r"\buid \d+", "uid N", text)
+    for name, mark in names.items():
+        if name.startswith("/"):
+            text = re.sub(rf"{re.escape(name)}(?=/|$|[:;,\s])", mark, text)
+        else:
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", mark, text)
+    return text
+
+
+def _hashed(uuid: str) -> str:
+    """Of the same form and, for a prefix, a prefix of the hash of nothing else.
+
+    Only the first eight digits are hashed and the rest follows from them, so that a shortened
+    UUID in CUDA_VISIBLE_DEVICES still names its card.
+    """
+    digest = hashlib.sha256(uuid[:8].lower().encode()).hexdigest()
+    rest = hashlib.sha256(uuid.lower().encode()).hexdigest()
+    head, *groups = uuid.split("-")
+    parts, position = [digest[: len(head)]], 0
+    for group in groups:
+        parts.append(rest[position : position + len(group)])
+        position += len(group)
+    return "-".join(parts)
+
+
+def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
+    """What ``recording`` wrote: the node, what was asked of it, and the verdicts then.
+
+    Raises:
+        InputError: not a recording of this format.
+    """
+    try:
+        if not isinstance(data, dict) or data.get("kind") != "record":
+            raise ValueError("no object with kind: record")
+        verdicts = data.get("verdicts", {})
+        if not isinstance(verdicts, dict):
+            raise ValueError("verdicts is not an object")
+        return node_from_json(data["node"]), context_from_json(data.get("context", {})), verdicts
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"not a recording: {error}", fix="record one with `envcheck record FILE`"
+        ) from None

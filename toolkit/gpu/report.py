@@ -1,0 +1,91 @@
+"""The JSON of ``probe --json``, ``check --json`` and a run's preflight.json (report.schema.json)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from toolkit import __version__
+from toolkit.gpu.checks import catalogue, exit_code
+from toolkit.gpu.checks.driver import cuda_of
+from toolkit.gpu.devices import visible
+from toolkit.gpu.presence import presence
+from toolkit.gpu.snapshot_json import gpu_to_json, values_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.gpu.checks import CheckResult
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+SCHEMA_ID = "https://schemas.grpo-toolkit.dev/report/1"
+NO_GPU_EXIT = 3
+
+
+def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:
+    """What is here, without a judgement. Exit code 0 with a GPU, 3 without."""
+    code = 0 if snapshot.gpus else NO_GPU_EXIT
+    return {**_head("probe", code), **_node(snapshot)}
+
+
+def check_report(
+    snapshot: NodeSnapshot,
+    results: Sequence[CheckResult],
+    *,
+    strict: bool = False,
+    node: bool = False,
+    sizing: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What is here and every check's answer; ``sizing`` is a run's SizingResult, if there is one."""
+    asked = {result.id for result in results}
+    code = exit_code(results, strict=strict, node=node)
+    report = {
+        **_head("check", code),
+        "verdict": overall(results),
+        "checks": [result.to_json() for result in results],
+        "not_applicable": [name for name in catalogue() if name not in asked],
+        **_node(snapshot),
+    }
+    return report if sizing is None else {**report, "sizing": sizing}
+
+
+def overall(results: Sequence[CheckResult]) -> str:
+    """The worst verdict: fail, then unknown, then warn."""
+    verdicts = {result.verdict for result in results}
+    return next((one for one in ("fail", "unknown", "warn") if one in verdicts), "ok")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _head(kind: str, code: int) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA_ID,
+        "kind": kind,
+        "toolkit_version": __version__,
+        "time": now(),
+        "exit_code": code,
+    }
+
+
+def _node(snapshot: NodeSnapshot) -> dict[str, Any]:
+    seen = visible(snapshot)
+    order = {(gpu.parent, gpu.index): number for number, gpu in enumerate(seen.devices)}
+    gpus = []
+    for gpu in snapshot.gpus:
+        row = {"cuda_index": order.get((None, gpu.index)), **gpu_to_json(gpu)}
+        for part, values in zip(gpu.slices, row["slices"], strict=True):
+            values["cuda_index"] = order.get((part.parent, part.index))
+        gpus.append(row)
+    found = presence(snapshot)
+    version = snapshot.driver.version.value
+    return {
+        "presence": {"kind": found.kind, "text": found.text, "remedy": found.remedy},
+        "driver": {**values_of(snapshot.driver), "cuda": cuda_of(version) if version else None},
+        "gpus": gpus,
+        "host": values_of(snapshot.host),
+        "software": values_of(snapshot.software),
+        "model": values_of(snapshot.model),
+    }
