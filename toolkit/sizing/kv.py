@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toolkit.sizing.model import Cache, ModelSpec
 
+STATES = 2
 BLOCK_TOKENS = 16  # vLLM's default block on CUDA; the CPU engine's is 128
 
 
@@ -48,7 +49,9 @@ def _layer_bytes(
     cache: Cache, tokens: int, element_bytes: int, block_tokens: int, batched_tokens: int
 ) -> int:
     if cache.kind == "linear":
-        return cache.state_bytes
+        # Two states a sequence while prefixes are cached (MambaSpec, mode "align"), never in 8
+        # bits.
+        return STATES * cache.state_elements * max(element_bytes, 2)
     page = _token_bytes(cache, element_bytes) * block_tokens
     if cache.window is not None:
         kept = min(cache.window - 1 + batched_tokens, tokens)

@@ -35,10 +35,9 @@ def engine_elements(spec: ModelSpec, rank: int, slots: int) -> int:
     total = 0
     for block in spec.blocks:
         total += block.count * sum(_slot_elements(linear, rank) for linear in block.linears)
-    if spec.embedding_lora:
-        # VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r); LogitsProcessorWithLoRA: A
-        # (r, hidden), B (vocab, r).
-        total += 2 * rank * (spec.vocab_size + spec.hidden_size)
+    # VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r); LogitsProcessorWithLoRA: A (r,
+    # hidden), B (vocab, r).
+    total += len(spec.lora_tables) * rank * (spec.vocab_size + spec.hidden_size)
     return slots * total
 
 

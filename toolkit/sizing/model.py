@@ -55,7 +55,7 @@ class Cache:
     key_elements: int = 0  # per token, all KV heads
     value_elements: int = 0
     window: int | None = None  # tokens; None = unlimited
-    state_bytes: int = 0  # per sequence, linear attention only
+    state_elements: int = 0  # per sequence, linear attention only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ class ModelSpec:
     quantization: Quantization | None = None
     stored: StoredWeights | None = None
     margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
-    embedding_lora: bool = False  # the engine gives embeddings and head LoRA slots of their own
+    lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
     rotary_elements: int = 0  # of one position in the engine's cosine/sine table
     notes: tuple[str, ...] = field(default=())
 

@@ -92,7 +92,7 @@ def spec_from_values(
         quantization=quantization if isinstance(quantization, Quantization) else None,
         stored=stored,
         margin=margin,
-        embedding_lora=shape.embedding_lora,
+        lora_tables=shape.lora_tables,
         rotary_elements=shape.rotary_elements,
         notes=(*shape.notes, *notes),
     )

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
 
+# Which tables a vLLM model class lists in ``embedding_modules``.
+BOTH_TABLES = ("embedding", "head")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """The architecture part of a ModelSpec."""
@@ -32,7 +36,7 @@ class Shape:
     final_vectors: int
     extra_parameters: int = 0
     head_bias: bool = False
-    embedding_lora: bool = False
+    lora_tables: tuple[str, ...] = ()
     rotary_elements: int = 0
     notes: tuple[str, ...] = ()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import (
+    BOTH_TABLES,
     Shape,
     attention,
     blocks_by_kind,
@@ -32,7 +33,7 @@ def _shape(
     blocks: tuple[Block, ...],
     *,
     tied: bool,
-    embedding_lora: bool = False,
+    lora_tables: tuple[str, ...] = (),
     max_position: int = 2048,
 ) -> Shape:
     rotary = _rotary(fields, heads.head_dim)
@@ -45,7 +46,7 @@ def _shape(
         tied=fields.flag("tie_word_embeddings", tied),
         blocks=blocks,
         final_vectors=heads.hidden,
-        embedding_lora=embedding_lora,
+        lora_tables=lora_tables,
         rotary_elements=rotary,
     )
 
@@ -82,7 +83,7 @@ def llama(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, inner, bias=mlp_bias)
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
-    return _shape(fields, heads, blocks, tied=False, embedding_lora=True)
+    return _shape(fields, heads, blocks, tied=False, lora_tables=BOTH_TABLES)
 
 
 def granite(fields: Fields) -> Shape:
@@ -98,7 +99,7 @@ def smollm3(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"), bias=mlp_bias)
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
-    return _shape(fields, heads, blocks, tied=True)
+    return _shape(fields, heads, blocks, tied=True, lora_tables=("embedding",))
 
 
 def mistral(fields: Fields) -> Shape:
@@ -138,7 +139,7 @@ def qwen2(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=True)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     blocks = _qwen(fields, heads, linears, 2 * heads.hidden)
-    return _shape(fields, heads, blocks, tied=False, embedding_lora=False, max_position=32768)
+    return _shape(fields, heads, blocks, tied=False, max_position=32768)
 
 
 def qwen3(fields: Fields) -> Shape:
@@ -149,7 +150,7 @@ def qwen3(fields: Fields) -> Shape:
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     vectors = 2 * heads.hidden + 2 * heads.head_dim
     blocks = _qwen(fields, heads, linears, vectors)
-    return _shape(fields, heads, blocks, tied=False, embedding_lora=True, max_position=32768)
+    return _shape(fields, heads, blocks, tied=False, lora_tables=BOTH_TABLES, max_position=32768)
 
 
 def olmo2(fields: Fields) -> Shape:
@@ -159,7 +160,8 @@ def olmo2(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     vectors = 2 * heads.hidden + heads.query + heads.key
-    return _shape(fields, heads, _uniform(fields, heads, linears, vectors), tied=False)
+    blocks = _uniform(fields, heads, linears, vectors)
+    return _shape(fields, heads, blocks, tied=False, lora_tables=("embedding",))
 
 
 def olmo3(fields: Fields) -> Shape:
@@ -181,7 +183,7 @@ def olmo3(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    return _shape(fields, heads, blocks, tied=False)
+    return _shape(fields, heads, blocks, tied=False, lora_tables=("embedding",))
 
 
 def phi3(fields: Fields) -> Shape:
@@ -198,4 +200,4 @@ def phi3(fields: Fields) -> Shape:
     if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
         window = None  # a window as long as the context is none
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
-    return _shape(fields, heads, blocks, tied=False, max_position=4096)
+    return _shape(fields, heads, blocks, tied=False, lora_tables=BOTH_TABLES, max_position=4096)

@@ -90,7 +90,6 @@ def _delta_net(fields: Fields, hidden: int) -> tuple[list[Linear], int, Cache]:
         Linear("linear_attn.out_proj", hidden, values),
     ]
     vectors = convolved * kernel + 2 * value_heads + value_dim
-    # Engine state a sequence: the recurrent matrix in float32 and the convolution's last kernel -
-    # 1 inputs in 16 bits.
-    state = 4 * value_heads * key_dim * value_dim + 2 * convolved * (kernel - 1)
-    return linears, vectors, Cache(kind="linear", state_bytes=state)
+    # Engine state a sequence: the recurrent matrix and the convolution's last kernel - 1 inputs.
+    state = value_heads * key_dim * value_dim + convolved * (kernel - 1)
+    return linears, vectors, Cache(kind="linear", state_elements=state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import (
+    BOTH_TABLES,
     Shape,
     attention,
     blocks_by_kind,
@@ -32,7 +33,7 @@ def experts(hidden: int, inner: int, count: int) -> list[Linear]:
 
 
 def _shape(
-    fields: Fields, heads: Heads, blocks: tuple[Block, ...], *, embedding_lora: bool
+    fields: Fields, heads: Heads, blocks: tuple[Block, ...], *, lora_tables: tuple[str, ...]
 ) -> Shape:
     return Shape(
         hidden=heads.hidden,
@@ -43,7 +44,7 @@ def _shape(
         tied=fields.flag("tie_word_embeddings", False),
         blocks=blocks,
         final_vectors=heads.hidden,
-        embedding_lora=embedding_lora,
+        lora_tables=lora_tables,
         rotary_elements=heads.head_dim,
     )
 
@@ -63,7 +64,7 @@ def mixtral(fields: Fields) -> Shape:
         cache=kv_cache(heads, window),
         active_experts=fields.integer("num_experts_per_tok", default=2, high=MAX_EXPERTS),
     )
-    return _shape(fields, heads, (block,), embedding_lora=True)
+    return _shape(fields, heads, (block,), lora_tables=BOTH_TABLES)
 
 
 def qwen3_moe(fields: Fields) -> Shape:
@@ -97,7 +98,7 @@ def qwen3_moe(fields: Fields) -> Shape:
         "dense" if index in only_dense or (index + 1) % step else "sparse"
         for index in range(layer_count(fields))
     ]
-    return _shape(fields, heads, blocks_by_kind(kinds, make), embedding_lora=True)
+    return _shape(fields, heads, blocks_by_kind(kinds, make), lora_tables=BOTH_TABLES)
 
 
 def gpt_oss(fields: Fields) -> Shape:
@@ -131,4 +132,4 @@ def gpt_oss(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    return _shape(fields, heads, blocks, embedding_lora=False)
+    return _shape(fields, heads, blocks, lora_tables=())
