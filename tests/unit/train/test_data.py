@@ -1,0 +1,222 @@
+"""load_data: what the trainer gets, what is reported, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from data_helpers import make_tokenizer, user
+
+from toolkit.base.errors import ConfigError, InputError
+from toolkit.config.model import DatasetSection
+from toolkit.train import data_source
+from toolkit.train.data import load_data
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "train.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path: str | None, tokenizer: Any = None, limit: int | None = None, **section: Any):
+    chosen = DatasetSection(path=path, **{"prompt": "q", "answer": "a", **section})
+    return load_data(chosen, tokenizer or make_tokenizer(), max_prompt_length=limit)
+
+
+def test_plain_prompts_with_their_columns(tmp_path: Path) -> None:
+    rows = [{"q": "w1", "a": 1, "level": "x"}, {"q": "w2", "a": 2, "level": "y"}]
+    path = write(tmp_path, rows)
+    data = load(path)
+    assert data.train.to_list() == [
+        {"q": "w1", "a": 1, "level": "x", "prompt": "w1", "answer": 1},
+        {"q": "w2", "a": 2, "level": "y", "prompt": "w2", "answer": 2},
+    ]
+    assert data.eval is None
+    report = data.report.train
+    assert report.digest == f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    assert report.lines() == [f"2 plain prompts from {path}"]
+    assert report.columns == ("q", "a", "level", "prompt", "answer")
+    json.dumps(data.report.to_json())
+
+
+def test_empty_duplicate_and_long_prompts_are_counted(tmp_path: Path) -> None:
+    texts = ["w1", "", "w2 w3 w4 w5", "w1", None, "  ", "w1"]
+    data = load(write(tmp_path, [{"q": text, "a": 0} for text in texts]), limit=3)
+    assert data.train["prompt"][:] == ["w1", "w4 w5", "w1", "w1"]
+    assert data.report.lines() == [
+        f"4 plain prompts from {tmp_path}/train.jsonl",
+        "3 of 7 rows have no prompt and were left out",
+        "2 prompts repeat an earlier one (kept)",
+        "1 prompts were longer than grpo.max_prompt_length and lost their beginning "
+        "(the longest had 5 tokens)",
+    ]
+
+
+def test_chats_and_a_system_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"q": [user("w1")], "a": 0}])
+    data = load(path, make_tokenizer(chat=True), system="w9")
+    assert data.train["prompt"][0] == [{"role": "system", "content": "w9"}, user("w1")]
+    assert data.report.train.chat
+    with pytest.raises(ConfigError, match="no chat template"):
+        load(path)
+
+
+def test_a_plain_prompt_becomes_a_chat_only_under_a_system_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"q": "w1", "a": 0}])
+    chat = make_tokenizer(chat=True)
+    assert load(path, chat).train["prompt"][0] == "w1"
+    assert load(path, chat, system="w9").train["prompt"][0] == [
+        {"role": "system", "content": "w9"},
+        user("w1"),
+    ]
+    assert load(path, system="w9").train["prompt"][0] == "w9\n\nw1"
+
+
+def test_limits_and_a_held_out_file(tmp_path: Path) -> None:
+    rows = [{"q": f"w{number}", "a": number} for number in range(10)]
+    held_out = write(tmp_path, rows, "eval.jsonl")
+    data = load(write(tmp_path, rows), limit=9, eval_path=held_out, eval_limit=3)
+    assert (len(data.train), len(data.eval or [])) == (10, 3)
+    assert f"held out: 3 plain prompts from {held_out}" in data.report.lines()
+    path = write(tmp_path, rows)
+    chosen = DatasetSection(path=path, prompt="q", limit=4)
+    assert len(load_data(chosen, make_tokenizer()).train) == 4
+
+
+def test_a_saved_folder_with_and_without_splits(tmp_path: Path) -> None:
+    train = datasets.Dataset.from_list([{"q": "w1", "a": 1}, {"q": "w2", "a": 2}])
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": train, "test": train.select([1])}).save_to_disk(tmp_path / "two")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert load(one).train["answer"][:] == [1, 2]
+    data = load(two, eval_split="test")
+    assert data.eval is not None
+    assert data.eval["prompt"][:] == ["w2"]
+    assert data.report.train.digest.startswith("sha256:")
+    assert data.report.train.digest == load(one).report.train.digest
+    with pytest.raises(ConfigError, match=r"has no split 'dev'[\s\S]*one of train, test"):
+        load(two, eval_split="dev")
+
+
+def test_a_saved_folder_cannot_lead_outside(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"q": "w1", "a": 1}]).save_to_disk(tmp_path / "d")
+    state = tmp_path / "d" / "state.json"
+    content = json.loads(state.read_text())
+    content["_data_files"] = [{"filename": "../../secret.arrow"}]
+    state.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"file in state\.json leads outside its folder"):
+        load(str(tmp_path / "d"))
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "dataset_dict.json").write_text('{"splits": ["../d"]}')
+    with pytest.raises(ConfigError, match="a split leads outside its folder"):
+        load(str(tmp_path / "s"), split="../d")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (lambda folder: (folder / "state.json").write_text("{"), InputError),
+        (lambda folder: (folder / "state.json").write_text('{"_data_files": [1]}'), InputError),
+        (lambda folder: (folder / "dataset_info.json").unlink(), InputError),
+        (lambda folder: next(folder.glob("*.arrow")).write_bytes(b"torn"), InputError),
+        (lambda folder: (folder / "state.json").unlink(), ConfigError),
+    ],
+)
+def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
+    datasets.Dataset.from_list([{"q": "w1", "a": 1}]).save_to_disk(tmp_path / "d")
+    damage(tmp_path / "d")
+    with pytest.raises(error, match=str(tmp_path / "d")):
+        load(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"prompt": "quest"}, "'quest', and there is none; the columns are q, a"),
+        ({"prompt": "qq"}, "fix: dataset.prompt: q"),
+        ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
+        ({"eval_split": "test"}, "is a file, which has no splits, and the split 'test'"),
+        ({"path": None}, "dataset.path is not set"),
+    ],
+)
+def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, [{"q": "w1", "a": 1}])
+    with pytest.raises(ConfigError, match=message):
+        load(**{"path": path, **section})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "the dataset is empty"), ([{"q": "", "a": 1}], "column 'q' is empty in every row")],
+)
+def test_nothing_to_train_on(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, rows))
+
+
+def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
+    rows = [{"q": "w1", "prompt": "other", "answer": "old", "a": 1, "completions": 5}]
+    data = load(write(tmp_path, rows))
+    assert data.train.to_list() == [{"q": "w1", "a": 1, "prompt": "w1", "answer": 1}]
+    assert data.report.train.notes == (
+        "the column 'prompt' gives way to dataset.prompt, which is 'q'",
+        "the column 'answer' gives way to dataset.answer, which is 'a'",
+        "the column 'completions' is left out: rewards get another thing as completions",
+    )
+
+
+def test_the_usual_names(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "w1", "answer": "5"}])
+    data = load_data(DatasetSection(path=path, answer="answer"), make_tokenizer())
+    assert data.train.to_list() == [{"prompt": "w1", "answer": "5"}]
+    assert data.report.train.notes == ()
+
+
+def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"no file or folder here.* HF_HUB_OFFLINE is set"):
+        load("somebody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (ConnectionError("no"), "the hub does not answer", 4),
+        (datasets.exceptions.DatasetNotFoundError("gone"), "no dataset on the hub .*gone", 1),
+        (ValueError("Unknown split"), "Unknown split", 1),
+        (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer", 1),
+    ],
+)
+def test_what_the_hub_can_say(monkeypatch, error: Exception, message: str, code: int) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(data_source.datasets, "load_dataset", load_dataset)
+    with pytest.raises(Exception, match=message) as caught:
+        load("somebody/nothing")
+    assert caught.value.exit_code == code
+
+
+def test_a_dataset_from_the_hub_is_hashed_by_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = datasets.Dataset.from_list([{"q": "w1", "a": 1}, {"q": "w2", "a": 2}])
+    seen: dict[str, Any] = {}
+
+    def load_dataset(path: str, **options: Any) -> datasets.Dataset:
+        seen.update(options, path=path)
+        return made
+
+    monkeypatch.setattr(data_source.datasets, "load_dataset", load_dataset)
+    data = load("org/name", name="main", revision="abc", split="train[:5]")
+    assert seen == {"path": "org/name", "name": "main", "split": "train[:5]", "revision": "abc"}
+    assert data.train["answer"][:] == [1, 2]
+    again = load("org/name", name="main").report.train.digest
+    made = made.map(lambda row: {"a": row["a"] + 1})
+    assert data.report.train.digest == again
+    assert data.report.train.digest != load("org/name", name="main").report.train.digest

@@ -1,0 +1,106 @@
+"""Prompts, plain and chat: checked, under a system prompt, cut from the left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from data_helpers import make_tokenizer, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.base.errors import ConfigError
+from toolkit.train import data_prompts
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([1, 2], "is int, not a text or a list of messages"),
+        ([[user("x")], [{"content": "x"}]], "message 1 has no role"),
+        ([[user("x")], ["x"]], "message 1 has no role"),
+        ([[{"role": "human", "content": "x"}]], "role 'human', not one of system"),
+        ([[{"role": "user"}]], "message 1 has no content"),
+        ([[user(5)]], "message 1 has no content that is a text"),
+        ([[user("x"), {"role": "assistant", "content": "y"}]], "nothing left to answer"),
+    ],
+)
+def test_bad_prompts_name_the_row(prompts: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"data row .*column 'q' .*{message}"):
+        data_prompts.check_prompts(prompts, "q", lambda index: f"data row {index + 1}")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "is_chat"),
+    [
+        (["a", None], False),
+        ([[user("a")], None], True),
+        ([None], False),
+        ([[user([{"text": "a"}])]], True),
+    ],
+)
+def test_good_prompts(prompts: list[Any], is_chat: bool) -> None:
+    assert data_prompts.check_prompts(prompts, "q", str) is is_chat
+
+
+@pytest.mark.parametrize("prompt", [None, "", " \n", [], [user("")], [user(None)]])
+def test_empty_prompts(prompt: Any) -> None:
+    assert data_prompts.is_empty(prompt)
+    assert not data_prompts.is_empty("x")
+    assert not data_prompts.is_empty([user("x")])
+
+
+def test_system_prompts() -> None:
+    system = {"role": "system", "content": "S"}
+    put = data_prompts.with_system
+    assert put("q", "S", has_template=True) == [system, user("q")]
+    assert put("q", "S", has_template=False) == "S\n\nq"
+    assert put([user("q")], "S", has_template=True) == [system, user("q")]
+    own = [{"role": "system", "content": "own"}, user("q")]
+    assert put(own, "S", has_template=True) == own
+
+
+def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:
+    with pytest.raises(ConfigError, match="has no chat template"):
+        data_prompts.check_template(make_tokenizer(), [user("x")], "q")
+    late = [user("x"), {"role": "system", "content": "y"}]
+    with pytest.raises(ConfigError, match="refuses the prompts: system must come first"):
+        data_prompts.check_template(make_tokenizer(chat=True), late, "q")
+
+
+def test_a_text_loses_its_first_tokens() -> None:
+    tokenizer = make_tokenizer()
+    text = " ".join(f"w{number}" for number in range(10))
+    assert data_prompts.truncate(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
+    assert data_prompts.truncate(tokenizer, text, 11) == text
+    with pytest.raises(ConfigError, match=r"max_prompt_length 1: the special tokens alone have 1"):
+        data_prompts.truncate(tokenizer, text, 1)
+
+
+def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
+    tokenizer = make_tokenizer(chat=True)
+    chat = [
+        {"role": "system", "content": "w1 w2"},
+        user("w3 w4 w5"),
+        {"role": "assistant", "content": "w6 w7"},
+        user("w8 w9"),
+    ]
+    whole = data_prompts.length_of(tokenizer, chat)
+    assert whole == 2 + 3 + 2 + 2 + 2 * 4 + 1
+    shorter = data_prompts.truncate(tokenizer, chat, whole - 4)
+    assert [message["content"] for message in shorter] == ["w1 w2", "", "w7", "w8 w9"]
+    assert chat[1]["content"] == "w3 w4 w5"
+    with pytest.raises(ConfigError, match="system prompt and template alone have 11 tokens"):
+        data_prompts.truncate(tokenizer, chat, 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="abc .0123\nw<>/s\u00e9", min_size=1, max_size=60), st.integers(2, 20))
+def test_what_is_cut_fits_and_is_the_end(text: str, limit: int) -> None:
+    tokenizer = make_tokenizer()
+    if data_prompts.length_of(tokenizer, text) <= limit:
+        return
+    cut = data_prompts.truncate(tokenizer, text, limit)
+    assert data_prompts.length_of(tokenizer, cut) <= limit
+    assert text.endswith(cut)
+    assert cut

@@ -1,0 +1,158 @@
+"""Files of every kind, whole and broken: values keep their types, errors name the line."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from toolkit.base.errors import ConfigError, InputError
+from toolkit.train.data_read import READERS, read_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROWS = [{"q": "one", "a": 1}, {"q": 'two, "quoted"\nline', "a": 2}, {"q": "drei", "a": 3}]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def make(folder: Path, suffix: str) -> Path:
+    path = folder / f"data{suffix}"
+    table = pa.Table.from_pylist(ROWS)
+    if suffix in (".jsonl", ".ndjson"):
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    elif suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif suffix in (".csv", ".tsv"):
+        mark = "," if suffix == ".csv" else "\t"
+        path.write_text(
+            mark.join("qa") + f'\none{mark}1\n"two, ""quoted""\nline"{mark}2\ndrei{mark}3\n'
+        )
+    elif suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    rows = read_file(make(tmp_path, suffix))
+    answers = ["1", "2", "3"] if suffix in (".csv", ".tsv") else [1, 2, 3]
+    assert rows.table["q"].to_pylist() == [row["q"] for row in ROWS]
+    assert rows.table["a"].to_pylist() == answers
+    assert str(tmp_path / f"data{suffix}") in rows.place(2)
+    assert len(read_file(tmp_path / f"data{suffix}", 2).table) == 2
+    assert len(read_file(tmp_path / f"data{suffix}", 99).table) == 3
+
+
+def test_places_are_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\r\n{"b": 3}')
+    rows = read_file(path)
+    assert [rows.place(index) for index in range(3)] == [f"{path}:1", f"{path}:4", f"{path}:5"]
+    assert rows.table.to_pylist() == [{"a": 1, "b": None}, {"a": 2, "b": None}, {"a": None, "b": 3}]
+
+
+def test_json_with_a_data_key(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.json", '{"version": 1, "data": [{"q": "x"}]}')
+    assert read_file(path).table.to_pylist() == [{"q": "x"}]
+
+
+def test_an_archive_with_one_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "d.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(make(tmp_path, ".arrow"), "inner/data.arrow")
+    rows = read_file(path)
+    assert rows.table.to_pylist() == ROWS
+    assert rows.place(0) == f"{path}/inner/data.arrow row 1"
+
+
+def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        info = tarfile.TarInfo("../../evil.jsonl")
+        tar.addfile(info, io.BytesIO(b""))
+    with pytest.raises(ConfigError, match="leads outside its folder"):
+        read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", '{"a": 1}\n{"a": 2', r"d.jsonl:2:8: is not JSON: Expecting ',' delimiter"),
+        ("d.jsonl", '{"a": 1}\n\n[1]\n', "d.jsonl:3: a line must be a JSON object, not a list"),
+        ("d.jsonl", '{"a": NaN}', "d.jsonl:1: is not JSON: NaN is no JSON value"),
+        ("d.jsonl", b'{"a": 1}\n{"a": "\xff"}', "d.jsonl:2: is not UTF-8 text"),
+        ("d.jsonl", '{"a":' + "[" * 100_000, "d.jsonl:1: is nested too deeply"),
+        ("d.jsonl", '{"a": "ok"}\n{"a": "\\ud800"}', "d.jsonl:2: .*half of a character"),
+        ("d.json", '[{"a": 1},\n 5]', "d.json row 2: must be a JSON object, not a number"),
+        ("d.json", '[\n{"a": 1}\n{"a": 1}]', "d.json:3: is not JSON"),
+        ("d.json", '{"rows": []}', "must be a list of objects"),
+        ("d.json", "", "d.json:1: is not JSON"),
+        ("d.csv", "a,b\n1,2\n3\n", "d.csv:3: has 1 fields where the header has 2"),
+        ("d.csv", 'a,b\n1,"2\n', "d.csv:2: unexpected end of data"),
+        ("d.csv", "a,a\n1,2\n", "d.csv:1: two columns have the same name"),
+        ("d.csv", b"a,b\n\xff,2\n", "d.csv: is not UTF-8 text"),
+        ("d.parquet", "PAR1 not", "is no readable Parquet file"),
+        ("d.arrow", "not", "is no readable Arrow file"),
+        ("d.zip", "not", "not a readable archive"),
+    ],
+)
+def test_broken_files_name_the_place(tmp_path: Path, name: str, content, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_file(write(tmp_path, name, content))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['"x"', "1", "2"], "d.jsonl:2: column 'a' holds a number here and a text before"),
+        (["1", "2", '"x"'], "d.jsonl:3: column 'a' holds a text here and a number before"),
+        (["null", "[1]", '{"b": 1}'], "d.jsonl:3: column 'a' holds an object here and a list"),
+        (["true", "1"], "d.jsonl:2: column 'a' holds a number here and a truth value before"),
+        (["1", str(2**70)], "d.jsonl:2: column 'a' holds a number"),
+    ],
+)
+def test_a_column_of_two_types_names_the_row(tmp_path: Path, rows: list[str], message: str) -> None:
+    content = "\n".join(f'{{"a": {value}}}' for value in rows)
+    with pytest.raises(ConfigError, match=message):
+        read_file(write(tmp_path, "d.jsonl", content))
+
+
+def test_the_misfit_is_found_among_many(tmp_path: Path) -> None:
+    content = "".join(
+        '{"a": %s}\n' % ('"x"' if index == 7777 else index) for index in range(10_000)
+    )
+    with pytest.raises(ConfigError, match=r"d\.jsonl:7778: "):
+        read_file(write(tmp_path, "d.jsonl", content))
+
+
+def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
+    write(tmp_path, "train.jsonl", "")
+    with pytest.raises(InputError, match=r"no such file[\s\S]*train\.jsonl"):
+        read_file(tmp_path / "trian.jsonl")
+    with pytest.raises(InputError, match=r"no such file[\s\S]*there is no folder"):
+        read_file(tmp_path / "nowhere" / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data", "data.pkl", "data.pt"])
+def test_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"not a kind of data file[\s\S]*\.jsonl"):
+        read_file(write(tmp_path, name, ""))
+
+
+def test_a_huge_field_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.csv", f"a,b\n{'x' * 300_000},1\n")
+    assert len(read_file(path).table["a"][0].as_py()) == 300_000

@@ -1,0 +1,207 @@
+"""From the dataset section of a run file to what the trainer takes: prompts, columns, and
+counts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from toolkit.base.errors import ConfigError
+from toolkit.train import data_prompts
+from toolkit.train.data_source import read_source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from toolkit.config.model import DatasetSection
+    from toolkit.train.data_columns import Rows
+
+# Names that the trainer passes to rewards itself: a column of this name cannot be passed beside.
+_TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitReport:
+    """What was found in one split; ``digest`` is for the manifest, the counts are for people."""
+
+    source: str
+    digest: str
+    rows: int
+    used: int
+    chat: bool
+    empty: int
+    duplicates: int
+    truncated: int
+    longest_tokens: int | None
+    columns: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it; the first line is a summary, the others are oddities."""
+        kind = "chats" if self.chat else "plain prompts"
+        found = [f"{self.used} {kind} from {self.source}"]
+        if self.empty:
+            found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
+        if self.duplicates:
+            found.append(f"{self.duplicates} prompts repeat an earlier one (kept)")
+        if self.truncated:
+            found.append(
+                f"{self.truncated} prompts were longer than grpo.max_prompt_length and lost their "
+                f"beginning (the longest had {self.longest_tokens} tokens)"
+            )
+        return [*found, *self.notes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """The reports of both splits."""
+
+    train: SplitReport
+    eval: SplitReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: plain values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For a person, the held-out split named as such."""
+        held_out = [f"held out: {line}" for line in self.eval.lines()] if self.eval else []
+        return [*self.train.lines(), *held_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), ``answer`` where
+    one was named, and every other column of the source, which the trainer passes to the rewards.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    report: DataReport
+
+
+def load_data(
+    section: DatasetSection, tokenizer: Any, *, max_prompt_length: int | None = None
+) -> Data:
+    """Read, check and prepare the training split, and the held-out one where the section names it.
+
+    ``max_prompt_length`` is in tokens, special tokens and template included; longer prompts lose
+    their beginning. Raises ConfigError for what the user must change, InputError for what cannot
+    be read, RetryError where the hub does not answer.
+    """
+    if section.path is None:
+        raise ConfigError("dataset.path is not set: there are no prompts to train on")
+    train, train_report = _split(
+        section, tokenizer, max_prompt_length, (section.path, section.split, section.limit)
+    )
+    if section.eval_path is None and section.eval_split is None:
+        return Data(train=train, eval=None, report=DataReport(train=train_report))
+    held_out = (
+        section.eval_path or section.path,
+        section.eval_split or section.split,
+        section.eval_limit,
+    )
+    evaluated, eval_report = _split(section, tokenizer, max_prompt_length, held_out)
+    report = DataReport(train=train_report, eval=eval_report)
+    return Data(train=train, eval=evaluated, report=report)
+
+
+def _split(
+    section: DatasetSection,
+    tokenizer: Any,
+    max_prompt_length: int | None,
+    where: tuple[str, str, int | None],
+) -> tuple[datasets.Dataset, SplitReport]:
+    path, split, limit = where
+    rows, digest = read_source(
+        path, split=split, name=section.name, revision=section.revision, limit=limit
+    )
+    if not len(rows.table):
+        raise ConfigError("the dataset is empty: it has no rows", where=path)
+    for key in ("prompt", "answer"):
+        _check_column(rows.table, path, key, getattr(section, key))
+    found = rows.table[section.prompt].to_pylist()
+    is_chat = data_prompts.check_prompts(found, section.prompt, rows.place)
+    kept = [index for index, prompt in enumerate(found) if not data_prompts.is_empty(prompt)]
+    if not kept:
+        raise ConfigError(f"column {section.prompt!r} is empty in every row", where=path)
+    prompts = [found[index] for index in kept]
+    if section.system:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        prompts = [
+            data_prompts.with_system(prompt, section.system, has_template=has_template)
+            for prompt in prompts
+        ]
+        is_chat = isinstance(prompts[0], list)
+    if is_chat:
+        data_prompts.check_template(tokenizer, prompts[0], section.prompt)
+    prompts, truncated, longest = _truncated(tokenizer, prompts, max_prompt_length)
+    table, notes = _columns(rows, kept, section, prompts)
+    report = SplitReport(
+        source=path,
+        digest=digest,
+        rows=len(found),
+        used=len(prompts),
+        chat=is_chat,
+        empty=len(found) - len(kept),
+        duplicates=len(prompts) - len({json.dumps(prompt, sort_keys=True) for prompt in prompts}),
+        truncated=truncated,
+        longest_tokens=longest,
+        columns=tuple(table.column_names),
+        notes=tuple(notes),
+    )
+    return datasets.Dataset(table), report
+
+
+def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> None:
+    if name is None or name in table.column_names:
+        return
+    near = difflib.get_close_matches(name, table.column_names, n=1)
+    raise ConfigError(
+        f"dataset.{key} names the column {name!r}, and there is none; "
+        f"the columns are {', '.join(table.column_names)}",
+        where=path,
+        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of them",
+    )
+
+
+def _truncated(
+    tokenizer: Any, prompts: list[Any], limit: int | None
+) -> tuple[list[Any], int, int | None]:
+    """The prompts at most ``limit`` tokens long, how many were cut, and the longest before."""
+    if limit is None:
+        return prompts, 0, None
+    lengths = [data_prompts.length_of(tokenizer, prompt) for prompt in prompts]
+    cut = [
+        data_prompts.truncate(tokenizer, prompt, limit) if length > limit else prompt
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    return cut, sum(length > limit for length in lengths), max(lengths)
+
+
+def _columns(
+    rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any]
+) -> tuple[pa.Table, list[str]]:
+    """The kept rows with ``prompt`` and ``answer``; notes on columns that had to give way."""
+    table = rows.table.take(kept)
+    new: dict[str, Any] = {"prompt": prompts}
+    if section.answer:
+        new["answer"] = table[section.answer]
+    notes = [
+        f"the column {name!r} gives way to dataset.{name}, which is {getattr(section, name)!r}"
+        for name in new
+        if name in table.column_names and getattr(section, name) != name
+    ]
+    taken = [name for name in _TAKEN if name in table.column_names]
+    notes += [
+        f"the column {name!r} is left out: rewards get another thing as {name}" for name in taken
+    ]
+    table = table.drop_columns([*taken, *(name for name in new if name in table.column_names)])
+    for name, values in new.items():
+        table = table.append_column(name, [values] if isinstance(values, list) else values)
+    return table, notes

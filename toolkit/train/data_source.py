@@ -1,0 +1,158 @@
+"""Where prompts come from: a file, a folder that datasets saved, or the hub; and what it hashes
+to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from toolkit.base.errors import ConfigError, InputError, RetryError
+from toolkit.base.paths import safe_join
+from toolkit.train.data_columns import Rows
+from toolkit.train.data_read import READERS, read_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+_CHUNK_BYTES = 1 << 20
+
+
+def read_source(
+    path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
+) -> tuple[Rows, str]:
+    """The first ``limit`` rows, and the digest of the source for the manifest.
+
+    ``sha256:...`` is over the bytes of a file, over the data files of a saved folder, or over the
+    rows that came from the hub. Raises InputError, ConfigError, or RetryError where the hub does
+    not answer.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _read_folder(local, split, limit)
+    if local.exists() or _is_path(path):
+        if split != "train":
+            raise ConfigError(
+                f"is a file, which has no splits, and the split {split!r} was asked for",
+                where=path,
+                fix="name the other file in dataset.eval_path, and no split",
+            )
+        rows = read_file(local, limit)
+        return rows, _digest_files([local])
+    return _read_hub(path, split, name, revision, limit)
+
+
+def _is_path(text: str) -> bool:
+    suffix = Path(text).suffix.lower()
+    return text[:1] in "./~" or suffix in READERS or not _HUB_ID.fullmatch(text)
+
+
+def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(folder / "dataset_dict.json").get("splits") or []
+        if split not in splits:
+            raise ConfigError(
+                f"has no split {split!r}",
+                where=str(folder),
+                fix=f"dataset.split: one of {', '.join(map(str, splits))}",
+            )
+        folder = safe_join(folder, split, what="a split")
+    if not (folder / "state.json").is_file():
+        inside = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS)
+        raise ConfigError(
+            "is a folder, and not one that datasets' save_to_disk made",
+            where=str(folder),
+            fix=f"name a file in it: {', '.join(inside[:8])}" if inside else None,
+        )
+    files = [
+        _data_file(folder, entry) for entry in _json(folder / "state.json").get("_data_files") or []
+    ]
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the saved dataset cannot be read: {_first_line(error)}", where=str(folder)
+        ) from error
+    rows = Rows(_table(dataset, limit), lambda index: f"{folder} row {index + 1}")
+    return rows, _digest_files(files)
+
+
+def _data_file(folder: Path, entry: Any) -> Path:
+    """A data file that state.json names: it must lie in the folder."""
+    name = entry.get("filename") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise InputError("names no data file", where=str(folder / "state.json"))
+    return safe_join(folder, name, what="a data file in state.json")
+
+
+def _read_hub(
+    path: str, split: str, name: str | None, revision: str | None, limit: int | None
+) -> tuple[Rows, str]:
+    """From the hub or its cache. datasets >= 4 runs no code of a dataset's."""
+    try:
+        dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)
+    except ConnectionError as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        kind = ConfigError if offline else RetryError
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer"
+        raise kind(
+            f"dataset {path!r} is no file or folder here, it is not in the cache, and {why}",
+            fix="a path starts with ./ or /; a hub dataset can be fetched on a machine with a "
+            "network and kept with save_to_disk",
+        ) from error
+    except FileNotFoundError as error:  # DatasetNotFoundError is one
+        raise ConfigError(
+            f"dataset {path!r} is no file or folder here and no dataset on the hub that this "
+            f"account can see ({_first_line(error)})",
+        ) from error
+    except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
+        raise ConfigError(f"dataset {path!r}: {_first_line(error)}") from error
+    table = _table(dataset, limit)
+    return Rows(table, lambda index: f"{path} row {index + 1}"), _digest_rows(table)
+
+
+def _table(dataset: Any, limit: int | None) -> pa.Table:
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    table: pa.Table = dataset.with_format("arrow")[:count]
+    return table
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {_first_line(error)}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise InputError("is no JSON object", where=str(path))
+    return value
+
+
+def _digest_files(paths: list[Path]) -> str:
+    """sha256 over the bytes of the files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _digest_rows(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for row in table.to_pylist():
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
