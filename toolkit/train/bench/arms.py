@@ -47,7 +47,9 @@ def _ours(settings: Settings) -> Any:
         checkpointing = settings.ours_checkpointing
     model, tokenizer = _load(FastLanguageModel, settings, use_gradient_checkpointing=checkpointing)
     batch = settings.ours_batch or settings.per_device_batch
-    arguments = _arguments(GRPOTrainer, settings, batch, gradient_checkpointing=checkpointing)
+    arguments = _arguments(
+        _grpo_config(GRPOTrainer), settings, batch, gradient_checkpointing=checkpointing
+    )
     return GRPOTrainer(
         model=model,
         reward_funcs=reward_odd,
@@ -66,7 +68,7 @@ def _unsloth(settings: Settings) -> Any:
     )
     trl = import_module("trl")
     arguments = _arguments(
-        trl.GRPOTrainer,
+        trl.GRPOConfig,
         settings,
         settings.per_device_batch,
         gradient_checkpointing=True,
@@ -85,7 +87,8 @@ def _trl(settings: Settings) -> Any:
     import torch  # noqa: PLC0415 - heavy
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy
 
-    from toolkit.policy.lora import lora_config  # noqa: PLC0415 - heavy
+    from toolkit.policy.lora import to_peft  # noqa: PLC0415 - heavy
+    from toolkit.policy.settings import LoraSettings  # noqa: PLC0415 - heavy
     from toolkit.train.trainer import GRPOTrainer  # noqa: PLC0415 - heavy
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
@@ -94,7 +97,7 @@ def _trl(settings: Settings) -> Any:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     arguments = _arguments(
-        theirs,
+        _grpo_config(theirs),
         settings,
         settings.per_device_batch,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -109,7 +112,9 @@ def _trl(settings: Settings) -> Any:
         args=arguments,
         train_dataset=prompts(settings),
         processing_class=AutoTokenizer.from_pretrained(settings.model),
-        peft_config=lora_config(r=settings.r, lora_alpha=settings.r, target_modules=TARGETS),
+        peft_config=to_peft(
+            LoraSettings(r=settings.r, lora_alpha=settings.r, target_modules=tuple(TARGETS))
+        ),
     )
 
 
@@ -136,13 +141,18 @@ def _load(fast_language_model: Any, settings: Settings, *, use_gradient_checkpoi
     return model, tokenizer
 
 
-def _arguments(trainer: Any, settings: Settings, batch: int, **more: Any) -> Any:
-    """GRPOConfig of the TRL that ``trainer`` belongs to."""
+def _grpo_config(trainer: Any) -> Any:
+    """The GRPOConfig of the TRL that ``trainer`` is, or derives from."""
+    modules = (sys.modules[cls.__module__] for cls in trainer.__mro__)
+    return next(module.GRPOConfig for module in modules if hasattr(module, "GRPOConfig"))
+
+
+def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
+    """What all arms share, as a ``config`` (a GRPOConfig class)."""
     import torch  # noqa: PLC0415 - heavy
 
-    module = sys.modules[trainer.__module__]
     cuda = torch.cuda.is_available()
-    return module.GRPOConfig(
+    return config(
         output_dir=str(Path(settings.model) / "bench-output"),
         max_steps=settings.steps,
         per_device_train_batch_size=batch,

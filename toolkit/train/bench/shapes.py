@@ -80,7 +80,7 @@ SHAPES: dict[str, Shape] = {
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 16,
+            "head_dim": 32,
             "tie_word_embeddings": True,
         },
     ),
@@ -97,7 +97,7 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
 
     stamp = folder / "bench-shape.json"
-    wanted = json.dumps({"shape": name, "seed": seed})
+    wanted = json.dumps({"shape": name, "seed": seed, "config": SHAPES[name].config})
     if stamp.is_file() and stamp.read_text() == wanted:
         return folder
     shape = SHAPES[name]
