@@ -1,20 +1,17 @@
-"""Prometheus' text format, for node_exporter's textfile collector. What is not known is left out."""
+"""Prometheus' text format, for node_exporter's textfile collector; the unknown is left out."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 from toolkit import __version__
 from toolkit.gpu.devices import memory_of
-from toolkit.gpu.reading import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from toolkit.gpu.checks import CheckResult
+    from toolkit.gpu.reading import Reading
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
 VERDICTS = {"ok": 0, "warn": 1, "fail": 2, "unknown": 3}
@@ -124,16 +121,3 @@ def _family(name: str, text: str, samples: Sequence[tuple[dict[str, str], float]
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Replace the file in one step, readable by node_exporter: it never sees half of it."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

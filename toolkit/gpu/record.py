@@ -1,15 +1,17 @@
 """A node in a file, for a bug report: every raw answer, and nothing that names a person or a host.
 
-UUIDs become hashes of themselves (the same card stays recognisable), pids become small numbers;
-names of processes, users and hosts go. The environment was an allow-list to begin with.
+UUIDs become others that still tell cards apart, pids become small numbers; names of processes,
+users and hosts go. The environment was an allow-list to begin with.
 """
 
 from __future__ import annotations
 
 import getpass
 import hashlib
+import os
 import re
 import socket
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 LARGEST_BYTES = 20_000_000
-_UUID = re.compile(r"\b(MIG-GPU-|GPU-|MIG-)([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){0,3}(?:-[0-9a-f]+)?)")
+_UUID = re.compile(r"\b(MIG-GPU-|GPU-|MIG-)([0-9a-fA-F]{4}[0-9a-fA-F-]*)")
 _DROPPED = {"SLURM_JOB_ID": "1"}
 
 
@@ -56,10 +58,8 @@ _LOCK = "software.lock"
 def _names_here() -> dict[str, str]:
     """What must not leave this machine: home folder, account name, host name."""
     names = {str(Path.home()): "~"}
-    try:
+    with suppress(KeyError, OSError):  # a uid without an account
         names[getpass.getuser()] = "USER"
-    except (KeyError, OSError):  # a uid without an account
-        pass
     host = socket.gethostname()
     names[host] = "HOST"
     names[host.partition(".")[0]] = "HOST"
@@ -69,6 +69,7 @@ def _names_here() -> dict[str, str]:
 def redact(data: Any, names: dict[str, str]) -> Any:
     """The same object with every text scrubbed and every process made anonymous."""
     pids: dict[int, int] = {}
+    salt = os.urandom(16)
 
     def walk(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -78,7 +79,7 @@ def redact(data: Any, names: dict[str, str]) -> Any:
         if key == "pid" and isinstance(value, int):
             return pids.setdefault(value, len(pids) + 1)
         if isinstance(value, str):
-            return _DROPPED.get(key) or _scrubbed(value, names)
+            return _DROPPED.get(key) or _scrubbed(value, names, salt)
         return value
 
     without_names = _drop_process_names(data)
@@ -95,8 +96,8 @@ def _drop_process_names(value: Any) -> Any:
     return {name: _drop_process_names(part) for name, part in value.items()}
 
 
-def _scrubbed(text: str, names: dict[str, str]) -> str:
-    text = _UUID.sub(lambda found: found[1] + _hashed(found[2]), text)
+def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
+    text = _UUID.sub(lambda found: found[1] + _hashed(found[2].lower(), salt), text)
     text = re.sub(r"\buid \d+", "uid N", text)
     for name, mark in names.items():
         if name.startswith("/"):
@@ -106,20 +107,16 @@ def _scrubbed(text: str, names: dict[str, str]) -> str:
     return text
 
 
-def _hashed(uuid: str) -> str:
-    """Of the same form and, for a prefix, a prefix of the hash of nothing else.
+def _hashed(uuid: str, salt: bytes) -> str:
+    """Another UUID, digit for digit: a prefix stays a prefix, as CUDA_VISIBLE_DEVICES may have one.
 
-    Only the first eight digits are hashed and the rest follows from them, so that a shortened
-    UUID in CUDA_VISIBLE_DEVICES still names its card.
+    The salt is thrown away, so that nobody finds the card by trying digits.
     """
-    digest = hashlib.sha256(uuid[:8].lower().encode()).hexdigest()
-    rest = hashlib.sha256(uuid.lower().encode()).hexdigest()
-    head, *groups = uuid.split("-")
-    parts, position = [digest[: len(head)]], 0
-    for group in groups:
-        parts.append(rest[position : position + len(group)])
-        position += len(group)
-    return "-".join(parts)
+    digests = (hashlib.sha256(salt + uuid[: end + 1].encode()) for end in range(len(uuid)))
+    return "".join(
+        "-" if digit == "-" else digest.hexdigest()[0]
+        for digit, digest in zip(uuid, digests, strict=True)
+    )
 
 
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The JSON of ``probe --json``, ``check --json`` and a run's preflight.json (report.schema.json)."""
+"""The JSON of ``probe --json``, ``check --json`` and preflight.json (report.schema.json)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
 
-SCHEMA_ID = "https://schemas.grpo-toolkit.dev/report/1"
+SCHEMA_ID = "urn:grpo-toolkit:schema:report:1"
 NO_GPU_EXIT = 3
 
 
@@ -36,7 +36,7 @@ def check_report(
     node: bool = False,
     sizing: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What is here and every check's answer; ``sizing`` is a run's SizingResult, if there is one."""
+    """What is here and every check's answer; ``sizing`` is a run's SizingResult."""
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
     report = {

@@ -25,7 +25,7 @@ class CheckContext:
     ``configured`` says that the values come from a run file, so that what is not asked is not
     needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
     ``node`` judges every card of the node and leaves the job out. ``lock`` maps a package to its
-    locked version. ``sizer_architectures`` are the model classes that sizing knows exactly.
+    locked version. ``sizer_model_types`` are the ``model_type`` values that sizing knows exactly.
     """
 
     configured: bool = False
@@ -46,7 +46,7 @@ class CheckContext:
     world_size: int = 1
     model: str | None = None
     revision: str | None = None
-    sizer_architectures: tuple[str, ...] | None = None
+    sizer_model_types: tuple[str, ...] | None = None
     lock: Mapping[str, str] | None = None
 
     @property

@@ -101,9 +101,10 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
         return fail("user", f"the installed vLLM does not list {names[0]}")
     if knows.value is False:
         return warn(f"the installed vLLM does not list {names[0]}: engine transformers only")
-    if context.sizer_architectures is not None and names[0] not in context.sizer_architectures:
+    kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
+    if known is not None and kind not in known:
         return warn(
-            f"{names[0]} is not known to sizing by name: it is sized with a wider margin",
+            f"{kind or names[0]} is not known to sizing: it is sized with a wider margin",
             "leave more room, or run `envcheck calibrate` on a short run",
         )
     return ok(f"{names[0]}: known" + ("" if knows.known else " to sizing; vLLM is not installed"))

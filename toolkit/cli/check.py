@@ -1,0 +1,132 @@
+"""``envcheck check``: judge this node for a job, or for itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolkit.cli.render import paragraph, plural, styled, verdict_word
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from toolkit.gpu.checks import CheckContext, CheckResult
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what a job asks of the node; ``check`` and ``record`` share them."""
+    options = (
+        click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="RUN.YAML",
+            help="Judge for this run file.",
+        ),
+        click.option("--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's number."),
+        click.option(
+            "--require",
+            multiple=True,
+            metavar="WHAT",
+            help="N GPUs, gpu, a card (h200), cc>=9.0, free>=40GiB, driver>=580. Repeatable.",
+        ),
+        click.option(
+            "--lock",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Compare packages with a requirements file of == pins.",
+        ),
+        click.option("--only", multiple=True, metavar="CHECK", help="A family or an id."),
+        click.option("--skip", multiple=True, metavar="CHECK", help="A family or an id."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@request_options
+@click.option("--node", is_flag=True, help="Judge the node's health only (a scheduler's prolog).")
+@click.option("--strict", is_flag=True, help="What cannot be established is a failure (exit 5).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (report.schema.json).")
+@click.option(
+    "--prometheus",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write metrics for node_exporter's textfile collector.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="List what is well too.")
+def check(
+    node: bool,
+    strict: bool,
+    as_json: bool,
+    prometheus: Path | None,
+    verbose: bool,
+    **request: Any,
+) -> None:
+    """Check that this node can run the job. Reads only; needs no privilege.
+
+    Exit codes: 0 it can; 1 the config or the request must change; 3 this node is bad; 4 try
+    again later; 5 something could not be established, under --strict. With --node only a bad
+    node fails (3), never a user's mistake. Without a GPU a run that needs none passes.
+    """
+    from toolkit.base.paths import write_file  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.cli.request import examine  # noqa: PLC0415 - as above
+    from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
+    from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
+
+    snapshot, context, results = examine(**request, node=node)
+    report = check_report(snapshot, results, strict=strict, node=node)
+    code = int(report["exit_code"])
+    if prometheus is not None:
+        write_file(prometheus, exposition(snapshot, results, code))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        click.echo(text_of(results, context, verbose=verbose, strict=strict))
+    sys.exit(code)
+
+
+def text_of(
+    results: Sequence[CheckResult], context: CheckContext, *, verbose: bool, strict: bool = False
+) -> str:
+    """One paragraph a finding with its remedy, then what is well, then the count."""
+    from toolkit.gpu.checks import exit_code  # noqa: PLC0415 - as above
+
+    order = {"fail": 0, "unknown": 1, "warn": 2, "ok": 3}
+    width = max((len(result.id) for result in results), default=0)
+    lines = []
+    for result in sorted(results, key=lambda one: order[one.verdict]):
+        if result.verdict == "ok" and not verbose:
+            continue
+        first = f"{verdict_word(result.verdict)} {result.id:<{width}}  "
+        indent = " " * (7 + 1 + width + 2)
+        # The escape codes of a coloured word take no columns.
+        text = paragraph(result.evidence, first=" " * len(indent), indent=indent).lstrip()
+        lines.append(first + text)
+        if result.remedy:
+            lines.append(paragraph(result.remedy, first=f"{indent}fix: ", indent=f"{indent}     "))
+    counts = dict.fromkeys(order, 0)
+    for result in results:
+        counts[result.verdict] += 1
+    code = exit_code(results, strict=strict, node=context.node)
+    summary = f"{plural(len(results), 'check')}: {counts['ok']} ok"
+    summary += "".join(
+        f", {plural(counts[verdict], word) if word != 'unknown' else f'{counts[verdict]} unknown'}"
+        for verdict, word in (("warn", "warning"), ("fail", "failure"), ("unknown", "unknown"))
+        if counts[verdict]
+    )
+    lines.append(styled(f"{summary}. {MEANING[code]}", "red" if code else "green", bold=True))
+    return "\n".join(lines)
+
+
+MEANING = {
+    0: "Ready.",
+    1: "Change the config or the request (exit 1).",
+    3: "This node is bad; another may work (exit 3).",
+    4: "Try again later (exit 4).",
+    5: "Not all could be established, and --strict asks for it (exit 5).",
+}

@@ -1,0 +1,142 @@
+"""``envcheck probe``: the GPUs as NVML sees them, as a table, JSON or Prometheus metrics."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolkit.cli.render import paragraph, styled, table
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (report.schema.json).")
+@click.option(
+    "--prometheus",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write metrics for node_exporter's textfile collector.",
+)
+@click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between two looks of --watch.",
+)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End --watch after N looks.")
+def probe(
+    as_json: bool, prometheus: Path | None, watch: bool, interval: float, count: int | None
+) -> None:
+    """Show this node's GPUs as NVML sees them.
+
+    Exit code 0 with a GPU (a lost card spoils its row only), 3 without one; the text says whether
+    there is no GPU, no driver, a driver that does not match its library, or no permission.
+    """
+    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after the arguments are parsed
+
+    looks = 0
+    while True:
+        snapshot = take()
+        looks += 1
+        if watch and sys.stdout.isatty():
+            click.clear()
+        show(snapshot, as_json=as_json, prometheus=prometheus)
+        if not watch or looks == count:
+            break
+        sys.stdout.flush()
+        time.sleep(interval)
+    if not snapshot.gpus:
+        sys.exit(3)
+
+
+def show(snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None) -> None:
+    """One look, in the form that was asked for."""
+    from toolkit.base.paths import write_file  # noqa: PLC0415 - as above
+    from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
+    from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
+
+    if prometheus is not None:
+        write_file(prometheus, exposition(snapshot))
+    if as_json:
+        click.echo(json.dumps(probe_report(snapshot), indent=2))
+    else:
+        click.echo(text_of(snapshot))
+
+
+def text_of(snapshot: NodeSnapshot) -> str:
+    """The table for people, or why there is none."""
+    from toolkit.gpu.checks.driver import cuda_of  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import visible  # noqa: PLC0415 - as above
+    from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
+
+    if not snapshot.gpus:
+        found = presence(snapshot)
+        first = styled(f"No GPU can be used: {found.text}.", "red", bold=True)
+        return f"{first}\n{paragraph(found.remedy, first='  fix: ', indent='       ')}"
+    driver = snapshot.driver.version.value
+    cuda = cuda_of(driver) if driver else None
+    head = f"driver {driver or 'of unknown version'}"
+    head += f", CUDA {cuda}" if cuda else ""
+    seen = visible(snapshot)
+    order = {(gpu.parent, gpu.index): str(n) for n, gpu in enumerate(seen.devices)}
+    rows = []
+    for gpu in snapshot.gpus:
+        rows.append(_row(snapshot, gpu, order))
+        rows += [_row(snapshot, part, order) for part in gpu.slices]
+    headers = ("GPU", "CUDA", "name", "used", "total", "util", "temp", "power", "state")
+    lines = [head, table(headers, rows, right=(3, 4, 5, 6, 7))]
+    if seen.problem:
+        lines.append(paragraph(seen.problem, first="note: ", indent="      "))
+    return "\n".join(lines)
+
+
+def _row(
+    snapshot: NodeSnapshot, gpu: GpuSnapshot, order: dict[tuple[int | None, int], str]
+) -> list[str]:
+    from toolkit.base.units import format_bytes  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import memory_of  # noqa: PLC0415 - as above
+
+    memory = None if gpu.lost else memory_of(snapshot, gpu)
+    used = format_bytes(memory.total_bytes - memory.free_bytes) if memory else "?"
+    power = "" if gpu.power_mw.value is None else f"{gpu.power_mw.value / 1000:.0f} W"
+    return [
+        str(gpu.index) if gpu.parent is None else f"{gpu.parent}.{gpu.index}",
+        order.get((gpu.parent, gpu.index), "-"),
+        str(gpu.name.value or "?").removeprefix("NVIDIA "),
+        used,
+        format_bytes(memory.total_bytes) if memory else "?",
+        "" if gpu.utilization_percent.value is None else f"{gpu.utilization_percent.value} %",
+        "" if gpu.temperature_c.value is None else f"{gpu.temperature_c.value} C",
+        power,
+        state_of(gpu),
+    ]
+
+
+def state_of(gpu: GpuSnapshot) -> str:
+    """The card's worst trouble in a few words, else ``ok``; ``envcheck check`` says more."""
+    from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above
+
+    if gpu.lost:
+        return f"lost ({gpu.state.reason})"
+    if gpu.parent is not None:
+        return "slice"
+    rows, fabric, mask = gpu.remapped_rows.value, gpu.fabric.value, gpu.clock_reasons.value or 0
+    troubles = (
+        (bool(rows and rows["failure"]), "row remap failed"),
+        (bool(rows and rows["pending"]), "row remap pending"),
+        (bool(gpu.ecc_uncorrected.value), "memory errors"),
+        (bool(fabric and fabric["state"] in (1, 2)), "fabric not ready"),
+        (bool(mask & 0xE8), "throttled"),
+        (in_mig_mode(gpu), "MIG"),
+    )
+    return next((text for holds, text in troubles if holds), "ok")

@@ -1,0 +1,91 @@
+"""``envcheck record`` and ``replay``: a node in a file, judged anywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolkit.cli.check import request_options, text_of
+from toolkit.cli.render import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.gpu.checks import CheckResult
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@request_options
+def record(file: Path, **request: Any) -> None:
+    """Write a redacted snapshot of this node: every raw answer, for a bug report.
+
+    UUIDs are replaced by others, pids by small numbers; names of processes, users and hosts are
+    left out. Of the environment only the variables that checks read are kept.
+    """
+    from toolkit.base.paths import write_file  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.cli.request import examine  # noqa: PLC0415 - as above
+    from toolkit.gpu.record import recording  # noqa: PLC0415 - as above
+
+    snapshot, context, results = examine(**request)
+    write_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
+    click.echo(
+        f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}; redacted. "
+        f"Read it before you send it; `envcheck replay {file}` judges it anywhere."
+    )
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--node", is_flag=True, help="Judge the node's health only.")
+@click.option("--strict", is_flag=True, help="What cannot be established is a failure (exit 5).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (report.schema.json).")
+@click.option("-v", "--verbose", is_flag=True, help="List what is well too.")
+def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -> None:
+    """Judge a recorded snapshot as if on its node. Exits as `check` would there."""
+    from dataclasses import replace  # noqa: PLC0415 - after the arguments are parsed
+
+    from toolkit.gpu.checks import run_checks  # noqa: PLC0415 - as above
+    from toolkit.gpu.record import load  # noqa: PLC0415 - as above
+    from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
+
+    snapshot, context, verdicts = load(_read(file))
+    context = replace(context, node=node)
+    results = run_checks(snapshot, context)
+    report = check_report(snapshot, results, strict=strict, node=node)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        click.echo(text_of(results, context, verbose=verbose, strict=strict))
+        click.echo(difference(verdicts, results))
+    sys.exit(int(report["exit_code"]))
+
+
+def _read(file: Path) -> Any:
+    from toolkit.base.errors import InputError  # noqa: PLC0415 - as above
+    from toolkit.gpu.record import LARGEST_BYTES  # noqa: PLC0415 - as above
+
+    if file.stat().st_size > LARGEST_BYTES:
+        raise InputError(f"{file} is larger than any recording ({LARGEST_BYTES} bytes)")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+
+
+def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
+    """Where this version judges otherwise than the one that recorded."""
+    now = {result.id: result.verdict for result in results}
+    both = verdicts.keys() & now.keys()
+    changed = [
+        f"{name}: {verdicts[name]} then, {now[name]} now"
+        for name in sorted(both)
+        if verdicts[name] != now[name]
+    ]
+    if not changed:
+        return f"as recorded: {plural(len(both), 'verdict')} compared"
+    return "judged otherwise when it was recorded:\n  " + "\n  ".join(changed)

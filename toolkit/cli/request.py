@@ -1,0 +1,162 @@
+"""From a command line and a run file to what the checks judge: a snapshot and a context."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+from toolkit.base.units import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.config.model import RunConfig
+    from toolkit.gpu.checks import CheckContext, CheckResult
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+_UNITS = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+
+
+def examine(
+    *,
+    config: Path | None,
+    gpu_index: int | None,
+    require: Sequence[str],
+    lock: Path | None,
+    node: bool = False,
+    **choice: Sequence[str],
+) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
+    """Read this node and run the chosen checks (``only``, ``skip``) for the job.
+
+    Raises:
+        ConfigError: the run file has faults.
+        InputError: an unreadable file, an unknown check, a requirement in no known form.
+    """
+    from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
+        CheckContext,
+        choose,
+        run_checks,
+    )
+    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after parsing
+
+    choose(**choice)  # a misspelt name is said before anything is read
+    values = requirements(require)
+    if lock is not None:
+        values["lock"] = read_lock(lock)
+    run = None
+    if config is not None:
+        run = _load(config)
+        values |= facts(run)
+    context = CheckContext(gpu_index=gpu_index, node=node, **values)
+    snapshot = take(paths=folders(run, os.environ), model=context.model, revision=context.revision)
+    if context.lock:
+        snapshot = with_locked_packages(snapshot, context.lock)
+    return snapshot, context, run_checks(snapshot, context, **choice)
+
+
+def _load(path: Path) -> RunConfig:
+    from toolkit.config import load_run  # noqa: PLC0415 - a YAML parser, only for a run file
+
+    return load_run(path)
+
+
+def facts(run: RunConfig) -> dict[str, Any]:
+    """What a run file asks of the node, as plain values of CheckContext."""
+    model, share = run.model, run.model.gpu_memory_utilization
+    engine: str = run.runtime.engine
+    if engine == "auto" and model.fast_inference is True:
+        engine = "vllm"
+    return {
+        "configured": True,
+        "engine": engine,
+        "load_in_4bit": model.load_in_4bit,
+        "float8_kv_cache": model.float8_kv_cache,
+        "dtype": model.dtype,
+        "gpu_memory_utilization": None if share == "auto" else float(share),
+        "sleeps": model.enable_sleep_mode is True,
+        "tensor_parallel_size": model.tensor_parallel_size,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1") or "1"),
+        "model": model.model_name,
+        "revision": model.revision,
+        "sizer_model_types": _sized_model_types(),
+    }
+
+
+def _sized_model_types() -> tuple[str, ...]:
+    from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - only for a run file
+
+    return tuple(FAMILIES)
+
+
+def folders(run: RunConfig | None, environ: Any) -> dict[str, Path]:
+    """The folders that a run writes to, by role."""
+    cache = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
+    paths = {
+        "HF_HOME": Path(environ.get("HF_HOME") or cache / "huggingface"),
+        "VLLM_CACHE_ROOT": Path(environ.get("VLLM_CACHE_ROOT") or cache / "vllm"),
+        "TRITON_CACHE_DIR": Path(environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"),
+    }
+    return paths if run is None else {"output_dir": Path(run.runtime.output_dir), **paths}
+
+
+def requirements(texts: Sequence[str]) -> dict[str, Any]:
+    """``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB``, ``driver>=580`` as context values.
+
+    Raises:
+        InputError: in none of these forms (a card is looked up in the table of cards).
+    """
+    from toolkit.gpu import cards  # noqa: PLC0415 - after parsing
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        found = re.fullmatch(r"\s*(cc|free|driver)\s*>=\s*([\d.]+)\s*([a-z]*)\s*", text.lower())
+        if text.strip().lower() == "gpu":
+            values["required_gpus"] = max(1, values.get("required_gpus", 0))
+        elif text.strip().isdecimal():
+            values["required_gpus"] = int(text)
+        elif found and found[1] == "free" and found[3] in _UNITS:
+            values["required_free_bytes"] = int(float(found[2]) * _UNITS[found[3]])
+        elif found and found[1] == "driver" and not found[3]:
+            values["required_driver"] = found[2]
+        elif found and found[1] == "cc" and re.fullmatch(r"\d+\.\d+", found[2]) and not found[3]:
+            major, minor = found[2].split(".")
+            values["required_capability"] = (int(major), int(minor))
+        elif re.search(r"[<>=]", text):
+            raise InputError(
+                f"--require {text!r} is in no known form",
+                fix="N, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
+            )
+        else:
+            cards.find(text)
+            values["required_card"] = text
+    return values
+
+
+def read_lock(path: Path) -> dict[str, str]:
+    """The ``name==version`` lines of a requirements file; hashes and markers are left aside.
+
+    Raises:
+        InputError: it has none.
+    """
+    pins = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", line)
+        if found:
+            pins[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]
+    if not pins:
+        raise InputError(f"{path} has no name==version line", fix="give a lock of requirements")
+    return pins
+
+
+def with_locked_packages(snapshot: NodeSnapshot, lock: Any) -> NodeSnapshot:
+    """The snapshot with the versions of every locked package, and not only of the usual ones."""
+    from dataclasses import replace  # noqa: PLC0415 - only with --lock
+
+    from toolkit.gpu.reading import of  # noqa: PLC0415 - only with --lock
+    from toolkit.gpu.software import version_of  # noqa: PLC0415 - only with --lock
+
+    packages = {name: version_of(name) for name in lock} | (snapshot.software.packages.value or {})
+    return replace(snapshot, software=replace(snapshot.software, packages=of(packages)))
