@@ -29,11 +29,16 @@ class Source:
     path: Path | None = None  # the file itself; None for standard input and overrides
     format: str = "yaml"
     bom: str = ""  # kept for --fix
+    hidden: list[Mark] = field(default_factory=list)  # secrets, which are never shown
 
     @property
     def is_override(self) -> bool:
         """Whether this text is one ``--set`` argument."""
         return self.format == "set"
+
+    def hide(self, mark: Mark) -> None:
+        """Never show these characters."""
+        self.hidden.append(mark)
 
     @cached_property
     def lines(self) -> list[str]:

@@ -27,6 +27,11 @@ class Edit:
     text: str
 
 
+def rename(source: Source, key: Mark, name: str) -> Edit:
+    """The edit that gives a key another name."""
+    return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
+
+
 @dataclass(frozen=True, slots=True)
 class Fix:
     """One way out, as text; ``edits`` are there when rewriting scalars alone does it."""

@@ -45,6 +45,7 @@ class ModelSection:
     max_cpu_loras: int | None = None
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
     enable_sleep_mode: bool | Auto = "auto"
     tensor_parallel_size: int = 1
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import KeyPath, Node, dotted
-from toolkit.config.finding import Edit, Fix
+from toolkit.config.finding import Fix, rename
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def key_advice(
     siblings = [name for name, below in properties.items() if "x-refused" not in below]
     close = nearest(key, siblings)
     if close is not None and node.key is not None:
-        edits = (Edit(node.source, node.key.start, node.key.end, close),)
+        edits = () if node.source.is_override else (rename(node.source, node.key, close),)
         return (), (Fix(f"did you mean {close}?", edits),)
     elsewhere = [
         dotted((section, key))

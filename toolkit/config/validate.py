@@ -4,6 +4,7 @@ RunConfig.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from toolkit.base.errors import ConfigError, InputError
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
+from toolkit.config.rules import Run, Situation, all_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.structure import check_structure
 
@@ -35,18 +37,34 @@ class Validation:
         return self.config is not None
 
 
-def validate(document: Document, *, world_size: int = 1) -> Validation:
-    """Judge a loaded document."""
-    del world_size
+def validate(document: Document, situation: Situation | None = None) -> Validation:
+    """Judge a loaded document; ``situation`` is the world size, the card and the environment."""
     findings = list(document.findings)
     if document.readable:
         outcome = check_structure(document.root, find_schema("run"))
-        findings += outcome.findings
-    findings.sort(
-        key=lambda found: (found.source.name if found.source else "", found.line, found.column)
-    )
+        run = Run(document, outcome.bad, situation or Situation(environment=dict(os.environ)))
+        told = [found for rule in all_rules().values() for found in rule.judge(run)]
+        better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
+        findings += [
+            found
+            for found in outcome.findings
+            if found.rule != "KEY001" or found.path not in better
+        ]
+        findings += told
+    findings.sort(key=_order)
     refused = any(found.severity is Severity.ERROR for found in findings)
     return Validation(tuple(findings), None if refused else build_config(document))
+
+
+# These say more about a key than that it is unknown.
+_BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
+
+
+def _order(found: Finding) -> tuple[bool, str, int, int, str]:
+    """By place, the overrides last."""
+    source = found.source
+    is_override = source is not None and source.is_override
+    return (is_override, source.name if source else "", found.line, found.column, found.rule)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
@@ -58,7 +76,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     from toolkit.config.render import render_text  # noqa: PLC0415 - only for a fault
 
     document = load_document(path, overrides)
-    outcome = validate(document, world_size=world_size)
+    outcome = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
     if outcome.config is not None:
         return outcome.config
     errors = [found for found in outcome.findings if found.severity is Severity.ERROR]

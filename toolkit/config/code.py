@@ -1,0 +1,106 @@
+"""A user's function by ``module:name``: found and read as source, never imported, for importing
+runs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+MAX_SOURCE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the source says. ``parameters`` None: it is there, but not as a plain ``def``."""
+
+    name: str
+    problem: str | None = None
+    unknown: bool = False  # the problem is that it is not here, not that it is wrong
+    parameters: tuple[str, ...] | None = None
+    needed: tuple[str, ...] = ()
+    takes_anything: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The function with its parameters."""
+        return f"{self.name}({', '.join(self.parameters or ())})"
+
+
+def find_function(module: str, name: str, folder: Path) -> Found:
+    """Function ``name`` of ``module``, looked for beside the run file and then on the Python
+    path.
+    """
+    file = module_file(module, folder)
+    if file is None:
+        return Found(name, f"there is no module {module} here or on the Python path", unknown=True)
+    if file.suffix != ".py":
+        return Found(name)
+    try:
+        if file.stat().st_size > MAX_SOURCE_BYTES:
+            return Found(name)
+        tree = ast.parse(file.read_bytes(), str(file))
+    except SyntaxError as error:
+        return Found(name, f"{file}:{error.lineno}: {error.msg}")
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        return Found(name, f"{file} cannot be read: {error}", unknown=True)
+    return _in_tree(tree, name, file)
+
+
+def module_file(module: str, folder: Path) -> Path | None:
+    """The file of a dotted module, found without importing any of its packages."""
+    parts = module.split(".")
+    beside = [] if parts[0] in sys.stdlib_module_names else [str(folder)]
+    places = [*beside, *sys.path]
+    file: Path | None = None
+    for depth, part in enumerate(parts):
+        spec = PathFinder.find_spec(part if depth == 0 else ".".join(parts[: depth + 1]), places)
+        if spec is None:
+            return None
+        file = Path(spec.origin) if spec.origin and spec.has_location else None
+        places = list(spec.submodule_search_locations or [])
+    return file
+
+
+def _in_tree(tree: ast.Module, name: str, file: Path) -> Found:
+    functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
+    others: set[str] = set()
+    for statement in ast.walk(tree):
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if statement in tree.body:
+                functions[statement.name] = statement
+        elif isinstance(statement, ast.ClassDef):
+            others.add(statement.name)
+        elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+            others |= {one.asname or one.name.partition(".")[0] for one in statement.names}
+        elif isinstance(statement, ast.Name) and isinstance(statement.ctx, ast.Store):
+            others.add(statement.id)
+    function = functions.get(name)
+    if function is None:
+        if name in others or "*" in others:
+            return Found(name)
+        return Found(name, f"{file} has no function {name}")
+    if function.decorator_list:
+        return Found(name)  # what a decorator makes of it cannot be read here
+    return _signature(function)
+
+
+def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Found:
+    arguments = function.args
+    plain = [one.arg for one in (*arguments.posonlyargs, *arguments.args)]
+    keyword = [one.arg for one in arguments.kwonlyargs]
+    required = plain[: len(plain) - len(arguments.defaults)]
+    required += [
+        one for one, value in zip(keyword, arguments.kw_defaults, strict=True) if value is None
+    ]
+    star = [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    stars = [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
+    return Found(
+        function.name,
+        parameters=(*plain, *star, *keyword, *stars),
+        needed=tuple(required),
+        takes_anything=arguments.kwarg is not None and not arguments.posonlyargs,
+    )

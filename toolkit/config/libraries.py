@@ -1,0 +1,99 @@
+"""Legal values that belong to a library: from the installed one's source, from a recorded table
+where it is not installed.
+
+The sources are read as text and never imported (vLLM alone would cost seconds and a GPU context).
+A contract test compares the table with what is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Known(NamedTuple):
+    """The values, and where they are from: ``vLLM installed here`` or ``vLLM 0.31.0``."""
+
+    values: tuple[Any, ...]
+    origin: str
+
+
+# Recorded from vllm 0.25.1 and 0.31.0, trl 1.16.0, peft 0.21.2.
+RECORDED: dict[str, Known] = {
+    "lora_ranks": Known((1, 8, 16, 32, 64, 128, 256, 320, 512), "vLLM 0.31.0"),
+    "loss_types": Known(
+        ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"), "TRL 1.16.0"
+    ),
+    "lora_inits": Known(
+        (
+            "gaussian", "eva", "olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq",
+            "orthogonal", "mica", "lora_ga",
+        ),
+        "PEFT 0.21.2",
+    ),
+}  # fmt: skip
+
+# package, file inside it, name for people, where in the text the values stand
+_SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
+    "lora_ranks": (
+        "vllm",
+        "config/lora.py",
+        "vLLM",
+        re.compile(r"^MaxLoRARanks\s*=\s*Literal(\[[^\]]*\])", re.MULTILINE),
+    ),
+    "loss_types": (
+        "trl",
+        "trainer/grpo_config.py",
+        "TRL",
+        re.compile(r"^ +loss_type \(`str`.*?\n(?P<bullets>.*?)\n +mask_truncated", re.M | re.S),
+    ),
+    "lora_inits": (
+        "peft",
+        "tuners/lora/config.py",
+        "PEFT",
+        re.compile(
+            r"^    init_lora_weights: \(\s*bool\s*\|\s*Literal(\[.*?\n\s*\])\s*\)", re.M | re.S
+        ),
+    ),
+}
+
+
+@cache
+def known(which: str) -> Known:
+    """The legal values of ``lora_ranks``, ``loss_types`` or ``lora_inits``."""
+    return installed(which) or RECORDED[which]
+
+
+def installed(which: str) -> Known | None:
+    """What the installed library says; None when it is not installed or says it in another way."""
+    package, file, name, pattern = _SOURCES[which]
+    folder = package_folder(package)
+    if folder is None:
+        return None
+    try:
+        found = pattern.search((folder / file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    if found is None:
+        return None
+    if "bullets" in found.groupdict():
+        values = tuple(re.findall(r'^ +- `"(\w+)"`', found["bullets"], re.MULTILINE))
+    else:
+        values = tuple(ast.literal_eval(found[1]))
+    if which == "lora_inits" and "lora_ga" not in values:
+        values = (*values, "lora_ga")  # taken by PEFT, left out of its own annotation
+    return Known(values, f"the {name} installed here")
+
+
+def package_folder(package: str) -> Path | None:
+    """The folder of an installed package, without importing it."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None

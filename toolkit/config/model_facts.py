@@ -1,0 +1,160 @@
+"""What a model's own files say that rules need: read from config.json and the names of its
+weights, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.paths import exists, resolve
+
+if TYPE_CHECKING:
+    from toolkit.config.document import Node
+
+MAX_JSON_BYTES = 64 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's config.json, and the folder that it lies in."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        """Where the facts are from."""
+        return str(self.folder / "config.json")
+
+    @cached_property
+    def text(self) -> dict[str, Any]:
+        """The part that describes the language model."""
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+
+    def whole(self, *names: str) -> int | None:
+        """The first of these keys that is a positive integer."""
+        for name in names:
+            value = self.text.get(name)
+            if type(value) is int and value > 0:
+                return value
+        return None
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence in tokens, with the config's own rope scaling."""
+        length = self.whole(*_LENGTHS)
+        scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters")
+        if length is None or not isinstance(scaling, dict):
+            return length
+        kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
+        if kind in ("linear", "dynamic", "yarn") and isinstance(factor, (int, float)):
+            original = scaling.get("original_max_position_embeddings")
+            base = original if type(original) is int else length
+            return max(length, int(base * factor)) if 1 <= factor < 1e6 else length
+        return length
+
+    @property
+    def max_length_from(self) -> str:
+        """The key that gives ``max_length``."""
+        return next((name for name in _LENGTHS if type(self.text.get(name)) is int), _LENGTHS[0])
+
+    @property
+    def heads(self) -> int | None:
+        """Attention heads."""
+        return self.whole("num_attention_heads", "n_head")
+
+    @property
+    def experts(self) -> int | None:
+        """Experts of a mixture, None for a dense model."""
+        count = self.whole(*_EXPERTS)
+        return count if count and count > 1 else None
+
+    @property
+    def quantization(self) -> str | None:
+        """The method that the checkpoint is already quantized with."""
+        inner = self.config.get("quantization_config")
+        if not isinstance(inner, dict):
+            return None
+        return str(inner.get("quant_method", "quantized"))
+
+    @cached_property
+    def modules(self) -> frozenset[str] | None:
+        """Full names of the modules that own a weight; None when no weights are at hand."""
+        names = _weight_names(self.folder)
+        if names is None:
+            return None
+        return frozenset(name.rpartition(".")[0] for name in names if "." in name)
+
+
+def read_model(node: Node, revision: str | None) -> ModelFacts | None:
+    """The facts of the model that ``node`` names: a folder, or a snapshot in the hub's cache."""
+    folder = resolve(node.value, node)
+    if not exists(folder / "config.json"):
+        cached = cached_snapshot("models", node.value, revision)
+        if cached is None:
+            return None
+        folder = cached
+    config = read_json(folder / "config.json")
+    return ModelFacts(folder, config) if isinstance(config, dict) else None
+
+
+def hub_cache() -> Path:
+    """The hub's cache folder, found as huggingface_hub finds it."""
+    if written := os.environ.get("HF_HUB_CACHE"):
+        return Path(written).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+
+
+def cached_snapshot(kind: str, name: str, revision: str | None) -> Path | None:
+    """The folder of a hub model or data set in the cache (``kind`` is models or datasets)."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
+        return None
+    folder = hub_cache() / f"{kind}--{name.replace('/', '--')}"
+    wanted = revision or "main"
+    if not _COMMIT.fullmatch(wanted):
+        if not re.fullmatch(r"[\w./-]+", wanted) or ".." in wanted:
+            return None
+        try:
+            wanted = (folder / "refs" / wanted).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+    snapshot = folder / "snapshots" / wanted
+    return snapshot if _COMMIT.fullmatch(wanted) and exists(snapshot) else None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file within bounds; None when there is none or it is not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _weight_names(folder: Path) -> list[str] | None:
+    index = read_json(folder / "model.safetensors.index.json")
+    if isinstance(index, dict) and isinstance(index.get("weight_map"), dict):
+        return list(index["weight_map"])
+    try:
+        with (folder / "model.safetensors").open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length <= MAX_JSON_BYTES else None
+    except (OSError, ValueError, RecursionError, struct.error):
+        return None
+    if not isinstance(header, dict):
+        return None
+    return [name for name in header if name != "__metadata__"]

@@ -1,0 +1,21 @@
+"""Every rule on a run file, by theme; one small function each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from toolkit.config.rules.base import RULES, DeviceFacts, Rule, Run, Situation
+
+__all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules"]
+
+_THEMES = (
+    "batch", "sampling", "training", "lengths", "lora", "lora_engine", "loading", "hardware",
+    "keys", "secrets", "rewards", "data", "runtime",
+)  # fmt: skip
+
+
+def all_rules() -> dict[str, Rule]:
+    """The rules by id, in the order of their themes."""
+    for theme in _THEMES:
+        import_module(f"toolkit.config.rules.{theme}")
+    return RULES

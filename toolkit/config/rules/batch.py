@@ -1,0 +1,260 @@
+"""Batches and groups: what TRL's GRPOConfig and trainer ask of the batch arithmetic."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import TYPE_CHECKING
+
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.finding import Fix
+    from toolkit.config.rules.base import Run
+
+_PER_DEVICE = "grpo.per_device_train_batch_size"
+_ACCUMULATION = "grpo.gradient_accumulation_steps"
+_STEPS = "grpo.steps_per_generation"
+_BATCH = "grpo.generation_batch_size"
+_GROUP = "grpo.num_generations"
+
+
+def world(run: Run) -> str:
+    """The world size as an operand."""
+    return f"world size {run.world_size} ({'default' if run.world_size == 1 else 'what-if'})"
+
+
+def divisors_from(number: int, least: int) -> list[int]:
+    """The divisors of ``number`` that are at least ``least``, rising (numbers of a batch's size)."""
+    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
+    return sorted({one for low in small for one in (low, number // low) if one >= least})
+
+
+def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
+    """The divisor of ``number`` closest to ``wanted``, the smaller of two."""
+    found = divisors_from(number, least) if 0 < number < 10**9 else []
+    return min(found, key=lambda one: (abs(one - wanted), one)) if found else None
+
+
+def multiple_from(step: int, wanted: int) -> int:
+    """The smallest multiple of ``step`` that is at least ``wanted``."""
+    return -(-wanted // step) * step
+
+
+@rule(
+    "GRPO001",
+    f"{_GROUP} {_PER_DEVICE} {_ACCUMULATION} {_STEPS} {_BATCH}",
+    example="""
+grpo:
+  num_generations: 8
+  per_device_train_batch_size: 1
+  gradient_accumulation_steps: 4
+""",
+    fix="gradient_accumulation_steps: 8, or num_generations: 2",
+)
+def whole_groups(run: Run) -> Iterator[Fault]:
+    """num_generations divides the generation batch.
+
+    A generation batch is per_device_train_batch_size x world size x steps_per_generation
+    (gradient_accumulation_steps when that is not set) completions, or generation_batch_size. It
+    must hold whole groups: advantages compare the completions of one prompt with each other.
+    Completions count, not prompts, and every process of the world counts.
+    """
+    group = run.value(_GROUP)
+    if group < 2 or (run.value(_BATCH) is not None and run.value(_STEPS) is not None):
+        return  # GRPO002, GRPO003
+    batch, formula, factor = generation_batch(run)
+    if batch % group == 0:
+        return
+    fixes: list[Fix] = []
+    if factor in (_ACCUMULATION, _STEPS):
+        per_step = run.value(_PER_DEVICE) * run.world_size
+        step = group // gcd(group, per_step)
+        fixes.append(run.to(factor, multiple_from(step, run.value(factor) or 1)))
+    else:
+        fixes.append(run.to(_BATCH, multiple_from(group, batch)))
+    smaller = nearest_divisor(batch, group)
+    if smaller is not None:
+        fixes.append(run.to(_GROUP, smaller))
+    related = tuple(path for path in (factor, _PER_DEVICE) if path != _GROUP)
+    yield Fault(
+        _GROUP,
+        f"{group} does not divide the generation batch {batch}",
+        notes=(f"batch = {formula}",),
+        fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
+        related=related,
+    )
+
+
+def generation_batch(run: Run) -> tuple[int, str, str]:
+    """The completions of one generation, its formula, and the key that is easiest to change."""
+    size = run.value(_BATCH)
+    if size is not None:
+        return size, run.operand(_BATCH), _BATCH
+    steps = _ACCUMULATION if run.value(_STEPS) is None else _STEPS
+    batch = run.value(_PER_DEVICE) * run.world_size * run.value(steps)
+    return batch, f"{run.operand(_PER_DEVICE)} x {run.operand(steps)} x {world(run)}", steps
+
+
+@rule(
+    "GRPO002",
+    _GROUP,
+    example="grpo:\n  num_generations: 1\n  per_device_train_batch_size: 8",
+    fix="num_generations: 8",
+)
+def at_least_two(run: Run) -> Iterator[Fault]:
+    """num_generations is at least 2.
+
+    The advantage of a completion is its reward against the mean of its group: a group of one has
+    advantage 0 and teaches nothing.
+    """
+    node = run.node(_GROUP)
+    if node is None or type(node.value) is not int or node.value >= 2:
+        return
+    try:
+        batch = generation_batch(run)[0]
+    except TypeError:
+        batch = 8
+    yield Fault(
+        _GROUP,
+        f"{node.value} completions a prompt cannot be compared with each other",
+        fixes=(run.to(_GROUP, nearest_divisor(batch, 8) or 2),),
+    )
+
+
+@rule(
+    "GRPO003",
+    f"{_BATCH} {_STEPS}",
+    example="grpo:\n  generation_batch_size: 32\n  steps_per_generation: 4",
+    fix="keep one of the two",
+)
+def size_or_steps(run: Run) -> Iterator[Fault]:
+    """generation_batch_size and steps_per_generation exclude each other.
+
+    Each determines the other: size = per_device_train_batch_size x world size x steps.
+    """
+    size, steps = run.value(_BATCH), run.value(_STEPS)
+    if size is None or steps is None:
+        return
+    implied = run.value(_PER_DEVICE) * run.world_size * steps
+    yield Fault(
+        _BATCH,
+        f"{size} and steps_per_generation {steps} cannot both be set",
+        notes=(f"{run.operand(_PER_DEVICE)} x {run.operand(_STEPS)} x {world(run)} = {implied}",),
+        fixes=(run.to(_BATCH, None), run.to(_STEPS, None)),
+        related=(_STEPS,),
+    )
+
+
+@rule(
+    "GRPO004",
+    f"{_BATCH} {_PER_DEVICE}",
+    example="""
+grpo:
+  generation_batch_size: 12
+  per_device_train_batch_size: 8
+  num_generations: 4
+""",
+    fix="generation_batch_size: 16",
+)
+def whole_steps(run: Run) -> Iterator[Fault]:
+    """generation_batch_size is a multiple of per_device_train_batch_size x world size.
+
+    A generation is used up in whole micro-batches on every process.
+    """
+    size = run.value(_BATCH)
+    if size is None or run.value(_STEPS) is not None:
+        return
+    per_step = run.value(_PER_DEVICE) * run.world_size
+    if size % per_step == 0:
+        return
+    group = run.value(_GROUP)
+    both = per_step * group // gcd(per_step, group)
+    yield Fault(
+        _BATCH,
+        f"{size} is no multiple of the global micro-batch {per_step}",
+        notes=(f"micro-batch = {run.operand(_PER_DEVICE)} x {world(run)}",),
+        fixes=(run.to(_BATCH, multiple_from(both, size)),),
+        related=(_PER_DEVICE,),
+    )
+
+
+@rule(
+    "GRPO005",
+    "grpo.per_device_eval_batch_size grpo.num_generations_eval grpo.num_generations",
+    example="""
+grpo:
+  eval_strategy: steps
+  per_device_eval_batch_size: 4
+  num_generations: 8
+""",
+    fix="per_device_eval_batch_size: 8",
+)
+def whole_eval_groups(run: Run) -> Iterator[Fault]:
+    """num_generations_eval divides the evaluation batch of all processes.
+
+    Without num_generations_eval, num_generations counts; only when eval_strategy evaluates at all.
+    """
+    if run.value("grpo.eval_strategy") == "no":
+        return
+    key = "grpo.num_generations_eval"
+    if run.value(key) is None:
+        key = _GROUP
+    size_key = "grpo.per_device_eval_batch_size"
+    size, group = run.value(size_key), run.value(key)
+    batch = size * run.world_size
+    if batch % group == 0:
+        return
+    step = group // gcd(group, run.world_size)
+    fixes = [run.to(size_key, multiple_from(step, size))]
+    smaller = nearest_divisor(batch, group, least=1)
+    if smaller is not None:
+        fixes.append(run.to("grpo.num_generations_eval", smaller))
+    yield Fault(
+        size_key,
+        f"{group} generations a prompt do not divide the evaluation batch {batch}",
+        notes=(f"batch = {run.operand(size_key)} x {world(run)}; group = {run.operand(key)}",),
+        fixes=tuple(fixes),
+        related=(key,),
+    )
+
+
+@rule(
+    "GRPO006",
+    "grpo.auto_find_batch_size",
+    example="grpo:\n  auto_find_batch_size: true",
+    fix="auto_find_batch_size: false",
+)
+def no_shrinking_batch(run: Run) -> Iterator[Fault]:
+    """auto_find_batch_size is refused.
+
+    It halves the batch on an out-of-memory error, and then the batch no longer holds whole groups.
+    envcheck size finds a batch that fits before the run starts.
+    """
+    if run.value("grpo.auto_find_batch_size"):
+        yield Fault(
+            "grpo.auto_find_batch_size",
+            "a batch that shrinks on its own does not hold whole groups",
+            fixes=(run.to("grpo.auto_find_batch_size", False),),
+        )
+
+
+@rule(
+    "GRPO007",
+    "grpo.parallelism_config",
+    example="grpo:\n  parallelism_config: {cp_size: 2}",
+    fix="remove parallelism_config",
+)
+def no_sequence_parallelism(run: Run) -> Iterator[Fault]:
+    """Sequence and context parallelism are refused.
+
+    GRPO builds the model's inputs inside the trainer, after generation, where the batch can no
+    longer be split along the sequence. Several GPUs work data-parallel, started by torchrun.
+    """
+    if run.node("grpo.parallelism_config") is not None:
+        yield Fault(
+            "grpo.parallelism_config",
+            "GRPO cannot split sequences over processes",
+            on_key=True,
+        )

@@ -1,0 +1,191 @@
+"""What the run file points at: the model's and the data's files, as far as they are here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.data_facts import DataFacts, data_of
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.paths import exists, is_path_only, resolve
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_PATHS = ("path", "eval_path")
+
+
+def _written_text(run: Run, key: str) -> str | None:
+    node = run.node(key)
+    return node.value if node is not None and isinstance(node.value, str) and node.value else None
+
+
+@rule(
+    "DATA001",
+    "dataset.prompt dataset.answer dataset.path dataset.eval_path",
+    example="dataset:\n  path: train.jsonl\n  prompt: qestion",
+    fix="prompt: question",
+)
+def columns_exist(run: Run) -> Iterator[Fault]:
+    """The data set has the columns that prompt and answer name.
+
+    JSONL, JSON, CSV, Parquet files and saved folders are looked into when they are here.
+    """
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        if data is None or data.columns is None:
+            continue
+        for key in ("prompt", "answer"):
+            column = run.value(f"dataset.{key}")
+            if column is None or column in data.columns:
+                continue
+            close = nearest(column, data.columns)
+            yield Fault(
+                f"dataset.{key}",
+                f"{data.path.name} has no column {column}",
+                notes=(f"it has: {', '.join(map(str, data.columns[:20]))}",),
+                fixes=(run.to(f"dataset.{key}", close),) if close else (),
+                related=(f"dataset.{which}",),
+            )
+
+
+@rule(
+    "DATA002",
+    "dataset.path dataset.eval_path dataset.prompt",
+    example="dataset:\n  path: train.jsonl  # some rows have an empty prompt",
+    fix="remove the rows",
+    severity=Severity.WARNING,
+)
+def prompts_are_there(run: Run) -> Iterator[Fault]:
+    """No prompt is empty or stands twice.
+
+    Rows with an empty prompt are left out of training; a repeated prompt counts twice. Both are
+    counted here, over the first rows of a large file.
+    """
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        if data is None or not (data.empty or data.repeated):
+            continue
+        counts = [
+            f"{count} of {data.rows}{'' if data.whole else ' first'} rows {what}"
+            for count, what in ((data.empty, "have no prompt"), (data.repeated, "repeat a prompt"))
+            if count
+        ]
+        yield Fault(f"dataset.{which}", "; ".join(counts))
+
+
+@rule(
+    "DATA003",
+    "dataset.path dataset.eval_path",
+    example="dataset:\n  path: trian.jsonl",
+    fix="path: train.jsonl",
+    severity=Severity.WARNING,
+)
+def data_is_here(run: Run) -> Iterator[Fault]:
+    """The data set is on this machine and can be read.
+
+    A missing file is a warning, for the run may be meant for another machine (an error under
+    --strict); a file that is here and broken is an error. Hub ids are not looked up.
+    """
+    for which in _PATHS:
+        key = f"dataset.{which}"
+        text = _written_text(run, key)
+        if text is None:
+            continue
+        node = run.node(key)
+        assert node is not None
+        path = resolve(text, node)
+        if not exists(path):
+            where = (
+                f"there is no {path}" if is_path_only(text) else f"{text} is not on this machine"
+            )
+            yield Fault(
+                key, f"{where}: its columns are not checked", unknown=not is_path_only(text)
+            )
+            continue
+        data = data_of(run.document, which)
+        if data is not None and data.problem:
+            yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
+
+
+@rule(
+    "DATA004",
+    "dataset.split dataset.eval_split",
+    example="dataset:\n  path: train.jsonl\n  split: test",
+    fix="eval_path: test.jsonl",
+)
+def files_have_no_splits(run: Run) -> Iterator[Fault]:
+    """A split is named of a saved folder or a hub data set only.
+
+    A single file is one split, called train.
+    """
+    for which, key in (("path", "split"), ("eval_path", "eval_split")):
+        data: DataFacts | None = data_of(run.document, which)
+        if data is None and which == "eval_path" and run.value("dataset.eval_path") is None:
+            data = data_of(run.document, "path")
+        name = run.value(f"dataset.{key}")
+        if data is None or data.path.is_dir() or name in (None, "train"):
+            continue
+        yield Fault(
+            f"dataset.{key}",
+            f"{data.path.name} is a file, which has no split {name}",
+            fixes=(Fix("name the other file in dataset.eval_path, and no split"),),
+        )
+
+
+@rule(
+    "DATA005",
+    "grpo.eval_strategy dataset.eval_path dataset.eval_split",
+    example="grpo:\n  eval_strategy: steps",
+    fix="dataset: {eval_path: eval.jsonl}",
+)
+def evaluation_has_data(run: Run) -> Iterator[Fault]:
+    """eval_strategy needs dataset.eval_path or dataset.eval_split.
+
+    Otherwise there is nothing to evaluate on.
+    """
+    strategy = run.value("grpo.eval_strategy")
+    if strategy == "no":
+        return
+    if run.value("dataset.eval_path") is None and run.value("dataset.eval_split") is None:
+        yield Fault(
+            "grpo.eval_strategy",
+            f"{strategy}, and there is no data to evaluate on",
+            notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
+            fixes=(run.to("grpo.eval_strategy", "no"),),
+        )
+
+
+@rule(
+    "MODEL001",
+    "model.model_name",
+    example="model:\n  model_name: ./chekpoint",
+    fix="model_name: ./checkpoint",
+    severity=Severity.WARNING,
+)
+def model_is_here(run: Run) -> Iterator[Fault]:
+    """The model is on this machine.
+
+    A folder with config.json, or a snapshot in the hub's cache. When it is not here, lengths, heads
+    and target modules cannot be checked: a warning (an error under --strict).
+    """
+    text = _written_text(run, "model.model_name")
+    if text is None or run.model is not None:
+        return
+    node = run.node("model.model_name")
+    assert node is not None
+    path = resolve(text, node)
+    if exists(path):
+        what = "has no readable config.json" if path.is_dir() else "is no folder with a checkpoint"
+        yield Fault("model.model_name", f"{path} {what}", severity=Severity.ERROR)
+    else:
+        local = is_path_only(text)
+        where = f"there is no {path}" if local else f"{text} is not on this machine"
+        yield Fault(
+            "model.model_name",
+            f"{where}: lengths, heads and target modules are not checked",
+            unknown=not local,
+        )

@@ -1,0 +1,107 @@
+"""What a card must have; judged for the card of --gpu NAME, or for none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Severity
+from toolkit.config.libraries import package_folder
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+QUANTIZED, BFLOAT16, FLOAT8_KV, FLOAT8_NATIVE = (7, 0), (8, 0), (8, 0), (8, 9)
+
+
+def _lacks(run: Run, needed: tuple[int, int]) -> str | None:
+    """Why the card does not have ``needed``; None when it has, or no card is named."""
+    device = run.situation.device
+    if device is None:
+        return None
+    if device.compute_capability is None:
+        return "there is no GPU"
+    if device.compute_capability >= needed:
+        return None
+    have = ".".join(map(str, device.compute_capability))
+    return f"{device.name} has compute capability {have}, and {needed[0]}.{needed[1]} is needed"
+
+
+@rule(
+    "LOAD002",
+    "model.load_in_4bit",
+    example="model:\n  load_in_4bit: true  # with --gpu none",
+    fix="load_in_4bit: false",
+)
+def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
+    """load_in_4bit needs bitsandbytes and compute capability 7.0.
+
+    The NF4 kernels of bitsandbytes run on GPUs from Volta on. Judged with --gpu.
+    """
+    if not run.value("model.load_in_4bit"):
+        return
+    why = _lacks(run, QUANTIZED)
+    if why:
+        yield Fault(
+            "model.load_in_4bit",
+            f"4-bit weights cannot be used: {why}",
+            fixes=(run.to("model.load_in_4bit", False),),
+        )
+    elif run.situation.device is not None and package_folder("bitsandbytes") is None:
+        yield Fault(
+            "model.load_in_4bit",
+            "bitsandbytes is not installed here",
+            severity=Severity.WARNING,
+            unknown=True,
+        )
+
+
+@rule(
+    "LOAD004",
+    "model.float8_kv_cache",
+    example="model:\n  float8_kv_cache: true  # with --gpu t4",
+    fix="float8_kv_cache: false",
+)
+def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
+    """float8_kv_cache needs compute capability 8.0, and 8.9 to be fast.
+
+    Ampere stores the cache in 8 bits and converts it for every use; Ada and Hopper compute with it.
+    Judged with --gpu.
+    """
+    if not run.value("model.float8_kv_cache"):
+        return
+    why, slow = _lacks(run, FLOAT8_KV), _lacks(run, FLOAT8_NATIVE)
+    if why or slow:
+        yield Fault(
+            "model.float8_kv_cache",
+            f"an 8-bit cache cannot be used: {why}" if why else f"converted for every use: {slow}",
+            fixes=(run.to("model.float8_kv_cache", False),),
+            severity=Severity.ERROR if why else Severity.WARNING,
+        )
+
+
+@rule(
+    "LOAD005",
+    "model.dtype grpo.bf16",
+    example="model:\n  dtype: bfloat16  # with --gpu t4",
+    fix="dtype: auto",
+)
+def bfloat16_needs_a_card(run: Run) -> Iterator[Fault]:
+    """bfloat16 needs compute capability 8.0 (or a CPU).
+
+    Cards before Ampere have float16 only. dtype: auto takes what the card has. Judged with --gpu.
+    """
+    device = run.situation.device
+    if device is None or device.compute_capability is None:
+        return
+    why = _lacks(run, BFLOAT16)
+    if why is None:
+        return
+    for key, value, instead in (
+        ("model.dtype", "bfloat16", "auto"),
+        ("grpo.bf16", True, False),
+    ):
+        if run.value(key) == value:
+            yield Fault(key, f"bfloat16 cannot be used: {why}", fixes=(run.to(key, instead),))

@@ -1,0 +1,153 @@
+"""Keys themselves: which a run file may not set, which have no effect, which have moved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.document import Node
+from toolkit.config.finding import Fix, Severity, rename
+from toolkit.config.migration import MOVED, Moved
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.schemas import find_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+# Keys that only the vLLM engine reads.
+_ENGINE_ONLY = (
+    "share_weights", "max_lora_rank", "gpu_memory_utilization", "float8_kv_cache", "max_num_seqs",
+    "max_num_batched_tokens", "max_loras", "max_cpu_loras", "enforce_eager",
+    "enable_prefix_caching", "enable_sleep_mode", "enable_chunked_prefill", "tensor_parallel_size",
+)  # fmt: skip
+_ENGINE_ONLY_GRPO = ("vllm_structured_outputs_regex",)
+# Keys that only Hugging Face generation reads.
+_TRANSFORMERS_ONLY = (
+    "cache_implementation", "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config",
+)  # fmt: skip
+# key, the key that switches it on, the value that does (None: any that is set)
+_SWITCHED = (
+    ("grpo.eval_steps", "grpo.eval_strategy", "steps"),
+    ("grpo.save_steps", "grpo.save_strategy", "steps"),
+    ("grpo.ref_model_sync_steps", "grpo.sync_ref_model", True),
+    ("grpo.ref_model_mixup_alpha", "grpo.sync_ref_model", True),
+    ("grpo.sapo_temperature_neg", "grpo.loss_type", "sapo"),
+    ("grpo.sapo_temperature_pos", "grpo.loss_type", "sapo"),
+    ("grpo.vespo_k_pos", "grpo.loss_type", "vespo"),
+    ("grpo.vespo_k_neg", "grpo.loss_type", "vespo"),
+    ("grpo.vespo_lambda_pos", "grpo.loss_type", "vespo"),
+    ("grpo.vespo_lambda_neg", "grpo.loss_type", "vespo"),
+    ("grpo.entropy_target", "grpo.use_adaptive_entropy", True),
+    ("grpo.entropy_coef_min", "grpo.use_adaptive_entropy", True),
+    ("grpo.entropy_coef_max", "grpo.use_adaptive_entropy", True),
+    ("grpo.entropy_coef_delta", "grpo.use_adaptive_entropy", True),
+    ("grpo.liger_kernel_config", "grpo.use_liger_kernel", True),
+)
+_REFUSED_ELSEWHERE = ("parallelism_config",)
+
+
+@rule(
+    "KEY007",
+    "grpo",
+    example="grpo:\n  use_vllm: true",
+    fix="runtime.engine: vllm",
+)
+def not_in_a_run_file(run: Run) -> Iterator[Fault]:
+    """Some fields of GRPOConfig are set by the toolkit itself, or are refused.
+
+    The engine, the run folder, resuming and how the model is loaded have keys of their own; a
+    second place for the same thing would have to lose silently.
+    """
+    grpo = run.node("grpo")
+    if grpo is None or not isinstance(grpo.value, dict):
+        return
+    properties = find_schema("run")["properties"]["grpo"]["properties"]
+    for name, node in grpo.value.items():
+        refused = properties.get(name, {}).get("x-refused")
+        if refused is None or name in _REFUSED_ELSEWHERE or f"grpo.{name}" in MOVED:
+            continue
+        use = refused["use"]
+        yield Fault(
+            ("grpo", name),
+            f"not in a run file: {refused['why']}",
+            fixes=(Fix(f"use {use}" if use else "remove it"),),
+            on_key=node.key is not None,
+        )
+
+
+@rule(
+    "KEY008",
+    "lora model grpo dataset runtime",
+    example="runtime:\n  engine: transformers\nmodel:\n  max_lora_rank: 64",
+    fix="remove the key, or change what switches it off",
+    severity=Severity.WARNING,
+)
+def keys_without_effect(run: Run) -> Iterator[Fault]:
+    """A key that is set is read by something.
+
+    LoRA keys do nothing under full_finetuning, engine keys nothing with engine: transformers, and
+    some keys wait for another that is off. A key that does nothing looks as if it did.
+    """
+    for key, why in _idle(run):
+        node = run.node(key)
+        if node is not None:
+            yield Fault(key, f"has no effect: {why}", on_key=True)
+
+
+def _idle(run: Run) -> Iterator[tuple[str, str]]:
+    """Keys that nothing reads in this run, written or not, with the reason."""
+    if run.ask("model.full_finetuning"):
+        yield "lora", run.operand("model.full_finetuning")
+    if run.engine == "transformers":
+        key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
+        for name in _ENGINE_ONLY:
+            yield f"model.{name}", f"{run.operand(key)}, and only the vLLM engine reads it"
+        for name in _ENGINE_ONLY_GRPO:
+            yield f"grpo.{name}", f"{run.operand(key)}, and only the vLLM engine reads it"
+    elif run.engine == "vllm":
+        for name in _TRANSFORMERS_ONLY:
+            yield f"grpo.{name}", "the vLLM engine generates, and only transformers reads it"
+    if run.ask("grpo.max_steps") > 0:
+        yield "grpo.num_train_epochs", run.operand("grpo.max_steps")
+    if run.ask("dataset.path") is None:
+        for name in ("split", "name", "revision", "limit", "eval_split"):
+            yield f"dataset.{name}", "there is no dataset.path"
+    for key, switch, on in _SWITCHED:
+        if run.ask(switch) != on:
+            yield key, run.operand(switch)
+
+
+@rule(
+    "KEY009",
+    "model lora dataset grpo",
+    example="grpo:\n  max_new_tokens: 256",
+    fix="max_completion_length: 256",
+)
+def older_names(run: Run) -> Iterator[Fault]:
+    """Keys of older TRL, Unsloth and PEFT versions have a name or a place of today.
+
+    They are not read under their old names: the finding says what became of each.
+    """
+    for old, moved in MOVED.items():
+        node = run.node(old)
+        if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
+            continue  # GRPO019
+        yield Fault(
+            old,
+            f"{moved.told} ({moved.since})",
+            fixes=_rename(run, old, moved, node),
+            on_key=True,
+        )
+
+
+def _rename(run: Run, old: str, moved: Moved, node: Node) -> tuple[Fix, ...]:
+    """The fix that renames the key in its place, where a rename alone does it."""
+    if moved.to is None:
+        return (Fix("remove it"),)
+    section, name = moved.to.rsplit(".", 1)
+    same_place = old.rpartition(".")[0] == section
+    if not same_place or node.key is None or node.source.is_override or run.node(moved.to):
+        return (Fix(f"use {moved.to}"),)
+    return (Fix(f"rename it to {name}", (rename(node.source, node.key, name),)),)

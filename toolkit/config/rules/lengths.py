@@ -1,0 +1,93 @@
+"""What has to fit into the context."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_CONTEXT = "model.max_seq_length"
+_PROMPT = "grpo.max_prompt_length"
+_COMPLETION = "grpo.max_completion_length"
+
+
+@rule(
+    "LEN001",
+    f"{_CONTEXT} {_PROMPT} {_COMPLETION}",
+    example="""
+model:
+  max_seq_length: 1024
+grpo:
+  max_prompt_length: 512
+  max_completion_length: 1024
+""",
+    fix="max_seq_length: 1536, or max_completion_length: 512",
+)
+def prompt_and_completion_fit(run: Run) -> Iterator[Fault]:
+    """max_prompt_length + max_completion_length is at most max_seq_length.
+
+    The engine holds max_seq_length tokens a sequence. Without max_prompt_length, a prompt may take
+    what the completion leaves, which must be at least one token. TRL dropped max_prompt_length in
+    0.28; here prompts are cut to it from the left, and the run says how many were.
+    """
+    context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
+    needed = (prompt or 1) + completion
+    if needed <= context:
+        return
+    if prompt is None:
+        message = f"{completion} leaves no room for a prompt in max_seq_length {context}"
+        sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 = {needed}"
+    else:
+        message = f"{prompt} and max_completion_length {completion} are more than {context}"
+        sums = f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}"
+    fixes = []
+    if _fits_model(run, needed):
+        fixes.append(run.to(_CONTEXT, needed if prompt else completion + 256))
+    if prompt is not None and context > completion:
+        fixes.append(run.to(_PROMPT, context - completion))
+    room = context - (prompt or min(256, context // 2))
+    if room > 0:
+        fixes.append(run.to(_COMPLETION, room))
+    at = next((key for key in (_PROMPT, _COMPLETION) if prompt and run.written(key)), _COMPLETION)
+    yield Fault(
+        at,
+        message,
+        notes=(f"{sums} > {run.operand(_CONTEXT)}",),
+        fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
+        related=(_COMPLETION, _CONTEXT),
+    )
+
+
+def _fits_model(run: Run, length: int) -> bool:
+    return run.model is None or run.model.max_length is None or length <= run.model.max_length
+
+
+@rule(
+    "LEN002",
+    _CONTEXT,
+    example="model:\n  model_name: HuggingFaceTB/SmolLM2-135M\n  max_seq_length: 16384",
+    fix="max_seq_length: 8192",
+)
+def within_the_model(run: Run) -> Iterator[Fault]:
+    """max_seq_length is at most the length that the model was made for.
+
+    The limit is max_position_embeddings of the model's config.json (and what its rope scaling makes
+    of it). Judged when the model is at hand.
+    """
+    model = run.model
+    if model is None or model.max_length is None:
+        return
+    context = run.value(_CONTEXT)
+    if context > model.max_length:
+        yield Fault(
+            _CONTEXT,
+            f"{context} is more than the {model.max_length} tokens of this model",
+            notes=(f"{model.max_length_from} in {model.source}",),
+            fixes=(run.to(_CONTEXT, model.max_length),),
+            related=("model.model_name",),
+        )

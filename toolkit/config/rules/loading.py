@@ -1,0 +1,211 @@
+"""How the model is loaded, and what the engine asks of that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_FORMATS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
+_FAST = "model.fast_inference"
+_ENGINE = "runtime.engine"
+_TOKENS = "model.max_num_batched_tokens"
+_SEQUENCES = "model.max_num_seqs"
+_CHUNKED = "model.enable_chunked_prefill"
+_SHARE = "model.gpu_memory_utilization"
+
+
+@rule(
+    "LOAD001",
+    " ".join(f"model.{name}" for name in _FORMATS),
+    example="model:\n  load_in_4bit: true\n  load_in_fp8: true",
+    fix="keep one of them",
+)
+def one_format(run: Run) -> Iterator[Fault]:
+    """At most one of load_in_4bit, load_in_8bit, load_in_16bit and load_in_fp8 is true.
+
+    A weight is kept in one format.
+    """
+    chosen = [name for name in _FORMATS if run.ask(f"model.{name}")]
+    if len(chosen) > 1:
+        yield Fault(
+            f"model.{chosen[1]}",
+            f"the base is kept in one format, and {' and '.join(chosen)} are true",
+            notes=("; ".join(run.operand(f"model.{name}") for name in chosen),),
+            fixes=tuple(run.to(f"model.{name}", False) for name in chosen[1:]),
+            related=tuple(f"model.{name}" for name in chosen),
+        )
+
+
+@rule(
+    "LOAD003",
+    f"{_FAST} model.trust_remote_code model.full_finetuning model.load_in_8bit",
+    example="model:\n  fast_inference: true\n  full_finetuning: true",
+    fix="fast_inference: false",
+)
+def engine_conditions(run: Run) -> Iterator[Fault]:
+    """fast_inference goes without trust_remote_code, full_finetuning and load_in_8bit.
+
+    The engine runs its own code for a model, not the checkpoint's; it holds the base that the
+    trainer shares, which must not change; and it has no 8-bit bitsandbytes kernels for LoRA.
+    """
+    if run.engine != "vllm":
+        return
+    for name in ("trust_remote_code", "full_finetuning", "load_in_8bit"):
+        if run.ask(f"model.{name}"):
+            key = _FAST if run.written(_FAST) and run.ask(_FAST) is True else _ENGINE
+            off = False if key == _FAST else "transformers"
+            yield Fault(
+                f"model.{name}",
+                "cannot be used with the vLLM engine",
+                notes=(run.operand(key),),
+                fixes=(run.to(f"model.{name}", False), run.to(key, off)),
+                related=(key,),
+            )
+
+
+@rule(
+    "LOAD006",
+    "model.tensor_parallel_size",
+    example="model:\n  tensor_parallel_size: 3",
+    fix="tensor_parallel_size: 1",
+)
+def heads_and_world_divide(run: Run) -> Iterator[Fault]:
+    """tensor_parallel_size divides the model's attention heads, and the world size.
+
+    Each GPU of an engine holds whole heads, and each engine whole processes. Heads are judged when
+    the model is at hand; the world size is --world-size.
+    """
+    key = "model.tensor_parallel_size"
+    split = run.value(key)
+    if split == 1:
+        return
+    heads = run.model.heads if run.model is not None else None
+    if heads is not None and heads % split:
+        yield Fault(
+            key,
+            f"{split} does not divide the model's {heads} attention heads",
+            fixes=(run.to(key, next(one for one in range(split, 0, -1) if heads % one == 0)),),
+        )
+    elif run.world_size % split:
+        yield Fault(
+            key,
+            f"{split} does not divide the world size {run.world_size}",
+            notes=("the world size is what torchrun starts; --world-size says it here",),
+            fixes=(run.to(key, 1),),
+        )
+
+
+@rule(
+    "LOAD007",
+    f"{_TOKENS} {_SEQUENCES} {_CHUNKED} model.max_seq_length",
+    example="model:\n  max_num_batched_tokens: 128\n  max_num_seqs: 256",
+    fix="max_num_batched_tokens: 256",
+)
+def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
+    """max_num_batched_tokens is at least max_num_seqs, and max_seq_length without chunked prefill.
+
+    Decoding takes one token of each sequence in a step. A prompt that may not be cut into chunks
+    must go through in one step.
+    """
+    tokens, sequences = run.value(_TOKENS), run.value(_SEQUENCES)
+    if tokens == "auto":
+        return
+    if sequences != "auto" and tokens < sequences:
+        yield Fault(
+            _TOKENS,
+            f"{tokens} tokens a step are too few for {sequences} sequences at a time",
+            notes=(f"{run.operand(_TOKENS)} < {run.operand(_SEQUENCES)}",),
+            fixes=(run.to(_TOKENS, sequences), run.to(_SEQUENCES, tokens)),
+            related=(_SEQUENCES,),
+        )
+    length = run.value("model.max_seq_length")
+    if not run.value(_CHUNKED) and tokens < length:
+        yield Fault(
+            _TOKENS,
+            f"{tokens} tokens a step are less than max_seq_length {length}",
+            notes=(f"{run.operand(_CHUNKED)}: a prompt must go through in one step",),
+            fixes=(run.to(_TOKENS, length), run.to(_CHUNKED, True)),
+            related=(_CHUNKED, "model.max_seq_length"),
+        )
+
+
+@rule(
+    "LOAD008",
+    _SHARE,
+    example="model:\n  gpu_memory_utilization: 1.2",
+    fix="gpu_memory_utilization: auto",
+)
+def a_part_of_the_card(run: Run) -> Iterator[Fault]:
+    """gpu_memory_utilization is above 0 and below 1, and inside what sizing finds for the card.
+
+    It is the part of the card that vLLM may fill. The interval is judged with --gpu NAME, when the
+    model is at hand; envcheck size shows the whole budget.
+    """
+    node = run.node(_SHARE)
+    if node is None or type(node.value) not in (int, float) or 0 < node.value < 1:
+        return
+    if node.value != node.value:
+        return
+    percent = 1 < node.value < 100
+    likely = round(node.value / 100, 4) if percent and node.value >= 10 else "auto"
+    yield Fault(
+        _SHARE,
+        f"{node.value} is no part of a card: more than 0 and less than 1 is wanted",
+        fixes=(run.to(_SHARE, likely),),
+    )
+
+
+@rule(
+    "LOAD009",
+    "model.enable_sleep_mode",
+    example="model:\n  enable_sleep_mode: true  # and expandable_segments:True in the environment",
+    fix="unset PYTORCH_CUDA_ALLOC_CONF",
+)
+def sleep_without_expandable_segments(run: Run) -> Iterator[Fault]:
+    """enable_sleep_mode goes without expandable_segments in the environment.
+
+    Sleep releases the KV cache through a memory pool, and torch's expandable segments do not work
+    with pools: a clash of settings, not a lack of memory. Judged for the environment that envcheck
+    runs in.
+    """
+    if run.value("model.enable_sleep_mode") is not True or run.engine == "transformers":
+        return
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        value = run.situation.environment.get(name, "")
+        if "expandable_segments:true" in value.lower().replace(" ", ""):
+            yield Fault(
+                "model.enable_sleep_mode",
+                "KV sleep does not work with expandable_segments",
+                notes=(f"the environment has {name}={value}",),
+                fixes=(run.to("model.enable_sleep_mode", False),),
+            )
+            return
+
+
+@rule(
+    "LOAD010",
+    f"{_ENGINE} {_FAST}",
+    example="model:\n  fast_inference: false\nruntime:\n  engine: vllm",
+    fix="engine: transformers",
+)
+def engine_and_fast_inference_agree(run: Run) -> Iterator[Fault]:
+    """runtime.engine and model.fast_inference do not contradict each other.
+
+    fast_inference is the drop-in API's word for an engine on the model; runtime.engine names it.
+    """
+    engine, fast = run.value(_ENGINE), run.value(_FAST)
+    wanted = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))
+    if wanted is not None:
+        yield Fault(
+            _ENGINE,
+            f"{engine} contradicts fast_inference {str(fast).lower()}",
+            notes=(run.operand(_FAST),),
+            fixes=(run.to(_FAST, wanted), run.to(_ENGINE, "auto")),
+            related=(_FAST,),
+        )

@@ -1,0 +1,205 @@
+"""The adapter on its own: PEFT's conditions."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Severity
+from toolkit.config.libraries import known
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_R = "lora.r"
+_TARGETS = "lora.target_modules"
+_INIT = "lora.init_lora_weights"
+_LONGEST_PATTERN = 1000
+
+
+@rule("LORA001", _R, example="lora:\n  r: 0", fix="r: 16")
+def positive_rank(run: Run) -> Iterator[Fault]:
+    """lora.r is an integer above 0.
+
+    The adapter of a layer is B times A with r columns and rows.
+    """
+    node = run.node(_R)
+    if node is not None and type(node.value) is int and node.value <= 0:
+        yield Fault(_R, f"{node.value} is no rank: more than 0 is wanted", fixes=(run.to(_R, 16),))
+
+
+@rule(
+    "LORA005",
+    f"{_INIT} model.load_in_4bit model.load_in_8bit",
+    example="""
+model:
+  load_in_4bit: true
+runtime: {engine: transformers}
+lora:
+  init_lora_weights: loftq
+""",
+    fix="init_lora_weights: true",
+)
+def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
+    """LoftQ starts from a base that is not quantized.
+
+    It quantizes the base itself, and sets the adapter to what quantization lost; from a quantized
+    base nothing is left to compare with.
+    """
+    if run.value(_INIT) != "loftq":
+        return
+    reason = next(
+        (
+            run.operand(key)
+            for key in ("model.load_in_4bit", "model.load_in_8bit")
+            if run.value(key)
+        ),
+        None,
+    )
+    if reason is None and run.model is not None and run.model.quantization:
+        reason = f"the checkpoint is {run.model.quantization}"
+    if reason:
+        yield Fault(
+            _INIT,
+            "loftq quantizes the base itself, and this base is quantized already",
+            notes=(reason,),
+            fixes=(run.to(_INIT, True),),
+            related=("model.load_in_4bit", "model.load_in_8bit"),
+        )
+
+
+@rule("LORA006", _INIT, example="lora:\n  init_lora_weights: guassian", fix="gaussian")
+def known_init(run: Run) -> Iterator[Fault]:
+    """init_lora_weights is one of PEFT's values.
+
+    true (B = 0), false (random), or a method by name. pissa_niter_N takes a number of iterations.
+    The names are read from the installed PEFT.
+    """
+    value = run.value(_INIT)
+    if isinstance(value, bool):
+        return
+    legal = known("lora_inits")
+    names = [name for name in legal.values if "[" not in name]
+    if value in names or re.fullmatch(r"pissa_niter_[0-9]+", value):
+        return
+    close = nearest(value, names)
+    yield Fault(
+        _INIT,
+        f"{value} is no initialization of {legal.origin}",
+        notes=(f"known: true, false, {', '.join(names)}, pissa_niter_16",),
+        fixes=(run.to(_INIT, close or True),),
+    )
+
+
+@rule(
+    "LORA007",
+    _TARGETS,
+    example="lora:\n  target_modules: 'model.layers.(0|1'",
+    fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
+)
+def targets_exist(run: Run) -> Iterator[Fault]:
+    """target_modules is a valid regular expression, or names that the model has.
+
+    A list matches the ends of module names; a text is one regular expression for whole names, or
+    all-linear. The names are compared with the model's weights when they are at hand.
+    """
+    targets = run.value(_TARGETS)
+    if isinstance(targets, str):
+        yield from _pattern(run, targets)
+        return
+    modules = run.model.modules if run.model is not None else None
+    if not modules or not run.written(_TARGETS):
+        return
+    node = run.node(_TARGETS)
+    assert node is not None
+    for index, name in enumerate(targets):
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            last = sorted({module.rpartition(".")[2] for module in modules})
+            close = nearest(name, last)
+            yield Fault(
+                ("lora", "target_modules", index),
+                f"the model has no module {name}",
+                notes=(f"it has: {', '.join(last[:14])}",),
+                fixes=(run.replace(node.value[index], close),) if close else (),
+            )
+
+
+def _pattern(run: Run, text: str) -> Iterator[Fault]:
+    if text == "all-linear":
+        return
+    try:
+        pattern = re.compile(text) if len(text) <= _LONGEST_PATTERN else None
+    except (re.error, RecursionError, OverflowError) as error:
+        yield Fault(_TARGETS, f"not a regular expression: {error}")
+        return
+    modules = run.model.modules if run.model is not None else None
+    if pattern is None or not modules or not _harmless(text):
+        return
+    if not any(pattern.fullmatch(module) for module in modules):
+        yield Fault(
+            _TARGETS,
+            "no module of the model matches this regular expression",
+            notes=("the expression must match whole names, for instance .*\\.q_proj",),
+        )
+
+
+def _harmless(text: str) -> bool:
+    """Whether an expression has no repetition inside a repetition, which could match for ever."""
+    return re.search(r"[*+}]\)*[*+{]", text) is None and text.count("(") < 10
+
+
+@rule(
+    "LORA008",
+    f"lora.layers_pattern lora.layers_to_transform {_TARGETS}",
+    example="lora:\n  layers_pattern: layers",
+    fix="layers_to_transform: [0, 1]",
+)
+def layers_go_together(run: Run) -> Iterator[Fault]:
+    """layers_pattern needs layers_to_transform, and neither goes with target_modules as text.
+
+    A regular expression in target_modules chooses the layers itself.
+    """
+    pattern, layers = run.value("lora.layers_pattern"), run.value("lora.layers_to_transform")
+    if isinstance(run.value(_TARGETS), str):
+        for key, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+            if value is not None:
+                yield Fault(
+                    f"lora.{key}",
+                    "cannot be used when target_modules is text, which chooses the layers itself",
+                    notes=(run.operand(_TARGETS),),
+                    fixes=(run.to(f"lora.{key}", None),),
+                    related=(_TARGETS,),
+                )
+    elif pattern is not None and layers is None:
+        yield Fault(
+            "lora.layers_pattern",
+            "needs layers_to_transform",
+            notes=(run.operand("lora.layers_to_transform"),),
+            fixes=(run.to("lora.layers_pattern", None),),
+        )
+
+
+@rule(
+    "LORA010",
+    "lora.lora_dropout",
+    example="lora:\n  lora_dropout: 0.05",
+    fix="lora_dropout: 0.0",
+    severity=Severity.WARNING,
+)
+def dropout_differs(run: Run) -> Iterator[Fault]:
+    """lora_dropout is 0.
+
+    With dropout the trainer's log-probabilities are not those of the policy that the engine sampled
+    from, the old log-probabilities have to be computed once more, and each step is slower.
+    """
+    dropout = run.value("lora.lora_dropout")
+    if dropout:
+        yield Fault(
+            "lora.lora_dropout",
+            f"{dropout} makes steps slower, and trainer and engine disagree",
+            fixes=(run.to("lora.lora_dropout", 0.0),),
+        )

@@ -1,0 +1,211 @@
+"""The adapter inside the engine: what vLLM has room for and can follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Severity
+from toolkit.config.libraries import known
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.training import adapts_head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_R = "lora.r"
+_ROOM = "model.max_lora_rank"
+_TARGETS = "lora.target_modules"
+REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
+MOE_RANK = 128
+
+
+def fitting_rank(rank: int) -> int | None:
+    """The smallest rank that vLLM has room for and that holds ``rank``."""
+    return min((one for one in known("lora_ranks").values if one >= rank), default=None)
+
+
+@rule(
+    "LORA002",
+    _ROOM,
+    example="model:\n  max_lora_rank: 24",
+    fix="max_lora_rank: 32",
+)
+def legal_room(run: Run) -> Iterator[Fault]:
+    """max_lora_rank is one of the ranks that vLLM has kernels for.
+
+    vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512 only (read from the installed vLLM where
+    there is one). auto takes the smallest that holds lora.r; a written value is never changed.
+    """
+    node = run.node(_ROOM)
+    if node is None or run.engine == "transformers" or type(node.value) is not int:
+        return
+    legal = known("lora_ranks")
+    if node.value in legal.values:
+        return
+    up = fitting_rank(max(node.value, 1)) or max(legal.values)
+    yield Fault(
+        _ROOM,
+        f"{node.value} is no rank of {legal.origin}",
+        notes=(f"legal: auto, {', '.join(map(str, legal.values))}",),
+        fixes=(run.to(_ROOM, up),),
+    )
+
+
+@rule(
+    "LORA003",
+    f"{_R} {_ROOM}",
+    example="model:\n  max_lora_rank: 64\nlora:\n  r: 65",
+    fix="max_lora_rank: 128, or r: 64",
+)
+def rank_fits(run: Run) -> Iterator[Fault]:
+    """lora.r is at most max_lora_rank.
+
+    The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule the
+    error comes from inside vLLM, in the first step, after everything is loaded.
+    """
+    room, rank = run.value(_ROOM), run.value(_R)
+    if run.engine == "transformers":
+        return
+    legal = known("lora_ranks")
+    largest = max(legal.values)
+    if room == "auto":
+        if rank > largest:
+            yield Fault(
+                _R,
+                f"{rank} is more than {largest}, the largest rank of {legal.origin}",
+                fixes=(run.to(_R, largest),),
+            )
+        return
+    if rank <= room or room not in legal.values:
+        return
+    up = fitting_rank(rank)
+    fixes = (run.to(_ROOM, up),) if up else ()
+    yield Fault(
+        _R,
+        f"{rank} is more than max_lora_rank {room}",
+        notes=(f"{run.operand(_R)} > {run.operand(_ROOM)}",),
+        fixes=(*fixes, run.to(_R, room)),
+        related=(_ROOM,),
+    )
+
+
+@rule(
+    "LORA004",
+    f"lora.bias lora.use_dora lora.modules_to_save {_TARGETS} lora.init_lora_weights",
+    example="runtime: {engine: vllm}\nlora:\n  use_dora: true",
+    fix="use_dora: false, or runtime.engine: transformers",
+)
+def engine_can_follow(run: Run) -> Iterator[Fault]:
+    """With the engine, the adapter is plain LoRA on linear layers.
+
+    vLLM has no trained biases, no DoRA and no modules_to_save; an adapter on embed_tokens or
+    lm_head is not served; and an initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA,
+    LoRA-GA, MiCA) would change the weights that engine and trainer share.
+    """
+    if run.engine == "transformers" or run.ask("model.full_finetuning"):
+        return
+    severity = Severity.ERROR if run.engine == "vllm" else Severity.WARNING
+    for key, wrong, fix in _unfollowed(run):
+        yield Fault(
+            key,
+            wrong if run.engine == "vllm" else f"{wrong} (engine auto is vLLM where installed)",
+            notes=(run.operand("runtime.engine"),),
+            fixes=(
+                *((run.to(key, fix),) if fix is not None else ()),
+                run.to("runtime.engine", "transformers"),
+            ),
+            severity=severity,
+        )
+
+
+def _unfollowed(run: Run) -> Iterator[tuple[str, str, object]]:
+    bias = run.ask("lora.bias")
+    if bias != "none":
+        yield "lora.bias", f"vLLM cannot follow trained biases ({bias})", "none"
+    if run.ask("lora.use_dora"):
+        yield "lora.use_dora", "vLLM has no DoRA", False
+    if run.ask("lora.modules_to_save"):
+        yield "lora.modules_to_save", "vLLM cannot follow modules that are trained whole", None
+    targets = run.ask(_TARGETS)
+    if "embed_tokens" in targets:
+        yield _TARGETS, "vLLM serves no adapter on embed_tokens", None
+    if adapts_head(run) and not _head_told_elsewhere(run):
+        yield _TARGETS, "vLLM serves no adapter on lm_head", None
+    init = run.ask("lora.init_lora_weights")
+    if isinstance(init, str) and init.startswith(REWRITING_INITS):
+        told = init == "loftq" and run.ask("model.load_in_4bit")
+        if not told:  # LORA005
+            yield "lora.init_lora_weights", f"{init} rewrites the base that the engine shares", True
+
+
+def _head_told_elsewhere(run: Run) -> bool:
+    """GRPO013 and GRPO014 tell of an adapter on lm_head."""
+    return bool(run.ask("grpo.use_liger_kernel") or run.ask("grpo.cast_lm_head_to_fp32"))
+
+
+@rule(
+    "LORA012",
+    _TARGETS,
+    example="runtime: {engine: transformers}\nlora:\n  target_modules: [q_proj, lm_head]",
+    fix="remove lm_head from target_modules",
+)
+def head_is_never_trained(run: Run) -> Iterator[Fault]:
+    """No adapter lies on lm_head.
+
+    TRL computes log-probabilities from lm_head.weight directly; an adapter on it would be ignored
+    and never trained. TRL refuses it, after the model has loaded.
+    """
+    if run.engine == "transformers" and adapts_head(run) and not _head_told_elsewhere(run):
+        yield Fault(_TARGETS, "an adapter on lm_head would never be trained")
+
+
+@rule(
+    "LORA009",
+    "model.max_cpu_loras model.max_loras",
+    example="model:\n  max_loras: 4\n  max_cpu_loras: 2",
+    fix="max_cpu_loras: 4",
+)
+def cpu_holds_at_least(run: Run) -> Iterator[Fault]:
+    """max_cpu_loras is at least max_loras.
+
+    What is on the GPU is also kept in main memory.
+    """
+    cpu, gpu = run.value("model.max_cpu_loras"), run.value("model.max_loras")
+    if cpu is not None and cpu < gpu:
+        yield Fault(
+            "model.max_cpu_loras",
+            f"{cpu} is less than max_loras {gpu}",
+            notes=(f"{run.operand('model.max_cpu_loras')} < {run.operand('model.max_loras')}",),
+            fixes=(run.to("model.max_cpu_loras", gpu),),
+            related=("model.max_loras",),
+        )
+
+
+@rule(
+    "LORA011",
+    f"{_ROOM} {_R}",
+    example="model:\n  model_name: Qwen/Qwen3-30B-A3B\n  max_lora_rank: 256",
+    fix="max_lora_rank: 32",
+    severity=Severity.WARNING,
+)
+def rank_times_experts(run: Run) -> Iterator[Fault]:
+    """On a mixture of experts, max_lora_rank is at most 128.
+
+    vLLM allocates adapter buffers for every expert: max_loras x experts x rank x dimension, some
+    gigabytes at 128 already. Judged when the model is at hand.
+    """
+    if run.engine == "transformers" or run.model is None or run.model.experts is None:
+        return
+    room, key = run.value(_ROOM), _ROOM
+    if room == "auto":
+        room, key = fitting_rank(run.value(_R)), _R
+    if room is not None and room > MOE_RANK:
+        yield Fault(
+            key,
+            f"rank {room} is allocated for each of the {run.model.experts} experts of this model",
+            notes=(f"experts from {run.model.source}",),
+            fixes=(run.to(key, MOE_RANK),),
+            related=(_R,),
+        )

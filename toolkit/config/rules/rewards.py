@@ -1,0 +1,247 @@
+"""Rewards: that there are some, that they exist, and that they can be called as TRL calls them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.code import Found, find_function
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.reward_table import BUILTIN_OPTIONS
+from toolkit.config.rules.base import Fault, Unjudged, rule
+from toolkit.config.suggest import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.document import KeyPath, Node
+    from toolkit.config.rules.base import Run
+
+_FUNCTIONS = "reward.functions"
+_WEIGHTS = "grpo.reward_weights"
+# What TRL hands to every reward function beside the data set's columns.
+_GIVEN = frozenset(
+    ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+     "environments")
+)  # fmt: skip
+
+
+def _functions(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
+    """The reward functions that are well-formed, each with its path."""
+    node = run.node(_FUNCTIONS)
+    if node is None or not isinstance(node.value, list):
+        return []
+    found: list[tuple[KeyPath, dict[str, Node]]] = []
+    for index, item in enumerate(node.value):
+        path: KeyPath = ("reward", "functions", index)
+        if isinstance(item.value, dict) and path not in run.bad:
+            found.append((path, item.value))
+    return found
+
+
+def _named(run: Run) -> Iterator[tuple[KeyPath, dict[str, Node], Node]]:
+    for path, members in _functions(run):
+        name = members.get("name")
+        if name is not None and isinstance(name.value, str) and (*path, "name") not in run.bad:
+            yield path, members, name
+
+
+@rule(
+    "GRPO011",
+    f"{_WEIGHTS} {_FUNCTIONS}",
+    example="""
+grpo:
+  reward_weights: [1.0, 0.5]
+reward:
+  functions: [{name: exact_match}]
+""",
+    fix="one weight for each function",
+)
+def one_weight_each(run: Run) -> Iterator[Fault]:
+    """There is one finite weight for each reward function, written in one place.
+
+    A weight stands at its function (reward.functions[].weight); TRL's list grpo.reward_weights is
+    taken as well, when it has as many items and no function has a weight of its own.
+    """
+    weights = run.value(_WEIGHTS)
+    if weights is None:
+        return
+    functions = _functions(run)
+    own = next((path for path, members in functions if "weight" in members), None)
+    if len(weights) != len(functions):
+        yield Fault(
+            _WEIGHTS,
+            f"{len(weights)} weights for {len(functions)} reward functions",
+            notes=(run.operand(_FUNCTIONS),),
+            related=(_FUNCTIONS,),
+        )
+    elif own is not None:
+        yield Fault(
+            _WEIGHTS,
+            "weights are written at the functions too",
+            notes=(f"reward.functions[{own[2]}] has a weight of its own",),
+            fixes=(run.to(_WEIGHTS, None),),
+            related=(_FUNCTIONS,),
+        )
+
+
+@rule(
+    "GRPO012",
+    _FUNCTIONS,
+    example="reward:\n  functions: []",
+    fix="reward: {functions: [{name: exact_match}]}",
+)
+def some_reward(run: Run) -> Iterator[Fault]:
+    """There is at least one reward function.
+
+    GRPO learns from nothing but rewards.
+    """
+    if not run.written(_FUNCTIONS) or run.value(_FUNCTIONS) == []:
+        yield Fault(
+            _FUNCTIONS,
+            "there is no reward: nothing would be learned",
+            fixes=(Fix("functions: [{name: exact_match}]"),),
+            related=("reward",),
+        )
+
+
+@rule(
+    "REWARD001",
+    f"{_FUNCTIONS} runtime.allow_code",
+    example="reward:\n  functions: [{name: exact_mach}]",
+    fix="name: exact_match",
+)
+def reward_exists(run: Run) -> Iterator[Fault]:
+    """A reward is built in, or module:function of a module that runtime.allow_code lets in.
+
+    The module is looked for beside the run file and on the Python path. Its source is read; it is
+    not imported. One that is not here is a warning (an error under --strict).
+    """
+    for path, _, name in _named(run):
+        text = name.value
+        at = (*path, "name")
+        if ":" not in text:
+            if text not in BUILTIN_OPTIONS:
+                yield _no_such(run, at, name)
+            continue
+        module, _, function = text.partition(":")
+        if not _identifiers(module) or not function.isidentifier():
+            yield Fault(at, f"{text} is no module:function")
+            continue
+        if not _allowed(run, module):
+            top = module.partition(".")[0]
+            yield Fault(
+                at,
+                f"code of {module} is not allowed to run",
+                notes=(f"runtime.allow_code is {run.operand('runtime.allow_code')}",),
+                fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
+            )
+            continue
+        found = find_function(module, function, run.document.source.folder)
+        if found.problem:
+            severity = Severity.WARNING if found.unknown else Severity.ERROR
+            yield Fault(at, found.problem, severity=severity, unknown=found.unknown)
+
+
+def _no_such(run: Run, at: KeyPath, name: Node) -> Fault:
+    close = nearest(name.value, list(BUILTIN_OPTIONS))
+    fixes = (run.replace(name, close),) if close else ()
+    known = f"built in: {', '.join(BUILTIN_OPTIONS)}; your own: module:function"
+    return Fault(at, f"there is no reward {name.value}", notes=(known,), fixes=fixes)
+
+
+def _identifiers(module: str) -> bool:
+    return all(part.isidentifier() for part in module.split("."))
+
+
+def _allowed(run: Run, module: str) -> bool:
+    allowed = run.value("runtime.allow_code")
+    return any(module == one or module.startswith(f"{one}.") for one in allowed)
+
+
+def _function(run: Run, name: Node) -> Found | None:
+    """The source of a user's function, when it is allowed and here."""
+    module, colon, function = str(name.value).partition(":")
+    if not colon or not _identifiers(module) or not _allowed(run, module):
+        return None
+    found = find_function(module, function, run.document.source.folder)
+    return None if found.problem else found
+
+
+@rule(
+    "REWARD002",
+    f"{_FUNCTIONS} dataset.answer",
+    example="reward:\n  functions: [{name: 'my_pkg.rewards:tone'}]  # def tone(text): ...",
+    fix="def tone(prompts, completions, **columns)",
+)
+def reward_can_be_called(run: Run) -> Iterator[Fault]:
+    """A reward function takes (prompts, completions, **columns).
+
+    TRL calls it with keywords: prompts, completions, completion_ids, trainer_state and more, and
+    every further column of the data set. It must take them all, and need nothing else.
+    """
+    for path, members, name in _named(run):
+        found = _function(run, name)
+        if found is None or found.parameters is None:
+            continue
+        at = (*path, "name")
+        options = members["options"].value if "options" in members else {}
+        columns = _columns(run)
+        if not found.takes_anything:
+            yield Fault(
+                at,
+                f"{found.shown} takes no **columns, and TRL passes more than it names",
+                fixes=(Fix(f"def {found.name}(prompts, completions, **columns)"),),
+            )
+            continue
+        for parameter in found.needed:
+            if parameter in _GIVEN or parameter in options:
+                continue
+            if columns is None or parameter in columns or parameter == "answer":
+                continue
+            yield Fault(
+                at,
+                f"{found.shown} needs {parameter}, which no column or option is called",
+                notes=(f"columns: {', '.join(sorted(columns))}",),
+            )
+
+
+def _columns(run: Run) -> set[str] | None:
+    from toolkit.config.data_facts import data_of  # noqa: PLC0415 - reads the data set
+
+    data = data_of(run.document, "path")
+    return set(data.columns) if data is not None and data.columns is not None else None
+
+
+@rule(
+    "REWARD003",
+    _FUNCTIONS,
+    example="reward:\n  functions: [{name: regex_match, options: {patern: 'a+'}}]",
+    fix="options: {pattern: 'a+'}",
+)
+def known_options(run: Run) -> Iterator[Fault]:
+    """The options of a built-in reward are ones that it has.
+
+    Options of one's own functions are passed on as keyword arguments.
+    """
+    for path, members, name in _named(run):
+        known = BUILTIN_OPTIONS.get(name.value)
+        options = members.get("options")
+        if known is None:
+            continue
+        written: dict[str, Any] = options.value if options is not None else {}
+        if not isinstance(written, dict):
+            raise Unjudged
+        for option, node in written.items():
+            if option in known or option.startswith("\0"):
+                continue
+            close = nearest(option, list(known))
+            yield Fault(
+                (*path, "options", option),
+                f"{name.value} has no option {option}",
+                notes=(f"it has: {', '.join(known) or 'none'}",),
+                fixes=(run.rename(node, close),) if close else (),
+                on_key=True,
+            )
+        for option, needed in known.items():
+            if needed and option not in written:
+                yield Fault((*path, "name"), f"{name.value} needs the option {option}")

@@ -1,0 +1,173 @@
+"""How completions are drawn, and how the draw is corrected for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.finding import Severity
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_MAX = "grpo.vllm_importance_sampling_clip_max"
+_MIN = "grpo.vllm_importance_sampling_clip_min"
+_MODE = "grpo.vllm_importance_sampling_mode"
+_CORRECTION = "grpo.vllm_importance_sampling_correction"
+_LEVEL = "grpo.importance_sampling_level"
+_SUMMED = ("bnpo", "dr_grpo", "dapo", "cispo")
+
+# key -> (what it must be, test, the nearest legal value)
+_RANGES: dict[str, tuple[str, Any, Any]] = {
+    "grpo.temperature": ("from 0 to 2", lambda value: 0 <= value <= 2, lambda _: 1.0),
+    "grpo.top_p": ("more than 0 and at most 1", lambda value: 0 < value <= 1, lambda _: 1.0),
+    "grpo.top_k": ("at least -1 (0 or -1: all tokens)", lambda value: value >= -1, lambda _: 0),
+    "grpo.min_p": ("from 0 to 1", lambda value: 0 <= value <= 1, lambda value: float(value > 1)),
+}
+
+
+@rule(
+    "GRPO008",
+    f"{_MIN} {_MAX}",
+    example="grpo:\n  vllm_importance_sampling_clip_min: 4.0\n  num_generations: 8",
+    fix="vllm_importance_sampling_clip_min: 0.5",
+)
+def clip_order(run: Run) -> Iterator[Fault]:
+    """vllm_importance_sampling_clip_min is below clip_max.
+
+    Importance ratios are kept inside [clip_min, clip_max]; an empty interval keeps none.
+    """
+    low, high = run.value(_MIN), run.value(_MAX)
+    if low is None or high is None or low < high:
+        return
+    fixes = [run.to(_MAX, float(low) * 2 or 1.0), run.to(_MIN, float(high) / 2)]
+    yield Fault(
+        _MIN,
+        f"{low} is not below clip_max {high}",
+        notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
+        fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
+        related=(_MAX,),
+    )
+
+
+@rule(
+    "GRPO009",
+    f"{_MODE} {_MIN} {_MAX}",
+    example="""
+grpo:
+  vllm_importance_sampling_mode: token_truncate
+  vllm_importance_sampling_clip_max: null
+""",
+    fix="vllm_importance_sampling_clip_max: 3.0",
+)
+def truncation_needs_a_bound(run: Run) -> Iterator[Fault]:
+    """A *_truncate importance-sampling mode has clip_min or clip_max.
+
+    Truncation to no interval is no truncation.
+    """
+    if not run.value(_CORRECTION) or not str(run.value(_MODE)).endswith("_truncate"):
+        return
+    if run.value(_MIN) is None and run.value(_MAX) is None:
+        yield Fault(
+            _MODE,
+            f"{run.value(_MODE)} needs a bound, and both are null",
+            notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
+            fixes=(run.to(_MAX, 3.0),),
+            related=(_MAX, _MIN),
+        )
+
+
+@rule(
+    "GRPO016",
+    f"grpo.loss_type {_MODE}",
+    example="grpo:\n  loss_type: vespo\n  vllm_importance_sampling_mode: sequence_mask",
+    fix="vllm_importance_sampling_mode: token_truncate",
+)
+def vespo_per_token(run: Run) -> Iterator[Fault]:
+    """loss_type vespo goes with a token mode of importance sampling.
+
+    VESPO weighs whole sequences itself; the correction of the engine's log-probabilities must then
+    be one ratio a token. The default mode is sequence_mask.
+    """
+    if run.value("grpo.loss_type") != "vespo" or not run.value(_CORRECTION):
+        return
+    mode = run.value(_MODE)
+    if run.engine == "transformers" or mode in ("token_truncate", "token_mask"):
+        return
+    yield Fault(
+        "grpo.loss_type",
+        f"vespo needs a token mode of importance sampling, not {mode}",
+        notes=(run.operand(_MODE),),
+        fixes=(run.to(_MODE, "token_truncate"),),
+        related=(_MODE,),
+    )
+
+
+@rule(
+    "GRPO017",
+    f"{_LEVEL} grpo.loss_type",
+    example="grpo:\n  importance_sampling_level: sequence\n  loss_type: dapo",
+    fix="loss_type: grpo",
+    severity=Severity.WARNING,
+)
+def sequence_level_losses(run: Run) -> Iterator[Fault]:
+    """Sequence-level ratios go with a loss that averages over sequences.
+
+    With importance_sampling_level: sequence, the losses bnpo, dr_grpo, dapo and cispo sum over
+    tokens, and so weigh each sequence by its length. GSPO (arXiv 2507.18071) is loss_type: grpo.
+    """
+    loss = run.value("grpo.loss_type")
+    if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
+        yield Fault(
+            _LEVEL,
+            f"sequence with loss_type {loss} weighs each sequence by its length",
+            notes=(run.operand("grpo.loss_type"),),
+            fixes=(run.to("grpo.loss_type", "grpo"), run.to(_LEVEL, "token")),
+            related=("grpo.loss_type",),
+        )
+
+
+@rule(
+    "GRPO021",
+    "grpo.temperature",
+    example="grpo:\n  temperature: 0.0",
+    fix="temperature: 1.0",
+)
+def no_greedy_training(run: Run) -> Iterator[Fault]:
+    """temperature is above 0 in training.
+
+    At 0 every completion of a prompt is the same, every advantage is 0, and nothing is learned.
+    """
+    if run.value("grpo.temperature") == 0:
+        yield Fault(
+            "grpo.temperature",
+            "0 gives the same completion every time: no exploration, no advantage",
+            fixes=(run.to("grpo.temperature", 1.0),),
+        )
+
+
+@rule(
+    "GRPO022",
+    " ".join(_RANGES),
+    example="grpo:\n  top_p: 1.5",
+    fix="top_p: 1.0",
+)
+def sampling_ranges(run: Run) -> Iterator[Fault]:
+    """temperature, top_p, top_k and min_p are in range.
+
+    temperature 0 to 2; top_p above 0 and at most 1; top_k at least -1, where 0 and -1 keep all
+    tokens; min_p 0 to 1.
+    """
+    for key, (wanted, holds, nearest) in _RANGES.items():
+        node = run.node(key)
+        if node is None or type(node.value) not in (int, float) or holds(node.value):
+            continue
+        if node.value != node.value:
+            continue
+        yield Fault(
+            key,
+            f"{node.value} is out of range: {wanted}",
+            fixes=(run.to(key, nearest(node.value)),),
+        )

@@ -1,0 +1,48 @@
+"""Secrets do not belong into a run file: it is copied into the run folder, and shared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.secrets import find_secret, is_secret_key
+from toolkit.config.finding import Fix
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_WHERE = {
+    "hf": "export HF_TOKEN in the shell, or hf auth login",
+    "wandb": "export WANDB_API_KEY in the shell",
+}
+
+
+@rule(
+    "SAFE001",
+    "model dataset reward grpo runtime",
+    example="model:\n  token: hf_0000000000000000000000",
+    fix="export HF_TOKEN in the shell",
+)
+def no_secrets(run: Run) -> Iterator[Fault]:
+    """No token, key or password is written in a run file.
+
+    Known by the key's name or by the form of the value. A run file is copied into the run folder
+    and passed around; a secret is read from the environment or the login of its own tool. The value is
+    never printed.
+    """
+    for path, node in run.document.root.walk():
+        name = path[-1] if path else ""
+        if isinstance(name, str) and node.value and is_secret_key(name):
+            kind = f"{name} holds a secret"
+        else:
+            found = find_secret(node.value) if isinstance(node.value, str) else None
+            if found is None:
+                continue
+            kind = f"a {found} is written here"
+        node.source.hide(node.mark)
+        tool = "wandb" if "wandb" in f"{kind}{name}".lower() else "hf"
+        known = "token" in kind.lower() or tool == "wandb"
+        fix = _WHERE[tool] if known else "read it from the environment"
+        yield Fault(path, f"{kind}, and a run file is no place for it", fixes=(Fix(fix),))

@@ -1,0 +1,206 @@
+"""Losses, references, schedules: what TRL's trainer asks beyond the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Severity
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_LIGER = "grpo.use_liger_kernel"
+_TARGETS = "lora.target_modules"
+SLOWEST, FASTEST = 1e-7, 1.0
+
+
+def adapts_head(run: Run) -> bool:
+    """Whether the adapter is written to lie on lm_head too."""
+    return not run.ask("model.full_finetuning") and "lm_head" in run.ask(_TARGETS)
+
+
+@rule(
+    "GRPO010",
+    "grpo.log_completions_hub_repo grpo.log_completions",
+    example="grpo:\n  log_completions_hub_repo: me/completions",
+    fix="log_completions: true",
+)
+def repo_needs_logging(run: Run) -> Iterator[Fault]:
+    """log_completions_hub_repo needs log_completions.
+
+    Nothing is uploaded to the repository unless completions are logged.
+    """
+    repo = run.value("grpo.log_completions_hub_repo")
+    if repo is not None and not run.value("grpo.log_completions"):
+        yield Fault(
+            "grpo.log_completions_hub_repo",
+            "nothing is logged to it while log_completions is false",
+            notes=(run.operand("grpo.log_completions"),),
+            fixes=(run.to("grpo.log_completions", True),),
+            related=("grpo.log_completions",),
+        )
+
+
+@rule(
+    "GRPO013",
+    f"{_LIGER} grpo.liger_kernel_config grpo.off_policy_mask_threshold grpo.top_entropy_quantile "
+    "grpo.entropy_coef grpo.use_adaptive_entropy",
+    example="grpo:\n  use_liger_kernel: true\n  entropy_coef: 0.01",
+    fix="use_liger_kernel: false",
+)
+def liger_limits(run: Run) -> Iterator[Fault]:
+    """Liger goes without entropy terms, off-policy masking and an adapter on lm_head.
+
+    Liger's fused loss never makes the logits, so that what is computed from them (the entropy
+    bonus, top_entropy_quantile below 1, off_policy_mask_threshold) and an adapter on lm_head are
+    out of its reach. TRL deprecates use_liger_kernel for the same reason: its own loss is chunked now.
+    """
+    if not run.ask(_LIGER):
+        return
+    clashes = [
+        key
+        for key, clash in (
+            ("grpo.off_policy_mask_threshold", lambda value: value is not None),
+            ("grpo.top_entropy_quantile", lambda value: value < 1),
+            ("grpo.entropy_coef", lambda value: value != 0),
+            ("grpo.use_adaptive_entropy", lambda value: value is True),
+            (
+                "grpo.liger_kernel_config",
+                lambda value: bool(value and value.get("fused_linear_cross_entropy")),
+            ),
+        )
+        if clash(_plain(run, key))
+    ]
+    if adapts_head(run):
+        clashes.append(_TARGETS)
+    if clashes:
+        yield Fault(
+            _LIGER,
+            f"Liger cannot be used with {', '.join(key.rpartition('.')[2] for key in clashes)}",
+            notes=("; ".join(run.operand(key) for key in clashes),),
+            fixes=(run.to(_LIGER, False),),
+            related=tuple(clashes),
+        )
+
+
+def _plain(run: Run, key: str) -> object:
+    value, node = run.ask(key), run.node(key)
+    return node.to_plain() if node is not None else value
+
+
+@rule(
+    "GRPO014",
+    f"grpo.cast_lm_head_to_fp32 {_TARGETS}",
+    example="grpo:\n  cast_lm_head_to_fp32: true\nlora:\n  target_modules: [q_proj, lm_head]",
+    fix="remove lm_head from target_modules",
+)
+def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
+    """cast_lm_head_to_fp32 goes without an adapter on lm_head.
+
+    The cast replaces lm_head by its float32 self; an adapter on it would be lost.
+    """
+    if run.value("grpo.cast_lm_head_to_fp32") and adapts_head(run):
+        yield Fault(
+            "grpo.cast_lm_head_to_fp32",
+            "lm_head cannot be cast while an adapter lies on it",
+            notes=(run.operand(_TARGETS),),
+            fixes=(run.to("grpo.cast_lm_head_to_fp32", False),),
+            related=(_TARGETS,),
+        )
+
+
+@rule(
+    "GRPO015",
+    "grpo.sync_ref_model grpo.beta model.full_finetuning",
+    example="grpo:\n  sync_ref_model: true",
+    fix="sync_ref_model: false",
+)
+def sync_needs_reference(run: Run) -> Iterator[Fault]:
+    """sync_ref_model needs beta above 0 and full fine-tuning.
+
+    With beta 0 there is no reference model. With LoRA the reference is the base with the adapter
+    switched off, so that there is no second model to synchronize.
+    """
+    if not run.value("grpo.sync_ref_model"):
+        return
+    full, beta = run.value("model.full_finetuning"), run.value("grpo.beta")
+    if full and beta > 0:
+        return
+    reason = "beta is 0: there is no reference model" if full else "LoRA keeps no reference model"
+    yield Fault(
+        "grpo.sync_ref_model",
+        f"{reason} to synchronize",
+        notes=(f"{run.operand('grpo.beta')}; {run.operand('model.full_finetuning')}",),
+        fixes=(run.to("grpo.sync_ref_model", False),),
+        related=("grpo.beta",),
+    )
+
+
+@rule(
+    "GRPO018",
+    "dataset.path grpo.max_steps",
+    example="grpo:\n  num_generations: 8  # and no dataset section",
+    fix="max_steps: 250, or a dataset section",
+)
+def length_without_data(run: Run) -> Iterator[Fault]:
+    """Without a data set, max_steps says how long the run is.
+
+    Epochs are counted in data; a run on an environment alone has none.
+    """
+    if run.value("dataset.path") is None and run.value("grpo.max_steps") <= 0:
+        yield Fault(
+            "grpo.max_steps",
+            "there is no data set, so max_steps must say how long the run is",
+            notes=(f"{run.operand('dataset.path')}; {run.operand('grpo.max_steps')}",),
+            fixes=(run.to("grpo.max_steps", 250),),
+            related=("dataset.path", "model.model_name"),
+        )
+
+
+@rule(
+    "GRPO019",
+    "grpo.warmup_steps",
+    example="grpo:\n  warmup_steps: 10\n  warmup_ratio: 0.1",
+    fix="warmup_steps: 0.1",
+)
+def one_warmup(run: Run) -> Iterator[Fault]:
+    """warmup_steps and warmup_ratio exclude each other.
+
+    transformers 5 has warmup_steps alone: from 1 on it counts steps, below 1 it is a part of the
+    run, which is what warmup_ratio was.
+    """
+    ratio = run.node("grpo.warmup_ratio")
+    if ratio is not None and run.written("grpo.warmup_steps"):
+        yield Fault(
+            "grpo.warmup_ratio",
+            "warmup_steps is set too, and only one of them can be",
+            notes=(run.operand("grpo.warmup_steps"),),
+            related=("grpo.warmup_steps",),
+            on_key=True,
+        )
+
+
+@rule(
+    "GRPO020",
+    "grpo.learning_rate",
+    example="grpo:\n  learning_rate: 5.0",
+    fix="learning_rate: 1.0e-6",
+    severity=Severity.WARNING,
+)
+def plausible_learning_rate(run: Run) -> Iterator[Fault]:
+    """learning_rate is between 1e-7 and 1.
+
+    Below, LoRA hardly moves in thousands of steps; above, it diverges. Both are nearly always a
+    slip of the exponent. Usual for GRPO with LoRA is 1e-6 to 5e-5.
+    """
+    rate = run.value("grpo.learning_rate")
+    if not SLOWEST <= rate <= FASTEST:
+        which = "below 1e-7" if rate < SLOWEST else "above 1"
+        yield Fault(
+            "grpo.learning_rate",
+            f"{rate} is {which}: a slip of the exponent?",
+            fixes=(run.to("grpo.learning_rate", 1e-6),),
+        )
