@@ -53,7 +53,7 @@ def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
         return False
     if isinstance(targets, str):
         if targets == "all-linear":
-            return True
+            return linear.leaf != "conv1d"
         import re  # noqa: PLC0415 - only for the rare form
 
         return re.fullmatch(targets, f"model.layers.0.{linear.name}") is not None

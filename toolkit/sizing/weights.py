@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.model import DTYPE_BYTES
@@ -44,6 +45,9 @@ def weight_bytes(
     spec: ModelSpec, dtype: str, quantization: Quantization | None, *, engine: bool = False
 ) -> int:
     """Bytes of all weights; ``engine`` counts the padded vocabulary rows of vLLM."""
+    if engine and quantization is not None and quantization.nested:
+        # vLLM's bitsandbytes loader undoes the second quantization of the block scales.
+        quantization = replace(quantization, nested=False)
     width = DTYPE_BYTES[dtype]
     vocab = padded_vocab(spec.vocab_size) if engine else spec.vocab_size
     tables = (1 if spec.tied else 2) * vocab * spec.hidden_size
@@ -71,8 +75,8 @@ def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None)
 
 
 def _stays(linear: Linear, quantization: Quantization) -> bool:
-    """Routers stay in 16 bits in every engine; MXFP4 packs the experts alone."""
-    if linear.leaf in ("gate", "router", "shared_expert_gate"):
+    """Routers and convolutions stay in 16 bits; MXFP4 packs the experts alone."""
+    if linear.leaf in ("gate", "router", "shared_expert_gate", "conv1d"):
         return True
     if quantization.method == "mxfp4" and linear.copies == 1:
         return True

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def qwen3_next(fields: Fields) -> Shape:
-    """Qwen3-Next (transformers' Qwen3NextConfig); the query projection makes the output gate too."""
+    """Qwen3-Next (transformers' Qwen3NextConfig); q_proj makes the output gate too."""
     heads = read_heads(fields, default_head_dim=256)
     interval = fields.integer("full_attention_interval", default=4)
     count = fields.integer("num_experts", default=512, high=MAX_EXPERTS)
@@ -88,8 +88,9 @@ def _delta_net(fields: Fields, hidden: int) -> tuple[list[Linear], int, Cache]:
         Linear("linear_attn.in_proj_qkvz", 2 * keys + 2 * values, hidden),
         Linear("linear_attn.in_proj_ba", 2 * value_heads, hidden),
         Linear("linear_attn.out_proj", hidden, values),
+        Linear("linear_attn.conv1d", convolved, kernel),
     ]
-    vectors = convolved * kernel + 2 * value_heads + value_dim
+    vectors = 2 * value_heads + value_dim
     # Engine state a sequence: the recurrent matrix and the convolution's last kernel - 1 inputs.
     state = value_heads * key_dim * value_dim + convolved * (kernel - 1)
     return linears, vectors, Cache(kind="linear", state_elements=state)

@@ -1,0 +1,217 @@
+"""KV bytes and LoRA buffers are the real engine's own, for every architecture, on the CPU.
+
+The model is built by vLLM (no weights are loaded, no engine is started); what it says its KV cache
+needs and what its LoRA manager allocates are compared with the sizer's arithmetic.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from toolkit.sizing import kv, lora
+from toolkit.sizing.spec import spec_from_values
+
+pytestmark = [pytest.mark.contract, pytest.mark.engine]
+TINY = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "tiny.json").read_text())
+COMMON = TINY.pop("common")
+LENGTH = 128
+WIDTH = 4  # float32
+RANKS = (8, 64, 256)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """vLLM's process groups of one process, made once."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    pytest.importorskip("vllm")
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    torch.set_num_threads(1)
+    if torch.distributed.is_initialized():
+        pytest.skip("another test's process group is still there")
+    store = tmp_path_factory.mktemp("groups") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+    yield initialize_model_parallel
+    cleanup_dist_env_and_memory()
+
+
+def _values(name):
+    return {**COMMON, **TINY[name]}
+
+
+@pytest.fixture
+def built(groups, request, tmp_path):
+    """(vLLM's config, a function that builds the model anew, its KV cache specs) of one tiny
+    shape.
+    """
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import destroy_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    (tmp_path / "config.json").write_text(json.dumps(_values(request.param)))
+    config = EngineArgs(
+        model=str(tmp_path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        load_format="dummy",
+        enforce_eager=True,
+        enable_lora=True,
+        max_lora_rank=8,
+        max_loras=1,
+        max_model_len=LENGTH,
+        max_num_batched_tokens=LENGTH,
+        max_num_seqs=4,
+    ).create_engine_config()
+
+    def build():
+        config.compilation_config.static_forward_context.clear()
+        with set_default_torch_dtype(torch.float32):
+            return initialize_model(config)
+
+    with set_current_vllm_config(config):
+        groups(1, 1)
+        yield request.param, config, build
+    destroy_model_parallel()
+
+
+ALL = pytest.mark.parametrize("built", sorted(TINY), indirect=True)
+
+
+@ALL
+def test_kv_cache_is_the_engines(built):
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    name, config, build = built
+    build()
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+    specs = [layer.get_kv_cache_spec(config) for layer in layers.values()]
+    attending = [spec for spec in specs if type(spec).__name__ != "MambaSpec"]
+    spec = spec_from_values(_values(name), name=name)
+    token = sum(each.page_size_bytes / each.block_size for each in attending)
+    assert kv.bytes_per_token(spec, WIDTH) == token
+    (block,) = {each.block_size for each in attending}
+    sequence = sum(each.max_memory_usage_bytes(config) for each in specs)
+    computed = kv.sequence_bytes(spec, LENGTH, WIDTH, block_tokens=block, batched_tokens=LENGTH)
+    assert computed == sequence
+
+
+@ALL
+def test_lora_buffers_are_the_engines(built, monkeypatch):
+    import torch
+    import vllm.lora.model_manager as manager
+
+    name, config, build = built
+    spec = spec_from_values(_values(name), name=name)
+    # Slots on routed experts need a CUDA kernel to be built; their own allocation is compared
+    # below.
+    supported = manager.is_supported_lora_module
+    monkeypatch.setattr(
+        manager,
+        "is_supported_lora_module",
+        lambda module_name, module, modules: (
+            supported(module_name, module, modules) and not isinstance(module, manager.MoERunner)
+        ),
+    )
+    plain = replace(
+        spec,
+        blocks=tuple(
+            replace(block, linears=tuple(one for one in block.linears if one.copies == 1))
+            for block in spec.blocks
+        ),
+    )
+    for rank in RANKS:
+        config.lora_config.max_lora_rank = rank
+        model = build()
+        manager.create_lora_manager(
+            model, 4, LENGTH, spec.vocab_size, config.lora_config, config, torch.device("cpu")
+        )
+        assert lora.engine_elements(plain, rank, 1) * WIDTH == _allocated(model)
+
+
+def _allocated(model):
+    """Bytes of every LoRA buffer in ``model``, each storage once."""
+    import torch
+
+    storages = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "lora_" not in name or "stacked" not in name:
+                continue
+            for tensor in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+EXPERTS = [
+    name
+    for name in sorted(TINY)
+    if any(
+        linear.copies > 1
+        for block in spec_from_values(_values(name), name=name).blocks
+        for linear in block.linears
+    )
+]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_expert_buffers_are_the_engines(groups, name, rank):
+    """The two allocating methods of FusedMoEWithLoRA (or its 3D form), on the sizes of the shape."""
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.lora.layers.fused_moe import FusedMoE3DWithLoRA, FusedMoEWithLoRA
+
+    spec = spec_from_values(_values(name), name=name)
+    for block in spec.blocks:
+        experts = [linear for linear in block.linears if linear.copies > 1]
+        if not experts:
+            continue
+        down = next(linear for linear in experts if linear.leaf == "down_proj")
+        fused = not any(linear.leaf == "gate_proj" for linear in experts)
+        layer = SimpleNamespace(
+            _w13_slices=1 if fused else 2,
+            _w13_a_num_experts=down.copies,
+            _w2_b_num_experts=down.copies,
+            local_num_experts=down.copies,
+            hidden_size=down.out_features,
+            fully_sharded=False,
+            tp_size=1,
+            device=torch.device("cpu"),
+        )
+        sizes = SimpleNamespace(intermediate_size_per_partition=down.in_features)
+        layer.base_layer = layer.moe_config = layer.routed_experts = sizes
+        layer.intermediate_size_per_partition = down.in_features
+        config = SimpleNamespace(
+            max_lora_rank=rank, max_loras=1, lora_dtype=torch.float32, fully_sharded_loras=False
+        )
+        FusedMoEWithLoRA._create_lora_a_weights(layer, 1, config)
+        (FusedMoE3DWithLoRA if fused else FusedMoEWithLoRA)._create_lora_b_weights(layer, 1, config)
+        allocated = sum(
+            tensor.numel() * WIDTH
+            for key, value in vars(layer).items()
+            if "stacked" in key
+            for tensor in value
+        )
+        expected = sum(
+            linear.copies * rank * (linear.in_features + linear.out_features) * WIDTH
+            for linear in experts
+        )
+        assert allocated == expected

@@ -1,0 +1,54 @@
+"""Parameter counts are transformers' own, to the parameter, for every shape of the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolkit.sizing.spec import spec_from_values
+
+pytestmark = pytest.mark.contract
+SHAPES = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "shapes.json").read_text())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape["id"] for shape in SHAPES])
+def test_counts_equal_the_meta_model(shape):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # What a quantized checkpoint stores is the same model: its count is that of the plain one.
+    values = {key: value for key, value in shape["config"].items() if key != "quantization_config"}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    auto = AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert spec_from_values(shape["config"], name=shape["id"]).parameters == counted
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[shape["id"] for shape in SHAPES])
+def test_linears_are_the_models_modules(shape):
+    """Every adapted module of the table exists under its name, with its sizes: LoRA counts rest on
+    it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    values = {key: value for key, value in shape["config"].items() if key != "quantization_config"}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    auto = AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    found: dict[tuple[str, int, int], int] = {}
+    for name, module in model.named_modules():
+        _, _, inside = name.rpartition(".layers.")
+        if isinstance(module, torch.nn.Linear) and "vision" not in name and "." in inside:
+            key = (inside.partition(".")[2], module.out_features, module.in_features)
+            found[key] = found.get(key, 0) + 1
+    expected: dict[tuple[str, int, int], int] = {}
+    for block in spec_from_values(shape["config"], name=shape["id"]).blocks:
+        for linear in block.linears:
+            if linear.copies == 1 and linear.leaf not in ("gate", "router", "conv1d"):
+                key = (linear.name, linear.out_features, linear.in_features)
+                expected[key] = expected.get(key, 0) + block.count
+    assert {key: found.get(key) for key in expected} == expected
