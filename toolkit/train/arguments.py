@@ -1,0 +1,83 @@
+"""TRL's GRPOConfig from a resolved run: what the run file says, and what this machine decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from toolkit.config.model import RunConfig
+
+OURS = ("max_prompt_length",)
+"""Keys of the run file's ``grpo`` part that TRL 1.16 does not have."""
+ENGINE_KEYS = ("use_vllm", "vllm_mode")
+"""What ``runtime.engine`` decides; TRL would build an engine of its own from them."""
+
+
+def grpo_config(
+    config: RunConfig, run_dir: Path, build: Callable[..., Any], *, has_eval: bool
+) -> Any:
+    """``build`` is TRL's GRPOConfig. Metrics are logged every step, by us; TRL writes nothing.
+
+    Raises:
+        ConfigError: TRL refuses a value.
+    """
+    written = {k: v for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)}
+    on_cpu = not torch.cuda.is_available()
+    half = precision(config, on_cpu=on_cpu)
+    defaults = {
+        "report_to": [],
+        "save_strategy": "steps",
+        "bf16": half == "bfloat16",
+        "fp16": half == "float16",
+        # The policy has switched it on or off already (lora.use_gradient_checkpointing).
+        "gradient_checkpointing": False,
+    }
+    if written.get("eval_strategy", "no") != "no" and not has_eval:
+        raise ConfigError(
+            f"grpo.eval_strategy is {written['eval_strategy']} and there is no data to evaluate on",
+            where=config.source or "grpo.eval_strategy",
+            fix="name dataset.eval_path or dataset.eval_split, or leave eval_strategy out",
+        )
+    forced = {
+        "output_dir": str(run_dir),
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "log_completions": False,
+        "push_to_hub": False,
+        "use_cpu": on_cpu,
+        "reward_weights": [function.weight for function in config.reward.functions] or None,
+    }
+    try:
+        return build(**{**defaults, **written, **forced})
+    except (TypeError, ValueError) as problem:
+        raise ConfigError(
+            f"TRL refuses the grpo section: {str(problem).splitlines()[0]}",
+            where=config.source or "grpo",
+            fix="run `envcheck validate` on the run file",
+        ) from problem
+
+
+def precision(config: RunConfig, *, on_cpu: bool) -> str:
+    """The dtype that autocast computes in. On the CPU float32, unless the run file names another."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "float32" if on_cpu else "bfloat16"
+
+
+def make_reproducible() -> None:
+    """Deterministic kernels where there is a choice.
+
+    On the CPU results are equal for equal thread counts without it. On a GPU this covers cuBLAS and
+    cuDNN; scatter-adds that have no deterministic form only warn.
+    """
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,244 @@
+"""A small world to try everything on: a model, a teacher, data, and a run file.
+
+The model is a character-level Llama (a real checkpoint and tokenizer). Its teacher adds two-digit
+numbers and mostly forgets to carry, so the pupil learns to add, is right on about half of held-out
+problems, and has seen the right way often enough to find it again when it is rewarded. GRPO does
+that from the rewards alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from toolkit.base.errors import DefectError
+from toolkit.base.paths import make_folder, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Problem = tuple[int, int]
+
+SPECIAL = ("<pad>", "<s>", "</s>")
+CHARACTERS = "0123456789+="
+HELD_OUT, LOOKED_AT = 500, 250
+FORGETS = 0.8
+"""How often the teacher forgets the carry, where there is one (45 of 100 problems)."""
+BATCH, MAX_STEPS, EVERY = 128, 900, 25
+LEARNING_RATE, WARMUP = 3e-3, 50
+KNOWS = 0.985
+"""Taught is who answers as the teacher would, one way or the other, on this share of problems."""
+
+RUN_FILE = """\
+# Written by `toolkit demo`. Train it again:  toolkit train {name} --evaluate
+model:
+  model_name: model
+  max_seq_length: 16
+  dtype: float32
+lora:
+  r: 32
+  lora_alpha: 32
+  use_gradient_checkpointing: false
+  random_state: {seed}
+dataset:
+  path: train.jsonl
+  eval_path: eval.jsonl
+  prompt: question
+  answer: answer
+reward:
+  functions:
+    - name: exact_match
+grpo:
+  max_steps: 120
+  per_device_train_batch_size: 256
+  num_generations: 8
+  max_prompt_length: 8
+  max_completion_length: 4
+  learning_rate: 0.003
+  lr_scheduler_type: linear
+  warmup_steps: 5
+  save_steps: 40
+  seed: {seed}
+runtime:
+  engine: {engine}
+  output_dir: run
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where everything lies, and how long the teaching took."""
+
+    folder: Path
+    run_file: Path
+    taught_s: float
+    steps: int
+
+
+def answer(problem: Problem) -> str:
+    """The sum, as text."""
+    return str(sum(problem))
+
+
+def forgetful(problem: Problem) -> str:
+    """The sum of one who forgets the carry from the last digits."""
+    first, second = problem
+    return str((first // 10 + second // 10) * 10 + (first + second) % 10)
+
+
+def question(problem: Problem) -> str:
+    """The prompt."""
+    return f"{problem[0]}+{problem[1]}="
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        padding_side="left",
+    )
+
+
+def make_model(seed: int) -> LlamaForCausalLM:
+    """0.46 M parameters, float32, untaught."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(SPECIAL) + len(CHARACTERS),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            dtype="float32",
+        )
+    )
+
+
+def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], None]) -> World:
+    """Make model, tokenizer, data and run file in ``folder``.
+
+    Raises:
+        OSError: the folder cannot be written. DefectError: the pupil did not learn.
+    """
+    make_folder(folder)
+    problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    random.Random(seed).shuffle(problems)
+    held_out = problems[:HELD_OUT]
+    looked_at = problems[HELD_OUT : HELD_OUT + LOOKED_AT]
+    known = problems[HELD_OUT + LOOKED_AT :]
+    tokenizer, model = make_tokenizer(), make_model(seed)
+    begin = monotonic()
+    steps = teach(model, tokenizer, known, looked_at, seed=seed, say=say)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in (("train.jsonl", known), ("eval.jsonl", held_out)):
+        lines = [json.dumps({"question": question(p), "answer": answer(p)}) for p in rows]
+        write_file(folder / name, "\n".join(lines) + "\n")
+    run_file = folder / "run.yaml"
+    write_file(run_file, RUN_FILE.format(name=run_file.name, engine=engine, seed=seed))
+    return World(folder, run_file, monotonic() - begin, steps)
+
+
+def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
+    """(B, 10) token ids: six of the question, up to three of the answer, the end, padding."""
+    rows = []
+    for problem, text in zip(problems, answers, strict=True):
+        ids = tokenizer(question(problem) + text)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append(ids + [tokenizer.pad_token_id] * (10 - len(ids)))
+    return torch.tensor(rows)
+
+
+def teach(
+    model: LlamaForCausalLM,
+    tokenizer: Any,
+    known: Sequence[Problem],
+    looked_at: Sequence[Problem],
+    *,
+    seed: int,
+    say: Callable[[str], None],
+) -> int:
+    """Supervised steps until the pupil answers as the teacher does; returns how many there were.
+
+    Raises:
+        DefectError: ``MAX_STEPS`` were not enough.
+    """
+    right = encode(tokenizer, known, [answer(p) for p in known])
+    wrong = encode(tokenizer, known, [forgetful(p) for p in known])
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    model.train()
+    for step in range(1, MAX_STEPS + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP)
+        picked = torch.randint(len(known), (BATCH,), generator=generator)
+        forgot = torch.rand(BATCH, generator=generator) < FORGETS
+        ids = torch.where(forgot[:, None], wrong[picked], right[picked])
+        optimizer.zero_grad()
+        _loss(model, ids).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % EVERY == 0:
+            exact, as_taught = _look(model, tokenizer, looked_at)
+            if step % (4 * EVERY) == 0 or as_taught >= KNOWS:
+                say(f"taught {step} steps: right {exact:.2f}, as the teacher {as_taught:.2f}")
+            if as_taught >= KNOWS:
+                model.eval()
+                return step
+    raise DefectError(f"the demo's model did not learn to add in {MAX_STEPS} steps")
+
+
+def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids).logits[:, 5:-1]
+    targets = ids[:, 6:]
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=0
+    )
+
+
+def _look(
+    model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
+) -> tuple[float, float]:
+    """Greedy: the share that is right, and the share that the teacher could have said."""
+    prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
+    ids = prompts
+    with torch.no_grad():
+        for _ in range(4):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    said = [_text(row) for row in ids[:, 6:].tolist()]
+    right = [text == answer(p) for text, p in zip(said, problems, strict=True)]
+    taught = [ok or text == forgetful(p) for ok, text, p in zip(right, said, problems, strict=True)]
+    return sum(right) / len(right), sum(taught) / len(taught)
+
+
+def _text(ids: list[int]) -> str:
+    """Characters up to the end of the sequence."""
+    tokens = (*SPECIAL, *CHARACTERS)
+    text = ""
+    for token in ids:
+        if token < len(SPECIAL):
+            break
+        text += tokens[token]
+    return text

@@ -1,0 +1,124 @@
+"""manifest.json: what it takes to make the run again. No secrets, no host name, no user name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit import __version__
+from toolkit.base.paths import write_file
+from toolkit.base.secrets import redact_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+SCHEMA_VERSION = 1
+DIGEST_VARIABLE = "TOOLKIT_IMAGE_DIGEST"
+DIGEST_FILE = Path("/etc/toolkit-image-digest")
+LOCK_FILES = ("uv.lock", "locks/cpu.txt", "locks/cu130.txt")
+
+
+def packages() -> dict[str, str]:
+    """Every installed distribution and its version, by name."""
+    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def lock_hashes() -> dict[str, str]:
+    """sha256 of the lock files of the checkout that this package runs from; empty for a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    return {
+        name: hashlib.sha256((root / name).read_bytes()).hexdigest()
+        for name in LOCK_FILES
+        if (root / name).is_file()
+    }
+
+
+def image_digest() -> str | None:
+    """The digest of the container image, where whoever started it said so."""
+    if value := os.environ.get(DIGEST_VARIABLE):
+        return value
+    try:
+        return DIGEST_FILE.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """The commit that ``folder`` is checked out at, and whether files differ from it."""
+
+    def ask(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return answer.stdout.strip()
+
+    revision = ask("rev-parse", "HEAD")
+    if not revision:
+        return None
+    return {"revision": revision, "modified": bool(ask("status", "--porcelain", "-uno"))}
+
+
+def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
+    """Name, UUID and memory of each GPU that the node shows."""
+    found = []
+    for gpu in snapshot.gpus if snapshot is not None else ():
+        found.append({"name": _value(gpu, "name"), "uuid": _value(gpu, "uuid")})
+    return found
+
+
+def _value(owner: Any, name: str) -> Any:
+    """The value of a reading, or None where the driver gave none."""
+    reading = getattr(owner, name, None)
+    return getattr(reading, "value", reading)
+
+
+def write_manifest(
+    run_dir: Path,
+    *,
+    seeds: Mapping[str, int],
+    data: Mapping[str, str],
+    world_size: int,
+    source: str | None,
+    snapshot: NodeSnapshot | None,
+) -> Path:
+    """Write manifest.json. Raises OSError."""
+    folder = Path(source).resolve().parent if source else Path.cwd()
+    driver = _value(getattr(snapshot, "driver", None), "version")
+    described = {
+        "schema_version": SCHEMA_VERSION,
+        "toolkit": __version__,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages(),
+        "lock_sha256": lock_hashes(),
+        "image_digest": image_digest(),
+        "git": git_revision(folder),
+        "driver": driver,
+        "gpus": gpus(snapshot),
+        "data_sha256": dict(data),
+        "seeds": dict(seeds),
+        "world_size": world_size,
+        "cpu_threads": _threads(),
+    }
+    text = json.dumps(redact_tree(described), indent=2, default=str) + "\n"
+    return write_file(run_dir / "manifest.json", text)
+
+
+def _threads() -> int | None:
+    """Threads of one operation: CPU results are equal where these are."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else None

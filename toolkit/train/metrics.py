@@ -1,0 +1,187 @@
+"""What a run writes while it runs: metrics.jsonl, timings.jsonl and completions.jsonl.
+
+metrics.jsonl and completions.jsonl hold only what the seed decides, so that a run that was killed
+and resumed ends with the bytes of one that was not; wall clock and memory are in timings.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from toolkit.base.paths import FILE_MODE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
+LEADING = (
+    "step",
+    "reward",
+    "reward_std",
+    "loss",
+    "kl",
+    "entropy",
+    "completion_length",
+    "grad_norm",
+    "learning_rate",
+)
+RENAMED = {"completions/mean_length": "completion_length"}
+WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
+PHASES = ("rollout_s", "publish_s", "reward_s")
+
+
+class Journal:
+    """The run's logs, appended to in order, each cut back to where a checkpoint knows it to be."""
+
+    def __init__(self, run_dir: Path, positions: Mapping[str, int] | None = None) -> None:
+        """Open the logs. ``positions``: bytes to keep of each; without any, begin empty. Raises OSError."""
+        self._handles: dict[str, int] = {}
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        for name in LOGS:
+            handle = os.open(run_dir / name, flags, FILE_MODE)
+            keep = (positions or {}).get(name, 0)
+            if os.fstat(handle).st_size > keep:
+                os.ftruncate(handle, keep)
+            self._handles[name] = handle
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises OSError."""
+        line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode()
+        written = os.write(self._handles[name], line)
+        if written < len(line):  # a disk that fills up writes a part and fails on the rest
+            os.write(self._handles[name], line[written:])
+
+    def positions(self) -> dict[str, int]:
+        """Bytes in each log, which are on the disk when this returns."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+        return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON: what is not a finite number is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl from what the trainer logged: our names first, then every other by name."""
+    found = {"step": step}
+    for key, value in logs.items():
+        evaluation = key.startswith("eval_")
+        name = key.removeprefix("eval_")
+        if name in WALL_CLOCK:
+            continue
+        name = RENAMED.get(name, name)
+        found[f"eval/{name}" if evaluation else name] = value
+    leading = {name: found.pop(name) for name in LEADING if name in found}
+    return leading | {name: found[name] for name in sorted(found)}
+
+
+def peak_memory_bytes() -> int:
+    """Of the GPU where one is used, else of this process (resident)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
+    """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None)."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        journal: Journal,
+        on_row: Callable[[dict[str, Any], dict[str, Any] | None], None],
+        *,
+        completions: bool,
+    ) -> None:
+        self.trainer, self.journal, self.on_row = trainer, journal, on_row
+        self.completions = completions
+        self.begin = self.last = monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Loading is not part of the first step's time."""
+        del args, state, control, kwargs
+        self.last = monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """A row for a step or an evaluation; the summary at the end of training is no step."""
+        del args, control, kwargs
+        state.log_history[:-1] = []  # it grows with every step, and all of it lies in the logs
+        if "train_runtime" in logs:
+            return
+        row = plain(row_of(state.global_step, logs))
+        if row.get("skipped"):
+            row["loss"] = None  # transformers logs 0 for a loss that is no number
+        self.journal.write("metrics.jsonl", row)
+        timings = None
+        if "loss" in logs:
+            timings = self._timings(row)
+            self.journal.write("timings.jsonl", timings)
+            if self.completions and "reward" in row:
+                self._write_completions(state.global_step)
+        self.on_row(row, timings)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluation is not part of the next step's time."""
+        del args, state, control, kwargs
+        self.trainer.timers.take()
+        self.last = monotonic()
+
+    def _timings(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        now = monotonic()
+        step_s, self.last = now - self.last, now
+        phases = {name: 0.0 for name in PHASES} | self.trainer.timers.take()
+        phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
+        tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
+        return {
+            "step": row["step"],
+            "time_s": round(now - self.begin, 4),
+            "step_s": round(step_s, 4),
+            "train_s": round(max(0.0, step_s - sum(phases.values())), 4),
+            **{name: round(value, 4) for name, value in phases.items()},
+            "tokens_per_s": round(tokens / step_s, 1) if step_s > 0 else 0.0,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def _write_completions(self, step: int) -> None:
+        logs, weights = self.trainer._logs, self.trainer.reward_weights.tolist()
+        names = list(logs["rewards"])
+        for index, prompt in enumerate(logs["prompt"]):
+            rewards = {name: plain(logs["rewards"][name][index]) for name in names}
+            scored = [
+                (w, r) for w, r in zip(weights, rewards.values(), strict=True) if r is not None
+            ]
+            self.journal.write(
+                "completions.jsonl",
+                {
+                    "step": step,
+                    "prompt": prompt,
+                    "completion": logs["completion"][index],
+                    "reward": sum(w * r for w, r in scored) if scored else None,
+                    "rewards": rewards,
+                    "advantage": logs["advantages"][index],
+                },
+            )

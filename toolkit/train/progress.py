@@ -1,0 +1,81 @@
+"""Live progress: one line a step on a terminal, rewritten; plain lines, fewer of them, elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.units import format_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import TextIO
+
+PLAIN_LINES = 40
+"""About how many lines a whole run prints where the output is no terminal."""
+SMOOTHING = 0.8
+
+
+class Progress:
+    """Prints to ``stream``; ``every`` is the number of steps between lines that stay."""
+
+    def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
+        self.stream, self.total = stream, max(1, total)
+        self.every = max(1, every or -(-self.total // PLAIN_LINES))
+        self.live = stream.isatty()
+        self._step_s: float | None = None
+        self._open = False
+
+    def __call__(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
+        """A row of metrics.jsonl and, for a step, of timings.jsonl."""
+        if timings is None:
+            self.keep(evaluation_line(row))
+            return
+        step, step_s = row["step"], timings["step_s"]
+        old = step_s if self._step_s is None else self._step_s
+        self._step_s = SMOOTHING * old + (1 - SMOOTHING) * step_s
+        left_s = (self.total - step) * self._step_s
+        line = step_line(row, timings, self.total, left_s)
+        if step == 1 or step % self.every == 0 or step == self.total:
+            self.keep(line)
+        elif self.live:
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write(f"\r\x1b[K{line[:width]}")
+            self.stream.flush()
+            self._open = True
+
+    def keep(self, line: str) -> None:
+        """A line that stays."""
+        self.stream.write(f"\r\x1b[K{line}\n" if self._open else f"{line}\n")
+        self.stream.flush()
+        self._open = False
+
+
+def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
+    """Step, reward mean and spread, loss, KL, length, tokens/s, time left: aligned, so that columns line up."""
+    width = len(str(total))
+    parts = [
+        f"step {row['step']:>{width}}/{total}",
+        f"reward {number(row.get('reward'), '6.3f')} ± {number(row.get('reward_std'), '5.3f')}",
+        f"loss {number(row.get('loss'), '8.4f')}",
+        f"kl {number(row.get('kl'), '7.4f')}",
+        f"length {number(row.get('completion_length'), '6.1f')}",
+        f"{timings['tokens_per_s']:>7.0f} tok/s",
+        f"{format_duration(max(0.0, left_s))} left",
+    ]
+    if row.get("skipped"):
+        parts.append("skipped: not finite")
+    return "  ".join(parts)
+
+
+def evaluation_line(row: Mapping[str, Any]) -> str:
+    """The result of an evaluation during training."""
+    reward = number(row.get("eval/reward"), ".3f").strip()
+    length = number(row.get("eval/completion_length"), ".1f").strip()
+    return f"evaluation at step {row['step']}: reward {reward}, length {length}"
+
+
+def number(value: Any, form: str) -> str:
+    """A number, or a dash of the same width where there is none."""
+    width = int(form.split(".")[0] or 1)
+    return format(value, form) if isinstance(value, (int, float)) else "-".rjust(width)

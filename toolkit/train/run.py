@@ -1,0 +1,271 @@
+"""A whole run, top to bottom: folder, resume, pre-flight, data, rewards, policy, training, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import trl
+from transformers import PrinterCallback, ProgressCallback
+
+from toolkit.base.errors import ConfigError, StoppedError
+from toolkit.base.paths import write_file
+from toolkit.base.units import format_bytes
+from toolkit.policy.adapter_io import save_lora
+from toolkit.policy.from_config import choose_engine
+from toolkit.policy.language_model import load_policy
+from toolkit.train import checkpoint, faults, folder, manifest, resume
+from toolkit.train.arguments import grpo_config, make_reproducible
+from toolkit.train.data import load_data
+from toolkit.train.evaluate import evaluate
+from toolkit.train.metrics import Journal, Recorder
+from toolkit.train.preflight import preflight
+from toolkit.train.progress import Progress
+from toolkit.train.quiet import quiet
+from toolkit.train.report import write_report
+from toolkit.train.rewards import load_rewards
+from toolkit.train.signals import Abandoned, StopSignals
+from toolkit.train.state import changed
+from toolkit.train.trainer import GRPOTrainer
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+    from toolkit.train.evaluate import Evaluation
+    from toolkit.train.preflight import Preflight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How the run talks and what it does besides training."""
+
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    evaluate: bool = False
+    debug: bool = False
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a run is made of, once everything that can be refused has been."""
+
+    config: RunConfig
+    run_dir: Path
+    preflight: Preflight
+    model: Any
+    tokenizer: Any
+    data: Any
+    rewards: Any
+    digests: dict[str, str]
+
+
+def run(config: RunConfig, options: Options | None = None) -> Path:
+    """Train ``config`` and return its run folder.
+
+    Every rank of ``torchrun`` calls it; the first one writes.
+
+    Raises:
+        ToolkitError: with the exit code of what went wrong; StoppedError (75) after a signal.
+    """
+    options = options or Options()
+    run_dir = Path(config.runtime.output_dir)
+    if is_first_rank():
+        with folder.held(run_dir):
+            return _run(config, run_dir, options)
+    return _run(config, run_dir, options)
+
+
+def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
+    found, passed = checkpoint.choose(run_dir, config.runtime.resume)
+    for line in passed:
+        options.out.write(f"passed over a torn checkpoint: {line}\n")
+    with quiet(debug=options.debug):
+        try:
+            parts = prepare(config, run_dir, options)
+            _refuse_changes(config, parts, found)
+            _train(parts, config, found, options)
+        except Exception as error:
+            known = faults.translate(error, str(run_dir))
+            if known is None or known is error:
+                raise
+            raise known from error
+    return run_dir
+
+
+def prepare(config: RunConfig, run_dir: Path, options: Options) -> Parts:
+    """Check the node, size, load policy, data and rewards; config.json and preflight.json are written."""
+    ready = preflight(config, world_size=world_size())
+    resolved = ready.config
+    if config.runtime.reproducible:
+        make_reproducible()
+    if is_first_rank():
+        folder.write_config(run_dir, resolved)
+        ready.write(run_dir)
+    model, tokenizer = load_policy(resolved)
+    data = load_data(
+        resolved.dataset, tokenizer, max_prompt_length=resolved.grpo.get("max_prompt_length")
+    )
+    rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
+    digests = {"train": data.report.train.digest}
+    if data.report.eval is not None:
+        digests["eval"] = data.report.eval.digest
+    return Parts(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
+
+
+def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None:
+    """A checkpoint goes on with the run that it is of."""
+    if found is None:
+        return
+    then = checkpoint.read_json(found, resume.STATE)["run"]
+    now = folder.fingerprint(config, parts.digests)
+    differing = changed(now, then, config.runtime.allow_changed)
+    if differing:
+        named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ConfigError(
+            f"changed since the checkpoint was written: {named}{more}",
+            where=str(found),
+            fix=f"put it back, or allow it: runtime.allow_changed: [{', '.join(differing)}],"
+            " or begin another run with --output-dir",
+        )
+
+
+def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
+    """Our trainer on the parts, with nothing of upstream's printing left in it."""
+    arguments = grpo_config(
+        parts.config, parts.run_dir, trl.GRPOConfig, has_eval=parts.data.eval is not None
+    )
+    trainer = GRPOTrainer(
+        model=parts.model,
+        reward_funcs=parts.rewards.functions,
+        args=arguments,
+        train_dataset=parts.data.train,
+        eval_dataset=parts.data.eval,
+        processing_class=parts.tokenizer,
+    )
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
+    trainer.fingerprint = folder.fingerprint(config, parts.digests)
+    trainer.keep_last, trainer.keep_best = config.runtime.keep_last, config.runtime.keep_best
+    trainer.max_bad_steps = config.runtime.max_bad_steps
+    return trainer
+
+
+def _train(parts: Parts, config: RunConfig, found: Path | None, options: Options) -> None:
+    trainer = build_trainer(parts, config)
+    signals = StopSignals(abandon=world_size() == 1)
+    first = is_first_rank()
+    journal = Journal(parts.run_dir, resume.positions(found) if found else None) if first else None
+    if first:
+        _introduce(parts, trainer, found, options)
+    before = _evaluate(parts, options, adapter=False)
+    trainer.signals, trainer.journal = signals, journal
+    if journal is not None:
+        progress = Progress(
+            options.out, total_steps(trainer), parts.config.grpo.get("logging_steps")
+        )
+        keep = config.runtime.log_completions
+        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep))
+    with signals.installed():
+        try:
+            trainer.train(str(found) if found else None)
+        except Abandoned:
+            signals.settle()
+            if trainer.snapshot is not None and trainer.snapshot.hf_state.global_step > 0:
+                trainer.save_snapshot(trainer.snapshot)
+        finally:
+            if journal is not None:
+                journal.close()
+    if signals.received is not None:
+        raise _stopped(trainer, signals.received)
+    if first:
+        _finish(parts, before, _evaluate(parts, options, adapter=True), options)
+
+
+def _stopped(trainer: GRPOTrainer, signal: str) -> StoppedError:
+    steps = checkpoint.list_steps(Path(trainer.args.output_dir))
+    saved = f"checkpoint-{steps[0]} is written" if steps else "no step had ended yet"
+    return StoppedError(
+        f"stopped by {signal}; {saved}",
+        where=str(trainer.args.output_dir),
+        fix="start the same command again: it goes on from there",
+    )
+
+
+def total_steps(trainer: GRPOTrainer) -> int:
+    """Optimizer steps of the whole run."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    batches = len(trainer.get_train_dataloader())
+    an_epoch = max(1, batches // trainer.args.gradient_accumulation_steps)
+    return int(an_epoch * trainer.args.num_train_epochs + 0.999)
+
+
+def _introduce(parts: Parts, trainer: GRPOTrainer, found: Path | None, options: Options) -> None:
+    """Say what runs, before it does; write the manifest."""
+    config, sizing = parts.config, parts.preflight.sizing
+    seeds = {"grpo.seed": trainer.args.seed, "lora.random_state": config.lora.random_state}
+    manifest.write_manifest(
+        parts.run_dir,
+        seeds=seeds,
+        data=parts.digests,
+        world_size=world_size(),
+        source=config.source,
+        snapshot=parts.preflight.snapshot,
+    )
+    place = parts.preflight.device.name if parts.preflight.device else "CPU"
+    lines = [
+        f"model    {config.model.model_name}"
+        f" ({sizing.model.parameters / 1e6:.1f} M parameters, {format_bytes(sizing.model.weight_bytes)})",
+        f"adapter  r {config.lora.r}, {sizing.model.trainable_parameters / 1e6:.2f} M parameters",
+        f"engine   {choose_engine(config)} on {place}"
+        + (f", {world_size()} processes" if world_size() > 1 else ""),
+        *(f"data     {line}" for line in parts.data.report.lines()),
+        f"folder   {parts.run_dir}",
+    ]
+    if found is not None:
+        lines.append(f"resume   {found}")
+    options.out.write("\n".join(lines) + "\n")
+    options.out.flush()
+
+
+def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | None:
+    if not options.evaluate or parts.data.eval is None or not is_first_rank():
+        return None
+    return evaluate(
+        parts.model,
+        parts.tokenizer,
+        parts.data.eval,
+        parts.rewards,
+        max_tokens=parts.config.grpo.get("max_completion_length", 256),
+        adapter=adapter,
+    )
+
+
+def _finish(
+    parts: Parts, before: Evaluation | None, after: Evaluation | None, options: Options
+) -> None:
+    """The adapter, the evaluation and the report, and where they lie."""
+    adapter = save_lora(parts.model, parts.run_dir / "adapter")
+    if before is not None and after is not None:
+        described = {"before": before.to_json(), "after": after.to_json()}
+        write_file(parts.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
+        for name, value in after.rewards.items():
+            options.out.write(
+                f"held out {name} {before.rewards[name]:.3f} -> {value:.3f} ({after.count} prompts)\n"
+            )
+    report = write_report(parts.run_dir)
+    options.out.write(f"adapter  {adapter}\nreport   {report}\n")
+    options.out.flush()
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """True for the process that writes."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,91 @@
+"""Stop on purpose: a signal asks, the next safe point answers, and a step that is too long is abandoned.
+
+SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) set a flag that the trainer reads at the end of a
+step. Where no step ends within ``GRACE_S``, the step under way is abandoned by an exception in the
+main thread and the state at its beginning is what is saved; ``shielded`` code is never cut. A
+second SIGINT stops at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_S = 8.0
+RETRY_S = 0.2
+
+
+class Abandoned(BaseException):
+    """The step under way was cut. A BaseException, so that no ``except Exception`` swallows it."""
+
+
+class StopSignals:
+    """What has been asked for. Without ``abandon`` (ranks must stop together) it is only a flag."""
+
+    def __init__(self, *, abandon: bool = True, grace_s: float = GRACE_S) -> None:
+        self.received: str | None = None
+        self._interrupts = 0
+        self._shields = 0
+        self._abandon, self._grace_s = abandon, grace_s
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Listen while the block runs, and put back what listened before. Main thread only."""
+        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        try:
+            yield self
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def shield(self) -> None:
+        """From here to ``unshield`` nothing is cut (weights and files change)."""
+        self._shields += 1
+
+    def unshield(self) -> None:
+        """The weights and the files are whole again."""
+        self._shields = max(0, self._shields - 1)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """``shield`` ... ``unshield`` around a block."""
+        self.shield()
+        try:
+            yield
+        finally:
+            self.unshield()
+
+    def settle(self) -> None:
+        """The run stops at a safe point now: no alarm may come any more."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._abandon = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            if self._abandon:
+                signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if not self._abandon:
+            return
+        if self._shields:
+            signal.setitimer(signal.ITIMER_REAL, RETRY_S)
+            return
+        raise Abandoned(self.received)

@@ -1,0 +1,144 @@
+"""The state of a run as JSON and tensors, and back: generators, optimizer, buffered rollouts. Bytes in, the same bytes out."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from toolkit.base.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Tensors = dict[str, torch.Tensor]
+
+
+def generators() -> tuple[dict[str, Any], Tensors]:
+    """Every generator of this process: python's and numpy's as JSON, torch's (CPU and current CUDA device) as bytes."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    described = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    tensors = {"generator.cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    return described, tensors
+
+
+def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Undo ``generators``."""
+    version, words, gauss = described["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = described["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(tensors["generator.cpu"])
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["generator.cuda"])
+
+
+def flatten(value: Any, tensors: Tensors, path: str) -> Any:
+    """``value`` as JSON, its tensors moved to ``tensors`` under their path. Dicts keep their keys' types.
+
+    Raises:
+        UnsupportedError: a value that is neither JSON nor a tensor, named by its path.
+    """
+    if isinstance(value, torch.Tensor):
+        # A copy: on the CPU a tensor may alias one that goes on changing, and safetensors refuses shared storage.
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        items = [[key, flatten(item, tensors, f"{path}.{key}")] for key, item in value.items()]
+        return {"dict": items}
+    if isinstance(value, (list, tuple)):
+        items = [flatten(item, tensors, f"{path}.{index}") for index, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise UnsupportedError(
+        f"cannot be stored without pickle: {type(value).__name__}", where=f"checkpoint state {path}"
+    )
+
+
+def unflatten(
+    described: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Undo ``flatten``; tensors go to ``device``."""
+    ((kind, inner),) = described.items()
+    if kind == "tensor":
+        return tensors[inner].to(device)
+    if kind == "dict":
+        return {key: unflatten(item, tensors, device) for key, item in inner}
+    if kind in ("list", "tuple"):
+        items = [unflatten(item, tensors, device) for item in inner]
+        return tuple(items) if kind == "tuple" else items
+    return inner
+
+
+def stored_name(name: str, adapter: str = "default") -> str:
+    """The name under which PEFT stores a trainable parameter of an adapter."""
+    return (
+        name.replace(f".modules_to_save.{adapter}.", ".")
+        .replace(f".{adapter}.", ".")
+        .removesuffix(f".{adapter}")
+    )
+
+
+def trainable(model: Any) -> Tensors:
+    """The parameters under training, by the name PEFT stores them under."""
+    return {stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copy_into(
+    parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], where: str
+) -> None:
+    """Copy ``stored`` into the parameters of the same names, once names, shapes and values are known to be right.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    problem = difference(parameters, stored)
+    if problem:
+        raise ConfigError(
+            f"the adapter in it is not one of this run: {problem}",
+            where=where,
+            fix="resume from a checkpoint of this run, or set runtime.resume: never and another output_dir",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+
+
+def difference(
+    parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
+) -> str | None:
+    """What keeps ``stored`` from being copied into ``parameters``, or None."""
+    if missing := sorted(set(parameters) - set(stored)):
+        return f"{len(missing)} tensors are missing, the first is {missing[0]}"
+    if extra := sorted(set(stored) - set(parameters)):
+        return f"{len(extra)} tensors too many, the first is {extra[0]}"
+    for name, parameter in parameters.items():
+        if parameter.shape != stored[name].shape:
+            return (
+                f"{name} has shape {list(stored[name].shape)}, here it is {list(parameter.shape)}"
+            )
+        if not torch.isfinite(stored[name]).all():
+            return f"{name} holds NaN or infinite values"
+    return None
+
+
+def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+    """The keys, dotted, whose values differ and that no entry of ``allowed`` names (itself or a part above it)."""
+    keys = sorted(set(now) | set(then))
+    differing = [key for key in keys if now.get(key) != then.get(key)]
+    return [
+        key
+        for key in differing
+        if not any(key == name or key.startswith(f"{name}.") for name in allowed)
+    ]
