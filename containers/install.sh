@@ -6,7 +6,7 @@
 # pip itself lives in a folder of its own: the image ships without it.
 set -eu
 
-PIP_HOME=/build/pip
+PIP_HOME=/tmp/pip
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INPUT=1
 # Byte code that depends on neither the clock nor the hash seed.
 export PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-0}"
@@ -35,22 +35,24 @@ environment() {
         source_of_wheels=""
         if [ "$lock" = image-torch ]; then
             source_of_wheels="--index-url=${TORCH_INDEX:?}"
-            for wheel in /wheels/torch-*+cpu-*.whl; do
-                [ -e "$wheel" ] && source_of_wheels="--no-index --find-links=/wheels"
+            for wheel in /mnt/torch-*+cpu-*.whl /mnt/wheels/torch-*+cpu-*.whl; do
+                [ -e "$wheel" ] && source_of_wheels="--no-index --find-links=${wheel%/*}"
             done
         fi
         # shellcheck disable=SC2086 # one or two options
         pip_into install --quiet --no-compile --no-deps --only-binary :all: --require-hashes $source_of_wheels \
-            -r "/build/$lock.txt"
+            -r "/usr/share/toolkit/$lock.txt"
     done
     # Two files name the build's own moment or commands; none is read by anything at run time.
     find /opt/toolkit -name direct_url.json -delete
     compile /opt/toolkit/lib
+    rm -rf "$PIP_HOME"
 }
 
 product() {
     target=$1
     cd /build/src
+    python3 -m venv "$PIP_HOME"
     "$PIP_HOME/bin/python" -m pip install --quiet --no-compile --no-deps --require-hashes -r locks/build.txt
     "$PIP_HOME/bin/python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /build/dist .
     pip_into install --quiet --no-compile --no-deps --no-index --root /out /build/dist/*.whl

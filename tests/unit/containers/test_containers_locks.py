@@ -1,0 +1,102 @@
+"""The locks: the public index only, every package with hashes, in step with pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[3]
+LOCKS = sorted((REPO / "locks").glob("*.txt"))
+PUBLIC = {"https://pypi.org", "https://files.pythonhosted.org"}
+# What `pip install` puts beside the locked list in a working copy, with no hash by design; no image reads it.
+WITHOUT_HASHES = {"cpu-torch.txt"}
+
+
+def test_no_lock_names_a_host_but_the_public_index() -> None:
+    for path in [REPO / "uv.lock", *LOCKS]:
+        hosts = set(re.findall(r"(?:https?|ftp|file)://[^/\"\s]*", path.read_text()))
+        assert hosts <= PUBLIC, f"{path.name} names {sorted(hosts - PUBLIC)}"
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_no_lock_carries_options_of_an_index(path: Path) -> None:
+    assert not re.search(
+        r"^(-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)\b",
+        path.read_text(),
+        re.MULTILINE,
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LOCKS if path.name not in WITHOUT_HASHES], ids=lambda path: path.name
+)
+def test_every_package_has_a_hash(path: Path) -> None:
+    entries = re.split(r"^(?=[A-Za-z0-9])", path.read_text(), flags=re.MULTILINE)
+    packages = [entry for entry in entries if re.match(r"[A-Za-z0-9._-]+==", entry)]
+    assert packages
+    bare = [entry.split()[0] for entry in packages if "--hash=sha256:" not in entry]
+    assert bare == []
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """The files that lock.sh reads, to be spoiled."""
+    for name in ("pyproject.toml", "uv.lock", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder)
+    for name in ("locks", "containers"):
+        shutil.copytree(REPO / name, folder / name)
+    (folder / "toolkit").mkdir()
+    shutil.copy(REPO / "toolkit/__init__.py", folder / "toolkit")
+    (folder / "schemas").mkdir()
+    (folder / ".venv").symlink_to(REPO / ".venv")
+    return folder
+
+
+def check(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(folder / "containers/lock.sh"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_locks_are_in_step(tmp_path: Path) -> None:
+    result = check(copy_of_the_project(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "in step" in result.stderr
+
+
+def test_a_requirement_that_moved_on_is_told(tmp_path: Path) -> None:
+    project = copy_of_the_project(tmp_path)
+    text = (project / "pyproject.toml").read_text()
+    assert '"click>=8.2"' in text
+    (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
+    result = check(project)
+    assert result.returncode == 1
+    assert "uv.lock does not match pyproject.toml" in result.stderr
+    assert "just lock" in result.stderr
+
+
+def test_an_edited_lock_file_is_told_with_what_differs(tmp_path: Path) -> None:
+    project = copy_of_the_project(tmp_path)
+    lock = project / "locks/light.txt"
+    lock.write_text(re.sub(r"^click==\S+", "click==8.2.0", lock.read_text(), flags=re.MULTILINE))
+    result = check(project)
+    assert result.returncode == 1
+    assert "locks/light.txt is not what uv.lock makes of it" in result.stderr
+    assert "click==8.2.0" in result.stderr
+
+
+def test_a_mirror_in_a_lock_is_told(tmp_path: Path) -> None:
+    project = copy_of_the_project(tmp_path)
+    lock = project / "uv.lock"
+    lock.write_text(
+        lock.read_text().replace("https://files.pythonhosted.org", "https://mirror.example", 3)
+    )
+    result = check(project)
+    assert result.returncode == 1
+    assert "other hosts than the public index: https://mirror.example" in result.stderr

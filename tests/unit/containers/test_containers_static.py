@@ -1,0 +1,165 @@
+"""What can be said of the container files without building: each is judged by its own tool."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parents[3]
+CONTAINERS = REPO / "containers"
+SCRIPTS = sorted([*CONTAINERS.glob("*.sh"), *CONTAINERS.glob("slurm/*")])
+MANIFESTS = sorted(CONTAINERS.glob("kubernetes/*.yaml"))
+
+
+def tool(name: str) -> str:
+    """A tool of the dev extra, beside this Python."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed: run `just setup`")
+    return found
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=REPO, timeout=120
+    )
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    result = run(tool("hadolint"), CONTAINERS / "Dockerfile")
+    assert result.returncode == 0, result.stdout
+
+
+def test_shellcheck_finds_nothing() -> None:
+    assert len(SCRIPTS) > 8
+    result = run(tool("shellcheck"), "-x", *SCRIPTS)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_each_script_parses_in_the_shell_that_it_names(script: Path) -> None:
+    first = script.read_text().splitlines()[0]
+    shell = "bash" if "bash" in first else "sh"
+    result = run(shell, "-n", script)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("section", ["%post", "%test", "%runscript", "%environment"])
+def test_each_shell_section_of_the_definition_parses(section: str, tmp_path: Path) -> None:
+    body = sections((CONTAINERS / "toolkit.def").read_text())[section]
+    path = tmp_path / "section.sh"
+    path.write_text(re.sub(r"\{\{ \w+ \}\}", "VALUE", body))
+    result = run("sh", "-n", path)
+    assert result.returncode == 0, result.stderr
+
+
+def sections(text: str) -> dict[str, str]:
+    """The sections of a definition file: name -> body."""
+    parts = re.split(r"^(%\w+)\s*$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_definition_uses_every_argument_that_it_names_and_no_other() -> None:
+    text = (CONTAINERS / "toolkit.def").read_text()
+    defined = set(re.findall(r"^    (\w+)=", sections(text)["%arguments"], re.MULTILINE))
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == defined
+
+
+def test_the_environment_of_the_definition_never_overrides_the_host() -> None:
+    body = sections((CONTAINERS / "toolkit.def").read_text())["%environment"]
+    exports = re.findall(r"^\s*export (\w+)=(.*)$", body, re.MULTILINE)
+    assert exports
+    for name, value in exports:
+        assert f"${{{name}:-" in value, f"{name} would win over the host's own"
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_each_manifest_is_valid_kubernetes(manifest: Path) -> None:
+    result = run(tool("kubernetes-validate"), "--strict", manifest)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_compose_file_is_valid() -> None:
+    result = run(
+        tool("check-jsonschema"),
+        "--builtin-schema",
+        "vendor.compose-spec",
+        CONTAINERS / "compose.yaml",
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def pods() -> list[tuple[str, dict[str, object]]]:
+    """(name, pod spec) of everything in kubernetes/ that makes pods."""
+    found = []
+    for manifest in MANIFESTS:
+        for document in yaml.safe_load_all(manifest.read_text()):
+            spec = document.get("spec", {})
+            spec = spec.get("jobTemplate", {}).get("spec", spec)
+            if "template" in spec:
+                found.append((document["metadata"]["name"], spec["template"]["spec"]))
+    return found
+
+
+def test_every_container_is_closed() -> None:
+    containers = [
+        (name, container)
+        for name, pod in pods()
+        for container in [*pod.get("initContainers", []), *pod["containers"]]
+    ]
+    assert len(containers) == 3
+    for name, container in containers:
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"] is True, name
+        assert context["allowPrivilegeEscalation"] is False, name
+        assert context["capabilities"]["drop"] == ["ALL"], name
+        assert "limits" in container["resources"], name
+
+
+def test_the_job_acts_on_the_exit_codes() -> None:
+    job = next(
+        document
+        for document in yaml.safe_load_all((CONTAINERS / "kubernetes/train-job.yaml").read_text())
+        if document["kind"] == "Job"
+    )
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    actions = {
+        (rule["onExitCodes"]["containerName"], code): rule["action"]
+        for rule in rules
+        if "onExitCodes" in rule
+        for code in rule["onExitCodes"]["values"]
+    }
+    assert actions[("train", 75)] == "Ignore"
+    assert actions[("preflight", 1)] == actions[("train", 1)] == "FailJob"
+    # A bad node and a busy one are worth another pod: no rule may end the job for them.
+    assert not {code for _, code in actions} & {3, 4}
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_every_base_is_pinned_by_digest() -> None:
+    text = (CONTAINERS / "Dockerfile").read_text()
+    bases = dict(re.findall(r"^ARG (\w*BASE_IMAGE)=(\S+)$", text, re.MULTILINE))
+    assert set(bases) == {"BASE_IMAGE", "CPU_BASE_IMAGE"}
+    for base in bases.values():
+        assert re.search(r"@sha256:[0-9a-f]{64}$", base), base
+    stages = set(re.findall(r" AS (\S+)$", text, re.MULTILINE))
+    for source in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
+        assert source in stages | {"scratch"} or source.strip("${}") in bases, source
+    definition = (CONTAINERS / "toolkit.def").read_text()
+    assert bases["BASE_IMAGE"].split("@")[1] in definition, "definition and Dockerfile differ"
+
+
+def test_the_build_sees_nothing_but_the_product() -> None:
+    lines = (CONTAINERS / "Dockerfile.dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert allowed == {
+        *("LICENSE", "README.md", "pyproject.toml", "toolkit", "schemas", "locks", "containers")
+    }
