@@ -76,7 +76,7 @@ def facts(run: RunConfig) -> dict[str, Any]:
         "float8_kv_cache": model.float8_kv_cache,
         "dtype": model.dtype,
         "gpu_memory_utilization": None if share == "auto" else float(share),
-        "sleeps": model.enable_sleep_mode is True,
+        "sleeps": None if model.enable_sleep_mode == "auto" else model.enable_sleep_mode,
         "tensor_parallel_size": model.tensor_parallel_size,
         "world_size": int(os.environ.get("WORLD_SIZE", "1") or "1"),
         "model": model.model_name,

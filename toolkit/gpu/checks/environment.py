@@ -29,7 +29,7 @@ def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             f"remove expandable_segments from {expandable[0]}, or enable_sleep_mode: false",
         )
     harms = [*harmful(variables)]
-    if expandable and not context.configured:
+    if expandable and context.sleeps is None:
         harms.append(f"{expandable[0]}: expandable_segments excludes the engine's sleep mode")
     return warn("; ".join(harms)) if harms else ok("no harmful variable")
 

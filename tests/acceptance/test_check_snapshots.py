@@ -1,0 +1,61 @@
+"""Every fixture node, through the installed commands and a fake NVML under pynvml."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolkit.config.validate import check_instance
+
+FAKES = Path(__file__).parents[1] / "fakes"
+sys.path.insert(0, str(FAKES))
+
+import cases  # noqa: E402 - the folder of fakes is no package
+
+ENVCHECK = str(Path(sys.executable).parent / "envcheck")
+
+
+def run_on(
+    case: cases.Case, folder: Path, *arguments: str, fake: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run envcheck as if on the case's node."""
+    file = folder / "node.json"
+    file.write_text(json.dumps({"node": case.node, "quirks": case.quirks}))
+    environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environ |= {"COLUMNS": "100", "HF_HOME": str(folder / "hf"), **case.node["environment"]}
+    if fake:
+        environ |= {"PYTHONPATH": str(FAKES), "TOOLKIT_TEST_NODE": str(file)}
+    return subprocess.run(
+        [ENVCHECK, *arguments], env=environ, capture_output=True, text=True, timeout=60, cwd=folder
+    )
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_check_and_probe_say_what_the_node_is(name: str, tmp_path: Path) -> None:
+    case = cases.load(name)
+    config = case.run_file(tmp_path)
+    chosen = (*case.arguments, *(("--config", str(config)) if config else ()))
+
+    checked = run_on(case, tmp_path, "check", "--json", *chosen)
+    assert checked.stderr == ""
+    report = json.loads(checked.stdout)
+    not_ok = {row["id"]: row["verdict"] for row in report["checks"] if row["verdict"] != "ok"}
+    assert not_ok == case.expect["not_ok"], case.title
+    assert checked.returncode == report["exit_code"] == case.expect["exit_code"]
+    assert check_instance(report, "report") == []
+
+    probed = run_on(case, tmp_path, "probe", "--json")
+    assert probed.returncode == case.expect["probe_exit_code"], probed.stderr
+    seen = json.loads(probed.stdout)
+    assert check_instance(seen, "report") == []
+    # What NVML was asked and answered, through pynvml's own structs, is what was recorded.
+    assert [gpu["state"] for gpu in seen["gpus"]] == [gpu["state"] for gpu in case.node["gpus"]]
+    for gpu, recorded in zip(seen["gpus"], case.node["gpus"], strict=True):
+        for field in ("name", "memory", "processes", "fabric", "remapped_rows", "nvlinks"):
+            if field in recorded and "value" in recorded[field]:
+                assert gpu[field] == recorded[field], field

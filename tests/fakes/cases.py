@@ -1,0 +1,90 @@
+"""Fixture nodes: a base (a whole recorded node) with changes, and what each check should say.
+
+A case has ``change`` (dotted path -> value; ``*`` stands for every item of a list, or, last, for
+every reading of a row but its state), ``quirks`` of the fake NVML, ``arguments`` of the command,
+``run`` (overrides of a small run file) and ``expect``: exit codes and every verdict that is not ok.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "snapshots"
+RUN = {
+    "model": {"model_name": "example/absent-model"},
+    "dataset": {"path": "train.jsonl", "prompt": "question", "answer": "answer"},
+    "reward": {"functions": [{"name": "numeric_match"}]},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    title: str
+    node: dict[str, Any]
+    expect: dict[str, Any]
+    quirks: dict[str, Any] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    run: dict[str, Any] | None = None
+
+    def run_file(self, folder: Path) -> Path | None:
+        """The run file of the case, with a data file beside it; None where it has none."""
+        if self.run is None:
+            return None
+        (folder / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+        data = {key: {**RUN.get(key, {}), **self.run.get(key, {})} for key in {*RUN, *self.run}}
+        data["dataset"]["path"] = str(folder / "train.jsonl")
+        path = folder / "run.json"
+        path.write_text(json.dumps(data))
+        return path
+
+
+def names() -> list[str]:
+    """Every case."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def base(name: str) -> dict[str, Any]:
+    """A whole node, a fresh copy."""
+    data: dict[str, Any] = json.loads((FOLDER / "bases" / f"{name}.json").read_text())
+    return data
+
+
+def load(name: str) -> Case:
+    """A case with its changes made."""
+    data = json.loads((FOLDER / f"{name}.json").read_text())
+    node = base(data["base"])
+    for path, value in data.get("change", {}).items():
+        change(node, path.split("."), value)
+    return Case(
+        name,
+        data["title"],
+        node,
+        data["expect"],
+        data.get("quirks", {}),
+        tuple(data.get("arguments", ())),
+        data.get("run"),
+    )
+
+
+def change(place: Any, path: list[str], value: Any) -> None:
+    """Set what a dotted path names."""
+    head, *rest = path
+    if head == "*" and isinstance(place, list):
+        for item in place:
+            change(item, rest, value)
+    elif head == "*":
+        for key in [key for key in place if key not in ("index", "slices", "state")]:
+            if value is None:
+                del place[key]
+            else:
+                place[key] = value
+    elif rest:
+        change(place[int(head)] if isinstance(place, list) else place[head], rest, value)
+    elif isinstance(place, list):
+        place[int(head)] = value
+    else:
+        place[head] = value
