@@ -85,10 +85,7 @@ class TransformersEngine:
                     input_ids=ids_BP, attention_mask=mask_BP, generation_config=config, **strings
                 )
             except ValueError as error:
-                raise ConfigValueError(
-                    f"transformers refuses the sampling options: {str(error).splitlines()[0]}",
-                    where=WHERE,
-                ) from error
+                raise _refused(error) from error
         return self._collect(prompts, output, ids_BP.shape[1], sampling)
 
     def sleep(self) -> None:
@@ -120,6 +117,7 @@ class TransformersEngine:
                     where=WHERE,
                     fix="leave it out, or load with fast_inference=True if it is one of vLLM's",
                 )
+        _check_ranges(sampling)
         greedy = sampling.temperature == 0.0
         draw: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if not greedy:
@@ -140,7 +138,10 @@ class TransformersEngine:
             "return_dict_in_generate": True,
             "output_scores": sampling.logprobs is not None,
         }
-        return GenerationConfig(**{**keywords, **extra}), strings
+        try:
+            return GenerationConfig(**{**keywords, **extra}), strings
+        except ValueError as error:
+            raise _refused(error) from error
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask), both (B, P) int64: prompts padded on the left."""
@@ -169,6 +170,25 @@ class TransformersEngine:
             [values[i][: lengths[i]] for i in cut],
             [tokens[i][: lengths[i]] for i in cut],
         )
+
+
+def _refused(error: ValueError) -> ConfigValueError:
+    reason = str(error).splitlines()[0]
+    return ConfigValueError(f"transformers refuses the sampling options: {reason}", where=WHERE)
+
+
+def _check_ranges(sampling: Sampling) -> None:
+    """Refuse what transformers would take and not apply (it leaves a top_p of 7 out, for one)."""
+    good = {
+        "temperature": sampling.temperature >= 0,
+        "top_p": 0 < sampling.top_p <= 1,
+        "top_k": sampling.top_k >= -1,
+        "min_p": sampling.min_p is None or 0 <= sampling.min_p <= 1,
+        "repetition_penalty": sampling.repetition_penalty > 0,
+    }
+    for name, fine in good.items():
+        if not fine:
+            raise ConfigValueError(f"{name}={getattr(sampling, name)} is out of range", where=WHERE)
 
 
 def _length(row: list[int], ends: Collection[int]) -> int:

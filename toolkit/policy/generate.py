@@ -163,7 +163,8 @@ def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
     """``model`` with ``adapter`` active on it; afterwards everything is as it was."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None
-    policy = put_saved(model, adapter, BORROWED)
+    training = model.training
+    policy = put_saved(model, adapter, BORROWED).train(training)
     try:
         policy.set_adapter(BORROWED)
         yield policy

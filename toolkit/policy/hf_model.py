@@ -4,7 +4,7 @@ positions.
 
 from __future__ import annotations
 
-import warnings
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from toolkit.base.errors import (
     UnsupportedError,
 )
 from toolkit.policy.arguments import WHERE
+from toolkit.policy.positions import set_positions
 
 if TYPE_CHECKING:
     from toolkit.policy.checkpoint import Checkpoint
@@ -91,60 +92,8 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             where=checkpoint.name,
             fix="use the text-only checkpoint of the family",
         )
-    _set_positions(config, request, checkpoint.name)
+    set_positions(config, request, checkpoint.name)
     return config
-
-
-def _set_positions(config: Any, request: LoadRequest, name: str) -> None:
-    """Honour ``rope_scaling``, or stretch the positions when ``max_seq_length`` asks for more.
-
-    Stretching is dynamic NTK: nothing changes for sequences within the length the model knows.
-    """
-    longest = getattr(config, "max_position_embeddings", None)
-    wanted = request.max_seq_length
-    beyond = wanted is not None and longest is not None and wanted > longest
-    if beyond and request.fast_inference:
-        raise ConfigValueError(
-            f"max_seq_length={wanted} is beyond the {longest} positions of {name}",
-            where=WHERE,
-            fix=f"pass max_seq_length={longest} or less, or fast_inference=False",
-        )
-    scaling = dict(request.rope_scaling) if request.rope_scaling else None
-    current = getattr(config, "rope_parameters", None) or {}
-    if scaling is None and not beyond:
-        return
-    if current.get("rope_type") is None:
-        raise UnsupportedError(
-            f"the positions of {config.model_type!r} cannot be stretched by one rope_scaling",
-            where=name,
-            fix=f"keep max_seq_length within {longest} and leave rope_scaling out",
-        )
-    if scaling is None:
-        assert wanted is not None
-        assert longest is not None
-        if current["rope_type"] != "default":
-            raise ConfigValueError(
-                f"max_seq_length={wanted} is beyond the {longest} positions of {name}, which"
-                f" already stretches them ({current['rope_type']})",
-                where=WHERE,
-                fix=f"pass max_seq_length={longest} or less, or a rope_scaling of your own",
-            )
-        scaling = {"rope_type": "dynamic", "factor": wanted / longest}
-        warnings.warn(
-            f"max_seq_length={wanted} is beyond the {longest} positions of {name}: stretched by"
-            f" rope_scaling={scaling} for longer sequences",
-            UserWarning,
-            stacklevel=4,
-        )
-    kind = scaling.pop("type", None)
-    scaling.setdefault("rope_type", kind)
-    scaling.setdefault("rope_theta", current.get("rope_theta"))
-    config.rope_parameters = scaling
-    try:
-        config.standardize_rope_params()
-        config.validate_rope()
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigValueError(f"rope_scaling={scaling!r}: {error}", where=WHERE) from error
 
 
 def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
@@ -157,12 +106,13 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     checkpoint.check_model(pickle=not request.use_safetensors)
     config = read_config(checkpoint, request)
     quantization = _quantization(config, request, checkpoint.name)
+    device_map = _device_map(request.device_map)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.folder),
             config=config,
             dtype=choose_dtype(request),
-            device_map=_device_map(request.device_map),
+            device_map=device_map,
             quantization_config=quantization,
             attn_implementation=request.attn_implementation,
             use_safetensors=request.use_safetensors,
@@ -214,7 +164,8 @@ def _device_map(asked: Any) -> Any:
     if asked in (None, "sequential", "auto", "balanced") and not cuda:
         return None
     if asked in (None, "sequential"):
-        return {"": torch.cuda.current_device()}
+        rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        return {"": rank % torch.cuda.device_count()}
     named = set(asked.values()) if isinstance(asked, dict) else {asked}
     wants_cuda = any(str(device).startswith("cuda") or isinstance(device, int) for device in named)
     if wants_cuda and not cuda:

@@ -23,6 +23,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.settings import (
     WHERE,
     LoraSettings,
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NOT_PEFTS = ("random_state",)
+KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
+BOOKKEEPING = (*KEPT, "peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping")
+"""Fields of adapter_config.json that shape nothing; any other that is set must be one of ours."""
+
 MAPPINGS = ("loftq_config", "rank_pattern", "alpha_pattern")
 DIFFERING = (
     "r",
@@ -169,12 +174,16 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ConfigValueError(f"peft_type is {kind!r}, and only LORA adapters are loaded")
-    known = {item.name for item in fields(LoraConfig)}
-    kept = {name: value for name, value in values.items() if name in known}
+    default = LoraConfig()
+    ours = {item.name for item in fields(LoraSettings)} - set(NOT_PEFTS)
+    for name, value in values.items():
+        if name not in (*ours, *BOOKKEEPING) and value and value != getattr(default, name, None):
+            raise ConfigValueError(f"its {ADAPTER_CONFIG} sets {name}, which is not supported")
+    kept = {name: values[name] for name in (*ours, *KEPT) if name in values}
     try:
         return LoraConfig(**{**kept, "inference_mode": False, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
-        raise ConfigValueError(f"its adapter_config.json cannot be used: {error}") from error
+        raise ConfigValueError(f"its {ADAPTER_CONFIG} cannot be used: {error}") from error
 
 
 def settings_of(config: Any) -> LoraSettings:

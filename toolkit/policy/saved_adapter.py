@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError
 from toolkit.policy.adapter_io import BASE_FILE, base_name, fingerprint
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.lora import (
@@ -20,7 +20,7 @@ from toolkit.policy.lora import (
     set_adapter_tensors,
     settings_of,
 )
-from toolkit.policy.settings import check_targets, check_with_engine
+from toolkit.policy.settings import check_settings, check_targets, check_with_engine
 
 if TYPE_CHECKING:
     import os
@@ -56,8 +56,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
     try:
         config = read_peft_config(values)
-    except ConfigValueError as error:
-        raise ConfigValueError(error.message, where=str(path)) from error
+        check_settings(settings_of(config))
+    except (ConfigValueError, ConfigTypeError) as error:
+        raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
     tensors = _read_tensors(path)
     _check_values(tensors, path)
     _check_ranks(tensors, config, path)
@@ -95,6 +96,8 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
+    if not any(".lora_" in name for name in tensors):
+        raise ConfigValueError("holds no LoRA tensors", where=str(path / WEIGHTS))
     if config.rank_pattern:
         return
     for name, value in tensors.items():

@@ -1,0 +1,121 @@
+"""Hugging Face generation behind RolloutEngine: TRL's layout, and nothing left changed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.engine.base import RolloutEngine
+from toolkit.engine.rollout import Sampling
+from toolkit.engine.transformers_engine import TransformersEngine
+
+PROMPTS = [[4, 5, 6], [7]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "fixtures"))
+    from tiny_llama import make_tiny
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path_factory.mktemp("m") / "tiny"))
+
+
+@pytest.fixture
+def engine(model: Any) -> TransformersEngine:
+    return TransformersEngine(model, pad_id=0, end_ids=[2])
+
+
+def test_it_has_the_engines_face(engine: TransformersEngine, model: Any) -> None:
+    assert isinstance(engine, RolloutEngine)
+    engine.publish(model)
+    engine.sleep()
+    engine.wake()
+    engine.close()
+    with pytest.raises(ConfigValueError, match="is on another model"):
+        engine.publish(object())
+
+
+def test_the_layout_is_trls(engine: TransformersEngine) -> None:
+    rollout = engine.generate(PROMPTS, Sampling(n=2, max_tokens=4), seed=0)
+    assert rollout.prompt_ids == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert len(rollout.completion_ids) == 4
+    assert rollout.logprobs is not None
+    assert rollout.logprob_token_ids is not None
+    for ids, values, tokens in zip(
+        rollout.completion_ids, rollout.logprobs, rollout.logprob_token_ids, strict=True
+    ):
+        assert tokens == [[token] for token in ids]
+        assert len(values) == len(ids)
+
+
+def test_more_log_probabilities_come_most_likely_first(engine: TransformersEngine) -> None:
+    rollout = engine.generate(PROMPTS, Sampling(max_tokens=6, logprobs=3), seed=0)
+    assert rollout.logprobs is not None
+    assert rollout.logprob_token_ids is not None
+    for ids, values, tokens in zip(
+        rollout.completion_ids, rollout.logprobs, rollout.logprob_token_ids, strict=True
+    ):
+        for token, ranked, names in zip(ids, values, tokens, strict=True):
+            assert token in names
+            assert ranked == sorted(ranked, reverse=True)
+            assert len(names) == len(set(names)) in (3, 4)
+
+
+def test_none_are_made_when_none_are_asked_for(engine: TransformersEngine) -> None:
+    rollout = engine.generate(PROMPTS, Sampling(max_tokens=2, logprobs=None), seed=0)
+    assert rollout.logprobs is rollout.logprob_token_ids is None
+    assert engine.generate([], Sampling(), seed=0).completion_ids == []
+
+
+def test_the_published_generation_config_does_not_leak_in(model: Any) -> None:
+    """A checkpoint's own temperature or top_k must not change what was asked for."""
+    engine = TransformersEngine(model, pad_id=0, end_ids=[2])
+    plain = engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3)
+    keep = model.generation_config
+    try:
+        model.generation_config = type(keep)(
+            temperature=0.1,
+            top_k=1,
+            top_p=0.1,
+            do_sample=True,
+            repetition_penalty=3.0,
+            eos_token_id=2,
+        )
+        assert engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3) == plain
+    finally:
+        model.generation_config = keep
+
+
+def test_the_model_is_left_as_it_was(engine: TransformersEngine, model: Any) -> None:
+    model.train()
+    state = torch.get_rng_state()
+    engine.generate(PROMPTS, Sampling(max_tokens=2), seed=0)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    model.eval()
+
+
+def test_min_p_and_top_k_narrow_the_draw(engine: TransformersEngine) -> None:
+    greedy = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=0), seed=0)
+    for narrow in (Sampling(max_tokens=8, top_k=1), Sampling(max_tokens=8, min_p=1.0)):
+        assert engine.generate(PROMPTS, narrow, seed=1).completion_ids == greedy.completion_ids
+
+
+def test_what_it_cannot_do_is_said(engine: TransformersEngine) -> None:
+    with pytest.raises(UnsupportedError, match="structured outputs need the vLLM engine"):
+        engine.generate(PROMPTS, Sampling(structured_outputs_regex="a"), seed=0)
+    with pytest.raises(ConfigTypeError, match="'bad_wordz' is no generation option"):
+        engine.generate(PROMPTS, Sampling(extra={"bad_wordz": []}), seed=0)
+    with pytest.raises(ConfigValueError, match=r"top_p=7.0 is out of range"):
+        engine.generate(PROMPTS, Sampling(top_p=7.0), seed=0)
+    with pytest.raises(ConfigValueError, match="transformers refuses"):
+        engine.generate(PROMPTS, Sampling(extra={"cache_implementation": "x"}), seed=0)
+    with pytest.raises(ConfigValueError, match="has 300 tokens"):
+        engine.generate([[5] * 300], Sampling(), seed=0)

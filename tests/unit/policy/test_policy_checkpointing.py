@@ -1,0 +1,120 @@
+"""use_gradient_checkpointing: what each value switches, and that it lasts."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.policy import checkpointing
+from toolkit.policy.language_model import FastLanguageModel
+
+
+def _gradients(model: Any, ids: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize(("mode", "enabled"), [(True, True), ("unsloth", True), (False, False)])
+def test_the_mode_is_switched_and_no_gradient_changes(
+    adapted: Any, ids: Any, mode: Any, enabled: bool
+) -> None:
+    plain = _gradients(adapted(), ids)
+    model = adapted(use_gradient_checkpointing=mode)
+    assert model.is_gradient_checkpointing is enabled
+    found = _gradients(model, ids)
+    assert plain.keys() == found.keys()
+    assert all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)
+    assert any(value.abs().sum() > 0 for value in found.values())
+
+
+def test_inference_pauses_it_and_training_resumes_it(adapted: Any) -> None:
+    model = adapted(use_gradient_checkpointing=True)
+    assert FastLanguageModel.for_inference(model) is model
+    assert not model.is_gradient_checkpointing
+    assert not model.training
+    FastLanguageModel.for_training(model)
+    assert model.is_gradient_checkpointing
+    assert model.training
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
+    assert not model.is_gradient_checkpointing
+
+
+def test_a_model_without_it_stays_without(adapted: Any) -> None:
+    model = adapted(use_gradient_checkpointing=False)
+    FastLanguageModel.for_training(FastLanguageModel.for_inference(model))
+    assert not model.is_gradient_checkpointing
+
+
+class Recorder:
+    """A stand-in for a transformers model on a GPU: it records what enabling is asked for."""
+
+    device = torch.device("cuda", 0)
+    calls: list[tuple[Any, int, bool]]
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def gradient_checkpointing_enable(
+        self, kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        self.calls.append((kwargs, every_n_layers, offload))
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.calls.append(("off", 0, False))
+
+    def disable_input_require_grads(self) -> None:
+        pass
+
+
+def test_offloading_survives_a_trainer_that_forgets_it() -> None:
+    model = Recorder()
+    checkpointing.apply_checkpointing(model, "unsloth", max_seq_length=8)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # as TRL does after a rollout
+    model.gradient_checkpointing_enable({"use_reentrant": False, "offload": True})
+    assert model.calls == [({"use_reentrant": False}, 1, True)] * 3
+
+
+def test_without_it_nothing_is_offloaded_unless_asked() -> None:
+    model = Recorder()
+    checkpointing.apply_checkpointing(model, True, max_seq_length=8)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "every_n_layers": 2})
+    assert model.calls == [
+        ({"use_reentrant": False}, 1, False),
+        ({"use_reentrant": False}, 2, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "mode"), [(10**12, False), (5 * 10**9, True), (10**8, "unsloth")]
+)
+def test_auto_goes_by_free_memory(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, mode: Any
+) -> None:
+    """8 sequences of 1000 tokens, 32 layers of 1000 bfloat16 values: 0.5 GB of hidden states."""
+    monkeypatch.setattr(checkpointing, "free_memory_bytes", lambda device: free_bytes)
+    config = SimpleNamespace(hidden_size=1000, num_hidden_layers=32, max_position_embeddings=9)
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert checkpointing.choose_mode(model, max_seq_length=1000) == mode
+
+
+def test_auto_on_a_tiny_model_needs_none(adapted: Any) -> None:
+    assert not adapted(use_gradient_checkpointing="auto").is_gradient_checkpointing
+    assert checkpointing.free_memory_bytes(torch.device("cpu")) > 1 << 20
+
+
+def test_a_deep_copy_switches_itself(adapted: Any) -> None:
+    """TRL copies reference models: the copy's methods must not reach back."""
+    model = adapted(use_gradient_checkpointing=True)
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_disable()
+    assert model.is_gradient_checkpointing
+    twin.gradient_checkpointing_enable()
+    assert twin.is_gradient_checkpointing
+    FastLanguageModel.for_inference(model)
+    assert twin.is_gradient_checkpointing

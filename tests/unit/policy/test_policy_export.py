@@ -1,0 +1,120 @@
+"""Merged weights: plain transformers loads them, and they answer as base and adapter do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.policy.checkpoint import find_checkpoint
+from toolkit.policy.export import merge_adapter, stored_dtype, write_adapter
+from toolkit.policy.request import check_request
+from toolkit.policy.saved_adapter import read_adapter
+
+
+def _merge(base: Path, folder: Path, to: Path, **options: Any) -> Path:
+    request = check_request({"model_name": str(base), "load_in_4bit": False, "max_seq_length": 128})
+    return merge_adapter(find_checkpoint(str(base)), read_adapter(folder), request, to, **options)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_same_logits(adapted: Any, tiny: Path, tmp_path: Path, ids: Any, rslora: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = adapted(use_rslora=rslora)
+    to = _merge(tiny, model.save_lora(tmp_path / "a"), tmp_path / "merged")
+    merged, info = AutoModelForCausalLM.from_pretrained(to, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-3)
+    assert (
+        AutoTokenizer.from_pretrained(to)("12").input_ids == model.toolkit_tokenizer("12").input_ids
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
+    assert (to / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_base_folder_is_untouched(adapted: Any, tiny: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    _merge(tiny, adapted().save_lora(tmp_path / "a"), tmp_path / "merged")
+    assert {path.name: path.read_bytes() for path in tiny.iterdir()} == before
+
+
+def test_rounding_happens_once(adapted: Any, load: Any, tmp_path: Path) -> None:
+    """bfloat16: each merged weight is the float32 sum, rounded; not a sum of rounded parts."""
+    from safetensors.torch import load_file
+    from tiny_llama import make_tiny
+
+    from toolkit.policy.language_model import FastLanguageModel
+
+    base = make_tiny(tmp_path / "half", dtype="bfloat16")
+    model, _ = load(base, dtype="bfloat16")
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    to = _merge(base, model.save_lora(tmp_path / "a"), tmp_path / "merged")
+    assert json.loads((to / "config.json").read_text())["dtype"] == "bfloat16"
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    delta = (
+        layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
+    expected = (layer.base_layer.weight.float() + delta).bfloat16()
+    found = load_file(to / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(found, expected)
+
+
+def test_dtype_can_be_named(adapted: Any, tiny: Path, tmp_path: Path) -> None:
+    to = _merge(tiny, adapted().save_lora(tmp_path / "a"), tmp_path / "merged", dtype="bfloat16")
+    assert stored_dtype(find_checkpoint(str(to))) == "bfloat16"
+    assert stored_dtype(find_checkpoint(str(tiny))) == "float32"
+
+
+def test_dora_is_merged_too(adapted: Any, tiny: Path, tmp_path: Path, ids: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(use_dora=True)
+    to = _merge(tiny, model.save_lora(tmp_path / "a"), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(to)
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
+
+
+def test_targets_that_are_not_empty_are_refused(adapted: Any, tiny: Path, tmp_path: Path) -> None:
+    folder = adapted().save_lora(tmp_path / "a")
+    for to, words in ((folder, "is not empty"), (folder / "base.json", "is a file")):
+        with pytest.raises(ConfigValueError, match=words):
+            _merge(tiny, folder, to)
+        with pytest.raises(ConfigValueError, match=words):
+            write_adapter(find_checkpoint(str(tiny)), read_adapter(folder), to)
+
+
+def test_a_full_disk_leaves_nothing(
+    adapted: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    folder = adapted().save_lora(tmp_path / "a")
+
+    def full(self: Any, folder: str, **kwargs: Any) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(InputError, match="No space left"):
+        _merge(tiny, folder, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_adapter_is_written_with_its_tokenizer(adapted: Any, tiny: Path, tmp_path: Path) -> None:
+    folder = adapted().save_lora(tmp_path / "a")
+    to = write_adapter(find_checkpoint(str(tiny)), read_adapter(folder), tmp_path / "out")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (to / name).read_bytes() == (folder / name).read_bytes()
+    assert (to / "tokenizer.json").is_file()

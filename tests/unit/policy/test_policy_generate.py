@@ -1,0 +1,199 @@
+"""fast_generate on the Hugging Face engine: prompts, options, requests, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.engine.rollout import Sampling
+from toolkit.policy.prompts import read_sampling
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GREEDY = {"max_tokens": 8, "temperature": 0}
+
+
+def _ids(answers: Any) -> list[list[int]]:
+    return [output.token_ids for answer in answers for output in answer.outputs]
+
+
+def test_prompts_of_every_kind_are_the_same_prompts(adapted: Any) -> None:
+    model = adapted()
+    text, ids = "12+3=", model.toolkit_tokenizer("12+3=").input_ids
+    kinds = [text, [text], ids, [ids], {"prompt": text}, [{"prompt_token_ids": ids}]]
+    found = [model.fast_generate(prompt, **GREEDY) for prompt in kinds]
+    assert len({tuple(map(tuple, _ids(answers))) for answers in found}) == 1
+    assert all(len(answers) == 1 for answers in found)
+    assert found[0][0].prompt == text
+    assert found[2][0].prompt is None
+    assert found[2][0].prompt_token_ids == ids
+    output = found[0][0].outputs[0]
+    assert output.text == model.toolkit_tokenizer.decode(output.token_ids, skip_special_tokens=True)
+
+
+def test_a_batch_is_what_each_prompt_alone_is(adapted: Any) -> None:
+    model = adapted()
+    prompts = ["1", "12+34=5", "abc def"]
+    batch = _ids(model.fast_generate(prompts, **GREEDY))
+    assert batch == [_ids(model.fast_generate(prompt, **GREEDY))[0] for prompt in prompts]
+
+
+def test_greedy_is_transformers_greedy(adapted: Any) -> None:
+    model = adapted()
+    ids = torch.tensor([model.toolkit_tokenizer("12+3=").input_ids])
+    plain = model.fast_generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    assert isinstance(plain, torch.Tensor)
+    assert plain[0, ids.shape[1] :].tolist() == _ids(model.fast_generate("12+3=", **GREEDY))[0]
+    assert model.training
+
+
+def test_a_seed_decides_all_and_disturbs_nobody(adapted: Any) -> None:
+    model = adapted()
+    options = {"max_tokens": 12, "temperature": 1.0, "n": 3}
+    state = torch.get_rng_state()
+    first = _ids(model.fast_generate(["1", "2+"], seed=1, **options))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == _ids(model.fast_generate(["1", "2+"], seed=1, **options))
+    assert first != _ids(model.fast_generate(["1", "2+"], seed=2, **options))
+    assert len(first) == 6
+    torch.manual_seed(0)
+    unseeded = _ids(model.fast_generate("1", **options))
+    torch.manual_seed(0)
+    assert unseeded == _ids(model.fast_generate("1", **options))
+
+
+def test_options_in_every_form(adapted: Any) -> None:
+    model = adapted()
+    forms = [
+        model.fast_generate("1", **GREEDY),
+        model.fast_generate("1", GREEDY),
+        model.fast_generate("1", sampling_params=Sampling(max_tokens=8, temperature=0)),
+        model.fast_generate("1", {"temperature": 0}, max_tokens=8),
+    ]
+    assert len({tuple(_ids(answers)[0]) for answers in forms}) == 1
+
+
+def test_logprobs_are_those_of_the_model(adapted: Any) -> None:
+    model = adapted()
+    answer = model.fast_generate("12+", max_tokens=6, temperature=0.7, logprobs=0, seed=3)[0]
+    output = answer.outputs[0]
+    sequence = torch.tensor([answer.prompt_token_ids + output.token_ids])
+    with torch.no_grad():
+        logits = model(sequence).logits[0, len(answer.prompt_token_ids) - 1 : -1]
+    expected = torch.log_softmax(logits / 0.7, -1).gather(
+        1, torch.tensor(output.token_ids)[:, None]
+    )
+    found = torch.tensor([row[0] for row in output.logprobs])
+    assert torch.allclose(found, expected[:, 0], atol=1e-5)
+
+
+def test_it_stops_at_the_end_and_at_words(adapted: Any) -> None:
+    model = adapted()
+    free = model.fast_generate("12+3=", **GREEDY)[0].outputs[0]
+    assert free.finish_reason == "length"
+    token = free.token_ids[2]
+    first = free.token_ids.index(token)
+    cut = model.fast_generate("12+3=", stop_token_ids=[token], **GREEDY)[0].outputs[0]
+    assert cut.token_ids == free.token_ids[: first + 1]
+    assert cut.finish_reason == "stop"
+    word = free.text[1:3]
+    stopped = model.fast_generate("12+3=", stop=[word], **GREEDY)[0].outputs[0]
+    assert stopped.text == free.text.partition(word)[0]
+    assert stopped.finish_reason == "stop"
+
+
+def test_the_adapter_the_base_and_a_saved_one(adapted: Any, load: Any, tmp_path: Path) -> None:
+    model = adapted()
+    folder = model.save_lora(tmp_path / "a")
+    trained = _ids(model.fast_generate("12+3=", **GREEDY))
+    base = _ids(load()[0].fast_generate("12+3=", **GREEDY))
+    assert trained != base
+    assert _ids(model.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
+    request = model.load_lora(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert _ids(model.fast_generate("12+3=", **GREEDY)) == base
+    assert _ids(model.fast_generate("12+3=", lora_request=request, **GREEDY)) == trained
+
+
+def test_a_request_leaves_no_trace(adapted: Any, load: Any, tmp_path: Path, ids: Any) -> None:
+    folder = adapted().save_lora(tmp_path / "a")
+    for model in (adapted(), load()[0]):
+        flags = {name: value.requires_grad for name, value in model.named_parameters()}
+        before, training = model(ids).logits, model.training
+        model.fast_generate("1", lora_request=model.load_lora(folder), **GREEDY)
+        assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
+        assert torch.equal(model(ids).logits, before)
+        assert model.training is training
+
+
+def test_a_request_still_works_when_its_folder_is_gone(adapted: Any, tmp_path: Path) -> None:
+    import shutil
+
+    model = adapted()
+    folder = model.save_lora(tmp_path / "a")
+    request = model.load_lora(folder)
+    shutil.rmtree(folder)
+    expected = _ids(model.fast_generate("1", **GREEDY))
+    assert _ids(model.fast_generate("1", lora_request=request, **GREEDY)) == expected
+
+
+def test_an_error_in_a_request_leaves_the_model_whole(adapted: Any, tmp_path: Path) -> None:
+    model = adapted()
+    request = model.load_lora(model.save_lora(tmp_path / "a"))
+    with pytest.raises(ConfigTypeError):
+        model.fast_generate("1", lora_request=request, bogus=1)
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapter == "default"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_tokenz": 3}, "unknown argument 'max_tokenz' (did you mean 'max_tokens'?)"),
+        ({"use_tqdm": False}, "'use_tqdm' is an argument of the vLLM engine, and none is attached"),
+        ({"max_new_tokens": 3}, "goes with input_ids"),
+        ({"sampling_params": 3}, "sampling_params is a int"),
+        ({"sampling_params": {"n": 2}, "n": 3}, "n is given twice"),
+        ({"lora_request": "folder"}, "lora_request is a str"),
+        ({"prompts": 3}, "prompt 0 is a int"),
+        ({"prompts": ["1", 2.5]}, "prompt 1 is a float"),
+        ({"prompts": [{"role": "user"}]}, "apply the tokenizer's chat template"),
+        (
+            {"prompts": None, "input_ids": None, "sampling_params": {}},
+            "input_ids goes with neither",
+        ),
+        ({"structured_outputs": {}}, "unknown argument 'structured_outputs'"),
+    ],
+)
+def test_refused(adapted: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises((ConfigTypeError, ConfigValueError)) as caught:
+        adapted().fast_generate(**{"prompts": "1", **arguments})
+    assert words in str(caught.value)
+
+
+def test_with_an_engine_transformers_arguments_are_named() -> None:
+    with pytest.raises(ConfigTypeError, match="a vLLM engine is attached") as caught:
+        read_sampling(None, {"max_new_tokens": 3}, engine=True)
+    assert "fix: use max_tokens" in str(caught.value)
+
+
+def test_without_one_vllms_sampling_params_are_named() -> None:
+    kind = type("SamplingParams", (SimpleNamespace,), {"__module__": "vllm.sampling_params"})
+    with pytest.raises(ConfigTypeError, match="vLLM's SamplingParams, and no vLLM engine"):
+        read_sampling(kind(), {}, engine=False)
+
+
+def test_prompts_that_do_not_fit(adapted: Any) -> None:
+    with pytest.raises(ConfigValueError, match="prompt 0 has 128 tokens"):
+        adapted().fast_generate("1" * 128, **GREEDY)
+    with pytest.raises(ConfigValueError, match="prompt 1 has no tokens"):
+        adapted().fast_generate(["1", ""], **GREEDY)
+    assert adapted().fast_generate([], **GREEDY) == []

@@ -1,0 +1,224 @@
+"""The base model: dtype, positions, completeness, and checkpoints that are wrong in every way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from toolkit.base.errors import ConfigValueError, InputError, MissingExtraError, UnsupportedError
+from toolkit.policy import hf_model
+from toolkit.policy.language_model import FastLanguageModel
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to break."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def _edit(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_the_model_is_the_checkpoint(load: Any, tiny: Path, ids: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, _ = load()
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.max_seq_length == 128
+    assert model.vllm_engine is None
+    assert model.name_or_path == str(tiny)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": torch.float16}, torch.float16),
+        ({"load_in_16bit": True}, torch.bfloat16),
+        ({"float32_mixed_precision": True}, torch.float32),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU chooses")
+def test_dtype_on_a_cpu(load: Any, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    assert load(**arguments)[0].dtype is dtype
+
+
+def test_full_finetuning_trains_every_weight(load: Any) -> None:
+    model, _ = load(full_finetuning=True, use_gradient_checkpointing=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.warns(UserWarning, match="no adapter was added"):
+        assert FastLanguageModel.get_peft_model(model) is model
+
+
+def test_four_bits_need_a_gpu(load: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        with pytest.raises(UnsupportedError, match=f"{flag}=True needs an NVIDIA GPU") as caught:
+            load(**{flag: True})
+        assert f"pass {flag}=False" in str(caught.value)
+    with pytest.raises(UnsupportedError, match="load_in_4bit's default"):
+        FastLanguageModel.from_pretrained(str(tiny))
+
+
+def test_four_bits_need_bitsandbytes(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hf_model, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"bitsandbytes.*\n.*grpo-toolkit\[cuda\]"):
+        load(load_in_4bit=True)
+
+
+def test_rope_scaling_is_honoured(load: Any, ids: Any) -> None:
+    model, _ = load(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert model.config.rope_parameters == {
+        "rope_type": "linear",
+        "factor": 2.0,
+        "rope_theta": 10000.0,
+    }
+    assert not torch.allclose(model(ids).logits, load()[0](ids).logits)
+    old_spelling, _ = load(rope_scaling={"type": "linear", "factor": 2.0})
+    assert torch.equal(old_spelling(ids).logits, model(ids).logits)
+
+
+def test_longer_than_the_model_is_stretched_and_said(load: Any, ids: Any) -> None:
+    with pytest.warns(UserWarning, match=r"max_seq_length=512 is beyond the 256 positions"):
+        model, _ = load(max_seq_length=512)
+    assert model.config.rope_parameters["rope_type"] == "dynamic"
+    assert model.config.rope_parameters["factor"] == 2.0
+    assert torch.equal(model(ids).logits, load()[0](ids).logits)  # within 256, nothing changes
+    long = torch.full((1, 400), 7)
+    assert model(long).logits.isfinite().all()
+
+
+def test_a_model_that_is_stretched_already_is_not_stretched_again(load: Any, copy: Path) -> None:
+    _edit(copy, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    with pytest.raises(ConfigValueError, match=r"already stretches them .linear"):
+        load(copy, max_seq_length=512)
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear"}, {"factor": 2.0}, {"rope_type": "x"}])
+def test_bad_rope_scaling(load: Any, scaling: dict[str, Any]) -> None:
+    with pytest.raises(ConfigValueError, match="rope_scaling"):
+        load(rope_scaling=scaling)
+
+
+def test_resizing_the_vocabulary(load: Any) -> None:
+    state = torch.get_rng_state()
+    first, second = (load(resize_model_vocab=64)[0] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.get_input_embeddings().weight.shape[0] == 64
+    assert torch.equal(first.get_output_embeddings().weight, second.get_output_embeddings().weight)
+
+
+def test_a_gpu_that_is_not_there(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for asked in ("cuda:1", 0, {"": "cuda"}):
+        with pytest.raises(ConfigValueError, match="names a GPU"):
+            load(device_map=asked)
+    assert load(device_map="cpu")[0].device.type == "cpu"
+    assert load(device_map="auto")[0].device.type == "cpu"
+
+
+def _rewrite(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_and_extra_tensors_are_named(load: Any, copy: Path) -> None:
+    _rewrite(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"lacks 1 tensors: model.layers.1.mlp.up_proj.weight"):
+        load(copy)
+    _rewrite(
+        copy,
+        lambda tensors: tensors.update(
+            {"model.layers.1.mlp.up_proj.weight": torch.zeros(128, 64), "foo": torch.zeros(1)}
+        ),
+    )
+    with pytest.raises(InputError, match=r"has, unknown to the model, 1 tensors: foo"):
+        load(copy)
+
+
+def test_misshapen_tensors(load: Any, copy: Path) -> None:
+    _rewrite(copy, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)}))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(copy)
+
+
+def test_torn_weights(load: Any, copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(copy)
+
+
+def test_pickled_weights_are_read_by_name_only(load: Any, copy: Path, ids: Any) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    torch.save(tensors, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ConfigValueError, match="a pickle can run code") as caught:
+        load(copy)
+    assert "use_safetensors=False" in str(caught.value)
+    model, _ = load(copy, use_safetensors=False)
+    assert torch.equal(model(ids).logits, load()[0](ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/nowhere/at/all", "does not exist"),
+        ("./nowhere", "does not exist"),
+        ("a/b/c", "does not exist"),
+    ],
+)
+def test_no_such_folder(load: Any, name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load(name)
+
+
+def test_folders_that_are_no_checkpoint(load: Any, tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(InputError, match=r"neither config.json nor adapter_config.json"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        load(copy / "config.json")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        load(copy)
+
+
+def test_a_config_that_is_none(load: Any, copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json cannot be used"):
+        load(copy)
+    (copy / "config.json").write_text('{"model_type": "never_heard_of"}')
+    with pytest.raises(InputError, match="never_heard_of"):
+        load(copy)
+
+
+def test_a_multimodal_model_is_refused(load: Any, copy: Path) -> None:
+    (copy / "config.json").write_text(
+        '{"model_type": "llava", "text_config": {"model_type": "llama"}}'
+    )
+    with pytest.raises(UnsupportedError, match="'llava' is a multimodal model"):
+        load(copy)
+
+
+def test_a_quantized_checkpoint_needs_its_flag(load: Any, copy: Path) -> None:
+    _edit(copy, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ConfigValueError, match=r"stored quantized .bitsandbytes"):
+        load(copy)
+
+
+def test_a_revision_is_for_hub_ids(load: Any) -> None:
+    with pytest.raises(ConfigValueError, match="is a folder"):
+        load(revision="main")

@@ -1,0 +1,182 @@
+"""FastLanguageModel as a whole, adapters as models, and a run file's policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.config.model import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.policy.from_config import choose_engine, request_of
+from toolkit.policy.language_model import FastLanguageModel, load_policy
+from toolkit.policy.lora import adapter_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_an_adapters_folder_is_base_and_adapter_trainable(
+    adapted: Any, load: Any, tmp_path: Path, ids: Any
+) -> None:
+    model = adapted()
+    again, tokenizer = load(model.save_lora(tmp_path / "a"))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert {name for name, value in again.named_parameters() if value.requires_grad} == {
+        name for name, value in model.named_parameters() if value.requires_grad
+    }
+    assert tokenizer.padding_side == "left"
+    assert again.is_gradient_checkpointing
+    with pytest.warns(UserWarning, match="already has this adapter"):
+        assert FastLanguageModel.get_peft_model(again, r=4, lora_alpha=8) is again
+    before = {name: value.clone() for name, value in adapter_tensors(again).items()}
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1e-2)
+    again(ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    assert all(
+        not torch.equal(before[name], value) for name, value in adapter_tensors(again).items()
+    )
+
+
+def test_an_adapter_whose_base_is_gone(adapted: Any, load: Any, tmp_path: Path) -> None:
+    import json
+
+    folder = adapted().save_lora(tmp_path / "a")
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "base_model_name_or_path": "/gone/model"}))
+    with pytest.raises(InputError, match=r"/gone/model: does not exist"):
+        load(folder)
+    path.write_text(json.dumps({**values, "base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="does not name its base model"):
+        load(folder)
+
+
+def test_the_methods_come_with_the_model(adapted: Any) -> None:
+    model = adapted()
+    for name in ("fast_generate", "save_lora", "load_lora"):
+        assert callable(getattr(model, name))
+    assert model.vllm_engine is None
+    assert model.max_seq_length == 128
+
+
+def test_the_signature_of_get_peft_model_is_the_drop_in_one() -> None:
+    import inspect
+
+    parameters = inspect.signature(FastLanguageModel.get_peft_model).parameters
+    defaults = {name: value.default for name, value in parameters.items()}
+    assert defaults.pop("loftq_config") in (None, {})
+    del defaults["model"], defaults["kwargs"]
+    assert defaults == {
+        "r": 16,
+        "target_modules": (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ),
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "use_gradient_checkpointing": "unsloth",
+        "random_state": 3407,
+        "max_seq_length": 2048,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+@pytest.fixture
+def config(tiny: Path) -> RunConfig:
+    return RunConfig(
+        model=ModelSection(model_name=str(tiny), max_seq_length=128),
+        lora=LoraSection(r=4, lora_alpha=8, use_gradient_checkpointing=False),
+        runtime=RuntimeSection(engine="transformers"),
+    )
+
+
+def test_a_run_files_policy_is_that_of_the_calls(config: RunConfig, load: Any) -> None:
+    model, tokenizer = load_policy(config)
+    by_hand = FastLanguageModel.get_peft_model(
+        load()[0], r=4, lora_alpha=8, use_gradient_checkpointing=False
+    )
+    ours, theirs = adapter_tensors(model), adapter_tensors(by_hand)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert tokenizer.padding_side == "left"
+    assert model.training
+
+
+def test_a_run_file_with_full_finetuning_has_no_adapter(config: RunConfig) -> None:
+    model, _ = load_policy(replace(config, model=replace(config.model, full_finetuning=True)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_run_files_refusals_are_the_same(config: RunConfig) -> None:
+    with pytest.raises(ConfigValueError, match="lora_dropout=1"):
+        load_policy(replace(config, lora=replace(config.lora, lora_dropout=1)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "fast", "found"),
+    [
+        ("vllm", "auto", "vllm"),
+        ("transformers", "auto", "transformers"),
+        ("auto", True, "vllm"),
+        ("auto", False, "transformers"),
+    ],
+)
+def test_which_engine(config: RunConfig, engine: Any, fast: Any, found: str) -> None:
+    asked = replace(
+        config,
+        runtime=replace(config.runtime, engine=engine),
+        model=replace(config.model, fast_inference=fast),
+    )
+    assert choose_engine(asked) == found
+
+
+def test_which_engine_when_all_is_auto(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(config, runtime=replace(config.runtime, engine="auto"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_engine(asked) == "transformers"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("toolkit.policy.from_config.vllm_available", lambda: True)
+    assert choose_engine(asked) == "vllm"
+
+
+def test_engine_options_of_a_run_file_reach_the_engine(
+    config: RunConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolkit.policy.checkpoint import find_checkpoint
+    from toolkit.policy.engine_model import engine_options
+
+    monkeypatch.setattr("toolkit.policy.request.vllm_available", lambda: True)
+    section = replace(
+        config.model,
+        max_lora_rank=8,
+        max_num_seqs=4,
+        gpu_memory_utilization="auto",
+        float8_kv_cache=True,
+        enforce_eager=True,
+        share_weights=False,
+    )
+    asked = replace(config, model=section, runtime=replace(config.runtime, engine="vllm"))
+    options = engine_options(find_checkpoint(str(tiny)), request_of(asked))
+    assert options.max_lora_rank == 8
+    assert options.max_num_seqs == 4
+    assert options.max_num_batched_tokens is None
+    assert options.max_model_len == 128
+    assert options.float8_kv_cache
+    assert options.enforce_eager
+    assert not options.share_weights
+    if not torch.cuda.is_available():
+        assert options.dtype == "float32"
+        assert options.gpu_memory_utilization is None

@@ -1,0 +1,128 @@
+"""The adapter itself: PEFT's class, no logit changed, the same bytes from the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.policy.language_model import FastLanguageModel
+from toolkit.policy.lora import adapter_tensors
+
+PLAIN = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False}
+
+
+def test_a_fresh_adapter_changes_no_logit(load: Any, ids: Any) -> None:
+    import peft
+
+    model, _ = load()
+    before = model(ids).logits
+    adapted = FastLanguageModel.get_peft_model(model, **PLAIN)
+    assert type(adapted) is peft.PeftModelForCausalLM
+    assert torch.equal(adapted(ids).logits, before)
+    trainable = {name for name, value in adapted.named_parameters() if value.requires_grad}
+    assert trainable
+    assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_disturbs_nobody(load: Any) -> None:
+    def tensors(seed: int) -> dict[str, torch.Tensor]:
+        adapted = FastLanguageModel.get_peft_model(load()[0], random_state=seed, **PLAIN)
+        return {name: value.clone() for name, value in adapter_tensors(adapted).items()}
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = tensors(3407)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again, other = tensors(3407), tensors(3408)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 2.0), (True, 4.0)])
+def test_scaling_reaches_the_layers(load: Any, rslora: bool, scaling: float) -> None:
+    model = FastLanguageModel.get_peft_model(
+        load()[0], r=4, lora_alpha=8, use_rslora=rslora, use_gradient_checkpointing=False
+    )
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert layer.scaling["default"] == scaling
+
+
+def test_the_adapter_is_float32_over_a_bfloat16_base(load: Any) -> None:
+    model, _ = load(dtype="bfloat16")
+    adapted = FastLanguageModel.get_peft_model(model, **PLAIN)
+    assert model.dtype is torch.bfloat16
+    assert {value.dtype for value in adapter_tensors(adapted).values()} == {torch.float32}
+
+
+def test_the_same_settings_again_are_a_warning(adapted: Any) -> None:
+    model = adapted()
+    with pytest.warns(UserWarning, match="already has this adapter"):
+        assert FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8) is model
+
+
+def test_other_settings_are_refused_with_the_difference(adapted: Any) -> None:
+    with pytest.raises(ConfigTypeError, match="r is 4, asked for 16; lora_alpha is 8, asked for 9"):
+        FastLanguageModel.get_peft_model(adapted(), r=16, lora_alpha=9)
+    with pytest.raises(TypeError, match="target_modules is"):
+        FastLanguageModel.get_peft_model(adapted(), r=4, lora_alpha=8, target_modules=["q_proj"])
+
+
+def test_an_unknown_keyword_is_named_with_the_nearest(load: Any) -> None:
+    with pytest.raises(TypeError, match=r"'use_doras' .did you mean 'use_dora'"):
+        FastLanguageModel.get_peft_model(load()[0], use_doras=True)
+
+
+def test_max_seq_length_is_the_loadings(load: Any) -> None:
+    with pytest.raises(ValueError, match="max_seq_length=512, and the model was loaded with 128"):
+        FastLanguageModel.get_peft_model(load()[0], max_seq_length=512)
+    FastLanguageModel.get_peft_model(load()[0], max_seq_length=128, **PLAIN)
+
+
+def test_what_peft_refuses_is_a_users_error(load: Any) -> None:
+    with pytest.raises(ConfigValueError, match="not supported"):
+        FastLanguageModel.get_peft_model(load()[0], target_modules=["input_layernorm"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian"},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_without_an_engine_pefts_own_options_work(load: Any, ids: Any, values: Any) -> None:
+    model, _ = load()
+    before = model(ids).logits
+    adapted = FastLanguageModel.get_peft_model(model, **{**PLAIN, **values})
+    assert torch.allclose(adapted(ids).logits, before, atol=1e-5)
+    config = adapted.peft_config["default"]
+    name, value = next(iter(values.items()))
+    found = getattr(config, name)
+    if name != "target_modules":
+        assert found == value
+    if "layers_to_transform" in values:
+        assert all(".layers.1." in key for key in adapter_tensors(adapted))
+
+
+def test_an_engine_on_the_model_is_asked_for_its_rank(load: Any) -> None:
+    """The refusal is here, not in the engine's first step."""
+    from types import SimpleNamespace
+
+    model, _ = load()
+    model.toolkit_engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=16))
+    with pytest.raises(ValueError, match="r=17 is above max_lora_rank=16") as caught:
+        FastLanguageModel.get_peft_model(model, r=17)
+    assert "max_lora_rank=32" in str(caught.value)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing=False)

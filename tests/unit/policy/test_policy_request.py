@@ -1,0 +1,186 @@
+"""Every parameter of from_pretrained is honoured or refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+
+from toolkit.base.errors import (
+    ConfigTypeError,
+    ConfigValueError,
+    MissingExtraError,
+    UnsupportedError,
+)
+from toolkit.policy import request as module
+from toolkit.policy.arguments import ENGINE_DEFAULTS, REFUSED
+from toolkit.policy.request import check_request
+
+PLAIN = {"model_name": "m", "load_in_4bit": False}
+SIGNATURE = {
+    "max_seq_length": 2048,
+    "dtype": None,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "load_in_16bit": False,
+    "full_finetuning": False,
+    "token": None,
+    "rope_scaling": None,
+    "fix_tokenizer": True,
+    "trust_remote_code": False,
+    "use_gradient_checkpointing": "unsloth",
+    "resize_model_vocab": None,
+    "revision": None,
+    "use_exact_model_name": False,
+    "float32_mixed_precision": None,
+    "fast_inference": False,
+    "gpu_memory_utilization": 0.5,
+    "float8_kv_cache": False,
+    "random_state": 3407,
+    "max_lora_rank": 64,
+    "disable_log_stats": True,
+    "qat_scheme": None,
+    "load_in_fp8": False,
+    "text_only": False,
+}
+
+
+def test_the_signature_is_the_drop_in_one() -> None:
+    from toolkit.policy.language_model import FastLanguageModel
+
+    parameters = inspect.signature(FastLanguageModel.from_pretrained).parameters
+    found = {name: value.default for name, value in parameters.items()}
+    assert {name: found[name] for name in SIGNATURE} == SIGNATURE
+    assert {"device_map", "offload_embedding", "kwargs"} <= found.keys()
+
+
+def test_every_parameter_is_in_one_table() -> None:
+    """A parameter that no table knows would be dropped: it is refused as unknown instead."""
+    from toolkit.policy.language_model import FastLanguageModel
+
+    named = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
+    request = set(module.LoadRequest.__dataclass_fields__) - {"engine"}
+    special = {"use_exact_model_name", "float32_mixed_precision"}
+    assert named <= request | set(ENGINE_DEFAULTS) | set(REFUSED) | special
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (
+            {"max_sequence_length": 3},
+            ConfigTypeError,
+            ["'max_sequence_length'", "'max_seq_length'"],
+        ),
+        ({"zzz": 3}, ConfigTypeError, ["unknown keyword argument 'zzz'"]),
+        (
+            {"load_in_4bit": True, "load_in_8bit": True},
+            ConfigValueError,
+            ["4bit", "8bit", "default"],
+        ),
+        ({"load_in_8bit": True, "load_in_16bit": True}, ConfigValueError, ["8bit", "16bit"]),
+        ({"load_in_4bit": 1}, ConfigTypeError, ["load_in_4bit=1"]),
+        ({"full_finetuning": True, "load_in_4bit": True}, ConfigValueError, ["full_finetuning"]),
+        (
+            {"load_in_16bit": True, "dtype": "float32"},
+            ConfigValueError,
+            ["load_in_16bit", "float32"],
+        ),
+        ({"dtype": "int8"}, ConfigValueError, ["int8", "bfloat16"]),
+        ({"max_seq_length": 0}, ConfigTypeError, ["max_seq_length=0"]),
+        ({"max_seq_length": 12.0}, ConfigTypeError, ["max_seq_length=12.0"]),
+        ({"resize_model_vocab": "9"}, ConfigTypeError, ["resize_model_vocab='9'"]),
+        ({"random_state": None}, ConfigTypeError, ["random_state=None"]),
+        ({"use_gradient_checkpointing": "yes"}, ConfigValueError, ["'yes'", '"unsloth"']),
+        ({"use_gradient_checkpointing": 1}, ConfigValueError, ["=1"]),
+        ({"use_exact_model_name": "x"}, ConfigTypeError, ["use_exact_model_name"]),
+        ({"float32_mixed_precision": 3}, ConfigTypeError, ["float32_mixed_precision"]),
+        (
+            {"float32_mixed_precision": True, "dtype": "bfloat16"},
+            ConfigValueError,
+            ["float32_mixed_precision"],
+        ),
+        ({"load_in_fp8": True}, UnsupportedError, ["load_in_fp8"]),
+        ({"load_in_fp8": "block"}, UnsupportedError, ["load_in_fp8='block'"]),
+        ({"qat_scheme": "int4"}, UnsupportedError, ["qat_scheme='int4'"]),
+        ({"offload_embedding": True}, UnsupportedError, ["offload_embedding"]),
+        ({"text_only": True}, UnsupportedError, ["text_only"]),
+        ({"model_name": ""}, ConfigValueError, ["model_name"]),
+    ],
+)
+def test_refused_by_name(
+    arguments: dict[str, Any], kind: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(kind) as caught:
+        check_request({**PLAIN, **arguments})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"trust_remote_code": True}, UnsupportedError, ["trust_remote_code", "fast_inference"]),
+        ({"load_in_8bit": True}, UnsupportedError, ["load_in_8bit", "fast_inference"]),
+        ({"full_finetuning": True}, UnsupportedError, ["full_finetuning", "fast_inference"]),
+        ({"rope_scaling": {"factor": 2.0}}, UnsupportedError, ["rope_scaling"]),
+        ({"resize_model_vocab": 90}, UnsupportedError, ["resize_model_vocab"]),
+        ({"max_lora_rank": 48}, ConfigValueError, ["max_lora_rank=48", "1, 8, 16, 32, 64"]),
+        ({"max_lora_rank": True}, ConfigValueError, ["max_lora_rank=True"]),
+        ({"gpu_memory_utilization": 1.5}, ConfigValueError, ["gpu_memory_utilization=1.5"]),
+        ({"gpu_memory_utilization": "half"}, ConfigValueError, ["gpu_memory_utilization='half'"]),
+    ],
+)
+def test_refused_with_an_engine(
+    arguments: dict[str, Any],
+    kind: type[Exception],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "vllm_available", lambda: True)
+    with pytest.raises(kind) as caught:
+        check_request({**PLAIN, "fast_inference": True, **arguments})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "vllm_available", lambda: False)
+    with pytest.raises(
+        ImportError, match=r"grpo-toolkit\[vllm\].*grpo-toolkit\[cpu-engine\]"
+    ) as caught:
+        check_request({**PLAIN, "fast_inference": True})
+    assert isinstance(caught.value, MissingExtraError)
+
+
+def test_auto_is_taken_with_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "vllm_available", lambda: True)
+    arguments = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto", "max_num_seqs": 8}
+    request = check_request({**PLAIN, "fast_inference": True, **arguments})
+    assert {name: request.engine[name] for name in arguments} == arguments
+
+
+def test_idle_engine_options_are_said() -> None:
+    with pytest.warns(UserWarning, match="gpu_memory_utilization, max_num_seqs: no effect"):
+        check_request({**PLAIN, "gpu_memory_utilization": 0.6, "max_num_seqs": 4})
+
+
+def test_defaults_say_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        request = check_request({**PLAIN, "max_lora_rank": 64, "gpu_memory_utilization": 0.5})
+    assert request.dtype == "auto"
+    assert request.use_safetensors is True
+
+
+def test_a_torch_dtype_is_a_dtype() -> None:
+    import torch
+
+    assert check_request({**PLAIN, "dtype": torch.bfloat16}).dtype == "bfloat16"
+    assert check_request({**PLAIN, "float32_mixed_precision": True}).dtype == "float32"
+
+
+def test_the_token_is_not_shown() -> None:
+    assert "hf_secret" not in repr(check_request({**PLAIN, "token": "hf_secret"}))

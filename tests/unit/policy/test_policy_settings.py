@@ -1,0 +1,164 @@
+"""get_peft_model's table, row by row, without a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.config.model import LoraSection
+from toolkit.policy.settings import (
+    LoraSettings,
+    check_settings,
+    check_targets,
+    check_with_engine,
+)
+
+NAMES = ["", "model", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head"]
+
+
+def numpy_four() -> Any:
+    import numpy
+
+    return numpy.int64(4)
+
+
+@pytest.mark.parametrize("r", [True, 4.0, "4", None])
+def test_r_must_be_an_integer(r: Any) -> None:
+    with pytest.raises(TypeError, match="must be an integer"):
+        check_settings(LoraSettings(r=r))
+
+
+def test_a_numpy_integer_is_none() -> None:
+    with pytest.raises(TypeError, match="must be an integer, and it is a int64"):
+        check_settings(LoraSettings(r=numpy_four()))
+
+
+@pytest.mark.parametrize("r", [0, -3])
+def test_r_must_be_positive(r: int) -> None:
+    with pytest.raises(ValueError, match="larger than 0"):
+        check_settings(LoraSettings(r=r))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        ({"lora_alpha": "8"}, ConfigTypeError, "lora_alpha"),
+        ({"lora_alpha": 0}, ConfigValueError, "lora_alpha=0"),
+        ({"lora_alpha": float("nan")}, ConfigValueError, "lora_alpha=nan"),
+        ({"lora_dropout": 1.0}, ConfigValueError, "lora_dropout=1.0"),
+        ({"lora_dropout": -0.1}, ConfigValueError, "lora_dropout"),
+        ({"random_state": 1.5}, ConfigTypeError, "random_state"),
+        ({"bias": "some"}, ConfigValueError, "bias='some'"),
+        ({"init_lora_weights": "gausian"}, ConfigValueError, "did you mean 'gaussian'"),
+        ({"init_lora_weights": "pissa_niter_x"}, ConfigValueError, "pissa_niter_x"),
+        ({"loftq_config": {"bits": 4}}, ConfigValueError, "loftq_config"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": (0,)},
+            ConfigValueError,
+            "layers_to_transform",
+        ),
+        ({"layers_pattern": "layers"}, ConfigValueError, "layers_pattern"),
+    ],
+)
+def test_values_that_no_model_takes(
+    values: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        check_settings(LoraSettings(**values))
+
+
+@pytest.mark.parametrize(
+    "init", [True, False, "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "lora_ga"]
+)
+def test_inits_of_peft_are_known(init: Any) -> None:
+    check_settings(LoraSettings(init_lora_weights=init))
+
+
+@pytest.mark.parametrize(
+    ("r", "maximum", "smallest"), [(33, 32, 64), (2, 1, 8), (65, 64, 128), (257, 256, 320)]
+)
+def test_a_rank_above_the_engines_names_both_and_the_remedy(
+    r: int, maximum: int, smallest: int
+) -> None:
+    with pytest.raises(ValueError, match=f"r={r} is above max_lora_rank={maximum}") as caught:
+        check_with_engine(LoraSettings(r=r), maximum)
+    assert f"max_lora_rank={smallest}" in str(caught.value)
+
+
+def test_a_rank_that_no_engine_serves() -> None:
+    with pytest.raises(ValueError, match="vLLM serves no rank above 512"):
+        check_with_engine(LoraSettings(r=513), 512)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"modules_to_save": ("lm_head",)},
+        {"target_modules": ("q_proj", "embed_tokens")},
+        {"target_modules": ("model.lm_head",)},
+        {"target_modules": r".*\.(q_proj|lm_head)"},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"trainable_token_indices": [1]},
+        {"target_parameters": ("experts.up",)},
+        *({"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora", "corda")),
+        *({"init_lora_weights": init} for init in ("loftq", "eva", "lora_ga")),
+    ],
+)
+def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        check_with_engine(LoraSettings(**values), 64)
+    assert isinstance(caught.value, UnsupportedError)
+    name = next(iter(values))
+    shown = str(caught.value)
+    assert name in shown or "embed_tokens" in shown or "lm_head" in shown
+
+
+def test_dropout_with_an_engine_is_said() -> None:
+    with pytest.warns(UserWarning, match="without dropout"):
+        check_with_engine(LoraSettings(lora_dropout=0.1), 64)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_inits_that_keep_the_base_go_with_an_engine(init: Any) -> None:
+    check_with_engine(LoraSettings(r=8, init_lora_weights=init), 8)
+
+
+def test_targets_are_looked_up() -> None:
+    check_targets(LoraSettings(target_modules=("q_proj", "mlp.up_proj")), NAMES)
+    check_targets(LoraSettings(target_modules="all-linear"), NAMES)
+    check_targets(LoraSettings(target_modules=r".*q_proj"), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("q_proj", "qproj"), "no module 'qproj' (did you mean 'q_proj'?)"),
+        (("proj",), "no module 'proj'"),
+        ((), "target_modules is empty"),
+        (r".*qq", "matches no module"),
+        ("(", "no valid pattern"),
+    ],
+)
+def test_a_target_that_the_model_has_not(targets: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_targets(LoraSettings(target_modules=targets), NAMES)
+
+
+def test_scaling() -> None:
+    assert LoraSettings(r=16, lora_alpha=32).scaling == 2.0
+    assert LoraSettings(r=16, lora_alpha=32, use_rslora=True).scaling == 8.0
+
+
+def test_a_run_files_section_becomes_settings() -> None:
+    section = LoraSection(r=8, lora_alpha=4, use_rslora=True, target_modules=("q_proj",))
+    assert LoraSettings.from_section(section) == LoraSettings(
+        r=8, lora_alpha=4, use_rslora=True, target_modules=("q_proj",)
+    )

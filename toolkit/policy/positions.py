@@ -1,0 +1,75 @@
+"""How far a model can see: ``rope_scaling``, and a ``max_seq_length`` beyond what it was trained
+for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.policy.arguments import WHERE
+
+if TYPE_CHECKING:
+    from toolkit.policy.request import LoadRequest
+
+
+def set_positions(config: Any, request: LoadRequest, name: str) -> None:
+    """Honour ``rope_scaling``, or stretch the positions when ``max_seq_length`` asks for more.
+
+    Stretching is dynamic NTK: nothing changes for sequences within the length the model knows.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    wanted = request.max_seq_length
+    beyond = wanted is not None and longest is not None and wanted > longest
+    if beyond and request.fast_inference:
+        raise ConfigValueError(
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}",
+            where=WHERE,
+            fix=f"pass max_seq_length={longest} or less, or fast_inference=False",
+        )
+    scaling = dict(request.rope_scaling) if request.rope_scaling else None
+    current = getattr(config, "rope_parameters", None) or {}
+    if scaling is None and not beyond:
+        return
+    if current.get("rope_type") is None:
+        raise UnsupportedError(
+            f"the positions of {config.model_type!r} cannot be stretched by one rope_scaling",
+            where=name,
+            fix=f"keep max_seq_length within {longest} and leave rope_scaling out",
+        )
+    if scaling is None:
+        assert wanted is not None
+        assert longest is not None
+        if current["rope_type"] != "default":
+            raise ConfigValueError(
+                f"max_seq_length={wanted} is beyond the {longest} positions of {name}, which"
+                f" already stretches them ({current['rope_type']})",
+                where=WHERE,
+                fix=f"pass max_seq_length={longest} or less, or a rope_scaling of your own",
+            )
+        scaling = {"rope_type": "dynamic", "factor": wanted / longest}
+        warnings.warn(
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}: stretched by"
+            f" rope_scaling={scaling} for longer sequences",
+            UserWarning,
+            stacklevel=4,
+        )
+    kind = scaling.pop("type", None)
+    scaling.setdefault("rope_type", kind)
+    kinds = ("default", *sorted(ROPE_INIT_FUNCTIONS))
+    if scaling["rope_type"] not in kinds:
+        raise ConfigValueError(
+            f"rope_scaling={dict(request.rope_scaling or {})!r}: rope_type must be one of"
+            f" {', '.join(kinds)}",
+            where=WHERE,
+        )
+    scaling.setdefault("rope_theta", current.get("rope_theta"))
+    config.rope_parameters = scaling
+    try:
+        config.standardize_rope_params()
+        config.validate_rope()
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigValueError(f"rope_scaling={scaling!r}: {error}", where=WHERE) from error

@@ -1,0 +1,78 @@
+"""The Hugging Face model before it has weights: parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from toolkit.base.errors import DefectError, UnsupportedError
+from toolkit.engine.weights import uses_transformers_backend
+from toolkit.policy.names import FALLBACK, WHY_SHARE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from toolkit.engine.live import Engine
+
+
+def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
+    """The architecture with parameters on the meta device and real buffers on the engine's
+    device.
+    """
+    options = engine.options
+    config = AutoConfig.from_pretrained(options.model, revision=options.revision)
+    device = next(engine.module.parameters()).device
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    touched = uses_transformers_backend(engine.module)
+    make = untouched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = make(config, dtype=engine.dtype, **extra)
+    model.tie_weights()
+    persistent = set(model.state_dict()) - {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+    if persistent:
+        raise UnsupportedError(
+            "the checkpoint also stores buffers, which are not shared:"
+            f" {', '.join(sorted(persistent)[:3])}",
+            where=WHY_SHARE,
+            fix=FALLBACK,
+        )
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.config.name_or_path = options.model
+    model.name_or_path = options.model
+    # Without one in the checkpoint, what the config implies stays.
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(
+            options.model, revision=options.revision
+        )
+    return model
+
+
+def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The model class of ``config`` from a second import of its module.
+
+    Where vLLM has no model of its own it runs the Hugging Face class, and changes that class for
+    the whole process (bases, ``__init__`` and ``__call__`` in ``support_torch_compile``, read at
+    vLLM 0.31.0): it can no longer be built outside vLLM. The file is imported again under another
+    name.
+    """
+    touched = AutoModelForCausalLM._model_mapping[type(config)]
+    name = f"{touched.__module__}_untouched"
+    if name not in sys.modules:
+        origin = sys.modules[touched.__module__].__file__
+        spec = importlib.util.spec_from_file_location(name, origin)
+        if spec is None or spec.loader is None:
+            raise DefectError(f"{touched.__module__} cannot be imported a second time")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    found: type[PreTrainedModel] = getattr(sys.modules[name], touched.__name__)
+    return found
