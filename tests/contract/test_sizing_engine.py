@@ -173,7 +173,7 @@ EXPERTS = [
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert_buffers_are_the_engines(groups, name, rank):
-    """The two allocating methods of FusedMoEWithLoRA (or its 3D form), on the sizes of the shape."""
+    """The two allocating methods of FusedMoEWithLoRA (or its 3D form) on the shape."""
     from types import SimpleNamespace
 
     import torch

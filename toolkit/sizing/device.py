@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.units import MIB
+from toolkit.gpu.devices import memory_of
 
 if TYPE_CHECKING:
     from toolkit.gpu.cards import Card
-    from toolkit.gpu.snapshot import GpuSnapshot
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
 # What a process's CUDA context takes outside torch's allocator on data-centre cards with CUDA 12
 # and 13 (driver 580: 0.5 GiB with the kernels that vLLM and torch load).
@@ -52,6 +53,23 @@ class Device:
             compute_capability=card.compute_capability,
             reserved_bytes=reserved,
             here=False,
+        )
+
+    @classmethod
+    def from_node(cls, snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Device:
+        """The device ``gpu`` of a node; on integrated memory, what the host has available.
+
+        A MIG slice is sized by its own memory, not by its card's. Raises ConfigError as below.
+        """
+        memory = memory_of(snapshot, gpu)
+        if memory is None or not memory.integrated:
+            return cls.from_snapshot(gpu)
+        return cls(
+            name=f"{gpu.name.value or gpu.label} (integrated memory)",
+            total_bytes=memory.total_bytes,
+            free_bytes=memory.free_bytes,
+            compute_capability=gpu.capability or (0, 0),
+            reserved_bytes=0,
         )
 
     @classmethod

@@ -65,6 +65,8 @@ class Fit:
     sequence: int
     wanted: int
     kv: int | None = None
+    margin_least: int = 0
+    margin_most: int = 0
 
     @property
     def holds_rollout(self) -> bool:
@@ -146,6 +148,8 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
         short=max(short, least - ends[binding]),
         sequence=one,
         wanted=_wanted(case),
+        margin_least=sum(term.bytes for term in engine if term.term == "margin.engine"),
+        margin_most=sum(term.bytes for term in others if term.term.startswith("margin.")),
     )
 
 

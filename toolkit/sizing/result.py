@@ -60,6 +60,16 @@ class TrainerPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Peaks:
+    """Predicted peaks of torch's allocator by phase, and the stated bound (with the margins)."""
+
+    rollout_bytes: int
+    training_bytes: int
+    torch_bytes: int
+    bound_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """gpu_memory_utilization may be in [min, max]; each end with the term that binds it. None
     without a GPU.
@@ -69,6 +79,8 @@ class Interval:
     max: float | None
     binding_min: str
     binding_max: str
+    min_without_margin: float | None = None
+    max_without_margin: float | None = None
 
     @property
     def empty(self) -> bool:
@@ -86,6 +98,7 @@ class Choice:
     gradient_checkpointing: Checkpointing
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    largest_micro_batch: int
     enable_sleep_mode: bool
     dtype: str
     fast_inference: bool
@@ -116,6 +129,7 @@ class SizingResult:
     model: ModelPart
     engine: EnginePart
     trainer: TrainerPart
+    peaks: Peaks
     interval: Interval
     choice: Choice
     terms: tuple[Term, ...]
@@ -143,6 +157,7 @@ class SizingResult:
             "model": {**asdict(self.model), "notes": list(self.model.notes)},
             "engine": engine,
             "trainer": asdict(self.trainer),
+            "peaks": asdict(self.peaks),
             "interval": asdict(self.interval),
             "choice": asdict(self.choice),
             "budget": self.budget,
@@ -160,6 +175,25 @@ class SizingResult:
             fix=listed or "use a card with more memory",
         )
 
+    def written_problem(self, config: RunConfig) -> ConfigError | None:
+        """What is wrong with a written gpu_memory_utilization: outside the interval, margins
+        aside.
+        """
+        written, interval = config.model.gpu_memory_utilization, self.interval
+        low, high = interval.min_without_margin, interval.max_without_margin
+        if written == "auto" or low is None or high is None or low <= written <= high:
+            return None
+        bound, why = (
+            (f"below {low}, the least", interval.binding_min)
+            if written < low
+            else (f"above {high}, the most", interval.binding_max)
+        )
+        return ConfigError(
+            f"{written} is {bound} that this run can have here ({why})",
+            where="model.gpu_memory_utilization",
+            fix=f"write a value from {interval.min} to {interval.max}, or auto",
+        )
+
     def apply(self, config: RunConfig) -> RunConfig:
         """``config`` with every "auto" filled; raises ConfigError where the run does not fit.
 
@@ -167,6 +201,8 @@ class SizingResult:
         """
         if not self.feasible:
             raise self.error()
+        if problem := self.written_problem(config):
+            raise problem
         choice = self.choice
         model = config.model
         filled: dict[str, Any] = {

@@ -5,6 +5,7 @@ where it is silent.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from toolkit.config.model import RunConfig
+    from toolkit.sizing.device import Device
 
 # trl.GRPOConfig 1.16; held by tests/contract/test_sizing_trl.py.
 TRL_DEFAULTS: Mapping[str, Any] = {
@@ -45,12 +47,27 @@ class Workload:
     rank: int
     targets: tuple[str, ...] | str
     optimizer_bytes: float
-    reference_copies: int
     uses_engine: bool
     dropout: bool
 
 
-def read_workload(config: RunConfig, *, world_size: int = 1) -> Workload:
+def uses_engine(config: RunConfig, device: Device | None) -> bool:
+    """Whether vLLM makes the rollouts: as written, else where there is a GPU and vLLM is installed.
+
+    A card that is not here is taken to be on a machine that has vLLM.
+    """
+    if config.runtime.engine != "auto":
+        return config.runtime.engine == "vllm"
+    if config.model.fast_inference != "auto":
+        return config.model.fast_inference
+    if device is None:
+        return False
+    return not device.here or find_spec("vllm") is not None
+
+
+def read_workload(
+    config: RunConfig, device: Device | None = None, *, world_size: int = 1
+) -> Workload:
     """The numbers of ``config``. Raises ConfigError for a number that is none or below 1."""
     grpo = config.grpo
     micro = _count(grpo, "per_device_train_batch_size")
@@ -66,7 +83,6 @@ def read_workload(config: RunConfig, *, world_size: int = 1) -> Workload:
     prompt = grpo.get("max_prompt_length")
     if not isinstance(prompt, int) or prompt < 1:
         prompt = max(length - completion, 1)
-    engine = config.runtime.engine != "transformers" and config.model.fast_inference is not False
     return Workload(
         micro_batch=micro,
         accumulation=accumulation,
@@ -78,8 +94,7 @@ def read_workload(config: RunConfig, *, world_size: int = 1) -> Workload:
         rank=config.lora.r,
         targets=config.lora.target_modules,
         optimizer_bytes=optimizer_bytes(str(grpo.get("optim", TRL_DEFAULTS["optim"]))),
-        reference_copies=0,
-        uses_engine=engine,
+        uses_engine=uses_engine(config, device),
         dropout=config.lora.lora_dropout > 0,
     )
 

@@ -1,0 +1,185 @@
+"""From a candidate and its fit to the SizingResult: parts, choice, peaks, and the whole budget."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from toolkit.sizing import engine as engines
+from toolkit.sizing import kv, lora
+from toolkit.sizing.result import (
+    Choice,
+    EnginePart,
+    Interval,
+    ModelPart,
+    Peaks,
+    SizingResult,
+    TrainerPart,
+)
+from toolkit.sizing.terms import Term, total
+from toolkit.sizing.trainer import compute_bytes
+
+if TYPE_CHECKING:
+    from toolkit.sizing.device import Device
+    from toolkit.sizing.fit import Case, Fit
+    from toolkit.sizing.result import Remedy
+
+STEPS = 1000  # the interval and the choice are told to 0.001
+
+
+def assemble(
+    case: Case, fit: Fit, *, largest: int, remedies: tuple[Remedy, ...] = ()
+) -> SizingResult:
+    """The result of ``case``; ``largest`` is the largest micro-batch that fits."""
+    interval, utilization = _interval(case, fit)
+    kv_bytes = _kv_bytes(case, fit, utilization)
+    terms = list(fit.terms)
+    if case.work.uses_engine:
+        sequences = kv_bytes // fit.sequence if fit.sequence else 0
+        source = f"{sequences:,} sequences of {case.plan.max_model_len} tokens"
+        at = next(index for index, term in enumerate(terms) if not term.term.startswith("engine."))
+        terms.insert(at, Term("engine.kv", kv_bytes, source))
+    if case.device is not None:
+        terms.insert(0, Term("context", case.device.context_bytes, "CUDA context of the process"))
+    return SizingResult(
+        device=_device(case.device),
+        model=_model(case, fit),
+        engine=_engine(case, fit, kv_bytes),
+        trainer=_trainer(fit),
+        peaks=_peaks(case, fit, kv_bytes),
+        interval=interval,
+        choice=_choice(case, fit, utilization, largest),
+        terms=tuple(terms),
+        remedies=remedies,
+        short_bytes=fit.short,
+    )
+
+
+def _interval(case: Case, fit: Fit) -> tuple[Interval, float | None]:
+    """The interval rounded inwards, and the choice: the written value, else the upper end."""
+    if case.device is None or not case.work.uses_engine:
+        return Interval(
+            min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
+        ), None
+    card = case.device.cuda_total_bytes
+    low = math.ceil(fit.least * STEPS / card) / STEPS
+    high = math.floor(max(fit.most, 0) * STEPS / card) / STEPS
+    interval = Interval(
+        min=low,
+        max=high,
+        binding_min=fit.binding_min,
+        binding_max=fit.binding_max,
+        min_without_margin=math.ceil((fit.least - fit.margin_least) * STEPS / card) / STEPS,
+        max_without_margin=math.floor((fit.most + fit.margin_most) * STEPS / card) / STEPS,
+    )
+    written = case.config.model.gpu_memory_utilization
+    if written != "auto":
+        return interval, float(written)
+    return interval, high if fit.short <= 0 else None
+
+
+def _kv_bytes(case: Case, fit: Fit, utilization: float | None) -> int:
+    if fit.kv is not None:
+        return fit.kv
+    if case.device is None or utilization is None:
+        return 0
+    taken = int(utilization * case.device.cuda_total_bytes)
+    return max(0, taken - (fit.least - fit.sequence))
+
+
+def _device(device: Device | None) -> dict[str, object] | None:
+    if device is None:
+        return None
+    return {
+        "name": device.name,
+        "total_bytes": device.total_bytes,
+        "cuda_total_bytes": device.cuda_total_bytes,
+        "free_bytes": device.free_bytes,
+        "context_bytes": device.context_bytes,
+        "compute_capability": list(device.compute_capability),
+        "here": device.here,
+    }
+
+
+def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
+    """What torch's allocator should show at most in each phase, without margins.
+
+    The context and the engine's runtime are outside of it.
+    """
+    counted = [
+        term
+        for term in fit.terms
+        if not term.term.startswith("margin.") and term.term != "engine.runtime"
+    ]
+    always = total(counted, "always")
+    asleep = kv_bytes if case.plan.sleep else 0
+    rollout = always + kv_bytes + total(counted, "rollout")
+    training = always + kv_bytes - asleep + total(counted, "training")
+    margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
+    return Peaks(
+        rollout_bytes=rollout,
+        training_bytes=training,
+        torch_bytes=max(rollout, training),
+        bound_bytes=max(rollout, training) + margin,
+    )
+
+
+def _model(case: Case, fit: Fit) -> ModelPart:
+    spec, plan = case.spec, case.plan
+    weights = next(term.bytes for term in fit.terms if term.term.endswith(".weights"))
+    return ModelPart(
+        name=spec.name,
+        architecture=spec.architecture,
+        parameters=spec.parameters,
+        trainable_parameters=lora.adapter_parameters(spec, case.work.rank, case.work.targets),
+        weight_bytes=weights,
+        kv_bytes_per_token=kv.bytes_per_token(spec, engines.kv_element_bytes(plan)),
+        layers=spec.layers,
+        dtype=plan.dtype,
+        quantization=plan.quantization.method if plan.quantization else None,
+        margin=spec.margin,
+        notes=spec.notes,
+    )
+
+
+def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
+    sizes = {term.term: term.bytes for term in fit.terms}
+    width = compute_bytes(case.plan.dtype)
+    return EnginePart(
+        lora_bytes=sizes.get("engine.lora", 0),
+        activation_bytes=sizes.get("engine.activations", 0),
+        graph_bytes=sizes.get("engine.cuda_graphs", 0),
+        fixed_bytes=sum(term.bytes for term in fit.terms if term.term.startswith("engine.")),
+        kv_sequence_bytes=fit.sequence,
+        kv_wanted_bytes=fit.wanted,
+        kv_bytes=kv_bytes,
+        ranks=tuple(
+            (rank, lora.engine_elements(case.spec, rank, case.plan.max_loras) * width)
+            for rank in lora.LEGAL_RANKS
+        )
+        if case.work.uses_engine
+        else (),
+    )
+
+
+def _trainer(fit: Fit) -> TrainerPart:
+    trainer = [term for term in fit.terms if term.term.startswith("trainer.")]
+    resident, step = total(trainer, "always"), total(trainer, "training")
+    return TrainerPart(resident_bytes=resident, step_bytes=step, peak_bytes=resident + step)
+
+
+def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Choice:
+    return Choice(
+        gpu_memory_utilization=utilization,
+        max_lora_rank=case.plan.max_lora_rank,
+        max_num_seqs=case.plan.max_num_seqs,
+        max_num_batched_tokens=case.plan.max_num_batched_tokens,
+        gradient_checkpointing=case.step.checkpointing,
+        per_device_train_batch_size=case.step.micro_batch,
+        gradient_accumulation_steps=case.step.accumulation,
+        largest_micro_batch=largest,
+        enable_sleep_mode=case.plan.sleep,
+        dtype=case.plan.dtype,
+        fast_inference=case.work.uses_engine,
+        kv_cache_bytes=fit.kv,
+    )
