@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Looks the locked packages up in the vulnerability database of the public index.
+# usage: audit.sh [LOCK...]      default: light cpu cu130 build
+#
+# containers/audit-accepted.txt lists what was looked at and accepted, one identifier a line with the reason behind a #.
+# Exit codes: 0 nothing new, 1 something is known, 4 the database is not reached.
+set -uo pipefail
+# shellcheck source=containers/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+python=$(find_python)
+"$python" -c 'import pip_audit' 2>/dev/null || die 3 "pip-audit is not installed" "run \`just setup\`"
+accepted=()
+while read -r identifier _; do
+    case "$identifier" in "" | \#*) ;; *) accepted+=(--ignore-vuln "$identifier") ;; esac
+done <"$REPO/containers/audit-accepted.txt"
+[ "$#" -gt 0 ] || set -- light cpu cu130 build
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+worst=0
+for lock in "$@"; do
+    file=$REPO/locks/$lock.txt
+    [ -e "$file" ] || die 2 "no lock named $lock"
+    # --disable-pip: the lock is complete and hashed, so nothing needs to be resolved or downloaded.
+    "$python" -m pip_audit --progress-spinner off --disable-pip --require-hashes -r "$file" "${accepted[@]}" \
+        --format json --output "$work/$lock.json" 2>"$work/log" || true
+    # A package that the database did not answer for is reported as skipped, with exit code 0: unknown is no pass.
+    code=0
+    "$python" - "$lock" "$work/$lock.json" <<'END' || code=$?
+import json, pathlib, sys
+
+lock, path = sys.argv[1], pathlib.Path(sys.argv[2])
+packages = json.loads(path.read_text())["dependencies"] if path.exists() else []
+known = [(p["name"], p["version"], v) for p in packages for v in p.get("vulns", [])]
+unknown = [p["name"] for p in packages if "skip_reason" in p]
+for name, version, found in known:
+    print(f"locks/{lock}.txt: {name} {version}: {found['id']}, fixed in {', '.join(found['fix_versions']) or 'no release'}")
+if unknown or not packages:
+    print(f"locks/{lock}.txt: no answer for {len(unknown) or 'any'} of {len(packages)} packages")
+elif not known:
+    print(f"locks/{lock}.txt: {len(packages)} packages, nothing known against them")
+sys.exit(1 if known else 4 if unknown or not packages else 0)
+END
+    case "$code:$worst" in
+        0:* | 4:1) ;;
+        *) worst=$code ;;
+    esac
+done
+[ "$worst" != 1 ] || say "fix: raise the package in pyproject.toml and run \`just lock\`, or accept it, with the reason, in containers/audit-accepted.txt"
+[ "$worst" != 4 ] || say "the database was not reached for every package: nothing established, try again later"
+exit "$worst"
