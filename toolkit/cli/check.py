@@ -94,7 +94,7 @@ def text_of(
     results: Sequence[CheckResult], context: CheckContext, *, verbose: bool, strict: bool = False
 ) -> str:
     """One paragraph a finding with its remedy, then what is well, then the count."""
-    from toolkit.gpu.checks import exit_code  # noqa: PLC0415 - as above
+    from toolkit.gpu.checks import catalogue, exit_code  # noqa: PLC0415 - as above
 
     order = {"fail": 0, "unknown": 1, "warn": 2, "ok": 3}
     width = max((len(result.id) for result in results), default=0)
@@ -119,6 +119,8 @@ def text_of(
         for verdict, word in (("warn", "warning"), ("fail", "failure"), ("unknown", "unknown"))
         if counts[verdict]
     )
+    left = len(catalogue()) - len(results)
+    summary += f" ({left} not chosen or with nothing to judge here)" if left else ""
     lines.append(styled(f"{summary}. {MEANING[code]}", "red" if code else "green", bold=True))
     return "\n".join(lines)
 

@@ -76,10 +76,10 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     if not cards:
         seen = "" if cards == 0 else " as far as can be seen (the PCI bus could not be read)"
         return Presence("none", f"no NVIDIA GPU here{seen}", how)
-    many = f"{cards} NVIDIA GPU(s) on the PCI bus"
+    many = f"{cards} NVIDIA GPU{'s' if cards > 1 else ''} on the PCI bus"
     if start.code == _NO_LIBRARY:
         if how != _ELSEWHERE:
-            return Presence("not passed in", f"{many}, and none is passed in to here", how)
+            return Presence("not passed in", f"{many}, and none was passed in here", how)
         return Presence(
             "no driver",
             f"{many}, and no NVIDIA driver: libnvidia-ml.so.1 is not installed",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 __all__ = [
+    "CHECKS",
     "Check",
     "CheckContext",
     "CheckResult",
@@ -34,11 +35,12 @@ __all__ = [
 ]
 
 _FAMILIES = (DRIVER, DEVICES, MEMORY, HEALTH, SPEED, HOST, SOFTWARE, MODEL, PLACE)
+CHECKS = tuple(check for family in _FAMILIES for check in family)
 
 
 def catalogue() -> dict[str, Check]:
     """Every check by its id, in the order they are run."""
-    return {check.id: check for family in _FAMILIES for check in family}
+    return {check.id: check for check in CHECKS}
 
 
 def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:

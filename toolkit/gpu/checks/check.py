@@ -18,6 +18,10 @@ Blame = Literal["user", "node", "retry"]
 _SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "unknown": 2, "fail": 3}
 
 
+# What is not known is not known to be broken either, so the check's own remedy would mislead.
+ASK_AGAIN = "run it again, with more rights if a file is closed; --skip it if it does not matter"
+
+
 @dataclass(frozen=True, slots=True)
 class CheckContext:
     """What the job asks of the node, as plain values; all defaults mean "nothing is asked".
@@ -138,7 +142,8 @@ class Check:
             return None
         if outcome.verdict == "ok":
             return CheckResult(self.id, "ok", outcome.evidence)
-        remedy = outcome.remedy or self.remedy
+        usual = ASK_AGAIN if outcome.verdict == "unknown" else self.remedy
+        remedy = outcome.remedy or usual
         blame = outcome.blame if outcome.verdict == "fail" else None
         assert outcome.verdict != "fail" or blame, f"{self.id}: a failure is somebody's to mend"
         return CheckResult(self.id, outcome.verdict, outcome.evidence, remedy, blame)

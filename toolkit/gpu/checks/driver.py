@@ -60,7 +60,8 @@ def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
     found = presence(snapshot)
     if found.kind == "gpus":
         version = snapshot.driver.version.value or "of unknown version"
-        return ok(f"driver {version} serves {len(snapshot.gpus)} GPU(s)")
+        count = len(snapshot.gpus)
+        return ok(f"driver {version} serves {count} GPU{'s' if count > 1 else ''}")
     needed = gpu_needed(snapshot, context)
     if needed:
         blame = "user" if found.kind in ("none", "not passed in") else "node"

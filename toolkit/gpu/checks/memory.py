@@ -50,7 +50,7 @@ def holders(gpu: GpuSnapshot) -> str:
         name = f" {process['name']}" if process.get("name") else ""
         parts.append(f"pid {process['pid']}{name}" + (f" {format_bytes(used)}" if used else ""))
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-    return "held by " + ", ".join(parts) + more
+    return ", ".join(parts) + more
 
 
 def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -88,7 +88,7 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if wanted > memory.total_bytes - CONTEXT_BYTES:
             return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: never fits")
         if (held_by_others(gpu) or 0) > NEGLIGIBLE_BYTES:
-            return fail("retry", f"{amount}; {holders(gpu)}")
+            return fail("retry", f"{amount}; the rest is held by {holders(gpu)}")
         return fail("user", amount)
 
     return each(judged(snapshot, context), look)
@@ -103,7 +103,7 @@ def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return None  # integrated memory, or memory.readable says why
         if held <= NEGLIGIBLE_BYTES:
             return ok("no other process holds memory")
-        evidence = f"{format_bytes(held)} held, {holders(gpu)}"
+        evidence = f"{format_bytes(held)} held by others: {holders(gpu)}"
         if held / total >= TENANT_SHARE and context.gpu_memory_utilization is None:
             return fail("retry", evidence)
         return warn(evidence)
