@@ -47,7 +47,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     terms = []
     if step.own_weights:
         own = weight_bytes(spec, plan.dtype, plan.quantization)
-        terms.append(Term("trainer.weights", own, "a second copy: the engine's is not shared"))
+        terms.append(Term("trainer.weights", own, "the trainer's own model"))
     terms += [
         Term(
             "trainer.adapter",

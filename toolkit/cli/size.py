@@ -1,0 +1,98 @@
+"""``envcheck size``: the interval of gpu_memory_utilization, the choice for every "auto", the
+budget.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+    from toolkit.sizing import Device, SizingResult
+
+
+@click.command()
+@click.argument("target", metavar="RUN.YAML|MODEL")
+@click.option("--gpu", metavar="NAME", help="A card that need not be here (h200, 4090, ...).")
+@click.option("--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's number.")
+@click.option("--cpu", is_flag=True, help="Size for the CPU, whatever is here.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A value instead of the run file's, or for a MODEL (lora.r=64). Repeatable.",
+)
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes of the run, one on each GPU.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--write", is_flag=True, help='Put the values into the run file in place of "auto".')
+def size(
+    target: str, *, gpu: str | None, gpu_index: int | None, cpu: bool, as_json: bool, **rest: object
+) -> None:
+    """Size a run file, or a model (a folder, a config.json or a cached hub id).
+
+    Reads config.json and safetensors headers only. Exit code 0 where the run fits, 1 where it does
+    not (what each change would free is listed), 2 where a file cannot be read.
+    """
+    from toolkit.cli.size_report import text_of  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
+    from toolkit.sizing import read_spec, solve  # noqa: PLC0415 - as above
+
+    overrides, world, write = rest["overrides"], rest["world_size"], rest["write"]
+    assert isinstance(overrides, tuple)
+    assert isinstance(world, int)
+    if sum((gpu is not None, gpu_index is not None, cpu)) > 1:
+        raise click.UsageError("--gpu, --gpu-index and --cpu exclude each other.")
+    config, document = read_target(target, overrides, world_size=world)
+    if write and document is None:
+        raise click.UsageError("--write needs a run file.")
+    device = None if cpu else choose_device(gpu, gpu_index)
+    spec = read_spec(config.model.model_name, config.model.revision)
+    result = solve(config, spec, device, world_size=world)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        click.echo(text_of(result, config))
+    _judge(result, config, quiet=not as_json)
+    if write and document is not None:
+        from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only when asked
+
+        click.echo(write_choice(document, result.apply(config)), err=as_json)
+
+
+def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
+    """The card named, or the one here; None where there is none (the CPU is sized then).
+
+    Raises:
+        ConfigError: no card of that name, or no such index.
+    """
+    from toolkit.gpu import cards  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.gpu.devices import select  # noqa: PLC0415 - as above
+    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
+    from toolkit.sizing import Device  # noqa: PLC0415 - as above
+
+    if gpu is not None:
+        return Device.from_card(cards.find(gpu))
+    snapshot = take()
+    found = select(snapshot, gpu_index)
+    return None if found is None else Device.from_node(snapshot, found)
+
+
+def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
+    """Leave with 1 where the run does not fit, or a written utilization cannot be."""
+    if not result.feasible:
+        if not quiet:
+            click.echo(f"error: {result.error()}", err=True)
+        sys.exit(1)
+    if problem := result.written_problem(config):
+        raise problem

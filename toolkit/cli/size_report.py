@@ -1,0 +1,206 @@
+"""What ``envcheck size`` prints for people: the interval, the choice, the budget and its bar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.units import GIB, format_bytes
+from toolkit.cli.render import styled, table, terminal_width
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+    from toolkit.sizing import SizingResult
+    from toolkit.sizing.terms import Term
+
+WHEN = {"always": "always", "rollout": "rollouts", "training": "training"}
+# (letter of the bar, what it stands for, beginnings of the terms' names); the first match counts.
+LETTERS = (
+    ("C", "context", ("context",)),
+    ("W", "weights", ("engine.weights", "trainer.weights")),
+    ("L", "LoRA slots", ("engine.lora",)),
+    ("K", "KV cache", ("engine.kv", "rollout.kv")),
+    ("A", "rollout activations", ("engine.activations", "rollout.logits")),
+    ("E", "rest of the engine", ("engine.",)),
+    ("O", "adapter and optimizer", ("trainer.adapter", "trainer.optimizer")),
+    ("T", "training step", ("trainer.",)),
+    ("m", "margins", ("margin.",)),
+)
+
+OTHER_LETTERS = (("x", "held by others"), (".", "free"), ("!", "too much"))
+
+
+def text_of(result: SizingResult, config: RunConfig) -> str:
+    """The whole answer as text."""
+    parts = [_head(result), _interval(result), _choice(result, config), _budget(result)]
+    parts += [_bars(result), _ranks(result), _peaks(result)]
+    if result.model.notes:
+        parts.append("\n".join(f"note: {note}" for note in result.model.notes))
+    if result.remedies:
+        lines = [f"  {remedy}" for remedy in result.remedies]
+        parts.append("\n".join(["what each change would free, by itself:", *lines]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(result: SizingResult) -> str:
+    model = result.model
+    held = f"{model.quantization or model.dtype} {format_bytes(model.weight_bytes)}"
+    lines = [
+        f"model   {model.name} ({model.architecture}): {model.parameters / 1e9:.3f} B parameters, "
+        f"{held}, KV {format_bytes(model.kv_bytes_per_token)} a token",
+    ]
+    if model.margin:
+        lines.append(f"        not known exactly: {model.margin:.0%} more is kept free for it")
+    if result.device is None:
+        lines.append("device  the CPU (--gpu NAME sizes for a card)")
+    else:
+        device = result.device
+        major, minor = device["compute_capability"]
+        lines.append(
+            f"device  {device['name']}: {format_bytes(device['cuda_total_bytes'])} for CUDA, "
+            f"{format_bytes(device['free_bytes'])} free, compute capability {major}.{minor}"
+            + ("" if device["here"] else " (from the table of cards)")
+        )
+    return "\n".join(lines)
+
+
+def _interval(result: SizingResult) -> str:
+    interval, choice = result.interval, result.choice
+    if interval.min is None or interval.max is None:
+        if result.feasible:
+            return f"fits: {interval.binding_min} is the largest term"
+        missing = format_bytes(result.short_bytes)
+        return styled(f"does not fit: {missing} are missing", "red", bold=True)
+    if not result.feasible:
+        first = f"gpu_memory_utilization: no value is possible, {format_bytes(result.short_bytes)}"
+        head = styled(f"{first} are missing", "red", bold=True)
+    else:
+        chosen = f"{choice.gpu_memory_utilization:.3f}"
+        head = (
+            f"gpu_memory_utilization from {interval.min:.3f} to {interval.max:.3f}, chosen "
+            + styled(chosen, bold=True)
+        )
+    return "\n".join(
+        [
+            head,
+            f"  at least {interval.min:.3f}: {interval.binding_min}",
+            f"  at most  {interval.max:.3f}: {interval.binding_max}",
+        ]
+    )
+
+
+def _choice(result: SizingResult, config: RunConfig) -> str:
+    choice = result.choice
+    micro, accumulation = choice.per_device_train_batch_size, choice.gradient_accumulation_steps
+    rows = [
+        ["lora.r", str(config.lora.r), f"{result.model.trainable_parameters:,} parameters"],
+        [
+            "micro-batch x accumulation",
+            f"{micro} x {accumulation}",
+            f"largest micro-batch that fits: {choice.largest_micro_batch or 'none'}",
+        ],
+        _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
+    ]
+    if choice.fast_inference:
+        names = ["max_lora_rank", "max_num_seqs", "max_num_batched_tokens", "enable_sleep_mode"]
+        rows += [_row(f"model.{name}", getattr(choice, name), config.model) for name in names]
+    rows.append(_row("model.dtype", choice.dtype, config.model))
+    rows.append(_row("model.fast_inference", choice.fast_inference, config.model))
+    if choice.kv_cache_bytes is not None:
+        rows.append(["KV cache of the CPU engine", format_bytes(choice.kv_cache_bytes), ""])
+    return table(["choice", "value", ""], rows)
+
+
+def _row(name: str, value: object, section: object) -> list[str]:
+    written = getattr(section, name.rpartition(".")[2])
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return [name, shown, "from auto" if written == "auto" else "as written"]
+
+
+def _budget(result: SizingResult) -> str:
+    whole = result.device["cuda_total_bytes"] if result.device else None
+    rows = [
+        [
+            term.term,
+            format_bytes(term.bytes),
+            f"{term.bytes / whole:.1%}" if whole else "",
+            WHEN[term.phase],
+            term.source,
+        ]
+        for term in result.terms
+    ]
+    return table(["budget", "bytes", "of card", "when", "from"], rows, right=(1, 2))
+
+
+def _bars(result: SizingResult) -> str:
+    """One bar a phase, as wide as the terminal; a letter is a share of the card."""
+    if result.device is None:
+        return ""
+    whole = int(result.device["cuda_total_bytes"])
+    lines: list[str] = []
+    seen: set[str] = set()
+    for phase in ("rollout", "training"):
+        asleep = phase == "training" and result.choice.enable_sleep_mode
+        terms = [
+            term
+            for term in result.terms
+            if term.phase in ("always", phase) and not (asleep and term.term == "engine.kv")
+        ]
+        taken = sum(term.bytes for term in terms) + (
+            whole - min(int(result.device["free_bytes"]), whole)
+        )
+        bar = _bar(terms, whole, int(result.device["free_bytes"]))
+        seen.update(bar)
+        used = f"{taken / GIB:.1f} of {whole / GIB:.1f} GiB"
+        lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV asleep' if asleep else ''}")
+    legend = [f"{letter} {meaning}" for letter, meaning, _ in LETTERS if letter in seen]
+    legend += [
+        f"{letter} {word}"
+        for letter, word in (("x", "held by others"), (".", "free"), ("!", "too much"))
+        if letter in seen
+    ]
+    return "\n".join([*lines, "         " + ", ".join(legend)])
+
+
+def _bar(terms: list[Term], whole: int, free: int) -> str:
+    width = min(terminal_width(), 120) - 36
+    sizes: dict[str, int] = {}
+    if free < whole:
+        sizes["x"] = whole - free
+    for letter, _, names in LETTERS:
+        sizes[letter] = sum(term.bytes for term in terms if _letter(term.term) == letter and names)
+    drawn, at, end = "", 0, 0
+    for letter, nbytes in sizes.items():
+        at += nbytes
+        last = round(at * width / whole)
+        # What there is shows, however small, as long as there is room for it.
+        last = max(last, end + 1) if nbytes > whole // 1000 else last
+        drawn += letter * (last - end)
+        end = max(end, last)
+    if len(drawn) > width:
+        return drawn[: width - 1] + "!"
+    return drawn + "." * (width - len(drawn))
+
+
+def _letter(name: str) -> str:
+    return next(letter for letter, _, names in LETTERS if name.startswith(names))
+
+
+def _ranks(result: SizingResult) -> str:
+    if not result.engine.ranks:
+        return ""
+    chosen = result.choice.max_lora_rank
+    priced = [
+        f"{rank}{'*' if rank == chosen else ''}: {format_bytes(nbytes)}"
+        for rank, nbytes in result.engine.ranks
+    ]
+    return "LoRA slots of the engine by max_lora_rank (* chosen)\n  " + "  ".join(priced)
+
+
+def _peaks(result: SizingResult) -> str:
+    peaks = result.peaks
+    return (
+        f"torch's peak: {format_bytes(peaks.torch_bytes)} predicted "
+        f"(rollouts {format_bytes(peaks.rollout_bytes)}, "
+        f"training {format_bytes(peaks.training_bytes)}), "
+        f"at most {format_bytes(peaks.bound_bytes)}"
+    )
