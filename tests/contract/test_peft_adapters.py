@@ -1,0 +1,168 @@
+"""PEFT 0.21.2: what toolkit.policy leans on. Each test names the seam that has moved when it
+fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from toolkit.policy.settings import INITS, LoraSettings
+
+pytestmark = pytest.mark.contract
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
+    from tiny_llama import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("contract") / "tiny")
+
+
+@pytest.fixture
+def base(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture
+def model(base: Any) -> Any:
+    return peft.get_peft_model(base, _config())
+
+
+def _config(**values: Any) -> Any:
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, **values)
+
+
+def test_lora_config_has_a_field_for_each_setting() -> None:
+    ours = {item.name for item in fields(LoraSettings)} - {"random_state"}
+    assert ours <= {item.name for item in fields(peft.LoraConfig)}
+
+
+def test_every_init_is_documented_by_peft() -> None:
+    text = inspect.getsource(peft.LoraConfig) + inspect.getsource(LoraLayer)
+    assert all(f'"{init}"' in text or f"'{init}'" in text for init in INITS)
+
+
+def test_the_causal_class_is_what_get_peft_model_gives(model: Any) -> None:
+    assert type(model) is peft.PeftModelForCausalLM
+
+
+def test_adapters_are_float32_by_default_over_half_precision(base: Any) -> None:
+    model = peft.get_peft_model(base.to(torch.bfloat16), _config())
+    found = {value.dtype for name, value in model.named_parameters() if "lora_" in name}
+    assert found == {torch.float32}
+
+
+def test_a_is_drawn_from_the_cpu_generator_alone(folder: Path) -> None:
+    """The same seed, the same bytes: no other generator, no time, no hash order."""
+    from transformers import AutoModelForCausalLM
+
+    drawn = []
+    for targets in (TARGETS, TARGETS[::-1]):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(1)
+            model = peft.get_peft_model(
+                AutoModelForCausalLM.from_pretrained(folder),
+                peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets),
+            )
+        drawn.append({name: value for name, value in model.named_parameters() if "lora_A" in name})
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+def test_names_in_the_file(model: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= names
+    assert names == set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def test_the_config_file_keeps_its_keys(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert values["peft_type"] == "LORA"
+    assert sorted(values["target_modules"]) == TARGETS
+    assert {"r", "lora_alpha", "use_rslora", "base_model_name_or_path", "revision"} <= values.keys()
+
+
+def test_other_adapters_are_saved_in_a_folder_of_their_own(model: Any, tmp_path: Path) -> None:
+    model.add_adapter("other", _config())
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_layers_parts(model: Any) -> None:
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, LoraLayer)
+    assert layer.lora_A["default"].weight.shape == (4, 64)
+    assert layer.lora_B["default"].weight.shape == (64, 4)
+    assert layer.scaling["default"] == 2.0
+    assert layer.get_base_layer() is layer.base_layer
+    assert layer.get_delta_weight("default").shape == layer.base_layer.weight.shape
+    assert dict(layer.lora_variant) == {}
+
+
+def test_a_second_adapter_comes_frozen_and_goes_without_a_trace(model: Any) -> None:
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    model.add_adapter("other", _config())
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == {
+        **before,
+        **{name.replace("default", "other"): False for name in before if "lora_" in name},
+    }
+    model.set_adapter("other")
+    assert model.active_adapter == "other"
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+
+
+def test_unload_gives_the_base_back(base: Any) -> None:
+    ids = torch.tensor([[4, 5, 6]])
+    before, names = base(ids).logits, [name for name, _ in base.named_parameters()]
+    model = peft.PeftModelForCausalLM(base, _config(init_lora_weights=False))
+    assert not torch.equal(model(ids).logits, before)
+    assert model.unload() is base
+    assert torch.equal(base(ids).logits, before)
+    assert [name for name, _ in base.named_parameters()] == names
+    assert not hasattr(base, "peft_config")
+
+
+def test_disable_adapter_is_the_base(base: Any) -> None:
+    ids = torch.tensor([[4, 5, 6]])
+    before = base(ids).logits
+    model = peft.get_peft_model(base, _config(init_lora_weights=False))
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_loading_reports_nothing_to_us_so_we_compare_first(model: Any) -> None:
+    """set_peft_model_state_dict takes a file with a tensor missing: our own check must come
+    first.
+    """
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors.pop(sorted(tensors)[0])
+    peft.set_peft_model_state_dict(model, tensors)
+
+
+def test_attributes_fall_through_to_the_model(base: Any) -> None:
+    base.something_of_ours = 3
+    assert peft.get_peft_model(base, _config()).something_of_ours == 3
