@@ -62,6 +62,7 @@ def start(
         click.echo(json.dumps(as_mapping(ready.config), indent=2))
         return
     prepare_environment()
-    from toolkit.train.run import Options, run  # noqa: PLC0415 - imports torch
+    from toolkit.train.parts import Options  # noqa: PLC0415 - imports torch
+    from toolkit.train.run import run  # noqa: PLC0415
 
     run(config, Options(evaluate=evaluate, debug=debug))

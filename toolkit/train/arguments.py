@@ -66,7 +66,7 @@ def grpo_config(
 
 
 def precision(config: RunConfig, *, on_cpu: bool) -> str:
-    """The dtype that autocast computes in. On the CPU float32, unless the run file names another."""
+    """The dtype that autocast computes in. On the CPU float32, if not said otherwise."""
     if config.model.dtype != "auto":
         return config.model.dtype
     return "float32" if on_cpu else "bfloat16"

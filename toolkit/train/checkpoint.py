@@ -1,7 +1,8 @@
 """A checkpoint is a folder that is complete or does not exist.
 
-It is written beside its place, synced, given checksums, and renamed; a reader recomputes every checksum before it believes a
-byte. JSON and safetensors only, so that loading one runs nobody's code.
+It is written beside its place, synced, given checksums, and renamed; a reader recomputes every
+checksum before it believes a byte. JSON and safetensors only, so that loading one runs nobody's
+code.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder beside the place of ``checkpoint-<step>``; leftovers of a writer that died are removed."""
+    """An empty folder beside the place of ``checkpoint-<step>``; leftovers of a writer that died
+    are removed.
+    """
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -37,7 +40,9 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def commit(partial: Path, step: int) -> Path:
-    """Checksum, sync and rename what lies in ``partial``; return ``checkpoint-<step>``. Raises OSError."""
+    """Checksum, sync and rename what lies in ``partial``; return ``checkpoint-<step>``. Raises
+    OSError.
+    """
     for file in sorted(partial.iterdir()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -122,7 +127,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
             raise ConfigError(
                 "no checkpoint to resume from, and runtime.resume is must",
                 where=str(run_dir),
-                fix="check runtime.output_dir, or set runtime.resume: auto to start from the beginning",
+                fix="check runtime.output_dir, or set runtime.resume: auto to begin a new run",
             )
         return found, passed
     if resume == "never":
@@ -150,7 +155,9 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 
 def rotate(run_dir: Path, keep: Iterable[int], *, keep_last: int) -> None:
-    """Remove checkpoints but the ``keep_last`` latest and those of the steps in ``keep``. 0 keeps all."""
+    """Remove checkpoints but the ``keep_last`` latest and those of the steps in ``keep``. 0 keeps
+    all.
+    """
     if keep_last <= 0:
         return
     kept = set(keep)

@@ -1,9 +1,11 @@
 """How far the sampler and the trainer disagree, and the importance weights that make up for it.
 
-TRL 1.16 runs the trainer once more over every batch only to learn the log-probabilities that the sampled policy had. Where one
-generation feeds one optimizer step and nothing is dropped out, the training forward computes those very numbers, so that run is
-left out and the weights are computed from the training forward. The formulas are TRL's (``vllm_importance_sampling_mode``;
-https://fengyao.notion.site/off-policy-rl for the token form); tests/contract holds both paths equal.
+TRL 1.16 runs the trainer once more over every batch only to learn the log-probabilities that the
+sampled policy had. Where one generation feeds one optimizer step and nothing is dropped out, the
+training forward computes those very numbers, so that run is left out and the weights are computed
+from the training forward. The formulas are TRL's (``vllm_importance_sampling_mode``;
+https://fengyao.notion.site/off-policy-rl for the token form); tests/contract holds both paths
+equal.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ if TYPE_CHECKING:
 
 
 class Disagreement:
-    """Running totals over the micro-batches of a logging window, kept on the device: one synchronisation a window."""
+    """Running totals over the micro-batches of a logging window, kept on the device: one
+    synchronisation a window.
+    """
 
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None  # (4): gap sum, gap count, ratio sum, ratio count
         self.extremes: torch.Tensor | None = None  # (3): largest gap, largest ratio, largest -ratio
 
     def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None:
-        """``gap``: |engine - trainer| in nats, one a scored token, flat. ``ratio``: importance weights, flat, or None."""
+        """``gap``: |engine - trainer| in nats, one a scored token, flat. ``ratio``: importance
+        weights, flat, or None.
+        """
         ratio = gap.new_empty(0) if ratio is None else ratio
         sums = torch.stack(
             [gap.sum(), gap.new_tensor(gap.numel()), ratio.sum(), gap.new_tensor(ratio.numel())]
@@ -38,7 +44,9 @@ class Disagreement:
             self.sums, self.extremes = self.sums + sums, torch.maximum(self.extremes, extremes)
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The window's metrics over all ranks (a collective call), and begin again: ours, and TRL's own where weights were used."""
+        """The window's metrics over all ranks (a collective call), and begin again: ours, and TRL's
+        own where weights were used.
+        """
         if self.sums is None or self.extremes is None:
             return {}
         sums = accelerator.gather(self.sums.unsqueeze(0)).sum(dim=0).tolist()
@@ -64,13 +72,17 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def gaps(logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens the engine could not score are left out."""
-    delta = (logps - inputs["sampling_per_token_logps"]).abs()
+    """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens the
+    engine could not score are left out.
+    """
+    delta: torch.Tensor = (logps - inputs["sampling_per_token_logps"]).abs()
     return delta[loss_mask(inputs).bool() & ~torch.isnan(delta)]
 
 
 def importance_ratio(trainer: Any, logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """exp(trainer - engine), truncated or masked as TRL's four modes do: (B, T), or (B, 1) for the sequence modes."""
+    """exp(trainer - engine), truncated or masked as TRL's four modes do: (B, T), or (B, 1) for the
+    sequence modes.
+    """
     mode = trainer.vllm_importance_sampling_mode
     difference = (logps - inputs["sampling_per_token_logps"]) * loss_mask(inputs)
     difference = torch.nan_to_num(difference, nan=0.0)
@@ -87,7 +99,9 @@ def importance_ratio(trainer: Any, logps: torch.Tensor, inputs: Mapping[str, Any
 
 
 def old_logps_are_redundant(trainer: Any) -> bool:
-    """True where the training forward yields what the extra forward would: aligned steps, weights on, nothing dropped out."""
+    """True where the training forward yields what the extra forward would: aligned steps, weights
+    on, nothing dropped out.
+    """
     if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return False
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
@@ -104,7 +118,9 @@ def has_dropout(model: torch.nn.Module) -> bool:
 
 
 def observe(trainer: Any, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
-    """Record the gap of one micro-batch from its training forward, and give ``inputs`` the weights that TRL's loss reads."""
+    """Record the gap of one micro-batch from its training forward, and give ``inputs`` the weights
+    that TRL's loss reads.
+    """
     logps = logps.detach()
     ratio = None
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
@@ -118,7 +134,9 @@ def observe(trainer: Any, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
 
 
 def observe_generation(trainer: Any, output: Mapping[str, Any]) -> None:
-    """Record the gap of a batch whose old log-probabilities TRL computed itself; TRL logs its own weights then."""
+    """Record the gap of a batch whose old log-probabilities TRL computed itself; TRL logs its own
+    weights then.
+    """
     old = output.get("old_per_token_logps")
     if old is not None and output.get("sampling_per_token_logps") is not None:
         trainer.disagreement.add(gaps(old, output), None)

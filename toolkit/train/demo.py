@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from toolkit.base.paths import make_folder, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 Problem = tuple[int, int]
 
@@ -197,7 +197,8 @@ def teach(
         forgot = torch.rand(BATCH, generator=generator) < FORGETS
         ids = torch.where(forgot[:, None], wrong[picked], right[picked])
         optimizer.zero_grad()
-        _loss(model, ids).backward()
+        loss = _loss(model, ids)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % EVERY == 0:

@@ -63,7 +63,7 @@ def token_ids(prompts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
 def evaluate(
     model: Any, tokenizer: Any, dataset: Any, rewards: Rewards, *, max_tokens: int, adapter: bool
 ) -> Evaluation:
-    """One greedy completion for each row of ``dataset``; ``adapter`` False judges the base model."""
+    """One greedy completion a row of ``dataset``; ``adapter`` False judges the base model."""
     engine = engine_of(model, tokenizer)
     if adapter:
         engine.publish(model)

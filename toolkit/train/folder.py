@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, RetryError
@@ -17,6 +16,7 @@ from toolkit.base.secrets import redact_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from toolkit.config.model import RunConfig
 

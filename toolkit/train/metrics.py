@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from toolkit.base.paths import FILE_MODE
+from toolkit.train.cuda import cuda_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +44,9 @@ class Journal:
     """The run's logs, appended to in order, each cut back to where a checkpoint knows it to be."""
 
     def __init__(self, run_dir: Path, positions: Mapping[str, int] | None = None) -> None:
-        """Open the logs. ``positions``: bytes to keep of each; without any, begin empty. Raises OSError."""
+        """Open the logs. ``positions``: bytes to keep of each; without any, begin empty. Raises
+        OSError.
+        """
         self._handles: dict[str, int] = {}
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         for name in LOGS:
@@ -54,7 +57,9 @@ class Journal:
             self._handles[name] = handle
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises OSError."""
+        """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises
+        OSError.
+        """
         line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode()
         written = os.write(self._handles[name], line)
         if written < len(line):  # a disk that fills up writes a part and fails on the rest
@@ -86,7 +91,9 @@ def plain(value: Any) -> Any:
 
 
 def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl from what the trainer logged: our names first, then every other by name."""
+    """A row of metrics.jsonl from what the trainer logged: our names first, then every other by
+    name.
+    """
     found = {"step": step}
     for key, value in logs.items():
         evaluation = key.startswith("eval_")
@@ -101,7 +108,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 def peak_memory_bytes() -> int:
     """Of the GPU where one is used, else of this process (resident)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda_in_use():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -153,7 +160,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def _timings(self, row: Mapping[str, Any]) -> dict[str, Any]:
         now = monotonic()
         step_s, self.last = now - self.last, now
-        phases = {name: 0.0 for name in PHASES} | self.trainer.timers.take()
+        phases = dict.fromkeys(PHASES, 0.0) | self.trainer.timers.take()
         phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
         tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
         return {

@@ -1,4 +1,4 @@
-"""Live progress: one line a step on a terminal, rewritten; plain lines, fewer of them, elsewhere."""
+"""Live progress: a line rewritten each step on a terminal; fewer, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Progress:
 
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
-    """Step, reward mean and spread, loss, KL, length, tokens/s, time left: aligned, so that columns line up."""
+    """Step, reward mean and spread, loss, KL, length, tokens/s, time left: aligned, so that columns
+    line up.
+    """
     width = len(str(total))
     parts = [
         f"step {row['step']:>{width}}/{total}",

@@ -33,7 +33,9 @@ def prepare_environment() -> None:
 
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
-    """Errors only from upstream's loggers, and none of its Python warnings; all of them with ``debug``."""
+    """Errors only from upstream's loggers, and none of its Python warnings; all of them with
+    ``debug``.
+    """
     if debug:
         yield
         return

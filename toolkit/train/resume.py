@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from toolkit import __version__
@@ -32,6 +31,8 @@ from toolkit.train.state import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    import torch
 
 TRAINER_STATE = "trainer_state.json"
 STATE = "state.json"
@@ -74,7 +75,9 @@ def take(trainer: Any, *, pending_evaluation: bool = False) -> Snapshot:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """The adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), the same bytes for the same values."""
+    """The adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), the same bytes
+    for the same values.
+    """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
     config.save_pretrained(str(folder))
@@ -93,7 +96,9 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 
 def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
-    """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the first rank."""
+    """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
+    first rank.
+    """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
     partial = run_dir / f".checkpoint-{step}.partial"
@@ -150,7 +155,7 @@ def check(trainer: Any, folder: Path) -> None:
         raise ConfigError(
             f"not a sound checkpoint: {'; '.join(found)}",
             where=str(folder),
-            fix="name an earlier checkpoint, or set runtime.resume: auto to use the latest sound one",
+            fix="name an earlier one, or set runtime.resume: auto to use the latest sound one",
         )
     described = checkpoint.read_json(folder, STATE)
     ranks = trainer.accelerator.num_processes
@@ -191,7 +196,7 @@ def load_generators(trainer: Any, folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a checkpoint of ours, also a torn one; False for one that plain transformers wrote."""
+    """True for a checkpoint of ours, torn ones too; False for one of plain transformers."""
     ours = (checkpoint.CHECKSUMS, STATE)
     return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
 

@@ -1,32 +1,25 @@
-"""A whole run, top to bottom: folder, resume, pre-flight, data, rewards, policy, training, report."""
+"""A whole run, top to bottom: resume, pre-flight, policy, data, rewards, training, report."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 import trl
 from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, StoppedError
-from toolkit.base.paths import write_file
-from toolkit.base.units import format_bytes
-from toolkit.policy.adapter_io import save_lora
-from toolkit.policy.from_config import choose_engine
 from toolkit.policy.language_model import load_policy
-from toolkit.train import checkpoint, faults, folder, manifest, resume
+from toolkit.train import checkpoint, faults, folder, resume
 from toolkit.train.arguments import grpo_config, make_reproducible
 from toolkit.train.data import load_data
 from toolkit.train.evaluate import evaluate
 from toolkit.train.metrics import Journal, Recorder
+from toolkit.train.parts import Options, Parts, finish, introduce
 from toolkit.train.preflight import preflight
 from toolkit.train.progress import Progress
 from toolkit.train.quiet import quiet
-from toolkit.train.report import write_report
+from toolkit.train.ranks import is_first_rank, world_size
 from toolkit.train.rewards import load_rewards
 from toolkit.train.signals import Abandoned, StopSignals
 from toolkit.train.state import changed
@@ -35,30 +28,6 @@ from toolkit.train.trainer import GRPOTrainer
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
     from toolkit.train.evaluate import Evaluation
-    from toolkit.train.preflight import Preflight
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How the run talks and what it does besides training."""
-
-    out: TextIO = field(default_factory=lambda: sys.stdout)
-    evaluate: bool = False
-    debug: bool = False
-
-
-@dataclass(slots=True)
-class Parts:
-    """What a run is made of, once everything that can be refused has been."""
-
-    config: RunConfig
-    run_dir: Path
-    preflight: Preflight
-    model: Any
-    tokenizer: Any
-    data: Any
-    rewards: Any
-    digests: dict[str, str]
 
 
 def run(config: RunConfig, options: Options | None = None) -> Path:
@@ -83,7 +52,7 @@ def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
         options.out.write(f"passed over a torn checkpoint: {line}\n")
     with quiet(debug=options.debug):
         try:
-            parts = prepare(config, run_dir, options)
+            parts = prepare(config, run_dir)
             _refuse_changes(config, parts, found)
             _train(parts, config, found, options)
         except Exception as error:
@@ -94,8 +63,10 @@ def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
     return run_dir
 
 
-def prepare(config: RunConfig, run_dir: Path, options: Options) -> Parts:
-    """Check the node, size, load policy, data and rewards; config.json and preflight.json are written."""
+def prepare(config: RunConfig, run_dir: Path) -> Parts:
+    """Check the node, size, load policy, data and rewards; config.json and preflight.json are
+    written.
+    """
     ready = preflight(config, world_size=world_size())
     resolved = ready.config
     if config.runtime.reproducible:
@@ -159,7 +130,7 @@ def _train(parts: Parts, config: RunConfig, found: Path | None, options: Options
     first = is_first_rank()
     journal = Journal(parts.run_dir, resume.positions(found) if found else None) if first else None
     if first:
-        _introduce(parts, trainer, found, options)
+        introduce(parts, trainer.args.seed, found, options.out)
     before = _evaluate(parts, options, adapter=False)
     trainer.signals, trainer.journal = signals, journal
     if journal is not None:
@@ -181,7 +152,7 @@ def _train(parts: Parts, config: RunConfig, found: Path | None, options: Options
     if signals.received is not None:
         raise _stopped(trainer, signals.received)
     if first:
-        _finish(parts, before, _evaluate(parts, options, adapter=True), options)
+        finish(parts, before, _evaluate(parts, options, adapter=True), options.out)
 
 
 def _stopped(trainer: GRPOTrainer, signal: str) -> StoppedError:
@@ -203,34 +174,6 @@ def total_steps(trainer: GRPOTrainer) -> int:
     return int(an_epoch * trainer.args.num_train_epochs + 0.999)
 
 
-def _introduce(parts: Parts, trainer: GRPOTrainer, found: Path | None, options: Options) -> None:
-    """Say what runs, before it does; write the manifest."""
-    config, sizing = parts.config, parts.preflight.sizing
-    seeds = {"grpo.seed": trainer.args.seed, "lora.random_state": config.lora.random_state}
-    manifest.write_manifest(
-        parts.run_dir,
-        seeds=seeds,
-        data=parts.digests,
-        world_size=world_size(),
-        source=config.source,
-        snapshot=parts.preflight.snapshot,
-    )
-    place = parts.preflight.device.name if parts.preflight.device else "CPU"
-    lines = [
-        f"model    {config.model.model_name}"
-        f" ({sizing.model.parameters / 1e6:.1f} M parameters, {format_bytes(sizing.model.weight_bytes)})",
-        f"adapter  r {config.lora.r}, {sizing.model.trainable_parameters / 1e6:.2f} M parameters",
-        f"engine   {choose_engine(config)} on {place}"
-        + (f", {world_size()} processes" if world_size() > 1 else ""),
-        *(f"data     {line}" for line in parts.data.report.lines()),
-        f"folder   {parts.run_dir}",
-    ]
-    if found is not None:
-        lines.append(f"resume   {found}")
-    options.out.write("\n".join(lines) + "\n")
-    options.out.flush()
-
-
 def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | None:
     if not options.evaluate or parts.data.eval is None or not is_first_rank():
         return None
@@ -242,30 +185,3 @@ def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | 
         max_tokens=parts.config.grpo.get("max_completion_length", 256),
         adapter=adapter,
     )
-
-
-def _finish(
-    parts: Parts, before: Evaluation | None, after: Evaluation | None, options: Options
-) -> None:
-    """The adapter, the evaluation and the report, and where they lie."""
-    adapter = save_lora(parts.model, parts.run_dir / "adapter")
-    if before is not None and after is not None:
-        described = {"before": before.to_json(), "after": after.to_json()}
-        write_file(parts.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
-        for name, value in after.rewards.items():
-            options.out.write(
-                f"held out {name} {before.rewards[name]:.3f} -> {value:.3f} ({after.count} prompts)\n"
-            )
-    report = write_report(parts.run_dir)
-    options.out.write(f"adapter  {adapter}\nreport   {report}\n")
-    options.out.flush()
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_rank() -> bool:
-    """True for the process that writes."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -1,7 +1,9 @@
-"""Where completions come from: the engine on the model, or TRL's own Hugging Face generation, each seeded by the step.
+"""Where completions come from: the engine on the model, or TRL's own Hugging Face generation, each
+seeded by the step.
 
-TRL draws from the process's global generator, so a completion would hang on whatever ran before. Here the seed of every call is
-a hash of (run seed, micro-step, number of the call within it, rank): a resumed run draws what the undisturbed run drew.
+TRL draws from the process's global generator, so a completion would hang on whatever ran before.
+Here the seed of every call is a hash of (run seed, micro-step, number of the call within it, rank):
+a resumed run draws what the undisturbed run drew.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from toolkit.engine.rollout import Rollout
 
 EVAL_CALLS = 1 << 20
-"""Calls in evaluation count from here, so that they never draw what training draws at the same micro-step."""
+"""Calls in evaluation count from here, so that they never draw what training draws at the same
+micro-step.
+"""
 RANK_CALLS = 1 << 24
 
 
@@ -64,7 +68,8 @@ def find_engine(model: Any) -> RolloutEngine | None:
 def call_seed(trainer: Any) -> int:
     """The seed of the next rollout call of ``trainer``; two calls never share one.
 
-    It needs nothing of our trainer's ``__init__``: TRL's tests build trainers with ``object.__new__``.
+    It needs nothing of our trainer's ``__init__``: TRL's tests build trainers with
+    ``object.__new__``.
     """
     state = getattr(trainer, "state", None)
     model = getattr(trainer, "model", None)
@@ -82,7 +87,9 @@ def call_seed(trainer: Any) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
-    """Inside, torch's generators start from ``seed``; outside, they are as if nothing had been drawn."""
+    """Inside, torch's generators start from ``seed``; outside, they are as if nothing had been
+    drawn.
+    """
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed % 2**63)
@@ -90,7 +97,8 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
 
 
 class EngineGeneration:
-    """What TRL 1.16 calls ``vllm_generation``: ``sync_weights()`` and ``generate(...)``, here on an engine in this process.
+    """What TRL 1.16 calls ``vllm_generation``: ``sync_weights()`` and ``generate(...)``, here on an
+    engine in this process.
 
     The engine already holds the base weights, so syncing publishes the adapter and nothing else.
     """
@@ -110,9 +118,11 @@ class EngineGeneration:
         num_generations: int,
         profiler: Any = None,
     ) -> tuple[Any, Any, Any, Any]:
-        """One completion for each row of ``prompts`` (token ids; equal neighbours are one prompt's generations).
+        """One completion for each row of ``prompts`` (token ids; equal neighbours are one prompt's
+        generations).
 
-        Returns ``(prompt_ids, completion_ids, logprobs, logprob_token_ids)`` in TRL's layout, a row a prompt row.
+        Returns ``(prompt_ids, completion_ids, logprobs, logprob_token_ids)`` in TRL's layout, a row
+        a prompt row.
 
         Raises:
             UnsupportedError: images.
@@ -147,9 +157,11 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """How many equal neighbours make a group, the same everywhere: ``num_generations``, or 1 where groups are cut or mixed.
+    """How many equal neighbours make a group, the same everywhere: ``num_generations``, or 1 where
+    groups are cut or mixed.
 
-    A group that is one request computes its prompt once. A rank may hold half a group, and a tool turn makes neighbours differ.
+    A group that is one request computes its prompt once. A rank may hold half a group, and a tool
+    turn makes neighbours differ.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1

@@ -1,4 +1,5 @@
-"""Stop on purpose: a signal asks, the next safe point answers, and a step that is too long is abandoned.
+"""Stop on purpose: a signal asks, the next safe point answers, and a step that is too long is
+abandoned.
 
 SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) set a flag that the trainer reads at the end of a
 step. Where no step ends within ``GRACE_S``, the step under way is abandoned by an exception in the

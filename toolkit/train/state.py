@@ -1,4 +1,6 @@
-"""The state of a run as JSON and tensors, and back: generators, optimizer, buffered rollouts. Bytes in, the same bytes out."""
+"""The state of a run as JSON and tensors, and back: generators, optimizer, buffered rollouts. Bytes
+in, the same bytes out.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 
 from toolkit.base.errors import ConfigError, UnsupportedError
+from toolkit.train.cuda import cuda_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,7 +20,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def generators() -> tuple[dict[str, Any], Tensors]:
-    """Every generator of this process: python's and numpy's as JSON, torch's (CPU and current CUDA device) as bytes."""
+    """Every generator of this process: python's and numpy's as JSON, torch's (CPU and current CUDA
+    device) as bytes.
+    """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     described = {
@@ -25,7 +30,7 @@ def generators() -> tuple[dict[str, Any], Tensors]:
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
     tensors = {"generator.cpu": torch.random.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda_in_use():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
     return described, tensors
 
@@ -42,13 +47,14 @@ def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch
 
 
 def flatten(value: Any, tensors: Tensors, path: str) -> Any:
-    """``value`` as JSON, its tensors moved to ``tensors`` under their path. Dicts keep their keys' types.
+    """``value`` as JSON, its tensors moved to ``tensors`` under their path. Dicts keep their keys'
+    types.
 
     Raises:
         UnsupportedError: a value that is neither JSON nor a tensor, named by its path.
     """
     if isinstance(value, torch.Tensor):
-        # A copy: on the CPU a tensor may alias one that goes on changing, and safetensors refuses shared storage.
+        # A copy: it may alias one that goes on changing, and safetensors takes no shared storage.
         tensors[path] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": path}
     if isinstance(value, dict):
@@ -98,7 +104,8 @@ def trainable(model: Any) -> Tensors:
 def copy_into(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Copy ``stored`` into the parameters of the same names, once names, shapes and values are known to be right.
+    """Copy ``stored`` into the parameters of the same names, once names, shapes and values are
+    known to be right.
 
     Raises:
         ConfigError: naming the first difference.
@@ -108,7 +115,7 @@ def copy_into(
         raise ConfigError(
             f"the adapter in it is not one of this run: {problem}",
             where=where,
-            fix="resume from a checkpoint of this run, or set runtime.resume: never and another output_dir",
+            fix="resume from a checkpoint of this run, or begin another run with --output-dir",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -134,7 +141,9 @@ def difference(
 
 
 def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """The keys, dotted, whose values differ and that no entry of ``allowed`` names (itself or a part above it)."""
+    """The keys, dotted, whose values differ and that no entry of ``allowed`` names (itself or a
+    part above it).
+    """
     keys = sorted(set(now) | set(then))
     differing = [key for key in keys if now.get(key) != then.get(key)]
     return [

@@ -1,4 +1,5 @@
-"""GRPOTrainer: TRL's, on an engine that shares the model's weights, and able to go on where it stopped.
+"""GRPOTrainer: TRL's, on an engine that shares the model's weights, and able to go on where it
+stopped.
 
 A subclass with TRL's arguments; no source is patched. Each override is short and says which seam of
 TRL 1.16 or transformers 5.17 it uses; what it does lies in a file of its own. State has class-level
@@ -9,45 +10,34 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.train import correction, faults, resume, sampling
-from toolkit.train.checkpoint import choose, list_steps, rotate
+from toolkit.train import correction, faults, sampling
+from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
+from toolkit.train.resumable import Resumable
 from toolkit.train.sampling import EngineGeneration, Timers, find_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from toolkit.train.metrics import Journal
-    from toolkit.train.signals import StopSignals
+    from collections.abc import Iterator
 
 
-class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
+class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """trl.GRPOTrainer with rollouts from the engine on the model, where there is one."""
 
-    journal: Journal | None = None
-    signals: StopSignals | None = None
-    fingerprint: Mapping[str, Any] = {}
-    keep_last: int | None = None
-    keep_best: int = 0
     max_bad_steps: int = 3
     bad_steps: int = 0
-    pending_evaluation: bool = False
-    snapshot: resume.Snapshot | None = None
     _split: int = 1
-    _attempt: faults.Attempt | None = None
+    _attempt: Attempt | None = None
     _bad_loss: bool = False
-    _saved_step: int = -1
     _observed: dict[str, Any] | None = None
-    _epochs_done: int = 0
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """TRL's arguments. A model of ``FastLanguageModel`` brings its engine; ``use_vllm`` may say either.
+        """TRL's arguments. A model of ``FastLanguageModel`` brings its engine; ``use_vllm`` may say
+        either.
 
         Raises:
             ConfigValueError: an importance-sampling mode that the loss type cannot use.
@@ -63,7 +53,9 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types 
             self._use_engine(engine)
 
     def _use_engine(self, engine: Any) -> None:
-        """TRL builds its own VLLMGeneration when ``use_vllm`` is set, with no factory: it is set afterwards."""
+        """TRL builds its own VLLMGeneration when ``use_vllm`` is set, with no factory: it is set
+        afterwards.
+        """
         modes = ("token_truncate", "token_mask")
         if (
             self.loss_type == "vespo"
@@ -96,7 +88,9 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The tool loop comes through here too. Seeded by the step; in halves where memory runs out."""
+        """The tool loop comes through here too. Seeded by the step; in halves where memory runs
+        out.
+        """
         parent = super()._generate_single_turn
         if getattr(self, "use_vllm", False):
             with self.timers("rollout_s"):
@@ -159,7 +153,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's; where memory runs out, again with smaller parts of the same gradient."""
         step = super().training_step
-        self._attempt = faults.Attempt(self, model)
+        self._attempt = Attempt(self, model)
         try:
             loss = self._attempt.run(lambda: step(model, inputs, num_items_in_batch))
         finally:
@@ -174,109 +168,19 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types 
         loss = super().compute_loss
         if self._split == 1 or not self.model.training:
             return loss(model, inputs, return_outputs, num_items_in_batch)
-        return faults.loss_in_parts(self, inputs, lambda part: loss(model, part))
+        return loss_in_parts(self, inputs, lambda part: loss(model, part))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last seam before the optimizer steps: a step that is no number is dropped here."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False
         if self._any_rank(bad):
-            faults.drop_step(self, model)
+            drop_step(self, model)
         else:
             self.bad_steps = 0
         if self.signals is not None:
             self.signals.shield()  # weights change from here on
         return norm
-
-    def _any_rank(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        mine = torch.tensor([int(flag)], device=self.accelerator.device)
-        return bool(self.accelerator.gather(mine).any())
-
-    # --- stopping, saving, and going on
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; ``resume_from_checkpoint=True`` takes the latest checkpoint that is sound."""
-        run_dir = Path(self.args.output_dir)
-        if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
-            folder, passed = choose(run_dir, "must")
-            for line in passed:
-                faults.logger.warning("passed over a torn checkpoint: %s", line)
-            resume_from_checkpoint = str(folder)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        stop = self.signals is not None and self._any_rank(self.signals.received is not None)
-        if stop:
-            self.control.should_save = self.control.should_training_stop = True
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.signals is not None:
-            self.snapshot = resume.take(self)
-            self.signals.unshield()
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        if self.signals is None:
-            return super()._evaluate(*args, **kwargs)
-        # Evaluation can be cut: what follows the step is saved with the evaluation still to do.
-        self.snapshot = resume.take(self, pending_evaluation=True)
-        self.signals.unshield()
-        metrics = super()._evaluate(*args, **kwargs)
-        self.signals.shield()
-        self.pending_evaluation = False
-        return metrics
-
-    def _stores_adapter(self) -> bool:
-        """True where a checkpoint is ours; full fine-tuning, DeepSpeed and FSDP keep HF's."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config") and not sharded
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not self._stores_adapter():
-            super()._save_checkpoint(model, trial)
-        elif self._saved_step != self.state.global_step:
-            self.save_snapshot(resume.take(self))
-
-    def save_snapshot(self, snapshot: resume.Snapshot) -> None:
-        """Write the checkpoint of a snapshot and remove those that need not be kept; every rank calls it."""
-        run_dir = Path(self.args.output_dir)
-        resume.save(self, snapshot, run_dir)
-        self._saved_step = snapshot.hf_state.global_step
-        if self.accelerator.is_main_process:
-            keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
-            rotate(run_dir, resume.best_steps(run_dir, self.keep_best), keep_last=keep_last or 0)
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if not resume.is_ours(folder):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        resume.check(self, folder)
-        resume.load_policy(self, folder)
-        self._epochs_done = resume.epochs_done(folder)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not resume.is_ours(Path(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            resume.load_progress(self, Path(checkpoint))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once, after the first batch has been fetched: a pending evaluation runs here."""
-        if checkpoint is None or not resume.is_ours(Path(checkpoint)):
-            super()._load_rng_state(checkpoint)
-            return
-        resume.load_generators(self, Path(checkpoint))
-        if self.pending_evaluation:
-            self._determine_best_metric(self._evaluate(None, None), None)
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's, its generator brought to the epoch that is resumed (it draws one order an epoch)."""
-        sampler = super()._get_train_sampler(dataset)
-        for _ in range(self._epochs_done if self.shuffle_dataset else 0):
-            torch.randperm(sampler.num_samples, generator=sampler.generator)
-        return sampler
 
     # --- metrics
 
@@ -290,7 +194,9 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types 
 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
-    """TRL's __init__ must not build an engine of its own, nor read vLLM's keywords as Hugging Face's."""
+    """TRL's __init__ must not build an engine of its own, nor read vLLM's keywords as Hugging
+    Face's.
+    """
     kept = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None
     try:

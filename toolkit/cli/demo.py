@@ -1,0 +1,111 @@
+"""``toolkit demo``: a model and data made on the spot, then what a user would do with their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import click
+
+from toolkit.base.errors import ConfigError, DefectError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+REWARD = "exact_match"
+
+
+@click.command("demo")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What samples.",
+)
+@click.option("--out", metavar="DIR", help="Where all is written (runs/demo, or the next free).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--debug", is_flag=True, help="Show tracebacks and what upstream libraries say.")
+def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
+    """Teach a small model half of addition, then let GRPO find the rest from rewards.
+
+    Makes a character-level Llama, data and a run file, then runs envcheck check, size and validate
+    and toolkit train on them, and judges 500 held-out problems before and after.
+    """
+    begin = monotonic()
+    folder = choose_folder(out)
+    from toolkit.train.quiet import prepare_environment  # noqa: PLC0415 - before torch
+
+    prepare_environment()
+    from toolkit.train.demo import make_world  # noqa: PLC0415 - imports torch
+
+    click.echo(f"demo in {folder}")
+    try:
+        world = make_world(folder, engine=engine, seed=seed, say=click.echo)
+    except OSError as problem:
+        raise ConfigError(
+            f"cannot be written: {problem.strerror}", where=str(folder), fix="name another --out"
+        ) from problem
+    click.echo(f"model, data and run file written in {world.taught_s:.0f} s")
+    run_file = str(world.run_file)
+    step("envcheck", ["check", "--config", run_file])
+    step("envcheck", ["size", run_file])
+    step("envcheck", ["validate", run_file])
+    debug = debug or "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
+    step("toolkit", ["train", run_file, "--evaluate", *(["--debug"] if debug else [])])
+    finish(folder, seconds=monotonic() - begin)
+
+
+def choose_folder(out: str | None) -> Path:
+    """``--out``, which must be new or empty; else the first free of runs/demo, runs/demo-2, ...
+
+    Raises:
+        ConfigError: the folder holds something.
+    """
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                "is not an empty folder", where=out, fix="name one that does not exist yet"
+            )
+        return folder
+    number = 1
+    while (folder := Path("runs", "demo" if number == 1 else f"demo-{number}")).exists():
+        number += 1
+    return folder
+
+
+def step(program: str, arguments: Sequence[str]) -> None:
+    """Run a command as a user would type it, in this process; leave with its exit code if it fails."""
+    from toolkit.cli import envcheck, train  # noqa: PLC0415 - train imports this table's module
+
+    click.echo(f"\n$ {program} {' '.join(arguments)}")
+    group = envcheck.cli if program == "envcheck" else train.cli
+    try:
+        code = group.main(list(arguments), prog_name=program, standalone_mode=False)
+    except SystemExit as left:
+        code = left.code
+    if code not in (None, 0):
+        sys.exit(code)
+
+
+def finish(folder: Path, *, seconds: float) -> None:
+    """Say where everything lies; the last line is the result."""
+    result = json.loads((folder / "run" / "evaluation.json").read_text())
+    before, after = result["before"], result["after"]
+    run_file, run = folder / "run.yaml", folder / "run"
+    if after["count"] != before["count"]:
+        raise DefectError("the evaluations before and after judged different problems")
+    click.echo(
+        f"\nmodel     {folder / 'model'}\n"
+        f"data      {folder / 'train.jsonl'}, {folder / 'eval.jsonl'}\n"
+        f"run file  {run_file}\n"
+        f"run       {run} (adapter/, report.html, metrics.jsonl, ...)\n"
+        f'try       toolkit generate {run} "37+45="\n'
+        f"exact match {before['rewards'][REWARD]:.2f} -> {after['rewards'][REWARD]:.2f}"
+        f" on {after['count']} held-out problems, {seconds:.0f} s"
+    )
