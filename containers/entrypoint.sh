@@ -65,11 +65,14 @@ export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}" HF_HUB_DISABLE_TELEMETRY=
 
 # ---- CUDA forward compatibility: only when asked, only when this driver needs it --------------------------------
 if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
+    compat=${TOOLKIT_COMPAT_DIR:-/opt/cuda-compat}
     library=""
-    for file in /opt/cuda-compat/libcuda.so.*.*; do
+    for file in "$compat"/libcuda.so.*.*; do
         if [ -e "$file" ]; then library=$file; fi
     done
-    driver=$(sed -n 's/^NVRM version:.*[^0-9.]\([0-9][0-9]*\)\.[0-9.]* .*/\1/p' "${TOOLKIT_PROC_DRIVER:-/proc/driver/nvidia/version}" 2>/dev/null || true)
+    # NVRM version: NVIDIA UNIX (Open) Kernel Module for x86_64  580.65.06  Release Build ...: the first word of numbers and dots
+    driver=$(sed -n 's/^NVRM version:.* \([0-9][0-9]*\)\.[0-9][0-9.]* .*/\1/p' \
+        "${TOOLKIT_PROC_DRIVER:-/proc/driver/nvidia/version}" 2>/dev/null || true)
     ours=${library##*libcuda.so.}
     ours=${ours%%.*}
     if [ -z "$library" ]; then
@@ -83,7 +86,7 @@ if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
     elif [ "$driver" -ge "$ours" ]; then
         say "TOOLKIT_CUDA_COMPAT=1 not applied: driver $driver is as new as the libraries ($ours), which would break it"
     else
-        export LD_LIBRARY_PATH="/opt/cuda-compat${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+        export LD_LIBRARY_PATH="$compat${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
         say "driver $driver is older than CUDA 13.0 wants: using the compatibility libraries ($ours)"
     fi
 fi

@@ -1,7 +1,8 @@
 """Write an image's own manifest, and refuse to when its lock does not serve pyproject.toml.
 
-Runs inside the build, with the Python of the environment that it describes. A run's manifest.json records the file that this writes
-(``TOOLKIT_IMAGE_MANIFEST``), so a result can be traced to an image whose tag has long moved on. Standard library only.
+Runs inside the build, with the Python of the environment that it describes. A run's manifest.json
+records the file that this writes (``TOOLKIT_IMAGE_MANIFEST``), so a result can be traced to an image
+whose tag has long moved on. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = "grpo-toolkit"
-# Target -> the extra that it serves, the lock files that made it (in the order of their installation).
+# Target -> the extra that it serves, the lock files that made it, in the order of installation.
 TARGETS = {
     "envcheck": (None, ("light.txt",)),
     "train-cpu": ("cpu-engine", ("image-torch.txt", "cpu.txt")),
@@ -37,7 +38,7 @@ def installed() -> dict[str, str]:
 
 
 def locked(path: Path) -> dict[str, set[str]]:
-    """What a lock file names: normalized name -> versions (more than one where a marker decides)."""
+    """What a lock file names: normalized name -> versions (several where a marker decides)."""
     pins: dict[str, set[str]] = {}
     for match in re.finditer(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", path.read_text(), re.MULTILINE):
         pins.setdefault(normalize(match[1]), set()).add(match[2])
@@ -45,12 +46,12 @@ def locked(path: Path) -> dict[str, set[str]]:
 
 
 def key(version: str) -> tuple[int, ...]:
-    """The release numbers of a version; the local part (+cpu) and pre-releases play no part in our pins."""
+    """The release numbers of a version; our pins have no use for the local part (+cpu)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
 
 
 def satisfies(version: str, specifier: str) -> bool:
-    """``version`` against the forms that pyproject.toml uses: ``==``, ``>=``, ``<=``, ``<``, ``>``, joined by commas."""
+    """``version`` against what pyproject.toml uses: ``==``, ``>=``, ``<=``, ``<``, ``>``, commas."""
     width = 6
     have = (key(version) + (0,) * width)[:width]
     for clause in filter(None, specifier.replace(" ", "").split(",")):
@@ -58,14 +59,20 @@ def satisfies(version: str, specifier: str) -> bool:
         if match is None:
             raise SystemExit(f"image_manifest: cannot read the requirement {clause!r}")
         want = (key(match[2]) + (0,) * width)[:width]
-        verdicts = {"==": have == want, ">=": have >= want, "<=": have <= want, "<": have < want, ">": have > want}
+        verdicts = {
+            "==": have == want,
+            ">=": have >= want,
+            "<=": have <= want,
+            "<": have < want,
+            ">": have > want,
+        }
         if not verdicts[match[1]]:
             return False
     return True
 
 
 def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
-    """What the project's metadata asks for with ``extra``: normalized name -> specifiers. Follows extras of ours."""
+    """What the project asks for with ``extra``, and the extras that it names: name -> specifiers."""
     asked: dict[str, list[str]] = {}
     todo: list[str | None] = [None, *([extra] if extra else [])]
     seen: set[str | None] = set()
@@ -90,7 +97,7 @@ def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
 
 
 def faults(target: str, locks: Path, have: dict[str, str]) -> list[str]:
-    """Every way in which the lock, the environment and pyproject.toml disagree; empty when they agree."""
+    """Every way in which lock, environment and pyproject.toml disagree; empty when they agree."""
     extra, files = TARGETS[target]
     pins: dict[str, set[str]] = {}
     for name in files:
@@ -101,9 +108,13 @@ def faults(target: str, locks: Path, have: dict[str, str]) -> list[str]:
         version = have.get(package)
         for specifier in specifiers:
             if version is None:
-                found.append(f"pyproject.toml wants {package}{specifier}, the lock has no {package}")
+                found.append(
+                    f"pyproject.toml wants {package}{specifier}, the lock has no {package}"
+                )
             elif not satisfies(version, specifier):
-                found.append(f"pyproject.toml wants {package}{specifier}, the lock has {package}=={version}")
+                found.append(
+                    f"pyproject.toml wants {package}{specifier}, the lock has {package}=={version}"
+                )
     found += [
         f"{package} {version} is installed and not locked"
         for package, version in have.items()
@@ -133,7 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     have = installed()
     wrong = faults(options.target, options.locks, have)
     if wrong:
-        print("error: the lock does not match pyproject.toml", *(f"  {line}" for line in wrong), sep="\n", file=sys.stderr)
+        print(
+            "error: the lock does not match pyproject.toml",
+            *(f"  {line}" for line in wrong),
+            sep="\n",
+            file=sys.stderr,
+        )
         print("  fix: run `just lock`, look at what moved, commit it", file=sys.stderr)
         return 1
     files = [options.locks / name for name in TARGETS[options.target][1]]

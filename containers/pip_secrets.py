@@ -1,7 +1,8 @@
 """Write what a build may know of this machine's pip: DIR/pip.conf, DIR/ca.crt, DIR/wheels/.
 
-Paths of this machine mean nothing inside a build, so they are left out; the wheels that the locks cannot get from the public index
-(torch's CPU build) are handed over as files. All of it is for secrets and bind mounts: it must reach no layer.
+Paths of this machine mean nothing inside a build, so they are left out; the wheels that the locks
+cannot get from the public index (torch's CPU build) are handed over as files. All of it is for secrets
+and bind mounts: it must reach no layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def pip_settings() -> list[tuple[str, str]]:
 
 
 def words(value: str) -> list[str]:
-    """The words of a setting; `pip config list` prints the breaks of a value of several lines as ``\\n``."""
+    """The words of a setting; `pip config list` prints line breaks as ``\\n``."""
     return [word for word in re.split(r"\s+|\\n", value) if word]
 
 

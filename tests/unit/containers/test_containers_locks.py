@@ -12,7 +12,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[3]
 LOCKS = sorted((REPO / "locks").glob("*.txt"))
 PUBLIC = {"https://pypi.org", "https://files.pythonhosted.org"}
-# What `pip install` puts beside the locked list in a working copy, with no hash by design; no image reads it.
+# torch of a working copy, with no hash by design; no image reads it.
 WITHOUT_HASHES = {"cpu-torch.txt"}
 
 

@@ -1,0 +1,187 @@
+"""The entry point, run as it is by `sh`, with stand-ins for the commands that it calls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[3]
+ENTRYPOINT = REPO / "containers/entrypoint.sh"
+SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+# A folder in which nobody, root included, can make a file.
+UNWRITABLE = "/proc/self/fdinfo"
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """Stand-ins that print how they were called: `envcheck` ends with $VERDICT, `toolkit` with $CODE."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write(folder / "envcheck", 'echo "envcheck $*"\nexit "${VERDICT:-0}"')
+    write(folder / "toolkit", 'echo "toolkit $*"\nexit "${CODE:-0}"')
+    return folder
+
+
+def write(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def call(commands: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PATH": f"{commands}:{SYSTEM}",
+        "TOOLKIT_CACHE": str(commands.parent / "cache"),
+        **variables,
+    }
+    environment = {name: value for name, value in environment.items() if value}
+    return subprocess.run(
+        ["sh", str(ENTRYPOINT), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=commands.parent,
+    )
+
+
+def test_training_starts_after_a_preflight_that_says_yes(commands: Path) -> None:
+    result = call(commands, "toolkit", "train", "run.yaml", "--set", "x=1")
+    assert result.returncode == 0
+    assert result.stdout == "toolkit train run.yaml --set x=1\n", "stdout is the command's own"
+    assert "envcheck check --config run.yaml" in result.stderr
+
+
+@pytest.mark.parametrize("verdict", ["1", "2", "3", "4", "5", "70"])
+def test_the_code_of_the_preflight_is_passed_on(commands: Path, verdict: str) -> None:
+    result = call(commands, "toolkit", "train", "run.yaml", VERDICT=verdict)
+    assert result.returncode == int(verdict)
+    assert "toolkit train" not in result.stdout, "the training must not have started"
+    assert f"exit code {verdict}" in result.stderr
+
+
+@pytest.mark.parametrize(("mode", "asked"), [("warn", True), ("skip", False)])
+def test_the_preflight_can_be_told_to_warn_or_to_stay_out(
+    commands: Path, mode: str, asked: bool
+) -> None:
+    result = call(commands, "toolkit", "train", "run.yaml", VERDICT="3", TOOLKIT_PREFLIGHT=mode)
+    assert result.returncode == 0
+    assert result.stdout == "toolkit train run.yaml\n"
+    assert ("envcheck check" in result.stderr) is asked
+
+
+def test_an_unknown_mode_is_a_usage_error(commands: Path) -> None:
+    result = call(commands, "toolkit", "train", "run.yaml", TOOLKIT_PREFLIGHT="maybe")
+    assert result.returncode == 2
+    assert "check, warn or skip" in result.stderr
+
+
+def test_other_commands_have_no_preflight_and_keep_their_code(commands: Path) -> None:
+    result = call(commands, "toolkit", "demo", "--out", "x.yaml", CODE="75", VERDICT="3")
+    assert result.returncode == 75
+    assert "envcheck" not in result.stderr
+
+
+def test_without_a_command_the_node_is_checked(commands: Path) -> None:
+    assert call(commands).stdout == "envcheck check\n"
+
+
+def environment_of(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert result.returncode == 0, result.stderr
+    return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+
+
+def test_a_caller_without_a_home_gets_one_and_a_name(commands: Path, tmp_path: Path) -> None:
+    seen = environment_of(call(commands, "env", HOME="/"))
+    assert seen["HOME"] == str(tmp_path / "cache")
+    assert seen["USER"] == seen["LOGNAME"] != ""
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "HF_HOME"):
+        assert seen[name].startswith(str(tmp_path / "cache")), name
+    assert f"-{os.getuid()}/" in seen["TRITON_CACHE_DIR"], "compiled code lies beneath the uid"
+
+
+def test_what_the_caller_has_set_wins(commands: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    seen = environment_of(call(commands, "env", HOME=str(home), HF_HOME="/models", USER="ada"))
+    assert (seen["HOME"], seen["HF_HOME"], seen["USER"]) == (str(home), "/models", "ada")
+
+
+def test_a_cache_that_cannot_be_written_is_told(commands: Path) -> None:
+    result = call(commands, "env", TOOLKIT_CACHE=UNWRITABLE)
+    assert result.returncode == 1
+    assert f"TOOLKIT_CACHE={UNWRITABLE} cannot be written by uid" in result.stderr
+    assert "fix:" in result.stderr
+
+
+def test_nothing_is_left_where_the_entry_point_looked(commands: Path, tmp_path: Path) -> None:
+    call(commands, "true")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_compatibility_libraries_are_refused_where_there_are_none(commands: Path) -> None:
+    result = call(
+        commands, "true", TOOLKIT_CUDA_COMPAT="1", TOOLKIT_COMPAT_DIR=str(commands / "none")
+    )
+    assert result.returncode == 1
+    assert "no compatibility libraries" in result.stderr
+
+
+def test_compatibility_libraries_without_a_driver_are_told(commands: Path, tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.580.82.07").touch()
+    result = call(
+        commands,
+        "true",
+        TOOLKIT_CUDA_COMPAT="1",
+        TOOLKIT_COMPAT_DIR=str(tmp_path),
+        TOOLKIT_PROC_DRIVER=str(tmp_path / "absent"),
+    )
+    assert result.returncode == 3
+    assert "version of the driver cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("driver", "used"),
+    [("535.183.01", True), ("580.95.05", False), ("590.10", False)],
+)
+def test_compatibility_libraries_serve_only_a_driver_that_needs_them(
+    commands: Path, tmp_path: Path, driver: str, used: bool
+) -> None:
+    compat = tmp_path / "compat"
+    compat.mkdir()
+    (compat / "libcuda.so.580.82.07").touch()
+    version = tmp_path / "version"
+    version.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sun Jul 27\n")
+    result = call(
+        commands,
+        "env",
+        TOOLKIT_CUDA_COMPAT="1",
+        TOOLKIT_PROC_DRIVER=str(version),
+        TOOLKIT_COMPAT_DIR=str(compat),
+    )
+    assert environment_of(result).get("LD_LIBRARY_PATH") == (str(compat) if used else None)
+    assert ("older" if used else "not applied") in result.stderr
+
+
+def test_a_signal_reaches_the_command_itself(commands: Path) -> None:
+    write(
+        commands / "trainer",
+        'trap "echo stopping; exit 75" TERM\necho ready\nwhile :; do sleep 0.05; done',
+    )
+    process = subprocess.Popen(
+        ["sh", str(ENTRYPOINT), "trainer"],
+        env={"PATH": f"{commands}:{SYSTEM}", "TOOLKIT_CACHE": str(commands.parent / "cache")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=10)
+    assert (process.returncode, rest) == (75, "stopping\n")
+    assert time.monotonic() - asked < 5

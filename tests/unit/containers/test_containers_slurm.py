@@ -1,0 +1,219 @@
+"""The Slurm files, run by bash with stand-ins for Slurm's own commands and for Apptainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).resolve().parents[3] / "containers/slurm"
+SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+
+
+def write(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """Stand-ins: srun and apptainer run what they are given, scontrol notes what it is asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write(
+        folder / "srun",
+        'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"',
+    )
+    # The command follows the image; everything before it is the container's own.
+    write(
+        folder / "apptainer",
+        'echo "apptainer $*" >>"$LOG"\nwhile [ "$1" != image.sif ]; do shift; done\n'
+        'shift\nexec "$@"',
+    )
+    write(folder / "scontrol", 'echo "scontrol $*" >>"$LOG"\n[ "$1" != show ] || echo "$3"')
+    write(folder / "toolkit", 'exit "${CODE:-0}"')
+    write(folder / "envcheck", 'exit "${VERDICT:-0}"')
+    return folder
+
+
+def environment(cluster: Path, **variables: str) -> dict[str, str]:
+    return {
+        "PATH": f"{cluster}:{SYSTEM}",
+        "HOME": str(cluster.parent),
+        "LOG": str(cluster.parent / "log"),
+        "SIF": "image.sif",
+        "CACHE": str(cluster.parent / "cache"),
+        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURMD_NODENAME": "node1",
+        **variables,
+    }
+
+
+def batch(cluster: Path, name: str, **variables: str) -> tuple[int, str, str]:
+    """Run a batch script to its end: (exit code, what the stand-ins noted, stderr)."""
+    result = subprocess.run(
+        ["bash", str(SLURM / name), "run.yaml"],
+        env=environment(cluster, **variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=cluster.parent,
+    )
+    log = cluster.parent / "log"
+    return result.returncode, log.read_text() if log.exists() else "", result.stderr
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 5, 70])
+def test_codes_that_no_requeue_helps_end_the_job(cluster: Path, code: int) -> None:
+    got, log, _ = batch(cluster, "train.sbatch", CODE=str(code))
+    assert got == code
+    assert "scontrol" not in log
+
+
+def test_a_run_that_stopped_with_a_checkpoint_goes_back_to_the_queue(cluster: Path) -> None:
+    got, log, _ = batch(cluster, "train.sbatch", CODE="75")
+    assert got == 75
+    assert "scontrol requeue 41" in log
+
+
+def test_a_bad_node_is_left_out_of_the_next_try(cluster: Path) -> None:
+    _, log, _ = batch(cluster, "train.sbatch", CODE="3")
+    assert log.index("ExcNodeList+=node1") < log.index("scontrol requeue 41")
+
+
+def test_what_must_be_waited_for_is_tried_later(cluster: Path) -> None:
+    _, log, _ = batch(cluster, "train.sbatch", CODE="4")
+    assert log.index("StartTime=now+300") < log.index("scontrol requeue 41")
+
+
+def test_a_job_is_not_requeued_for_ever(cluster: Path) -> None:
+    _, log, stderr = batch(
+        cluster, "train.sbatch", CODE="75", SLURM_RESTART_COUNT="3", MOST_RESTARTS="3"
+    )
+    assert "scontrol requeue" not in log
+    assert "not again" in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_warning_signal_reaches_the_training_and_requeues(
+    cluster: Path, number: signal.Signals
+) -> None:
+    write(
+        cluster / "toolkit",
+        f'trap "echo {number.name} >>$LOG; exit 75" {number.name[3:]}\n'
+        "touch ready\nwhile :; do sleep 0.05; done",
+    )
+    process = subprocess.Popen(
+        ["bash", str(SLURM / "train.sbatch"), "run.yaml"],
+        env=environment(cluster),
+        stderr=subprocess.DEVNULL,
+        cwd=cluster.parent,
+    )
+    until = time.monotonic() + 10
+    while not (cluster.parent / "ready").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(process.pid, number)  # `--signal=B:` and a preemption reach the batch shell alone
+    assert process.wait(timeout=10) == 75
+    log = (cluster.parent / "log").read_text()
+    assert number.name in log
+    assert "scontrol requeue 41" in log
+
+
+def test_each_task_of_several_nodes_knows_its_rank(cluster: Path) -> None:
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+    write(
+        cluster / "toolkit",
+        f'for n in {names}; do echo "$n=${{!n}}" >>"$LOG"; done\necho "toolkit $*" >>"$LOG"',
+    )
+    got, log, _ = batch(
+        cluster,
+        "train-multinode.sbatch",
+        SLURM_PROCID="5",
+        SLURM_LOCALID="1",
+        SLURM_NTASKS="8",
+    )
+    assert got == 0
+    for line in ("RANK=5", "LOCAL_RANK=1", "WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4"):
+        assert line in log.splitlines()
+    assert "toolkit train run.yaml" in log.splitlines()
+    assert "MASTER_ADDR=node1,MASTER_PORT=29541" in log
+
+
+def test_the_code_of_a_checkpoint_survives_several_nodes(cluster: Path) -> None:
+    got, log, _ = batch(cluster, "train-multinode.sbatch", CODE="75")
+    assert got == 75
+    assert "scontrol requeue 41" in log
+
+
+def test_a_bad_node_of_several_is_named_before_any_waits(cluster: Path) -> None:
+    got, log, _ = batch(cluster, "train-multinode.sbatch", VERDICT="3")
+    assert got == 3
+    assert "ExcNodeList+=node1" in log
+    assert "scontrol requeue 41" in log
+    assert "exec toolkit train" not in log
+
+
+def test_a_mistake_in_the_run_file_ends_the_job_on_several_nodes(cluster: Path) -> None:
+    got, log, _ = batch(cluster, "train-multinode.sbatch", VERDICT="1")
+    assert got == 1
+    assert "scontrol" not in log.replace("scontrol show", "")
+    assert "exec toolkit train" not in log
+
+
+def prolog(cluster: Path, **variables: str) -> tuple[int, str]:
+    write(cluster / "logger", 'echo "$*" >>"$LOG"')
+    result = subprocess.run(
+        ["bash", str(SLURM / "prolog-check.sh")],
+        env=environment(cluster, **variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("verdict", [0, 1, 2, 4, 5, 70, 127])
+def test_the_prolog_drains_no_node_for_anything_but_a_bad_node(cluster: Path, verdict: int) -> None:
+    write(cluster / "envcheck", f"exit {verdict}")
+    assert prolog(cluster) == (0, "")
+
+
+def test_the_prolog_drains_a_bad_node_and_says_why(cluster: Path) -> None:
+    write(cluster / "envcheck", 'echo "GPU 0: row remap failed"\nexit 3')
+    code, output = prolog(cluster)
+    assert code == 1
+    assert "node is bad" in output
+    assert "row remap failed" in (cluster.parent / "log").read_text()
+
+
+def test_the_prolog_asks_about_the_node_with_nothing_of_the_users(cluster: Path) -> None:
+    # A file of its own: $LOG does not reach it, which is the point.
+    seen = cluster.parent / "seen"
+    write(cluster / "envcheck", f'echo "$*" >{seen}\nenv >>{seen}')
+    prolog(cluster, CUDA_VISIBLE_DEVICES="9", LD_PRELOAD="")
+    text = seen.read_text()
+    assert text.startswith("check --node\n")
+    assert "CUDA_VISIBLE_DEVICES" not in text
+
+
+def test_a_check_that_hangs_drains_nothing(cluster: Path) -> None:
+    write(cluster / "envcheck", "exec sleep 20")
+    started = time.monotonic()
+    assert prolog(cluster, CHECK_SECONDS="1") == (0, "")
+    assert time.monotonic() - started < 10
+
+
+def test_a_node_without_envcheck_is_not_drained(cluster: Path) -> None:
+    (cluster / "envcheck").unlink()
+    assert prolog(cluster, SIF="")[0] == 0
