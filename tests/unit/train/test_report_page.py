@@ -1,0 +1,288 @@
+"""report.html: self-contained, whole for every state of a run, and no page of its model's."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_helpers import CONFIG, HOSTILE, make_run, write_rows
+
+from toolkit.train.report import page, write_report
+from toolkit.train.report.markup import shortened, text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+OURS = {
+    "html", "head", "meta", "title", "style", "body", "main", "header", "div", "h1", "h2", "h3",
+    "p", "span", "b", "i", "small", "ul", "li", "figure", "figcaption", "svg", "defs", "clippath",
+    "rect", "g", "path", "line", "circle", "text", "section", "table", "tr", "th", "td", "code",
+    "pre", "details", "summary", "footer", "script",
+}  # fmt: skip
+ATTRIBUTES = {
+    "lang", "charset", "http-equiv", "content", "name", "class", "viewbox", "role", "aria-label",
+    "data-points", "id", "x", "y", "width", "height", "clip-path", "d", "x1", "x2", "y1", "y2",
+    "cx", "cy", "r", "rx", "preserveaspectratio",
+}  # fmt: skip
+VOID = {"meta", "rect", "path", "line", "circle"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, attributes, texts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.text: dict[str, str] = {}
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        where = self.open[-1] if self.open else ""
+        self.text[where] = self.text.get(where, "") + data
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(f"a comment: {data}")
+
+
+def shown(folder: Path) -> tuple[str, Page]:
+    """Write the report, check what holds for every report, and return it."""
+    path = write_report(folder)
+    source = path.read_text()
+    parsed = Page(source)
+    assert parsed.open == []
+    assert set(parsed.tags) <= OURS
+    assert {name for name, _ in parsed.attributes} <= ATTRIBUTES
+    assert parsed.tags.count("script") == parsed.tags.count("style") == 1
+    assert parsed.text["script"] == (page._HERE / "page.js").read_text()
+    assert "nan" not in re.findall(r'[ "](nan|inf)[ "L]', source)
+    return source, parsed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "my-run", 60)
+
+
+def test_a_finished_run(finished: Path) -> None:
+    source, parsed = shown(finished)
+    titles = parsed.text["h3"]
+    for curve in ("Reward", "Completion length", "KL to", "Entropy", "Loss", "Step time", "Engine"):
+        assert curve in titles
+    assert "finished, 60 steps" in source
+    assert "0.31 → 0.74" in source
+    assert "NVIDIA H200" in source
+    assert "Step 1" in titles
+    assert "Step 60" in titles
+    assert 'class="band' in source
+    assert 'class="mark"' in source
+    assert stat.S_IMODE((finished / "report.html").stat().st_mode) & ~0o644 == 0
+
+
+def test_nothing_is_asked_from_anywhere(finished: Path) -> None:
+    source, parsed = shown(finished)
+    assert re.findall(r"\burl\((?!#)|@import|https?://(?!www\.w3\.org/2000/svg)", source) == []
+    policy = dict(parsed.attributes)["content"]
+    policies = [value for name, value in parsed.attributes if name == "content" and "src" in value]
+    assert policy
+    (policy,) = policies
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_the_curves_need_no_script(finished: Path) -> None:
+    source, _ = shown(finished)
+    without = re.sub(r"<script>.*?</script>", "", source, flags=re.DOTALL)
+    assert len(re.findall(r'<path class="line t1" d="M[\d.]', without)) >= 10
+
+
+def test_points_for_the_script_are_the_curve(finished: Path) -> None:
+    _, parsed = shown(finished)
+    points = [json.loads(v or "") for name, v in parsed.attributes if name == "data-points"]
+    assert len(points) >= 10
+    for chart in points:
+        assert len(chart["x"]) == len(chart["px"]) == len(chart["y"][0]) == len(chart["py"][0])
+        assert chart["x"][-1] == 60
+
+
+def _hostile(folder: Path) -> None:
+    for name in ("completions", "metrics"):
+        path = folder / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            if name == "metrics":
+                row[f"rewards/{HOSTILE}/mean"] = 0.5
+            else:
+                row["prompt"] = row["completion"] = HOSTILE
+                row["rewards"] = {HOSTILE: 1.0}
+        write_rows(path, rows)
+    for name in ("config", "manifest", "preflight", "evaluation"):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(_poisoned(json.loads(path.read_text()))))
+
+
+def _poisoned(value: Any) -> Any:
+    """Every text of a document, keys too, with hostile text behind it."""
+    if isinstance(value, dict):
+        return {key: _poisoned(item) for key, item in value.items()} | {HOSTILE: HOSTILE}
+    if isinstance(value, list):
+        return [_poisoned(item) for item in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+def test_hostile_output_stays_text(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "<script>alert(1)", 12)
+    _hostile(folder)
+    source, parsed = shown(folder)
+    assert "<script>document.title" in parsed.text["pre"]
+    assert "<script>alert(1)" in parsed.text["h1"]
+    assert source.count("<script>") == 1
+    for hidden in ("\u202e", "\x1b", "\x00"):
+        assert hidden not in source
+    assert "[U+202E]evil" in source
+
+
+def test_hostile_chats_stay_text(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 2)
+    odd = [
+        {"role": HOSTILE, "content": HOSTILE},
+        {"role": 1},
+        "x",
+        {"content": [{"text": HOSTILE}]},
+    ]
+    row = {
+        "step": 1,
+        "prompt": odd,
+        "completion": odd,
+        "reward": "x",
+        "rewards": [],
+        "advantage": {},
+    }
+    write_rows(folder / "completions.jsonl", [row])
+    shown(folder)
+
+
+def test_no_secret_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a canary that sings")
+    token = "hf_" + "aB3dE6gH9jKl" * 3
+    folder = make_run(tmp_path / "run", 3)
+    said = f"my token is {token} and a canary that sings"
+    row = {"step": 1, "prompt": said, "completion": said, "reward": 1.0}
+    write_rows(folder / "completions.jsonl", [row])
+    (folder / "config.json").write_text(json.dumps({"model": {"model_name": said}}))
+    source, _ = shown(folder)
+    assert token not in source
+    assert "canary" not in source
+    assert "[redacted: Hugging Face token]" in source
+
+
+def _cut(name: str, keep: int) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-keep])
+
+    return edit
+
+
+def _change(name: str, content: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return edit
+
+
+def _metrics(*rows: str) -> Callable[[Path], None]:
+    return _change("metrics.jsonl", "".join(f"{row}
+" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "no step has been logged yet"),
+        (lambda folder: (folder / "timings.jsonl").unlink(), "Reward"),
+        (lambda folder: (folder / "completions.jsonl").unlink(), "Reward"),
+        (lambda folder: (folder / "config.json").unlink(), "unknown model"),
+        (_cut("metrics.jsonl", 20), "could not be read in full: metrics.jsonl (1 torn line)"),
+        (_cut("completions.jsonl", 20), "completions.jsonl (1 torn line)"),
+        (_cut("config.json", 5), "could not be read in full: config.json"),
+        (_change("manifest.json", "[1, 2]"), "could not be read in full: manifest.json"),
+        (_metrics('{"step": 1}'), "no reward was logged"),
+        (_metrics('{"step": "1"}', "[]"), "no step has been logged yet"),
+        (_metrics('{"step": 4, "reward": NaN, "kl": Infinity, "loss": 1}'), "Loss"),
+        (_metrics('{"step": 4, "reward": 1e308}', '{"step": 5, "reward": -1e308}'), "Reward"),
+        (_metrics('{"step": 4, "reward": 1' + "0" * 400 + "}"), "no reward was logged"),
+        (_metrics('{"step": 4, "reward": 0.5, "skipped": 1}'), "not finite: 1"),
+        (_change("bad_rewards.jsonl", '{"reward": "x"}\n'), "kept in bad_rewards.jsonl: 1"),
+        (_change("preflight.json", '{"checks": 5, "sizing": {"budget": [1, {}]}}'), "Reward"),
+        (_change("evaluation.json", '{"after": {"rewards": {"x": null}}}'), "Reward"),
+        (_change("config.json", '{"grpo": {"max_steps": 50}, "reward": 3}'), "3 of 50"),
+    ],
+)  # fmt: skip
+def test_partial_and_broken_runs(tmp_path: Path, edit, words: str) -> None:
+    folder = make_run(tmp_path / "run", 3, finished=False)
+    edit(folder)
+    source, _ = shown(folder)
+    assert words in source
+
+
+def test_an_empty_folder_and_a_single_step(tmp_path: Path) -> None:
+    assert "no step yet" in shown(tmp_path)[0]
+    source, _ = shown(make_run(tmp_path / "one", 1))
+    assert 'class="point t1"' in source
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3)
+    rows = [{"step": step, "reward": step % 7 / 7, "loss": 0.1} for step in range(1, 20_001)]
+    write_rows(folder / "metrics.jsonl", rows)
+    source, _ = shown(folder)
+    assert len(source) < 400_000
+    assert "20000" in source
+
+
+def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3)
+    rows = [{"step": 1, "reward": 9.0}, {"step": 1, "reward": 0.25}]
+    write_rows(folder / "metrics.jsonl", rows)
+    source, _ = shown(folder)
+    assert "<b>0.25</b>" in source
+
+
+def test_a_long_completion_is_cut_and_says_so() -> None:
+    assert shortened("x" * 10, 10) == "x" * 10
+    assert shortened("<" * 12, 10) == "&lt;" * 10 + "<i class=more> … 2 more characters</i>"
+
+
+@given(st.text())
+def test_text_is_text(value: str) -> None:
+    parsed = Page(f'<p class="{text(value)}">{text(value)}</p>')
+    assert parsed.tags == ["p"]
+    assert [name for name, _ in parsed.attributes] == ["class"]
+
+
+def test_the_made_up_config_is_a_real_one() -> None:
+    """The helper's sections are those of the run file, so the report reads what runs write."""
+    assert set(CONFIG) == {"model", "lora", "dataset", "reward", "grpo", "runtime"}

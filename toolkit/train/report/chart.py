@@ -1,0 +1,226 @@
+"""Charts as inline SVG: no library, no request, readable without a script.
+
+Every number in the markup comes out of ``show`` or ``_n``; every text out of ``text``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from toolkit.train.report.markup import text
+from toolkit.train.report.scale import Values, labels, limits, show, smooth, thin, ticks, window_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One quantity over the steps; ``tone`` picks its colour (1 to 6)."""
+
+    label: str
+    values: Values
+    tone: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What to draw. ``band`` is (low, high) around the first line; ``dots`` are (x, y) marks
+    apart from the lines, such as evaluations; ``stacked`` lays areas on one another; ``exact``
+    lines are not smoothed.
+    """
+
+    title: str
+    note: str = ""
+    xs: list[float]
+    lines: list[Line]
+    band: tuple[Values, Values] | None = None
+    dots: list[tuple[float, float]] = field(default_factory=list)
+    dots_label: str = ""
+    stacked: bool = False
+    exact: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plot's place inside the picture, and its range."""
+
+    width: float
+    height: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        """Step to picture."""
+        low, high = self.x_range
+        return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Value to picture, at most a little outside of the plot (it is clipped there)."""
+        low, high = self.y_range
+        share = min(max((value - low) / (high - low), -0.5), 1.5)
+        return TOP + (1 - share) * (self.height - TOP - BOTTOM)
+
+
+def draw(chart: Chart, number: int) -> str:
+    """A figure: heading, legend, picture. ``number`` makes its ids unique in the page."""
+    band = list(chart.band) if chart.band else []
+    xs, columns = thin(chart.xs, [*(line.values for line in chart.lines), *band])
+    lines, band = columns[: len(chart.lines)], columns[len(chart.lines) :]
+    heights = _stack(lines) if chart.stacked else lines
+    shown = [value for column in [*heights, *band] for value in column]
+    shown += [y for _, y in chart.dots]
+    width, height = (1000, 260) if chart.wide else (480, 190)
+    everywhere = [*xs, *(x for x, _ in chart.dots)]
+    first, last = min(everywhere), max(everywhere)
+    span = (first, last) if last > first else (first - 0.5, first + 0.5)
+    frame = Frame(width, height, span, limits(shown, zero=chart.stacked))
+    body = _areas(frame, xs, heights, chart) if chart.stacked else _curves(frame, xs, lines, chart)
+    if band:
+        body = _area(frame, xs, band[0], band[1], "band t1") + body
+    body += "".join(
+        f'<circle class="mark" cx="{_n(frame.x(x))}" cy="{_n(frame.y(y))}" r="3.5"/>'
+        for x, y in chart.dots
+    )
+    data = json.dumps(
+        {
+            "x": [_rounded(x) for x in xs],
+            "px": [round(frame.x(x), 1) for x in xs],
+            "y": [[_rounded(v) for v in column] for column in lines],
+            "py": [[None if v is None else round(frame.y(v), 1) for v in c] for c in heights],
+        },
+        separators=(",", ":"),
+    )
+    clip = f"clip{number}"
+    plot = (
+        f'x="{LEFT}" y="{TOP - 4}" width="{width - LEFT - RIGHT + 5}" '
+        f'height="{height - TOP - BOTTOM + 8}"'
+    )
+    return (
+        f'<figure class="card chart{" wide" if chart.wide else ""}">'
+        f"<figcaption><h3>{text(chart.title)}</h3><p class=note>{text(chart.note)}</p>"
+        f"{_legend(chart)}</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(chart.title)}" '
+        f'data-points="{text(data)}">'
+        f'<defs><clipPath id="{clip}"><rect {plot}/></clipPath></defs>'
+        f'{_grid(frame)}<g clip-path="url(#{clip})">{body}</g></svg></figure>'
+    )
+
+
+def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) -> str:
+    """Each line smoothed over its faint self; a single point as a dot."""
+    window = 1 if chart.exact else window_for(len(xs))
+    parts = []
+    for line, values in zip(chart.lines, lines, strict=True):
+        if window > 1:
+            parts.append(f'<path class="raw t{line.tone}" d="{_path(frame, xs, values)}"/>')
+        smoothed = smooth(values, window)
+        parts.append(f'<path class="line t{line.tone}" d="{_path(frame, xs, smoothed)}"/>')
+        parts += [
+            f'<circle class="point t{line.tone}" cx="{_n(frame.x(xs[i]))}" '
+            f'cy="{_n(frame.y(value))}" r="2.5"/>'
+            for i, value in enumerate(values)
+            if value is not None and _alone(values, i)
+        ]
+    return "".join(parts)
+
+
+def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -> str:
+    floor: Values = [0.0] * len(xs)
+    parts = []
+    for line, top in zip(chart.lines, heights, strict=True):
+        parts.append(_area(frame, xs, floor, top, f"stack t{line.tone}"))
+        floor = top
+    return "".join(parts)
+
+
+def _area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
+    """The area between two lines, in pieces where either has a gap."""
+    pieces: list[list[int]] = [[]]
+    for index in range(len(xs)):
+        if low[index] is None or high[index] is None:
+            pieces.append([])
+        else:
+            pieces[-1].append(index)
+    path = ""
+    for piece in pieces:
+        there = [(frame.x(xs[i]), frame.y(high[i] or 0.0)) for i in piece]
+        back = [(frame.x(xs[i]), frame.y(low[i] or 0.0)) for i in reversed(piece)]
+        if len(piece) > 1:
+            path += "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in there + back) + "Z"
+    return f'<path class="{kind}" d="{path}"/>'
+
+
+def _path(frame: Frame, xs: Sequence[float], values: Values) -> str:
+    pen, path = "M", ""
+    for x, value in zip(xs, values, strict=True):
+        if value is None:
+            pen = "M"
+            continue
+        path += f"{pen}{_n(frame.x(x))} {_n(frame.y(value))}"
+        pen = "L"
+    return path
+
+
+def _alone(values: Values, index: int) -> bool:
+    """A point that no line leads to would not be seen."""
+    before = values[index - 1] if index else None
+    after = values[index + 1] if index + 1 < len(values) else None
+    return before is None and after is None
+
+
+def _grid(frame: Frame) -> str:
+    right, floor = frame.width - RIGHT, frame.height - BOTTOM
+    parts = []
+    marks = ticks(*frame.y_range)
+    for value, label in zip(marks, labels(marks), strict=True):
+        y = frame.y(value)
+        kind = "zero" if value == 0 else "grid"
+        parts.append(
+            f'<line class="{kind}" x1="{LEFT}" x2="{right}" y1="{_n(y)}" y2="{_n(y)}"/>'
+            f'<text class="y" x="{LEFT - 7}" y="{_n(y + 3.5)}">{text(label)}</text>'
+        )
+    parts.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">step</text>')
+    low, high = frame.x_range
+    for value in ticks(low, high, 8 if frame.width > 600 else 5):
+        if value == int(value) and frame.x(value) > LEFT + 12:
+            parts.append(
+                f'<text class="x" x="{_n(frame.x(value))}" y="{floor + 16}">{int(value)}</text>'
+            )
+    return "".join(parts)
+
+
+def _legend(chart: Chart) -> str:
+    """The lines by name where there are several, and where each has got to."""
+    items = []
+    for line in chart.lines:
+        there = [value for value in line.values if value is not None]
+        name = f"<span>{text(line.label)}</span>" if len(chart.lines) > 1 or chart.wide else ""
+        last = text(show(there[-1] if there else None))
+        items.append(f'<li class="t{line.tone}"><i></i>{name}<b>{last}</b></li>')
+    if chart.dots:
+        items.append(f'<li class="mark"><i></i><span>{text(chart.dots_label)}</span></li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _stack(lines: list[Values]) -> list[Values]:
+    """Running sums; where one part is missing the others are still drawn."""
+    heights: list[Values] = []
+    floor = [0.0] * (len(lines[0]) if lines else 0)
+    for values in lines:
+        floor = [base + max(0.0, value or 0.0) for base, value in zip(floor, values, strict=True)]
+        heights.append([*floor])
+    return heights
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")

@@ -1,0 +1,154 @@
+"""Which curves a run has, out of its metrics and timings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.train.report.chart import Chart, Line
+from toolkit.train.report.files import column, number
+
+if TYPE_CHECKING:
+    from toolkit.train.report.files import RunFiles
+    from toolkit.train.report.scale import Values
+
+MAX_REWARDS = 6
+# title, note, (label, names of the metric) a line; drawn where any line has a value.
+_SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
+    ("KL to the base model", "nats a token", [("kl", ("kl",))]),
+    ("Entropy", "nats a token; near 0 nothing is explored", [("entropy", ("entropy",))]),
+    ("Loss", "moves around 0 by construction: watch the reward", [("loss", ("loss",))]),
+    (
+        "Engine against trainer",
+        "difference of log-probabilities, nats a token",
+        [
+            ("mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
+            ("largest", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
+        ],
+    ),
+    (
+        "Groups without a signal",
+        "share of groups where every completion got the same reward",
+        [("share", ("frac_reward_zero_std",))],
+    ),
+    ("Cut off at the limit", "share of completions", [("share", ("completions/clipped_ratio",))]),
+    ("Gradient norm", "before clipping", [("norm", ("grad_norm",))]),
+    ("Learning rate", "", [("rate", ("learning_rate",))]),
+]
+_PHASES = (
+    ("rollout", "rollout_s"),
+    ("reward", "reward_s"),
+    ("train", "train_s"),
+    ("publish", "publish_s"),
+)
+
+
+def reward_chart(run: RunFiles) -> Chart | None:
+    """The curve that matters: mean reward in the band of its spread, and evaluations as marks."""
+    rewards = column(run.metrics, "reward")
+    if not _any(rewards):
+        return None
+    spreads = column(run.metrics, "reward_std")
+    pairs = list(zip(rewards, spreads, strict=True))
+    low: Values = [None if r is None or s is None else r - s for r, s in pairs]
+    high: Values = [None if r is None or s is None else r + s for r, s in pairs]
+    evaluated = [(float(row["step"]), number(row.get("eval/reward"))) for row in run.evals]
+    return Chart(
+        title="Reward",
+        note="mean of each step's completions; the band is one standard deviation either way",
+        xs=_steps(run.metrics),
+        lines=[Line(label="mean", values=rewards)],
+        band=(low, high) if _any(low) else None,
+        dots=[(step, value) for step, value in evaluated if value is not None],
+        dots_label="held out",
+        wide=True,
+    )
+
+
+def other_charts(run: RunFiles) -> list[Chart]:
+    """Every other curve that has a value, in the order in which one would look at them."""
+    found = [_rewards(run), _lengths(run)]
+    xs = _steps(run.metrics)
+    for title, note, wanted in _SINGLE:
+        lines = [
+            Line(label=label, values=column(run.metrics, *names), tone=tone)
+            for tone, (label, names) in enumerate(wanted, start=1)
+        ]
+        lines = [line for line in lines if _any(line.values)]
+        exact = title == "Learning rate"
+        chart = Chart(title=title, note=note, xs=xs, lines=lines, exact=exact) if lines else None
+        found.append(chart)
+    return [chart for chart in [*found, *_times(run)] if chart is not None]
+
+
+def _rewards(run: RunFiles) -> Chart | None:
+    names = sorted({key for row in run.metrics for key in row if _is_reward_mean(key)})
+    if len(names) < 2:
+        return None
+    lines = [
+        Line(
+            label=name.removeprefix("rewards/").removesuffix("/mean"),
+            values=column(run.metrics, name),
+            tone=tone,
+        )
+        for tone, name in enumerate(names[:MAX_REWARDS], start=1)
+    ]
+    more = f", {len(names) - MAX_REWARDS} more not shown" if len(names) > MAX_REWARDS else ""
+    note = f"mean of each reward function, before its weight{more}"
+    return Chart(title="Rewards one by one", note=note, xs=_steps(run.metrics), lines=lines)
+
+
+def _is_reward_mean(key: str) -> bool:
+    return key.startswith("rewards/") and key.endswith("/mean")
+
+
+def _lengths(run: RunFiles) -> Chart | None:
+    mean = column(run.metrics, "completion_length", "completions/mean_length")
+    if not _any(mean):
+        return None
+    low = column(run.metrics, "completions/min_length")
+    high = column(run.metrics, "completions/max_length")
+    return Chart(
+        title="Completion length",
+        note="tokens" + ("; the band is shortest to longest" if _any(low) and _any(high) else ""),
+        xs=_steps(run.metrics),
+        lines=[Line(label="mean", values=mean)],
+        band=(low, high) if _any(low) and _any(high) else None,
+    )
+
+
+def _times(run: RunFiles) -> list[Chart]:
+    xs = _steps(run.timings)
+    phases = [
+        Line(label=label, values=column(run.timings, name), tone=tone)
+        for tone, (label, name) in enumerate(_PHASES, start=1)
+    ]
+    phases = [line for line in phases if _any(line.values)]
+    whole = column(run.timings, "step_s")
+    charts = []
+    if phases:
+        note = "seconds, by what they went into"
+        charts.append(Chart(title="Step time", note=note, xs=xs, lines=phases, stacked=True))
+    elif _any(whole):
+        line = Line(label="step", values=whole)
+        charts.append(Chart(title="Step time", note="seconds", xs=xs, lines=[line]))
+    speed = column(run.timings, "tokens_per_s")
+    if _any(speed):
+        line = Line(label="tokens/s", values=speed)
+        note = "completion tokens a second, over the whole step"
+        charts.append(Chart(title="Throughput", note=note, xs=xs, lines=[line]))
+    memory: Values = [
+        None if value is None else value / 2**30
+        for value in column(run.timings, "peak_memory_bytes")
+    ]
+    if _any(memory):
+        line = Line(label="GiB", values=memory)
+        charts.append(Chart(title="Peak memory", note="GiB", xs=xs, lines=[line], exact=True))
+    return charts
+
+
+def _steps(rows: list[dict[str, Any]]) -> list[float]:
+    return [float(row["step"]) for row in rows]
+
+
+def _any(values: Values) -> bool:
+    return any(value is not None for value in values)

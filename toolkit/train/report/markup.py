@@ -1,0 +1,59 @@
+"""Text into HTML, and pieces of HTML. What a model wrote is hostile until it has been here."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.secrets import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Characters that are not seen, or that turn the text around them: shown by their number.
+_UNSEEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\uffff]"
+)
+
+
+def text(value: Any) -> str:
+    """``value`` as text inside an element or a quoted attribute: escaped, without secrets."""
+    plain = redact(value if isinstance(value, str) else str(value))
+    return html.escape(_UNSEEN.sub(lambda m: f"[U+{ord(m[0]):04X}]", plain), quote=True)
+
+
+def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
+    """Two columns; the second is HTML already."""
+    body = "".join(f"<tr><th>{text(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
+    return f'<table class="{kind}">{body}</table>' if body else ""
+
+
+def fold(summary: str, inner: str) -> str:
+    """Closed until it is clicked; needs no script."""
+    return (
+        f"<details class=card><summary>{text(summary)}</summary>{inner}</details>" if inner else ""
+    )
+
+
+def shortened(value: str, limit: int) -> str:
+    """Escaped text of at most ``limit`` characters, saying how much is left out."""
+    if len(value) <= limit:
+        return text(value)
+    return f"{text(value[:limit])}<i class=more> … {len(value) - limit} more characters</i>"
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as rows of a table, keys joined by dots."""
+    if isinstance(value, dict) and value:
+        return [row for key, item in value.items() for row in flat(item, f"{prefix}{key}.")]
+    shown = "–" if value in (None, {}, [], "") else text(_plain(value))  # noqa: RUF001
+    return [(prefix.removesuffix("."), f"<code>{shown}</code>")]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""The page: one file, no request to anywhere, readable without a script.
+
+The content policy allows this style sheet and this script by their hashes and nothing else; so
+even markup that slipped through the escaping could not run, load or send anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit import __version__
+from toolkit.train.report import chart, curves, facts, samples
+from toolkit.train.report.files import section
+from toolkit.train.report.markup import text
+
+if TYPE_CHECKING:
+    from toolkit.train.report.files import RunFiles
+
+_HERE = Path(__file__).parent
+
+
+def render(run: RunFiles) -> str:
+    """The report of a run as HTML."""
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    kind, words = facts.status(run)
+    model = section(run.config, "model").get("model_name") or "unknown model"
+    reward, others = curves.reward_chart(run), curves.other_charts(run)
+    drawn = facts.evaluation(run) + "".join(
+        chart.draw(item, number) for number, item in enumerate(others, start=1)
+    )
+    how = facts.setup(run) + facts.provenance(run) + facts.memory(run)
+    parts = [
+        f"<header><div><h1>{text(run.name)}</h1><p class=note>{text(model)}</p></div>"
+        f"<span class='status {kind}'>{text(words)}</span></header>",
+        facts.tiles(run),
+        facts.notices(run),
+        chart.draw(reward, 0) if reward else _nothing(run),
+        f"<div class=grid>{drawn}</div>" if drawn else "",
+        samples.completions(run),
+        f"<h2>How it was run</h2><div class=grid>{how}</div>" if how else "",
+        facts.folded(run),
+        f"<footer>grpo-toolkit {text(__version__)}: this file needs nothing beside itself</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        '<meta name="referrer" content="no-referrer">'
+        f"<title>{text(run.name)}</title><style>{style}</style></head>\n<body><main>"
+        + "\n".join(part for part in parts if part)
+        + f"</main>\n<script>{script}</script></body></html>\n"
+    )
+
+
+def _nothing(run: RunFiles) -> str:
+    why = "no reward was logged" if run.metrics else "no step has been logged yet"
+    return f"<section class=card><p class=note>There is no curve to show: {why}.</p></section>"
+
+
+def _hash(content: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -1,0 +1,78 @@
+"""What the model wrote, at a few steps from the first to the last."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from toolkit.train.report.files import number, section
+from toolkit.train.report.markup import shortened, text
+from toolkit.train.report.scale import mean, show
+
+if TYPE_CHECKING:
+    from toolkit.train.report.files import RunFiles
+
+MAX_PROMPTS = 2
+MAX_COMPLETIONS = 4
+MAX_CHARACTERS = 1500
+
+
+def completions(run: RunFiles) -> str:
+    """A column for each step that was kept: first to last; nothing where there are none."""
+    columns = [_step(step, rows) for step, rows in sorted(run.samples.items())]
+    if not columns:
+        return ""
+    note = "some prompts of a few steps; the best completion first, the worst last"
+    inner = "".join(columns)
+    return f"<h2>What it wrote</h2><p class=note>{note}</p><div class=samples>{inner}</div>"
+
+
+def _step(step: int, rows: list[dict[str, Any]]) -> str:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row.get("prompt"), sort_keys=True), []).append(row)
+    average = show(mean([number(row.get("reward")) for row in rows]))
+    chosen = sorted(groups.values(), key=lambda group: -_spread(group))[:MAX_PROMPTS]
+    body = "".join(_group(group) for group in chosen)
+    head = f"<h3>Step {step}<small>mean reward {text(average)}</small></h3>"
+    return f"<section class='card sample'>{head}{body}</section>"
+
+
+def _spread(group: list[dict[str, Any]]) -> float:
+    """Prompts whose completions differ in reward are what a step learns from."""
+    rewards = [number(row.get("reward")) or 0.0 for row in group]
+    return max(rewards) - min(rewards)
+
+
+def _group(group: list[dict[str, Any]]) -> str:
+    ordered = sorted(group, key=lambda row: -(number(row.get("reward")) or 0.0))
+    if len(ordered) > MAX_COMPLETIONS:  # the best, and the worst for contrast
+        ordered = [*ordered[: MAX_COMPLETIONS - 1], ordered[-1]]
+    return f"<div class=prompt>{_said(group[0].get('prompt'))}</div>" + "".join(
+        _completion(row) for row in ordered
+    )
+
+
+def _completion(row: dict[str, Any]) -> str:
+    reward, advantage = number(row.get("reward")), number(row.get("advantage"))
+    kind = "none" if advantage is None or advantage == 0 else "up" if advantage > 0 else "down"
+    parts = ", ".join(f"{name} {show(number(v))}" for name, v in section(row, "rewards").items())
+    return (
+        f"<div class='completion {kind}'><p class=chips><b>{text(show(reward))}</b>"
+        f"<span>advantage {text(show(advantage))}</span><span>{text(parts)}</span></p>"
+        f"<pre>{_said(row.get('completion'))}</pre></div>"
+    )
+
+
+def _said(value: Any) -> str:
+    """A text, or the messages of a chat with their roles."""
+    if not isinstance(value, list):
+        shown = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+        return shortened(shown, MAX_CHARACTERS) or "<i class=more>empty</i>"
+    messages = [message for message in value if isinstance(message, dict)]
+    if len(messages) == 1 and messages[0].get("role") == "assistant":
+        return _said(messages[0].get("content"))
+    return "".join(
+        f"<i class=role>{text(message.get('role'))}</i>{_said(message.get('content'))}\n"
+        for message in messages
+    )

@@ -1,0 +1,115 @@
+"""From numbers to what a chart needs: thinned, smoothed, with a range and round ticks."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Values = list[float | None]
+MAX_POINTS = 400
+
+
+def thin(
+    xs: Sequence[float], columns: Sequence[Sequence[float | None]]
+) -> tuple[list[float], list[Values]]:
+    """At most MAX_POINTS points, each the mean of a run of neighbours; the x is their last."""
+    size = -(-len(xs) // MAX_POINTS) or 1
+    starts = range(0, len(xs), size)
+    means = [[mean(column[start : start + size]) for start in starts] for column in columns]
+    return [xs[min(start + size, len(xs)) - 1] for start in starts], means
+
+
+def smooth(values: Sequence[float | None], window: int) -> Values:
+    """A centred moving median, then a mean of that, over what is there; gaps stay gaps.
+
+    The median keeps a single spike from becoming a plateau.
+    """
+    half = window // 2
+    if not half:
+        return list(values)
+    middles: Values = [
+        None if value is None else _median(values[max(0, i - half) : i + half + 1])
+        for i, value in enumerate(values)
+    ]
+    return [
+        None if value is None else mean(middles[max(0, i - half) : i + half + 1])
+        for i, value in enumerate(middles)
+    ]
+
+
+def _median(values: Sequence[float | None]) -> float:
+    return median(value for value in values if value is not None)
+
+
+def window_for(count: int) -> int:
+    """How many points to average: a fifteenth of them, and 1 (none) for short runs."""
+    return max(1, count // 15) if count >= 20 else 1
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are there; None if none is."""
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else None
+
+
+def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
+    """A range that shows the values; single spikes far outside of the rest are cut off.
+
+    ``zero`` has the range begin at 0 (for stacked areas).
+    """
+    there = sorted(value for value in values if value is not None)
+    if not there:
+        return 0.0, 1.0
+    low, high = there[0], there[-1]
+    if len(there) >= 50:
+        inner_low, inner_high = there[len(there) // 100], there[-1 - len(there) // 100]
+        reach = 3 * (inner_high - inner_low)
+        if reach > 0:
+            low, high = max(low, inner_low - reach), min(high, inner_high + reach)
+    if zero:
+        low = min(0.0, low)
+    if high - low < 1e-12 * max(abs(high), abs(low), 1e-12) or high == low:
+        pad = abs(high) * 0.1 or 1.0
+        return (low if zero and low == 0 else low - pad), high + pad
+    pad = 0.06 * (high - low)
+    return (low if zero and low == 0 else low - pad), high + pad
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers inside the range, about ``count`` of them."""
+    raw = (high - low) / max(1, count)
+    if not math.isfinite(raw) or raw <= 0:
+        return []
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw), 10 * power)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+def show(value: float | None, digits: int = 3) -> str:
+    """A number as short as it can be read: 0.713, 12.3k, 4.0M, 1.5e-06."""
+    if value is None:
+        return "–"  # noqa: RUF001 - a dash for what is not there
+    size = abs(value)
+    if size >= 999_500_000 or 0 < size < 5e-4:
+        return f"{value:.{max(digits - 2, 0)}e}".replace("e-0", "e-").replace("e+", "e")
+    for limit, letter in ((999_500, "M"), (9_995, "k")):
+        if size >= limit:
+            scale = 1e6 if letter == "M" else 1e3
+            return f"{value / scale:.{digits}g}{letter}"
+    text = f"{value:.{digits}g}" if size < 1000 else f"{value:.0f}"
+    return text.replace("-0", "0") if float(text) == 0 else text
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Ticks as text, with as many digits as tell them apart."""
+    for digits in range(3, 8):
+        shown = [show(value, digits) for value in values]
+        if len(set(shown)) == len(shown):
+            break
+    return shown if values else []
