@@ -89,8 +89,8 @@ if [ "$engine" = docker ]; then
     SOURCE_DATE_EPOCH=$EPOCH docker buildx build --file containers/Dockerfile --target "$target" "${arguments[@]}" \
         --output "type=docker,name=$tag,rewrite-timestamp=true" .
 else
-    # chroot isolation: works in a container and without a user namespace; the build needs no more.
-    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format oci --quiet \
+    # chroot isolation works in a container and without a user namespace. The docker format: OCI has no HEALTHCHECK.
+    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format docker --quiet \
         --ignorefile containers/Dockerfile.dockerignore --file containers/Dockerfile --target "$target" \
         "${arguments[@]}" --tag "$tag" . >"$private/log" 2>&1 || {
         tail -n 40 "$private/log" >&2
