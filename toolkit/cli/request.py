@@ -115,7 +115,7 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
         found = re.fullmatch(r"\s*(cc|free|driver)\s*>=\s*([\d.]+)\s*([a-z]*)\s*", text.lower())
         if text.strip().lower() == "gpu":
             values["required_gpus"] = max(1, values.get("required_gpus", 0))
-        elif text.strip().isdecimal():
+        elif re.fullmatch(r"[0-9]{1,6}", text.strip()):
             values["required_gpus"] = int(text)
         elif found and found[1] == "free" and found[3] in _UNITS:
             values["required_free_bytes"] = int(float(found[2]) * _UNITS[found[3]])

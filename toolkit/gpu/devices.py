@@ -79,7 +79,7 @@ def visible(snapshot: NodeSnapshot) -> Visible:
 
 
 def _named(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
-    if entry.isdecimal():
+    if entry.isascii() and entry.isdigit():
         return cards[int(entry)] if int(entry) < len(cards) else None
     kinds = {"GPU-": cards, "MIG-": tuple(part for card in cards for part in card.slices)}
     candidates = kinds.get(entry[:4].upper(), ())

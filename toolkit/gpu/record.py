@@ -97,7 +97,7 @@ def _drop_process_names(value: Any) -> Any:
 
 
 def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
-    text = _UUID.sub(lambda found: found[1] + _hashed(found[2].lower(), salt), text)
+    text = _UUID.sub(lambda found: found[1] + _other(found[2].lower(), salt), text)
     text = re.sub(r"\buid \d+", "uid N", text)
     for name, mark in names.items():
         if name.startswith("/"):
@@ -107,16 +107,18 @@ def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
     return text
 
 
-def _hashed(uuid: str, salt: bytes) -> str:
-    """Another UUID, digit for digit: a prefix stays a prefix, as CUDA_VISIBLE_DEVICES may have one.
+def _other(uuid: str, salt: bytes) -> str:
+    """Another UUID, digit for digit: each digit is turned by an amount that hangs on the digits
+    before it, so different cards stay different and a prefix stays a prefix (CUDA_VISIBLE_DEVICES
+    may hold one).
 
     The salt is thrown away, so that nobody finds the card by trying digits.
     """
-    digests = (hashlib.sha256(salt + uuid[: end + 1].encode()) for end in range(len(uuid)))
-    return "".join(
-        "-" if digit == "-" else digest.hexdigest()[0]
-        for digit, digest in zip(uuid, digests, strict=True)
-    )
+    turned = []
+    for position, digit in enumerate(uuid):
+        amount = hashlib.sha256(salt + uuid[:position].encode()).digest()[0]
+        turned.append("-" if digit == "-" else f"{(int(digit, 16) + amount) % 16:x}")
+    return "".join(turned)
 
 
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:

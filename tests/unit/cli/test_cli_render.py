@@ -1,0 +1,42 @@
+"""Tables fit, colours stay where they help."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.cli import render
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def test_a_table_aligns_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = render.table(["a", "name"], [["1", "x" * 200], ["22", "y"]], right=[0])
+    lines = text.splitlines()
+    assert max(map(len, lines)) == 80
+    assert lines[1].startswith(" 1  xxx")
+    assert lines[1].endswith("…")
+    assert lines[2] == "22  y"
+
+
+def test_no_colour_in_a_pipe_and_none_under_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert render.styled("x", "red", bold=True) == "x"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert render.styled("x", "red").startswith("\x1b[31m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert render.styled("x", "red") == "x"
+
+
+def test_a_narrow_terminal_still_gets_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert render.terminal_width() == 80
+
+
+def test_paragraphs_hang() -> None:
+    text = render.paragraph("word " * 60, first="fix: ", indent="     ")
+    first, *rest = text.splitlines()
+    assert first.startswith("fix: word")
+    assert rest
+    assert all(line.startswith("     word") for line in rest)

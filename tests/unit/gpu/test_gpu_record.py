@@ -1,0 +1,100 @@
+"""A recording names nobody, and judges the same anywhere."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import cases
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.base.errors import InputError
+from toolkit.config.validate import check_instance
+from toolkit.gpu.checks import CheckContext, run_checks
+from toolkit.gpu.record import load, recording, redact
+from toolkit.gpu.snapshot_json import node_from_json
+
+NAMES = {"/home/anna": "~", "anna": "USER", "node7.example.org": "HOST", "node7": "HOST"}
+
+
+@pytest.mark.parametrize("name", cases.names())
+def test_a_recording_is_judged_as_its_node_was(name: str) -> None:
+    snapshot = node_from_json(cases.load(name).node)
+    context = CheckContext(required_gpus=1, engine="vllm")
+    results = run_checks(snapshot, context)
+    data = json.loads(json.dumps(recording(snapshot, context, results)))
+    assert check_instance(data, "report") == []
+    again, asked, verdicts = load(data)
+    assert asked == context
+    assert {one.id: one.verdict for one in run_checks(again, asked)} == verdicts
+    assert verdicts == {one.id: one.verdict for one in results}
+
+
+def test_uuids_become_others_and_still_name_their_cards() -> None:
+    uuid = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
+    first, second, short, other = redact(
+        [uuid, f"MIG-{uuid}/5/0", "GPU-8932f937-d7", uuid.replace("8932", "8933")], {}
+    )
+    assert first != uuid
+    assert len(first) == len(uuid)
+    assert second == f"MIG-{first}/5/0"
+    assert first.startswith(short)
+    assert other[:9] != first[:9] or other != first
+
+
+def test_the_same_uuid_differs_between_recordings() -> None:
+    uuid = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
+    assert redact(uuid, {}) != redact(uuid, {})
+
+
+def test_pids_names_users_and_hosts_go() -> None:
+    process = {"pid": 31337, "name": "anna_secret.py", "used_bytes": 5, "mine": False}
+    data = {
+        "processes": [process, {**process, "pid": 4242}, process],
+        "path": "/home/anna/.cache on node7.example.org, node7 and anna",
+        "environment": {"SLURM_JOB_ID": "887766"},
+        "reason": "uid 12345 has no account",
+        "kept": "/home/annabel/annotations",
+    }
+    found = redact(data, NAMES)
+    assert [row["pid"] for row in found["processes"]] == [1, 2, 1]
+    assert {row["name"] for row in found["processes"]} == {None}
+    assert found["path"] == "~/.cache on HOST, HOST and USER"
+    assert found["environment"] == {"SLURM_JOB_ID": "1"}
+    assert found["reason"] == "uid N has no account"
+    assert found["kept"] == "/home/annabel/annotations"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        {"kind": "record"},
+        {"kind": "record", "node": {}},
+        {"kind": "record", "node": 3},
+    ],
+)
+def test_what_is_no_recording_is_said_so(data: Any) -> None:
+    with pytest.raises(InputError, match="not a recording"):
+        load(data)
+
+
+_ANY = st.recursive(
+    st.none() | st.integers() | st.text(max_size=8) | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@given(_ANY, st.sampled_from(["driver", "gpus", "environment", "host", "software", "model"]))
+def test_a_spoilt_recording_is_refused_or_read(value: Any, part: str) -> None:
+    node = cases.base("h200")
+    node[part] = value
+    with suppress(InputError):
+        snapshot, context, _ = load({"kind": "record", "node": node})
+        assert run_checks(snapshot, context, only=["driver.present"])
