@@ -214,8 +214,7 @@ def _change(name: str, content: str) -> Callable[[Path], None]:
 
 
 def _metrics(*rows: str) -> Callable[[Path], None]:
-    return _change("metrics.jsonl", "".join(f"{row}
-" for row in rows))
+    return _change("metrics.jsonl", "".join(f"{row}\n" for row in rows))
 
 
 @pytest.mark.parametrize(
