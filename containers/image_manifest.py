@@ -1,8 +1,8 @@
 """Write an image's own manifest, and refuse to when its lock does not serve pyproject.toml.
 
 Runs inside the build, with the Python of the environment that it describes. A run's manifest.json
-records the file that this writes (``TOOLKIT_IMAGE_MANIFEST``), so a result can be traced to an image
-whose tag has long moved on. Standard library only.
+records the file that this writes (``TOOLKIT_IMAGE_MANIFEST``), so a result can be traced to an
+image whose tag has long moved on. Standard library only.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def key(version: str) -> tuple[int, ...]:
 
 
 def satisfies(version: str, specifier: str) -> bool:
-    """``version`` against what pyproject.toml uses: ``==``, ``>=``, ``<=``, ``<``, ``>``, commas."""
+    """``version`` against what pyproject.toml uses: ``==``, ``>=``, ``<=``, ``<``, ``>``, comma."""
     width = 6
     have = (key(version) + (0,) * width)[:width]
     for clause in filter(None, specifier.replace(" ", "").split(",")):
@@ -72,7 +72,7 @@ def satisfies(version: str, specifier: str) -> bool:
 
 
 def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
-    """What the project asks for with ``extra``, and the extras that it names: name -> specifiers."""
+    """What the project asks for with ``extra`` and the extras it names: name -> specifiers."""
     asked: dict[str, list[str]] = {}
     todo: list[str | None] = [None, *([extra] if extra else [])]
     seen: set[str | None] = set()
@@ -144,13 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     have = installed()
     wrong = faults(options.target, options.locks, have)
     if wrong:
-        print(
-            "error: the lock does not match pyproject.toml",
-            *(f"  {line}" for line in wrong),
-            sep="\n",
-            file=sys.stderr,
-        )
-        print("  fix: run `just lock`, look at what moved, commit it", file=sys.stderr)
+        lines = ["error: the lock does not match pyproject.toml", *(f"  {line}" for line in wrong)]
+        lines.append("  fix: run `just lock`, look at what moved, commit it")
+        sys.stderr.write("
+".join(lines) + "
+")
         return 1
     files = [options.locks / name for name in TARGETS[options.target][1]]
     content = {

@@ -1,8 +1,8 @@
 """Write what a build may know of this machine's pip: DIR/pip.conf, DIR/ca.crt, DIR/wheels/.
 
 Paths of this machine mean nothing inside a build, so they are left out; the wheels that the locks
-cannot get from the public index (torch's CPU build) are handed over as files. All of it is for secrets
-and bind mounts: it must reach no layer.
+cannot get from the public index (torch's CPU build) are handed over as files. All of it is for
+secrets and bind mounts: it must reach no layer.
 """
 
 from __future__ import annotations

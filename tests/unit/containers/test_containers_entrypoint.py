@@ -19,7 +19,7 @@ UNWRITABLE = "/proc/self/fdinfo"
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """Stand-ins that print how they were called: `envcheck` ends with $VERDICT, `toolkit` with $CODE."""
+    """Stand-ins that print how they were called and end with $VERDICT and $CODE."""
     folder = tmp_path / "bin"
     folder.mkdir()
     write(folder / "envcheck", 'echo "envcheck $*"\nexit "${VERDICT:-0}"')

@@ -1,0 +1,179 @@
+"""The envcheck image: small, closed, the same for everybody, and nothing of its build in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from image_store import CANARY, REPO, USERS, WORK, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.image
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_it_runs_as_anyone_on_a_read_only_root(
+    store: Store, envcheck_image: str, user: str
+) -> None:
+    result = store.run(envcheck_image, user, "envcheck", "check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checks:" in result.stdout
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_everyone_has_a_name_a_home_and_a_working_folder(
+    store: Store, envcheck_image: str, user: str
+) -> None:
+    program = (
+        "import getpass, os, pathlib; home = pathlib.Path.home(); (home / 'x').touch();"
+        "print(getpass.getuser(), home, os.getcwd())"
+    )
+    result = store.run(envcheck_image, user, "python3", "-c", program)
+    assert result.returncode == 0, result.stderr
+    name, home, folder = result.stdout.split()
+    assert name
+    assert (home, folder) == ("/cache", "/work")
+
+
+def test_the_default_user_is_not_root(store: Store, envcheck_image: str) -> None:
+    config = store.inspect(envcheck_image)["OCIv1"]["config"]
+    assert config["User"] == "1000:1000"
+    assert config["WorkingDir"] == "/work"
+
+
+def test_it_adds_less_than_200_mb_to_its_base(store: Store, envcheck_image: str) -> None:
+    layers = store.inspect(envcheck_image)["Docker"]["rootfs"]["diff_ids"]
+    added = 0
+    for _, archive in our_layers(store, envcheck_image):
+        added += sum(member.size for member in archive)
+    assert len(layers) > 1
+    assert added < 200 * MIB, f"{added / MIB:.0f} MiB"
+    print(f"envcheck adds {added / MIB:.1f} MiB to its base")
+
+
+def our_layers(store: Store, image: str) -> Iterator[tuple[str, tarfile.TarFile]]:
+    """(digest, archive) of each layer that the build made, the base's own left out."""
+    folder = WORK / "layout"
+    subprocess.run(["rm", "-rf", folder], check=True)
+    store.buildah("push", "--quiet", "--disable-compression", image, f"oci:{folder}:x")
+    blobs = folder / "blobs/sha256"
+    index = json.loads((folder / "index.json").read_text())
+    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
+    history = json.loads((blobs / manifest["config"]["digest"][7:]).read_text())["history"]
+    # The base's history comes first; ours begins with its packages.
+    filled = [entry for entry in history if not entry.get("empty_layer")]
+    ours = next(i for i, entry in enumerate(filled) if "base-packages" in entry["created_by"])
+    try:
+        for layer in manifest["layers"][ours:]:
+            digest = layer["digest"][7:]
+            with tarfile.open(blobs / digest) as archive:
+                yield digest, archive
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=True)
+
+
+def test_no_layer_holds_anything_of_the_build(store: Store, envcheck_image: str) -> None:
+    certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    secrets = {
+        "the host of the index": CANARY.encode(),
+        "this machine's name": f"@{socket.gethostname()}".encode(),
+        "the folder of the build": str(REPO).encode(),
+    }
+    if certificate:
+        secrets["the certificate"] = Path(certificate).read_bytes()[-400:]
+    seen: dict[str, bytes] = {}
+    for _, archive in our_layers(store, envcheck_image):
+        for member in archive:
+            seen[member.name] = archive.extractfile(member).read() if member.isfile() else b""
+    assert len(seen) > 500
+    for name, content in seen.items():
+        for what, secret in secrets.items():
+            assert secret not in content, f"{name} holds {what}"
+    for trace in ("run/secrets", "tmp/pip", "build", "root/.cache", "mnt/wheels", "etc/pip.conf"):
+        assert not [name for name in seen if name.startswith(trace)], trace
+    inspected = json.dumps(store.inspect(envcheck_image))
+    assert CANARY not in inspected
+
+
+def test_pip_does_not_ship(store: Store, envcheck_image: str) -> None:
+    result = store.run(envcheck_image, "1000:1000", "/opt/toolkit/bin/python", "-m", "pip", "-V")
+    assert "No module named pip" in result.stderr
+
+
+def test_its_manifest_and_labels_name_the_lock(store: Store, envcheck_image: str) -> None:
+    digest = hashlib.sha256((REPO / "locks/light.txt").read_bytes()).hexdigest()
+    result = store.run(envcheck_image, "1000:1000", "cat", "/usr/share/toolkit/image.json")
+    manifest = json.loads(result.stdout)
+    assert manifest["lock"]["digest"] == f"sha256:{digest}"
+    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (REPO / "locks/light.txt").read_text(), re.M))
+    assert manifest["packages"] == {name.lower(): version for name, version in pins.items()}
+    labels = store.inspect(envcheck_image)["OCIv1"]["config"]["Labels"]
+    assert labels["toolkit.lock.digest"] == manifest["lock"]["digest"]
+    assert labels["org.opencontainers.image.version"] == manifest["version"]
+    assert labels["org.opencontainers.image.revision"] == manifest["revision"]
+    assert re.match(r"[0-9a-f]{40}", manifest["revision"])
+
+
+def test_it_has_a_health_check_that_notices_a_stall(store: Store, envcheck_image: str) -> None:
+    docker = store.inspect(envcheck_image)["Docker"]["config"]
+    assert docker["Healthcheck"]["Test"] == ["CMD", "toolkit-health"]
+    script = (
+        "toolkit-health && mkdir /cache/run && touch /cache/run/timings.jsonl && toolkit-health"
+        " && touch -d '1 hour ago' /cache/run/timings.jsonl && toolkit-health"
+    )
+    options = ("--tmpfs", "/cache:rw,mode=1777", "--env", "TOOLKIT_RUN_DIR=/cache/run")
+    result = store.run(envcheck_image, "1000:1000", "sh", "-c", script, options=options)
+    assert result.returncode == 1
+    assert re.fullmatch(r"no step for 36\d\d s \(/cache/run/timings.jsonl\)\n", result.stdout)
+
+
+def test_no_writable_place_is_told(store: Store, envcheck_image: str) -> None:
+    # /dev/shm is the last resort; here it is read-only as well.
+    options = ("--shm-size", "0", "--mount", "type=tmpfs,destination=/dev/shm,ro=true")
+    result = store.run(envcheck_image, "4242:0", "envcheck", "check", options=options)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "no writable place for caches" in result.stderr
+    assert "uid 4242, gid 0" in result.stderr
+    assert "--tmpfs /cache" in result.stderr
+
+
+def test_a_signal_reaches_the_command_through_init(store: Store, envcheck_image: str) -> None:
+    name = f"toolkit-signal-{os.getpid()}"
+    script = 'trap "exit 75" TERM; echo ready; while :; do sleep 0.1; done'
+    options = ("--tmpfs", "/cache:rw,mode=1777", "--name", name)
+    process = subprocess.Popen(
+        [*store.command(envcheck_image, "4242:0", *options), "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    asked = time.monotonic()
+    subprocess.run(store.podman("kill", "--signal", "TERM", name), check=True, capture_output=True)
+    assert process.wait(timeout=20) == 75
+    assert time.monotonic() - asked < 10
+
+
+@pytest.mark.slow
+def test_two_builds_from_clean_stores_have_one_digest(
+    store: Store, envcheck_image: str, base_options: tuple[str, ...]
+) -> None:
+    other = Store(WORK / "second-store")
+    other.remove()
+    try:
+        other.build("envcheck", *base_options)
+        assert other.digest(envcheck_image) == store.digest(envcheck_image)
+    finally:
+        other.remove()

@@ -1,0 +1,217 @@
+"""What stops a build or a start: each with its own message and exit code."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import pytest
+from image_store import REPO, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.image
+NOWHERE = "sha256:" + "0" * 64
+
+
+class Registry(BaseHTTPRequestHandler):
+    """A registry that is there and has no such image."""
+
+    def do_GET(self) -> None:
+        known = self.path == "/v2/"
+        body = (
+            b"{}"
+            if known
+            else b'{"errors": [{"code": "MANIFEST_UNKNOWN", "message": "manifest unknown"}]}'
+        )
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """(address, the setting that allows plain HTTP to it)"""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    address = f"127.0.0.1:{server.server_port}"
+    settings = tmp_path / "registries.conf"
+    settings.write_text(f'[[registry]]\nlocation = "{address}"\ninsecure = true\n')
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield address, settings
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_digest_that_the_registry_does_not_have(store: Store, registry: tuple[str, Path]) -> None:
+    address, settings = registry
+    code, output = store.script(
+        "build.sh",
+        *("envcheck", "--engine", "buildah"),
+        CPU_BASE_IMAGE=f"{address}/library/python:3.11@{NOWHERE}",
+        CONTAINERS_REGISTRIES_CONF=str(settings),
+    )
+    assert code == 1, output
+    assert "the registry has no image" in output
+    assert "correct the digest" in output
+
+
+def test_a_registry_that_is_not_reached(store: Store) -> None:
+    code, output = store.script(
+        "build.sh",
+        *("envcheck", "--engine", "buildah"),
+        CPU_BASE_IMAGE=f"127.0.0.1:9/library/python@{NOWHERE}",
+    )
+    assert code == 4, output
+    assert "is not reached" in output
+    assert "--stand-in" in output
+
+
+def test_a_base_without_a_digest(store: Store) -> None:
+    code, output = store.script(
+        "build.sh",
+        "envcheck",
+        "--engine",
+        "buildah",
+        CPU_BASE_IMAGE="docker.io/library/python:3.11",
+    )
+    assert code == 1, output
+    assert "is not pinned by digest" in output
+
+
+def test_a_base_that_the_local_store_does_not_have(store: Store) -> None:
+    code, output = store.script(
+        "build.sh",
+        *("envcheck", "--engine", "buildah"),
+        CPU_BASE_IMAGE=f"localhost/base@{NOWHERE}",
+    )
+    assert code == 1, output
+    assert "is not in the local store" in output
+
+
+def test_a_target_that_does_not_exist(store: Store) -> None:
+    code, output = store.script("build.sh", "training")
+    assert code == 2, output
+    assert "what is training?" in output
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    for name in ("toolkit", "schemas", "locks", "containers"):
+        shutil.copytree(REPO / name, folder / name)
+    for name in ("pyproject.toml", "uv.lock", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder)
+    (folder / ".venv").symlink_to(REPO / ".venv")
+    return folder
+
+
+def test_a_lock_that_does_not_match_pyproject_stops_the_script(
+    store: Store, tmp_path: Path
+) -> None:
+    project = copy_of_the_project(tmp_path)
+    text = (project / "pyproject.toml").read_text()
+    (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
+    code, output = store.script(str(project / "containers/build.sh"), "envcheck", "--stand-in")
+    assert code == 1, output
+    assert "uv.lock does not match pyproject.toml" in output
+
+
+def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build_too(
+    store: Store, envcheck_image: str, base_options: tuple[str, ...], tmp_path: Path
+) -> None:
+    """`docker build` asks no script of ours, so the check of the last step has to see it."""
+    project = copy_of_the_project(tmp_path)
+    text = (project / "pyproject.toml").read_text()
+    (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
+    (project / "containers/lock.sh").write_text("#!/bin/sh\nexit 0\n")
+    code, output = store.script(
+        str(project / "containers/build.sh"),
+        *("envcheck", "--engine", "buildah", "--tag", "localhost/toolkit:spoiled", *base_options),
+        TOOLKIT_SETUP=str(REPO / ".setup/containers"),
+    )
+    assert code == 1, output
+    assert "the lock does not match pyproject.toml" in output
+    assert "wants click>=99, the lock has click==" in output
+
+
+def test_64_mb_of_shared_memory_are_told(store: Store, envcheck_image: str) -> None:
+    options = ("--tmpfs", "/cache:rw,mode=1777", "--shm-size", "64m")
+    result = store.run(
+        envcheck_image, "1000:1000", "envcheck", "check", "--only", "host", options=options
+    )
+    assert "/dev/shm" in result.stdout, result.stdout + result.stderr
+    assert "--shm-size" in result.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_told(store: Store, envcheck_image: str) -> None:
+    options = ("--tmpfs", "/cache:rw,mode=1777", "--env", "TOOLKIT_CACHE=/usr/share/toolkit")
+    result = store.run(envcheck_image, "54321:54321", "envcheck", "check", options=options)
+    assert result.returncode == 1
+    assert "TOOLKIT_CACHE=/usr/share/toolkit cannot be written by uid 54321" in result.stderr
+
+
+DRIVER = r"""
+#include <string.h>
+/* A driver of 2021, as far as the pre-flight asks. 0 is success. */
+int nvmlInit_v2(void) { return 0; }
+int nvmlInitWithFlags(unsigned int f) { return 0; }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int r) { return r ? "Not Supported" : "Success"; }
+int nvmlSystemGetDriverVersion(char *v, unsigned int n) { strncpy(v, "470.57.02", n); return 0; }
+int nvmlSystemGetNVMLVersion(char *v, unsigned int n) { strncpy(v, "11.470.57.02", n); return 0; }
+int nvmlSystemGetCudaDriverVersion(int *v) { *v = 11040; return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *v) { *v = 11040; return 0; }
+int nvmlDeviceGetCount_v2(unsigned int *n) { *n = 1; return 0; }
+static int card;
+int nvmlDeviceGetHandleByIndex_v2(unsigned int i, void **d) { *d = &card; return 0; }
+int nvmlDeviceGetName(void *d, char *v, unsigned int n)
+{ strncpy(v, "NVIDIA GeForce RTX 3090", n); return 0; }
+int nvmlDeviceGetUUID(void *d, char *v, unsigned int n)
+{ strncpy(v, "GPU-00000000-0000-0000-0000-000000000001", n); return 0; }
+int nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { *a = 8; *b = 6; return 0; }
+"""
+
+
+@pytest.fixture(scope="module")
+def old_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A libnvidia-ml of a driver that is too old for CUDA 13."""
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "nvml.c").write_text(DRIVER)
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-o", str(library), str(folder / "nvml.c")], check=True
+    )
+    return library
+
+
+def test_a_driver_that_is_too_old_is_told(
+    store: Store, envcheck_image: str, old_driver: Path
+) -> None:
+    options = (
+        *("--tmpfs", "/cache:rw,mode=1777"),
+        *("--volume", f"{old_driver}:/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1:ro"),
+    )
+    result = store.run(
+        envcheck_image,
+        "1000:1000",
+        "envcheck",
+        "check",
+        "--require",
+        "driver>=580",
+        options=options,
+    )
+    assert "470.57.02" in result.stdout, result.stdout + result.stderr
+    assert result.returncode in (1, 3), result.stdout
+    node = store.run(envcheck_image, "1000:1000", "envcheck", "check", options=options)
+    assert node.returncode == 3, node.stdout + node.stderr
+    assert "580" in node.stdout
