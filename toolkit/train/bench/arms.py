@@ -20,22 +20,19 @@ from toolkit.train.bench.settings import TARGETS, Result, Settings
 
 def run_arm(arm: str, settings: Settings, result: Result) -> None:
     """Load, train ``settings.steps`` steps, and fill ``result``."""
-    import torch  # noqa: PLC0415 - after Unsloth, which wants to be imported first
-
-    from toolkit.train.bench import probes  # noqa: PLC0415 - heavy
-
     start = time.perf_counter()
     trainer = ARMS[arm](settings)
     result.load_s = time.perf_counter() - start
+    # After the arm: Unsloth wants to be imported before torch.
+    from toolkit.train.bench import probes  # noqa: PLC0415
+
     result.versions = _versions()
     if getattr(trainer, "vllm_generation", None) is not None:
         trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
     trainer.add_callback(probes.StepClock(result))
     before = probes.base_digests(trainer.model)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    probes.record_peaks(result)
+    with probes.MemoryWatch(result):
+        trainer.train()
     probes.compare_bases(before, probes.base_digests(trainer.model), result)
 
 
@@ -45,7 +42,8 @@ def _ours(settings: Settings) -> Any:
     checkpointing = settings.gradient_checkpointing
     if settings.ours_checkpointing is not None:
         checkpointing = settings.ours_checkpointing
-    model, tokenizer = _load(FastLanguageModel, settings, use_gradient_checkpointing=checkpointing)
+    more = {"enable_sleep_mode": True} if settings.ours_sleep else {}
+    model, tokenizer = _load(FastLanguageModel, settings, checkpointing, **more)
     batch = settings.ours_batch or settings.per_device_batch
     arguments = _arguments(
         _grpo_config(GRPOTrainer), settings, batch, gradient_checkpointing=checkpointing
@@ -121,7 +119,7 @@ def _trl(settings: Settings) -> Any:
 ARMS = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}
 
 
-def _load(fast_language_model: Any, settings: Settings, *, use_gradient_checkpointing: Any) -> Any:
+def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
     """The drop-in calls: the same for Unsloth's class and for ours."""
     model, tokenizer = fast_language_model.from_pretrained(
         model_name=settings.model,
@@ -130,13 +128,14 @@ def _load(fast_language_model: Any, settings: Settings, *, use_gradient_checkpoi
         fast_inference=True,
         max_lora_rank=settings.r,
         gpu_memory_utilization=settings.gpu_memory_utilization,
+        **more,
     )
     model = fast_language_model.get_peft_model(
         model,
         r=settings.r,
         lora_alpha=settings.r,
         target_modules=TARGETS,
-        use_gradient_checkpointing=use_gradient_checkpointing,
+        use_gradient_checkpointing=checkpointing,
     )
     return model, tokenizer
 

@@ -92,7 +92,7 @@ def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str 
         ("training, tokens/s", lambda r: _number(r.train_tokens_s, 0)),
         ("publish, s", lambda r: _number(_median(r.publish_s), 3)),
         ("peak torch memory", lambda r: _bytes(r.peak_torch_bytes)),
-        ("device memory in use", lambda r: _bytes(r.peak_device_bytes)),
+        ("peak device memory", lambda r: _bytes(r.peak_device_bytes)),
         ("logp gap mean, nats", lambda r: _number(r.logp_gap_mean, 6)),
         ("logp gap max, nats", lambda r: _number(r.logp_gap_max, 6)),
         ("base tensors changed", _changed),

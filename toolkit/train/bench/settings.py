@@ -16,8 +16,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Settings:
     """One workload. Lengths are in tokens, batches in completions.
 
-    ``ours_batch`` and ``ours_checkpointing`` let our arm use the micro-batch that its sizer would
-    choose: the optimizer step sees the same completions, so the work is the same.
+    The ``ours_`` fields let our arm use what its sizer would choose (micro-batch, checkpointing, KV
+    sleep): the optimizer step sees the same completions, so the work is the same.
     """
 
     model: str
@@ -31,6 +31,7 @@ class Settings:
     gradient_checkpointing: bool = True
     ours_batch: int | None = None
     ours_checkpointing: bool | None = None
+    ours_sleep: bool = False
     gpu_memory_utilization: float = 0.3
     max_seq_length: int = 1024
     load_in_4bit: bool = False
