@@ -61,9 +61,7 @@ def _unsloth(settings: Settings) -> Any:
     from importlib import import_module  # noqa: PLC0415 - an optional package
 
     unsloth = import_module("unsloth")
-    model, tokenizer = _load(
-        unsloth.FastLanguageModel, settings, use_gradient_checkpointing="unsloth"
-    )
+    model, tokenizer = _load(unsloth.FastLanguageModel, settings, "unsloth")
     trl = import_module("trl")
     arguments = _arguments(
         trl.GRPOConfig,
