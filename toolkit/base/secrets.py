@@ -14,7 +14,7 @@ import re
 import sys
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -132,13 +132,17 @@ def protect_output() -> Iterator[None]:
 
 
 class _Redacting:
-    """A text stream that passes on what it is given without secrets.
+    """A text stream that passes on what it is given without secrets, ``buffer`` too.
 
-    Everything else is the stream's own (its ``buffer`` too: bytes are not looked at).
+    Everything else is the stream's own.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+
+    @property
+    def buffer(self) -> _RedactingBytes:
+        return _RedactingBytes(self._stream.buffer)
 
     def write(self, text: str) -> int:
         self._stream.write(redact(text))
@@ -147,6 +151,21 @@ class _Redacting:
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _RedactingBytes:
+    """The same for the bytes under a text stream (click writes there in a C locale)."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, data: bytes) -> int:
+        text = bytes(data).decode(errors="surrogateescape")
+        self._stream.write(redact(text).encode(errors="surrogateescape"))
+        return len(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -166,7 +166,8 @@ def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> Non
     assert logging.getLogRecordFactory() is logging.LogRecord
 
 
-def test_a_protected_process_still_works() -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_protected_process_still_works(encoding: str) -> None:
     code = (
         "import sys, os\n"
         "from toolkit.base.secrets import protect_output\n"
@@ -174,15 +175,20 @@ def test_a_protected_process_still_works() -> None:
         "    print(sys.stdout.isatty(), sys.stdout.encoding, sys.stdout.fileno())\n"
         "    print(os.environ['HF_TOKEN'], file=sys.stderr, flush=True)\n"
         "    sys.stdout.writelines(['a\\n', 'b\\n'])\n"
-        "    sys.stdout.buffer.write(b'c')\n"
+        "    sys.stdout.buffer.write(b'c ' + os.environ['HF_TOKEN'].encode() + b' \\xff')\n"
+        "    import click\n"
+        "    click.echo('echoed ' + os.environ['HF_TOKEN'])\n"
+        "    click.echo(b'bytes ' + os.environ['HF_TOKEN'].encode())\n"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
-        text=True,
         check=True,
-        env={"HF_TOKEN": "a canary that sings", "PYTHONIOENCODING": "utf-8"},
+        env={"HF_TOKEN": "a canary that sings", "PYTHONIOENCODING": encoding},
     )
-    assert "False utf-8 1" in shown.stdout
-    assert "a\nb\n" in shown.stdout
-    assert shown.stderr == "[redacted: HF_TOKEN]\n"
+    assert f"False {encoding} 1".encode() in shown.stdout
+    assert b"a\nb\n" in shown.stdout
+    for line in (b"c [redacted: HF_TOKEN] \xff", b"echoed [redacted", b"bytes [redacted"):
+        assert line in shown.stdout
+    assert shown.stderr == b"[redacted: HF_TOKEN]\n"
+    assert b"canary" not in shown.stdout
