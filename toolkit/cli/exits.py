@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ToolkitError
+from toolkit.base.paths import tighten_umask
+from toolkit.base.secrets import protect_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,10 +55,15 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
 
 
 def command_main(group: click.Group) -> Callable[[], None]:
-    """The console-script entry of a group: usage errors exit 2, the rest is ``guarded``."""
+    """The console-script entry of a group: usage errors exit 2, the rest is ``guarded``.
+
+    From here on no secret is printed, and no file is made that others may write.
+    """
 
     def main() -> None:
-        with guarded(debug="--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"):
+        debug = "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
+        tighten_umask()
+        with protect_output(), guarded(debug=debug):
             group(prog_name=group.name)
 
     return main
