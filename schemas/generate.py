@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+SAYS_ITSELF = {"True": "yes", "False": "no", "None": "as the library has it"}
 JSON_TYPES = {
     int: "integer",
     float: "number",
@@ -28,9 +29,7 @@ JSON_TYPES = {
     list: "array",
 }
 PARAMETER = re.compile(r"^ {4}(\w+) \(.*?\):?\n((?: {8}.*\n|\n)+)", re.MULTILINE)
-CHOICE = re.compile(
-    r"^\s*- ((?:`[^`]+`(?: or )?)+)(?: \(default\))?: ((?:.*\n?(?!\s*- ))+)", re.MULTILINE
-)
+BULLET = re.compile(r"\s*- ((?:`[^`]+`(?: or )?)+)(?: \(default\))?: (.*)")
 
 
 def grpo_section() -> dict[str, Any]:
@@ -92,10 +91,10 @@ def one_field(
     """The schema of one field."""
     more = dict(overlay["fields"].get(field.name, {}))
     refused = overlay["refused"].get(field.name)
-    text = text or field.metadata.get("help", "").replace("%%", "%")
+    choices, rest = choices_of(text or field.metadata.get("help", "").replace("%%", "%"))
     schema: dict[str, Any] = {
         "title": field.name.replace("_", " ").capitalize(),
-        "description": more.pop("description", None) or clean(CHOICE.sub("", text)),
+        "description": more.pop("description", None) or clean(rest),
     }
     if refused:
         use = f"use {refused['use']}" if refused["use"] else "leave it out"
@@ -110,12 +109,12 @@ def one_field(
         }
     schema |= shape(hint, more.pop("nullable", True))
     told = more.pop("told", None)
-    choices = dict(choices_of(text))
+    known = dict(choices)
     names = (
         more.pop("enum", None)
         or list(field.metadata.get("choices") or ())
         or enum_of(hint)
-        or list(choices)
+        or list(known)
     )
     if names and "array" not in schema["type"]:
         if field.name == "scale_rewards":
@@ -124,7 +123,10 @@ def one_field(
             names = [*names, None]
         schema.pop("type")
         schema["enum"] = names
-        schema["enumDescriptions"] = told or [choices.get(name, "") for name in names]
+        told = {**known, **told} if isinstance(told, dict) else told or known
+        if isinstance(told, dict):
+            told = [told.get(name, SAYS_ITSELF.get(str(name), "")) for name in names]
+        schema["enumDescriptions"] = told
         if not any(schema["enumDescriptions"]):
             del schema["enumDescriptions"]
     texts = more.pop("enum_text", None)
@@ -138,22 +140,31 @@ def one_field(
     return schema | more | {"default": default, "examples": examples}
 
 
-def choices_of(text: str) -> list[tuple[Any, str]]:
-    """The values that a docstring lists as bullets, with what it says on each."""
-    found: list[tuple[Any, str]] = []
-    for match in CHOICE.finditer(text):
-        for name in re.findall(r"`([^`]+)`", match[1]):
-            value = {"True": True, "False": False}.get(name, name.strip('"'))
-            found.append((value, clean(match[2])))
-    return found
+def choices_of(text: str) -> tuple[list[tuple[Any, str]], str]:
+    """The values that a docstring lists as bullets, with what it says on each; and the rest."""
+    found: list[tuple[list[Any], list[str]]] = []
+    rest: list[str] = []
+    for line in text.split("\n"):
+        bullet = BULLET.match(line)
+        if bullet:
+            names = [name.strip('"') for name in re.findall(r"`([^`]+)`", bullet[1])]
+            values = [{"True": True, "False": False}.get(name, name) for name in names]
+            found.append((values, [bullet[2]]))
+        elif found and line.strip():
+            found[-1][1].append(line)
+        else:
+            rest.append(line)
+    return [
+        (value, clean(" ".join(said))) for values, said in found for value in values
+    ], "\n".join(rest)
 
 
 def clean(text: str) -> str:
     """Docstring text as one plain paragraph: no markup, no links, first sentence upper case."""
     text = re.sub(r"\[(`?[^\]]*`?)\]\((https?://[^)]*)\)", r"\1 (\2)", text)
     text = re.sub(r"\[`~?(?:\w+\.)*([\w.]+)`\]", r"\1", text)
-    text = text.replace("`", "").replace('"', "'")
-    return " ".join(text.split()).strip()
+    text = " ".join(text.replace("`", "").replace('"', "'").split())
+    return re.sub(r" ?(Supported|Possible) values are:$", "", text)
 
 
 def shape(hint: Any, nullable: bool) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Document:
     root: Node
     findings: list[Finding] = field(default_factory=list)
     readable: bool = True  # False: the bytes could not be had at all (exit code 2)
+    whole: bool = True  # False: reading stopped early, so that what is missing means nothing
 
     def node(self, path: KeyPath) -> Node | None:
         """The node at ``path``, or None where nothing is written."""

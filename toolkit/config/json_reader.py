@@ -48,6 +48,7 @@ def parse_json(source: Source) -> Document:
         document.root = reader.whole()
     except _SyntaxFault as fault:
         document.findings.append(fault.finding)
+        document.whole = False
     return document
 
 

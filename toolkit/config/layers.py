@@ -21,6 +21,11 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
         source = read_source(path)
     except Unreadable as error:
         return failed(error.finding)
+    return assemble(source, overrides)
+
+
+def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
+    """A text with what it extends below it and the overrides over it."""
     document = parse(source)
     _extend(document, [source.path] if source.path else [])
     for text in overrides:
@@ -44,6 +49,7 @@ def parse(source: Source) -> Document:
         kind = "empty" if document.root.value is None else "not a mapping of keys"
         if not document.findings:
             document.findings.append(_told("DOC001", document.root, f"the run file is {kind}"))
+        document.whole = False
         document.root = Node({}, document.root.mark, source)
     return document
 
@@ -64,27 +70,29 @@ def _extend(document: Document, chain: list[Path]) -> None:
     node = document.root.value.pop("extends", None)
     if node is None:
         return
-    if not isinstance(node.value, str) or not node.value:
-        document.findings.append(
-            _told("DOC011", node, "extends: the path of one run file is wanted")
-        )
+    base = _base(node, chain)
+    if isinstance(base, Finding):
+        document.findings.append(base)
+        document.whole = False
         return
+    _extend(base, [*chain, Path(node.source.folder, node.value).resolve()])
+    document.findings += base.findings
+    document.whole &= base.whole
+    document.root = merge(base.root, document.root)
+
+
+def _base(node: Node, chain: list[Path]) -> Document | Finding:
+    """The document that ``extends`` names, or what is wrong with it."""
+    if not isinstance(node.value, str) or not node.value or "\0" in node.value:
+        return _told("DOC011", node, "extends: the path of one run file is wanted")
     path = Path(node.source.folder, node.value).resolve()
     if path in [seen.resolve() for seen in chain] or len(chain) >= MAX_LAYERS:
         around = " -> ".join(seen.name for seen in [*chain, path])
-        document.findings.append(_told("DOC011", node, f"extends goes round in a circle: {around}"))
-        return
+        return _told("DOC011", node, f"extends goes round in a circle: {around}")
     try:
-        source = read_source(_shown(path, node))
+        return parse(read_source(_shown(path, node)))
     except Unreadable as error:
-        document.findings.append(
-            _told("DOC011", node, f"extends: {node.value} {error.finding.message}")
-        )
-        return
-    base = parse(source)
-    _extend(base, [*chain, path])
-    document.findings += base.findings
-    document.root = merge(base.root, document.root)
+        return _told("DOC011", node, f"extends: {node.value} {error.finding.message}")
 
 
 def _shown(path: Path, node: Node) -> Path:

@@ -46,6 +46,7 @@ def parse_yaml(source: Source) -> Document:
         root = builder.build()
     except Fault as fault:
         document.findings.append(fault.finding)
+        document.whole = False
         return document
     if root is not None:
         document.root = root

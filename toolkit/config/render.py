@@ -1,31 +1,141 @@
-"""Findings as people read them."""
+"""Findings as people read them, as GitHub annotates them, and as JSON."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.secrets import redact
+from toolkit.config.document import dotted
+from toolkit.config.finding import Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from toolkit.config.document import Mark, Source
     from toolkit.config.finding import Finding
 
+VERSION = 1
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_WIDEST = 140
+_HIDDEN = "[hidden]"
 
-def render_text(findings: Sequence[Finding]) -> str:
-    """Every finding as its head line, the source line, the arithmetic and the fix."""
-    return "\n".join(_one(found) for found in findings)
+
+def _plain(text: str, _role: str) -> str:
+    return text
 
 
-def _one(found: Finding) -> str:
-    lines = [f"{found.place}: {found.severity}[{found.rule}] {found.message}"]
-    source = found.source
-    if (
-        source is not None
-        and not source.is_override
-        and found.mark
-        and found.line <= len(source.lines)
-    ):
-        lines.append(f"{found.line:5d} | {source.lines[found.line - 1]}")
-    lines += [f"  {note}" for note in found.notes]
+def safe(text: str) -> str:
+    """Text without secrets, and without characters that a terminal would act on."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", redact(text))
+
+
+def shown_line(source: Source, mark: Mark) -> str:
+    """The source line of a mark: secrets hidden, and cut around the column where it is long."""
+    line = source.lines[mark.line - 1]
+    start = mark.start - (mark.column - 1)
+    for hidden in sorted(source.hidden, key=lambda one: one.start, reverse=True):
+        low, high = hidden.start - start, min(hidden.end - start, len(line))
+        if high > 0 and low < len(line):
+            line = line[: max(low, 0)] + _HIDDEN + line[high:]
+    line = safe(line.replace("\t", "    ") if line.startswith("\t") else line)
+    if len(line) <= _WIDEST:
+        return line
+    low = max(0, min(mark.column - _WIDEST // 2, len(line) - _WIDEST))
+    return ("..." if low else "") + line[low : low + _WIDEST] + "..."
+
+
+def render_text(findings: Sequence[Finding], paint: Callable[[str, str], str] = _plain) -> str:
+    """Every finding as its head line, the source line, the arithmetic and the fix.
+
+    ``paint(text, role)`` may colour a piece; roles are error, warning and place.
+    """
+    return "\n".join(_one(found, paint) for found in findings)
+
+
+def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
+    label = paint(f"{found.severity}[{found.rule}]", str(found.severity))
+    lines = [f"{paint(safe(found.place), 'place')}: {label} {safe(found.message)}"]
+    source, mark = found.source, found.mark
+    if source is not None and mark and not source.is_override and mark.line <= len(source.lines):
+        lines.append(f"{mark.line:5d} | {shown_line(source, mark)}")
+    lines += [f"  {safe(note)}" for note in found.notes]
     if found.fixes:
-        lines.append("  fix: " + "   or   ".join(fix.text for fix in found.fixes))
+        lines.append("  fix: " + "   or   ".join(safe(fix.text) for fix in found.fixes))
     return "\n".join(lines)
+
+
+def render_github(findings: Sequence[Finding]) -> str:
+    """One workflow command a finding (docs.github.com, workflow commands for actions)."""
+    return "\n".join(_annotation(found) for found in findings)
+
+
+def _annotation(found: Finding) -> str:
+    body = [found.message, *found.notes]
+    if found.fixes:
+        body.append("fix: " + " or ".join(fix.text for fix in found.fixes))
+    text = "\n".join(map(redact, body))
+    place = {
+        "file": found.source.name if found.source else "",
+        "line": str(found.line),
+        "col": str(found.column),
+        "title": found.rule,
+    }
+    fields = ",".join(f"{key}={_escape(value, ':,')}" for key, value in place.items())
+    return f"::{found.severity} {fields}::{_escape(text)}"
+
+
+def _escape(text: str, also: str = "") -> str:
+    for character in "%\r\n" + also:
+        text = text.replace(character, f"%{ord(character):02X}")
+    return text
+
+
+def to_json(found: Finding) -> dict[str, Any]:
+    """One finding as findings.schema.json has it."""
+    mark = found.mark
+    return {
+        "rule": found.rule,
+        "severity": str(found.severity),
+        "message": redact(found.message),
+        "key": dotted(found.path) if found.path else None,
+        "file": redact(found.source.name) if found.source else None,
+        "line": found.line,
+        "column": found.column,
+        "end_column": end_column(mark) if mark else found.column,
+        "notes": [redact(note) for note in found.notes],
+        "fixes": [
+            {
+                "text": redact(fix.text),
+                "edits": [
+                    {
+                        "file": edit.source.name,
+                        "start": edit.start,
+                        "end": edit.end,
+                        "text": edit.text,
+                    }
+                    for edit in fix.edits
+                ],
+            }
+            for fix in found.fixes
+        ],
+        "unknown": found.unknown,
+    }
+
+
+def end_column(mark: Mark) -> int:
+    """The column after the last character of what a mark covers."""
+    return mark.column + max(mark.end - mark.start, 0)
+
+
+def report(files: Sequence[str], findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The whole of ``--format json``."""
+    severities = [found["severity"] for found in findings]
+    return {
+        "schema": "urn:grpo-toolkit:schema:findings:1",
+        "version": VERSION,
+        "files": list(files),
+        "errors": severities.count(Severity.ERROR),
+        "warnings": severities.count(Severity.WARNING),
+        "findings": list(findings),
+    }

@@ -44,5 +44,6 @@ def key_advice(
     if elsewhere:
         return (), (Fix(f"it belongs elsewhere: {elsewhere[0]}"),)
     if len(siblings) <= 12:
-        return ("known here: " + ", ".join(siblings),), ()
+        named = [name for name in siblings if name.isidentifier()]
+        return ("known here: " + ", ".join(named),), ()
     return (), (Fix(f"envcheck explain {dotted(parent)} lists the keys"),)

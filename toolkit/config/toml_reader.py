@@ -26,37 +26,34 @@ MAX_PARTS = 2_000  # dots in one key: tomllib takes quadratic time for them
 def parse_toml(source: Source) -> Document:
     """A TOML text as nodes; a syntax error is one finding."""
     document = Document(source, Node({}, Mark(1, 1, 0, 0), source))
-    text = source.text.replace("\r\n", "\n")
     try:
-        if any(line.count(".") > MAX_PARTS for line in text.splitlines()):
-            raise _too_much("a key of so many parts")
-        values = tomllib.loads(text)
+        document.root = _read(source, document)
     except tomllib.TOMLDecodeError as error:
         document.findings.append(_syntax(source, str(error)))
-        return document
     except RecursionError:
         document.findings.append(_finding(source, None, "DOC009", "nested too deep"))
-        return document
     except _TooMuch as error:
         document.findings.append(_finding(source, None, "DOC009", str(error)))
+    else:
         return document
-    places = Places(source.text)
-    builder = _Builder(source, document, {
-        path: (places.mark(*key), places.mark(*value)) for path, key, value in scan(source.text)
-    })  # fmt: skip
-    try:
-        document.root = builder.node(values, ())
-    except _TooMuch as error:
-        document.findings.append(_finding(source, None, "DOC009", str(error)))
+    document.whole = False
     return document
+
+
+def _read(source: Source, document: Document) -> Node:
+    text = source.text.replace("\r\n", "\n")
+    if any(line.count(".") > MAX_PARTS for line in text.splitlines()):
+        raise _TooMuch("a key of so many parts is no run file's")
+    values = tomllib.loads(text)
+    places = Places(source.text)
+    marks = {
+        path: (places.mark(*key), places.mark(*value)) for path, key, value in scan(source.text)
+    }
+    return _Builder(source, document, marks).node(values, ())
 
 
 class _TooMuch(Exception):
     """More than a run file needs."""
-
-
-def _too_much(what: str) -> _TooMuch:
-    return _TooMuch(f"{what} is no run file")
 
 
 def _syntax(source: Source, message: str) -> Finding:

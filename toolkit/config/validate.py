@@ -40,7 +40,7 @@ class Validation:
 def validate(document: Document, situation: Situation | None = None) -> Validation:
     """Judge a loaded document; ``situation`` is the world size, the card and the environment."""
     findings = list(document.findings)
-    if document.readable:
+    if document.readable and document.whole:
         outcome = check_structure(document.root, find_schema("run"))
         run = Run(document, outcome.bad, situation or Situation(environment=dict(os.environ)))
         told = [found for rule in all_rules().values() for found in rule.judge(run)]

@@ -10,7 +10,7 @@ __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules"]
 
 _THEMES = (
     "batch", "sampling", "training", "lengths", "lora", "lora_engine", "loading", "hardware",
-    "keys", "secrets", "rewards", "data", "runtime",
+    "keys", "secrets", "rewards", "data", "runtime", "structural",
 )  # fmt: skip
 
 

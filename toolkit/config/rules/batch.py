@@ -26,7 +26,7 @@ def world(run: Run) -> str:
 
 
 def divisors_from(number: int, least: int) -> list[int]:
-    """The divisors of ``number`` that are at least ``least``, rising (numbers of a batch's size)."""
+    """The divisors of ``number`` that are at least ``least``, rising."""
     small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
     return sorted({one for low in small for one in (low, number // low) if one >= least})
 
@@ -77,6 +77,9 @@ def whole_groups(run: Run) -> Iterator[Fault]:
     smaller = nearest_divisor(batch, group)
     if smaller is not None:
         fixes.append(run.to(_GROUP, smaller))
+    if not any(fix.edits for fix in fixes):
+        step = group // gcd(group, batch // run.value(_PER_DEVICE))
+        fixes.append(run.to(_PER_DEVICE, multiple_from(step, run.value(_PER_DEVICE))))
     related = tuple(path for path in (factor, _PER_DEVICE) if path != _GROUP)
     yield Fault(
         _GROUP,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.document import Node
 from toolkit.config.finding import Fix, Severity, rename
 from toolkit.config.migration import MOVED, Moved
 from toolkit.config.rules.base import Fault, rule
@@ -13,6 +12,7 @@ from toolkit.config.schemas import find_schema
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.config.document import Node
     from toolkit.config.rules.base import Run
 
 # Keys that only the vLLM engine reads.
@@ -45,6 +45,13 @@ _SWITCHED = (
     ("grpo.entropy_coef_delta", "grpo.use_adaptive_entropy", True),
     ("grpo.liger_kernel_config", "grpo.use_liger_kernel", True),
 )
+# Fields that the trainer sets itself, whatever is written.
+FORCED = {
+    "grpo.logging_strategy": "metrics are written every step",
+    "grpo.logging_steps": "metrics are written every step",
+    "grpo.disable_tqdm": "the run prints its own progress",
+    "grpo.use_cpu": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+}
 _REFUSED_ELSEWHERE = ("parallelism_config",)
 
 
@@ -114,6 +121,7 @@ def _idle(run: Run) -> Iterator[tuple[str, str]]:
     if run.ask("dataset.path") is None:
         for name in ("split", "name", "revision", "limit", "eval_split"):
             yield f"dataset.{name}", "there is no dataset.path"
+    yield from FORCED.items()
     for key, switch, on in _SWITCHED:
         if run.ask(switch) != on:
             yield key, run.operand(switch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.rules.base import Fault, rule
@@ -90,7 +91,7 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
         yield Fault(
             key,
             f"{split} does not divide the model's {heads} attention heads",
-            fixes=(run.to(key, next(one for one in range(split, 0, -1) if heads % one == 0)),),
+            fixes=(run.to(key, gcd(heads, run.world_size) if run.world_size > 1 else 1),),
         )
     elif run.world_size % split:
         yield Fault(
@@ -98,6 +99,32 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
             f"{split} does not divide the world size {run.world_size}",
             notes=("the world size is what torchrun starts; --world-size says it here",),
             fixes=(run.to(key, 1),),
+        )
+
+
+@rule(
+    "LOAD011",
+    "model.tensor_parallel_size model.share_weights",
+    example="model:\n  tensor_parallel_size: 2  # with share_weights: true, the default",
+    fix="tensor_parallel_size: 1",
+)
+def one_process_holds_the_model(run: Run) -> Iterator[Fault]:
+    """tensor_parallel_size above 1 needs share_weights: false.
+
+    An engine that shares its weights with the trainer holds the whole model in one process. More
+    GPUs then work data-parallel: one engine a GPU, started by torchrun.
+    """
+    split = run.value("model.tensor_parallel_size")
+    if split > 1 and run.value("model.share_weights") and run.engine == "vllm":
+        yield Fault(
+            "model.tensor_parallel_size",
+            f"{split} cannot be used while engine and trainer share one copy of the weights",
+            notes=(run.operand("model.share_weights"),),
+            fixes=(
+                run.to("model.tensor_parallel_size", 1),
+                run.to("model.share_weights", False),
+            ),
+            related=("model.share_weights",),
         )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.finding import Severity
+from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known
 from toolkit.config.rules.base import Fault, rule
-from toolkit.config.rules.training import adapts_head
+from toolkit.config.rules.training import NO_HEAD, adapts_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,8 +101,8 @@ def engine_can_follow(run: Run) -> Iterator[Fault]:
     """With the engine, the adapter is plain LoRA on linear layers.
 
     vLLM has no trained biases, no DoRA and no modules_to_save; an adapter on embed_tokens or
-    lm_head is not served; and an initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA,
-    LoRA-GA, MiCA) would change the weights that engine and trainer share.
+    lm_head is not served; and an initialization that rewrites the base (PiSSA, OLoRA, CorDA,
+    LoftQ, EVA, LoRA-GA, MiCA) would change the weights that engine and trainer share.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):
         return
@@ -112,32 +112,35 @@ def engine_can_follow(run: Run) -> Iterator[Fault]:
             key,
             wrong if run.engine == "vllm" else f"{wrong} (engine auto is vLLM where installed)",
             notes=(run.operand("runtime.engine"),),
-            fixes=(
-                *((run.to(key, fix),) if fix is not None else ()),
-                run.to("runtime.engine", "transformers"),
-            ),
+            fixes=(fix, run.to("runtime.engine", "transformers")) if fix is not NO_HEAD else (fix,),
             severity=severity,
         )
 
 
-def _unfollowed(run: Run) -> Iterator[tuple[str, str, object]]:
+def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     bias = run.ask("lora.bias")
     if bias != "none":
-        yield "lora.bias", f"vLLM cannot follow trained biases ({bias})", "none"
+        yield (
+            "lora.bias",
+            f"vLLM cannot follow trained biases ({bias})",
+            run.to("lora.bias", "none"),
+        )
     if run.ask("lora.use_dora"):
-        yield "lora.use_dora", "vLLM has no DoRA", False
+        yield "lora.use_dora", "vLLM has no DoRA", run.to("lora.use_dora", False)
     if run.ask("lora.modules_to_save"):
-        yield "lora.modules_to_save", "vLLM cannot follow modules that are trained whole", None
+        wrong = "vLLM cannot follow modules that are trained whole"
+        yield "lora.modules_to_save", wrong, Fix("remove modules_to_save")
     targets = run.ask(_TARGETS)
     if "embed_tokens" in targets:
-        yield _TARGETS, "vLLM serves no adapter on embed_tokens", None
+        yield _TARGETS, "vLLM serves no adapter on embed_tokens", Fix("remove embed_tokens")
     if adapts_head(run) and not _head_told_elsewhere(run):
-        yield _TARGETS, "vLLM serves no adapter on lm_head", None
+        yield _TARGETS, "vLLM serves no adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
     if isinstance(init, str) and init.startswith(REWRITING_INITS):
         told = init == "loftq" and run.ask("model.load_in_4bit")
         if not told:  # LORA005
-            yield "lora.init_lora_weights", f"{init} rewrites the base that the engine shares", True
+            wrong = f"{init} rewrites the base that the engine shares"
+            yield "lora.init_lora_weights", wrong, run.to("lora.init_lora_weights", True)
 
 
 def _head_told_elsewhere(run: Run) -> bool:
@@ -158,7 +161,7 @@ def head_is_never_trained(run: Run) -> Iterator[Fault]:
     and never trained. TRL refuses it, after the model has loaded.
     """
     if run.engine == "transformers" and adapts_head(run) and not _head_told_elsewhere(run):
-        yield Fault(_TARGETS, "an adapter on lm_head would never be trained")
+        yield Fault(_TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,))
 
 
 @rule(

@@ -29,8 +29,8 @@ def no_secrets(run: Run) -> Iterator[Fault]:
     """No token, key or password is written in a run file.
 
     Known by the key's name or by the form of the value. A run file is copied into the run folder
-    and passed around; a secret is read from the environment or the login of its own tool. The value is
-    never printed.
+    and passed around; a secret is read from the environment or the login of its own tool. The
+    value is never printed.
     """
     for path, node in run.document.root.walk():
         name = path[-1] if path else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.finding import Severity
+from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.base import Fault, rule
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _LIGER = "grpo.use_liger_kernel"
 _TARGETS = "lora.target_modules"
+NO_HEAD = Fix("remove lm_head from target_modules")
 SLOWEST, FASTEST = 1e-7, 1.0
 
 
@@ -56,7 +57,7 @@ def liger_limits(run: Run) -> Iterator[Fault]:
 
     Liger's fused loss never makes the logits, so that what is computed from them (the entropy
     bonus, top_entropy_quantile below 1, off_policy_mask_threshold) and an adapter on lm_head are
-    out of its reach. TRL deprecates use_liger_kernel for the same reason: its own loss is chunked now.
+    out of its reach. TRL deprecates use_liger_kernel: its own loss is chunked now.
     """
     if not run.ask(_LIGER):
         return
@@ -81,7 +82,7 @@ def liger_limits(run: Run) -> Iterator[Fault]:
             _LIGER,
             f"Liger cannot be used with {', '.join(key.rpartition('.')[2] for key in clashes)}",
             notes=("; ".join(run.operand(key) for key in clashes),),
-            fixes=(run.to(_LIGER, False),),
+            fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
             related=tuple(clashes),
         )
 
@@ -107,7 +108,7 @@ def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
             "grpo.cast_lm_head_to_fp32",
             "lm_head cannot be cast while an adapter lies on it",
             notes=(run.operand(_TARGETS),),
-            fixes=(run.to("grpo.cast_lm_head_to_fp32", False),),
+            fixes=(NO_HEAD,),
             related=(_TARGETS,),
         )
 

@@ -1,0 +1,144 @@
+"""Every rule has a file that gives exactly its finding, at the place that the file states, and one
+that gives none.
+
+A fixture states in its comments what it finds (``# finds: RULE severity line:column``) and the
+options or environment that it is judged with (``# options:``). JSON has no comments: its facts
+stand here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from toolkit.cli.validate import validate
+from toolkit.config.rules import all_rules
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ENVCHECK = Path(sys.executable).with_name("envcheck")
+JSON_FACTS = {"GRPO001-json.json": ("GRPO001", "error", 4, 24)}
+SUFFIXES = (".yaml", ".json", ".toml")
+INVALID = sorted(p for p in (FIXTURES / "invalid").iterdir() if p.suffix in SUFFIXES)
+VALID = sorted(p for p in (FIXTURES / "valid").iterdir() if p.suffix in SUFFIXES)
+
+
+def comment(path: Path, name: str) -> str:
+    """What stands after ``# name:`` in a fixture."""
+    found = re.search(rf"^# {name}: (.*)$", path.read_bytes().decode("latin-1"), re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def arguments(path: Path) -> tuple[list[str], dict[str, str | None]]:
+    """The options and the environment that a fixture is judged with."""
+    words = comment(path, "options").split()
+    environment: dict[str, str | None] = {
+        word.partition("=")[0]: word.partition("=")[2]
+        for word in words
+        if re.match("[A-Z_]+=", word)
+    }
+    return [word for word in words if not re.match("[A-Z_]+=", word)], environment
+
+
+def judge(path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit code and the findings of a fixture, through the command in this process."""
+    more, environment = arguments(path)
+    outcome = CliRunner().invoke(
+        validate, [str(path), "--format", "json", *more, *options], env=environment
+    )
+    assert outcome.exception is None or isinstance(outcome.exception, SystemExit), outcome.exc_info
+    return outcome.exit_code, json.loads(outcome.stdout)["findings"]
+
+
+def stated(path: Path) -> tuple[str, str, int, int]:
+    """The finding that an invalid fixture states."""
+    if path.name in JSON_FACTS:
+        return JSON_FACTS[path.name]
+    rule, severity, place = comment(path, "finds").split()
+    line, column = place.split(":")
+    return rule, severity, int(line), int(column)
+
+
+@pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
+def test_an_invalid_file_gives_exactly_its_finding(path: Path) -> None:
+    code, findings = judge(path)
+    rule, severity, line, column = stated(path)
+    told = [(f["rule"], f["severity"], f["line"], f["column"]) for f in findings]
+    assert told == [(rule, severity, line, column)]
+    unreadable = 2 if rule == "DOC014" else 1
+    assert code == (unreadable if severity == "error" else 0)
+
+
+@pytest.mark.parametrize("path", VALID, ids=lambda path: path.name)
+def test_a_valid_file_gives_none(path: Path) -> None:
+    assert judge(path, "--strict") == (0, [])
+
+
+def test_every_rule_has_both() -> None:
+    rules = set(all_rules())
+    assert rules == {stated(path)[0] for path in INVALID}
+    covered = {path.name.partition(".")[0].partition("-")[0] for path in VALID}
+    assert not rules - covered
+
+
+@pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
+def test_a_fix_makes_the_finding_go_away(path: Path, tmp_path: Path) -> None:
+    """For every finding whose fix rewrites scalars: --fix leaves the file without it, and the rest
+    as it was.
+    """
+    code, findings = judge(path)
+    fixes: list[dict[str, Any]] = [fix for found in findings for fix in found["fixes"]]
+    if not any(fix["edits"] for fix in fixes):
+        assert stated(path)[0] not in FIXABLE, "this rule lost its fix"
+        return
+    (tmp_path / "parts").symlink_to(FIXTURES / "parts")
+    (tmp_path / "invalid").mkdir()
+    shutil.copy(FIXTURES / "invalid" / "fixture_rewards.py", tmp_path / "invalid")
+    copy = Path(shutil.copy(path, tmp_path / "invalid"))
+    before = copy.read_text(encoding="utf-8")
+    after_code, after = judge(copy, "--fix")
+    assert (after_code, after) == (0, []), f"exit code was {code}"
+    text = copy.read_text(encoding="utf-8")
+    assert text != before
+    comments = [line for line in before.splitlines() if line.lstrip().startswith("#")]
+    assert [line for line in text.splitlines() if line.lstrip().startswith("#")] == comments
+    assert len(text.splitlines()) == len(before.splitlines())
+
+
+FIXABLE = {
+    "GRPO001", "GRPO002", "GRPO004", "GRPO005", "GRPO006", "GRPO008", "GRPO009", "GRPO015",
+    "GRPO017", "GRPO018", "GRPO020", "GRPO021", "GRPO022", "LEN001", "LEN002", "LORA001", "LORA002",
+    "LORA003", "LORA005", "LORA006", "LORA009", "LORA010", "LORA011", "LOAD001", "LOAD002", "LOAD003",
+    "LOAD004", "LOAD005", "LOAD007", "LOAD008", "LOAD009", "LOAD010", "LOAD011", "KEY003", "KEY004",
+    "DOC007", "DATA001",
+}  # fmt: skip
+
+
+def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
+    """One cold process over a folder: the same findings as file by file."""
+    folder = tmp_path / "invalid"
+    shutil.copytree(FIXTURES / "parts", tmp_path / "parts")
+    chosen = [
+        path for path in INVALID if not comment(path, "options") and stated(path)[0] != "DOC014"
+    ]
+    folder.mkdir()
+    for path in [*chosen, FIXTURES / "invalid" / "fixture_rewards.py"]:
+        shutil.copy(path, folder)
+    for path in folder.glob("*.json"):
+        path.unlink()  # it has no model section of its own, so a folder leaves it out
+    done = subprocess.run(
+        [ENVCHECK, "validate", folder, "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    found = {Path(f["file"]).name: f["rule"] for f in json.loads(done.stdout)["findings"]}
+    assert found == {p.name: stated(p)[0] for p in chosen if p.suffix != ".json"}

@@ -1,0 +1,72 @@
+"""``envcheck explain``: a rule, a check, a key, the exit codes, or a pasted traceback."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from toolkit.cli.render import paragraph
+
+MAX_PASTED = 4 << 20
+
+
+@click.command("explain")
+@click.argument("what", nargs=-1, required=True, metavar="ID|KEY|exit-codes|rules|-")
+def explain(what: tuple[str, ...]) -> None:
+    """Say what a rule or a check looks for, why, and what to do; or what a key takes.
+
+    \b
+        envcheck explain GRPO001            a rule of envcheck validate
+        envcheck explain num_generations    a key of a run file
+        envcheck explain exit-codes         what the exit codes mean
+        envcheck explain rules              all rules
+        envcheck explain - < error.txt      the check that would have caught a traceback
+    """
+    click.echo("\n\n".join(_one(word) for word in what))
+
+
+def _one(word: str) -> str:
+    if word == "-":
+        return _pasted(sys.stdin.read(MAX_PASTED))
+    from toolkit.config.explain import explain as about  # noqa: PLC0415 - after parsing
+    from toolkit.config.explain import unknown  # noqa: PLC0415
+
+    text = about(word) or _check(word)
+    if text is None:
+        raise unknown(word, _check_names())
+    return text
+
+
+def _check_names() -> list[str]:
+    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only when nothing else is meant
+
+    return list(catalogue())
+
+
+def _check(word: str) -> str | None:
+    """A check of envcheck check, by its id."""
+    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only when nothing else is meant
+
+    check = catalogue().get(word.lower())
+    if check is None:
+        return None
+    head = f"{check.id} (a check of envcheck check)"
+    return "\n".join(
+        (head, f"  {check.title}", "", paragraph(check.why, first="  ", indent="  "), "",
+         paragraph(f"Fix: {check.remedy}", indent="  "))
+    )  # fmt: skip
+
+
+def _pasted(text: str) -> str:
+    """Every symptom in a traceback, with the check that would have caught it and the remedy."""
+    from toolkit.base.symptoms import match  # noqa: PLC0415 - only for a traceback
+
+    found = match(text)
+    if not found:
+        return "no error in this text is known here"
+    return "\n\n".join(
+        f"{symptom.title}\n  caught by: {symptom.check}\n  remedy: {symptom.remedy}"
+        f"\n  exit code: {symptom.exit_code}"
+        for symptom in found
+    )

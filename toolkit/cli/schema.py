@@ -1,0 +1,28 @@
+"""``envcheck schema``: print a JSON Schema of ours, for editors and for other validators."""
+
+from __future__ import annotations
+
+import click
+
+from toolkit.config.schemas import schema_names, schema_path
+
+
+@click.command("schema")
+@click.argument("name", default="run", metavar="[NAME]")
+@click.option("--path", "only_path", is_flag=True, help="Print where the file lies instead.")
+@click.option("--list", "only_names", is_flag=True, help="Print the names that there are.")
+def schema(name: str, only_path: bool, only_names: bool) -> None:
+    """Print the JSON Schema NAME (run, unless named otherwise; draft 2020-12).
+
+    Editors with a YAML language server complete and check a run file that starts with
+
+    \b
+        # yaml-language-server: $schema=PATH
+
+    where PATH is what `envcheck schema --path` prints.
+    """
+    if only_names:
+        click.echo("\n".join(schema_names()))
+        return
+    path = schema_path(name)
+    click.echo(str(path) if only_path else path.read_text(encoding="utf-8"), nl=only_path)

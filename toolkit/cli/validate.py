@@ -1,0 +1,330 @@
+"""``envcheck validate``: every fault of run files, with its place, the arithmetic and the fix."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolkit.base.errors import InputError
+from toolkit.cli.render import colours_on, styled
+from toolkit.config.finding import Finding, Severity
+from toolkit.config.layers import load_document
+from toolkit.config.rules import DeviceFacts, Situation
+from toolkit.config.validate import validate as judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.document import Document
+    from toolkit.config.validate import Validation
+    from toolkit.gpu.cards import Card
+
+_COLOURS = {"error": "red", "warning": "yellow", "place": None}
+FORMATS = ("text", "json", "sarif", "github")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """The command line, parsed."""
+
+    strict: bool
+    fix: bool
+    overrides: tuple[str, ...]
+    situation: Situation
+    card: Card | None
+
+
+@click.command("validate")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="How findings are printed.",
+)
+@click.option("--strict", is_flag=True, help="Warnings refuse the run too.")
+@click.option(
+    "--fix", is_flag=True, help="Rewrite what can be fixed by rewriting a value or a key."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Judge with this value, as in toolkit train. May be given again.",
+)
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Judge for that many processes (what torchrun starts).",
+)
+@click.option(
+    "--gpu",
+    metavar="NAME|none",
+    help="Judge for this card (h200, a100-40, t4 ...), or for a machine without one.",
+)
+def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
+    """Find every fault in run files (YAML, JSON, TOML; folders, globs; - is standard input).
+
+    Nothing is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change;
+    2: a file cannot be read; 5: only under --strict, something could not be established here.
+    `envcheck explain RULE` explains a finding.
+    """
+    request = _request(options)
+    printer = _PRINTERS[form]()
+    names: list[str] = []
+    for name in expand(files):
+        names.append(name)
+        for found in _one(name, request):
+            printer.add(found)
+    printer.end(names)
+    raise SystemExit(printer.exit_code)
+
+
+def _request(options: dict[str, Any]) -> _Request:
+    gpu, card = options["gpu"], None
+    device = None
+    if gpu == "none":
+        device = DeviceFacts("no GPU", None)
+    elif gpu is not None:
+        from toolkit.gpu.cards import find  # noqa: PLC0415 - only for --gpu
+
+        card = find(gpu)
+        device = DeviceFacts(card.name, card.compute_capability)
+    situation = Situation(
+        world_size=options["world_size"], device=device, environment=dict(os.environ)
+    )
+    return _Request(
+        strict=options["strict"],
+        fix=options["fix"],
+        overrides=options["overrides"],
+        situation=situation,
+        card=card,
+    )
+
+
+def expand(arguments: tuple[str, ...]) -> Iterator[str]:
+    """Run files of the arguments: a file as it is, a folder's and a pattern's sorted.
+
+    Raises InputError for a folder or a pattern without any.
+    """
+    for argument in arguments:
+        if argument == "-":
+            yield argument
+        elif os.path.isdir(argument):
+            found = sorted(_in_folder(argument))
+            if not found:
+                raise InputError("holds no run file", where=argument, fix="*.yaml, *.toml, *.json")
+            yield from found
+        elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
+            import glob  # noqa: PLC0415 - most shells have expanded it
+
+            found = sorted(glob.glob(argument, recursive=True))
+            if not found:
+                raise InputError("matches no file", where=argument)
+            for one in found:
+                if not os.path.isdir(one):
+                    yield one
+        else:
+            yield argument
+
+
+def _in_folder(folder: str) -> Iterator[str]:
+    """YAML and TOML files, and JSON files with a model section (others are data)."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        for file in files:
+            path, suffix = os.path.join(parent, file), os.path.splitext(file)[1].lower()
+            if suffix in (".yaml", ".yml", ".toml") or (
+                suffix == ".json" and "model" in load_document(path).root.value
+            ):
+                yield path
+
+
+def _one(name: str, request: _Request) -> Iterator[Finding]:
+    if request.fix:
+        _rewrite(name, request)
+    document = load_document(name, request.overrides)
+    outcome = judge(document, request.situation)
+    findings = outcome.findings
+    if request.card is not None:
+        findings += tuple(_outside_interval(document, outcome, request))
+    for found in findings:
+        yield found.as_error() if request.strict else found
+
+
+def _rewrite(name: str, request: _Request) -> None:
+    from pathlib import Path  # noqa: PLC0415 - with --fix only
+
+    from toolkit.base.paths import write_file  # noqa: PLC0415
+    from toolkit.config.fix import fix_source  # noqa: PLC0415
+    from toolkit.config.read import Unreadable, read_source  # noqa: PLC0415
+
+    if name == "-":
+        raise InputError("--fix cannot rewrite standard input", fix="name the file")
+    try:
+        source = read_source(name)
+    except Unreadable:
+        return  # told when it is judged
+    repaired, fixed = fix_source(source, request.overrides, request.situation)
+    if repaired.text == source.text:
+        return
+    path = Path(name).resolve()
+    mode = path.stat().st_mode & 0o777
+    write_file(path, (repaired.bom + repaired.text).encode("utf-8"))
+    path.chmod(mode)
+    rules = ", ".join(dict.fromkeys(found.rule for found in fixed))
+    click.echo(f"{name}: fixed {len(fixed)} ({rules})", err=True)
+
+
+def _outside_interval(
+    document: Document, outcome: Validation, request: _Request
+) -> Iterator[Finding]:
+    """LOAD008 for the card of --gpu: whether the written share is inside what sizing finds."""
+    node = document.node(("model", "gpu_memory_utilization"))
+    if outcome.config is None or node is None or not isinstance(node.value, float):
+        return
+    from toolkit.base.errors import ToolkitError  # noqa: PLC0415
+    from toolkit.config.finding import Fix  # noqa: PLC0415
+    from toolkit.sizing import Device, read_spec, solve  # noqa: PLC0415 - only for --gpu
+
+    assert request.card is not None
+    model = outcome.config.model
+    free = replace(outcome.config, model=replace(model, gpu_memory_utilization="auto"))
+    try:
+        spec = read_spec(model.model_name, model.revision)
+        sized = solve(
+            free, spec, Device.from_card(request.card), world_size=request.situation.world_size
+        )
+    except ToolkitError:
+        return  # the model is not here (MODEL001), or nothing fits: envcheck size tells that
+    low, high = sized.interval.min, sized.interval.max
+    if low is None or high is None or low <= node.value <= high:
+        return
+    yield Finding(
+        rule="LOAD008",
+        severity=Severity.ERROR,
+        message=f"model.gpu_memory_utilization: {node.value} is outside {low:.3f} to {high:.3f}",
+        path=("model", "gpu_memory_utilization"),
+        source=node.source,
+        mark=node.mark,
+        notes=(f"sized for {request.card.name}; envcheck size --gpu shows the whole budget",),
+        fixes=(Fix("gpu_memory_utilization: auto"),),
+    )
+
+
+class _Printer:
+    """Counts findings; a kind of printer shows them."""
+
+    def __init__(self) -> None:
+        self.errors = self.warnings = 0
+        self.unreadable = False
+        self.only_unknown = True
+
+    def add(self, found: Finding) -> None:
+        if found.severity is Severity.ERROR:
+            self.errors += 1
+            self.only_unknown &= found.unknown
+        else:
+            self.warnings += 1
+        self.unreadable |= found.rule == "DOC014"
+        self.show(found)
+
+    def show(self, found: Finding) -> None:
+        raise NotImplementedError
+
+    def end(self, names: list[str]) -> None:
+        raise NotImplementedError
+
+    @property
+    def exit_code(self) -> int:
+        """The worst of all files."""
+        if self.unreadable:
+            return 2
+        if self.errors:
+            return 5 if self.only_unknown else 1
+        return 0
+
+
+class _Text(_Printer):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.render import render_text  # noqa: PLC0415 - only for a finding
+
+        if colours_on():
+            click.echo(
+                render_text([found], lambda text, role: styled(text, _COLOURS[role], bold=True))
+            )
+        else:
+            click.echo(render_text([found]))
+
+    def end(self, names: list[str]) -> None:
+        files = "1 file" if len(names) == 1 else f"{len(names)} files"
+        counts = [
+            f"{count} {word}{'s' * (count != 1)}"
+            for count, word in ((self.errors, "error"), (self.warnings, "warning"))
+            if count
+        ]
+        told = " and ".join(counts) or "no findings"
+        click.echo(f"{told} in {names[0] if len(names) == 1 else files}")
+
+
+class _Github(_Printer):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.render import render_github  # noqa: PLC0415
+
+        click.echo(render_github([found]))
+
+    def end(self, names: list[str]) -> None:
+        del names
+
+
+class _Collected(_Printer):
+    """JSON and SARIF are one value, printed at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[dict[str, Any]] = []
+
+    def dump(self, value: dict[str, Any]) -> None:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class _Json(_Collected):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.render import to_json  # noqa: PLC0415
+
+        self.kept.append(to_json(found))
+
+    def end(self, names: list[str]) -> None:
+        from toolkit.config.render import report  # noqa: PLC0415
+
+        self.dump(report(names, self.kept))
+
+
+class _Sarif(_Collected):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.sarif import result  # noqa: PLC0415
+
+        self.kept.append(result(found))
+
+    def end(self, names: list[str]) -> None:
+        from toolkit.config.sarif import log  # noqa: PLC0415
+
+        del names
+        self.dump(log(self.kept))
+
+
+_PRINTERS: dict[str, type[_Printer]] = {
+    "text": _Text,
+    "json": _Json,
+    "sarif": _Sarif,
+    "github": _Github,
+}

@@ -1,0 +1,169 @@
+"""What a rule, a key or an exit code means: what, why, an example, and the fix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import EXIT_CODES, InputError
+from toolkit.config.rules import all_rules
+from toolkit.config.schemas import find_schema
+from toolkit.config.suggest import nearest
+from toolkit.config.wording import describe, show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from toolkit.config.rules import Rule
+
+SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
+
+
+def explain(asked: str) -> str | None:
+    """The explanation of a rule id, a key (dotted, or its last part), ``exit-codes`` or ``rules``.
+
+    None when ``asked`` is none of these.
+    """
+    word = asked.strip()
+    if word == "exit-codes":
+        return exit_codes()
+    if word == "rules":
+        return rule_list()
+    rule = all_rules().get(word.upper())
+    if rule is not None:
+        return about_rule(rule)
+    return about_keys(word)
+
+
+def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
+    """The error for a word that is explained nowhere, with the nearest that is."""
+    names = [*all_rules(), *(name for name, _ in all_keys()), *more, "exit-codes", "rules"]
+    names += [name.rpartition(".")[2] for name, _ in all_keys()]
+    close = nearest(asked, names)
+    fix = f"did you mean {close}?" if close else "envcheck explain rules lists the rules"
+    return InputError(f"nothing is called {asked!r} here", fix=fix)
+
+
+def exit_codes() -> str:
+    """The table of exit codes."""
+    return "\n".join(
+        [
+            "Exit codes, as schedulers act on them:",
+            *(f"  {c:>3}  {t}" for c, t in EXIT_CODES.items()),
+        ]
+    )
+
+
+def rule_list() -> str:
+    """Every rule in one line."""
+    return "\n".join(
+        f"{rule.id:<10} {rule.severity:<8} {rule.summary}"
+        for rule in sorted(all_rules().values(), key=lambda one: one.id)
+    )
+
+
+def about_rule(rule: Rule) -> str:
+    """A rule at full length."""
+    lines = [f"{rule.id} ({rule.severity})", f"  {rule.summary}"]
+    if rule.why:
+        lines += ["", *_wrapped(rule.why)]
+    lines += [
+        "",
+        "Example of what it finds:",
+        *(f"    {line}" for line in rule.example.split("\n")),
+    ]
+    lines += ["", "Fix:", *(f"    {line}" for line in rule.fix.split("\n"))]
+    if rule.keys:
+        lines += ["", "Keys:", *_wrapped(", ".join(rule.keys), indent="    ")]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, *, indent: str = "  ") -> list[str]:
+    import textwrap  # noqa: PLC0415 - only to explain
+
+    return textwrap.wrap(
+        text, 96, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key of a run file with its schema: sections, their keys, and those of a reward."""
+    properties = find_schema("run")["properties"]
+    yield "extends", properties["extends"]
+    for section in SECTIONS:
+        yield section, properties[section]
+        for name, schema in properties[section]["properties"].items():
+            yield f"{section}.{name}", schema
+    functions = properties["reward"]["properties"]["functions"]["items"]["properties"]
+    for name, schema in functions.items():
+        yield f"reward.functions[].{name}", schema
+
+
+def about_keys(asked: str) -> str | None:
+    """A key; several, when its last part is in several sections."""
+    found = [(name, schema) for name, schema in all_keys() if name == asked]
+    if not found:
+        found = [(name, schema) for name, schema in all_keys() if name.rpartition(".")[2] == asked]
+    return "\n\n".join(about_key(name, schema) for name, schema in found) or None
+
+
+def about_key(name: str, schema: dict[str, Any]) -> str:
+    """A key's meaning, type, default, units, examples, and the rules on it."""
+    lines = [name, *_wrapped(schema["description"])]
+    if "x-refused" in schema:
+        return "\n".join(lines)
+    if "properties" in schema:
+        lines += ["", "Keys:", *_wrapped(", ".join(_open_keys(schema)), indent="    ")]
+    else:
+        lines += ["", f"  type:     {_type(schema)}"]
+        if "default" in schema:
+            lines.append(f"  default:  {show(schema['default'])}")
+        else:
+            lines.append("  default:  none, it must be written")
+        if "x-unit" in schema:
+            lines.append(f"  unit:     {schema['x-unit']}")
+        if schema.get("examples"):
+            lines.append(f"  examples: {', '.join(map(show, schema['examples']))}")
+        lines += _choices(schema)
+    rules = [rule for rule in all_rules().values() if name in rule.keys]
+    if rules:
+        lines += ["", "Rules:", *(f"    {rule.id}  {rule.summary}" for rule in rules)]
+    return "\n".join(lines)
+
+
+def _open_keys(schema: dict[str, Any]) -> list[str]:
+    return [name for name, below in schema["properties"].items() if "x-refused" not in below]
+
+
+def _type(schema: dict[str, Any]) -> str:
+    branches = schema.get("anyOf", [schema])
+    words = [describe(branch) or "anything" for branch in branches]
+    limits = [
+        f"{word} {show(branch[keyword])}"
+        for branch in branches
+        for keyword, word in (
+            ("minimum", "at least"),
+            ("exclusiveMinimum", "more than"),
+            ("maximum", "at most"),
+            ("exclusiveMaximum", "less than"),
+        )
+        if keyword in branch
+    ]
+    kinds = [branch.get("type", []) for branch in branches]
+    nullable = any("null" in ([kind] if isinstance(kind, str) else kind) for kind in kinds)
+    text = " or ".join(word for word in words if word != "null")
+    return ", ".join([text, *limits]) + (" (or null)" if nullable else "")
+
+
+def _choices(schema: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for branch in (schema, *schema.get("anyOf", ())):
+        for value, text in zip(
+            branch.get("enum", ()), branch.get("enumDescriptions", ()), strict=False
+        ):
+            lines += [f"    {show(value)}", *_wrapped(text, indent="        ")]
+        if "const" in branch and "description" in branch:
+            lines += [
+                f"    {show(branch['const'])}",
+                *_wrapped(branch["description"], indent="        "),
+            ]
+    return ["", "Values:", *lines] if lines else []

@@ -1,0 +1,104 @@
+"""Findings as SARIF 2.1.0 (docs.oasis-open.org/sarif), for code-scanning services and editors."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from toolkit import __version__
+from toolkit.base.secrets import redact
+from toolkit.config.render import end_column
+from toolkit.config.rules import all_rules
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.config.document import Mark, Source
+    from toolkit.config.finding import Finding, Fix
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A SARIF log of one run; ``results`` are those of ``result``."""
+    used = {found["ruleId"] for found in results}
+    rules = [rule for name, rule in all_rules().items() if name in used]
+    return {
+        "$schema": SCHEMA,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {
+                    "driver": {
+                        "name": "envcheck",
+                        "version": __version__,
+                        "rules": [
+                            {
+                                "id": rule.id,
+                                "shortDescription": {"text": rule.summary},
+                                "fullDescription": {"text": rule.why or rule.summary},
+                                "help": {"text": f"envcheck explain {rule.id}\nfix: {rule.fix}"},
+                                "defaultConfiguration": {"level": str(rule.severity)},
+                            }
+                            for rule in rules
+                        ],
+                    }
+                },
+                "columnKind": "unicodeCodePoints",
+                "results": list(results),
+            }
+        ],
+    }
+
+
+def result(found: Finding) -> dict[str, Any]:
+    """One finding as a SARIF result."""
+    text = "\n".join(map(redact, (found.message, *found.notes)))
+    made: dict[str, Any] = {
+        "ruleId": found.rule,
+        "level": str(found.severity),
+        "message": {"text": text},
+        "locations": [_location(found.source, found.mark)],
+    }
+    related = [_location(node.source, node.mark) for node in found.related]
+    if related:
+        made["relatedLocations"] = related
+    fixes = [_fix(fix) for fix in found.fixes if fix.edits]
+    if fixes:
+        made["fixes"] = fixes
+    return made
+
+
+def _artifact(source: Source | None) -> dict[str, str]:
+    name = redact(source.name) if source is not None else "run file"
+    return {"uri": PurePath(name).as_posix().replace("%", "%25").replace(" ", "%20")}
+
+
+def _location(source: Source | None, mark: Mark | None) -> dict[str, Any]:
+    region = {"startLine": 1}
+    if mark is not None:
+        region = {"startLine": mark.line, "startColumn": mark.column}
+        if source is not None and "\n" not in source.text[mark.start : mark.end]:
+            region["endColumn"] = max(end_column(mark), mark.column)
+    return {"physicalLocation": {"artifactLocation": _artifact(source), "region": region}}
+
+
+def _fix(fix: Fix) -> dict[str, Any]:
+    return {
+        "description": {"text": redact(fix.text)},
+        "artifactChanges": [
+            {
+                "artifactLocation": _artifact(edit.source),
+                "replacements": [
+                    {
+                        "deletedRegion": {
+                            "charOffset": edit.start,
+                            "charLength": edit.end - edit.start,
+                        },
+                        "insertedContent": {"text": edit.text},
+                    }
+                ],
+            }
+            for edit in fix.edits
+        ],
+    }
