@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # engine may be off.
 STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
+EXPERT_MARGIN = 0.10  # routed tokens are unevenly spread, and no measurement holds their count
 ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
 CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
 CPU_SHARE = 0.8  # of the available memory; the rest is for data, tokenizer and everybody else
@@ -100,11 +101,14 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
             )
         )
     fixed = STEP_MARGIN_BYTES if case.device else 0
+    share = STEP_MARGIN + unknown
+    if any(block.active_experts for block in case.spec.blocks):
+        share += EXPERT_MARGIN
     margins.append(
         Term(
             "margin.fragmentation",
-            int(total(trainer, "training") * (STEP_MARGIN + unknown)) + fixed,
-            f"{STEP_MARGIN + unknown:.0%} of a step, and {fixed // MIB} MiB",
+            int(total(trainer, "training") * share) + fixed,
+            f"{share:.0%} of a step, and {fixed // MIB} MiB",
             "training",
         )
     )

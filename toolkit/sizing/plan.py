@@ -68,7 +68,7 @@ def plan_engine(
     return EnginePlan(
         on_gpu=device is not None,
         dtype=model_dtype(spec, model.dtype, device.compute_capability if device else None),
-        quantization=format_on_load(spec, load_in_4bit=model.load_in_4bit),
+        quantization=format_on_load(spec, model),
         max_lora_rank=lora.legal_rank(work.rank) if rank == "auto" else rank,
         max_loras=model.max_loras,
         max_num_seqs=sequences,

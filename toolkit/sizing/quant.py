@@ -85,6 +85,7 @@ class Quantization:
 
 
 NF4_ON_LOAD = Quantization(method="bnb-nf4", skipped=("lm_head", "embed_tokens"))
+INT8_ON_LOAD = Quantization(method="bnb-int8", bits=8, skipped=("lm_head", "embed_tokens"))
 FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "embed_tokens"))
 
 

@@ -12,7 +12,7 @@ from toolkit.sizing.fit import Case, evaluate
 from toolkit.sizing.plan import plan_engine
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.trainer import StepPlan, compute_bytes
+from toolkit.sizing.trainer import StepPlan, adapter_bytes, compute_bytes
 from toolkit.sizing.workload import read_workload
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _steps(config: RunConfig, work: Workload, plan: EnginePlan, world_size: int)
             accumulation=work.accumulation * work.micro_batch // micro,
             checkpointing=mode,
             compute_bytes=compute_bytes(plan.dtype),
+            adapter_bytes=adapter_bytes(plan.quantization),
             own_weights=not work.uses_engine or not plan.share_weights,
             world_size=world_size,
         )

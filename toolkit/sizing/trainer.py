@@ -21,10 +21,11 @@ from toolkit.sizing.weights import weight_bytes
 if TYPE_CHECKING:
     from toolkit.sizing.model import Block, ModelSpec
     from toolkit.sizing.plan import EnginePlan
+    from toolkit.sizing.quant import Quantization
     from toolkit.sizing.workload import Workload
 
 Checkpointing = bool | Literal["unsloth"]
-ADAPTER_BYTES = 4  # policy/lora.py keeps adapters in float32, their gradients too
+MASTER_BYTES = 4  # policy/lora.py keeps adapters in float32, their gradients too
 HEAD_TOKENS = 4096  # TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py
 HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
 
@@ -37,6 +38,7 @@ class StepPlan:
     accumulation: int
     checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
     compute_bytes: int
+    adapter_bytes: int
     own_weights: bool
     world_size: int = 1
 
@@ -44,6 +46,9 @@ class StepPlan:
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
     """Every term of the trainer; those of phase "always" are there during rollouts too."""
     count = lora.adapter_parameters(spec, work.rank, work.targets)
+    states = work.optimizer_bytes
+    if "8bit" not in work.optimizer and states > 1:
+        states = states * step.adapter_bytes / MASTER_BYTES  # moments have the parameter's dtype
     terms = []
     if step.own_weights:
         own = weight_bytes(spec, plan.dtype, plan.quantization)
@@ -51,29 +56,25 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     terms += [
         Term(
             "trainer.adapter",
-            count * ADAPTER_BYTES,
-            f"{count:,} float32 parameters, r = {work.rank}",
+            count * step.adapter_bytes,
+            f"{count:,} parameters of {step.adapter_bytes} bytes, r = {work.rank}",
         ),
-        Term(
-            "trainer.optimizer",
-            int(count * work.optimizer_bytes),
-            f"{work.optimizer_bytes:g} bytes a parameter",
-        ),
+        Term("trainer.optimizer", int(count * states), f"{states:g} bytes a parameter"),
     ]
     tokens = step.micro_batch * work.sequence
     saved, layer, moving = _activations(spec, work, step, tokens)
     head = head_bytes(spec, work, step)
-    gradients = count * ADAPTER_BYTES
+    gradients = count * step.adapter_bytes
     if step.accumulation == 1:
         # They come into being layer by layer while the saved tensors of those layers go.
         gradients = max(0, gradients - saved)
     if step.world_size > 1:
-        gradients += count * ADAPTER_BYTES
+        gradients += count * step.adapter_bytes  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
     shape = f"{step.micro_batch} x {work.sequence} tokens, {mode}"
     terms += [
-        Term("trainer.gradients", gradients, "float32, as the adapter", "training"),
+        Term("trainer.gradients", gradients, f"{step.adapter_bytes} bytes a parameter", "training"),
         Term("trainer.activations", saved + layer + moving, shape, "training"),
         Term(
             "trainer.head",
@@ -82,6 +83,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
             "training",
         ),
     ]
+    if unpacked := dequantized_bytes(spec, plan):
+        terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
     return terms
 
 
@@ -104,7 +107,7 @@ def _activations(
     layer's backward).
     """
     widest = max(saved_per_token(block, spec, work, step) for block in spec.blocks)
-    moving = tokens * max(moving_per_token(block, spec, step) for block in spec.blocks)
+    moving = tokens * max(moving_per_token(block, spec, work, step) for block in spec.blocks)
     if step.checkpointing:
         kept = 0 if step.checkpointing == "unsloth" else spec.layers
         return tokens * spec.hidden_size * step.compute_bytes * kept, tokens * widest, moving
@@ -112,15 +115,16 @@ def _activations(
         block.count * saved_per_token(block, spec, work, step) for block in spec.blocks
     )
     adapter = lora.adapter_parameters(spec, work.rank, work.targets)
-    casts = adapter * step.compute_bytes if step.compute_bytes < ADAPTER_BYTES else 0
+    casts = adapter * step.compute_bytes if step.compute_bytes < step.adapter_bytes else 0
     return tokens * kept_bytes + casts, 0, moving
 
 
 def saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """Bytes that autograd saves for one token of one layer."""
     width = step.compute_bytes
+    # PEFT casts each adapted input up and autocast casts it down again: a copy for each module.
     casts = (
-        width < ADAPTER_BYTES
+        width < step.adapter_bytes
     )  # PEFT casts each adapted input up, autocast casts it down again: a copy for each module
     hidden = spec.hidden_size
     norms = block.vectors // hidden
@@ -135,7 +139,7 @@ def saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPla
         elif linear.leaf not in ("o_proj", "out_proj"):
             groups.add((linear.name.split(".")[0], linear.in_features))
         if work.dropout:
-            total += (1 + ADAPTER_BYTES) * linear.in_features
+            total += (1 + step.adapter_bytes) * linear.in_features
     total += sum(width * features for _, features in groups)
     total += _attention_saved(block, spec, width, work.sequence)
     return total + _mlp_saved(block, spec, width)
@@ -166,20 +170,45 @@ def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
     return total
 
 
-def moving_per_token(block: Block, spec: ModelSpec, step: StepPlan) -> int:
-    """Temporaries of one layer's backward: gradients of the MLP's inner tensors, in float32 where
-    an adapter was cast to.
+def moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """Temporaries of one layer's backward: gradients of the MLP's inner tensors.
+
+    They are float32 where PEFT cast an adapted input up; the hidden gradient is in two dtypes then.
     """
-    inner = max(
-        (
-            linear.in_features * (block.active_experts if linear.copies > 1 else 1)
-            for linear in block.linears
-            if linear.leaf == "down_proj"
-        ),
-        default=4 * spec.hidden_size,
+    down = max(
+        (linear for linear in block.linears if linear.leaf == "down_proj"),
+        key=lambda linear: linear.in_features,
+        default=None,
     )
-    casts = step.compute_bytes < ADAPTER_BYTES
-    return (4 if casts else 2) * step.compute_bytes * inner
+    inner = 4 * spec.hidden_size
+    if down is not None:
+        inner = down.in_features * (block.active_experts if down.copies > 1 else 1)
+    if step.compute_bytes == step.adapter_bytes:
+        # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
+        return (2 if step.compute_bytes == MASTER_BYTES else 3) * step.compute_bytes * inner
+    copies = 4 if down is not None and lora.targeted(down, work.targets) else 3
+    return copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
+
+
+def adapter_bytes(quantization: Quantization | None) -> int:
+    """Bytes of an adapter parameter: float32, and bfloat16 on a quantized base.
+
+    TRL 1.16 casts the adapter of a model that is ``is_loaded_in_4bit`` (grpo_trainer.py).
+    """
+    quantized = quantization is not None and quantization.method.startswith("bnb")
+    return 2 if quantized else MASTER_BYTES
+
+
+def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
+    """The largest weight, unpacked for one product, of a base that bitsandbytes packs."""
+    if plan.quantization is None or not plan.quantization.method.startswith("bnb"):
+        return 0
+    largest = max(
+        linear.out_features * linear.in_features
+        for block in spec.blocks
+        for linear in block.linears
+    )
+    return largest * DTYPE_BYTES[plan.dtype]
 
 
 def compute_bytes(dtype: str) -> int:

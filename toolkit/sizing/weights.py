@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.model import DTYPE_BYTES
-from toolkit.sizing.quant import NF4_ON_LOAD, Quantization
+from toolkit.sizing.quant import FP8_ON_LOAD, INT8_ON_LOAD, NF4_ON_LOAD, Quantization
 
 if TYPE_CHECKING:
+    from toolkit.config.model import ModelSection
     from toolkit.sizing.model import Block, Linear, ModelSpec
 
 # vLLM pads the vocabulary of embeddings and head to a multiple of this
@@ -21,11 +22,15 @@ def padded_vocab(vocab: int) -> int:
     return -(-vocab // VOCABULARY_PADDING) * VOCABULARY_PADDING
 
 
-def format_on_load(spec: ModelSpec, *, load_in_4bit: bool) -> Quantization | None:
-    """The weight format in memory: the checkpoint's own, else NF4 where asked for."""
+def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | None:
+    """The weight format in memory: the checkpoint's own, else what ``load_in_*`` asks for."""
     if spec.quantization is not None:
         return spec.quantization
-    return NF4_ON_LOAD if load_in_4bit else None
+    if section.load_in_4bit:
+        return NF4_ON_LOAD
+    if section.load_in_8bit:
+        return INT8_ON_LOAD
+    return FP8_ON_LOAD if section.load_in_fp8 else None
 
 
 def model_dtype(spec: ModelSpec, asked: str, capability: tuple[int, int] | None) -> str:

@@ -46,6 +46,7 @@ class Workload:
     sequence: int
     rank: int
     targets: tuple[str, ...] | str
+    optimizer: str
     optimizer_bytes: float
     uses_engine: bool
     dropout: bool
@@ -83,6 +84,7 @@ def read_workload(
     prompt = grpo.get("max_prompt_length")
     if not isinstance(prompt, int) or prompt < 1:
         prompt = max(length - completion, 1)
+    optimizer = str(grpo.get("optim", TRL_DEFAULTS["optim"]))
     return Workload(
         micro_batch=micro,
         accumulation=accumulation,
@@ -93,7 +95,8 @@ def read_workload(
         sequence=min(prompt + completion, length),
         rank=config.lora.r,
         targets=config.lora.target_modules,
-        optimizer_bytes=optimizer_bytes(str(grpo.get("optim", TRL_DEFAULTS["optim"]))),
+        optimizer=optimizer,
+        optimizer_bytes=optimizer_bytes(optimizer),
         uses_engine=uses_engine(config, device),
         dropout=config.lora.lora_dropout > 0,
     )
