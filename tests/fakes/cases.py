@@ -8,10 +8,14 @@ every reading of a row but its state), ``quirks`` of the fake NVML, ``arguments`
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+FAKES = Path(__file__).parent
 FOLDER = Path(__file__).parents[1] / "fixtures" / "snapshots"
 RUN = {
     "model": {"model_name": "example/absent-model"},
@@ -29,6 +33,7 @@ class Case:
     quirks: dict[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     run: dict[str, Any] | None = None
+    changed: tuple[str, ...] = ()
 
     def run_file(self, folder: Path) -> Path | None:
         """The run file of the case, with a data file beside it; None where it has none."""
@@ -40,6 +45,22 @@ class Case:
         path = folder / "run.json"
         path.write_text(json.dumps(data))
         return path
+
+    def envcheck(
+        self, folder: Path, *arguments: str, fake: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the installed command as if on the case's node; with ``fake`` False, on this one."""
+        file = folder / "node.json"
+        file.write_text(json.dumps({"node": self.node, "quirks": self.quirks}))
+        environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environ |= {"COLUMNS": "100", "HF_HOME": str(folder / "hf")}
+        if fake:
+            environ |= self.node["environment"]
+            environ |= {"PYTHONPATH": str(FAKES), "TOOLKIT_TEST_NODE": str(file)}
+        command = [str(Path(sys.executable).parent / "envcheck"), *arguments]
+        return subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=60, cwd=folder
+        )
 
 
 def names() -> list[str]:
@@ -67,6 +88,7 @@ def load(name: str) -> Case:
         data.get("quirks", {}),
         tuple(data.get("arguments", ())),
         data.get("run"),
+        tuple(data.get("change", {})),
     )
 
 

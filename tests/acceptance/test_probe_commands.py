@@ -1,0 +1,167 @@
+"""envcheck probe, check, record and replay as people and schedulers use them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+
+import cases
+
+
+def test_a_lost_card_spoils_its_row_and_not_the_table(tmp_path: Path) -> None:
+    result = cases.load("h100x8-lost").envcheck(tmp_path, "probe")
+    assert result.returncode == 0
+    rows = result.stdout.splitlines()[2:]
+    assert len(rows) == 8
+    assert rows[5].split() == ["5", "-", "?", "?", "?", "lost", "(GPU", "is", "lost)"]
+    assert rows[6].startswith("6    5     H100 80GB HBM3")
+    assert rows[6].endswith("ok")
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_each_reason_for_no_gpu_has_words_of_its_own(tmp_path: Path) -> None:
+    reasons = {
+        "cpu": "no NVIDIA GPU here",
+        "no-driver": "libnvidia-ml.so.1 is not installed",
+        "driver-not-loaded": "kernel module is not loaded",
+        "driver-mismatch": "do not match",
+        "no-permission": "refuses this user",
+        "serves-none": "serves none of them",
+        "docker-not-passed-in": "--gpus all",
+        "kubernetes-not-passed-in": "nvidia.com/gpu: 1",
+    }
+    said = {}
+    for name, words in reasons.items():
+        result = cases.load(name).envcheck(tmp_path, "probe")
+        assert result.returncode == 3
+        assert words in result.stdout
+        assert "fix:" in result.stdout
+        said[name] = result.stdout
+    assert len(set(said.values())) == len(reasons)
+
+
+def test_this_machine_is_told_as_it_is(tmp_path: Path) -> None:
+    """No fake: whatever is here, the exit code says whether it is a GPU."""
+    result = cases.load("cpu").envcheck(tmp_path, "probe", "--json", fake=False)
+    report = json.loads(result.stdout)
+    assert result.returncode == (0 if report["gpus"] else 3)
+
+
+def test_watch_looks_again(tmp_path: Path) -> None:
+    result = cases.load("h200-healthy").envcheck(
+        tmp_path, "probe", "--watch", "--interval", "0.1", "--count", "3"
+    )
+    assert result.returncode == 0
+    assert result.stdout.count("driver 580.159.04, CUDA 13.0") == 3
+
+
+def test_metrics_are_written_in_one_step_and_readable(tmp_path: Path) -> None:
+    metrics = tmp_path / "envcheck.prom"
+    result = cases.load("a100-remap-pending").envcheck(
+        tmp_path, "check", "--prometheus", str(metrics)
+    )
+    assert result.returncode == 3
+    families = {one.name: one for one in text_string_to_metric_families(metrics.read_text())}
+    assert families["envcheck_exit_code"].samples[0].value == 3
+    assert families["envcheck_gpu_row_remap_pending"].samples[0].value == 1
+    assert metrics.stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
+    case = cases.load("a100-remap-pending")
+    only = case.envcheck(tmp_path, "check", "--json", "--only", "host", "--only", "health.ecc")
+    ids = [row["id"] for row in json.loads(only.stdout)["checks"]]
+    assert only.returncode == 0
+    assert {name.partition(".")[0] for name in ids} == {"host", "health"}
+    assert [name for name in ids if name.startswith("health")] == ["health.ecc"]
+    assert case.envcheck(tmp_path, "check", "--skip", "health.rows").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "--only", "helth"], "did you mean health"),
+        (["check", "--require", "cc>=nine"], "in no known form"),
+        (["check", "--config", "absent.yaml"], "does not exist"),
+        (["check", "--lock", "node.json"], "no name==version line"),
+        (["replay", "node.json"], "not a recording"),
+        (["probe", "--interval", "0"], "--interval"),
+    ],
+)
+def test_usage_is_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = cases.load("cpu").envcheck(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_card_is_a_request_to_change(tmp_path: Path) -> None:
+    result = cases.load("h200-healthy").envcheck(tmp_path, "check", "--require", "h300")
+    assert result.returncode == 1
+    assert "h200" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["h200-mig", "h100x8-lost-required", "h200-tenant", "cpu-four-bit"]
+)
+def test_a_recording_is_redacted_and_judged_alike_elsewhere(name: str, tmp_path: Path) -> None:
+    case = cases.load(name)
+    config = case.run_file(tmp_path)
+    chosen = (*case.arguments, *(("--config", str(config)) if config else ()))
+    written = case.envcheck(tmp_path, "record", "node.record.json", *chosen)
+    assert written.returncode == 0, written.stderr
+    text = (tmp_path / "node.record.json").read_text()
+    uuids = [gpu["uuid"].get("value", "none") for gpu in case.node["gpus"]]
+    assert not [uuid for uuid in uuids if uuid in text]
+    assert "9000001" not in text
+    assert socket.gethostname() not in json.loads(text)["node"]["host"]
+
+    replayed = case.envcheck(tmp_path, "replay", "node.record.json", fake=False)
+    assert replayed.returncode == case.expect["exit_code"], replayed.stdout
+    assert "as recorded:" in replayed.stdout
+    again = case.envcheck(tmp_path, "replay", "node.record.json", "--json", fake=False)
+    found = {row["id"]: row["verdict"] for row in json.loads(again.stdout)["checks"]}
+    assert found.items() >= case.expect["not_ok"].items()
+
+
+def test_a_node_of_eight_is_checked_in_two_seconds(tmp_path: Path) -> None:
+    case = cases.load("h100x8-healthy")
+    config = cases.load("t4-bfloat16").run_file(tmp_path)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = case.envcheck(tmp_path, "check", "--config", str(config), "--json")
+        times.append(time.perf_counter() - start)
+        assert result.returncode in (0, 1), result.stderr
+    assert min(times) < 2.0
+
+
+def test_checking_writes_nothing(tmp_path: Path) -> None:
+    """Neither in the working folder, nor in HOME, nor in the caches that it looks at."""
+    home = tmp_path / "home"
+    home.mkdir()
+    case = cases.load("h200-healthy")
+    config = cases.load("t4-bfloat16").run_file(tmp_path)
+    case.envcheck(tmp_path, "probe")  # writes the test's own node.json
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    os.environ["HOME"], old = str(home), os.environ.get("HOME", "/root")
+    try:
+        for command in (["check", "--config", str(config)], ["probe"], ["check", "--node"]):
+            case.envcheck(tmp_path, *command)
+    finally:
+        os.environ["HOME"] = old
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    node = tmp_path / "node.json"
+    assert {path: stamp for path, stamp in after.items() if path != node} == {
+        path: stamp for path, stamp in before.items() if path != node
+    }

@@ -1,0 +1,39 @@
+"""The texts that toolkit.base.symptoms looks for still stand in the installed vLLM and torch."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from toolkit.base.symptoms import match
+
+pytestmark = pytest.mark.contract
+
+PLACES = {
+    "no-cache-blocks": ("vllm", "v1/core/kv_cache_utils.py", r"No available memory for the cache"),
+    "sequence-does-not-fit": ("vllm", "v1/core/kv_cache_utils.py", r"To serve at least one req"),
+    "free-below-request": ("vllm", "v1/worker/utils.py", r"Free memory on device"),
+    "neighbour-moved": ("vllm", "v1/worker/gpu_worker.py", r"Error in memory profiling"),
+    "sampler-warm-up": ("vllm", "v1/worker/gpu_model_runner.py", r"when warming up sampler with"),
+    "lora-rank": ("vllm", "lora/peft_helper.py", r"is greater than max_lora_rank"),
+    "no-kernel-image": ("torch", "cuda/__init__.py", r"is not compatible with the current PyTorch"),
+}
+
+
+@pytest.mark.parametrize("symptom", sorted(PLACES))
+def test_upstream_still_says_it_so(symptom: str) -> None:
+    package, file, words = PLACES[symptom]
+    spec = find_spec(package)
+    assert spec is not None, f"{package} is not installed"
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / file).read_text(encoding="utf-8")
+    found = re.search(words, source)
+    assert found, f"{package}/{file} no longer says {words!r}"
+    # The message as it is printed: adjacent literals joined, a number for every placeholder.
+    around = source[max(0, found.start() - 200) : found.start() + 600]
+    printed = re.sub(r"\"\s*\n\s*f?\"", "", around)
+    printed = re.sub(r"\{[^{}]*\}", "32", printed)
+    assert symptom in {one.id for one in match(printed)}
