@@ -146,9 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         lines = ["error: the lock does not match pyproject.toml", *(f"  {line}" for line in wrong)]
         lines.append("  fix: run `just lock`, look at what moved, commit it")
-        sys.stderr.write("
-".join(lines) + "
-")
+        sys.stderr.write("\n".join(lines) + "\n")
         return 1
     files = [options.locks / name for name in TARGETS[options.target][1]]
     content = {
