@@ -53,6 +53,11 @@ def parse_yaml(source: Source) -> Document:
     return document
 
 
+_STARTS = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
+_ENDS = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
+_NODES = (yaml.ScalarEvent, yaml.AliasEvent, *_STARTS)
+
+
 class _Builder:
     """Events to nodes, with its own stack."""
 
@@ -82,27 +87,28 @@ class _Builder:
         try:
             parser = _Parser(self.source.text)
             while (event := parser.get_event()) is not None:
-                if isinstance(event, yaml.DocumentStartEvent) and self.root is not None:
+                kind = type(event)
+                if kind in _NODES:
+                    self.open(event, kind)
+                elif kind in _ENDS:
+                    self.close(event)
+                elif kind is yaml.DocumentStartEvent and self.root is not None:
                     message = "a second YAML document: a run file is one document"
                     self.tell("DOC005", _mark(event), message, "share settings with extends:")
                     break
-                if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-                    self.close(event)
-                elif isinstance(event, yaml.NodeEvent):
-                    self.open(event)
         except yaml.MarkedYAMLError as error:
             raise Fault(self.syntax(error)) from None
         except yaml.reader.ReaderError as error:
             raise Fault(self.character(error)) from None
         return self.root
 
-    def open(self, event: Any) -> None:
-        node = self.node(event)
+    def open(self, event: Any, kind: type) -> None:
+        node = self.node(event, kind)
         if self.stack:
             self.place(node, event)
         else:
             self.root = node
-        if isinstance(event, yaml.CollectionStartEvent):
+        if kind in _STARTS:
             self.stack.append(node)
             self.keys.append(None)
             if len(self.stack) > MAX_DEPTH:
@@ -121,20 +127,20 @@ class _Builder:
             message = f"more than {MAX_NODES} values, aliases counted"
             raise Fault(self.finding("DOC009", mark, message))
 
-    def node(self, event: Any) -> Node:
+    def node(self, event: Any, kind: type) -> Node:
         mark = _mark(event)
         self.bounded(mark)
-        if isinstance(event, yaml.AliasEvent):
+        if kind is yaml.AliasEvent:
             return self.alias(str(event.anchor), mark)
         if event.tag not in (None, "!"):
             message = f"the tag {event.tag}: a run file takes no tags"
             self.tell("DOC003", mark, message, "remove the tag")
-        if isinstance(event, yaml.ScalarEvent):
+        if kind is yaml.ScalarEvent:
             node = Node(event.value, mark, self.source, plain=not event.style)
             if node.plain:
                 self.resolve(node, event.value)
         else:
-            empty_value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+            empty_value: Any = {} if kind is yaml.MappingStartEvent else []
             node = Node(empty_value, mark, self.source)
         if event.anchor:
             self.anchors[event.anchor] = node

@@ -105,6 +105,11 @@ def default(path: str) -> Any:
     return schema.get("default")
 
 
+@cache
+def _parts(path: str) -> KeyPath:
+    return tuple(path.split("."))
+
+
 @dataclass(slots=True, kw_only=True)
 class Situation:
     """What is judged besides the file: the what-ifs, and what the machine has."""
@@ -121,6 +126,7 @@ class Run:
         self.document = document
         self.bad = bad
         self.situation = situation
+        self._nodes: dict[str, Node | None] = {}
 
     @property
     def world_size(self) -> int:
@@ -129,15 +135,16 @@ class Run:
 
     def node(self, path: str) -> Node | None:
         """The node of a key, None where it is not written."""
-        return self.document.node(tuple(path.split(".")))
+        if path not in self._nodes:
+            self._nodes[path] = self.document.node(_parts(path))
+        return self._nodes[path]
 
     def written(self, path: str) -> bool:
         """Whether a key is written, with a value that rules may lean on."""
-        parts = tuple(path.split("."))
-        for depth in range(1, len(parts) + 1):
-            if parts[:depth] in self.bad:
-                raise Unjudged
-        return self.document.node(parts) is not None
+        parts = _parts(path)
+        if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
+            raise Unjudged
+        return self.node(path) is not None
 
     def value(self, path: str) -> Any:
         """The value of a key as plain data, its default where it is not written."""
@@ -146,7 +153,7 @@ class Run:
         node = self.node(path)
         assert node is not None
         if isinstance(node.value, list):
-            parts = tuple(path.split("."))
+            parts = _parts(path)
             if any(bad[: len(parts)] == parts for bad in self.bad):
                 raise Unjudged
             return node.to_plain()
@@ -219,7 +226,7 @@ class Run:
 
     def finding(self, made_by: Rule, fault: Fault) -> Finding:
         """A rule's fault with its place."""
-        path = tuple(fault.at.split(".")) if isinstance(fault.at, str) else fault.at
+        path = _parts(fault.at) if isinstance(fault.at, str) else fault.at
         node = self._shown(path, fault.related)
         mark = node.key if fault.on_key and node.key is not None else node.mark
         return Finding(
@@ -239,7 +246,7 @@ class Run:
 
     def _shown(self, path: KeyPath, related: tuple[str, ...]) -> Node:
         """The node to point at: the fault's own, else a written operand, the section, the file."""
-        for candidate in (path, *(tuple(one.split(".")) for one in related), path[:1]):
+        for candidate in (path, *(_parts(one) for one in related), path[:1]):
             node = self.document.node(candidate)
             if node is not None:
                 return node

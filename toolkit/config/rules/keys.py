@@ -97,34 +97,34 @@ def keys_without_effect(run: Run) -> Iterator[Fault]:
     LoRA keys do nothing under full_finetuning, engine keys nothing with engine: transformers, and
     some keys wait for another that is off. A key that does nothing looks as if it did.
     """
-    for key, why in _idle(run):
-        node = run.node(key)
-        if node is not None:
+    for key, why in (*_by_engine(run), *_by_other_keys(run), *FORCED.items()):
+        if run.node(key) is not None:
             yield Fault(key, f"has no effect: {why}", on_key=True)
+    for key, switch, on in _SWITCHED:
+        if run.node(key) is not None and run.ask(switch) != on:
+            yield Fault(key, f"has no effect: {run.operand(switch)}", on_key=True)
 
 
-def _idle(run: Run) -> Iterator[tuple[str, str]]:
-    """Keys that nothing reads in this run, written or not, with the reason."""
-    if run.ask("model.full_finetuning"):
-        yield "lora", run.operand("model.full_finetuning")
+def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
+    """Keys that nothing reads with this engine, written or not, with the reason."""
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
-        for name in _ENGINE_ONLY:
-            yield f"model.{name}", f"{run.operand(key)}, and only the vLLM engine reads it"
-        for name in _ENGINE_ONLY_GRPO:
-            yield f"grpo.{name}", f"{run.operand(key)}, and only the vLLM engine reads it"
+        why = f"{run.operand(key)}, and only the vLLM engine reads it"
+        yield from ((f"model.{name}", why) for name in _ENGINE_ONLY)
+        yield from ((f"grpo.{name}", why) for name in _ENGINE_ONLY_GRPO)
     elif run.engine == "vllm":
-        for name in _TRANSFORMERS_ONLY:
-            yield f"grpo.{name}", "the vLLM engine generates, and only transformers reads it"
+        why = "the vLLM engine generates, and only transformers reads it"
+        yield from ((f"grpo.{name}", why) for name in _TRANSFORMERS_ONLY)
+
+
+def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
+    if run.ask("model.full_finetuning"):
+        yield "lora", run.operand("model.full_finetuning")
     if run.ask("grpo.max_steps") > 0:
         yield "grpo.num_train_epochs", run.operand("grpo.max_steps")
     if run.ask("dataset.path") is None:
         for name in ("split", "name", "revision", "limit", "eval_split"):
             yield f"dataset.{name}", "there is no dataset.path"
-    yield from FORCED.items()
-    for key, switch, on in _SWITCHED:
-        if run.ask(switch) != on:
-            yield key, run.operand(switch)
 
 
 @rule(

@@ -13,10 +13,18 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.base import Run
 
+SHORTEST = 16
 _WHERE = {
     "hf": "export HF_TOKEN in the shell, or hf auth login",
     "wandb": "export WANDB_API_KEY in the shell",
 }
+
+
+def _secret_in(value: object) -> str | None:
+    """The kind of secret that a text shows; short ones only hide in a URL."""
+    if not isinstance(value, str) or (len(value) < SHORTEST and "://" not in value):
+        return None
+    return find_secret(value)
 
 
 @rule(
@@ -37,7 +45,7 @@ def no_secrets(run: Run) -> Iterator[Fault]:
         if isinstance(name, str) and node.value and is_secret_key(name):
             kind = f"{name} holds a secret"
         else:
-            found = find_secret(node.value) if isinstance(node.value, str) else None
+            found = _secret_in(node.value)
             if found is None:
                 continue
             kind = f"a {found} is written here"
