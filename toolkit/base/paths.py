@@ -29,12 +29,12 @@ def tighten_umask() -> int:
     return old
 
 
-def safe_join(root: Path, name: str, *, what: str = "a file name") -> Path:
+def safe_join(root: Path, name: str, *, what: str = "a file name", links: bool = False) -> Path:
     """``root / name``, where ``name`` was written by someone else: it must not lead outside
     ``root``.
 
     Raises ConfigError for an absolute path, a drive, ``..``, a NUL or an empty name, and for a
-    link that leads outside.
+    link that leads outside, unless ``links`` allows those (the hub's cache is made of them).
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
@@ -45,7 +45,7 @@ def safe_join(root: Path, name: str, *, what: str = "a file name") -> Path:
             fix="this folder was damaged or made to do harm: get it again from where you trust it",
         )
     path = root / pure
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not links and not path.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             f"{what} is a link that leads outside its folder: {name!r} -> {path.resolve()}",
             where=str(root),

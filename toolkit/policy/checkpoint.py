@@ -14,9 +14,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.paths import safe_join
 
 ADAPTER_CONFIG = "adapter_config.json"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Checkpoint:
 
         Raises:
             InputError: no config.json, or no weights.
+            ConfigError: its index of weights names a file outside of the folder.
             ConfigValueError: only pickled weights, which are not read unless that is asked for.
         """
         if not self._has("config.json"):
@@ -64,6 +67,10 @@ class Checkpoint:
                 where=str(self.folder),
                 fix="name a folder that save_pretrained wrote, or a hub id",
             )
+        for index in filter(self._has, _INDEXES):
+            shards = self.read_json(index).get("weight_map")
+            for name in set(map(str, shards.values())) if isinstance(shards, dict) else ():
+                safe_join(self.folder, name, what=f"a file in {index}", links=True)
         if pickle or any(self.folder.glob("*.safetensors")):
             return
         if any(self.folder.glob("*.bin")):

@@ -52,6 +52,9 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="link that leads outside"):
         paths.safe_join(root, "out/secret")
     assert paths.safe_join(root, "in/file") == root / "in/file"
+    assert paths.safe_join(root, "out/blob", links=True) == root / "out/blob"
+    with pytest.raises(ConfigError, match="outside its folder"):
+        paths.safe_join(root, "../out", links=True)
 
 
 def _mode(path: Path) -> int:
