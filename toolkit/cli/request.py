@@ -11,7 +11,7 @@ from toolkit.base.errors import InputError
 from toolkit.base.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from toolkit.config.model import RunConfig
     from toolkit.gpu.checks import CheckContext, CheckResult
@@ -78,11 +78,19 @@ def facts(run: RunConfig) -> dict[str, Any]:
         "gpu_memory_utilization": None if share == "auto" else float(share),
         "sleeps": None if model.enable_sleep_mode == "auto" else model.enable_sleep_mode,
         "tensor_parallel_size": model.tensor_parallel_size,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1") or "1"),
+        "world_size": local_world_size(os.environ),
         "model": model.model_name,
         "revision": model.revision,
         "sizer_model_types": _sized_model_types(),
     }
+
+
+def local_world_size(environ: Mapping[str, str]) -> int:
+    """Processes of this job on this node, as torchrun says; 1 where it does not."""
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        if re.fullmatch(r"[0-9]{1,6}", environ.get(name, "")):
+            return max(1, int(environ[name]))
+    return 1
 
 
 def _sized_model_types() -> tuple[str, ...]:
@@ -91,7 +99,7 @@ def _sized_model_types() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-def folders(run: RunConfig | None, environ: Any) -> dict[str, Path]:
+def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:
     """The folders that a run writes to, by role."""
     cache = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     paths = {

@@ -8,13 +8,14 @@ from typing import Any
 
 import cases
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.base.errors import InputError
 from toolkit.config.validate import check_instance
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.record import load, recording, redact
+from toolkit.gpu.report import probe_report
 from toolkit.gpu.snapshot_json import node_from_json
 
 NAMES = {"/home/anna": "~", "anna": "USER", "node7.example.org": "HOST", "node7": "HOST"}
@@ -89,6 +90,30 @@ def test_pids_names_users_and_hosts_go() -> None:
 def test_what_is_no_recording_is_said_so(data: Any) -> None:
     with pytest.raises(InputError, match="not a recording"):
         load(data)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if not isinstance(value, dict | list):
+        return [path]
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return [path, *(found for key, part in parts for found in _paths(part, (*path, key)))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_what_the_schema_lets_through_can_be_judged(data: st.DataObject) -> None:
+    """One value of a good recording is replaced: the schema refuses it, or every check answers."""
+    snapshot = node_from_json(cases.load("h200-tenant").node)
+    good = recording(snapshot, CheckContext(), run_checks(snapshot))
+    path = data.draw(st.sampled_from([p for p in _paths(good["node"]) if len(p) > 1]))
+    place = good["node"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = data.draw(_ANY)
+    if check_instance(good, "report") == []:
+        again, context, _ = load(good)
+        assert run_checks(again, context)
+        assert probe_report(again)["kind"] == "probe"
 
 
 _ANY = st.recursive(

@@ -27,10 +27,10 @@ class CheckContext:
     """What the job asks of the node, as plain values; all defaults mean "nothing is asked".
 
     ``configured`` says that the values come from a run file, so that what is not asked is not
-    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` and ``sleeps``
-    None mean auto.
-    ``node`` judges every card of the node and leaves the job out. ``lock`` maps a package to its
-    locked version. ``sizer_model_types`` are the ``model_type`` values that sizing knows exactly.
+    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` and ``sleeps`` None
+    mean auto. ``world_size`` counts this node's processes. ``node`` judges every card of the node
+    and leaves the job out. ``lock`` maps a package to its locked version. ``sizer_model_types`` are
+    the ``model_type`` values that sizing knows exactly.
     """
 
     configured: bool = False
@@ -56,8 +56,10 @@ class CheckContext:
 
     @property
     def gpus_wanted(self) -> int:
-        """Cards that one node must have for this job."""
-        return max(self.required_gpus, self.world_size * self.tensor_parallel_size)
+        """Cards of this node that the job uses. The engine splits a model over the trainer's own
+        ranks, so the larger of the two counts and not their product.
+        """
+        return max(self.required_gpus, self.world_size, self.tensor_parallel_size)
 
     def to_json(self) -> dict[str, Any]:
         """The values that differ from the default; a recorded snapshot keeps them."""

@@ -10,7 +10,7 @@ from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
     fail,
-    judged,
+    judged_cards,
     ok,
     version_tuple,
     warn,
@@ -68,13 +68,13 @@ def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The card and the compute capability that --require asks for."""
-    gpus = [gpu for gpu in judged(snapshot, context) if not gpu.lost]
+    gpus = [gpu for gpu in judged_cards(snapshot, context) if not gpu.lost]
     if not gpus or not (context.required_card or context.required_capability):
         return None
     names = {gpu.name.value or "" for gpu in gpus}
     if context.required_card:
         row = cards.find(context.required_card)
-        if not any(name.lower() == row.name.lower() for name in names):
+        if not any(_is_named(name, context.required_card, row.name) for name in names):
             return fail("user", f"{row.name} wanted, here: {', '.join(sorted(names))}")
     least = context.required_capability
     low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
@@ -83,6 +83,11 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         wanted = ".".join(map(str, least))
         return fail("user", f"{low[0].label}: compute capability {has}, {wanted} wanted")
     return ok(", ".join(sorted(names)))
+
+
+def _is_named(name: str, wanted: str, row_name: str) -> bool:
+    """``h100`` stands for every H100; a longer name for the card of the table."""
+    return wanted.lower() in name.lower().replace("-", " ").split() or name == row_name
 
 
 def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
