@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -27,12 +28,16 @@ import click
 @click.option("--checkpoint", type=int, metavar="STEP", help="Of checkpoint-STEP, not the end.")
 def export(run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None) -> None:
     """Write RUN's adapter (PEFT, safetensors) to DIR, or a checkpoint of plain transformers."""
-    from toolkit.train.finished import export_run, open_run  # noqa: PLC0415 - loads torch
+    from toolkit.train.quiet import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
     if dtype != "auto" and not merge:
         raise click.UsageError("--dtype is for --merge")
+    prepare_environment()
+    from toolkit.train.finished import export_run, open_run  # noqa: PLC0415 - loads torch
+
     found = open_run(run, step=checkpoint)
-    export_run(found, to, merge=merge, dtype=dtype)
+    with quiet(debug="--debug" in sys.argv):
+        export_run(found, to, merge=merge, dtype=dtype)
     source = found.adapter or found.checkpoint
     kind = "merged weights" if merge else "the adapter"
     click.echo(f"wrote {kind} of {source} to {to}")

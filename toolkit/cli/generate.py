@@ -46,12 +46,15 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Ask the policy that RUN trained for completions of PROMPTS; "-" reads one a line from
     stdin.
     """
+    from toolkit.train.quiet import prepare_environment, quiet  # noqa: PLC0415 - with the others
+
+    as_json, texts = options.pop("as_json"), _texts(prompts)
+    prepare_environment()
     from toolkit.train.finished import complete, open_run  # noqa: PLC0415 - loads torch
 
     found = open_run(run, step=options.pop("checkpoint"))
-    as_json = options.pop("as_json")
-    texts = _texts(prompts)
-    answers = complete(found, texts, **options)
+    with quiet(debug="--debug" in sys.argv):
+        answers = complete(found, texts, n=options.pop("count"), **options)
     for text, completions in zip(texts, answers, strict=True):
         if as_json:
             row = {"prompt": text, "completions": completions}

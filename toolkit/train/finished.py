@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,40 +150,44 @@ def complete(
     chat: bool | None = None,
     base: bool = False,
     engine: EngineName = "transformers",
-    count: int = 1,
     **options: Any,
 ) -> list[list[str]]:
-    """``count`` completions of each prompt, as text. ``base`` leaves the adapter out.
+    """Completions of each prompt, as text. ``base`` leaves the adapter out.
 
-    ``chat`` puts a prompt, and the run's system prompt, through the tokenizer's chat template; None
-    does what the run did. ``options`` are those of ``fast_generate``: max_tokens, temperature, ...
+    ``chat`` makes a prompt a user's message under the run's system prompt, by the tokenizer's
+    template; None does what the run did with its data. ``options`` are those of ``fast_generate``.
 
     Raises:
         ConfigValueError: ``chat`` without a chat template, or prompts that do not fit.
     """
+    from toolkit.train.data_prompts import with_system  # noqa: PLC0415 - loads torch
+    from toolkit.train.evaluate import token_ids  # noqa: PLC0415
+
     model, tokenizer = load_run_policy(run, engine=engine)
-    system = run.config.dataset.system
-    if chat is None:
-        chat = system is not None
+    chat = _was_chat(run.folder) if chat is None else chat
     if chat and not tokenizer.chat_template:
         raise ConfigValueError(
             "the tokenizer has no chat template", where=str(run.folder), fix="use --plain"
         )
-    inputs: list[Any] = [_chat(tokenizer, prompt, system) if chat else prompt for prompt in prompts]
+    system = run.config.dataset.system
+    given: list[Any] = list(prompts)
+    if system is not None:
+        given = [with_system(prompt, system, has_template=chat) for prompt in prompts]
+    elif chat:
+        given = [[{"role": "user", "content": prompt}] for prompt in prompts]
     try:
         chosen = {"lora_request": None} if base else {}
-        answers = model.fast_generate(inputs, n=count, **options, **chosen)
+        answers = model.fast_generate(token_ids(given, tokenizer), **options, **chosen)
         return [[output.text for output in answer.outputs] for answer in answers]
     finally:
         if model.toolkit_engine is not None:
             model.toolkit_engine.close()
 
 
-def _chat(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
-    """Token ids of one user message, ready for the answer."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False
-    )
-    return ids
+def _was_chat(folder: Path) -> bool:
+    """True if the run's own prompts were chats, by the first completion that it wrote down."""
+    try:
+        with (folder / "completions.jsonl").open(encoding="utf-8") as file:
+            return isinstance(json.loads(file.readline()).get("prompt"), list)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,236 @@
+"""``toolkit generate`` and ``toolkit export`` on a run folder.
+
+The main uses go through the installed command, a process each; the rest through its entry point in
+this process, which spares the seconds that importing torch takes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLKIT = Path(sys.executable).parent / "toolkit"
+
+
+class Inside:
+    """Calls the command's entry point here: ``inside("generate", ...)`` is like ``call``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: Any, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        import torch
+
+        from toolkit.cli.train import main
+
+        torch.set_num_threads(1)
+        words = ["toolkit", *map(str, arguments)]
+        self.monkeypatch.setattr(sys, "argv", words)
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = self.capfd.readouterr()
+        return subprocess.CompletedProcess(words, int(left.value.code or 0), out, err)
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Inside:
+    return Inside(monkeypatch, capfd)
+
+
+def call(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run the installed command."""
+    return subprocess.run(
+        [str(TOOLKIT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint ``model`` and a run folder ``run`` with a finished adapter and a checkpoint.
+
+    The checkpoint's adapter is another one than the finished one, so that they can be told apart.
+    """
+    sys.path.append(str(ROOT / "tests" / "fixtures"))
+    import torch
+    from safetensors.torch import save_file
+    from tiny_llama import make_tiny
+
+    from toolkit.policy.language_model import FastLanguageModel
+    from toolkit.train import checkpoint, resume
+    from toolkit.train.state import trainable
+
+    folder = tmp_path_factory.mktemp("world")
+    run = folder / "run"
+    base = make_tiny(folder / "model", chat=True)
+    model, _ = FastLanguageModel.from_pretrained(str(base), max_seq_length=128, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(
+        model, r=4, lora_alpha=8, use_gradient_checkpointing=False
+    )
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+    draw()
+    part = checkpoint.begin(run, 7)
+    save_file(
+        {name: p.detach().clone() for name, p in trainable(model).items()}, part / resume.ADAPTER
+    )
+    checkpoint.commit(part, 7)
+    draw()
+    model.save_lora(run / "adapter")
+    config = {
+        "model": {"model_name": str(base), "max_seq_length": 128, "load_in_4bit": False},
+        "lora": {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False},
+        "dataset": {"path": "/moved/away.jsonl", "prompt": "question"},
+        "reward": {"functions": [{"name": "exact_match"}]},
+        "runtime": {"engine": "transformers", "output_dir": str(run)},
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def greedy(folder: Path, text: str = "12+3=", adapter: Path | None = None) -> str:
+    """What plain transformers and PEFT answer, 12 tokens."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer(text).input_ids])
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_generate_answers_as_plain_peft_does(world: Path) -> None:
+    done = call("generate", world / "run", "12+3=", "--max-tokens", 12)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == greedy(world / "model", adapter=world / "run" / "adapter") + "\n"
+    assert done.stderr == ""
+
+
+def test_generate_many_as_json(inside: Inside, world: Path) -> None:
+    arguments = ("generate", world / "run", "-", "--max-tokens", 6, "-n", 2, "--temperature", 1.0)
+    done = inside(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["1+1=", "2+2="]
+    assert all(len(row["completions"]) == 2 for row in rows)
+    assert inside(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n").stdout == done.stdout
+
+
+def test_generate_from_the_base_a_checkpoint_and_a_chat(inside: Inside, world: Path) -> None:
+    found = {
+        name: inside("generate", world / "run", "12+3=", "--max-tokens", 12, *extra)
+        for name, extra in {
+            "end": (),
+            "base": ("--base",),
+            "checkpoint": ("--checkpoint", 7),
+            "chat": ("--chat",),
+        }.items()
+    }
+    assert all(done.returncode == 0 for done in found.values()), found
+    assert found["base"].stdout == greedy(world / "model") + "\n"
+    assert len({done.stdout for done in found.values()}) == 4
+
+
+def test_export_an_adapter_that_plain_peft_reads(
+    inside: Inside, world: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "out" / "adapter"
+    done = inside("export", world / "run", "--to", to)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote the adapter of {world / 'run' / 'adapter'} to {to}\n"
+    expected = greedy(world / "model", adapter=world / "run" / "adapter")
+    assert greedy(world / "model", adapter=to) == expected
+    assert (to / "tokenizer.json").is_file()
+
+
+def test_export_merged_weights_that_plain_transformers_loads(world: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    done = call("export", world / "run", "--to", tmp_path / "merged", "--merge")
+    assert done.returncode == 0, done.stderr
+    assert "wrote merged weights of" in done.stdout
+    ids = torch.tensor([[4, 5, 13, 6, 16]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, world / "run" / "adapter")(ids).logits
+        found = merged(ids).logits
+    assert torch.allclose(found, adapted, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_export_from_a_checkpoint_of_an_unfinished_run(
+    inside: Inside, world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    done = inside("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-7" in done.stdout
+    by_hand = inside("generate", world / "run", "12+3=", "--max-tokens", 12, "--checkpoint", 7)
+    assert greedy(tmp_path / "merged") + "\n" == by_hand.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("generate", "/nowhere", "hi"), 2, "is no run folder: config.json is missing"),
+        (("generate", "RUN"), 2, "Missing argument 'PROMPTS...'"),
+        (("generate", "RUN", "hi", "--checkpoint", "9"), 1, "has no sound checkpoint-9"),
+        (("generate", "RUN", "1" * 128), 1, "prompt 0 has 128 tokens"),
+        (("generate", "RUN", "hi", "--temperature", "-1"), 2, "--temperature"),
+        (("export", "RUN"), 2, "Missing option '--to'"),
+        (("export", "RUN", "--to", "RUN"), 1, "is not empty"),
+        (("export", "RUN", "--to", "/proc/x"), 2, "cannot be written"),
+        (("export", "RUN", "--to", "OUT", "--dtype", "bfloat16"), 2, "--dtype is for --merge"),
+    ],
+)
+def test_refused_in_a_line_or_two(
+    inside: Inside, world: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    places = {"RUN": str(world / "run"), "OUT": str(tmp_path / "out")}
+    done = inside(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_adapter_is_named(inside: Inside, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    done = inside("generate", tmp_path / "run", "hi")
+    assert done.returncode == 2
+    assert "adapter_model.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
