@@ -1,0 +1,228 @@
+"""``just calibrate``: what sizing predicts against what a GPU takes, over a matrix of real runs.
+
+Random checkpoints of the 1B and 8B Llama shapes are made here; each engine of ``ENGINES`` is a
+process of its own, opened at the utilization that sizing chooses for its largest run, and trains
+every run of its list for two steps. Sampling is replaced by random completions of the full length
+(no time is spent decoding), so that a step has the shape that was sized for; the engine itself
+samples once.
+
+    python tests/gpu/calibrate_matrix.py [--out FOLDER] [--work FOLDER] [--only NAME] [--dry]
+
+Results are appended to FOLDER/calibration.jsonl after every run, and what is there is not run
+again. Without a GPU the table says "not measured". ``--dry`` runs a tiny matrix on the CPU engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.base.units import GIB
+from toolkit.sizing.calibrate import Row
+
+HERE = Path(__file__).parent
+ENGINE_LIMIT_S = 240
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training shape: adapter rank, whole length in tokens, micro-batch, checkpointing."""
+
+    r: int
+    length: int
+    micro: int
+    checkpointing: bool
+
+    @property
+    def name(self) -> str:
+        mode = "ckpt" if self.checkpointing else "plain"
+        return f"r{self.r} len{self.length} micro{self.micro} {mode}"
+
+
+@dataclass(frozen=True)
+class EngineCase:
+    """One engine: checkpoint shape, weights, largest rank and length, eager or with CUDA graphs."""
+
+    name: str
+    shape: str
+    four_bit: bool
+    max_lora_rank: int
+    max_length: int
+    eager: bool
+    runs: tuple[Run, ...]
+
+
+ENGINES = (
+    EngineCase(
+        "1b-graphs",
+        "1b",
+        False,
+        64,
+        4096,
+        False,
+        (
+            Run(64, 4096, 8, True),
+            Run(16, 1024, 8, False),
+            Run(64, 1024, 1, True),
+            Run(16, 4096, 1, False),
+        ),
+    ),
+    EngineCase(
+        "8b",
+        "8b",
+        False,
+        64,
+        4096,
+        True,
+        (
+            Run(64, 4096, 8, True),
+            Run(16, 1024, 1, False),
+            Run(64, 1024, 8, True),
+            Run(16, 4096, 1, True),
+        ),
+    ),
+    EngineCase(
+        "1b-4bit",
+        "1b",
+        True,
+        16,
+        1024,
+        True,
+        (Run(16, 1024, 8, False), Run(16, 1024, 8, True), Run(16, 1024, 1, True)),
+    ),
+    EngineCase(
+        "8b-4bit",
+        "8b",
+        True,
+        64,
+        4096,
+        True,
+        (Run(64, 4096, 8, True), Run(16, 1024, 8, True), Run(64, 1024, 1, False)),
+    ),
+)
+DRY = (
+    EngineCase("tiny", "tiny", False, 8, 128, True, (Run(8, 128, 2, True), Run(8, 64, 2, False))),
+)
+
+
+def main() -> int:
+    """Run what is missing and print the table; 1 where a run failed or a peak is outside."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/calibration"))
+    parser.add_argument("--work", type=Path, help="where checkpoints are made (17 GiB)")
+    parser.add_argument("--only", action="append", help="name of an engine; repeatable")
+    parser.add_argument("--budget-s", type=float, default=480, help="start no engine after this")
+    parser.add_argument("--dry", action="store_true", help="a tiny matrix on the CPU engine")
+    options = parser.parse_args()
+    cases = [
+        case
+        for case in (DRY if options.dry else ENGINES)
+        if not options.only or case.name in options.only
+    ]
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / "calibration.jsonl"
+    if options.dry or has_gpu():
+        work = options.work or Path(tempfile.mkdtemp(prefix="calibrate-"))
+        run_all(cases, results, work, budget_s=options.budget_s)
+    rows = read_results(results)
+    text = table(cases, rows)
+    (options.out / "calibration.md").write_text(text)
+    print(text)
+    outside = [
+        term for row in rows for term in row.get("terms", ()) if term["verdict"] == "OUTSIDE"
+    ]
+    return 1 if outside or any(row.get("failed") for row in rows) else 0
+
+
+def has_gpu() -> bool:
+    """Whether CUDA sees a card, asked of NVML: no context is made in this process."""
+    from toolkit.gpu.devices import select
+    from toolkit.gpu.snapshot import take
+
+    return select(take()) is not None
+
+
+def run_all(cases: list[EngineCase], results: Path, work: Path, *, budget_s: float) -> None:
+    """One process an engine; the worker appends a line a run, so a crash loses nothing."""
+    start = time.monotonic()
+    for case in cases:
+        found = read_results(results)
+        done = {(row["engine"], row["run"]) for row in found if not row.get("failed")}
+        missing = [run for run in case.runs if (case.name, run.name) not in done]
+        if not missing or time.monotonic() - start > budget_s:
+            continue
+        request = {**asdict(case), "runs": [asdict(run) for run in missing]}
+        worker = [sys.executable, str(HERE / "calibrate_worker.py")]
+        command = [*worker, json.dumps(request), str(results), str(work)]
+        print(f"[{time.monotonic() - start:5.0f} s] engine {case.name}", flush=True)
+        try:
+            ended = subprocess.run(command, timeout=ENGINE_LIMIT_S, check=False).returncode
+        except subprocess.TimeoutExpired:
+            ended = -1
+        if ended:
+            why = f"the process ended with {ended}"
+            append(results, {"engine": case.name, "run": "process", "failed": why})
+    print(f"[{time.monotonic() - start:5.0f} s] done", flush=True)
+
+
+def append(results: Path, row: dict[str, Any]) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_results(results: Path) -> list[dict[str, Any]]:
+    """Every line that is whole; of a run that was repeated, the last."""
+    if not results.is_file():
+        return []
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in results.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[row["engine"], row["run"]] = row
+    return list(found.values())
+
+
+def table(cases: list[EngineCase], rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a run and term, predicted and measured in GiB."""
+    by_run = {(row["engine"], row["run"]): row for row in rows}
+    device = next((row["device"] for row in rows if row.get("device")), None)
+    lines = [f"Calibration on {device or 'no GPU: not measured'}", ""]
+    lines += ["| engine | run | term | predicted, GiB | measured, GiB | off | |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | --- |"]
+    for case in cases:
+        names = ["engine", *(run.name for run in case.runs)]
+        names += ["process"] if (case.name, "process") in by_run else []
+        for run in names:
+            row = by_run.get((case.name, run))
+            if row is None:
+                lines.append(f"| {case.name} | {run} | | | not measured | | |")
+            elif row.get("failed"):
+                lines.append(f"| {case.name} | {run} | | | failed: {row['failed']} | | |")
+            elif row.get("skipped"):
+                lines.append(f"| {case.name} | {run} | | | {row['skipped']} | | |")
+            else:
+                lines += [term_line(case.name, run, term) for term in row["terms"]]
+    return "\n".join(lines) + "\n"
+
+
+def term_line(engine: str, run: str, term: dict[str, Any]) -> str:
+    row = Row(term["term"], term["predicted"], term["measured"])
+    measured = "not measured" if row.measured is None else f"{row.measured / GIB:.3f}"
+    off = "" if row.off is None else f"{row.off:+.1%}"
+    cells = [engine, run, row.term, f"{row.predicted / GIB:.3f}", measured, off, term["verdict"]]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

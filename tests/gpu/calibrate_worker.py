@@ -1,0 +1,162 @@
+"""One engine of the calibration matrix, in a process of its own: see calibrate_matrix.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from calibrate_checkpoints import make_checkpoint
+from calibrate_measure import measure_engine, terms_of, train
+
+from toolkit.config.model import (
+    SEVEN_PROJECTIONS,
+    LoraSection,
+    ModelSection,
+    RunConfig,
+    RuntimeSection,
+)
+from toolkit.sizing import Device, SizingResult, read_spec, solve
+from toolkit.sizing.calibrate import MEASURED_AS
+
+PROMPT = 64
+
+
+def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunConfig:
+    """The run file of one run of the matrix."""
+    batch = max(run["micro"], 2)
+    grpo = {
+        "per_device_train_batch_size": run["micro"],
+        "gradient_accumulation_steps": batch // run["micro"],
+        "num_generations": batch,
+        "max_prompt_length": min(PROMPT, run["length"] // 2),
+    }
+    grpo["max_completion_length"] = run["length"] - grpo["max_prompt_length"]
+    return RunConfig(
+        model=ModelSection(
+            model_name=str(folder),
+            max_seq_length=case["max_length"],
+            load_in_4bit=case["four_bit"],
+            max_lora_rank=case["max_lora_rank"],
+            enforce_eager=case["eager"],
+            max_num_seqs=8,
+            max_num_batched_tokens=8192,
+            enable_sleep_mode=False,
+            fast_inference=True,
+        ),
+        lora=LoraSection(
+            r=run["r"], lora_alpha=run["r"], use_gradient_checkpointing=run["checkpointing"]
+        ),
+        grpo=MappingProxyType(grpo),
+        runtime=RuntimeSection(engine="vllm"),
+    )
+
+
+def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
+    """The shared model on an engine built as sizing chose."""
+    from toolkit import FastLanguageModel
+
+    choice = result.choice
+    more = {} if choice.kv_cache_bytes is None else {"kv_cache_bytes": choice.kv_cache_bytes}
+    return FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=case["max_length"],
+        load_in_4bit=case["four_bit"],
+        fast_inference=True,
+        max_lora_rank=case["max_lora_rank"],
+        gpu_memory_utilization=choice.gpu_memory_utilization or 0.5,
+        enforce_eager=case["eager"],
+        max_num_seqs=choice.max_num_seqs,
+        max_num_batched_tokens=choice.max_num_batched_tokens,
+        **more,
+    )
+
+
+def main(request: str, results: str, work_folder: str) -> None:
+    """Open the engine, do the runs, append a line for each."""
+    case, work = json.loads(request), Path(work_folder)
+    started = time.monotonic()
+    from calibrate_matrix import append
+
+    from toolkit.gpu.devices import select
+    from toolkit.gpu.snapshot import take
+
+    snapshot = take()
+    gpu = select(snapshot)
+    device = None if gpu is None else Device.from_node(snapshot, gpu)
+    folder = make_checkpoint(case["shape"], work)
+    spec = read_spec(str(folder))
+    configs = [run_config(case, run, folder) for run in case["runs"]]
+    sized = [solve(config, spec, device) for config in configs]
+    # The engine is built for the run that leaves it the least; what cannot fit says so.
+    fitting = [result for result in sized if result.feasible]
+    largest = min(fitting, key=lambda result: result.interval.max or 0)
+    model, tokenizer = open_model(case, folder, largest)
+    engine = model.toolkit_engine
+    where = {
+        "engine": case["name"],
+        "device": device.name if device else "the CPU",
+        "load_s": round(time.monotonic() - started, 1),
+    }
+    names = tuple(name for name in MEASURED_AS if name.startswith("engine."))
+    terms = terms_of(largest, measure_engine(engine), names)
+    append(Path(results), {**where, "run": "engine", "terms": terms})
+    for run, config in zip(case["runs"], configs, strict=True):
+        one_run(run, config, (model, tokenizer), (spec, device, largest), Path(results), where)
+    engine.close()
+
+
+def one_run(
+    run: dict[str, Any],
+    config: RunConfig,
+    loaded: Any,
+    sizing: Any,
+    results: Path,
+    where: dict[str, Any],
+) -> None:
+    """Train one run on the open engine and write its line; out of memory is a failed line."""
+    import torch
+    from calibrate_matrix import Run, append
+
+    from toolkit import FastLanguageModel
+    from toolkit.policy.attach import attach
+    from toolkit.policy.views import shared_model
+
+    spec, device, largest = sizing
+    row: dict[str, Any] = {**where, "run": Run(**run).name}
+    utilization = largest.choice.gpu_memory_utilization
+    if utilization is not None:
+        config = replace(config, model=replace(config.model, gpu_memory_utilization=utilization))
+    result = solve(config, spec, device)
+    if not result.feasible:
+        append(results, {**row, "terms": [], "skipped": "sizing says that it does not fit"})
+        return
+    model, tokenizer = loaded
+    base = attach(shared_model(model.toolkit_engine, check=False), like=model)
+    policy = FastLanguageModel.get_peft_model(
+        base,
+        r=run["r"],
+        lora_alpha=run["r"],
+        target_modules=list(SEVEN_PROJECTIONS),
+        use_gradient_checkpointing=run["checkpointing"],
+    )
+    start = time.monotonic()
+    try:
+        measured = train(policy, tokenizer, config, results.parent)
+        row["terms"] = terms_of(result, measured, ("trainer.step", "peak.training"))
+    except torch.cuda.OutOfMemoryError as error:
+        row["failed"] = f"out of memory: {str(error).splitlines()[0]}"
+    append(results, {**row, "train_s": round(time.monotonic() - start, 1)})
+    del policy, base
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

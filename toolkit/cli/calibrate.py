@@ -1,0 +1,51 @@
+"""``envcheck calibrate``: a run's measured memory beside what sizing predicted, term by term."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolkit.base.units import format_bytes
+from toolkit.cli.render import table
+
+if TYPE_CHECKING:
+    from toolkit.sizing.calibrate import Calibration, Row
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def calibrate(run: Path, as_json: bool) -> None:
+    """Compare the measured peaks of a run folder with the prediction.
+
+    Exit code 1 where a peak is above the stated bound: sizing was wrong, please report it.
+    """
+    from toolkit.sizing.calibrate import calibrate as compare_run  # noqa: PLC0415 - after parsing
+
+    found = compare_run(run)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else text_of(found))
+    if found.above_bound:
+        sys.exit(1)
+
+
+def text_of(found: Calibration) -> str:
+    """The table, and the verdict under it."""
+    rows = [_row(row) for row in found.rows]
+    lines = [table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
+    if not found.measured:
+        lines.append("not measured: the run was not on a GPU")
+    elif found.above_bound:
+        lines.append(f"above the stated bound of {format_bytes(found.bound)}")
+    else:
+        lines.append(f"within the stated bound of {format_bytes(found.bound)}")
+    return "\n".join(lines)
+
+
+def _row(row: Row) -> list[str]:
+    measured = "not measured" if row.measured is None else format_bytes(row.measured)
+    off = "" if row.off is None else f"{row.off:+.1%}"
+    return [row.term, format_bytes(row.predicted), measured, off]

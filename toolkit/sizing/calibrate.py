@@ -1,0 +1,152 @@
+"""Predicted against measured: what a run's files say about the numbers that sizing gave it.
+
+``preflight.json`` holds the prediction, ``timings.jsonl`` the peak of torch's allocator after each
+step, and ``memory.json``, where there is one, the engine's own account of its memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+from toolkit.sizing.headers import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+MAX_TIMINGS_BYTES = 64 << 20
+# What the engine reports as one number, and the terms of the budget that it stands for.
+MEASURED_AS = {
+    "engine.loaded": ("engine.weights", "engine.lora", "engine.rope_tables"),
+    "engine.activations": ("engine.activations",),
+    "engine.runtime": ("engine.runtime",),
+    "engine.cuda_graphs": ("engine.cuda_graphs",),
+    "engine.kv": ("engine.kv",),
+    "trainer.step": (
+        "trainer.gradients",
+        "trainer.activations",
+        "trainer.head",
+        "trainer.dequantized",
+    ),
+}
+PEAKS = {
+    "peak.rollout": "rollout_bytes",
+    "peak.training": "training_bytes",
+    "peak.torch": "torch_bytes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One term: bytes predicted, bytes measured (None: nothing measured it)."""
+
+    term: str
+    predicted: int
+    measured: int | None
+
+    @property
+    def off(self) -> float | None:
+        """Predicted over measured, less one: positive where the prediction is above."""
+        if not self.measured:
+            return None
+        return self.predicted / self.measured - 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "term": self.term,
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "off": self.off,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """All rows, and the stated bound of torch's peak."""
+
+    rows: tuple[Row, ...]
+    bound: int
+
+    @property
+    def measured(self) -> bool:
+        return any(row.measured is not None for row in self.rows)
+
+    @property
+    def above_bound(self) -> bool:
+        """Whether a measured peak is above what sizing said it could be at most."""
+        return any(
+            row.measured is not None and row.measured > self.bound
+            for row in self.rows
+            if row.term in PEAKS
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "bound": self.bound,
+            "measured": self.measured,
+            "above_bound": self.above_bound,
+        }
+
+
+def calibrate(run_dir: Path) -> Calibration:
+    """Compare the files of a run folder. Raises InputError where there is no prediction."""
+    written = read_json(run_dir / "preflight.json")
+    sizing = written.get("sizing") if isinstance(written, dict) else None
+    if not isinstance(sizing, dict):
+        raise InputError(
+            "there is no sizing in it",
+            where=str(run_dir / "preflight.json"),
+            fix="give the folder of a run that this version made",
+        )
+    measured: dict[str, Any] = {}
+    if (run_dir / "memory.json").is_file():
+        found = read_json(run_dir / "memory.json")
+        measured = found if isinstance(found, dict) else {}
+    if peak := _torch_peak(run_dir / "timings.jsonl"):
+        measured.setdefault("peak.torch", peak)
+    return compare(sizing, measured)
+
+
+def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibration:
+    """Rows for every term that can be measured. ``sizing`` is ``SizingResult.to_json()``.
+
+    Raises InputError where it lacks the parts.
+    """
+    try:
+        predicted = {line["term"]: int(line["bytes"]) for line in sizing["budget"]}
+        peaks = sizing["peaks"]
+        rows = [
+            Row(name, sum(predicted.get(term, 0) for term in terms), _bytes(measured.get(name)))
+            for name, terms in MEASURED_AS.items()
+            if any(term in predicted for term in terms)
+        ]
+        rows += [
+            Row(name, int(peaks[key]), _bytes(measured.get(name))) for name, key in PEAKS.items()
+        ]
+        return Calibration(tuple(rows), int(peaks["bound_bytes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the prediction is incomplete: {error!r}") from None
+
+
+def _bytes(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _torch_peak(path: Path) -> int | None:
+    """The largest peak of the timings; None where none is written (no GPU)."""
+    if not path.is_file() or path.stat().st_size > MAX_TIMINGS_BYTES:
+        return None
+    largest = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a line cut off by a crash
+            if isinstance(row, dict):
+                largest = max(largest, _bytes(row.get("peak_memory_bytes")) or 0)
+    return largest or None
