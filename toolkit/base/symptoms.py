@@ -17,8 +17,8 @@ LONGEST_TEXT = 2_000_000
 
 @dataclass(frozen=True, slots=True)
 class Symptom:
-    """One known failure: ``check`` is the check, the sizing term or the rule that finds it before a
-    GPU-second is spent.
+    """One known failure: ``check`` names the checks, the rules or the part of ``envcheck size``
+    that find it before a GPU-second is spent.
 
     ``exit_code`` is the one of ``base.errors.EXIT_CODES`` that fits who must act.
     """
@@ -93,7 +93,7 @@ _ENTRIES = (
         "lora-rank",
         "The adapter's rank is above what the engine was built for, or is not a rank "
         "that vLLM builds",
-        "rules 26 and 27: max_lora_rank",
+        "LORA002, LORA003",
         "set max_lora_rank to auto, or to the next of 1, 8, 16, 32, 64, 128, 256, 320, "
         "512 that is at least lora.r",
         1,
@@ -104,7 +104,7 @@ _ENTRIES = (
     _entry(
         "sampler-warm-up",
         "The engine ran out of memory while warming up its sampler",
-        "size: max_num_seqs",
+        "size: choice.max_num_seqs",
         "lower max_num_seqs, or set it to auto: the warm-up grows with max_num_seqs x vocabulary",
         1,
         r"when warming up sampler with \d+ dummy requests",
@@ -144,7 +144,7 @@ _ENTRIES = (
     _entry(
         "expandable-segments",
         "expandable_segments and the engine's sleep mode exclude each other",
-        "host.env",
+        "host.env, LOAD009",
         "remove expandable_segments from PYTORCH_CUDA_ALLOC_CONF (and "
         "PYTORCH_ALLOC_CONF), or turn KV sleep off",
         1,

@@ -124,6 +124,7 @@ def _row(
 
 def state_of(gpu: GpuSnapshot) -> str:
     """The card's worst trouble in a few words, else ``ok``; ``envcheck check`` says more."""
+    from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above
 
     if gpu.lost:
@@ -136,7 +137,7 @@ def state_of(gpu: GpuSnapshot) -> str:
         (bool(rows and rows["pending"]), "row remap pending"),
         (bool(gpu.ecc_uncorrected.value), "memory errors"),
         (bool(fabric and fabric["state"] in (1, 2)), "fabric not ready"),
-        (bool(mask & 0xE8), "throttled"),
+        (any(mask & bit for bit in TROUBLE), "throttled"),
         (in_mig_mode(gpu), "MIG"),
     )
     return next((text for holds, text in troubles if holds), "ok")

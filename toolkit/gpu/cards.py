@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import GIB, MIB
+from toolkit.base.units import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +131,3 @@ def _slice(card: Card, profile: str) -> Card:
         card.compute_capability,
         card.bandwidth_bytes_per_s * eighths / 8,
     )
-
-
-def by_nvml_name(name: str) -> Card | None:
-    """The row of a card that NVML names, if the table has it."""
-    return next((card for card in CARDS if card.name.lower() == name.lower()), None)
-
-
-def describe(card: Card) -> str:
-    """``NVIDIA H200: 140.40 GiB, compute capability 9.0``."""
-    major, minor = card.compute_capability
-    size = f"{card.total_bytes / GIB:.2f} GiB"
-    return f"{card.name}: {size}, compute capability {major}.{minor}"

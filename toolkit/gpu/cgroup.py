@@ -27,7 +27,7 @@ def read_cgroup(root: Path) -> dict[str, Any]:
         return {
             "version": 2,
             "memory_limit": _least(_number(folder / "memory.max") for folder in chain),
-            "memory_used": _number(chain[0] / "memory.current"),
+            "memory_used": _used(chain[0], "memory.current"),
             "cpu_limit": _least(_share(folder) for folder in chain),
         }
     memory = _chain(base / "memory", groups.get("memory", "/"))
@@ -35,7 +35,7 @@ def read_cgroup(root: Path) -> dict[str, Any]:
     return {
         "version": 1,
         "memory_limit": _least(_number(folder / "memory.limit_in_bytes") for folder in memory),
-        "memory_used": _number(memory[0] / "memory.usage_in_bytes"),
+        "memory_used": _used(memory[0], "memory.usage_in_bytes", "total_"),
         "cpu_limit": _least(_quota(folder) for folder in cpu),
     }
 
@@ -70,6 +70,20 @@ def _number(path: Path) -> int | None:
     except FileNotFoundError:  # the root group has no such file, and no limit
         return None
     return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
+
+
+def _used(folder: Path, name: str, prefix: str = "") -> int | None:
+    """Bytes in use without the page cache: the kernel gives that back before it kills anyone."""
+    used = _number(folder / name)
+    if used is None:
+        return None
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        return used
+    cached = {f"{prefix}inactive_file", f"{prefix}active_file"}
+    counters = (line.partition(" ") for line in lines)
+    return max(0, used - sum(int(number) for key, _, number in counters if key in cached))
 
 
 def _share(folder: Path) -> float | None:

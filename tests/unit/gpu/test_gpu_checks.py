@@ -11,6 +11,7 @@ import pytest
 
 from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.base.symptoms import SYMPTOMS
+from toolkit.config.explain import explain
 from toolkit.gpu.checks import (
     CheckContext,
     CheckResult,
@@ -61,10 +62,11 @@ def test_every_check_is_seen_in_trouble_by_a_fixture_or_a_test_here() -> None:
     assert set(catalogue()) - troubled - here == set()
 
 
-def test_symptoms_name_checks_that_exist() -> None:
-    named = {one.check for one in SYMPTOMS if re.fullmatch(r"[a-z]+\.[a-z]+", one.check)}
-    assert named
-    assert named <= set(catalogue())
+def test_symptoms_name_checks_and_rules_that_exist() -> None:
+    for symptom in SYMPTOMS:
+        for name in symptom.check.split(", "):
+            known = name in catalogue() or name.startswith("size: ") or explain(name) is not None
+            assert known, f"{symptom.id} names {name}"
 
 
 def test_a_snapshot_survives_json() -> None:

@@ -142,6 +142,5 @@ def test_an_unknown_card_names_the_near_ones(name: str, hint: str) -> None:
 def test_every_card_is_found_by_each_of_its_names() -> None:
     for card in cards.CARDS:
         assert all(cards.find(alias) is card for alias in (card.name, *card.aliases))
-        assert cards.by_nvml_name(card.name) is card
         sizes: list[Any] = [cards.find(f"{card.aliases[0]}:{p}") for p in card.mig_profiles]
         assert all(part.total_bytes <= card.total_bytes for part in sizes)

@@ -35,13 +35,15 @@ def test_version_2_limits_bind_from_every_parent(tmp_path: Path) -> None:
             "sys/fs/cgroup/slurm/job_7/cpu.max": "400000 100000\n",
             "sys/fs/cgroup/slurm/job_7/step_0/memory.max": "max\n",
             "sys/fs/cgroup/slurm/job_7/step_0/memory.current": f"{3 * GIB}\n",
+            "sys/fs/cgroup/slurm/job_7/step_0/memory.stat": f"anon {GIB}\n"
+            f"active_file {GIB}\ninactive_file {GIB // 2}\nshmem 77\n",
             "sys/fs/cgroup/slurm/job_7/step_0/cpu.max": "max 100000\n",
         },
     )
     assert read_cgroup(tmp_path) == {
         "version": 2,
         "memory_limit": 32 * GIB,
-        "memory_used": 3 * GIB,
+        "memory_used": 3 * GIB - 3 * GIB // 2,  # the page cache can be had
         "cpu_limit": 4.0,
     }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Bits of nvmlClocksEventReason* that mean trouble; idle, the power cap of a busy card and clocks
 # set by the owner do not.
-_TROUBLE = {
+TROUBLE = {
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
     0x40: "hardware thermal slowdown",
@@ -39,7 +39,7 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         mask = gpu.clock_reasons
         if mask.value is None:
             return unread(mask, "throttle reasons")
-        trouble = [text for bit, text in _TROUBLE.items() if mask.value & bit]
+        trouble = [text for bit, text in TROUBLE.items() if mask.value & bit]
         clocks = gpu.clocks_mhz.value
         now = f" (SM clock {clocks['sm']} of {clocks['max_sm']} MHz)" if clocks else ""
         if trouble:

@@ -1,0 +1,79 @@
+"""On a machine with a GPU: what NVML said is true, nothing was loaded or set, and it was quick."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not Path("/proc/driver/nvidia/version").exists(), reason="no NVIDIA driver is loaded here"
+    ),
+]
+ENVCHECK = [sys.executable, "-c", "from toolkit.cli.envcheck import main; main()"]
+NODE = ("--only", "driver", "--only", "devices", "--only", "memory", "--only", "health",
+        "--only", "speed")  # fmt: skip
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*ENVCHECK, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def smi(field: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[
+        :-1
+    ]
+
+
+def test_the_probe_agrees_with_nvidia_smi() -> None:
+    result = run("probe", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    gpus = report["gpus"]
+    assert [gpu["name"]["value"] for gpu in gpus] == smi("name")
+    assert [gpu["uuid"]["value"] for gpu in gpus] == smi("uuid")
+    totals = [gpu["memory"]["value"]["total"] >> 20 for gpu in gpus]
+    assert totals == [int(text) for text in smi("memory.total")]
+    assert report["driver"]["version"]["value"] == smi("driver_version")[0]
+
+
+def test_a_node_in_use_is_judged_in_two_seconds() -> None:
+    run("check", *NODE)  # wakes a card without persistence mode
+    start = time.perf_counter()
+    result = run("check", *NODE, "--json")
+    assert time.perf_counter() - start < 2.0
+    report = json.loads(result.stdout)
+    wrong = [row for row in report["checks"] if row["verdict"] == "fail" and row["blame"] == "node"]
+    assert wrong == [], "this node is bad, or a check is"
+
+
+def test_a_recording_of_this_node_is_judged_alike(tmp_path: Path) -> None:
+    file = tmp_path / "node.json"
+    assert run("record", str(file)).returncode == 0
+    text = file.read_text()
+    assert not [uuid for uuid in smi("uuid") if uuid in text]
+    result = run("replay", str(file))
+    assert "as recorded:" in result.stdout, result.stdout
+    assert result.returncode == json.loads(text)["exit_code"]
+
+
+def test_no_cuda_context_is_made_and_libcuda_is_not_loaded() -> None:
+    program = """
+from toolkit.gpu import checks, snapshot
+node = snapshot.take()
+assert node.gpus
+checks.run_checks(node)
+maps = open("/proc/self/maps").read()
+assert "libnvidia-ml" in maps
+assert "libcuda" not in maps, maps
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
