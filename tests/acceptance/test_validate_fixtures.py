@@ -94,7 +94,7 @@ def test_a_fix_makes_the_finding_go_away(path: Path, tmp_path: Path) -> None:
     as it was.
     """
     code, findings = judge(path)
-    fixes: list[dict[str, Any]] = [fix for found in findings for fix in found["fixes"]]
+    fixes = [fix for found in findings for fix in found["fixes"]]
     if not any(fix["edits"] for fix in fixes):
         assert stated(path)[0] not in FIXABLE, "this rule lost its fix"
         return
@@ -115,9 +115,9 @@ def test_a_fix_makes_the_finding_go_away(path: Path, tmp_path: Path) -> None:
 FIXABLE = {
     "GRPO001", "GRPO002", "GRPO004", "GRPO005", "GRPO006", "GRPO008", "GRPO009", "GRPO015",
     "GRPO017", "GRPO018", "GRPO020", "GRPO021", "GRPO022", "LEN001", "LEN002", "LORA001", "LORA002",
-    "LORA003", "LORA005", "LORA006", "LORA009", "LORA010", "LORA011", "LOAD001", "LOAD002", "LOAD003",
-    "LOAD004", "LOAD005", "LOAD007", "LOAD008", "LOAD009", "LOAD010", "LOAD011", "KEY003", "KEY004",
-    "DOC007", "DATA001",
+    "LORA003", "LORA005", "LORA006", "LORA009", "LORA010", "LORA011", "LOAD001", "LOAD002",
+    "LOAD003", "LOAD004", "LOAD005", "LOAD007", "LOAD008", "LOAD009", "LOAD010", "LOAD011",
+    "KEY003", "KEY004", "DOC007", "DATA001",
 }  # fmt: skip
 
 

@@ -48,8 +48,7 @@ def parse_yaml(source: Source) -> Document:
         document.findings.append(fault.finding)
         document.whole = False
         return document
-    if root is not None:
-        document.root = root
+    document.root = root if root is not None else Node(None, Mark(1, 1, 0, 0), source)
     return document
 
 

@@ -1,0 +1,323 @@
+"""``envcheck validate`` as a user and a scheduler meet it: arguments, formats, exit codes,
+what-ifs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from toolkit.config.validate import check_instance
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ENVCHECK = Path(sys.executable).with_name("envcheck")
+PARTS = FIXTURES / "parts"
+GOOD = f"""\
+model: {{model_name: {PARTS}/model, max_seq_length: 1024}}
+dataset: {{path: {PARTS}/train.jsonl, prompt: question, answer: answer}}
+reward: {{functions: [{{name: exact_match}}]}}
+"""
+
+
+def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = None,
+             env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """One cold process."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [ENVCHECK, *map(str, arguments)],
+        input=data,
+        capture_output=True,
+        check=False,
+        cwd=cwd,
+        timeout=60,
+        env={**os.environ, "HF_HOME": "/nonexistent", **(env or {})},
+    )
+    assert b"Traceback" not in done.stderr + done.stdout
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def test_the_finding_reads_as_documented(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        GOOD + "grpo:\n  num_generations: 8\n  per_device_train_batch_size: 1\n"
+        "  gradient_accumulation_steps: 4\n",
+        encoding="utf-8",
+    )
+    done = envcheck("validate", "run.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == (
+        "run.yaml:5:20: error[GRPO001] grpo.num_generations: 8 does not divide the generation "
+        "batch 4\n"
+        "    5 |   num_generations: 8\n"
+        "  batch = per_device_train_batch_size 1 (line 6) x gradient_accumulation_steps 4 (line 7) "
+        "x world size 1 (default)\n"
+        "  fix: gradient_accumulation_steps: 8   or   num_generations: 4\n"
+        "1 error in run.yaml\n"
+    )
+    assert done.stderr == ""
+
+
+def test_a_rank_above_the_engines_is_refused_with_both_lines(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        GOOD.replace("max_seq_length: 1024", "max_lora_rank: 64") + "lora:\n  r: 65\n", "utf-8"
+    )
+    done = envcheck("validate", run)
+    assert done.returncode == 1
+    assert "error[LORA003] lora.r: 65 is more than max_lora_rank 64" in done.stdout
+    assert "r 65 (line 5) > max_lora_rank 64 (line 1)" in done.stdout
+    assert "fix: max_lora_rank: 128   or   r: 64" in done.stdout
+
+
+def test_faults_in_combination_are_all_told(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: {{model_name: {PARTS}/model, max_lora_rank: 24, max_seq_length: 99999}}\n"
+        f"dataset: {{path: {PARTS}/train.jsonl, prompt: qestion}}\n"
+        "reward: {functions: [{name: exact_mach}, {weight: 2}]}\n"
+        "lora: {r: 8.0, bias: nne, lora_alfa: 4}\n"
+        "grpo:\n  beta:\n  beta: 1\n  learning_rate: 5e-6\n  temperature: 0\n  num_generations: 8\n"
+        "  per_device_train_batch_size: 3\n  use_vllm: true\n  max_new_tokens: 9\n"
+        "runtime: {engine: vlm}\n",
+        encoding="utf-8",
+    )
+    done = envcheck("validate", run, "--set", "grpo.top_p=2", "--set", "lora", "--format", "json")
+    rules = sorted(found["rule"] for found in json.loads(done.stdout)["findings"])
+    assert rules == sorted(
+        ["LORA002", "LEN002", "DATA001", "REWARD001", "KEY002", "KEY003", "KEY004", "KEY001",
+         "KEY006", "DOC002", "DOC007", "GRPO021", "GRPO001", "KEY007", "KEY009", "KEY004",
+         "GRPO022", "DOC012"]
+    )  # fmt: skip
+    assert done.returncode == 1
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    good, bad, warned = (tmp_path / name for name in ("good.yaml", "bad.yaml", "warned.yaml"))
+    good.write_text(GOOD, "utf-8")
+    bad.write_text(GOOD + "lora: {r: 0}\n", "utf-8")
+    warned.write_text(GOOD + "lora: {lora_dropout: 0.1}\n", "utf-8")
+    hub = tmp_path / "hub.yaml"
+    hub.write_text(GOOD.replace(f"{PARTS}/model", "nobody/has-this"), "utf-8")
+    assert envcheck("validate", good).returncode == 0
+    assert envcheck("validate", bad).returncode == 1
+    assert envcheck("validate", warned).returncode == 0
+    assert envcheck("validate", warned, "--strict").returncode == 1
+    assert envcheck("validate", tmp_path / "missing.yaml").returncode == 2
+    assert envcheck("validate", good, bad, tmp_path / "missing.yaml").returncode == 2
+    assert envcheck("validate").returncode == 2
+    assert envcheck("validate", good, "--world-size", "0").returncode == 2
+    # Not a fault but not known either: the model is not on this machine.
+    assert envcheck("validate", hub).returncode == 0
+    assert envcheck("validate", hub, "--strict").returncode == 5
+    assert envcheck("validate", hub, bad, "--strict").returncode == 1
+
+
+def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
+    done = envcheck("validate", "-", stdin=GOOD + "lora: {r: 0}\n", cwd=tmp_path)
+    assert (done.returncode, done.stdout.split(":")[0]) == (1, "<stdin>")
+    as_json = json.dumps({"model": {"model_name": f"{PARTS}/model"}, "lora": {"r": 0}})
+    assert "<stdin>:1:" in envcheck("validate", "-", stdin=as_json).stdout
+    nested = tmp_path / "runs" / "deep"
+    nested.mkdir(parents=True)
+    (nested / "a.yaml").write_text(GOOD, "utf-8")
+    (tmp_path / "runs" / "b.toml").write_text('[lora]\nr = 0\n[model]\nmodel_name = "x"\n', "utf-8")
+    (tmp_path / "runs" / "data.json").write_text('{"rows": []}', "utf-8")
+    (tmp_path / "runs" / ".hidden").mkdir()
+    (tmp_path / "runs" / ".hidden" / "c.yaml").write_text("x: 1", "utf-8")
+    told = json.loads(envcheck("validate", "runs", "--format", "json", cwd=tmp_path).stdout)
+    assert told["files"] == ["runs/b.toml", "runs/deep/a.yaml"]
+    told = json.loads(
+        envcheck("validate", "runs/**/*.yaml", "--format", "json", cwd=tmp_path).stdout
+    )
+    assert told["files"] == ["runs/deep/a.yaml"]
+    assert envcheck("validate", "*.yaml", cwd=tmp_path).returncode == 2
+    (tmp_path / "empty").mkdir()
+    assert envcheck("validate", "empty", cwd=tmp_path).returncode == 2
+
+
+def test_overrides_are_judged_and_named(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD, "utf-8")
+    done = envcheck("validate", run, "--set", "lora.r=0", "--set", "reward.functions.0.weight=high")
+    assert done.returncode == 1
+    assert "--set lora.r=0: error[LORA001] lora.r: 0 is no rank" in done.stdout
+    assert "--set reward.functions.0.weight=high: error[KEY003]" in done.stdout
+    assert "(--set)" in envcheck("validate", run, "--set", "grpo.max_completion_length=900",
+                                 "--set", "grpo.max_prompt_length=900").stdout  # fmt: skip
+    mended = envcheck("validate", run, "--set", "model.max_seq_length=768")
+    assert (mended.returncode, mended.stdout) == (0, f"no findings in {run}\n")
+
+
+def test_layers_keep_places_and_end_in_no_circle(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "one.yaml").write_text(GOOD + "lora:\n  r: 0\n", "utf-8")
+    (tmp_path / "two.yaml").write_text("extends: base/one.yaml\ngrpo: {beta: 0.1}\n", "utf-8")
+    run = tmp_path / "run.yaml"
+    run.write_text("extends: two.yaml\nmodel: {max_seq_length: 99999}\n", "utf-8")
+    done = envcheck("validate", "run.yaml", cwd=tmp_path)
+    assert "base/one.yaml:5:6: error[LORA001]" in done.stdout
+    assert "run.yaml:2:25: error[LEN002]" in done.stdout
+    (tmp_path / "two.yaml").write_text("extends: run.yaml\n", "utf-8")
+    done = envcheck("validate", "run.yaml", cwd=tmp_path)
+    assert "DOC011" in done.stdout
+    assert "run.yaml -> two.yaml -> run.yaml" in done.stdout
+
+
+def test_what_if_world_size_and_card(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD + "grpo: {num_generations: 6, per_device_train_batch_size: 2}\n", "utf-8")
+    assert envcheck("validate", run).returncode == 1
+    assert envcheck("validate", run, "--world-size", "3").returncode == 0
+    run.write_text(GOOD.replace("max_seq", "load_in_4bit: true, max_seq"), "utf-8")
+    assert envcheck("validate", run).returncode == 0
+    done = envcheck("validate", run, "--gpu", "none")
+    assert (done.returncode, "there is no GPU" in done.stdout) == (1, True)
+    done = envcheck("validate", run, "--gpu", "no-such-card")
+    assert (done.returncode, "no card named" in done.stderr) == (1, True)
+
+
+def test_a_share_outside_the_sized_interval_is_refused_for_the_card(tmp_path: Path) -> None:
+    run, model = tmp_path / "run.yaml", tmp_path / "model"
+    model.mkdir()
+    config = json.loads((PARTS / "model" / "config.json").read_text("utf-8"))
+    wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    (model / "config.json").write_text(json.dumps(config | wide | heads), "utf-8")
+    text = GOOD.replace(f"{PARTS}/model", "./model").replace(
+        "max_seq", "gpu_memory_utilization: 0.98, fast_inference: true, max_seq"
+    )
+    run.write_text(text, "utf-8")
+    assert envcheck("validate", run).returncode == 0
+    done = envcheck("validate", run, "--gpu", "h100")
+    assert (done.returncode, "error[LOAD008]" in done.stdout) == (1, True), done
+    run.write_text(text.replace("0.98", "0.5"), "utf-8")
+    assert envcheck("validate", run, "--gpu", "h100").returncode == 0
+
+
+def test_json_is_what_its_schema_says(tmp_path: Path) -> None:
+    done = envcheck("validate", FIXTURES / "invalid", "--format", "json", "--set", "lora.r=x")
+    assert check_instance(json.loads(done.stdout), "findings") == []
+    assert len(json.loads(done.stdout)["findings"]) > 100
+
+
+def test_sarif_names_rules_places_and_replacements(tmp_path: Path) -> None:
+    run = tmp_path / "run file.yaml"
+    run.write_text(GOOD + "lora:\n  r: 8.0\n", "utf-8")
+    log = json.loads(envcheck("validate", run.name, "--format", "sarif", cwd=tmp_path).stdout)
+    assert (log["version"], len(log["runs"])) == ("2.1.0", 1)
+    (found,) = log["runs"][0]["results"]
+    assert [rule["id"] for rule in log["runs"][0]["tool"]["driver"]["rules"]] == ["KEY003"]
+    place = found["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "run%20file.yaml"
+    assert place["region"] == {"startLine": 5, "startColumn": 6, "endColumn": 9}
+    (change,) = found["fixes"][0]["artifactChanges"]
+    region = change["replacements"][0]["deletedRegion"]
+    text = run.read_text("utf-8")
+    start = region["charOffset"]
+    assert text[start : start + region["charLength"]] == "8.0"
+    assert change["replacements"][0]["insertedContent"]["text"] == "8"
+
+
+def test_github_annotations_are_one_line_each(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD + "lora:\n  r: 65\n  bias: '100%,\n\n    a'\n", "utf-8")
+    done = envcheck("validate", "run.yaml", "--format", "github", "--set", "model.max_lora_rank=64",
+                    cwd=tmp_path)  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(
+        "::error file=run.yaml,line=5,col=6,title=LORA003::lora.r: 65 is more"
+    )
+    assert "%0A" in lines[0]
+    assert all(line.startswith("::error file=") for line in lines)
+    assert len(lines) == 2
+
+
+def test_fix_rewrites_scalars_only(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_bytes(
+        (
+            "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
+            "    r:    8.0      # a rank\r\n    lora_alfa: 16 # scale\r\n"
+            "grpo: {learning_rate: 5e-6,   loss_type: 'DAPO'}  # small\r\n"
+        ).encode()
+    )
+    run.chmod(0o640)
+    done = envcheck("validate", run, "--fix")
+    assert (done.returncode, done.stdout) == (0, f"no findings in {run}\n")
+    assert "fixed 4" in done.stderr
+    assert run.read_bytes().decode() == (
+        "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
+        "    r:    8      # a rank\r\n    lora_alpha: 16 # scale\r\n"
+        "grpo: {learning_rate: 5.0e-6,   loss_type: dapo}  # small\r\n"
+    )
+    assert run.stat().st_mode & 0o777 == 0o640
+    assert envcheck("validate", "-", "--fix", stdin=GOOD).returncode == 2
+
+
+@pytest.mark.parametrize("form", ["text", "json", "sarif", "github"])
+def test_a_secret_is_never_shown(tmp_path: Path, form: str) -> None:
+    canary = "hf_canarycanarycanarycanarycanary12"
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        GOOD + f"lora: {{r: {canary}}}\nruntime: {{password: tr0ub4dor, output_dir: {canary}}}\n",
+        "utf-8",
+    )
+    done = envcheck("validate", run, "--format", form, "--set", f"model.revision={canary}")
+    assert done.returncode == 1
+    assert "SAFE001" in done.stdout
+    assert "canary" not in done.stdout + done.stderr
+    assert "tr0ub4dor" not in done.stdout + done.stderr
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    """Folders, pipes without a writer, endless devices, other encodings: a finding, soon."""
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    big = tmp_path / "big.yaml"
+    big.write_bytes(b"a: " + b"x" * (3 << 20))
+    utf16 = tmp_path / "utf16.yaml"
+    utf16.write_text(GOOD, encoding="utf-16")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(bytes(range(256)))
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    for path in (pipe, big, utf16, binary, loop, "/dev/zero", tmp_path / ("n" * 400)):
+        start = time.monotonic()
+        done = envcheck("validate", path)
+        assert (done.returncode, "DOC014" in done.stdout) == (2, True), done
+        assert time.monotonic() - start < 10  # seconds of a loaded machine; the bound itself is 2
+    done = envcheck("validate", f"/dev/fd/{0}", stdin=GOOD)
+    assert done.returncode == 0
+    with open(os.devnull, "rb") as nothing:
+        empty = subprocess.run(
+            [ENVCHECK, "validate", "-"], stdin=nothing, capture_output=True, check=False
+        )
+    assert (empty.returncode, b"the run file is empty" in empty.stdout) == (1, True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD, "utf-8")
+    run.chmod(0)
+    assert envcheck("validate", run).returncode == 2
+
+
+def test_a_reward_module_is_read_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(
+        "open('ran', 'w')\ndef tone(prompts, completions, **columns):\n    return []\n", "utf-8"
+    )
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        GOOD.replace("exact_match", "'scores:tone'") + "runtime: {allow_code: [scores]}\n", "utf-8"
+    )
+    assert envcheck("validate", run, "--strict", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,164 @@
+"""What the validator says about TRL, vLLM and PEFT is what the installed ones say."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from toolkit.config import find_schema, load_run
+from toolkit.config.libraries import RECORDED, installed, package_folder
+from toolkit.config.migration import MOVED
+from toolkit.config.reward_table import BUILTIN_OPTIONS
+from toolkit.config.rules.keys import FORCED
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+
+pytestmark = pytest.mark.contract
+ROOT = Path(__file__).parents[2]
+GRPO: dict[str, dict[str, Any]] = find_schema("run")["properties"]["grpo"]["properties"]
+
+
+def test_the_schema_is_what_the_installed_trl_gives() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "schemas" / "generate.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_field_of_grpo_config_is_in_the_schema() -> None:
+    import trl
+
+    fields = {field.name for field in dataclasses.fields(trl.GRPOConfig) if field.init}
+    assert set(GRPO) == fields | {"max_prompt_length"}
+
+
+@pytest.mark.parametrize("which", sorted(RECORDED))
+def test_the_recorded_values_are_the_installed_ones(which: str) -> None:
+    found = installed(which)
+    assert found is not None, f"{which}: the library is installed and its values were not found"
+    assert found.values == RECORDED[which].values
+
+
+def test_the_ranks_are_what_vllm_itself_takes() -> None:
+    """The text that we read is the type that vLLM checks against (read as source, too)."""
+    folder = package_folder("vllm")
+    if folder is None:
+        pytest.skip("vLLM is not installed")
+    tree = ast.parse((folder / "config" / "lora.py").read_text(encoding="utf-8"))
+    annotations = {
+        statement.target.id: ast.unparse(statement.annotation)
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "LoRAConfig"
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+    assert annotations["max_lora_rank"] == "MaxLoRARanks"
+    schema = find_schema("run")["properties"]["model"]["properties"]["max_lora_rank"]["enum"]
+    assert schema == ["auto", *RECORDED["lora_ranks"].values]
+
+
+def test_the_loss_types_are_those_that_the_loss_knows() -> None:
+    """Every name is compared with in TRL's loss, and no other."""
+    folder = package_folder("trl")
+    assert folder is not None
+    tree = ast.parse((folder / "trainer" / "grpo_trainer.py").read_text(encoding="utf-8"))
+    loss = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "_compute_loss"
+    )
+    compared = {
+        constant.value
+        for node in ast.walk(loss)
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "self.loss_type"
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant)
+    }
+    assert compared == set(RECORDED["loss_types"].values)
+    assert GRPO["loss_type"]["enum"] == list(RECORDED["loss_types"].values)
+
+
+def test_peft_takes_each_recorded_init() -> None:
+    import peft
+
+    annotation = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    literals = [typing.get_args(one) for one in typing.get_args(annotation) if one is not bool]
+    assert {*literals[0], "lora_ga"} == set(RECORDED["lora_inits"].values)
+
+
+def test_moved_keys_are_no_keys_of_today_and_lead_to_one() -> None:
+    sections = find_schema("run")["properties"]
+    for old, moved in MOVED.items():
+        section, _, name = old.partition(".")
+        today = sections[section]["properties"].get(name)
+        assert today is None or "x-refused" in today, f"{old} is a key of today"
+        if moved.to is not None:
+            section, _, name = moved.to.partition(".")
+            assert not name or name in sections[section]["properties"], f"{old} leads nowhere"
+
+
+def test_the_reward_table_is_what_training_has() -> None:
+    from toolkit.train.rewards import BUILTINS
+
+    there = {
+        name: {
+            field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)
+        }
+        for name, kind in BUILTINS.items()
+    }
+    assert there == BUILTIN_OPTIONS
+
+
+def test_what_the_trainer_sets_itself_is_told(tmp_path: Path) -> None:
+    """A grpo key that the trainer would overrule has a finding: refused, or without effect."""
+    from toolkit.train.arguments import grpo_config
+
+    run_file = tmp_path / "run.json"
+    model = {"model_name": "nobody/nothing"}
+    rewards = {"functions": [{"name": "exact_match"}]}
+    run_file.write_text(
+        json.dumps({"model": model, "reward": rewards, "dataset": {"path": "a/b"}}), "utf-8"
+    )
+    config = load_run(run_file)
+    overruled = {}
+    for name, schema in GRPO.items():
+        if "x-refused" in schema or name in ("max_prompt_length", "reward_weights"):
+            continue
+        for value in other_values(schema):
+            passed = _passed(grpo_config, config, tmp_path, {name: value})
+            if passed.get(name, value) != value:
+                overruled[name] = value
+    assert set(overruled) - {key.partition(".")[2] for key in FORCED} <= {"log_completions"}
+
+
+def other_values(schema: dict[str, Any]) -> list[Any]:
+    """Values of a key that are not its default."""
+    if schema.get("type") == "boolean":
+        return [not schema["default"]]
+    if "enum" in schema:
+        return [one for one in schema["enum"] if one != schema["default"]][:1]
+    if isinstance(schema["default"], (int, float)):
+        return [schema["default"] + 1]
+    return []
+
+
+def _passed(
+    function: Any, config: RunConfig, folder: Path, written: dict[str, Any]
+) -> dict[str, Any]:
+    run = dataclasses.replace(config, grpo=MappingProxyType(written))
+    got: dict[str, Any] = function(run, folder, dict, has_eval=True)
+    return got
