@@ -105,7 +105,6 @@ class Engine:
             raise ConfigError(
                 "the engine was built without LoRA", where="engine", fix="load with enable_lora"
             )
-        self.wake()
         self._adapters.publish(peft_model, name)
         self._published[name] = peft_model
         self.llm.reset_prefix_cache()

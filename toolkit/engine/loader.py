@@ -6,7 +6,9 @@ It reads checkpoints as vLLM's default loader does, and two things more:
   for its matrix kernel and drop the original, and nothing could then look at it
   (``_cpu_skip_gemm_dispatch``, read at vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
 * it notes the name of every tensor that it read, so that ``policy.views`` can refuse a checkpoint
-  with tensors that no parameter of the model holds.
+  with tensors that no parameter of the model holds, and a few values of each parameter as loaded,
+  so that one that vLLM rewrites afterwards for a kernel of its own (experts on a CPU) is told from
+  one that can be shared.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from toolkit.engine.options import LOADER
-from toolkit.engine.weights import READ_NAMES
+from toolkit.engine.weights import AS_LOADED, READ_NAMES, plain_parameters, sample
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -44,6 +46,8 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
                 module._cpu_skip_gemm_dispatch = True
         super().load_weights(model, model_config)
         setattr(model, READ_NAMES, frozenset(self._names))
+        samples = {name: sample(tensor) for name, tensor in plain_parameters(model).items()}
+        setattr(model, AS_LOADED, samples)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module

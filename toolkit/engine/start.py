@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+import vllm
 from vllm import LLM
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import InputError, ToolkitError, UnsupportedError
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
 def start(options: EngineOptions) -> Engine:
     """Check what can be checked cheaply, then start vLLM and reach into it."""
     device = device_type()
-    check_model(options, device)
+    config = check_model(options, device)
     loader.register()
     sleep.register()
     arguments = options.to_vllm("cuda" if device == "cuda" else "cpu")
+    if device == "cuda" and options.share_weights and has_experts(config):
+        # the one that leaves expert weights as loaded
+        arguments.setdefault("moe_backend", "triton")
     if device == "cpu":
         arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
         if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
@@ -38,7 +43,7 @@ def start(options: EngineOptions) -> Engine:
             "distributed_executor_backend", "external_launcher"
         )  # torchrun: one engine a rank
     owns_process_group = not torch.distributed.is_initialized()
-    state = torch.get_rng_state()
+    state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
@@ -48,15 +53,20 @@ def start(options: EngineOptions) -> Engine:
     except Exception as problem:
         raise explain(problem, "the engine did not start") from problem
     finally:
-        torch.set_rng_state(state)  # vLLM seeds torch's global generator
+        # vLLM seeds torch's generator, and its CPU worker swaps this function for one that does
+        # nothing (0.31.0). The trainer lives in this process too: both are put back.
+        torch.set_rng_state(state)
+        torch.set_num_threads = set_num_threads
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Config fields that say that a model has experts."""
 CPU_KV_CACHE_BYTES = 1 << 30
 """KV cache of a CPU engine when neither the options nor VLLM_CPU_KVCACHE_SPACE say otherwise."""
 
 
-def check_model(options: EngineOptions, device: str) -> None:
-    """Refuse, before minutes of loading, what would fail after it.
+def check_model(options: EngineOptions, device: str) -> Any:
+    """Refuse, before minutes of loading, what would fail after it. Returns the model's config.
 
     Raises:
         InputError: no readable config.
@@ -78,6 +88,12 @@ def check_model(options: EngineOptions, device: str) -> None:
             where="model.load_in_4bit",
             fix="set load_in_4bit: false on this machine",
         )
+    if options.load_in_4bit and "bitsandbytes" not in QUANTIZATION_METHODS:
+        raise UnsupportedError(
+            f"vLLM {vllm.__version__} has no bitsandbytes 4-bit weights",
+            where="model.load_in_4bit",
+            fix="install the vLLM of the lock files, or set load_in_4bit: false",
+        )
     architectures = list(getattr(config, "architectures", None) or [])
     known = ModelRegistry.get_supported_archs()
     if not any(name in known for name in architectures):
@@ -86,6 +102,19 @@ def check_model(options: EngineOptions, device: str) -> None:
             where="model.model_name",
             fix="set fast_inference: false (runtime.engine: transformers)",
         )
+    if device == "cpu" and options.enable_lora and has_experts(config):
+        raise UnsupportedError(
+            "vLLM serves LoRA on models with experts through Triton kernels only,"
+            " which a CPU has not",
+            where="model.fast_inference",
+            fix="set fast_inference: false on this machine (runtime.engine: transformers)",
+        )
+    return config
+
+
+def has_experts(config: Any) -> bool:
+    """True for a mixture of experts."""
+    return any(getattr(config, name, 0) for name in EXPERTS)
 
 
 def read_config(options: EngineOptions) -> Any:

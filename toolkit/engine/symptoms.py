@@ -9,6 +9,13 @@ from toolkit.base.symptoms import match
 
 KINDS: dict[int, type[ToolkitError]] = {1: ConfigError, 3: NodeError, 4: RetryError}
 
+CHECKPOINT_TEXTS = (
+    "were not initialized from checkpoint",
+    "There is no module or parameter named",
+    "Cannot find any model weights",
+)
+"""vLLM's words for missing, extra and absent tensors (0.25.1 to 0.31.0; held by tests/contract)."""
+
 
 def explain(problem: BaseException, what: str) -> ToolkitError:
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
@@ -26,11 +33,16 @@ def explain(problem: BaseException, what: str) -> ToolkitError:
                 where=f"check {symptom.check}",
                 fix=symptom.remedy,
             )
-    deepest = chain[-1]
+    first = chain[0]
+    told = f"{what}: {type(first).__name__}: {_first_line(first)}"
+    if any(text in str(error) for error in chain for text in CHECKPOINT_TEXTS):
+        return ConfigError(
+            told, where="checkpoint", fix="use a complete checkpoint, made for this architecture"
+        )
+    if isinstance(first, ValueError | TypeError | NotImplementedError):
+        return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     return NodeError(
-        f"{what}: {type(deepest).__name__}: {_first_line(deepest)}",
-        where="vLLM",
-        fix="run envcheck on this node; --debug shows the whole traceback",
+        told, where="vLLM", fix="run envcheck on this node; --debug shows the whole traceback"
     )
 
 

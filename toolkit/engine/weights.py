@@ -18,6 +18,12 @@ READ_NAMES = "_toolkit_read_names"
 stored in the files.
 """
 
+AS_LOADED = "_toolkit_as_loaded"
+"""Attribute that ``engine.loader`` leaves on the module: plain name -> ``sample`` of it as
+loaded.
+"""
+SAMPLE_SIZE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LiveWeights:
@@ -33,16 +39,40 @@ class LiveWeights:
     """Names of embeddings and heads: the engine may have padded their rows (the vocabulary)."""
     read_names: frozenset[str]
     """Names of the tensors that the checkpoint had; empty if another loader than ours read it."""
+    rewritten: frozenset[str]
+    """Names of tensors that vLLM changed after loading, to suit a kernel: their values are no
+    longer the checkpoint's.
+    """
 
 
 def borrow(module: nn.Module) -> LiveWeights:
     """The live tensors of a vLLM module."""
+    parameters = plain_parameters(module)
     return LiveWeights(
-        parameters=plain_parameters(module),
+        parameters=parameters,
         packed=packed_modules(module),
         padded=padded_parameters(module),
         read_names=getattr(module, READ_NAMES, frozenset()),
+        rewritten=rewritten(parameters, getattr(module, AS_LOADED, {})),
     )
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of ``SAMPLE_SIZE`` values at most, spread over the tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].clone()
+
+
+def rewritten(
+    parameters: Mapping[str, torch.Tensor], as_loaded: Mapping[str, torch.Tensor]
+) -> frozenset[str]:
+    """Names whose values are no longer those that were loaded; none if nothing was noted."""
+    changed = set()
+    for name, tensor in parameters.items() if as_loaded else ():
+        before = as_loaded.get(name)
+        if before is None or not before.equal(sample(tensor)):
+            changed.add(name)
+    return frozenset(changed)
 
 
 def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:

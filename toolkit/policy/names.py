@@ -24,6 +24,11 @@ FALLBACK = (
     "set share_weights: false (the trainer then holds a copy of its own), or fast_inference: false"
 )
 
+EXPERT_TENSORS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+"""Stacked experts, Hugging Face (transformers 5) -> vLLM: (expert, out, in) on both sides."""
+EXPERT_MODULES = ("routed_experts", "")
+"""The module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), or none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -43,6 +48,7 @@ class Sources:
     shapes: Mapping[str, Shape]
     packed: Mapping[str, Sequence[str]]
     padded: frozenset[str] = frozenset()
+    rewritten: frozenset[str] = frozenset()
 
 
 def plan_views(
@@ -96,6 +102,10 @@ def locate(
     if target in sources.shapes:
         return whole(target, shape, sources)
     layer, _, attribute = target.rpartition(".")
+    for inner in EXPERT_MODULES if attribute in EXPERT_TENSORS else ():
+        source = join(layer, inner, EXPERT_TENSORS[attribute])
+        if source in sources.shapes:
+            return whole(source, shape, sources)
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in sources.packed.items():
         source = join(parent, fused, attribute)
@@ -114,7 +124,7 @@ def locate(
 
 def whole(source: str, shape: Shape, sources: Sources) -> Slice:
     """All of a tensor, or its first rows where the engine has padded it."""
-    have = sources.shapes[source]
+    have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
     if have != shape and not padded:
         raise UnsupportedError(f"shape {list(shape)} here, {list(have)} in the engine's {source}")
@@ -125,7 +135,7 @@ def part_of(
     leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
 ) -> Slice:
     """The rows of one part of a fused tensor: those after the parts before it."""
-    have = sources.shapes[source]
+    have = available(source, sources)
     known = [shape for shape in shapes if shape is not None]
     if len(known) != len(parts):
         missing = [part for part, shape in zip(parts, shapes, strict=True) if shape is None]
@@ -138,6 +148,17 @@ def part_of(
         )
     index = list(parts).index(leaf)
     return Slice(source, sum(shape[0] for shape in known[:index]), known[index][0])
+
+
+def available(source: str, sources: Sources) -> Shape:
+    """The shape of an engine tensor.
+
+    Raises:
+        UnsupportedError: its values are no longer those of the checkpoint.
+    """
+    if source in sources.rewritten:
+        raise UnsupportedError(f"vLLM has rewritten {source} for its own kernel on this device")
+    return sources.shapes[source]
 
 
 def join(*parts: str) -> str:

@@ -4,24 +4,21 @@ bound to a view.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import re
-import sys
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from toolkit.base.errors import DefectError, UnsupportedError
 from toolkit.engine.rollout import Sampling
-from toolkit.engine.weights import borrow, engine_name, uses_transformers_backend
+from toolkit.engine.weights import borrow, engine_name
 from toolkit.policy.names import FALLBACK, WHY_SHARE, Sources, plan_views
+from toolkit.policy.quant import is_packed, logical_shape, mark_4bit, replace_linear
+from toolkit.policy.skeleton import empty_model
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from toolkit.engine.live import Engine
     from toolkit.engine.weights import LiveWeights
@@ -72,63 +69,6 @@ def shared_model(
     return model
 
 
-def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
-    """The architecture with parameters on the meta device and real buffers on the engine's
-    device.
-    """
-    options = engine.options
-    config = AutoConfig.from_pretrained(options.model, revision=options.revision)
-    device = next(engine.module.parameters()).device
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    touched = uses_transformers_backend(engine.module)
-    make = untouched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = make(config, dtype=engine.dtype, **extra)
-    model.tie_weights()
-    persistent = set(model.state_dict()) - {
-        name for name, _ in model.named_parameters(remove_duplicate=False)
-    }
-    if persistent:
-        raise UnsupportedError(
-            "the checkpoint also stores buffers, which are not shared:"
-            f" {', '.join(sorted(persistent)[:3])}",
-            where=WHY_SHARE,
-            fix=FALLBACK,
-        )
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    model.config.name_or_path = options.model
-    model.name_or_path = options.model
-    # Without one in the checkpoint, what the config implies stays.
-    with contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(
-            options.model, revision=options.revision
-        )
-    return model
-
-
-def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The model class of ``config`` from a second import of its module.
-
-    Where vLLM has no model of its own it runs the Hugging Face class, and changes that class for the
-    whole process (bases, ``__init__`` and ``__call__`` in ``support_torch_compile``, read at vLLM
-    0.31.0): it can no longer be built outside vLLM. The file is imported again under another name.
-    """
-    touched = AutoModelForCausalLM._model_mapping[type(config)]
-    name = f"{touched.__module__}_untouched"
-    if name not in sys.modules:
-        origin = sys.modules[touched.__module__].__file__
-        spec = importlib.util.spec_from_file_location(name, origin)
-        if spec is None or spec.loader is None:
-            raise DefectError(f"{touched.__module__} cannot be imported a second time")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    found: type[PreTrainedModel] = getattr(sys.modules[name], touched.__name__)
-    return found
-
-
 def refuse_extra(model: PreTrainedModel, live: LiveWeights) -> None:
     """Refuse a checkpoint with tensors that the model has no parameter for: it was made for another
     model.
@@ -160,9 +100,10 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
     """Replace every parameter of ``model`` by a frozen view of a live tensor."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     sources = Sources(
-        shapes={name: tuple(tensor.shape) for name, tensor in live.parameters.items()},
+        shapes={name: logical_shape(tensor) for name, tensor in live.parameters.items()},
         packed=live.packed,
         padded=live.padded,
+        rewritten=live.rewritten,
     )
     plan = plan_views(
         wanted, tied_names(model), sources, lambda name: engine_name(engine.module, name)
@@ -170,8 +111,13 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
     made: dict[Slice, nn.Parameter] = {}
     for name, part in plan.items():
         path, _, attribute = name.rpartition(".")
+        source = live.parameters[part.source]
+        if is_packed(source):
+            replace_linear(model, path, source, part)
+            mark_4bit(model)
+            continue
         owner = model.get_submodule(path)
-        tensor = live.parameters[part.source].detach()[part.start : part.start + part.rows]
+        tensor = source.detach()[part.start : part.start + part.rows]
         expected = getattr(owner, attribute).dtype
         if tensor.dtype != expected:
             raise UnsupportedError(
@@ -180,9 +126,8 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
                 fix=FALLBACK,
             )
         # One Parameter a slice, so that tied names stay one object.
-        setattr(
-            owner, attribute, made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
-        )
+        view = made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
+        setattr(owner, attribute, view)
 
 
 def tied_names(model: nn.Module) -> list[frozenset[str]]:

@@ -1,0 +1,59 @@
+"""One way to open a small CPU engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import engine_checkpoints
+import pytest
+import torch
+
+from toolkit.engine.load import open_engine
+from toolkit.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from toolkit.engine.live import Engine
+
+SMALL: dict[str, Any] = {
+    "max_model_len": 128,
+    "dtype": "float32",
+    "max_lora_rank": 16,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 512,
+    "kv_cache_bytes": 1 << 26,
+}
+
+
+def options(folder: Path | str, **changes: Any) -> EngineOptions:
+    """Options of a small engine on ``folder``."""
+    return EngineOptions(model=str(folder), **(SMALL | changes))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama checkpoint."""
+    return engine_checkpoints.make(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def llama(llama_folder: Path) -> Iterator[Engine]:
+    """An engine on it, shared by the tests of a module."""
+    with open_engine(options(llama_folder)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def open_small() -> Callable[..., Engine]:
+    """Opens another small engine: ``open_small(folder, **changes)``."""
+    return lambda folder, **changes: open_engine(options(folder, **changes))

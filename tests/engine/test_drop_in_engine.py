@@ -1,0 +1,161 @@
+"""FastLanguageModel with ``fast_inference=True`` on the real engine, beside the model without
+one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.policy.language_model import FastLanguageModel
+from toolkit.policy.loading import load
+from toolkit.policy.request import check_request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+
+GREEDY = {"max_tokens": 8, "temperature": 0, "logprobs": 0}
+PROMPTS = [[4, 5, 6, 7], [9, 8]]
+
+
+def _load(folder: Path | str, **values: Any) -> Any:
+    plain = {"max_seq_length": 128, "load_in_4bit": False}
+    return FastLanguageModel.from_pretrained(str(folder), **{**plain, **values})
+
+
+@pytest.fixture(scope="module")
+def fast(llama_folder: Path) -> Iterator[Any]:
+    """The PEFT model on an engine, its B not zero."""
+    model, _ = _load(
+        llama_folder,
+        fast_inference=True,
+        max_lora_rank=8,
+        gpu_memory_utilization=0.5,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        kv_cache_bytes=1 << 26,
+    )
+    with model.toolkit_engine:
+        _check_refusals(model)
+        model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        yield model
+
+
+def _check_refusals(model: Any) -> None:
+    """The refusals of get_peft_model, before an adapter is on; none leaves a trace."""
+    with pytest.raises(ConfigValueError, match="r=9 is above max_lora_rank=8") as caught:
+        FastLanguageModel.get_peft_model(model, r=9)
+    assert "max_lora_rank=16" in str(caught.value)
+    for refused in (
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+    ):
+        with pytest.raises(UnsupportedError):
+            FastLanguageModel.get_peft_model(model, r=8, **refused)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+def _ids(answers: Any) -> list[list[int]]:
+    return [list(output.token_ids) for answer in answers for output in answer.outputs]
+
+
+def test_it_is_the_users_model_with_the_engine_on_it(fast: Any) -> None:
+    import peft
+    from vllm import LLM
+
+    assert type(fast) is peft.PeftModelForCausalLM
+    assert isinstance(fast.vllm_engine, LLM)
+    assert fast.toolkit_engine.options.max_lora_rank == 8
+    assert fast.max_seq_length == 128
+
+
+def test_both_engines_answer_alike(fast: Any, tmp_path: Path) -> None:
+    plain, _ = _load(fast.save_lora(tmp_path / "a"))
+    ours, theirs = fast.fast_generate(PROMPTS, **GREEDY), plain.fast_generate(PROMPTS, **GREEDY)
+    assert _ids(ours) == _ids(theirs)
+    assert [answer.outputs[0].text for answer in ours] == [
+        answer.outputs[0].text for answer in theirs
+    ]
+    for one, two in zip(ours, theirs, strict=True):
+        found = torch.tensor(one.outputs[0].logprobs)
+        assert torch.allclose(found, torch.tensor(two.outputs[0].logprobs), atol=1e-5)
+    base = fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)
+    assert _ids(base) != _ids(ours)
+    assert _ids(base) == _ids(plain.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+
+
+def test_what_is_trained_is_what_is_sampled(fast: Any, tmp_path: Path) -> None:
+    """The adapter as it is now, with no step of the user's between; a saved one beside it."""
+    request = fast.load_lora(fast.save_lora(tmp_path / "a"))
+    before = _ids(fast.fast_generate(PROMPTS, **GREEDY))
+    parts = [value for name, value in fast.named_parameters() if "lora_B" in name]
+    kept = [part.detach().clone() for part in parts]
+    try:
+        with torch.no_grad():
+            for part in parts:
+                part.neg_()
+        changed = _ids(fast.fast_generate(PROMPTS, **GREEDY))
+        assert changed != before
+        assert _ids(fast.fast_generate(PROMPTS, lora_request=request, **GREEDY)) == before
+        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == changed
+        assert list(fast.peft_config) == ["default"]
+    finally:
+        with torch.no_grad():
+            for part, value in zip(parts, kept, strict=True):
+                part.copy_(value)
+
+
+def test_vllms_own_sampling_params(fast: Any, tmp_path: Path) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=8, temperature=0)
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    request = fast.load_lora(fast.save_lora(tmp_path / "a"))
+    ours = _ids(fast.fast_generate(PROMPTS, **GREEDY))
+    assert _ids(fast.fast_generate(prompts, sampling_params=params)) == ours
+    assert _ids(fast.fast_generate(prompts, params, lora_request=request, use_tqdm=False)) == ours
+    base = fast.fast_generate(prompts, params, lora_request=None)
+    assert _ids(base) == _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+
+
+def test_arguments_that_only_the_other_takes(fast: Any) -> None:
+    for name in ("max_new_tokens", "do_sample", "input_ids", "num_beams"):
+        with pytest.raises(ConfigTypeError, match=f"'{name}' is an argument of Hugging Face"):
+            fast.fast_generate(PROMPTS, **{name: 1})
+
+
+def test_a_rank_above_the_engines_is_refused_from_a_file(
+    fast: Any, llama_folder: Path, tmp_path: Path
+) -> None:
+    model, _ = _load(llama_folder)
+    large = FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing=False)
+    folder = large.save_lora(tmp_path / "large")
+    with pytest.raises(ConfigValueError, match="r=16 is above max_lora_rank=8"):
+        fast.load_lora(folder)
+
+
+def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_folder: Path) -> None:
+    request = check_request(
+        {
+            "model_name": str(llama_folder),
+            "load_in_4bit": False,
+            "fast_inference": True,
+            "max_seq_length": 4096,
+        }
+    )
+    with pytest.raises(ConfigValueError, match="max_seq_length=4096 is beyond the 256 positions"):
+        load(request)
