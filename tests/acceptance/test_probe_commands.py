@@ -62,6 +62,10 @@ def test_watch_looks_again(tmp_path: Path) -> None:
     )
     assert result.returncode == 0
     assert result.stdout.count("driver 580.159.04, CUDA 13.0") == 3
+    stream = cases.load("h200-healthy").envcheck(
+        tmp_path, "probe", "--watch", "--json", "--interval", "0.1", "--count", "2"
+    )
+    assert [json.loads(line)["kind"] for line in stream.stdout.splitlines()] == ["probe"] * 2
 
 
 def test_metrics_are_written_in_one_step_and_readable(tmp_path: Path) -> None:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object (report.schema.json).")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object (report.schema.json); one a line with --watch.",
+)
 @click.option(
     "--prometheus",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -50,7 +55,7 @@ def probe(
         looks += 1
         if watch and sys.stdout.isatty():
             click.clear()
-        show(snapshot, as_json=as_json, prometheus=prometheus)
+        show(snapshot, as_json=as_json, prometheus=prometheus, one_line=watch)
         if not watch or looks == count:
             break
         sys.stdout.flush()
@@ -59,8 +64,10 @@ def probe(
         sys.exit(3)
 
 
-def show(snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None) -> None:
-    """One look, in the form that was asked for."""
+def show(
+    snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
+) -> None:
+    """One look, in the form that was asked for; ``one_line`` is for JSON that is streamed."""
     from toolkit.base.paths import write_file  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
@@ -68,7 +75,7 @@ def show(snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None) -> N
     if prometheus is not None:
         write_file(prometheus, exposition(snapshot))
     if as_json:
-        click.echo(json.dumps(probe_report(snapshot), indent=2))
+        click.echo(json.dumps(probe_report(snapshot), indent=None if one_line else 2))
     else:
         click.echo(text_of(snapshot))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 ROOT = Path("/")
-_DEFAULT_FOLDERS = ("lib64", "usr/lib64", "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
+_DEFAULT_FOLDERS = ("lib64", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu")
 _WSL_FOLDER = "usr/lib/wsl/lib"
 _XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
 _SXID = re.compile(r"SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
@@ -186,6 +186,8 @@ def _events(kmsg: Path) -> list[dict[str, Any]]:
 
 
 def _event(line: str) -> dict[str, Any] | None:
+    if "Non-fatal" in line:  # NVSwitch writes those too, and mends them itself
+        return None
     for kind, pattern in (("xid", _XID), ("sxid", _SXID)):
         found = pattern.search(line)
         if found:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +117,11 @@ def _load(path: Path) -> Any:
 def _files(folder: Path) -> dict[str, Any]:
     weights: dict[str, int] = {}
     dangling, unreadable, names = [], [], []
-    for number, entry in enumerate(os.scandir(folder)):
-        if number >= MOST_FILES:
-            raise ValueError(f"more than {MOST_FILES} files: not a model's folder")
+    with os.scandir(folder) as entries:
+        listed = list(islice(entries, MOST_FILES + 1))
+    if len(listed) > MOST_FILES:
+        raise ValueError(f"more than {MOST_FILES} files: not a model's folder")
+    for entry in listed:
         names.append(entry.name)
         try:
             size = entry.stat().st_size

@@ -41,7 +41,9 @@ class NvmlAnswers:
     start: Reading[str]
     driver_version: Reading[str]
     gpus: list[tuple[Answers, list[Answers]]] = field(default_factory=list)
-    p2p: Reading[list[list[int]]] = field(default_factory=lambda: unsupported("fewer than two GPUs"))
+    p2p: Reading[list[list[int]]] = field(
+        default_factory=lambda: unsupported("fewer than two GPUs")
+    )
 
 
 def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:

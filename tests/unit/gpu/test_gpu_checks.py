@@ -171,6 +171,20 @@ def test_an_index_beyond_the_last_card() -> None:
     assert (result.verdict, result.blame) == ("fail", "user")
 
 
+def test_a_card_in_mig_mode_without_a_slice_among_others() -> None:
+    node = cases.base("h100x8")
+    node["gpus"][3]["mig_mode"] = {"value": [1, 1]}
+    result = verdict(node_from_json(node), "devices.mig")
+    assert (result.verdict, result.evidence[:5]) == ("warn", "GPU 3")
+
+
+def test_a_card_may_be_asked_for_by_any_of_its_names() -> None:
+    snapshot = snapshot_of("h100x8-healthy")
+    for name, expected in (("h100", "ok"), ("H100-SXM", "ok"), ("h200", "fail"), ("h20", "fail")):
+        context = CheckContext(required_card=name)
+        assert verdict(snapshot, "devices.kind", context).verdict == expected
+
+
 def test_a_lock_is_compared() -> None:
     snapshot = snapshot_of("h200-healthy")
     held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})

@@ -136,6 +136,7 @@ def test_xids_are_read_from_a_log_file_where_the_ring_buffer_is_closed(tmp_path:
             "var/log/kern.log": "boot\n"
             "kernel: NVRM: Xid (PCI:0000:18:00): 79, pid='<unknown>', GPU has fallen off the bus\n"
             "kernel: nvidia-nvswitch0: SXid (PCI:0000:c3:00.0): 20034, Fatal, Link 30\n"
+            "kernel: nvidia-nvswitch0: SXid (PCI:0000:c3:00.0): 11004, Non-fatal, Link 2\n"
             "kernel: NVRM: loading\n"
         },
     )

@@ -128,6 +128,8 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return fail("node", f"{empty[0].label} is in MIG mode and has no slice: CUDA sees nothing")
     if context.gpus_wanted > 1:
         return fail("user", f"{context.gpus_wanted} GPUs wanted; CUDA uses one MIG slice a process")
+    if empty:
+        return warn(f"{empty[0].label} is in MIG mode and has no slice: CUDA leaves it out")
     names = [f"{part.label} ({part.name.value})" for gpu in cut for part in gpu.slices]
     return ok("slices: " + ", ".join(names))
 
