@@ -49,9 +49,12 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
             fix="name the output_dir of a run of `toolkit train`",
         )
     document = load_document(path)
-    if not document.readable:
-        raise InputError("config.json cannot be read", where=str(path))
-    config = build_config(document)
+    try:
+        if not document.readable or not document.whole:
+            raise ValueError(document.findings[0].message)
+        config = build_config(document)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"is no resolved run: {error}", where=str(path)) from error
     if config.model.full_finetuning:
         raise UnsupportedError(
             "the run trained every weight, and has no adapter",

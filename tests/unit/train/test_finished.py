@@ -1,0 +1,87 @@
+"""What of a run folder is read back, and by which rule."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
+from toolkit.train import checkpoint
+from toolkit.train.finished import _was_chat, open_run, with_engine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _run(folder: Path, **model: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model": {"model_name": "some/model", **model}, "lora": {"r": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    part = checkpoint.begin(folder, step)
+    (part / "adapter_model.safetensors").write_bytes(b"weights")
+    return checkpoint.commit(part, step)
+
+
+def test_the_finished_adapter_comes_first(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    _checkpoint(run, 3)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    assert open_run(run).adapter == run / "adapter"
+    assert open_run(run, step=3).checkpoint == run / "checkpoint-3"
+    assert open_run(run, step=3).adapter is None
+
+
+def test_else_the_latest_sound_checkpoint(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    for step in (3, 20, 100):
+        torn = _checkpoint(run, step)
+    (torn / "adapter_model.safetensors").write_bytes(b"")
+    assert open_run(run).checkpoint == run / "checkpoint-20"
+    with pytest.raises(ConfigValueError, match="has no sound checkpoint-100"):
+        open_run(run, step=100)
+
+
+def test_folders_with_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no run folder: config\.json is missing"):
+        open_run(tmp_path)
+    with pytest.raises(ConfigValueError, match="no sound checkpoint and no finished adapter"):
+        open_run(_run(tmp_path / "run"))
+    with pytest.raises(UnsupportedError, match="trained every weight"):
+        open_run(_run(tmp_path / "full", full_finetuning=True))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="is no resolved run"):
+        open_run(tmp_path)
+
+
+def test_generation_needs_no_checkpointing(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    _checkpoint(run, 1)
+    config = with_engine(open_run(run).config, "vllm")
+    assert config.runtime.engine == "vllm"
+    assert config.lora.use_gradient_checkpointing is False
+    assert config.lora.r == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"prompt": [{"role": "user", "content": "x"}]}', True),
+        ('{"prompt": "x"}', False),
+        ("", False),
+        ("torn", False),
+        (None, False),
+    ],
+)
+def test_chats_are_told_by_what_the_run_wrote(
+    tmp_path: Path, line: str | None, found: bool
+) -> None:
+    if line is not None:
+        (tmp_path / "completions.jsonl").write_text(line + "\n")
+    assert _was_chat(tmp_path) is found
