@@ -1,0 +1,124 @@
+"""A checkpoint is complete or does not exist; a damaged one is never loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from toolkit.base.errors import ConfigError, InputError
+from toolkit.train import checkpoint
+
+FILES = {"a.json": b'{"x": 1}\n', "t.safetensors": bytes(range(256)) * 3, "empty.json": b""}
+
+
+def write(run_dir, step):
+    partial = checkpoint.begin(run_dir, step)
+    for name, content in FILES.items():
+        (partial / name).write_bytes(content)
+    return checkpoint.commit(partial, step)
+
+
+def test_a_written_checkpoint_is_sound_and_nothing_lies_beside_it(tmp_path):
+    folder = write(tmp_path, 10)
+    assert folder == tmp_path / "checkpoint-10"
+    assert checkpoint.faults(folder) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert {path.name for path in folder.iterdir()} == {*FILES, checkpoint.CHECKSUMS}
+
+
+def damages(content: bytes):
+    yield "truncated", content[:-1]
+    yield "zeroed", bytes(len(content))
+    middle = len(content) // 2
+    yield "flipped", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    yield "longer", content + b" "
+
+
+def test_every_damage_to_every_file_is_named_and_the_one_before_is_used(tmp_path):
+    before = write(tmp_path, 10)
+    folder = write(tmp_path, 20)
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        if not content:
+            continue
+        for kind, damaged in damages(content):
+            file.write_bytes(damaged)
+            assert checkpoint.faults(folder), (file.name, kind)
+            found, passed = checkpoint.latest(tmp_path)
+            assert found == before, (file.name, kind)
+            assert len(passed) == 1
+            # A digit that flips in a checksum makes the file that it is of the suspect.
+            named = file.name in passed[0] or file.name == checkpoint.CHECKSUMS
+            assert named, (file.name, kind)
+        file.unlink()
+        assert any(file.name in fault for fault in checkpoint.faults(folder)), file.name
+        file.write_bytes(content)
+    assert checkpoint.faults(folder) == []
+
+
+def test_every_bit_of_the_checksums_counts(tmp_path):
+    file = write(tmp_path, 1) / checkpoint.CHECKSUMS
+    content = file.read_bytes()
+    for position in range(0, len(content), 7):
+        for bit in (0, 5):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            file.write_bytes(bytes(flipped))
+            assert checkpoint.faults(file.parent), (position, bit)
+
+
+def test_a_name_in_the_checksums_may_not_lead_outside(tmp_path):
+    folder = write(tmp_path, 1)
+    (tmp_path / "outside").write_bytes(b"x")
+    listed = json.loads((folder / checkpoint.CHECKSUMS).read_text())
+    listed["files"]["../outside"] = {"bytes": 1, "sha256": "0" * 64}
+    text = json.dumps(listed, indent=1, sort_keys=True) + "\n"
+    (folder / checkpoint.CHECKSUMS).write_text(text)
+    assert "leads outside" in checkpoint.faults(folder)[0]
+
+
+def test_a_writer_that_died_leaves_nothing_that_counts(tmp_path):
+    write(tmp_path, 10)
+    partial = checkpoint.begin(tmp_path, 20)
+    (partial / "half").write_bytes(b"x")
+    assert checkpoint.list_steps(tmp_path) == [10]
+    checkpoint.begin(tmp_path, 30)
+    assert not partial.exists()
+
+
+def test_writing_a_step_again_replaces_a_torn_one(tmp_path):
+    folder = write(tmp_path, 10)
+    (folder / "a.json").write_bytes(b"torn")
+    write(tmp_path, 10)
+    assert checkpoint.faults(folder) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_rotate_keeps_the_latest_and_the_named(tmp_path):
+    for step in (1, 2, 9, 10, 11):
+        write(tmp_path, step)
+    checkpoint.rotate(tmp_path, [2], keep_last=2)
+    assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
+    checkpoint.rotate(tmp_path, [], keep_last=0)
+    assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
+
+
+def test_what_resume_chooses(tmp_path):
+    assert checkpoint.choose(tmp_path, "auto") == (None, [])
+    assert checkpoint.choose(tmp_path, "never") == (None, [])
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        checkpoint.choose(tmp_path, "must")
+    folder = write(tmp_path, 3)
+    for asked in ("auto", "must", str(folder)):
+        assert checkpoint.choose(tmp_path, asked) == (folder, [])
+    with pytest.raises(ConfigError, match=r"holds a run, and runtime.resume is never"):
+        checkpoint.choose(tmp_path, "never")
+    with pytest.raises(InputError, match="no such checkpoint"):
+        checkpoint.choose(tmp_path, str(tmp_path / "nowhere"))
+    (folder / "a.json").unlink()
+    with pytest.raises(InputError, match=r"not a sound checkpoint: a.json is missing"):
+        checkpoint.choose(tmp_path, str(folder))
+    with pytest.raises(ConfigError, match="no checkpoint here is sound") as refused:
+        checkpoint.choose(tmp_path, "auto")
+    assert "a.json is missing" in refused.value.message

@@ -1,0 +1,159 @@
+"""Memory that runs out, numbers that are none: the same gradient in parts, or a step that is
+dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainer_helpers import make_trainer
+
+from toolkit.base.errors import ConfigError, NodeError
+from toolkit.train import faults
+from toolkit.train.trainer import GRPOTrainer
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+
+
+class Narrow(GRPOTrainer):
+    """Runs out of memory where a training forward has more than ``limit`` rows."""
+
+    limit = 2
+    refused = 0
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+        if torch.is_grad_enabled() and input_ids.shape[0] > self.limit:
+            type(self).refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return output
+
+
+def parameters(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo"])
+def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, caplog):
+    grpo = {"loss_type": loss_type, "max_steps": 2, "gradient_accumulation_steps": 2, "beta": 0.05}
+    whole = make_trainer(tmp_path / "a", **grpo)
+    whole.train()
+    Narrow.refused = 0
+    parts = make_trainer(tmp_path / "b", kind=Narrow, **grpo)
+    parts.train()
+    assert parts._split == 4
+    assert Narrow.refused == 2  # 8 rows, 4 rows; from then on 2 at a time
+    assert "the micro-batch is cut in 4 from here on" in caplog.text
+    torch.testing.assert_close(parameters(parts), parameters(whole), atol=2e-5, rtol=0)
+    rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert mine["reward"] == theirs["reward"]
+
+
+def test_memory_that_never_suffices_is_given_up_on(tmp_path):
+    class Never(Narrow):
+        limit = 0
+
+    trainer = make_trainer(tmp_path, kind=Never)
+    with pytest.raises(torch.OutOfMemoryError) as refused:
+        trainer.train()
+    assert trainer._split == 8  # one row a part
+    told = faults.translate(refused.value, "here")
+    assert isinstance(told, ConfigError)
+    assert "per_device_train_batch_size" in told.fix
+
+
+def test_an_option_that_needs_the_whole_micro_batch_is_not_cut(tmp_path):
+    trainer = make_trainer(tmp_path, kind=Narrow, top_entropy_quantile=0.5)
+    with pytest.raises(RuntimeError, match="cannot be cut"):
+        trainer.train()
+
+
+def test_rollouts_that_do_not_fit_are_made_in_halves(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    generate, seen = trainer.model.generate, []
+
+    def narrow(*args, **kwargs):
+        rows = kwargs["input_ids"].shape[0]
+        seen.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = narrow
+    trainer.train()
+    assert seen == [8, 4, 2, 2, 4, 2, 2]
+    assert "rollout: out of memory with 8, trying 4" in caplog.text
+    assert trainer.state.global_step == 1
+
+
+class Poisoned(GRPOTrainer):
+    """Its loss is no number in the given micro-steps."""
+
+    at = (1,)
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        return loss * math.nan if self._step in self.at else loss
+
+
+def test_a_step_that_is_no_number_is_dropped_and_counted(tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path, kind=Poisoned, max_steps=3, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    first, second = (
+        load_file(tmp_path / f"checkpoint-{n}/adapter_model.safetensors") for n in (1, 2)
+    )
+    third = load_file(tmp_path / "checkpoint-3/adapter_model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in second)
+    assert all(torch.isfinite(tensor).all() for tensor in third.values())
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row.get("skipped") for row in rows] == [None, 1.0, None]
+    assert trainer.bad_steps == 0
+    assert "step 2: loss or gradient is not finite, skipped (1 in a row)" in caplog.text
+
+
+def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
+    class Always(Poisoned):
+        at = range(1, 100)
+
+    trainer = make_trainer(tmp_path, kind=Always, max_steps=9, save_strategy="steps", save_steps=1)
+    trainer.max_bad_steps = 2
+    with pytest.raises(ConfigError, match="not finite 2 steps in a row, up to step 3"):
+        trainer.train()
+    saved = load_file(tmp_path / "bad-step-3-rank-0.safetensors")
+    assert any(name.endswith("completion_ids") for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/metrics.jsonl"), ConfigError, 1),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), ConfigError, 1),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), NodeError, 3),
+        (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), NodeError, 3),
+        (MemoryError(), ConfigError, 1),
+    ],
+)
+def test_known_faults_have_an_exit_code_and_a_fix(error, kind, code):
+    told = faults.translate(error, "runs/x")
+    assert type(told) is kind
+    assert told.exit_code == code
+    assert told.fix
+    assert "\n" not in told.message
+
+
+def test_a_defect_is_not_dressed_up():
+    assert faults.translate(KeyError("x"), "here") is None
+    assert faults.translate(RuntimeError("shapes do not match"), "here") is None

@@ -1,0 +1,201 @@
+"""A run that goes on from a checkpoint is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from trainer_helpers import ROWS, adapter_digest, history, make_trainer
+
+from toolkit.base.errors import ConfigError
+from toolkit.train import checkpoint, resume, state
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+
+
+CASES = {
+    "plain": ({}, [2, 4]),
+    # 12 steps an epoch
+    "epochs": ({"max_steps": -1, "num_train_epochs": 2}, [12, 14]),
+    "a generation feeds two steps": (
+        {
+            "steps_per_generation": 4,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 4,
+        },
+        [1, 2],
+    ),
+    "two iterations": ({"num_iterations": 2}, [1, 4]),
+    "reference and dropout": ({"beta": 0.1}, [3]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [(name, False) for name in CASES] + [("plain", True), ("a generation feeds two steps", True)],
+)
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, name, engine):
+    grpo, stops = CASES[name]
+    lora = {"lora_dropout": 0.1} if "dropout" in name else {}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path / "a", engine=engine, lora=lora, **saving, **grpo)
+    whole.train()
+    for stop in stops:
+        again = make_trainer(tmp_path / "b", engine=engine, lora=lora, **grpo)
+        random.seed(99)
+        np.random.seed(99)
+        torch.manual_seed(99)
+        again.train(str(tmp_path / "a" / f"checkpoint-{stop}"))
+        assert adapter_digest(again) == adapter_digest(whole), stop
+        assert history(again) == history(whole), stop
+
+
+def test_true_takes_the_latest_sound_checkpoint_and_names_the_torn_one(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, **saving)
+    whole.train()
+    (tmp_path / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"")
+    again = make_trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert adapter_digest(again) == adapter_digest(whole)
+    assert "checkpoint-6: optimizer.safetensors: 0 bytes" in caplog.text
+
+
+def test_a_torn_checkpoint_that_was_named_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "rank-0.json").unlink()
+    with pytest.raises(ConfigError, match=r"rank-0.json is missing"):
+        make_trainer(tmp_path).train(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda t: t.pop(next(iter(t))), "1 tensors are missing, the first is"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors too many, the first is extra"),
+        (lambda t: t.update({next(iter(t)): torch.zeros(2, 2)}), "has shape [2, 2], here it is"),
+        (lambda t: next(iter(t.values())).fill_(float("nan")), "holds NaN or infinite values"),
+    ],
+    ids=["missing", "extra", "rank", "nan"],
+)
+def test_an_adapter_from_elsewhere_is_refused_with_the_difference(tmp_path, change, difference):
+    trainer = make_trainer(tmp_path)
+    parameters = state.trainable(trainer.model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    stored = {name: p.detach().clone() + 1 for name, p in parameters.items()}
+    change(stored)
+    with pytest.raises(ConfigError) as refused:
+        state.copy_into(parameters, stored, "here")
+    assert difference in refused.value.message
+    assert all(torch.equal(before[name], p) for name, p in parameters.items())
+
+
+def test_another_world_size_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    described = json.loads((folder / "state.json").read_text())
+    shutil.copytree(folder, tmp_path / ".checkpoint-2.partial")
+    (tmp_path / ".checkpoint-2.partial" / "checksums.json").unlink()
+    described["world_size"] = 2
+    (tmp_path / ".checkpoint-2.partial" / "state.json").write_text(json.dumps(described))
+    checkpoint.commit(tmp_path / ".checkpoint-2.partial", 2)
+    with pytest.raises(ConfigError, match="written by 2 processes, this run has 1") as refused:
+        make_trainer(tmp_path).train(str(folder))
+    assert "--nproc-per-node 2" in refused.value.fix
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    suffixes = {file.suffix for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_the_adapter_of_a_checkpoint_is_one_that_peft_loads(tmp_path):
+    peft = pytest.importorskip("peft")
+    from toolkit.train.demo import make_model
+
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    loaded = peft.PeftModel.from_pretrained(make_model(7), tmp_path / "checkpoint-2")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_every_generator_is_put_back():
+    described, tensors = state.generators()
+    described = json.loads(json.dumps(described))
+    drawn = [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()]
+    state.restore_generators(described, tensors)
+    assert [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()] == drawn
+
+
+def test_flatten_gives_back_what_it_was_given():
+    value = {"a": [1, 2.5, None, (True, "x")], 3: {"t": torch.arange(6).reshape(2, 3)}}
+    tensors: dict[str, torch.Tensor] = {}
+    described = json.loads(json.dumps(state.flatten(value, tensors, "v")))
+    back = state.unflatten(described, tensors)
+    assert back["a"] == value["a"]
+    assert type(back["a"][3]) is tuple
+    assert torch.equal(back[3]["t"], value[3]["t"])
+    with pytest.raises(NotImplementedError, match="cannot be stored without pickle: set"):
+        state.flatten({"s": {1}}, {}, "v")
+
+
+def test_the_best_checkpoints_are_kept(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=6)
+    trainer.keep_last, trainer.keep_best = 1, 2
+    trainer.train()
+    rewards = {row["step"]: row["reward"] for row in trainer.state.log_history if "reward" in row}
+    best = sorted(rewards, key=lambda step: rewards[step])[-2:]
+    assert set(checkpoint.list_steps(tmp_path)) >= {6}
+    assert len(checkpoint.list_steps(tmp_path)) <= 3
+    assert max(rewards, key=lambda step: rewards[step]) in checkpoint.list_steps(tmp_path)
+    assert set(resume.best_steps(tmp_path, 2)) <= {*best, *checkpoint.list_steps(tmp_path)}
+
+
+def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
+    whole = make_trainer(
+        tmp_path / "a", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
+    )
+    whole.train()
+    cut = make_trainer(
+        tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
+    )
+    from toolkit.train.signals import Abandoned, StopSignals
+
+    cut.signals = StopSignals()
+    cut._metrics["eval"]  # noqa: B018 - the dict exists before the hook below
+    original = cut.evaluation_loop
+
+    def cut_here(*args, **kwargs):
+        original(*args, **kwargs)
+        raise Abandoned("SIGTERM")
+
+    cut.evaluation_loop = cut_here
+    with pytest.raises(Abandoned):
+        cut.train()
+    assert cut.snapshot.pending_evaluation
+    cut.save_snapshot(cut.snapshot)
+    again = make_trainer(
+        tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
+    )
+    again.train(str(tmp_path / "b" / "checkpoint-2"))
+    assert adapter_digest(again) == adapter_digest(whole)
+
+    def evaluations(trainer):
+        rows = [r for r in trainer.state.log_history if "eval_reward" in r]
+        return [
+            {k: v for k, v in r.items() if "per_second" not in k and "runtime" not in k}
+            for r in rows
+        ]
+
+    assert evaluations(again) == evaluations(whole)
+    assert [row["step"] for row in evaluations(again)] == [2, 4]
