@@ -119,10 +119,10 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
     """The device that CUDA numbers ``index`` (0 for None); None where CUDA will see no GPU.
 
     Raises:
-        ConfigError: there are GPUs, and fewer than ``index`` asks for.
+        ConfigError: CUDA sees GPUs, and fewer than ``index`` asks for.
     """
     seen = visible(snapshot)
-    if not seen.devices and (index is None or not snapshot.gpus):
+    if not seen.devices:
         return None
     if (index or 0) >= len(seen.devices) or (index or 0) < 0:
         raise ConfigError(

@@ -34,9 +34,10 @@ def check_report(
     *,
     strict: bool = False,
     node: bool = False,
-    sizing: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What is here and every check's answer; ``sizing`` is a run's SizingResult."""
+    """What is here and every check's answer; ``run`` is what a run adds for its
+    preflight.json: ``device`` (the card that it is sized for, None is the CPU) and ``sizing``."""
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
     report = {
@@ -46,7 +47,7 @@ def check_report(
         "not_applicable": [name for name in catalogue() if name not in asked],
         **_node(snapshot),
     }
-    return report if sizing is None else {**report, "sizing": sizing}
+    return {**report, **(run or {})}
 
 
 def overall(results: Sequence[CheckResult]) -> str:

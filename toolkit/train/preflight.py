@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact_tree
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
+from toolkit.gpu.report import check_report
 from toolkit.gpu.snapshot import take
 from toolkit.sizing.device import Device
 from toolkit.sizing.solve import resolve
@@ -38,13 +38,10 @@ class Preflight:
     checks: tuple[CheckResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As in preflight.json."""
-        return {
-            "toolkit": __version__,
-            "device": None if self.device is None else self.device.name,
-            "checks": [check.to_json() for check in self.checks],
-            "sizing": self.sizing.to_json(),
-        }
+        """As in preflight.json (report.schema.json)."""
+        device = None if self.device is None else self.device.name
+        run = {"device": device, "sizing": self.sizing.to_json()}
+        return check_report(self.snapshot, self.checks, run=run)
 
     def write(self, run_dir: Path) -> Path:
         """Write preflight.json. Raises OSError."""
@@ -70,7 +67,7 @@ def preflight(config: RunConfig, *, world_size: int = 1, judge: bool = True) -> 
     gpu = devices.select(
         snapshot, int(os.environ.get("LOCAL_RANK", "0")) if snapshot.gpus else None
     )
-    device = None if gpu is None else Device.from_snapshot(devices.card_of(snapshot, gpu))
+    device = None if gpu is None else Device.from_node(snapshot, gpu)
     resolved, sizing = resolve(config, device, world_size=world_size)
     return Preflight(
         config=resolved, snapshot=snapshot, device=device, sizing=sizing, checks=checks

@@ -94,7 +94,9 @@ def test_a_slice_stands_for_its_card(value: str | None, index: int) -> None:
 def test_select_without_a_gpu_and_beyond_the_last() -> None:
     assert select(node("cpu")) is None
     assert select(node("cpu"), 3) is None
-    assert select(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="")) is None
+    hidden = node("h100x8-healthy", CUDA_VISIBLE_DEVICES="")
+    assert select(hidden) is None
+    assert select(hidden, 0) is None
     with pytest.raises(ConfigError, match="CUDA sees 2 here"):
         select(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="4,5"), 2)
 
