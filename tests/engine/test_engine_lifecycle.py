@@ -1,0 +1,208 @@
+"""Start, refuse, close: no leak, a second engine, and errors that say what to do."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+import engine_checkpoints
+import psutil
+import pytest
+import torch
+from conftest import options
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
+from toolkit.engine import start
+from toolkit.engine.load import open_engine
+from toolkit.engine.rollout import Sampling
+from toolkit.policy.views import shared_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from toolkit.engine.live import Engine
+
+pytestmark = pytest.mark.engine
+
+
+def held() -> tuple[set[str], int, int]:
+    """Threads, children and listening sockets of this process."""
+    process = psutil.Process()
+    threads = {thread.name for thread in threading.enumerate()}
+    listening = [c for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+    return threads, len(process.children(recursive=True)), len(listening)
+
+
+def test_close_leaves_nothing_behind_and_a_second_engine_works(
+    llama_folder: Path, open_small: Callable[..., Engine]
+) -> None:
+    sampling = Sampling(n=2, max_tokens=8)
+    with open_small(llama_folder) as engine:  # whatever a first engine leaves for good is there now
+        first = engine.generate([[5, 6, 7]], sampling, seed=1)
+    gc.collect()
+    threads, children, sockets = held()
+    rng, count = torch.get_rng_state(), torch.get_num_threads()
+    engine = open_small(llama_folder)
+    assert torch.equal(rng, torch.get_rng_state())
+    torch.set_num_threads(count)
+    assert torch.get_num_threads() == count
+    model = shared_model(engine)
+    again = engine.generate([[5, 6, 7]], sampling, seed=1)
+    module = weakref.ref(engine.module)
+    llm = weakref.ref(engine.llm)
+    weight = weakref.ref(model.get_input_embeddings().weight)
+    engine.close()
+    engine.close()
+    del model
+    gc.collect()
+    assert again == first
+    assert module() is None, "the engine's model is still alive"
+    assert llm() is None, "the engine is still alive"
+    assert weight() is None
+    after_threads, after_children, after_sockets = held()
+    assert after_threads <= threads
+    assert after_children <= children
+    assert after_sockets <= sockets
+    assert not torch.distributed.is_initialized()
+    for use in (
+        lambda: engine.llm,
+        lambda: engine.module,
+        lambda: engine.generate([[5]], Sampling(), seed=1),
+    ):
+        with pytest.raises(ConfigError, match="closed"):
+            use()
+
+
+def test_a_process_group_of_the_trainer_survives_the_engine(
+    llama_folder: Path, open_small: Callable[..., Engine], tmp_path: Path
+) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        with open_small(llama_folder) as engine:
+            assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
+        assert torch.distributed.is_initialized()
+        torch.distributed.all_reduce(torch.ones(1))
+    finally:
+        torch.distributed.destroy_process_group()
+    with open_small(llama_folder) as engine:
+        assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
+
+
+def test_an_engine_that_failed_to_start_leaves_room_for_another(
+    llama_folder: Path, open_small: Callable[..., Engine]
+) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        open_small(llama_folder, max_model_len=4096)  # beyond the model's 256 positions
+    assert caught.value.exit_code == 1
+    assert caught.value.fix
+    with pytest.raises(ToolkitError) as caught:
+        open_small(llama_folder, kv_cache_bytes=1 << 14)
+    assert caught.value.exit_code == 1
+    assert "check" in str(caught.value.where)
+    with open_small(llama_folder) as engine:
+        assert engine.generate([[5]], Sampling(max_tokens=1), seed=1).completion_ids
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra", "shape"])
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    kind: str, tmp_path: Path, open_small: Callable[..., Engine]
+) -> None:
+    folder = engine_checkpoints.make(tmp_path, "llama")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if kind == "missing":
+            del tensors["model.layers.1.mlp.down_proj.weight"]
+        elif kind == "extra":
+            tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(32)
+        else:
+            tensors["model.norm.weight"] = torch.ones(64)
+
+    change_tensors(folder, change)
+    with pytest.raises(ToolkitError) as caught, open_small(folder) as engine:
+        shared_model(engine)
+    assert caught.value.exit_code == 1, caught.value
+    assert caught.value.fix
+    if kind != "shape":
+        assert "checkpoint" in str(caught.value)
+
+
+def test_engine_and_model_that_differ_are_refused_by_the_spot_check(
+    tmp_path: Path, open_small: Callable[..., Engine]
+) -> None:
+    folder = engine_checkpoints.make(tmp_path, "llama")
+    with open_small(folder) as engine:
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
+        (folder / "config.json").write_text(json.dumps(config))  # changed behind the engine's back
+        with pytest.raises(UnsupportedError, match="differ by"):
+            shared_model(engine)
+
+
+def test_a_separate_model_needs_no_shared_weights(
+    llama_folder: Path, open_small: Callable[..., Engine]
+) -> None:
+    with open_small(llama_folder, share_weights=False) as engine:
+        assert engine.generate([[5]], Sampling(max_tokens=1), seed=1).completion_ids
+        with pytest.raises(UnsupportedError, match="share_weights"):
+            shared_model(engine)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused_before_loading(
+    change: dict, text: str, tmp_path: Path, open_small: Callable[..., Engine]
+) -> None:
+    folder = engine_checkpoints.make(tmp_path, "llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UnsupportedError, match=text) as caught:
+        open_small(folder)
+    assert caught.value.fix
+
+
+def test_4bit_wants_a_gpu(llama_folder: Path, open_small: Callable[..., Engine]) -> None:
+    with pytest.raises(UnsupportedError, match="CUDA"):
+        open_small(llama_folder, load_in_4bit=True)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, open_small: Callable[..., Engine]) -> None:
+    with pytest.raises(InputError, match="no readable model config"):
+        open_small(tmp_path / "nothing")
+
+
+def test_experts_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are shared bit for bit; what a CPU lacks is vLLM's kernel for LoRA beside them."""
+    folder = engine_checkpoints.make(tmp_path, "qwen3_moe")
+    with pytest.raises(UnsupportedError, match="Triton"):
+        open_engine(options(folder))
+    with open_engine(options(folder, enable_lora=False)) as engine:
+        assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
+        with pytest.raises(UnsupportedError, match=r"rewritten .*w13_weight"):
+            shared_model(engine)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.arange(3, 40)[None]
+    monkeypatch.setattr(start, "has_experts", lambda config: False)
+    with open_engine(options(folder)) as engine:  # loads; only a forward would need Triton
+        model = shared_model(engine, check=False)
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, reference(tokens).logits)

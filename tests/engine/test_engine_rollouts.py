@@ -1,0 +1,259 @@
+"""Rollouts on the real engine: layout, options, reproducibility, adapters coming and going."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trl.generation.vllm_generation import extract_logprobs
+from vllm import SamplingParams
+
+from toolkit.base.errors import ConfigValueError, NodeError, UnsupportedError
+from toolkit.engine.base import RolloutEngine
+from toolkit.engine.rollout import Sampling, derive_seed
+from toolkit.policy.views import shared_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from peft import PeftModel
+
+    from toolkit.engine.live import Engine
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12] * 40]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def policy(llama: Engine) -> Iterator[PeftModel]:
+    """The shared model with a non-zero adapter; taken off again."""
+    yield from with_adapter(llama, target_modules=SEVEN)
+
+
+def with_adapter(engine: Engine, **settings: object) -> Iterator[PeftModel]:
+    torch.manual_seed(0)
+    model = shared_model(engine, check=False)
+    # type: ignore[arg-type]
+    policy = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, **settings))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                parameter.normal_(0, 0.1)
+    yield policy
+    policy.unload()
+
+
+def test_the_engine_has_the_agreed_face(llama: Engine) -> None:
+    assert isinstance(llama, RolloutEngine)
+
+
+def test_layout_is_trls(llama: Engine) -> None:
+    rollout = llama.generate(PROMPTS, Sampling(n=3, max_tokens=6, logprobs=0), seed=1)
+    assert [len(part or []) for part in rollout.as_tuple()] == [9, 9, 9, 9]
+    assert rollout.prompt_ids[:4] == [PROMPTS[0]] * 3 + [PROMPTS[1]]
+    assert rollout.logprobs is not None
+    assert rollout.logprob_token_ids is not None
+    for ids, values, tokens in zip(
+        rollout.completion_ids, rollout.logprobs, rollout.logprob_token_ids, strict=True
+    ):
+        assert tokens == [[token] for token in ids]
+        assert all(len(value) == 1 and value[0] < 0 for value in values if value[0] is not None)
+
+
+@pytest.mark.parametrize("logprobs", [0, 1, 3])
+def test_logprobs_are_those_trl_would_extract(llama: Engine, logprobs: int) -> None:
+    sampling = Sampling(max_tokens=6, logprobs=logprobs, top_p=0.9)
+    ours = llama.generate(PROMPTS, sampling, seed=4, adapter=False)
+    from toolkit.engine.rollout import request_seed
+
+    params = [
+        SamplingParams(max_tokens=6, logprobs=logprobs, top_p=0.9, seed=request_seed(4, index))
+        for index in range(len(PROMPTS))
+    ]
+    requests = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = llama.llm.generate(requests, params, use_tqdm=False)
+    values, tokens = extract_logprobs(outputs)
+    assert ours.completion_ids == [list(output.outputs[0].token_ids) for output in outputs]
+    assert ours.logprob_token_ids == tokens
+    assert ours.logprobs == values
+
+
+def test_no_logprobs_when_none_are_asked_for(llama: Engine) -> None:
+    rollout = llama.generate(PROMPTS, Sampling(max_tokens=2, logprobs=None), seed=1)
+    assert (rollout.logprobs, rollout.logprob_token_ids) == (None, None)
+    assert llama.generate([], Sampling(), seed=1).completion_ids == []
+
+
+def test_same_seed_same_completions_whatever_ran_before(llama: Engine) -> None:
+    sampling = Sampling(n=4, max_tokens=12)
+    first = llama.generate(PROMPTS, sampling, seed=derive_seed(42, 7))
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    other = llama.generate(PROMPTS[:1], sampling, seed=derive_seed(42, 8))
+    assert torch.equal(state, torch.get_rng_state())  # the trainer's generator is not touched
+    again = llama.generate(PROMPTS, sampling, seed=derive_seed(42, 7))
+    assert again == first
+    assert other.completion_ids != first.completion_ids[:4]
+    assert len({tuple(ids) for ids in first.completion_ids[:4]}) == 4  # n samples, not n copies
+    twice = llama.generate([PROMPTS[0], PROMPTS[0]], sampling, seed=3).completion_ids
+    assert twice[:4] != twice[4:]  # one prompt twice is two draws
+
+
+def test_greedy_is_the_most_likely_token(llama: Engine) -> None:
+    model = shared_model(llama, check=False)
+    with torch.no_grad():
+        best = model(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax().item()
+    rollout = llama.generate(PROMPTS[:1], Sampling(temperature=0.0, max_tokens=1), seed=1)
+    assert rollout.completion_ids == [[best]]
+
+
+def test_logprobs_are_of_the_processed_distribution(llama: Engine) -> None:
+    rollout = llama.generate(
+        PROMPTS[:1], Sampling(n=8, max_tokens=8, top_k=1, temperature=2.0), seed=1
+    )
+    assert rollout.logprobs is not None
+    assert {value for one in rollout.logprobs for position in one for value in position} == {0.0}
+
+
+def test_min_p_and_repetition_penalty_reach_the_engine(llama: Engine) -> None:
+    sharp = llama.generate(PROMPTS[:1], Sampling(n=4, max_tokens=6, min_p=1.0), seed=1)
+    assert len({tuple(ids) for ids in sharp.completion_ids}) == 1
+    plain = Sampling(temperature=0.0, max_tokens=24)
+    penalized = Sampling(temperature=0.0, max_tokens=24, repetition_penalty=5.0)
+    ids = llama.generate([[12] * 40], penalized, seed=1).completion_ids[0]
+    assert len(set(ids)) == len(ids) > 0
+    assert ids != llama.generate([[12] * 40], plain, seed=1).completion_ids[0]
+
+
+def test_generation_kwargs_and_stop_tokens(llama: Engine) -> None:
+    sampling = Sampling(max_tokens=20, extra={"min_tokens": 5, "max_tokens": 7})
+    assert len(llama.generate(PROMPTS[:1], sampling, seed=1).completion_ids[0]) in (5, 6, 7)
+    free = llama.generate(PROMPTS[:1], Sampling(max_tokens=9, temperature=0.0), seed=1)
+    stop = free.completion_ids[0][2]
+    sampling = Sampling(max_tokens=9, temperature=0.0, stop_token_ids=(stop,))
+    stopped = llama.generate(PROMPTS[:1], sampling, seed=1).completion_ids[0]
+    assert stopped == free.completion_ids[0][: free.completion_ids[0].index(stop) + 1]
+    text = Sampling(max_tokens=9, temperature=0.0, extra={"stop": [f"t{stop}"]})
+    assert len(llama.generate(PROMPTS[:1], text, seed=1).completion_ids[0]) < 9
+
+
+def test_structured_outputs_regex(llama: Engine) -> None:
+    sampling = Sampling(n=2, max_tokens=4, structured_outputs_regex="(t5|t7)+")
+    rollout = llama.generate(PROMPTS[:2], sampling, seed=1)
+    words = llama.llm.get_tokenizer().convert_ids_to_tokens(rollout.completion_ids[0])
+    assert re.fullmatch("(t5|t7)+", "".join(word for word in words if word != "t2"))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        (Sampling(top_p=7.0), "top_p"),
+        (Sampling(extra={"no_such_option": 1}), "no_such_option"),
+    ],
+)
+def test_options_that_vllm_refuses(llama: Engine, sampling: Sampling, text: str) -> None:
+    with pytest.raises(ConfigValueError, match=text):
+        llama.generate(PROMPTS, sampling, seed=1)
+    llama.generate(PROMPTS, Sampling(max_tokens=1), seed=1)  # and the engine lives on
+
+
+def test_prompts_that_do_not_fit(llama: Engine) -> None:
+    with pytest.raises(ConfigValueError, match="prompt 1 has 128 tokens"):
+        llama.generate([[5], [5] * 128], Sampling(), seed=1)
+    with pytest.raises(ConfigValueError, match="prompt 0 has no tokens"):
+        llama.generate([[]], Sampling(), seed=1)
+
+
+def test_publish_resets_cached_prefixes(llama: Engine, policy: PeftModel) -> None:
+    prompt = [int(token) for token in range(3, 99)]  # several whole cache blocks
+    greedy = Sampling(max_tokens=4, temperature=0.0)
+    llama.publish(policy)
+    llama.generate([prompt], greedy, seed=1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(-1.5)
+        llama.publish(policy)
+        told = llama.generate([prompt], greedy, seed=1)
+        ids = told.completion_ids[0]
+        logits = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    ours = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert told.logprobs is not None
+    assert torch.allclose(ours, torch.tensor(told.logprobs[0])[:, 0], atol=1e-5)
+
+
+def test_a_saved_adapter_takes_the_slot_and_gives_it_back(
+    llama: Engine, policy: PeftModel, tmp_path: Path
+) -> None:
+    sampling = Sampling(max_tokens=6, temperature=0.0)
+    llama.publish(policy)
+    trained = llama.generate(PROMPTS, sampling, seed=1)
+    policy.save_pretrained(tmp_path)
+    request = llama.load_lora(str(tmp_path))
+    assert llama.load_lora(str(tmp_path)) is request
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = llama.llm.generate(inputs, params, lora_request=request, use_tqdm=False)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == trained.completion_ids
+    # max_loras is 1: the file's adapter has pushed ours out. It comes back as it is now.
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    base = llama.generate(PROMPTS, sampling, seed=1, adapter=False)
+    assert llama.generate(PROMPTS, sampling, seed=1) == base
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"r": 32, "target_modules": SEVEN}, "rank 32, the engine was built for at most 16"),
+        ({"r": 8, "target_modules": ["lm_head"]}, "no LoRA slot for lm_head"),
+        ({"r": 8, "target_modules": ["embed_tokens"]}, "embedding"),
+        ({"r": 8, "target_modules": SEVEN, "use_dora": True}, "DoRA"),
+        ({"r": 8, "target_modules": SEVEN, "lora_bias": True}, "bias"),
+        ({"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "whole modules"),
+    ],
+)
+def test_adapters_that_no_slot_holds(llama: Engine, settings: dict, text: str) -> None:
+    model = shared_model(llama, check=False)
+    policy = get_peft_model(model, LoraConfig(**settings))
+    with pytest.raises((ConfigValueError, UnsupportedError), match=text) as caught:
+        llama.publish(policy, "other")
+    assert caught.value.fix or caught.value.where
+    with pytest.raises(ConfigValueError, match="no adapter named 'nobody'"):
+        llama.publish(policy, "nobody")
+
+
+def test_a_subset_of_layers_leaves_the_others_at_the_base(llama: Engine) -> None:
+    for policy in with_adapter(
+        llama, target_modules=["k_proj", "up_proj"], layers_to_transform=[1]
+    ):
+        llama.publish(policy, "subset")
+        told = llama.generate(PROMPTS[:1], Sampling(max_tokens=6), seed=1, adapter="subset")
+        ids = told.completion_ids[0]
+        with torch.no_grad():
+            logits = policy(torch.tensor([PROMPTS[0] + ids])).logits[0, len(PROMPTS[0]) - 1 : -1]
+        ours = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert told.logprobs is not None
+        assert torch.allclose(ours, torch.tensor(told.logprobs[0])[:, 0], atol=1e-5)
+
+
+def test_a_dead_engine_says_so(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.llm, "generate", die)
+        with pytest.raises(NodeError, match="illegal memory access") as caught:
+            llama.generate(PROMPTS, Sampling(), seed=1)
+        assert caught.value.fix
+    with pytest.raises(NodeError, match="died earlier"):
+        llama.generate(PROMPTS, Sampling(), seed=1)
+    llama._dead = None  # the stand-in did no harm: the module's other tests go on
