@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from toolkit.config.layers import load_document
     from toolkit.config.model import RunConfig
     from toolkit.config.schemas import find_schema
-    from toolkit.config.validate import Validation, check_instance, load_run, validate
+    from toolkit.config.validate import Validation, check_instance, load_run
 
 __all__ = [
     "Document",
@@ -25,7 +25,6 @@ __all__ = [
     "find_schema",
     "load_document",
     "load_run",
-    "validate",
 ]
 
 _HOME = {
@@ -37,7 +36,6 @@ _HOME = {
     "find_schema": "schemas",
     "load_document": "layers",
     "load_run": "validate",
-    "validate": "validate",
 }
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Keys that may name a file or a folder. Those of output_dir and resume always do; the others only
 # when one is there.
+_FLOATS = ("lora_dropout", "timeout_s")
 _PATHS = ("model_name", "path", "eval_path", "output_dir", "resume")
 
 
@@ -40,7 +41,9 @@ def build_config(document: Document) -> RunConfig:
     weights = grpo.pop("reward_weights", None) or [None] * len(functions)
     rewards = tuple(
         RewardFunction(
-            **(dict(function) if weight is None else {**function, "weight": float(weight)})
+            name=function["name"],
+            weight=float(function.get("weight", 1.0) if weight is None else weight),
+            options=function.get("options", MappingProxyType({})),
         )
         for function, weight in zip(functions, weights, strict=True)
     )
@@ -64,6 +67,8 @@ def _section(node: Node | None) -> dict[str, Any]:
 def _value(key: str, node: Node) -> Any:
     if key in _PATHS and isinstance(node.value, str):
         return local_path(key, node)
+    if key in _FLOATS and type(node.value) is int:
+        return float(node.value)
     return freeze(node.to_plain())
 
 

@@ -1,0 +1,158 @@
+"""The walk over the schema: the verdicts of the jsonschema library, in words and with places."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from toolkit.config.document import Source
+from toolkit.config.layers import parse
+from toolkit.config.schemas import find_schema, schema_names
+from toolkit.config.structure import ANNOTATIONS, KEYWORDS, check_structure
+
+SCHEMA = find_schema("run")
+
+
+def schemas_in(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """A schema and all that are below it."""
+    found = [schema]
+    for below in (*schema.get("properties", {}).values(), *schema.get("anyOf", ())):
+        found += schemas_in(below)
+    if isinstance(schema.get("items"), dict):
+        found += schemas_in(schema["items"])
+    return found
+
+
+def test_the_walk_knows_every_keyword_of_the_schema() -> None:
+    used = {keyword for schema in schemas_in(SCHEMA) for keyword in schema}
+    assert used <= KEYWORDS | ANNOTATIONS
+
+
+@pytest.mark.parametrize("name", schema_names())
+def test_our_schemas_are_schemas(name: str) -> None:
+    schema = find_schema(name)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["$id"]
+
+
+def test_every_key_is_described() -> None:
+    """Title, description, default or required, examples; a unit for numbers; a text for each
+    choice.
+    """
+    for owner in schemas_in(SCHEMA):
+        for name, schema in owner.get("properties", {}).items():
+            assert schema["title"], name
+            assert schema["description"], name
+            if "x-refused" in schema or "properties" in schema:
+                continue
+            assert "default" in schema or name in owner.get("required", ()), name
+            assert schema["examples"], name
+            kinds = [one.get("type", []) for one in (schema, *schema.get("anyOf", ()))]
+            flat = {kind for one in kinds for kind in ([one] if isinstance(one, str) else one)}
+            assert not flat & {"integer", "number"} or schema.get("x-unit"), name
+            for branch in (schema, *schema.get("anyOf", ())):
+                if "enum" in branch and branch["enum"] != ["auto"]:
+                    assert len(branch["enumDescriptions"]) == len(branch["enum"]), name
+                    assert all(branch["enumDescriptions"]), name
+            validator = jsonschema.Draft202012Validator(schema)
+            for example in (*schema["examples"], schema.get("default", schema["examples"][0])):
+                if name not in ("extends", "$schema"):
+                    assert validator.is_valid(example), (name, example)
+
+
+def test_defaults_are_those_of_the_config() -> None:
+    import dataclasses
+
+    from toolkit.config import model
+
+    sections = {
+        "model": model.ModelSection, "lora": model.LoraSection, "dataset": model.DatasetSection,
+        "runtime": model.RuntimeSection,
+    }  # fmt: skip
+    for section, kind in sections.items():
+        properties = SCHEMA["properties"][section]["properties"]
+        fields = {field.name: field.default for field in dataclasses.fields(kind)}
+        assert set(properties) == set(fields)
+        for name, default in fields.items():
+            if default is not dataclasses.MISSING:
+                plain = list(default) if isinstance(default, tuple) else default
+                assert properties[name]["default"] == plain, name
+
+
+def ours(instance: Any) -> bool:
+    """Whether the walk finds nothing; rules tell ranges that are marked with x-rule."""
+    document = parse(Source("run", json.dumps(instance), Path("/"), None, "json"))
+    outcome = check_structure(document.root, SCHEMA)
+    return not outcome.findings and not outcome.bad and not document.findings
+
+
+def theirs(instance: Any) -> bool:
+    """Whether the jsonschema library finds nothing; 8.0 is an integer to it and not to us."""
+    is_integer = lambda _, value: type(value) is int  # noqa: E731
+    checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer)
+    kind = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=checker)
+    return bool(kind(SCHEMA).is_valid(instance))
+
+
+START = {
+    "model": {"model_name": "a/b"},
+    "lora": {"r": 8, "target_modules": ["q_proj"]},
+    "dataset": {"path": "x.jsonl"},
+    "reward": {"functions": [{"name": "exact_match", "weight": 1, "options": {"tag": "answer"}}]},
+    "grpo": {"beta": 0.1, "loss_type": "grpo", "bf16": None},
+    "runtime": {"allow_code": ["a.b"]},
+}
+KEYS = sorted(
+    {(section, key) for section in START
+     for key, schema in SCHEMA["properties"][section]["properties"].items()
+     if "x-refused" not in schema}
+)  # fmt: skip
+OTHERS = [("grpo", "unknown"), ("zzz",), ("lora",)]
+REFUSED = [n for n, s in SCHEMA["properties"]["grpo"]["properties"].items() if "x-refused" in s]
+EXAMPLES = [
+    value
+    for schema in schemas_in(SCHEMA)
+    for value in (*schema.get("examples", ()), *schema.get("enum", ()))
+]
+VALUES = (
+    st.none() | st.booleans() | st.integers(-2, 2000)
+    | st.sampled_from([0.0, 0.5, 1.0, 1.5, -1.0, 2.0, 8.0])
+    | st.sampled_from(["", "auto", "x", "none", "a-b", "DAPO"]) | st.sampled_from(EXAMPLES)
+    | st.lists(st.sampled_from(["q_proj", "q_proj", 1, None, "x y"]), max_size=3)
+    | st.dictionaries(st.sampled_from(["name", "weight", "zzz"]),
+                      st.integers(0, 1) | st.text(max_size=2), max_size=2)
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*KEYS, ("grpo", "unknown"), ("zzz",), ("lora",)]), VALUES),
+        max_size=3,
+    )
+)
+def test_the_verdict_is_that_of_jsonschema(changes: list[tuple[tuple[str, ...], Any]]) -> None:
+    instance: dict[str, Any] = copy.deepcopy(START)
+    for path, value in changes:
+        holder = instance
+        for part in path[:-1]:
+            if not isinstance(holder.get(part), dict):
+                return
+            holder = holder[part]
+        holder[path[-1]] = value
+    assert ours(instance) == theirs(instance)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, s in SCHEMA["properties"]["grpo"]["properties"].items() if "x-refused" in s]
+)
+def test_a_refused_key_is_refused_by_the_schema_too(name: str) -> None:
+    assert not theirs({**START, "grpo": {name: True}})
