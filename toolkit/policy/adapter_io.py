@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 BASE_FILE = "base.json"
 """Beside PEFT's files: what the base was, so that an adapter is not put on another one."""
 
+TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
+WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
+"""Parts of PEFT's parameter names: the adapter's own, and what it wraps the base's in."""
+
 SAMPLE = 16
 """Values of each base tensor that go into the fingerprint."""
 
@@ -44,9 +48,9 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         )
     target = Path(folder)
     with beside(target) as work:
-        model.save_pretrained(
-            str(work), selected_adapters=[name], save_embedding_layers=_has_embeddings(model, name)
-        )
+        # Told, PEFT need not ask the hub whether the vocabulary has the base's size.
+        resized = bool(getattr(model, "toolkit_resized", False))
+        model.save_pretrained(str(work), selected_adapters=[name], save_embedding_layers=resized)
         inner = work if name == "default" else work / name
         _sort_config(inner / ADAPTER_CONFIG)
         described = {"base_model_name_or_path": base_name(model), "fingerprint": fingerprint(model)}
@@ -86,15 +90,6 @@ def _sort_config(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _has_embeddings(model: Any, name: str) -> bool:
-    targets = model.peft_config[name].target_modules or ()
-    embeddings = ("embed_tokens", "lm_head")
-    if isinstance(targets, str):
-        return any(word in targets for word in embeddings)
-    resized = getattr(model, "toolkit_resized", False)
-    return bool(resized) or any(target.rsplit(".", 1)[-1] in embeddings for target in targets)
-
-
 def base_name(model: Any) -> str | None:
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None
@@ -110,11 +105,13 @@ def fingerprint(model: Any) -> str | None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.sha256()
     for name, parameter in base.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name:
-            continue
+        if not name.endswith("weight") or any(part in name for part in TRAINED):
+            continue  # biases may be trained in place
         if not parameter.is_floating_point():
             return None
         values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
-        digest.update(name.replace(".base_layer.", ".").encode())
+        for part in WRAPPERS:
+            name = name.replace(part, ".")
+        digest.update(name.encode())
         digest.update(repr((tuple(parameter.shape), values.tolist())).encode())
     return digest.hexdigest()[:16]

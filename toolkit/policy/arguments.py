@@ -77,11 +77,6 @@ REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
             "embeddings stay on the device of the model",
             "leave offload_embedding out",
         ),
-        "text_only": (
-            False,
-            "only text models are loaded, so there is no other part to leave out",
-            "leave text_only out",
-        ),
     }
 )
 """Parameter -> (the value that asks for nothing, why any other is refused, what to do)."""

@@ -17,6 +17,7 @@ from toolkit.base.errors import ConfigValueError, InputError
 from toolkit.base.paths import safe_join
 
 ADAPTER_CONFIG = "adapter_config.json"
+_DOUBLES = ["original/*", "consolidated*"]
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -32,8 +33,9 @@ class Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        """True for a PEFT adapter's folder (which has no model config of its own)."""
-        return (self.folder / ADAPTER_CONFIG).is_file() and not self._has("config.json")
+        """True for a PEFT adapter's folder: one that holds no model's weights of its own."""
+        weights = [*self.folder.glob("model*.safetensors"), *self.folder.glob("pytorch_model*.bin")]
+        return self._has(ADAPTER_CONFIG) and not weights
 
     def _has(self, file: str) -> bool:
         return (self.folder / file).is_file()
@@ -108,7 +110,9 @@ def find_checkpoint(
         raise InputError(kind, where=name, fix="name a checkpoint's folder, or a hub id")
     try:
         patterns = [*_FILES, "*.bin"] if pickle else list(_FILES)
-        path = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+        path = snapshot_download(
+            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_DOUBLES
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

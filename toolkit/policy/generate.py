@@ -48,14 +48,16 @@ def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
     changed.
 
     Raises:
-        InputError, ConfigValueError: it cannot be read, is another base's, or has too high a rank.
+        InputError, ConfigValueError: it cannot be read, is another base's, does not fit, or has a
+            rank above the engine's.
     """
     adapter = read_adapter(folder)
     check_base(model, adapter)
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
         check_with_engine(settings_of(adapter.config), engine.options.max_lora_rank)
-    return LoraRequest(Path(folder), adapter)
+    with _borrowed(model, adapter):  # whatever does not fit is refused here
+        return LoraRequest(Path(folder), adapter)
 
 
 def fast_generate(

@@ -14,7 +14,7 @@ from toolkit.policy.checkpointing import (
     resume_checkpointing,
 )
 from toolkit.policy.from_config import request_of
-from toolkit.policy.loading import load
+from toolkit.policy.loading import load, tell_engine
 from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
 from toolkit.policy.request import check_request
 from toolkit.policy.settings import WHERE, LoraSettings
@@ -180,7 +180,7 @@ class FastLanguageModel:
 
 def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
     """``model`` with a fresh adapter, its methods bound to it, in training mode."""
-    peft_model = add_lora(model, settings)
+    peft_model = tell_engine(add_lora(model, settings))
     length = getattr(model, "max_seq_length", None)
     apply_checkpointing(peft_model, checkpointing, max_seq_length=length)
     attach(peft_model, like=model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import InputError
+from toolkit.base.errors import InputError, ToolkitError
 from toolkit.policy.attach import attach
 from toolkit.policy.checkpoint import find_checkpoint
 from toolkit.policy.checkpointing import apply_checkpointing
@@ -79,22 +79,41 @@ def _finish(
     )
     if request.fix_tokenizer:
         fix_tokenizer(tokenizer, model)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = request.max_seq_length or longest
     attach(
         model,
         toolkit_engine=engine,
         vllm_engine=getattr(engine, "llm", None),
-        max_seq_length=request.max_seq_length,
+        max_seq_length=length,
         toolkit_tokenizer=tokenizer,
         toolkit_full_finetuning=request.full_finetuning,
         toolkit_resized=request.resize_model_vocab is not None,
     )
     mode = request.use_gradient_checkpointing
     if adapter is not None:
-        model = attach(put_saved(model, adapter), like=model)
+        model = attach(tell_engine(put_saved(model, adapter)), like=model)
         model.train()
     if adapter is not None or request.full_finetuning:
-        apply_checkpointing(model, mode, max_seq_length=request.max_seq_length)
+        apply_checkpointing(model, mode, max_seq_length=length)
     return model, tokenizer
+
+
+def tell_engine(peft_model: Any) -> Any:
+    """Publish a new adapter to the engine on its model, if there is one, so that a layer which the
+    engine cannot adapt is refused now and not in the first rollout. Returns ``peft_model``.
+
+    Raises:
+        UnsupportedError, ConfigValueError: it cannot be; the adapter is taken off again.
+    """
+    engine = getattr(peft_model, "toolkit_engine", None)
+    if engine is not None:
+        try:
+            engine.publish(peft_model)
+        except ToolkitError:
+            peft_model.unload()
+            raise
+    return peft_model
 
 
 def _has_tokenizer(adapter: Adapter) -> bool:

@@ -49,7 +49,16 @@ DIFFERING = (
     "use_rslora",
     "use_dora",
     "init_lora_weights",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
 )
+"""What makes one adapter another; the order is that in which differences are told."""
 
 
 def add_lora(model: Any, settings: LoraSettings) -> Any:
@@ -108,12 +117,8 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
     """
     check_settings(settings)
     current, asked = model.peft_config["default"], to_peft(settings)
-    names = [*DIFFERING, "target_modules", "layers_to_transform", "modules_to_save"]
-    different = [
-        f"{name} is {_show(getattr(current, name))}, asked for {_show(getattr(asked, name))}"
-        for name in names
-        if _show(getattr(current, name)) != _show(getattr(asked, name))
-    ]
+    pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in DIFFERING]
+    different = [f"{name} is {is_!r}, asked for {to!r}" for name, is_, to in pairs if is_ != to]
     if different:
         raise ConfigTypeError(
             "the model already has an adapter with other settings: " + "; ".join(different),
@@ -126,10 +131,12 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
     return model
 
 
-def _show(value: Any) -> str:
+def _plain_set(config: Any, name: str) -> Any:
+    """A field's value, with the order of names and the kinds of nothing taken out."""
+    value = getattr(config, name)
     if isinstance(value, (set, list, tuple)):
-        return repr(sorted(value) or None)
-    return repr(value)
+        return sorted(value) or None
+    return value or None if isinstance(value, dict) else value
 
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:

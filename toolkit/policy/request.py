@@ -90,16 +90,18 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
     return request
 
 
-_SPECIAL = ("use_exact_model_name", "float32_mixed_precision")
+_SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
 
 
 def _honour_special(values: dict[str, Any]) -> None:
-    """Parameters that another one expresses: names are never mapped here, and float32 mixed
-    precision is a dtype.
+    """Parameters that are met already, or that another one expresses.
+
+    Names are never mapped, only text models are loaded, and float32 mixed precision is a dtype.
     """
-    exact = values.pop("use_exact_model_name", False)
-    if not isinstance(exact, bool):
-        raise ConfigTypeError(f"use_exact_model_name={exact!r} must be a bool", where=WHERE)
+    for name in ("use_exact_model_name", "text_only"):
+        value = values.pop(name, False)
+        if not isinstance(value, bool):
+            raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
     mixed = values.pop("float32_mixed_precision", None)
     if mixed not in (None, True, False):
         raise ConfigTypeError(

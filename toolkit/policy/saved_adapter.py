@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +132,22 @@ def check_base(model: Any, adapter: Adapter) -> None:
         )
 
 
-def check_fits(model: Any, adapter: Adapter, *, name: str = "default") -> None:
-    """Compare the file's tensors with those that the adapter ``name`` of ``model`` has.
+def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
+    """The file's tensors, once they are known to be those that the adapter ``name`` of ``model``
+    has.
+
+    PEFT also stores embeddings and head where an adapter is on them; equal to the base's they are
+    left out, so nothing is ever written into base weights.
 
     Raises:
         ConfigValueError: tensors are missing, extra or of another shape; the first are named.
     """
-    expected, given = adapter_tensors(model, name), adapter.tensors
+    expected, given = adapter_tensors(model, name), dict(adapter.tensors)
+    base = {f"{PREFIX}{key}": value for key, value in model.get_base_model().named_parameters()}
+    for key in sorted(given.keys() - expected.keys()):
+        own = base.get(key)
+        if own is not None and own.shape == given[key].shape and _equal(own, given[key]):
+            del given[key]
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     shapes = [
         f"{key} is {tuple(given[key].shape)}, the model needs {tuple(value.shape)}"
@@ -155,6 +165,12 @@ def check_fits(model: Any, adapter: Adapter, *, name: str = "default") -> None:
             where=str(adapter.folder),
             fix="load the base that it was trained on",
         )
+    return given
+
+
+def _equal(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal once both are rounded to bfloat16, in which either may have been held."""
+    return torch.equal(own.detach().to("cpu", torch.bfloat16), other.to(torch.bfloat16))
 
 
 def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
@@ -169,8 +185,15 @@ def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
         check_with_engine(settings, engine.options.max_lora_rank)
-    check_targets(settings, (module for module, _ in model.named_modules()))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_targets(settings, (module for module, _ in inner.named_modules()))
     peft_model = add_from_config(model, adapter.config, name)
-    check_fits(peft_model, adapter, name=name)
-    set_adapter_tensors(peft_model, adapter.tensors, name)
+    try:
+        set_adapter_tensors(peft_model, fitting(peft_model, adapter, name=name), name)
+    except ConfigValueError:
+        if peft_model is model:
+            model.delete_adapter(name)
+        else:
+            peft_model.unload()
+        raise
     return peft_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
 from toolkit.policy.language_model import FastLanguageModel
 from toolkit.policy.lora import adapter_tensors
 
@@ -120,9 +120,36 @@ def test_an_engine_on_the_model_is_asked_for_its_rank(load: Any) -> None:
     from types import SimpleNamespace
 
     model, _ = load()
-    model.toolkit_engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=16))
+    published: list[Any] = []
+    model.toolkit_engine = SimpleNamespace(
+        options=SimpleNamespace(max_lora_rank=16), publish=published.append
+    )
     with pytest.raises(ValueError, match="r=17 is above max_lora_rank=16") as caught:
         FastLanguageModel.get_peft_model(model, r=17)
     assert "max_lora_rank=32" in str(caught.value)
     assert not any("lora_" in name for name, _ in model.named_parameters())
-    FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing=False)
+    adapted = FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing=False)
+    assert published == [adapted]
+
+
+def test_a_layer_that_the_engine_cannot_adapt_is_refused_at_once(load: Any, ids: Any) -> None:
+    from types import SimpleNamespace
+
+    model, _ = load()
+    before = model(ids).logits
+
+    def publish(peft_model: Any) -> None:
+        raise UnsupportedError("the engine has no LoRA slot for model.layers.0.mlp.up_proj")
+
+    model.toolkit_engine = SimpleNamespace(
+        options=SimpleNamespace(max_lora_rank=16), publish=publish
+    )
+    with pytest.raises(UnsupportedError, match="no LoRA slot"):
+        FastLanguageModel.get_peft_model(model, r=4)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_the_same_number_of_another_type_is_the_same(adapted: Any) -> None:
+    with pytest.warns(UserWarning, match="already has this adapter"):
+        FastLanguageModel.get_peft_model(adapted(), r=4, lora_alpha=8.0, lora_dropout=0)

@@ -62,7 +62,7 @@ def test_every_parameter_is_in_one_table() -> None:
 
     named = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
     request = set(module.LoadRequest.__dataclass_fields__) - {"engine"}
-    special = {"use_exact_model_name", "float32_mixed_precision"}
+    special = {"use_exact_model_name", "text_only", "float32_mixed_precision"}
     assert named <= request | set(ENGINE_DEFAULTS) | set(REFUSED) | special
 
 
@@ -106,7 +106,7 @@ def test_every_parameter_is_in_one_table() -> None:
         ({"load_in_fp8": "block"}, UnsupportedError, ["load_in_fp8='block'"]),
         ({"qat_scheme": "int4"}, UnsupportedError, ["qat_scheme='int4'"]),
         ({"offload_embedding": True}, UnsupportedError, ["offload_embedding"]),
-        ({"text_only": True}, UnsupportedError, ["text_only"]),
+        ({"text_only": "yes"}, ConfigTypeError, ["text_only='yes'"]),
         ({"model_name": ""}, ConfigValueError, ["model_name"]),
     ],
 )

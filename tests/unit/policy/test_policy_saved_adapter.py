@@ -1,0 +1,174 @@
+"""Adapters from elsewhere: every way in which a folder can be wrong, refused with the
+difference.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.policy.saved_adapter import read_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(adapted: Any, tmp_path: Path) -> Path:
+    return Path(adapted().save_lora(tmp_path / "saved"))
+
+
+def _change_tensors(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _change_config(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def _nan(tensors: Any) -> None:
+    tensors[sorted(tensors)[0]][0, 0] = float("nan")
+
+
+def _drop(tensors: Any) -> None:
+    del tensors[sorted(tensors)[0]]
+
+
+def _add(tensors: Any) -> None:
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 64)
+
+
+def _shape(tensors: Any) -> None:
+    key = next(key for key in sorted(tensors) if "lora_A" in key)
+    tensors[key] = torch.zeros(4, 65)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_nan, "1 of 28 tensors hold NaN or infinity, first base_model"),
+        (_drop, "1 missing, first base_model"),
+        (_add, "1 extra, first base_model.model.model.layers.9"),
+        (_shape, r"1 of another shape, first .* is \(4, 65\), the model needs \(4,"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, words: str) -> None:
+    _change_tensors(saved, change)
+    with pytest.raises(ConfigValueError, match=words):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"r": 8}, "has rank 4, and adapter_config.json says r=8"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only LORA"),
+        ({"target_modules": ["wq"]}, "no module 'wq'"),
+        ({"bias": "sometimes"}, "bias="),
+        ({"r": 2.5}, "must be an integer"),
+        ({"megatron_core": "os.path"}, "sets megatron_core, which is not supported"),
+        ({"alora_invocation_tokens": [1]}, "sets alora_invocation_tokens"),
+    ],
+)
+def test_configs_that_do_not_fit_are_named(
+    load: Any, saved: Path, values: dict[str, Any], words: str
+) -> None:
+    _change_config(saved, **values)
+    with pytest.raises(ConfigValueError, match=words):
+        load(saved)
+
+
+def test_another_base_is_refused_by_its_weights(load: Any, saved: Path, tmp_path: Path) -> None:
+    from tiny_llama import make_tiny
+
+    other = make_tiny(tmp_path / "other", seed=1)
+    model, _ = load(other)
+    with pytest.raises(
+        ConfigValueError, match=r"was trained on .*model, and this model is .*other"
+    ):
+        model.load_lora(saved)
+
+
+def test_another_hub_id_is_refused_by_name(load: Any, saved: Path) -> None:
+    (saved / "base.json").unlink()
+    _change_config(saved, base_model_name_or_path="someone/other-7b")
+    model, _ = load()
+    model.name_or_path = "someone/this-7b"
+    with pytest.raises(
+        ConfigValueError, match=r"someone/other-7b, and this model is someone/this-7b"
+    ):
+        model.load_lora(saved)
+
+
+def test_a_copy_of_the_base_elsewhere_is_the_same_base(
+    load: Any, saved: Path, tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "copy")
+    model, _ = load(tmp_path / "copy", dtype="bfloat16")
+    assert model.load_lora(saved).adapter.config.r == 4
+
+
+def test_a_pickle_is_not_read(saved: Path) -> None:
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    with pytest.raises(ConfigValueError, match="a pickle can run code"):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 2000])
+def test_a_torn_file_is_never_loaded(saved: Path, size: int) -> None:
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:size])
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        read_adapter(saved)
+    assert WEIGHTS in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\0"])
+def test_a_broken_config_is_never_loaded(saved: Path, text: str) -> None:
+    (saved / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"adapter_config.json"):
+        read_adapter(saved)
+
+
+def test_folders_that_are_none(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no adapter's folder"):
+        read_adapter(tmp_path / "nowhere")
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(InputError, match=r"adapter_model.safetensors is missing"):
+        read_adapter(saved)
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding layers.*:UserWarning")
+def test_base_weights_in_a_file_are_never_written_into_the_base(
+    adapted: Any, load: Any, tmp_path: Path, ids: Any
+) -> None:
+    model = adapted(target_modules=["q_proj", "embed_tokens"])
+    folder = model.save_lora(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", save_embedding_layers=True)  # as plain PEFT does
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert key not in load_file(folder / WEIGHTS)
+    assert key in load_file(tmp_path / "b" / WEIGHTS)
+    again, _ = load(tmp_path / "b", use_gradient_checkpointing=False)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    _change_tensors(tmp_path / "b", lambda tensors: tensors[key].add_(1))
+    with pytest.raises(ConfigValueError, match=f"1 extra, first {key}"):
+        load(tmp_path / "b")
+
+
+def test_a_live_model_refuses_it_and_stays_whole(adapted: Any, load: Any, saved: Path) -> None:
+    _change_tensors(saved, _drop)
+    for model in (adapted(), load()[0]):
+        names = [name for name, _ in model.named_parameters()]
+        flags = [value.requires_grad for value in model.parameters()]
+        with pytest.raises(ConfigValueError, match="1 missing"):
+            model.load_lora(saved)
+        assert [name for name, _ in model.named_parameters()] == names
+        assert [value.requires_grad for value in model.parameters()] == flags
