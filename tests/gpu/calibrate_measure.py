@@ -94,6 +94,8 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    if trainer._split > 1:  # the trainer survives by cutting the micro-batch: not as sized
+        raise MemoryError(f"the micro-batch was cut in {trainer._split} parts")
     if not cuda:
         return {}
     free, total = torch.cuda.mem_get_info()

@@ -149,7 +149,7 @@ def one_run(
     try:
         measured = train(policy, tokenizer, config, results.parent)
         row["terms"] = terms_of(result, measured, ("trainer.step", "peak.training"))
-    except torch.cuda.OutOfMemoryError as error:
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         row["failed"] = f"out of memory: {str(error).splitlines()[0]}"
     append(results, {**row, "train_s": round(time.monotonic() - start, 1)})
     del policy, base

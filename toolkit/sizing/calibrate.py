@@ -106,7 +106,8 @@ def calibrate(run_dir: Path) -> Calibration:
     if (run_dir / "memory.json").is_file():
         found = read_json(run_dir / "memory.json")
         measured = found if isinstance(found, dict) else {}
-    if peak := _torch_peak(run_dir / "timings.jsonl"):
+    # On the CPU the timings hold the process's resident memory, which nothing predicts.
+    if sizing.get("device") and (peak := _torch_peak(run_dir / "timings.jsonl")):
         measured.setdefault("peak.torch", peak)
     return compare(sizing, measured)
 

@@ -100,6 +100,11 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     return tile + hidden + final_norm
 
 
+def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """Bytes of activations at the worst moment of a forward and backward pass, head aside."""
+    return sum(_activations(spec, work, step, step.micro_batch * work.sequence))
+
+
 def _activations(
     spec: ModelSpec, work: Workload, step: StepPlan, tokens: int
 ) -> tuple[int, int, int]:
@@ -155,7 +160,12 @@ def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -
     out = next((linear.in_features for linear in block.linears if linear.leaf == "o_proj"), query)
     norms = block.vectors % spec.hidden_size
     head_norms = 4 * (query + block.cache.key_elements) if norms else 0
-    return width * (2 * query + 2 * out) + 4 * spec.heads + width * sequence + head_norms
+    # One KV head is broadcast without a copy; several are repeated for their queries.
+    keys, values = query, out
+    if block.cache.kind != "mla" and block.cache.key_elements == spec.head_dim:
+        keys = values = spec.head_dim
+    tensors = query + keys + values + out
+    return width * (tensors + sequence) + 4 * spec.heads + head_norms
 
 
 def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:

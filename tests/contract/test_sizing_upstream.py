@@ -1,0 +1,49 @@
+"""What the sizer took from TRL and vLLM by reading them, held to the installed versions."""
+
+import pytest
+
+from toolkit.sizing.lora import LEGAL_RANKS
+from toolkit.sizing.trainer import HEAD_COLUMNS, HEAD_TOKENS
+from toolkit.sizing.weights import VOCABULARY_PADDING
+from toolkit.sizing.workload import TRL_DEFAULTS
+
+pytestmark = pytest.mark.contract
+
+
+def test_trl_defaults():
+    from dataclasses import fields
+
+    from trl import GRPOConfig
+
+    found = {each.name: each.default for each in fields(GRPOConfig)}
+    assert {name: found[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
+
+
+def test_tiles_of_the_fused_head():
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == HEAD_TOKENS
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == HEAD_COLUMNS
+
+
+def test_trl_casts_adapters_of_quantized_models():
+    import inspect
+
+    import trl
+
+    source = inspect.getsource(trl.GRPOTrainer.__init__)
+    assert "param.data = param.data.to(torch.bfloat16)" in source
+    assert "is_loaded_in_4bit" in source
+
+
+@pytest.mark.engine
+def test_vllm_numbers():
+    from typing import get_args
+
+    pytest.importorskip("vllm")
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.model_executor.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
+
+    assert get_args(MaxLoRARanks) == LEGAL_RANKS
+    assert DEFAULT_VOCAB_PADDING_SIZE == VOCABULARY_PADDING

@@ -1,0 +1,126 @@
+"""Sizing elsewhere: the CPU, no engine, several processes; and what solve hands on."""
+
+from dataclasses import replace
+from types import MappingProxyType
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.units import GIB
+from toolkit.sizing import Device, read_spec, resolve, solve
+
+ONE_B = "meta-llama/Llama-3.2-1B-Instruct"
+
+
+def term(result, name):
+    return next(line.bytes for line in result.terms if line.term == name)
+
+
+def test_the_cpu_has_no_utilization(spec_of, run, monkeypatch):
+    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: 64 * GIB)
+    config = run(r=16)
+    result = solve(config, spec_of(ONE_B), None)
+    assert result.interval.min is None
+    assert result.interval.max is None
+    assert result.choice.kv_cache_bytes >= result.engine.kv_sequence_bytes
+    filled = result.apply(config)
+    assert filled.model.gpu_memory_utilization == "auto"
+    assert filled.model.dtype == "float32"
+    assert filled.model.max_lora_rank == 16
+
+
+def test_a_host_without_memory(spec_of, run, monkeypatch):
+    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: 2 * GIB)
+    result = solve(run(), spec_of(ONE_B), None)
+    assert not result.feasible
+    assert "host memory" in result.interval.binding_max
+
+
+def test_without_an_engine(spec_of, card, run):
+    """transformers' generate: its cache for all rollouts, the trainer's own weights, no LoRA
+    slots.
+    """
+    result = solve(run(engine="transformers"), spec_of(ONE_B), card("h100"))
+    names = {line.term for line in result.terms}
+    assert {"rollout.kv", "trainer.weights"} <= names
+    assert not any(name.startswith("engine.") for name in names)
+    assert result.interval.min is None
+    assert result.choice.fast_inference is False
+
+
+def test_two_processes_add_the_gradient_buckets(spec_of, card, run):
+    config = run({"gradient_accumulation_steps": 2}, checkpointing=True)
+    one = solve(config, spec_of(ONE_B), card("h100"))
+    two = solve(config, spec_of(ONE_B), card("h100"), world_size=2)
+    adapter = term(one, "trainer.adapter")
+    assert term(two, "trainer.gradients") - term(one, "trainer.gradients") == adapter
+
+
+def test_resolve_reads_solves_and_fills(tmp_path, all_shapes, card, run):
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(all_shapes[ONE_B]["config"]))
+    config = run(r=16, model_name=str(tmp_path))
+    filled, result = resolve(config, card("h100"))
+    assert filled.model.max_lora_rank == 16
+    assert result.model.parameters == 1235814400
+    assert read_spec(str(tmp_path)).parameters == 1235814400
+
+
+def test_json_has_the_agreed_names(spec_of, card, run):
+    found = solve(run(), spec_of(ONE_B), card("h100")).to_json()
+    assert found["model"]["parameters"] == 1235814400
+    assert found["model"]["weight_bytes"] == 1235814400 * 2
+    assert found["model"]["kv_bytes_per_token"] == 32768
+    assert found["engine"]["lora_bytes"] > 0
+    assert found["interval"]["min"] < found["interval"]["max"]
+    assert found["choice"]["gpu_memory_utilization"] == found["interval"]["max"]
+    assert found["choice"]["max_lora_rank"] == 16
+    assert {"term", "bytes", "source"} <= set(found["budget"][0])
+    assert all(isinstance(line["bytes"], int) and line["bytes"] >= 0 for line in found["budget"])
+
+
+def test_bad_numbers_are_named(spec_of, card, run):
+    with pytest.raises(ConfigError, match="per_device_train_batch_size"):
+        solve(run({"per_device_train_batch_size": 0}), spec_of(ONE_B), card("h100"))
+
+
+def test_generation_batch_and_sequences(spec_of, card, run):
+    config = run(
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "num_generations": 8}
+    )
+    result = solve(config, spec_of(ONE_B), card("h100"))
+    assert result.choice.max_num_seqs == 32
+    assert result.choice.largest_micro_batch >= 4
+
+
+def test_a_margin_for_the_unknown(spec_of, card, run):
+    known = spec_of(ONE_B)
+    unknown = replace(known, margin=0.1)
+    before = solve(run(), known, card("h100"))
+    after = solve(run(), unknown, card("h100"))
+    assert after.interval.min > before.interval.min
+    assert after.interval.max < before.interval.max
+
+
+def test_the_prototype_that_was_measured(spec_of, run):
+    """1.236 B, r 64, u 0.3 of 143771 MiB, 16 x 320 tokens: 42.40 GiB were measured (one run)."""
+    card = Device(
+        name="H200", total_bytes=143771 << 20, free_bytes=143000 << 20, compute_capability=(9, 0)
+    )
+    grpo = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 4,
+        "max_completion_length": 256,
+        "max_prompt_length": 64,
+    }
+    config = run(grpo, r=64, gpu_memory_utilization=0.3, checkpointing=True, max_num_seqs=64)
+    result = solve(config, spec_of(ONE_B), card)
+    assert result.peaks.torch_bytes / GIB == pytest.approx(42.40, rel=0.05)
+    assert result.peaks.bound_bytes / GIB > 42.40
+
+
+def test_grpo_stays_read_only(spec_of, card, run):
+    config = run()
+    filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
+    assert isinstance(filled.grpo, MappingProxyType)

@@ -1,0 +1,176 @@
+"""The interval, its ends, the choice, and what an empty interval says."""
+
+from dataclasses import replace
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.units import GIB
+from toolkit.sizing import solve
+from toolkit.sizing.terms import total
+
+EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+
+
+def term(result, name):
+    return next(line.bytes for line in result.terms if line.term == name)
+
+
+def test_both_phases_fit_at_the_choice(spec_of, card, run):
+    """What the choice takes in each phase is at most what is free, and uses 92 % of it."""
+    result = solve(run(r=64), spec_of(EIGHT_B), card("h100"))
+    free = result.device["free_bytes"]
+    for phase in ("rollout", "training"):
+        assert total(result.terms, "always", phase) <= free
+    used = max(total(result.terms, "always", phase) for phase in ("rollout", "training"))
+    assert used >= 0.92 * free
+    assert result.interval.min <= result.choice.gpu_memory_utilization <= result.interval.max
+
+
+def test_the_least_holds_one_sequence(spec_of, card, run):
+    result = solve(run(r=64, gpu_memory_utilization=0.3), spec_of(EIGHT_B), card("h100"))
+    engine = sum(
+        line.bytes
+        for line in result.terms
+        if line.term.startswith("engine.") and line.term != "engine.kv"
+    )
+    least = engine + term(result, "margin.engine") + 1024 * 131072  # KV of 1024 tokens
+    assert result.interval.min == pytest.approx(least / result.device["cuda_total_bytes"], abs=2e-3)
+    assert "engine.weights" in result.interval.binding_min
+
+
+def test_a_tenant_lowers_the_upper_end_alone(spec_of, card, run):
+    whole = card("h100")
+    shared = replace(whole, free_bytes=whole.free_bytes - 20 * GIB)
+    before = solve(run(r=64), spec_of(EIGHT_B), whole).interval
+    after = solve(run(r=64), spec_of(EIGHT_B), shared).interval
+    assert after.min == before.min
+    taken = 20 * GIB / whole.cuda_total_bytes
+    assert before.max - after.max == pytest.approx(taken, abs=2e-3)
+
+
+def test_sharing_saves_one_copy_of_the_weights(spec_of, card, run):
+    once = solve(run(checkpointing=True), spec_of(EIGHT_B), card("h100"))
+    twice = solve(run(checkpointing=True, share_weights=False), spec_of(EIGHT_B), card("h100"))
+    copy = term(twice, "trainer.weights")
+    assert copy == pytest.approx(8030261248 * 2, rel=1e-3)
+    assert not [line for line in once.terms if line.term == "trainer.weights"]
+    assert once.interval.max - twice.interval.max == pytest.approx(
+        copy / once.device["cuda_total_bytes"], abs=2e-3
+    )
+
+
+def test_sleep_frees_the_cache_for_the_step(spec_of, card, run):
+    """Asleep, a step does not bind u: the two phases are sized apart."""
+    values = {"checkpointing": True, "max_seq_length": 4096}
+    grpo = {"max_completion_length": 2048, "max_prompt_length": 2048}
+    awake = solve(run(grpo, enable_sleep_mode=False, **values), spec_of(EIGHT_B), card("h100"))
+    asleep = solve(run(grpo, enable_sleep_mode=True, **values), spec_of(EIGHT_B), card("h100"))
+    assert asleep.interval.max > awake.interval.max + 0.1
+    assert "rollout phase" in asleep.interval.binding_max
+    assert "training step" in awake.interval.binding_max
+
+
+def test_sleep_is_chosen_where_nothing_else_fits(spec_of, card, run):
+    grpo = {"max_completion_length": 1024, "max_prompt_length": 1024, "num_generations": 8}
+    values = {"max_seq_length": 2048, "load_in_4bit": True, "r": 64, "checkpointing": True}
+    config = run(grpo, **values)
+    fits = solve(config, spec_of(EIGHT_B), card("h100"))
+    assert fits.choice.enable_sleep_mode is False
+    tight = replace(card("4090"), free_bytes=17 * GIB)
+    result = solve(config, spec_of(EIGHT_B), tight)
+    assert result.feasible
+    assert result.choice.enable_sleep_mode is True
+
+
+def test_checkpointing_is_chosen_by_memory(spec_of, card, run):
+    config = run({"per_device_train_batch_size": 16}, checkpointing="auto")
+    assert solve(config, spec_of(ONE_B), card("h200")).choice.gradient_checkpointing is False
+    assert solve(config, spec_of(ONE_B), card("4090")).choice.gradient_checkpointing is True
+
+
+@pytest.mark.parametrize(
+    ("rank", "legal"),
+    [(1, 1), (2, 8), (8, 8), (9, 16), (64, 64), (65, 128), (257, 320), (321, 512)],
+)
+def test_the_smallest_legal_rank(spec_of, card, run, rank, legal):
+    result = solve(run(r=rank), spec_of(ONE_B), card("h100"))
+    assert result.choice.max_lora_rank == legal
+    prices = dict(result.engine.ranks)
+    assert list(prices) == [1, 8, 16, 32, 64, 128, 256, 320, 512]
+    assert prices[legal] == term(result, "engine.lora")
+    assert prices[512] == 512 * prices[1]
+
+
+def test_no_legal_rank(spec_of, card, run):
+    with pytest.raises(ConfigError, match="512"):
+        solve(run(r=513), spec_of(ONE_B), card("h100"))
+
+
+def test_an_empty_interval_is_priced(spec_of, card, run):
+    """Every remedy frees what it says: doing it leaves that much less missing."""
+    config = run(
+        {
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 2048,
+            "max_prompt_length": 2048,
+        },
+        max_seq_length=4096,
+        r=64,
+    )
+    result = solve(config, spec_of(EIGHT_B), card("4090"))
+    assert not result.feasible
+    assert result.short_bytes > GIB
+    by_change = {remedy.change: remedy for remedy in result.remedies}
+    quarter = by_change["load_in_4bit: true"]
+    changed = replace(config, model=replace(config.model, load_in_4bit=True))
+    left = solve(changed, spec_of(EIGHT_B), card("4090")).short_bytes
+    assert quarter.frees_bytes == result.short_bytes - max(left, 0)
+    shorter = next(change for change in by_change if change.startswith("max_completion_length"))
+    assert shorter.startswith("max_completion_length 2048 -> 1024")
+    with pytest.raises(ConfigError) as caught:
+        result.apply(config)
+    text = str(caught.value)
+    assert "are missing" in text
+    assert "max_completion_length 2048 -> 1024" in text
+    assert "frees" in text
+    assert caught.value.exit_code == 1
+
+
+def test_a_remedy_that_is_enough_is_first(spec_of, card, run):
+    config = run(
+        {"max_completion_length": 2048, "max_prompt_length": 2048},
+        max_seq_length=4096, r=64, load_in_4bit=True,
+    )  # fmt: skip
+    first = solve(config, spec_of(EIGHT_B), card("4090")).remedies[0]
+    assert first.enough
+    assert str(first).endswith("(enough)")
+
+
+def test_apply_fills_every_auto(spec_of, card, run):
+    config = run(r=12, checkpointing="auto")
+    filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
+    assert filled.model.max_lora_rank == 16
+    assert filled.model.max_num_seqs == 8
+    assert filled.model.dtype == "bfloat16"
+    assert filled.model.fast_inference is True
+    assert isinstance(filled.model.gpu_memory_utilization, float)
+    assert filled.lora.use_gradient_checkpointing in (True, False)
+    assert "auto" not in [
+        getattr(filled.model, name) for name in ("max_num_batched_tokens", "enable_sleep_mode")
+    ]
+
+
+def test_written_values_stay(spec_of, card, run):
+    config = run(gpu_memory_utilization=0.5, max_lora_rank=64, max_num_seqs=3, dtype="float16")
+    filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
+    model = filled.model
+    assert (model.gpu_memory_utilization, model.max_lora_rank) == (0.5, 64)
+    assert (model.max_num_seqs, model.dtype) == (3, "float16")
+
+
+@pytest.mark.parametrize(("written", "word"), [(0.05, "below"), (0.99, "above")])
+def test_a_written_utilization_outside_is_refused(spec_of, card, run, written, word):
+    config = run(gpu_memory_utilization=written, r=64)
+    with pytest.raises(ConfigError, match=word):
+        solve(config, spec_of(EIGHT_B), card("h100")).apply(config)

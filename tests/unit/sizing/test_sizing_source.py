@@ -1,0 +1,166 @@
+"""Where a model is found, and an architecture that nobody taught the sizer."""
+
+import json
+import struct
+import sys
+
+import pytest
+
+from toolkit.base.errors import InputError, UnsupportedError
+from toolkit.sizing import read_spec
+from toolkit.sizing.families import FAMILIES
+from toolkit.sizing.spec import UNKNOWN_MARGIN, spec_from_values
+
+ID = "meta-llama/Llama-3.2-1B-Instruct"
+COMMIT = "a" * 40
+
+
+def safetensors(path, shapes, dtype="BF16", width=2):
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        count = width
+        for size in shape:
+            count *= size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + count]}
+        at += count
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + at)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, all_shapes):
+    """A hub cache with one model in it, as huggingface_hub lays it out."""
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / ("models--" + ID.replace("/", "--"))
+    blob = folder / "blobs" / "b"
+    snapshot = folder / "snapshots" / COMMIT
+    for each in (blob.parent, snapshot, folder / "refs"):
+        each.mkdir(parents=True)
+    blob.write_text(json.dumps(all_shapes[ID]["config"]))
+    (snapshot / "config.json").symlink_to(blob)
+    (folder / "refs" / "main").write_text(COMMIT)
+    return folder
+
+
+def test_a_cached_hub_id(cache):
+    assert read_spec(ID).parameters == 1235814400
+    assert read_spec(ID, revision=COMMIT).parameters == 1235814400
+
+
+def test_the_cache_by_its_own_variable(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HOME", "/nowhere")
+    assert read_spec(ID).layers == 16
+
+
+@pytest.mark.parametrize("revision", ["v2", "../../refs/main", "b" * 40])
+def test_a_revision_that_is_not_cached(cache, revision):
+    with pytest.raises(InputError, match="nor in the cache"):
+        read_spec(ID, revision=revision)
+
+
+@pytest.mark.parametrize("name", ["", "no/such/thing/here", "a\0b", "/nowhere/at/all"])
+def test_a_name_that_is_none(name):
+    with pytest.raises(InputError) as caught:
+        read_spec(name)
+    assert caught.value.fix
+
+
+def test_a_folder_without_config(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        read_spec(str(tmp_path))
+
+
+def test_an_adapter_is_sized_by_its_base(cache, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": ID}))
+    assert read_spec(str(adapter)).parameters == 1235814400
+
+
+UNKNOWN = {
+    "model_type": "novel",
+    "architectures": ["NovelForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "torch_dtype": "bfloat16",
+}
+LAYER = {
+    "self_attn.q_proj.weight": [64, 64],
+    "self_attn.k_proj.weight": [32, 64],
+    "self_attn.v_proj.weight": [32, 64],
+    "self_attn.o_proj.weight": [64, 64],
+    "mlp.up_proj.weight": [256, 64],
+    "mlp.down_proj.weight": [64, 256],
+    "norm.weight": [64],
+}
+
+
+def novel(folder, **changes):
+    (folder / "config.json").write_text(json.dumps({**UNKNOWN, **changes}))
+    shapes = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in LAYER.items()}
+    shapes |= {"model.embed_tokens.weight": [100, 64], "model.norm.weight": [64]}
+    safetensors(folder / "model.safetensors", shapes)
+    return sum(rows * (columns[0] if columns else 1) for rows, *columns in shapes.values())
+
+
+def test_an_unknown_architecture_is_sized_from_its_headers(tmp_path):
+    count = novel(tmp_path)
+    spec = read_spec(str(tmp_path))
+    assert spec.parameters == count
+    assert spec.margin == UNKNOWN_MARGIN
+    assert spec.tied  # there is no head of its own in the headers
+    assert spec.layers == 2
+    assert any("not known" in note for note in spec.notes)
+
+
+def test_an_unknown_architecture_that_lacks_keys(tmp_path):
+    novel(tmp_path, hidden_size=None)
+    with pytest.raises(UnsupportedError, match="hidden_size"):
+        read_spec(str(tmp_path))
+
+
+def test_an_unknown_architecture_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(UNKNOWN))
+    with pytest.raises(UnsupportedError) as caught:
+        read_spec(str(tmp_path))
+    assert "llama" in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_headers_that_disagree_are_told(tmp_path, all_shapes):
+    (tmp_path / "config.json").write_text(json.dumps(all_shapes[ID]["config"]))
+    safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [10, 10]})
+    assert any("headers hold 100 values" in note for note in read_spec(str(tmp_path)).notes)
+
+
+def test_an_unknown_weight_format_needs_headers():
+    values = {**UNKNOWN, "model_type": "llama", "intermediate_size": 64}
+    with pytest.raises(UnsupportedError, match="'strange'"):
+        spec_from_values({**values, "quantization_config": {"quant_method": "strange"}}, name="x")
+
+
+def test_every_family_of_the_issue_is_known():
+    named = {
+        "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3",
+        "gpt_oss", "deepseek_v2", "deepseek_v3", "olmo2", "granite",
+    }  # fmt: skip
+    assert named <= set(FAMILIES)
+
+
+def test_sizing_imports_nothing_heavy():
+    import subprocess
+
+    code = (
+        "import sys, toolkit.sizing, toolkit.cli.size, toolkit.cli.calibrate;"
+        "print([m for m in ('torch', 'transformers', 'vllm', 'yaml', 'pynvml', 'jsonschema')"
+        " if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

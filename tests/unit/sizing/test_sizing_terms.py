@@ -1,0 +1,180 @@
+"""Terms by hand: quantized weights, adapters, optimizer states, graphs, calibration."""
+
+import json
+
+import pytest
+
+from toolkit.base.errors import InputError
+from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.sizing import lora, solve
+from toolkit.sizing.calibrate import calibrate, compare
+from toolkit.sizing.engine import capture_sizes
+from toolkit.sizing.memory import available_bytes
+from toolkit.sizing.model import Linear
+from toolkit.sizing.plan import plan_engine
+from toolkit.sizing.quant import NF4_ON_LOAD, Quantization, parse_quantization
+from toolkit.sizing.weights import padded_vocab, weight_bytes
+from toolkit.sizing.workload import optimizer_bytes, read_workload
+
+EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "nbytes"),
+    [
+        (Quantization(method="bnb-nf4"), 4096 * 4096 // 2 + 4096 * 4096 // 64 * 4),
+        (
+            Quantization(method="bnb-nf4", nested=True),
+            4096 * 4096 // 2 + 262144 + 1024 * 4 + 256 * 4 + 16 * 4,
+        ),
+        (Quantization(method="fp8", bits=8, group=0), 4096 * 4096 + 4 * 4096),
+        (Quantization(method="fp8", bits=8, block=(128, 128)), 4096 * 4096 + 4 * 32 * 32),
+        (Quantization(method="mxfp4"), 4096 * 4096 // 2 + 4096 * 4096 // 32),
+        (Quantization(method="bnb-int8", bits=8), 4096 * 4096 + 4 * 4096),
+        (
+            Quantization(method="awq", group=128),
+            4096 * 512 * 4 + 32 * 512 * 4 + 32 * 4096 * 2,
+        ),
+        (
+            Quantization(method="gptq", group=128),
+            512 * 4096 * 4 + 32 * 512 * 4 + 32 * 4096 * 2 + 4096 * 4,
+        ),
+    ],
+    ids=lambda value: value.method if isinstance(value, Quantization) else "",
+)
+def test_bytes_of_a_quantized_matrix(scheme, nbytes):
+    assert scheme.weight_bytes(4096, 4096) == nbytes
+
+
+def test_what_stays_in_16_bits(spec_of):
+    """NF4 on load: embeddings and head are 16-bit, the layers 0.5 byte and 4/64 a weight."""
+    spec = spec_of(EIGHT_B)
+    tables = 2 * 128256 * 4096 * 2
+    layers = 8030261248 - 2 * 128256 * 4096
+    expected = tables + layers * (0.5 + 4 / 64)
+    assert weight_bytes(spec, "bfloat16", NF4_ON_LOAD) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_engine_pads_the_vocabulary(spec_of):
+    spec = spec_of("ibm-granite/granite-3.3-8b-instruct")
+    assert padded_vocab(49159) == 49216
+    more = weight_bytes(spec, "bfloat16", None, engine=True) - weight_bytes(spec, "bfloat16", None)
+    assert more == (49216 - 49159) * 4096 * 2
+
+
+def test_modules_that_are_skipped():
+    scheme = parse_quantization(
+        {
+            "quant_method": "bitsandbytes",
+            "llm_int8_skip_modules": ["mlp", "model.layers.*.self_attn"],
+        },
+        "config.json",
+    )
+    assert scheme.skips("mlp.down_proj")
+    assert scheme.skips("self_attn.q_proj")
+    assert not scheme.skips("linear_attn.out_proj")
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), r".*\.(q_proj|v_proj)"])
+def test_adapter_parameters(spec_of, targets):
+    """r x (in + out) a module: 16 layers, q 2048 x 2048, v 2048 x 512."""
+    found = lora.adapter_parameters(spec_of(ONE_B), 8, targets)
+    assert found == 16 * 8 * ((2048 + 2048) + (2048 + 512))
+
+
+def test_experts_are_no_target():
+    assert not lora.targeted(Linear("mlp.experts.up_proj", 4, 4, copies=8), SEVEN_PROJECTIONS)
+    assert lora.targeted(Linear("mlp.up_proj", 4, 4), SEVEN_PROJECTIONS)
+    assert lora.targeted(Linear("mlp.up_proj", 4, 4), "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "nbytes"),
+    [
+        ("adamw_torch_fused", 8), ("adamw_torch", 8), ("sgd", 0), ("adamw_8bit", 2.1),
+        ("paged_adamw_8bit", 2.1), ("ademamix_8bit", 2.1), ("lion_32bit", 4), ("unheard_of", 8),
+    ],
+)  # fmt: skip
+def test_optimizer_states(name, nbytes):
+    assert optimizer_bytes(name) == nbytes
+
+
+def test_a_quantized_base_has_a_bfloat16_adapter(spec_of, card, run):
+    sizes = {}
+    for four_bit in (False, True):
+        result = solve(run(load_in_4bit=four_bit), spec_of(EIGHT_B), card("h100"))
+        sizes[four_bit] = {line.term: line.bytes for line in result.terms}
+    for name in ("trainer.adapter", "trainer.optimizer"):
+        assert sizes[False][name] == 2 * sizes[True][name]
+    assert sizes[True]["trainer.dequantized"] == 14336 * 4096 * 2
+
+
+@pytest.mark.parametrize(
+    ("sequences", "largest", "count"), [(8, 16, 5), (64, 128, 19), (256, 512, 51), (1024, 512, 51)]
+)
+def test_captured_sizes(spec_of, card, run, sequences, largest, count):
+    config = run(max_num_seqs=sequences)
+    work = read_workload(config)
+    sizes = capture_sizes(plan_engine(config, spec_of(ONE_B), work, card("h100")))
+    assert sizes[-1] == largest
+    assert len(sizes) == count
+
+
+def test_eager_has_no_graphs(spec_of, card, run):
+    result = solve(run(enforce_eager=True), spec_of(ONE_B), card("h100"))
+    assert result.engine.graph_bytes == 0
+
+
+def test_available_memory_is_known():
+    assert available_bytes() > 1 << 20
+
+
+@pytest.fixture
+def run_dir(tmp_path, spec_of, card, run):
+    sizing = solve(run(), spec_of(ONE_B), card("h100")).to_json()
+    (tmp_path / "preflight.json").write_text(json.dumps({"sizing": sizing}))
+    return tmp_path, sizing
+
+
+def test_calibrate_reads_the_run(run_dir):
+    folder, sizing = run_dir
+    peak = sizing["peaks"]["torch_bytes"]
+    rows = [{"step": 1, "peak_memory_bytes": peak // 2}, {"step": 2, "peak_memory_bytes": peak}]
+    text = "\n".join(json.dumps(row) for row in rows) + '\n{"step": 3, "peak'
+    (folder / "timings.jsonl").write_text(text)
+    found = calibrate(folder)
+    row = next(row for row in found.rows if row.term == "peak.torch")
+    assert (row.predicted, row.measured, row.off) == (peak, peak, 0.0)
+    assert found.measured
+    assert not found.above_bound
+
+
+def test_calibrate_takes_the_engines_account(run_dir):
+    folder, sizing = run_dir
+    budget = {line["term"]: line["bytes"] for line in sizing["budget"]}
+    loaded = sum(budget[f"engine.{name}"] for name in ("weights", "lora", "rope_tables"))
+    (folder / "memory.json").write_text(json.dumps({"engine.loaded": loaded * 2}))
+    row = next(row for row in calibrate(folder).rows if row.term == "engine.loaded")
+    assert row.predicted == loaded
+    assert row.off == -0.5
+
+
+def test_calibrate_sees_a_peak_above_the_bound(run_dir):
+    _, sizing = run_dir
+    bound = sizing["peaks"]["bound_bytes"]
+    assert compare(sizing, {"peak.torch": bound + 1}).above_bound
+    assert not compare(sizing, {"peak.torch": bound}).above_bound
+
+
+def test_a_cpu_run_is_not_measured(run_dir):
+    folder, sizing = run_dir
+    (folder / "preflight.json").write_text(json.dumps({"sizing": {**sizing, "device": None}}))
+    (folder / "timings.jsonl").write_text(json.dumps({"peak_memory_bytes": 10**9}))
+    assert not calibrate(folder).measured
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"sizing": {"budget": [], "peaks": {}}}', "{"])
+def test_calibrate_without_a_prediction(tmp_path, text):
+    (tmp_path / "preflight.json").write_text(text)
+    with pytest.raises(InputError):
+        calibrate(tmp_path)
