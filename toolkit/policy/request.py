@@ -201,7 +201,7 @@ def _check_engine(request: LoadRequest) -> None:
         raise ConfigValueError(
             f"max_lora_rank={rank!r} is none that vLLM takes: {', '.join(map(str, LEGAL_RANKS))}",
             where=WHERE,
-            fix='use the next larger one of these, or "auto"',
+            fix=_next_rank(rank),
         )
     share = request.engine["gpu_memory_utilization"]
     if share != "auto" and not (isinstance(share, (int, float)) and 0 < share < 1):
@@ -217,6 +217,12 @@ def _check_engine(request: LoadRequest) -> None:
             fix="pip install 'grpo-toolkit[vllm]' on a GPU machine, 'grpo-toolkit[cpu-engine]' on a"
             " CPU, or use fast_inference=False",
         )
+
+
+def _next_rank(asked: Any) -> str:
+    """What to write instead of a rank that vLLM does not take."""
+    legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
+    return f'use max_lora_rank={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
 
 
 _WHY_NOT = {

@@ -127,7 +127,11 @@ def test_refused_by_name(
         ({"full_finetuning": True}, UnsupportedError, ["full_finetuning", "fast_inference"]),
         ({"rope_scaling": {"factor": 2.0}}, UnsupportedError, ["rope_scaling"]),
         ({"resize_model_vocab": 90}, UnsupportedError, ["resize_model_vocab"]),
-        ({"max_lora_rank": 48}, ConfigValueError, ["max_lora_rank=48", "1, 8, 16, 32, 64"]),
+        (
+            {"max_lora_rank": 48},
+            ConfigValueError,
+            ["max_lora_rank=48", "1, 8, 16, 32, 64", "use max_lora_rank=64"],
+        ),
         ({"max_lora_rank": True}, ConfigValueError, ["max_lora_rank=True"]),
         ({"gpu_memory_utilization": 1.5}, ConfigValueError, ["gpu_memory_utilization=1.5"]),
         ({"gpu_memory_utilization": "half"}, ConfigValueError, ["gpu_memory_utilization='half'"]),
