@@ -4,8 +4,6 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 
 python := ".venv/bin/python"
 export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
-# The public index alone decides the locks, whatever this machine's uv is told elsewhere.
-uv := "env -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_INDEX -u UV_FIND_LINKS XDG_CONFIG_DIRS=/nonexistent XDG_CONFIG_HOME=/nonexistent uv"
 
 # List the recipes.
 default:
@@ -61,6 +59,43 @@ format: setup
 # Make the grpo part of run.schema.json from the pinned TRL.
 schemas: setup
     {{python}} schemas/generate.py
+
+# Refresh uv.lock and locks/*.txt from pyproject.toml (public index only); `just lock --check` changes nothing.
+lock *ARGS:
+    containers/lock.sh {{ARGS}}
+
+# Build an image: envcheck, train or train-cpu (--stand-in where no registry is reached).
+image TARGET *ARGS: setup
+    containers/build.sh {{TARGET}} {{ARGS}}
+
+# Build a SIF for Apptainer: train-cpu (default), train or envcheck (--stand-in; --from-base).
+sif *ARGS: setup
+    containers/sif.sh {{ARGS}}
+
+# Build the real images and run them as four users, read-only, without network; then the SIF. Minutes.
+image-test *ARGS: setup
+    containers/test.sh {{ARGS}}
+
+# A CycloneDX bill of materials, with hashes, for each lock.
+sbom *ARGS: setup
+    containers/sbom.sh {{ARGS}}
+
+# Known vulnerabilities in the locked packages.
+audit *ARGS: setup
+    containers/audit.sh {{ARGS}}
+
+# Speed and memory beside their goals: the light commands, the demo, and validate beside check-jsonschema.
+bench *ARGS: setup
+    {{python}} tests/bench/bench_commands.py {{ARGS}}
+    {{python}} tests/bench/bench_validate.py
+
+# 100,000 hostile run files, bounded in time.
+fuzz COUNT="100000": setup
+    {{python}} tests/fuzz/fuzz_run_file.py {{COUNT}}
+
+# Predicted against measured memory on this machine's GPU; says "not measured" where there is none.
+calibrate *ARGS:
+    {{ if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" } }} tests/gpu/calibrate_matrix.py {{ARGS}}
 
 # What `.ci/run` does.
 ci: lint test
