@@ -1,0 +1,221 @@
+"""``envcheck size`` and ``envcheck calibrate`` as installed, end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVCHECK = Path(sys.executable).with_name("envcheck")
+SHAPES = {
+    shape["id"]: shape
+    for shape in json.loads(
+        (Path(__file__).parents[1] / "fixtures" / "sizing" / "shapes.json").read_text()
+    )
+}
+EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+RUN = """\
+# my run
+model:
+  model_name: {model}   # the base
+  max_seq_length: 2048
+  max_lora_rank: auto  # sized
+  gpu_memory_utilization: "auto"
+lora:
+  r: 24
+  use_gradient_checkpointing: auto
+dataset: {{path: missing.jsonl}}
+reward: {{functions: [{{name: length}}]}}
+grpo: {{max_completion_length: 512, max_prompt_length: 512, max_steps: 3}}
+runtime: {{engine: vllm}}
+"""
+
+
+def call(*arguments, code=0, cwd=None, stdin=None, **environment):
+    """Run the command; its exit code is asserted."""
+    done = subprocess.run(
+        [str(ENVCHECK), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        input=stdin,
+        env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", **environment},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder of a real shape without weights."""
+
+    def make(name):
+        folder = tmp_path / name.rpartition("/")[2]
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(SHAPES[name]["config"]))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run_file(tmp_path, model):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(model=model(EIGHT_B)))
+    return path
+
+
+def test_json_names(model):
+    found = json.loads(call("size", model(EIGHT_B), "--gpu", "h200", "--json").stdout)
+    assert found["model"]["parameters"] == 8030261248
+    assert found["model"]["weight_bytes"] == 2 * 8030261248
+    assert found["model"]["kv_bytes_per_token"] == 131072
+    assert found["engine"]["lora_bytes"] > 0
+    assert 0 < found["interval"]["min"] < found["interval"]["max"] < 1
+    assert found["choice"]["gpu_memory_utilization"] == found["interval"]["max"]
+    assert found["choice"]["max_lora_rank"] == 16
+    assert {"term", "bytes", "source"} <= set(found["budget"][0])
+    assert found["device"]["here"] is False
+
+
+def test_the_text_is_whole(model):
+    text = call("size", model(EIGHT_B), "--gpu", "h100", "--set", "lora.r=64").stdout
+    assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB a token" in text
+    assert "gpu_memory_utilization from 0." in text
+    assert "at least" in text
+    assert "at most" in text
+    for term in ("engine.weights", "engine.lora", "engine.kv", "trainer.activations", "context"):
+        assert term in text
+    bars = [line for line in text.splitlines() if line.startswith(("rollouts [", "training ["))]
+    assert len(bars) == 2
+    assert all("W" in bar and "K" in bar and bar.endswith("79.2 GiB") for bar in bars)
+    assert "64*: 352.3 MiB" in text
+    assert max(len(line) for line in text.splitlines() if "[" in line) <= 110
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b"]
+)
+def test_other_architectures(model, name):
+    call("size", model(name), "--gpu", "b200", "--json", code=0 if "V3" not in name else 1)
+
+
+def test_a_run_file(run_file):
+    """A data set that is not here stops nothing."""
+    text = call("size", run_file, "--gpu", "h100").stdout
+    assert "model.max_lora_rank              32" in text
+
+
+def test_write_replaces_auto_alone(run_file):
+    before = run_file.read_text()
+    done = call("size", run_file, "--gpu", "h100", "--write")
+    after = run_file.read_text()
+    assert "max_lora_rank: 32  # sized" in after
+    assert "# my run" in after
+    assert ": auto" not in after
+    assert '"auto"' not in after
+    changed = [
+        (old, new)
+        for old, new in zip(before.splitlines(), after.splitlines(), strict=True)
+        if old != new
+    ]
+    assert len(changed) == 3
+    names = ("max_lora_rank: 32", "use_gradient_checkpointing: ", "gpu_memory_utilization: 0.")
+    for name in names:
+        assert name in done.stdout
+    again = call("size", run_file, "--gpu", "h100", "--write").stdout
+    assert 'no "auto" is written there' in again
+
+
+def test_write_json_and_toml(tmp_path, model):
+    import tomllib
+
+    folder = model(ONE_B)
+    values = {
+        "model": {"model_name": str(folder), "max_seq_length": 512, "max_lora_rank": "auto"},
+        "reward": {"functions": [{"name": "length"}]},
+        "grpo": {"max_steps": 1, "max_completion_length": 128},
+        "runtime": {"engine": "vllm"},
+    }
+    as_json = tmp_path / "run.json"
+    as_json.write_text(json.dumps(values, indent=1))
+    call("size", as_json, "--gpu", "l4", "--write")
+    assert json.loads(as_json.read_text())["model"]["max_lora_rank"] == 16
+    as_toml = tmp_path / "run.toml"
+    as_toml.write_text(
+        f'[model]\nmodel_name = "{folder}"\nmax_seq_length = 512\nmax_lora_rank = "auto" # keep\n'
+        '[[reward.functions]]\nname = "length"\n[grpo]\nmax_steps = 1\nmax_completion_length = 128\n'
+        '[runtime]\nengine = "vllm"\n'
+    )
+    call("size", as_toml, "--gpu", "l4", "--write")
+    assert tomllib.loads(as_toml.read_text())["model"]["max_lora_rank"] == 16
+    assert "# keep" in as_toml.read_text()
+
+
+def test_nothing_is_written_unasked(run_file, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    call("size", run_file, "--gpu", "h100", "--json")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_empty_interval_is_priced(run_file):
+    done = call("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
+    assert "no value is possible" in done.stdout
+    assert "what each change would free" in done.stdout
+    assert "load_in_4bit: true frees" in done.stdout
+    found = call("size", run_file, "--gpu", "t4", "--json", code=1)
+    assert json.loads(found.stdout)["feasible"] is False
+    assert "frees" in found.stderr
+
+
+def test_a_written_utilization_above_the_most(run_file):
+    override = "model.gpu_memory_utilization=0.97"
+    done = call("size", run_file, "--gpu", "h100", "--set", override, code=1)
+    assert "0.97 is above" in done.stderr
+    assert "fix:" in done.stderr
+
+
+def test_both_topologies(model):
+    shared, twice = (
+        json.loads(
+            call(
+                "size", model(EIGHT_B), "--gpu", "h200", "--json",
+                "--set", f"model.share_weights={word}", "--set", "runtime.engine=vllm",
+            ).stdout
+        )
+        for word in ("true", "false")
+    )  # fmt: skip
+    assert shared["interval"]["max"] > twice["interval"]["max"]
+    assert "trainer.weights" in [line["term"] for line in twice["budget"]]
+
+
+def test_the_cpu(model):
+    found = json.loads(call("size", model(ONE_B), "--cpu", "--json").stdout)
+    assert found["device"] is None
+    assert found["interval"]["min"] is None
+    assert found["choice"]["dtype"] == "float32"
+
+
+def test_it_is_fast_and_light(model):
+    """Under 300 ms of processor time (the wall clock is the machine's), and no heavy package."""
+    folder = model(EIGHT_B)
+    code = (
+        "import sys, time; start = time.process_time();"
+        "from toolkit.cli.envcheck import cli;"
+        f"cli(['size', {str(folder)!r}, '--gpu', 'h200', '--json'], standalone_mode=False);"
+        "heavy = {'torch', 'transformers', 'vllm', 'numpy', 'jsonschema', 'pynvml'};"
+        "print(time.process_time() - start, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    runs = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds, _, heavy = done.stderr.strip().partition(" ")
+        assert heavy == "[]"
+        runs.append(float(seconds))
+    assert min(runs) < 0.3

@@ -1,0 +1,109 @@
+"""``envcheck size`` on what cannot be sized, and ``envcheck calibrate``."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ENVCHECK = Path(sys.executable).with_name("envcheck")
+SHAPES = {
+    shape["id"]: shape
+    for shape in json.loads(
+        (Path(__file__).parents[1] / "fixtures" / "sizing" / "shapes.json").read_text()
+    )
+}
+ONE_B = "meta-llama/Llama-3.2-1B-Instruct"
+
+
+def call(*arguments, code=0, cwd=None, stdin=None, **environment):
+    """Run the command; its exit code is asserted."""
+    done = subprocess.run(
+        [str(ENVCHECK), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        input=stdin,
+        env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", **environment},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder of a real shape without weights."""
+
+    def make(name):
+        folder = tmp_path / name.rpartition("/")[2]
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(SHAPES[name]["config"]))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{model}", "--gpu", "h2000"], 1, "did you mean"),
+        (["{model}", "--gpu", "h200", "--cpu"], 2, "exclude"),
+        (["{model}", "--write", "--gpu", "h200"], 2, "needs a run file"),
+        (["{model}", "--set", "lora.rank=3"], 2, "no such key"),
+        (["{model}", "--set", "lora.r=x"], 2, "takes a value like"),
+        (["{model}", "--set", "lora"], 2, "SECTION.KEY=VALUE"),
+        (["no/such/folder/at/all"], 2, "no folder"),
+        (["nobody/Nothing"], 2, "nor in the cache"),
+        (["{model}", "--gpu", "h200", "--set", "lora.r=1000"], 1, "512"),
+    ],
+)
+def test_what_is_refused(model, arguments, code, words):
+    filled = [part.format(model=model(ONE_B)) for part in arguments]
+    assert words in call("size", *filled, code=code).stderr
+
+
+HOSTILE = {
+    "a truncated config": lambda folder: (folder / "config.json").write_text('{"model_type": "ll'),
+    "a huge vocabulary": lambda folder: (folder / "config.json").write_text(
+        json.dumps({**SHAPES[ONE_B]["config"], "vocab_size": 2**60})
+    ),
+    "a header of 2**60": lambda folder: (folder / "model.safetensors").write_bytes(
+        (1 << 60).to_bytes(8, "little") + b"{}"
+    ),
+    "a pipe": lambda folder: os.mkfifo(folder / "model.safetensors"),
+    "a loop": lambda folder: (folder / "model.safetensors").symlink_to("model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(model, name):
+    folder = model(ONE_B)
+    HOSTILE[name](folder)
+    start = time.monotonic()
+    done = call("size", folder, "--gpu", "h200", code=2)
+    assert time.monotonic() - start < 5
+    assert str(folder) in done.stderr
+
+
+def test_calibrate(tmp_path, model):
+    sizing = json.loads(call("size", model(ONE_B), "--gpu", "h200", "--json").stdout)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    call("calibrate", folder, code=2)
+    (folder / "preflight.json").write_text(json.dumps({"sizing": sizing}))
+    assert "not measured: the run was not on a GPU" in call("calibrate", folder).stdout
+    peak = sizing["peaks"]["torch_bytes"]
+    (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": peak}))
+    text = call("calibrate", folder).stdout
+    assert "+0.0%" in text
+    assert "within the stated bound" in text
+    above = sizing["peaks"]["bound_bytes"] + 1
+    (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": above}))
+    assert "above the stated bound" in call("calibrate", folder, code=1).stdout
+    rows = json.loads(call("calibrate", folder, "--json", code=1).stdout)["rows"]
+    assert {"peak.torch", "engine.kv"} <= {row["term"] for row in rows}
