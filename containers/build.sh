@@ -75,7 +75,7 @@ trap 'rm -rf "$private"' EXIT
 created=$(git -C "$REPO" log -1 --format=%cI 2>/dev/null || echo unknown)
 revision=$(git -C "$REPO" rev-parse HEAD 2>/dev/null || echo unknown)
 [ -z "$(git -C "$REPO" status --porcelain -- toolkit schemas locks containers pyproject.toml 2>/dev/null)" ] || revision=$revision-dirty
-version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$REPO/toolkit/__init__.py")
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$REPO/toolkit/base/version.py")
 arguments=(
     --build-arg "$base_variable=$base" "${snapshot[@]}"
     --build-arg "SOURCE_DATE_EPOCH=$EPOCH" --build-arg "CREATED=$created" --build-arg "REVISION=$revision" --build-arg "VERSION=$version"

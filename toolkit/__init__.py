@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from toolkit.policy.language_model import FastLanguageModel
     from toolkit.train.trainer import GRPOTrainer
 
-__version__ = "0.1.0"
+from toolkit.base.version import __version__
+
 __all__ = ["FastLanguageModel", "GRPOTrainer", "__version__"]
 
 _LAZY = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from toolkit import __version__
+from toolkit.base.version import __version__
 from toolkit.cli.exits import command_main
 from toolkit.cli.lazy import HELP, LazyGroup
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
 from toolkit.base.secrets import redact
+from toolkit.base.version import __version__
 from toolkit.config.render import end_column
 from toolkit.config.rules import all_rules
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
+from toolkit.base.version import __version__
 from toolkit.gpu.devices import memory_of
 
 if TYPE_CHECKING:

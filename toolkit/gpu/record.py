@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
 from toolkit.base.errors import InputError
+from toolkit.base.version import __version__
 from toolkit.gpu.checks import CheckContext, context_from_json, exit_code
 from toolkit.gpu.report import SCHEMA_ID, now
 from toolkit.gpu.snapshot_json import node_from_json, node_to_json

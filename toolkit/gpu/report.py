@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
+from toolkit.base.version import __version__
 from toolkit.gpu.checks import catalogue, exit_code
 from toolkit.gpu.checks.driver import cuda_of
 from toolkit.gpu.devices import visible

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import __version__
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact_tree
+from toolkit.base.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

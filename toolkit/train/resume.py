@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from toolkit import __version__
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import write_file
+from toolkit.base.version import __version__
 from toolkit.train import checkpoint
 from toolkit.train.state import (
     Tensors,

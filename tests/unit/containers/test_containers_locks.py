@@ -48,8 +48,8 @@ def copy_of_the_project(folder: Path) -> Path:
         shutil.copy(REPO / name, folder)
     for name in ("locks", "containers"):
         shutil.copytree(REPO / name, folder / name)
-    (folder / "toolkit").mkdir()
-    shutil.copy(REPO / "toolkit/__init__.py", folder / "toolkit")
+    (folder / "toolkit/base").mkdir(parents=True)
+    shutil.copy(REPO / "toolkit/base/version.py", folder / "toolkit/base")
     (folder / "schemas").mkdir()
     (folder / ".venv").symlink_to(REPO / ".venv")
     return folder

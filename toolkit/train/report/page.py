@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit import __version__
+from toolkit.base.version import __version__
 from toolkit.train.report import chart, curves, facts, samples
 from toolkit.train.report.files import section
 from toolkit.train.report.markup import text
