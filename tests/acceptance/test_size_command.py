@@ -148,8 +148,8 @@ def test_write_json_and_toml(tmp_path, model):
     as_toml = tmp_path / "run.toml"
     as_toml.write_text(
         f'[model]\nmodel_name = "{folder}"\nmax_seq_length = 512\nmax_lora_rank = "auto" # keep\n'
-        '[[reward.functions]]\nname = "length"\n[grpo]\nmax_steps = 1\nmax_completion_length = 128\n'
-        '[runtime]\nengine = "vllm"\n'
+        '[[reward.functions]]\nname = "length"\n[grpo]\nmax_steps = 1\n'
+        'max_completion_length = 128\n[runtime]\nengine = "vllm"\n'
     )
     call("size", as_toml, "--gpu", "l4", "--write")
     assert tomllib.loads(as_toml.read_text())["model"]["max_lora_rank"] == 16

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.sizing import engine as engines
 from toolkit.sizing import kv, lora
+from toolkit.sizing.fit import RETURNED_SHARE
 from toolkit.sizing.result import (
     Choice,
     EnginePart,
@@ -116,6 +117,7 @@ def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
     rollout = always + kv_bytes + total(counted, "rollout")
     training = always + kv_bytes - asleep + total(counted, "training")
     margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
+    margin += int(total(counted, "rollout") * (1 - RETURNED_SHARE))
     return Peaks(
         rollout_bytes=rollout,
         training_bytes=training,

@@ -1,7 +1,7 @@
 """What the engine's KV cache takes: a token, a sequence, all sequences.
 
 Held to vLLM's own KVCacheSpec (page_size_bytes / block_size and max_memory_usage_bytes) by
-tests/contract/test_sizing_engine_kv.py.
+tests/contract/test_sizing_engine.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The engine gives every linear layer (and, in some models, embeddings and head) buffers of max_loras
 slots, whatever the adapter targets (vllm/lora/layers/*.py, ``create_lora_weights``); held to its
-allocation to the byte by tests/contract/test_sizing_engine_lora.py.
+allocation to the byte by tests/contract/test_sizing_engine.py.
 """
 
 from __future__ import annotations

@@ -39,7 +39,6 @@ class Quantization:
     group: int = 128  # weights that share one scale along the input; 0 = per output channel
     block: tuple[int, int] | None = None  # (out, in) of FP8 block scales
     nested: bool = False
-    act_order: bool = False
     skipped: tuple[str, ...] = ()
 
     def skips(self, name: str) -> bool:
@@ -108,12 +107,10 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
     if method in ("awq", "gptq"):
         bits = fields.integer("bits", "w_bit", default=4, low=2, high=8)
         group = fields.integer("group_size", "q_group_size", default=128, low=-1, high=1 << 20)
-        act_order = fields.flag("desc_act", False)
         return Quantization(
             method="awq" if method == "awq" else "gptq",
             bits=bits,
             group=max(group, 0),
-            act_order=act_order,
             skipped=skipped,
         )
     if method in ("fp8", "fbgemm_fp8"):

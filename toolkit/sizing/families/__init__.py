@@ -31,7 +31,7 @@ FAMILIES: dict[str, Callable[[Fields], Shape]] = {
     "mixtral": moe.mixtral,
     "qwen3_moe": moe.qwen3_moe,
     "gpt_oss": moe.gpt_oss,
-    "deepseek_v2": mla.deepseek_v2,
-    "deepseek_v3": mla.deepseek_v3,
+    "deepseek_v2": mla.deepseek,
+    "deepseek_v3": mla.deepseek,
     "qwen3_next": hybrid.qwen3_next,
 }

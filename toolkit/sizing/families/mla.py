@@ -15,19 +15,11 @@ if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
 
-def deepseek_v2(fields: Fields) -> Shape:
-    """DeepSeek-V2 and V2-Lite (q_lora_rank null: one plain query projection)."""
-    return _deepseek(fields, router_vectors=False)
+def deepseek(fields: Fields) -> Shape:
+    """DeepSeek V2, V2-Lite (q_lora_rank null: one plain query projection), V3 and R1.
 
-
-def deepseek_v3(fields: Fields) -> Shape:
-    """DeepSeek-V3 and R1; the router also keeps a correction bias (a buffer, no parameter, in
-    transformers).
+    The correction bias of V3's router is a buffer in transformers, and in no parameter count.
     """
-    return _deepseek(fields, router_vectors=True)
-
-
-def _deepseek(fields: Fields, *, router_vectors: bool) -> Shape:
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     nope = fields.integer("qk_nope_head_dim", default=128)
@@ -63,7 +55,6 @@ def _deepseek(fields: Fields, *, router_vectors: bool) -> Shape:
         "dense" if index < first_dense or not routed or index % step else "sparse"
         for index in range(layer_count(fields))
     ]
-    del router_vectors  # the correction bias is a buffer: it is in no parameter count
     return Shape(
         hidden=hidden,
         vocab=fields.integer("vocab_size"),
