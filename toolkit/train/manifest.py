@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 DIGEST_VARIABLE = "TOOLKIT_IMAGE_DIGEST"
 DIGEST_FILE = Path("/etc/toolkit-image-digest")
+IMAGE_VARIABLE = "TOOLKIT_IMAGE_MANIFEST"
+IMAGE_KEYS = ("target", "version", "revision", "base", "lock")
 LOCK_FILES = ("uv.lock", "locks/cpu.txt", "locks/cu130.txt")
 
 
@@ -51,6 +53,15 @@ def image_digest() -> str | None:
     try:
         return DIGEST_FILE.read_text().strip() or None
     except OSError:
+        return None
+
+
+def image() -> dict[str, Any] | None:
+    """What the container image says of itself (containers/image_manifest.py); None outside one."""
+    try:
+        described = json.loads(Path(os.environ[IMAGE_VARIABLE]).read_text())
+        return {key: described[key] for key in IMAGE_KEYS}
+    except (KeyError, TypeError, OSError, ValueError):
         return None
 
 
@@ -106,6 +117,7 @@ def write_manifest(
         "packages": packages(),
         "lock_sha256": lock_hashes(),
         "image_digest": image_digest(),
+        "image": image(),
         "git": git_revision(folder),
         "driver": driver,
         "gpus": gpus(snapshot),
