@@ -63,6 +63,16 @@ export MPLCONFIGDIR="${MPLCONFIGDIR:-$place/matplotlib}"
 # A run that asks a telemetry host from a closed node waits for the time-out; nobody asked for it either.
 export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}" HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 
+# ---- threads: a container may use fewer CPUs than it sees; one thread for each that it sees would fight for them ----------
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    # cgroup v2 has both numbers in one file ("max 100000" or "200000 100000"), v1 one in each of two.
+    limits=$(cat "${TOOLKIT_CPU_MAX:-/sys/fs/cgroup/cpu.max}" 2>/dev/null || cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us 2>/dev/null || true)
+    quota=$(echo "$limits" | awk 'NR == 1 { q = $1; p = $2 } NR == 2 { p = $1 } END { if (q + 0 > 0 && p + 0 > 0) print int((q + p - 1) / p) }')
+    if [ -n "$quota" ] && [ "$quota" -lt "$(nproc)" ]; then
+        export OMP_NUM_THREADS="$quota"
+    fi
+fi
+
 # ---- CUDA forward compatibility: only when asked, only when this driver needs it --------------------------------
 if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
     compat=${TOOLKIT_COMPAT_DIR:-/opt/cuda-compat}

@@ -55,7 +55,9 @@ fi
 cd "$REPO" # %files of the definition are named from here
 say "building $output ($target, from the $source)"
 # As root, for %post writes system files; what it makes runs as anyone. On a cluster --fakeroot does the same.
-TOOLKIT_APPTAINER_USER=0 "$REPO/containers/apptainer.sh" build --force --notest "${arguments[@]}" \
+# zstd: a third of the time of gzip, and smaller; every kernel since 4.14 reads it.
+TOOLKIT_APPTAINER_USER=0 "$REPO/containers/apptainer.sh" build --force --notest \
+    --mksquashfs-args "-comp zstd -Xcompression-level 3" "${arguments[@]}" \
     --build-arg "TARGET=$target" --build-arg "REVISION=$revision" "$output.part" "$REPO/containers/toolkit.def"
 mv "$output.part" "$output"
 say "built $output ($(($(stat -c %s "$output") / 1000000)) MB)"

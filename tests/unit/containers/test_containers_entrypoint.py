@@ -167,6 +167,27 @@ def test_compatibility_libraries_serve_only_a_driver_that_needs_them(
     assert ("older" if used else "not applied") in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [("100000 100000", "1"), ("50000 100000", "1"), ("max 100000", None), ("6400000 100000", None)],
+)
+def test_threads_follow_the_cpus_that_the_container_may_use(
+    commands: Path, tmp_path: Path, limit: str, threads: str | None
+) -> None:
+    assert (os.cpu_count() or 1) >= 2, "a machine of one CPU cannot tell"
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    seen = environment_of(call(commands, "env", TOOLKIT_CPU_MAX=str(tmp_path / "cpu.max")))
+    assert seen.get("OMP_NUM_THREADS") == threads
+
+
+def test_threads_that_the_caller_has_set_win(commands: Path, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    seen = environment_of(
+        call(commands, "env", TOOLKIT_CPU_MAX=str(tmp_path / "cpu.max"), OMP_NUM_THREADS="7")
+    )
+    assert seen["OMP_NUM_THREADS"] == "7"
+
+
 def test_a_signal_reaches_the_command_itself(commands: Path) -> None:
     write(
         commands / "trainer",
