@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from toolkit.gpu.cgroup import read_cgroup
-from toolkit.gpu.host import ROOT, read_memory
+from toolkit.gpu.driver_files import ROOT
+from toolkit.gpu.host import read_memory
 
 UNKNOWN_HOST = 4 << 30  # what is assumed where the host does not tell
 
