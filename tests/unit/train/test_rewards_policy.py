@@ -135,7 +135,7 @@ def test_wrong_length_of_some_samples(tmp_path: Path) -> None:
         return [1.0 for text in completions if text != "bad"]
 
     assert run(drops, tmp_path)[1] == [1.0, None, 1.0, 1.0]
-    with pytest.raises(ConfigError, match=r"returned 0 rewards for 1 .*\(sample 1 of 4\)"):
+    with pytest.raises(ConfigError, match=r"returned 3 rewards for 4 .*\(sample 1 of 4\)"):
         run(drops, tmp_path, "fail")
 
 

@@ -126,7 +126,7 @@ class GuardedReward:
                 seconds = None if limit is None else min(limit, left)
                 found += self._attempt(batch.only(index), seconds)
             except Misbehaved as error:
-                found.append(error.trouble)
+                found.append(_both(whole, error.trouble))
                 if self.policy.on_error == "fail":
                     break
         if any(isinstance(value, Trouble) for value in found):
@@ -192,6 +192,13 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         type(function).__call__
     )
+
+
+def _both(whole: Trouble, alone: Trouble) -> Trouble:
+    """The trouble with one sample; where it reads otherwise than the batch's, both."""
+    if alone.traceback or alone.what == whole.what:
+        return alone
+    return alone._replace(what=f"{whole.what}, and with this sample alone {alone.what}")
 
 
 def _drop(*_: Any) -> None:

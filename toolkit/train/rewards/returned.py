@@ -41,7 +41,7 @@ def checked(returned: Any, size: int) -> list[Score | Trouble]:
         what = f"returned {_article(type(returned).__name__)}, not a list of rewards"
         raise Misbehaved(Trouble(what, _short(returned)))
     if len(values) != size:
-        what = f"returned {len(values)} rewards for {size} completions"
+        what = f"returned {len(values)} rewards for {size} completion{'s' if size > 1 else ''}"
         raise Misbehaved(Trouble(what, _short(returned)))
     return [_one(value) for value in values]
 

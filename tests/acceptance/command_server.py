@@ -1,0 +1,58 @@
+"""Run many ``toolkit`` commands for the price of one start.
+
+A start of ``toolkit train`` imports torch, transformers and trl, which takes seconds. This script
+imports them once and forks for each case; the child calls what the installed console script calls,
+with its own arguments, folder, environment and output, and ends with its exit code. Cases come as
+JSON on standard input, exit codes go to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    cases = json.load(sys.stdin)
+    from toolkit.train.quiet import prepare_environment
+
+    prepare_environment()
+    import toolkit.train.run  # noqa: F401 - what the children share
+    from toolkit.train import report  # noqa: F401
+
+    (script,) = entry_points(group="console_scripts", name="toolkit")
+    command = script.load()
+    codes = []
+    for case in cases:
+        child = os.fork()
+        if child == 0:
+            os._exit(_run(command, case))
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    json.dump(codes, sys.stdout)
+
+
+def _run(command: Any, case: dict[str, Any]) -> int:
+    os.chdir(case["folder"])
+    os.environ.update(case["env"])
+    os.umask(case.get("umask", 0o022))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        handle = os.open(Path(case["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(handle, number)
+    sys.argv = ["toolkit", *case["arguments"]]
+    code = 0
+    try:
+        command()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1 if end.code else 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What SECURITY.md promises, on a real run by the installed command's entry point."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from train_world import RUN, Ended, make_model, make_world, serve
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "train"))
+from test_report_page import Page
+
+CANARY = "a canary that sings"
+TOKEN = "hf_" + "aB3dE6gH9jKl" * 3
+LEAKS = f"""\
+import logging, os, sys, warnings
+
+def score(completions, log_extra, **kwargs):
+    secret = os.environ["MY_SERVICE_TOKEN"] + " and {TOKEN}"
+    print("printed", secret)
+    print("to stderr", secret, file=sys.stderr)
+    logging.getLogger("mine").error("logged %s", secret)
+    try:
+        raise ValueError(secret)
+    except ValueError:
+        logging.getLogger("mine").exception("caught")
+    warnings.warn(secret)
+    return [float(len(set(text))) for text in completions]
+"""
+EVIL = "import pathlib; pathlib.Path(__file__).with_suffix('.was-run').write_text('x')\n"
+IMPOSTORS = ("json", "torch", "trl", "numpy", "yaml", "sitecustomize", "helper")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    root = tmp_path_factory.mktemp("security")
+    model = make_model(root)
+    leaks = make_world(root / "leaks", model)
+    (leaks / "mine.py").write_text(LEAKS)
+    for name in IMPOSTORS:
+        (leaks / f"{name}.py").write_text(EVIL)
+    make_world(root / "written", model, grpo={"hub_token": TOKEN})
+    make_world(root / "by-form", model, dataset={"system": f"say {TOKEN}"})
+    climbs = make_world(root / "climbs", model)
+    (climbs / "model").unlink()
+    (climbs / "model").mkdir()
+    for file in model.iterdir():
+        (climbs / "model" / file.name).write_bytes(file.read_bytes())
+    index = {"weight_map": {"model.embed_tokens.weight": "../../leaks/model/model.safetensors"}}
+    (climbs / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    pickled = make_world(root / "pickled", model)
+    (pickled / "model").unlink()
+    (pickled / "model").mkdir()
+    (pickled / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
+    (pickled / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR.")
+    names = ("leaks", "written", "by-form", "climbs", "pickled")
+    env = {"MY_SERVICE_TOKEN": CANARY}
+    cases = [
+        {"folder": root / name, "arguments": ["train", "run.yaml"], "env": env, "umask": 0}
+        for name in names
+    ]
+    return dict(zip(names, serve(cases), strict=True))
+
+
+def test_no_secret_is_printed_or_written(ended: dict[str, Ended]) -> None:
+    run = ended["leaks"]
+    assert run.returncode == 0, run.stderr
+    assert "printed [redacted: MY_SERVICE_TOKEN] and [redacted: Hugging Face token]" in run.stdout
+    assert "to stderr [redacted" in run.stderr
+    assert "logged [redacted" in run.stderr
+    assert "ValueError: [redacted" in run.stderr
+    assert "Traceback" in run.stderr  # the reward's own log of its exception
+    files = [path for path in (run.folder / "out").rglob("*") if path.is_file()]
+    assert {"manifest.json", "metrics.jsonl", "report.html"} <= {path.name for path in files}
+    for text in (run.stdout, run.stderr, *(path.read_text(errors="replace") for path in files)):
+        assert CANARY not in text
+        assert TOKEN not in text
+
+
+def test_nothing_is_open_to_others_even_without_a_umask(ended: dict[str, Ended]) -> None:
+    out = ended["leaks"].folder / "out"
+    for path in (out, *out.rglob("*")):
+        allowed = 0o755 if path.is_dir() else 0o644
+        assert stat.S_IMODE(path.stat().st_mode) & ~allowed == 0, path
+
+
+def test_nothing_is_pickled(ended: dict[str, Ended]) -> None:
+    suffixes = {
+        path.suffix for path in (ended["leaks"].folder / "out").rglob("*") if path.is_file()
+    }
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".html", ".md", ""}
+
+
+def test_a_file_beside_the_run_file_is_not_run_under_another_name(ended: dict[str, Ended]) -> None:
+    assert sorted(path.name for path in ended["leaks"].folder.glob("*.was-run")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("written", "hub_token"), ("by-form", "dataset.system")]
+)
+def test_a_secret_in_the_run_file_is_refused_and_not_repeated(ended, name: str, says: str) -> None:
+    run = ended[name]
+    assert run.returncode == 1, run.stderr
+    assert says in run.stderr
+    assert TOKEN not in run.stdout + run.stderr
+    assert not (run.folder / "out").exists()
+
+
+def test_weights_that_lead_outside_are_refused(ended: dict[str, Ended]) -> None:
+    run = ended["climbs"]
+    assert run.returncode in (1, 2), run.stdout
+    assert "../../leaks/model/model.safetensors" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_pickled_weights_are_refused(ended: dict[str, Ended]) -> None:
+    run = ended["pickled"]
+    assert run.returncode in (1, 2), run.stdout
+    assert "Traceback" not in run.stderr
+    assert not (run.folder / "was-run").exists()
+
+
+def test_remote_code_is_off_and_shown(ended: dict[str, Ended]) -> None:
+    config = json.loads((ended["leaks"].folder / "out" / "config.json").read_text())
+    assert config["model"]["trust_remote_code"] is False
+    assert "trust_remote_code" not in RUN["model"]
+    report = (ended["leaks"].folder / "out" / "report.html").read_text()
+    assert "trust_remote_code" in report
+
+
+def test_the_report_of_a_real_run_asks_for_nothing(ended: dict[str, Ended]) -> None:
+    report = (ended["leaks"].folder / "out" / "report.html").read_text()
+    page = Page(report)
+    assert page.tags.count("script") == 1
+    assert not {"src", "href", "style"} & {name for name, _ in page.attributes}
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
