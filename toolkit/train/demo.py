@@ -32,8 +32,8 @@ CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS = 0.8
 """How often the teacher forgets the carry, where there is one (45 of 100 problems)."""
-BATCH, MAX_STEPS, EVERY = 128, 900, 25
-LEARNING_RATE, WARMUP = 3e-3, 50
+BATCH, MAX_STEPS, EVERY = 128, 1500, 25
+LEARNING_RATE, WARMUP = 2e-3, 50
 KNOWS = 0.985
 """Taught is who answers as the teacher would, one way or the other, on this share of problems."""
 

@@ -65,10 +65,13 @@ class Journal:
         if written < len(line):  # a disk that fills up writes a part and fails on the rest
             os.write(self._handles[name], line[written:])
 
-    def positions(self) -> dict[str, int]:
-        """Bytes in each log, which are on the disk when this returns."""
+    def sync(self) -> None:
+        """What has been written is on the disk when this returns. Raises OSError."""
         for handle in self._handles.values():
             os.fsync(handle)
+
+    def positions(self) -> dict[str, int]:
+        """Bytes in each log."""
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def close(self) -> None:

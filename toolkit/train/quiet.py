@@ -17,6 +17,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    # TRL imports vLLM where it is installed.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     # cuBLAS is deterministic only with a workspace that is fixed before its first call.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }

@@ -103,6 +103,8 @@ def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
     step = snapshot.hf_state.global_step
     partial = run_dir / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
+        if trainer.journal is not None:
+            trainer.journal.sync()  # a checkpoint must not know more than the logs hold
         checkpoint.begin(run_dir, step)
         save_adapter(accelerator.unwrap_model(trainer.model), partial)
         _save_shared(trainer, snapshot, partial)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING
 
 import trl
 from transformers import PrinterCallback, ProgressCallback
 
-from toolkit.base.errors import ConfigError, StoppedError
+from toolkit.base.errors import ConfigError, StoppedError, ToolkitError
 from toolkit.policy.language_model import load_policy
 from toolkit.train import checkpoint, faults, folder, resume
 from toolkit.train.arguments import grpo_config, make_reproducible
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
     from toolkit.train.evaluate import Evaluation
 
+FIRST_RANK_SPEAKS_S = 3.0
+
 
 def run(config: RunConfig, options: Options | None = None) -> Path:
     """Train ``config`` and return its run folder.
@@ -43,18 +46,30 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     if is_first_rank():
         with folder.held(run_dir):
             return _run(config, run_dir, options)
-    return _run(config, run_dir, options)
+    try:
+        return _run(config, run_dir, options)
+    except ToolkitError:
+        # What stops every rank is told by the first, whose end makes torchrun end this one.
+        sleep(FIRST_RANK_SPEAKS_S)
+        raise
 
 
 def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
-    found, passed = checkpoint.choose(run_dir, config.runtime.resume)
+    resume_from = config.runtime.resume
+    if not is_first_rank() and resume_from == "never":
+        found, passed = None, []  # the first rank may have begun to write by now
+    else:
+        found, passed = checkpoint.choose(run_dir, resume_from)
     for line in passed:
         options.out.write(f"passed over a torn checkpoint: {line}\n")
-    with quiet(debug=options.debug):
+    signals = StopSignals(abandon=world_size() == 1)
+    with quiet(debug=options.debug), signals.installed():
         try:
             parts = prepare(config, run_dir)
             _refuse_changes(config, parts, found)
-            _train(parts, config, found, options)
+            _train(parts, config, found, options, signals)
+        except Abandoned as cut:
+            raise _stopped(run_dir, str(cut)) from None
         except Exception as error:
             known = faults.translate(error, str(run_dir))
             if known is None or known is error:
@@ -124,9 +139,10 @@ def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
     return trainer
 
 
-def _train(parts: Parts, config: RunConfig, found: Path | None, options: Options) -> None:
+def _train(
+    parts: Parts, config: RunConfig, found: Path | None, options: Options, signals: StopSignals
+) -> None:
     trainer = build_trainer(parts, config)
-    signals = StopSignals(abandon=world_size() == 1)
     first = is_first_rank()
     journal = Journal(parts.run_dir, resume.positions(found) if found else None) if first else None
     if first:
@@ -134,12 +150,11 @@ def _train(parts: Parts, config: RunConfig, found: Path | None, options: Options
     before = _evaluate(parts, options, adapter=False)
     trainer.signals, trainer.journal = signals, journal
     if journal is not None:
-        progress = Progress(
-            options.out, total_steps(trainer), parts.config.grpo.get("logging_steps")
-        )
+        every = parts.config.grpo.get("logging_steps")
+        progress = Progress(options.out, total_steps(trainer), every)
         keep = config.runtime.log_completions
         trainer.add_callback(Recorder(trainer, journal, progress, completions=keep))
-    with signals.installed():
+    with signals.at_steps():
         try:
             trainer.train(str(found) if found else None)
         except Abandoned:
@@ -150,17 +165,17 @@ def _train(parts: Parts, config: RunConfig, found: Path | None, options: Options
             if journal is not None:
                 journal.close()
     if signals.received is not None:
-        raise _stopped(trainer, signals.received)
+        raise _stopped(parts.run_dir, signals.received)
     if first:
         finish(parts, before, _evaluate(parts, options, adapter=True), options.out)
 
 
-def _stopped(trainer: GRPOTrainer, signal: str) -> StoppedError:
-    steps = checkpoint.list_steps(Path(trainer.args.output_dir))
+def _stopped(run_dir: Path, signal: str) -> StoppedError:
+    steps = checkpoint.list_steps(run_dir)
     saved = f"checkpoint-{steps[0]} is written" if steps else "no step had ended yet"
     return StoppedError(
         f"stopped by {signal}; {saved}",
-        where=str(trainer.args.output_dir),
+        where=str(run_dir),
         fix="start the same command again: it goes on from there",
     )
 

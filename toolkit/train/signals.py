@@ -27,10 +27,15 @@ class Abandoned(BaseException):
 
 
 class StopSignals:
-    """What has been asked for. Without ``abandon`` (ranks must stop together) it is only a flag."""
+    """What has been asked for.
+
+    ``immediate`` holds while there is nothing to lose (loading, judging): a signal cuts at once.
+    With ``abandon`` False, where ranks must stop together, a step under way is never cut.
+    """
 
     def __init__(self, *, abandon: bool = True, grace_s: float = GRACE_S) -> None:
         self.received: str | None = None
+        self.immediate = True
         self._interrupts = 0
         self._shields = 0
         self._abandon, self._grace_s = abandon, grace_s
@@ -49,6 +54,16 @@ class StopSignals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def at_steps(self) -> Iterator[None]:
+        """While the block runs a signal waits for the end of a step, or abandons one that is long."""
+        self.immediate = False
+        try:
+            yield
+        finally:
+            self.settle()
+            self.immediate = True
+
     def shield(self) -> None:
         """From here to ``unshield`` nothing is cut (weights and files change)."""
         self._shields += 1
@@ -57,19 +72,9 @@ class StopSignals:
         """The weights and the files are whole again."""
         self._shields = max(0, self._shields - 1)
 
-    @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """``shield`` ... ``unshield`` around a block."""
-        self.shield()
-        try:
-            yield
-        finally:
-            self.unshield()
-
     def settle(self) -> None:
-        """The run stops at a safe point now: no alarm may come any more."""
+        """The run is at a safe point: no alarm may come any more."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self._abandon = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -77,14 +82,17 @@ class StopSignals:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
-        if self.received is None:
-            self.received = signal.Signals(number).name
-            if self._abandon:
-                signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        if self.received is not None:
+            return
+        self.received = signal.Signals(number).name
+        if self.immediate:
+            raise Abandoned(self.received)
+        if self._abandon:
+            signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if not self._abandon:
+        if self.immediate:
             return
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
