@@ -82,13 +82,19 @@ class Store:
         )
 
     def run(
-        self, image: str, user: str, *command: str, options: tuple[str, ...] = CACHE_OPTIONS
+        self,
+        image: str,
+        user: str,
+        *command: str,
+        options: tuple[str, ...] = CACHE_OPTIONS,
+        timeout: int = 600,
     ) -> subprocess.CompletedProcess[str]:
+        """Run a command in an image to its end."""
         return subprocess.run(
             [*self.command(image, user, *options), *command],
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=timeout,
         )
 
     def remove(self) -> None:

@@ -1,0 +1,130 @@
+"""A real SIF, built by a real Apptainer, and run as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from image_store import CONTAINERS, REPO, WORK, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.image, pytest.mark.slow]
+USER = 1000
+
+
+def apptainer(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(CONTAINERS / "apptainer.sh"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        cwd=REPO,
+    )
+
+
+@pytest.fixture(scope="module")
+def sif(store: Store, train_cpu_image: str) -> Iterator[Path]:
+    assert train_cpu_image == "localhost/toolkit:train-cpu"
+    output = WORK / "test.sif"
+    code, text = store.script("sif.sh", "train-cpu", "--from-image", "--output", str(output))
+    assert code == 0, text
+    print(text)
+    yield output
+    output.unlink()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of the ordinary user's."""
+    path = WORK / "test-sif"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    os.chown(path, USER, USER)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_its_own_test_passes(sif: Path) -> None:
+    """%test: the commands start, the manifest is there, the pre-flight answers, the demo trains."""
+    result = apptainer("test", str(sif))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "image train-cpu" in result.stdout
+    assert "pre-flight: exit code" in result.stdout
+
+
+def test_an_ordinary_user_makes_the_demo_contained_and_read_only(sif: Path, folder: Path) -> None:
+    result = apptainer(
+        *("run", "--contain", "--no-home", "--bind", f"{folder}:/work", "--pwd", "/work"),
+        *("--env", "TOOLKIT_CACHE=/work/cache,TMPDIR=/work", str(sif)),
+        *("sh", "-c", "touch /opt/toolkit/x 2>&1; toolkit demo --out /work/demo"),
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "Read-only file system" in result.stdout
+    assert (folder / "demo/run/adapter/adapter_model.safetensors").is_file()
+    assert {path.lstat().st_uid for path in folder.rglob("*")} == {USER}
+
+
+def test_what_the_host_has_set_wins(sif: Path) -> None:
+    result = apptainer("run", str(sif), "env", HF_HOME="/tmp/models", APPTAINERENV_X="1")
+    assert result.returncode == 0, result.stderr
+    assert "HF_HOME=/tmp/models" in result.stdout.splitlines()
+    assert "PYTHONNOUSERSITE=1" in result.stdout.splitlines()
+
+
+def test_the_exit_code_of_the_preflight_is_the_sifs(sif: Path, folder: Path) -> None:
+    result = apptainer("run", "--bind", str(folder), str(sif), "toolkit", "train", "absent.yaml")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "not started" in result.stderr
+
+
+def test_labels_and_help_are_the_definitions(sif: Path) -> None:
+    labels = apptainer("inspect", "--labels", str(sif)).stdout
+    assert "org.opencontainers.image.title: toolkit train-cpu" in labels
+    assert "apptainer run --nv" in apptainer("run-help", str(sif)).stdout
+
+
+def test_a_misspelt_section_is_refused(tmp_path: Path) -> None:
+    """The definition's syntax is judged by the program that reads it."""
+    spoiled = tmp_path / "toolkit.def"
+    text = (CONTAINERS / "toolkit.def").read_text()
+    spoiled.write_text(text.replace("%runscript", "%runscipt"))
+    result = apptainer("build", str(tmp_path / "x.sif"), str(spoiled), TOOLKIT_APPTAINER_USER="0")
+    assert result.returncode != 0
+    assert "runscipt" in result.stdout + result.stderr
+
+
+def test_a_sif_also_builds_straight_from_the_image(
+    store: Store, envcheck_image: str, folder: Path
+) -> None:
+    """No definition: a site may take the OCI archive as it is."""
+    store.buildah("push", "--quiet", envcheck_image, f"oci-archive:{folder}/image.tar")
+    output = folder / "plain.sif"
+    built = apptainer(
+        "build", str(output), f"oci-archive:{folder}/image.tar", TOOLKIT_APPTAINER_USER="0"
+    )
+    assert built.returncode == 0, built.stderr
+    result = apptainer("run", str(output), "envcheck", "--version")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("envcheck, version")
+
+
+def test_the_definition_builds_from_a_base_too(
+    store: Store, base_options: tuple[str, ...], folder: Path
+) -> None:
+    """Without any image of ours: %post installs by the same lock, as a cluster would."""
+    output = folder / "base.sif"
+    code, text = store.script(
+        "sif.sh", "envcheck", "--from-base", "--output", str(output), *base_options
+    )
+    assert code == 0, text
+    result = apptainer("run", str(output), "envcheck", "check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    listing = apptainer("exec", str(output), "ls", "-A", "/run/secrets", "/tmp/pip", "/build")
+    assert listing.stdout == ""
