@@ -1,0 +1,65 @@
+"""What a signal does, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from toolkit.train.signals import SIGNALS, Abandoned, StopSignals
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_nothing_can_be_lost_it_cuts_at_once(number):
+    with StopSignals().installed() as signals:
+        with pytest.raises(Abandoned, match=number.name):
+            send(number)
+        assert signals.received == number.name
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_between_steps_it_is_a_flag(number):
+    with StopSignals().installed() as signals, signals.at_steps():
+        send(number)
+        assert signals.received == number.name
+
+
+def test_a_second_interrupt_stops_at_once():
+    with StopSignals().installed() as signals, signals.at_steps():
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_a_long_step_is_abandoned_but_never_while_shielded():
+    with StopSignals(grace_s=0.05).installed() as signals, signals.at_steps():
+        signals.shield()
+        send(signal.SIGTERM)
+        time.sleep(0.5)  # the alarm finds the shield, and comes again
+        signals.unshield()
+        with pytest.raises(Abandoned):
+            time.sleep(5)
+
+
+def test_ranks_that_stop_together_are_never_cut():
+    with StopSignals(abandon=False, grace_s=0.05).installed() as signals, signals.at_steps():
+        send(signal.SIGTERM)
+        time.sleep(0.2)
+        assert signals.received == "SIGTERM"
+
+
+def test_who_listened_before_listens_again():
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    with StopSignals().installed():
+        assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_no_except_exception_swallows_it():
+    assert not issubclass(Abandoned, Exception)

@@ -1,0 +1,115 @@
+"""The logs of a run: what is in a row, where it is cut, what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+from toolkit.train.metrics import LOGS, Journal, plain, row_of
+from toolkit.train.progress import Progress, step_line
+
+TIMINGS = {"tokens_per_s": 1234.0, "step_s": 0.5}
+
+
+def test_a_row_has_our_names_first_then_every_other_in_order():
+    logs = {
+        "loss": 0.5,
+        "z": 1,
+        "completions/mean_length": 3.5,
+        "reward": 0.25,
+        "a/b": 2,
+        "step_time": 9.0,
+    }
+    assert list(row_of(7, logs).items()) == [
+        ("step", 7),
+        ("reward", 0.25),
+        ("loss", 0.5),
+        ("completion_length", 3.5),
+        ("a/b", 2),
+        ("z", 1),
+    ]
+
+
+def test_an_evaluation_has_names_of_its_own_and_no_wall_clock():
+    logs = {
+        "eval_reward": 0.5,
+        "eval_runtime": 3.0,
+        "eval_samples_per_second": 2.0,
+        "eval_completions/mean_length": 4.0,
+        "epoch": 1.0,
+    }
+    assert row_of(2, logs) == {
+        "step": 2,
+        "epoch": 1.0,
+        "eval/completion_length": 4.0,
+        "eval/reward": 0.5,
+    }
+
+
+def test_numbers_that_are_none_are_null():
+    assert plain({"a": math.nan, "b": [math.inf, 1], "c": (True, None, "x")}) == {
+        "a": None,
+        "b": [None, 1],
+        "c": [True, None, "x"],
+    }
+
+
+def test_the_journal_is_cut_to_where_the_checkpoint_knows_it(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write("metrics.jsonl", {"step": 1})
+    known = journal.positions()
+    journal.write("metrics.jsonl", {"step": 2})
+    journal.write("completions.jsonl", {"completion": "ä"})
+    journal.close()
+    again = Journal(tmp_path, known)
+    again.write("metrics.jsonl", {"step": 2, "again": True})
+    again.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1}, {"step": 2, "again": True}]
+    assert (tmp_path / "completions.jsonl").read_bytes() == b""
+
+
+def test_a_run_that_begins_again_begins_empty(tmp_path):
+    for name in LOGS:
+        (tmp_path / name).write_text("old\n")
+    Journal(tmp_path).close()
+    assert all((tmp_path / name).read_bytes() == b"" for name in LOGS)
+
+
+def test_a_plain_stream_gets_whole_lines_of_one_width():
+    stream = io.StringIO()
+    progress = Progress(stream, total=100)
+    for step in range(1, 101):
+        row = {"step": step, "reward": step / 100, "reward_std": 0.5, "loss": -0.001, "kl": None}
+        progress(row, TIMINGS)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 35  # the first, every third, the last
+    assert "\r" not in stream.getvalue()
+    assert len({line.index("loss") for line in lines}) == 1
+    assert lines[-1].startswith("step 100/100  reward  1.000 ± 0.500  loss  -0.0010")
+    assert lines[-1].endswith("left")
+
+
+def test_every_nth_line_where_the_run_file_says_so():
+    stream = io.StringIO()
+    progress = Progress(stream, total=20, every=10)
+    for step in range(1, 21):
+        progress({"step": step}, TIMINGS)
+    assert [line[:10] for line in stream.getvalue().splitlines()] == [
+        "step  1/20",
+        "step 10/20",
+        "step 20/20",
+    ]
+
+
+def test_a_skipped_step_says_so():
+    line = step_line({"step": 1, "loss": None, "skipped": 1.0}, TIMINGS, 10, 3.0)
+    assert "skipped: not finite" in line
+    assert "loss        -" in line
+
+
+def test_an_evaluation_line():
+    stream = io.StringIO()
+    Progress(stream, total=5)({"step": 5, "eval/reward": 0.5, "eval/completion_length": 3.25}, None)
+    assert stream.getvalue() == "evaluation at step 5: reward 0.500, length 3.2\n"
