@@ -1,0 +1,120 @@
+"""Rewards in a real run: several at once, one that misbehaves in every way under ``none``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from train_world import Ended, make_model, make_world, serve
+
+MISBEHAVES = """\
+import asyncio, re, time
+
+def nothing(completions, trainer_state, **kwargs):
+    step, wrong = trainer_state.global_step, completions[0]
+    def one(text):
+        if text != wrong:
+            return 1.0
+        if step == 0:
+            raise KeyError(text)
+        if step == 1:
+            return float("nan")
+        if step == 2:
+            return "a text"
+        if step == 3:
+            time.sleep(60)
+        if step == 4:
+            re.fullmatch("(a+)+b", "a" * 60)
+    found = [one(text) for text in completions]
+    return found[1:] if step == 5 else found
+
+async def later(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [0.5] * len(completions)
+
+def texts(completions, log_metric, **kwargs):
+    log_metric("chat", float(isinstance(completions[0], list)))
+    return [float(len(set(c if isinstance(c, str) else c[0]["content"]))) for c in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    root = tmp_path_factory.mktemp("rewards")
+    model = make_model(root)
+    folder = make_world(
+        root / "none",
+        model,
+        reward={
+            "functions": [
+                {"name": "mine:nothing", "weight": 2.0},
+                {"name": "mine:later"},
+                {"name": "numeric_match", "weight": 0.5},
+                {"name": "length_penalty", "options": {"max_length": 4, "margin": 2}},
+            ],
+            "on_error": "none",
+            "timeout_s": 0.5,
+        },
+        grpo={"max_steps": 6},
+    )
+    (folder / "mine.py").write_text(MISBEHAVES)
+    chat = make_world(
+        root / "chat",
+        model,
+        reward={"functions": [{"name": "mine:texts"}, {"name": "numeric_match"}]},
+        dataset={"prompt": "messages"},
+        model={"model_name": "chat-model"},
+        grpo={"max_steps": 1},
+    )
+    from tiny_llama import make_tiny
+
+    make_tiny(chat / "chat-model", chat=True)
+    (chat / "mine.py").write_text(MISBEHAVES)
+    row = {"messages": [{"role": "user", "content": "1+2="}], "answer": "3"}
+    (chat / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    cases = [{"folder": where, "arguments": ["train", "run.yaml"]} for where in (folder, chat)]
+    return dict(zip(("none", "chat"), serve(cases), strict=True))
+
+
+def _rows(ended: Ended, name: str) -> list[dict]:
+    return [json.loads(line) for line in (ended.folder / "out" / name).read_text().splitlines()]
+
+
+def test_a_reward_that_misbehaves_is_scored_none_and_the_run_ends(ended: dict[str, Ended]) -> None:
+    run = ended["none"]
+    assert run.returncode == 0, run.stderr
+    rows = _rows(run, "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["rewards/nothing/failed"] >= 0.25 for row in rows)
+    assert all(row["rewards/later/mean"] == 0.5 for row in rows)
+    problems = " ".join(record["problem"] for record in _rows(run, "bad_rewards.jsonl"))
+    for what in ("raised KeyError", "returned nan", "returned a str", "longer than 0.5 s"):
+        assert what in problems
+    assert "returned 3 rewards for 4 completions" in problems
+
+
+def test_the_reward_is_the_weighted_sum_of_what_was_scored(ended: dict[str, Ended]) -> None:
+    weights = {"nothing": 2.0, "later": 1.0, "numeric_match": 0.5, "length_penalty": 1.0}
+    rows = _rows(ended["none"], "completions.jsonl")
+    assert len(rows) == 24
+    assert any(row["rewards"]["nothing"] is None for row in rows)
+    for row in rows:
+        scored = {name: value for name, value in row["rewards"].items() if value is not None}
+        assert row["reward"] == pytest.approx(sum(weights[n] * v for n, v in scored.items()))
+        assert set(row["rewards"]) == set(weights)
+
+
+def test_the_report_tells_of_it(ended: dict[str, Ended]) -> None:
+    report = (ended["none"].folder / "out" / "report.html").read_text()
+    assert "samples that a reward failed on" in report
+    assert "length_penalty" in report
+
+
+def test_chat_completions_come_as_messages(ended: dict[str, Ended]) -> None:
+    run = ended["chat"]
+    assert run.returncode == 0, run.stderr
+    (row,) = _rows(run, "metrics.jsonl")
+    assert row["chat"] == 1.0
+    assert row["rewards/texts/mean"] > 0
+    said = _rows(run, "completions.jsonl")[0]
+    assert said["prompt"] == [{"content": "1+2=", "role": "user"}]
