@@ -140,8 +140,14 @@ def _model(case: Case, fit: Fit) -> ModelPart:
         dtype=plan.dtype,
         quantization=plan.quantization.method if plan.quantization else None,
         margin=spec.margin,
-        notes=spec.notes,
+        notes=(*spec.notes, *_notes(case)),
     )
+
+
+def _notes(case: Case) -> list[str]:
+    if case.plan.tensor_parallel == 1 or not case.work.uses_engine:
+        return []
+    return [f"tensor_parallel_size {case.plan.tensor_parallel}: weights and KV divided evenly"]
 
 
 def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:

@@ -36,7 +36,8 @@ SAMPLER_BYTES = 18
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     """Every term but KV."""
     width = DTYPE_BYTES[plan.dtype]
-    weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
+    # Over several GPUs each holds its share; A of a LoRA slot is whole on all of them, B is split.
+    weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True) // plan.tensor_parallel
     how = plan.quantization.method if plan.quantization else plan.dtype
     terms = [
         Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
@@ -148,10 +149,11 @@ def kv_element_bytes(plan: EnginePlan) -> int:
 
 def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
     """KV of one sequence as the engine allocates it."""
-    return kv.sequence_bytes(
+    whole = kv.sequence_bytes(
         spec,
         tokens,
         kv_element_bytes(plan),
         block_tokens=plan.block_tokens,
         batched_tokens=plan.max_num_batched_tokens,
     )
+    return whole // plan.tensor_parallel

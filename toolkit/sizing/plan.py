@@ -39,6 +39,7 @@ class EnginePlan:
     sleep: bool
     share_weights: bool
     block_tokens: int
+    tensor_parallel: int = 1
 
     def with_sleep(self, sleep: bool) -> EnginePlan:
         return replace(self, sleep=sleep)
@@ -79,4 +80,5 @@ def plan_engine(
         sleep=model.enable_sleep_mode is True,
         share_weights=model.share_weights,
         block_tokens=CPU_BLOCK if device is None else GPU_BLOCK,
+        tensor_parallel=max(model.tensor_parallel_size, 1),
     )

@@ -43,7 +43,8 @@ def model_dtype(spec: ModelSpec, asked: str, capability: tuple[int, int] | None)
         return "float32"
     if spec.dtype == "float16" and spec.quantization is not None:
         return "float16"
-    return "bfloat16" if capability >= (8, 0) else "float16"
+    # (0, 0): NVML does not tell; cards that old are rare.
+    return "bfloat16" if capability >= (8, 0) or capability == (0, 0) else "float16"
 
 
 def weight_bytes(

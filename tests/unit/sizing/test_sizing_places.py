@@ -124,3 +124,44 @@ def test_grpo_stays_read_only(spec_of, card, run):
     config = run()
     filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
     assert isinstance(filled.grpo, MappingProxyType)
+
+
+def test_tensor_parallel_shares_the_weights(spec_of, card, run):
+    config = run(share_weights=False, tensor_parallel_size=2, checkpointing=True)
+    one = solve(run(share_weights=False, checkpointing=True), spec_of(ONE_B), card("h100"))
+    two = solve(config, spec_of(ONE_B), card("h100"))
+    assert term(two, "engine.weights") == term(one, "engine.weights") // 2
+    assert term(two, "trainer.weights") == term(one, "trainer.weights")
+    assert any("tensor_parallel_size 2" in note for note in two.model.notes)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((9, 0), "bfloat16"), ((7, 5), "float16"), ((0, 0), "bfloat16")]
+)
+def test_dtype_by_capability(spec_of, card, run, capability, dtype):
+    device = replace(card("h100"), compute_capability=capability)
+    assert solve(run(), spec_of(ONE_B), device).choice.dtype == dtype
+
+
+def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
+    """NVML gives the slice's memory for the slice; the card's would be eight times that."""
+    from toolkit.gpu.reading import of
+    from toolkit.gpu.snapshot import GpuSnapshot
+
+    memory = {"total": 10 * GIB, "free": 9 * GIB, "used": GIB, "reserved": GIB // 8, "version": 2}
+    part = GpuSnapshot(
+        index=0, parent=0, name=of("A100 1g.10gb"), memory=of(memory),
+        compute_capability=of([8, 0]),
+    )  # fmt: skip
+    device = Device.from_snapshot(part)
+    assert (device.total_bytes, device.free_bytes) == (10 * GIB, 9 * GIB)
+    assert device.cuda_total_bytes == 10 * GIB - GIB // 8
+    assert solve(run(), spec_of(ONE_B), device).interval.max < 0.9
+
+
+def test_a_card_that_does_not_tell_its_memory():
+    from toolkit.gpu.reading import unsupported
+    from toolkit.gpu.snapshot import GpuSnapshot
+
+    with pytest.raises(ConfigError, match="does not report"):
+        Device.from_snapshot(GpuSnapshot(index=3, memory=unsupported("N/A")))

@@ -1,0 +1,98 @@
+"""What holds for every model, card and workload."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.sizing import solve
+from toolkit.sizing.terms import total
+
+CARDS = ("h200", "h100", "a100-40", "l4", "4090", "t4", "b200", "h100:1g.10gb")
+NAMES = (
+    "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B", "google/gemma-3-27b-it",
+    "openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V2-Lite-Chat", "microsoft/phi-4",
+    "Qwen/Qwen3-Next-80B-A3B-Thinking", "unsloth/llama-3-8b-Instruct-bnb-4bit",
+    "HuggingFaceTB/SmolLM2-135M",
+)  # fmt: skip
+WORK = st.fixed_dictionaries(
+    {
+        "per_device_train_batch_size": st.sampled_from([1, 2, 8, 32]),
+        "gradient_accumulation_steps": st.sampled_from([1, 4]),
+        "max_completion_length": st.sampled_from([64, 1024, 4096]),
+        "max_prompt_length": st.sampled_from([64, 1024]),
+    }
+)
+MODEL = st.fixed_dictionaries(
+    {
+        "r": st.sampled_from([1, 16, 64, 512]),
+        "load_in_4bit": st.booleans(),
+        "share_weights": st.booleans(),
+        "enforce_eager": st.booleans(),
+        "float8_kv_cache": st.booleans(),
+        "enable_sleep_mode": st.sampled_from([True, False, "auto"]),
+        "checkpointing": st.sampled_from([True, False, "auto", "unsloth"]),
+        "engine": st.sampled_from(["vllm", "transformers"]),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def make(spec_of, card, run):
+    return lambda name, on, work, values: (
+        run(
+            work,
+            max_seq_length=work["max_prompt_length"] + work["max_completion_length"],
+            **values,
+        ),
+        spec_of(name),
+        card(on),
+    )
+
+
+@settings(max_examples=250, deadline=None)
+@given(name=st.sampled_from(NAMES), on=st.sampled_from(CARDS), work=WORK, values=MODEL)
+def test_what_is_chosen_fits_and_what_does_not_fit_is_priced(make, name, on, work, values):
+    config, spec, device = make(name, on, work, values)
+    result = solve(config, spec, device)
+    assert all(isinstance(line.bytes, int) and line.bytes >= 0 for line in result.terms)
+    json.dumps(result.to_json())
+    if not result.feasible:
+        assert result.short_bytes > 0
+        assert result.error().exit_code == 1
+        assert all(remedy.frees_bytes > 0 for remedy in result.remedies)
+        return
+    free = device.free_bytes
+    always = total(result.terms, "always")
+    assert always + total(result.terms, "rollout") <= free
+    asleep = result.engine.kv_bytes if result.choice.enable_sleep_mode else 0
+    assert always + total(result.terms, "training") - asleep <= free
+    filled = result.apply(config)
+    assert filled.model.max_lora_rank >= config.lora.r
+    if values["engine"] == "vllm":
+        assert result.interval.min <= filled.model.gpu_memory_utilization <= result.interval.max
+        assert result.engine.kv_bytes >= result.engine.kv_sequence_bytes * 0.99
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    length=st.integers(64, 4096),
+    micro=st.sampled_from([1, 2, 4]),
+    mode=st.sampled_from([True, False]),
+)
+def test_more_work_never_needs_less(make, name, length, micro, mode):
+    """A longer completion or a larger micro-batch: the step does not shrink."""
+    values = {"r": 16, "checkpointing": mode}
+    steps = []
+    for batch, tokens in ((micro, length), (2 * micro, length), (micro, length + 64)):
+        work = {
+            "per_device_train_batch_size": batch,
+            "max_completion_length": tokens,
+            "max_prompt_length": 64,
+        }
+        config, spec, device = make(name, "b200", work, values)
+        steps.append(solve(config, spec, device).trainer.step_bytes)
+    assert steps[0] <= steps[1]
+    assert steps[0] <= steps[2]
