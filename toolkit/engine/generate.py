@@ -7,10 +7,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigError, ConfigValueError
 from toolkit.engine.rollout import Rollout, request_seed
 
 if TYPE_CHECKING:
@@ -23,8 +25,14 @@ if TYPE_CHECKING:
 
     from toolkit.engine.rollout import Sampling
 
+REFUSALS = (TypeError, ValueError, VLLMValidationError)
+"""How vLLM says that a request is at fault; VLLMValidationError is no ValueError from 0.31."""
 
-def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
+GIVEN_UP = frozenset({"abort", "error"})
+"""Finish reasons of a request that failed by itself, e.g. on a grammar that does not compile."""
+
+
+def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     """vLLM's own form of ``sampling``.
 
     Raises:
@@ -58,7 +66,7 @@ def sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
         elif isinstance(structured, dict):
             keywords["structured_outputs"] = StructuredOutputsParams(**structured)
         return SamplingParams(**keywords)
-    except (TypeError, ValueError) as problem:
+    except REFUSALS as problem:
         raise ConfigValueError(
             f"vLLM refuses the sampling options: {problem}",
             where="grpo (sampling options, generation_kwargs)",
@@ -76,23 +84,19 @@ def generate(
 
     Each prompt is one request with n completions, so its prefix is computed once, and has a seed of
     its own: what is drawn does not hang on what ran before, nor on how requests share a batch.
-        Greedy sampling needs none.
     """
-    greedy = sampling.temperature == 0.0
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    shared = sampling_params(sampling, None) if greedy else None
-    params = [
-        shared or sampling_params(sampling, request_seed(seed, index))
-        for index in range(len(prompts))
-    ]
+    params = [sampling_params(sampling, request_seed(seed, index)) for index in range(len(prompts))]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    outputs: Sequence[RequestOutput] = []
     try:
-        outputs = (
-            llm.generate(requests, params, lora_request=lora, use_tqdm=False) if requests else []
-        )
-    except (
-        TypeError,
-        ValueError,
-    ) as problem:  # vLLM checks each request as it comes in, and drops those before it
+        # vLLM draws from torch's global generators as well: the trainer's stay as they were.
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            if requests:
+                outputs = llm.generate(requests, params, lora_request=lora, use_tqdm=False)
+    except REFUSALS as problem:
+        # vLLM checks each request as it comes in, and drops those before it.
         raise ConfigValueError(
             f"vLLM refuses the request: {problem}", where="grpo (sampling options)"
         ) from problem
@@ -100,13 +104,26 @@ def generate(
 
 
 def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
-    """vLLM's outputs in TRL's layout."""
+    """vLLM's outputs in TRL's layout.
+
+    Raises:
+        ConfigError: vLLM gave up on one of them.
+    """
     prompt_ids: list[list[int]] = []
     completion_ids: list[list[int]] = []
     logprobs: list[list[list[float | None]]] | None = []
     token_ids: list[list[list[int]]] | None = []
     for prompt, output in zip(prompts, outputs, strict=True):
         for completion in output.outputs:
+            if completion.finish_reason in GIVEN_UP:
+                raise ConfigError(
+                    f"vLLM gave up on a completion ({completion.finish_reason})",
+                    where="rollout",
+                    fix=(
+                        "check vllm_structured_outputs_regex and generation_kwargs;"
+                        " vLLM's log says more"
+                    ),
+                )
             prompt_ids.append(list(prompt))
             completion_ids.append(list(completion.token_ids))
             if completion.logprobs is None:

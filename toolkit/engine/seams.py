@@ -11,7 +11,7 @@ import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.parallel_state import destroy_model_parallel
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 from toolkit.base.errors import DefectError, UnsupportedError
@@ -77,9 +77,15 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if not keep_process_group:
         client.shutdown()
         return
+    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: the whole shut-down once more, at gc
+    if finalizer is not None:
+        finalizer.detach()
     core = client.engine_core
     core.structured_output_manager.clear_backend()
     core.model_executor.shutdown()
     core.scheduler.shutdown()
     gc.unfreeze()
-    destroy_model_parallel()
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:  # a group of vLLM's own, over the trainer's
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None

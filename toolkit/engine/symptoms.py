@@ -13,6 +13,7 @@ CHECKPOINT_TEXTS = (
     "were not initialized from checkpoint",
     "There is no module or parameter named",
     "Cannot find any model weights",
+    "Attempted to load weight",
 )
 """vLLM's words for missing, extra and absent tensors (0.25.1 to 0.31.0; held by tests/contract)."""
 
@@ -39,7 +40,7 @@ def explain(problem: BaseException, what: str) -> ToolkitError:
         return ConfigError(
             told, where="checkpoint", fix="use a complete checkpoint, made for this architecture"
         )
-    if isinstance(first, ValueError | TypeError | NotImplementedError):
+    if isinstance(first, ValueError | TypeError | KeyError | NotImplementedError):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     return NodeError(
         told, where="vLLM", fix="run envcheck on this node; --debug shows the whole traceback"

@@ -17,6 +17,8 @@ from toolkit.policy.quant import is_packed, logical_shape, mark_4bit, replace_li
 from toolkit.policy.skeleton import empty_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -60,7 +62,7 @@ def shared_model(
         )
     model = empty_model(engine, attn_implementation)
     live = borrow(engine.module)
-    refuse_extra(model, live)
+    refuse_unfit(model, live)
     bind(model, live, engine)
     assert_borrowed(model, live)
     model.eval()
@@ -69,30 +71,48 @@ def shared_model(
     return model
 
 
-def refuse_extra(model: PreTrainedModel, live: LiveWeights) -> None:
-    """Refuse a checkpoint with tensors that the model has no parameter for: it was made for another
-    model.
+def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
+    """Refuse a checkpoint with tensors that the model has no parameter for, or without one that it
+    needs. vLLM itself may take the first and leaves the memory of the second as it found it.
 
     Names that Hugging Face ignores as well pass, and those of expert layers, which it converts
     itself.
+
+    Raises:
+        UnsupportedError: naming the tensors.
     """
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if not live.read_names:
+        return  # another loader than ours has read it
     prefix = f"{model.base_model_prefix}."
-    known |= {name.removeprefix(prefix) for name in known}
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = own | {name.removeprefix(prefix) for name in own}
     ignored = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"\.rotary_emb\.inv_freq$",
         r"\.experts\.",
     ]
     pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
-    extra = sorted(name for name in live.read_names - known if not pattern.search(name))
-    if extra:
-        more = f" (and {len(extra) - 5} more)" if len(extra) > 5 else ""
+    refuse("has tensors that the model has not", live.read_names - known, pattern, model)
+    found = live.read_names | {prefix + name for name in live.read_names}
+    for group in tied_names(model):
+        if group & found:
+            found |= group
+    refuse("lacks tensors of the model", own - found, pattern, model)
+
+
+def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
+    """Raise if any of ``names`` is not to be ignored.
+
+    Raises:
+        UnsupportedError: naming the first five.
+    """
+    bad = sorted(name for name in names if not ignored.search(name))
+    if bad:
+        more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
         raise UnsupportedError(
-            f"the checkpoint has tensors that {type(model).__name__} has not:"
-            f" {', '.join(extra[:5])}{more}",
+            f"the checkpoint {what} ({type(model).__name__}): {', '.join(bad[:5])}{more}",
             where="model.model_name",
-            fix="use a checkpoint made for this architecture",
+            fix="use a complete checkpoint, made for this architecture",
         )
 
 
