@@ -4,9 +4,11 @@ takes long.
 
 from __future__ import annotations
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 19
 MAX_DEPTH = 40
 MAX_NODES = 50_000
 MAX_DIGITS = 400  # a longer number stays text: int() of a megabyte of digits takes minutes
+MAX_FINDINGS = 500  # more are counted and not told
+MAX_SUGGESTIONS = 50  # unknown keys that get a did-you-mean
 MAX_LAYERS = 16  # files that extend one another
 PIPE_WAIT_S = 1.5

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 VERSION = 1
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _WIDEST = 140
+_MARGIN = 600
 _HIDDEN = "[hidden]"
 
 
@@ -34,15 +35,21 @@ def shown_line(source: Source, mark: Mark) -> str:
     """The source line of a mark: secrets hidden, and cut around the column where it is long."""
     line = source.lines[mark.line - 1]
     start = mark.start - (mark.column - 1)
+    # Cut twice: wide enough that no token is cut before it is looked for, then to what is shown.
+    low = max(0, min(mark.column - _MARGIN, len(line) - 2 * _MARGIN))
+    line, start = line[low : low + 2 * _MARGIN], start + low
     for hidden in sorted(source.hidden, key=lambda one: one.start, reverse=True):
-        low, high = hidden.start - start, min(hidden.end - start, len(line))
-        if high > 0 and low < len(line):
-            line = line[: max(low, 0)] + _HIDDEN + line[high:]
+        first, last = hidden.start - start, min(hidden.end - start, len(line))
+        if last > 0 and first < len(line):
+            line = line[: max(first, 0)] + _HIDDEN + line[last:]
     line = safe(line.replace("\t", "    ") if line.startswith("\t") else line)
-    if len(line) <= _WIDEST:
+    if len(line) <= _WIDEST and low == 0:
         return line
-    low = max(0, min(mark.column - _WIDEST // 2, len(line) - _WIDEST))
-    return ("..." if low else "") + line[low : low + _WIDEST] + "..."
+    column = min(mark.column - low, len(line))
+    first = max(0, min(column - _WIDEST // 2, len(line) - _WIDEST))
+    before = "..." if first or low else ""
+    after = "..." if first + _WIDEST < len(line) or start + 2 * _MARGIN < len(source.text) else ""
+    return before + line[first : first + _WIDEST] + after
 
 
 def render_text(findings: Sequence[Finding], paint: Callable[[str, str], str] = _plain) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from toolkit.config.bounds import MAX_SUGGESTIONS
 from toolkit.config.document import KeyPath, Node, dotted
 from toolkit.config.faults import Fault, fits_type, value_fault
 from toolkit.config.finding import Edit, Finding, Fix, Severity
@@ -76,6 +77,7 @@ class _Walk:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.bad: set[KeyPath] = set()
+        self.unknown = 0
 
     def visit(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         if "x-refused" in schema:
@@ -108,7 +110,9 @@ class _Walk:
                 self.visit(child, below, (*path, key))
             elif schema.get("additionalProperties") is False and not key.startswith("\0"):
                 self.bad.add((*path, key))
-                self.findings.append(unknown_key(child, (*path, key), properties))
+                self.unknown += 1
+                known = properties if self.unknown <= MAX_SUGGESTIONS else {}
+                self.findings.append(unknown_key(child, (*path, key), known))
             else:
                 self.anything(child, (*path, key))
         for key in schema.get("required", ()):
@@ -172,8 +176,10 @@ def unknown_key(node: Node, path: KeyPath, properties: dict[str, Any]) -> Findin
     """KEY001, with the key that was probably meant."""
     from toolkit.config.suggest import key_advice  # noqa: PLC0415 - only for a fault
 
-    key = str(path[-1])
-    notes, fixes = key_advice(key, path[:-1], node, properties)
+    notes: tuple[str, ...] = ()
+    fixes: tuple[Fix, ...] = ()
+    if properties:
+        notes, fixes = key_advice(str(path[-1]), path[:-1], node, properties)
     return Finding(
         rule="KEY001",
         severity=Severity.ERROR,

@@ -20,6 +20,7 @@ from toolkit.config.json_reader import Places
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
+MAX_MARKS = 20_000  # values and tables: tomllib is slow, and is not asked to read more
 MAX_PARTS = 2_000  # dots in one key: tomllib takes quadratic time for them
 
 
@@ -44,6 +45,8 @@ def _read(source: Source, document: Document) -> Node:
     text = source.text.replace("\r\n", "\n")
     if any(line.count(".") > MAX_PARTS for line in text.splitlines()):
         raise _TooMuch("a key of so many parts is no run file's")
+    if sum(map(text.count, ",=[{")) > MAX_MARKS:
+        raise _TooMuch("so many values are no run file's")
     values = tomllib.loads(text)
     places = Places(source.text)
     marks = {

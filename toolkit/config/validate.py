@@ -5,10 +5,11 @@ RunConfig.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, InputError
+from toolkit.config.bounds import MAX_FINDINGS
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
@@ -51,9 +52,21 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
             if found.rule != "KEY001" or found.path not in better
         ]
         findings += told
-    findings.sort(key=_order)
+    findings = _bounded(sorted(findings, key=_order))
     refused = any(found.severity is Severity.ERROR for found in findings)
     return Validation(tuple(findings), None if refused else build_config(document))
+
+
+def _bounded(findings: list[Finding]) -> list[Finding]:
+    """At most MAX_FINDINGS, and one that counts the others."""
+    if len(findings) <= MAX_FINDINGS:
+        return findings
+    last = findings[MAX_FINDINGS]
+    more = f"there are {len(findings) - MAX_FINDINGS} more findings from here on"
+    counted = replace(
+        last, rule="DOC009", severity=Severity.ERROR, message=more, path=(), notes=(), fixes=()
+    )
+    return [*findings[:MAX_FINDINGS], replace(counted, related=(), unknown=False)]
 
 
 # These say more about a key than that it is unknown.

@@ -78,7 +78,8 @@ TOLD: dict[str, Told] = {
     ),
     "DOC009": Told(
         "A run file is of moderate size.",
-        "At most 1 MiB, 40 levels and 50,000 values, aliases counted; none may contain itself.",
+        "At most 512 KiB, 40 levels and 50,000 values, aliases counted; none may contain itself. "
+        "Of more than 500 findings the first 500 are told.",
         "model: &m\n  again: *m",
         "write the values out",
     ),
