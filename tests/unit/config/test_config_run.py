@@ -115,7 +115,8 @@ def test_an_item_of_a_list_is_overridden(run_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "=", "lora", ".r=1", "lora..r=1", "reward.functions.7.weight=1", "lora.lora_dropout.x=1"]
+    "bad",
+    ["", "=", "lora", ".r=1", "lora..r=1", "reward.functions.7.weight=1", "lora.lora_dropout.x=1"],
 )
 def test_bad_overrides_are_findings(run_file: Path, bad: str) -> None:
     rules = [found.rule for found in validate(load_document(run_file, [bad])).findings]

@@ -1,0 +1,252 @@
+"""What rules read beside the run file: models, data sets, modules; hostile ones too."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from toolkit.config.code import find_function, module_file
+from toolkit.config.data_facts import DataFacts, data_of
+from toolkit.config.document import Document, Source
+from toolkit.config.layers import parse
+from toolkit.config.model_facts import ModelFacts, cached_snapshot, read_model
+from toolkit.config.parquet import parquet_columns
+
+
+def document(folder: Path, text: str) -> Document:
+    """A run file in ``folder``."""
+    return parse(Source("run.yaml", text, folder, folder / "run.yaml"))
+
+
+def facts(folder: Path, path: str, prompt: str = "prompt") -> DataFacts:
+    """The facts of a data set."""
+    found = data_of(document(folder, f"dataset: {{path: {path}, prompt: {prompt}}}"), "path")
+    assert found is not None
+    return found
+
+
+ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}, {"prompt": " ", "answer": 3}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "wrapped.json"])
+def test_columns_empty_and_repeated_prompts_are_counted(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        text = "\ufeff" + "\n\n".join(map(json.dumps, ROWS))
+    elif suffix.endswith("json"):
+        text = json.dumps({"data": ROWS} if suffix != "json" else ROWS)
+    else:
+        mark = "," if suffix == "csv" else "\t"
+        text = "\n".join(
+            mark.join(map(str, row.values())) for row in [{1: "prompt", 2: "answer"}, *ROWS]
+        )
+    path.write_text(text, "utf-8")
+    found = facts(tmp_path, path.name)
+    assert (found.columns, found.rows) == (("prompt", "answer"), 3)
+    assert (found.empty, found.repeated, found.whole, found.problem) == (1, 1, True, None)
+
+
+def test_chats_count_as_prompts(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [
+        {"prompt": chat},
+        {"prompt": chat},
+        {"prompt": []},
+        {"prompt": [{"role": "user", "content": ""}]},
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    found = facts(tmp_path, "d.jsonl")
+    assert (found.rows, found.empty, found.repeated) == (4, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("a.jsonl", b'{"prompt": 1}\n{', "line 2 is not JSON"),
+        ("b.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("c.json", b'{"rows": []}', "is no list of objects"),
+        ("d.jsonl", b"\xff\xfe", "is not UTF-8 text"),
+        ("e.jsonl", b"", "has no rows"),
+        ("f.json", b"[" * 100_000, ""),
+    ],
+)
+def test_broken_data_is_told(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    found = facts(tmp_path, name)
+    assert found.problem is not None
+    assert problem in found.problem
+
+
+def test_a_large_file_is_looked_at_in_part(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "x" * 1000}) + "\n"
+    (tmp_path / "big.jsonl").write_text(line * 6000, "utf-8")
+    found = facts(tmp_path, "big.jsonl")
+    assert not found.whole
+    assert 3000 < found.rows < 6000
+
+
+def test_columns_of_parquet_without_pyarrow(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "question": ["a"],
+            "chat": [[{"role": "user", "content": "x"}]],
+            "tags": [["t"]],
+            "nested": [{"a": {"b": 1}, "c": 2.0}],
+            "n\u00fcmber": [1],
+        }
+    )
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert facts(tmp_path, "d.parquet").columns == tuple(table.column_names)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_no_parquet_footer_breaks_the_reader(data: Any) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "d.parquet"
+        parquet.write_table(pa.table({"a": [1], "b": [["x"]]}), path)
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 8))):
+            content[-data.draw(st.integers(1, min(400, len(content))))] = data.draw(
+                st.integers(0, 255)
+            )
+        path.write_bytes(
+            content[: data.draw(st.integers(0, len(content)))]
+            if data.draw(st.booleans())
+            else content
+        )
+        found = parquet_columns(path)
+        assert found is None or all(isinstance(name, str) for name in found)
+
+
+def test_a_saved_folder_and_its_splits(tmp_path: Path) -> None:
+    split = tmp_path / "saved" / "train"
+    split.mkdir(parents=True)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}', "utf-8")
+    (split / "dataset_info.json").write_text(
+        '{"features": {"question": {}, "answer": {}}}', "utf-8"
+    )
+    assert facts(tmp_path, "saved").columns == ("question", "answer")
+
+
+def model_of(config: dict[str, Any], folder: Path = Path("/")) -> ModelFacts:
+    """A model by its config."""
+    return ModelFacts(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": 40960, "rope_scaling": None}, 40960),
+        (
+            {"max_position_embeddings": 40960, "rope_scaling": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        (
+            {"max_position_embeddings": 131072,
+             "rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            131072,
+        ),
+        ({"max_position_embeddings": "many"}, None),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": 10, "rope_scaling": {"type": "linear", "factor": 1e300}}, 10),
+    ],
+)  # fmt: skip
+def test_the_longest_sequence_of_a_model(config: dict[str, Any], length: int | None) -> None:
+    assert model_of(config).max_length == length
+
+
+def test_modules_from_an_index_or_a_header(tmp_path: Path) -> None:
+    assert model_of({}, tmp_path).modules is None
+    header = json.dumps({"__metadata__": {}, "model.layers.0.mlp.up_proj.weight": {}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert model_of({}, tmp_path).modules == {"model.layers.0.mlp.up_proj"}
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{")
+    assert model_of({}, tmp_path).modules is None
+
+
+def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit, "ascii")
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "config.json").write_text(
+        '{"num_attention_heads": 12}', "utf-8"
+    )
+    node = document(tmp_path, "model: {model_name: org/name}").node(("model", "model_name"))
+    assert node is not None
+    for revision in (None, "main", commit):
+        found = read_model(node, revision)
+        assert found is not None
+        assert found.heads == 12
+    for name, revision in (
+        ("org/name", "../../x"),
+        ("../x", None),
+        ("a/b/c", None),
+        ("org/name", "dev"),
+    ):
+        assert cached_snapshot("models", name, revision) is None
+    (folder / "refs" / "main").write_text("../../../etc", "ascii")
+    assert cached_snapshot("models", "org/name", None) is None
+
+
+SOURCE = """
+import functools
+from somewhere import imported
+def plain(prompts, completions, **columns): ...
+async def slow(prompts, completions, *, answer, **more): ...
+def closed(prompts, completions, answer=None): ...
+@functools.cache
+def wrapped(x): ...
+made = functools.partial(plain)
+class Callable_:
+    def method(self): ...
+"""
+
+
+def test_functions_are_read_from_source(tmp_path: Path) -> None:
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('this must not run')", "utf-8")
+    (package / "inner.py").write_text(SOURCE, "utf-8")
+    plain = find_function("pkg.inner", "plain", tmp_path)
+    assert (plain.problem, plain.takes_anything, plain.needed) == (
+        None,
+        True,
+        ("prompts", "completions"),
+    )
+    slow = find_function("pkg.inner", "slow", tmp_path)
+    assert slow.needed == ("prompts", "completions", "answer")
+    assert not find_function("pkg.inner", "closed", tmp_path).takes_anything
+    for name in ("wrapped", "made", "imported", "Callable_"):
+        found = find_function("pkg.inner", name, tmp_path)
+        assert (found.problem, found.parameters) == (None, None), name
+    missing = find_function("pkg.inner", "method", tmp_path)
+    assert missing.problem is not None
+    assert not missing.unknown
+    assert find_function("pkg.other", "x", tmp_path).unknown
+    (package / "broken.py").write_text("def f(:", "utf-8")
+    assert "broken.py:1" in str(find_function("pkg.broken", "f", tmp_path).problem)
+
+
+def test_a_file_beside_the_run_does_not_hide_the_standard_library(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("def loads(): ...", "utf-8")
+    found = module_file("json", tmp_path)
+    assert found is not None
+    assert found.parent != tmp_path

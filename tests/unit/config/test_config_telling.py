@@ -1,0 +1,154 @@
+"""How findings, rules and keys are told: lines, secrets, terminals, explanations, suggestions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from toolkit.base.errors import EXIT_CODES
+from toolkit.cli.envcheck import cli
+from toolkit.config import find_schema
+from toolkit.config.document import Mark, Source, dotted
+from toolkit.config.explain import all_keys, explain
+from toolkit.config.layers import assemble
+from toolkit.config.libraries import installed, known
+from toolkit.config.render import safe, shown_line
+from toolkit.config.rules import all_rules
+from toolkit.config.rules.base import Situation
+from toolkit.config.rules.batch import divisors_from, multiple_from, nearest_divisor
+from toolkit.config.suggest import nearest
+from toolkit.config.validate import validate
+
+
+def source(text: str) -> Source:
+    """A run file of this text."""
+    return Source("run.yaml", text, Path("/nonexistent"))
+
+
+def test_a_long_line_is_cut_around_the_place() -> None:
+    text = "a: " + "x" * 5000 + "HERE" + "y" * 5000
+    line = shown_line(source(text), Mark(1, 5004, 5003, 5007))
+    assert "HERE" in line
+    assert line.startswith("...")
+    assert line.endswith("...")
+    assert len(line) < 200
+
+
+def test_a_secret_at_the_edge_of_a_long_line_is_not_shown() -> None:
+    token = "hf_" + "canary" * 6
+    for gap in range(0, 240, 3):
+        text = "a: x " + " " * gap + token + " " * 2000
+        assert "canary" not in shown_line(source(text), Mark(1, 4, 3, 4))
+
+
+def test_hidden_characters_and_terminal_sequences() -> None:
+    shown = source("password: hunter2 # and more\n")
+    shown.hide(Mark(1, 11, 10, 17))
+    assert shown_line(shown, Mark(1, 1, 0, 8)) == "password: [hidden] # and more"
+    assert safe("\x1b[31mred\x07\u202e") == "\ufffd[31mred\ufffd\ufffd"
+
+
+def test_paths_are_spelled_as_they_are_asked_for() -> None:
+    assert dotted(("reward", "functions", 0, "name")) == "reward.functions[0].name"
+    assert dotted(()) == "the run file"
+
+
+@pytest.mark.parametrize("name", sorted(all_rules()))
+def test_every_rule_is_explained(name: str) -> None:
+    rule = all_rules()[name]
+    text = explain(name.lower())
+    assert text is not None
+    assert rule.summary.endswith(".")
+    for part in (name, rule.summary, rule.fix.split("\n")[0], rule.example.split("\n")[0]):
+        assert part in text
+    assert rule.why or name == "RUN002"
+
+
+def test_every_rule_names_keys_that_there_are() -> None:
+    names = {name for name, _ in all_keys()}
+    for rule in all_rules().values():
+        assert set(rule.keys) <= names, rule.id
+
+
+def test_every_key_is_explained() -> None:
+    for name, schema in all_keys():
+        text = explain(name)
+        assert text is not None, name
+        assert schema["description"][:20].split(" ")[0] in text
+
+
+def test_a_key_tells_type_default_unit_and_rules() -> None:
+    text = explain("max_seq_length")
+    assert text is not None
+    for part in (
+        "model.max_seq_length",
+        "an integer, at least 2",
+        "default:  2048",
+        "tokens",
+        "LEN001",
+    ):
+        assert part in text
+
+
+def test_the_explain_command() -> None:
+    run = CliRunner().invoke
+    done = run(cli, ["explain", "exit-codes"])
+    assert all(f"{code:>3}  {meaning}" in done.output for code, meaning in EXIT_CODES.items())
+    assert set(all_rules()) == {
+        line.split()[0] for line in run(cli, ["explain", "rules"]).output.splitlines()
+    }
+    pasted = "ValueError: No available memory for the cache blocks. Try increasing it"
+    assert "caught by:" in run(cli, ["explain", "-"], input=pasted).output
+    assert "no error in this text" in run(cli, ["explain", "-"], input="all is well").output
+    assert "a check of envcheck check" in run(cli, ["explain", "memory.free"]).output
+    wrong = run(cli, ["explain", "num_generation"])
+    assert wrong.exit_code == 1
+    assert "num_generations" in str(wrong.exception)
+
+
+def test_the_schema_command() -> None:
+    import json
+
+    done = CliRunner().invoke(cli, ["schema"])
+    assert json.loads(done.output) == find_schema("run")
+    path = CliRunner().invoke(cli, ["schema", "findings", "--path"]).output.strip()
+    assert json.loads(Path(path).read_text("utf-8")) == find_schema("findings")
+    assert "run" in CliRunner().invoke(cli, ["schema", "--list"]).output.split()
+
+
+def test_the_nearest_word() -> None:
+    words = ["num_generations", "lora_alpha", "q_proj"]
+    assert nearest("num_generation", words) == "num_generations"
+    assert nearest("LORA-ALPHA", words) == "lora_alpha"
+    assert nearest("zebra", words) is None
+    assert nearest("x" * 10_000, words) is None
+
+
+def test_recorded_values_stand_in_for_a_library_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from toolkit.config import libraries
+
+    monkeypatch.setattr(libraries, "package_folder", lambda _: None)
+    assert installed("lora_ranks") is None
+    known.cache_clear()
+    assert known("lora_ranks") == libraries.RECORDED["lora_ranks"]
+    known.cache_clear()
+
+
+def test_batch_arithmetic() -> None:
+    assert divisors_from(12, 2) == [2, 3, 4, 6, 12]
+    assert nearest_divisor(12, 5) == 4
+    assert nearest_divisor(7, 3) == 7
+    assert nearest_divisor(1, 8) is None
+    assert (multiple_from(4, 9), multiple_from(4, 8)) == (12, 8)
+
+
+def test_many_findings_are_counted_and_not_all_told() -> None:
+    text = "".join(f"key{number}: 1\n" for number in range(2000))
+    outcome = validate(assemble(source(text)), Situation())
+    assert len(outcome.findings) == 501
+    assert "more findings" in outcome.findings[-1].message
+    assert outcome.config is None
