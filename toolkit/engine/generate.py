@@ -87,7 +87,7 @@ def generate(
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     params = [sampling_params(sampling, request_seed(seed, index)) for index in range(len(prompts))]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
     try:
         # vLLM draws from torch's global generators as well: the trainer's stay as they were.

@@ -1,0 +1,195 @@
+"""The adapter's copy plan and the KV-only sleep at their seams, without an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+from toolkit.base.errors import UnsupportedError
+from toolkit.engine import sleep
+from toolkit.engine.adapter import Plan, read_pairs
+from toolkit.engine.places import find_places
+
+pytestmark = pytest.mark.engine
+
+
+class TinyModel(torch.nn.Module):
+    """Two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(8, 16, bias=False)
+        self.o_proj = torch.nn.Linear(16, 8, bias=False)
+        self.config = {"model_type": "tiny"}
+
+
+def tiny_adapter(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **settings)
+    policy = get_peft_model(TinyModel(), config)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [
+        ({"lora_alpha": 4}, 1.0),
+        ({"lora_alpha": 8}, 2.0),
+        ({"lora_alpha": 2}, 0.5),
+        ({"lora_alpha": 4, "use_rslora": True}, 2.0),
+    ],
+)
+def test_bfloat16_slots_take_a_float32_adapter(settings: dict, factor: float) -> None:
+    """Scaled in float32, cast once, and only the adapter's own rank of the slot is written."""
+    policy = tiny_adapter(**settings)
+    pairs = read_pairs(policy, "default")
+    assert [pair.module for pair in pairs] == ["q_proj", "o_proj"]
+    before = [(pair.a.clone(), pair.b.clone()) for pair in pairs]
+    slots_a = [torch.full((16, pair.a.shape[1]), 7.0, dtype=torch.bfloat16) for pair in pairs]
+    slots_b = [torch.full((pair.b.shape[0], 16), 7.0, dtype=torch.bfloat16) for pair in pairs]
+    plan = Plan(
+        signature=(),
+        a_from=[pair.a.detach() for pair in pairs],
+        a_to=[slot[:4] for slot in slots_a],
+        b_from=[pair.b.detach() for pair in pairs],
+        b_to=[slot[:, :4] for slot in slots_b],
+        factors=[pair.scaling for pair in pairs],
+    )
+    plan.run()
+    for pair, (a, b), slot_a, slot_b in zip(pairs, before, slots_a, slots_b, strict=True):
+        assert pair.scaling == factor
+        assert torch.equal(slot_a[:4], a.bfloat16())
+        assert torch.equal(slot_b[:, :4], (b * factor).bfloat16())
+        assert bool((slot_a[4:] == 7).all())
+        assert bool((slot_b[:, 4:] == 7).all())
+        assert torch.equal(pair.a, a)
+        assert torch.equal(pair.b, b)
+
+
+def test_rank_and_alpha_patterns_are_read_from_each_layer() -> None:
+    policy = tiny_adapter(lora_alpha=4, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 6})
+    assert [(pair.rank, pair.scaling) for pair in read_pairs(policy, "default")] == [
+        (4, 1.0),
+        (2, 3.0),
+    ]
+
+
+def layer(parts: int) -> SimpleNamespace:
+    return SimpleNamespace(lora_a_stacked=(None,) * parts, lora_b_stacked=(None,) * parts)
+
+
+def test_places_of_fused_and_plain_layers() -> None:
+    qkv, fused, plain = layer(3), layer(2), layer(1)
+    layers = {"model.0.qkv_proj": qkv, "model.0.gate_up_proj": fused, "model.0.o_proj": plain}
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_proj"]}
+    module = SimpleNamespace()
+    assert find_places("model.0.v_proj", layers, packed, module) == [(qkv, 2)]
+    assert find_places("model.0.o_proj", layers, packed, module) == [(plain, 0)]
+    # Fused in Hugging Face, in two slots in the engine: A goes to both, B is cut.
+    assert find_places("model.0.gate_up_proj", layers, packed, module) == [(fused, 0), (fused, 1)]
+    with pytest.raises(UnsupportedError, match=r"no LoRA slot for model\.1\.o_proj"):
+        find_places("model.1.o_proj", layers, packed, module)
+
+
+def test_names_that_vllm_skips_or_renames() -> None:
+    plain = layer(1)
+    skipping = SimpleNamespace(lora_skip_prefixes=["mtp."])
+    with pytest.raises(UnsupportedError, match=r"skips adapters under 'mtp\.'"):
+        find_places("model.mtp.o_proj", {"model.mtp.o_proj": plain}, {}, skipping)
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    mapper = WeightsMapper(
+        orig_to_new_prefix={"model.": "language_model.model."},
+        orig_to_new_stacked={".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k")},
+    )
+    renaming = SimpleNamespace(hf_to_vllm_mapper=mapper)
+    qkv = layer(3)
+    layers = {"language_model.model.0.qkv_proj": qkv}
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    # Stacked names would make q and k one and the same.
+    assert find_places("model.0.q_proj", layers, packed, renaming) == [(qkv, 0)]
+    assert find_places("model.0.k_proj", layers, packed, renaming) == [(qkv, 1)]
+
+
+@dataclass
+class Allocation:
+    tag: str
+    handle: str
+    is_asleep: bool = False
+
+
+@dataclass
+class FakeAllocator:
+    pointer_to_data: dict[int, Allocation]
+    log: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> FakeAllocator:
+    fake = FakeAllocator(
+        {
+            1: Allocation("weights", "w"),
+            2: Allocation("kv_cache", "k1"),
+            3: Allocation("kv_cache", "k2"),
+        }
+    )
+    parts = (
+        fake,
+        lambda handle: fake.log.append(f"release {handle}"),
+        lambda handle: fake.log.append(f"map {handle}"),
+    )
+    monkeypatch.setattr(sleep, "_allocator", lambda: parts)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return fake
+
+
+def test_sleep_releases_the_kv_cache_and_nothing_else(allocator: FakeAllocator) -> None:
+    sleep.register()
+    sleep.register()
+    model_config = SimpleNamespace(sleep_mode_backend=sleep.NAME)
+    backend = SleepModeBackendFactory.create_backend(model_config)
+    assert isinstance(backend, sleep.KvOnlyBackend)
+    for level in (1, 2):
+        backend.suspend(level)
+    assert allocator.log == ["release k1", "release k2"]  # once, and never the weights
+    assert backend.state() == "SUSPENDED"
+    backend.resume(["weights"])
+    assert len(allocator.log) == 2
+    backend.resume(None)
+    backend.resume(["kv_cache"])
+    assert allocator.log[2:] == ["map k1", "map k2"]
+    assert backend.state() == "RUNNING"
+    backend.discard(("weights",))
+    assert len(allocator.log) == 4
+    backend.discard(("weights", "kv_cache"))
+    assert allocator.log[4:] == ["release k1", "release k2"]
+    assert type(backend).preserves_compiled_artifacts()
+    assert type(backend).preserves_communicators()
+
+
+def test_the_switch_chooses_our_backend_and_is_idempotent() -> None:
+    calls: list[Any] = []
+    model_config = SimpleNamespace(sleep_mode_backend="cumem")
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config)),
+        sleep=lambda level: calls.append(("sleep", level)),
+        wake_up=lambda: calls.append("wake"),
+    )
+    switch = sleep.KvSleep(llm)
+    assert model_config.sleep_mode_backend == sleep.NAME
+    switch.wake()
+    switch.sleep()
+    switch.sleep()
+    switch.wake()
+    switch.wake()
+    assert calls == [("sleep", 1), "wake"]

@@ -1,0 +1,122 @@
+"""Engine options: refusals before anything heavy is imported, and what vLLM is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from toolkit.base.errors import ConfigError, ConfigValueError, MissingExtraError, UnsupportedError
+from toolkit.config.model import LoraSection, ModelSection, RunConfig
+from toolkit.engine import load
+from toolkit.engine.options import LAYERS_WITH_SLOTS, LOADER, EngineOptions
+
+
+def test_from_config_takes_filled_values_and_leaves_the_rest_to_vllm() -> None:
+    config = RunConfig(
+        model=ModelSection(
+            model_name="m",
+            max_seq_length=512,
+            max_num_seqs=32,
+            gpu_memory_utilization=0.4,
+            revision="r1",
+        ),
+        lora=LoraSection(r=24, target_modules=("q_proj", "v_proj")),
+        grpo={"seed": 7},
+    )
+    options = EngineOptions.from_config(config)
+    assert (options.model, options.max_model_len, options.max_num_seqs) == ("m", 512, 32)
+    assert options.max_lora_rank == 32  # the smallest legal one that holds 24
+    assert options.max_num_batched_tokens is None
+    assert options.seed == 7
+    told = options.to_vllm("cuda")
+    assert told["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert told["gpu_memory_utilization"] == 0.4
+    assert told["revision"] == told["tokenizer_revision"] == "r1"
+    assert told["load_format"] == LOADER
+    assert told["logprobs_mode"] == "processed_logprobs"
+    assert "max_num_batched_tokens" not in told
+    assert told["enforce_eager"] is False
+    assert options.to_vllm("cpu")["enforce_eager"] is True
+    assert "gpu_memory_utilization" not in options.to_vllm("cpu")
+
+
+def test_all_linear_gets_the_usual_slots() -> None:
+    lora = LoraSection(target_modules="all-linear")
+    config = RunConfig(model=ModelSection(model_name="m"), lora=lora)
+    assert EngineOptions.from_config(config).lora_target_modules == LAYERS_WITH_SLOTS
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"float8_kv_cache": True}, "kv_cache_dtype", "fp8"),
+        ({"sleep": True}, "enable_sleep_mode", True),
+        ({"load_in_4bit": True}, "quantization", "bitsandbytes"),
+        ({"kv_cache_bytes": 5}, "kv_cache_memory_bytes", 5),
+        ({"extra": {"swap_space": 1}}, "swap_space", 1),
+    ],
+)
+def test_each_option_reaches_vllm(changes: dict, key: str, value: object) -> None:
+    assert EngineOptions(model="m", **changes).to_vllm("cuda")[key] == value
+
+
+def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
+    told = EngineOptions(model="m", enable_lora=False, share_weights=False).to_vllm("cuda")
+    assert not {"enable_lora", "max_lora_rank", "max_loras", "load_format"} & set(told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"tensor_parallel_size": 2}, UnsupportedError, "one process"),
+        ({"trust_remote_code": True}, UnsupportedError, "remote code"),
+        ({"extra": {"load_format": "dummy"}}, ConfigValueError, "load_format"),
+        ({"extra": {"max_loras": 2}}, ConfigValueError, "field of its own"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(changes: dict, error: type, text: str) -> None:
+    with pytest.raises(error, match=text) as caught:
+        EngineOptions(model="m", **changes)
+    assert caught.value.fix
+    EngineOptions(model="m", tensor_parallel_size=2, share_weights=False)
+
+
+def test_a_rank_beyond_vllms_largest_is_refused() -> None:
+    config = RunConfig(model=ModelSection(model_name="m"), lora=LoraSection(r=1024))
+    with pytest.raises(ConfigValueError, match="1024"):
+        EngineOptions.from_config(config)
+
+
+def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)  # and restore what was, afterwards
+    load.prepare_environment()
+    import os
+
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(ConfigError, match="another process") as caught:
+        load.prepare_environment()
+    assert caught.value.fix == "unset VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "vllm_available", lambda: False)
+    with pytest.raises(MissingExtraError, match="vLLM") as caught:
+        load.open_engine(EngineOptions(model="m"))
+    assert "grpo-toolkit[cuda]" in str(caught.value.fix)
+
+
+def test_options_rollout_and_load_import_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, toolkit.engine.base, toolkit.engine.options, toolkit.engine.rollout,"
+        " toolkit.engine.load; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

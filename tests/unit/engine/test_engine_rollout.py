@@ -1,0 +1,100 @@
+"""Seeds, checks and values of rollouts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.base.errors import ConfigError, ConfigValueError, NodeError, RetryError
+from toolkit.engine.rollout import (
+    SEED_LIMIT,
+    Rollout,
+    Sampling,
+    check_prompts,
+    derive_seed,
+    request_seed,
+)
+from toolkit.engine.symptoms import explain
+
+
+@given(st.integers(0, 2**62), st.integers(0, 10_000))
+def test_request_seeds_fit_a_signed_64_bit_integer(seed: int, index: int) -> None:
+    assert 0 <= request_seed(seed, index) < SEED_LIMIT
+    assert request_seed(seed, index) == request_seed(seed, index)
+
+
+def test_neighbouring_prompts_steps_and_runs_do_not_overlap() -> None:
+    n = 64
+    seeds = [
+        request_seed(derive_seed(run, step), i)
+        for run in (1, 2)
+        for step in (1, 2)
+        for i in range(32)
+    ]
+    used = {seed + k for seed in seeds for k in range(n)}
+    assert len(used) == len(seeds) * n
+    assert derive_seed(1, 12) != derive_seed(11, 2)
+    assert derive_seed(1, 2, 0) != derive_seed(1, 2, 1)
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert derive_seed(42, 7) == 4140752993874206638
+    assert request_seed(derive_seed(42, 7), 3) == 4551332544585789226
+
+
+@pytest.mark.parametrize(
+    "bad", [{"n": 0}, {"max_tokens": 0}, {"extra": {"seed": 1}}, {"extra": {"n": 2}}]
+)
+def test_sampling_refuses_what_breaks_the_layout(bad: dict) -> None:
+    with pytest.raises(ConfigValueError):
+        Sampling(**bad)
+
+
+def test_prompts_are_checked() -> None:
+    check_prompts([[1], [2, 3]], 5, 3)
+    with pytest.raises(ConfigValueError, match="prompt 1 has 3 tokens"):
+        check_prompts([[1], [2, 3, 4]], 5, 3)
+    with pytest.raises(ConfigValueError, match="prompt 0 has no tokens"):
+        check_prompts([[]], 5, 3)
+
+
+def test_rollout_unpacks_as_trl_does() -> None:
+    prompts, completions, logprobs, tokens = Rollout([[1]], [[2]], [[[-0.5]]], [[[2]]]).as_tuple()
+    assert (prompts, completions, logprobs, tokens) == ([[1]], [[2]], [[[-0.5]]], [[[2]]])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (
+            "Free memory on device cuda:0 (3.2/79.1 GiB) on startup is less than desired GPU memory"
+            " utilization (0.9, 71.2 GiB). Decrease GPU memory utilization",
+            RetryError,
+        ),
+        (
+            "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+            ConfigError,
+        ),
+        ("Error 802: system not yet initialized", NodeError),
+    ],
+)
+def test_a_known_failure_is_told_by_its_check(text: str, kind: type) -> None:
+    told = explain(RuntimeError(text), "the engine did not start")
+    assert type(told) is kind
+    assert told.where is not None
+    assert told.where.startswith("check ")
+    assert told.fix
+
+
+def test_an_unknown_failure_is_quoted_and_its_cause_is_read() -> None:
+    outer = RuntimeError("Engine core initialization failed")
+    outer.__cause__ = RuntimeError("No available memory for the cache blocks.")
+    assert isinstance(explain(outer, "start"), ConfigError)
+    told = explain(RuntimeError("boom\nlong tail"), "the rollout failed")
+    assert type(told) is NodeError
+    assert told.message == "the rollout failed: RuntimeError: boom"
+    assert type(explain(ValueError("dtype foo"), "start")) is ConfigError
+    missing = explain(AssertionError("Attempted to load weight (a) into parameter (b)"), "start")
+    assert (type(missing), missing.where) == (ConfigError, "checkpoint")
+    assert explain(RuntimeError(), "start").message == "start: RuntimeError: RuntimeError"
