@@ -30,6 +30,7 @@ MEASURED_AS = {
         "trainer.activations",
         "trainer.head",
         "trainer.dequantized",
+        "trainer.expert_updates",
     ),
 }
 PEAKS = {

@@ -83,6 +83,12 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
             "training",
         ),
     ]
+    if delta := lora.expert_delta_elements(spec, work.targets):
+        layers = 1 if step.checkpointing else spec.layers
+        nbytes = delta * (step.adapter_bytes + layers * step.compute_bytes)
+        terms.append(
+            Term("trainer.expert_updates", nbytes, "PEFT forms W + BA of all experts", "training")
+        )
     if unpacked := dequantized_bytes(spec, plan):
         terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
     return terms
@@ -135,9 +141,7 @@ def saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPla
     norms = block.vectors // hidden
     total = 4 * hidden * norms
     groups: set[tuple[str, int]] = set()
-    for linear in block.linears:
-        if not lora.targeted(linear, work.targets):
-            continue
+    for linear in lora.adapted(spec, block, work.targets):
         total += width * work.rank
         if casts:
             total += width * linear.in_features

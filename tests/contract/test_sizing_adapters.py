@@ -1,0 +1,45 @@
+"""Trainable parameters of an adapter are PEFT's own, for every architecture."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.sizing import lora
+from toolkit.sizing.spec import spec_from_values
+
+pytestmark = pytest.mark.contract
+TINY = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "tiny.json").read_text())
+COMMON = TINY.pop("common")
+TARGETS = {
+    "seven": SEVEN_PROJECTIONS,
+    "two": ("q_proj", "v_proj"),
+    "pattern": r".*self_attn\.(o_proj|k_proj)",
+}
+
+
+# PEFT's, about the rank that it doubles for fused experts itself.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_adapter_parameters_are_pefts(name, targets):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**COMMON, **TINY[name]}
+    wanted = TARGETS[targets]
+    config = AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    asked = wanted if isinstance(wanted, str) else list(wanted)
+    predicted = lora.adapter_parameters(spec_from_values(values, name=name), 8, wanted)
+    settings = LoraConfig(r=8, target_modules=asked, task_type="CAUSAL_LM")
+    if predicted == 0:  # names that the model has not (Phi-3 has fused projections)
+        with pytest.raises(ValueError, match="not found in the base model"):
+            get_peft_model(model, settings, low_cpu_mem_usage=True)
+        return
+    model = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert predicted == trainable
