@@ -80,7 +80,7 @@ def evaluate(
         completions = [[{"role": "assistant", "content": t}] for t in texts] if chat else texts
         tokens += sum(map(len, completion_ids))
         for function, weight in zip(rewards.functions, rewards.weights, strict=True):
-            values = function(
+            values = function.score(
                 prompts=prompts, completions=completions, completion_ids=completion_ids, **rows
             )
             scored = sum(value for value in values if value is not None)

@@ -195,6 +195,8 @@ def test_async_functions_are_async_for_trl_too(tmp_path: Path) -> None:
         async def __call__(self, completions, **kwargs):
             return [2.0] * len(completions)
 
+    columns = {"answer": [3]}
+    assert guard("mine", mine, Policy()).score(["p"], ["c"], **columns) == [3.0]
     assert is_async(mine)
     assert is_async(Judge())
     assert not is_async(divide)
@@ -214,6 +216,15 @@ def test_an_async_hang_is_cut_also_where_it_blocks_its_loop(tmp_path: Path, nap)
     started = time.monotonic()
     assert run(mine, tmp_path, "none", 0.2)[1] == [1.0, None, 1.0, 1.0]
     assert time.monotonic() - started < 4
+
+
+def test_outside_of_training_a_reward_gets_what_trl_passes() -> None:
+    def mine(completions, trainer_state, log_metric, log_extra, **kwargs):
+        log_metric("x", 1.0)
+        log_extra("y", completions)
+        return [float(trainer_state.global_step)] * len(completions)
+
+    assert guard("mine", mine, Policy()).score(["p"], ["c"], completion_ids=[[1]]) == [0.0]
 
 
 def test_ctrl_c_goes_through(tmp_path: Path) -> None:

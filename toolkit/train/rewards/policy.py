@@ -77,6 +77,13 @@ class GuardedReward:
         """One reward (or None) a completion; ConfigError under ``fail``."""
         return self.scores(Batch(prompts, completions, columns))
 
+    def score(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
+        """The same outside of training, async or not: what TRL passes besides is made up here."""
+        from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
+
+        passed = {"trainer_state": TrainerState(), "log_extra": _drop, "log_metric": _drop}
+        return self.scores(Batch(prompts, completions, {**passed, **columns}))
+
     def scores(self, batch: Batch) -> list[Score]:
         """The whole of it: call, search if that failed, settle what is wrong, count."""
         try:

@@ -1,0 +1,51 @@
+"""What the rewards lean on in TRL: how it calls them, names them, and tells async ones apart."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+
+import pytest
+from trl import GRPOTrainer
+from trl.trainer import utils
+
+from toolkit.train.rewards.policy import Policy, guard, is_async
+from toolkit.train.rewards.user import PASSED_BY_TRL
+
+pytestmark = pytest.mark.contract
+SOURCE = inspect.getsource(GRPOTrainer._calculate_rewards)
+
+
+async def later(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def now(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def test_trl_passes_what_we_say_it_passes() -> None:
+    added = set(re.findall(r'(?<!row_)reward_kwargs\["(\w+)"\]', SOURCE))
+    called = set(re.findall(r"(\w+)=(?:prompts|completions|completion_ids_list)\b", SOURCE))
+    assert added | called == PASSED_BY_TRL
+
+
+def test_a_guarded_reward_is_to_trl_what_its_function_is() -> None:
+    for function in (later, now):
+        guarded = guard("mine", function, Policy())
+        assert utils.get_callable_name(guarded) == "mine"
+        assert utils.is_async_callable(guarded) is utils.is_async_callable(function)
+        assert is_async(function) is utils.is_async_callable(function)
+
+
+def test_an_async_reward_is_awaited() -> None:
+    guarded = guard("mine", later, Policy())
+    assert asyncio.run(guarded(prompts=["p"], completions=["c"])) == [1.0]
+
+
+def test_none_becomes_nan_and_is_left_out() -> None:
+    assert "reward if reward is not None else torch.nan" in SOURCE
+    scoring = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "nansum" in scoring
+    assert "torch.nanmean(rewards_per_func[:, i])" in scoring
