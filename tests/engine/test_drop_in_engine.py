@@ -159,3 +159,37 @@ def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_fold
     )
     with pytest.raises(ConfigValueError, match="max_seq_length=4096 is beyond the 256 positions"):
         load(request)
+
+
+def test_an_adapters_folder_on_an_engine_with_weights_of_its_own(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    """``share_weights=False`` keeps a trainer's copy; "auto" makes room for the adapter at hand."""
+    model, _ = _load(llama_folder)
+    trained = FastLanguageModel.get_peft_model(model, r=10, use_gradient_checkpointing=False)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    folder = trained.save_lora(tmp_path / "a")
+    fast, _ = _load(
+        folder,
+        fast_inference=True,
+        max_lora_rank="auto",
+        gpu_memory_utilization="auto",
+        share_weights=False,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        kv_cache_bytes=1 << 26,
+    )
+    with fast.toolkit_engine as engine:
+        assert engine.options.max_lora_rank == 16
+        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == _ids(
+            trained.fast_generate(PROMPTS, **GREEDY)
+        )
+        base = _ids(model.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+        assert _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)) == base
+        own = {value.untyped_storage().data_ptr() for value in fast.parameters()}
+        theirs = {value.untyped_storage().data_ptr() for value in engine.module.parameters()}
+        assert not own & theirs

@@ -30,7 +30,10 @@ def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
         carried = {name: getattr(like, name, None) for name in CARRIED}
     for name in CARRIED:
         setattr(model, name, carried.get(name))
-    model.fast_generate = partial(fast_generate, model)
-    model.save_lora = partial(save_lora, model)
-    model.load_lora = partial(load_lora, model)
+    # PEFT puts its layers into the model it is given, so a reference to that one is a reference to
+    # the adapted model too, and must answer as it does.
+    for holder in (model,) if like is None else (model, like):
+        holder.fast_generate = partial(fast_generate, model)
+        holder.save_lora = partial(save_lora, model)
+        holder.load_lora = partial(load_lora, model)
     return model

@@ -123,6 +123,23 @@ def test_the_adapter_the_base_and_a_saved_one(adapted: Any, load: Any, tmp_path:
     assert _ids(model.fast_generate("12+3=", lora_request=request, **GREEDY)) == trained
 
 
+def test_the_model_inside_answers_as_the_one_around_it(load: Any, tmp_path: Path) -> None:
+    from toolkit.policy.language_model import FastLanguageModel
+
+    inside, _ = load()
+    base = _ids(inside.fast_generate("12+3=", **GREEDY))
+    around = FastLanguageModel.get_peft_model(inside, r=4, use_gradient_checkpointing=False)
+    with torch.no_grad():
+        for name, parameter in around.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    trained = _ids(around.fast_generate("12+3=", **GREEDY))
+    assert trained != base
+    assert _ids(inside.fast_generate("12+3=", **GREEDY)) == trained
+    assert _ids(inside.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
+    assert inside.save_lora(tmp_path / "a") == tmp_path / "a"
+
+
 def test_a_request_leaves_no_trace(adapted: Any, load: Any, tmp_path: Path, ids: Any) -> None:
     folder = adapted().save_lora(tmp_path / "a")
     for model in (adapted(), load()[0]):

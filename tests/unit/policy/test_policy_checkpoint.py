@@ -1,0 +1,68 @@
+"""Finding a checkpoint: folders, hub ids, adapters, and what the hub answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from toolkit.base.errors import InputError
+from toolkit.policy import checkpoint
+from toolkit.policy.checkpoint import find_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_hub_id_becomes_one_snapshots_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **arguments: Any) -> str:
+        asked.update(arguments, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    found = find_checkpoint("org/model", revision="abc", token="hf_x")
+    assert (found.name, found.folder) == ("org/model", tmp_path)
+    assert (asked["name"], asked["revision"], asked["token"]) == ("org/model", "abc", "hf_x")
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert "*.bin" not in asked["allow_patterns"]
+    find_checkpoint("org/model", pickle=True)
+    assert "*.bin" in asked["allow_patterns"]
+
+
+@pytest.mark.parametrize(
+    "error", [LocalEntryNotFoundError("offline"), HFValidationError("bad id"), OSError("reset")]
+)
+def test_what_the_hub_refuses_is_told_without_the_token(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, **arguments: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    with pytest.raises(InputError, match="the hub gave no such model") as caught:
+        find_checkpoint("org/model", token="hf_secret")
+    assert str(error) in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_an_adapter_is_told_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert find_checkpoint(str(tmp_path)).is_adapter
+    (tmp_path / "config.json").write_text("{}")  # some repositories hold the base's as well
+    assert find_checkpoint(str(tmp_path)).is_adapter
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert not find_checkpoint(str(tmp_path)).is_adapter
+
+
+def test_a_relative_folder_is_remembered_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter records its base: the name must hold from any folder."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("model").name == str(tmp_path / "model")
