@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from toolkit.base.errors import UnsupportedError
+
 REFERENCE_SEQUENCES = 8
 """Sequences in the micro-batch that "auto" judges by."""
 
@@ -22,10 +24,19 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
 
     What is chosen stays chosen: TRL 1.16 switches checkpointing off around each rollout and on
     again with arguments of its own, which would lose the offloading.
+
+    Raises:
+        UnsupportedError: the model has none.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if mode == "auto":
         mode = choose_mode(base, max_seq_length=max_seq_length)
+    if mode is not False and not getattr(base, "supports_gradient_checkpointing", True):
+        raise UnsupportedError(
+            f"{type(base).__name__} has no gradient checkpointing",
+            where="use_gradient_checkpointing",
+            fix="pass use_gradient_checkpointing=False",
+        )
     base.toolkit_checkpointing = mode
     if mode is False:
         base.gradient_checkpointing_disable()

@@ -91,6 +91,7 @@ def fast_generate(
         if engine is None and ("input_ids" in kwargs or "inputs" in kwargs):
             return _transformers_generate(policy, adapter, prompts, sampling_params, kwargs)
         if engine is not None and is_vllms(sampling_params):
+            engine.wake()
             request = engine.lora_request(adapter) if adapter else None
             return engine.llm.generate(
                 prompts, sampling_params, lora_request=request, **{"use_tqdm": False, **kwargs}

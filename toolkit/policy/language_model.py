@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.policy.arguments import WHERE as LOAD_WHERE
 from toolkit.policy.arguments import check_checkpointing, refuse_unknown
 from toolkit.policy.attach import attach
 from toolkit.policy.checkpointing import (
@@ -92,7 +94,7 @@ class FastLanguageModel:
             InputError: the checkpoint cannot be found or read.
         """
         named = {name: value for name, value in locals().items() if name != "kwargs"}
-        named["model_name"] = str(model_name)
+        named["model_name"] = _path_text(model_name)
         return load(check_request({**named, **kwargs}))
 
     @staticmethod
@@ -212,6 +214,12 @@ def _check_length(model: Any, max_seq_length: int) -> None:
             where=WHERE,
             fix=f"pass max_seq_length={max_seq_length} to from_pretrained",
         )
+
+
+def _path_text(name: Any) -> str:
+    if not isinstance(name, (str, PathLike)):
+        raise ConfigTypeError(f"model_name={name!r} must be text or a path", where=LOAD_WHERE)
+    return str(name)
 
 
 def _frozen(value: Any) -> Any:

@@ -4,7 +4,6 @@ milliseconds.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import (
     ConfigTypeError,
     ConfigValueError,
-    MissingExtraError,
     UnsupportedError,
 )
-from toolkit.engine.base import vllm_available
-from toolkit.engine.options import LEGAL_RANKS
 from toolkit.policy.arguments import (
     DTYPES,
     ENGINE_DEFAULTS,
@@ -26,6 +22,7 @@ from toolkit.policy.arguments import (
     check_checkpointing,
     refuse_unknown,
 )
+from toolkit.policy.engine_request import check_engine, warn_engine_only
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,9 +81,9 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
     _check_types(request)
     _check_flags(request)
     if request.fast_inference:
-        _check_engine(request)
+        check_engine(request)
     else:
-        _warn_engine_only(engine)
+        warn_engine_only(engine)
     return request
 
 
@@ -178,70 +175,4 @@ def _check_flags(request: LoadRequest) -> None:
             "load_in_16bit and dtype float32 exclude each other",
             where=WHERE,
             fix="leave one of them out",
-        )
-
-
-def _check_engine(request: LoadRequest) -> None:
-    """What cannot be had with an engine on the model."""
-    for name in (
-        "trust_remote_code",
-        "load_in_8bit",
-        "full_finetuning",
-        "rope_scaling",
-        "resize_model_vocab",
-    ):
-        if getattr(request, name):
-            raise UnsupportedError(
-                f"{name} and fast_inference exclude each other: {_WHY_NOT[name]}",
-                where=WHERE,
-                fix=f"leave {name} out, or use fast_inference=False",
-            )
-    rank = request.engine["max_lora_rank"]
-    if rank != "auto" and (type(rank) is not int or rank not in LEGAL_RANKS):
-        raise ConfigValueError(
-            f"max_lora_rank={rank!r} is none that vLLM takes: {', '.join(map(str, LEGAL_RANKS))}",
-            where=WHERE,
-            fix=_next_rank(rank),
-        )
-    share = request.engine["gpu_memory_utilization"]
-    if share != "auto" and not (isinstance(share, (int, float)) and 0 < share < 1):
-        raise ConfigValueError(
-            f"gpu_memory_utilization={share!r} must lie between 0 and 1",
-            where=WHERE,
-            fix='for instance 0.5, or "auto"',
-        )
-    if not vllm_available():
-        raise MissingExtraError(
-            "fast_inference=True needs vLLM, which is not installed",
-            where=WHERE,
-            fix="pip install 'grpo-toolkit[vllm]' on a GPU machine, 'grpo-toolkit[cpu-engine]' on a"
-            " CPU, or use fast_inference=False",
-        )
-
-
-def _next_rank(asked: Any) -> str:
-    """What to write instead of a rank that vLLM does not take."""
-    legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
-    return f'use max_lora_rank={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
-
-
-_WHY_NOT = {
-    "trust_remote_code": "layers from outside cannot be checked against vLLM's",
-    "load_in_8bit": "vLLM's and bitsandbytes' 8-bit weights differ, so they cannot be shared",
-    "full_finetuning": "only an adapter is trained on weights that the engine holds",
-    "rope_scaling": "the engine reads its positions from the checkpoint",
-    "resize_model_vocab": "the engine holds the embeddings",
-}
-
-
-def _warn_engine_only(engine: Mapping[str, Any]) -> None:
-    """Say which engine options have no effect; max_lora_rank and the like are legal without an
-    engine, and unused.
-    """
-    idle = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
-    if idle:
-        warnings.warn(
-            f"{', '.join(idle)}: no effect with fast_inference=False, where no engine is built",
-            UserWarning,
-            stacklevel=5,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.base.errors import UnsupportedError
 from toolkit.policy import checkpointing
 from toolkit.policy.language_model import FastLanguageModel
 
@@ -54,6 +55,7 @@ class Recorder:
     """A stand-in for a transformers model on a GPU: it records what enabling is asked for."""
 
     device = torch.device("cuda", 0)
+    supports_gradient_checkpointing = True
     calls: list[tuple[Any, int, bool]]
 
     def __init__(self) -> None:
@@ -106,6 +108,15 @@ def test_auto_goes_by_free_memory(
 def test_auto_on_a_tiny_model_needs_none(adapted: Any) -> None:
     assert not adapted(use_gradient_checkpointing="auto").is_gradient_checkpointing
     assert checkpointing.free_memory_bytes(torch.device("cpu")) > 1 << 20
+
+
+def test_a_model_that_has_none_is_said() -> None:
+    model = Recorder()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UnsupportedError, match="Recorder has no gradient checkpointing"):
+        checkpointing.apply_checkpointing(model, True, max_seq_length=8)
+    checkpointing.apply_checkpointing(model, False, max_seq_length=8)
+    assert model.calls == [("off", 0, False)]
 
 
 def test_a_deep_copy_switches_itself(adapted: Any) -> None:

@@ -158,7 +158,7 @@ def test_engine_options_of_a_run_file_reach_the_engine(
     from toolkit.policy.checkpoint import find_checkpoint
     from toolkit.policy.engine_model import engine_options
 
-    monkeypatch.setattr("toolkit.policy.request.vllm_available", lambda: True)
+    monkeypatch.setattr("toolkit.policy.engine_request.vllm_available", lambda: True)
     section = replace(
         config.model,
         max_lora_rank=8,

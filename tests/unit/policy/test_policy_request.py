@@ -14,7 +14,7 @@ from toolkit.base.errors import (
     MissingExtraError,
     UnsupportedError,
 )
-from toolkit.policy import request as module
+from toolkit.policy import engine_request, request
 from toolkit.policy.arguments import ENGINE_DEFAULTS, REFUSED
 from toolkit.policy.request import check_request
 
@@ -61,9 +61,9 @@ def test_every_parameter_is_in_one_table() -> None:
     from toolkit.policy.language_model import FastLanguageModel
 
     named = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
-    request = set(module.LoadRequest.__dataclass_fields__) - {"engine"}
+    fields = set(request.LoadRequest.__dataclass_fields__) - {"engine"}
     special = {"use_exact_model_name", "text_only", "float32_mixed_precision"}
-    assert named <= request | set(ENGINE_DEFAULTS) | set(REFUSED) | special
+    assert named <= fields | set(ENGINE_DEFAULTS) | set(REFUSED) | special
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_refused_by_name(
         ({"full_finetuning": True}, UnsupportedError, ["full_finetuning", "fast_inference"]),
         ({"rope_scaling": {"factor": 2.0}}, UnsupportedError, ["rope_scaling"]),
         ({"resize_model_vocab": 90}, UnsupportedError, ["resize_model_vocab"]),
+        ({"device_map": {"": 1}}, UnsupportedError, ["device_map", "CUDA_VISIBLE_DEVICES"]),
         (
             {"max_lora_rank": 48},
             ConfigValueError,
@@ -143,7 +144,7 @@ def test_refused_with_an_engine(
     words: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "vllm_available", lambda: True)
+    monkeypatch.setattr(engine_request, "vllm_available", lambda: True)
     with pytest.raises(kind) as caught:
         check_request({**PLAIN, "fast_inference": True, **arguments})
     for word in words:
@@ -151,7 +152,7 @@ def test_refused_with_an_engine(
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "vllm_available", lambda: False)
+    monkeypatch.setattr(engine_request, "vllm_available", lambda: False)
     with pytest.raises(
         ImportError, match=r"grpo-toolkit\[vllm\].*grpo-toolkit\[cpu-engine\]"
     ) as caught:
@@ -160,10 +161,10 @@ def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_auto_is_taken_with_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "vllm_available", lambda: True)
+    monkeypatch.setattr(engine_request, "vllm_available", lambda: True)
     arguments = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto", "max_num_seqs": 8}
-    request = check_request({**PLAIN, "fast_inference": True, **arguments})
-    assert {name: request.engine[name] for name in arguments} == arguments
+    checked = check_request({**PLAIN, "fast_inference": True, **arguments})
+    assert {name: checked.engine[name] for name in arguments} == arguments
 
 
 def test_idle_engine_options_are_said() -> None:
@@ -174,9 +175,9 @@ def test_idle_engine_options_are_said() -> None:
 def test_defaults_say_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        request = check_request({**PLAIN, "max_lora_rank": 64, "gpu_memory_utilization": 0.5})
-    assert request.dtype == "auto"
-    assert request.use_safetensors is True
+        checked = check_request({**PLAIN, "max_lora_rank": 64, "gpu_memory_utilization": 0.5})
+    assert checked.dtype == "auto"
+    assert checked.use_safetensors is True
 
 
 def test_a_torch_dtype_is_a_dtype() -> None:
@@ -188,3 +189,11 @@ def test_a_torch_dtype_is_a_dtype() -> None:
 
 def test_the_token_is_not_shown() -> None:
     assert "hf_secret" not in repr(check_request({**PLAIN, "token": "hf_secret"}))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"model"])
+def test_a_name_must_be_text_or_a_path(name: Any) -> None:
+    from toolkit.policy.language_model import FastLanguageModel
+
+    with pytest.raises(ConfigTypeError, match="model_name="):
+        FastLanguageModel.from_pretrained(name, load_in_4bit=False)
