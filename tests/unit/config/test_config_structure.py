@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,24 @@ def test_the_verdict_is_that_of_jsonschema(changes: list[tuple[tuple[str, ...], 
 )
 def test_a_refused_key_is_refused_by_the_schema_too(name: str) -> None:
     assert not theirs({**START, "grpo": {name: True}})
+
+
+def test_no_schema_of_ours_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A $ref that is not in the schema itself is never fetched, and none of ours has one."""
+    import urllib.request
+
+    from referencing.exceptions import Unresolvable
+
+    from toolkit.config import validate
+
+    for name in schema_names():
+        refs = re.findall(r'"\$ref": ?"([^"]+)"', json.dumps(find_schema(name)))
+        assert all(ref.startswith("#") for ref in refs), name
+
+    def fetched(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fetched)
+    monkeypatch.setattr(validate, "find_schema", lambda _: {"$ref": "https://example.org/x.json"})
+    with pytest.raises(Unresolvable):
+        validate.check_instance({}, "run")

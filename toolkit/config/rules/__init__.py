@@ -9,8 +9,8 @@ from toolkit.config.rules.base import RULES, DeviceFacts, Rule, Run, Situation
 __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules"]
 
 _THEMES = (
-    "batch", "sampling", "training", "lengths", "lora", "lora_engine", "loading", "hardware",
-    "keys", "secrets", "rewards", "data", "runtime", "structural",
+    "batch", "sampling", "training", "schedule", "lengths", "lora", "lora_engine", "loading",
+    "hardware", "keys", "secrets", "rewards", "data", "runtime", "structural",
 )  # fmt: skip
 
 

@@ -1,0 +1,117 @@
+"""A grpo section that validates, TRL's GRPOConfig takes; what TRL refuses, a rule refuses."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from toolkit.config import find_schema
+from toolkit.config.document import Source
+from toolkit.config.finding import Severity
+from toolkit.config.layers import assemble
+from toolkit.config.rules import Situation
+from toolkit.config.validate import validate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from toolkit.config.model import RunConfig
+
+pytestmark = pytest.mark.contract
+GRPO: dict[str, dict[str, Any]] = {
+    name: schema
+    for name, schema in find_schema("run")["properties"]["grpo"]["properties"].items()
+    if "x-refused" not in schema
+}
+# Their values name a package or a service that is not on this machine, or a kernel that is not.
+ELSEWHERE = {
+    "report_to", "debug", "tf32", "torch_compile_backend", "torch_compile_mode",
+    "torch_compile", "optim", "ddp_backend", "accelerator_config", "use_liger_kernel",
+    "reward_weights", "log_completions_hub_repo", "fp16_full_eval", "bf16_full_eval",
+    "use_cpu",
+}  # fmt: skip
+KEYS = sorted(set(GRPO) - ELSEWHERE)
+
+
+def values(name: str) -> st.SearchStrategy[Any]:
+    """Values that a key may have, and some near them."""
+    schema = GRPO[name]
+    found = [*schema.get("examples", ()), *schema.get("enum", ())]
+    if isinstance(schema.get("default"), bool):
+        found += [True, False]
+    if schema.get("type") == "integer" or "integer" in schema.get("type", ()):
+        found += [1, 2, 3, 4, 6, 8]
+    return st.sampled_from(found)
+
+
+def judged(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None, list[str]]:
+    """The config, and the rules that refuse it."""
+    run = {
+        "model": {"model_name": "nobody/nothing"},
+        "dataset": {"path": "a/b", "eval_split": "test"},
+        "reward": {"functions": [{"name": "exact_match"}]},
+        "grpo": grpo,
+    }
+    source = Source("run.json", json.dumps(run), folder, folder / "run.json", "json")
+    document = assemble(source)
+    outcome = validate(document, Situation())
+    errors = [found.rule for found in outcome.findings if found.severity is Severity.ERROR]
+    return outcome.config, errors
+
+
+def build(config: RunConfig, folder: Path) -> None:
+    """TRL's config as training makes it."""
+    import trl
+
+    from toolkit.train.arguments import grpo_config
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grpo_config(config, folder, trl.GRPOConfig, has_eval=True)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_what_validates_trl_takes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    names = data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True))
+    grpo = {name: data.draw(values(name), label=name) for name in names}
+    config, _ = judged(grpo, folder)
+    if config is not None:
+        build(config, folder)
+
+
+REFUSED = {
+    "GRPO001": {"num_generations": 3},
+    "GRPO002": {"num_generations": 1},
+    "GRPO003": {"generation_batch_size": 8, "steps_per_generation": 1},
+    "GRPO004": {"generation_batch_size": 12, "num_generations": 4},
+    "GRPO005": {"eval_strategy": "steps", "per_device_eval_batch_size": 3},
+    "GRPO006": {"auto_find_batch_size": True},
+    "GRPO008": {"vllm_importance_sampling_clip_min": 4.0},
+    "GRPO009": {"vllm_importance_sampling_mode": "token_truncate",
+                "vllm_importance_sampling_clip_max": None},
+    "GRPO010": {"log_completions_hub_repo": "me/x"},
+    "GRPO023": {"bf16": True, "fp16": True},
+    "GRPO024": {"load_best_model_at_end": True},
+    "GRPO025": {"lr_scheduler_type": "greedy"},
+    "GRPO026": {"dataloader_prefetch_factor": 2},
+    "GRPO027": {"save_steps": 10.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", sorted(REFUSED))
+def test_what_trl_refuses_a_rule_refuses_too(rule: str, tmp_path: Path) -> None:
+    import trl
+
+    grpo = REFUSED[rule]
+    assert judged(grpo, tmp_path)[1] == [rule]
+    with pytest.raises(ValueError, match=r"."):
+        trl.GRPOConfig(
+            **{"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": [], **grpo}
+        )

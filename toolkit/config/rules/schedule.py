@@ -1,0 +1,149 @@
+"""When the run evaluates, saves and slows down: what transformers' TrainingArguments asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.base import Run
+
+_EVAL, _SAVE = "grpo.eval_strategy", "grpo.save_strategy"
+_EVAL_STEPS, _SAVE_STEPS = "grpo.eval_steps", "grpo.save_steps"
+_BEST = "grpo.load_best_model_at_end"
+_SCHEDULER = "grpo.lr_scheduler_type"
+_PARTS_OF_A_MILLION = 1_000_000  # transformers compares parts of a run so
+
+
+@rule(
+    "GRPO023",
+    "grpo.bf16 grpo.fp16 grpo.bf16_full_eval grpo.fp16_full_eval",
+    example="grpo:\n  bf16: true\n  fp16: true",
+    fix="fp16: false",
+)
+def one_half_precision(run: Run) -> Iterator[Fault]:
+    """bf16 and fp16 exclude each other, and so do bf16_full_eval and fp16_full_eval.
+
+    A computation is in one format. model.dtype: auto takes the one that the card has.
+    """
+    for suffix in ("", "_full_eval"):
+        bf16, fp16 = f"grpo.bf16{suffix}", f"grpo.fp16{suffix}"
+        if run.ask(bf16) and run.ask(fp16):
+            yield Fault(
+                fp16,
+                f"fp16{suffix} and bf16{suffix} cannot both be true",
+                notes=(run.operand(bf16),),
+                fixes=(run.to(fp16, False),),
+                related=(bf16,),
+            )
+
+
+@rule(
+    "GRPO024",
+    f"{_BEST} {_EVAL} {_SAVE} {_EVAL_STEPS} {_SAVE_STEPS}",
+    example="grpo:\n  load_best_model_at_end: true\n  eval_strategy: epoch",
+    fix="save_strategy: epoch",
+)
+def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
+    """load_best_model_at_end needs every checkpoint to be evaluated.
+
+    eval_strategy and save_strategy are the same (or save_strategy is best), and with steps,
+    save_steps is a multiple of eval_steps.
+    """
+    if not run.value(_BEST) or run.value(_SAVE) == "best":
+        return
+    if run.value(_EVAL) != run.value(_SAVE):
+        yield Fault(
+            _BEST,
+            "checkpoints that are not evaluated cannot be compared",
+            notes=(f"{run.operand(_EVAL)}; {run.operand(_SAVE)}",),
+            fixes=(run.to(_BEST, False), run.to(_EVAL, run.value(_SAVE))),
+            related=(_EVAL, _SAVE),
+        )
+        return
+    # transformers takes logging_steps, which is 1 here, where eval_steps is not set.
+    save, every = run.value(_SAVE_STEPS), run.value(_EVAL_STEPS) or 1
+    if run.value(_EVAL) != "steps" or save % every == 0:
+        return
+    both_parts = save < 1 and every < 1
+    if both_parts and (save * _PARTS_OF_A_MILLION) % (every * _PARTS_OF_A_MILLION) == 0:
+        return
+    yield Fault(
+        _SAVE_STEPS,
+        f"{save} is no multiple of eval_steps {every}",
+        notes=(f"{run.operand(_EVAL_STEPS)}; {run.operand(_BEST)}",),
+        fixes=(run.to(_SAVE_STEPS, every), run.to(_EVAL_STEPS, save)),
+        related=(_EVAL_STEPS, _BEST),
+    )
+
+
+@rule(
+    "GRPO025",
+    f"{_SCHEDULER} {_EVAL}",
+    example="grpo:\n  lr_scheduler_type: reduce_lr_on_plateau",
+    fix="eval_strategy: steps",
+)
+def plateau_needs_evaluation(run: Run) -> Iterator[Fault]:
+    """lr_scheduler_type reduce_lr_on_plateau and greedy need eval_strategy.
+
+    They follow the evaluation, and without one they have nothing to follow.
+    """
+    kind = run.value(_SCHEDULER)
+    if kind in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
+        yield Fault(
+            _SCHEDULER,
+            f"{kind} follows the evaluation, and there is none",
+            notes=(run.operand(_EVAL),),
+            fixes=(run.to(_SCHEDULER, "linear"),),
+            related=(_EVAL,),
+        )
+
+
+@rule(
+    "GRPO026",
+    "grpo.dataloader_prefetch_factor grpo.dataloader_num_workers",
+    example="grpo:\n  dataloader_prefetch_factor: 2",
+    fix="dataloader_num_workers: 1",
+)
+def prefetch_needs_workers(run: Run) -> Iterator[Fault]:
+    """dataloader_prefetch_factor needs dataloader_num_workers above 0.
+
+    Only another process can load ahead.
+    """
+    factor = run.value("grpo.dataloader_prefetch_factor")
+    if factor is not None and run.value("grpo.dataloader_num_workers") == 0:
+        yield Fault(
+            "grpo.dataloader_prefetch_factor",
+            "nothing loads ahead without a worker",
+            notes=(run.operand("grpo.dataloader_num_workers"),),
+            fixes=(
+                run.to("grpo.dataloader_num_workers", 1),
+                run.to("grpo.dataloader_prefetch_factor", None),
+            ),
+            related=("grpo.dataloader_num_workers",),
+        )
+
+
+@rule(
+    "GRPO027",
+    f"{_EVAL_STEPS} {_SAVE_STEPS}",
+    example="grpo:\n  save_steps: 10.5",
+    fix="save_steps: 10",
+)
+def whole_steps_above_one(run: Run) -> Iterator[Fault]:
+    """eval_steps and save_steps are whole numbers, or parts of the run below 1.
+
+    0.1 is every tenth of the run; 10.5 steps there are not, and every 0 steps is never.
+    """
+    for key, strategy in ((_EVAL_STEPS, _EVAL), (_SAVE_STEPS, _SAVE)):
+        steps = run.ask(key)
+        if steps is None or run.ask(strategy) != "steps":
+            continue
+        if steps > 1 and steps != int(steps):
+            yield Fault(key, f"{steps} is no number of steps", fixes=(run.to(key, int(steps)),))
+        elif steps == 0 and key == _SAVE_STEPS:
+            off = run.to(strategy, "no")
+            yield Fault(key, "every 0 steps is never", fixes=(run.to(key, 500), off))
