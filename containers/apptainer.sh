@@ -40,7 +40,13 @@ exec unshare --mount --propagation private bash -euc '
     # Ordinary users may open /dev/fuse on a normal machine.
     rm -f "$root/run/fuse" && mknod -m 0666 "$root/run/fuse" c 10 229
     mount --bind "$root/run/fuse" "$root/dev/fuse"
-    touch "$root/etc/resolv.conf" && mount --bind /etc/resolv.conf "$root/etc/resolv.conf"
+    for file in /etc/resolv.conf /etc/hosts /etc/localtime; do
+        # Apptainer reads and binds these; each may be a link on this machine.
+        if [ -e "$file" ]; then
+            rm -f "$root$file" && touch "$root$file"
+            mount --bind "$(readlink -f "$file")" "$root$file"
+        fi
+    done
     for folder in "$REPO" /tmp ${EXTRA:+"$EXTRA"}; do
         mkdir -p "$root$folder"
         mount --rbind "$folder" "$root$folder"

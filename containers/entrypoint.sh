@@ -36,7 +36,8 @@ if [ -z "$place" ]; then
 fi
 
 # ---- who calls: an unknown uid has no passwd entry, and torch and Triton ask for one ----------------------------
-if [ -z "${HOME:-}" ] || [ "$HOME" = / ] || ! writable "$HOME"; then
+given_home=${HOME:-}
+if [ -z "$given_home" ] || [ "$given_home" = / ] || ! writable "$given_home"; then
     HOME=$place
 fi
 USER=${USER:-$(id -un 2>/dev/null || echo "uid$(id -u)")}
@@ -46,20 +47,25 @@ export HOME USER LOGNAME
 # ---- caches: the caller's own settings win ----------------------------------------------------------------------
 # Large and worth keeping (models) and small and made again (compiled kernels) alike; compiled files go beneath the uid,
 # because two users of one /cache must not run each other's code.
-compiled="$place/compiled-$(id -u)"
-export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$place/xdg}"
-export HF_HOME="${HF_HOME:-$place/huggingface}"
-export TORCH_HOME="${TORCH_HOME:-$place/torch}"
+caches=$place
+if [ "$place" = "$given_home" ]; then
+    # A home folder that exists: where each of them looks without us.
+    caches=$place/.cache
+fi
+compiled="$caches/toolkit-$(id -u)"
+export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$caches}"
+export HF_HOME="${HF_HOME:-$caches/huggingface}"
+export TORCH_HOME="${TORCH_HOME:-$caches/torch}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$compiled/inductor}"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$compiled/torch-extensions}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$compiled/triton}"
 export TRITON_HOME="${TRITON_HOME:-$compiled}"
 export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$compiled/vllm}"
-export VLLM_CONFIG_ROOT="${VLLM_CONFIG_ROOT:-$place/vllm-config}"
+export VLLM_CONFIG_ROOT="${VLLM_CONFIG_ROOT:-$caches/vllm-config}"
 export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$compiled}"
 export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$compiled/numba}"
 export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$compiled/cuda}"
-export MPLCONFIGDIR="${MPLCONFIGDIR:-$place/matplotlib}"
+export MPLCONFIGDIR="${MPLCONFIGDIR:-$caches/matplotlib}"
 # A run that asks a telemetry host from a closed node waits for the time-out; nobody asked for it either.
 export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}" HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 

@@ -104,6 +104,18 @@ def test_a_caller_without_a_home_gets_one_and_a_name(commands: Path, tmp_path: P
     assert f"-{os.getuid()}/" in seen["TRITON_CACHE_DIR"], "compiled code lies beneath the uid"
 
 
+def test_a_home_that_serves_keeps_its_caches_where_they_always_were(
+    commands: Path, tmp_path: Path
+) -> None:
+    if os.path.isdir("/cache"):
+        pytest.skip("this machine has a /cache, which comes before a home folder")
+    home = tmp_path / "home"
+    home.mkdir()
+    seen = environment_of(call(commands, "env", HOME=str(home), TOOLKIT_CACHE=""))
+    assert seen["XDG_CACHE_HOME"] == f"{home}/.cache"
+    assert seen["HF_HOME"] == f"{home}/.cache/huggingface"
+
+
 def test_what_the_caller_has_set_wins(commands: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
