@@ -169,3 +169,17 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
     assert {path: stamp for path, stamp in after.items() if path != node} == {
         path: stamp for path, stamp in before.items() if path != node
     }
+
+
+RECORDED = Path(__file__).parents[1] / "fixtures/recordings/h100.json"
+
+
+def test_a_recording_of_a_real_h100_is_judged_as_it_was_there(tmp_path: Path) -> None:
+    case = cases.load("cpu")
+    result = case.envcheck(tmp_path, "replay", str(RECORDED), "--json", fake=False)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    verdicts = {row["id"]: row["verdict"] for row in report["checks"]}
+    recorded = json.loads(RECORDED.read_text())["verdicts"]
+    assert verdicts == recorded
+    assert verdicts["driver.cuda"] == verdicts["health.fabric"] == "ok"
