@@ -12,10 +12,11 @@ say() { echo "toolkit-entrypoint: $*" >&2; }
 
 writable() { # DIR: can this caller make a file there? Asked by doing, since root squash and read-only mounts lie to `test -w`.
     probe="$1/.toolkit-$$"
-    (umask 077 && mkdir -p "$1" && mkdir "$probe") 2>/dev/null && rmdir "$probe"
+    (umask 077 && mkdir "$probe") 2>/dev/null && rmdir "$probe"
 }
 
 # ---- a place to write ----------------------------------------------------------------------------------------
+[ -z "${TOOLKIT_CACHE:-}" ] || (umask 077 && mkdir -p "$TOOLKIT_CACHE") 2>/dev/null || true
 place=""
 for candidate in "${TOOLKIT_CACHE:-}" /cache "${HOME:-}" "${TMPDIR:-}" /tmp /dev/shm; do
     case "$candidate" in "" | /) continue ;; esac
