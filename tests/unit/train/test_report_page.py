@@ -164,6 +164,18 @@ def test_hostile_output_stays_text(tmp_path: Path) -> None:
     assert "[U+202E]evil" in source
 
 
+def test_equal_completions_are_shown_once_and_the_worst_last(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 2)
+    said = [("best", 1.0), ("same", 0.5), ("same", 0.5), ("b", 0.4), ("c", 0.3), ("worst", -1.0)]
+    rows = [
+        {"step": 1, "prompt": "p", "completion": c, "reward": r, "advantage": r} for c, r in said
+    ]
+    write_rows(folder / "completions.jsonl", rows)
+    source, _ = shown(folder)
+    assert re.findall(r"<pre>(\w+)</pre>", source) == ["best", "same", "b", "worst"]
+    assert source.count("2 times") == 1
+
+
 def test_hostile_chats_stay_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 2)
     odd = [

@@ -124,9 +124,10 @@ def _bars(name: str, old: float | None, new: float | None) -> str:
     bars = ""
     for tone, y, value in ((6, 0, old), (1, 12, new)):
         if value is not None:
-            width = max(0.0, value) / top * 300
+            width, kind = abs(value) / top * 300, "minus" if value < 0 else "bar"
             bars += (
-                f'<rect class="bar t{tone}" x="0" y="{y}" width="{width:.1f}" height="9" rx="2"/>'
+                f'<rect class="{kind} t{tone}" x="0" y="{y}" rx="2" height="9" '
+                f'width="{width:.1f}"/>'
                 f'<text class="value" x="{width + 6:.1f}" y="{y + 8.5}">{text(show(value))}</text>'
             )
     drawn = f'<svg viewBox="0 0 360 22" role="img">{bars}</svg>'

@@ -45,21 +45,25 @@ def _spread(group: list[dict[str, Any]]) -> float:
 
 
 def _group(group: list[dict[str, Any]]) -> str:
-    ordered = sorted(group, key=lambda row: -(number(row.get("reward")) or 0.0))
-    if len(ordered) > MAX_COMPLETIONS:  # the best, and the worst for contrast
-        ordered = [*ordered[: MAX_COMPLETIONS - 1], ordered[-1]]
-    return f"<div class=prompt>{_said(group[0].get('prompt'))}</div>" + "".join(
-        _completion(row) for row in ordered
-    )
+    same: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(group, key=lambda row: -(number(row.get("reward")) or 0.0)):
+        same.setdefault(json.dumps(row.get("completion"), sort_keys=True), []).append(row)
+    shown = list(same.values())
+    if len(shown) > MAX_COMPLETIONS:  # the best, and the worst for contrast
+        shown = [*shown[: MAX_COMPLETIONS - 1], shown[-1]]
+    prompt = f"<div class=prompt>{_said(group[0].get('prompt'))}</div>"
+    return prompt + "".join(_completion(rows[0], len(rows)) for rows in shown)
 
 
-def _completion(row: dict[str, Any]) -> str:
+def _completion(row: dict[str, Any], count: int) -> str:
     reward, advantage = number(row.get("reward")), number(row.get("advantage"))
     kind = "none" if advantage is None or advantage == 0 else "up" if advantage > 0 else "down"
-    parts = ", ".join(f"{name} {show(number(v))}" for name, v in section(row, "rewards").items())
+    chips = [f"advantage {show(advantage)}"] if advantage is not None else []
+    chips += [f"{name} {show(number(value))}" for name, value in section(row, "rewards").items()]
+    chips += [f"{count} times"] if count > 1 else []
+    head = "".join(f"<span>{text(chip)}</span>" for chip in chips)
     return (
-        f"<div class='completion {kind}'><p class=chips><b>{text(show(reward))}</b>"
-        f"<span>advantage {text(show(advantage))}</span><span>{text(parts)}</span></p>"
+        f"<div class='completion {kind}'><p class=chips><b>{text(show(reward))}</b>{head}</p>"
         f"<pre>{_said(row.get('completion'))}</pre></div>"
     )
 
