@@ -33,12 +33,13 @@ class StopSignals:
     With ``abandon`` False, where ranks must stop together, a step under way is never cut.
     """
 
-    def __init__(self, *, abandon: bool = True, grace_s: float = GRACE_S) -> None:
+    def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:
         self.received: str | None = None
         self.immediate = True
         self._interrupts = 0
         self._shields = 0
-        self._abandon, self._grace_s = abandon, grace_s
+        self._abandon = abandon
+        self._grace_s = GRACE_S if grace_s is None else grace_s
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
