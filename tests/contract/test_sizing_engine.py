@@ -95,6 +95,7 @@ ALL = pytest.mark.parametrize("built", sorted(TINY), indirect=True)
 def test_kv_cache_is_the_engines(built):
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.core import kv_cache_utils
 
     name, config, build = built
     build()
@@ -105,7 +106,12 @@ def test_kv_cache_is_the_engines(built):
     token = sum(each.page_size_bytes / each.block_size for each in attending)
     assert kv.bytes_per_token(spec, WIDTH) == token
     (block,) = {each.block_size for each in attending}
-    sequence = sum(each.max_memory_usage_bytes(config) for each in specs)
+    if len(attending) == len(specs):
+        named = {layer: each.get_kv_cache_spec(config) for layer, each in layers.items()}
+        groups = kv_cache_utils._get_kv_cache_groups_uniform_page_size(named)
+        sequence = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
+    else:  # states and pages have sizes of their own until an engine has aligned them
+        sequence = sum(each.max_memory_usage_bytes(config) for each in specs)
     computed = kv.sequence_bytes(spec, LENGTH, WIDTH, block_tokens=block, batched_tokens=LENGTH)
     assert computed == sequence
 

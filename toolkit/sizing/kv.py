@@ -6,6 +6,7 @@ tests/contract/test_sizing_engine.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,12 +34,25 @@ def sequence_bytes(
     A sliding layer keeps its window, the tokens of the step in flight (``batched_tokens``) and one
     more block (SlidingWindowSpec.max_memory_usage_bytes).
     """
-    total = 0
+    return sum(
+        layers * _layer_bytes(cache, tokens, element_bytes, block_tokens, batched_tokens)
+        for cache, layers in padded_layers(spec).items()
+    )
+
+
+def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
+    """Layers by what they keep, padded as the engine pads them.
+
+    Layers of different kinds share pools of pages, so they are put into groups of equal size: that
+    of the rarest kind, or of the commonest where it is less than 1.5 times as common
+    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
+    """
+    counts: Counter[Cache] = Counter()
     for block in spec.blocks:
-        total += block.count * _layer_bytes(
-            block.cache, tokens, element_bytes, block_tokens, batched_tokens
-        )
-    return total
+        counts[block.cache] += block.count
+    least, most = min(counts.values()), max(counts.values())
+    size = most if most < 1.5 * least else least
+    return {cache: -(-count // size) * size for cache, count in counts.items()}
 
 
 def _token_bytes(cache: Cache, element_bytes: int) -> int:
