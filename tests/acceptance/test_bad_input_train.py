@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from train_world import (
+from spoiled_world import (
     TOOLKIT,
     Ended,
     call,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from train_world import Ended, make_model, make_world, serve
+from spoiled_world import Ended, make_model, make_world, serve
 
 MISBEHAVES = """\
 import asyncio, re, time

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_world import RUN, Ended, make_model, make_world, serve
+from spoiled_world import RUN, Ended, make_model, make_world, serve
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "train"))
 from test_report_page import Page

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import html
-import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact
+from toolkit.base.visible import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-# Characters that are not seen, or that turn the text around them: shown by their number.
-_UNSEEN = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\uffff]"
-)
 
 
 def text(value: Any) -> str:
     """``value`` as text inside an element or a quoted attribute: escaped, without secrets."""
     plain = redact(value if isinstance(value, str) else str(value))
-    return html.escape(_UNSEEN.sub(lambda m: f"[U+{ord(m[0]):04X}]", plain), quote=True)
+    return html.escape(visible(plain), quote=True)
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:

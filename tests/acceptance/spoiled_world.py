@@ -1,0 +1,124 @@
+"""A folder in which ``toolkit train run.yaml`` works, to be spoiled by a test; and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOOLKIT = Path(sys.executable).parent / "toolkit"
+ENVCHECK = Path(sys.executable).parent / "envcheck"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+
+RUN: dict[str, Any] = {
+    "model": {"model_name": "model", "max_seq_length": 64, "dtype": "float32"},
+    "lora": {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False},
+    "dataset": {"path": "train.jsonl", "prompt": "question", "answer": "answer"},
+    "reward": {"functions": [{"name": "mine:score"}]},
+    "grpo": {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "learning_rate": 0.001,
+    },
+    "runtime": {"engine": "transformers", "output_dir": "out", "allow_code": ["mine"]},
+}
+SCORE = """\
+def score(completions, answer, **kwargs):
+    return [float(len(set(text))) for text in completions]
+"""
+
+
+def make_model(folder: Path) -> Path:
+    """The checkpoint that all worlds of a module share."""
+    sys.path.append(str(FIXTURES))
+    from tiny_llama import make_tiny
+
+    return make_tiny(folder / "shared-model")
+
+
+def make_world(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Path:
+    """``folder`` with run.yaml (JSON is YAML), data and a reward; ``changes`` go into sections."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model").symlink_to(checkpoint)
+    run = {name: {**section, **changes.get(name, {})} for name, section in RUN.items()}
+    (folder / "run.yaml").write_text(json.dumps(run, indent=2))
+    rows = [{"question": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(16)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.py").write_text(SCORE)
+    return folder
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread, no hub."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def call(
+    folder: Path, *arguments: str, before: tuple[str, ...] = (), **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run ``toolkit`` in ``folder``; ``before`` is put in front of the command (setpriv ...)."""
+    return subprocess.run(
+        [*before, str(TOOLKIT), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment(**options.pop("env", {})),
+        **options,
+    )
+
+
+@dataclass
+class Ended:
+    """A command that ran in ``folder``."""
+
+    folder: Path
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def serve(cases: list[dict[str, Any]]) -> list[Ended]:
+    """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one
+    process that has imported the heavy libraries.
+    """
+    wanted = [
+        {**case, "folder": str(case["folder"]), "env": environment(**case.get("env", {}))}
+        for case in cases
+    ]
+    shown = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("command_server.py"))],
+        input=json.dumps(wanted),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=True,
+        env=environment(),
+    )
+    codes = json.loads(shown.stdout.splitlines()[-1])
+    ended = []
+    for case, code in zip(cases, codes, strict=True):
+        texts = ((case["folder"] / name).read_text() for name in ("stdout", "stderr"))
+        ended.append(Ended(case["folder"], code, *texts))
+    return ended
+
+
+def without_override() -> tuple[str, ...] | None:
+    """The prefix under which file permissions bind root too; () if we are not root; None if they
+    cannot be made to.
+    """
+    if os.geteuid() != 0:
+        return ()
+    prefix = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    if shutil.which("setpriv") is None:
+        return None
+    made = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    return prefix if made.returncode == 0 else None
