@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigValueError, UnsupportedError
 from toolkit.policy.adapter_io import BASE_FILE, beside
 from toolkit.policy.arguments import DTYPES
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.hf_model import load_base
 from toolkit.policy.lora import merge
 from toolkit.policy.saved_adapter import WEIGHTS, put_saved
+from toolkit.policy.settings import EMBEDDINGS
 from toolkit.policy.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def merge_adapter(
 
     Raises:
         ConfigValueError: ``to`` is not empty, or the adapter is another base's.
+        UnsupportedError: the adapter is on embeddings or head, and the two are tied.
         InputError: something cannot be read or written.
     """
     if dtype not in DTYPES:
@@ -57,8 +59,10 @@ def merge_adapter(
         fast_inference=False,
         device_map="cpu",
     )
-    # The fingerprint of a 4-bit base is none, so a mismatch shows in names and shapes there.
-    model = merge(put_saved(load_base(checkpoint, plain), adapter))
+    base = load_base(checkpoint, plain)
+    _check_ties(base, adapter)
+    # A 4-bit base had no fingerprint, so a mismatch shows in names and shapes there.
+    model = merge(put_saved(base, adapter))
     tokenizer = load_tokenizer(
         checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
     )
@@ -66,6 +70,20 @@ def merge_adapter(
         model.save_pretrained(str(work))
         tokenizer.save_pretrained(str(work))
     return to
+
+
+def _check_ties(base: Any, adapter: Adapter) -> None:
+    """Refuse to merge into one of two places that share a tensor: the other would change as
+    well.
+    """
+    touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
+    if touched and base.config.tie_word_embeddings:
+        raise UnsupportedError(
+            f"the adapter changes {touched[0]}, and the embeddings and head of this model are one"
+            " tensor",
+            where=str(adapter.folder),
+            fix="export the adapter without --merge",
+        )
 
 
 def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:

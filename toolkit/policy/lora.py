@@ -160,16 +160,23 @@ def merge(model: Any, name: str = "default") -> Any:
 
     PEFT's own merge rounds the update before it adds it; it serves the layers that are not plain.
     """
-    for module in model.modules():
-        if not isinstance(module, LoraLayer) or name not in module.lora_A:
-            continue
-        if module.lora_variant.get(name) is not None or getattr(module.lora_B[name], "bias", None):
-            return model.merge_and_unload(safe_merge=True, adapter_names=[name])
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A:
-            weight = module.get_base_layer().weight
-            weight.copy_(weight.float() + module.get_delta_weight(name).float())
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not all(_is_plain(layer, name) for layer in layers):
+        return model.merge_and_unload(safe_merge=True, adapter_names=[name])
+    for layer in layers:
+        if name in layer.lora_A:
+            weight = layer.get_base_layer().weight
+            weight.copy_(weight.float() + layer.get_delta_weight(name).float())
     return model.unload()
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    """True if all that the adapter does to ``layer`` is s B A on its weight."""
+    if name in layer.lora_embedding_A or hasattr(layer, "parameter_name"):
+        return False
+    if name not in layer.lora_A:
+        return True
+    return layer.lora_variant.get(name) is None and layer.lora_B[name].bias is None
 
 
 def read_peft_config(values: Mapping[str, Any]) -> Any:

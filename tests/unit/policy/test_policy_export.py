@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
 from toolkit.policy.checkpoint import find_checkpoint
 from toolkit.policy.export import merge_adapter, stored_dtype, write_adapter
 from toolkit.policy.request import check_request
@@ -77,13 +77,56 @@ def test_dtype_can_be_named(adapted: Any, tiny: Path, tmp_path: Path) -> None:
     assert stored_dtype(find_checkpoint(str(tiny))) == "float32"
 
 
-def test_dora_is_merged_too(adapted: Any, tiny: Path, tmp_path: Path, ids: Any) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_dora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 1}},
+        {"layers_to_transform": [0]},
+    ],
+)
+def test_adapters_of_every_kind_are_merged(
+    adapted: Any, tiny: Path, tmp_path: Path, ids: Any, values: dict[str, Any]
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = adapted(use_dora=True)
+    model = adapted(**values)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding_A" in name or "modules_to_save" in name:
+                parameter.add_(0.3)
     to = _merge(tiny, model.save_lora(tmp_path / "a"), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(to)
     assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+def test_tied_embeddings_are_not_pulled_apart(load: Any, tmp_path: Path, ids: Any) -> None:
+    from tiny_llama import make_tiny
+    from transformers import AutoModelForCausalLM
+
+    from toolkit.policy.language_model import FastLanguageModel
+
+    base = make_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    for targets, refused in ((["q_proj"], False), (["q_proj", "lm_head"], True)):
+        model = FastLanguageModel.get_peft_model(
+            load(base)[0], r=4, target_modules=targets, use_gradient_checkpointing=False
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        folder = model.save_lora(tmp_path / str(refused))
+        if refused:
+            with pytest.raises(UnsupportedError, match="embeddings and head of this model are one"):
+                _merge(base, folder, tmp_path / "merged")
+        else:
+            to = _merge(base, folder, tmp_path / "good")
+            merged = AutoModelForCausalLM.from_pretrained(to)
+            assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
 
 
 def test_targets_that_are_not_empty_are_refused(adapted: Any, tiny: Path, tmp_path: Path) -> None:
