@@ -138,10 +138,17 @@ def _model(case: Case, fit: Fit) -> ModelPart:
         kv_bytes_per_token=kv.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
         dtype=plan.dtype,
-        quantization=plan.quantization.method if plan.quantization else None,
+        quantization=how if (how := _format(case)) != plan.dtype else None,
         margin=spec.margin,
         notes=(*spec.notes, *_notes(case)),
     )
+
+
+def _format(case: Case) -> str:
+    """How the weights lie in memory, in a word."""
+    if case.spec.weights_by_headers:
+        return "as stored"
+    return case.plan.quantization.method if case.plan.quantization else case.plan.dtype
 
 
 def _notes(case: Case) -> list[str]:

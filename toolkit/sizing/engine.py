@@ -39,6 +39,7 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     # Over several GPUs each holds its share; A of a LoRA slot is whole on all of them, B is split.
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True) // plan.tensor_parallel
     how = plan.quantization.method if plan.quantization else plan.dtype
+    how = "as stored" if spec.weights_by_headers else how
     terms = [
         Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
         Term(

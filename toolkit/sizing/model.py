@@ -95,6 +95,7 @@ class ModelSpec:
     head_bias: bool = False
     quantization: Quantization | None = None
     stored: StoredWeights | None = None
+    weights_by_headers: bool = False  # a weight format that is not known: as large as its files
     margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
     lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
     rotary_elements: int = 0  # of one position in the engine's cosine/sine table

@@ -91,6 +91,7 @@ def spec_from_values(
         head_bias=shape.head_bias,
         quantization=quantization if isinstance(quantization, Quantization) else None,
         stored=stored,
+        weights_by_headers=isinstance(quantization, str),
         margin=margin,
         lora_tables=shape.lora_tables,
         rotary_elements=shape.rotary_elements,

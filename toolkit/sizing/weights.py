@@ -51,6 +51,8 @@ def weight_bytes(
     spec: ModelSpec, dtype: str, quantization: Quantization | None, *, engine: bool = False
 ) -> int:
     """Bytes of all weights; ``engine`` counts the padded vocabulary rows of vLLM."""
+    if spec.weights_by_headers and spec.stored is not None:
+        return spec.stored.nbytes
     if engine and quantization is not None and quantization.nested:
         # vLLM's bitsandbytes loader undoes the second quantization of the block scales.
         quantization = replace(quantization, nested=False)

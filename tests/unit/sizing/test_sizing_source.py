@@ -164,3 +164,16 @@ def test_sizing_imports_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_an_unknown_weight_format_is_as_large_as_its_files(tmp_path, all_shapes, card, run):
+    from toolkit.sizing import solve
+
+    values = {**all_shapes[ID]["config"], "quantization_config": {"quant_method": "strange"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [1000, 10]})
+    result = solve(run(), read_spec(str(tmp_path)), card("h100"))
+    assert result.model.weight_bytes == 20000
+    assert result.model.quantization == "as stored"
+    assert result.model.margin == UNKNOWN_MARGIN
+    assert any("'strange' is not known" in note for note in result.model.notes)
