@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from toolkit.base.errors import InputError
+from toolkit.base.visible import visible
 
 
 @click.command("generate")
@@ -61,9 +62,14 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
             click.echo(json.dumps(row, ensure_ascii=False))
             continue
         if len(texts) > 1:
-            click.echo(f"> {text}")
-        for number, completion in enumerate(completions, 1):
+            click.echo(f"> {shown(text)}")
+        for number, completion in enumerate(map(shown, completions), 1):
             click.echo(f"[{number}] {completion}" if len(completions) > 1 else completion)
+
+
+def shown(text: str) -> str:
+    """What a model wrote, as is into a pipe; a terminal must not be made to obey it."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def _texts(prompts: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,23 @@
+"""A completion cannot steer the terminal that it is shown on."""
+
+from __future__ import annotations
+
+import sys
+from io import StringIO
+
+import pytest
+
+from toolkit.cli.generate import shown
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"), [(Terminal, "[U+001B]]0;x"), (StringIO, "\x1b]0;x")]
+)
+def test_shown(monkeypatch: pytest.MonkeyPatch, stream, expected: str) -> None:
+    monkeypatch.setattr(sys, "stdout", stream())
+    assert shown("\x1b]0;x") == expected
