@@ -84,7 +84,8 @@ def test_json_names(model):
 
 def test_the_text_is_whole(model):
     text = call("size", model(EIGHT_B), "--gpu", "h100", "--set", "lora.r=64").stdout
-    assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB a token" in text
+    words = " ".join(text.split())  # long lines are wrapped
+    assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB a token" in words
     assert "gpu_memory_utilization from 0." in text
     assert "at least" in text
     assert "at most" in text
@@ -94,7 +95,7 @@ def test_the_text_is_whole(model):
     assert len(bars) == 2
     assert all("W" in bar and "K" in bar and bar.endswith("79.2 GiB") for bar in bars)
     assert "64*: 352.3 MiB" in text
-    assert max(len(line) for line in text.splitlines() if "[" in line) <= 110
+    assert max(len(line) for line in text.splitlines()) <= 110
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.units import GIB, format_bytes
-from toolkit.cli.render import styled, table, terminal_width
+from toolkit.cli.render import paragraph, styled, table, terminal_width
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -49,7 +49,7 @@ def _head(result: SizingResult) -> str:
         f"{held}, KV {format_bytes(model.kv_bytes_per_token)} a token",
     ]
     if model.margin:
-        lines.append(f"        not known exactly: {model.margin:.0%} more is kept free for it")
+        lines.append(f"margin  not known exactly: {model.margin:.0%} more is kept free for it")
     if result.device is None:
         lines.append("device  the CPU (--gpu NAME sizes for a card)")
     else:
@@ -57,10 +57,10 @@ def _head(result: SizingResult) -> str:
         major, minor = device["compute_capability"]
         lines.append(
             f"device  {device['name']}: {format_bytes(device['cuda_total_bytes'])} for CUDA, "
-            f"{format_bytes(device['free_bytes'])} free, compute capability {major}.{minor}"
+            f"{format_bytes(device['free_bytes'])} free, capability {major}.{minor}"
             + ("" if device["here"] else " (from the table of cards)")
         )
-    return "\n".join(lines)
+    return "\n".join(paragraph(line, indent=" " * 8) for line in lines)
 
 
 def _interval(result: SizingResult) -> str:
@@ -158,7 +158,8 @@ def _bars(result: SizingResult) -> str:
         for letter, word in (("x", "held by others"), (".", "free"), ("!", "too much"))
         if letter in seen
     ]
-    return "\n".join([*lines, "         " + ", ".join(legend)])
+    indent = " " * 9
+    return "\n".join([*lines, paragraph(", ".join(legend), first=indent, indent=indent)])
 
 
 def _bar(terms: list[Term], whole: int, free: int) -> str:
@@ -193,12 +194,13 @@ def _ranks(result: SizingResult) -> str:
         f"{rank}{'*' if rank == chosen else ''}: {format_bytes(nbytes)}"
         for rank, nbytes in result.engine.ranks
     ]
-    return "LoRA slots of the engine by max_lora_rank (* chosen)\n  " + "  ".join(priced)
+    listed = paragraph(", ".join(priced), first="  ", indent="  ")
+    return "LoRA slots of the engine by max_lora_rank (* chosen)\n" + listed
 
 
 def _peaks(result: SizingResult) -> str:
     peaks = result.peaks
-    return (
+    return paragraph(
         f"torch's peak: {format_bytes(peaks.torch_bytes)} predicted "
         f"(rollouts {format_bytes(peaks.rollout_bytes)}, "
         f"training {format_bytes(peaks.training_bytes)}), "
