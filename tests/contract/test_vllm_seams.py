@@ -185,6 +185,7 @@ TEXTS = [
         "symptoms",
     ),
     ("model_executor/models/utils.py", "There is no module or parameter named", "symptoms"),
+    ("v1/core/kv_cache_utils.py", "lora_request.lora_name", "live.lora_request: prefix keys"),
     ("envs.py", "VLLM_ENABLE_V1_MULTIPROCESSING", "load"),
     ("envs.py", "VLLM_NO_USAGE_STATS", "load"),
 ]

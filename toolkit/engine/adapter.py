@@ -181,21 +181,18 @@ class AdapterSlots:
             self._places(pair.module)  # vLLM skips silently what it has no layer for
         identity = self.ids.setdefault(name, 1 + len(self.ids))
         rank = max(pair.rank for pair in pairs)
-        device, dtype = self._slots.device, self._slots.lora_config.lora_dtype
+        dtype = self._slots.lora_config.lora_dtype
         tensors: dict[str, torch.Tensor] = {}
         for pair in pairs:
             prefix = PEFT_PREFIX + pair.module
-            tensors[f"{prefix}.lora_A.weight"] = pair.a.detach().to(
-                device=device, dtype=dtype, copy=True
-            )
-            tensors[f"{prefix}.lora_B.weight"] = (pair.b.detach() * pair.scaling).to(
-                device=device, dtype=dtype, copy=True
-            )
+            tensors[f"{prefix}.lora_A.weight"] = pair.a.detach().to("cpu", dtype, copy=True)
+            scaled = pair.b.detach() * pair.scaling
+            tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
             identity,
             tensors,
             PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
-            device=str(device),
+            device="cpu",  # vLLM keeps these for good: not in the memory of a GPU
             dtype=dtype,
             weights_mapper=rename_mapper(self._module),
             skip_prefixes=getattr(self._module, "lora_skip_prefixes", None),

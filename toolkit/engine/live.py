@@ -50,6 +50,7 @@ class Engine:
         self._sleep = KvSleep(llm) if options.sleep else None
         self._files: dict[str, LoRARequest] = {}
         self._published: dict[str, Any] = {}
+        self._versions: dict[str, int] = {}
         self._dead: ToolkitError | None = None
 
     @property
@@ -101,13 +102,7 @@ class Engine:
             ConfigValueError: no such adapter, or its rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of it.
         """
-        if self._adapters is None:
-            raise ConfigError(
-                "the engine was built without LoRA", where="engine", fix="load with enable_lora"
-            )
-        self._adapters.publish(peft_model, name)
-        self._published[name] = peft_model
-        self.llm.reset_prefix_cache()
+        self._put(peft_model, name)
 
     def generate(
         self,
@@ -154,9 +149,11 @@ class Engine:
                 f"no adapter {name!r} has been published", where="engine", fix="publish it first"
             )
         if not self._adapters.is_active(name):  # an adapter from a file took its slot
-            self._adapters.publish(self._published[name], name)
-            self.llm.reset_prefix_cache()
-        return LoRARequest(name, self._adapters.ids[name], IN_MEMORY)
+            self._put(self._published[name], name)
+        # vLLM keys cached prefixes by this name: what an older state of the adapter computed is
+        # never found, even should a cache not have been empty enough to be reset.
+        version = f"{name}@{self._versions[name]}"
+        return LoRARequest(version, self._adapters.ids[name], IN_MEMORY)
 
     def load_lora(self, folder: str) -> LoRARequest:
         """A request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads it on first
@@ -208,6 +205,16 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _put(self, peft_model: Any, name: str) -> None:
+        if self._adapters is None:
+            raise ConfigError(
+                "the engine was built without LoRA", where="engine", fix="load with enable_lora"
+            )
+        self._adapters.publish(peft_model, name)
+        self._published[name] = peft_model
+        self._versions[name] = self._versions.get(name, 0) + 1
+        self.llm.reset_prefix_cache()
 
     def _request(self, adapter: bool | str) -> LoRARequest | None:
         if adapter is False or self._adapters is None:

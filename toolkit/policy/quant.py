@@ -150,7 +150,7 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
         columns,
         rows,
         bias=False,
-        compute_dtype=state.dtype,
+        compute_dtype=torch.bfloat16,  # what vLLM computes 4-bit layers in, whatever they came from
         compress_statistics=False,
         quant_type=state.quant_type,
         device="meta",
