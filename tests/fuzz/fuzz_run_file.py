@@ -24,7 +24,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from toolkit.cli.validate import FORMATS, validate
+from toolkit.cli.findings import PRINTERS
+from toolkit.cli.validate import validate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SECONDS_EACH, MEGABYTES = 2.0, 300.0
@@ -157,7 +158,7 @@ def main() -> int:
             phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(FORMATS), OVERRIDE)
+        @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE)
         def attack(data: bytes, suffix: str, form: str, override: str | None) -> None:
             if time.monotonic() > deadline:
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.errors import InputError
-from toolkit.cli.render import colours_on, styled
+from toolkit.cli.findings import PRINTERS
+from toolkit.cli.run_files import expand
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
 from toolkit.config.rules import DeviceFacts, Situation
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document
     from toolkit.config.validate import Validation
     from toolkit.gpu.cards import Card
-
-_COLOURS = {"error": "red", "warning": "yellow", "place": None}
-FORMATS = ("text", "json", "sarif", "github")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class _Request:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(FORMATS),
+    type=click.Choice(list(PRINTERS)),
     default="text",
     show_default=True,
     help="How findings are printed.",
@@ -79,7 +76,7 @@ def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
     `envcheck explain RULE` explains a finding.
     """
     request = _request(options)
-    printer = _PRINTERS[form]()
+    printer = PRINTERS[form]()
     names: list[str] = []
     for name in expand(files):
         names.append(name)
@@ -109,44 +106,6 @@ def _request(options: dict[str, Any]) -> _Request:
         situation=situation,
         card=card,
     )
-
-
-def expand(arguments: tuple[str, ...]) -> Iterator[str]:
-    """Run files of the arguments: a file as it is, a folder's and a pattern's sorted.
-
-    Raises InputError for a folder or a pattern without any.
-    """
-    for argument in arguments:
-        if argument == "-":
-            yield argument
-        elif os.path.isdir(argument):
-            found = sorted(_in_folder(argument))
-            if not found:
-                raise InputError("holds no run file", where=argument, fix="*.yaml, *.toml, *.json")
-            yield from found
-        elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
-            import glob  # noqa: PLC0415 - most shells have expanded it
-
-            found = sorted(glob.glob(argument, recursive=True))
-            if not found:
-                raise InputError("matches no file", where=argument)
-            for one in found:
-                if not os.path.isdir(one):
-                    yield one
-        else:
-            yield argument
-
-
-def _in_folder(folder: str) -> Iterator[str]:
-    """YAML and TOML files, and JSON files with a model section (others are data)."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [one for one in folders if not one.startswith(".")]
-        for file in files:
-            path, suffix = os.path.join(parent, file), os.path.splitext(file)[1].lower()
-            if suffix in (".yaml", ".yml", ".toml") or (
-                suffix == ".json" and "model" in load_document(path).root.value
-            ):
-                yield path
 
 
 def _one(name: str, request: _Request) -> Iterator[Finding]:
@@ -219,112 +178,3 @@ def _outside_interval(
         notes=(f"sized for {request.card.name}; envcheck size --gpu shows the whole budget",),
         fixes=(Fix("gpu_memory_utilization: auto"),),
     )
-
-
-class _Printer:
-    """Counts findings; a kind of printer shows them."""
-
-    def __init__(self) -> None:
-        self.errors = self.warnings = 0
-        self.unreadable = False
-        self.only_unknown = True
-
-    def add(self, found: Finding) -> None:
-        if found.severity is Severity.ERROR:
-            self.errors += 1
-            self.only_unknown &= found.unknown
-        else:
-            self.warnings += 1
-        self.unreadable |= found.rule == "DOC014"
-        self.show(found)
-
-    def show(self, found: Finding) -> None:
-        raise NotImplementedError
-
-    def end(self, names: list[str]) -> None:
-        raise NotImplementedError
-
-    @property
-    def exit_code(self) -> int:
-        """The worst of all files."""
-        if self.unreadable:
-            return 2
-        if self.errors:
-            return 5 if self.only_unknown else 1
-        return 0
-
-
-class _Text(_Printer):
-    def show(self, found: Finding) -> None:
-        from toolkit.config.render import render_text  # noqa: PLC0415 - only for a finding
-
-        if colours_on():
-            click.echo(
-                render_text([found], lambda text, role: styled(text, _COLOURS[role], bold=True))
-            )
-        else:
-            click.echo(render_text([found]))
-
-    def end(self, names: list[str]) -> None:
-        files = "1 file" if len(names) == 1 else f"{len(names)} files"
-        counts = [
-            f"{count} {word}{'s' * (count != 1)}"
-            for count, word in ((self.errors, "error"), (self.warnings, "warning"))
-            if count
-        ]
-        told = " and ".join(counts) or "no findings"
-        click.echo(f"{told} in {names[0] if len(names) == 1 else files}")
-
-
-class _Github(_Printer):
-    def show(self, found: Finding) -> None:
-        from toolkit.config.render import render_github  # noqa: PLC0415
-
-        click.echo(render_github([found]))
-
-    def end(self, names: list[str]) -> None:
-        del names
-
-
-class _Collected(_Printer):
-    """JSON and SARIF are one value, printed at the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[dict[str, Any]] = []
-
-    def dump(self, value: dict[str, Any]) -> None:
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-class _Json(_Collected):
-    def show(self, found: Finding) -> None:
-        from toolkit.config.render import to_json  # noqa: PLC0415
-
-        self.kept.append(to_json(found))
-
-    def end(self, names: list[str]) -> None:
-        from toolkit.config.render import report  # noqa: PLC0415
-
-        self.dump(report(names, self.kept))
-
-
-class _Sarif(_Collected):
-    def show(self, found: Finding) -> None:
-        from toolkit.config.sarif import result  # noqa: PLC0415
-
-        self.kept.append(result(found))
-
-    def end(self, names: list[str]) -> None:
-        from toolkit.config.sarif import log  # noqa: PLC0415
-
-        del names
-        self.dump(log(self.kept))
-
-
-_PRINTERS: dict[str, type[_Printer]] = {
-    "text": _Text,
-    "json": _Json,
-    "sarif": _Sarif,
-    "github": _Github,
-}

@@ -15,9 +15,8 @@ from toolkit.config.explain import all_keys, explain
 from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.render import safe, shown_line
-from toolkit.config.rules import all_rules
-from toolkit.config.rules.base import Situation
-from toolkit.config.rules.batch import divisors_from, multiple_from, nearest_divisor
+from toolkit.config.rules import Situation, all_rules
+from toolkit.config.rules.arithmetic import divisors_from, multiple_from, nearest_divisor
 from toolkit.config.suggest import nearest
 from toolkit.config.validate import validate
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from toolkit.config.rules.base import RULES, DeviceFacts, Rule, Run, Situation
+from toolkit.config.rules.base import RULES, Rule
+from toolkit.config.rules.run import DeviceFacts, Run, Situation
 
 __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules"]
 

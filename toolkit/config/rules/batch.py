@@ -5,13 +5,14 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING
 
+from toolkit.config.rules.arithmetic import multiple_from, nearest_divisor
 from toolkit.config.rules.base import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.finding import Fix
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _PER_DEVICE = "grpo.per_device_train_batch_size"
 _ACCUMULATION = "grpo.gradient_accumulation_steps"
@@ -23,23 +24,6 @@ _GROUP = "grpo.num_generations"
 def world(run: Run) -> str:
     """The world size as an operand."""
     return f"world size {run.world_size} ({'default' if run.world_size == 1 else 'what-if'})"
-
-
-def divisors_from(number: int, least: int) -> list[int]:
-    """The divisors of ``number`` that are at least ``least``, rising."""
-    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
-    return sorted({one for low in small for one in (low, number // low) if one >= least})
-
-
-def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` closest to ``wanted``, the smaller of two."""
-    found = divisors_from(number, least) if 0 < number < 10**9 else []
-    return min(found, key=lambda one: (abs(one - wanted), one)) if found else None
-
-
-def multiple_from(step: int, wanted: int) -> int:
-    """The smallest multiple of ``step`` that is at least ``wanted``."""
-    return -(-wanted // step) * step
 
 
 @rule(

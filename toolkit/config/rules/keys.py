@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.document import Node
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 # Keys that only the vLLM engine reads.
 _ENGINE_ONLY = (

@@ -9,7 +9,7 @@ from toolkit.config.rules.base import Fault, rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _CONTEXT = "model.max_seq_length"
 _PROMPT = "grpo.max_prompt_length"

@@ -10,7 +10,7 @@ from toolkit.config.rules.base import Fault, rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _FORMATS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
 _FAST = "model.fast_inference"

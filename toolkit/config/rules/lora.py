@@ -13,7 +13,7 @@ from toolkit.config.suggest import nearest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _R = "lora.r"
 _TARGETS = "lora.target_modules"

@@ -12,7 +12,7 @@ from toolkit.config.rules.training import NO_HEAD, adapts_head
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _R = "lora.r"
 _ROOM = "model.max_lora_rank"

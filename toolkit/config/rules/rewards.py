@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.document import KeyPath, Node
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _FUNCTIONS = "reward.functions"
 _WEIGHTS = "grpo.reward_weights"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _RESUME = "runtime.resume"
 _OUTPUT = "runtime.output_dir"

@@ -10,7 +10,7 @@ from toolkit.config.rules.base import Fault, rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _MAX = "grpo.vllm_importance_sampling_clip_max"
 _MIN = "grpo.vllm_importance_sampling_clip_min"

@@ -9,7 +9,7 @@ from toolkit.config.rules.base import Fault, rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _EVAL, _SAVE = "grpo.eval_strategy", "grpo.save_strategy"
 _EVAL_STEPS, _SAVE_STEPS = "grpo.eval_steps", "grpo.save_steps"

@@ -11,7 +11,7 @@ from toolkit.config.rules.base import Fault, rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 SHORTEST = 16
 _WHERE = {

@@ -10,7 +10,8 @@ from toolkit.config.rules.base import RULES, Rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Fault, Run
+    from toolkit.config.rules.base import Fault
+    from toolkit.config.rules.run import Run
 
 
 class Told(NamedTuple):

@@ -10,7 +10,7 @@ from toolkit.config.rules.base import Fault, rule
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Run
+    from toolkit.config.rules.run import Run
 
 _LIGER = "grpo.use_liger_kernel"
 _TARGETS = "lora.target_modules"

@@ -1,0 +1,165 @@
+"""``envcheck validate`` as a user and a scheduler meet it: arguments, formats, exit codes,
+what-ifs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from toolkit.config.validate import check_instance
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ENVCHECK = Path(sys.executable).with_name("envcheck")
+PARTS = FIXTURES / "parts"
+GOOD = f"""\
+model: {{model_name: {PARTS}/model, max_seq_length: 1024}}
+dataset: {{path: {PARTS}/train.jsonl, prompt: question, answer: answer}}
+reward: {{functions: [{{name: exact_match}}]}}
+"""
+
+
+def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = None,
+             env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """One cold process."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [ENVCHECK, *map(str, arguments)],
+        input=data,
+        capture_output=True,
+        check=False,
+        cwd=cwd,
+        timeout=60,
+        env={**os.environ, "HF_HOME": "/nonexistent", **(env or {})},
+    )
+    assert b"Traceback" not in done.stderr + done.stdout
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def test_json_is_what_its_schema_says(tmp_path: Path) -> None:
+    done = envcheck("validate", FIXTURES / "invalid", "--format", "json", "--set", "lora.r=x")
+    assert check_instance(json.loads(done.stdout), "findings") == []
+    assert len(json.loads(done.stdout)["findings"]) > 100
+
+
+def test_sarif_names_rules_places_and_replacements(tmp_path: Path) -> None:
+    run = tmp_path / "run file.yaml"
+    run.write_text(GOOD + "lora:\n  r: 8.0\n", "utf-8")
+    log = json.loads(envcheck("validate", run.name, "--format", "sarif", cwd=tmp_path).stdout)
+    assert (log["version"], len(log["runs"])) == ("2.1.0", 1)
+    (found,) = log["runs"][0]["results"]
+    assert [rule["id"] for rule in log["runs"][0]["tool"]["driver"]["rules"]] == ["KEY003"]
+    place = found["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "run%20file.yaml"
+    assert place["region"] == {"startLine": 5, "startColumn": 6, "endColumn": 9}
+    (change,) = found["fixes"][0]["artifactChanges"]
+    region = change["replacements"][0]["deletedRegion"]
+    text = run.read_text("utf-8")
+    start = region["charOffset"]
+    assert text[start : start + region["charLength"]] == "8.0"
+    assert change["replacements"][0]["insertedContent"]["text"] == "8"
+
+
+def test_github_annotations_are_one_line_each(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD + "lora:\n  r: 65\n  bias: '100%,\n\n    a'\n", "utf-8")
+    done = envcheck("validate", "run.yaml", "--format", "github", "--set", "model.max_lora_rank=64",
+                    cwd=tmp_path)  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(
+        "::error file=run.yaml,line=5,col=6,title=LORA003::lora.r: 65 is more"
+    )
+    assert "%0A" in lines[0]
+    assert all(line.startswith("::error file=") for line in lines)
+    assert len(lines) == 2
+
+
+def test_fix_rewrites_scalars_only(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_bytes(
+        (
+            "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
+            "    r:    8.0      # a rank\r\n    lora_alfa: 16 # scale\r\n"
+            "grpo: {learning_rate: 5e-6,   loss_type: 'DAPO'}  # small\r\n"
+        ).encode()
+    )
+    run.chmod(0o640)
+    done = envcheck("validate", run, "--fix")
+    assert (done.returncode, done.stdout) == (0, f"no findings in {run}\n")
+    assert "fixed 4" in done.stderr
+    assert run.read_bytes().decode() == (
+        "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
+        "    r:    8      # a rank\r\n    lora_alpha: 16 # scale\r\n"
+        "grpo: {learning_rate: 5.0e-6,   loss_type: dapo}  # small\r\n"
+    )
+    assert run.stat().st_mode & 0o777 == 0o640
+    assert envcheck("validate", "-", "--fix", stdin=GOOD).returncode == 2
+
+
+@pytest.mark.parametrize("form", ["text", "json", "sarif", "github"])
+def test_a_secret_is_never_shown(tmp_path: Path, form: str) -> None:
+    canary = "hf_canarycanarycanarycanarycanary12"
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        GOOD + f"lora: {{r: {canary}}}\nruntime: {{password: tr0ub4dor, output_dir: {canary}}}\n",
+        "utf-8",
+    )
+    done = envcheck("validate", run, "--format", form, "--set", f"model.revision={canary}")
+    assert done.returncode == 1
+    assert "SAFE001" in done.stdout
+    assert "canary" not in done.stdout + done.stderr
+    assert "tr0ub4dor" not in done.stdout + done.stderr
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    """Folders, pipes without a writer, endless devices, other encodings: a finding, soon."""
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    big = tmp_path / "big.yaml"
+    big.write_bytes(b"a: " + b"x" * (3 << 20))
+    utf16 = tmp_path / "utf16.yaml"
+    utf16.write_text(GOOD, encoding="utf-16")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(bytes(range(256)))
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    for path in (pipe, big, utf16, binary, loop, "/dev/zero", tmp_path / ("n" * 400)):
+        start = time.monotonic()
+        done = envcheck("validate", path)
+        assert (done.returncode, "DOC014" in done.stdout) == (2, True), done
+        assert time.monotonic() - start < 10  # seconds of a loaded machine; the bound itself is 2
+    done = envcheck("validate", f"/dev/fd/{0}", stdin=GOOD)
+    assert done.returncode == 0
+    with open(os.devnull, "rb") as nothing:
+        empty = subprocess.run(
+            [ENVCHECK, "validate", "-"], stdin=nothing, capture_output=True, check=False
+        )
+    assert (empty.returncode, b"the run file is empty" in empty.stdout) == (1, True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD, "utf-8")
+    run.chmod(0)
+    assert envcheck("validate", run).returncode == 2
+
+
+def test_a_reward_module_is_read_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(
+        "open('ran', 'w')\ndef tone(prompts, completions, **columns):\n    return []\n", "utf-8"
+    )
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        GOOD.replace("exact_match", "'scores:tone'") + "runtime: {allow_code: [scores]}\n", "utf-8"
+    )
+    assert envcheck("validate", run, "--strict", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,125 @@
+"""How ``envcheck validate`` prints findings, one class a format; each counts them too."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolkit.cli.render import colours_on, styled
+from toolkit.config.finding import Severity
+
+if TYPE_CHECKING:
+    from toolkit.config.finding import Finding
+
+_COLOURS = {"error": "red", "warning": "yellow", "place": None}
+
+
+class Printer:
+    """Counts findings; a kind of printer shows them."""
+
+    def __init__(self) -> None:
+        self.errors = self.warnings = 0
+        self.unreadable = False
+        self.only_unknown = True
+
+    def add(self, found: Finding) -> None:
+        if found.severity is Severity.ERROR:
+            self.errors += 1
+            self.only_unknown &= found.unknown
+        else:
+            self.warnings += 1
+        self.unreadable |= found.rule == "DOC014"
+        self.show(found)
+
+    def show(self, found: Finding) -> None:
+        raise NotImplementedError
+
+    def end(self, names: list[str]) -> None:
+        raise NotImplementedError
+
+    @property
+    def exit_code(self) -> int:
+        """The worst of all files."""
+        if self.unreadable:
+            return 2
+        if self.errors:
+            return 5 if self.only_unknown else 1
+        return 0
+
+
+class Text(Printer):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.render import render_text  # noqa: PLC0415 - only for a finding
+
+        if colours_on():
+            click.echo(
+                render_text([found], lambda text, role: styled(text, _COLOURS[role], bold=True))
+            )
+        else:
+            click.echo(render_text([found]))
+
+    def end(self, names: list[str]) -> None:
+        files = "1 file" if len(names) == 1 else f"{len(names)} files"
+        counts = [
+            f"{count} {word}{'s' * (count != 1)}"
+            for count, word in ((self.errors, "error"), (self.warnings, "warning"))
+            if count
+        ]
+        told = " and ".join(counts) or "no findings"
+        click.echo(f"{told} in {names[0] if len(names) == 1 else files}")
+
+
+class Github(Printer):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.render import render_github  # noqa: PLC0415
+
+        click.echo(render_github([found]))
+
+    def end(self, names: list[str]) -> None:
+        del names
+
+
+class Collected(Printer):
+    """JSON and SARIF are one value, printed at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[dict[str, Any]] = []
+
+    def dump(self, value: dict[str, Any]) -> None:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class Json(Collected):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.render import to_json  # noqa: PLC0415
+
+        self.kept.append(to_json(found))
+
+    def end(self, names: list[str]) -> None:
+        from toolkit.config.render import report  # noqa: PLC0415
+
+        self.dump(report(names, self.kept))
+
+
+class Sarif(Collected):
+    def show(self, found: Finding) -> None:
+        from toolkit.config.sarif import result  # noqa: PLC0415
+
+        self.kept.append(result(found))
+
+    def end(self, names: list[str]) -> None:
+        from toolkit.config.sarif import log  # noqa: PLC0415
+
+        del names
+        self.dump(log(self.kept))
+
+
+PRINTERS: dict[str, type[Printer]] = {
+    "text": Text,
+    "json": Json,
+    "sarif": Sarif,
+    "github": Github,
+}

@@ -1,0 +1,181 @@
+"""What a rule sees: written values, defaults, places, and what is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.config.document import Document, KeyPath, Node, dotted
+from toolkit.config.finding import Edit, Finding, Fix, rename
+from toolkit.config.rules.base import Fault, Rule, Unjudged
+from toolkit.config.schemas import find_schema
+from toolkit.config.wording import show, spell
+
+if TYPE_CHECKING:
+    from toolkit.config.model_facts import ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What the rules ask of a card; ``compute_capability`` None is a machine without a GPU."""
+
+    name: str
+    compute_capability: tuple[int, int] | None
+
+
+@cache
+def default(path: str) -> Any:
+    """The schema's default of a dotted key."""
+    schema = find_schema("run")
+    for part in path.split("."):
+        schema = schema["properties"][part]
+    return schema.get("default")
+
+
+@cache
+def _parts(path: str) -> KeyPath:
+    return tuple(path.split("."))
+
+
+@dataclass(slots=True, kw_only=True)
+class Situation:
+    """What is judged besides the file: the what-ifs, and what the machine has."""
+
+    world_size: int = 1
+    device: DeviceFacts | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Run:
+    """A document as rules see it. Keys are dotted: ``grpo.num_generations``."""
+
+    def __init__(self, document: Document, bad: set[KeyPath], situation: Situation) -> None:
+        self.document = document
+        self.bad = bad
+        self.situation = situation
+        self._nodes: dict[str, Node | None] = {}
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train."""
+        return self.situation.world_size
+
+    def node(self, path: str) -> Node | None:
+        """The node of a key, None where it is not written."""
+        if path not in self._nodes:
+            self._nodes[path] = self.document.node(_parts(path))
+        return self._nodes[path]
+
+    def written(self, path: str) -> bool:
+        """Whether a key is written, with a value that rules may lean on."""
+        parts = _parts(path)
+        if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
+            raise Unjudged
+        return self.node(path) is not None
+
+    def value(self, path: str) -> Any:
+        """The value of a key as plain data, its default where it is not written."""
+        if not self.written(path):
+            return default(path)
+        node = self.node(path)
+        assert node is not None
+        if isinstance(node.value, list):
+            parts = _parts(path)
+            if any(bad[: len(parts)] == parts for bad in self.bad):
+                raise Unjudged
+            return node.to_plain()
+        return node.value
+
+    def ask(self, path: str) -> Any:
+        """``value``, or the default where the written one is faulty itself: for a rule of several
+        independent parts, one of which must not silence the others.
+        """
+        try:
+            return self.value(path)
+        except Unjudged:
+            return default(path)
+
+    def operand(self, path: str) -> str:
+        """``num_generations 8 (line 12)``, for the arithmetic of a finding."""
+        name, node = path.rpartition(".")[2], self.node(path)
+        return f"{name} {show(self.ask(path))} ({self.origin(node)})"
+
+    def origin(self, node: Node | None) -> str:
+        """Where a value comes from: a line, another file's line, an override, or the default."""
+        if node is None:
+            return "default"
+        if node.source.is_override:
+            return "--set"
+        line = f"line {node.mark.line}"
+        return line if node.source is self.document.source else f"{node.source.name} {line}"
+
+    def to(self, path: str, value: Any) -> Fix:
+        """The fix that writes ``value`` at ``path``; it can be applied when the key is written."""
+        name, node = path.rpartition(".")[2], self.node(path)
+        if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
+            return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
+        fix = self.replace(node, value)
+        return Fix(f"{name}: {fix.text}", fix.edits)
+
+    def replace(self, node: Node, value: Any) -> Fix:
+        """The fix that writes ``value`` in place of a scalar."""
+        if value is None and node.source.format == "toml":
+            return Fix("remove it")  # TOML has no null
+        spelling = spell(value, node.source.format)
+        return Fix(spelling, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
+
+    def rename(self, node: Node, name: str) -> Fix:
+        """The fix that gives the key of ``node`` another name."""
+        if node.key is None or node.source.is_override:
+            return Fix(f"call it {name}")
+        return Fix(f"call it {name}", (rename(node.source, node.key, name),))
+
+    @cached_property
+    def engine(self) -> Literal["vllm", "transformers", "maybe"]:
+        """Who generates, as far as the file says; ``maybe`` is vLLM wherever it is installed."""
+        engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
+        if engine != "auto":
+            return "vllm" if engine == "vllm" else "transformers"
+        if fast == "auto":
+            return "maybe"
+        return "vllm" if fast else "transformers"
+
+    @cached_property
+    def model(self) -> ModelFacts | None:
+        """What the model's own config says, when it is at hand."""
+        from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only when a rule asks
+
+        node = self.node("model.model_name")
+        if node is None or not isinstance(node.value, str):
+            return None
+        revision = self.value("model.revision")
+        return read_model(node, revision if isinstance(revision, str) else None)
+
+    def finding(self, made_by: Rule, fault: Fault) -> Finding:
+        """A rule's fault with its place."""
+        path = _parts(fault.at) if isinstance(fault.at, str) else fault.at
+        node = self._shown(path, fault.related)
+        mark = node.key if fault.on_key and node.key is not None else node.mark
+        return Finding(
+            rule=made_by.id,
+            severity=fault.severity or made_by.severity,
+            message=f"{dotted(path)}: {fault.message}",
+            path=path,
+            source=node.source,
+            mark=mark,
+            notes=fault.notes,
+            fixes=fault.fixes,
+            related=tuple(
+                other for one in fault.related if (other := self.node(one)) and other is not node
+            ),
+            unknown=fault.unknown,
+        )
+
+    def _shown(self, path: KeyPath, related: tuple[str, ...]) -> Node:
+        """The node to point at: the fault's own, else a written operand, the section, the file."""
+        for candidate in (path, *(_parts(one) for one in related), path[:1]):
+            node = self.document.node(candidate)
+            if node is not None:
+                return node
+        return self.document.root
