@@ -1,124 +1,146 @@
-"""A folder in which ``toolkit train run.yaml`` works, to be spoiled by a test; and the command."""
+"""A world small enough to train in a second: an untaught model, two dozen prompts, a reward."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any
 
-TOOLKIT = Path(sys.executable).parent / "toolkit"
-ENVCHECK = Path(sys.executable).parent / "envcheck"
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-
-RUN: dict[str, Any] = {
-    "model": {"model_name": "model", "max_seq_length": 64, "dtype": "float32"},
-    "lora": {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False},
-    "dataset": {"path": "train.jsonl", "prompt": "question", "answer": "answer"},
-    "reward": {"functions": [{"name": "mine:score"}]},
-    "grpo": {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 4,
-        "learning_rate": 0.001,
-    },
-    "runtime": {"engine": "transformers", "output_dir": "out", "allow_code": ["mine"]},
-}
-SCORE = """\
-def score(completions, answer, **kwargs):
-    return [float(len(set(text))) for text in completions]
+RUN_FILE = """\
+model: {{model_name: model, max_seq_length: 16, dtype: float32, max_lora_rank: 8}}
+lora: {{r: 4, lora_alpha: 8, use_gradient_checkpointing: false, random_state: 5}}
+dataset: {{path: train.jsonl, eval_path: eval.jsonl, prompt: question, answer: answer}}
+reward: {{functions: [{{name: "my_rewards:ones"}}, {{name: exact_match, weight: 0.5}}]}}
+grpo:
+  max_steps: {steps}
+  per_device_train_batch_size: 8
+  num_generations: 4
+  max_prompt_length: 8
+  max_completion_length: 4
+  learning_rate: 0.01
+  save_steps: 2
+  seed: 3
+runtime: {{engine: {engine}, output_dir: run, allow_code: [my_rewards]}}
 """
+REWARDS = """\
+def ones(completions, **_):
+    return [c.count("1") / max(1, len(c)) for c in completions]
+"""
+BIN = Path(sys.executable).parent
 
 
-def make_model(folder: Path) -> Path:
-    """The checkpoint that all worlds of a module share."""
-    sys.path.append(str(FIXTURES))
-    from tiny_llama import make_tiny
+def make(folder: Path, *, engine: str = "transformers", steps: int = 8) -> Path:
+    """Write the world and return its run file."""
+    from toolkit.train.demo import make_model, make_tokenizer
 
-    return make_tiny(folder / "shared-model")
-
-
-def make_world(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Path:
-    """``folder`` with run.yaml (JSON is YAML), data and a reward; ``changes`` go into sections."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model").symlink_to(checkpoint)
-    run = {name: {**section, **changes.get(name, {})} for name, section in RUN.items()}
-    (folder / "run.yaml").write_text(json.dumps(run, indent=2))
-    rows = [{"question": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(16)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mine.py").write_text(SCORE)
-    return folder
+    make_model(7).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    pairs = [(a, b) for a in range(10, 14) for b in range(10, 16)]
+    for name, rows in (("train.jsonl", pairs), ("eval.jsonl", pairs[:6])):
+        lines = [json.dumps({"question": f"{a}+{b}=", "answer": str(a + b)}) for a, b in rows]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    run_file = folder / "run.yaml"
+    run_file.write_text(RUN_FILE.format(engine=engine, steps=steps))
+    return run_file
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """One thread, no hub."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1", **more}
 
 
-def call(
-    folder: Path, *arguments: str, before: tuple[str, ...] = (), **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run ``toolkit`` in ``folder``; ``before`` is put in front of the command (setpriv ...)."""
+def toolkit(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user types it."""
     return subprocess.run(
-        [*before, str(TOOLKIT), *arguments],
-        cwd=folder,
+        [BIN / "toolkit", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
+        env=environment(**more),
         check=False,
-        env=environment(**options.pop("env", {})),
-        **options,
     )
 
 
-@dataclass
-class Ended:
-    """A command that ran in ``folder``."""
-
-    folder: Path
-    returncode: int
-    stdout: str
-    stderr: str
+def digests(run_dir: Path) -> dict[str, str]:
+    """What must be equal between a run that was disturbed and one that was not."""
+    names = ("adapter/adapter_model.safetensors", "metrics.jsonl", "completions.jsonl")
+    return {n: hashlib.sha256((run_dir / n).read_bytes()).hexdigest() for n in names}
 
 
-def serve(cases: list[dict[str, Any]]) -> list[Ended]:
-    """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one
-    process that has imported the heavy libraries.
-    """
-    wanted = [
-        {**case, "folder": str(case["folder"]), "env": environment(**case.get("env", {}))}
-        for case in cases
-    ]
-    shown = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("command_server.py"))],
-        input=json.dumps(wanted),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=True,
-        env=environment(),
-    )
-    codes = json.loads(shown.stdout.splitlines()[-1])
-    ended = []
-    for case, code in zip(cases, codes, strict=True):
-        texts = ((case["folder"] / name).read_text() for name in ("stdout", "stderr"))
-        ended.append(Ended(case["folder"], code, *texts))
-    return ended
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    path = run_dir / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def without_override() -> tuple[str, ...] | None:
-    """The prefix under which file permissions bind root too; () if we are not root; None if they
-    cannot be made to.
-    """
-    if os.geteuid() != 0:
-        return ()
-    prefix = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
-    if shutil.which("setpriv") is None:
-        return None
-    made = subprocess.run([*prefix, "true"], capture_output=True, check=False)
-    return prefix if made.returncode == 0 else None
+def forked(run_file: Path, out: Path, *overrides: str, before=None) -> int:
+    """Start the run in a forked process, which has imported everything already; return its pid."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        sink = os.open(os.devnull if out is None else out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        if before is not None:
+            before()
+        code = _run(run_file, overrides)
+    finally:
+        os._exit(code)
+
+
+def _run(run_file: Path, overrides: tuple[str, ...]) -> int:
+    import warnings
+
+    import torch
+
+    from toolkit.base.errors import ToolkitError
+    from toolkit.config import load_run
+    from toolkit.train.parts import Options
+    from toolkit.train.run import run
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    stream = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 - the process's own stdout
+    try:
+        run(load_run(str(run_file), list(overrides)), Options(out=stream))
+    except ToolkitError as error:
+        stream.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def wait(pid: int, timeout: float = 240) -> int:
+    """The exit code of a forked run; negative for a signal."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"the run did not end in {timeout} s")
+
+
+def wait_for(condition, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for did not happen"
+        time.sleep(0.01)
+
+
+def rows_or_none(run_dir: Path) -> list[str]:
+    """Rows of metrics.jsonl so far, unparsed; none while there is no file."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
