@@ -51,7 +51,7 @@ def pinned() -> str:
 @pytest.fixture(scope="session")
 def store() -> Iterator[Store]:
     """A store that is clean at the start. TOOLKIT_KEEP_STORE=1 keeps it from run to run."""
-    found = Store(WORK / "test-store")
+    found = Store((WORK / "test-store").resolve())
     keep = os.environ.get("TOOLKIT_KEEP_STORE") == "1"
     if not keep:
         found.remove()

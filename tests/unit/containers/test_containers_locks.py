@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from packaging.markers import Marker
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import parse_wheel_filename
 
 REPO = Path(__file__).resolve().parents[3]
 LOCKS = sorted((REPO / "locks").glob("*.txt"))
@@ -100,3 +105,44 @@ def test_a_mirror_in_a_lock_is_told(tmp_path: Path) -> None:
     result = check(project)
     assert result.returncode == 1
     assert "other hosts than the public index: https://mirror.example" in result.stderr
+
+
+def tags_of(python: tuple[int, int], glibc: int) -> set[Tag]:
+    """What a CPython on x86-64 Linux with glibc 2.``glibc`` installs."""
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(glibc, 4, -1)]
+    platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
+    compatible = compatible_tags(python, f"cp{python[0]}{python[1]}", platforms)
+    return {*cpython_tags(python, platforms=platforms), *compatible}
+
+
+@pytest.mark.parametrize(
+    ("lock", "python", "glibc"),
+    [
+        ("light.txt", (3, 11), 36),  # python:3.11-slim-bookworm
+        ("cpu.txt", (3, 11), 36),
+        ("cu130.txt", (3, 12), 39),  # Ubuntu 24.04
+    ],
+)
+def test_every_package_has_a_wheel_for_the_python_of_its_base(
+    lock: str, python: tuple[int, int], glibc: int
+) -> None:
+    """No image build compiles anything: an sdist alone would end it after half an hour."""
+    wheels: dict[tuple[str, str], list[str]] = {}
+    for package in tomllib.loads((REPO / "uv.lock").read_text())["package"]:
+        names = [wheel["url"].rpartition("/")[2] for wheel in package.get("wheels", [])]
+        wheels[(package["name"], package.get("version", ""))] = names
+    accepted = tags_of(python, glibc)
+    environment = {"python_full_version": f"{python[0]}.{python[1]}.0"}
+    entries = re.findall(
+        r"^([a-z0-9._-]+)==([^\s;\\]+)(?: ; ([^\\\n]+))?", (REPO / "locks" / lock).read_text(), re.M
+    )
+    assert len(entries) > 3
+    without = [
+        f"{name} {version}"
+        for name, version, marker in entries
+        if not marker or Marker(marker).evaluate(environment)
+        if not any(
+            parse_wheel_filename(unquote(wheel))[3] & accepted for wheel in wheels[(name, version)]
+        )
+    ]
+    assert without == []
