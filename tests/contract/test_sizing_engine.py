@@ -25,8 +25,8 @@ RANKS = (8, 64, 256)
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
     """vLLM's process groups of one process, made once."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     pytest.importorskip("vllm")
     import torch
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -38,7 +38,7 @@ def groups(tmp_path_factory):
 
     torch.set_num_threads(1)
     if torch.distributed.is_initialized():
-        pytest.skip("another test's process group is still there")
+        cleanup_dist_env_and_memory()  # left by another file's engine
     store = tmp_path_factory.mktemp("groups") / "store"
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")

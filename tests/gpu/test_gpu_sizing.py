@@ -1,0 +1,45 @@
+"""What sizing assumes of a card, against the card: its total for CUDA and what a context takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolkit.gpu.devices import select
+from toolkit.gpu.snapshot import take
+from toolkit.sizing import Device
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not Path("/proc/driver/nvidia/version").exists(), reason="no NVIDIA driver is loaded here"
+    ),
+]
+
+CONTEXT = """
+import torch
+from toolkit.gpu.devices import select
+from toolkit.gpu.snapshot import take
+before = select(take()).free_bytes
+torch.ones(1024, device="cuda") @ torch.ones(1024, 1, device="cuda")
+torch.cuda.synchronize()
+free, total = torch.cuda.mem_get_info()
+print(before - free - torch.cuda.memory_reserved(), total)
+"""
+
+
+def test_the_total_and_the_context_are_as_assumed() -> None:
+    snapshot = take()
+    gpu = select(snapshot)
+    assert gpu is not None
+    device = Device.from_node(snapshot, gpu)
+    done = subprocess.run(
+        [sys.executable, "-c", CONTEXT], capture_output=True, text=True, check=True
+    )
+    context, total = map(int, done.stdout.split())
+    assert device.cuda_total_bytes == pytest.approx(total, rel=0.003)
+    # Libraries load more as they are used; half of it, or more than it, is a wrong constant.
+    assert 0.5 * device.context_bytes <= context <= 1.2 * device.context_bytes
