@@ -150,8 +150,10 @@ def test_disable_adapter_is_the_base(base: Any) -> None:
     ids = torch.tensor([[4, 5, 6]])
     before = base(ids).logits
     model = peft.get_peft_model(base, _config(init_lora_weights=False))
+    assert model._adapters_disabled is False
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, before)
+        assert model._adapters_disabled is True
 
 
 def test_loading_reports_nothing_to_us_so_we_compare_first(model: Any) -> None:

@@ -95,6 +95,8 @@ def test_both_engines_answer_alike(fast: Any, tmp_path: Path) -> None:
         assert torch.allclose(found, torch.tensor(two.outputs[0].logprobs), atol=1e-5)
     base = fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)
     assert _ids(base) != _ids(ours)
+    with fast.disable_adapter():
+        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == _ids(base)
     assert _ids(base) == _ids(plain.fast_generate(PROMPTS, lora_request=None, **GREEDY))
 
 
@@ -123,13 +125,25 @@ def test_vllms_own_sampling_params(fast: Any, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=8, temperature=0)
-    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    prompts = [PROMPTS[0], {"prompt_token_ids": PROMPTS[1]}]
     request = fast.load_lora(fast.save_lora(tmp_path / "a"))
     ours = _ids(fast.fast_generate(PROMPTS, **GREEDY))
     assert _ids(fast.fast_generate(prompts, sampling_params=params)) == ours
     assert _ids(fast.fast_generate(prompts, params, lora_request=request, use_tqdm=False)) == ours
     base = fast.fast_generate(prompts, params, lora_request=None)
     assert _ids(base) == _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+
+
+def test_keywords_beside_vllms_sampling_params(fast: Any) -> None:
+    from vllm import SamplingParams
+
+    for keywords, words in (
+        ({"max_tokens": 3}, "given beside vLLM's SamplingParams"),
+        ({"do_sample": True}, "Hugging Face's generate"),
+        ({"bogus": True}, "unknown argument 'bogus'"),
+    ):
+        with pytest.raises(ConfigTypeError, match=words):
+            fast.fast_generate(PROMPTS, SamplingParams(), **keywords)
 
 
 def test_arguments_that_only_the_other_takes(fast: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError
 from toolkit.engine.transformers_engine import TransformersEngine
-from toolkit.policy.lora import is_peft, settings_of
+from toolkit.policy.lora import is_peft
 from toolkit.policy.prompts import (
     WHERE,
     answers,
@@ -19,9 +19,9 @@ from toolkit.policy.prompts import (
     is_vllms,
     read_prompts,
     read_sampling,
+    refuse_beside_sampling_params,
 )
-from toolkit.policy.saved_adapter import Adapter, check_base, put_saved, read_adapter
-from toolkit.policy.settings import check_with_engine
+from toolkit.policy.saved_adapter import Adapter, put_saved, read_adapter
 from toolkit.policy.tokenizer import end_ids
 
 if TYPE_CHECKING:
@@ -52,10 +52,6 @@ def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
             rank above the engine's.
     """
     adapter = read_adapter(folder)
-    check_base(model, adapter)
-    engine = getattr(model, "toolkit_engine", None)
-    if engine is not None:
-        check_with_engine(settings_of(adapter.config), engine.options.max_lora_rank)
     with _borrowed(model, adapter):  # whatever does not fit is refused here
         return LoraRequest(Path(folder), adapter)
 
@@ -91,11 +87,7 @@ def fast_generate(
         if engine is None and ("input_ids" in kwargs or "inputs" in kwargs):
             return _transformers_generate(policy, adapter, prompts, sampling_params, kwargs)
         if engine is not None and is_vllms(sampling_params):
-            engine.wake()
-            request = engine.lora_request(adapter) if adapter else None
-            return engine.llm.generate(
-                prompts, sampling_params, lora_request=request, **{"use_tqdm": False, **kwargs}
-            )
+            return _vllm_generate(model, adapter, prompts, sampling_params, kwargs)
         if engine is not None:
             kwargs.pop("use_tqdm", None)
         sampling, seed = read_sampling(sampling_params, kwargs, engine=engine is not None)
@@ -114,6 +106,22 @@ def _face(policy: Any, model: Any) -> TransformersEngine:
         end_ids=end_ids(tokenizer, model),
         max_model_len=model.max_seq_length,
         tokenizer=tokenizer,
+    )
+
+
+def _vllm_generate(
+    model: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
+) -> Any:
+    """vLLM's own generate, with its own SamplingParams; its RequestOutputs come back."""
+    refuse_beside_sampling_params(kwargs)
+    engine = model.toolkit_engine
+    texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
+    pairs = zip(texts, ids, strict=True)
+    inputs = [{"prompt_token_ids": found} if text is None else text for text, found in pairs]
+    engine.wake()
+    request = engine.lora_request(adapter) if adapter else None
+    return engine.llm.generate(
+        inputs, sampling_params, lora_request=request, **{"use_tqdm": False, **kwargs}
     )
 
 
@@ -145,7 +153,9 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
     A requested adapter is on the model, under a name of its own, only for the while.
     """
     engine = getattr(model, "toolkit_engine", None)
-    if request is None or (request is POLICY and not is_peft(model)):
+    # PEFT's name for being inside `with model.disable_adapter():`
+    plain = not is_peft(model) or model._adapters_disabled
+    if request is None or (request is POLICY and plain):
         yield model, None
         return
     if request is POLICY:

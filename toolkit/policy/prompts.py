@@ -120,6 +120,19 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
     return sampling, int(torch.randint(2**62, (1,))) if seed is None else int(seed)
 
 
+def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords that vLLM's generate does not take beside its SamplingParams."""
+    for name in kwargs:
+        if name in NEUTRAL:
+            raise ConfigTypeError(
+                f"{name!r} is given beside vLLM's SamplingParams",
+                where=WHERE,
+                fix=f"set it there: SamplingParams({name}=...)",
+            )
+        if name not in VLLM_ONLY:
+            _refuse(name, engine=True)
+
+
 def _refuse(name: str, *, engine: bool) -> None:
     """Raise for an argument that is not in NEUTRAL, saying which engine takes it, if one does."""
     if name in VLLM_ONLY and not engine:

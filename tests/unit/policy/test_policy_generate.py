@@ -114,6 +114,8 @@ def test_the_adapter_the_base_and_a_saved_one(adapted: Any, load: Any, tmp_path:
     base = _ids(load()[0].fast_generate("12+3=", **GREEDY))
     assert trained != base
     assert _ids(model.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
+    with model.disable_adapter():
+        assert _ids(model.fast_generate("12+3=", **GREEDY)) == base
     request = model.load_lora(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -52,7 +52,7 @@ def test_r_must_be_positive(r: int) -> None:
         ({"lora_dropout": -0.1}, ConfigValueError, "lora_dropout"),
         ({"random_state": 1.5}, ConfigTypeError, "random_state"),
         ({"bias": "some"}, ConfigValueError, "bias='some'"),
-        ({"init_lora_weights": "gausian"}, ConfigValueError, "did you mean 'gaussian'"),
+        ({"init_lora_weights": "gauss"}, ConfigValueError, "did you mean 'gaussian'"),
         ({"init_lora_weights": "pissa_niter_x"}, ConfigValueError, "pissa_niter_x"),
         ({"loftq_config": {"bits": 4}}, ConfigValueError, "loftq_config"),
         (
