@@ -128,6 +128,7 @@ SEAMS = [
     ("engine/arg_utils.py", "EngineArgs.lora_target_modules", "options"),
     ("engine/arg_utils.py", "EngineArgs.kv_cache_memory_bytes", "options"),
     ("engine/arg_utils.py", "EngineArgs.moe_backend", "start"),
+    ("engine/arg_utils.py", "EngineArgs.use_tqdm_on_load", "options"),
     ("device_allocator/sleep_mode_backend.py", "SleepModeBackend.suspend(level", "sleep"),
     ("device_allocator/sleep_mode_backend.py", "SleepModeBackend.resume(tags", "sleep"),
     ("device_allocator/sleep_mode_backend.py", "SleepModeBackend._state", "sleep"),

@@ -102,6 +102,7 @@ def test_an_engine_that_failed_to_start_leaves_room_for_another(
     with pytest.raises(ToolkitError) as caught:
         open_small(llama_folder, max_model_len=4096)  # beyond the model's 256 positions
     assert caught.value.exit_code == 1
+    assert "max_model_len (4096)" in str(caught.value)
     assert caught.value.fix
     with pytest.raises(ToolkitError) as caught:
         open_small(llama_folder, kv_cache_bytes=1 << 14)

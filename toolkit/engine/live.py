@@ -96,7 +96,7 @@ class Engine:
         prefixes of the old one.
 
         Nothing of the model is changed: scaling is applied to what is copied. Casts to the engine's
-            dtype.
+        dtype.
 
         Raises:
             ConfigValueError: no such adapter, or its rank is above ``max_lora_rank``.

@@ -165,6 +165,7 @@ class EngineOptions:
             # distribution sampled from.
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if self.enable_lora:
             arguments |= {

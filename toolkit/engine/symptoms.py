@@ -17,13 +17,17 @@ CHECKPOINT_TEXTS = (
 )
 """vLLM's words for missing, extra and absent tensors (0.25.1 to 0.31.0; held by tests/contract)."""
 
+JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
+VALIDATION = "VLLMValidationError"
+"""vLLM's own; no ValueError from 0.31. By name: this module does not import vLLM."""
+
 
 def explain(problem: BaseException, what: str) -> ToolkitError:
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
     symptom that it shows.
 
-    Unknown texts become a NodeError that quotes the exception: nothing says that the config is at
-        fault.
+    Other texts are quoted: in a ConfigError where vLLM judged a value or the checkpoint does not
+    fit, in a NodeError otherwise, as nothing says that the config is at fault.
     """
     chain = list(_chain(problem))
     for error in chain:
@@ -40,7 +44,7 @@ def explain(problem: BaseException, what: str) -> ToolkitError:
         return ConfigError(
             told, where="checkpoint", fix="use a complete checkpoint, made for this architecture"
         )
-    if isinstance(first, ValueError | TypeError | KeyError | NotImplementedError):
+    if isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in type(first).__mro__):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     return NodeError(
         told, where="vLLM", fix="run envcheck on this node; --debug shows the whole traceback"
@@ -57,5 +61,9 @@ def _chain(problem: BaseException) -> list[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
+    """What an exception says, in one line: pydantic's own messages, else the first line."""
+    errors = getattr(error, "errors", None)
+    if callable(errors) and "validation error" in str(error):
+        return "; ".join(str(one["msg"]).removeprefix("Value error, ") for one in errors())
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
