@@ -83,6 +83,16 @@ def test_it_is_the_users_model_with_the_engine_on_it(fast: Any) -> None:
     assert fast.max_seq_length == 128
 
 
+def test_engine_arguments_that_we_hand_on_are_vllms() -> None:
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    from toolkit.policy.arguments import ENGINE_EXTRA
+
+    assert set(ENGINE_EXTRA) <= {item.name for item in fields(EngineArgs)}
+
+
 def test_both_engines_answer_alike(fast: Any, tmp_path: Path) -> None:
     plain, _ = _load(fast.save_lora(tmp_path / "a"))
     ours, theirs = fast.fast_generate(PROMPTS, **GREEDY), plain.fast_generate(PROMPTS, **GREEDY)

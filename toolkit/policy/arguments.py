@@ -36,7 +36,6 @@ ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "kv_cache_bytes": None,
         "share_weights": True,
         "tensor_parallel_size": 1,
-        "swap_space": None,
         "enable_chunked_prefill": None,
         "max_logprobs": None,
         "block_size": None,
@@ -49,7 +48,6 @@ them are in vLLM's manual.
 
 ENGINE_EXTRA = (
     "disable_log_stats",
-    "swap_space",
     "enable_chunked_prefill",
     "max_logprobs",
     "block_size",
