@@ -42,9 +42,7 @@ ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "compilation_config": None,
     }
 )
-"""What only an engine reads, with the value that means "not asked for". Other engines' names for
-them are in vLLM's manual.
-"""
+"""What only an engine reads, with the value that means "not asked for"."""
 
 ENGINE_EXTRA = (
     "disable_log_stats",
@@ -54,9 +52,6 @@ ENGINE_EXTRA = (
     "compilation_config",
 )
 """Engine arguments handed to vLLM under their own name."""
-
-MODEL_KWARGS = ("attn_implementation", "use_safetensors")
-"""Keyword arguments beyond the signature that the Hugging Face model takes."""
 
 REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {
