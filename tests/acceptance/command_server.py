@@ -2,8 +2,8 @@
 
 A start of ``toolkit train`` imports torch, transformers and trl, which takes seconds. This script
 imports them once and forks for each case; the child calls what the installed console script calls,
-with its own arguments, folder, environment and output, and ends with its exit code. Cases come as
-JSON on standard input, exit codes go to standard output.
+with its own arguments, folder, environment and output, and ends with its exit code. A line of
+standard input is a JSON list of cases; a line of standard output is the list of their exit codes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 
 def main() -> None:
-    cases = json.load(sys.stdin)
     from toolkit.train.quiet import prepare_environment
 
     prepare_environment()
@@ -26,13 +25,14 @@ def main() -> None:
 
     (script,) = entry_points(group="console_scripts", name="toolkit")
     command = script.load()
-    codes = []
-    for case in cases:
-        child = os.fork()
-        if child == 0:
-            os._exit(_run(command, case))
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    json.dump(codes, sys.stdout)
+    for line in sys.stdin:
+        codes = []
+        for case in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                os._exit(_run(command, case))
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(json.dumps(codes), flush=True)
 
 
 def _run(command: Any, case: dict[str, Any]) -> int:

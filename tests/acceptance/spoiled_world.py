@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +96,36 @@ def serve(cases: list[dict[str, Any]]) -> list[Ended]:
         {**case, "folder": str(case["folder"]), "env": environment(**case.get("env", {}))}
         for case in cases
     ]
-    shown = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("command_server.py"))],
-        input=json.dumps(wanted),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=True,
-        env=environment(),
-    )
-    codes = json.loads(shown.stdout.splitlines()[-1])
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(wanted) + "\n")
+    server.stdin.flush()
+    codes = json.loads(server.stdout.readline())
     ended = []
     for case, code in zip(cases, codes, strict=True):
         texts = ((case["folder"] / name).read_text() for name in ("stdout", "stderr"))
         ended.append(Ended(case["folder"], code, *texts))
     return ended
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """One for all modules of a test session."""
+    script = Path(__file__).with_name("command_server.py")
+    server = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+    def end() -> None:
+        server.communicate()  # closes its input, at which it ends
+
+    atexit.register(end)
+    return server
 
 
 def without_override() -> tuple[str, ...] | None:
