@@ -54,7 +54,7 @@ def test_the_finding_reads_as_documented(tmp_path: Path) -> None:
         "    5 |   num_generations: 8\n"
         "  batch = per_device_train_batch_size 1 (line 6) x gradient_accumulation_steps 4 (line 7) "
         "x world size 1 (default)\n"
-        "  fix: gradient_accumulation_steps: 8   or   num_generations: 4\n"
+        "  fix: gradient_accumulation_steps: 8   or   num_generations: 2\n"
         "1 error in run.yaml\n"
     )
     assert done.stderr == ""
@@ -195,3 +195,25 @@ def test_a_share_outside_the_sized_interval_is_refused_for_the_card(tmp_path: Pa
     assert (done.returncode, "error[LOAD008]" in done.stdout) == (1, True), done
     run.write_text(text.replace("0.98", "0.5"), "utf-8")
     assert envcheck("validate", run, "--gpu", "h100").returncode == 0
+
+
+def test_it_is_light(tmp_path: Path) -> None:
+    """Nothing heavy is imported, and not jsonschema either, which may cost a second."""
+    run = tmp_path / "run.yaml"
+    run.write_text(GOOD + "lora: {r: 0}\n", "utf-8")
+    script = (
+        "import sys\n"
+        f"sys.argv = ['envcheck', 'validate', {str(run)!r}]\n"
+        "from toolkit.cli.envcheck import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "yaml" in loaded
+    assert not loaded & {
+        "torch", "transformers", "vllm", "trl", "peft", "datasets", "numpy", "pyarrow", "pynvml",
+        "jsonschema", "referencing", "requests", "urllib3",
+    }  # fmt: skip

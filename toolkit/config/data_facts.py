@@ -128,10 +128,14 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     row = json.loads(text)
                 except ValueError as error:
-                    raise ValueError(f"line {number} is not JSON: {error}") from None
+                    raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is not a JSON object")
                 yield row
+
+
+def _reason(error: ValueError) -> str:
+    return getattr(error, "msg", str(error))
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:

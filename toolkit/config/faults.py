@@ -68,7 +68,6 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
     if value is None:
         return Fault("KEY006", f"null is no value here: {wanted} is wanted")
     fixes: tuple[Any, ...] = ()
-    notes: tuple[str, ...] = ()
     if isinstance(value, str):
         from toolkit.config.coerce import coerce  # noqa: PLC0415 - only for a fault
 
@@ -77,7 +76,6 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
         isinstance(value, float) and value.is_integer() and value_fault(int(value), schema) is None
     ):
         fixes = (int(value),)
-        notes = (f"{value} is a float; the trainer wants an integer",)
     elif (
         isinstance(value, int)
         and not isinstance(value, bool)
@@ -87,7 +85,7 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
         fixes = (bool(value),)
     elif not isinstance(value, (dict, list)) and fits_type("", schema):
         fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
-    return Fault("KEY003", f"{show(value)} is {kind_of(value)}; {wanted} is wanted", fixes, notes)
+    return Fault("KEY003", f"{show(value)} is {kind_of(value)}; {wanted} is wanted", fixes)
 
 
 def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
@@ -116,7 +114,8 @@ def _range_fault(value: float, schema: dict[str, Any]) -> Fault | None:
     for keyword, holds, words in _LIMITS:
         limit = schema.get(keyword)
         if limit is not None and not holds(value, limit):
-            return Fault("KEY005", f"{show(value)} is out of range: {words} {show(limit)}")
+            told = f"{show(value)} is out of range: {words} {show(limit)}"
+            return Fault("KEY005", told, () if keyword.startswith("exclusive") else (limit,))
     return None
 
 

@@ -132,7 +132,8 @@ class _Builder:
         if kind is yaml.AliasEvent:
             return self.alias(str(event.anchor), mark)
         if event.tag not in (None, "!"):
-            message = f"the tag {event.tag}: a run file takes no tags"
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            message = f"the tag {tag}: a run file takes no tags"
             self.tell("DOC003", mark, message, "remove the tag")
         if kind is yaml.ScalarEvent:
             node = Node(event.value, mark, self.source, plain=not event.style)

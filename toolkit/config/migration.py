@@ -12,38 +12,43 @@ class Moved(NamedTuple):
     since: str
     told: str
 
+    @property
+    def sentence(self) -> str:
+        """What became of the key."""
+        if self.to is None:
+            return f"{self.since} had it: {self.told}" if self.told else f"{self.since} had it"
+        return f"{self.since} called it so: it is {self.to}" + (
+            f"; {self.told}" if self.told else ""
+        )
+
 
 MOVED: dict[str, Moved] = {
     "grpo.warmup_ratio": Moved(
-        "grpo.warmup_steps", "transformers 5", "warmup_steps below 1 is a part of the run"
+        "grpo.warmup_steps", "transformers 4", "warmup_steps below 1 is a part of the run"
     ),
-    "grpo.evaluation_strategy": Moved(
-        "grpo.eval_strategy", "older transformers", "renamed to eval_strategy"
-    ),
+    "grpo.evaluation_strategy": Moved("grpo.eval_strategy", "older transformers", ""),
     "grpo.per_gpu_train_batch_size": Moved(
-        "grpo.per_device_train_batch_size", "older transformers", "renamed"
+        "grpo.per_device_train_batch_size", "older transformers", ""
     ),
-    "grpo.no_cuda": Moved("grpo.use_cpu", "older transformers", "renamed to use_cpu"),
+    "grpo.no_cuda": Moved("grpo.use_cpu", "older transformers", ""),
     "grpo.group_by_length": Moved(
-        None, "transformers 5", "train_sampling_strategy: group_by_length does it"
+        None, "transformers 4", "train_sampling_strategy: group_by_length does it"
     ),
-    "grpo.logging_dir": Moved(None, "transformers 5", "the run folder holds all logs"),
-    "grpo.overwrite_output_dir": Moved(None, "transformers 5", "runtime.resume: never does it"),
-    "grpo.save_safetensors": Moved(None, "transformers 5", "safetensors is the only format"),
-    "grpo.max_new_tokens": Moved(
-        "grpo.max_completion_length", "older TRL", "called max_completion_length"
+    "grpo.logging_dir": Moved(None, "transformers 4", "the run folder holds all logs"),
+    "grpo.overwrite_output_dir": Moved(
+        None, "transformers 4", "no run writes over another: name a new runtime.output_dir"
     ),
-    "grpo.use_liger_loss": Moved("grpo.use_liger_kernel", "older TRL", "renamed"),
-    "grpo.vllm_guided_decoding_regex": Moved(
-        "grpo.vllm_structured_outputs_regex", "older TRL", "renamed"
-    ),
+    "grpo.save_safetensors": Moved(None, "transformers 4", "safetensors is the only format"),
+    "grpo.max_new_tokens": Moved("grpo.max_completion_length", "older TRL", ""),
+    "grpo.use_liger_loss": Moved("grpo.use_liger_kernel", "older TRL", ""),
+    "grpo.vllm_guided_decoding_regex": Moved("grpo.vllm_structured_outputs_regex", "older TRL", ""),
     "grpo.vllm_importance_sampling_cap": Moved(
-        "grpo.vllm_importance_sampling_clip_max", "TRL 1.6", "renamed"
+        "grpo.vllm_importance_sampling_clip_max", "TRL before 1.6", ""
     ),
     "grpo.use_transformers_paged": Moved(
-        "grpo.use_transformers_continuous_batching", "TRL 1.2", "renamed"
+        "grpo.use_transformers_continuous_batching", "TRL before 1.2", ""
     ),
-    "grpo.wandb_log_unique_prompts": Moved("grpo.log_unique_prompts", "older TRL", "renamed"),
+    "grpo.wandb_log_unique_prompts": Moved("grpo.log_unique_prompts", "older TRL", ""),
     "grpo.kl_coef": Moved("grpo.beta", "older TRL", "the KL coefficient is called beta"),
     "grpo.max_seq_length": Moved("model.max_seq_length", "older TRL", "it belongs to the model"),
     "grpo.max_length": Moved("model.max_seq_length", "older TRL", "it belongs to the model"),
@@ -58,16 +63,18 @@ MOVED: dict[str, Moved] = {
     "grpo.vllm_sampling_params": Moved(
         None, "Unsloth", "temperature, top_p, top_k, min_p and generation_kwargs do it"
     ),
-    "model.max_seq_len": Moved("model.max_seq_length", "Unsloth", "called max_seq_length"),
-    "model.torch_dtype": Moved("model.dtype", "transformers 5", "renamed to dtype"),
-    "model.rope_scaling": Moved(None, "elsewhere", "it is read from the checkpoint's config.json"),
-    "model.device_map": Moved(None, "elsewhere", "one process holds one copy on its own GPU"),
-    "lora.alpha": Moved("lora.lora_alpha", "PEFT", "called lora_alpha"),
-    "lora.dropout": Moved("lora.lora_dropout", "PEFT", "called lora_dropout"),
-    "lora.rank": Moved("lora.r", "PEFT", "called r"),
-    "lora.lora_r": Moved("lora.r", "PEFT", "called r"),
-    "lora.lora_rank": Moved("lora.r", "PEFT", "called r"),
-    "lora.lora_target_modules": Moved("lora.target_modules", "PEFT", "called target_modules"),
-    "lora.seed": Moved("lora.random_state", "Unsloth", "called random_state"),
-    "lora.task_type": Moved(None, "elsewhere", "it is always CAUSAL_LM"),
+    "model.max_seq_len": Moved("model.max_seq_length", "Unsloth", ""),
+    "model.torch_dtype": Moved("model.dtype", "transformers 4", ""),
+    "model.rope_scaling": Moved(
+        None, "other tools", "it is read from the checkpoint's config.json"
+    ),
+    "model.device_map": Moved(None, "other tools", "one process holds one copy on its own GPU"),
+    "lora.alpha": Moved("lora.lora_alpha", "PEFT", ""),
+    "lora.dropout": Moved("lora.lora_dropout", "PEFT", ""),
+    "lora.rank": Moved("lora.r", "PEFT", ""),
+    "lora.lora_r": Moved("lora.r", "PEFT", ""),
+    "lora.lora_rank": Moved("lora.r", "PEFT", ""),
+    "lora.lora_target_modules": Moved("lora.target_modules", "PEFT", ""),
+    "lora.seed": Moved("lora.random_state", "Unsloth", ""),
+    "lora.task_type": Moved(None, "other tools", "it is always CAUSAL_LM"),
 }

@@ -140,6 +140,7 @@ def test_recorded_values_stand_in_for_a_library_that_is_not_there(
 def test_batch_arithmetic() -> None:
     assert divisors_from(12, 2) == [2, 3, 4, 6, 12]
     assert nearest_divisor(12, 5) == 4
+    assert nearest_divisor(4, 8) == 2
     assert nearest_divisor(7, 3) == 7
     assert nearest_divisor(1, 8) is None
     assert (multiple_from(4, 9), multiple_from(4, 8)) == (12, 8)

@@ -10,8 +10,11 @@ def divisors_from(number: int, least: int) -> list[int]:
 
 
 def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` closest to ``wanted``, the smaller of two."""
-    found = divisors_from(number, least) if 0 < number < 10**9 else []
+    """The divisor of ``number`` closest to ``wanted``, the smaller of two; one that leaves more
+    than one group where there is one.
+    """
+    every = divisors_from(number, least) if 0 < number < 10**9 else []
+    found = [one for one in every if one < number] or every
     return min(found, key=lambda one: (abs(one - wanted), one)) if found else None
 
 

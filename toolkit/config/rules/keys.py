@@ -144,7 +144,7 @@ def older_names(run: Run) -> Iterator[Fault]:
             continue  # GRPO019
         yield Fault(
             old,
-            f"{moved.told} ({moved.since})",
+            moved.sentence,
             fixes=_rename(run, old, moved, node),
             on_key=True,
         )

@@ -43,7 +43,7 @@ def prompt_and_completion_fit(run: Run) -> Iterator[Fault]:
         message = f"{completion} leaves no room for a prompt in max_seq_length {context}"
         sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 = {needed}"
     else:
-        message = f"{prompt} and max_completion_length {completion} are more than {context}"
+        message = f"{prompt} and max_completion_length {completion} are more than max_seq_length"
         sums = f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}"
     fixes = []
     if _fits_model(run, needed):
@@ -56,7 +56,7 @@ def prompt_and_completion_fit(run: Run) -> Iterator[Fault]:
     at = next((key for key in (_PROMPT, _COMPLETION) if prompt and run.written(key)), _COMPLETION)
     yield Fault(
         at,
-        message,
+        f"{message} {context}" if prompt else message,
         notes=(f"{sums} > {run.operand(_CONTEXT)}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
         related=(_COMPLETION, _CONTEXT),

@@ -132,7 +132,7 @@ def reward_exists(run: Run) -> Iterator[Fault]:
             yield Fault(
                 at,
                 f"code of {module} is not allowed to run",
-                notes=(f"runtime.allow_code is {run.operand('runtime.allow_code')}",),
+                notes=(run.operand("runtime.allow_code"),),
                 fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
             )
             continue
