@@ -138,9 +138,9 @@ class EngineOptions:
             trust_remote_code=model.trust_remote_code,
             seed=int(config.grpo.get("seed", 42)),
             sleep=model.enable_sleep_mode is True,
-            kv_cache_bytes=getattr(model, "kv_cache_bytes", None),
             share_weights=model.share_weights,
             tensor_parallel_size=model.tensor_parallel_size,
+            extra={} if model.enable_chunked_prefill else {"enable_chunked_prefill": False},
         )
 
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:

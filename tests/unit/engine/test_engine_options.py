@@ -21,6 +21,7 @@ def test_from_config_takes_filled_values_and_leaves_the_rest_to_vllm() -> None:
             max_num_seqs=32,
             gpu_memory_utilization=0.4,
             revision="r1",
+            enable_chunked_prefill=False,
         ),
         lora=LoraSection(r=24, target_modules=("q_proj", "v_proj")),
         grpo={"seed": 7},
@@ -37,6 +38,7 @@ def test_from_config_takes_filled_values_and_leaves_the_rest_to_vllm() -> None:
     assert told["load_format"] == LOADER
     assert told["logprobs_mode"] == "processed_logprobs"
     assert "max_num_batched_tokens" not in told
+    assert told["enable_chunked_prefill"] is False
     assert told["enforce_eager"] is False
     assert options.to_vllm("cpu")["enforce_eager"] is True
     assert "gpu_memory_utilization" not in options.to_vllm("cpu")
