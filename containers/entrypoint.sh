@@ -48,11 +48,12 @@ export HOME USER LOGNAME
 # ---- caches: the caller's own settings win ----------------------------------------------------------------------
 # Large and worth keeping (models) and small and made again (compiled kernels) alike; compiled files go beneath the uid,
 # because two users of one /cache must not run each other's code.
-caches=$place
-if [ "$place" = "$given_home" ]; then
-    # A home folder that exists: where each of them looks without us.
-    caches=$place/.cache
-fi
+case "$place" in
+    /cache | "${TOOLKIT_CACHE:-/cache}") caches=$place ;;
+    # A home folder: where each of them looks without us.
+    "$given_home") caches=$place/.cache ;;
+    *) caches=$place ;;
+esac
 compiled="$caches/toolkit-$(id -u)"
 export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$caches}"
 export HF_HOME="${HF_HOME:-$caches/huggingface}"
@@ -109,18 +110,45 @@ if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
 fi
 
 # ---- pre-flight --------------------------------------------------------------------------------------------------
-# The run file of `toolkit train RUN.yaml`: the first argument after `train` that is no option and is a file.
+# `toolkit train RUN.yaml OPTIONS...`: what the options change in the run file is changed for the pre-flight too.
 run_file=""
 if [ "${1:-}" = toolkit ] && [ "${2:-}" = train ]; then
-    for argument in "$@"; do
+    run_file=$(
+        shift 2
+        while [ "$#" -gt 0 ]; do
+            case "$1" in
+                --set | --output-dir | --max-steps | --resume) [ "$#" -lt 2 ] || shift ;;
+                -*) ;;
+                *)
+                    printf '%s' "$1"
+                    break
+                    ;;
+            esac
+            shift
+        done
+    )
+fi
+check_run_file() { # TRAIN-ARGUMENTS...
+    arguments=$#
+    while [ "$arguments" -gt 0 ]; do
+        # The arguments are turned round in place: each is taken from the front, what the check needs goes to the back.
+        argument=$1
+        shift
+        arguments=$((arguments - 1))
         case "$argument" in
-            *.yaml | *.yml | *.json | *.toml)
-                run_file=$argument
-                break
+            --set | --output-dir)
+                [ "$arguments" -gt 0 ] || break
+                if [ "$argument" = --set ]; then changed=$1; else changed=runtime.output_dir=$1; fi
+                set -- "$@" --set "$changed"
+                shift
+                arguments=$((arguments - 1))
                 ;;
+            --set=*) set -- "$@" "$argument" ;;
+            --output-dir=*) set -- "$@" --set "runtime.output_dir=${argument#*=}" ;;
         esac
     done
-fi
+    envcheck check --config "$run_file" "$@"
+}
 preflight=${TOOLKIT_PREFLIGHT:-check}
 case "$preflight" in
     check | warn | skip) ;;
@@ -132,7 +160,10 @@ esac
 if [ -n "$run_file" ] && [ "$preflight" != skip ]; then
     # The report goes to stderr, so that stdout stays the command's own.
     verdict=0
-    envcheck check --config "$run_file" >&2 || verdict=$?
+    (
+        shift 2
+        check_run_file "$@"
+    ) >&2 || verdict=$?
     if [ "$verdict" -ne 0 ] && [ "$preflight" = check ]; then
         say "the pre-flight said no (exit code $verdict): not started. TOOLKIT_PREFLIGHT=warn starts it all the same"
         exit "$verdict"

@@ -6,6 +6,8 @@
 # 3). Everything else lets the job start: a user's mistake (1, 2), a card that is busy (4), what could not be established (5), a
 # defect of ours (70), a check that hangs or is not installed. It knows no run file and no job, so no user can make it fail.
 #
+# Slurm requeues the job of a failed Prolog held; SchedulerParameters=nohold_on_prolog_fail lets it start elsewhere at once.
+#
 #   ENVCHECK        the command, default: envcheck from PATH, else `apptainer exec --nv $SIF envcheck`
 #   CHECK_SECONDS   how long it may take, default 20 (Slurm kills a Prolog after PrologEpilogTimeout)
 set -u
@@ -32,8 +34,6 @@ case "$code" in
     0) exit 0 ;;
     3)
         log "this node is bad: $report"
-        # The first line of it becomes the reason that `sinfo -R` shows, for a Prolog that prints it.
-        echo "print toolkit: node is bad (envcheck check --node says why)"
         exit 1
         ;;
     124 | 137) log "the check took longer than ${CHECK_SECONDS:-20} s: nothing established" ;;

@@ -41,6 +41,8 @@ def demo(store: Store, train_cpu_image: str) -> Iterator[Path]:
     result = store.run(train_cpu_image, *command, options=options, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     print(result.stdout)
+    # The model's file is the owner's alone; the other users are to read it.
+    subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
     yield folder / "demo"
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,6 +26,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="RUN.YAML",
             help="Judge for this run file.",
         ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a key of the run file, as in toolkit train. Repeatable.",
+        ),
         click.option("--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's number."),
         click.option(
             "--require",

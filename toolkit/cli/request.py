@@ -26,6 +26,7 @@ def examine(
     gpu_index: int | None,
     require: Sequence[str],
     lock: Path | None,
+    overrides: Sequence[str] = (),
     node: bool = False,
     **choice: Sequence[str],
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
@@ -47,8 +48,10 @@ def examine(
     if lock is not None:
         values["lock"] = read_lock(lock)
     run = None
+    if overrides and config is None:
+        raise InputError("--set changes a run file, and there is none", fix="add --config RUN.yaml")
     if config is not None:
-        run = _load(config)
+        run = _load(config, overrides)
         values |= facts(run)
     context = CheckContext(gpu_index=gpu_index, node=node, **values)
     snapshot = take(paths=folders(run, os.environ), model=context.model, revision=context.revision)
@@ -57,10 +60,10 @@ def examine(
     return snapshot, context, run_checks(snapshot, context, **choice)
 
 
-def _load(path: Path) -> RunConfig:
+def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
     from toolkit.config import load_run  # noqa: PLC0415 - a YAML parser, only for a run file
 
-    return load_run(path)
+    return load_run(path, overrides)
 
 
 def facts(run: RunConfig) -> dict[str, Any]:

@@ -56,6 +56,26 @@ def test_training_starts_after_a_preflight_that_says_yes(commands: Path) -> None
     assert "envcheck check --config run.yaml" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        (["run.yaml", "--output-dir", "/out"], "run.yaml --set runtime.output_dir=/out"),
+        (["--output-dir=/a b", "run.yaml"], "run.yaml --set runtime.output_dir=/a b"),
+        (
+            ["--set", "lora.r=8", "run.toml", "--set=grpo.seed=1"],
+            "run.toml --set lora.r=8 --set=grpo.seed=1",
+        ),
+        (["--resume", "old.yaml", "--max-steps", "3", "--evaluate", "run"], "run"),
+    ],
+)
+def test_the_preflight_judges_what_the_options_make_of_the_run_file(
+    commands: Path, given: list[str], asked: str
+) -> None:
+    result = call(commands, "toolkit", "train", *given)
+    assert result.stdout == f"toolkit train {' '.join(given)}\n"
+    assert f"envcheck check --config {asked}\n" in result.stderr
+
+
 @pytest.mark.parametrize("verdict", ["1", "2", "3", "4", "5", "70"])
 def test_the_code_of_the_preflight_is_passed_on(commands: Path, verdict: str) -> None:
     result = call(commands, "toolkit", "train", "run.yaml", VERDICT=verdict)
