@@ -112,22 +112,26 @@ INPUT = (
         st.sampled_from([b"a%d: 1\n", b"- %d\n", b"[t%d]\n", b"{a%d: [1]}\n"]), st.integers(0, 3000)
     ).map(lambda pair: b"".join(pair[0] % number for number in range(pair[1])))
 )
+# Whether the text is rewritten too.
+FIX = st.sampled_from([False, False, False, True])
 OVERRIDE = st.sampled_from(
     [None] * 6
     + ["lora.r=8", "grpo.beta=[", "x", "reward.functions.0.weight=1", "model=1", "a.b.c=&x *x"]
 )
 
 
-def judge(path: Path, form: str, override: str | None) -> float:
+def judge(path: Path, form: str, override: str | None, fix: bool = False) -> float:
     """One input through the command; the seconds of processor time that it took."""
     arguments = [str(path), "--format", form]
     if override is not None:
         arguments += ["--set", override]
+    if fix:
+        arguments.append("--fix")
     output = io.StringIO()
     start = time.process_time()
     code: object = None
     try:
-        with contextlib.redirect_stdout(output):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
             validate.main(arguments, prog_name="validate", standalone_mode=False)
     except SystemExit as end:
         code = end.code
@@ -158,12 +162,12 @@ def main() -> int:
             phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE)
-        def attack(data: bytes, suffix: str, form: str, override: str | None) -> None:
+        @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
+        def attack(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> None:
             if time.monotonic() > deadline:
                 return
             files[suffix].write_bytes(data)
-            done["longest"] = max(done["longest"], judge(files[suffix], form, override))
+            done["longest"] = max(done["longest"], judge(files[suffix], form, override, fix))
             done["inputs"] += 1
 
         start = time.monotonic()

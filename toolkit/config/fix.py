@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from toolkit.config.finding import Edit, Finding
     from toolkit.config.rules import Situation
 
-MAX_TRIES = 300  # judgements of one file: some milliseconds each for a file of usual size
+# Characters that may be judged again in search of fixes: hundreds of tries for a usual run file,
+# a few for a huge one, a second or two for any.
+MAX_JUDGED = 600_000
+OVERHEAD = 500  # what judging costs besides, in characters
 
 
 def fix_source(
@@ -32,7 +35,7 @@ def fix_source(
 class _Fixer:
     def __init__(self, overrides: Sequence[str], situation: Situation) -> None:
         self.overrides, self.situation = overrides, situation
-        self.tries = 0
+        self.left = MAX_JUDGED
 
     def run(self, source: Source) -> tuple[Source, list[Finding]]:
         fixed: list[Finding] = []
@@ -48,7 +51,7 @@ class _Fixer:
                 return source, fixed
 
     def judge(self, source: Source) -> Validation:
-        self.tries += 1
+        self.left -= len(source.text) + OVERHEAD
         return validate(assemble(source, self.overrides), self.situation)
 
     def improved(
@@ -57,7 +60,7 @@ class _Fixer:
         """The text after the first fix of ``found`` that helps; None when none does."""
         for fix in found.fixes:
             own = [edit for edit in fix.edits if edit.source is source]
-            if not own or len(own) < len(fix.edits) or self.tries >= MAX_TRIES:
+            if not own or len(own) < len(fix.edits) or self.left < 0:
                 continue
             candidate = replace(source, text=apply(source.text, own), hidden=[])
             after = self.judge(candidate)
