@@ -60,5 +60,6 @@ say "building $output ($target, from the $source)"
 "$REPO/containers/apptainer.sh" build --notest --mksquashfs-args "-comp zstd -Xcompression-level 3" "${arguments[@]}" \
     --build-arg "TARGET=$target" --build-arg "REVISION=$revision" "$work/toolkit.sif" "$REPO/containers/toolkit.def"
 mkdir -p "$(dirname "$output")"
+chown "$(id -u):$(id -g)" "$work/toolkit.sif"
 mv "$work/toolkit.sif" "$output"
 say "built $output ($(($(stat -c %s "$output") / 1000000)) MB)"
