@@ -118,10 +118,9 @@ def test_kv_cache_is_the_engines(built):
 
 @ALL
 def test_lora_buffers_are_the_engines(built, monkeypatch):
-    import torch
     import vllm.lora.model_manager as manager
 
-    name, config, build = built
+    name, _, _ = built
     spec = spec_from_values(_values(name), name=name)
     # Slots on routed experts need a CUDA kernel to be built; their own allocation is compared
     # below.
@@ -141,12 +140,33 @@ def test_lora_buffers_are_the_engines(built, monkeypatch):
         ),
     )
     for rank in RANKS:
-        config.lora_config.max_lora_rank = rank
-        model = build()
-        manager.create_lora_manager(
-            model, 4, LENGTH, spec.vocab_size, config.lora_config, config, torch.device("cpu")
-        )
-        assert lora.engine_elements(plain, rank, 1) * WIDTH == _allocated(model)
+        assert lora.engine_elements(plain, rank, 1) * WIDTH == _slots(built, rank, None)
+
+
+@ALL
+def test_slots_on_the_projections_are_the_engines(built):
+    """As this toolkit opens it: nothing for experts, embeddings and head."""
+    name, _, _ = built
+    spec = spec_from_values(_values(name), name=name)
+    for rank in RANKS:
+        found = _slots(built, rank, lora.ENGINE_SLOTS)
+        assert lora.engine_elements(spec, rank, 1, lora.ENGINE_SLOTS) * WIDTH == found
+
+
+def _slots(built, rank, modules):
+    """Bytes that vLLM's LoRA manager allocates at ``rank`` for the layers of these names."""
+    import torch
+    import vllm.lora.model_manager as manager
+
+    _, config, build = built
+    config.lora_config.max_lora_rank = rank
+    config.lora_config.target_modules = None if modules is None else list(modules)
+    model = build()
+    vocabulary = config.model_config.get_vocab_size()
+    manager.create_lora_manager(
+        model, 4, LENGTH, vocabulary, config.lora_config, config, torch.device("cpu")
+    )
+    return _allocated(model)
 
 
 def _allocated(model):

@@ -19,6 +19,15 @@ def test_trl_defaults():
     assert {name: found[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
 
 
+def test_slots_are_those_that_the_engine_asks_for():
+    from toolkit.engine.options import LAYERS_WITH_SLOTS
+    from toolkit.engine.options import LEGAL_RANKS as ENGINES
+    from toolkit.sizing.lora import ENGINE_SLOTS
+
+    assert ENGINE_SLOTS == LAYERS_WITH_SLOTS
+    assert LEGAL_RANKS == ENGINES
+
+
 def test_tiles_of_the_fused_head():
     from trl.kernels import chunked_logprob
     from trl.trainer import utils

@@ -159,21 +159,20 @@ def _notes(case: Case) -> list[str]:
 
 def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
     sizes = {term.term: term.bytes for term in fit.terms}
-    width = compute_bytes(case.plan.dtype)
+    plan = case.plan
+    everywhere = lora.engine_elements(case.spec, plan.max_lora_rank, plan.max_loras)
+    uses = case.work.uses_engine
+    ranks = lora.LEGAL_RANKS if uses else ()
     return EnginePart(
-        lora_bytes=sizes.get("engine.lora", 0),
+        lora_bytes=everywhere * compute_bytes(plan.dtype) if uses else 0,
+        lora_slots_bytes=sizes.get("engine.lora", 0),
         activation_bytes=sizes.get("engine.activations", 0),
         graph_bytes=sizes.get("engine.cuda_graphs", 0),
         fixed_bytes=sum(term.bytes for term in fit.terms if term.term.startswith("engine.")),
         kv_sequence_bytes=fit.sequence,
         kv_wanted_bytes=fit.wanted,
         kv_bytes=kv_bytes,
-        ranks=tuple(
-            (rank, lora.engine_elements(case.spec, rank, case.plan.max_loras) * width)
-            for rank in lora.LEGAL_RANKS
-        )
-        if case.work.uses_engine
-        else (),
+        ranks=tuple((rank, engines.slot_bytes(case.spec, plan, rank)) for rank in ranks),
     )
 
 

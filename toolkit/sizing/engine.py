@@ -44,8 +44,8 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
         Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
         Term(
             "engine.lora",
-            lora.engine_elements(spec, plan.max_lora_rank, plan.max_loras) * width,
-            f"vLLM slot buffers, {plan.max_loras} x rank {plan.max_lora_rank} on each linear",
+            slot_bytes(spec, plan, plan.max_lora_rank),
+            f"vLLM slot buffers, {plan.max_loras} x rank {plan.max_lora_rank} on the projections",
         ),
         Term(
             "engine.rope_tables",
@@ -76,6 +76,12 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
         )
     )
     return terms
+
+
+def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
+    """LoRA buffers of the engine as this toolkit opens it, at ``rank``."""
+    elements = lora.engine_elements(spec, rank, plan.max_loras, plan.lora_modules)
+    return elements * DTYPE_BYTES[plan.dtype]
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:

@@ -1,8 +1,9 @@
 """LoRA: the engine's slot buffers at max_lora_rank, and the adapter under training at r.
 
-The engine gives every linear layer (and, in some models, embeddings and head) buffers of max_loras
-slots, whatever the adapter targets (vllm/lora/layers/*.py, ``create_lora_weights``); held to its
-allocation to the byte by tests/contract/test_sizing_engine.py.
+vLLM gives layers buffers of max_loras slots (vllm/lora/layers/*.py, ``create_lora_weights``):
+every linear layer, the experts and, in some models, embeddings and head; or those that it is asked
+for, as this toolkit's engine asks for the projections. Held to its allocation to the byte by
+tests/contract/test_sizing_engine.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ import re
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
+from toolkit.config.model import SEVEN_PROJECTIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from toolkit.sizing.model import Block, Linear, ModelSpec
 
+# engine/options.py LAYERS_WITH_SLOTS; held by tests/contract/test_sizing_upstream.py.
+ENGINE_SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj")
+FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Families whose experts PEFT reaches under these names (transformers' conversion "qwen2_moe").
 EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
@@ -34,15 +41,39 @@ def legal_rank(rank: int) -> int:
     )
 
 
-def engine_elements(spec: ModelSpec, rank: int, slots: int) -> int:
-    """Elements of the engine's LoRA buffers."""
+def engine_elements(
+    spec: ModelSpec, rank: int, slots: int, modules: Collection[str] | None = None
+) -> int:
+    """Elements of the engine's LoRA buffers.
+
+    ``modules`` are the last names of the layers that get slots (vLLM's lora_target_modules); None
+    is vLLM's own default: every linear layer, the experts, and the tables that a model names.
+    """
     total = 0
     for block in spec.blocks:
-        total += block.count * sum(_slot_elements(linear, rank) for linear in block.linears)
+        total += block.count * sum(
+            _slot_elements(linear, rank)
+            for linear in block.linears
+            if modules is None or _has_slots(linear, modules)
+        )
     # VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r); LogitsProcessorWithLoRA: A (r,
     # hidden), B (vocab, r).
-    total += len(spec.lora_tables) * rank * (spec.vocab_size + spec.hidden_size)
+    tables = len(spec.lora_tables) if modules is None else 0
+    total += tables * rank * (spec.vocab_size + spec.hidden_size)
     return slots * total
+
+
+def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
+    """The layers that this toolkit's engine gives slots to: all that may be trained on it."""
+    return ENGINE_SLOTS if isinstance(targets, str) else (*ENGINE_SLOTS, *targets)
+
+
+def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
+    """Fused layers get all their slices as soon as one is asked for (``is_in_target_modules``)."""
+    if linear.copies > 1:
+        return "experts" in modules
+    fused = next((group for group in FUSED if linear.leaf in group), (linear.leaf,))
+    return any(name in modules for name in fused)
 
 
 def _slot_elements(linear: Linear, rank: int) -> int:

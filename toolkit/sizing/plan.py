@@ -39,6 +39,7 @@ class EnginePlan:
     sleep: bool
     share_weights: bool
     block_tokens: int
+    lora_modules: tuple[str, ...]
     tensor_parallel: int = 1
 
     def with_sleep(self, sleep: bool) -> EnginePlan:
@@ -61,7 +62,8 @@ def plan_engine(
     if model.max_num_batched_tokens == "auto":
         # One step of the scheduler need not hold more than all prompts and completions together,
         # and must hold one of each.
-        needed = max(sequences * work.sequence, sequences, 256)
+        # A whole sequence too: without chunked prefill the engine asks for it.
+        needed = max(sequences * work.sequence, model.max_seq_length, 256)
         batched = max(min(BATCHED_TOKENS, needed), sequences)
     else:
         batched = model.max_num_batched_tokens
@@ -80,5 +82,6 @@ def plan_engine(
         sleep=model.enable_sleep_mode is True,
         share_weights=model.share_weights,
         block_tokens=CPU_BLOCK if device is None else GPU_BLOCK,
+        lora_modules=lora.slot_modules(work.targets),
         tensor_parallel=max(model.tensor_parallel_size, 1),
     )

@@ -38,9 +38,15 @@ class ModelPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePart:
-    """Facts of the engine as it would be built. ``peak_bytes`` is without context and KV."""
+    """Facts of the engine as it would be built.
+
+    ``lora_bytes`` is vLLM's own allocation, with slots on every layer that it can adapt (experts,
+    embeddings and head too); ``lora_slots_bytes`` is what this toolkit's engine takes, which asks
+    for slots on the projections alone. ``ranks`` prices each legal max_lora_rank in the latter.
+    """
 
     lora_bytes: int
+    lora_slots_bytes: int
     activation_bytes: int
     graph_bytes: int
     fixed_bytes: int
@@ -148,7 +154,7 @@ class SizingResult:
         """The object that ``envcheck size --json`` prints."""
         engine = asdict(self.engine)
         engine["ranks"] = [
-            {"rank": rank, "lora_bytes": nbytes} for rank, nbytes in self.engine.ranks
+            {"rank": rank, "lora_slots_bytes": nbytes} for rank, nbytes in self.engine.ranks
         ]
         return {
             "feasible": self.feasible,
