@@ -53,7 +53,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
                 {"name": "length_penalty", "options": {"max_length": 4, "margin": 2}},
             ],
             "on_error": "none",
-            "timeout_s": 0.5,
+            "timeout_s": 2.0,
         },
         grpo={"max_steps": 6},
     )
@@ -88,7 +88,7 @@ def test_a_reward_that_misbehaves_is_scored_none_and_the_run_ends(ended: dict[st
     assert all(row["rewards/nothing/failed"] >= 0.25 for row in rows)
     assert all(row["rewards/later/mean"] == 0.5 for row in rows)
     problems = " ".join(record["problem"] for record in _rows(run, "bad_rewards.jsonl"))
-    for what in ("raised KeyError", "returned nan", "returned a str", "longer than 0.5 s"):
+    for what in ("raised KeyError", "returned nan", "returned a str", "longer than 2 s"):
         assert what in problems
     assert "returned 3 rewards for 4 completions" in problems
 

@@ -138,4 +138,4 @@ def test_boxed_braces_are_balanced() -> None:
 def test_hostile_text_takes_no_time(hostile: str) -> None:
     started = time.perf_counter()
     answer_in(hostile)
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 10

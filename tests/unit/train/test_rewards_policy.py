@@ -113,12 +113,12 @@ def test_none_scores_that_sample_none_and_counts_it(tmp_path: Path, score, what:
 def test_a_hang_is_cut(tmp_path: Path, score, on_error: str) -> None:
     started = time.monotonic()
     if on_error == "none":
-        _, scores, _ = run(each(score), tmp_path, on_error, 0.2)
+        _, scores, _ = run(each(score), tmp_path, on_error, 0.4)
         assert scores == [1.0, None, 1.0, 1.0]
     else:
-        with pytest.raises(ConfigError, match=r"mine took longer than 0\.2 s \(sample 1 of 4\)"):
-            run(each(score), tmp_path, on_error, 0.2)
-    assert time.monotonic() - started < 5
+        with pytest.raises(ConfigError, match=r"mine took longer than 0\.4 s \(sample 1 of 4\)"):
+            run(each(score), tmp_path, on_error, 0.4)
+    assert time.monotonic() - started < 20
     assert threading.active_count() < 3
 
 
@@ -127,7 +127,7 @@ def test_the_search_for_what_hangs_is_bounded(tmp_path: Path) -> None:
     reward, scores, _ = run(lambda **kwargs: hang(), tmp_path, "none", 0.1)
     assert scores == [None] * 4
     assert reward.failures == 4
-    assert time.monotonic() - started < 0.1 * (1 + policy_module.SEARCH_FACTOR) + 2
+    assert time.monotonic() - started < 0.1 * (1 + policy_module.SEARCH_FACTOR) + 10
 
 
 def test_wrong_length_of_some_samples(tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_an_async_hang_is_cut_also_where_it_blocks_its_loop(tmp_path: Path, nap)
         return [1.0] * len(completions)
 
     started = time.monotonic()
-    assert run(mine, tmp_path, "none", 0.2)[1] == [1.0, None, 1.0, 1.0]
-    assert time.monotonic() - started < 4
+    assert run(mine, tmp_path, "none", 0.4)[1] == [1.0, None, 1.0, 1.0]
+    assert time.monotonic() - started < 20
 
 
 def test_outside_of_training_a_reward_gets_what_trl_passes() -> None:
@@ -304,7 +304,7 @@ def test_the_outer_limit_still_counts_after_an_inner_one() -> None:
     started = time.monotonic()
     with pytest.raises(OutOfTime):
         call_within(0.2, work)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8
 
 
 def test_elsewhere_than_in_the_main_thread() -> None:
