@@ -137,24 +137,24 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
         "free memory - context - what the trainer keeps (rollout phase)": room - kept,
         "the card": device.cuda_total_bytes,
     }
-    short = 0
+    least = fixed + one
+    missing = least - room  # awake: at most what is missing for u_min
     if case.plan.sleep:
         # What is missing asleep is missing at every u: the interval is then empty by that much.
-        short = max(0, fixed - given_back + kept + step - room)
+        missing = fixed - given_back + kept + step - room
         name = f"a training step beside the sleeping engine ({_largest(others, 'training')})"
-        ends |= {name: fixed + one - short} if short else {}
+        ends |= {name: least - missing} if missing > 0 else {}
     else:
         name = f"free memory - context - a training step ({_largest(others, 'training')})"
         ends[name] = room - kept - step + int(given_back * RETURNED_SHARE)
     binding = min(ends, key=lambda name: ends[name])
-    least = fixed + one
     return Fit(
         terms=tuple(terms),
         least=least,
         most=ends[binding],
         binding_min=f"{_largest(engine, 'always', 'rollout')} + KV of one sequence",
         binding_max=binding,
-        short=max(short, least - ends[binding]),
+        short=max(missing, least - ends[binding]),
         sequence=one,
         wanted=_wanted(case),
         margin_least=sum(term.bytes for term in engine if term.term == "margin.engine"),

@@ -125,7 +125,7 @@ def test_an_empty_interval_is_priced(spec_of, card, run):
     quarter = by_change["load_in_4bit: true"]
     changed = replace(config, model=replace(config.model, load_in_4bit=True))
     left = solve(changed, spec_of(EIGHT_B), card("4090")).short_bytes
-    assert quarter.frees_bytes == result.short_bytes - max(left, 0)
+    assert quarter.frees_bytes == result.short_bytes - left
     shorter = next(change for change in by_change if change.startswith("max_completion_length"))
     assert shorter.startswith("max_completion_length 2048 -> 1024")
     with pytest.raises(ConfigError) as caught:
