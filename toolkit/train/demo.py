@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from itertools import takewhile
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ Problem = tuple[int, int]
 SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
-FORGETS = 0.8
+FORGETS = 0.7
 """How often the teacher forgets the carry, where there is one (45 of 100 problems)."""
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP = 2e-3, 50
@@ -84,7 +85,6 @@ class World:
 
 
 def answer(problem: Problem) -> str:
-    """The sum, as text."""
     return str(sum(problem))
 
 
@@ -95,7 +95,6 @@ def forgetful(problem: Problem) -> str:
 
 
 def question(problem: Problem) -> str:
-    """The prompt."""
     return f"{problem[0]}+{problem[1]}="
 
 
@@ -145,9 +144,8 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     make_folder(folder)
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(problems)
-    held_out = problems[:HELD_OUT]
-    looked_at = problems[HELD_OUT : HELD_OUT + LOOKED_AT]
-    known = problems[HELD_OUT + LOOKED_AT :]
+    held_out, problems = hold_out(problems, HELD_OUT)
+    looked_at, known = hold_out(problems, LOOKED_AT)
     tokenizer, model = make_tokenizer(), make_model(seed)
     begin = monotonic()
     steps = teach(model, tokenizer, known, looked_at, seed=seed, say=say)
@@ -159,6 +157,15 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     run_file = folder / "run.yaml"
     write_file(run_file, RUN_FILE.format(name=run_file.name, engine=engine, seed=seed))
     return World(folder, run_file, monotonic() - begin, steps)
+
+
+def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+    """(held out, the rest): the first ``count`` problems, half of them with a carry."""
+    carry = [p for p in problems if answer(p) != forgetful(p)][: count // 2]
+    plain = [p for p in problems if answer(p) == forgetful(p)][: count - len(carry)]
+    held_out = {*carry, *plain}
+    chosen = [p for p in problems if p in held_out]
+    return chosen, [p for p in problems if p not in held_out]
 
 
 def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
@@ -237,10 +244,5 @@ def _look(
 
 def _text(ids: list[int]) -> str:
     """Characters up to the end of the sequence."""
-    tokens = (*SPECIAL, *CHARACTERS)
-    text = ""
-    for token in ids:
-        if token < len(SPECIAL):
-            break
-        text += tokens[token]
-    return text
+    said = takewhile(lambda token: token >= len(SPECIAL), ids)
+    return "".join(CHARACTERS[token - len(SPECIAL)] for token in said)
