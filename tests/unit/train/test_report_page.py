@@ -92,6 +92,7 @@ def test_a_finished_run(finished: Path) -> None:
     for curve in ("Reward", "Completion length", "KL to", "Entropy", "Loss", "Step time", "Engine"):
         assert curve in titles
     assert "finished, 60 steps" in source
+    assert parsed.text["h1"] == f"{finished.parent.name}/my-run"
     assert "0.31 → 0.74" in source
     assert "NVIDIA H200" in source
     assert "Step 1" in titles

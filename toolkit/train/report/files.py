@@ -44,7 +44,7 @@ def read_run(run_dir: Path) -> RunFiles:
     }
     rows = list(_rows(run_dir / "metrics.jsonl", broken))
     return RunFiles(
-        name=run_dir.resolve().name,
+        name="/".join(run_dir.resolve().parts[-2:]).lstrip("/"),  # "run" alone says little
         metrics=_by_step(row for row in rows if not _is_eval(row)),
         evals=_by_step(row for row in rows if _is_eval(row)),
         timings=_by_step(_rows(run_dir / "timings.jsonl", broken)),
