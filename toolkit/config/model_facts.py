@@ -100,7 +100,7 @@ class ModelFacts:
 def read_model(node: Node, revision: str | None) -> ModelFacts | None:
     """The facts of the model that ``node`` names: a folder, or a snapshot in the hub's cache."""
     folder = resolve(node.value, node)
-    if not exists(folder / "config.json"):
+    if not exists(f"{folder}/config.json"):
         cached = cached_snapshot("models", node.value, revision)
         if cached is None:
             return None

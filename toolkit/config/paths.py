@@ -24,14 +24,18 @@ _ALWAYS = ("output_dir", "resume")
 
 def resolve(text: str, node: Node) -> Path:
     """``text`` as an absolute path, seen from the file that ``node`` stands in."""
-    path = Path(os.path.expanduser(text)) if text.startswith("~") else Path(text)
-    return Path(os.path.normpath(node.source.folder / path))
+    return Path(_absolute(text, node))
 
 
-def exists(path: Path) -> bool:
+def _absolute(text: str, node: Node) -> str:
+    home = os.path.expanduser(text) if text.startswith("~") else text
+    return os.path.normpath(os.path.join(node.source.folder, home))
+
+
+def exists(path: Path | str) -> bool:
     """Whether something is at ``path``; a name that no file system takes is not there."""
     try:
-        return path.exists()
+        return os.path.exists(path)
     except (OSError, ValueError):
         return False
 
@@ -52,7 +56,7 @@ def local_path(key: str, node: Node) -> str:
     text = str(node.value)
     if text in _WORDS.get(key, ()):
         return text
-    path = resolve(text, node)
+    path = _absolute(text, node)
     if key in _ALWAYS or is_path_only(text) or exists(path):
-        return str(path)
+        return path
     return text

@@ -28,7 +28,11 @@ def _plain(text: str, _role: str) -> str:
 
 def safe(text: str) -> str:
     """Text without secrets, and without characters that a terminal would act on."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", redact(text))
+    return redact(_harmless(text))
+
+
+def _harmless(text: str) -> str:
+    return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown_line(source: Source, mark: Mark) -> str:
@@ -42,9 +46,10 @@ def shown_line(source: Source, mark: Mark) -> str:
         first, last = hidden.start - start, min(hidden.end - start, len(line))
         if last > 0 and first < len(line):
             line = line[: max(first, 0)] + _HIDDEN + line[last:]
-    line = safe(line.replace("\t", "    ") if line.startswith("\t") else line)
+    line = _harmless(line.replace("\t", "    ") if line.startswith("\t") else line)
     if len(line) <= _WIDEST and low == 0:
-        return line
+        return line  # what is shown as a whole is redacted with all else
+    line = redact(line)
     column = min(mark.column - low, len(line))
     first = max(0, min(column - _WIDEST // 2, len(line) - _WIDEST))
     before = "..." if first or low else ""
@@ -62,14 +67,15 @@ def render_text(findings: Sequence[Finding], paint: Callable[[str, str], str] = 
 
 def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
     label = paint(f"{found.severity}[{found.rule}]", str(found.severity))
-    lines = [f"{paint(safe(found.place), 'place')}: {label} {safe(found.message)}"]
+    place = paint(_harmless(found.place), "place")
+    lines = [f"{place}: {label} {_harmless(found.message)}"]
     source, mark = found.source, found.mark
     if source is not None and mark and not source.is_override and mark.line <= len(source.lines):
         lines.append(f"{mark.line:5d} | {shown_line(source, mark)}")
-    lines += [f"  {safe(note)}" for note in found.notes]
+    lines += [f"  {_harmless(note)}" for note in found.notes]
     if found.fixes:
-        lines.append("  fix: " + "   or   ".join(safe(fix.text) for fix in found.fixes))
-    return "\n".join(lines)
+        lines.append("  fix: " + "   or   ".join(_harmless(fix.text) for fix in found.fixes))
+    return redact("\n".join(lines))
 
 
 def render_github(findings: Sequence[Finding]) -> str:

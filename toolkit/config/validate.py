@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, InputError
@@ -13,7 +14,7 @@ from toolkit.config.bounds import MAX_FINDINGS
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
-from toolkit.config.rules import Run, Situation, all_rules
+from toolkit.config.rules import Run, Situation, judging_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.structure import check_structure
 
@@ -25,17 +26,22 @@ if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Validation:
-    """All findings in the order of their places, and the config when none of them is an error."""
+    """All findings in the order of their places, overrides last."""
 
     findings: tuple[Finding, ...]
-    config: RunConfig | None
+    document: Document
 
     @property
     def ok(self) -> bool:
         """Whether nothing refuses the run."""
-        return self.config is not None
+        return all(found.severity is not Severity.ERROR for found in self.findings)
+
+    @cached_property
+    def config(self) -> RunConfig | None:
+        """The run that was judged, frozen; None when it is refused."""
+        return build_config(self.document) if self.ok else None
 
 
 def validate(document: Document, situation: Situation | None = None) -> Validation:
@@ -44,7 +50,7 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
     if document.readable and document.whole:
         outcome = check_structure(document.root, find_schema("run"))
         run = Run(document, outcome.bad, situation or Situation(environment=dict(os.environ)))
-        told = [found for rule in all_rules().values() for found in rule.judge(run)]
+        told = [found for rule in judging_rules() for found in rule.judge(run)]
         better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
         findings += [
             found
@@ -53,8 +59,7 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
         ]
         findings += told
     findings = _bounded(sorted(findings, key=_order))
-    refused = any(found.severity is Severity.ERROR for found in findings)
-    return Validation(tuple(findings), None if refused else build_config(document))
+    return Validation(tuple(findings), document)
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
 from toolkit.config.rules.base import RULES, Rule
 from toolkit.config.rules.run import DeviceFacts, Run, Situation
 
-__all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules"]
+__all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "judging_rules"]
 
 _THEMES = (
     "batch", "sampling", "training", "schedule", "lengths", "lora", "lora_engine", "loading",
@@ -15,8 +16,17 @@ _THEMES = (
 )  # fmt: skip
 
 
+@cache
 def all_rules() -> dict[str, Rule]:
     """The rules by id, in the order of their themes."""
     for theme in _THEMES:
         import_module(f"toolkit.config.rules.{theme}")
     return RULES
+
+
+@cache
+def judging_rules() -> tuple[Rule, ...]:
+    """The rules that look at a run themselves: not those that loading and the schema tell."""
+    from toolkit.config.rules.structural import TOLD  # noqa: PLC0415 - after all themes
+
+    return tuple(rule for name, rule in all_rules().items() if name not in TOLD)
