@@ -27,8 +27,7 @@ def remedies_for(case: Case, short: int, missing: Callable[[RunConfig], int]) ->
         left = missing(config)
         if left < short:
             found.append(Remedy(change, short - left, left <= 0))
-    # What is enough by itself first, the smallest such change before the larger ones; then by
-    # price.
+    # What is enough by itself first, and then by price.
     return tuple(sorted(found, key=lambda remedy: (not remedy.enough, -remedy.frees_bytes)))
 
 
