@@ -36,6 +36,11 @@ if [ -z "$place" ]; then
     exit 1
 fi
 
+# Temporary files: with a read-only root and no mount on /tmp, Python finds no place for any.
+if ! writable "${TMPDIR:-/tmp}"; then
+    export TMPDIR="$place"
+fi
+
 # ---- who calls: an unknown uid has no passwd entry, and torch and Triton ask for one ----------------------------
 given_home=${HOME:-}
 if [ -z "$given_home" ] || [ "$given_home" = / ] || ! writable "$given_home"; then

@@ -150,6 +150,12 @@ def test_a_cache_that_cannot_be_written_is_told(commands: Path) -> None:
     assert "fix:" in result.stderr
 
 
+def test_temporary_files_have_a_place(commands: Path, tmp_path: Path) -> None:
+    seen = environment_of(call(commands, "env", TMPDIR=UNWRITABLE))
+    assert seen["TMPDIR"] == str(tmp_path / "cache")
+    assert environment_of(call(commands, "env", TMPDIR=str(tmp_path)))["TMPDIR"] == str(tmp_path)
+
+
 def test_nothing_is_left_where_the_entry_point_looked(commands: Path, tmp_path: Path) -> None:
     call(commands, "true")
     assert list((tmp_path / "cache").iterdir()) == []
