@@ -1,0 +1,204 @@
+"""The seams of TRL 1.16 and transformers 5.17 that toolkit.train leans on, each by its name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from transformers import Trainer
+from trl import GRPOConfig
+from trl import GRPOTrainer as Upstream
+
+from toolkit.train import correction
+from toolkit.train.trainer import GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "train"))
+from trainer_helpers import ROWS, arguments, make_policy, make_trainer, ones, put_engine, short
+
+pytestmark = pytest.mark.contract
+
+OVERRIDDEN = {
+    Upstream: [
+        "_generate_single_turn",
+        "_calculate_rewards",
+        "_generate_and_score_completions",
+        "_compute_loss",
+        "_get_per_token_logps_and_entropies",
+        "_prepare_inputs",
+        "training_step",
+        "compute_loss",
+        "log",
+        "_get_train_sampler",
+    ],
+    Trainer: [
+        "_get_grad_norm",
+        "_maybe_log_save_evaluate",
+        "_evaluate",
+        "_save_checkpoint",
+        "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
+        "_load_rng_state",
+        "train",
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+
+
+def test_the_pinned_release():
+    assert trl.__version__ == "1.16.0"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in OVERRIDDEN.items() for name in names]
+)
+def test_what_we_override_is_there_and_takes_what_we_pass_on(owner, name):
+    theirs = inspect.signature(getattr(owner, name)).parameters
+    ours = inspect.signature(getattr(GRPOTrainer, name)).parameters
+    assert name in vars(GRPOTrainer) or any(name in vars(c) for c in GRPOTrainer.__mro__[1:2])
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in ours.values())
+    assert takes_all or list(ours) == list(theirs), (name, list(theirs))
+
+
+def test_a_trainer_that_was_never_initialised_can_use_every_default():
+    trainer = object.__new__(GRPOTrainer)
+    assert trainer._attempt is None
+    assert trainer._observed is None
+    assert trainer.signals is None
+    assert trainer.timers.take() == {}
+
+
+def run(folder, monkeypatch, *, redundant: bool, **grpo):
+    if not redundant:
+        monkeypatch.setattr(correction, "old_logps_are_redundant", lambda _: False)
+    trainer = make_trainer(folder, engine=True, max_steps=3, **grpo)
+    forwards = []
+    original = Upstream._get_per_token_logps_and_entropies
+
+    def counted(self, *args, **kwargs):
+        forwards.append(torch.is_grad_enabled())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Upstream, "_get_per_token_logps_and_entropies", counted)
+    trainer.train()
+    monkeypatch.undo()
+    rows = [r for r in trainer.state.log_history if "loss" in r]
+    weights = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    return rows, torch.cat([w.flatten() for w in weights]), forwards
+
+
+@pytest.mark.parametrize(
+    "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+)
+def test_leaving_the_extra_forward_out_changes_nothing(tmp_path, monkeypatch, mode):
+    grpo = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.5}
+    theirs = run(tmp_path / "a", monkeypatch, redundant=False, **grpo)
+    ours = run(tmp_path / "b", monkeypatch, redundant=True, **grpo)
+    torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=0)
+    assert theirs[2].count(False) == 3
+    assert ours[2].count(False) == 0
+    for mine, upstream in zip(ours[0], theirs[0], strict=True):
+        names = {name for name in upstream if name.startswith("sampling/")}
+        assert names == {name for name in mine if name.startswith("sampling/")}
+        assert len(names) == 7
+        for name in names:
+            assert mine[name] == pytest.approx(upstream[name], abs=2e-6), name
+        assert mine["sampling/logp_gap_mean"] < 1e-5
+
+
+def test_it_is_left_out_exactly_when_it_is_redundant(tmp_path):
+    def asked(lora=None, **grpo):
+        return correction.old_logps_are_redundant(
+            make_trainer(tmp_path, engine=True, lora=lora, **grpo)
+        )
+
+    assert asked()
+    assert asked(gradient_accumulation_steps=2)
+    assert not asked(num_iterations=2)
+    assert not asked(steps_per_generation=2)
+    assert not asked(vllm_importance_sampling_correction=False)
+    assert not asked(lora={"lora_dropout": 0.1})
+
+
+OPTIONS = {
+    **{loss: {"loss_type": loss} for loss in ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo")},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"},
+    "num_iterations": {"num_iterations": 2},
+    "beta": {"beta": 0.1},
+    "steps_per_generation": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "no correction": {"vllm_importance_sampling_correction": False},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5},
+    "entropy": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+    "truncated masked": {"mask_truncated_completions": True},
+    "generation options": {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_trls_options_run_on_an_engine(tmp_path, name):
+    trainer = make_trainer(tmp_path, engine=True, max_steps=2, **OPTIONS[name])
+    assert trainer.use_vllm
+    assert trainer.args.use_vllm is False  # as it was passed
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    first = rows[0]
+    assert first["sampling/logp_gap_max"] >= first["sampling/logp_gap_mean"] >= 0
+    assert ("kl" in first) == (name == "beta")
+    if name != "generation options":  # there the trainer scores the unfiltered distribution
+        assert first["sampling/logp_gap_max"] < 1e-4
+
+
+def test_several_rewards_and_evaluation_on_an_engine(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        engine=True,
+        rewards=[ones, short],
+        reward_weights=[1.0, 0.5],
+        eval_rows=ROWS[:4],
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+    )
+    trainer.train()
+    rows = trainer.state.log_history
+    assert any("rewards/short/mean" in row for row in rows)
+    assert [row["step"] for row in rows if "eval_reward" in row] == [1, 2]
+    assert all("eval_sampling/logp_gap_max" in row for row in rows if "eval_reward" in row)
+
+
+def test_use_vllm_in_the_arguments_is_served_by_the_engine_on_the_model(tmp_path):
+    model = make_policy()
+    tokenizer = make_trainer(tmp_path).processing_class
+    put_engine(model, tokenizer)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=ones,
+        args=arguments(tmp_path, use_vllm=True, generation_kwargs={"top_k": 3}),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )
+    assert type(trainer.vllm_generation).__module__ == "toolkit.train.sampling"
+    assert trainer.args.use_vllm
+    assert trainer.args.generation_kwargs == {"top_k": 3}
+    assert trainer.vllm_generation.sampling(1).extra == {"top_k": 3}
+
+
+def test_vespo_needs_a_token_mode(tmp_path):
+    with pytest.raises(ValueError, match="vespo loss needs a token mode"):
+        make_trainer(tmp_path, engine=True, loss_type="vespo")
+
+
+def test_config_fields_that_arguments_sets_exist():
+    fields = GRPOConfig.__dataclass_fields__
+    for name in ("report_to", "use_cpu", "bf16", "logging_steps", "reward_weights", "save_steps"):
+        assert name in fields
