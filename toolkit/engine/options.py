@@ -175,6 +175,8 @@ class EngineOptions:
                 "max_cpu_loras": self.max_cpu_loras,
                 "lora_target_modules": list(self.lora_target_modules or ()) or None,
             }
+        if device == "cuda" and not arguments["enforce_eager"]:
+            arguments["compilation_config"] = dict(GRAPHS_ONLY)
         if self.sleep and device == "cuda":
             arguments["enable_sleep_mode"] = True
         if self.load_in_4bit:
@@ -183,6 +185,14 @@ class EngineOptions:
             arguments["load_format"] = LOADER
         arguments |= self.extra
         return {name: value for name, value in arguments.items() if value is not None}
+
+
+GRAPHS_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+"""CUDA graphs for decode steps, and no torch.compile: rollouts are decode steps, and a graph takes
+away what compiling would save. On an H100 and the Llama-3.2-1B shape (vLLM 0.25.1, 64 sequences)
+both decode 15k to 17k tokens/s; without compiling the engine starts 27 s sooner with a cold cache,
+and without graphs for mixed batches 10 s sooner still. ``compilation_config`` overrides it.
+"""
 
 
 def _targets(modules: tuple[str, ...] | str) -> tuple[str, ...]:

@@ -64,6 +64,15 @@ def test_each_option_reaches_vllm(changes: dict, key: str, value: object) -> Non
     assert EngineOptions(model="m", **changes).to_vllm("cuda")[key] == value
 
 
+def test_a_gpu_gets_graphs_without_compiling_unless_told_otherwise() -> None:
+    told = EngineOptions(model="m").to_vllm("cuda")["compilation_config"]
+    assert told == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert "compilation_config" not in EngineOptions(model="m").to_vllm("cpu")
+    assert "compilation_config" not in EngineOptions(model="m", enforce_eager=True).to_vllm("cuda")
+    chosen = EngineOptions(model="m", extra={"compilation_config": {"mode": 3}}).to_vllm("cuda")
+    assert chosen["compilation_config"] == {"mode": 3}
+
+
 def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
     told = EngineOptions(model="m", enable_lora=False, share_weights=False).to_vllm("cuda")
     assert not {"enable_lora", "max_lora_rank", "max_loras", "load_format"} & set(told)
