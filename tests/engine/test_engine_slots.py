@@ -124,7 +124,7 @@ def test_names_that_vllm_skips_or_renames() -> None:
 @dataclass
 class Allocation:
     tag: str
-    handle: str
+    handle: tuple[int, int, str, int]  # device, bytes, address, memory
     is_asleep: bool = False
 
 
@@ -138,15 +138,15 @@ class FakeAllocator:
 def allocator(monkeypatch: pytest.MonkeyPatch) -> FakeAllocator:
     fake = FakeAllocator(
         {
-            1: Allocation("weights", "w"),
-            2: Allocation("kv_cache", "k1"),
-            3: Allocation("kv_cache", "k2"),
+            1: Allocation("weights", (0, 10, "w", 0)),
+            2: Allocation("kv_cache", (0, 20, "k1", 0)),
+            3: Allocation("kv_cache", (0, 30, "k2", 0)),
         }
     )
     parts = (
         fake,
-        lambda handle: fake.log.append(f"release {handle}"),
-        lambda handle: fake.log.append(f"map {handle}"),
+        lambda handle: fake.log.append(f"release {handle[2]}"),
+        lambda handle: fake.log.append(f"map {handle[2]}"),
     )
     monkeypatch.setattr(sleep, "_allocator", lambda: parts)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -175,6 +175,20 @@ def test_sleep_releases_the_kv_cache_and_nothing_else(allocator: FakeAllocator) 
     assert allocator.log[4:] == ["release k1", "release k2"]
     assert type(backend).preserves_compiled_artifacts()
     assert type(backend).preserves_communicators()
+
+
+@pytest.mark.parametrize(("free_bytes", "handed_back"), [(49, 1), (50, 0)])
+def test_waking_takes_back_what_torch_keeps_only_where_it_must(
+    allocator: FakeAllocator, monkeypatch: pytest.MonkeyPatch, free_bytes: int, handed_back: int
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 100))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    sleep.release_tag("kv_cache")  # 20 + 30 bytes
+    sleep.map_tag("kv_cache")
+    assert calls == ["empty_cache"] * handed_back
+    assert allocator.log[2:] == ["map k1", "map k2"]
 
 
 def test_the_switch_chooses_our_backend_and_is_idempotent() -> None:

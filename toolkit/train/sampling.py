@@ -137,6 +137,8 @@ class EngineGeneration:
             rollout: Rollout = self.engine.generate(
                 prompts[::count], self.sampling(count), seed=seed
             )
+        # Where the run was sized for it, the KV cache's memory is the trainer's until the next call.
+        self.engine.sleep()
         return rollout.as_tuple()
 
     def sampling(self, n: int) -> Sampling:
