@@ -137,7 +137,7 @@ class EngineGeneration:
             rollout: Rollout = self.engine.generate(
                 prompts[::count], self.sampling(count), seed=seed
             )
-        # Where the run was sized for it, the KV cache's memory is the trainer's until the next call.
+        # Where the run was sized for it, the KV cache's memory is now the trainer's.
         self.engine.sleep()
         return rollout.as_tuple()
 
