@@ -30,6 +30,7 @@ from toolkit.cli.validate import validate
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SECONDS_EACH, MEGABYTES = 2.0, 300.0
 CODES = {0, 1, 2, 5}
+ROUND = 1000
 SUFFIXES = (".yaml", ".json", ".toml", ".txt")
 
 CORPUS = [
@@ -142,6 +143,26 @@ def judge(path: Path, form: str, override: str | None, fix: bool = False) -> flo
     return took
 
 
+def attack(files: dict[str, Path], count: int, number: int, done: dict[str, float]) -> None:
+    """One round of ``count`` inputs, drawn from seed ``number``."""
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
+    def one(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> None:
+        files[suffix].write_bytes(data)
+        done["longest"] = max(done["longest"], judge(files[suffix], form, override, fix))
+        done["inputs"] += 1
+
+    one()
+
+
 def main() -> int:
     """Draw, judge, tell."""
     parser = argparse.ArgumentParser(description="Fuzz the run file validator.")
@@ -149,29 +170,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1200.0, help="stop drawing after so long")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    deadline = time.monotonic() + asked.seconds
+    start = time.monotonic()
     done = {"inputs": 0, "longest": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         files = {suffix: Path(folder) / f"run{suffix}" for suffix in SUFFIXES}
-
-        @seed(asked.seed)
-        @settings(
-            max_examples=asked.count,
-            deadline=None,
-            database=None,
-            phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
-        def attack(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> None:
-            if time.monotonic() > deadline:
-                return
-            files[suffix].write_bytes(data)
-            done["longest"] = max(done["longest"], judge(files[suffix], form, override, fix))
-            done["inputs"] += 1
-
-        start = time.monotonic()
-        attack()
+        # In rounds, so that the clock is looked at: hypothesis itself cannot be told to stop.
+        while done["inputs"] < asked.count and time.monotonic() - start < asked.seconds:
+            count = min(ROUND, asked.count - int(done["inputs"]))
+            attack(files, count, asked.seed + int(done["inputs"]), done)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     took = time.monotonic() - start
     print(
