@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +14,7 @@ from vllm import SamplingParams
 
 from toolkit.base.errors import ConfigError, ConfigValueError, NodeError, UnsupportedError
 from toolkit.engine.base import RolloutEngine
+from toolkit.engine.generate import collect
 from toolkit.engine.rollout import Sampling, derive_seed
 from toolkit.policy.views import shared_model
 
@@ -144,13 +145,11 @@ def test_generation_kwargs_and_stop_tokens(llama: Engine) -> None:
     assert len(llama.generate(PROMPTS[:1], text, seed=1).completion_ids[0]) < 9
 
 
-def test_a_grammar_that_fails_is_no_empty_completion(llama: Engine) -> None:
-    # Under this suite's "warnings are errors", a deprecation inside vLLM fails the grammar.
-    sampling = Sampling(max_tokens=4, structured_outputs_regex="(t5|t9)+")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(ConfigError, match="gave up"):
-            llama.generate(PROMPTS[:1], sampling, seed=1)
+def test_a_request_that_vllm_gave_up_on_is_no_empty_completion() -> None:
+    completion = SimpleNamespace(finish_reason="error", token_ids=[], logprobs=None)
+    with pytest.raises(ConfigError, match=r"gave up on a completion \(error\)") as caught:
+        collect([[5]], [SimpleNamespace(outputs=[completion])])
+    assert "vllm_structured_outputs_regex" in str(caught.value.fix)
 
 
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
