@@ -18,7 +18,8 @@ done
 if [ -n "$missing" ]; then
     # shellcheck source=/dev/null
     . /etc/os-release
-    set -- -o Acquire::Check-Valid-Until=false -o Acquire::Languages=none
+    # Sandbox::User: in a user namespace of one user (Apptainer's) there is no _apt to become.
+    set -- -o Acquire::Check-Valid-Until=false -o Acquire::Languages=none -o APT::Sandbox::User=root
     if [ -s /run/secrets/ca ]; then
         set -- "$@" -o Acquire::https::CAInfo=/run/secrets/ca
     fi
