@@ -126,7 +126,6 @@ def make_model(seed: int) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=64,
             tie_word_embeddings=False,
-            initializer_range=0.05,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,

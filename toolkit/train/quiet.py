@@ -33,6 +33,8 @@ def prepare_environment() -> None:
     """Before torch and transformers are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Told while vLLM is imported, before its own log level holds.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def load_progress(trainer: Any, folder: Path) -> None:
 
 
 def load_generators(trainer: Any, folder: Path) -> None:
-    """Every generator of this rank."""
+    """Of this rank."""
     rank, tensors = _read_rank(trainer, folder)
     restore_generators(rank["generators"], tensors)
 
@@ -225,6 +225,11 @@ def score(state: Any) -> float | None:
 def epochs_done(folder: Path) -> int:
     """Whole passes over the data before this checkpoint."""
     return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint holds."""
+    return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
 
 
 def positions(folder: Path) -> Mapping[str, int]:

@@ -57,9 +57,8 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
 def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
     resume_from = config.runtime.resume
     if not is_first_rank() and resume_from == "never":
-        found, passed = None, []  # the first rank may have begun to write by now
-    else:
-        found, passed = checkpoint.choose(run_dir, resume_from)
+        resume_from = "auto"  # the first rank judges it, and may have begun to write by now
+    found, passed = checkpoint.choose(run_dir, resume_from)
     for line in passed:
         options.out.write(f"passed over a torn checkpoint: {line}\n")
     signals = StopSignals(abandon=world_size() == 1)
@@ -94,9 +93,8 @@ def prepare(config: RunConfig, run_dir: Path) -> Parts:
         resolved.dataset, tokenizer, max_prompt_length=resolved.grpo.get("max_prompt_length")
     )
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
-    digests = {"train": data.report.train.digest}
-    if data.report.eval is not None:
-        digests["eval"] = data.report.eval.digest
+    reports = {"train": data.report.train, "eval": data.report.eval}
+    digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
     return Parts(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
 
 
@@ -156,7 +154,11 @@ def _train(
         trainer.add_callback(Recorder(trainer, journal, progress, completions=keep))
     with signals.at_steps():
         try:
-            trainer.train(str(found) if found else None)
+            if found is not None and resume.step_of(found) >= total_steps(trainer):
+                resume.check(trainer, found)  # it had ended; transformers would add a step
+                resume.load_policy(trainer, found)
+            else:
+                trainer.train(str(found) if found else None)
         except Abandoned:
             signals.settle()
             if trainer.snapshot is not None and trainer.snapshot.hf_state.global_step > 0:

@@ -57,7 +57,7 @@ class StopSignals:
 
     @contextmanager
     def at_steps(self) -> Iterator[None]:
-        """While the block runs a signal waits for the end of a step, or abandons one that is long."""
+        """In the block a signal waits for the end of a step, or abandons one that is long."""
         self.immediate = False
         try:
             yield
