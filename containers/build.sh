@@ -3,6 +3,8 @@
 # usage: build.sh TARGET [--stand-in] [--engine docker|buildah] [--tag NAME]      TARGET: envcheck, train or train-cpu
 #
 #   --stand-in   build on a base made from the distribution's archive, where no registry is reached (stand-in.sh)
+#   --format     buildah's format: oci (default), or docker, which has a place for the HEALTHCHECK, and also for random names of
+#                the builder, so that no two builds give one digest (their layers still do). Docker itself keeps both.
 #   BASE_IMAGE, CPU_BASE_IMAGE   another base, by digest        TOOLKIT_STORE   a store of its own (buildah)
 #   TOOLKIT_BASE_TIMEOUT         seconds to wait for the registry (default 60)
 #
@@ -12,13 +14,14 @@ set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-target="" stand_in=0 engine="" tag=""
+target="" stand_in=0 engine="" tag="" format=oci
 while [ "$#" -gt 0 ]; do
     case "$1" in
         envcheck | train | train-cpu) target=$1 ;;
         --stand-in) stand_in=1 ;;
         --engine) engine=${2:?} && shift ;;
         --tag) tag=${2:?} && shift ;;
+        --format) format=${2:?} && shift ;;
         *) die 2 "what is $1? usage: build.sh envcheck|train|train-cpu [--stand-in] [--engine docker|buildah] [--tag NAME]" ;;
     esac
     shift
@@ -89,8 +92,8 @@ if [ "$engine" = docker ]; then
     SOURCE_DATE_EPOCH=$EPOCH docker buildx build --file containers/Dockerfile --target "$target" "${arguments[@]}" \
         --output "type=docker,name=$tag,rewrite-timestamp=true" .
 else
-    # chroot isolation works in a container and without a user namespace. The docker format: OCI has no HEALTHCHECK.
-    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format docker --quiet \
+    # chroot isolation works in a container and without a user namespace.
+    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format "$format" --quiet \
         --ignorefile containers/Dockerfile.dockerignore --file containers/Dockerfile --target "$target" \
         "${arguments[@]}" --tag "$tag" . >"$private/log" 2>&1 || {
         tail -n 40 "$private/log" >&2

@@ -163,3 +163,12 @@ def test_the_build_sees_nothing_but_the_product() -> None:
     assert allowed == {
         *("LICENSE", "README.md", "pyproject.toml", "toolkit", "schemas", "locks", "containers")
     }
+
+
+def test_every_image_has_a_health_check_an_init_and_a_user() -> None:
+    text = (CONTAINERS / "Dockerfile").read_text()
+    for target in ("envcheck", "train", "train-cpu"):
+        stage = text.split(f" AS {target}\n")[1].split("\nFROM ")[0]
+        assert 'CMD ["toolkit-health"]' in stage, target
+        assert 'ENTRYPOINT ["tini", "-s", "--", "toolkit-entrypoint"]' in stage, target
+        assert "\nUSER 1000:1000\n" in stage, target
