@@ -88,6 +88,8 @@ SEAMS = [
     ("distributed/parallel_state.py", "destroy_model_parallel", "seams.shut_down"),
     ("distributed/parallel_state.py", "_WORLD", "seams.shut_down"),
     ("distributed/parallel_state.py", "GroupCoordinator.destroy", "seams.shut_down"),
+    ("platforms/interface.py", "Platform._global_graph_pool", "seams.forget_graph_pool"),
+    ("platforms/interface.py", "Platform.get_global_graph_pool", "seams.forget_graph_pool"),
     ("exceptions.py", "VLLMValidationError", "generate.REFUSALS"),
     ("lora/worker_manager.py", "WorkerLoRAManager._adapter_manager", "seams.open_internals"),
     ("lora/model_manager.py", "LoRAModelManager.lora_index_to_id", "adapter"),

@@ -73,6 +73,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     vLLM's own shut-down also destroys torch.distributed's default group, whoever made it. With
     ``keep_process_group`` (the trainer made it) only the engine's part is torn down.
     """
+    forget_graph_pool()
     client = llm.llm_engine.engine_core
     if not keep_process_group:
         client.shutdown()
@@ -89,3 +90,15 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if parallel_state._WORLD is not None:  # a group of vLLM's own, over the trainer's
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
+
+
+def forget_graph_pool() -> None:
+    """Have the next engine of this process capture its CUDA graphs into a pool of its own.
+
+    vLLM keeps one pool's name for the whole process (``Platform.get_global_graph_pool``, 0.25.1 and
+    0.31.0). Once the first engine's graphs are gone torch has dropped that pool, and capturing into
+    it fails with an internal assertion of its allocator.
+    """
+    for kind in type(current_platform).__mro__:
+        if kind.__dict__.get("_global_graph_pool") is not None:
+            kind._global_graph_pool = None

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 NAME = "toolkit_kv"
 KV_TAG = "kv_cache"
-HANDLE_SIZE = 1
-"""Where an allocation's handle, (device, size, address, memory), holds its bytes."""
 
 
 class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no types
@@ -85,19 +83,13 @@ def map_tag(tag: str) -> None:
     asleep = [
         data for data in allocator.pointer_to_data.values() if data.tag == tag and data.is_asleep
     ]
-    make_room(sum(data.handle[HANDLE_SIZE] for data in asleep))
+    if asleep:
+        # The trainer's step has left its activations' memory in torch's cache. Kept there, the card
+        # would have to hold both, which is what sleeping is to avoid.
+        torch.cuda.empty_cache()
     for data in asleep:
         create_and_map(data.handle)
         data.is_asleep = False
-
-
-def make_room(size_bytes: int) -> None:
-    """Have torch hand back what it keeps for later, if the device has less than this free.
-
-    The trainer's step leaves its activations' memory in torch's cache, where the KV cache was.
-    """
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < size_bytes:
-        torch.cuda.empty_cache()
 
 
 def _allocator() -> tuple[Any, Any, Any]:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from toolkit.gpu.cards import Card
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# What a process's CUDA context takes outside torch's allocator on data-centre cards with CUDA 12
-# and 13 (driver 580: 0.5 GiB with the kernels that vLLM and torch load).
-CONTEXT_BYTES = 520 * MIB
+# What a process's CUDA context takes outside torch's allocator, libraries loaded on first use
+# included: 682 MiB on an H100 (driver 580, torch 2.11, CUDA 13).
+CONTEXT_BYTES = 682 * MIB
 # NVML's total counts what the driver keeps for itself; cudaMemGetInfo's total, which vLLM
 # multiplies by gpu_memory_utilization, does not. Seen on H100 and H200: 0.4 to 0.6 % of the card.
 RESERVED_SHARE = 0.0055

@@ -89,7 +89,7 @@ def _trl(settings: Settings) -> Any:
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29511")
-    theirs = GRPOTrainer.__base__  # trl.GRPOTrainer itself
+    theirs = next(kind for kind in GRPOTrainer.__mro__ if kind.__module__.startswith("trl."))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     arguments = _arguments(
@@ -140,8 +140,8 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
 
 def _grpo_config(trainer: Any) -> Any:
     """The GRPOConfig of the TRL that ``trainer`` is, or derives from."""
-    modules = (sys.modules[cls.__module__] for cls in trainer.__mro__)
-    return next(module.GRPOConfig for module in modules if hasattr(module, "GRPOConfig"))
+    modules = (sys.modules[kind.__module__.partition(".")[0]] for kind in trainer.__mro__)
+    return next(module.GRPOConfig for module in modules if module.__name__ == "trl")
 
 
 def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
