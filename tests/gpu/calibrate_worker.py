@@ -148,7 +148,9 @@ def one_run(
     start = time.monotonic()
     try:
         measured = train(policy, tokenizer, config, results.parent)
-        row["terms"] = terms_of(result, measured, ("trainer.step", "peak.training"))
+        names = ("trainer.step", "peak.training")
+        alike = result.peaks == largest.peaks
+        row["terms"] = terms_of(result, measured, names, sized_for_it=alike)
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         row["failed"] = f"out of memory: {str(error).splitlines()[0]}"
     append(results, {**row, "train_s": round(time.monotonic() - start, 1)})
