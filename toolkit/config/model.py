@@ -41,6 +41,7 @@ class ModelSection:
     attn_implementation: str | None = None
     max_num_seqs: int | Auto = "auto"
     max_num_batched_tokens: int | Auto = "auto"
+    kv_cache_bytes: int | Auto | None = "auto"
     max_loras: int = 1
     max_cpu_loras: int | None = None
     enforce_eager: bool = False

@@ -99,6 +99,5 @@ def forget_graph_pool() -> None:
     0.31.0). Once the first engine's graphs are gone torch has dropped that pool, and capturing into
     it fails with an internal assertion of its allocator.
     """
-    for kind in type(current_platform).__mro__:
-        if kind.__dict__.get("_global_graph_pool") is not None:
-            kind._global_graph_pool = None
+    kind: Any = type(current_platform)
+    kind._global_graph_pool = None

@@ -225,7 +225,7 @@ class SizingResult:
         }
         if model.gpu_memory_utilization == "auto" and choice.gpu_memory_utilization is not None:
             filled["gpu_memory_utilization"] = choice.gpu_memory_utilization
-        if getattr(model, "kv_cache_bytes", 0) in (None, "auto"):
+        if model.kv_cache_bytes == "auto":
             filled["kv_cache_bytes"] = choice.kv_cache_bytes
         lora = config.lora
         if lora.use_gradient_checkpointing == "auto":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Keys that only the vLLM engine reads.
 _ENGINE_ONLY = (
     "share_weights", "max_lora_rank", "gpu_memory_utilization", "float8_kv_cache", "max_num_seqs",
-    "max_num_batched_tokens", "max_loras", "max_cpu_loras", "enforce_eager",
+    "max_num_batched_tokens", "kv_cache_bytes", "max_loras", "max_cpu_loras", "enforce_eager",
     "enable_prefix_caching", "enable_sleep_mode", "enable_chunked_prefill", "tensor_parallel_size",
 )  # fmt: skip
 _ENGINE_ONLY_GRPO = ("vllm_structured_outputs_regex",)
