@@ -20,6 +20,8 @@ from toolkit.train.bench.settings import TARGETS, Result, Settings
 
 def run_arm(arm: str, settings: Settings, result: Result) -> None:
     """Load, train ``settings.steps`` steps, and fill ``result``."""
+    # One sampler for every arm; flashinfer's is compiled on first use, with a CUDA toolkit.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
     trainer = ARMS[arm](settings)
     result.load_s = time.perf_counter() - start
