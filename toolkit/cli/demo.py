@@ -80,7 +80,7 @@ def choose_folder(out: str | None) -> Path:
 
 
 def step(program: str, arguments: Sequence[str]) -> None:
-    """Run a command as a user would type it, in this process; leave with its exit code if it fails."""
+    """Run a command as a user would type it, in this process; leave with its exit code."""
     from toolkit.cli import envcheck, train  # noqa: PLC0415 - train imports this table's module
 
     click.echo(f"\n$ {program} {' '.join(arguments)}")

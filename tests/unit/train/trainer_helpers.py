@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -15,6 +14,9 @@ from toolkit.policy.lora import add_lora
 from toolkit.policy.settings import LoraSettings
 from toolkit.train.demo import make_model, make_tokenizer
 from toolkit.train.trainer import GRPOTrainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 14) for b in range(10, 16)]
 
