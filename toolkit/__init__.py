@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolkit.policy.language_model import FastLanguageModel
-    from toolkit.train.trainer import GRPOTrainer
+    from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 
 from toolkit.base.version import __version__
 
-__all__ = ["FastLanguageModel", "GRPOTrainer", "__version__"]
+__all__ = ["FastLanguageModel", "GRPOConfig", "GRPOTrainer", "__version__"]
 
 _LAZY = {
     "FastLanguageModel": "toolkit.policy.language_model",
+    "GRPOConfig": "toolkit.train.trainer",
     "GRPOTrainer": "toolkit.train.trainer",
 }
 

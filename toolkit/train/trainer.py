@@ -24,6 +24,9 @@ from toolkit.train.sampling import EngineGeneration, Timers, find_engine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+GRPOConfig = trl.GRPOConfig
+"""TRL's own, so that one import serves a script."""
+
 
 class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """trl.GRPOTrainer with rollouts from the engine on the model, where there is one."""
