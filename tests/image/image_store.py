@@ -65,6 +65,12 @@ class Store:
     def digest(self, image: str) -> str:
         return str(self.inspect(image)["FromImageDigest"])
 
+    def labels(self, image: str) -> object:
+        """The OCI labels, the revision among them."""
+        return json.loads(self.buildah("inspect", "--type", "image", image))["OCIv1"]["config"][
+            "Labels"
+        ]
+
     def podman(self, *arguments: str) -> list[str]:
         roots = ["--root", f"{self.folder}/root", "--runroot", f"{self.folder}/run"]
         return ["podman", *roots, "--cgroup-manager=cgroupfs", "--runtime", "runc", *arguments]

@@ -173,6 +173,9 @@ def test_two_builds_from_clean_stores_have_one_digest(
     other.remove()
     try:
         other.build("envcheck", *base_options)
+        assert other.labels(envcheck_image) == store.labels(envcheck_image), (
+            "the working tree moved between the two"
+        )
         assert other.digest(envcheck_image) == store.digest(envcheck_image)
     finally:
         other.remove()

@@ -132,6 +132,9 @@ def test_two_builds_from_clean_stores_have_one_digest(
     other.remove()
     try:
         other.build("train-cpu", *base_options)
+        assert other.labels(train_cpu_image) == store.labels(train_cpu_image), (
+            "the working tree moved between the two"
+        )
         assert other.digest(train_cpu_image) == store.digest(train_cpu_image)
     finally:
         other.remove()
