@@ -33,7 +33,7 @@ demo *ARGS: setup
 
 # The tests that a change must pass (under ten minutes on two cores).
 test *ARGS: setup
-    pytest -n 2 --dist loadfile -m "not gpu and not slow and not image" {{ARGS}}
+    pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not image" {{ARGS}}
 
 # The tests that take minutes: fault injection, soak.
 test-slow *ARGS: setup

@@ -95,11 +95,20 @@ def ours(instance: Any) -> bool:
     return not outcome.findings and not outcome.bad and not document.findings
 
 
+def exact_enum(_: Any, values: list[Any], instance: Any, __: Any) -> Any:
+    if not any(type(value) is type(instance) and value == instance for value in values):
+        yield jsonschema.ValidationError("not one of them")
+
+
 def theirs(instance: Any) -> bool:
-    """Whether the jsonschema library finds nothing; 8.0 is an integer to it and not to us."""
+    """Whether the jsonschema library finds nothing; 8.0 is an integer to it and not to us, nor is
+    it the 8 of an enum.
+    """
     is_integer = lambda _, value: type(value) is int  # noqa: E731
     checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer)
-    kind = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=checker)
+    kind = jsonschema.validators.extend(
+        jsonschema.Draft202012Validator, {"enum": exact_enum}, type_checker=checker
+    )
     return bool(kind(SCHEMA).is_valid(instance))
 
 

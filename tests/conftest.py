@@ -1,0 +1,32 @@
+"""Order of the suite: what imports vLLM into the test process runs last.
+
+vLLM changes its process: the factory of log records, classes of transformers, configs registered
+under their names. Tests of everything else see a process that it has not been in. (`just test`
+hands files to workers in this order.)
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+IMPORTS_VLLM = re.compile(
+    r"import vllm\b|from vllm\b|importorskip\(.vllm|open_engine|pytest\.mark\.engine"
+)
+
+
+@cache
+def changes_the_process(path: Path) -> bool:
+    """Whether a test file brings vLLM into this process, as far as its text tells."""
+    return path.parent.name == "engine" or IMPORTS_VLLM.search(path.read_text()) is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Stable: within each half the order stays, so files stay whole."""
+    items.sort(key=lambda item: changes_the_process(item.path))
