@@ -33,11 +33,11 @@ demo *ARGS: setup
 
 # The tests that a change must pass (under ten minutes on two cores).
 test *ARGS: setup
-    pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not image" {{ARGS}}
+    OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not image" {{ARGS}}
 
 # The tests that take minutes: fault injection, soak.
 test-slow *ARGS: setup
-    pytest -m "slow and not image and not gpu" {{ARGS}}
+    OMP_NUM_THREADS=1 pytest -m "slow and not image and not gpu" {{ARGS}}
 
 # What needs a CUDA GPU.
 test-gpu *ARGS:
