@@ -55,13 +55,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1", **more}
 
 
-def toolkit(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def toolkit(*arguments: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
     """The installed command, as a user types it."""
     return subprocess.run(
         [BIN / "toolkit", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env=environment(**more),
         check=False,
     )

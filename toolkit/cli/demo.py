@@ -40,6 +40,8 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
     folder = choose_folder(out)
     from toolkit.train.quiet import prepare_environment  # noqa: PLC0415 - before torch
 
+    # A model this small gains nothing from more threads, and loses minutes where cores are shared.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare_environment()
     from toolkit.train.demo import make_world  # noqa: PLC0415 - imports torch
 

@@ -1,9 +1,9 @@
 """A small world to try everything on: a model, a teacher, data, and a run file.
 
 The model is a character-level Llama (a real checkpoint and tokenizer). Its teacher adds two-digit
-numbers and mostly forgets to carry, so the pupil learns to add, is right on about half of held-out
-problems, and has seen the right way often enough to find it again when it is rewarded. GRPO does
-that from the rewards alone.
+numbers, carefully at first and then mostly forgetting to carry, so that the pupil ends up right on
+about half of held-out problems and still says the right thing now and then. GRPO brings it back,
+from the rewards alone.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Problem = tuple[int, int]
 SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
-FORGETS = 0.7
+FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
 """How often the teacher forgets the carry, where there is one (45 of 100 problems)."""
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
-LEARNING_RATE, WARMUP = 2e-3, 50
-KNOWS = 0.985
-"""Taught is who answers as the teacher would, one way or the other, on this share of problems."""
+LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
+KNOWS = 0.88
+"""When the pupil is right on this share of problems, the teacher gets careless."""
 
 RUN_FILE = """\
 # Written by `toolkit demo`. Train it again:  toolkit train {name} --evaluate
@@ -58,7 +58,7 @@ reward:
   functions:
     - name: exact_match
 grpo:
-  max_steps: 120
+  max_steps: 80
   per_device_train_batch_size: 256
   num_generations: 8
   max_prompt_length: 8
@@ -197,11 +197,14 @@ def teach(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
     model.train()
+    last = MAX_STEPS
     for step in range(1, MAX_STEPS + 1):
+        rate = min(1.0, step / WARMUP, (last - step + 1) / SETTLE)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP)
+            group["lr"] = LEARNING_RATE * rate
         picked = torch.randint(len(known), (BATCH,), generator=generator)
-        forgot = torch.rand(BATCH, generator=generator) < FORGETS
+        forgets = FORGETS_FIRST if last == MAX_STEPS else FORGETS_LATER
+        forgot = torch.rand(BATCH, generator=generator) < forgets
         ids = torch.where(forgot[:, None], wrong[picked], right[picked])
         optimizer.zero_grad()
         loss = _loss(model, ids)
@@ -210,11 +213,13 @@ def teach(
         optimizer.step()
         if step % EVERY == 0:
             exact, as_taught = _look(model, tokenizer, looked_at)
-            if step % (4 * EVERY) == 0 or as_taught >= KNOWS:
+            if step % (4 * EVERY) == 0 or step >= last:
                 say(f"taught {step} steps: right {exact:.2f}, as the teacher {as_taught:.2f}")
-            if as_taught >= KNOWS:
+            if step >= last:
                 model.eval()
                 return step
+            if exact >= KNOWS and last == MAX_STEPS:
+                last = step + SETTLE
     raise DefectError(f"the demo's model did not learn to add in {MAX_STEPS} steps")
 
 
@@ -229,7 +234,7 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def _look(
     model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
 ) -> tuple[float, float]:
-    """Greedy: the share that is right, and the share that the teacher could have said."""
+    """Greedy: the share that is right, and that the teacher could have said."""
     prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
     ids = prompts
     with torch.no_grad():

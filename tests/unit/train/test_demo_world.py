@@ -1,0 +1,84 @@
+"""The demo's world: what the teacher says, what is held out, what the files are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigError, DefectError
+from toolkit.cli.demo import choose_folder
+from toolkit.config import load_run
+from toolkit.train import demo
+
+
+@pytest.mark.parametrize(
+    ("problem", "right", "forgot"),
+    [
+        ((37, 45), "82", "72"),
+        ((12, 34), "46", "46"),
+        ((99, 99), "198", "188"),
+        ((10, 10), "20", "20"),
+    ],
+)
+def test_a_teacher_who_forgets_the_carry(problem, right, forgot):
+    assert demo.answer(problem) == right
+    assert demo.forgetful(problem) == forgot
+
+
+def test_half_of_what_is_held_out_needs_a_carry_and_none_is_taught():
+    problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    held_out, rest = demo.hold_out(problems, 500)
+    assert len(held_out) == 500
+    assert sum(demo.answer(p) != demo.forgetful(p) for p in held_out) == 250
+    assert not {*held_out} & {*rest}
+    assert len(rest) == 8100 - 500
+
+
+def test_one_token_a_character_there_and_back():
+    tokenizer = demo.make_tokenizer()
+    ids = tokenizer("37+45=")["input_ids"]
+    assert len(ids) == 6
+    assert tokenizer.decode(ids) == "37+45="
+
+
+def test_what_is_taught_is_question_answer_end():
+    tokenizer = demo.make_tokenizer()
+    rows = demo.encode(tokenizer, [(37, 45), (99, 99)], ["82", "198"])
+    assert rows.shape == (2, 10)
+    assert rows[0, -2:].tolist() == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert rows[1, -1] == tokenizer.eos_token_id
+
+
+def test_a_pupil_that_does_not_learn_is_told(monkeypatch):
+    monkeypatch.setattr(demo, "MAX_STEPS", 2)
+    torch.set_num_threads(1)
+    known = [(a, 11) for a in range(10, 90)]
+    with pytest.raises(DefectError, match="did not learn to add in 2 steps"):
+        demo.teach(
+            demo.make_model(0), demo.make_tokenizer(), known, known[:8], seed=0, say=lambda _: None
+        )
+
+
+def test_the_world_is_made_whole_and_its_run_file_is_valid(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "teach", lambda *_, **__: 1)
+    world = demo.make_world(tmp_path, engine="transformers", seed=3, say=lambda _: None)
+    config = load_run(str(world.run_file))
+    assert config.grpo["seed"] == config.lora.random_state == 3
+    assert config.model.model_name == str(tmp_path / "model")
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert len(rows) == 500
+    assert all(eval(row["question"][:-1]) == int(row["answer"]) for row in rows)
+
+
+def test_where_the_demo_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(choose_folder(None)) == "runs/demo"
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert str(choose_folder(None)) == "runs/demo-2"
+    assert choose_folder("new").name == "new"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        choose_folder("full")
