@@ -76,12 +76,10 @@ runtime:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where everything lies, and how long the teaching took."""
+    """Where the run file lies, and how long the making took."""
 
-    folder: Path
     run_file: Path
     taught_s: float
-    steps: int
 
 
 def answer(problem: Problem) -> str:
@@ -147,7 +145,7 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     looked_at, known = hold_out(problems, LOOKED_AT)
     tokenizer, model = make_tokenizer(), make_model(seed)
     begin = monotonic()
-    steps = teach(model, tokenizer, known, looked_at, seed=seed, say=say)
+    teach(model, tokenizer, known, looked_at, seed=seed, say=say)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, rows in (("train.jsonl", known), ("eval.jsonl", held_out)):
@@ -155,7 +153,7 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
         write_file(folder / name, "\n".join(lines) + "\n")
     run_file = folder / "run.yaml"
     write_file(run_file, RUN_FILE.format(name=run_file.name, engine=engine, seed=seed))
-    return World(folder, run_file, monotonic() - begin, steps)
+    return World(run_file, monotonic() - begin)
 
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
