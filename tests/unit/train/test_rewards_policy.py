@@ -111,7 +111,7 @@ def test_none_scores_that_sample_none_and_counts_it(tmp_path: Path, score, what:
 @pytest.mark.parametrize("score", [hang, spin, backtrack])
 @pytest.mark.parametrize("on_error", ["none", "fail"])
 def test_a_hang_is_cut(tmp_path: Path, score, on_error: str) -> None:
-    started = time.monotonic()
+    started, threads = time.monotonic(), threading.active_count()
     if on_error == "none":
         _, scores, _ = run(each(score), tmp_path, on_error, 0.4)
         assert scores == [1.0, None, 1.0, 1.0]
@@ -119,7 +119,7 @@ def test_a_hang_is_cut(tmp_path: Path, score, on_error: str) -> None:
         with pytest.raises(ConfigError, match=r"mine took longer than 0\.4 s \(sample 1 of 4\)"):
             run(each(score), tmp_path, on_error, 0.4)
     assert time.monotonic() - started < 20
-    assert threading.active_count() < 3
+    assert threading.active_count() <= threads
 
 
 def test_the_search_for_what_hangs_is_bounded(tmp_path: Path) -> None:
