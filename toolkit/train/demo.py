@@ -148,6 +148,9 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     teach(model, tokenizer, known, looked_at, seed=seed, say=say)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    # safetensors writes 0600, and a container's user is another one: as open as config.json is.
+    mode = (folder / "model/config.json").stat().st_mode
+    (folder / "model/model.safetensors").chmod(mode)
     for name, rows in (("train.jsonl", known), ("eval.jsonl", held_out)):
         lines = [json.dumps({"question": question(p), "answer": answer(p)}) for p in rows]
         write_file(folder / name, "\n".join(lines) + "\n")
