@@ -40,8 +40,8 @@ def test_the_demo_learns_and_shows_where_everything_lies(tmp_path):
         assert (folder / name).exists(), name
     peak = max(row["peak_memory_bytes"] for row in world.rows(folder / "run", "timings.jsonl"))
     assert peak < 2e9
-    asked = {json.loads(line)["question"] for line in (folder / "train.jsonl").open()}
-    held_out = {json.loads(line)["question"] for line in (folder / "eval.jsonl").open()}
+    asked = {row["question"] for row in world.rows(folder, "train.jsonl")}
+    held_out = {row["question"] for row in world.rows(folder, "eval.jsonl")}
     assert len(held_out) == 500
     assert not asked & held_out
 
