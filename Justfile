@@ -48,7 +48,7 @@ lint: setup
     ruff check .
     ruff format --check .
     mypy
-    lint-imports --no-logo 2>/dev/null || lint-imports
+    lint-imports --no-logo
     codespell toolkit tests containers schemas *.md Justfile
 
 # Rewrite what the formatters can.

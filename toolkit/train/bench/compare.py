@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-ARM_NAMES = ("ours", "trl", "unsloth")
-
 
 def compare(
     settings: Settings, arms: Sequence[str], folder: Path, say: Callable[[str], None]
