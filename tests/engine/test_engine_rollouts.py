@@ -107,6 +107,16 @@ def test_same_seed_same_completions_whatever_ran_before(llama: Engine) -> None:
     assert twice[:4] != twice[4:]  # one prompt twice is two draws
 
 
+def test_more_prompt_tokens_than_one_batch_takes(llama: Engine) -> None:
+    """A seeded request whose prompt is prefilled in parts ends vLLM's CPU worker."""
+    prompts = [[3 + index] * 60 for index in range(12)]
+    assert sum(map(len, prompts)) > (llama.options.max_num_batched_tokens or 0)
+    rollout = llama.generate(prompts, Sampling(n=1, max_tokens=4), seed=1)
+    assert all(1 <= len(ids) <= 4 for ids in rollout.completion_ids)
+    alone = llama.generate(prompts[:1], Sampling(n=1, max_tokens=4), seed=1)
+    assert alone.completion_ids[0] == rollout.completion_ids[0]
+
+
 def test_greedy_is_the_most_likely_token(llama: Engine) -> None:
     model = shared_model(llama, check=False)
     with torch.no_grad():

@@ -35,9 +35,7 @@ def start(options: EngineOptions) -> Engine:
         # the one that leaves expert weights as loaded
         arguments.setdefault("moe_backend", "triton")
     if device == "cpu":
-        arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
-        if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            del arguments["kv_cache_memory_bytes"]
+        fit_cpu(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         arguments.setdefault(
             "distributed_executor_backend", "external_launcher"
@@ -57,6 +55,21 @@ def start(options: EngineOptions) -> Engine:
         # nothing (0.31.0). The trainer lives in this process too: both are put back.
         torch.set_rng_state(state)
         torch.set_num_threads = set_num_threads
+
+
+def fit_cpu(arguments: dict[str, Any]) -> None:
+    """What vLLM's CPU worker needs beside the options.
+
+    Prompts are prefilled whole: after a part of one, vLLM winds the request's generator back, which
+    torch's CPU generators cannot do ("CPU Generator does not use offset", 0.25.1 to 0.31.0).
+    """
+    arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        del arguments["kv_cache_memory_bytes"]
+    arguments["enable_chunked_prefill"] = False
+    length, tokens = arguments.get("max_model_len"), arguments.get("max_num_batched_tokens")
+    if length and tokens:
+        arguments["max_num_batched_tokens"] = max(length, tokens)
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
