@@ -28,11 +28,19 @@ ARM_NAMES = ("ours", "trl", "unsloth")
 @click.option("--ours-sleep", is_flag=True, help="Release our KV cache while training.")
 @click.option("--gpu-memory-utilization", type=float, default=0.3, show_default=True)
 @click.option("--load-in-4bit", is_flag=True)
+@click.option("--limit-s", type=float, default=900, show_default=True, help="Seconds for each arm.")
 @click.option("--models", default="bench/models", show_default=True, help="Made checkpoints.")
 @click.option("--out", default="bench/out", show_default=True, help="Logs and bench.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def bench(
-    *, shape: str, arms: str, models: str, out: str, as_json: bool, **workload: object
+    *,
+    shape: str,
+    arms: str,
+    limit_s: float,
+    models: str,
+    out: str,
+    as_json: bool,
+    **workload: object,
 ) -> None:
     """Measure load, step time, memory, log-probability gap and what changed in the base.
 
@@ -56,7 +64,12 @@ def bench(
             fix="choose a --per-device-batch that divides --prompts x --num-generations",
         )
     report, rows = run_bench(
-        shape, settings, chosen, folder, lambda text: click.echo(text, err=True)
+        shape,
+        settings,
+        chosen,
+        folder,
+        lambda text: click.echo(text, err=True),
+        limit_s=limit_s,
     )
     if as_json:
         click.echo(json.dumps(report, indent=2))

@@ -7,7 +7,6 @@ use the pinned TRL; Unsloth brings the one it supports, hence a process for each
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import random
 import sys
@@ -18,8 +17,8 @@ from typing import Any
 from toolkit.train.bench.settings import TARGETS, Result, Settings
 
 
-def run_arm(arm: str, settings: Settings, result: Result) -> None:
-    """Load, train ``settings.steps`` steps, and fill ``result``."""
+def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
+    """Load, train ``settings.steps`` steps, and fill ``result``, written to ``path`` each step."""
     # One sampler for every arm; flashinfer's is compiled on first use, with a CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
@@ -31,7 +30,7 @@ def run_arm(arm: str, settings: Settings, result: Result) -> None:
     result.versions = _versions()
     if getattr(trainer, "vllm_generation", None) is not None:
         trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
-    trainer.add_callback(probes.StepClock(result))
+    trainer.add_callback(probes.StepClock(result, lambda: result.write(path)))
     before = probes.base_digests(trainer.model)
     with probes.MemoryWatch(result):
         trainer.train()
@@ -208,7 +207,7 @@ def main(arm: str, settings_path: str, result_path: str) -> None:
     """Run one arm and write its result, whatever became of it."""
     result = Result(arm)
     try:
-        run_arm(arm, Settings.read(Path(settings_path)), result)
+        run_arm(arm, Settings.read(Path(settings_path)), result, Path(result_path))
     except (
         Exception
     ) as error:  # an arm's failure is a row of the table; the traceback goes to its log
@@ -217,7 +216,7 @@ def main(arm: str, settings_path: str, result_path: str) -> None:
         )
         raise
     finally:
-        Path(result_path).write_text(json.dumps(result.to_json()))
+        result.write(Path(result_path))
 
 
 if __name__ == "__main__":

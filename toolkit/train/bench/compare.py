@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,43 +12,56 @@ from toolkit.base.units import format_bytes
 from toolkit.train.bench.settings import Result, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 
 def compare(
-    settings: Settings, arms: Sequence[str], folder: Path, say: Callable[[str], None]
-) -> list[Result]:
-    """Each arm in its own process, so that none inherits another's memory; its output to a log."""
+    settings: Settings,
+    arms: Sequence[str],
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    limit_s: float,
+) -> Iterator[list[Result]]:
+    """Each arm in its own process, so that none inherits another's memory; its output to a log.
+
+    Yields the results so far after each arm, of which one that takes longer than ``limit_s``
+    seconds is stopped: what it had measured by then counts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     settings.write(folder / "settings.json")
-    results = []
+    results: list[Result] = []
     for arm in arms:
         say(f"{arm}: running, log in {folder / (arm + '.log')}")
-        results.append(_run(arm, folder))
-        why = results[-1].not_run
-        say(f"{arm}: not run: {why}" if why else f"{arm}: done")
-    return results
+        results.append(_run(arm, folder, limit_s))
+        say(f"{arm}: {results[-1].not_run or 'done'}")
+        yield results
 
 
-def _run(arm: str, folder: Path) -> Result:
+def _run(arm: str, folder: Path, limit_s: float) -> Result:
     if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
         return Result(arm, not_run="Unsloth is not installed")
     answer = folder / f"{arm}.json"
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "toolkit.train.bench.arms", arm]
+    stopped = None
     with (folder / f"{arm}.log").open("w") as log:
-        subprocess.run(
-            [*command, str(folder / "settings.json"), str(answer)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+        try:
+            subprocess.run(
+                [*command, str(folder / "settings.json"), str(answer)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=limit_s,
+            )
+        except subprocess.TimeoutExpired:
+            stopped = f"stopped after {limit_s:.0f} s"
     if not answer.is_file():
-        return Result(arm, not_run="the process died; see its log")
-    known = {field.name for field in fields(Result)}
-    stored = json.loads(answer.read_text())
-    return Result(**{name: value for name, value in stored.items() if name in known})
+        return Result(arm, not_run=stopped or "the process died; see its log")
+    result = Result.read(answer)
+    result.not_run = result.not_run or stopped
+    return result
 
 
 def report(
@@ -74,9 +86,8 @@ def table(results: Sequence[Result], floor: dict[str, float]) -> list[tuple[str,
 
 
 def _cell(result: Result, figure: Callable[[Result], str | None]) -> str:
-    if result.not_run:
-        return "not run"
-    return figure(result) or "-"
+    missing = "not run" if result.not_run else "-"
+    return figure(result) or missing
 
 
 def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str | None]]]:

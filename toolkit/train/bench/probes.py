@@ -11,6 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from toolkit.train.bench.settings import Result
 
 
@@ -22,10 +24,10 @@ def clock() -> float:
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """The wall clock of every optimizer step, into ``result.step_s``."""
+    """The wall clock of every optimizer step, into ``result.step_s``; ``save`` runs after each."""
 
-    def __init__(self, result: Result) -> None:
-        self.result, self.last = result, 0.0
+    def __init__(self, result: Result, save: Callable[[], None]) -> None:
+        self.result, self.save, self.last = result, save, 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start of the first step."""
@@ -35,7 +37,8 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         """End of one optimizer step."""
         now = clock()
         self.result.step_s.append(now - self.last)
-        self.last = now
+        self.save()
+        self.last = clock()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """TRL's own log-probability differences, where the arm logs them."""

@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 def bench(
-    shape: str, settings: Settings, arms: Sequence[str], folder: Path, say: Callable[[str], None]
+    shape: str,
+    settings: Settings,
+    arms: Sequence[str],
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    limit_s: float,
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Returns the report (also at ``folder/bench.json``) and the table's rows.
+    """Returns the report (also at ``folder/bench.json``, after each arm) and the table's rows.
 
     The checkpoint is made, and the card measured, in processes of their own: this one must hold no
     device memory while the arms run.
@@ -28,9 +34,10 @@ def bench(
     say(f"making a random {shape} checkpoint in {settings.model}")
     card = _apart(_prepare, shape, settings.model)
     floor = floor_seconds(_work(shape, settings), card)
-    results = compare.compare(settings, arms, folder, say)
-    report = compare.report(settings, results, floor, card.name)
-    (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
+    report, results = {}, []
+    for results in compare.compare(settings, arms, folder, say, limit_s=limit_s):
+        report = compare.report(settings, results, floor, card.name)
+        (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
     return report, compare.table(results, floor)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,6 +99,19 @@ class Result:
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         rest = [step - rollout - publish for step, rollout, publish in spent]
         return _rate(self.completion_tokens[1:], rest[1:])
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """A result as :meth:`write` left it; the derived figures are derived again."""
+        known = {field.name for field in fields(cls)}
+        stored = json.loads(path.read_text())
+        return cls(**{name: value for name, value in stored.items() if name in known})
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all: the arm may be stopped at any time."""
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(self.to_json()))
+        beside.replace(path)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, the derived figures included."""
