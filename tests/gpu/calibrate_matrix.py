@@ -2,9 +2,9 @@
 
 Random checkpoints of the 1B and 8B Llama shapes are made here; each engine of ``ENGINES`` is a
 process of its own, opened at the utilization that sizing chooses for its largest run, and trains
-every run of its list for two steps. Sampling is replaced by random completions of the full length
-(no time is spent decoding), so that a step has the shape that was sized for; the engine itself
-samples once.
+every run of its list for two steps. Completions are random and of the full length (no time is spent
+decoding), so that a step has the shape that was sized for; the engine samples a few tokens of as
+many sequences as it takes at once, so that a rollout has its real peak.
 
     python tests/gpu/calibrate_matrix.py [--out FOLDER] [--work FOLDER] [--only NAME] [--dry]
 
@@ -48,7 +48,9 @@ class Run:
 
 @dataclass(frozen=True)
 class EngineCase:
-    """One engine: checkpoint shape, weights, largest rank and length, eager or with CUDA graphs."""
+    """One engine: checkpoint shape, weights, largest rank and length, eager or with CUDA graphs,
+    and whether its KV cache sleeps while the trainer works.
+    """
 
     name: str
     shape: str
@@ -57,6 +59,7 @@ class EngineCase:
     max_length: int
     eager: bool
     runs: tuple[Run, ...]
+    sleep: bool = False
 
 
 ENGINES = (
@@ -105,6 +108,17 @@ ENGINES = (
         4096,
         True,
         (Run(64, 4096, 8, True), Run(16, 1024, 8, True), Run(64, 1024, 1, False)),
+    ),
+    # Steps of 67 and 33 GiB, beside a cache that fills the card while it is awake.
+    EngineCase(
+        "1b-sleep",
+        "1b",
+        False,
+        64,
+        4096,
+        True,
+        (Run(64, 4096, 8, False), Run(16, 4096, 4, False)),
+        sleep=True,
     ),
 )
 DRY = (

@@ -2,66 +2,78 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from toolkit.sizing.calibrate import MEASURED_AS
+from toolkit.engine.rollout import Sampling
+from toolkit.sizing.calibrate import MEASURED_AS, PEAKS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from toolkit.config.model import RunConfig
     from toolkit.sizing import SizingResult
+    from toolkit.train.memory import PhasePeaks
 
+NEW_TOKENS = 8  # of each sequence that the engine samples
 WITHIN, UNUSED = 0.05, 0.08  # of the prediction; of the card
 
 
 class FullLength:
     """In place of the engine's sampling: random completions, one of the full length, the rest
     shorter.
+
+    The engine samples too, as many sequences as it takes at once and as many prompt tokens as one
+    of its steps holds, so that the rollout has its real peak; what it sampled is not used.
     """
 
-    def __init__(self, length: int, vocabulary: int) -> None:
-        self.length, self.vocabulary, self.draw = length, vocabulary, random.Random(0)
+    def __init__(self, trainer: Any, engine: Any, peaks: PhasePeaks | None) -> None:
+        self.trainer, self.engine, self.peaks = trainer, engine, peaks
+        self.vocabulary = trainer.model.config.vocab_size
+        self.draw = random.Random(0)
 
     def sync_weights(self) -> None:
-        """Nothing is published: the engine samples once, by itself."""
+        self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        gc.collect()  # the adapter of the run before is held until now
 
     def generate(self, prompts: list[list[int]], *_: Any, **__: Any) -> tuple[Any, Any, Any, Any]:
-        shorter = [self.draw.randint(self.length // 2, self.length) for _ in prompts[1:]]
-        lengths = [self.length, *shorter]
-        last = self.vocabulary
-        ids = [[self.draw.randrange(10, last) for _ in range(count)] for count in lengths]
+        with nullcontext() if self.peaks is None else self.peaks.sampling(self.engine):
+            self.sample()
+            self.engine.sleep()
+        length = self.trainer.max_completion_length
+        shorter = [self.draw.randint(length // 2, length) for _ in prompts[1:]]
+        ids = [self.tokens(count) for count in (length, *shorter)]
         logprobs = [[[-5.0]] * len(row) for row in ids]
         return prompts, ids, logprobs, [[[token] for token in row] for row in ids]
 
+    def sample(self) -> None:
+        """A few tokens of max_num_seqs sequences, their prompts all in one step."""
+        options = self.engine.options
+        sequences, batched = options.max_num_seqs or 8, options.max_num_batched_tokens or 8192
+        words = min(self.engine.max_model_len - NEW_TOKENS, batched // sequences)
+        prompts = [self.tokens(max(words, 1)) for _ in range(sequences)]
+        few = Sampling(n=1, max_tokens=NEW_TOKENS, logprobs=0, extra={"ignore_eos": True})
+        told = self.engine.generate(prompts, few, seed=self.draw.randrange(1 << 30))
+        if any(len(row) != NEW_TOKENS for row in told.completion_ids):
+            raise RuntimeError("the engine did not sample what it was asked for")
 
-def measure_engine(engine: Any) -> dict[str, int]:
-    """The engine's own account (vLLM's worker, read at 0.25.1), in bytes; empty on the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    worker = engine.llm.llm_engine.model_executor.driver_worker.worker
-    names = {
-        "engine.activations": "peak_activation_memory",
-        "engine.runtime": "non_torch_memory",
-        "engine.cuda_graphs": "cudagraph_memory_estimate",
-        "engine.kv": "available_kv_cache_memory_bytes",
-    }
-    found = {term: int(getattr(worker, name, 0) or 0) for term, name in names.items()}
-    return {"engine.loaded": int(worker.model_runner.model_memory_usage), **found}
+    def tokens(self, count: int) -> list[int]:
+        return [self.draw.randrange(10, self.vocabulary) for _ in range(count)]
 
 
 def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str, int]:
-    """Two steps; bytes of torch's peak, of the step above what stays, and of the whole card in
-    use.
+    """Two steps; bytes of torch's peak by phase, of the step above what stays, and of the whole
+    card in use. Empty on the CPU.
     """
     import torch
     from datasets import Dataset
     from trl import GRPOConfig
 
     from toolkit import GRPOTrainer
+    from toolkit.engine.memory import asleep_bytes
+    from toolkit.train.memory import CudaStatistics, PhasePeaks
 
     cuda = torch.cuda.is_available()
     grpo = dict(config.grpo)
@@ -89,23 +101,18 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
         processing_class=tokenizer,
         reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
     )
-    trainer.vllm_generation = FullLength(grpo["max_completion_length"], vocabulary)
-    if cuda:
+    peaks = PhasePeaks(CudaStatistics(asleep_bytes)) if cuda else None
+    trainer.vllm_generation = FullLength(trainer, model.toolkit_engine, peaks)
+    if peaks is not None:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        peaks.begin()
     trainer.train()
     if trainer._split > 1:  # the trainer survives by cutting the micro-batch: not as sized
         raise MemoryError(f"the micro-batch was cut in {trainer._split} parts")
-    if not cuda:
+    if peaks is None:
         return {}
-    free, total = torch.cuda.mem_get_info()
-    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {
-        "peak.training": peak,
-        "trainer.step": peak - torch.cuda.memory_allocated(),
-        "card.used": total - free - torch.cuda.memory_reserved() + reserved,
-        "card.total": total,
-    }
+    peaks.end_training()
+    return peaks.terms()
 
 
 def terms_of(
@@ -124,7 +131,7 @@ def terms_of(
     predicted = {
         name: sum(budget.get(term, 0) for term in terms) for name, terms in MEASURED_AS.items()
     }
-    predicted["peak.training"] = result.peaks.training_bytes
+    predicted |= {name: int(getattr(result.peaks, key)) for name, key in PEAKS.items()}
     rows = []
     for name in names:
         found = measured.get(name)

@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from calibrate_checkpoints import make_checkpoint
-from calibrate_measure import measure_engine, terms_of, train
+from calibrate_measure import terms_of, train
 
+from toolkit.base.errors import ToolkitError
 from toolkit.config.model import (
     SEVEN_PROJECTIONS,
     LoraSection,
@@ -46,7 +47,7 @@ def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunCo
             enforce_eager=case["eager"],
             max_num_seqs=8,
             max_num_batched_tokens=8192,
-            enable_sleep_mode=False,
+            enable_sleep_mode=case["sleep"],
             fast_inference=True,
         ),
         lora=LoraSection(
@@ -71,6 +72,7 @@ def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
         max_lora_rank=case["max_lora_rank"],
         gpu_memory_utilization=choice.gpu_memory_utilization or 0.5,
         enforce_eager=case["eager"],
+        enable_sleep_mode=case["sleep"],
         max_num_seqs=choice.max_num_seqs,
         max_num_batched_tokens=choice.max_num_batched_tokens,
         **more,
@@ -83,6 +85,7 @@ def main(request: str, results: str, work_folder: str) -> None:
     started = time.monotonic()
     from calibrate_matrix import append
 
+    from toolkit.engine.memory import engine_memory
     from toolkit.gpu.devices import select
     from toolkit.gpu.snapshot import take
 
@@ -104,7 +107,7 @@ def main(request: str, results: str, work_folder: str) -> None:
         "load_s": round(time.monotonic() - started, 1),
     }
     names = tuple(name for name in MEASURED_AS if name.startswith("engine."))
-    terms = terms_of(largest, measure_engine(engine), names)
+    terms = terms_of(largest, engine_memory(engine.llm), names)
     append(Path(results), {**where, "run": "engine", "terms": terms})
     for run, config in zip(case["runs"], configs, strict=True):
         one_run(run, config, (model, tokenizer), (spec, device, largest), Path(results), where)
@@ -119,7 +122,7 @@ def one_run(
     results: Path,
     where: dict[str, Any],
 ) -> None:
-    """Train one run on the open engine and write its line; out of memory is a failed line."""
+    """Train one run on the open engine and write its line; if it cannot go on, a failed line."""
     import torch
     from calibrate_matrix import Run, append
 
@@ -148,11 +151,11 @@ def one_run(
     start = time.monotonic()
     try:
         measured = train(policy, tokenizer, config, results.parent)
-        names = ("trainer.step", "peak.training")
+        names = ("trainer.step", "peak.rollout", "peak.training")
         alike = result.peaks == largest.peaks
         row["terms"] = terms_of(result, measured, names, sized_for_it=alike)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        row["failed"] = f"out of memory: {str(error).splitlines()[0]}"
+    except (torch.cuda.OutOfMemoryError, MemoryError, ToolkitError) as error:
+        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     append(results, {**row, "train_s": round(time.monotonic() - start, 1)})
     del policy, base
     gc.collect()

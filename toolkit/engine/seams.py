@@ -45,16 +45,20 @@ def device_type() -> str:
     )
 
 
-def open_internals(llm: LLM) -> Internals:
-    """The internals of an engine that runs in this process."""
+def open_worker(llm: LLM) -> Any:
+    """The one worker of an engine that runs in this process."""
     workers = llm.collective_rpc(_itself)
     if len(workers) != 1:
         raise UnsupportedError(
             f"the engine has {len(workers)} workers, sharing needs exactly one",
             fix="use tensor_parallel_size: 1",
         )
-    worker = getattr(workers[0], "worker", workers[0])
-    runner = worker.model_runner
+    return getattr(workers[0], "worker", workers[0])
+
+
+def open_internals(llm: LLM) -> Internals:
+    """The internals of an engine that runs in this process."""
+    runner = open_worker(llm).model_runner
     manager = getattr(runner, "lora_manager", None)
     slots = None if manager is None else manager._adapter_manager
     module = runner.get_model()

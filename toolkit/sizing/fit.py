@@ -7,7 +7,8 @@ u_max is the largest u with which both phases fit into what is free:
     rollouts  context + u x total + what the trainer keeps
     training  context + u x total - activations given back + what the trainer keeps + a step
 
-With KV sleep the second is without the cache, and so the same at every u.
+With KV sleep the second is without the cache, and so the same at every u; the first then has the
+step's margin, for what torch keeps of it in pieces.
 """
 
 from __future__ import annotations
@@ -140,6 +141,10 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
     least = fixed + one
     missing = least - room  # awake: at most what is missing for u_min
     if case.plan.sleep:
+        # The cache is mapped again beside pieces of the last step that torch could not give back.
+        pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
+        name = "free memory - context - what the trainer keeps, in pieces (rollout phase)"
+        ends[name] = room - kept - pieces
         # What is missing asleep is missing at every u: the interval is then empty by that much.
         missing = fixed - given_back + kept + step - room
         name = f"a training step beside the sleeping engine ({_largest(others, 'training')})"

@@ -1,0 +1,58 @@
+"""vLLM's account of its memory, of the releases that name it differently; nothing on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from toolkit.engine.memory import account, asleep_bytes
+
+COMMON = {
+    "model_runner": SimpleNamespace(model_memory_usage=3_000),
+    "available_kv_cache_memory_bytes": 9_000,
+    "cudagraph_memory_estimate": 50,
+}
+WANTED = {
+    "engine.loaded": 3_000,
+    "engine.activations": 700,
+    "engine.runtime": 200,
+    "engine.cuda_graphs": 50,
+    "engine.kv": 9_000,
+}
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [
+        {"non_torch_memory": 200, "peak_activation_memory": 700},  # 0.25.1
+        {"total_consumed": 3_200, "peak_activation_memory": 750},  # 0.31.0
+    ],
+    ids=["0.25.1", "0.31.0"],
+)
+def test_the_worker_s_account_in_the_terms_of_sizing(worker: dict[str, int]) -> None:
+    assert account(SimpleNamespace(**COMMON, **worker)) == WANTED
+
+
+def test_what_was_not_profiled_is_left_out() -> None:
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model_memory_usage=3_000))
+    assert account(worker) == {"engine.loaded": 3_000}
+
+
+def test_only_what_sleeps_is_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocation(nbytes: int, *, asleep: bool) -> Any:
+        return SimpleNamespace(handle=(0, nbytes, 0, 0), is_asleep=asleep)
+
+    held = {0: allocation(5, asleep=True), 1: allocation(7, asleep=False)}
+    allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=held))
+    name = "vllm.device_allocator.cumem"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert asleep_bytes() == 0  # never imported: nothing can be asleep
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(CuMemAllocator=allocator))
+    assert asleep_bytes() == 5
+    allocator.instance = None
+    assert asleep_bytes() == 0
