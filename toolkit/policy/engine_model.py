@@ -10,6 +10,7 @@ from toolkit.base.errors import ConfigValueError
 from toolkit.engine.load import open_engine
 from toolkit.engine.options import LEGAL_RANKS, EngineOptions
 from toolkit.policy.arguments import ENGINE_EXTRA, WHERE
+from toolkit.policy.attention import choose_attention
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def load_on_engine(
         Whatever ``open_engine`` and ``shared_model`` raise; the engine is closed then.
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
-    read_config(
-        checkpoint, request
-    )  # refuses a max_seq_length beyond the model's before vLLM starts
+    # Before vLLM starts: refuses a max_seq_length beyond the model's, an attention without its cap.
+    config = read_config(checkpoint, request)
+    choose_attention(config, request.attn_implementation, WHERE)
     engine = open_engine(engine_options(checkpoint, request, adapter))
     try:
         if not engine.options.share_weights:

@@ -19,6 +19,7 @@ from toolkit.base.errors import (
     UnsupportedError,
 )
 from toolkit.policy.arguments import WHERE
+from toolkit.policy.attention import choose_attention
 from toolkit.policy.positions import set_positions
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
     config = read_config(checkpoint, request)
+    attention = choose_attention(config, request.attn_implementation, WHERE)
     quantization = _quantization(config, request, checkpoint.name)
     device_map = _device_map(request.device_map)
     try:
@@ -114,7 +116,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             dtype=choose_dtype(request),
             device_map=device_map,
             quantization_config=quantization,
-            attn_implementation=request.attn_implementation,
+            attn_implementation=attention,
             use_safetensors=request.use_safetensors,
             trust_remote_code=request.trust_remote_code,
             local_files_only=True,

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from toolkit.base.errors import DefectError, UnsupportedError
 from toolkit.engine.weights import uses_transformers_backend
+from toolkit.policy.attention import choose_attention
 from toolkit.policy.names import FALLBACK, WHY_SHARE
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
     options = engine.options
     config = AutoConfig.from_pretrained(options.model, revision=options.revision)
     device = next(engine.module.parameters()).device
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    attention = choose_attention(config, attn_implementation, options.model)
+    extra = {} if attention is None else {"attn_implementation": attention}
     touched = uses_transformers_backend(engine.module)
     make = untouched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
     with init_empty_weights(include_buffers=False):

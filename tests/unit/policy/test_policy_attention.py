@@ -1,0 +1,80 @@
+"""The attention of a model that caps its scores."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigValueError
+from toolkit.policy.attention import choose_attention
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def config(cap: float | None) -> Any:
+    text = SimpleNamespace(attn_logit_softcapping=cap)
+    return SimpleNamespace(get_text_config=lambda: text)
+
+
+@pytest.mark.parametrize("asked", [None, "sdpa", "eager", "flash_attention_2"])
+def test_without_a_cap_it_is_what_was_asked_for(asked: str | None) -> None:
+    assert choose_attention(config(None), asked, "here") == asked
+    plain = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert choose_attention(plain, asked, "here") == asked
+
+
+def test_with_a_cap_it_is_one_that_keeps_it() -> None:
+    assert choose_attention(config(50.0), None, "here") == "eager"
+    assert choose_attention(config(50.0), "flex_attention", "here") == "flex_attention"
+    with pytest.raises(ConfigValueError, match=r"'sdpa' leaves out .*softcapping \(50\)") as caught:
+        choose_attention(config(50.0), "sdpa", "here")
+    assert "eager" in str(caught.value.fix)
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Gemma 2, whose scores are far above its cap."""
+    from tiny_llama import make_tiny
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = make_tiny(tmp_path_factory.mktemp("gemma2") / "model")
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            attn_logit_softcapping=1.0,
+            max_position_embeddings=256,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(50)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_loaded_model_computes_with_its_cap(capped: Path, load: Any, ids: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, _ = load(capped)
+    eager, sdpa = (
+        AutoModelForCausalLM.from_pretrained(capped, attn_implementation=name)
+        for name in ("eager", "sdpa")
+    )
+    with torch.no_grad():
+        ours = model(ids).logits
+        assert torch.equal(ours, eager(ids).logits)
+        assert (ours - sdpa(ids).logits).abs().max() > 1e-3
+    with pytest.raises(ConfigValueError, match="leaves out"):
+        load(capped, attn_implementation="sdpa")
