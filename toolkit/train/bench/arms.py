@@ -22,7 +22,7 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     # One sampler for every arm; flashinfer's is compiled on first use, with a CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
-    trainer = ARMS[arm](settings)
+    trainer = BUILDERS[arm](settings)
     result.load_s = time.perf_counter() - start
     # After the arm: Unsloth wants to be imported before torch.
     from toolkit.train.bench import probes  # noqa: PLC0415
@@ -115,7 +115,7 @@ def _trl(settings: Settings) -> Any:
     )
 
 
-ARMS = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}
+BUILDERS = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:

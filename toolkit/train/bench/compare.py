@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.units import format_bytes
-from toolkit.train.bench.settings import Result, Settings
+from toolkit.train.bench.settings import ARMS, Result, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,17 +26,29 @@ def compare(
 ) -> Iterator[list[Result]]:
     """Each arm in its own process, so that none inherits another's memory; its output to a log.
 
-    Yields the results so far after each arm, of which one that takes longer than ``limit_s``
-    seconds is stopped: what it had measured by then counts.
+    Yields the results so far after each arm. One that takes longer than ``limit_s`` seconds is
+    stopped: what it had measured by then counts. Other arms that the folder has from before, of
+    the same settings, come first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
-    results: list[Result] = []
     for arm in arms:
         say(f"{arm}: running, log in {folder / (arm + '.log')}")
         results.append(_run(arm, folder, limit_s))
         say(f"{arm}: {results[-1].not_run or 'done'}")
         yield results
+
+
+def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
+    """Results of arms that do not run now; what was measured with other settings is deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
+    stored = folder / "settings.json"
+    if not stored.is_file() or Settings.read(stored) != settings:
+        for path in found:
+            path.unlink()
+        return []
+    return [Result.read(path) for path in found if path.stem not in arms]
 
 
 def _run(arm: str, folder: Path, limit_s: float) -> Result:
