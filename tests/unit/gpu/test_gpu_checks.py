@@ -231,3 +231,33 @@ def test_the_age_of_an_xid_counts(age: int | None, expected: str) -> None:
     event = {"kind": "xid", "number": 79, "bus": "0000:18:00", "age_s": age}
     driver = replace(snapshot.driver, kernel_log=of([event]))
     assert verdict(replace(snapshot, driver=driver), "health.xid").verdict == expected
+
+
+def with_shm(name: str, free: int) -> NodeSnapshot:
+    snapshot = snapshot_of(name)
+    return replace(snapshot, host=replace(snapshot.host, shm=of({"total": free, "free": free})))
+
+
+def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
+    small, enough = 64 << 20, 2 << 30
+    nobody_asked = verdict(with_shm("h100x8-small-shm", small), "host.shm")
+    assert nobody_asked.verdict == "warn"
+    alone = CheckContext(configured=True)
+    result = verdict(with_shm("h100x8-small-shm", small), "host.shm", alone)
+    assert result.verdict == "ok"
+    assert "one process does not use it" in result.evidence
+    assert verdict(with_shm("h100x8-small-shm", 0), "host.shm", alone).verdict == "warn"
+    for several in (
+        CheckContext(configured=True, world_size=2),
+        CheckContext(configured=True, tensor_parallel_size=2),
+        CheckContext(required_gpus=2),
+    ):
+        result = verdict(with_shm("h100x8-small-shm", small), "host.shm", several)
+        assert (result.verdict, result.blame) == ("fail", "user")
+        assert "job over 2 cards share it and need 512.0 MiB" in result.evidence
+        assert result.remedy is not None
+        assert "--shm-size" in result.remedy
+        assert verdict(with_shm("h100x8-small-shm", enough), "host.shm", several).verdict == "ok"
+    # Two ranks on a machine without a card talk over sockets.
+    ranks = CheckContext(configured=True, engine="transformers", world_size=2)
+    assert verdict(with_shm("cpu", small), "host.shm", ranks).verdict == "warn"

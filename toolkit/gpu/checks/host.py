@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.units import GIB, MIB, format_bytes
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 from toolkit.gpu.checks.environment import env
+from toolkit.gpu.needs import gpu_needed
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
@@ -20,15 +21,31 @@ WRITTEN = 1_790_000_000
 
 
 def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """/dev/shm has room for what processes hand each other."""
+    """/dev/shm has room for what the processes of a job over several cards hand each other.
+
+    NCCL takes about 10 MiB of it for each channel to a neighbour (nccl issue 342: 64 MB are not
+    enough for four cards), and every group of vLLM's ranks a ring of 24 MiB (shm_broadcast, vLLM
+    0.25 and 0.31). One process uses none: the engine runs inside it, and GRPO's data are texts.
+    Ranks on CPUs talk over sockets.
+    """
     space = snapshot.host.shm
     if space.value is None:
         return unknown(f"/dev/shm: {space.reason}")
     text = f"/dev/shm: {format_bytes(space.value['free'])} free"
     text += f" of {format_bytes(space.value['total'])}"
-    if space.value["free"] < SHM_LEAST and context.gpus_wanted > 1:
-        return fail("user", f"{text}; processes of a job over {context.gpus_wanted} cards share it")
-    return ok(text) if space.value["free"] >= SHM_WANTED else warn(text)
+    on_cards = bool(snapshot.gpus) or gpu_needed(snapshot, context) is not None
+    if context.gpus_wanted > 1 and on_cards and space.value["free"] < SHM_LEAST:
+        return fail(
+            "user",
+            f"{text}; the processes of a job over {context.gpus_wanted} cards share it and need "
+            f"{format_bytes(SHM_LEAST)}",
+        )
+    if space.value["free"] >= SHM_WANTED:
+        return ok(text)
+    # A semaphore of Python's takes a page of it, all the same.
+    if context.configured and context.gpus_wanted == 1 and space.value["free"] >= MIB:
+        return ok(f"{text}; a job of one process does not use it")
+    return warn(text)
 
 
 def available_memory(snapshot: NodeSnapshot) -> int | None:
@@ -154,8 +171,8 @@ _ROWS = (
     (
         "host.shm",
         "/dev/shm has room",
-        "Containers get 64 MiB by default; NCCL and vLLM's workers share memory through it and "
-        "die with a bus error when it is full.",
+        "Containers get 64 MiB by default; with several cards, NCCL and vLLM's ranks share memory "
+        'through it and die of a bus error or "No space left on device" when it is full.',
         "docker run --shm-size 8g (or --ipc host); Kubernetes: an emptyDir of medium Memory",
         shm,
     ),
