@@ -1,4 +1,9 @@
-"""Killed at any point and started again, a run ends with the bytes of one that was left alone."""
+"""Killed at any point and started again, a run ends with the bytes of one that was left alone.
+
+The points are drawn from a seed: a phase (each comes up before one comes twice), which of the times
+that the run is in it, and how far into it, by the time that it took in the undisturbed run. Some
+are killed once more while they resume. Each point is printed with the phase that the kill found.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +11,102 @@ import os
 import random
 import signal
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
+import run_phases as phases
 import train_world as world
 
-STEPS = 8
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEPS, SEED, KILLED_TWICE = 8, 11, 0.3
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a run leaves that nobody disturbs, and how long it was in each phase each time."""
+
+    run_file: Path
+    engine: str
+    digests: dict[str, str]
+    spans: dict[str, list[float]]
 
 
 @pytest.fixture(
     scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.engine)]
 )
 def undisturbed(request, tmp_path_factory):
-    """(run file, digests, seconds of the training part) of a run that nobody disturbs."""
     import toolkit.train.run  # noqa: F401 - before the forks
 
     if request.param == "vllm":
         pytest.importorskip("vllm")
     run_file = world.make(tmp_path_factory.mktemp("w"), engine=request.param, steps=STEPS)
+    text = run_file.read_text()
+    text = text.replace("save_steps: 2", "save_steps: 2\n  eval_strategy: steps\n  eval_steps: 3")
+    run_file.write_text(text)
     out = run_file.parent / "whole.txt"
-    begin = time.monotonic()
-    code = world.wait(world.forked(run_file, out))
-    assert code == 0, out.read_text()
-    return run_file, world.digests(run_file.parent / "run"), time.monotonic() - begin, request.param
+    pid, lines = phases.start(run_file, out)
+    told = list(lines)
+    assert world.wait(pid) == 0, out.read_text()
+    spans = phases.spans(told)
+    assert all(spans.values()), spans
+    return Undisturbed(run_file, request.param, world.digests(run_file.parent / "run"), spans)
+
+
+def strike(undisturbed, run_dir, out, generator, phase):
+    """Kill the run in ``phase``, or where it is when that did not come; say where it was."""
+    times = undisturbed.spans[phase]
+    which = generator.randrange(len(times))
+    share = generator.random()
+    pid, lines = phases.start(undisturbed.run_file, out, f'runtime.output_dir="{run_dir}"')
+    seen, left = [], which
+    for _, line in lines:
+        seen.append(line)
+        if line == f"> {phase}":
+            if left == 0:
+                time.sleep(share * times[which])
+                break
+            left -= 1
+    os.kill(pid, signal.SIGKILL)
+    code = world.wait(pid)
+    seen += [line for _, line in lines]
+    hit = phases.under_way(seen)
+    aim = f"{phase} {which + 1} of {len(times)}, {share:.0%} of {times[which] * 1e3:.0f} ms"
+    return code == -signal.SIGKILL, hit, aim
 
 
 def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
-    run_file, expected, seconds, engine = undisturbed
-    generator = random.Random(11)
-    killed = 0
-    for point in range(points):
-        run_dir = tmp_path / f"run-{point}"
+    generator = random.Random(SEED)
+    order: list[str] = []
+    while len(order) < points:
+        order += generator.sample(phases.PHASES, len(phases.PHASES))
+    hits, same, killed = set(), 0, 0
+    for point, phase in enumerate(order[:points]):
+        run_dir, out = tmp_path / f"run-{point}", tmp_path / f"out-{point}.txt"
+        died, hit, aim = strike(undisturbed, run_dir, out, generator, phase)
+        again = ""
+        if generator.random() < KILLED_TWICE:
+            second = generator.choice(phases.PHASES)
+            _, then, aimed = strike(undisturbed, run_dir, out, generator, second)
+            again = f"; resumed and killed in {', '.join(then)} ({aimed})"
         override = f'runtime.output_dir="{run_dir}"'
-        pid = world.forked(run_file, tmp_path / "killed.txt", override)
-        # Anywhere in the run: after some row was written, and some time more.
-        row = generator.randrange(0, STEPS)
-        until = time.monotonic() + 4 * seconds + 30
-        while len(world.rows_or_none(run_dir)) < row and time.monotonic() < until:
-            time.sleep(0.002)
-        time.sleep(generator.random() * 0.1)
-        os.kill(pid, signal.SIGKILL)
-        killed += world.wait(pid) == -signal.SIGKILL
-        out = tmp_path / f"resumed-{point}.txt"
-        assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
-        assert world.digests(run_dir) == expected, (point, row, engine, out.read_text())
-    assert killed >= points * 0.6
+        code = world.wait(world.forked(undisturbed.run_file, out, override, evaluate=True))
+        found = world.digests(run_dir) if code == 0 else {}
+        ok = found == undisturbed.digests
+        same, killed, hits = same + ok, killed + died, hits | {*hit}
+        verdict = "same bytes" if ok else f"NOT the same bytes (exit code {code})"
+        where = f"killed in {', '.join(hit)} ({aim}){again}"
+        print(f"{undisturbed.engine} {point + 1:2}: {where}: {verdict}")
+        assert ok, (found, undisturbed.digests, out.read_text())
+    print(f"{undisturbed.engine}: {same} of {points}, seed {SEED}, killed in {sorted(hits)}")
+    assert killed >= points * 0.9
+    assert len(hits) >= min(points, len(phases.PHASES)) // 2
 
 
 def test_killed_and_resumed(undisturbed, tmp_path):
-    kill_and_resume(undisturbed, tmp_path, 4 if undisturbed[3] == "transformers" else 1)
+    kill_and_resume(undisturbed, tmp_path, 4 if undisturbed.engine == "transformers" else 1)
 
 
 @pytest.mark.slow

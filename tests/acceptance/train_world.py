@@ -78,7 +78,7 @@ def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def forked(run_file: Path, out: Path, *overrides: str, before=None) -> int:
+def forked(run_file: Path, out: Path, *overrides: str, before=None, evaluate=False) -> int:
     """Start the run in a forked process, which has imported everything already; return its pid."""
     sys.stdout.flush()
     pid = os.fork()
@@ -92,12 +92,12 @@ def forked(run_file: Path, out: Path, *overrides: str, before=None) -> int:
         os.dup2(sink, 2)
         if before is not None:
             before()
-        code = _run(run_file, overrides)
+        code = _run(run_file, overrides, evaluate)
     finally:
         os._exit(code)
 
 
-def _run(run_file: Path, overrides: tuple[str, ...]) -> int:
+def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
     import warnings
 
     import torch
@@ -111,7 +111,7 @@ def _run(run_file: Path, overrides: tuple[str, ...]) -> int:
     torch.set_num_threads(1)
     stream = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 - the process's own stdout
     try:
-        run(load_run(str(run_file), list(overrides)), Options(out=stream))
+        run(load_run(str(run_file), list(overrides)), Options(out=stream, evaluate=evaluate))
     except ToolkitError as error:
         stream.write(f"error: {error}\n")
         return error.exit_code

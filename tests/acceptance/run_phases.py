@@ -1,0 +1,117 @@
+"""A run that tells which phase it is in, for tests that strike in a phase.
+
+``tell(handle)`` wraps the functions that make up a run, in the forked process alone; each writes a
+line when it is entered and one when it is left.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import train_world as world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+PHASES = (
+    "load",
+    "evaluation before",
+    "rollout",
+    "reward",
+    "training step",
+    "update",
+    "rows",
+    "evaluation",
+    "checkpoint",
+    "evaluation after",
+    "end",
+)
+
+
+def places() -> dict[str, tuple[object, str]]:
+    """The function that is each phase: (where it is looked up, its name)."""
+    from toolkit.train import metrics, resume, run
+    from toolkit.train.trainer import GRPOTrainer
+
+    return {
+        "load": (run, "load_policy"),
+        "rollout": (GRPOTrainer, "_generate_single_turn"),
+        "reward": (GRPOTrainer, "_calculate_rewards"),
+        "training step": (GRPOTrainer, "_compute_loss"),
+        "update": (GRPOTrainer, "_get_grad_norm"),
+        "rows": (metrics.Recorder, "on_log"),
+        "evaluation": (GRPOTrainer, "_evaluate"),
+        "checkpoint": (resume, "save"),
+        "held out": (run, "_evaluate"),
+        "end": (run, "finish"),
+    }
+
+
+def wrap(phase: str, around: Callable[[str, Callable[[], object]], object]) -> None:
+    """From here on ``phase`` goes through ``around(name, call)``, which is to return ``call()``."""
+    owner, name = places()[phase]
+    original = getattr(owner, name)
+
+    def wrapped(*args: object, **kwargs: object) -> object:
+        said = phase
+        if phase == "held out":
+            said = "evaluation after" if kwargs["adapter"] else "evaluation before"
+        return around(said, lambda: original(*args, **kwargs))
+
+    setattr(owner, name, wrapped)
+
+
+def tell(handle: int) -> None:
+    """Write ``> phase`` and ``< phase`` to ``handle`` whenever one begins and ends."""
+
+    def around(said: str, call: Callable[[], object]) -> object:
+        os.write(handle, f"> {said}\n".encode())
+        try:
+            return call()
+        finally:
+            os.write(handle, f"< {said}\n".encode())
+
+    for phase in places():
+        wrap(phase, around)
+
+
+def start(run_file: Path, out: Path, *overrides: str) -> tuple[int, Iterator[tuple[float, str]]]:
+    """A forked run that tells: its pid, and (seconds since its start, line) as they come."""
+    reading, writing = os.pipe()
+    pid = world.forked(run_file, out, *overrides, before=lambda: tell(writing), evaluate=True)
+    os.close(writing)
+    return pid, _lines(reading, time.monotonic())
+
+
+def _lines(handle: int, begin: float) -> Iterator[tuple[float, str]]:
+    with os.fdopen(handle, "rb", buffering=0) as stream:
+        while line := stream.readline():
+            yield time.monotonic() - begin, line.decode().rstrip()
+
+
+def spans(lines: list[tuple[float, str]]) -> dict[str, list[float]]:
+    """How long each phase took each time."""
+    found: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    begun: dict[str, float] = {}
+    for at, line in lines:
+        mark, phase = line.split(" ", 1)
+        if mark == ">":
+            begun[phase] = at
+        else:
+            found[phase].append(at - begun.pop(phase))
+    return found
+
+
+def under_way(lines: list[str]) -> list[str]:
+    """The phases that ``lines`` leave open, the innermost last; or where between two they end."""
+    open_: list[str] = []
+    for line in lines:
+        mark, phase = line.split(" ", 1)
+        if mark == ">":
+            open_.append(phase)
+        else:
+            open_.remove(phase)
+    return open_ or [f"after {lines[-1][2:]}" if lines else "before load"]
