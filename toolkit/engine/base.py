@@ -31,9 +31,14 @@ class RolloutEngine(Protocol):
         *,
         seed: int,
         adapter: bool = True,
+        rows: Sequence[int] | None = None,
     ) -> Rollout:
         """``sampling.n`` completions of each prompt (token ids). Same seed, same prompts, same
         policy: same completions.
+
+        Where the call is a part of a batch, ``rows`` says which completion of the batch the first
+        of each prompt is: a completion is drawn by its seed and its row, whoever draws it with
+        what else. None counts 0, n, 2n and so on.
         """
 
     def sleep(self) -> None:

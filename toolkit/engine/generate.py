@@ -79,14 +79,19 @@ def generate(
     sampling: Sampling,
     seed: int,
     lora: LoRARequest | None,
+    rows: Sequence[int] | None = None,
 ) -> Rollout:
-    """``sampling.n`` completions of each prompt.
+    """``sampling.n`` completions of each prompt; ``rows`` as in ``base.RolloutEngine``.
 
     Each prompt is one request with n completions, so its prefix is computed once, and has a seed of
     its own: what is drawn does not hang on what ran before, nor on how requests share a batch.
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    params = [sampling_params(sampling, request_seed(seed, index)) for index in range(len(prompts))]
+    rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
+    params = [
+        sampling_params(sampling, request_seed(seed, row))
+        for _, row in zip(prompts, rows, strict=True)
+    ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
     try:

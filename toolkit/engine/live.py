@@ -111,14 +111,16 @@ class Engine:
         *,
         seed: int,
         adapter: bool | str = True,
+        rows: Sequence[int] | None = None,
     ) -> Rollout:
         """``sampling.n`` completions of each prompt.
 
         Args:
             prompts: token ids of each prompt.
             sampling: how to draw.
-            seed: with the place of a prompt it decides all that is drawn for it
+            seed: with the row of a completion it decides all that is drawn for it
                 (``rollout.derive_seed``).
+            rows: the row of each prompt's first completion, where the call is a part of a batch.
             adapter: True samples from the adapter published last as ``"default"`` (the base model
                 before any publish), a name from that one, False from the base model.
 
@@ -135,7 +137,7 @@ class Engine:
         self.wake()
         request = self._request(adapter)
         try:
-            return generation.generate(self.llm, prompts, sampling, seed, request)
+            return generation.generate(self.llm, prompts, sampling, seed, request, rows)
         except ToolkitError:
             raise
         except Exception as problem:

@@ -20,8 +20,8 @@ not set them.
 """
 
 SEED_LIMIT = 2**62
-"""Seeds stay below it, so that the n completions of a prompt can count up from theirs within a
-signed 64-bit integer.
+"""Seeds stay below it, so that the completions of a batch can count up from theirs within a signed
+64-bit integer.
 """
 
 
@@ -89,14 +89,16 @@ class Rollout:
         return self.prompt_ids, self.completion_ids, self.logprobs, self.logprob_token_ids
 
 
-def request_seed(seed: int, index: int) -> int:
-    """The seed of prompt number ``index`` in a call of seed ``seed``: a hash, so that neighbours do
-    not overlap.
+def request_seed(seed: int, row: int) -> int:
+    """The seed of completion number ``row`` of a batch that is drawn with ``seed``: a hash of
+    ``seed``, so that batches do not overlap, and ``row`` added to it.
 
-    The n completions of a prompt use this seed + 0 ... n-1. Below ``SEED_LIMIT``.
+    vLLM draws the n completions of one request with this seed + 0 ... n-1: the same numbers as n
+    requests for the rows of each. So a group may be one request, or cut over ranks. Stays within a
+    signed 64-bit integer.
     """
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % SEED_LIMIT
+    digest = hashlib.blake2b(f"{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % SEED_LIMIT + row
 
 
 def derive_seed(run_seed: int, step: int, call: int = 0) -> int:

@@ -4,17 +4,18 @@ own model.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
-from toolkit.engine.rollout import Rollout, check_prompts
+from toolkit.engine.draws import cut, draw
+from toolkit.engine.rollout import Rollout, check_prompts, request_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from toolkit.engine.rollout import Sampling
 
@@ -59,8 +60,10 @@ class TransformersEngine:
         *,
         seed: int,
         adapter: bool | str = True,
+        rows: Sequence[int] | None = None,
     ) -> Rollout:
-        """``sampling.n`` completions of each prompt (token ids), drawn from ``seed`` alone.
+        """``sampling.n`` completions of each prompt (token ids), each drawn from ``seed`` and its
+        row alone; ``rows`` as in ``base.RolloutEngine``.
 
         Log-probabilities are those of the distribution sampled from: after temperature, top-k,
         top-p, min-p and penalties. ``adapter`` False samples from the base. The caller's generators
@@ -75,18 +78,17 @@ class TransformersEngine:
         if not prompts:
             none_asked = sampling.logprobs is None
             return Rollout([], [], None if none_asked else [], None if none_asked else [])
-        config, strings = self._config(sampling)
-        ids_BP, mask_BP = self._batch(prompts)
+        config, criteria = self._config(sampling)
+        rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
+        seeds = [request_seed(seed, row + k) for row in rows for k in range(sampling.n)]
         plain = adapter or not hasattr(self.model, "disable_adapter")
         base = nullcontext() if plain else self.model.disable_adapter()
-        with base, _inference(self.model), _seeded(seed, self.model.device):
+        with base:
             try:
-                output = self.model.generate(
-                    input_ids=ids_BP, attention_mask=mask_BP, generation_config=config, **strings
-                )
+                drawn = draw(self.model, prompts, config, seeds, criteria)
             except ValueError as error:
                 raise _refused(error) from error
-        return self._collect(prompts, output, ids_BP.shape[1], sampling)
+        return self._collect(prompts, *drawn, sampling)
 
     def sleep(self) -> None:
         """Nothing to give back."""
@@ -109,7 +111,7 @@ class TransformersEngine:
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
         strings: dict[str, Any] = {}
         if stop:
-            strings = {"stop_strings": stop, "tokenizer": self._tokenizer}
+            strings = {"stopping_criteria": self._stop_at(stop)}
         for name in extra:
             if not hasattr(GenerationConfig(), name):
                 raise ConfigTypeError(
@@ -143,32 +145,33 @@ class TransformersEngine:
         except ValueError as error:
             raise _refused(error) from error
 
-    def _batch(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask), both (B, P) int64: prompts padded on the left."""
-        width = max(len(prompt) for prompt in prompts)
-        ids = [[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    def _stop_at(self, stop: Any) -> StoppingCriteriaList:
+        """``generate`` drops its tokenizer where it decodes by a callable (transformers 5.17)."""
+        try:
+            return StoppingCriteriaList([StopStringCriteria(self._tokenizer, stop)])
+        except ValueError as error:
+            raise _refused(error) from error
 
     def _collect(
-        self, prompts: Sequence[Sequence[int]], output: Any, width: int, sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampled_BT: torch.Tensor,
+        scores: Sequence[torch.Tensor],
+        sampling: Sampling,
     ) -> Rollout:
         """What was generated, each completion up to and with the token that ended it."""
         ends = {*self._end_ids, *sampling.stop_token_ids}
-        completions_BT = output.sequences[:, width:].tolist()
-        lengths = [_length(row, ends) for row in completions_BT]
-        completions = [row[:size] for row, size in zip(completions_BT, lengths, strict=True)]
+        completions = cut(sampled_BT, ends)
+        lengths = [len(row) for row in completions]
         repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
         if sampling.logprobs is None:
             return Rollout(repeated, completions, None, None)
-        values, tokens = _logprobs(output.scores, output.sequences[:, width:], sampling.logprobs)
-        cut = range(len(lengths))
+        values, tokens = _logprobs(scores, sampled_BT, sampling.logprobs)
         return Rollout(
             repeated,
             completions,
-            [values[i][: lengths[i]] for i in cut],
-            [tokens[i][: lengths[i]] for i in cut],
+            [row[:size] for row, size in zip(values, lengths, strict=True)],
+            [row[:size] for row, size in zip(tokens, lengths, strict=True)],
         )
 
 
@@ -191,12 +194,8 @@ def _check_ranges(sampling: Sampling) -> None:
             raise ConfigValueError(f"{name}={getattr(sampling, name)} is out of range", where=WHERE)
 
 
-def _length(row: list[int], ends: Collection[int]) -> int:
-    return next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-
-
 def _logprobs(
-    scores: tuple[torch.Tensor, ...], sampled_BT: torch.Tensor, count: int
+    scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
     """(log-probabilities, token ids), each [sequence][position][rank], most likely first.
 
@@ -219,26 +218,3 @@ def _logprobs(
             values[row].append(list(found.values()))
             tokens[row].append(list(found))
     return values, tokens
-
-
-@contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    """Evaluation mode for the while: dropout off, and no gradient checkpointing, which drops the
-    cache.
-    """
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from ``seed`` for the while, and put every generator back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed % 2**63) if devices else torch.default_generator.manual_seed(seed)
-        yield

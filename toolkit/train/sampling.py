@@ -1,9 +1,6 @@
-"""Where completions come from: the engine on the model, or TRL's own Hugging Face generation, each
-seeded by the step.
-
-TRL draws from the process's global generator, so a completion would hang on whatever ran before.
-Here the seed of every call is a hash of (run seed, micro-step, number of the call within it, rank):
-a resumed run draws what the undisturbed run drew.
+"""Where completions come from: the engine on the model, or Hugging Face generation on the model
+itself. Both draw each completion from a seed of its own (``rows``), where TRL draws from the
+process's global generator, so that a completion would hang on whatever ran before.
 """
 
 from __future__ import annotations
@@ -11,24 +8,21 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.engine.rollout import Sampling, derive_seed
+from toolkit.engine.draws import cut, draw, draws_by_row
+from toolkit.engine.rollout import Sampling, request_seed
+from toolkit.train import faults
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.engine.base import RolloutEngine
     from toolkit.engine.rollout import Rollout
-
-EVAL_CALLS = 1 << 20
-"""Calls in evaluation count from here, so that they never draw what training draws at the same
-micro-step.
-"""
-RANK_CALLS = 1 << 24
 
 
 class Timers:
@@ -65,26 +59,6 @@ def find_engine(model: Any) -> RolloutEngine | None:
     return None
 
 
-def call_seed(trainer: Any) -> int:
-    """The seed of the next rollout call of ``trainer``; two calls never share one.
-
-    It needs nothing of our trainer's ``__init__``: TRL's tests build trainers with
-    ``object.__new__``.
-    """
-    state = getattr(trainer, "state", None)
-    model = getattr(trainer, "model", None)
-    mode = "train" if getattr(model, "training", True) else "eval"
-    micro_step = getattr(trainer, "_step", 0)
-    key = (mode, micro_step, getattr(state, "global_step", 0))
-    last_key, calls = getattr(trainer, "_rollout_calls", (None, 0))
-    calls = calls + 1 if key == last_key else 0
-    trainer._rollout_calls = (key, calls)
-    rank = getattr(getattr(trainer, "accelerator", None), "process_index", 0)
-    offset = (EVAL_CALLS if mode == "eval" else 0) + RANK_CALLS * rank
-    seed = getattr(getattr(trainer, "args", None), "seed", 0)
-    return derive_seed(seed, micro_step, calls + offset)
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
     """Inside, torch's generators start from ``seed``; outside, they are as if nothing had been
@@ -105,6 +79,12 @@ class EngineGeneration:
 
     def __init__(self, trainer: Any, engine: RolloutEngine) -> None:
         self.trainer, self.engine = trainer, engine
+
+    @property
+    def llm(self) -> Any:
+        """Where TRL's tool loop reads the longest sequence: ``llm.llm_engine.model_config``."""
+        config = SimpleNamespace(max_model_len=getattr(self.engine, "max_model_len", None))
+        return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
 
     def sync_weights(self) -> None:
         """Make the adapter under training what the engine samples from."""
@@ -131,12 +111,13 @@ class EngineGeneration:
             raise UnsupportedError(
                 "the engine samples text only", where="dataset", fix="leave images out"
             )
-        seed = call_seed(self.trainer)
+        seed, rows = self.trainer.rows.call(prompts)
         count = group_size(prompts, num_generations)
         with profiler or nullcontext():
             rollout: Rollout = self.engine.generate(
-                prompts[::count], self.sampling(count), seed=seed
+                prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
             )
+        self.trainer.rows.drawn(rows, prompts, rollout.completion_ids)
         # Where the run was sized for it, the KV cache's memory is now the trainer's.
         self.engine.sleep()
         return rollout.as_tuple()
@@ -172,3 +153,40 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
         if any(ids != group[0] for ids in group[1:]):
             return 1
     return num_generations
+
+
+class ModelGeneration:
+    """Completions from the model itself, under TRL's generation config; in halves where memory runs
+    out.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def can(self, images: Any, multimodal_fields: Any) -> bool:
+        """False for what is left to TRL: images, beams, continuous batching, sharded models."""
+        trainer = self.trainer
+        sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
+            trainer, "is_deepspeed_enabled", False
+        )
+        elsewhere = sharded or getattr(trainer, "use_transformers_continuous_batching", False)
+        config = getattr(trainer, "generation_config", None)
+        if images is not None or multimodal_fields or elsewhere or config is None:
+            return False
+        return draws_by_row(config)
+
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        """One completion for each prompt (token ids)."""
+        trainer = self.trainer
+        seed, rows = trainer.rows.call(prompts)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+
+        def run(part: list[tuple[int, list[int]]]) -> list[list[int]]:
+            seeds = [request_seed(seed, row) for row, _ in part]
+            sampled_BT, _ = draw(model, [ids for _, ids in part], trainer.generation_config, seeds)
+            return cut(sampled_BT, trainer.eos_token_ids)
+
+        pairs = list(zip(rows, prompts, strict=True))
+        completions = faults.in_halves(run, pairs, "rollout")
+        trainer.rows.drawn(rows, prompts, completions)
+        return completions

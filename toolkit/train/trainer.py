@@ -16,9 +16,11 @@ import torch
 import trl
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.train import correction, faults, sampling
+from toolkit.engine.rollout import request_seed
+from toolkit.train import correction, sampling
 from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
 from toolkit.train.resumable import Resumable
+from toolkit.train.rows import Rows
 from toolkit.train.sampling import EngineGeneration, Timers, find_engine
 
 if TYPE_CHECKING:
@@ -88,29 +90,33 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         both: dict[bool, correction.Disagreement] = self.__dict__.setdefault("_disagreement", {})
         return both.setdefault(self.model.training, correction.Disagreement())
 
+    @property
+    def rows(self) -> Rows:
+        """Which completions of the whole batch this rank draws."""
+        rows: Rows = self.__dict__.setdefault("_rows", Rows(self))
+        return rows
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.rows.begin(len(prompts))
+        return super()._generate(prompts)
+
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The tool loop comes through here too. Seeded by the step; in halves where memory runs
-        out.
-        """
+        """The tool loop comes through here too. Each completion is drawn from a seed of its own."""
         parent = super()._generate_single_turn
-        if getattr(self, "use_vllm", False):
-            with self.timers("rollout_s"):
-                return parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        device = getattr(getattr(self, "accelerator", None), "device", None)
-
-        def run(rows: Any) -> list[Any]:
-            with sampling.seeded(sampling.call_seed(self), device):
-                completions, logprobs = parent(rows, images, multimodal_fields, *args, **kwargs)
-            assert logprobs is None  # Hugging Face generation gives none
-            return list(completions)
-
         with self.timers("rollout_s"):
-            if images is not None or multimodal_fields:
-                with sampling.seeded(sampling.call_seed(self), device):
-                    return parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            return faults.in_halves(run, prompt_ids, "rollout"), None
+            if getattr(self, "use_vllm", False):
+                return parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            own = sampling.ModelGeneration(self)
+            if own.can(images, multimodal_fields):
+                return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
+            seed, rows = self.rows.call(prompt_ids)
+            device = getattr(getattr(self, "accelerator", None), "device", None)
+            with sampling.seeded(request_seed(seed, rows[0]), device):
+                drawn = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            self.rows.drawn(rows, prompt_ids, drawn[0])
+            return drawn
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         with self.timers("reward_s"):

@@ -119,3 +119,55 @@ def test_what_it_cannot_do_is_said(engine: TransformersEngine) -> None:
         engine.generate(PROMPTS, Sampling(extra={"cache_implementation": "x"}), seed=0)
     with pytest.raises(ConfigValueError, match="has 300 tokens"):
         engine.generate([[5] * 300], Sampling(), seed=0)
+
+
+def test_a_completion_is_drawn_by_its_row_whoever_draws_it(engine: TransformersEngine) -> None:
+    """A batch may be cut over ranks, through a group too, or halved where memory runs out."""
+    whole = engine.generate(PROMPTS, Sampling(n=4, max_tokens=8), seed=5)
+    assert len({tuple(ids) for ids in whole.completion_ids}) == 8
+    first = [PROMPTS[0]] * 4 + [PROMPTS[1]]
+    parts = [(first, range(5)), ([PROMPTS[1]] * 3, range(5, 8))]
+    cut = [
+        engine.generate(prompts, Sampling(max_tokens=8), seed=5, rows=rows)
+        for prompts, rows in parts
+    ]
+    assert cut[0].completion_ids + cut[1].completion_ids == whole.completion_ids
+    assert whole.logprobs is not None
+    for part, begin in zip(cut, (0, 5), strict=True):
+        assert part.logprobs is not None
+        for ours, theirs in zip(part.logprobs, whole.logprobs[begin:], strict=False):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    from toolkit.engine.draws import RowDraws
+
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    rows = 4000
+    draws = RowDraws(range(rows), keep_scores=True)
+    scores = probabilities.log().repeat(rows, 1)
+    counts = torch.zeros(4)
+    for _ in range(2):
+        counts += draws(torch.zeros(rows, 1), scores).argmax(-1).bincount(minlength=4)
+    assert counts[1] == 0
+    torch.testing.assert_close(counts / (2 * rows), probabilities, atol=0.02, rtol=0)
+    assert all(torch.equal(kept, scores) for kept in draws.scores)
+    spoiled = torch.full((rows, 4), torch.nan)
+    assert draws(torch.zeros(rows, 1), spoiled).isnan().all()  # transformers refuses it
+
+
+def test_stop_strings_stop(model: Any) -> None:
+    from string import ascii_letters
+
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ascii_letters + "01 .")}, "."))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    letters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    engine = TransformersEngine(model, pad_id=0, end_ids=[], tokenizer=tokenizer)
+    free = engine.generate([[5]], Sampling(max_tokens=12), seed=1).completion_ids[0]
+    stop = tokenizer.decode(free)[2:4]
+    stopped = engine.generate([[5]], Sampling(max_tokens=12, extra={"stop": stop}), seed=1)
+    assert stopped.completion_ids == [free[:4]]

@@ -51,7 +51,8 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, capl
     assert parts._split == 4
     assert Narrow.refused == 2  # 8 rows, 4 rows; from then on 2 at a time
     assert "the micro-batch is cut in 4 from here on" in caplog.text
-    torch.testing.assert_close(parameters(parts), parameters(whole), atol=2e-5, rtol=0)
+    # Adam makes much of the rounding of a gradient that is nearly nothing; a step is 1e-2.
+    torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-4, rtol=0)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
     for mine, theirs in zip(*rows, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)

@@ -1,0 +1,150 @@
+"""Hugging Face generation in which every row draws from a seed of its own.
+
+transformers draws a whole batch from one global generator: what a row gets hangs on its place among
+the others. A batch may be cut over ranks or halved where memory runs out, so here each row brings
+its own generator, one number a token, and takes the token at which the probabilities add up to it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from transformers import GenerationConfig
+
+
+class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
+    """The last of the logits processors: of each row it leaves the one token that the row draws.
+
+    ``scores`` keeps what came in, a (B, V) tensor a token, if asked to.
+    """
+
+    def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._keep = keep_scores
+        self.scores: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        """(B, V) scores: 0 for the token drawn, -inf for the others."""
+        del input_ids
+        if self._keep:
+            self.scores.append(scores_BV)
+        numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators]
+        number_B1 = torch.stack(numbers).unsqueeze(1).to(scores_BV.device)
+        heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
+        total_B1 = heights_BV[:, -1:].contiguous()
+        # Below the total, also once rounded: the token found is one with a probability.
+        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        token_B1 = torch.searchsorted(
+            heights_BV, torch.minimum(number_B1 * total_B1, below_B1), right=True
+        )
+        token_B1 = token_B1.clamp(max=scores_BV.shape[1] - 1)
+        drawn_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
+        # What is no number is transformers' to refuse.
+        return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
+
+    def decode(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What ``generate(custom_generate=...)`` calls (transformers 5.17): its own sampling loop,
+        with these draws behind its processors.
+        """
+        return model._sample(
+            input_ids,
+            LogitsProcessorList([*logits_processor, self]),
+            stopping_criteria,
+            generation_config,
+            **model_kwargs,
+        )
+
+
+def draws_by_row(config: GenerationConfig) -> bool:
+    """True where ``generate_rows`` can draw: plain sampling, or greedy, which draws nothing."""
+    mode = config.get_generation_mode()
+    return mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+
+
+def generate_rows(
+    model: Any, inputs: dict[str, Any], config: GenerationConfig, seeds: Sequence[int]
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """``model.generate`` with a seed for each row that comes out.
+
+    ``inputs``: input_ids and attention_mask, both (B, P) int64, and what else ``generate`` takes.
+    Returns the sequences (B, P + T) and, if ``config.output_scores``, T tensors (B, V) of processed
+    scores. Raises ValueError where transformers refuses an option.
+    """
+    sampled = config.get_generation_mode() == GenerationMode.SAMPLE
+    draws = RowDraws(seeds, keep_scores=bool(config.output_scores))
+    more = {"custom_generate": draws.decode} if sampled else {}
+    output = model.generate(**inputs, generation_config=config, **more)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    if sampled:
+        return sequences, draws.scores
+    return sequences, getattr(output, "scores", None) or ()
+
+
+def draw(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    seeds: Sequence[int],
+    more: Mapping[str, Any] | None = None,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """A completion for each seed, rows (B, T), and the scores that ``config`` asks for, T x (B, V).
+
+    Prompts are padded on the left with ``config.pad_token_id``; ``more`` goes to ``generate``.
+    Generators and the model's training mode are left as they were. Raises ValueError.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    pad = config.pad_token_id
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    inputs = {
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
+        **(more or {}),
+    }
+    with _inference(model), _kept_generators(model.device):
+        sequences, scores = generate_rows(model, inputs, config, seeds)
+    return sequences[:, width:], scores
+
+
+def cut(sampled_BT: torch.Tensor, ends: Collection[int]) -> list[list[int]]:
+    """Each row up to and with the first token of ``ends``."""
+    rows: list[list[int]] = sampled_BT.tolist()
+    sizes = (next((i + 1 for i, token in enumerate(r) if token in ends), len(r)) for r in rows)
+    return [row[:size] for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Evaluation mode for the while: dropout off, and no gradient checkpointing, which drops the
+    cache.
+    """
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
+
+
+@contextmanager
+def _kept_generators(device: torch.device) -> Iterator[None]:
+    """transformers' loop draws from the global generators, to no effect: they are put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
