@@ -131,7 +131,9 @@ def one_field(
             del schema["enumDescriptions"]
     texts = more.pop("enum_text", None)
     if texts:
-        others = [name for name in schema.pop("type") if name != "string"]
+        others = schema.pop("type")
+        if isinstance(others, list):
+            others = [name for name in others if name != "string"]
         schema["anyOf"] = [{"type": others, "minimum": more.pop("minimum")}, {"enum": texts}]
     default = plain(
         field.default if field.default is not dataclasses.MISSING else field.default_factory()

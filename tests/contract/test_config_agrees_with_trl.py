@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -72,6 +73,13 @@ def build(config: RunConfig, folder: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        grpo = dict(config.grpo)
+        if grpo.get("per_device_train_batch_size") == "auto":  # as sizing fills it
+            grpo |= {
+                "per_device_train_batch_size": grpo["generation_batch_size"],
+                "gradient_accumulation_steps": 1,
+            }
+        config = replace(config, grpo=grpo)
         grpo_config(config, folder, trl.GRPOConfig, has_eval=True)
 
 
@@ -103,6 +111,18 @@ REFUSED = {
     "GRPO026": {"dataloader_prefetch_factor": 2},
     "GRPO027": {"save_steps": 10.5},
 }  # fmt: skip
+
+
+def test_an_auto_micro_batch_is_a_config_that_trl_takes(tmp_path: Path) -> None:
+    grpo = {
+        "per_device_train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "generation_batch_size": 24,
+        "num_generations": 4,
+    }
+    config, errors = judged(grpo, tmp_path)
+    assert config is not None, errors
+    build(config, tmp_path)
 
 
 @pytest.mark.parametrize("rule", sorted(REFUSED))

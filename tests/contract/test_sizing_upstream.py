@@ -2,10 +2,10 @@
 
 import pytest
 
+from toolkit.sizing.batch import TRL_DEFAULTS
 from toolkit.sizing.lora import LEGAL_RANKS
 from toolkit.sizing.trainer import HEAD_COLUMNS, HEAD_TOKENS
 from toolkit.sizing.weights import VOCABULARY_PADDING
-from toolkit.sizing.workload import TRL_DEFAULTS
 
 pytestmark = pytest.mark.contract
 

@@ -96,7 +96,9 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
         [
             "micro-batch x accumulation",
             f"{micro} x {accumulation}",
-            f"largest micro-batch that fits: {choice.largest_micro_batch or 'none'}",
+            "from auto"
+            if config.grpo.get("per_device_train_batch_size") == "auto"
+            else f"largest micro-batch that fits: {choice.largest_micro_batch or 'none'}",
         ],
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]

@@ -25,6 +25,7 @@ WRITABLE = {
         "dtype",
     ),
     "lora": ("use_gradient_checkpointing",),
+    "grpo": ("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
 
@@ -45,8 +46,11 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
     for section, names in WRITABLE.items():
         for name in names:
             node = document.node((section, name))
-            value = getattr(getattr(resolved, section), name)
-            if node is None or node.value != "auto" or value == "auto":
+            if node is None or node.value != "auto":
+                continue
+            part = getattr(resolved, section)
+            value = part[name] if section == "grpo" else getattr(part, name)
+            if value == "auto":
                 continue
             if node.source is not source:
                 elsewhere.append(f"{section}.{name}: {_spelled(value, node)} ({node.source.name})")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from toolkit.sizing.batch import divisors
 from toolkit.sizing.lora import LEGAL_RANKS, legal_rank
 from toolkit.sizing.result import Remedy
 
@@ -32,19 +33,20 @@ def remedies_for(case: Case, short: int, missing: Callable[[RunConfig], int]) ->
 
 
 def _changes(case: Case) -> Iterator[tuple[str, RunConfig]]:
-    config, work = case.config, case.work
+    config = case.config
     model, lora = config.model, config.lora
     yield from _lengths(case)
-    if work.micro_batch > 1:
-        smaller = max(work.micro_batch // 2, 1)
-        doubled = work.accumulation * work.micro_batch // smaller
+    micro, accumulation = case.step.micro_batch, case.step.accumulation
+    if micro > 1:
+        smaller = next(one for one in divisors(micro) if one <= micro // 2)
+        more = accumulation * micro // smaller
         values = {
             "per_device_train_batch_size": smaller,
-            "gradient_accumulation_steps": doubled,
+            "gradient_accumulation_steps": more,
         }
         yield (
-            f"per_device_train_batch_size {work.micro_batch} -> {smaller} "
-            f"(gradient_accumulation_steps {work.accumulation} -> {doubled})",
+            f"per_device_train_batch_size {micro} -> {smaller} "
+            f"(gradient_accumulation_steps {accumulation} -> {more})",
             _grpo(config, **values),
         )
     if not case.step.checkpointing:

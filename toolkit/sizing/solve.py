@@ -4,10 +4,12 @@ choice, and the budget.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.assemble import assemble
+from toolkit.sizing.batch import divisors
 from toolkit.sizing.fit import Case, evaluate
 from toolkit.sizing.plan import plan_engine
 from toolkit.sizing.remedies import remedies_for
@@ -56,26 +58,47 @@ def resolve(
 def best_case(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Case, Fit]:
-    """The first candidate that holds a whole rollout in its KV cache; else the first that fits;
-    else the nearest to fitting.
+    """The first candidate that suits (``Fit.holds_rollout``, and what is written); else, of the
+    smallest micro-batch, the one that fits with the widest interval; else the nearest to fitting.
 
-    Candidates in order: as planned, with checkpointing, smaller micro-batches, then all of these
-    with KV sleep.
+    The largest micro-batch comes first. With it: as planned, with checkpointing, then the same with
+    KV sleep.
     """
     work = read_workload(config, device, world_size=world_size)
     plan = plan_engine(config, spec, work, device)
-    tried: list[tuple[Case, Fit]] = []
-    for chosen in _sleeps(config, plan, work):
-        for step in _steps(config, work, chosen, world_size):
-            case = Case(config=config, spec=spec, device=device, work=work, plan=chosen, step=step)
-            fit = evaluate(case)
-            if fit.holds_rollout:
-                return case, fit
-            tried.append((case, fit))
-    fitting = [pair for pair in tried if pair[1].short <= 0]
+    tried: dict[int, list[tuple[Case, Fit]]] = {}
+
+    def first(micro: int) -> tuple[Case, Fit] | None:
+        found = tried.setdefault(micro, [])
+        for chosen in _sleeps(config, plan, work):
+            for step in _steps(config, work, chosen, micro, world_size):
+                case = Case(
+                    config=config, spec=spec, device=device, work=work, plan=chosen, step=step
+                )
+                found.append((case, evaluate(case)))
+                if _suits(*found[-1]):
+                    return found[-1]
+        return None
+
+    micros = work.micro_batches
+    if best := first(micros[0]):
+        return best
+    # A smaller one of the rest never needs more.
+    place = bisect_left(micros, True, lo=1, key=lambda micro: first(micro) is not None)
+    if place < len(micros):
+        return next(pair for pair in tried[micros[place]] if _suits(*pair))
+    fitting = [pair for pair in tried[micros[-1]] if pair[1].short <= 0]
     if fitting:
         return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
-    return min(tried, key=lambda pair: pair[1].short)
+    return min(tried[micros[-1]], key=lambda pair: pair[1].short)
+
+
+def _suits(case: Case, fit: Fit) -> bool:
+    """Whether the run fits, the whole rollout in its KV cache, at the utilization as written."""
+    written = case.config.model.gpu_memory_utilization
+    if written == "auto" or case.device is None or not case.work.uses_engine:
+        return fit.holds_rollout
+    return fit.holds_rollout and written * case.device.cuda_total_bytes <= fit.most
 
 
 def _sleeps(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EnginePlan]:
@@ -84,13 +107,10 @@ def _sleeps(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EngineP
     return [plan]
 
 
-def _steps(config: RunConfig, work: Workload, plan: EnginePlan, world_size: int) -> list[StepPlan]:
+def _steps(
+    config: RunConfig, work: Workload, plan: EnginePlan, micro: int, world_size: int
+) -> list[StepPlan]:
     written = config.lora.use_gradient_checkpointing
-    modes = [False, True] if written == "auto" else [written]
-    micro_batches = [work.micro_batch]
-    if config.grpo.get("per_device_train_batch_size") == "auto":
-        while micro_batches[-1] % 2 == 0:
-            micro_batches.append(micro_batches[-1] // 2)
     return [
         StepPlan(
             micro_batch=micro,
@@ -101,24 +121,21 @@ def _steps(config: RunConfig, work: Workload, plan: EnginePlan, world_size: int)
             own_weights=not work.uses_engine or not plan.share_weights,
             world_size=world_size,
         )
-        for micro in micro_batches
-        for mode in modes
+        for mode in ([False, True] if written == "auto" else [written])
     ]
 
 
 def _largest_micro_batch(case: Case) -> int:
-    """The largest micro-batch, by doubling, of a generation batch as it is; 0 if not even 1 fits.
+    """The largest micro-batch that cuts the generation batch as it is evenly; 0 if not even 1 fits.
 
     What fits holds every sequence of a rollout in the KV cache, as the choice does.
     """
-    largest, micro = 0, 1
-    while micro <= case.work.rollouts:
-        step = replace(
-            case.step,
-            micro_batch=micro,
-            accumulation=max(case.work.accumulation * case.work.micro_batch // micro, 1),
-        )
-        if not evaluate(replace(case, step=step)).holds_rollout:
-            break
-        largest, micro = micro, 2 * micro
-    return largest
+
+    def fits(micro: int) -> bool:
+        accumulation = max(case.work.accumulation * case.work.micro_batch // micro, 1)
+        step = replace(case.step, micro_batch=micro, accumulation=accumulation)
+        return evaluate(replace(case, step=step)).holds_rollout
+
+    micros = divisors(case.work.rollouts)
+    place = bisect_left(micros, True, key=fits)
+    return micros[place] if place < len(micros) else 0

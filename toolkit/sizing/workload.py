@@ -6,26 +6,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from toolkit.base.errors import ConfigError
+from toolkit.sizing.batch import TRL_DEFAULTS, batch_of, count
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from toolkit.config.model import RunConfig
     from toolkit.sizing.device import Device
 
-# trl.GRPOConfig 1.16; held by tests/contract/test_sizing_trl.py.
-TRL_DEFAULTS: Mapping[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "per_device_eval_batch_size": 8,
-    "num_generations": 8,
-    "max_completion_length": 512,
-    "beta": 0.0,
-    "optim": "adamw_torch_fused",
-}
 # Bytes of optimizer state a trainable parameter (torch.optim, bitsandbytes).
 OPTIMIZER_BYTES = {
     "adamw": 8, "adam": 8, "sgd": 0, "adafactor": 0.1, "lion": 4, "rmsprop": 4, "adagrad": 4,
@@ -35,10 +23,15 @@ OPTIMIZER_BYTES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One process's share of a step. Lengths in tokens; a micro-batch is one forward pass."""
+    """One process's share of a step. Lengths in tokens; a micro-batch is one forward pass.
+
+    ``micro_batches`` are the candidates, the largest first: one, unless the run file leaves the
+    choice open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it.
+    """
 
     micro_batch: int
     accumulation: int
+    micro_batches: tuple[int, ...]
     rollouts: int
     generations: int
     prompt: int
@@ -71,28 +64,25 @@ def read_workload(
 ) -> Workload:
     """The numbers of ``config``. Raises ConfigError for a number that is none or below 1."""
     grpo = config.grpo
-    micro = _count(grpo, "per_device_train_batch_size")
-    accumulation = _count(grpo, "gradient_accumulation_steps")
-    generation = grpo.get("generation_batch_size")
-    if isinstance(generation, int) and generation > 0:
-        rollouts = max(micro, generation // max(world_size, 1))
-    else:
-        steps = grpo.get("steps_per_generation")
-        rollouts = micro * (steps if isinstance(steps, int) and steps > 0 else accumulation)
-    completion = _count(grpo, "max_completion_length")
+    completion = count(grpo, "max_completion_length")
     length = config.model.max_seq_length
     prompt = grpo.get("max_prompt_length")
     if not isinstance(prompt, int) or prompt < 1:
         prompt = max(length - completion, 1)
+    sequence = min(prompt + completion, length)
+    micro_batches, accumulation, rollouts = batch_of(
+        grpo, sequence, on_cpu=device is None, world_size=world_size
+    )
     optimizer = str(grpo.get("optim", TRL_DEFAULTS["optim"]))
     return Workload(
-        micro_batch=micro,
+        micro_batch=micro_batches[0],
         accumulation=accumulation,
+        micro_batches=micro_batches,
         rollouts=rollouts,
-        generations=_count(grpo, "num_generations"),
+        generations=count(grpo, "num_generations"),
         prompt=prompt,
         completion=completion,
-        sequence=min(prompt + completion, length),
+        sequence=sequence,
         rank=config.lora.r,
         targets=config.lora.target_modules,
         optimizer=optimizer,
@@ -110,12 +100,3 @@ def optimizer_bytes(name: str) -> float:
     if "8bit" in name and not any("8bit" in key for key in known):
         return 2.1
     return OPTIMIZER_BYTES[max(known, key=len)] if known else 8.0
-
-
-def _count(grpo: Mapping[str, Any], key: str) -> int:
-    value = grpo.get(key, TRL_DEFAULTS[key])
-    if value == "auto" or value is None:
-        value = TRL_DEFAULTS[key]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
-        raise ConfigError(f"{value!r} is no usable number", where=f"grpo.{key}")
-    return value

@@ -11,8 +11,8 @@ from toolkit.config.rules.run import DeviceFacts, Run, Situation
 __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "judging_rules"]
 
 _THEMES = (
-    "batch", "sampling", "training", "schedule", "lengths", "lora", "lora_engine", "loading",
-    "hardware", "keys", "secrets", "rewards", "data", "runtime", "structural",
+    "batch", "batch_auto", "sampling", "training", "schedule", "lengths", "lora", "lora_engine",
+    "loading", "hardware", "keys", "secrets", "rewards", "data", "runtime", "structural",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.rules.arithmetic import multiple_from, nearest_divisor
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.base import Fault, Unjudged, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +19,14 @@ _ACCUMULATION = "grpo.gradient_accumulation_steps"
 _STEPS = "grpo.steps_per_generation"
 _BATCH = "grpo.generation_batch_size"
 _GROUP = "grpo.num_generations"
+
+
+def micro_batch(run: Run) -> int:
+    """per_device_train_batch_size as a number; what needs one keeps quiet where it is auto."""
+    micro = run.value(_PER_DEVICE)
+    if not isinstance(micro, int) or run.value(_ACCUMULATION) == "auto":
+        raise Unjudged  # GRPO028 tells what auto needs
+    return micro
 
 
 def world(run: Run) -> str:
@@ -53,7 +61,7 @@ def whole_groups(run: Run) -> Iterator[Fault]:
         return
     fixes: list[Fix] = []
     if factor in (_ACCUMULATION, _STEPS):
-        per_step = run.value(_PER_DEVICE) * run.world_size
+        per_step = micro_batch(run) * run.world_size
         step = group // gcd(group, per_step)
         fixes.append(run.to(factor, multiple_from(step, run.value(factor) or 1)))
     else:
@@ -61,9 +69,9 @@ def whole_groups(run: Run) -> Iterator[Fault]:
     smaller = nearest_divisor(batch, group)
     if smaller is not None:
         fixes.append(run.to(_GROUP, smaller))
-    if not any(fix.edits for fix in fixes):
-        step = group // gcd(group, batch // run.value(_PER_DEVICE))
-        fixes.append(run.to(_PER_DEVICE, multiple_from(step, run.value(_PER_DEVICE))))
+    if factor != _BATCH and not any(fix.edits for fix in fixes):
+        step = group // gcd(group, batch // micro_batch(run))
+        fixes.append(run.to(_PER_DEVICE, multiple_from(step, micro_batch(run))))
     related = tuple(path for path in (factor, _PER_DEVICE) if path != _GROUP)
     yield Fault(
         _GROUP,
@@ -80,7 +88,7 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
     if size is not None:
         return size, run.operand(_BATCH), _BATCH
     steps = _ACCUMULATION if run.value(_STEPS) is None else _STEPS
-    batch = run.value(_PER_DEVICE) * run.world_size * run.value(steps)
+    batch = micro_batch(run) * run.world_size * run.value(steps)
     return batch, f"{run.operand(_PER_DEVICE)} x {run.operand(steps)} x {world(run)}", steps
 
 
@@ -101,7 +109,7 @@ def at_least_two(run: Run) -> Iterator[Fault]:
         return
     try:
         batch = generation_batch(run)[0]
-    except TypeError:
+    except (TypeError, Unjudged):
         batch = 8
     yield Fault(
         _GROUP,
@@ -124,7 +132,7 @@ def size_or_steps(run: Run) -> Iterator[Fault]:
     size, steps = run.value(_BATCH), run.value(_STEPS)
     if size is None or steps is None:
         return
-    implied = run.value(_PER_DEVICE) * run.world_size * steps
+    implied = micro_batch(run) * run.world_size * steps
     yield Fault(
         _BATCH,
         f"{size} and steps_per_generation {steps} cannot both be set",
@@ -148,20 +156,26 @@ grpo:
 def whole_steps(run: Run) -> Iterator[Fault]:
     """generation_batch_size is a multiple of per_device_train_batch_size x world size.
 
-    A generation is used up in whole micro-batches on every process.
+    A generation is used up in whole micro-batches on every process. An auto micro-batch can be
+    any part of what one process has, so that a multiple of the world size is enough.
     """
-    size = run.value(_BATCH)
+    size, micro = run.value(_BATCH), run.value(_PER_DEVICE)
     if size is None or run.value(_STEPS) is not None:
         return
-    per_step = run.value(_PER_DEVICE) * run.world_size
+    per_step = run.world_size if micro == "auto" else micro * run.world_size
     if size % per_step == 0:
         return
     group = run.value(_GROUP)
     both = per_step * group // gcd(per_step, group)
+    what = "world size" if micro == "auto" else "global micro-batch"
     yield Fault(
         _BATCH,
-        f"{size} is no multiple of the global micro-batch {per_step}",
-        notes=(f"micro-batch = {run.operand(_PER_DEVICE)} x {world(run)}",),
+        f"{size} is no multiple of the {what} {per_step}",
+        notes=(
+            f"{run.operand(_PER_DEVICE)}; {world(run)}"
+            if micro == "auto"
+            else f"micro-batch = {run.operand(_PER_DEVICE)} x {world(run)}",
+        ),
         fixes=(run.to(_BATCH, multiple_from(both, size)),),
         related=(_PER_DEVICE,),
     )
@@ -205,26 +219,6 @@ def whole_eval_groups(run: Run) -> Iterator[Fault]:
         fixes=tuple(fixes),
         related=(key,),
     )
-
-
-@rule(
-    "GRPO006",
-    "grpo.auto_find_batch_size",
-    example="grpo:\n  auto_find_batch_size: true",
-    fix="auto_find_batch_size: false",
-)
-def no_shrinking_batch(run: Run) -> Iterator[Fault]:
-    """auto_find_batch_size is refused.
-
-    It halves the batch on an out-of-memory error, and then the batch no longer holds whole groups.
-    envcheck size finds a batch that fits before the run starts.
-    """
-    if run.value("grpo.auto_find_batch_size"):
-        yield Fault(
-            "grpo.auto_find_batch_size",
-            "a batch that shrinks on its own does not hold whole groups",
-            fixes=(run.to("grpo.auto_find_batch_size", False),),
-        )
 
 
 @rule(

@@ -1,0 +1,146 @@
+"""A micro-batch left to sizing: as large as the card allows, and always the whole generation
+batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.base.errors import ConfigError
+from toolkit.sizing import solve
+from toolkit.sizing.batch import CPU_TOKENS, batch_of, divisors
+
+EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+AUTO = {
+    "per_device_train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "generation_batch_size": 64,
+}
+
+
+def cut(result):
+    choice = result.choice
+    return choice.per_device_train_batch_size, choice.gradient_accumulation_steps
+
+
+def test_a_large_card_takes_the_whole_batch_at_once(spec_of, card, run):
+    result = solve(run(AUTO), spec_of(ONE_B), card("h200"))
+    assert cut(result) == (64, 1)
+    assert result.choice.gradient_checkpointing is False
+    assert result.feasible
+
+
+def test_a_small_card_takes_it_in_pieces(spec_of, card, run):
+    config = run(AUTO, checkpointing=True)
+    small, large = (solve(config, spec_of(EIGHT_B), card(name)) for name in ("l40s", "h200"))
+    assert cut(large)[0] > cut(small)[0] >= 1
+    for result in (small, large):
+        assert cut(result)[0] * cut(result)[1] == 64
+        assert result.engine.kv_bytes >= result.engine.kv_wanted_bytes
+
+
+def test_the_next_larger_one_does_not_fit(spec_of, card, run):
+    """As written numbers, the choice fits and twice as much does not hold the rollout any more."""
+    config = run(AUTO, checkpointing=True, enable_sleep_mode=False)
+    chosen = solve(config, spec_of(EIGHT_B), card("l40s"))
+    micro, accumulation = cut(chosen)
+    assert micro < 64
+
+    def written(micro, accumulation):
+        grpo = {**AUTO, "per_device_train_batch_size": micro}
+        grpo["gradient_accumulation_steps"] = accumulation
+        values = {"checkpointing": True, "enable_sleep_mode": False}
+        return solve(run(grpo, **values), spec_of(EIGHT_B), card("l40s"))
+
+    same = written(micro, accumulation)
+    assert same.interval == chosen.interval
+    more = written(2 * micro, accumulation // 2)
+    assert not more.feasible or more.engine.kv_bytes < more.engine.kv_wanted_bytes
+
+
+def test_checkpointing_is_left_out_where_the_batch_fits_without(spec_of, card, run):
+    config = run({**AUTO, "generation_batch_size": 16})
+    assert solve(config, spec_of(ONE_B), card("h200")).choice.gradient_checkpointing is False
+    tight = solve(config, spec_of(ONE_B), card("l4"))
+    assert tight.choice.gradient_checkpointing is True
+    assert cut(tight) == (16, 1)  # the same gradient in one piece, at a third more work
+
+
+def test_the_processes_share_the_batch(spec_of, card, run):
+    result = solve(run(AUTO), spec_of(ONE_B), card("h200"), world_size=4)
+    assert cut(result) == (16, 1)
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 3"):
+        solve(run(AUTO), spec_of(ONE_B), card("h200"), world_size=3)
+
+
+def test_a_written_utilization_is_kept(spec_of, card, run):
+    """What is written for the engine is not the trainer's: the micro-batch gives way."""
+    config = run(AUTO, checkpointing=True, enable_sleep_mode=False)
+    free = solve(config, spec_of(ONE_B), card("4090"))
+    most = free.interval.max
+    held = replace(config, model=replace(config.model, gpu_memory_utilization=most + 0.2))
+    result = solve(held, spec_of(ONE_B), card("4090"))
+    assert cut(result)[0] < cut(free)[0]
+    assert result.apply(held).model.gpu_memory_utilization == most + 0.2
+
+
+def test_it_is_filled_in_and_nothing_else_of_grpo_is(spec_of, card, run):
+    config = run(AUTO)
+    filled = solve(config, spec_of(ONE_B), card("h200")).apply(config)
+    changed = {key for key in filled.grpo if filled.grpo[key] != config.grpo[key]}
+    assert changed == {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert filled.grpo["per_device_train_batch_size"] == 64
+
+
+@pytest.mark.parametrize("available", [64 << 30, 1 << 40])
+def test_on_the_cpu_free_memory_has_no_say(monkeypatch, spec_of, run, available):
+    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: available)
+    result = solve(run(AUTO, engine="transformers"), spec_of(ONE_B), None)
+    assert cut(result) == (32, 2)
+    assert cut(result)[0] * 1024 == CPU_TOKENS
+
+
+def test_on_the_cpu_too_little_memory_is_an_error_not_another_cut(monkeypatch, spec_of, run):
+    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: 6 << 30)
+    result = solve(run(AUTO, engine="transformers"), spec_of(ONE_B), None)
+    assert not result.feasible
+    assert cut(result) == (32, 2)
+    told = [remedy.change for remedy in result.remedies]
+    assert "per_device_train_batch_size 32 -> 16 (gradient_accumulation_steps 2 -> 4)" in told
+
+
+@pytest.mark.parametrize(
+    ("grpo", "where"),
+    [
+        ({"per_device_train_batch_size": "auto"}, "gradient_accumulation_steps"),
+        ({"gradient_accumulation_steps": "auto"}, "per_device_train_batch_size"),
+        ({**AUTO, "generation_batch_size": None}, "generation_batch_size"),
+        ({**AUTO, "generation_batch_size": 0}, "generation_batch_size"),
+        ({**AUTO, "generation_batch_size": True}, "generation_batch_size"),
+    ],
+)
+def test_half_of_it_is_an_error(spec_of, card, run, grpo, where):
+    with pytest.raises(ConfigError) as caught:
+        solve(run(grpo), spec_of(ONE_B), card("h100"))
+    assert caught.value.where == f"grpo.{where}"
+
+
+@given(st.integers(1, 5000), st.integers(1, 4), st.integers(1, 5000), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_candidate_is_the_whole_batch(own, world, sequence, on_cpu):
+    """However it is cut: micro x accumulation x processes is the generation batch."""
+    grpo = {**AUTO, "generation_batch_size": own * world}
+    micros, accumulation, rollouts = batch_of(grpo, sequence, on_cpu=on_cpu, world_size=world)
+    assert rollouts == own
+    assert micros[0] * accumulation == own
+    assert all(own % micro == 0 for micro in micros)
+    assert list(micros) == sorted(set(micros), reverse=True)
+    if on_cpu:
+        assert len(micros) == 1
+        assert micros[0] == 1 or micros[0] * sequence <= CPU_TOKENS
+    else:
+        assert micros == tuple(n for n in range(own, 0, -1) if own % n == 0) == divisors(own)

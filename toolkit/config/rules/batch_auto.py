@@ -1,0 +1,172 @@
+"""A micro-batch that sizing chooses: what it needs, and where the choice would be felt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.finding import Fix
+from toolkit.config.rules.arithmetic import multiple_from
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+MICRO = "grpo.per_device_train_batch_size"
+ACCUMULATION = "grpo.gradient_accumulation_steps"
+SIZE = "grpo.generation_batch_size"
+STEPS = "grpo.steps_per_generation"
+ROUTER = "grpo.router_aux_loss_coef"
+USUAL, USUAL_MICRO = 64, 8  # completions of a step, and of a micro-batch
+
+
+@rule(
+    "GRPO006",
+    "grpo.auto_find_batch_size",
+    example="grpo:\n  auto_find_batch_size: true",
+    fix="auto_find_batch_size: false",
+)
+def no_shrinking_batch(run: Run) -> Iterator[Fault]:
+    """auto_find_batch_size is refused.
+
+    It halves the batch on an out-of-memory error, and then the batch no longer holds whole groups.
+    envcheck size finds a batch that fits before the run starts.
+    """
+    if run.value("grpo.auto_find_batch_size"):
+        yield Fault(
+            "grpo.auto_find_batch_size",
+            "a batch that shrinks on its own does not hold whole groups",
+            fixes=(run.to("grpo.auto_find_batch_size", False),),
+        )
+
+
+@rule(
+    "GRPO028",
+    f"{MICRO} {ACCUMULATION} {SIZE} {STEPS}",
+    example="grpo:\n  per_device_train_batch_size: auto\n  gradient_accumulation_steps: 4",
+    fix="gradient_accumulation_steps: auto, and generation_batch_size: 64",
+)
+def auto_is_whole(run: Run) -> Iterator[Fault]:
+    """An auto micro-batch needs auto accumulation and a generation_batch_size.
+
+    The generation batch is one optimizer step, and sizing cuts it: into as few micro-batches as the
+    card's memory allows. So both factors are auto, generation_batch_size says how many completions
+    are cut, and steps_per_generation, which counts micro-batches, is left out. num_iterations
+    counts optimizer steps on the same generation, as ever.
+    """
+    autos = [key for key in (MICRO, ACCUMULATION) if run.value(key) == "auto"]
+    if not autos:
+        return
+    if len(autos) == 1:
+        other = ACCUMULATION if autos == [MICRO] else MICRO
+        name, written = autos[0].rpartition(".")[2], run.written(other)
+        yield Fault(
+            other if written else autos[0],
+            f"{run.value(other)} while {name} is auto"
+            if written
+            else f"auto while {other.rpartition('.')[2]} is not",
+            notes=(run.operand(autos[0] if written else other),),
+            fixes=(run.to(other, "auto"),),
+            related=(autos[0],),
+        )
+        return
+    group = run.ask("grpo.num_generations")
+    step = group * run.world_size if isinstance(group, int) else USUAL
+    size = multiple_from(step, USUAL)
+    if run.value(STEPS) is not None:
+        yield Fault(
+            STEPS,
+            "it counts micro-batches, whose size is auto",
+            notes=(run.operand(MICRO),),
+            fixes=(run.to(STEPS, None) if run.value(SIZE) is not None else _in_place(run, size),),
+            related=(MICRO,),
+        )
+    elif run.value(SIZE) is None:
+        yield Fault(
+            MICRO,
+            "auto, and nothing says how many completions a step has",
+            notes=(run.operand(SIZE),),
+            fixes=(run.to(SIZE, size),),
+        )
+
+
+def _in_place(run: Run, size: int) -> Fix:
+    """generation_batch_size where steps_per_generation stands."""
+    node = run.node(STEPS)
+    assert node is not None
+    name = SIZE.rpartition(".")[2]
+    edits = (*run.rename(node, name).edits, *run.to(STEPS, size).edits)
+    return Fix(f"{name}: {size} in its place", edits if len(edits) == 2 else ())
+
+
+@rule(
+    "GRPO029",
+    f"{MICRO} grpo.loss_type grpo.top_entropy_quantile grpo.entropy_coef "
+    f"grpo.use_adaptive_entropy {ROUTER}",
+    example="""
+grpo:
+  per_device_train_batch_size: auto
+  gradient_accumulation_steps: auto
+  generation_batch_size: 64
+  loss_type: bnpo
+""",
+    fix="loss_type: dapo, or numbers in place of auto",
+)
+def cut_changes_nothing(run: Run) -> Iterator[Fault]:
+    """An auto micro-batch goes with a loss that does not hang on it.
+
+    bnpo averages over the tokens of each micro-batch; an entropy bonus, top_entropy_quantile below
+    1 and a router loss look at one micro-batch at a time. With these another card, with another
+    micro-batch, would train something else: write the number. For the other losses the cut changes
+    nothing but rounding.
+    """
+    if run.value(MICRO) != "auto":
+        return
+    clashes = [key for key in CUT_MATTERS if CUT_MATTERS[key](run.ask(key))]
+    told = [run.operand(key) for key in clashes]
+    fixes = [_numbers(run)]
+    if ROUTER not in clashes and run.ask(ROUTER) is None and (weight := _router_loss(run)):
+        clashes.append(ROUTER)
+        told.append(f"router_aux_loss_coef {weight} of the model's config")
+        fixes.insert(0, run.to(ROUTER, 0.0))
+    if clashes:
+        yield Fault(
+            MICRO,
+            "auto, and the loss would hang on which micro-batch is chosen",
+            notes=("; ".join(told),),
+            fixes=tuple(fixes),
+            related=tuple(clashes),
+        )
+
+
+def _numbers(run: Run) -> Fix:
+    """The fix that writes a cut of the generation batch."""
+    size = run.value(SIZE)
+    own = size // run.world_size if size and size % run.world_size == 0 else USUAL
+    micro = next(one for one in range(USUAL_MICRO, 0, -1) if own % one == 0)
+    both = (run.to(MICRO, micro), run.to(ACCUMULATION, own // micro))
+    edits = tuple(edit for fix in both for edit in fix.edits)
+    whole = all(fix.edits for fix in both)
+    return Fix(", ".join(fix.text for fix in both), edits if whole else ())
+
+
+def _router_loss(run: Run) -> float:
+    """The weight of the router's loss that a model at hand declares; 0 where there is none."""
+    if run.model is None or run.model.experts is None:
+        return 0.0
+    declared = run.model.text.get("router_aux_loss_coef")
+    return float(declared) if isinstance(declared, int | float) else 0.0
+
+
+def _counts(value: Any) -> bool:
+    return value is not None and value != 0
+
+
+CUT_MATTERS = {
+    "grpo.loss_type": lambda value: value == "bnpo",
+    "grpo.top_entropy_quantile": lambda value: value < 1,
+    "grpo.entropy_coef": _counts,
+    "grpo.use_adaptive_entropy": lambda value: value is True,
+    ROUTER: _counts,
+}
