@@ -1,0 +1,112 @@
+"""GRPO on a small engine: a model with an engine on it, adapters that come and go, trainers."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig
+
+from toolkit import FastLanguageModel, GRPOTrainer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(2, 6) for b in range(3, 6)]
+
+
+def digits(completions: list[str], **_: Any) -> list[float]:
+    """The share of digits: differs between completions from the first step on."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+def short(completions: list[str], **_: Any) -> list[float]:
+    return [1.0 / (1 + len(text)) for text in completions]
+
+
+def load(folder: Path, **engine: Any) -> tuple[Any, Any]:
+    """(model with an engine on it, tokenizer) of a checkpoint."""
+    values = {
+        "max_seq_length": 96,
+        "load_in_4bit": False,
+        "fast_inference": True,
+        "max_lora_rank": 8,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "kv_cache_bytes": 1 << 26,
+    }
+    return FastLanguageModel.from_pretrained(str(folder), **{**values, **engine})
+
+
+@contextmanager
+def adapted(base: Any, **settings: Any) -> Iterator[Any]:
+    """``base`` with a fresh adapter, taken off again."""
+    values = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False, "random_state": 5}
+    policy = FastLanguageModel.get_peft_model(base, **{**values, **settings})
+    try:
+        yield policy
+    finally:
+        policy.unload()
+
+
+def make_trainer(
+    policy: Any, tokenizer: Any, folder: Path, *, rows: Any = None, more: Any = None, **grpo: Any
+) -> GRPOTrainer:
+    """``more`` goes to the trainer (reward_funcs, tools, eval_dataset), ``grpo`` to its
+    arguments.
+    """
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return GRPOTrainer(
+        model=policy,
+        args=GRPOConfig(**{**values, **grpo}),
+        train_dataset=Dataset.from_list(ROWS if rows is None else rows),
+        processing_class=tokenizer,
+        **{"reward_funcs": digits, **(more or {})},
+    )
+
+
+def steps(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged of each training step, less the wall clock."""
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
+
+
+def adapter_bytes(policy: Any) -> str:
+    """A checksum of the trained tensors."""
+    digest = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def engine_checksums(engine: Any) -> dict[str, str]:
+    """A checksum of every tensor of the engine's model, less the adapter slots."""
+    tensors = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+        if "lora_" not in name and isinstance(tensor, torch.Tensor)
+    }

@@ -1,0 +1,304 @@
+"""TRL's GRPO on the real engine: every loss and option, tools, evaluation, and what must not move:
+the base, and the outcome of a seed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import engine_training as training
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from toolkit.config.libraries import known
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning"),
+]
+
+TOLERANCE = 1e-5  # nats, float32
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """(model with an engine on it, tokenizer), for all tests of the module."""
+    from tiny_llama import make_tiny
+
+    model, tokenizer = training.load(make_tiny(tmp_path_factory.mktemp("grpo") / "model"))
+    with model.toolkit_engine:
+        yield model, tokenizer
+
+
+@pytest.fixture
+def policy(loaded: tuple[Any, Any]) -> Iterator[Any]:
+    with training.adapted(loaded[0]) as policy:
+        yield policy
+
+
+def train(loaded: Any, folder: Path, **grpo: Any) -> tuple[list[dict[str, Any]], str, str]:
+    """(what was logged, completions as JSON, checksum of the adapter) of a run of its own."""
+    more, said = grpo.pop("more", {}), []
+
+    def listen(completions: list[str], **_: Any) -> list[float]:
+        said.append(list(completions))
+        return training.digits(completions)
+
+    with training.adapted(loaded[0], **grpo.pop("lora", {})) as policy:
+        trainer = training.make_trainer(
+            policy, loaded[1], folder, more={"reward_funcs": listen, **more}, **grpo
+        )
+        trainer.train()
+        return training.steps(trainer), json.dumps(said), training.adapter_bytes(policy)
+
+
+# --- what must not move
+
+
+def test_fifty_steps_leave_every_tensor_of_the_engine_as_it_was(loaded, policy, tmp_path) -> None:
+    engine = policy.toolkit_engine
+    before, fresh = training.engine_checksums(engine), training.adapter_bytes(policy)
+    trainer = training.make_trainer(policy, loaded[1], tmp_path, max_steps=50)
+    trainer.train()
+    rows = training.steps(trainer)
+    assert len(rows) == 50
+    assert training.adapter_bytes(policy) != fresh
+    assert training.engine_checksums(engine) == before
+    assert len(before) > 20
+    assert max(row["sampling/logp_gap_max"] for row in rows) < TOLERANCE
+    # It has learned, so what was held fixed was held fixed under real steps.
+    assert sum(r["reward"] for r in rows[-5:]) > sum(r["reward"] for r in rows[:5]) + 1
+    request = policy.load_lora(policy.save_lora(tmp_path / "saved"))
+    prompts = ["2+3=", "5+5="]
+    greedy = {"max_tokens": 8, "temperature": 0}
+    now = [a.outputs[0].token_ids for a in policy.fast_generate(prompts, **greedy)]
+    saved = policy.fast_generate(prompts, lora_request=request, **greedy)
+    base = policy.fast_generate(prompts, lora_request=None, **greedy)
+    assert [a.outputs[0].token_ids for a in saved] == now
+    assert [a.outputs[0].token_ids for a in base] != now
+
+
+def test_one_seed_is_one_run_whatever_the_process_did_before(loaded, tmp_path) -> None:
+    first = train(loaded, tmp_path / "a", max_steps=4)
+    other = train(loaded, tmp_path / "b", max_steps=3, seed=8, num_generations=2, temperature=1.5)
+    with training.adapted(loaded[0], random_state=1) as policy:
+        policy.fast_generate(["1+1="], max_tokens=5, temperature=1.0)
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert train(loaded, tmp_path / "c", max_steps=4) == first
+    assert other[1] != first[1]
+    assert train(loaded, tmp_path / "d", max_steps=4, seed=8)[1] != first[1]
+
+
+# --- TRL's options
+
+LOSSES = known("loss_types").values  # of the installed TRL
+NEEDED = {
+    "luspo": {"importance_sampling_level": "sequence"},
+    "vespo": {"vllm_importance_sampling_mode": "token_truncate"},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{
+        f"loss {name}": {"loss_type": name, **NEEDED.get(name, {})}
+        for name in known("loss_types").values
+    },
+    "num_iterations": {"num_iterations": 2, "max_steps": 4},
+    "beta": {"beta": 0.1},
+    "steps_per_generation": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing and beta": {"lora": {"use_gradient_checkpointing": True}, "beta": 0.1},
+    "dropout": {"lora": {"lora_dropout": 0.1}},
+    "no correction": {"vllm_importance_sampling_correction": False},
+    "sequence weights": {"vllm_importance_sampling_mode": "sequence_mask"},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5},
+    "entropy": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+    "truncated masked": {"mask_truncated_completions": True},
+    "unscaled": {"scale_rewards": "none", "loss_type": "dr_grpo"},
+    "temperature": {"temperature": 0.7},
+    "generation options": {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1},
+    "generation_kwargs": {"generation_kwargs": {"min_tokens": 3, "logit_bias": {9: 2.0}}},
+}
+OTHER_DISTRIBUTION = {"generation options", "generation_kwargs"}
+"""The trainer scores the plain softmax of its logits, whatever was filtered while sampling."""
+
+
+@pytest.mark.filterwarnings("ignore:lora_dropout=0.1. the engine samples without:UserWarning")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_trls_options_run_on_the_engine(loaded, tmp_path, name) -> None:
+    rows, said, adapter = train(loaded, tmp_path, **OPTIONS[name])
+    assert len(rows) == OPTIONS[name].get("max_steps", 2)
+    assert json.loads(said)
+    with training.adapted(loaded[0], **OPTIONS[name].get("lora", {})) as fresh:
+        assert adapter != training.adapter_bytes(fresh)
+    assert ("kl" in rows[0]) == ("beta" in name)
+    assert rows[0]["sampling/logp_gap_max"] >= rows[0]["sampling/logp_gap_mean"] >= 0
+    if name not in OTHER_DISTRIBUTION | {"dropout"}:
+        assert rows[0]["sampling/logp_gap_max"] < TOLERANCE
+    if name == "num_iterations":  # steps 1 and 2 share a rollout, 3 and 4 the next
+        assert len(json.loads(said)) == 2
+    if name == "steps_per_generation":
+        assert len(json.loads(said)) == 1
+
+
+def test_several_rewards_with_weights(loaded, policy, tmp_path) -> None:
+    trainer = training.make_trainer(
+        policy,
+        loaded[1],
+        tmp_path,
+        more={"reward_funcs": [training.digits, training.short]},
+        reward_weights=[1.0, 0.25],
+    )
+    trainer.train()
+    for row in training.steps(trainer):
+        parts = row["rewards/digits/mean"] + 0.25 * row["rewards/short/mean"]
+        assert row["reward"] == pytest.approx(parts, abs=1e-6)
+
+
+def test_evaluation_while_training(loaded, tmp_path) -> None:
+    """It samples from the adapter of the moment, and what training draws does not hang on it."""
+    plain, _, _ = train(loaded, tmp_path / "a")
+    with training.adapted(loaded[0]) as policy:
+        trainer = training.make_trainer(
+            policy,
+            loaded[1],
+            tmp_path / "b",
+            more={"eval_dataset": Dataset.from_list(training.ROWS[:4])},
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        trainer.train()
+    evals = [row for row in trainer.state.log_history if "eval_reward" in row]
+    assert [row["step"] for row in evals] == [1, 2]
+    assert all(row["eval_sampling/logp_gap_max"] < TOLERANCE for row in evals)
+    # TRL shuffles the rows of a batch by the process's generator, which evaluation advances: the
+    # same rows in another order, so the same numbers up to rounding.
+    for mine, other in zip(training.steps(trainer), plain, strict=True):
+        assert mine["reward"] == other["reward"]
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_structured_outputs(loaded, policy, tmp_path) -> None:
+    said: list[str] = []
+
+    def listen(completions: list[str], **_: Any) -> list[float]:
+        said.extend(completions)
+        return [float(text.endswith("7")) for text in completions]
+
+    trainer = training.make_trainer(
+        policy,
+        loaded[1],
+        tmp_path,
+        more={"reward_funcs": listen},
+        vllm_structured_outputs_regex="[0-9]{2}=(yes|no)[0-9]",
+    )
+    trainer.train()
+    assert len(said) == 16
+    assert all(text[:2].isdigit() and text[3:-1] in ("yes", "no") for text in said), said
+    assert len(set(said)) > 8
+    rows = training.steps(trainer)
+    assert all(0 < row["sampling/importance_sampling_ratio/mean"] <= 3 for row in rows)
+
+
+def test_checkpoints_of_a_training_on_the_engine(loaded, tmp_path) -> None:
+    """Saved by TRL's own options, gone on with in another trainer: the same end."""
+    grpo = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(loaded, tmp_path / "a", **grpo)
+    saved = load_file(tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    with training.adapted(loaded[0], random_state=77) as policy:  # another start: it is replaced
+        trainer = training.make_trainer(policy, loaded[1], tmp_path / "a", **grpo)
+        trainer.train(str(tmp_path / "a" / "checkpoint-2"))
+        assert training.adapter_bytes(policy) == whole[2]
+
+
+# --- tools
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}({{ c['function']['name'] }}"
+    "{% for k, v in c['function']['arguments'].items() %} {{ k }} {{ v }}{% endfor %})"
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+SAYS_IS_CALLS = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<a>",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": "(?P<said>.+)",
+            "repeats": True,
+            "content": "text",
+            "transform": {
+                "type": "function",
+                "function": {"name": "measure", "arguments": {"text": "{said}"}},
+            },
+        },
+        "content": {"content": "text"},
+    },
+}
+"""Whatever the model says is a call of ``measure`` with it: an untaught model calls, and its
+distribution is left alone.
+"""
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_tools_through_trls_loop(loaded, policy, tmp_path, turns) -> None:
+    from tiny_llama import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.response_template = CHAT, SAYS_IS_CALLS
+    called, seen = [], []
+
+    def measure(text: str) -> int:
+        """The number of characters of a text.
+
+        Args:
+            text: any text
+        """
+        called.append(text)
+        return len(text)
+
+    def listen(completions: Any, **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [float(len(messages[-1].get("content") or "x")) for messages in completions]
+
+    trainer = training.make_trainer(
+        policy,
+        tokenizer,
+        tmp_path,
+        rows=[{"prompt": [{"role": "user", "content": f"{a}+1="}]} for a in range(8)],
+        more={"reward_funcs": listen, "tools": [measure]},
+        max_tool_calling_iterations=turns,
+        max_completion_length=40,
+        generation_kwargs={"max_tokens": 6},
+    )
+    trainer.train()
+    rows = training.steps(trainer)
+    assert all(row["tools/call_frequency"] == turns for row in rows)
+    assert all(row["tools/failure_frequency"] == 0 for row in rows)
+    # Tokens of the tool's answer are not the model's: they are neither scored nor trained on.
+    assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in rows)
+    assert len(called) == 16 * turns
+    for messages in seen:
+        roles = [message["role"] for message in messages]
+        assert roles == ["assistant", *["tool", "assistant"] * turns]
+        said = messages[0]["tool_calls"][0]["function"]["arguments"]["text"]
+        assert messages[1]["content"] == str(len(said))
+
+
+def test_a_loss_that_is_not_among_them_is_told_by_name(loaded, policy, tmp_path) -> None:
+    trainer = training.make_trainer(policy, loaded[1], tmp_path, loss_type="no_such_loss")
+    with pytest.raises(ValueError, match="no_such_loss"):
+        trainer.train()
