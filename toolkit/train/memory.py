@@ -1,4 +1,5 @@
-"""Peaks of the GPU's memory by phase: while the engine samples, and while the trainer steps.
+"""Peaks of the GPU's memory by phase: while the engine samples, and while the trainer steps; and
+memory.json, which sets them beside the engine's own account for ``envcheck calibrate``.
 
 torch keeps one peak; it is read and reset where a rollout begins and where it ends. With KV sleep
 torch goes on counting the cache as allocated while nothing is mapped behind it: that much is taken
@@ -7,16 +8,25 @@ off the training phase.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from toolkit.base.paths import write_file
+from toolkit.train.cuda import cuda_in_use
+from toolkit.train.ranks import is_first_rank
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from toolkit.engine.base import RolloutEngine
+
+NAME = "memory.json"
 
 
 class Statistics(Protocol):
@@ -75,6 +85,7 @@ class PhasePeaks:
     """The largest of every phase so far, in bytes; ``begin`` it when the model is loaded."""
 
     statistics: Statistics
+    account: Mapping[str, int] = field(default_factory=dict)  # the engine's own, by term
     rollout: int = 0
     training: int = 0
     step: int = 0
@@ -111,6 +122,13 @@ class PhasePeaks:
         self.step = max(self.step, peak - now.allocated())
         self.on_card = max(self.on_card, now.elsewhere() + now.peak_reserved() - asleep)
 
+    def so_far(self) -> int:
+        """The most of torch's allocator until now, in either phase."""
+        now = 0
+        if self._stepping:
+            now = self.statistics.peak_allocated() - self.statistics.asleep()
+        return max(self.rollout, self.training, now)
+
     def terms(self) -> dict[str, int]:
         """By the names of ``toolkit.sizing.calibrate``; only what has been measured."""
         found = {
@@ -122,3 +140,44 @@ class PhasePeaks:
             "card.total": self.statistics.card() if self.on_card else 0,
         }
         return {term: nbytes for term, nbytes in found.items() if nbytes > 0}
+
+    def write(self, run_dir: Path) -> Path | None:
+        """memory.json, once a step was measured. Raises OSError."""
+        self.end_training()
+        if not self.training:
+            return None
+        found = {**self.account, **self.terms()}
+        return write_file(run_dir / NAME, json.dumps(found, indent=2) + "\n")
+
+
+def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
+    """Peaks for a run on ``engine``; None where nothing can be told by phase: on the CPU, or
+    without vLLM.
+    """
+    llm = getattr(engine, "llm", None)
+    if llm is None or not cuda_in_use():
+        return None
+    from toolkit.engine.memory import asleep_bytes, engine_memory  # noqa: PLC0415 - brings vLLM
+
+    return PhasePeaks(CudaStatistics(asleep_bytes), engine_memory(llm))
+
+
+def rollout_phase(trainer: Any, engine: RolloutEngine) -> AbstractContextManager[None]:
+    """Around a rollout of ``trainer``; measured inside ``measured``."""
+    peaks: PhasePeaks | None = getattr(trainer, "peaks", None)
+    return nullcontext() if peaks is None else peaks.sampling(engine)
+
+
+@contextmanager
+def measured(trainer: Any, run_dir: Path) -> Iterator[None]:
+    """Around training: memory.json of the first rank, where there is something to tell."""
+    engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
+    trainer.peaks = peaks = watch(engine) if is_first_rank() else None
+    if peaks is None:
+        yield
+        return
+    peaks.begin()
+    try:
+        yield
+    finally:  # a step that ran out of memory is worth calibrating most
+        peaks.write(run_dir)

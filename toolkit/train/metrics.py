@@ -109,8 +109,11 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     return leading | {name: found[name] for name in sorted(found)}
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(trainer: Any = None) -> int:
     """Of the GPU where one is used, else of this process (resident)."""
+    peaks = getattr(trainer, "peaks", None)
+    if peaks is not None:  # torch's own peak begins anew with each phase
+        return int(peaks.so_far())
     if cuda_in_use():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -173,7 +176,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             "train_s": round(max(0.0, step_s - sum(phases.values())), 4),
             **{name: round(value, 4) for name, value in phases.items()},
             "tokens_per_s": round(tokens / step_s, 1) if step_s > 0 else 0.0,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(self.trainer),
         }
 
     def _write_completions(self, step: int) -> None:

@@ -11,10 +11,11 @@ from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, StoppedError, ToolkitError
 from toolkit.policy.language_model import load_policy
-from toolkit.train import checkpoint, faults, folder, resume
+from toolkit.train import batch, checkpoint, faults, folder, resume
 from toolkit.train.arguments import grpo_config, make_reproducible
 from toolkit.train.data import load_data
 from toolkit.train.evaluate import evaluate
+from toolkit.train.memory import measured
 from toolkit.train.metrics import Journal, Recorder
 from toolkit.train.parts import Options, Parts, finish, introduce
 from toolkit.train.preflight import preflight
@@ -64,7 +65,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
     signals = StopSignals(abandon=world_size() == 1)
     with quiet(debug=options.debug), signals.installed():
         try:
-            parts = prepare(config, run_dir)
+            parts = prepare(batch.kept(config, found), run_dir)
+            config = batch.settled(config, parts.config)
             _refuse_changes(config, parts, found)
             _train(parts, config, found, options, signals)
         except Abandoned as cut:
@@ -82,7 +84,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Parts:
     written.
     """
     ready = preflight(config, world_size=world_size())
-    resolved = ready.config
+    resolved = batch.agreed(config, ready.config)
     if config.runtime.reproducible:
         make_reproducible()
     if is_first_rank():
@@ -152,7 +154,7 @@ def _train(
         progress = Progress(options.out, total_steps(trainer), every)
         keep = config.runtime.log_completions
         trainer.add_callback(Recorder(trainer, journal, progress, completions=keep))
-    with signals.at_steps():
+    with signals.at_steps(), measured(trainer, parts.run_dir):
         try:
             if found is not None and resume.step_of(found) >= total_steps(trainer):
                 resume.check(trainer, found)  # it had ended; transformers would add a step

@@ -17,6 +17,7 @@ from toolkit.base.errors import UnsupportedError
 from toolkit.engine.draws import cut, draw, draws_by_row
 from toolkit.engine.rollout import Sampling, request_seed
 from toolkit.train import faults
+from toolkit.train.memory import rollout_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +114,7 @@ class EngineGeneration:
             )
         seed, rows = self.trainer.rows.call(prompts)
         count = group_size(prompts, num_generations)
-        with profiler or nullcontext():
+        with profiler or nullcontext(), rollout_phase(self.trainer, self.engine):
             rollout: Rollout = self.engine.generate(
                 prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
             )

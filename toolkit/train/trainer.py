@@ -26,6 +26,8 @@ from toolkit.train.sampling import EngineGeneration, Timers, find_engine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.train.memory import PhasePeaks
+
 GRPOConfig = trl.GRPOConfig
 """TRL's own, so that one import serves a script."""
 
@@ -35,6 +37,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
 
     max_bad_steps: int = 3
     bad_steps: int = 0
+    peaks: PhasePeaks | None = None
     _split: int = 1
     _attempt: Attempt | None = None
     _bad_loss: bool = False

@@ -1,0 +1,70 @@
+"""An auto micro-batch belongs to the run that began with it, and to all of its processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from toolkit.config.model import ModelSection, RunConfig
+from toolkit.train import batch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+AUTO = {
+    "per_device_train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "generation_batch_size": 32,
+}
+
+
+def config(**grpo: Any) -> RunConfig:
+    return RunConfig(model=ModelSection(model_name="any"), grpo={**AUTO, **grpo})
+
+
+def checkpoint(folder: Path, **grpo: Any) -> Path:
+    """A checkpoint's state.json, as far as it is read here."""
+    written = {f"grpo.{key}": value for key, value in {**AUTO, **grpo}.items()}
+    (folder / "state.json").write_text(json.dumps({"run": written}))
+    return folder
+
+
+def cut(config: RunConfig) -> tuple[Any, Any]:
+    return tuple(config.grpo[key] for key in batch.KEYS)
+
+
+def test_what_a_checkpoint_was_made_with_stays(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
+    assert cut(batch.kept(config(), found)) == (4, 8)
+    assert cut(batch.kept(config(), None)) == ("auto", "auto")
+    written = config(per_device_train_batch_size=16, gradient_accumulation_steps=2)
+    assert batch.kept(written, found) is written
+
+
+@pytest.mark.parametrize(
+    "grpo",
+    [
+        {"generation_batch_size": 64},  # another run: sizing chooses, and the change is told
+        {"generation_batch_size": 16},
+    ],
+)
+def test_another_generation_batch_is_not_cut_in_the_old_way(
+    tmp_path: Path, grpo: dict[str, int]
+) -> None:
+    found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
+    assert cut(batch.kept(config(**grpo), found)) == ("auto", "auto")
+
+
+def test_a_checkpoint_without_numbers_leaves_the_choice_open(tmp_path: Path) -> None:
+    assert cut(batch.kept(config(), checkpoint(tmp_path))) == ("auto", "auto")
+
+
+def test_what_is_recorded_are_the_numbers() -> None:
+    resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    assert cut(batch.settled(config(), resolved)) == (8, 4)
+    assert batch.settled(resolved, config()) is resolved
+    assert batch.agreed(config(), resolved) is resolved  # one process has nobody to ask

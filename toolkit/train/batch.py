@@ -1,0 +1,74 @@
+"""An auto micro-batch in a run: one for all processes, and the same one when the run goes on.
+
+Where the batch is cut decides in which order sums are made, and what a checkpoint in the middle of
+a generation holds. So the cut that a run began with belongs to the run: a checkpoint records it as
+numbers, and another card does not choose again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed
+
+from toolkit.train import checkpoint
+from toolkit.train.ranks import world_size
+from toolkit.train.resume import STATE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from toolkit.config.model import RunConfig
+
+MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+KEYS = (MICRO, ACCUMULATION)
+
+
+def is_auto(config: RunConfig) -> bool:
+    """Whether the run file leaves the cut to sizing."""
+    return config.grpo.get(MICRO) == "auto"
+
+
+def kept(config: RunConfig, found: Path | None) -> RunConfig:
+    """``config`` with the cut that the checkpoint ``found`` was made with, in place of auto.
+
+    Where the run's size changed, the numbers say nothing: what changed is told later.
+    """
+    if found is None or not is_auto(config):
+        return config
+    then = checkpoint.read_json(found, STATE)["run"]
+    cut = {key: then.get(f"grpo.{key}") for key in KEYS}
+    micro, accumulation = cut[MICRO], cut[ACCUMULATION]
+    if not isinstance(micro, int) or not isinstance(accumulation, int):
+        return config
+    whole = micro * accumulation * world_size()
+    return _with(config, cut) if whole == config.grpo.get("generation_batch_size") else config
+
+
+def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
+    """``config`` as written but for the cut, which is ``resolved``'s: what a checkpoint records."""
+    return _with(config, resolved.grpo) if is_auto(config) else config
+
+
+def agreed(config: RunConfig, resolved: RunConfig) -> RunConfig:
+    """``resolved`` with the smallest micro-batch that any process chose; each sized its own card.
+
+    Every process of the run must call it.
+    """
+    if not is_auto(config) or world_size() == 1:
+        return resolved
+    store, rank, world = next(distributed.rendezvous("env://"))
+    table = distributed.PrefixStore("toolkit/micro-batch", store)
+    micro, accumulation = (int(resolved.grpo[key]) for key in KEYS)
+    table.set(str(rank), str(micro))
+    smallest = min(int(table.get(str(one))) for one in range(world))
+    more = micro * accumulation // smallest
+    return _with(resolved, {MICRO: smallest, ACCUMULATION: more})
+
+
+def _with(config: RunConfig, cut: Mapping[str, Any]) -> RunConfig:
+    grpo = {**config.grpo, **{key: cut[key] for key in KEYS}}
+    return replace(config, grpo=MappingProxyType(grpo))
