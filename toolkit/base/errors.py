@@ -92,3 +92,7 @@ class DefectError(ToolkitError):
     """An invariant of ours broke."""
 
     exit_code = 70
+
+
+class ToolkitWarning(UserWarning):
+    """A choice of ours, or one without effect, that a person should know of; nothing failed."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigValueError, MissingExtraError, UnsupportedError
+from toolkit.base.errors import (
+    ConfigValueError,
+    MissingExtraError,
+    ToolkitWarning,
+    UnsupportedError,
+)
 from toolkit.engine.base import vllm_available
 from toolkit.engine.options import LEGAL_RANKS
 from toolkit.policy.arguments import ENGINE_DEFAULTS, WHERE
@@ -91,6 +96,6 @@ def warn_engine_only(engine: Mapping[str, Any]) -> None:
     if idle:
         warnings.warn(
             f"{', '.join(idle)}: no effect with fast_inference=False, where no engine is built",
-            UserWarning,
+            ToolkitWarning,
             stacklevel=5,
         )

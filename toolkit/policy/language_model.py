@@ -6,7 +6,7 @@ import warnings
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
 from toolkit.policy.arguments import WHERE as LOAD_WHERE
 from toolkit.policy.arguments import check_checkpointing, refuse_unknown
 from toolkit.policy.attach import attach
@@ -151,7 +151,7 @@ class FastLanguageModel:
         if getattr(model, "toolkit_full_finetuning", False):
             warnings.warn(
                 "full_finetuning=True: every weight is trained, and no adapter was added",
-                UserWarning,
+                ToolkitWarning,
                 stacklevel=2,
             )
             return model

@@ -22,7 +22,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.settings import (
     WHERE,
@@ -126,7 +126,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
             fix="load the model again, or ask for the same settings",
         )
     warnings.warn(
-        "the model already has this adapter: returned as it is", UserWarning, stacklevel=4
+        "the model already has this adapter: returned as it is", ToolkitWarning, stacklevel=4
     )
     return model
 

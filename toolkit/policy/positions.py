@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
 from toolkit.policy.arguments import WHERE
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def set_positions(config: Any, request: LoadRequest, name: str) -> None:
         warnings.warn(
             f"max_seq_length={wanted} is beyond the {longest} positions of {name}: stretched by"
             f" rope_scaling={scaling} for longer sequences",
-            UserWarning,
+            ToolkitWarning,
             stacklevel=4,
         )
     kind = scaling.pop("type", None)

@@ -8,7 +8,12 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.base.errors import (
+    ConfigTypeError,
+    ConfigValueError,
+    ToolkitWarning,
+    UnsupportedError,
+)
 from toolkit.config.model import SEVEN_PROJECTIONS
 from toolkit.engine.options import LEGAL_RANKS
 from toolkit.policy.arguments import nearest
@@ -190,7 +195,7 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
         warnings.warn(
             f"lora_dropout={settings.lora_dropout}: the engine samples without dropout, so its"
             " log-probabilities differ from the trainer's",
-            UserWarning,
+            ToolkitWarning,
             stacklevel=4,
         )
 

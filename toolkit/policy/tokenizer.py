@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from toolkit.base.errors import InputError
+from toolkit.base.errors import InputError, ToolkitWarning
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -66,7 +66,7 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
         if token is None:
             warnings.warn(
                 f"the vocabulary has no token to pad with; padding with {tokenizer.eos_token!r}",
-                UserWarning,
+                ToolkitWarning,
                 stacklevel=4,
             )
             token = tokenizer.eos_token

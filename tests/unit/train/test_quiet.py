@@ -1,0 +1,64 @@
+"""What upstream says is kept away, what we say is not, and all is put back afterwards."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import pytest
+
+from toolkit.base.errors import ToolkitWarning
+from toolkit.train.quiet import LOUD, quiet
+
+
+def speak() -> None:
+    warnings.warn("upstream's", UserWarning, stacklevel=1)
+    warnings.warn("upstream's too", FutureWarning, stacklevel=1)
+    warnings.warn("padding with '</s>'", ToolkitWarning, stacklevel=1)
+    warnings.warn("padding with '</s>'", ToolkitWarning, stacklevel=1)
+    logging.getLogger("trl.trainer").warning("trl's")
+    logging.getLogger("toolkit.train.faults").warning("rollout: out of memory with %d", 8)
+    logging.getLogger("toolkit.train.faults").info("not this")
+
+
+def test_only_what_we_say_is_said(capsys):
+    with quiet(debug=False):
+        speak()
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: padding with '</s>'",
+        "warning: padding with '</s>'",
+        "warning: rollout: out of memory with 8",
+    ]
+
+
+def test_a_line_on_a_terminal_takes_the_place_of_progress(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with quiet(debug=False):
+        warnings.warn("ours", ToolkitWarning, stacklevel=1)
+    assert capsys.readouterr().err == "\r\x1b[Kwarning: ours\n"
+
+
+def test_debug_changes_nothing(caplog):
+    with quiet(debug=True), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        speak()
+    assert len(seen) == 4
+    assert "trl's" in caplog.text
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_everything_is_put_back(raises):
+    before = {name: logging.getLogger(name).level for name in LOUD}
+    shown, filters = warnings.showwarning, list(warnings.filters)
+    ours = logging.getLogger("toolkit")
+    kept = list(ours.handlers), ours.propagate
+    try:
+        with quiet(debug=False):
+            if raises:
+                raise KeyError("a run that fails")
+    except KeyError:
+        assert raises
+    assert {name: logging.getLogger(name).level for name in LOUD} == before
+    assert (warnings.showwarning, list(warnings.filters)) == (shown, filters)
+    assert (list(ours.handlers), ours.propagate) == kept
