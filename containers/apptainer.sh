@@ -37,13 +37,15 @@ exec unshare --mount --propagation private bash -euc '
     mount --rbind /proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
-    # Ordinary users may open /dev/fuse on a normal machine.
-    rm -f "$root/run/fuse" && mknod -m 0666 "$root/run/fuse" c 10 229
-    mount --bind "$root/run/fuse" "$root/dev/fuse"
+    # Ordinary users may open /dev/fuse on a normal machine. (A node of its own: several may start at once.)
+    mknod -m 0666 "$root/run/fuse-$$" c 10 229
+    mount --bind "$root/run/fuse-$$" "$root/dev/fuse"
+    rm "$root/run/fuse-$$"
     for file in /etc/resolv.conf /etc/hosts /etc/localtime; do
-        # Apptainer reads and binds these; each may be a link on this machine.
+        # Apptainer reads and binds these; each may be a link on this machine, and in that folder.
         if [ -e "$file" ]; then
-            rm -f "$root$file" && touch "$root$file"
+            [ ! -L "$root$file" ] || rm -f "$root$file"
+            touch "$root$file"
             mount --bind "$(readlink -f "$file")" "$root$file"
         fi
     done

@@ -3,8 +3,6 @@
 # usage: build.sh TARGET [--stand-in] [--engine docker|buildah] [--tag NAME]      TARGET: envcheck, train or train-cpu
 #
 #   --stand-in   build on a base made from the distribution's archive, where no registry is reached (stand-in.sh)
-#   --format     buildah's format: oci (default), or docker, which has a place for the HEALTHCHECK, and also for random names of
-#                the builder, so that no two builds give one digest (their layers still do). Docker itself keeps both.
 #   BASE_IMAGE, CPU_BASE_IMAGE   another base, by digest        TOOLKIT_STORE   a store of its own (buildah)
 #   TOOLKIT_BASE_TIMEOUT         seconds to wait for the registry (default 60)
 #
@@ -14,14 +12,13 @@ set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-target="" stand_in=0 engine="" tag="" format=oci
+target="" stand_in=0 engine="" tag=""
 while [ "$#" -gt 0 ]; do
     case "$1" in
         envcheck | train | train-cpu) target=$1 ;;
         --stand-in) stand_in=1 ;;
         --engine) engine=${2:?} && shift ;;
         --tag) tag=${2:?} && shift ;;
-        --format) format=${2:?} && shift ;;
         *) die 2 "what is $1? usage: build.sh envcheck|train|train-cpu [--stand-in] [--engine docker|buildah] [--tag NAME]" ;;
     esac
     shift
@@ -91,15 +88,20 @@ cd "$REPO"
 if [ "$engine" = docker ]; then
     SOURCE_DATE_EPOCH=$EPOCH docker buildx build --file containers/Dockerfile --target "$target" "${arguments[@]}" \
         --output "type=docker,name=$tag,rewrite-timestamp=true" .
+    digest=$(docker image inspect --format '{{.Id}}' "$tag")
+    size=$(docker image inspect --format '{{.Size}}' "$tag")
 else
-    # chroot isolation works in a container and without a user namespace.
-    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format "$format" --quiet \
+    # chroot isolation works in a container and without a user namespace. The docker format is the one that has a place for
+    # the HEALTHCHECK, and everything reads it; fixed_config.py takes out what it holds of the builder. Hence no tag yet.
+    buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format docker --identity-label=false \
         --ignorefile containers/Dockerfile.dockerignore --file containers/Dockerfile --target "$target" \
-        "${arguments[@]}" --tag "$tag" . >"$private/log" 2>&1 || {
+        "${arguments[@]}" --iidfile "$private/id" . >"$private/log" 2>&1 || {
         tail -n 40 "$private/log" >&2
         die "$(grep -q 'the lock does not match' "$private/log" && echo 1 || echo 4)" "the build of $target failed"
     }
+    buildah_ inspect --type image "$(cat "$private/id")" >"$private/inspected.json"
+    size=$("$(find_python)" "$REPO/containers/fixed_config.py" "$private/inspected.json" "$private/fixed")
+    skopeo copy --quiet --insecure-policy "dir:$private/fixed" "containers-storage:$(store_of_images)$tag"
+    digest=$(buildah_ inspect --type image --format '{{.FromImageDigest}}' "$tag")
 fi
-size=$(buildah_ inspect --type image "$tag" 2>/dev/null | sed -n 's/^ *"Size": \([0-9]*\).*/\1/p' | head -n 1 || true)
-digest=$(buildah_ inspect --type image --format '{{.FromImageDigest}}' "$tag" 2>/dev/null || true)
-say "built $tag ${digest:-}${size:+ ($((size / 1000000)) MB)}"
+say "built $tag $digest ($((size / 1000000)) MB, its base included)"

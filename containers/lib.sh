@@ -47,5 +47,9 @@ fi
 
 buildah_() { buildah "${STORE_OPTIONS[@]}" "$@"; }
 
+store_of_images() { # The same store, as skopeo names it.
+    buildah_ info --format '[{{.store.GraphDriverName}}@{{.store.GraphRoot}}+{{.store.RunRoot}}]'
+}
+
 # crun fails where /proc is partly hidden; podman's default limits need CAP_SYS_RESOURCE.
 podman_() { podman "${STORE_OPTIONS[@]}" --cgroup-manager=cgroupfs --runtime "${TOOLKIT_RUNTIME:-runc}" "$@"; }

@@ -16,15 +16,30 @@ case "$release" in
     *) die 2 "usage: stand-in.sh bookworm|noble" ;;
 esac
 name=localhost/toolkit-stand-in:$release
+# Debian has no keys of Ubuntu's archive; in this package they are, and its hash stands here. (2018 key: F6ECB3762474EDA9...991BC93C)
+UBUNTU_KEYS=http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb
+UBUNTU_KEYS_SHA256=36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8
 "$REPO/containers/tools.sh" mmdebstrap buildah
 
 archive=$SETUP/stand-in-$release.tar
 if [ ! -s "$archive" ]; then
     mkdir -p "$SETUP"
     options=()
-    [ "$release" = bookworm ] || options=("--components=main,universe")
+    if [ "$release" = noble ]; then
+        keyring=/usr/share/keyrings/ubuntu-archive-keyring.gpg
+        if [ ! -e "$keyring" ]; then
+            keys=$(mktemp -d)
+            trap 'rm -rf "$keys"' EXIT
+            "$(find_python)" -c 'import sys, urllib.request as u; u.urlretrieve(*sys.argv[1:])' "$UBUNTU_KEYS" "$keys/keys.deb" 2>/dev/null ||
+                die 4 "the archive of Ubuntu is not reached" "try again later"
+            echo "$UBUNTU_KEYS_SHA256  $keys/keys.deb" | sha256sum --quiet --check >&2 || die 4 "$UBUNTU_KEYS is not what it was"
+            dpkg-deb --extract "$keys/keys.deb" "$keys"
+            keyring=$keys$keyring
+        fi
+        options=("--components=main,universe" "--keyring=$keyring")
+    fi
     say "making a stand-in base from the archive of $release (once)"
-    SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --mode=root --include="$packages" "${options[@]}" \
+    SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --format=tar --variant=minbase --mode=root --include="$packages" "${options[@]}" \
         "$release" "$archive.part" >&2 ||
         die 4 "mmdebstrap could not make $release" "is the archive of $release reached from here?"
     mv "$archive.part" "$archive"

@@ -8,10 +8,11 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from image_store import CONTAINERS, NEEDED, WORK, Store
+from image_store import CONTAINERS, NEEDED, WORK, Store, still_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +50,16 @@ def pinned() -> str:
 
 
 @pytest.fixture(scope="session")
-def store() -> Iterator[Store]:
+def tree() -> Iterator[Path]:
+    folder = still_copy(WORK / "test-tree")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def store(tree: Path) -> Iterator[Store]:
     """A store that is clean at the start. TOOLKIT_KEEP_STORE=1 keeps it from run to run."""
-    found = Store((WORK / "test-store").resolve())
+    found = Store(WORK / "test-store", tree)
     keep = os.environ.get("TOOLKIT_KEEP_STORE") == "1"
     if not keep:
         found.remove()
@@ -60,6 +68,7 @@ def store() -> Iterator[Store]:
         found.remove()
 
 
+# Built where they are not there yet: test_image_builds.py, which comes first, makes both twice.
 @pytest.fixture(scope="session")
 def envcheck_image(store: Store, base_options: tuple[str, ...]) -> str:
     return store.build("envcheck", *base_options)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +20,60 @@ USERS = ("0:0", "1000:1000", "4242:0", "54321:54321")
 NEEDED = ("buildah", "podman", "skopeo", "runc", "mmdebstrap")
 
 
+def still_copy(folder: Path) -> Path:
+    """The product as it is now, with its history: an edit or a commit while the tests run must not
+    make two builds differ.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    git("clone", "--quiet", "--shared", "--no-checkout", str(REPO), str(folder))
+    git("-C", str(folder), "reset", "--quiet")
+    listed = git("-C", str(REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (REPO / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, folder / name)
+    (folder / ".venv").symlink_to(REPO / ".venv")
+    return folder
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, log: Path) -> None:
+    """Wait until a training has written two steps; what it said is in ``log``."""
+    until = time.monotonic() + 400
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.5)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 @dataclass(frozen=True)
 class Store:
-    """A store of images of its own, and what one does with it."""
+    """A store of images of its own, and what one does with it. ``tree`` is what it builds from."""
 
     folder: Path
+    tree: Path
 
     @property
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
             "TOOLKIT_STORE": str(self.folder),
+            "TOOLKIT_SETUP": str(WORK),
             "PIP_TRUSTED_HOST": CANARY,
         }
 
     def script(self, name: str, *arguments: str, **variables: str) -> tuple[int, str]:
         """Run a script of containers/: (exit code, what it printed)."""
         result = subprocess.run(
-            ["bash", str(CONTAINERS / name), *arguments],
+            ["bash", str(self.tree / "containers" / name), *arguments],
             env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=REPO,
+            cwd=self.tree,
         )
         return result.returncode, result.stdout
 
@@ -64,12 +96,6 @@ class Store:
 
     def digest(self, image: str) -> str:
         return str(self.inspect(image)["FromImageDigest"])
-
-    def labels(self, image: str) -> object:
-        """The OCI labels, the revision among them."""
-        return json.loads(self.buildah("inspect", "--type", "image", image))["OCIv1"]["config"][
-            "Labels"
-        ]
 
     def podman(self, *arguments: str) -> list[str]:
         roots = ["--root", f"{self.folder}/root", "--runroot", f"{self.folder}/run"]

@@ -145,19 +145,6 @@ def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build_too(
     assert "wants click>=99, the lock has click==" in output
 
 
-def test_64_mb_of_shared_memory_are_told(store: Store, envcheck_image: str) -> None:
-    options = ("--tmpfs", "/cache:rw,mode=1777", "--shm-size", "64m")
-    check = ("1000:1000", "envcheck", "check", "--only", "host.shm")
-    alone = store.run(envcheck_image, *check, options=options)
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    assert "64.0 MiB free of 64.0 MiB" in alone.stdout
-    assert "--shm-size" in alone.stdout
-    # Where several processes share it, it is no warning but the end.
-    several = store.run(envcheck_image, *check, "--require", "2", options=options)
-    assert several.returncode == 1, several.stdout + several.stderr
-    assert "a job over 2 cards share it" in several.stdout
-
-
 def test_a_cache_that_cannot_be_written_is_told(store: Store, envcheck_image: str) -> None:
     options = ("--tmpfs", "/cache:rw,mode=1777", "--env", "TOOLKIT_CACHE=/usr/share/toolkit")
     result = store.run(envcheck_image, "54321:54321", "envcheck", "check", options=options)
@@ -167,18 +154,18 @@ def test_a_cache_that_cannot_be_written_is_told(store: Store, envcheck_image: st
 
 DRIVER = r"""
 #include <string.h>
-/* A driver of 2021, as far as the pre-flight asks. 0 is success. */
+/* A driver with CARDS cards, as far as the pre-flight asks. 0 is success. */
 int nvmlInit_v2(void) { return 0; }
 int nvmlInitWithFlags(unsigned int f) { return 0; }
 int nvmlShutdown(void) { return 0; }
 const char *nvmlErrorString(int r) { return r ? "Not Supported" : "Success"; }
-int nvmlSystemGetDriverVersion(char *v, unsigned int n) { strncpy(v, "470.57.02", n); return 0; }
-int nvmlSystemGetNVMLVersion(char *v, unsigned int n) { strncpy(v, "11.470.57.02", n); return 0; }
-int nvmlSystemGetCudaDriverVersion(int *v) { *v = 11040; return 0; }
-int nvmlSystemGetCudaDriverVersion_v2(int *v) { *v = 11040; return 0; }
-int nvmlDeviceGetCount_v2(unsigned int *n) { *n = 1; return 0; }
-static int card;
-int nvmlDeviceGetHandleByIndex_v2(unsigned int i, void **d) { *d = &card; return 0; }
+int nvmlSystemGetDriverVersion(char *v, unsigned int n) { strncpy(v, DRIVER, n); return 0; }
+int nvmlSystemGetNVMLVersion(char *v, unsigned int n) { strncpy(v, "11." DRIVER, n); return 0; }
+int nvmlSystemGetCudaDriverVersion(int *v) { *v = CUDA; return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *v) { *v = CUDA; return 0; }
+int nvmlDeviceGetCount_v2(unsigned int *n) { *n = CARDS; return 0; }
+static int card[CARDS];
+int nvmlDeviceGetHandleByIndex_v2(unsigned int i, void **d) { *d = &card[i]; return 0; }
 int nvmlDeviceGetName(void *d, char *v, unsigned int n)
 { strncpy(v, "NVIDIA GeForce RTX 3090", n); return 0; }
 int nvmlDeviceGetUUID(void *d, char *v, unsigned int n)
@@ -187,30 +174,62 @@ int nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { *a = 8; *b = 6
 """
 
 
-@pytest.fixture(scope="module")
-def old_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A libnvidia-ml of a driver that is too old for CUDA 13."""
-    folder = tmp_path_factory.mktemp("driver")
+def with_driver(folder: Path, driver: str, cuda: int, cards: int) -> tuple[str, ...]:
+    """Options that pass a node's libnvidia-ml in, as the NVIDIA runtime does."""
     (folder / "nvml.c").write_text(DRIVER)
     library = folder / "libnvidia-ml.so.1"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-o", str(library), str(folder / "nvml.c")], check=True
-    )
-    return library
+    defined = (f'-DDRIVER="{driver}"', f"-DCUDA={cuda}", f"-DCARDS={cards}")
+    compiler = ["gcc", "-shared", "-fPIC", *defined, "-o", str(library), str(folder / "nvml.c")]
+    subprocess.run(compiler, check=True)
+    return ("--volume", f"{library}:/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1:ro")
 
 
 def test_a_driver_that_is_too_old_is_told(
-    store: Store, envcheck_image: str, old_driver: Path
+    store: Store, envcheck_image: str, tmp_path: Path
 ) -> None:
-    options = (
-        *("--tmpfs", "/cache:rw,mode=1777"),
-        *("--volume", f"{old_driver}:/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1:ro"),
-    )
+    driver = with_driver(tmp_path, "470.57.02", 11040, 1)
     result = store.run(
         envcheck_image,
         *("1000:1000", "envcheck", "check", "--require", "driver>=580"),
-        options=options,
+        options=("--tmpfs", "/cache:rw,mode=1777", *driver),
     )
     assert result.returncode == 3, result.stdout + result.stderr
     assert "driver 470.57.02 is older than the required 580" in result.stdout
     assert "use a node with a newer driver" in result.stdout
+
+
+RUN_FILE = """\
+model: {model_name: /absent}
+dataset: {path: train.jsonl, prompt: question, answer: answer}
+reward: {functions: [{name: numeric_match}]}
+"""
+
+
+def test_64_mb_of_shared_memory_are_told(store: Store, envcheck_image: str, tmp_path: Path) -> None:
+    """Docker's default stops a job over two cards; a job over one does not use it."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    options = (
+        *("--tmpfs", "/cache:rw,mode=1777", "--volume", f"{tmp_path}:/work:ro"),
+        *with_driver(tmp_path, "580.65.06", 13000, 2),
+    )
+    check = ("envcheck", "check", "--config", "/work/run.yaml", "--only", "host.shm")
+    two_ranks = ("--env", "WORLD_SIZE=2", "--env", "LOCAL_WORLD_SIZE=2")
+
+    several = store.run(
+        envcheck_image, "1000:1000", *check, options=(*options, *two_ranks, "--shm-size", "64m")
+    )
+    assert several.returncode == 1, several.stdout + several.stderr
+    told = " ".join(several.stdout.split())
+    assert "host.shm" in told
+    assert "64.0 MiB free of 64.0 MiB; the processes of a job over 2 cards share it" in told
+    assert "--shm-size 8g" in told
+
+    enough = store.run(
+        envcheck_image, "1000:1000", *check, options=(*options, *two_ranks, "--shm-size", "8g")
+    )
+    assert enough.returncode == 0, enough.stdout + enough.stderr
+    alone = store.run(envcheck_image, "1000:1000", *check, options=(*options, "--shm-size", "64m"))
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "a job of one process does not use it" in " ".join(alone.stdout.split())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from image_store import CONTAINERS, REPO, WORK, Store
+from image_store import CONTAINERS, REPO, WORK, Store, wait_for_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,10 +20,18 @@ pytestmark = [pytest.mark.image, pytest.mark.slow]
 USER = 1000
 
 
+def command(*arguments: str) -> list[str]:
+    return ["bash", str(CONTAINERS / "apptainer.sh"), *arguments]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
 def apptainer(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(CONTAINERS / "apptainer.sh"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        command(*arguments),
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=1500,
@@ -40,35 +50,91 @@ def sif(store: Store, train_cpu_image: str) -> Iterator[Path]:
     output.unlink()
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder of the ordinary user's."""
-    path = WORK / "test-sif"
+def folder_of_the_user(name: str) -> Path:
+    path = WORK / name
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     os.chown(path, USER, USER)
+    return path
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of the ordinary user's."""
+    path = folder_of_the_user("test-sif")
     yield path
     shutil.rmtree(path)
 
 
-def test_its_own_test_passes(sif: Path) -> None:
+@pytest.fixture(scope="module")
+def world() -> Iterator[Path]:
+    """The folder of the demo."""
+    path = folder_of_the_user("test-sif-demo")
+    yield path
+    shutil.rmtree(path)
+
+
+def contained(world: Path, sif: Path, *arguments: str) -> tuple[str, ...]:
+    """`apptainer run` with nothing of the host but one folder."""
+    return (
+        *("run", "--contain", "--no-home", "--bind", f"{world}:/work", "--pwd", "/work"),
+        *("--env", "TOOLKIT_CACHE=/work/cache,TMPDIR=/work", str(sif), *arguments),
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(sif: Path, world: Path) -> tuple[subprocess.CompletedProcess[str], ...]:
+    """The SIF's own test, and the demo: two whole demos with a thread each, so both at once."""
+    script = "touch /opt/toolkit/x 2>&1; toolkit demo --out /work/demo"
+    asked = (("test", str(sif)), contained(world, sif, "sh", "-c", script))
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(lambda arguments: apptainer(*arguments), asked))
+
+
+def test_its_own_test_passes(answers: tuple[subprocess.CompletedProcess[str], ...]) -> None:
     """%test: the commands start, the manifest is there, the pre-flight answers, the demo trains."""
-    result = apptainer("test", str(sif))
+    result = answers[0]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "image train-cpu" in result.stdout
-    assert "pre-flight: exit code" in result.stdout
+    assert "pre-flight: exit code 0" in result.stdout
+    assert "exact match 0." in result.stdout
 
 
-def test_an_ordinary_user_makes_the_demo_contained_and_read_only(sif: Path, folder: Path) -> None:
-    result = apptainer(
-        *("run", "--contain", "--no-home", "--bind", f"{folder}:/work", "--pwd", "/work"),
-        *("--env", "TOOLKIT_CACHE=/work/cache,TMPDIR=/work", str(sif)),
-        *("sh", "-c", "touch /opt/toolkit/x 2>&1; toolkit demo --out /work/demo"),
-    )
+def test_an_ordinary_user_makes_the_demo_contained_and_read_only(
+    answers: tuple[subprocess.CompletedProcess[str], ...], world: Path
+) -> None:
+    result = answers[1]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "Read-only file system" in result.stdout
-    assert (folder / "demo/run/adapter/adapter_model.safetensors").is_file()
-    assert {path.lstat().st_uid for path in folder.rglob("*")} == {USER}
+    assert "exact match 0." in result.stdout
+    assert (world / "demo/run/adapter/adapter_model.safetensors").is_file()
+    assert {path.lstat().st_uid for path in world.rglob("*")} == {USER}
+
+
+def test_sigterm_to_the_sif_writes_a_checkpoint_and_ends_with_75(
+    answers: tuple[subprocess.CompletedProcess[str], ...], sif: Path, world: Path
+) -> None:
+    assert answers[1].returncode == 0
+    train = ("toolkit", "train", "/work/demo/run.yaml", "--max-steps", "5000")
+    run = contained(world, sif, *train, "--output-dir", "/work/stopped")
+    log = WORK / "sigterm-sif.log"
+    with (
+        log.open("w") as written,
+        subprocess.Popen(
+            command(*run),
+            env=environment(),
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            cwd=REPO,
+        ) as process,
+    ):
+        wait_for_steps(process, world / "stopped/metrics.jsonl", log)
+        asked = time.monotonic()
+        process.terminate()
+        assert process.wait(timeout=60) == 75, log.read_text()
+        assert time.monotonic() - asked < 30
+    assert list((world / "stopped").glob("checkpoint-*"))
+    log.unlink()
 
 
 def test_what_the_host_has_set_wins(sif: Path) -> None:
