@@ -33,11 +33,12 @@ import json, pathlib, sys
 lock, path = sys.argv[1], pathlib.Path(sys.argv[2])
 packages = json.loads(path.read_text())["dependencies"] if path.exists() else []
 known = [(p["name"], p["version"], v) for p in packages for v in p.get("vulns", [])]
-unknown = [p["name"] for p in packages if "skip_reason" in p]
+unknown = [p["skip_reason"] for p in packages if "skip_reason" in p]
 for name, version, found in known:
     print(f"locks/{lock}.txt: {name} {version}: {found['id']}, fixed in {', '.join(found['fix_versions']) or 'no release'}")
 if unknown or not packages:
-    print(f"locks/{lock}.txt: no answer for {len(unknown) or 'any'} of {len(packages)} packages")
+    why = f" (the first: {unknown[0]})" if unknown else ""
+    print(f"locks/{lock}.txt: no answer for {len(unknown) or 'any'} of {len(packages)} packages{why}")
 elif not known:
     print(f"locks/{lock}.txt: {len(packages)} packages, nothing known against them")
 sys.exit(1 if known else 4 if unknown or not packages else 0)

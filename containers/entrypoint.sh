@@ -60,6 +60,29 @@ case "$place" in
     *) caches=$place ;;
 esac
 compiled="$caches/toolkit-$(id -u)"
+# A tmpfs of Docker's is mounted noexec unless told otherwise: kernels would be compiled there and could not be loaded.
+executable() { # DIR: does a file in it run?
+    probe="$1/.toolkit-$$"
+    (umask 077 && printf '#!/bin/sh\n' >"$probe" && chmod 0700 "$probe") 2>/dev/null && "$probe" 2>/dev/null
+    code=$?
+    rm -f "$probe"
+    return "$code"
+}
+if ! executable "$place"; then
+    elsewhere=""
+    for candidate in "$HOME" "${TMPDIR:-}" /tmp /dev/shm; do
+        if [ -n "$candidate" ] && writable "$candidate" && executable "$candidate"; then
+            elsewhere=$candidate
+            break
+        fi
+    done
+    if [ -n "$elsewhere" ]; then
+        compiled="$elsewhere/toolkit-$(id -u)"
+    elif [ "${1:-}" = toolkit ]; then
+        say "warning: $place is mounted noexec, and there is no other place to write: compiled kernels cannot be loaded from it"
+        say "  fix: --tmpfs /cache:rw,exec,mode=1777, or mount a folder at /cache"
+    fi
+fi
 export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$caches}"
 export HF_HOME="${HF_HOME:-$caches/huggingface}"
 export TORCH_HOME="${TORCH_HOME:-$caches/torch}"

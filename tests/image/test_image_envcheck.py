@@ -163,6 +163,22 @@ def test_no_writable_place_is_told(store: Store, envcheck_image: str) -> None:
     assert "--tmpfs /cache" in result.stderr
 
 
+def test_compiled_kernels_go_where_they_can_be_loaded(store: Store, envcheck_image: str) -> None:
+    """A tmpfs is noexec by default, and a compiled kernel there cannot be mapped."""
+    closed = ("--tmpfs", "/cache:rw,noexec,mode=1777")
+    show = ("4242:0", "sh", "-c", "echo $HF_HOME $TRITON_CACHE_DIR")
+    other = (*closed, "--tmpfs", "/tmp:rw,exec,mode=1777")
+    found = store.run(envcheck_image, *show, options=other)
+    assert found.stdout.split() == ["/cache/huggingface", "/tmp/toolkit-4242/triton"]
+    opened = ("--tmpfs", "/cache:rw,exec,mode=1777")
+    found = store.run(envcheck_image, *show, options=opened)
+    assert found.stdout.split() == ["/cache/huggingface", "/cache/toolkit-4242/triton"]
+    told = store.run(envcheck_image, "4242:0", "toolkit", "--version", options=closed)
+    assert told.returncode == 0, told.stderr
+    assert "warning: /cache is mounted noexec" in told.stderr
+    assert "--tmpfs /cache:rw,exec,mode=1777" in told.stderr
+
+
 def test_a_signal_reaches_the_command_through_init(store: Store, envcheck_image: str) -> None:
     name = f"toolkit-signal-{os.getpid()}"
     script = 'trap "exit 75" TERM; echo ready; while :; do sleep 0.1; done'
