@@ -83,4 +83,4 @@ def test_the_first_example_as_it_stands(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     word, gap, kind, rank = done.stdout.splitlines()[-1].split()
     assert (word, kind, rank) == ("gap", "PeftModelForCausalLM", "64")
-    assert float(gap) < 0.05
+    assert float(gap) < 0.1  # nats: bfloat16 over 4-bit weights; random ones make it larger

@@ -1,0 +1,51 @@
+"""``toolkit bench`` on the CPU engine: every figure of our arm, and what becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+SMALL = ["--shape", "tiny", "--steps", "2", "--completion-tokens", "8"]
+
+
+def _bench(folder: Path, *more: str) -> str:
+    paths = ["--models", str(folder / "models"), "--out", str(folder / "out")]
+    command = [str(Path(sys.executable).with_name("toolkit")), "bench", *SMALL, *paths, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_figures_and_arms_from_before(tmp_path: Path) -> None:
+    _bench(tmp_path, "--arms", "ours")
+    log = tmp_path / "out" / "ours.log"
+    before = log.stat().st_mtime_ns
+    # Unsloth is not installed beside a CPU torch: its row says so, ours stays from before.
+    shown = _bench(tmp_path, "--arms", "unsloth")
+    assert log.stat().st_mtime_ns == before
+    assert shown.splitlines()[2].split() == ["ours", "unsloth"]
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    ours, unsloth = report["arms"]
+    assert unsloth["not_run"] == "Unsloth is not installed"
+    assert ours["not_run"] is None
+    assert len(ours["step_s"]) == 2
+    assert ours["completion_tokens"] == [64 * 8] * 2
+    assert ours["logp_gap_max"] < 1e-5
+    assert (ours["base_changed"], ours["base_total"]) == (0, 21)
+    assert ours["step_over_floor"] > 1
+    assert ours["peak_device_bytes"] is None
+
+
+def test_an_arm_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    shown = _bench(tmp_path, "--arms", "ours", "--limit-s", "1", "--json")
+    assert json.loads(shown)["arms"][0]["not_run"] == "stopped after 1 s"
