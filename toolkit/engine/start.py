@@ -17,6 +17,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from toolkit.base.errors import InputError, ToolkitError, UnsupportedError
 from toolkit.engine import loader, sleep
 from toolkit.engine.live import Engine
+from toolkit.engine.ranks import join_group, world_size
 from toolkit.engine.seams import device_type
 from toolkit.engine.symptoms import explain
 
@@ -36,10 +37,9 @@ def start(options: EngineOptions) -> Engine:
         arguments.setdefault("moe_backend", "triton")
     if device == "cpu":
         fit_cpu(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        arguments.setdefault(
-            "distributed_executor_backend", "external_launcher"
-        )  # torchrun: one engine a rank
+    if world_size() > 1:  # torchrun: one engine a rank
+        join_group()
+        arguments.setdefault("distributed_executor_backend", "external_launcher")
     owns_process_group = not torch.distributed.is_initialized()
     state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
     llm: LLM | None = None

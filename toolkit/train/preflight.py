@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from toolkit.sizing.device import Device
 from toolkit.sizing.solve import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from toolkit.config.model import RunConfig
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
     from toolkit.sizing.result import SizingResult
+    from toolkit.train.ranks import Peers
 
 FAILURES = {"node": NodeError, "retry": RetryError, "user": ConfigError}
 
@@ -49,8 +53,12 @@ class Preflight:
         return write_file(run_dir / "preflight.json", text)
 
 
-def preflight(config: RunConfig, *, world_size: int = 1, judge: bool = True) -> Preflight:
+def preflight(
+    config: RunConfig, *, world_size: int = 1, judge: bool = True, peers: Peers | None = None
+) -> Preflight:
     """Look, judge, size. With ``judge`` False a failed check stops nothing (``--dry-run``).
+
+    Every rank looks at its own card; all are sized for the smallest, so that they agree.
 
     Raises:
         NodeError, RetryError, ConfigError: a check failed; the message is the first one's.
@@ -61,21 +69,58 @@ def preflight(config: RunConfig, *, world_size: int = 1, judge: bool = True) -> 
         model=config.model.model_name,
         revision=config.model.revision,
     )
-    checks = tuple(run_checks(snapshot, context_of(config, world_size)))
+    checks = tuple(run_checks(snapshot, context_of(config, snapshot)))
     if judge:
         refuse(checks)
-    gpu = devices.select(
-        snapshot, int(os.environ.get("LOCAL_RANK", "0")) if snapshot.gpus else None
-    )
+    gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
+    others = [device] if peers is None else _devices_of_all(device, peers)
+    device = smallest(others)
     resolved, sizing = resolve(config, device, world_size=world_size)
+    for other in others:
+        # More memory in all and less of it free: a share of the smallest may be too much there.
+        if device is not None and other is not None and other.total_bytes != device.total_bytes:
+            resolve(resolved, other, world_size=world_size)
     return Preflight(
         config=resolved, snapshot=snapshot, device=device, sizing=sizing, checks=checks
     )
 
 
-def context_of(config: RunConfig, world_size: int) -> CheckContext:
-    """What the run asks of the node."""
+def local_rank() -> int:
+    """Which of this node's processes this is, and so which of its GPUs is this one's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
+    mine = None if device is None else dataclasses.asdict(device)
+    told = peers.exchange("device", mine)
+    return [
+        None if d is None else Device(**{**d, "compute_capability": tuple(d["compute_capability"])})
+        for d in told
+    ]
+
+
+def smallest(found: Sequence[Device | None]) -> Device | None:
+    """The device with the least memory free; None where all are the CPU.
+
+    Raises:
+        ConfigError: some processes have a GPU and others have none.
+    """
+    cards = [device for device in found if device is not None]
+    if cards and len(cards) < len(found):
+        without = [str(number) for number, device in enumerate(found) if device is None]
+        raise ConfigError(
+            f"{len(cards)} of {len(found)} processes have a GPU, not process {', '.join(without)}",
+            where="pre-flight",
+            fix="start as many processes on each node as it has GPUs (CUDA_VISIBLE_DEVICES counts)",
+        )
+    return min(cards, key=lambda card: (card.free_bytes, card.total_bytes), default=None)
+
+
+def context_of(config: RunConfig, snapshot: NodeSnapshot | None = None) -> CheckContext:
+    """What the run asks of the node that this process is on."""
+    several = "LOCAL_RANK" in os.environ and snapshot is not None
+    seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     share = config.model.gpu_memory_utilization
     return CheckContext(
         configured=True,
@@ -86,7 +131,9 @@ def context_of(config: RunConfig, world_size: int) -> CheckContext:
         gpu_memory_utilization=None if share == "auto" else share,
         sleeps=config.model.enable_sleep_mode is True,
         tensor_parallel_size=config.model.tensor_parallel_size,
-        world_size=world_size,
+        world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1),
+        # One card too few is told by a check; there is no such card to look at then.
+        gpu_index=local_rank() if local_rank() < seen else None,
         model=config.model.model_name,
         revision=config.model.revision,
     )

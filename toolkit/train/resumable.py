@@ -30,15 +30,17 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
     keep_last: int | None = None
     keep_best: int = 0
     pending_evaluation: bool = False
+    stopping: bool = False
     snapshot: resume.Snapshot | None = None
     _saved_step: int = -1
     _epochs_done: int = 0
 
-    def _any_rank(self, flag: bool) -> bool:
+    def _any_rank(self, flag: int) -> int:
+        """The largest flag of all ranks."""
         if self.accelerator.num_processes == 1:
             return flag
         mine = torch.tensor([int(flag)], device=self.accelerator.device)
-        return bool(self.accelerator.gather(mine).any())
+        return int(self.accelerator.gather(mine).max())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's; ``resume_from_checkpoint=True`` takes the latest checkpoint that is sound."""
@@ -51,8 +53,10 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        stop = self.signals is not None and self._any_rank(self.signals.received is not None)
-        if stop:
+        signal = 0 if self.signals is None else self._any_rank(self.signals.number)
+        if self.signals is not None and signal:
+            self.signals.agree(signal)
+            self.stopping = True
             self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.signals is not None:

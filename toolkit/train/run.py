@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from time import sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trl
 from transformers import PrinterCallback, ProgressCallback
 
-from toolkit.base.errors import ConfigError, StoppedError, ToolkitError
+from toolkit.base.errors import ConfigError, StoppedError
 from toolkit.policy.language_model import load_policy
 from toolkit.train import batch, checkpoint, faults, folder, resume
 from toolkit.train.arguments import grpo_config, make_reproducible
@@ -21,7 +21,7 @@ from toolkit.train.parts import Options, Parts, finish, introduce
 from toolkit.train.preflight import preflight
 from toolkit.train.progress import Progress
 from toolkit.train.quiet import quiet
-from toolkit.train.ranks import is_first_rank, world_size
+from toolkit.train.ranks import Peers, is_first_rank, is_gone, join, world_size
 from toolkit.train.rewards import load_rewards
 from toolkit.train.signals import Abandoned, StopSignals
 from toolkit.train.state import changed
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
     from toolkit.train.evaluate import Evaluation
 
-FIRST_RANK_SPEAKS_S = 3.0
+
+class Company(NamedTuple):
+    """Who else has a say in when this process ends."""
+
+    signals: StopSignals
+    peers: Peers | None
 
 
 def run(config: RunConfig, options: Options | None = None) -> Path:
@@ -44,46 +49,63 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
-    if is_first_rank():
-        with folder.held(run_dir):
-            return _run(config, run_dir, options)
-    try:
-        return _run(config, run_dir, options)
-    except ToolkitError:
-        # What stops every rank is told by the first, whose end makes torchrun end this one.
-        sleep(FIRST_RANK_SPEAKS_S)
-        raise
-
-
-def _run(config: RunConfig, run_dir: Path, options: Options) -> Path:
-    resume_from = config.runtime.resume
-    if not is_first_rank() and resume_from == "never":
-        resume_from = "auto"  # the first rank judges it, and may have begun to write by now
-    found, passed = checkpoint.choose(run_dir, resume_from)
-    for line in passed:
-        options.out.write(f"passed over a torn checkpoint: {line}\n")
     signals = StopSignals(abandon=world_size() == 1)
     with quiet(debug=options.debug), signals.installed():
+        peers = join(config.grpo.get("ddp_timeout"))
         try:
-            parts = prepare(batch.kept(config, found), run_dir)
-            config = batch.settled(config, parts.config)
-            _refuse_changes(config, parts, found)
-            _train(parts, config, found, options, signals)
-        except Abandoned as cut:
-            raise _stopped(run_dir, str(cut)) from None
+            with folder.held(run_dir) if is_first_rank() else nullcontext():
+                _run(config, run_dir, options, Company(signals, peers))
         except Exception as error:
-            known = faults.translate(error, str(run_dir))
-            if known is None or known is error:
+            if peers is None:
                 raise
-            raise known from error
+            signals.ignore()  # a launcher ends the others when the first has ended
+            raise peers.ending(error) from error
     return run_dir
 
 
-def prepare(config: RunConfig, run_dir: Path) -> Parts:
+def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -> None:
+    try:
+        found, passed = _checkpoint(config, run_dir, company.peers)
+        if is_first_rank():
+            for line in passed:
+                options.out.write(f"passed over a torn checkpoint: {line}\n")
+        parts = prepare(batch.kept(config, found), run_dir, company.peers)
+        config = batch.settled(config, parts.config)
+        _refuse_changes(config, parts, found)
+        _train(parts, config, found, options, company)
+    except Abandoned as cut:
+        raise _stopped(run_dir, str(cut)) from None
+    except Exception as error:
+        known = faults.translate(error, str(run_dir))
+        if known is None or known is error or (company.peers is not None and is_gone(error)):
+            raise
+        raise known from error
+
+
+def _checkpoint(
+    config: RunConfig, run_dir: Path, peers: Peers | None
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, the same one on every rank; see ``checkpoint.choose``."""
+    if peers is None:
+        return checkpoint.choose(run_dir, config.runtime.resume)
+    # The first judges and tells: the others may look at a folder that it has begun to write to.
+    mine = checkpoint.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
+    told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
+    found, passed = told[0]
+    if found is not None and not Path(found).is_dir():
+        raise ConfigError(
+            "the checkpoint that the first process resumes from is not here",
+            where=found,
+            fix="name a runtime.output_dir that all nodes of the run share",
+        )
+    return None if found is None else Path(found), passed
+
+
+def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Parts:
     """Check the node, size, load policy, data and rewards; config.json and preflight.json are
     written.
     """
-    ready = preflight(config, world_size=world_size())
+    ready = preflight(config, world_size=world_size(), peers=peers)
     resolved = batch.agreed(config, ready.config)
     if config.runtime.reproducible:
         make_reproducible()
@@ -140,14 +162,17 @@ def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
 
 
 def _train(
-    parts: Parts, config: RunConfig, found: Path | None, options: Options, signals: StopSignals
+    parts: Parts, config: RunConfig, found: Path | None, options: Options, company: Company
 ) -> None:
+    signals, peers = company
     trainer = build_trainer(parts, config)
     first = is_first_rank()
     journal = Journal(parts.run_dir, resume.positions(found) if found else None) if first else None
     if first:
         introduce(parts, trainer.args.seed, found, options.out)
     before = _evaluate(parts, options, adapter=False)
+    if peers is not None:
+        peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
     trainer.signals, trainer.journal = signals, journal
     if journal is not None:
         every = parts.config.grpo.get("logging_steps")
@@ -168,10 +193,13 @@ def _train(
         finally:
             if journal is not None:
                 journal.close()
-    if signals.received is not None:
+    # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
+    if signals.received is not None and (peers is None or trainer.stopping):
         raise _stopped(parts.run_dir, signals.received)
     if first:
         finish(parts, before, _evaluate(parts, options, adapter=True), options.out)
+    if peers is not None:
+        peers.leave()  # not before the first has written: a launcher takes an end for the end
 
 
 def _stopped(run_dir: Path, signal: str) -> StoppedError:

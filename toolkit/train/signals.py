@@ -38,6 +38,7 @@ class StopSignals:
         self.immediate = True
         self._interrupts = 0
         self._shields = 0
+        self._ignored = False
         self._abandon = abandon
         self._grace_s = GRACE_S if grace_s is None else grace_s
 
@@ -52,8 +53,24 @@ class StopSignals:
             yield self
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in before.items():
+            for number, handler in before.items() if not self._ignored else ():
                 signal.signal(number, handler)
+
+    def ignore(self) -> None:
+        """The process is about to end by itself, and has something to say first."""
+        self._ignored = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def agree(self, number: int) -> None:
+        """The ranks have agreed to stop for signal ``number``, which came to one of them."""
+        self.received = self.received or signal.Signals(number).name
+
+    @property
+    def number(self) -> int:
+        """Of the signal that was received, or 0."""
+        return 0 if self.received is None else int(signal.Signals[self.received])
 
     @contextmanager
     def at_steps(self) -> Iterator[None]:

@@ -1,0 +1,43 @@
+"""The process group of a run that torchrun or srun started in several processes.
+
+vLLM's engine of each rank is a world of its own, but it makes its groups out of the default one and
+takes that as the trainer made it. So the group has to be there before an engine starts.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+
+TIMEOUT_S = 1800.0
+"""How long a rank waits for another in a collective call; transformers' own ``ddp_timeout``."""
+
+
+def world_size() -> int:
+    """Processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
+    """The default group over all processes of the run: NCCL where there is a GPU, else gloo.
+
+    Does nothing in a run of one process, nor where there is a group already. ``store`` None meets
+    at ``MASTER_ADDR``. Raises RuntimeError.
+    """
+    if world_size() == 1 or distributed.is_initialized():
+        return
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(seconds=timeout_s or TIMEOUT_S),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size(),
+        store=store,
+    )
