@@ -80,6 +80,20 @@ SEAMS = [
     ("v1/engine/core.py", "EngineCore.structured_output_manager", "seams.shut_down"),
     ("v1/engine/core.py", "EngineCore.model_executor", "seams.shut_down"),
     ("v1/engine/core.py", "EngineCore.scheduler", "seams.shut_down"),
+    ("v1/engine/core.py", "EngineCore.batch_queue", "seams.drop_requests"),
+    ("v1/engine/llm_engine.py", "LLMEngine.abort_request(internal", "seams.drop_requests"),
+    ("v1/engine/llm_engine.py", "LLMEngine.output_processor", "seams.drop_requests"),
+    ("v1/engine/output_processor.py", "OutputProcessor.request_states", "seams.drop_requests"),
+    (
+        "v1/worker/gpu_model_runner.py",
+        "GPUModelRunner.execute_model_state",
+        "seams.drop_requests",
+    ),
+    (
+        "v1/worker/gpu/model_runner.py",
+        "GPUModelRunner.execute_model_state",
+        "seams.drop_requests",
+    ),
     ("v1/worker/worker_base.py", "WorkerWrapperBase.worker", "seams.open_internals"),
     ("v1/worker/gpu_worker.py", "Worker.model_runner", "seams.open_internals"),
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner.get_model", "seams.open_internals"),
@@ -187,7 +201,7 @@ TEXTS = [
     (
         "config/lora.py",
         "MaxLoRARanks = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]",
-        "options.LEGAL_RANKS",
+        "config.ranks.LEGAL_RANKS",
     ),
     (
         "model_executor/model_loader/default_loader.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -263,6 +263,48 @@ def test_a_subset_of_layers_leaves_the_others_at_the_base(llama: Engine) -> None
         ours = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert told.logprobs is not None
         assert torch.allclose(ours, torch.tensor(told.logprobs[0])[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["forward", "logits"])
+def test_out_of_memory_costs_time_and_nothing_else(
+    llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch, place: str, caplog: Any
+) -> None:
+    """The engine's own step raises: in the forward, or between it and sampling."""
+    llama.publish(policy)
+    sampling = Sampling(n=4, max_tokens=10)
+    whole = llama.generate(PROMPTS, sampling, seed=6)
+    refused: list[int] = []
+    steps: list[int] = []
+    name = {"forward": "forward", "logits": "compute_logits"}[place]
+    inner = getattr(llama.module, name)
+
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        steps.append(tokens.shape[0])
+        # A step of more than five sequences, once some tokens are there already.
+        if len(steps) > 3 and 5 < tokens.shape[0] <= 12:
+            refused.append(tokens.shape[0])
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return inner(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.module, name, narrow)
+        again = llama.generate(PROMPTS, sampling, seed=6)
+        assert len(refused) >= 1
+        assert "out of memory with 12 sequences, 6 at a time from here on" in caplog.text
+        tried = len(refused)
+        assert again.completion_ids == whole.completion_ids
+        parts = llama.generate(PROMPTS, sampling, seed=6)  # in parts from the start
+        assert parts.completion_ids == whole.completion_ids
+        assert len(refused) == tried
+    assert llama.llm.llm_engine.get_num_unfinished_requests() == 0
+    assert again.logprobs is not None
+    assert whole.logprobs is not None
+    for mine, theirs in zip(again.logprobs, whole.logprobs, strict=True):
+        assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5)
+    llama._most_at_once = None
+    assert llama.generate(PROMPTS, sampling, seed=6) == whole
+    assert llama.llm.reset_prefix_cache()
 
 
 def test_a_dead_engine_says_so(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

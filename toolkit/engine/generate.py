@@ -79,7 +79,7 @@ def generate(
     sampling: Sampling,
     seed: int,
     lora: LoRARequest | None,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int],
 ) -> Rollout:
     """``sampling.n`` completions of each prompt; ``rows`` as in ``base.RolloutEngine``.
 
@@ -87,7 +87,6 @@ def generate(
     its own: what is drawn does not hang on what ran before, nor on how requests share a batch.
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
     params = [
         sampling_params(sampling, request_seed(seed, row))
         for _, row in zip(prompts, rows, strict=True)

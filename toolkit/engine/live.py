@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -11,8 +12,9 @@ from vllm.lora.request import LoRARequest
 from toolkit.base.errors import ConfigError, ConfigValueError, ToolkitError
 from toolkit.engine import generate as generation
 from toolkit.engine.adapter import AdapterSlots
+from toolkit.engine.parts import Part, in_parts
 from toolkit.engine.rollout import check_prompts
-from toolkit.engine.seams import open_internals, shut_down
+from toolkit.engine.seams import drop_requests, open_internals, shut_down
 from toolkit.engine.sleep import KvSleep
 from toolkit.engine.symptoms import explain
 
@@ -52,6 +54,7 @@ class Engine:
         self._published: dict[str, Any] = {}
         self._versions: dict[str, int] = {}
         self._dead: ToolkitError | None = None
+        self._most_at_once: int | None = None
 
     @property
     def llm(self) -> LLM:
@@ -127,7 +130,7 @@ class Engine:
         Raises:
             ConfigValueError: sampling options that vLLM refuses, prompts that do not fit.
             NodeError, RetryError, ConfigError: the engine died; the message says which check
-                explains it.
+                explains it. Where memory ran out, only after a single sequence did not fit.
         """
         if self._dead is not None:
             raise type(self._dead)(
@@ -136,13 +139,27 @@ class Engine:
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         self.wake()
         request = self._request(adapter)
+        if rows is None:
+            rows = range(0, len(prompts) * sampling.n, sampling.n)
+
+        def draw(part: Part) -> Rollout:
+            wanted = sampling if part.n == sampling.n else replace(sampling, n=part.n)
+            return generation.generate(self.llm, part.prompts, wanted, seed, request, part.rows)
+
         try:
-            return generation.generate(self.llm, prompts, sampling, seed, request, rows)
+            rollout, self._most_at_once = in_parts(
+                draw,
+                Part(prompts, rows, sampling.n),
+                self._most_at_once,
+                at_once=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
+                recover=lambda: drop_requests(self.llm),
+            )
         except ToolkitError:
             raise
         except Exception as problem:
             self._dead = explain(problem, "the rollout failed")
             raise self._dead from problem
+        return rollout
 
     def lora_request(self, name: str = "default") -> LoRARequest:
         """A request for a published adapter, for calls of ``llm.generate`` by hand."""

@@ -11,6 +11,7 @@ import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
@@ -69,6 +70,25 @@ def open_internals(llm: LLM) -> Internals:
 
 def _itself(worker: Any) -> Any:
     return worker
+
+
+def drop_requests(llm: LLM) -> None:
+    """Have an engine whose step raised forget every request, so that it can take others; give
+    back the blocks that torch keeps.
+
+    vLLM itself calls such an engine dead, as it cannot know what broke; after an allocation that
+    failed nothing has. What a step leaves behind: requests in the output processor and the
+    scheduler, batches under way (asynchronous scheduling), and the runner's note of a forward
+    whose tokens were not sampled yet.
+    """
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
+    core = engine.engine_core.engine_core
+    if core.batch_queue is not None:
+        core.batch_queue.clear()
+    open_internals(llm).runner.execute_model_state = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def shut_down(llm: LLM, *, keep_process_group: bool) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.faults import first_line, is_out_of_memory, logger, release_memory
+from toolkit.engine.parts import is_out_of_memory
+from toolkit.train.faults import first_line, logger, release_memory
 from toolkit.train.state import flatten
 
 if TYPE_CHECKING:

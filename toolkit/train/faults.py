@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError
+from toolkit.engine.parts import is_out_of_memory
 from toolkit.train.cuda import cuda_in_use
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OOM = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
-)
 # CUDA's own words for hardware that has failed (driver API errors 46, 214, 719 and 999 among them).
 _LOST = re.compile(
     r"CUDA(?: driver)? error:? .*(?:uncorrectable|ECC|unspecified launch failure|unknown error"
@@ -31,13 +29,6 @@ _LOST = re.compile(
     r"|GPU is lost|fallen off the bus|NCCL error.*(?:unhandled cuda error|remote process exited)",
     re.I | re.S,
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's own class, and for the texts of allocators that raise RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_OOM.search(str(error)))
 
 
 def release_memory() -> None:
