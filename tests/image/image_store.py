@@ -6,9 +6,14 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REPO = Path(__file__).resolve().parents[2]
 CONTAINERS = REPO / "containers"
@@ -135,3 +140,49 @@ class Store:
             for arguments in (("rm", "--all"), ("rmi", "--all", "--force")):
                 self.buildah(*arguments)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def our_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
+    """Each layer that the build made, the base's own left out."""
+    folder = WORK / "layout"
+    shutil.rmtree(folder, ignore_errors=True)
+    store.buildah("push", "--quiet", "--disable-compression", image, f"oci:{folder}:x")
+    blobs = folder / "blobs/sha256"
+    index = json.loads((folder / "index.json").read_text())
+    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
+    history = json.loads((blobs / manifest["config"]["digest"][7:]).read_text())["history"]
+    # The base's history comes first; ours begins with its packages.
+    filled = [entry for entry in history if not entry.get("empty_layer")]
+    ours = next(i for i, entry in enumerate(filled) if "base-packages" in entry["created_by"])
+    try:
+        for layer in manifest["layers"][ours:]:
+            with tarfile.open(blobs / layer["digest"][7:]) as archive:
+                yield archive
+    finally:
+        shutil.rmtree(folder)
+
+
+def assert_nothing_of_the_build(store: Store, image: str) -> None:
+    """No layer and no setting holds a secret, a host or a folder of the machine that built it."""
+    secrets = {"the host of the index": CANARY.encode(), "the folder of the build": bytes(REPO)}
+    certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    if certificate:
+        secrets["the certificate"] = Path(certificate).read_bytes()[-400:]
+    names = []
+    for archive in our_layers(store, image):
+        for member in archive:
+            names.append(member.name)
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None:
+                continue
+            with content:
+                text = content.read()
+            for what, secret in secrets.items():
+                assert secret not in text, f"{member.name} holds {what}"
+    assert len(names) > 500
+    # An empty folder, on which the secrets were mounted, is all that may be left.
+    for trace in ("run/secrets/", "tmp/pip", "build/", "root/.cache", "mnt/", "etc/pip.conf"):
+        assert not [name for name in names if name.startswith(trace)], trace
+    inspected = json.dumps(store.inspect(image))
+    assert CANARY not in inspected
+    assert str(REPO) not in inspected.replace(str(store.folder), "")

@@ -7,16 +7,10 @@ import json
 import os
 import re
 import subprocess
-import tarfile
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from image_store import CANARY, REPO, USERS, WORK, Store
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from image_store import REPO, USERS, Store, assert_nothing_of_the_build, our_layers
 
 pytestmark = pytest.mark.image
 MIB = 1 << 20
@@ -55,59 +49,15 @@ def test_the_default_user_is_not_root(store: Store, envcheck_image: str) -> None
 def test_it_adds_less_than_200_mb_to_its_base(store: Store, envcheck_image: str) -> None:
     layers = store.inspect(envcheck_image)["OCIv1"]["rootfs"]["diff_ids"]
     added = 0
-    for _, archive in our_layers(store, envcheck_image):
+    for archive in our_layers(store, envcheck_image):
         added += sum(member.size for member in archive)
     assert len(layers) > 1
     assert added < 200 * MIB, f"{added / MIB:.0f} MiB"
     print(f"envcheck adds {added / MIB:.1f} MiB to its base")
 
 
-def our_layers(store: Store, image: str) -> Iterator[tuple[str, tarfile.TarFile]]:
-    """(digest, archive) of each layer that the build made, the base's own left out."""
-    folder = WORK / "layout"
-    subprocess.run(["rm", "-rf", folder], check=True)
-    store.buildah("push", "--quiet", "--disable-compression", image, f"oci:{folder}:x")
-    blobs = folder / "blobs/sha256"
-    index = json.loads((folder / "index.json").read_text())
-    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
-    history = json.loads((blobs / manifest["config"]["digest"][7:]).read_text())["history"]
-    # The base's history comes first; ours begins with its packages.
-    filled = [entry for entry in history if not entry.get("empty_layer")]
-    ours = next(i for i, entry in enumerate(filled) if "base-packages" in entry["created_by"])
-    try:
-        for layer in manifest["layers"][ours:]:
-            digest = layer["digest"][7:]
-            with tarfile.open(blobs / digest) as archive:
-                yield digest, archive
-    finally:
-        subprocess.run(["rm", "-rf", folder], check=True)
-
-
 def test_no_layer_holds_anything_of_the_build(store: Store, envcheck_image: str) -> None:
-    certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
-    secrets = {
-        "the host of the index": CANARY.encode(),
-        "the folder of the build": str(REPO).encode(),
-    }
-    if certificate:
-        secrets["the certificate"] = Path(certificate).read_bytes()[-400:]
-    seen: dict[str, bytes] = {}
-    for _, archive in our_layers(store, envcheck_image):
-        for member in archive:
-            content = archive.extractfile(member) if member.isfile() else None
-            seen[member.name] = b""
-            if content is not None:
-                with content:
-                    seen[member.name] = content.read()
-    assert len(seen) > 500
-    for name, content in seen.items():
-        for what, secret in secrets.items():
-            assert secret not in content, f"{name} holds {what}"
-    # An empty folder, on which the secrets were mounted, is all that may be left.
-    for trace in ("run/secrets/", "tmp/pip", "build/", "root/.cache", "mnt/", "etc/pip.conf"):
-        assert not [name for name in seen if name.startswith(trace)], trace
-    inspected = json.dumps(store.inspect(envcheck_image))
-    assert CANARY not in inspected
+    assert_nothing_of_the_build(store, envcheck_image)
 
 
 def test_pip_does_not_ship(store: Store, envcheck_image: str) -> None:

