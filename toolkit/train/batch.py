@@ -1,4 +1,4 @@
-"""An auto micro-batch in a run: one for all processes, and the same one when the run goes on.
+"""An auto micro-batch in a run stays the same when the run goes on.
 
 Where the batch is cut decides in which order sums are made, and what a checkpoint in the middle of
 a generation holds. So the cut that a run began with belongs to the run: a checkpoint records it as
@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-from torch import distributed
 
 from toolkit.train import checkpoint
 from toolkit.train.ranks import world_size
@@ -51,22 +49,6 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """``config`` as written but for the cut, which is ``resolved``'s: what a checkpoint records."""
     return _with(config, resolved.grpo) if is_auto(config) else config
-
-
-def agreed(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """``resolved`` with the smallest micro-batch that any process chose; each sized its own card.
-
-    Every process of the run must call it.
-    """
-    if not is_auto(config) or world_size() == 1:
-        return resolved
-    store, rank, world = next(distributed.rendezvous("env://"))
-    table = distributed.PrefixStore("toolkit/micro-batch", store)
-    micro, accumulation = (int(resolved.grpo[key]) for key in KEYS)
-    table.set(str(rank), str(micro))
-    smallest = min(int(table.get(str(one))) for one in range(world))
-    more = micro * accumulation // smallest
-    return _with(resolved, {MICRO: smallest, ACCUMULATION: more})
 
 
 def _with(config: RunConfig, cut: Mapping[str, Any]) -> RunConfig:

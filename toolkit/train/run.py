@@ -106,7 +106,7 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
     written.
     """
     ready = preflight(config, world_size=world_size(), peers=peers)
-    resolved = batch.agreed(config, ready.config)
+    resolved = ready.config
     if config.runtime.reproducible:
         make_reproducible()
     if is_first_rank():

@@ -1,10 +1,8 @@
-"""An auto micro-batch belongs to the run that began with it, and to all of its processes."""
+"""An auto micro-batch belongs to the run that began with it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,4 +65,3 @@ def test_what_is_recorded_are_the_numbers() -> None:
     resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert cut(batch.settled(config(), resolved)) == (8, 4)
     assert batch.settled(resolved, config()) is resolved
-    assert batch.agreed(config(), resolved) is resolved  # one process has nobody to ask
