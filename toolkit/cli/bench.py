@@ -23,9 +23,9 @@ ARM_NAMES = ("ours", "trl", "unsloth")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--completion-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--per-device-batch", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--ours-batch", type=click.IntRange(min=1), help="Our micro-batch, where larger.")
+@click.option("--ours-batch", type=click.IntRange(min=1), help="Our micro-batch.")
 @click.option("--ours-checkpointing/--ours-no-checkpointing", default=None)
-@click.option("--ours-sleep", is_flag=True, help="Release our KV cache while training.")
+@click.option("--ours-sleep/--ours-no-sleep", default=None, help="KV cache, while training.")
 @click.option("--gpu-memory-utilization", type=float, default=0.3, show_default=True)
 @click.option("--load-in-4bit", is_flag=True)
 @click.option("--limit-s", type=float, default=900, show_default=True, help="Seconds for each arm.")
@@ -45,7 +45,8 @@ def bench(
     """Measure load, step time, memory, log-probability gap and what changed in the base.
 
     Every arm trains the same random checkpoint on the same prompts in a process of its own. Without
-    a GPU only `--shape tiny` is worth its time.
+    a GPU only `--shape tiny` is worth its time. What `--ours-...` leaves open the sizer chooses,
+    within the memory of `--per-device-batch` with checkpointing.
     """
     chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
     unknown = sorted(set(chosen) - set(ARM_NAMES))

@@ -6,14 +6,18 @@ import json
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.bench import compare
+from toolkit.gpu.devices import select
+from toolkit.gpu.snapshot import take
+from toolkit.sizing import Device, read_spec
+from toolkit.train.bench import compare, plan
 from toolkit.train.bench.floor import Card, Work, floor_seconds, measure_card
-from toolkit.train.bench.shapes import SHAPES, make_checkpoint
+from toolkit.train.bench.shapes import make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from toolkit.sizing.result import ModelPart
     from toolkit.train.bench.settings import Settings
 
 
@@ -33,7 +37,10 @@ def bench(
     """
     say(f"making a random {shape} checkpoint in {settings.model}")
     card = _apart(_prepare, shape, settings.model)
-    floor = floor_seconds(_work(shape, settings), card)
+    spec, device = read_spec(settings.model), _device()
+    settings = plan.fill(settings, spec, device)
+    say(f"ours: {settings.ours_plan}")
+    floor = floor_seconds(_work(settings, plan.size(settings, spec, device).model), card)
     report, results = {}, []
     for results in compare.compare(settings, arms, folder, say, limit_s=limit_s):
         report = compare.report(settings, results, floor, card.name)
@@ -53,19 +60,19 @@ def _apart(function: Callable[..., Card], *arguments: str) -> Card:
         return pool.apply(function, arguments)
 
 
-def _work(shape: str, settings: Settings) -> Work:
-    """The shape's sizes: bf16 weights and cache, as on a GPU (float32 on a CPU is its double)."""
-    config = SHAPES[shape].config
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key_value = config["num_key_value_heads"] * config["head_dim"]
-    layer = 2 * hidden * query + 2 * hidden * key_value + 3 * hidden * inner
-    heads = 1 if config["tie_word_embeddings"] else 2
-    parameters = config["num_hidden_layers"] * layer + heads * config["vocab_size"] * hidden
+def _device() -> Device | None:
+    """The card as NVML tells it; None without one."""
+    snapshot = take()
+    gpu = select(snapshot)
+    return None if gpu is None else Device.from_node(snapshot, gpu)
+
+
+def _work(settings: Settings, model: ModelPart) -> Work:
+    """One step of the model as it is loaded."""
     return Work(
-        parameters=parameters,
-        weight_bytes=2 * parameters,
-        kv_bytes_per_token=2 * 2 * config["num_hidden_layers"] * key_value,
+        parameters=model.parameters,
+        weight_bytes=model.weight_bytes,
+        kv_bytes_per_token=model.kv_bytes_per_token,
         prompts=settings.prompts,
         sequences=settings.sequences,
         prompt_tokens=settings.prompt_tokens,

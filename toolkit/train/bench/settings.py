@@ -17,8 +17,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Settings:
     """One workload. Lengths are in tokens, batches in completions.
 
-    The ``ours_`` fields let our arm use what its sizer would choose (micro-batch, checkpointing, KV
-    sleep): the optimizer step sees the same completions, so the work is the same.
+    The ``ours_`` fields are the micro-batch, checkpointing and KV sleep of our arm; None is for
+    ``plan.fill``. The optimizer step sees the same completions, so the work is the same.
     """
 
     model: str
@@ -32,7 +32,7 @@ class Settings:
     gradient_checkpointing: bool = True
     ours_batch: int | None = None
     ours_checkpointing: bool | None = None
-    ours_sleep: bool = False
+    ours_sleep: bool | None = None
     gpu_memory_utilization: float = 0.3
     max_seq_length: int = 1024
     load_in_4bit: bool = False
@@ -43,6 +43,14 @@ class Settings:
     def sequences(self) -> int:
         """Completions in one optimizer step."""
         return self.prompts * self.num_generations
+
+    @property
+    def ours_plan(self) -> str:
+        """The ``ours_`` fields in words."""
+        batch = self.ours_batch or self.per_device_batch
+        checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
+        sleep = "KV cache asleep while training" if self.ours_sleep else "KV cache awake"
+        return f"micro-batch {batch} x {self.sequences // batch}, {checkpointing}, {sleep}"
 
     @property
     def accumulation(self) -> int:

@@ -1,0 +1,65 @@
+"""Our arm of the benchmark is cut by sizing, within the memory of what the peers are given."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.gpu.cards import find
+from toolkit.sizing import Device, read_spec
+from toolkit.train.bench import plan
+from toolkit.train.bench.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from toolkit.sizing.model import ModelSpec
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> ModelSpec:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return read_spec(str(tmp_path))
+
+
+def _device(name: str) -> Device:
+    card = find(name)
+    assert card is not None
+    return Device.from_card(card)
+
+
+@pytest.mark.parametrize("card", ["h100", "h200", "l40s"])
+@pytest.mark.parametrize("batch", [4, 16])
+def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, batch: int) -> None:
+    device, given = _device(card), Settings(model="m", per_device_batch=batch)
+    by_hand = replace(given, ours_batch=batch, ours_checkpointing=True, ours_sleep=False)
+    filled = plan.fill(given, spec, device)
+    ours, theirs = plan.size(filled, spec, device), plan.size(by_hand, spec, device)
+    assert ours.peaks.torch_bytes <= theirs.peaks.torch_bytes
+    assert filled.ours_batch is not None
+    assert filled.ours_batch > batch  # fewer and larger ones: the sleeping cache makes room
+    assert filled.sequences % filled.ours_batch == 0
+
+
+def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpec) -> None:
+    written = Settings(model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False)
+    assert plan.fill(written, spec, _device("h100")) == written
+    plain = plan.fill(Settings(model="m"), spec, None)
+    assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache awake"
