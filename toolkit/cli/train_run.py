@@ -5,8 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from typing import TYPE_CHECKING
 
 import click
+
+from toolkit.base.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+
+FIRST_SPEAKS_S = 5.0
 
 
 @click.command("train")
@@ -18,6 +27,13 @@ import click
 @click.option("--max-steps", type=click.IntRange(min=1), help="Instead of grpo.max_steps.")
 @click.option("--resume", metavar="auto|must|never|DIR", help="Instead of runtime.resume.")
 @click.option("--evaluate", is_flag=True, help="Judge held-out prompts, greedy, before and after.")
+@click.option(
+    "--nproc-per-node",
+    "processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train on N GPUs of this node, a process each.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and what upstream libraries say.")
 def train(  # noqa: PLR0913 - one parameter an option
@@ -27,6 +43,7 @@ def train(  # noqa: PLR0913 - one parameter an option
     max_steps: int | None,
     resume: str | None,
     evaluate: bool,
+    processes: int | None,
     dry_run: bool,
     debug: bool,
 ) -> None:
@@ -42,25 +59,50 @@ def train(  # noqa: PLR0913 - one parameter an option
     }
     named = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     debug = debug or "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
-    start(run_file, [*overrides, *named], evaluate=evaluate, dry_run=dry_run, debug=debug)
+    if processes is not None and "RANK" in os.environ:
+        raise click.UsageError("--nproc-per-node inside torchrun or srun, which start processes")
+    world_size = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    config = _load(run_file, [*overrides, *named], world_size)
+    if dry_run:
+        _show(config, world_size)
+    elif processes is None or processes == 1:
+        _run(config, evaluate=evaluate, debug=debug)
+    else:
+        sys.exit(_launch(run_file, [*overrides, *named], processes, evaluate, debug))
 
 
-def start(
-    run_file: str, overrides: list[str], *, evaluate: bool, dry_run: bool, debug: bool
-) -> None:
-    """Load and validate the run file, then show it or run it."""
+def _launch(
+    run_file: str, overrides: list[str], processes: int, evaluate: bool, debug: bool
+) -> int:
+    from toolkit.train.launch import launch  # noqa: PLC0415 - only here
+
+    sets = [part for text in overrides for part in ("--set", text)]
+    flags = [flag for flag, on in (("--evaluate", evaluate), ("--debug", debug)) if on]
+    return launch(["train", run_file, *sets, *flags], processes)
+
+
+def _load(run_file: str, overrides: list[str], world_size: int) -> RunConfig:
     from toolkit.config import load_run  # noqa: PLC0415 - heavy floors are imported when they are run
+
+    try:
+        return load_run(run_file, overrides, world_size=world_size)
+    except ToolkitError:
+        # torchrun ends all when the first process ends, which tells this for all of them.
+        time.sleep(0.0 if os.environ.get("RANK", "0") == "0" else FIRST_SPEAKS_S)
+        raise
+
+
+def _show(config: RunConfig, world_size: int) -> None:
+    from toolkit.train.folder import as_mapping  # noqa: PLC0415
+    from toolkit.train.preflight import preflight  # noqa: PLC0415
+
+    ready = preflight(config, world_size=world_size, judge=False)
+    click.echo(json.dumps(as_mapping(ready.config), indent=2))
+
+
+def _run(config: RunConfig, *, evaluate: bool, debug: bool) -> None:
     from toolkit.train.quiet import prepare_environment  # noqa: PLC0415
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = load_run(run_file, overrides, world_size=world_size)
-    if dry_run:
-        from toolkit.train.folder import as_mapping  # noqa: PLC0415
-        from toolkit.train.preflight import preflight  # noqa: PLC0415
-
-        ready = preflight(config, world_size=world_size, judge=False)
-        click.echo(json.dumps(as_mapping(ready.config), indent=2))
-        return
     prepare_environment()
     from toolkit.train.parts import Options  # noqa: PLC0415 - imports torch
     from toolkit.train.run import run  # noqa: PLC0415

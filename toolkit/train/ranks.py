@@ -166,4 +166,6 @@ def _named(numbers: Iterable[int]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first sentence, without the place in gloo's source that it begins with."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S*\] ", "", line).split(". ")[0][:200]

@@ -23,6 +23,7 @@ from toolkit.train.progress import Progress
 from toolkit.train.quiet import quiet
 from toolkit.train.ranks import Peers, is_first_rank, is_gone, join, world_size
 from toolkit.train.rewards import load_rewards
+from toolkit.train.sampling import find_engine
 from toolkit.train.signals import Abandoned, StopSignals
 from toolkit.train.state import changed
 from toolkit.train.trainer import GRPOTrainer
@@ -199,6 +200,9 @@ def _train(
     if first:
         finish(parts, before, _evaluate(parts, options, adapter=True), options.out)
     if peers is not None:
+        engine = find_engine(parts.model)
+        if engine is not None:
+            engine.close()  # its groups are made out of the one that goes now
         peers.leave()  # not before the first has written: a launcher takes an end for the end
 
 

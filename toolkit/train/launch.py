@@ -1,0 +1,112 @@
+"""``toolkit train --nproc-per-node N``: the processes of one node, and one exit code for all.
+
+torchrun does this and more, but it ends with 1 whatever its processes ended with, so a scheduler
+cannot see the 75 of a run that wants its place in the queue back. This module imports nothing
+heavy: what trains are the processes that it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
+
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+POLL_S = 0.1
+PATIENCE_S = 30.0
+"""How long the others may go on once one has failed, and then how long they may take to stop."""
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``toolkit ARGUMENTS`` in ``processes`` processes that know of each other; the exit code.
+
+    That is the code of the first that ended with one, 128 + signal where all were killed, or 0.
+    Signals go to every process. Raises OSError.
+    """
+    port = free_port()
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "toolkit", *arguments],
+            env=environment(number, processes, port),
+            stdin=subprocess.DEVNULL,
+            # Ctrl-C on a terminal reaches the whole group: it is handed on once, not twice.
+            start_new_session=True,
+        )
+        for number in range(processes)
+    ]
+    with _handing_on(children):
+        return _wait(children)
+
+
+def environment(number: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells its processes, on one node."""
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    return {
+        "OMP_NUM_THREADS": threads,
+        **os.environ,
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _handing_on(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        _send(children, number)
+
+    before = {number: signal.signal(number, hand_on) for number in HANDED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended. One that fails takes the others with it, who get time to do so
+    themselves: they notice, and one of them may have something to say.
+    """
+    codes: list[int] = []
+    running = list(children)
+    escalation: list[int] = [signal.SIGTERM, signal.SIGKILL]
+    deadline: float | None = None
+    while running:
+        ended = [child for child in running if child.poll() is not None]
+        codes += [child.returncode for child in ended]
+        running = [child for child in running if child not in ended]
+        if deadline is None and any(codes):
+            deadline = time.monotonic() + PATIENCE_S
+        if deadline is not None and time.monotonic() > deadline and escalation:
+            _send(running, escalation.pop(0))
+            deadline = time.monotonic() + PATIENCE_S
+        time.sleep(0 if ended else POLL_S)
+    told = next((code for code in codes if code > 0), 0)
+    killed = next((128 - code for code in codes if code < 0), 0)
+    return told or killed
+
+
+def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(number)
