@@ -4,6 +4,7 @@ A start of ``toolkit train`` imports torch, transformers and trl, which takes se
 imports them once and forks for each case; the child calls what the installed console script calls,
 with its own arguments, folder, environment and output, and ends with its exit code. A line of
 standard input is a JSON list of cases; a line of standard output is the list of their exit codes.
+Arguments are further modules to import.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,13 @@ def main() -> None:
 
     prepare_environment()
     import toolkit.train.run  # noqa: F401 - what the children share
+    from toolkit.engine.load import prepare_environment as prepare_engine
     from toolkit.train import report  # noqa: F401
 
+    if len(sys.argv) > 1:
+        prepare_engine()
+    for module in sys.argv[1:]:
+        import_module(module)
     (script,) = entry_points(group="console_scripts", name="toolkit")
     command = script.load()
     for line in sys.stdin:

@@ -88,15 +88,15 @@ class Ended:
     stderr: str
 
 
-def serve(cases: list[dict[str, Any]]) -> list[Ended]:
+def serve(cases: list[dict[str, Any]], *more: str) -> list[Ended]:
     """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one
-    process that has imported the heavy libraries.
+    process that has imported the heavy libraries, and ``more`` modules.
     """
     wanted = [
         {**case, "folder": str(case["folder"]), "env": environment(**case.get("env", {}))}
         for case in cases
     ]
-    server = _server()
+    server = _server(*more)
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(wanted) + "\n")
@@ -110,11 +110,11 @@ def serve(cases: list[dict[str, Any]]) -> list[Ended]:
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _server(*more: str) -> subprocess.Popen[str]:
     """One for all modules of a test session."""
     script = Path(__file__).with_name("command_server.py")
     server = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), *more],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

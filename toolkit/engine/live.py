@@ -16,7 +16,7 @@ from toolkit.engine.parts import Part, in_parts
 from toolkit.engine.rollout import check_prompts
 from toolkit.engine.seams import drop_requests, open_internals, shut_down
 from toolkit.engine.sleep import KvSleep
-from toolkit.engine.symptoms import explain
+from toolkit.engine.symptoms import START_AGAIN, explain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,7 +157,7 @@ class Engine:
         except ToolkitError:
             raise
         except Exception as problem:
-            self._dead = explain(problem, "the rollout failed")
+            self._dead = explain(problem, "the rollout failed", START_AGAIN)
             raise self._dead from problem
         return rollout
 

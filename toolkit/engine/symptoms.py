@@ -22,12 +22,20 @@ VALIDATION = "VLLMValidationError"
 """vLLM's own; no ValueError from 0.31. By name: this module does not import vLLM."""
 
 
-def explain(problem: BaseException, what: str) -> ToolkitError:
+START_AGAIN = (
+    "run `envcheck check` on this node; the same command, here or on another node, goes on from its"
+    " last checkpoint (--debug shows the whole traceback)"
+)
+"""What to do about a rollout that failed for no reason that is known."""
+
+
+def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
     symptom that it shows.
 
     Other texts are quoted: in a ConfigError where vLLM judged a value or the checkpoint does not
-    fit, in a NodeError otherwise, as nothing says that the config is at fault.
+    fit, in a NodeError otherwise, as nothing says that the config is at fault; ``fix`` is then what
+    to do.
     """
     chain = list(_chain(problem))
     for error in chain:
@@ -46,9 +54,8 @@ def explain(problem: BaseException, what: str) -> ToolkitError:
         )
     if isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in type(first).__mro__):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
-    return NodeError(
-        told, where="vLLM", fix="run envcheck on this node; --debug shows the whole traceback"
-    )
+    fix = fix or "run `envcheck check` on this node; --debug shows the whole traceback"
+    return NodeError(told, where="vLLM", fix=fix)
 
 
 def _chain(problem: BaseException) -> list[BaseException]:

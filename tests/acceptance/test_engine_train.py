@@ -1,0 +1,242 @@
+"""``toolkit train`` with ``runtime.engine: vllm``: what a run file can ask of it, and bad input on
+it. Faults are planted by the user's own reward file, which a run imports.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from spoiled_world import Ended, make_model, make_world, serve
+
+from toolkit.train import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+pytest.importorskip("vllm")
+
+ENGINE = {"engine": "vllm"}
+SHORT = {"max_steps": 4, "save_steps": 1, "num_generations": 4, "per_device_train_batch_size": 8}
+TWO_REWARDS = [{"name": "mine:score", "weight": 0.5}, {"name": "exact_match"}]
+REGEX = "[1-9]{2,3}=(yes|no)"
+
+FAULT = """\
+import torch
+from vllm.model_executor.models import llama
+
+steps = 0
+whole = llama.LlamaModel.forward
+
+def score(completions, trainer_state, **kwargs):
+    global steps
+    steps = trainer_state.global_step + 1
+    return [float(len(set(text))) for text in completions]
+
+def forward(self, input_ids, *args, **kwargs):
+    if {when}:
+        raise {error}
+    return whole(self, input_ids, *args, **kwargs)
+
+llama.LlamaModel.forward = forward
+"""
+OOM = "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')"
+LOST = "RuntimeError('CUDA error: uncorrectable ECC error encountered')"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The command ends with ``code`` and says each of ``says``."""
+
+    code: int
+    says: tuple[str, ...] = ()
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spoil: Callable[[Path], Any] = lambda folder: None
+
+
+def fault(when: str, error: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "mine.py").write_text(FAULT.format(when=when, error=error))
+
+
+def own_model(folder: Path) -> Path:
+    """The world's model, as a copy that may be spoiled."""
+    shared = (folder / "model").resolve()
+    (folder / "model").unlink()
+    shutil.copytree(shared, folder / "model")
+    return folder / "model"
+
+
+def architecture(folder: Path) -> None:
+    path = own_model(folder) / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
+
+
+def tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = own_model(folder) / "model.safetensors"
+        found = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(found)
+        save_file(found, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+EXTRA = "model.layers.0.self_attn.q_norm.weight"
+
+QUICK = {
+    "options": Case(
+        0,
+        changes={
+            "reward": {"functions": TWO_REWARDS},
+            "grpo": {
+                **SHORT,
+                "vllm_structured_outputs_regex": REGEX,
+                "beta": 0.05,
+                "max_completion_length": 8,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+            },
+            "dataset": {"eval_path": "train.jsonl"},
+            "lora": {"use_gradient_checkpointing": True},
+        },
+    ),
+    "memory for four": Case(
+        0,
+        ("rollout: out of memory with 8 sequences, 4 at a time from here on",),
+        {"grpo": SHORT},
+        fault("steps > 1 and input_ids.shape[0] == 8", OOM),
+    ),
+    "lost GPU": Case(
+        3,
+        ("uncorrectable ECC error", "goes on from its last checkpoint"),
+        {"grpo": SHORT},
+        fault("steps > 1", LOST),
+    ),
+    "rank above max_lora_rank": Case(
+        1, ("max_lora_rank", "16"), {"model": {"max_lora_rank": 8}, "lora": {"r": 16}}
+    ),
+    "no such target": Case(
+        1, ("qq_proj", "target_modules"), {"lora": {"target_modules": ["qq_proj"]}}
+    ),
+    "trained head": Case(1, ("lm_head",), {"lora": {"target_modules": ["lm_head"]}}),
+    "trained embedding": Case(1, ("embed_tokens",), {"lora": {"target_modules": ["embed_tokens"]}}),
+    "unknown architecture": Case(1, ("NoSuchForCausalLM", "transformers"), {}, architecture),
+}  # fmt: skip
+SLOW = {
+    "memory for none": Case(
+        1,
+        ("out of memory", "max_completion_length"),
+        {"grpo": SHORT},
+        fault("steps > 1", OOM),
+    ),
+    "engine error": Case(
+        3, ("illegal memory access",), {"grpo": SHORT},
+        fault("steps > 1", "RuntimeError('CUDA error: an illegal memory access was encountered')"),
+    ),
+    "missing tensor": Case(1, (DOWN,), {}, tensors(lambda found: found.pop(DOWN))),
+    "extra tensor": Case(
+        1,
+        ("layers.0.self_attn.q_norm", "complete checkpoint"),
+        {},
+        tensors(lambda found: found.update({EXTRA: found[DOWN][0].clone()})),
+    ),
+    "misshapen tensor": Case(
+        1,
+        ("torch.Size([128])", "complete checkpoint"),
+        {},
+        tensors(lambda found: found.update({"model.norm.weight": found[DOWN][0].clone()})),
+    ),
+}  # fmt: skip
+STOPPED = ("lost GPU", "engine error", "memory for none")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def run(cases: dict[str, Case], root: Path, model: Path) -> dict[str, Ended]:
+    wanted = []
+    for name, case in cases.items():
+        changes = {**case.changes, "runtime": ENGINE}
+        folder = make_world(root / name.replace(" ", "-"), model, **changes)
+        case.spoil(folder)
+        wanted.append({"folder": folder, "arguments": ["train", "run.yaml"]})
+    return dict(zip(cases, serve(wanted, "toolkit.engine.start"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def quick(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    return run(QUICK, tmp_path_factory.mktemp("quick"), model)
+
+
+@pytest.fixture(scope="module")
+def slow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    return run(SLOW, tmp_path_factory.mktemp("slow"), model)
+
+
+def rows(ended: Ended, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ended.folder / "out" / name).read_text().splitlines()]
+
+
+def check(case: Case, shown: Ended) -> None:
+    assert shown.returncode == case.code, shown.stdout + shown.stderr
+    for words in case.says:
+        assert words in shown.stderr, shown.stderr
+    assert "Traceback" not in shown.stdout + shown.stderr
+    assert "internal error" not in shown.stderr
+    if case.code:
+        assert "fix: " in shown.stderr
+
+
+def check_stopped(ended: Ended) -> None:
+    """Two steps were done, and are whole."""
+    assert [row["step"] for row in rows(ended)] == [1, 2]
+    assert checkpoint.faults(ended.folder / "out" / "checkpoint-2") == []
+    assert not (ended.folder / "out" / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_run_on_the_engine(quick: dict[str, Ended], name: str) -> None:
+    check(QUICK[name], quick[name])
+    if name in STOPPED:
+        check_stopped(quick[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_a_run_on_the_engine_that_starts_or_stops_badly(slow: dict[str, Ended], name: str) -> None:
+    check(SLOW[name], slow[name])
+    if name in STOPPED:
+        check_stopped(slow[name])
+
+
+def test_what_the_options_leave(quick: dict[str, Ended]) -> None:
+    run = quick["options"]
+    said = rows(run, "completions.jsonl")
+    assert len(said) == 32
+    assert all(re.fullmatch(REGEX, row["completion"]) for row in said), said[:3]
+    for row in said:
+        parts = row["rewards"]
+        assert row["reward"] == pytest.approx(0.5 * parts["score"] + parts["exact_match"])
+    metrics = rows(run)
+    trained = [row for row in metrics if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    assert all("kl" in row and "sampling/logp_gap_max" in row for row in trained)
+    assert [row["step"] for row in metrics if "eval/reward" in row] == [2, 4]
+
+
+def test_memory_that_was_short_cost_no_completion(quick: dict[str, Ended]) -> None:
+    run = quick["memory for four"]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    assert len(rows(run, "completions.jsonl")) == 32
+    assert run.stderr.count("rollout: out of memory") == 1
