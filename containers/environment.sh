@@ -13,7 +13,7 @@ for lock in "$@"; do
     source_of_wheels=""
     if [ "$lock" = image-torch ]; then
         source_of_wheels="--index-url=${TORCH_INDEX:?}"
-        for wheel in /mnt/torch-*+cpu-*.whl /mnt/wheels/torch-*+cpu-*.whl; do
+        for wheel in /run/wheels/torch-*+cpu-*.whl /mnt/wheels/torch-*+cpu-*.whl; do
             [ -e "$wheel" ] && source_of_wheels="--no-index --find-links=${wheel%/*}"
         done
     fi
