@@ -31,11 +31,14 @@ def grpo_config(
     written = {k: v for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)}
     on_cpu = not torch.cuda.is_available()
     half = precision(config, on_cpu=on_cpu)
+    written_half = written.get("bf16") or written.get("fp16")
+    uploads = written.get("log_completions_hub_repo") is not None
     defaults = {
         "report_to": [],
         "save_strategy": "steps",
-        "bf16": half == "bfloat16",
-        "fp16": half == "float16",
+        # TRL takes bf16 for granted where neither is said, and refuses both.
+        "bf16": half == "bfloat16" and not written_half,
+        "fp16": half == "float16" and not written_half,
         # The policy has switched it on or off already (lora.use_gradient_checkpointing).
         "gradient_checkpointing": False,
     }
@@ -50,11 +53,15 @@ def grpo_config(
         "logging_strategy": "steps",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "log_completions": False,
+        # completions.jsonl is ours (runtime.log_completions); the table that TRL makes is what it
+        # uploads, and nothing of it is printed.
+        "log_completions": uploads,
         "push_to_hub": False,
         "use_cpu": on_cpu,
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
+    if uploads:
+        forced["num_completions_to_print"] = 0
     try:
         return build(**{**defaults, **written, **forced})
     except (TypeError, ValueError) as problem:
@@ -66,10 +73,14 @@ def grpo_config(
 
 
 def precision(config: RunConfig, *, on_cpu: bool) -> str:
-    """The dtype that autocast computes in. On the CPU float32, if not said otherwise."""
+    """The dtype that autocast computes in, where ``grpo.bf16`` and ``grpo.fp16`` leave it open: the
+    weights' (policy/hf_model.choose_dtype says which "auto" is).
+    """
     if config.model.dtype != "auto":
         return config.model.dtype
-    return "float32" if on_cpu else "bfloat16"
+    if on_cpu:
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
 
 
 def make_reproducible() -> None:

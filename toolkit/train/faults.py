@@ -54,6 +54,13 @@ def translate(error: Exception, where: str) -> ToolkitError | None:
             where=str(error.filename or where),
             fix="name another runtime.output_dir",
         )
+    if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
+        return ConfigError(
+            f"the Hugging Face Hub: {first_line(text)}",
+            where=where,
+            fix="check the network and `hf auth whoami`, or leave out what the run file asks of the"
+            " Hub (grpo.log_completions_hub_repo)",
+        )
     if is_out_of_memory(error):
         return ConfigError(
             f"out of memory, in the smallest parts that keep the gradient: {first_line(text)}",

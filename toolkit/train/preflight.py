@@ -76,6 +76,8 @@ def preflight(
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     others = [device] if peers is None else _devices_of_all(device, peers)
     device = smallest(others)
+    if device is not None:
+        config = one_format(config)
     resolved, sizing = resolve(config, device, world_size=world_size)
     for other in others:
         # More memory in all and less of it free: a share of the smallest may be too much there.
@@ -84,6 +86,15 @@ def preflight(
     return Preflight(
         config=resolved, snapshot=snapshot, device=device, sizing=sizing, checks=checks
     )
+
+
+def one_format(config: RunConfig) -> RunConfig:
+    """Where ``grpo.fp16`` asks for float16 and ``model.dtype`` is "auto", the weights are float16
+    too: the engine samples in the format that the trainer computes in. For a run on a GPU.
+    """
+    if config.model.dtype != "auto" or not config.grpo.get("fp16"):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float16"))
 
 
 def local_rank() -> int:

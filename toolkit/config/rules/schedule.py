@@ -20,15 +20,26 @@ _PARTS_OF_A_MILLION = 1_000_000  # transformers compares parts of a run so
 
 @rule(
     "GRPO023",
-    "grpo.bf16 grpo.fp16 grpo.bf16_full_eval grpo.fp16_full_eval",
+    "grpo.bf16 grpo.fp16 grpo.bf16_full_eval grpo.fp16_full_eval model.dtype",
     example="grpo:\n  bf16: true\n  fp16: true",
     fix="fp16: false",
 )
 def one_half_precision(run: Run) -> Iterator[Fault]:
     """bf16 and fp16 exclude each other, and so do bf16_full_eval and fp16_full_eval.
 
-    A computation is in one format. model.dtype: auto takes the one that the card has.
+    A computation is in one format. model.dtype: auto takes the one that the card has, or float16
+    where fp16 is true; a 16-bit model.dtype is what the engine samples in, and the trainer computes
+    in the same.
     """
+    for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
+        if run.ask(half) and run.ask("model.dtype") == weights:
+            yield Fault(
+                half,
+                f"the trainer would compute in another format than the engine: {weights}",
+                notes=(run.operand("model.dtype"),),
+                fixes=(run.to(half, False), run.to("model.dtype", "auto")),
+                related=("model.dtype",),
+            )
     for suffix in ("", "_full_eval"):
         bf16, fp16 = f"grpo.bf16{suffix}", f"grpo.fp16{suffix}"
         if run.ask(bf16) and run.ask(fp16):

@@ -1,0 +1,80 @@
+"""TRL's GRPOConfig from a run file: one half precision, and what the run file says is kept."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from toolkit.config import load_run
+from toolkit.train.arguments import grpo_config
+from toolkit.train.preflight import one_format
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RUN_FILE = """\
+model: {{model_name: m, max_seq_length: 64{model}}}
+dataset: {{path: train.jsonl, prompt: q, answer: a}}
+reward: {{functions: [{{name: exact_match}}]}}
+grpo: {{max_steps: 1, per_device_train_batch_size: 4, num_generations: 4, max_completion_length: 8{grpo}}}
+runtime: {{engine: transformers}}
+"""  # noqa: E501
+
+
+def arguments(tmp_path: Path, *, model: str = "", grpo: str = "", gpu: bool = False):
+    (tmp_path / "m").mkdir(exist_ok=True)
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "train.jsonl").write_text('{"q": "1", "a": "1"}\n')
+    (tmp_path / "run.yaml").write_text(RUN_FILE.format(model=model, grpo=grpo))
+    config = load_run(str(tmp_path / "run.yaml"))
+    config = one_format(config) if gpu else config
+    made = grpo_config(config, tmp_path, SimpleNamespace, has_eval=False)
+    return made, config
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch):
+    """A GPU of a compute capability, as far as the arguments ask."""
+
+    def set_to(major: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("major", "model", "grpo", "bf16", "fp16", "dtype"),
+    [
+        (9, "", "", True, False, "auto"),
+        (7, "", "", False, True, "auto"),
+        (9, "", ", fp16: true", False, True, "float16"),
+        (9, "", ", bf16: true", True, False, "auto"),
+        (9, ", dtype: float16", "", False, True, "float16"),
+        (9, ", dtype: float32", "", False, False, "float32"),
+        (9, ", dtype: float32", ", fp16: true", False, True, "float32"),
+    ],
+)
+def test_one_half_precision_and_the_engines(tmp_path, card, major, model, grpo, bf16, fp16, dtype):
+    card(major)
+    made, config = arguments(tmp_path, model=model, grpo=grpo, gpu=True)
+    assert (made.bf16, made.fp16) == (bf16, fp16)
+    assert config.model.dtype == dtype
+
+
+def test_float32_on_a_cpu(tmp_path):
+    made, _ = arguments(tmp_path)
+    assert (made.bf16, made.fp16, made.use_cpu) == (False, False, True)
+
+
+def test_completions_are_ours_unless_they_are_to_be_uploaded(tmp_path):
+    made, _ = arguments(tmp_path, grpo=", log_completions: true")
+    assert made.log_completions is False
+    upload = ", log_completions: true, log_completions_hub_repo: me/x"
+    made, _ = arguments(tmp_path, grpo=upload)
+    assert made.log_completions is True
+    assert made.num_completions_to_print == 0
+    assert made.log_completions_hub_repo == "me/x"
