@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from toolkit.base.errors import DefectError
 from toolkit.base.paths import make_folder, write_file
+from toolkit.train.demo_run_file import run_file_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,41 +38,6 @@ BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
 KNOWS = 0.88
 """When the pupil is right on this share of problems, the teacher gets careless."""
-
-RUN_FILE = """\
-# Written by `toolkit demo`. Train it again:  toolkit train {name} --evaluate
-model:
-  model_name: model
-  max_seq_length: 16
-  dtype: float32
-lora:
-  r: 32
-  lora_alpha: 32
-  use_gradient_checkpointing: false
-  random_state: {seed}
-dataset:
-  path: train.jsonl
-  eval_path: eval.jsonl
-  prompt: question
-  answer: answer
-reward:
-  functions:
-    - name: exact_match
-grpo:
-  max_steps: 80
-  per_device_train_batch_size: 256
-  num_generations: 8
-  max_prompt_length: 8
-  max_completion_length: 4
-  learning_rate: 0.003
-  lr_scheduler_type: linear
-  warmup_steps: 5
-  save_steps: 40
-  seed: {seed}
-runtime:
-  engine: {engine}
-  output_dir: run
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +121,7 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
         lines = [json.dumps({"question": question(p), "answer": answer(p)}) for p in rows]
         write_file(folder / name, "\n".join(lines) + "\n")
     run_file = folder / "run.yaml"
-    write_file(run_file, RUN_FILE.format(name=run_file.name, engine=engine, seed=seed))
+    write_file(run_file, run_file_text(run_file.name, engine=engine, seed=seed))
     return World(run_file, monotonic() - begin)
 
 

@@ -10,6 +10,7 @@ import torch
 from toolkit.base.errors import ConfigError, DefectError
 from toolkit.cli.demo import choose_folder
 from toolkit.config import load_run
+from toolkit.config.schemas import schema_path
 from toolkit.train import demo
 
 
@@ -65,6 +66,8 @@ def test_the_world_is_made_whole_and_its_run_file_is_valid(tmp_path, monkeypatch
     monkeypatch.setattr(demo, "teach", lambda *_, **__: 1)
     world = demo.make_world(tmp_path, engine="transformers", seed=3, say=lambda _: None)
     config = load_run(str(world.run_file))
+    first = world.run_file.read_text().splitlines()[0]
+    assert first == f"# yaml-language-server: $schema={schema_path('run').resolve()}"
     assert config.grpo["seed"] == config.lora.random_state == 3
     assert config.model.model_name == str(tmp_path / "model")
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from trainer_helpers import make_trainer
 
@@ -145,6 +146,7 @@ def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), NodeError, 3),
         (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), NodeError, 3),
         (MemoryError(), ConfigError, 1),
+        (OfflineModeIsEnabled("offline"), ConfigError, 1),
     ],
 )
 def test_known_faults_have_an_exit_code_and_a_fix(error, kind, code):
