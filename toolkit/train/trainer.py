@@ -45,18 +45,24 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """TRL's arguments. A model of ``FastLanguageModel`` brings its engine; ``use_vllm`` may say
-        either.
+        either. It brings its gradient checkpointing too: ``get_peft_model`` was told of it by name,
+        and GRPOConfig's ``gradient_checkpointing`` is true where nobody wrote it.
 
         Raises:
             ConfigValueError: an importance-sampling mode that the loss type cannot use.
         """
         engine = find_engine(model)
         config = kwargs.get("args", args[1] if len(args) > 1 else None)
+        without = getattr(model, "toolkit_checkpointing", None) is False
+        if without and config is not None:
+            config.gradient_checkpointing = False
         if engine is None or config is None:
             super().__init__(model, *args, **kwargs)
         else:
             with _without_vllm(config):
                 super().__init__(model, *args, **kwargs)
+        if without:
+            self.args.gradient_checkpointing = False  # those that TRL made for itself
         if engine is not None:
             self._use_engine(engine)
 

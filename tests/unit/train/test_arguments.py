@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from datasets import Dataset
+from trainer_helpers import ROWS, make_policy, ones
+from trainer_helpers import arguments as trl_arguments
 
 from toolkit.config import load_run
+from toolkit.policy.checkpointing import apply_checkpointing
 from toolkit.train.arguments import grpo_config
+from toolkit.train.demo import make_tokenizer
 from toolkit.train.preflight import one_format
+from toolkit.train.trainer import GRPOTrainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +84,23 @@ def test_completions_are_ours_unless_they_are_to_be_uploaded(tmp_path):
     assert made.log_completions is True
     assert made.num_completions_to_print == 0
     assert made.log_completions_hub_repo == "me/x"
+
+
+@pytest.mark.parametrize("asked", [False, True, None])
+@pytest.mark.parametrize("written", [True, False])
+def test_checkpointing_is_what_the_model_was_given(tmp_path, asked, written):
+    """None is a model that did not come from FastLanguageModel: there TRL's argument rules."""
+    policy = make_policy()
+    if asked is not None:
+        apply_checkpointing(policy, asked, max_seq_length=None)
+    trainer = GRPOTrainer(
+        model=policy,
+        reward_funcs=ones,
+        args=trl_arguments(tmp_path, max_steps=1, gradient_checkpointing=written),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.model.get_base_model().is_gradient_checkpointing is (
+        written if asked is None else asked
+    )
