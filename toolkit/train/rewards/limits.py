@@ -48,9 +48,16 @@ def call_within(seconds: float | None, call: Callable[[], T]) -> T:
 
 def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     armed = True
+    deadline = time.monotonic() + seconds
 
-    def on_alarm(_signum: int, _frame: FrameType | None) -> None:
-        if armed:
+    def on_alarm(signum: int, frame: FrameType | None) -> None:
+        left = deadline - time.monotonic()
+        if left > 0:
+            # Not ours: a signal that came inside the call has set the run's alarm.
+            signal.setitimer(signal.ITIMER_REAL, left, _AGAIN_S)
+            if callable(old_handler):
+                old_handler(signum, frame)
+        elif armed:
             raise _Cut
 
     started = time.monotonic()
@@ -65,10 +72,13 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
         raise OutOfTime(f"took longer than {seconds:g} s") from None
     finally:
         armed = False
-        if old_left:  # a limit around this one goes on counting
+        left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+        if left and interval != _AGAIN_S:  # the run's, set inside the call: it goes on counting
+            old_left, old_interval = left, interval
+        elif old_left:  # a limit around this one goes on counting
             old_left = max(old_left - (time.monotonic() - started), 1e-3)
-        signal.setitimer(signal.ITIMER_REAL, old_left, old_interval)
         signal.signal(signal.SIGALRM, old_handler or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, old_left, old_interval)
 
 
 def _with_thread(seconds: float, call: Callable[[], T]) -> T:

@@ -1,0 +1,43 @@
+"""A signal that comes while a reward with a time limit runs: the run's own alarm is not lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from toolkit.train.rewards.limits import OutOfTime, call_within
+from toolkit.train.signals import Abandoned, StopSignals
+
+
+def terminated_and_then(seconds: float) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds)
+
+
+def test_a_reward_that_is_too_long_is_abandoned_with_its_step():
+    signals = StopSignals(grace_s=0.2)
+    begin = time.monotonic()
+    with signals.installed(), signals.at_steps(), pytest.raises(Abandoned):
+        call_within(20, lambda: terminated_and_then(20))
+    assert time.monotonic() - begin < 5
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_grace_goes_on_counting_after_the_reward():
+    signals = StopSignals(grace_s=0.4)
+    with signals.installed(), signals.at_steps():
+        call_within(20, lambda: terminated_and_then(0.1))
+        with pytest.raises(Abandoned):
+            time.sleep(20)
+
+
+def test_a_reward_that_hangs_is_cut_by_the_runs_alarm_at_the_latest():
+    signals = StopSignals(grace_s=0.5)
+    with signals.installed(), signals.at_steps():
+        signals.shield()
+        with pytest.raises(OutOfTime):
+            call_within(0.3, lambda: terminated_and_then(20))
+        assert signals.received == "SIGTERM"
