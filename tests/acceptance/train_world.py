@@ -110,11 +110,15 @@ def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     stream = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 - the process's own stdout
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        run(load_run(str(run_file), list(overrides)), Options(out=stream, evaluate=evaluate))
+        config = load_run(str(run_file), list(overrides), world_size=ranks)
+        run(config, Options(out=stream, evaluate=evaluate))
     except ToolkitError as error:
         stream.write(f"error: {error}\n")
         return error.exit_code
+    except SystemExit as end:  # another rank tells
+        return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -154,6 +154,22 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     return folder, []
 
 
+def refuse_other_world(folder: Path, processes: int) -> None:
+    """A checkpoint holds the state of each process, buffered rollouts and generators among it.
+
+    Raises:
+        ConfigError: it was written by more or by fewer than ``processes``.
+    """
+    then = read_json(folder, "state.json")["world_size"]
+    if then != processes:
+        raise ConfigError(
+            f"written by {then} process{'es' if then > 1 else ''}, this run has {processes}",
+            where=str(folder),
+            fix=f"start as many as then (on one node: --nproc-per-node {then}), or begin another"
+            " run with --output-dir",
+        )
+
+
 def rotate(run_dir: Path, keep: Iterable[int], *, keep_last: int) -> None:
     """Remove checkpoints but the ``keep_last`` latest and those of the steps in ``keep``. 0 keeps
     all.

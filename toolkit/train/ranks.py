@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,13 @@ from toolkit.base.errors import RetryError, StoppedError, ToolkitError
 from toolkit.engine.ranks import TIMEOUT_S, join_group, world_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
-POLL_S = 0.05
+POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
-"""How long the one that tells may take, and those that are still there to say so."""
+"""How long a process may take to say that it is there, and the one that tells to tell."""
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
     r"|remote process exited|ncclRemoteError|gloo.*(?:read|write) error|socket timeout|timed out"
@@ -74,10 +75,17 @@ def join(timeout_s: float | None = None) -> Peers | None:
 
 
 class Peers:
-    """The other processes of the run, reached through ``store``."""
+    """The other processes of the run, reached through ``store``.
+
+    A thread listens for the failure of one of them: the store may be gone with the process that
+    held it by the time that this one notices.
+    """
 
     def __init__(self, store: Any, number: int, size: int) -> None:
         self.store, self.number, self.size = store, number, size
+        self.heard: int | None = None
+        self._over = threading.Event()
+        threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
         """What each process gave under ``name`` (JSON), by its number. Waits for all of them.
@@ -85,59 +93,79 @@ class Peers:
         Raises:
             PeerFailed: one of them has failed.
         """
-        self.store.set(f"{name}-{self.number}", json.dumps(value))
-        keys = [f"{name}-{number}" for number in range(self.size)]
-        while not self.store.check(keys):
-            if self.store.check(["failed"]):
-                raise PeerFailed
+        self._say(name, value)
+        while missing := self._missing(name):
+            if self.heard is not None:
+                raise PeerFailed(f"{_named(missing)} did not come")
             time.sleep(POLL_S)
-        return [json.loads(self.store.get(key)) for key in keys]
+        return [json.loads(self.store.get(f"{name}-{n}")) for n in range(self.size)]
+
+    def leave(self) -> None:
+        """All have come to the end."""
+        self.exchange("end")
+        self._over.set()
+        self._say("left")
+        if self.number == 0:  # it may hold the store
+            self._wait(lambda: not self._missing("left"))
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
     def ending(self, error: Exception) -> BaseException:
         """What this process ends with: an error, if it is the one that tells, else the exit with
         the code of the one that does.
         """
         try:
-            return self._ending(error)
+            told = self._tell(error)
         except RuntimeError:  # the store went with the first process, which held it
-            if not is_gone(error):
+            if self.heard is None and not is_gone(error):
                 return error
-            return gone([0], error) if self.number == 1 else SystemExit(RetryError.exit_code)
+            told = gone([0], error) if self.heard is None and self.number == 1 else None
+        if told is not None:
+            return told
+        # The first process that ends makes a launcher end the others: it has to have told by then.
+        time.sleep(ANSWER_S)
+        return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
 
-    def leave(self) -> None:
-        """All have come to the end."""
-        self.exchange("end")
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-    def _ending(self, error: Exception) -> BaseException:
-        self.store.set(f"answer-{self.number}", "")
-        lost = is_gone(error)
-        if lost or isinstance(error, StoppedError):
-            missing = self._missing()
-            if isinstance(error, StoppedError) and missing:
-                error.message += f"; {_named(missing)} did not answer"
-            elif lost:
+    def _tell(self, error: Exception) -> Exception | None:
+        """The error that this process is to tell, or None where another does."""
+        self._say("answer")
+        if isinstance(error, StoppedError) or is_gone(error):
+            self._wait(lambda: not self._missing("answer") or self.heard is not None)
+            missing = self._missing("answer")
+            if not isinstance(error, StoppedError):
                 error = gone(missing, error)
-        if not self.store.check(["failed"]) and self.store.add("told", 1) == 1:
+            elif missing:
+                error.message += f"; {_named(missing)} did not answer"
+        if self.heard is None and self.store.add("told", 1) == 1:
+            self._over.set()
             code = error.exit_code if isinstance(error, ToolkitError) else 70
             self.store.set("failed", json.dumps(code))
+            self._wait(lambda: not set(self._missing("heard")) - {self.number})
             return error
-        end = time.monotonic() + ANSWER_S
-        while not self.store.check(["failed"]) and time.monotonic() < end:
-            time.sleep(POLL_S)
-        # The first process that ends makes a launcher end the others: it should have told by then.
-        time.sleep(ANSWER_S)
-        told = self.store.check(["failed"])
-        return SystemExit(json.loads(self.store.get("failed")) if told else RetryError.exit_code)
+        self._wait(lambda: self.heard is not None)
+        return None
 
-    def _missing(self) -> list[int]:
-        """Those that have not said that they end too, after some time, unless one has told why."""
+    def _say(self, name: str, value: Any = None) -> None:
+        self.store.set(f"{name}-{self.number}", json.dumps(value))
+
+    def _missing(self, name: str) -> list[int]:
+        """The processes that have not said ``name``."""
+        return [n for n in range(self.size) if not self.store.check([f"{name}-{n}"])]
+
+    def _listen(self) -> None:
+        try:
+            while not self._over.wait(LISTEN_S):
+                if self.store.check(["failed"]):
+                    self.heard = json.loads(self.store.get("failed"))
+                    self._say("heard")
+                    return
+        except RuntimeError:  # the store is gone
+            return
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Until ``condition`` holds, or for as long as an answer may take."""
         end = time.monotonic() + ANSWER_S
-        while True:
-            missing = [n for n in range(self.size) if not self.store.check([f"answer-{n}"])]
-            if not missing or self.store.check(["failed"]) or time.monotonic() > end:
-                return missing
+        while not condition() and time.monotonic() < end:
             time.sleep(POLL_S)
 
 

@@ -159,14 +159,7 @@ def check(trainer: Any, folder: Path) -> None:
             where=str(folder),
             fix="name an earlier one, or set runtime.resume: auto to use the latest sound one",
         )
-    described = checkpoint.read_json(folder, STATE)
-    ranks = trainer.accelerator.num_processes
-    if described["world_size"] != ranks:
-        raise ConfigError(
-            f"written by {described['world_size']} processes, this run has {ranks}",
-            where=str(folder),
-            fix=f"start with --nproc-per-node {described['world_size']}, or begin another run",
-        )
+    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes)
 
 
 def load_policy(trainer: Any, folder: Path) -> None:

@@ -70,6 +70,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -
         if is_first_rank():
             for line in passed:
                 options.out.write(f"passed over a torn checkpoint: {line}\n")
+        if found is not None:
+            checkpoint.refuse_other_world(found, world_size())
         parts = prepare(batch.kept(config, found), run_dir, company.peers)
         config = batch.settled(config, parts.config)
         _refuse_changes(config, parts, found)

@@ -1,0 +1,104 @@
+"""The small world of ``train_world``, trained by several processes that are forked."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import train_world as world
+from safetensors.torch import load_file
+
+from toolkit.train.launch import environment, free_port
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SLOW_REWARDS = """\
+import time
+
+def ones(completions, **_):
+    time.sleep(0.1)
+    return [c.count("1") / max(1, len(c)) for c in completions]
+"""
+MENDABLE_REWARDS = """\
+import os
+
+def ones(completions, trainer_state=None, **_):
+    if os.environ.get("RANK") == "1" and trainer_state.global_step >= 2:
+        raise ValueError("the reward of process 1")
+    return [c.count("1") / max(1, len(c)) for c in completions]
+"""
+
+
+def start(run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=None) -> list[int]:
+    """The ranks of a run, forked; their pids. What they print lies in ``run_dir``-RANK.txt."""
+    port = free_port()
+
+    def rank(number: int):
+        def begin() -> None:
+            os.environ.update(environment(number, size, port))
+            from toolkit.train import ranks
+
+            ranks.ANSWER_S = 1.0
+            record_logs(run_dir.with_name(f"{run_dir.name}-{number}.jsonl"))
+            if before is not None:
+                before(number)
+
+        return begin
+
+    place = f'runtime.output_dir="{run_dir}"'
+    return [
+        world.forked(run_file, output(run_dir, n), place, *overrides, before=rank(n))
+        for n in range(size)
+    ]
+
+
+def output(run_dir: Path, number: int) -> Path:
+    return run_dir.with_name(f"{run_dir.name}-{number}.txt")
+
+
+def told(run_dir: Path, size: int = 2) -> str:
+    """All that the ranks printed."""
+    paths = [output(run_dir, number) for number in range(size)]
+    return "".join(path.read_text() for path in paths if path.exists())
+
+
+def record_logs(path: Path) -> None:
+    """Have this process write what its trainer logs, and at the end the sum of its adapter."""
+    from transformers import Trainer
+
+    from toolkit.train.state import trainable
+
+    log, train = Trainer.log, Trainer.train
+
+    def noted(line: object) -> None:
+        with path.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def logged(trainer, logs, *args, **kwargs):
+        if "train_runtime" not in logs:
+            noted({name: value for name, value in logs.items() if "time" not in name})
+        return log(trainer, logs, *args, **kwargs)
+
+    def trained(trainer, *args, **kwargs):
+        end = train(trainer, *args, **kwargs)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        noted({name: p.detach().double().sum().item() for name, p in trainable(model).items()})
+        return end
+
+    Trainer.log, Trainer.train = logged, trained
+
+
+def distance(one: Path, other: Path) -> float:
+    """The largest difference of two adapters, in an element."""
+    mine, theirs = (load_file(d / "adapter/adapter_model.safetensors") for d in (one, other))
+    assert set(mine) == set(theirs)
+    return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
+
+
+def size_of(run_dir: Path) -> float:
+    """The largest element of an adapter: what the differences are to be measured by."""
+    tensors = load_file(run_dir / "adapter/adapter_model.safetensors").values()
+    return max(torch.max(tensor.abs()).item() for tensor in tensors)

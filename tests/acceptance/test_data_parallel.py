@@ -1,0 +1,210 @@
+"""Several processes, one run: what one process would have learned, the same bytes each time, one
+message when it fails, and a stop that all agree on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import rank_world as ranks
+import train_world as world
+
+from toolkit.train import checkpoint
+
+SLOW = ('reward.functions=[{name: "slow_rewards:ones"}]', "runtime.allow_code=[slow_rewards]")
+HALF = ("grpo.per_device_train_batch_size=4",)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    (made.parent / "slow_rewards.py").write_text(ranks.SLOW_REWARDS)
+    (made.parent / "broken_rewards.py").write_text(ranks.MENDABLE_REWARDS)
+    return made
+
+
+def finish(pids, run_dir):
+    codes = [world.wait(pid) for pid in pids]
+    assert codes == [0] * len(pids), ranks.told(run_dir, len(pids))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# how one process runs it, how each of two does, what both have
+SPLITS = [
+    pytest.param((), HALF, ("grpo.beta=0.05",), id="batch"),
+    pytest.param(
+        ("grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=4"),
+        ("grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=2"),
+        ("grpo.scale_rewards=batch",),
+        id="accumulation",
+    ),
+    pytest.param(
+        ("grpo.per_device_train_batch_size=12",),
+        ("grpo.per_device_train_batch_size=6",),
+        ("grpo.loss_type=grpo",),
+        id="a group on two ranks",
+    ),
+    *(
+        pytest.param((), HALF, (f"grpo.loss_type={loss}",), id=loss, marks=pytest.mark.slow)
+        for loss in ("dr_grpo", "cispo", "sapo", "luspo", "vespo")
+    ),
+]
+
+
+@pytest.mark.parametrize(("alone", "together", "both"), SPLITS)
+def test_two_ranks_learn_what_one_learns(run_file, tmp_path, alone, together, both):
+    steps = "grpo.max_steps=4"
+    one, two = tmp_path / "one", tmp_path / "two"
+    pid = world.forked(
+        run_file, tmp_path / "one.txt", f'runtime.output_dir="{one}"', steps, *alone, *both
+    )
+    finish(ranks.start(run_file, two, steps, *together, *both), two)
+    assert world.wait(pid) == 0, (tmp_path / "one.txt").read_text()
+    texts = [
+        [(row["step"], row["prompt"], row["completion"]) for row in world.rows(d, COMPLETIONS)]
+        for d in (one, two)
+    ]
+    assert texts[0] == texts[1]  # the same prompts, and the same draws
+    assert ranks.distance(one, two) < 1e-4 < 0.02 < ranks.size_of(one)
+    for mine, theirs in zip(world.rows(one), world.rows(two), strict=True):
+        for name in ("reward", "reward_std", "entropy", "completion_length", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+COMPLETIONS = "completions.jsonl"
+
+
+def test_killed_together_two_ranks_resume_to_the_same_bytes(run_file, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(ranks.start(run_file, whole, *HALF, *SLOW), whole)
+    logs = [(tmp_path / f"whole-{n}.jsonl").read_text() for n in (0, 1)]
+    assert logs[0] == logs[1]  # metrics and adapter, on both
+    assert len(logs[0].splitlines()) >= 7
+    pids = ranks.start(run_file, cut, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.rows_or_none(cut)) >= 3)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert [world.wait(pid) for pid in pids] == [-signal.SIGKILL] * 2
+    assert 0 < checkpoint.list_steps(cut)[0] < 6
+    # As many processes as then, or none begins.
+    pid = world.forked(run_file, tmp_path / "alone.txt", f'runtime.output_dir="{cut}"', *SLOW)
+    assert world.wait(pid) == 1
+    refused = (tmp_path / "alone.txt").read_text()
+    assert "written by 2 processes, this run has 1" in refused
+    assert "--nproc-per-node 2" in refused
+    finish(ranks.start(run_file, cut, *HALF, *SLOW), cut)
+    assert world.digests(cut) == world.digests(whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_all_with_one_message(run_file, tmp_path, victim):
+    run_dir = tmp_path / "run"
+    pids = ranks.start(run_file, run_dir, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    os.kill(pids[victim], signal.SIGKILL)
+    sent = time.monotonic()
+    assert world.wait(pids[victim]) == -signal.SIGKILL
+    assert world.wait(pids[1 - victim]) == 4
+    assert time.monotonic() - sent < 20
+    told = ranks.told(run_dir)
+    assert told.count("\nerror:") == 1, told
+    assert f"process {victim} of this run is gone" in told
+    assert "resumes from the last checkpoint" in told
+    assert "Traceback" not in told
+
+
+def test_what_fails_on_one_rank_is_told_once_and_ends_all_with_its_code(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    broken = [line.replace("slow_", "broken_") for line in SLOW]
+    pids = ranks.start(run_file, run_dir, *HALF, *broken)
+    assert [world.wait(pid) for pid in pids] == [1, 1]
+    told = ranks.told(run_dir)
+    assert told.count("\nerror:") == 1, told
+    assert "ValueError: the reward of process 1" in told
+    assert (run_dir / "bad_rewards.jsonl").exists()
+    assert checkpoint.list_steps(run_dir) == [2]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_rank_stops_all_where_they_agree(run_file, tmp_path, victim):
+    run_dir = tmp_path / "run"
+    pids = ranks.start(run_file, run_dir, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    os.kill(pids[victim], signal.SIGUSR1)
+    assert [world.wait(pid) for pid in pids] == [75, 75], ranks.told(run_dir)
+    told = ranks.told(run_dir)
+    latest = checkpoint.list_steps(run_dir)[0]
+    assert told.count("\nerror:") == 1, told
+    assert f"stopped by SIGUSR1; checkpoint-{latest} is written" in told
+    assert checkpoint.faults(run_dir / f"checkpoint-{latest}") == []
+    assert len(world.rows(run_dir)) == latest
+
+
+def command(*words, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=world.environment(**more),
+    )
+
+
+def test_the_command_starts_its_ranks_and_hands_on_signals_and_the_code(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
+    words = ["toolkit", "train", run_file, "--nproc-per-node", "2", "--output-dir", run_dir]
+    process = command(*map(str, words), *sets)
+    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "2 processes" in out
+    assert err.count("error: ") == 1
+    assert "stopped by SIGTERM" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too(run_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(ranks.start(run_file, one, *HALF, *SLOW), one)
+    sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "toolkit", "train"]
+    process = command(*launcher, str(run_file), "--output-dir", str(two), *sets)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "2 processes" in out
+    assert world.digests(one) == world.digests(two)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("steps", [pytest.param(1, id="once"), slow(6)])
+def test_two_engines_of_vllm_learn_what_one_learns(run_file, tmp_path, steps):
+    pytest.importorskip("vllm")
+    one, two = tmp_path / "one", tmp_path / "two"
+    both = ("runtime.engine=vllm", f"grpo.max_steps={steps}", "grpo.num_generations=4")
+    finish(ranks.start(run_file, two, "grpo.per_device_train_batch_size=6", *both), two)
+    logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
+    assert logs[0] == logs[1]
+    texts = {row["completion"] for row in world.rows(two, COMPLETIONS)}
+    assert len(texts) > 6  # two ranks, two draws
+    if steps == 1:
+        return
+    place = f'runtime.output_dir="{one}"'
+    whole = "grpo.per_device_train_batch_size=12"
+    pid = world.forked(run_file, tmp_path / "one.txt", place, whole, *both)
+    assert world.wait(pid) == 0, (tmp_path / "one.txt").read_text()
+    rows = [[row["completion"] for row in world.rows(d, COMPLETIONS)] for d in (one, two)]
+    assert rows[0] == rows[1]
+    assert ranks.distance(one, two) < 1e-4 < 0.02 < ranks.size_of(one)
