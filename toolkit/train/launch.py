@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
+Child = subprocess.Popen[bytes]
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_S = 0.1
 PATIENCE_S = 30.0
@@ -32,18 +33,27 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     That is the code of the first that ended with one, 128 + signal where all were killed, or 0.
     Signals go to every process. Raises OSError.
     """
-    port = free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "toolkit", *arguments],
-            env=environment(number, processes, port),
-            stdin=subprocess.DEVNULL,
-            # Ctrl-C on a terminal reaches the whole group: it is handed on once, not twice.
-            start_new_session=True,
-        )
-        for number in range(processes)
-    ]
-    with _handing_on(children):
+    port, children, early = free_port(), list[Child](), list[int]()
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        if len(children) < processes:
+            early.append(number)
+        else:
+            _send(children, number)
+
+    with _listening(hand_on):
+        for number in range(processes):
+            child = subprocess.Popen(
+                [sys.executable, "-m", "toolkit", *arguments],
+                env=environment(number, processes, port),
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C on a terminal reaches the whole group: it is handed on once, not twice.
+                start_new_session=True,
+            )
+            children.append(child)
+        for number in early:
+            _send(children, number)
         return _wait(children)
 
 
@@ -70,20 +80,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def _handing_on(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        del frame
-        _send(children, number)
-
-    before = {number: signal.signal(number, hand_on) for number in HANDED_ON}
+def _listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in HANDED_ON}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, known in before.items():
+            signal.signal(number, known)
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(children: Sequence[Child]) -> int:
     """Until all have ended. One that fails takes the others with it, who get time to do so
     themselves: they notice, and one of them may have something to say.
     """
@@ -106,7 +112,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     return told or killed
 
 
-def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _send(children: Sequence[Child], number: int) -> None:
     for child in children:
         if child.poll() is None:
             child.send_signal(number)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from toolkit.base.errors import ConfigError
 from toolkit.config import load_run
 from toolkit.config.validate import check_instance
+from toolkit.gpu.checks import run_checks
 from toolkit.gpu.snapshot_json import node_from_json
 from toolkit.train import preflight
 
@@ -17,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 import cases
 
 if TYPE_CHECKING:
-    import pytest
-
     from toolkit.gpu.snapshot import NodeSnapshot
 
 LLAMA = {
@@ -37,10 +41,10 @@ LLAMA = {
 }
 
 
-def prepared(folder: Path, node: NodeSnapshot, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """preflight.json of a small run on a given node."""
+def prepared_run(folder: Path) -> Path:
+    """A small run."""
     model = folder / "model"
-    model.mkdir()
+    model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(LLAMA))
     (folder / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     run = {
@@ -54,8 +58,14 @@ def prepared(folder: Path, node: NodeSnapshot, monkeypatch: pytest.MonkeyPatch) 
         "runtime": {"output_dir": str(folder / "out")},
     }
     (folder / "run.json").write_text(json.dumps(run))
+    return folder / "run.json"
+
+
+def prepared(folder: Path, node: NodeSnapshot, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """preflight.json of a small run on a given node."""
+    run_file = prepared_run(folder)
     monkeypatch.setattr(preflight, "take", lambda **_: node)
-    ready = preflight.preflight(load_run(folder / "run.json"), judge=False)
+    ready = preflight.preflight(load_run(run_file), judge=False)
     written = ready.write(folder)
     report: dict[str, Any] = json.loads(written.read_text())
     return report
@@ -82,3 +92,82 @@ def test_hidden_gpus_make_a_cpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     case = cases.load("h100x8-hidden")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert prepared(tmp_path, node_from_json(case.node), monkeypatch)["device"] is None
+
+
+class Told:
+    """Peers of which the others have told their devices already."""
+
+    def __init__(self, *others: dict[str, Any] | None) -> None:
+        self.others, self.size, self.number = others, 1 + len(others), 0
+
+    def exchange(self, name: str, value: Any) -> list[Any]:
+        assert name == "device"
+        return json.loads(json.dumps([value, *self.others]))
+
+
+def card(total_gib: int, free_gib: float, name: str = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
+    return {
+        "name": name,
+        "total_bytes": total_gib << 30,
+        "free_bytes": int(free_gib * (1 << 30)),
+        "context_bytes": 682 << 20,
+        "compute_capability": [9, 0],
+        "reserved_bytes": None,
+        "here": True,
+    }
+
+
+def ranked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, peers: Told | None, name: str = "h100x8-healthy"
+) -> preflight.Preflight:
+    prepared(folder, node_from_json(cases.load(name).node), monkeypatch)
+    config = load_run(folder / "run.json", world_size=2)
+    return preflight.preflight(config, world_size=2, judge=False, peers=peers)
+
+
+def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = node_from_json(cases.load("h100x8-healthy").node)
+    for name, value in {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    config = load_run(prepared_run(tmp_path))
+    asked = preflight.context_of(config, node)
+    assert asked.gpu_index == 3
+    assert asked.world_size == 4  # this node's, not the whole run's
+    assert asked.gpus_wanted == 4
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    assert preflight.context_of(config, node).gpu_index is None
+    asked = replace(preflight.context_of(config, node), world_size=9)
+    failed = [check.evidence for check in run_checks(node, asked) if check.verdict == "fail"]
+    assert any("9" in evidence and "8" in evidence for evidence in failed), failed
+
+
+def test_all_are_sized_for_the_smallest_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = ranked(tmp_path / "a", monkeypatch, None)
+    tight = ranked(tmp_path / "b", monkeypatch, Told(card(80, 40)))
+    assert tight.device is not None
+    assert alone.device is not None
+    assert tight.device.free_bytes == 40 << 30 < alone.device.free_bytes
+    assert tight.device.compute_capability == (9, 0)
+    mine, theirs = tight.config.model, alone.config.model
+    assert mine.gpu_memory_utilization < theirs.gpu_memory_utilization
+    # From the other side: the process on the card with a tenant comes to the same values.
+    monkeypatch.setattr(preflight.Device, "from_node", lambda *_: tight.device)
+    other = ranked(tmp_path / "c", monkeypatch, Told(dataclasses.asdict(alone.device)))
+    assert dataclasses.replace(other.config.model, model_name="") == dataclasses.replace(
+        mine, model_name=""
+    )
+
+
+def test_a_larger_card_with_less_room_than_its_share_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of the smallest card is more than the larger one has free."""
+    with pytest.raises(ConfigError):
+        ranked(tmp_path, monkeypatch, Told(card(400, 80, "NVIDIA B300")))
+
+
+def test_gpu_and_cpu_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="1 of 2 processes have a GPU, not process 1"):
+        ranked(tmp_path, monkeypatch, Told(None))

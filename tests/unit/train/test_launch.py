@@ -1,0 +1,91 @@
+"""The launcher of one node: one exit code, signals handed on, nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.train import launch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def acting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Have each process run a line of shell, which knows its RANK, in place of the toolkit."""
+
+    def act(line: str) -> int:
+        script = tmp_path / "python"
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        monkeypatch.chdir(tmp_path)
+        return launch.launch(["train", "run.yaml"], 2)
+
+    monkeypatch.setattr(launch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    return act
+
+
+def test_processes_know_of_each_other(acting, tmp_path: Path) -> None:
+    line = 'echo "$* $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >out$RANK'
+    assert acting(line) == 0
+    told = [(tmp_path / f"out{n}").read_text().split() for n in (0, 1)]
+    assert [words[:6] for words in told] == [
+        ["-m", "toolkit", "train", "run.yaml", "2", str(n)] for n in (0, 1)
+    ]
+    assert told[0][6:8] == ["2", "127.0.0.1"]
+    assert told[0][8] == told[1][8]
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("exit 75", 75),
+        ("[ $RANK = 1 ] && exit 3; sleep 0.2; exit 1", 3),
+        ("[ $RANK = 1 ] && kill -9 $$; sleep 0.1; exit 4", 4),
+        ("kill -9 $$", 137),
+        ("[ $RANK = 1 ] && exit 1; exec sleep 60", 1),
+        ("[ $RANK = 1 ] && exit 1; trap '' TERM; while :; do sleep 0.1; done", 1),
+    ],
+)
+def test_one_exit_code_and_nobody_goes_on(acting, line: str, code: int) -> None:
+    begin = time.monotonic()
+    assert acting(line) == code
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_are_handed_on_once(acting, tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    ready = [tmp_path / "ready0", tmp_path / "ready1"]
+
+    def send() -> None:
+        while not all(path.exists() for path in ready):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    name = number.name.removeprefix("SIG")
+    assert (
+        acting(
+            f"trap 'echo got >>got$RANK; exit 75' {name}\n>ready$RANK\nwhile :; do sleep 0.05; done"
+        )
+        == 75
+    )
+    assert [(tmp_path / f"got{n}").read_text() for n in (0, 1)] == ["got\n"] * 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_free_port_can_be_taken() -> None:
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", launch.free_port()))

@@ -1,0 +1,145 @@
+"""What the processes of a run tell each other: one speaks, all end with its code."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from torch.distributed import HashStore
+
+from toolkit.base.errors import ConfigError, NodeError, RetryError, StoppedError
+from toolkit.train import ranks
+from toolkit.train.ranks import PeerFailed, Peers, gone, is_gone, join
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LOST = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    " [127.0.0.1]:15238. This is typically caused by a remote worker crashing."
+)
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "ANSWER_S", 0.3)
+    monkeypatch.setattr(ranks, "LISTEN_S", 0.02)
+
+
+def together(*parts: Callable[[Peers], Any]) -> list[Any]:
+    """Each part in a thread, as a process of a run; what they gave or raised."""
+    store, found = HashStore(), [None] * len(parts)
+
+    def process(number: int) -> None:
+        try:
+            found[number] = parts[number](Peers(store, number, len(parts)))
+        except Exception as error:  # noqa: BLE001 - it is what the test looks at
+            found[number] = error
+
+    threads = [threading.Thread(target=process, args=(n,)) for n in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    return found
+
+
+def test_a_run_of_one_process_has_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join() is None
+
+
+def test_no_meeting_is_a_reason_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RetryError, match="the 2 processes of this run did not meet") as refused:
+        join(1.0)
+    assert "MASTER_PORT" in str(refused.value.fix)
+
+
+def test_each_hears_what_all_gave() -> None:
+    given = together(*(lambda p, n=n: p.exchange("value", {"n": n}) for n in range(3)))
+    assert given == [[{"n": 0}, {"n": 1}, {"n": 2}]] * 3
+
+
+def test_one_tells_and_all_end_with_its_code() -> None:
+    ended = together(
+        lambda p: p.ending(LOST),
+        lambda p: p.ending(ConfigError("bad reward")),
+        lambda p: p.ending(LOST),
+    )
+    assert isinstance(ended[1], ConfigError)
+    assert [end.code for end in (ended[0], ended[2])] == [1, 1]
+
+
+def test_the_same_error_everywhere_is_told_once() -> None:
+    ended = together(*(lambda p: p.ending(NodeError("bad card")) for _ in range(3)))
+    kinds = sorted(type(end).__name__ for end in ended)
+    assert kinds == ["NodeError", "SystemExit", "SystemExit"]
+    assert {end.code for end in ended if isinstance(end, SystemExit)} == {3}
+
+
+def test_who_is_gone_is_named() -> None:
+    ended = together(lambda p: p.ending(LOST), lambda _: None, lambda p: p.ending(LOST))
+    told = next(end for end in ended if isinstance(end, RetryError))
+    silent = next(end for end in ended if isinstance(end, SystemExit))
+    assert (
+        told.message
+        == "process 1 of this run is gone (Connection closed by peer [127.0.0.1]:15238)"
+    )
+    assert silent.code == 4
+
+
+def test_a_defect_keeps_its_own_code() -> None:
+    ended = together(lambda p: p.ending(KeyError("x")), lambda p: p.ending(LOST))
+    assert isinstance(ended[0], KeyError)
+    assert ended[1].code == 70
+
+
+def test_a_stop_says_who_did_not_answer() -> None:
+    ended = together(lambda p: p.ending(StoppedError("stopped by SIGTERM")), lambda _: None)
+    assert ended[0].message == "stopped by SIGTERM; process 1 did not answer"
+    both = together(*(lambda p: p.ending(StoppedError("stopped by SIGTERM")) for _ in range(2)))
+    told = next(end for end in both if isinstance(end, StoppedError))
+    assert told.message == "stopped by SIGTERM"
+
+
+def test_nobody_waits_for_one_that_failed() -> None:
+    ended = together(
+        lambda p: p.ending(ConfigError("no such model")), lambda p: p.exchange("device", None)
+    )
+    assert isinstance(ended[1], PeerFailed)
+
+
+def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("Broken pipe")
+
+    told = Peers(Broken(), 1, 3).ending(LOST)
+    assert isinstance(told, RetryError)
+    assert "process 0 of this run is gone" in told.message
+    silent = Peers(Broken(), 2, 3).ending(LOST)
+    assert isinstance(silent, SystemExit)
+    assert silent.code == 4
+    own = ConfigError("mine")
+    assert Peers(Broken(), 2, 3).ending(own) is own
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (str(LOST), True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("Timed out waiting 1800000ms for recv operation to complete", True),
+        ("CUDA out of memory", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
+    assert is_gone(RuntimeError(text)) is expected
+    assert not is_gone(ConfigError(text))
+    assert gone([], RuntimeError(text)).message.startswith("another process of this run is gone")

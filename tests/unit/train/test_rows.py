@@ -1,0 +1,98 @@
+"""The number of a completion in the whole batch, whoever draws it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from toolkit.train.rows import Rows
+
+
+def trainer(rank: int = 0, ranks: int = 1, *, steps: int = 1, **more: Any) -> Any:
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(process_index=rank, num_processes=ranks),
+        args=SimpleNamespace(seed=3, steps_per_generation=steps),
+        model=SimpleNamespace(training=more.pop("training", True)),
+        state=SimpleNamespace(global_step=more.pop("global_step", 0)),
+        num_iterations=1,
+        _step=more.pop("step", 0),
+        tools=more.pop("tools", None),
+    )
+
+
+def draws(of: Any, prompts: list[list[int]], batches: int = 1) -> list[tuple[int, int]]:
+    """(seed of the call, row) of everything that a rank draws."""
+    rows, found = Rows(of), []
+    for _ in range(batches):
+        rows.begin(len(prompts))
+        seed, numbers = rows.call(prompts)
+        rows.drawn(numbers, prompts, prompts)
+        found += [(seed, number) for number in numbers]
+    return found
+
+
+def test_ranks_deal_the_rows_of_one_process_between_them() -> None:
+    prompts = [[1]] * 8
+    whole = draws(trainer(), prompts)
+    assert whole == [*draws(trainer(0, 2), prompts[:4]), *draws(trainer(1, 2), prompts[4:])]
+    assert len({seed for seed, _ in whole}) == 1
+    assert [row for _, row in whole] == list(range(8))
+
+
+def test_a_generation_is_one_however_many_micro_steps_it_feeds() -> None:
+    """One process with four micro-steps a generation, and two with two."""
+    for generation in range(3):
+        one = draws(trainer(steps=4, step=4 * generation), [[1]] * 4)
+        two = draws(trainer(0, 2, steps=2, step=2 * generation), [[1]] * 2)
+        assert two == one[:2]
+    later = draws(trainer(steps=4, step=4), [[1]])
+    assert later != draws(trainer(steps=4, step=0), [[1]])
+
+
+def test_evaluation_counts_through_its_batches_and_draws_nothing_of_training() -> None:
+    whole = draws(trainer(training=False, global_step=5), [[1]] * 4, batches=2)
+    parts = [draws(trainer(r, 2, training=False, global_step=5), [[1]], batches=4) for r in (0, 1)]
+    assert sorted(whole) == sorted(parts[0] + parts[1])
+    assert len(set(whole)) == 8
+    assert not set(whole) & set(draws(trainer(step=5, global_step=5), [[1]] * 8))
+
+
+def test_the_same_batch_twice_is_two_draws() -> None:
+    twice = draws(trainer(), [[1]] * 4, batches=2)
+    assert len(set(twice)) == 8
+
+
+def test_a_turn_of_the_tool_loop_finds_its_rows() -> None:
+    """It is about some of the rows, and does not say which."""
+    rows = Rows(trainer(1, 2, tools=[print]))
+    prompts = [[1, 2]] * 4
+    rows.begin(4)
+    first, numbers = rows.call(prompts)
+    assert numbers == [4, 5, 6, 7]
+    completions = [[7], [8], [7], [9]]
+    rows.drawn(numbers, prompts, completions)
+    going_on = [[1, 2, 8, 50], [1, 2, 7, 50], [1, 2, 9, 51]]
+    second, numbers = rows.call(going_on)
+    assert numbers == [5, 6, 7]
+    assert second != first
+    rows.drawn(numbers, going_on, [[3], [3], [4]])
+    third, numbers = rows.call([[1, 2, 7, 50, 3, 60]])
+    assert numbers == [6]
+    assert third not in (first, second)
+    rows.drawn(numbers, [[1, 2, 7, 50, 3, 60]], [[5]])
+    rows.begin(4)
+    assert rows.call(prompts) == (first, [12, 13, 14, 15])
+
+
+def test_a_row_that_was_cut_short_is_taken_by_its_place() -> None:
+    rows = Rows(trainer(tools=[print]))
+    rows.begin(3)
+    _, numbers = rows.call([[1]] * 3)
+    rows.drawn(numbers, [[1]] * 3, [[4, 5, 6], [7, 8], [9]])
+    _, numbers = rows.call([[1, 4, 50], [1, 7, 8, 50], [1, 9, 50]])
+    assert numbers == [0, 1, 2]
+
+
+def test_it_asks_for_no_more_than_a_bare_trainer_has() -> None:
+    rows = Rows(SimpleNamespace())
+    assert rows.call([[1], [2]])[1] == [0, 1]
