@@ -145,7 +145,7 @@ if [ "${1:-}" = toolkit ] && [ "${2:-}" = train ]; then
         shift 2
         while [ "$#" -gt 0 ]; do
             case "$1" in
-                --set | --output-dir | --max-steps | --resume) [ "$#" -lt 2 ] || shift ;;
+                --set | --output-dir | --max-steps | --resume | --nproc-per-node) [ "$#" -lt 2 ] || shift ;;
                 -*) ;;
                 *)
                     printf '%s' "$1"
@@ -171,6 +171,13 @@ check_run_file() { # TRAIN-ARGUMENTS...
                 shift
                 arguments=$((arguments - 1))
                 ;;
+            --nproc-per-node)
+                [ "$arguments" -gt 0 ] || break
+                export WORLD_SIZE="$1"
+                shift
+                arguments=$((arguments - 1))
+                ;;
+            --nproc-per-node=*) export WORLD_SIZE="${argument#*=}" ;;
             --set=*) set -- "$@" "$argument" ;;
             --output-dir=*) set -- "$@" --set "runtime.output_dir=${argument#*=}" ;;
         esac

@@ -63,7 +63,7 @@ def examine(
 def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
     from toolkit.config import load_run  # noqa: PLC0415 - a YAML parser, only for a run file
 
-    return load_run(path, overrides)
+    return load_run(path, overrides, world_size=world_size(os.environ))
 
 
 def facts(run: RunConfig) -> dict[str, Any]:
@@ -88,9 +88,18 @@ def facts(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def world_size(environ: Mapping[str, str]) -> int:
+    """Processes of the whole job, as torchrun says; 1 where it does not."""
+    return _processes(environ, "WORLD_SIZE")
+
+
 def local_world_size(environ: Mapping[str, str]) -> int:
     """Processes of this job on this node, as torchrun says; 1 where it does not."""
-    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+    return _processes(environ, "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+
+
+def _processes(environ: Mapping[str, str], *names: str) -> int:
+    for name in names:
         if re.fullmatch(r"[0-9]{1,6}", environ.get(name, "")):
             return max(1, int(environ[name]))
     return 1

@@ -76,6 +76,17 @@ def test_the_preflight_judges_what_the_options_make_of_the_run_file(
     assert f"envcheck check --config {asked}\n" in result.stderr
 
 
+@pytest.mark.parametrize("option", [["--nproc-per-node", "4"], ["--nproc-per-node=4"]])
+def test_the_preflight_knows_how_many_processes_there_will_be(
+    commands: Path, option: list[str]
+) -> None:
+    write(commands / "envcheck", 'echo "$* for $WORLD_SIZE"')
+    write(commands / "toolkit", 'echo "toolkit $*, ${WORLD_SIZE:-no} world yet"')
+    result = call(commands, "toolkit", "train", *option, "run.yaml")
+    assert "check --config run.yaml for 4\n" in result.stderr
+    assert result.stdout == f"toolkit train {' '.join(option)} run.yaml, no world yet\n"
+
+
 @pytest.mark.parametrize("verdict", ["1", "2", "3", "4", "5", "70"])
 def test_the_code_of_the_preflight_is_passed_on(commands: Path, verdict: str) -> None:
     result = call(commands, "toolkit", "train", "run.yaml", VERDICT=verdict)

@@ -150,6 +150,16 @@ def test_each_task_of_several_nodes_knows_its_rank(cluster: Path) -> None:
     assert "MASTER_ADDR=node1,MASTER_PORT=29541" in log
 
 
+def test_the_pre_flight_of_several_nodes_knows_how_many_processes_there_will_be(
+    cluster: Path,
+) -> None:
+    """A batch that holds whole groups over 8 processes may not over one."""
+    write(cluster / "envcheck", 'echo "checks for $WORLD_SIZE, $LOCAL_WORLD_SIZE here" >>"$LOG"')
+    got, log, _ = batch(cluster, "train-multinode.sbatch", SLURM_NTASKS="8")
+    assert got == 0
+    assert "checks for 8, 4 here" in log.splitlines()
+
+
 def test_the_code_of_a_checkpoint_survives_several_nodes(cluster: Path) -> None:
     got, log, _ = batch(cluster, "train-multinode.sbatch", CODE="75")
     assert got == 75

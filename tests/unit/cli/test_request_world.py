@@ -1,0 +1,40 @@
+"""`envcheck check --config` inside a job of several processes judges for all of them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.cli import request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_processes_are_counted_as_the_launcher_says() -> None:
+    job = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert (request.world_size(job), request.local_world_size(job)) == (8, 4)
+    assert request.local_world_size({"WORLD_SIZE": "2"}) == 2
+    for nothing in ({}, {"WORLD_SIZE": "many"}, {"WORLD_SIZE": "0"}):
+        assert request.world_size(nothing) == request.local_world_size(nothing) == 1
+
+
+def test_whole_groups_over_all_processes_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    run = {
+        "model": {"model_name": "m"},
+        "dataset": {"path": "train.jsonl", "prompt": "question", "answer": "answer"},
+        "reward": {"functions": [{"name": "numeric_match"}]},
+        "grpo": {"per_device_train_batch_size": 1, "num_generations": 8},
+    }
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    with pytest.raises(ConfigError, match="does not divide the generation batch 1"):
+        request._load(path, ())
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert request._load(path, ()).grpo["num_generations"] == 8
