@@ -60,8 +60,8 @@ exec unshare --mount --propagation private bash -euc '
     cd "$FROM_DIR" 2>/dev/null || cd /tmp
     if [ "$USER_ID" = 0 ]; then
         export HOME=/root USER=root
-        exec apptainer "$@"
+        exec /usr/bin/apptainer "$@"
     fi
     export HOME=/home/builder USER=builder LOGNAME=builder
-    exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups -- apptainer "$@"
+    exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups -- /usr/bin/apptainer "$@"
 ' apptainer.sh "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a base image from the distribution's own archive, for a machine that reaches no container registry: the same release
 # and the same packages, another digest. Prints the image's name.
-# usage: stand-in.sh bookworm|noble [--print-name]
+# usage: stand-in.sh bookworm|noble
 #
 # bookworm stands in for python:3.11-slim-bookworm (Python 3.11), noble for the CUDA base on Ubuntu 24.04 (Python 3.12, no CUDA
 # file of the base: the wheels carry what torch and vLLM need).
@@ -11,17 +11,19 @@ set -euo pipefail
 
 release=${1:-}
 case "$release" in
-    bookworm) packages=ca-certificates,g++,python3,python3-venv,tini ;;
+    bookworm) packages=ca-certificates,g++,libnuma1,python3,python3-venv,tini ;;
     noble) packages=ca-certificates,g++,python3,python3-dev,python3-venv,tini ;;
     *) die 2 "usage: stand-in.sh bookworm|noble" ;;
 esac
-name=localhost/toolkit-stand-in:$release
+# Named after its packages too: another list is another base.
+made=$release-$(cksum <<<"$packages" | cut -d' ' -f1)
+name=localhost/toolkit-stand-in:$made
 # Debian has no keys of Ubuntu's archive; in this package they are, and its hash stands here. (2018 key: F6ECB3762474EDA9...991BC93C)
 UBUNTU_KEYS=http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb
 UBUNTU_KEYS_SHA256=36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8
 "$REPO/containers/tools.sh" mmdebstrap buildah
 
-archive=$SETUP/stand-in-$release.tar
+archive=$SETUP/stand-in-$made.tar
 if [ ! -s "$archive" ]; then
     mkdir -p "$SETUP"
     options=()
