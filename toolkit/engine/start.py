@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import InputError, ToolkitError, UnsupportedError
-from toolkit.engine import loader, sleep
+from toolkit.engine import experts, loader, sleep
 from toolkit.engine.live import Engine
 from toolkit.engine.ranks import join_group, world_size
 from toolkit.engine.seams import device_type
@@ -36,6 +36,7 @@ def start(options: EngineOptions) -> Engine:
         # the one that leaves expert weights as loaded
         arguments.setdefault("moe_backend", "triton")
     if device == "cpu":
+        experts.register()
         fit_cpu(arguments)
     if world_size() > 1:  # torchrun: one engine a rank
         join_group()
@@ -114,13 +115,6 @@ def check_model(options: EngineOptions, device: str) -> Any:
             f"vLLM has no model for {', '.join(architectures) or 'a config without architectures'}",
             where="model.model_name",
             fix="set fast_inference: false (runtime.engine: transformers)",
-        )
-    if device == "cpu" and options.enable_lora and has_experts(config):
-        raise UnsupportedError(
-            "vLLM serves LoRA on models with experts through Triton kernels only,"
-            " which a CPU has not",
-            where="model.fast_inference",
-            fix="set fast_inference: false on this machine (runtime.engine: transformers)",
         )
     return config
 
