@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
+import run_phases as phases
 import train_world as world
 
 from toolkit.train import checkpoint
@@ -17,7 +20,9 @@ def undisturbed(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
     run_file = world.make(tmp_path_factory.mktemp("w"))
-    assert world.wait(world.forked(run_file, run_file.parent / "out.txt")) == 0
+    often = "save_steps: 2\n  eval_strategy: steps\n  eval_steps: 3"
+    run_file.write_text(run_file.read_text().replace("save_steps: 2", often))
+    assert world.wait(world.forked(run_file, run_file.parent / "out.txt", evaluate=True)) == 0
     return run_file, world.digests(run_file.parent / "run")
 
 
@@ -87,7 +92,7 @@ def test_a_signal_between_steps_saves_at_the_end_of_the_step(undisturbed, tmp_pa
         steps = checkpoint.list_steps(run_dir)
         assert checkpoint.faults(run_dir / f"checkpoint-{steps[0]}") == []
         assert f"checkpoint-{steps[0]} is written" in out.read_text()
-        assert len(world.rows(run_dir)) == steps[0]
+        assert sum("loss" in row for row in world.rows(run_dir)) == steps[0]
         assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
     assert world.digests(run_dir) == expected
 
@@ -132,3 +137,97 @@ def test_while_loading_there_is_nothing_to_wait_for(undisturbed, tmp_path):
     os.kill(pid, signal.SIGTERM)
     assert world.wait(pid) == 75
     assert "no step had ended yet" in out.read_text()
+
+
+def slow_outside_of_steps(phase: str):
+    """Make a phase that is no part of a step last: evaluation where it samples, the rest before."""
+
+    def install():
+        from toolkit.train import signals
+
+        signals.GRACE_S = 0.3
+
+        def around(said, call):
+            if said != phase:
+                return call()
+            os.write(1, f"in {phase}\n".encode())
+            end = time.monotonic() + (2 if phase == "checkpoint" else 30)
+            while time.monotonic() < end:
+                time.sleep(0.05)
+            return call()
+
+        name = "held out" if phase.startswith("evaluation ") else phase
+        phases.wrap(name, around)
+
+    def install_evaluation():
+        from toolkit.train import signals
+        from toolkit.train.trainer import GRPOTrainer
+
+        signals.GRACE_S = 0.3
+        original = GRPOTrainer._generate_single_turn
+
+        def slowly(trainer, *args, **kwargs):
+            if not trainer.model.training:
+                os.write(1, b"in evaluation\n")
+                time.sleep(30)
+            return original(trainer, *args, **kwargs)
+
+        GRPOTrainer._generate_single_turn = slowly
+
+    return install_evaluation if phase == "evaluation" else install
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "saved"),
+    [
+        ("load", signal.SIGINT, None),
+        ("evaluation before", signal.SIGTERM, None),
+        ("evaluation", signal.SIGUSR1, 3),
+        ("checkpoint", signal.SIGTERM, 3),
+        ("evaluation after", signal.SIGINT, 8),
+        ("end", signal.SIGTERM, 8),
+    ],
+)
+def test_a_signal_outside_of_steps(undisturbed, tmp_path, phase, number, saved):
+    """What was to be lost is saved; a checkpoint that is being written is finished first."""
+    run_file, expected = undisturbed
+    run_dir, out = tmp_path / "run", tmp_path / "out.txt"
+    override = f'runtime.output_dir="{run_dir}"'
+    slowly = slow_outside_of_steps(phase)
+    pid = world.forked(run_file, out, override, before=slowly, evaluate=True)
+    world.wait_for(lambda: out.exists() and f"in {phase}" in out.read_text())
+    sent = time.monotonic()
+    os.kill(pid, number)
+    assert world.wait(pid) == 75, out.read_text()
+    assert time.monotonic() - sent < 20
+    written = "no step had ended yet" if saved is None else f"checkpoint-{saved} is written"
+    assert f"stopped by {number.name}; {written}" in out.read_text()
+    steps = checkpoint.list_steps(run_dir)
+    assert steps[:1] == ([] if saved is None else [saved])
+    assert all(checkpoint.faults(run_dir / f"checkpoint-{step}") == [] for step in steps)
+    assert list(run_dir.glob(".checkpoint-*")) == []
+    assert world.wait(world.forked(run_file, out, override, evaluate=True)) == 0, out.read_text()
+    assert world.digests(run_dir) == expected
+    assert (run_dir / "report.html").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_while_the_libraries_are_imported(undisturbed, tmp_path, number):
+    run_file, _ = undisturbed
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [world.BIN / "toolkit", "train", str(run_file), "--output-dir", str(run_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=world.environment(),
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    world.wait_for(lambda: "libtorch_cpu" in maps.read_text())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert out == ""
+    assert f"stopped by {number.name} before the run began" in err
+    assert "Traceback" not in err
+    assert not run_dir.exists()
