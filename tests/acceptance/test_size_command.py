@@ -177,10 +177,13 @@ def test_an_empty_interval_is_priced(run_file):
 
 
 def test_a_written_utilization_above_the_most(run_file):
-    override = "model.gpu_memory_utilization=0.97"
-    done = call("size", run_file, "--gpu", "h100", "--set", override, code=1)
+    override = ["--set", "model.gpu_memory_utilization=0.97"]
+    awake = ["--set", "model.enable_sleep_mode=false"]
+    done = call("size", run_file, "--gpu", "h100", *override, *awake, code=1)
     assert "0.97 is above" in done.stderr
     assert "fix:" in done.stderr
+    left_open = call("size", run_file, "--gpu", "h100", *override, "--json")
+    assert json.loads(left_open.stdout)["choice"]["enable_sleep_mode"] is True  # auto gives way
 
 
 def test_both_topologies(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.config.targets import SLOTS
 from toolkit.sizing import kv, lora
 from toolkit.sizing.spec import spec_from_values
 
@@ -149,8 +150,8 @@ def test_slots_on_the_projections_are_the_engines(built):
     name, _, _ = built
     spec = spec_from_values(_values(name), name=name)
     for rank in RANKS:
-        found = _slots(built, rank, lora.ENGINE_SLOTS)
-        assert lora.engine_elements(spec, rank, 1, lora.ENGINE_SLOTS) * WIDTH == found
+        found = _slots(built, rank, SLOTS)
+        assert lora.engine_elements(spec, rank, 1, SLOTS) * WIDTH == found
 
 
 def _slots(built, rank, modules):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.sizing.batch import TRL_DEFAULTS
-from toolkit.sizing.lora import LEGAL_RANKS
 from toolkit.sizing.trainer import HEAD_COLUMNS, HEAD_TOKENS
 from toolkit.sizing.weights import VOCABULARY_PADDING
 
@@ -17,15 +17,6 @@ def test_trl_defaults():
 
     found = {each.name: each.default for each in fields(GRPOConfig)}
     assert {name: found[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
-
-
-def test_slots_are_those_that_the_engine_asks_for():
-    from toolkit.engine.options import LAYERS_WITH_SLOTS
-    from toolkit.engine.options import LEGAL_RANKS as ENGINES
-    from toolkit.sizing.lora import ENGINE_SLOTS
-
-    assert ENGINE_SLOTS == LAYERS_WITH_SLOTS
-    assert LEGAL_RANKS == ENGINES
 
 
 def test_tiles_of_the_fused_head():

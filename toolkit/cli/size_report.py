@@ -100,6 +100,7 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
             if config.grpo.get("per_device_train_batch_size") == "auto"
             else f"largest micro-batch that fits: {choice.largest_micro_batch or 'none'}",
         ],
+        _row("lora.target_modules", _names(choice.target_modules), config.lora),
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]
     if choice.fast_inference:
@@ -116,6 +117,10 @@ def _row(name: str, value: object, section: object) -> list[str]:
     written = getattr(section, name.rpartition(".")[2])
     shown = str(value).lower() if isinstance(value, bool) else str(value)
     return [name, shown, "from auto" if written == "auto" else "as written"]
+
+
+def _names(targets: tuple[str, ...] | str) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _budget(result: SizingResult) -> str:

@@ -24,7 +24,7 @@ WRITABLE = {
         "fast_inference",
         "dtype",
     ),
-    "lora": ("use_gradient_checkpointing",),
+    "lora": ("use_gradient_checkpointing", "target_modules"),
     "grpo": ("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 

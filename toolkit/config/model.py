@@ -53,11 +53,14 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSection:
-    """The adapter under training; scaling is alpha/r, or alpha/sqrt(r) with use_rslora."""
+    """The adapter under training; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
+
+    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model.
+    """
 
     r: int = 16
     lora_alpha: int = 16
-    target_modules: tuple[str, ...] | str = SEVEN_PROJECTIONS
+    target_modules: tuple[str, ...] | str = "auto"
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     use_gradient_checkpointing: bool | Literal["auto", "unsloth"] = "auto"

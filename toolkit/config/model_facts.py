@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.paths import exists, resolve
+from toolkit.config.targets import EXPERTS, text_part
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class ModelFacts:
     @cached_property
     def text(self) -> dict[str, Any]:
         """The part that describes the language model."""
-        inner = self.config.get("text_config")
-        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+        return dict(text_part(self.config))
 
     def whole(self, *names: str) -> int | None:
         """The first of these keys that is a positive integer."""
@@ -77,7 +76,7 @@ class ModelFacts:
     @property
     def experts(self) -> int | None:
         """Experts of a mixture, None for a dense model."""
-        count = self.whole(*_EXPERTS)
+        count = self.whole(*EXPERTS)
         return count if count and count > 1 else None
 
     @property

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
-from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.config.ranks import LEGAL_RANKS, smallest_rank
+from toolkit.config.targets import SLOTS as LAYERS_WITH_SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +33,6 @@ OWNED = frozenset(
     }
 )
 """vLLM arguments that sharing the weights rests on; ``extra`` may not set them."""
-
-LAYERS_WITH_SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj")
-"""The layers that get LoRA slots unless asked otherwise: the projections, fused or not. Left to
-itself vLLM also wraps embeddings, the head and experts, which costs memory and time at every token.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,17 +200,10 @@ def _filled(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-LEGAL_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM's LoRAConfig takes for max_lora_rank (0.25.1 to 0.31.0; held by
-tests/contract).
-"""
-
-
 def _legal_rank(rank: int) -> int:
     """The smallest max_lora_rank that vLLM takes and that holds ``rank``."""
-    for legal in LEGAL_RANKS:
-        if legal >= rank:
-            return legal
+    if legal := smallest_rank(rank):
+        return legal
     raise ConfigValueError(
         f"a LoRA rank of {rank} is above the largest that vLLM serves, {LEGAL_RANKS[-1]}",
         where="lora.r",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigValueError
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.engine.load import open_engine
-from toolkit.engine.options import LEGAL_RANKS, EngineOptions
+from toolkit.engine.options import EngineOptions
 from toolkit.policy.arguments import ENGINE_EXTRA, WHERE
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config

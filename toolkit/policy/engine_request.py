@@ -11,8 +11,8 @@ from toolkit.base.errors import (
     ToolkitWarning,
     UnsupportedError,
 )
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.engine.base import vllm_available
-from toolkit.engine.options import LEGAL_RANKS
 from toolkit.policy.arguments import ENGINE_DEFAULTS, WHERE
 
 if TYPE_CHECKING:

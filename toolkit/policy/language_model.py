@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from toolkit.policy.loading import load, tell_engine
 from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
 from toolkit.policy.request import check_request
 from toolkit.policy.settings import WHERE, LoraSettings
+from toolkit.policy.targets import default_for, told_default
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,6 +123,8 @@ class FastLanguageModel:
         The update of a weight is s B A, with s = alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with
         ``use_rslora`` (arXiv 2312.03732). B = 0 at first, so no logit changes; the same
         ``random_state`` gives the same bytes. On a model that has the adapter already, a warning.
+        Unless named, the layers are the projections of attention and MLP; on a mixture of experts
+        those of attention.
 
         Raises:
             ConfigTypeError: r is no int, an unknown keyword, or another adapter is on the model.
@@ -132,7 +136,9 @@ class FastLanguageModel:
         check_checkpointing(use_gradient_checkpointing, WHERE)
         settings = LoraSettings(
             r=r,
-            target_modules=_frozen(target_modules),
+            target_modules=told_default(model)
+            if target_modules is SEVEN
+            else _frozen(target_modules),
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             bias=bias,
@@ -199,7 +205,10 @@ def load_policy(config: RunConfig) -> tuple[Any, Any]:
     model, tokenizer = load(request_of(config))
     if is_peft(model) or config.model.full_finetuning:
         return model, tokenizer
-    settings = LoraSettings.from_section(config.lora)
+    section = config.lora
+    if section.target_modules == "auto":
+        section = replace(section, target_modules=default_for(model))
+    settings = LoraSettings.from_section(section)
     return put_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
 
 

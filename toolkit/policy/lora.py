@@ -31,6 +31,7 @@ from toolkit.policy.settings import (
     check_targets,
     check_with_engine,
 )
+from toolkit.policy.targets import experts_of, refuse_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,9 +74,11 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     """
     check_settings(settings)
     engine = getattr(model, "toolkit_engine", None)
+    experts = experts_of(settings, model)
     if engine is not None:
         check_with_engine(settings, engine.options.max_lora_rank)
-    check_targets(settings, (name for name, _ in model.named_modules()))
+        refuse_experts(experts, WHERE)
+    check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
         try:

@@ -15,7 +15,7 @@ from toolkit.base.errors import (
     UnsupportedError,
 )
 from toolkit.config.model import SEVEN_PROJECTIONS
-from toolkit.engine.options import LEGAL_RANKS
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.policy.arguments import nearest
 
 if TYPE_CHECKING:

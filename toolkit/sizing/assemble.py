@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.sizing import engine as engines
 from toolkit.sizing import kv, lora
 from toolkit.sizing.fit import RETURNED_SHARE
@@ -152,9 +153,18 @@ def _format(case: Case) -> str:
 
 
 def _notes(case: Case) -> list[str]:
-    if case.plan.tensor_parallel == 1 or not case.work.uses_engine:
-        return []
-    return [f"tensor_parallel_size {case.plan.tensor_parallel}: weights and KV divided evenly"]
+    notes = []
+    experts = any(block.active_experts for block in case.spec.blocks)
+    if experts and case.work.targets == case.spec.targets:
+        notes.append(
+            f"a mixture of experts: the adapter lies on {', '.join(case.spec.targets)}, where the "
+            "engine has slots for it"
+        )
+    if case.plan.tensor_parallel > 1 and case.work.uses_engine:
+        notes.append(
+            f"tensor_parallel_size {case.plan.tensor_parallel}: weights and KV divided evenly"
+        )
+    return notes
 
 
 def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
@@ -162,7 +172,7 @@ def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
     plan = case.plan
     everywhere = lora.engine_elements(case.spec, plan.max_lora_rank, plan.max_loras)
     uses = case.work.uses_engine
-    ranks = lora.LEGAL_RANKS if uses else ()
+    ranks = LEGAL_RANKS if uses else ()
     return EnginePart(
         lora_bytes=everywhere * compute_bytes(plan.dtype) if uses else 0,
         lora_slots_bytes=sizes.get("engine.lora", 0),
@@ -196,4 +206,5 @@ def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Ch
         dtype=case.plan.dtype,
         fast_inference=case.work.uses_engine,
         kv_cache_bytes=fit.kv,
+        target_modules=case.work.targets,
     )

@@ -12,28 +12,22 @@ import re
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.config import targets as names
+from toolkit.config.ranks import LEGAL_RANKS, smallest_rank
+from toolkit.config.targets import SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from toolkit.sizing.model import Block, Linear, ModelSpec
 
-# engine/options.py LAYERS_WITH_SLOTS; held by tests/contract/test_sizing_upstream.py.
-ENGINE_SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj")
 FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Families whose experts PEFT reaches under these names (transformers' conversion "qwen2_moe").
-EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
-# vllm.config.lora.MaxLoRARanks, 0.25.1 to 0.31.
-LEGAL_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def legal_rank(rank: int) -> int:
     """The smallest legal max_lora_rank holding ``rank``. Raises ConfigError above the largest."""
-    for legal in LEGAL_RANKS:
-        if legal >= rank:
-            return legal
+    if legal := smallest_rank(rank):
+        return legal
     raise ConfigError(
         f"lora.r {rank} is above {LEGAL_RANKS[-1]}, the largest rank that the engine serves",
         where="lora.r",
@@ -65,7 +59,7 @@ def engine_elements(
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
     """The layers that this toolkit's engine gives slots to: all that may be trained on it."""
-    return ENGINE_SLOTS if isinstance(targets, str) else (*ENGINE_SLOTS, *targets)
+    return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
@@ -81,20 +75,8 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Which of gate_proj, up_proj, down_proj PEFT moves to the stacked experts of this model.
-
-    In PEFT 0.21 (utils/transformers_weight_conversion.py) these names stop meaning the modules of
-    dense and shared layers, and mean the expert parameters of transformers 5.
-    """
-    if spec.family not in EXPERT_CONVERTED:
-        return frozenset()
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            return frozenset(PROJECTIONS)
-        path = "model.layers.0.mlp.experts."
-        return frozenset(name for name in PROJECTIONS if re.fullmatch(targets, path + name))
-    ends = {target.rpartition(".")[2] for target in targets}
-    return frozenset(name for name in PROJECTIONS if name in ends)
+    """Which of gate_proj, up_proj, down_proj mean this model's stacked experts."""
+    return names.expert_targets(spec.family, targets)
 
 
 def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.config.model import SEVEN_PROJECTIONS
+
 if TYPE_CHECKING:
     from toolkit.sizing.headers import StoredWeights
     from toolkit.sizing.quant import Quantization
@@ -99,6 +101,7 @@ class ModelSpec:
     margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
     lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
     rotary_elements: int = 0  # of one position in the engine's cosine/sine table
+    targets: tuple[str, ...] = SEVEN_PROJECTIONS  # what lora.target_modules auto means
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -8,8 +8,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.sizing.batch import divisors
-from toolkit.sizing.lora import LEGAL_RANKS, legal_rank
+from toolkit.sizing.lora import legal_rank
 from toolkit.sizing.result import Remedy
 
 if TYPE_CHECKING:

@@ -109,6 +109,7 @@ class Choice:
     dtype: str
     fast_inference: bool
     kv_cache_bytes: int | None
+    target_modules: tuple[str, ...] | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,8 @@ class SizingResult:
         lora = config.lora
         if lora.use_gradient_checkpointing == "auto":
             lora = replace(lora, use_gradient_checkpointing=choice.gradient_checkpointing)
+        if lora.target_modules == "auto":
+            lora = replace(lora, target_modules=choice.target_modules)
         grpo = {
             key: getattr(choice, key) if value == "auto" and hasattr(choice, key) else value
             for key, value in config.grpo.items()

@@ -64,6 +64,8 @@ def best_case(
     The largest micro-batch comes first. With it: as planned, with checkpointing, then the same with
     KV sleep.
     """
+    if config.lora.target_modules == "auto":
+        config = replace(config, lora=replace(config.lora, target_modules=spec.targets))
     work = read_workload(config, device, world_size=world_size)
     plan = plan_engine(config, spec, work, device)
     tried: dict[int, list[tuple[Case, Fit]]] = {}

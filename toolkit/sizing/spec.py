@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError, UnsupportedError
+from toolkit.config.targets import default_targets
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.fields import Fields
 from toolkit.sizing.headers import read_json, read_stored
@@ -95,6 +96,7 @@ def spec_from_values(
         margin=margin,
         lora_tables=shape.lora_tables,
         rotary_elements=shape.rotary_elements,
+        targets=default_targets(values),
         notes=(*shape.notes, *notes),
     )
 

@@ -105,9 +105,12 @@ def targets_exist(run: Run) -> Iterator[Fault]:
     """target_modules is a valid regular expression, or names that the model has.
 
     A list matches the ends of module names; a text is one regular expression for whole names, or
-    all-linear. The names are compared with the model's weights when they are at hand.
+    all-linear. auto takes the projections of the model. The names are compared with the model's
+    weights when they are at hand.
     """
     targets = run.value(_TARGETS)
+    if targets == "auto":
+        return
     if isinstance(targets, str):
         yield from _pattern(run, targets)
         return
@@ -164,7 +167,7 @@ def layers_go_together(run: Run) -> Iterator[Fault]:
     A regular expression in target_modules chooses the layers itself.
     """
     pattern, layers = run.value("lora.layers_pattern"), run.value("lora.layers_to_transform")
-    if isinstance(run.value(_TARGETS), str):
+    if isinstance(run.value(_TARGETS), str) and run.value(_TARGETS) != "auto":
         for key, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
             if value is not None:
                 yield Fault(

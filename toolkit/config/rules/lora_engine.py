@@ -18,7 +18,6 @@ _R = "lora.r"
 _ROOM = "model.max_lora_rank"
 _TARGETS = "lora.target_modules"
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
-MOE_RANK = 128
 
 
 def fitting_rank(rank: int) -> int | None:
@@ -183,32 +182,4 @@ def cpu_holds_at_least(run: Run) -> Iterator[Fault]:
             notes=(f"{run.operand('model.max_cpu_loras')} < {run.operand('model.max_loras')}",),
             fixes=(run.to("model.max_cpu_loras", gpu),),
             related=("model.max_loras",),
-        )
-
-
-@rule(
-    "LORA011",
-    f"{_ROOM} {_R}",
-    example="model:\n  model_name: Qwen/Qwen3-30B-A3B\n  max_lora_rank: 256",
-    fix="max_lora_rank: 32",
-    severity=Severity.WARNING,
-)
-def rank_times_experts(run: Run) -> Iterator[Fault]:
-    """On a mixture of experts, max_lora_rank is at most 128.
-
-    vLLM allocates adapter buffers for every expert: max_loras x experts x rank x dimension, some
-    gigabytes at 128 already. Judged when the model is at hand.
-    """
-    if run.engine == "transformers" or run.model is None or run.model.experts is None:
-        return
-    room, key = run.value(_ROOM), _ROOM
-    if room == "auto":
-        room, key = fitting_rank(run.value(_R)), _R
-    if room is not None and room > MOE_RANK:
-        yield Fault(
-            key,
-            f"rank {room} is allocated for each of the {run.model.experts} experts of this model",
-            notes=(f"experts from {run.model.source}",),
-            fixes=(run.to(key, MOE_RANK),),
-            related=(_R,),
         )

@@ -1,0 +1,62 @@
+"""Which layers auto adapts, and which names mean experts."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.config.targets import ATTENTION, SLOTS, default_targets, expert_targets, has_experts
+
+DENSE = {"model_type": "llama"}
+QWEN = {"model_type": "qwen3_moe", "num_experts": 128}
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (DENSE, SEVEN_PROJECTIONS),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, SEVEN_PROJECTIONS),
+        ({"model_type": "phi3"}, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        (QWEN, ATTENTION),
+        ({"model_type": "mixtral", "num_local_experts": 8}, ATTENTION),
+        ({"model_type": "gpt_oss", "num_local_experts": 32}, ATTENTION),
+        ({"model_type": "x", "text_config": {"num_experts": 4}}, ATTENTION),
+        (
+            {"model_type": "deepseek_v2", "n_routed_experts": 64, "kv_lora_rank": 512,
+             "q_lora_rank": None},
+            ("q_proj", "o_proj"),
+        ),
+        (
+            {"model_type": "deepseek_v3", "n_routed_experts": 256, "kv_lora_rank": 512,
+             "q_lora_rank": 1536},
+            ("q_b_proj", "o_proj"),
+        ),
+        ({"num_experts": 1}, SEVEN_PROJECTIONS),
+        ({"num_experts": "many", "text_config": []}, SEVEN_PROJECTIONS),
+    ],
+)  # fmt: skip
+def test_auto(config, targets):
+    assert default_targets(config) == targets
+    assert set(targets) <= set(SLOTS)  # the engine has room for what it is given
+    assert not expert_targets(str(config.get("model_type")), targets)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "experts"),
+    [
+        ("qwen3_moe", ("q_proj", "up_proj"), {"up_proj"}),
+        ("qwen3_moe", ("mlp.down_proj",), {"down_proj"}),
+        ("qwen3_moe", "all-linear", {"gate_proj", "up_proj", "down_proj"}),
+        ("qwen3_moe", r".*\.up_proj", {"up_proj"}),
+        ("qwen3_moe", r".*\.q_proj", set()),
+        ("llama", "all-linear", set()),
+        ("mixtral", ("up_proj",), set()),  # names that Mixtral has not
+    ],
+)
+def test_names_of_experts(family, targets, experts):
+    assert expert_targets(family, targets) == experts
+
+
+def test_one_expert_is_no_mixture():
+    assert has_experts(QWEN)
+    assert not has_experts(DENSE)

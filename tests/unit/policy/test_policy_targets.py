@@ -1,0 +1,69 @@
+"""Adapters on a mixture of experts: attention unless named, and never what cannot be sampled."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from toolkit.base.errors import ToolkitWarning, UnsupportedError
+from toolkit.policy.language_model import SEVEN, FastLanguageModel
+from toolkit.policy.lora import add_lora
+from toolkit.policy.settings import LoraSettings
+from toolkit.policy.targets import default_for
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.fixture
+def mixture() -> Any:
+    """A tiny Qwen3-MoE: every layer has experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            vocab_size=64,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        )
+    )
+
+
+def adapted(model: Any) -> set[str]:
+    """The last names of what is trained."""
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    return {name.partition(".lora_")[0].rpartition(".")[2] for name in names}
+
+
+def test_what_nobody_named_is_attention(mixture: Any) -> None:
+    with pytest.warns(ToolkitWarning, match=r"adapter lies on q_proj, k_proj, v_proj, o_proj"):
+        model = FastLanguageModel.get_peft_model(mixture, r=4, use_gradient_checkpointing=False)
+    assert adapted(model) == ATTENTION
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+def test_without_an_engine_experts_can_be_named(mixture: Any) -> None:
+    model = add_lora(mixture, LoraSettings(r=4, target_modules=SEVEN))
+    assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_with_an_engine_they_are_refused_before_anything_runs(mixture: Any) -> None:
+    mixture.toolkit_engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=64))
+    with pytest.raises(UnsupportedError, match=r"gate_proj, up_proj, down_proj are the experts"):
+        add_lora(mixture, LoraSettings(r=4, target_modules=SEVEN))
+    assert adapted(add_lora(mixture, LoraSettings(r=4, target_modules=default_for(mixture)))) == (
+        ATTENTION
+    )
+
+
+def test_a_dense_model_has_all_seven(load: Any) -> None:
+    model, _ = load()
+    assert default_for(model) == SEVEN

@@ -1,0 +1,55 @@
+"""auto on a mixture of experts: what is sized is what training and engine do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from toolkit.config.targets import ATTENTION
+from toolkit.sizing import lora, solve
+
+QWEN, MIXTRAL, DEEPSEEK = (
+    "Qwen/Qwen3-30B-A3B",
+    "mistralai/Mixtral-8x7B-v0.1",
+    "deepseek-ai/DeepSeek-V3",
+)
+
+
+def test_the_adapter_is_on_attention(spec_of, card, run):
+    spec = spec_of(QWEN)
+    config = run(checkpointing=True)
+    assert config.lora.target_modules == "auto"
+    result = solve(config, spec, card("h200"))
+    attention = 48 * 16 * (3 * (2048 + 0) + 4096 + 2 * 512 + (4096 + 2048))
+    assert result.model.trainable_parameters == attention
+    assert result.choice.target_modules == ATTENTION
+    assert not any(term.term == "trainer.expert_updates" for term in result.terms)
+    assert any("adapter lies on q_proj, k_proj, v_proj, o_proj" in n for n in result.model.notes)
+    assert result.apply(config).lora.target_modules == ATTENTION
+
+
+def test_written_is_the_same_as_auto(spec_of, card, run):
+    config = run(checkpointing=True)
+    written = replace(config, lora=replace(config.lora, target_modules=ATTENTION))
+    spec = spec_of(QWEN)
+    assert solve(written, spec, card("h200")).terms == solve(config, spec, card("h200")).terms
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [(MIXTRAL, ATTENTION), (DEEPSEEK, ("q_b_proj", "o_proj"))]
+)
+def test_every_name_is_a_layer_of_the_model(spec_of, name, targets):
+    spec = spec_of(name)
+    assert spec.targets == targets
+    leaves = {linear.leaf for block in spec.blocks for linear in block.linears}
+    assert set(targets) <= leaves
+    assert lora.adapter_parameters(spec, 8, targets) > 0
+
+
+def test_every_shape_has_what_auto_names(spec_of, shape):
+    """No model of the table ends in a refusal for what nobody wrote."""
+    spec = spec_of(shape["id"])
+    leaves = {linear.leaf for block in spec.blocks for linear in block.linears}
+    assert set(spec.targets) <= leaves
+    assert not lora.expert_targets(spec, spec.targets)
