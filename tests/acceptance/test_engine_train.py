@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from spoiled_world import Ended, make_model, make_world, serve
+from spoiled_world import Ended, call, make_model, make_world, serve
 
 from toolkit.train import checkpoint
 
@@ -233,6 +233,20 @@ def test_what_the_options_leave(quick: dict[str, Ended]) -> None:
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
     assert all("kl" in row and "sampling/logp_gap_max" in row for row in trained)
     assert [row["step"] for row in metrics if "eval/reward" in row] == [2, 4]
+
+
+@pytest.mark.slow
+def test_one_run_file_is_one_run_in_any_process(model: Path, tmp_path: Path) -> None:
+    """Two starts of the command, with other hashes of strings and other threads' luck."""
+    found = []
+    for name in ("1", "2"):
+        folder = make_world(tmp_path / name, model, grpo=SHORT, runtime=ENGINE)
+        done = call(folder, "train", "run.yaml", env={"PYTHONHASHSEED": name})
+        assert done.returncode == 0, done.stderr
+        out = folder / "out"
+        files = ("metrics.jsonl", "completions.jsonl", "adapter/adapter_model.safetensors")
+        found.append([(out / file).read_bytes() for file in files])
+    assert found[0] == found[1]
 
 
 def test_memory_that_was_short_cost_no_completion(quick: dict[str, Ended]) -> None:
