@@ -148,6 +148,28 @@ def test_a_warning_signal_reaches_the_training_and_requeues(
     assert "scontrol requeue 41" in log
 
 
+@pytest.mark.parametrize("name", ["train.sbatch", "train-multinode.sbatch"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_that_a_signal_met_while_it_started_goes_back_to_the_queue(
+    cluster: Path, number: signal.Signals, name: str
+) -> None:
+    write(cluster / "toolkit", "touch ready\nexec sleep 20")
+    process = subprocess.Popen(
+        ["bash", str(SLURM / name), "run.yaml"],
+        env=environment(cluster),
+        stderr=subprocess.DEVNULL,
+        cwd=cluster.parent,
+    )
+    until = time.monotonic() + 10
+    while not (cluster.parent / "ready").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.2)  # the stand-in has become `sleep`, which dies of either
+    os.kill(process.pid, number)
+    assert process.wait(timeout=10) == 128 + number
+    assert "scontrol requeue 41" in (cluster.parent / "log").read_text()
+
+
 def test_each_task_of_several_nodes_knows_its_rank(cluster: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
     write(
