@@ -307,6 +307,28 @@ def test_out_of_memory_costs_time_and_nothing_else(
     assert llama.llm.reset_prefix_cache()
 
 
+def test_an_interrupted_rollout_leaves_nothing_behind(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook, and the cell once more."""
+    sampling = Sampling(n=4, max_tokens=10)
+    whole = llama.generate(PROMPTS, sampling, seed=6, adapter=False)
+    inner, steps = llama.module.forward, []
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.module, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama.generate(PROMPTS, sampling, seed=6, adapter=False)
+    assert llama.llm.llm_engine.get_num_unfinished_requests() == 0
+    assert llama.generate(PROMPTS, sampling, seed=6, adapter=False) == whole
+
+
 def test_a_dead_engine_says_so(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*args: object, **kwargs: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -159,6 +159,9 @@ class Engine:
         except Exception as problem:
             self._dead = explain(problem, "the rollout failed", START_AGAIN)
             raise self._dead from problem
+        except BaseException:  # interrupted: the next call is not to be answered with this one's
+            drop_requests(self.llm)
+            raise
         return rollout
 
     def lora_request(self, name: str = "default") -> LoRARequest:
