@@ -1,0 +1,76 @@
+"""An auto micro-batch through the installed command: filled, recorded, and kept when a run goes
+on.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import train_world as world
+
+WRITTEN = "  per_device_train_batch_size: 8\n"
+CUT = """\
+  per_device_train_batch_size: {}
+  gradient_accumulation_steps: {}
+  generation_batch_size: 16
+"""
+
+
+def cut(run_dir):
+    """Micro-batch and accumulation of config.json."""
+    grpo = json.loads((run_dir / "config.json").read_text())["grpo"]
+    return grpo["per_device_train_batch_size"], grpo["gradient_accumulation_steps"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run file with auto, and what the command did with it."""
+    run_file = world.make(tmp_path_factory.mktemp("w"), steps=2)
+    run_file.write_text(run_file.read_text().replace(WRITTEN, CUT.format("auto", "auto")))
+    return run_file, world.toolkit("train", run_file)
+
+
+def test_auto_is_filled_and_recorded(trained):
+    run_file, done = trained
+    run_dir = run_file.parent / "run"
+    assert done.returncode == 0, done.stderr
+    assert cut(run_dir) == (16, 1)
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["lora"]["target_modules"][0] == "q_proj"  # auto as well
+    assert "auto" not in json.dumps([config["lora"], config["grpo"]])
+    assert not (run_dir / "memory.json").exists()  # nothing to tell on a CPU
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_as_it_began(trained, tmp_path):
+    """As if a smaller card had begun it: here sizing takes all 16 at once."""
+    run_file = world.make(tmp_path, steps=2)
+    began = run_file.read_text()
+    run_file.write_text(began.replace(WRITTEN, CUT.format(4, 4)))
+    done = world.toolkit("train", run_file)
+    assert done.returncode == 0, done.stderr
+    left_open = began.replace(WRITTEN, CUT.format("auto", "auto"))
+    run_file.write_text(left_open.replace("max_steps: 2", "max_steps: 4"))
+    allowed = 'runtime.allow_changed=["grpo.max_steps"]'
+    done = world.toolkit("train", run_file, "--set", allowed)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-2" in done.stdout
+    rows = world.rows(tmp_path / "run")
+    assert rows[-1]["step"] == 4
+    assert cut(tmp_path / "run") == (4, 4)
+    # Cut in four or not at all: the same completions, and the same step but for rounding.
+    at_once = world.rows(trained[0].parent / "run")[0]
+    assert at_once["reward"] == rows[0]["reward"]
+    assert at_once["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4)
+
+
+def test_an_auto_that_cannot_be_is_refused(tmp_path):
+    run_file = world.make(tmp_path)
+    run_file.write_text(
+        run_file.read_text().replace(WRITTEN, "  per_device_train_batch_size: auto\n")
+    )
+    done = world.toolkit("train", run_file)
+    assert done.returncode == 1
+    assert "GRPO028" in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
