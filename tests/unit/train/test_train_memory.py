@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
+from toolkit.sizing.calibrate import MEASURED_AS, PEAKS, calibrate
+from toolkit.train import memory
 from toolkit.train.memory import PhasePeaks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GIB = 1 << 30
 
@@ -127,3 +135,74 @@ def test_a_rollout_that_fails_leaves_the_next_phase_to_be_measured() -> None:
     card.take(2 * GIB)
     peaks.end_training()
     assert peaks.training == 2 * GIB
+
+
+ACCOUNT = {"engine.loaded": 3 * GIB, "engine.kv": 60 * GIB}
+
+
+def test_memory_json_is_what_calibrate_reads(tmp_path: Path) -> None:
+    """Every name that is written is one that is read, beside the two of the card."""
+    peaks = steps(Card(), cache=60 * GIB)
+    peaks.account = ACCOUNT
+    written = peaks.write(tmp_path)
+    assert written == tmp_path / "memory.json"
+    found = json.loads(written.read_text())
+    assert found == {**ACCOUNT, **peaks.terms()}
+    assert set(found) - {"card.used", "card.total"} <= {*MEASURED_AS, *PEAKS}
+    budget = [{"term": "engine.kv", "bytes": 63 * GIB}, {"term": "engine.weights", "bytes": GIB}]
+    predicted = dict.fromkeys(PEAKS.values(), 40 * GIB) | {"bound_bytes": 70 * GIB}
+    sizing = {"budget": budget, "peaks": predicted, "device": {"name": "a card"}}
+    (tmp_path / "preflight.json").write_text(json.dumps({"sizing": sizing}))
+    rows = {row.term: row for row in calibrate(tmp_path).rows}
+    assert rows["engine.kv"].off == pytest.approx(0.05)
+    assert rows["peak.rollout"].measured == 65 * GIB
+    assert rows["peak.training"].measured == 33 * GIB
+    assert rows["peak.torch"].measured == 65 * GIB
+
+
+def test_the_peak_so_far_is_that_of_the_step_under_way(tmp_path: Path) -> None:
+    card = Card()
+    peaks = PhasePeaks(card)
+    peaks.begin()
+    assert peaks.so_far() == 0
+    with peaks.sampling(card):
+        card.take(5)
+        card.free(5)
+    assert peaks.so_far() == 5
+    card.take(7)
+    assert peaks.so_far() == 7
+    assert peaks.write(tmp_path) is not None
+
+
+def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
+    assert PhasePeaks(Card(), ACCOUNT).write(tmp_path) is None
+    assert not (tmp_path / "memory.json").exists()
+
+
+@pytest.mark.parametrize("engine", [None, SimpleNamespace(), SimpleNamespace(llm=object())])
+def test_on_the_cpu_nothing_is_measured(tmp_path: Path, engine: object) -> None:
+    trainer = SimpleNamespace(vllm_generation=SimpleNamespace(engine=engine))
+    with memory.measured(trainer, tmp_path), memory.rollout_phase(trainer, Card()):
+        assert trainer.peaks is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card()
+    monkeypatch.setattr(memory, "watch", lambda engine: PhasePeaks(card, ACCOUNT))
+    trainer = SimpleNamespace()
+
+    def train() -> None:
+        with memory.measured(trainer, tmp_path):
+            with memory.rollout_phase(trainer, card):
+                card.take(GIB)
+            card.take(9 * GIB)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        train()
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["peak.training"] == 10 * GIB
+    assert found["engine.kv"] == ACCOUNT["engine.kv"]
