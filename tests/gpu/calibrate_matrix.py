@@ -1,7 +1,7 @@
 """``just calibrate``: what sizing predicts against what a GPU takes, over a matrix of real runs.
 
-Random checkpoints of the 1B and 8B Llama shapes are made here; each engine of ``ENGINES`` is a
-process of its own, opened at the utilization that sizing chooses for its largest run, and trains
+Random checkpoints are made of the benchmark's 1B and 8B Llama shapes; each engine of ``ENGINES`` is
+a process of its own, opened at the utilization that sizing chooses for its largest run, and trains
 every run of its list for two steps. Completions are random and of the full length (no time is spent
 decoding), so that a step has the shape that was sized for; the engine samples a few tokens of as
 many sequences as it takes at once, so that a rollout has its real peak.
@@ -65,7 +65,7 @@ class EngineCase:
 ENGINES = (
     EngineCase(
         "1b-graphs",
-        "1b",
+        "llama-1b",
         False,
         64,
         4096,
@@ -79,7 +79,7 @@ ENGINES = (
     ),
     EngineCase(
         "8b",
-        "8b",
+        "llama-8b",
         False,
         64,
         4096,
@@ -93,7 +93,7 @@ ENGINES = (
     ),
     EngineCase(
         "1b-4bit",
-        "1b",
+        "llama-1b",
         True,
         16,
         1024,
@@ -102,7 +102,7 @@ ENGINES = (
     ),
     EngineCase(
         "8b-4bit",
-        "8b",
+        "llama-8b",
         True,
         64,
         4096,
@@ -112,7 +112,7 @@ ENGINES = (
     # Steps of 67 and 33 GiB, beside a cache that fills the card while it is awake.
     EngineCase(
         "1b-sleep",
-        "1b",
+        "llama-1b",
         False,
         64,
         4096,

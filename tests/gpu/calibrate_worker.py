@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from calibrate_checkpoints import make_checkpoint
 from calibrate_measure import terms_of, train
 
 from toolkit.base.errors import ToolkitError
@@ -88,11 +87,13 @@ def main(request: str, results: str, work_folder: str) -> None:
     from toolkit.engine.memory import engine_memory
     from toolkit.gpu.devices import select
     from toolkit.gpu.snapshot import take
+    from toolkit.train.bench.shapes import make_checkpoint
 
     snapshot = take()
     gpu = select(snapshot)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
-    folder = make_checkpoint(case["shape"], work)
+    folder = make_checkpoint(case["shape"], work / case["shape"])
+    give_memory_back()
     spec = read_spec(str(folder))
     configs = [run_config(case, run, folder) for run in case["runs"]]
     sized = [solve(config, spec, device) for config in configs]
@@ -112,6 +113,15 @@ def main(request: str, results: str, work_folder: str) -> None:
     for run, config in zip(case["runs"], configs, strict=True):
         one_run(run, config, (model, tokenizer), (spec, device, largest), Path(results), where)
     engine.close()
+
+
+def give_memory_back() -> None:
+    """What comes next is to find the card as empty as it was sized for."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def one_run(
@@ -158,9 +168,7 @@ def one_run(
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     append(results, {**row, "train_s": round(time.monotonic() - start, 1)})
     del policy, base
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_memory_back()
 
 
 if __name__ == "__main__":
