@@ -52,10 +52,12 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     run_dir = Path(config.runtime.output_dir)
     signals = StopSignals(abandon=world_size() == 1)
     with quiet(debug=options.debug), signals.installed():
-        peers = join(config.grpo.get("ddp_timeout"))
         try:
-            with folder.held(run_dir) if is_first_rank() else nullcontext():
-                _run(config, run_dir, options, Company(signals, peers))
+            peers = join(config.grpo.get("ddp_timeout"))
+        except Abandoned as cut:
+            raise _stopped(run_dir, str(cut)) from None
+        try:
+            _run(config, run_dir, options, Company(signals, peers))
         except Exception as error:
             if peers is None:
                 raise
@@ -66,16 +68,17 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
 
 def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -> None:
     try:
-        found, passed = _checkpoint(config, run_dir, company.peers)
-        if is_first_rank():
-            for line in passed:
-                options.out.write(f"passed over a torn checkpoint: {line}\n")
-        if found is not None:
-            checkpoint.refuse_other_world(found, world_size())
-        parts = prepare(batch.kept(config, found), run_dir, company.peers)
-        config = batch.settled(config, parts.config)
-        _refuse_changes(config, parts, found)
-        _train(parts, config, found, options, company)
+        with folder.held(run_dir) if is_first_rank() else nullcontext():
+            found, passed = _checkpoint(config, run_dir, company.peers)
+            if is_first_rank():
+                for line in passed:
+                    options.out.write(f"passed over a torn checkpoint: {line}\n")
+            if found is not None:
+                checkpoint.refuse_other_world(found, world_size())
+            parts = prepare(batch.kept(config, found), run_dir, company.peers)
+            config = batch.settled(config, parts.config)
+            _refuse_changes(config, parts, found)
+            _train(parts, config, found, options, company)
     except Abandoned as cut:
         raise _stopped(run_dir, str(cut)) from None
     except Exception as error:

@@ -208,6 +208,9 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
         super().log(logs, start_time)
+        if self.signals is not None:
+            # It grows with every step and is copied at each; the logs hold all of it.
+            self.state.log_history[:-1] = []
 
 
 @contextmanager
