@@ -1,21 +1,13 @@
 """``envcheck size`` and ``envcheck calibrate`` as installed, end to end."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+from size_world import EIGHT_B, ONE_B, call, make_model
 
-ENVCHECK = Path(sys.executable).with_name("envcheck")
-SHAPES = {
-    shape["id"]: shape
-    for shape in json.loads(
-        (Path(__file__).parents[1] / "fixtures" / "sizing" / "shapes.json").read_text()
-    )
-}
-EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 RUN = """\
 # my run
 model:
@@ -33,33 +25,10 @@ runtime: {{engine: vllm}}
 """
 
 
-def call(*arguments, code=0, cwd=None, stdin=None, **environment):
-    """Run the command; its exit code is asserted."""
-    done = subprocess.run(
-        [str(ENVCHECK), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        input=stdin,
-        env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", **environment},
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 @pytest.fixture
 def model(tmp_path):
     """A folder of a real shape without weights."""
-
-    def make(name):
-        folder = tmp_path / name.rpartition("/")[2]
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(SHAPES[name]["config"]))
-        return folder
-
-    return make
+    return partial(make_model, tmp_path)
 
 
 @pytest.fixture

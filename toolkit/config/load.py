@@ -222,7 +222,9 @@ class _Builder:
 
     def syntax(self, error: yaml.MarkedYAMLError) -> Finding:
         at = error.problem_mark or error.context_mark
-        mark = _at(at) if at is not None else Mark(1, 1, 0, 0)
+        mark = Mark(1, 1, 0, 0)
+        if at is not None:
+            mark = Mark(at.line + 1, at.column + 1, at.index, at.index)
         lines = self.source.lines
         line = lines[mark.line - 1] if mark.line <= len(lines) else ""
         if "\t" in line[: mark.column]:
@@ -240,10 +242,6 @@ class _Builder:
         mark = Mark(before.count("\n") + 1, column, error.position, error.position + 1)
         message = "a control character that YAML does not allow"
         return self.finding("DOC013", mark, message, Fix("remove it"))
-
-
-def _at(mark: Any) -> Mark:
-    return Mark(mark.line + 1, mark.column + 1, mark.index, mark.index)
 
 
 def _mark(event: Any) -> Mark:

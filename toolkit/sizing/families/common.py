@@ -131,3 +131,37 @@ def kv_cache(heads: Heads, window: int | None = None) -> Cache:
 def blocks_by_kind(kinds: Sequence[str], make: Callable[[str, int], Block]) -> tuple[Block, ...]:
     """One Block for each kind of layer, with its count."""
     return tuple(make(kind, count) for kind, count in Counter(kinds).items())
+
+
+def decoder(
+    fields: Fields,
+    heads: Heads,
+    blocks: tuple[Block, ...],
+    *,
+    tied: bool = False,
+    lora_tables: tuple[str, ...] = (),
+    max_position: int = 2048,
+) -> Shape:
+    """A decoder of these blocks between an embedding and a head; ``tied`` and ``max_position`` are
+    the defaults of its config class.
+    """
+    rotary = _rotary(fields, heads.head_dim)
+    return Shape(
+        hidden=heads.hidden,
+        vocab=fields.integer("vocab_size"),
+        heads=heads.heads,
+        head_dim=heads.head_dim,
+        max_position=fields.integer("max_position_embeddings", default=max_position),
+        tied=fields.flag("tie_word_embeddings", tied),
+        blocks=blocks,
+        final_vectors=heads.hidden,
+        lora_tables=lora_tables,
+        rotary_elements=rotary,
+    )
+
+
+def _rotary(fields: Fields, head_dim: int) -> int:
+    factor = fields.values.get("partial_rotary_factor")
+    if isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor <= 1:
+        return int(head_dim * factor)
+    return head_dim

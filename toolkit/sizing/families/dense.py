@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import (
     BOTH_TABLES,
-    Shape,
     attention,
     blocks_by_kind,
+    decoder,
     gated_mlp,
     kv_cache,
     layer_count,
@@ -23,39 +23,8 @@ from toolkit.sizing.families.common import (
 from toolkit.sizing.model import Block, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.families.common import Heads
+    from toolkit.sizing.families.common import Heads, Shape
     from toolkit.sizing.fields import Fields
-
-
-def _shape(
-    fields: Fields,
-    heads: Heads,
-    blocks: tuple[Block, ...],
-    *,
-    tied: bool,
-    lora_tables: tuple[str, ...] = (),
-    max_position: int = 2048,
-) -> Shape:
-    rotary = _rotary(fields, heads.head_dim)
-    return Shape(
-        hidden=heads.hidden,
-        vocab=fields.integer("vocab_size"),
-        heads=heads.heads,
-        head_dim=heads.head_dim,
-        max_position=fields.integer("max_position_embeddings", default=max_position),
-        tied=fields.flag("tie_word_embeddings", tied),
-        blocks=blocks,
-        final_vectors=heads.hidden,
-        lora_tables=lora_tables,
-        rotary_elements=rotary,
-    )
-
-
-def _rotary(fields: Fields, head_dim: int) -> int:
-    factor = fields.values.get("partial_rotary_factor")
-    if isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor <= 1:
-        return int(head_dim * factor)
-    return head_dim
 
 
 def _uniform(
@@ -83,7 +52,7 @@ def llama(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, inner, bias=mlp_bias)
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
-    return _shape(fields, heads, blocks, tied=False, lora_tables=BOTH_TABLES)
+    return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES)
 
 
 def granite(fields: Fields) -> Shape:
@@ -99,7 +68,7 @@ def smollm3(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"), bias=mlp_bias)
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
-    return _shape(fields, heads, blocks, tied=True, lora_tables=("embedding",))
+    return decoder(fields, heads, blocks, tied=True, lora_tables=("embedding",))
 
 
 def mistral(fields: Fields) -> Shape:
@@ -108,7 +77,7 @@ def mistral(fields: Fields) -> Shape:
     window = fields.integer("sliding_window", default=0) or None
     linears = attention(heads) + gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
-    return _shape(fields, heads, blocks, tied=False)
+    return decoder(fields, heads, blocks)
 
 
 def _qwen_window(fields: Fields) -> int | None:
@@ -139,7 +108,7 @@ def qwen2(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=True)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     blocks = _qwen(fields, heads, linears, 2 * heads.hidden)
-    return _shape(fields, heads, blocks, tied=False, max_position=32768)
+    return decoder(fields, heads, blocks, max_position=32768)
 
 
 def qwen3(fields: Fields) -> Shape:
@@ -150,7 +119,7 @@ def qwen3(fields: Fields) -> Shape:
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     vectors = 2 * heads.hidden + 2 * heads.head_dim
     blocks = _qwen(fields, heads, linears, vectors)
-    return _shape(fields, heads, blocks, tied=False, lora_tables=BOTH_TABLES, max_position=32768)
+    return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=32768)
 
 
 def olmo2(fields: Fields) -> Shape:
@@ -161,7 +130,7 @@ def olmo2(fields: Fields) -> Shape:
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     vectors = 2 * heads.hidden + heads.query + heads.key
     blocks = _uniform(fields, heads, linears, vectors)
-    return _shape(fields, heads, blocks, tied=False, lora_tables=("embedding",))
+    return decoder(fields, heads, blocks, lora_tables=("embedding",))
 
 
 def olmo3(fields: Fields) -> Shape:
@@ -183,7 +152,7 @@ def olmo3(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    return _shape(fields, heads, blocks, tied=False, lora_tables=("embedding",))
+    return decoder(fields, heads, blocks, lora_tables=("embedding",))
 
 
 def phi3(fields: Fields) -> Shape:
@@ -200,4 +169,4 @@ def phi3(fields: Fields) -> Shape:
     if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
         window = None  # a window as long as the context is none
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
-    return _shape(fields, heads, blocks, tied=False, lora_tables=BOTH_TABLES, max_position=4096)
+    return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=4096)

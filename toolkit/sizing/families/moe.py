@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import (
     BOTH_TABLES,
-    Shape,
     attention,
     blocks_by_kind,
+    decoder,
     gated_mlp,
     kv_cache,
     layer_count,
@@ -19,7 +19,7 @@ from toolkit.sizing.fields import MAX_EXPERTS
 from toolkit.sizing.model import Block, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.families.common import Heads
+    from toolkit.sizing.families.common import Shape
     from toolkit.sizing.fields import Fields
 
 
@@ -30,23 +30,6 @@ def experts(hidden: int, inner: int, count: int) -> list[Linear]:
         Linear("mlp.experts.up_proj", inner, hidden, copies=count),
         Linear("mlp.experts.down_proj", hidden, inner, copies=count),
     ]
-
-
-def _shape(
-    fields: Fields, heads: Heads, blocks: tuple[Block, ...], *, lora_tables: tuple[str, ...]
-) -> Shape:
-    return Shape(
-        hidden=heads.hidden,
-        vocab=fields.integer("vocab_size"),
-        heads=heads.heads,
-        head_dim=heads.head_dim,
-        max_position=fields.integer("max_position_embeddings", default=32768),
-        tied=fields.flag("tie_word_embeddings", False),
-        blocks=blocks,
-        final_vectors=heads.hidden,
-        lora_tables=lora_tables,
-        rotary_elements=heads.head_dim,
-    )
 
 
 def mixtral(fields: Fields) -> Shape:
@@ -64,7 +47,7 @@ def mixtral(fields: Fields) -> Shape:
         cache=kv_cache(heads, window),
         active_experts=fields.integer("num_experts_per_tok", default=2, high=MAX_EXPERTS),
     )
-    return _shape(fields, heads, (block,), lora_tables=BOTH_TABLES)
+    return decoder(fields, heads, (block,), lora_tables=BOTH_TABLES, max_position=32768)
 
 
 def qwen3_moe(fields: Fields) -> Shape:
@@ -98,7 +81,8 @@ def qwen3_moe(fields: Fields) -> Shape:
         "dense" if index in only_dense or (index + 1) % step else "sparse"
         for index in range(layer_count(fields))
     ]
-    return _shape(fields, heads, blocks_by_kind(kinds, make), lora_tables=BOTH_TABLES)
+    blocks = blocks_by_kind(kinds, make)
+    return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=32768)
 
 
 def gpt_oss(fields: Fields) -> Shape:
@@ -132,4 +116,4 @@ def gpt_oss(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    return _shape(fields, heads, blocks, lora_tables=())
+    return decoder(fields, heads, blocks, max_position=32768)

@@ -1,0 +1,48 @@
+"""``envcheck`` as installed, and folders of real shapes without weights, for the tests of size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ENVCHECK = Path(sys.executable).with_name("envcheck")
+SHAPES = {
+    shape["id"]: shape
+    for shape in json.loads(
+        (Path(__file__).parents[1] / "fixtures" / "sizing" / "shapes.json").read_text()
+    )
+}
+EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+
+
+def call(
+    *arguments: object,
+    code: int = 0,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; its exit code is asserted."""
+    done = subprocess.run(
+        [str(ENVCHECK), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        input=stdin,
+        env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", **environment},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def make_model(parent: Path, name: str) -> Path:
+    """A folder with the config.json of a model of the table."""
+    folder = parent / name.rpartition("/")[2]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[name]["config"]))
+    return folder
