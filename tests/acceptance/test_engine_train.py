@@ -104,6 +104,7 @@ QUICK = {
                 "max_completion_length": 8,
                 "eval_strategy": "steps",
                 "eval_steps": 2,
+                "generation_kwargs": {"min_tokens": 2, "logit_bias": {"3": 1.0}, "stop": ["+"]},
             },
             "dataset": {"eval_path": "train.jsonl"},
             "lora": {"use_gradient_checkpointing": True},

@@ -107,6 +107,22 @@ def test_same_seed_same_completions_whatever_ran_before(llama: Engine) -> None:
     assert twice[:4] != twice[4:]  # one prompt twice is two draws
 
 
+def test_a_group_may_be_one_request_or_cut_over_ranks(llama: Engine) -> None:
+    """vLLM's n completions of a request are those of n requests with their rows."""
+    whole = llama.generate(PROMPTS, Sampling(n=4, max_tokens=12), seed=derive_seed(42, 7))
+    rows = [prompt for prompt in PROMPTS for _ in range(4)]
+    cut = [
+        llama.generate(
+            rows[start:end],
+            Sampling(max_tokens=12),
+            seed=derive_seed(42, 7),
+            rows=range(start, end),
+        )
+        for start, end in ((0, 6), (6, len(rows)))
+    ]
+    assert cut[0].completion_ids + cut[1].completion_ids == whole.completion_ids
+
+
 def test_more_prompt_tokens_than_one_batch_takes(llama: Engine) -> None:
     """A seeded request whose prompt is prefilled in parts ends vLLM's CPU worker."""
     prompts = [[3 + index] * 60 for index in range(12)]
@@ -151,6 +167,9 @@ def test_generation_kwargs_and_stop_tokens(llama: Engine) -> None:
     sampling = Sampling(max_tokens=9, temperature=0.0, stop_token_ids=(stop,))
     stopped = llama.generate(PROMPTS[:1], sampling, seed=1).completion_ids[0]
     assert stopped == free.completion_ids[0][: free.completion_ids[0].index(stop) + 1]
+    for token in (stop, str(stop)):
+        biased = Sampling(max_tokens=3, temperature=0.0, extra={"logit_bias": {token: 100.0}})
+        assert llama.generate(PROMPTS[:1], biased, seed=1).completion_ids == [[stop] * 3]
     text = Sampling(max_tokens=9, temperature=0.0, extra={"stop": [f"t{stop}"]})
     assert len(llama.generate(PROMPTS[:1], text, seed=1).completion_ids[0]) < 9
 
@@ -176,6 +195,7 @@ def test_structured_outputs_regex(llama: Engine) -> None:
     [
         (Sampling(top_p=7.0), "top_p"),
         (Sampling(extra={"no_such_option": 1}), "no_such_option"),
+        (Sampling(extra={"logit_bias": {"yes": 1.0}}), "yes"),
     ],
 )
 def test_options_that_vllm_refuses(llama: Engine, sampling: Sampling, text: str) -> None:

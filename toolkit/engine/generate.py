@@ -58,7 +58,10 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     if keywords.get("stop") or keywords.get("bad_words"):
         keywords["detokenize"] = True  # vLLM matches stop strings on text
     structured = keywords.get("structured_outputs")
+    bias = keywords.get("logit_bias")
     try:
+        if isinstance(bias, dict):  # token ids; the keys of a run file are texts
+            keywords["logit_bias"] = {int(token): value for token, value in bias.items()}
         if sampling.structured_outputs_regex is not None:
             keywords["structured_outputs"] = StructuredOutputsParams(
                 regex=sampling.structured_outputs_regex

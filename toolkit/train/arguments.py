@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigError
+from toolkit.config.build import thaw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ def grpo_config(
     Raises:
         ConfigError: TRL refuses a value.
     """
-    written = {k: v for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)}
+    written = {k: thaw(v) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)}
     on_cpu = not torch.cuda.is_available()
     half = precision(config, on_cpu=on_cpu)
     written_half = written.get("bf16") or written.get("fp16")
