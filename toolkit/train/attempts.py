@@ -105,7 +105,7 @@ def drop_step(trainer: Any, model: Any) -> None:
         f" the rollouts are in {path}",
         where=f"step {step}",
         fix="lower grpo.learning_rate or grpo.max_grad_norm, look at the rewards in that file; the"
-        " last checkpoint is from before these steps",
+        " last checkpoint has the weights from before these steps",
     )
 
 

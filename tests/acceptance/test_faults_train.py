@@ -1,0 +1,185 @@
+"""Faults inside a run of ``toolkit train``: memory that runs out, numbers that are none, rewards
+that hang or talk nonsense. Each has its exit code, its words, and what it leaves.
+
+The faults are put in by the run's own reward module, which the run file allows: it is imported once
+everything else is, and stands for a card that is too small or a step that blows up.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from safetensors.numpy import load_file
+from spoiled_world import Ended, make_model, make_world, serve
+
+from toolkit.train.resume import ADAPTER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCORE = """
+import time
+import torch
+from transformers import LlamaForCausalLM
+from toolkit.train.trainer import GRPOTrainer
+
+def score(completions, trainer_state, **kwargs):
+    return [float(len(set(text))) for text in completions]
+"""
+NARROW = """
+losses = GRPOTrainer._compute_loss
+
+def narrow(self, model, inputs):
+    if inputs["completion_ids"].shape[0] > LIMIT:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return losses(self, model, inputs)
+
+GRPOTrainer._compute_loss = narrow
+"""
+NARROW_ROLLOUT = """
+sample = LlamaForCausalLM.generate
+
+def narrow(self, input_ids=None, *args, **kwargs):
+    rows = kwargs["input_ids"] if input_ids is None else input_ids
+    if rows.shape[0] > LIMIT:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return sample(self, rows, *args, **kwargs)
+
+LlamaForCausalLM.generate = narrow
+"""
+NOT_A_NUMBER = """
+losses = GRPOTrainer._compute_loss
+
+def broken(self, model, inputs):
+    loss = losses(self, model, inputs)
+    return loss * float("nan") if self.state.global_step in STEPS else loss
+
+GRPOTrainer._compute_loss = broken
+"""
+HANGS = """
+def score(completions, trainer_state, **kwargs):
+    if trainer_state.global_step == 1:
+        time.sleep(600)
+    return [1.0] * len(completions)
+"""
+NONSENSE = """
+def score(completions, trainer_state, **kwargs):
+    return [1.0] * 3 + [RETURNED if trainer_state.global_step == 1 else 0.0]
+"""
+CASES: dict[str, str] = {
+    "undisturbed": SCORE,
+    "small card": SCORE + NARROW.replace("LIMIT", "2"),
+    "tiny card": SCORE + NARROW.replace("LIMIT", "0"),
+    "small card in the rollout": SCORE + NARROW_ROLLOUT.replace("LIMIT", "1"),
+    "tiny card in the rollout": SCORE + NARROW_ROLLOUT.replace("LIMIT", "0"),
+    "one bad step": SCORE + NOT_A_NUMBER.replace("STEPS", "(1,)"),
+    "bad steps": SCORE + NOT_A_NUMBER.replace("STEPS", "range(1, 100)"),
+    "hangs": SCORE + HANGS,
+    "returns infinity": SCORE + NONSENSE.replace("RETURNED", "float('inf')"),
+    "returns a text": SCORE + NONSENSE.replace("RETURNED", "'high'"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Every case, run."""
+    root = tmp_path_factory.mktemp("faults")
+    model, cases = make_model(root), []
+    for name, module in CASES.items():
+        folder = make_world(
+            root / name.replace(" ", "-"),
+            model,
+            grpo={"max_steps": 4, "save_steps": 1, "learning_rate": 1e-2},
+            reward={"timeout_s": 1.0},
+        )
+        (folder / "mine.py").write_text(module)
+        cases.append({"folder": folder, "arguments": ["train", "run.yaml"]})
+    return dict(zip(CASES, serve(cases), strict=True))
+
+
+def rows(run: Ended, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "out" / name).read_text().splitlines()]
+
+
+def checkpoints(run: Ended) -> list[str]:
+    return sorted(path.name for path in (run.folder / "out").glob("checkpoint-*"))
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    return load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
+
+
+def refused(run: Ended, *words: str) -> None:
+    """One block on stderr with exit code 1; the checkpoints before stay."""
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    assert sum(line.startswith("error: ") for line in run.stderr.splitlines()) == 1
+    assert "  fix: " in run.stderr
+    for word in words:
+        assert word in run.stderr
+
+
+def test_memory_that_runs_out_in_a_step_costs_no_step(ended) -> None:
+    run, whole = ended["small card"], ended["undisturbed"]
+    assert run.returncode == whole.returncode == 0, run.stderr
+    assert run.stderr.splitlines() == [
+        "warning: training step: out of memory, the micro-batch is cut in 2 from here on"
+        " (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    ]
+    assert whole.stderr == ""
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    expected = adapter(whole.folder)
+    for name, value in adapter(run.folder).items():
+        assert value == pytest.approx(expected[name], abs=2e-4), name  # rounding, through Adam
+
+
+def test_memory_that_is_too_small_for_a_sequence(ended) -> None:
+    refused(ended["tiny card"], "out of memory, in the smallest parts", "per_device_train_batch")
+    assert checkpoints(ended["tiny card"]) == []
+
+
+def test_memory_that_runs_out_in_a_rollout_costs_no_completion(ended) -> None:
+    run = ended["small card in the rollout"]
+    assert run.returncode == 0, run.stderr
+    assert "warning: rollout: out of memory with 4, trying 2" in run.stderr
+    assert [len(rows(run)), len(rows(run, "completions.jsonl"))] == [4, 16]
+    refused(ended["tiny card in the rollout"], "out of memory")
+
+
+def test_a_step_that_is_no_number_is_skipped_and_counted(ended) -> None:
+    run = ended["one bad step"]
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines() == [
+        "warning: step 2: loss or gradient is not finite, skipped (1 in a row)"
+    ]
+    assert [row.get("skipped") for row in rows(run)] == [None, 1.0, None, None]
+    assert [row["loss"] is None for row in rows(run)] == [False, True, False, False]
+    assert sum("skipped: not finite" in line for line in run.stdout.splitlines()) == 1
+
+
+def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) -> None:
+    run = ended["bad steps"]
+    saved = run.folder / "out" / "bad-step-4-rank-0.safetensors"
+    refused(run, "not finite 3 steps in a row, up to step 4", str(saved), "weights from before")
+    assert load_file(saved)
+    assert checkpoints(run) == ["checkpoint-2", "checkpoint-3"]
+    first, last = (run.folder / "out" / name / ADAPTER for name in checkpoints(run))
+    assert first.read_bytes() == last.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hangs", "reward score took longer than 1 s"),
+        ("returns infinity", "reward score returned inf"),
+        ("returns a text", "reward score returned a str"),
+    ],
+)
+def test_a_reward_that_misbehaves_ends_the_run_with_its_sample_saved(ended, name, words) -> None:
+    run = ended[name]
+    refused(run, words, "bad_rewards.jsonl", "reward.on_error: none")
+    (record,) = rows(run, "bad_rewards.jsonl")
+    assert record["reward"] == "score"
+    assert checkpoints(run) == ["checkpoint-1"]
