@@ -1,0 +1,82 @@
+"""``envcheck size`` on a run file that leaves the micro-batch and the adapter's layers open."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from size_world import EIGHT_B, call, make_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIXTURE = "Qwen/Qwen3-30B-A3B"
+RUN = """\
+model: {{model_name: {model}, max_seq_length: 2048}}
+lora: {{r: 16, target_modules: auto}}
+dataset: {{path: missing.jsonl}}
+reward: {{functions: [{{name: length}}]}}
+grpo:
+  max_completion_length: 1024
+  max_prompt_length: 1024
+  generation_batch_size: 64   # completions of a step
+  per_device_train_batch_size: auto  # sized
+  gradient_accumulation_steps: auto
+runtime: {{engine: vllm}}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(model=make_model(tmp_path, EIGHT_B)))
+    return path
+
+
+def chosen(run_file: Path, gpu: str, *more: str) -> dict[str, Any]:
+    found = json.loads(call("size", run_file, "--gpu", gpu, "--json", *more).stdout)
+    choice: dict[str, Any] = found["choice"]
+    return choice
+
+
+def cut(choice: dict[str, Any]) -> tuple[int, int]:
+    return choice["per_device_train_batch_size"], choice["gradient_accumulation_steps"]
+
+
+def test_a_small_card_accumulates_what_a_large_one_does_at_once(run_file: Path) -> None:
+    small, large = cut(chosen(run_file, "l40s")), cut(chosen(run_file, "h200"))
+    assert large == (64, 1)
+    assert 1 <= small[0] < 64
+    assert small[0] * small[1] == 64
+    assert cut(chosen(run_file, "h200", "--world-size", "4")) == (16, 1)
+
+
+def test_write_puts_the_cut_into_the_file(run_file: Path) -> None:
+    micro, accumulation = cut(chosen(run_file, "l40s"))
+    told = call("size", run_file, "--gpu", "l40s", "--write").stdout
+    assert f"run.yaml: per_device_train_batch_size: {micro}" in told
+    text = run_file.read_text()
+    assert f"  per_device_train_batch_size: {micro}  # sized\n" in text
+    assert f"  gradient_accumulation_steps: {accumulation}\n" in text
+    assert 'target_modules: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"' in text
+    assert cut(chosen(run_file, "l40s")) == (micro, accumulation)
+
+
+def test_the_table_says_where_it_is_from(run_file: Path) -> None:
+    lines = call("size", run_file, "--gpu", "h200").stdout.splitlines()
+    row = next(line for line in lines if line.startswith("micro-batch x accumulation"))
+    assert "64 x 1" in row
+    assert row.endswith("from auto")
+
+
+def test_a_mixture_of_experts_is_adapted_at_its_attention(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.yaml"
+    text = RUN.format(model=make_model(tmp_path, MIXTURE))
+    run_file.write_text(text.replace("grpo:", "grpo:\n  router_aux_loss_coef: 0.0"))
+    told = call("size", run_file, "--gpu", "h200").stdout
+    assert "q_proj, k_proj, v_proj, o_proj" in told
+    assert "note: a mixture of experts: the adapter lies on" in " ".join(told.split())
+    named = ["--set", "lora.target_modules=[q_proj, up_proj]"]
+    refused = call("size", run_file, "--gpu", "h200", *named, code=1)
+    assert "LORA013" in refused.stdout + refused.stderr
