@@ -1,0 +1,30 @@
+"""The seam of transformers that draws of a row's own seed go through (engine/draws)."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from transformers import GenerationMixin
+
+from toolkit.engine.draws import RowDraws
+
+pytestmark = pytest.mark.contract
+
+
+def test_generate_takes_a_callable_that_decodes() -> None:
+    assert "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
+    source = inspect.getsource(GenerationMixin.generate)
+    assert "decoding_method = custom_generate" in source, "generate(custom_generate=...) has moved"
+
+
+def test_its_own_loop_takes_what_the_callable_is_given() -> None:
+    ours = list(inspect.signature(RowDraws.decode).parameters)[2:6]
+    theirs = list(inspect.signature(GenerationMixin._sample).parameters)[1:5]
+    assert ours == theirs, "GenerationMixin._sample has other arguments"
+
+
+def test_processors_come_before_the_draw_and_scores_after_it() -> None:
+    source = inspect.getsource(GenerationMixin._sample)
+    applied = source.index("next_token_scores = logits_processor(input_ids, next_token_logits)")
+    assert applied < source.index("torch.multinomial"), "GenerationMixin._sample draws elsewhere"
