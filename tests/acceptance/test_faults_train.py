@@ -172,14 +172,14 @@ def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) ->
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("hangs", "reward score took longer than 1 s"),
-        ("returns infinity", "reward score returned inf"),
-        ("returns a text", "reward score returned a str"),
+        ("hangs", ("reward score took longer than 1 s", "or raise reward.timeout_s")),
+        ("returns infinity", ("reward score returned inf", "mend the function, or")),
+        ("returns a text", ("reward score returned a str", "mend the function, or")),
     ],
 )
 def test_a_reward_that_misbehaves_ends_the_run_with_its_sample_saved(ended, name, words) -> None:
     run = ended[name]
-    refused(run, words, "bad_rewards.jsonl", "reward.on_error: none")
+    refused(run, *words, "bad_rewards.jsonl", "reward.on_error: none")
     (record,) = rows(run, "bad_rewards.jsonl")
     assert record["reward"] == "score"
     assert checkpoints(run) == ["checkpoint-1"]

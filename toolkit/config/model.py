@@ -109,7 +109,7 @@ class RewardSection:
 
     functions: tuple[RewardFunction, ...] = ()
     on_error: Literal["fail", "none"] = "fail"
-    timeout_s: float | None = None
+    timeout_s: float | None = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

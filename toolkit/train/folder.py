@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     # The digest of what was read speaks for these.
     "dataset.path",
     "dataset.eval_path",
+    "reward.timeout_s",  # decides only what happens to a reward that hangs
     "grpo.logging_steps",
     "grpo.save_steps",
     "grpo.save_strategy",

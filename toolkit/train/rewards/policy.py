@@ -145,10 +145,11 @@ class GuardedReward:
         saved = self._save(batch.only(index), index, trouble)
         if self.policy.on_error == "fail":
             size = len(batch.completions)
+            longer = " or raise reward.timeout_s," if "took longer than" in trouble.what else ","
             raise ConfigError(
                 redact(f"reward {self.__name__} {trouble.what} (sample {index} of {size})")
                 + (f"\n  saved: {saved}" if saved else ""),
-                fix="mend the function, or set reward.on_error: none to score such samples None",
+                fix=f"mend the function{longer} or set reward.on_error: none to score such samples None",
             )
 
     def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
