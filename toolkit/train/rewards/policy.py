@@ -149,7 +149,8 @@ class GuardedReward:
             raise ConfigError(
                 redact(f"reward {self.__name__} {trouble.what} (sample {index} of {size})")
                 + (f"\n  saved: {saved}" if saved else ""),
-                fix=f"mend the function{longer} or set reward.on_error: none to score such samples None",
+                fix=f"mend the function{longer} or set reward.on_error: none to score such samples"
+                " None",
             )
 
     def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
