@@ -144,6 +144,31 @@ def test_vllms_own_sampling_params(fast: Any, tmp_path: Path) -> None:
     assert _ids(base) == _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY))
 
 
+def test_an_interrupted_call_leaves_nothing_behind(
+    fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook, and the cell once more."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(n=2, max_tokens=8, seed=4)
+    whole = _ids(fast.fast_generate(PROMPTS, params))
+    module, steps = fast.toolkit_engine.module, []
+    inner = module.forward
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fast.fast_generate(PROMPTS, params)
+    assert fast.vllm_engine.llm_engine.get_num_unfinished_requests() == 0
+    assert _ids(fast.fast_generate(PROMPTS, params)) == whole
+
+
 def test_keywords_beside_vllms_sampling_params(fast: Any) -> None:
     from vllm import SamplingParams
 

@@ -16,11 +16,10 @@ from toolkit.engine.parts import Part, in_parts
 from toolkit.engine.rollout import check_prompts
 from toolkit.engine.seams import drop_requests, open_internals, shut_down
 from toolkit.engine.sleep import KvSleep
-from toolkit.engine.symptoms import START_AGAIN, explain
+from toolkit.engine.symptoms import START_AGAIN, closed, explain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from torch import nn
     from vllm import LLM
@@ -64,18 +63,14 @@ class Engine:
             ConfigError: the engine is closed.
         """
         if self._llm is None:
-            raise ConfigError(
-                "the engine is closed", where="engine", fix="open a new one: load the model again"
-            )
+            raise closed()
         return self._llm
 
     @property
     def module(self) -> nn.Module:
         """The live vLLM module, whose parameters the trainer borrows."""
         if self._module is None:
-            raise ConfigError(
-                "the engine is closed", where="engine", fix="open a new one: load the model again"
-            )
+            raise closed()
         return self._module
 
     @property
@@ -164,6 +159,17 @@ class Engine:
             raise
         return rollout
 
+    def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
+        """``vllm.LLM.generate`` itself, with what it takes and returns. Whatever cuts it short
+        leaves no request behind.
+        """
+        self.wake()
+        try:
+            return self.llm.generate(inputs, sampling_params, **keywords)
+        except BaseException:
+            drop_requests(self.llm)
+            raise
+
     def lora_request(self, name: str = "default") -> LoRARequest:
         """A request for a published adapter, for calls of ``llm.generate`` by hand."""
         if self._adapters is None or name not in self._adapters.ids:
@@ -220,12 +226,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _put(self, peft_model: Any, name: str) -> None:

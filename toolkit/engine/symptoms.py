@@ -29,6 +29,13 @@ START_AGAIN = (
 """What to do about a rollout that failed for no reason that is known."""
 
 
+def closed() -> ConfigError:
+    """The error of a use after ``close``."""
+    return ConfigError(
+        "the engine is closed", where="engine", fix="open a new one: load the model again"
+    )
+
+
 def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
     symptom that it shows.

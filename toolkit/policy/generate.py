@@ -118,9 +118,8 @@ def _vllm_generate(
     texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
     pairs = zip(texts, ids, strict=True)
     inputs = [{"prompt_token_ids": found} if text is None else text for text, found in pairs]
-    engine.wake()
     request = engine.lora_request(adapter) if adapter else None
-    return engine.llm.generate(
+    return engine.vllm_generate(
         inputs, sampling_params, lora_request=request, **{"use_tqdm": False, **kwargs}
     )
 
