@@ -21,7 +21,7 @@ from toolkit.sizing import engine as engines
 from toolkit.sizing.memory import available_bytes
 from toolkit.sizing.rollout import transformers_terms
 from toolkit.sizing.terms import Term, total
-from toolkit.sizing.trainer import trainer_terms
+from toolkit.sizing.trainer import largest_tensor_bytes, trainer_terms
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from toolkit.sizing.trainer import StepPlan
     from toolkit.sizing.workload import Workload
 
-# Stated margins: what the caching allocator loses to fragmentation, and what the estimates of the
-# engine may be off. Measured on an H100: 5 % of a step were enough for the 1B shape and too little
-# for 8B at 8 x 4096 tokens, whose tensors of 0.9 GiB left 1.8 GiB in pieces (a step of 19 GiB).
-STEP_MARGIN, STEP_MARGIN_BYTES = 0.10, 128 * MIB
+# Stated margins: what the estimates may be off, and what the caching allocator loses to
+# fragmentation. A piece that it cannot use is smaller than the tensor that it is asked for, so the
+# loss goes with the largest one: on an H100, 8B at 8 x 4096 tokens (tensors of 0.88 GiB) left 1.8
+# (bfloat16) and 3.1 GiB (4-bit) in pieces when memory ran out.
+STEP_MARGIN, STEP_MARGIN_BYTES, STEP_MARGIN_TENSORS = 0.05, 128 * MIB, 3
 ENGINE_MARGIN = 0.05
 EXPERT_MARGIN = 0.10  # routed tokens are unevenly spread, and no measurement holds their count
 # The engine's activations go back to the allocator after its profiling run, and the training step
@@ -107,7 +108,8 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
                 + (f", {unknown:.0%} of the weights" if unknown else ""),
             )
         )
-    fixed = STEP_MARGIN_BYTES if case.device else 0
+    tensor = largest_tensor_bytes(case.spec, case.work, case.step)
+    fixed = STEP_MARGIN_BYTES + STEP_MARGIN_TENSORS * tensor if case.device else 0
     share = STEP_MARGIN + unknown
     if any(block.active_experts for block in case.spec.blocks):
         share += EXPERT_MARGIN
@@ -115,7 +117,8 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
         Term(
             "margin.fragmentation",
             int(total(trainer, "training") * share) + fixed,
-            f"{share:.0%} of a step, and {fixed // MIB} MiB",
+            f"{share:.0%} of a step, and {fixed // MIB} MiB"
+            + (f" with tensors of {tensor // MIB} MiB" if case.device else ""),
             "training",
         )
     )

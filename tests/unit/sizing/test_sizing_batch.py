@@ -28,7 +28,8 @@ def cut(result):
 
 
 def test_a_large_card_takes_the_whole_batch_at_once(spec_of, card, run):
-    result = solve(run(AUTO), spec_of(ONE_B), card("h200"))
+    short = {**AUTO, "max_prompt_length": 256, "max_completion_length": 256}
+    result = solve(run(short), spec_of(ONE_B), card("h200"))
     assert cut(result) == (64, 1)
     assert result.choice.gradient_checkpointing is False
     assert result.feasible
