@@ -1,0 +1,22 @@
+"""The drop-in API's first usage example, as users write it, with the engine on the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from test_drop_in_examples import END, FIRST, LOAD, TRAIN, _run, folder  # noqa: F401 - a fixture
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytest.importorskip("vllm")
+
+
+def test_the_first_example_with_an_engine(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    values = {"folder": str(folder), "bits": False, "fast": True, "share": 0.5}
+    done = _run(LOAD + FIRST + TRAIN + END, tmp_path, **values)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True 64"
+    assert "Traceback" not in done.stderr
