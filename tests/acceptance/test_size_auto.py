@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 MIXTURE = "Qwen/Qwen3-30B-A3B"
 RUN = """\
-model: {{model_name: {model}, max_seq_length: 2048}}
+model: {{model_name: {model}, max_seq_length: 1024}}
 lora: {{r: 16, target_modules: auto}}
 dataset: {{path: missing.jsonl}}
 reward: {{functions: [{{name: length}}]}}
 grpo:
-  max_completion_length: 1024
-  max_prompt_length: 1024
+  max_completion_length: 512
+  max_prompt_length: 512
   generation_batch_size: 64   # completions of a step
   per_device_train_batch_size: auto  # sized
   gradient_accumulation_steps: auto
