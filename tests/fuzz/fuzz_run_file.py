@@ -1,7 +1,7 @@
 """Feed the validator what nobody would write: it must give findings and an exit code, each time,
 soon.
 
-python tests/fuzz/fuzz_run_file.py [100000] [--seconds 1200] [--seed 0]
+python tests/fuzz/fuzz_run_file.py [100000] [--seconds 3600] [--seed 0] [--workers 2]
 
 Inputs are drawn by hypothesis: raw bytes, the fixtures with bytes changed, cut, repeated and
 spliced, deep nesting, wide and huge values, bombs of aliases, byte-order marks and other
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -143,8 +145,19 @@ def judge(path: Path, form: str, override: str | None, fix: bool = False) -> flo
     return took
 
 
-def attack(files: dict[str, Path], count: int, number: int, done: dict[str, float]) -> None:
-    """One round of ``count`` inputs, drawn from seed ``number``."""
+def attack(count: int, number: int) -> tuple[int, float, float]:
+    """One round of ``count`` inputs, drawn from seed ``number``: (inputs, the longest's seconds,
+    peak MB of the process).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {suffix: Path(folder) / f"run{suffix}" for suffix in SUFFIXES}
+        done = {"inputs": 0, "longest": 0.0}
+        _attack(files, count, number, done)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(done["inputs"]), done["longest"], peak
+
+
+def _attack(files: dict[str, Path], count: int, number: int, done: dict[str, float]) -> None:
 
     @seed(number)
     @settings(
@@ -167,24 +180,33 @@ def main() -> int:
     """Draw, judge, tell."""
     parser = argparse.ArgumentParser(description="Fuzz the run file validator.")
     parser.add_argument("count", nargs="?", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=1200.0, help="stop drawing after so long")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop drawing after so long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
     start = time.monotonic()
-    done = {"inputs": 0, "longest": 0.0}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {suffix: Path(folder) / f"run{suffix}" for suffix in SUFFIXES}
-        # In rounds, so that the clock is looked at: hypothesis itself cannot be told to stop.
-        while done["inputs"] < asked.count and time.monotonic() - start < asked.seconds:
-            count = min(ROUND, asked.count - int(done["inputs"]))
-            attack(files, count, asked.seed + int(done["inputs"]), done)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # In rounds, so that the clock is looked at: hypothesis itself cannot be told to stop. A round
+    # is drawn from its number, so that the inputs are the same with any number of workers.
+    rounds = [
+        (min(ROUND, asked.count - begin), asked.seed + begin)
+        for begin in range(0, asked.count, ROUND)
+    ]
+    inputs, longest, peak = 0, 0.0, 0.0
+    with multiprocessing.get_context("spawn").Pool(asked.workers) as pool:
+        for found in pool.imap_unordered(_round, rounds):
+            inputs, longest, peak = inputs + found[0], max(longest, found[1]), max(peak, found[2])
+            if time.monotonic() - start > asked.seconds:
+                break
     took = time.monotonic() - start
     print(
-        f"{done['inputs']} inputs in {took:.0f} s: no traceback, the longest took "
-        f"{done['longest']:.3f} s, peak {peak:.0f} MB"
+        f"{inputs} inputs in {took:.0f} s: no traceback, the longest took "
+        f"{longest:.3f} s, peak {peak:.0f} MB"
     )
     return 0 if peak < MEGABYTES else 1
+
+
+def _round(one: tuple[int, int]) -> tuple[int, float, float]:
+    return attack(*one)
 
 
 if __name__ == "__main__":

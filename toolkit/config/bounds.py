@@ -7,6 +7,7 @@ from __future__ import annotations
 MAX_BYTES = 1 << 19
 MAX_DEPTH = 40
 MAX_NODES = 50_000
+MAX_ALIASED = 5_000  # values that aliases stand for; a bomb of aliases is found out early
 MAX_DIGITS = 400  # a longer number stays text: int() of a megabyte of digits takes minutes
 MAX_FINDINGS = 500  # more are counted and not told
 MAX_SUGGESTIONS = 50  # unknown keys that get a did-you-mean

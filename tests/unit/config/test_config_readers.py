@@ -209,3 +209,10 @@ def test_depth_breadth_and_bombs_end_early(text: str, form: str) -> None:
     text = text.replace("*k0", "*a")
     document = read(text, form)
     assert [found.rule for found in document.findings] == ["DOC009"]
+
+
+def test_a_bomb_of_aliases_is_told_apart() -> None:
+    ten = "a: &a [" + "x, " * 10 + "]\n"
+    assert read(ten + "b: [" + "*a, " * 400 + "]\n", "yaml").findings == []
+    (found,) = read(ten + "b: [" + "*a, " * 500 + "]\n", "yaml").findings
+    assert found.message == "aliases stand for more than 5000 values"
