@@ -117,13 +117,23 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """One word a token id (``t0`` .. ``tN``): lengths in tokens are then what the data says."""
+    """One word a token id (``t4`` .. ``tN``): lengths in tokens are then what the data says.
+
+    The special tokens look like no word, nor like the beginning of one: they are cut out of a text
+    before it is split into words.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy
 
-    words = {f"t{index}": index for index in range(vocab_size)}
-    core = Tokenizer(models.WordLevel(words, unk_token="t3"))
+    special = ("<pad>", "<s>", "</s>", "<unk>")
+    words = {word: index for index, word in enumerate(special)}
+    words |= {f"t{index}": index for index in range(len(special), vocab_size)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="t0", bos_token="t1", eos_token="t2"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
