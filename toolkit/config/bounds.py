@@ -13,3 +13,5 @@ MAX_FINDINGS = 500  # more are counted and not told
 MAX_SUGGESTIONS = 50  # unknown keys that get a did-you-mean
 MAX_LAYERS = 16  # files that extend one another
 PIPE_WAIT_S = 1.5
+
+TOO_ALIASED = f"aliases stand for more than {MAX_ALIASED} values"

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES
+from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
 from toolkit.config.document import Document, Mark, Node, Source
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import differs, plain_spelling, read_core
@@ -67,8 +67,7 @@ class _Builder:
         self.stack: list[Node] = []  # the collections that are open
         self.keys: list[tuple[str, Mark] | None] = []  # beside each, the key that waits for a value
         self.root: Node | None = None
-        self.count = 0
-        self.aliased = 0
+        self.count = self.aliased = 0
 
     def finding(self, rule: str, mark: Mark, message: str, *fixes: Fix) -> Finding:
         return Finding(
@@ -124,8 +123,7 @@ class _Builder:
     def bounded(self, mark: Mark) -> None:
         self.count += 1
         if self.count > MAX_NODES:
-            message = f"more than {MAX_NODES} values, aliases counted"
-            raise Fault(self.finding("DOC009", mark, message))
+            raise Fault(self.finding("DOC009", mark, f"more than {MAX_NODES} values"))
 
     def node(self, event: Any, kind: type) -> Node:
         mark = _mark(event)
@@ -180,11 +178,9 @@ class _Builder:
 
     def copy(self, target: Node, mark: Mark) -> Node:
         """An alias' own nodes; they count, so that a bomb of aliases ends early."""
-        self.bounded(mark)
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
-            message = f"aliases stand for more than {MAX_ALIASED} values"
-            raise Fault(self.finding("DOC009", mark, message))
+            raise Fault(self.finding("DOC009", mark, TOO_ALIASED))
         copy = Node(target.value, target.mark, target.source, plain=target.plain)
         copy.key = target.key
         if isinstance(target.value, dict):

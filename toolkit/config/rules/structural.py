@@ -79,7 +79,7 @@ TOLD: dict[str, Told] = {
     ),
     "DOC009": Told(
         "A run file is of moderate size.",
-        "At most 512 KiB, 40 levels and 50,000 values, aliases counted; none may contain itself. "
+        "At most 512 KiB, 40 levels, 50,000 values, and 5,000 by aliases; none may contain itself. "
         "Of more than 500 findings the first 500 are told.",
         "model: &m\n  again: *m",
         "write the values out",
