@@ -78,7 +78,7 @@ def strike(undisturbed, run_dir, out, generator, phase):
 
 
 def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
-    generator = random.Random(SEED)
+    generator = random.Random(f"{SEED} {undisturbed.engine}")
     order: list[str] = []
     while len(order) < points:
         order += generator.sample(phases.PHASES, len(phases.PHASES))
