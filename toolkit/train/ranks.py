@@ -169,11 +169,16 @@ class Peers:
             time.sleep(POLL_S)
 
 
-def is_gone(error: BaseException) -> bool:
-    """True where the error says no more than that another process does not answer."""
-    if isinstance(error, PeerFailed):
-        return True
-    return isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
+def is_gone(error: BaseException | None) -> bool:
+    """True where the error, or what it was made of, says no more than that another process does not
+    answer.
+    """
+    while error is not None:
+        lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
+        if isinstance(error, PeerFailed) or (lost and _GONE.search(str(error))):
+            return True
+        error = error.__cause__
+    return False
 
 
 def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:

@@ -143,3 +143,11 @@ def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
     assert is_gone(RuntimeError(text)) is expected
     assert not is_gone(ConfigError(text))
     assert gone([], RuntimeError(text)).message.startswith("another process of this run is gone")
+
+
+def test_an_engine_that_lost_its_partner_while_starting_is_no_bad_node() -> None:
+    error = NodeError("the engine did not start: RuntimeError")
+    error.__cause__ = LOST
+    assert is_gone(error)
+    ended = together(lambda p: p.ending(error), lambda _: None)
+    assert isinstance(ended[0], RetryError)
