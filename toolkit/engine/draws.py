@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig
 
+AHEAD = 32
+"""Tokens whose numbers are drawn at once: one copy to the GPU, not one a token."""
+
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The last of the logits processors: of each row it leaves the one token that the row draws.
@@ -28,6 +31,7 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
 
     def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._ahead: list[torch.Tensor] = []
         self._keep = keep_scores
         self.scores: list[torch.Tensor] = []
 
@@ -36,8 +40,7 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         del input_ids
         if self._keep:
             self.scores.append(scores_BV)
-        numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators]
-        number_B1 = torch.stack(numbers).unsqueeze(1).to(scores_BV.device)
+        number_B1 = self._next(scores_BV.device)
         heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
         total_B1 = heights_BV[:, -1:].contiguous()
         # Below the total, also once rounded: the token found is one with a probability.
@@ -49,6 +52,13 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         drawn_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
         # What is no number is transformers' to refuse.
         return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
+
+    def _next(self, device: torch.device) -> torch.Tensor:
+        """(B, 1) float64 in [0, 1): the next number of each row."""
+        if not self._ahead:
+            table = [torch.rand(AHEAD, generator=g, dtype=torch.float64) for g in self._generators]
+            self._ahead = list(torch.stack(table).to(device).split(1, dim=1))
+        return self._ahead.pop(0)
 
     def decode(
         self,
