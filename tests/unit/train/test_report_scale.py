@@ -54,6 +54,8 @@ def test_ticks_are_round() -> None:
     assert scale.ticks(1, 300, 5) == [100, 200, 300]
     assert scale.ticks(3, 3) == []
     assert scale.labels([41.0, 41.05, 41.1]) == ["41", "41.05", "41.1"]
+    assert scale.labels([0.69325, 0.6935, 0.69375]) == ["0.69325", "0.6935", "0.69375"]
+    assert scale.labels([12_250.0, 12_500.0]) == ["12.25k", "12.5k"]
 
 
 def test_smoothing_keeps_gaps_and_constants() -> None:

@@ -107,9 +107,10 @@ def show(value: float | None, digits: int = 3) -> str:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Ticks as text, with as many digits as tell them apart."""
+    """Ticks as text, with as many digits as tell them apart and at even distances."""
     for digits in range(3, 8):
         shown = [show(value, digits) for value in values]
-        if len(set(shown)) == len(shown):
+        rounded = (float(f"{value:.{digits}g}") for value in values)
+        if len(set(shown)) == len(shown) and all(map(math.isclose, rounded, values)):
             break
     return shown if values else []
