@@ -57,8 +57,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         """(B, 1) float64 in [0, 1): the next number of each row."""
         if not self._ahead:
             table = [torch.rand(AHEAD, generator=g, dtype=torch.float64) for g in self._generators]
-            self._ahead = list(torch.stack(table).to(device).split(1, dim=1))
-        return self._ahead.pop(0)
+            self._ahead = list(torch.stack(table, dim=1).to(device))
+        return self._ahead.pop(0).unsqueeze(1)
 
     def decode(
         self,
