@@ -29,6 +29,9 @@ SHAPES = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128, "intermediate_size": 3072},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 256, "num_attention_heads": 4,
                "num_key_value_heads": 1, "intermediate_size": 6912, "sliding_window": 512},
+    "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 128, "num_attention_heads": 8,
+               "num_key_value_heads": 4, "intermediate_size": 6912, "sliding_window": 512,
+               "attn_implementation": "eager"},
     "phi3": {**LLAMA, "model_type": "phi3", "pad_token_id": 0, "eos_token_id": 1},
 }  # fmt: skip
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -108,7 +111,7 @@ def _fake(model, adapter_dtype):
                 module._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
 
 
-def _peak(values, targets, checkpointing, *, half):
+def _peak(values, targets, checkpointing, *, half, size=(BATCH, LENGTH)):
     """Bytes of the largest moment of one forward and backward pass."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -119,8 +122,8 @@ def _peak(values, targets, checkpointing, *, half):
         _fake(model, adapter_dtype)
         tensors = [*model.parameters(), *model.buffers()]
         counter = _Counter(tensor.untyped_storage()._cdata for tensor in tensors)
-        ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-        mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
+        ids = torch.zeros(*size, dtype=torch.long)
+        mask = torch.ones(size[0], 1, size[1], size[1], dtype=torch.bool)
         with _mode(counter):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 body = model.get_base_model().model
@@ -132,13 +135,13 @@ def _peak(values, targets, checkpointing, *, half):
     return counter.peak
 
 
-def _predicted(values, targets, checkpointing, *, half):
+def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH)):
     work = SimpleNamespace(
-        sequence=LENGTH, completion=LENGTH // 2, rank=64, targets=targets, dropout=False
+        sequence=size[1], completion=size[1] // 2, rank=64, targets=targets, dropout=False
     )
     assert set(vars(work)) <= set(Workload.__slots__)
     step = StepPlan(
-        micro_batch=BATCH, accumulation=1, checkpointing=checkpointing,
+        micro_batch=size[0], accumulation=1, checkpointing=checkpointing,
         compute_bytes=2 if half else 4, adapter_bytes=4, own_weights=False,
     )  # fmt: skip
     return activation_bytes(spec_from_values(values, name="x"), work, step)
@@ -161,3 +164,19 @@ def test_the_count_is_autograds(name, targets, half, checkpointing):
     found = _peak(values, targets, checkpointing, half=half)
     predicted = _predicted(values, targets, checkpointing, half=half)
     assert predicted == pytest.approx(found, rel=WITHIN)
+
+
+@pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("half", [True, False], ids=["16", "32"])
+def test_scores_of_a_long_sequence(checkpointing, half):
+    """Without a fused kernel the score matrices are most of the memory."""
+    values, size = SHAPES["gemma2"], (2, 4096)
+    found = _peak(values, SEVEN_PROJECTIONS, checkpointing, half=half, size=size)
+    fused = {**values, "attn_logit_softcapping": None}
+    predicted, without = (
+        _predicted(one, SEVEN_PROJECTIONS, checkpointing, half=half, size=size)
+        for one in (values, fused)
+    )
+    assert predicted == pytest.approx(found, rel=WITHIN)
+    assert without < 0.6 * predicted

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from toolkit.sizing.quant import Quantization
 
 AttentionKind = Literal["full", "sliding", "mla", "linear", "none"]
+# How the trainer computes attention scores: a fused kernel keeps none, "eager" a matrix a head,
+# "capped" (soft-capping, which Hugging Face's fused default leaves out) one more.
+Scores = Literal["fused", "eager", "capped"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
@@ -101,6 +104,7 @@ class ModelSpec:
     margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
     lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
     rotary_elements: int = 0  # of one position in the engine's cosine/sine table
+    scores: Scores = "fused"
     targets: tuple[str, ...] = SEVEN_PROJECTIONS  # what lora.target_modules auto means
     notes: tuple[str, ...] = field(default=())
 

@@ -96,6 +96,7 @@ def spec_from_values(
         margin=margin,
         lora_tables=shape.lora_tables,
         rotary_elements=shape.rotary_elements,
+        scores=shape.scores,
         targets=default_targets(values),
         notes=(*shape.notes, *notes),
     )

@@ -151,6 +151,7 @@ def saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPla
             total += (1 + step.adapter_bytes) * linear.in_features
     total += sum(width * features for _, features in groups)
     total += _attention_saved(block, spec, width, work.sequence)
+    total += scores_saved(spec, width, work.sequence)
     return total + _mlp_saved(block, spec, width)
 
 
@@ -170,6 +171,17 @@ def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -
         keys = values = spec.head_dim
     tensors = query + keys + values + out
     return width * (tensors + sequence) + 4 * spec.heads + head_norms
+
+
+def scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
+    """The score matrices of a token that an attention without a fused kernel keeps: the softmax in
+    float32, what multiplies the values, and under a cap the tanh.
+    """
+    if spec.scores == "fused":
+        return 0
+    weights = width if width < MASTER_BYTES else 0
+    capped = width if spec.scores == "capped" else 0
+    return spec.heads * sequence * (MASTER_BYTES + weights + capped)
 
 
 def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
@@ -199,9 +211,21 @@ def moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
         inner = down.in_features * (block.active_experts if down.copies > 1 else 1)
     if step.compute_bytes == step.adapter_bytes:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
-        return (2 if step.compute_bytes == MASTER_BYTES else 3) * step.compute_bytes * inner
-    copies = 4 if down is not None and lora.targeted(down, work.targets) else 3
-    return copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
+        mlp = (2 if step.compute_bytes == MASTER_BYTES else 3) * step.compute_bytes * inner
+    else:
+        copies = 4 if down is not None and lora.targeted(down, work.targets) else 3
+        mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
+    return max(mlp, _scores_moving(block, spec, work, step))
+
+
+def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """The same of the score matrices: their gradients in float32 and half as much again, when what
+    the MLP saved has gone.
+    """
+    if spec.scores == "fused":
+        return 0
+    gradients = spec.heads * work.sequence * (MASTER_BYTES + step.compute_bytes // 2)
+    return gradients - _mlp_saved(block, spec, step.compute_bytes)
 
 
 def largest_tensor_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from toolkit.sizing.fields import Fields
+    from toolkit.sizing.model import Scores
 
 
 # Which tables a vLLM model class lists in ``embedding_modules``.
@@ -38,6 +39,7 @@ class Shape:
     head_bias: bool = False
     lora_tables: tuple[str, ...] = ()
     rotary_elements: int = 0
+    scores: Scores = "fused"
     notes: tuple[str, ...] = ()
 
 

@@ -48,7 +48,7 @@ def _with_defaults(fields: Fields, defaults: Mapping[str, object]) -> Fields:
     return Fields({**defaults, **written}, fields.where)
 
 
-def _gemma(fields: Fields, *, pattern: int, head_norms: bool) -> Shape:
+def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = False) -> Shape:
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
@@ -75,12 +75,15 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool) -> Shape:
         blocks=blocks_by_kind(layer_kinds(fields, default), make),
         final_vectors=heads.hidden,
         rotary_elements=heads.head_dim,
+        scores="capped" if capped else "fused",
     )
 
 
 def gemma2(fields: Fields) -> Shape:
-    """Gemma 2: every other layer slides."""
-    return _gemma(_with_defaults(fields, GEMMA2_DEFAULTS), pattern=2, head_norms=False)
+    """Gemma 2: every other layer slides, and scores are capped unless the file says null."""
+    full = _with_defaults(fields, GEMMA2_DEFAULTS)
+    capped = fields.values.get("attn_logit_softcapping", 50.0) is not None
+    return _gemma(full, pattern=2, head_norms=False, capped=capped)
 
 
 def gemma3_text(fields: Fields) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import (
@@ -116,4 +117,5 @@ def gpt_oss(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    return decoder(fields, heads, blocks, max_position=32768)
+    # The sinks: transformers has no fused kernel for them.
+    return replace(decoder(fields, heads, blocks, max_position=32768), scores="eager")
