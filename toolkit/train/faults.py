@@ -83,10 +83,20 @@ def first_line(text: str) -> str:
     return text.strip().splitlines()[0][:300]
 
 
-def in_halves(run: Callable[[Any], list[Any]], rows: Any, what: str) -> list[Any]:
+class AtOnce:
+    """How many rows fit into memory together, as far as has been found out."""
+
+    most: int | None = None
+
+
+def in_halves(run: Callable[[Any], list[Any]], rows: Any, what: str, fits: AtOnce) -> list[Any]:
     """``run(rows)``, or where memory runs out the same in halves, down to one row; results in
-    order.
+    order. ``fits`` remembers, so that the next call does not try again what did not fit.
     """
+    most = fits.most or len(rows)
+    if len(rows) > most:
+        parts = (rows[start : start + most] for start in range(0, len(rows), most))
+        return [found for part in parts for found in in_halves(run, part, what, fits)]
     try:
         return run(rows)
     except (RuntimeError, MemoryError) as error:
@@ -95,6 +105,12 @@ def in_halves(run: Callable[[Any], list[Any]], rows: Any, what: str) -> list[Any
         failure = first_line(str(error))
     # Outside the handler: the traceback holds the tensors that did not fit.
     release_memory()
-    middle = len(rows) // 2
-    logger.warning("%s: out of memory with %d, trying %d (%s)", what, len(rows), middle, failure)
-    return in_halves(run, rows[:middle], what) + in_halves(run, rows[middle:], what)
+    fits.most = -(-len(rows) // 2)
+    logger.warning(
+        "%s: out of memory with %d sequences, %d at a time from here on (%s)",
+        what,
+        len(rows),
+        fits.most,
+        failure,
+    )
+    return in_halves(run, rows, what, fits)

@@ -188,6 +188,7 @@ class ModelGeneration:
             return cut(sampled_BT, trainer.eos_token_ids)
 
         pairs = list(zip(rows, prompts, strict=True))
-        completions = faults.in_halves(run, pairs, "rollout")
+        fits = trainer.__dict__.setdefault("_rollout_fits", faults.AtOnce())
+        completions = faults.in_halves(run, pairs, "rollout", fits)
         trainer.rows.drawn(rows, prompts, completions)
         return completions
