@@ -101,7 +101,8 @@ def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
         print(f"{undisturbed.engine} {point + 1:2}: {where}: {verdict}")
         assert ok, (found, undisturbed.digests, out.read_text())
     print(f"{undisturbed.engine}: {same} of {points}, seed {SEED}, killed in {sorted(hits)}")
-    assert killed >= points * 0.9
+    # Where a kill is meant for the last moments of a run, a busy machine may let it end first.
+    assert killed >= points * 0.7
     assert len(hits) >= min(points, len(phases.PHASES)) // 2
 
 
