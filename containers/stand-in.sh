@@ -3,7 +3,7 @@
 # and the same packages, another digest. Prints the image's name.
 # usage: stand-in.sh bookworm|noble
 #
-# bookworm stands in for python:3.11-slim-bookworm (Python 3.11), noble for the CUDA base on Ubuntu 24.04 (Python 3.12, no CUDA
+# bookworm stands in for python:3.11-slim-bookworm (Python 3.11 with its headers, which torch.compile includes), noble for the CUDA base on Ubuntu 24.04 (Python 3.12, no CUDA
 # file of the base: the wheels carry what torch and vLLM need).
 set -euo pipefail
 # shellcheck source=containers/lib.sh
@@ -11,7 +11,7 @@ set -euo pipefail
 
 release=${1:-}
 case "$release" in
-    bookworm) packages=ca-certificates,g++,libnuma1,python3,python3-venv,tini ;;
+    bookworm) packages=ca-certificates,g++,libnuma1,python3,python3-dev,python3-venv,tini ;;
     noble) packages=ca-certificates,g++,python3,python3-dev,python3-venv,tini ;;
     *) die 2 "usage: stand-in.sh bookworm|noble" ;;
 esac
