@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.sizing.activations import activation_bytes
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.trainer import StepPlan, activation_bytes
+from toolkit.sizing.trainer import StepPlan
 from toolkit.sizing.workload import Workload
 
 pytestmark = pytest.mark.contract

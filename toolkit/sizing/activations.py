@@ -1,0 +1,138 @@
+"""Activations of a training step, counted tensor by tensor as autograd saves them.
+
+Read at transformers 5.17 and PEFT 0.21.2; tests/contract/test_sizing_activations.py holds the count
+to what they really save.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing import lora
+
+if TYPE_CHECKING:
+    from toolkit.sizing.model import Block, ModelSpec
+    from toolkit.sizing.trainer import StepPlan
+    from toolkit.sizing.workload import Workload
+
+MASTER_BYTES = 4  # policy/lora.py keeps adapters in float32, their gradients too
+
+
+def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """Bytes of activations at the worst moment of a forward and backward pass, head aside."""
+    return sum(activations(spec, work, step, step.micro_batch * work.sequence))
+
+
+def activations(
+    spec: ModelSpec, work: Workload, step: StepPlan, tokens: int
+) -> tuple[int, int, int]:
+    """(bytes that all layers keep, bytes of the one layer being recomputed, temporaries of that
+    layer's backward).
+    """
+    widest = max(_saved_per_token(block, spec, work, step) for block in spec.blocks)
+    moving = tokens * max(_moving_per_token(block, spec, work, step) for block in spec.blocks)
+    if step.checkpointing:
+        kept = 0 if step.checkpointing == "unsloth" else spec.layers
+        return tokens * spec.hidden_size * step.compute_bytes * kept, tokens * widest, moving
+    kept_bytes = sum(
+        block.count * _saved_per_token(block, spec, work, step) for block in spec.blocks
+    )
+    adapter = lora.adapter_parameters(spec, work.rank, work.targets)
+    casts = adapter * step.compute_bytes if step.compute_bytes < step.adapter_bytes else 0
+    return tokens * kept_bytes + casts, 0, moving
+
+
+def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """Bytes that autograd saves for one token of one layer."""
+    width = step.compute_bytes
+    # PEFT casts each adapted input up and autocast casts it down again: a copy for each module.
+    casts = width < step.adapter_bytes
+    hidden = spec.hidden_size
+    norms = block.vectors // hidden
+    total = 4 * hidden * norms
+    groups: set[tuple[str, int]] = set()
+    for linear in lora.adapted(spec, block, work.targets):
+        total += width * work.rank
+        if casts:
+            total += width * linear.in_features
+        elif linear.leaf not in ("o_proj", "out_proj"):
+            groups.add((linear.name.split(".")[0], linear.in_features))
+        if work.dropout:
+            total += (1 + step.adapter_bytes) * linear.in_features
+    total += sum(width * features for _, features in groups)
+    total += _attention_saved(block, spec, width, work.sequence)
+    total += _scores_saved(spec, width, work.sequence)
+    return total + _mlp_saved(block, spec, width)
+
+
+def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -> int:
+    """sdpa keeps q, k, v (repeated for grouped queries), the output, the log-sum-exp, and the mask
+    as a bias of its dtype.
+    """
+    if block.cache.kind == "linear":
+        return 12 * width * spec.hidden_size
+    query = spec.heads * spec.head_dim
+    out = next((linear.in_features for linear in block.linears if linear.leaf == "o_proj"), query)
+    norms = block.vectors % spec.hidden_size
+    head_norms = 4 * (query + block.cache.key_elements) if norms else 0
+    # One KV head is broadcast without a copy; several are repeated for their queries.
+    keys, values = query, out
+    if block.cache.kind != "mla" and block.cache.key_elements == spec.head_dim:
+        keys = values = spec.head_dim
+    tensors = query + keys + values + out
+    return width * (tensors + sequence) + 4 * spec.heads + head_norms
+
+
+def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
+    """The score matrices of a token that an attention without a fused kernel keeps: the softmax in
+    float32, what multiplies the values, and under a cap the tanh.
+    """
+    if spec.scores == "fused":
+        return 0
+    weights = width if width < MASTER_BYTES else 0
+    capped = width if spec.scores == "capped" else 0
+    return spec.heads * sequence * (MASTER_BYTES + weights + capped)
+
+
+def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
+    """The gate, its activation and the up projection, for each active expert."""
+    total = 0
+    for linear in block.linears:
+        if linear.leaf == "down_proj":
+            copies = block.active_experts if linear.copies > 1 else 1
+            total += 3 * width * linear.in_features * copies
+            if linear.copies > 1:
+                total += 2 * width * spec.hidden_size * copies
+    return total
+
+
+def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """Temporaries of one layer's backward: gradients of the MLP's inner tensors.
+
+    They are float32 where PEFT cast an adapted input up; the hidden gradient is in two dtypes then.
+    """
+    down = max(
+        (linear for linear in block.linears if linear.leaf == "down_proj"),
+        key=lambda linear: linear.in_features,
+        default=None,
+    )
+    inner = 4 * spec.hidden_size
+    if down is not None:
+        inner = down.in_features * (block.active_experts if down.copies > 1 else 1)
+    if step.compute_bytes == step.adapter_bytes:
+        # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
+        mlp = (2 if step.compute_bytes == MASTER_BYTES else 3) * step.compute_bytes * inner
+    else:
+        copies = 4 if down is not None and lora.targeted(down, work.targets) else 3
+        mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
+    return max(mlp, _scores_moving(block, spec, work, step))
+
+
+def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """The same of the score matrices: their gradients in float32 and half as much again, when what
+    the MLP saved has gone.
+    """
+    if spec.scores == "fused":
+        return 0
+    gradients = spec.heads * work.sequence * (MASTER_BYTES + step.compute_bytes // 2)
+    return gradients - _mlp_saved(block, spec, step.compute_bytes)
