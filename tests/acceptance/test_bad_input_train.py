@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from spoiled_world import (
     TOOLKIT,
     Ended,
@@ -62,6 +64,15 @@ def _no_checkpoint(folder: Path) -> None:
     (folder / "other" / "readme.txt").write_text("not a model")
 
 
+def _without_a_tensor(folder: Path) -> None:
+    """A model that is found broken when it is loaded: what is said before that was found sooner."""
+    shutil.copytree(folder / "model", folder / "broken")
+    weights = folder / "broken" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def _archive(folder: Path) -> None:
     with tarfile.open(folder / "evil.tar.gz", "w:gz") as tar:
         info = tarfile.TarInfo("../evil.jsonl")
@@ -80,6 +91,8 @@ CASES = {
     "no run file": Case(2, ("gone.yaml",), arguments=("train", "gone.yaml")),
     "run file of bytes": Case(2, ("run.yaml",), lambda f: (f / "run.yaml").write_bytes(b"\xff\0")),
     "no data file": Case(2, ("gone.jsonl",), changes={"dataset": {"path": "gone.jsonl"}}),
+    "no data file and a broken model": Case(2, ("gone.jsonl",), _without_a_tensor,
+        changes={"dataset": {"path": "gone.jsonl"}, "model": {"model_name": "broken"}}),
     "unreadable data": Case(1, ("train.jsonl", "ermission"), _unreadable, permissions=True),
     "broken line": Case(
         1, ("train.jsonl line 2", "is not JSON"), _write("train.jsonl", '{"a": 1}\n{"a": 2')

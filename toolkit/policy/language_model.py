@@ -17,7 +17,7 @@ from toolkit.policy.checkpointing import (
     resume_checkpointing,
 )
 from toolkit.policy.from_config import request_of
-from toolkit.policy.loading import load, tell_engine
+from toolkit.policy.loading import load, read_tokenizer, tell_engine
 from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
 from toolkit.policy.request import check_request
 from toolkit.policy.settings import WHERE, LoraSettings
@@ -210,6 +210,13 @@ def load_policy(config: RunConfig) -> tuple[Any, Any]:
         section = replace(section, target_modules=default_for(model))
     settings = LoraSettings.from_section(section)
     return put_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
+
+
+def policy_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer of ``load_policy``, before the model and its engine take their minute and their
+    memory. Raises InputError.
+    """
+    return read_tokenizer(request_of(config))
 
 
 def _check_length(model: Any, max_seq_length: int) -> None:

@@ -32,14 +32,7 @@ def load(request: LoadRequest, adapter_folder: Path | None = None) -> tuple[Any,
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
     """
     check_quantization(request)
-    found = _find(request, request.model_name)
-    if adapter_folder is not None:
-        adapter, base = read_adapter(adapter_folder), found
-    elif found.is_adapter:
-        adapter = read_adapter(found.folder)
-        base = _base_of(request, adapter)
-    else:
-        adapter, base = None, found
+    base, adapter = _locate(request, adapter_folder)
     if request.fast_inference:
         from toolkit.policy.engine_model import load_on_engine  # noqa: PLC0415 - vLLM is optional
 
@@ -47,6 +40,26 @@ def load(request: LoadRequest, adapter_folder: Path | None = None) -> tuple[Any,
     else:
         model, engine = load_base(base, request), None
     return _finish(model, engine, base, request, adapter)
+
+
+def read_tokenizer(request: LoadRequest) -> Any:
+    """The tokenizer that ``load`` would give, without the model: for lengths and templates.
+
+    Its padding is not settled, which hangs on the model. Raises InputError.
+    """
+    return _tokenizer_of(*_locate(request), request)
+
+
+def _locate(
+    request: LoadRequest, adapter_folder: Path | None = None
+) -> tuple[Checkpoint, Adapter | None]:
+    found = _find(request, request.model_name)
+    if adapter_folder is not None:
+        return found, read_adapter(adapter_folder)
+    if not found.is_adapter:
+        return found, None
+    adapter = read_adapter(found.folder)
+    return _base_of(request, adapter), adapter
 
 
 def _find(request: LoadRequest, name: str) -> Checkpoint:
@@ -71,12 +84,7 @@ def _finish(
     """Name the model, load the tokenizer, put the adapter on it, bind the methods."""
     # transformers remembers the snapshot's folder; adapters must record what the user called it.
     model.name_or_path = model.config._name_or_path = base.name
-    source = adapter.folder if adapter and _has_tokenizer(adapter) else base.folder
-    tokenizer = load_tokenizer(
-        source,
-        max_seq_length=request.max_seq_length,
-        trust_remote_code=request.trust_remote_code,
-    )
+    tokenizer = _tokenizer_of(base, adapter, request)
     if request.fix_tokenizer:
         fix_tokenizer(tokenizer, model)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -116,5 +124,10 @@ def tell_engine(peft_model: Any) -> Any:
     return peft_model
 
 
-def _has_tokenizer(adapter: Adapter) -> bool:
-    return (adapter.folder / "tokenizer_config.json").is_file()
+def _tokenizer_of(base: Checkpoint, adapter: Adapter | None, request: LoadRequest) -> Any:
+    own = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
+    return load_tokenizer(
+        adapter.folder if adapter and own else base.folder,
+        max_seq_length=request.max_seq_length,
+        trust_remote_code=request.trust_remote_code,
+    )

@@ -10,7 +10,7 @@ import trl
 from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, StoppedError
-from toolkit.policy.language_model import load_policy
+from toolkit.policy.language_model import load_policy, policy_tokenizer
 from toolkit.train import batch, checkpoint, faults, folder, resume
 from toolkit.train.arguments import grpo_config, make_reproducible
 from toolkit.train.data import load_data
@@ -118,11 +118,14 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
     if is_first_rank():
         folder.write_config(run_dir, resolved)
         ready.write(run_dir)
-    model, tokenizer = load_policy(resolved)
+    # What is wrong with data or rewards is found before the engine starts.
     data = load_data(
-        resolved.dataset, tokenizer, max_prompt_length=resolved.grpo.get("max_prompt_length")
+        resolved.dataset,
+        policy_tokenizer(resolved),
+        max_prompt_length=resolved.grpo.get("max_prompt_length"),
     )
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
+    model, tokenizer = load_policy(resolved)
     reports = {"train": data.report.train, "eval": data.report.eval}
     digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
     return Parts(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
