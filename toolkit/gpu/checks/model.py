@@ -27,7 +27,8 @@ def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     place = snapshot.model.location
     if place.value is None:
-        return fail("user", f"model {context.model}: {place.reason}")
+        why = str(place.reason).removeprefix(f"{context.model}: ")
+        return fail("user", f"model {context.model}: {why}")
     if place.value["kind"] != "hub":
         return ok(f"{place.value['kind']} {place.value['path']}")
     offline = [n for n in _OFFLINE if snapshot.environment.get(n, "0").lower() not in ("", "0")]
