@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from trl import GRPOConfig
 
 from toolkit import FastLanguageModel, GRPOTrainer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "train"))
+from trainer_helpers import arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,25 +63,10 @@ def make_trainer(
     """``more`` goes to the trainer (reward_funcs, tools, eval_dataset), ``grpo`` to its
     arguments.
     """
-    values: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    values = {"max_steps": 2, "max_completion_length": 8, **grpo}
     return GRPOTrainer(
         model=policy,
-        args=GRPOConfig(**{**values, **grpo}),
+        args=arguments(folder, **values),
         train_dataset=Dataset.from_list(ROWS if rows is None else rows),
         processing_class=tokenizer,
         **{"reward_funcs": digits, **(more or {})},

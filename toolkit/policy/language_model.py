@@ -196,13 +196,14 @@ def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -
     return peft_model
 
 
-def load_policy(config: RunConfig) -> tuple[Any, Any]:
+def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     """(model with its adapter, tokenizer) of a resolved run file; the engine by ``runtime.engine``.
+    ``tokenizer`` is what ``policy_tokenizer`` gave, where it was asked before.
 
     Raises:
         As ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
     """
-    model, tokenizer = load(request_of(config))
+    model, tokenizer = load(request_of(config), tokenizer=tokenizer)
     if is_peft(model) or config.model.full_finetuning:
         return model, tokenizer
     section = config.lora

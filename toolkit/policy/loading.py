@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from toolkit.policy.saved_adapter import Adapter
 
 
-def load(request: LoadRequest, adapter_folder: Path | None = None) -> tuple[Any, Any]:
+def load(
+    request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
+) -> tuple[Any, Any]:
     """(model, tokenizer) of ``request``; an adapter's folder gives its base with the adapter on it.
 
-    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it.
+    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it. What
+    ``read_tokenizer`` gave is not read again.
 
     Raises:
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
@@ -39,7 +42,9 @@ def load(request: LoadRequest, adapter_folder: Path | None = None) -> tuple[Any,
         model, engine = load_on_engine(base, request, adapter)
     else:
         model, engine = load_base(base, request), None
-    return _finish(model, engine, base, request, adapter)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(base, adapter, request)
+    return _finish(model, engine, base, request, adapter, tokenizer)
 
 
 def read_tokenizer(request: LoadRequest) -> Any:
@@ -79,12 +84,16 @@ def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
 
 
 def _finish(
-    model: Any, engine: Any, base: Checkpoint, request: LoadRequest, adapter: Adapter | None
+    model: Any,
+    engine: Any,
+    base: Checkpoint,
+    request: LoadRequest,
+    adapter: Adapter | None,
+    tokenizer: Any,
 ) -> tuple[Any, Any]:
-    """Name the model, load the tokenizer, put the adapter on it, bind the methods."""
+    """Name the model, settle the padding, put the adapter on it, bind the methods."""
     # transformers remembers the snapshot's folder; adapters must record what the user called it.
     model.name_or_path = model.config._name_or_path = base.name
-    tokenizer = _tokenizer_of(base, adapter, request)
     if request.fix_tokenizer:
         fix_tokenizer(tokenizer, model)
     longest = getattr(model.config, "max_position_embeddings", None)

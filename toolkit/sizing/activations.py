@@ -20,15 +20,14 @@ MASTER_BYTES = 4  # policy/lora.py keeps adapters in float32, their gradients to
 
 def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """Bytes of activations at the worst moment of a forward and backward pass, head aside."""
-    return sum(activations(spec, work, step, step.micro_batch * work.sequence))
+    return sum(activations(spec, work, step))
 
 
-def activations(
-    spec: ModelSpec, work: Workload, step: StepPlan, tokens: int
-) -> tuple[int, int, int]:
+def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
     """(bytes that all layers keep, bytes of the one layer being recomputed, temporaries of that
     layer's backward).
     """
+    tokens = step.micro_batch * work.sequence
     widest = max(_saved_per_token(block, spec, work, step) for block in spec.blocks)
     moving = tokens * max(_moving_per_token(block, spec, work, step) for block in spec.blocks)
     if step.checkpointing:

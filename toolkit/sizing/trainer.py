@@ -59,8 +59,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         ),
         Term("trainer.optimizer", int(count * states), f"{states:g} bytes a parameter"),
     ]
-    tokens = step.micro_batch * work.sequence
-    saved, layer, moving = activations(spec, work, step, tokens)
+    saved, layer, moving = activations(spec, work, step)
     head = head_bytes(spec, work, step)
     gradients = count * step.adapter_bytes
     if step.accumulation == 1:

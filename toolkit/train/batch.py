@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from toolkit.sizing.batch import ACCUMULATION, GENERATION, MICRO, is_auto
 from toolkit.train import checkpoint
 from toolkit.train.ranks import world_size
 from toolkit.train.resume import STATE
@@ -21,13 +22,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.model import RunConfig
 
-MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 KEYS = (MICRO, ACCUMULATION)
-
-
-def is_auto(config: RunConfig) -> bool:
-    """Whether the run file leaves the cut to sizing."""
-    return config.grpo.get(MICRO) == "auto"
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
@@ -35,7 +30,7 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
     Where the run's size changed, the numbers say nothing: what changed is told later.
     """
-    if found is None or not is_auto(config):
+    if found is None or not is_auto(config.grpo):
         return config
     then = checkpoint.read_json(found, STATE)["run"]
     cut = {key: then.get(f"grpo.{key}") for key in KEYS}
@@ -43,12 +38,12 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
     whole = micro * accumulation * world_size()
-    return _with(config, cut) if whole == config.grpo.get("generation_batch_size") else config
+    return _with(config, cut) if whole == config.grpo.get(GENERATION) else config
 
 
 def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """``config`` as written but for the cut, which is ``resolved``'s: what a checkpoint records."""
-    return _with(config, resolved.grpo) if is_auto(config) else config
+    return _with(config, resolved.grpo) if is_auto(config.grpo) else config
 
 
 def _with(config: RunConfig, cut: Mapping[str, Any]) -> RunConfig:

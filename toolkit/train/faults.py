@@ -9,16 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError
 from toolkit.engine.parts import is_out_of_memory
 from toolkit.train.cuda import cuda_in_use
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -81,36 +77,3 @@ def translate(error: Exception, where: str) -> ToolkitError | None:
 def first_line(text: str) -> str:
     """The first line of an error's text, cut to a readable length."""
     return text.strip().splitlines()[0][:300]
-
-
-class AtOnce:
-    """How many rows fit into memory together, as far as has been found out."""
-
-    most: int | None = None
-
-
-def in_halves(run: Callable[[Any], list[Any]], rows: Any, what: str, fits: AtOnce) -> list[Any]:
-    """``run(rows)``, or where memory runs out the same in halves, down to one row; results in
-    order. ``fits`` remembers, so that the next call does not try again what did not fit.
-    """
-    most = fits.most or len(rows)
-    if len(rows) > most:
-        parts = (rows[start : start + most] for start in range(0, len(rows), most))
-        return [found for part in parts for found in in_halves(run, part, what, fits)]
-    try:
-        return run(rows)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(rows) < 2:
-            raise
-        failure = first_line(str(error))
-    # Outside the handler: the traceback holds the tensors that did not fit.
-    release_memory()
-    fits.most = -(-len(rows) // 2)
-    logger.warning(
-        "%s: out of memory with %d sequences, %d at a time from here on (%s)",
-        what,
-        len(rows),
-        fits.most,
-        failure,
-    )
-    return in_halves(run, rows, what, fits)

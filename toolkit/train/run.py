@@ -119,13 +119,12 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
         folder.write_config(run_dir, resolved)
         ready.write(run_dir)
     # What is wrong with data or rewards is found before the engine starts.
+    tokenizer = policy_tokenizer(resolved)
     data = load_data(
-        resolved.dataset,
-        policy_tokenizer(resolved),
-        max_prompt_length=resolved.grpo.get("max_prompt_length"),
+        resolved.dataset, tokenizer, max_prompt_length=resolved.grpo.get("max_prompt_length")
     )
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
-    model, tokenizer = load_policy(resolved)
+    model, tokenizer = load_policy(resolved, tokenizer)
     reports = {"train": data.report.train, "eval": data.report.eval}
     digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
     return Parts(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)

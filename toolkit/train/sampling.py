@@ -15,15 +15,15 @@ import torch
 
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine.draws import cut, draw, draws_by_row
-from toolkit.engine.rollout import Sampling, request_seed
-from toolkit.train import faults
+from toolkit.engine.parts import Part, in_parts
+from toolkit.engine.rollout import Rollout, Sampling, request_seed
+from toolkit.train.faults import release_memory
 from toolkit.train.memory import rollout_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.engine.base import RolloutEngine
-    from toolkit.engine.rollout import Rollout
 
 
 class Timers:
@@ -182,13 +182,19 @@ class ModelGeneration:
         seed, rows = trainer.rows.call(prompts)
         model = trainer.accelerator.unwrap_model(trainer.model)
 
-        def run(part: list[tuple[int, list[int]]]) -> list[list[int]]:
-            seeds = [request_seed(seed, row) for row, _ in part]
-            sampled_BT, _ = draw(model, [ids for _, ids in part], trainer.generation_config, seeds)
-            return cut(sampled_BT, trainer.eos_token_ids)
+        def run(part: Part) -> Rollout:
+            seeds = [request_seed(seed, row) for row in part.rows]
+            sampled_BT, _ = draw(model, part.prompts, trainer.generation_config, seeds)
+            ids = cut(sampled_BT, trainer.eos_token_ids)
+            return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
 
-        pairs = list(zip(rows, prompts, strict=True))
-        fits = trainer.__dict__.setdefault("_rollout_fits", faults.AtOnce())
-        completions = faults.in_halves(run, pairs, "rollout", fits)
-        trainer.rows.drawn(rows, prompts, completions)
-        return completions
+        kept = trainer.__dict__
+        rollout, kept["_most_at_once"] = in_parts(
+            run,
+            Part(prompts, rows, n=1),
+            kept.get("_most_at_once"),
+            at_once=len(prompts),
+            recover=release_memory,
+        )
+        trainer.rows.drawn(rows, prompts, rollout.completion_ids)
+        return rollout.completion_ids

@@ -122,6 +122,21 @@ def test_a_job_is_not_requeued_for_ever(cluster: Path) -> None:
     assert "not again" in stderr
 
 
+def started(cluster: Path, name: str) -> subprocess.Popen[bytes]:
+    """The batch file ``name``, once its stand-in of the command has made the file ``ready``."""
+    process = subprocess.Popen(
+        ["bash", str(SLURM / name), "run.yaml"],
+        env=environment(cluster),
+        stderr=subprocess.DEVNULL,
+        cwd=cluster.parent,
+    )
+    until = time.monotonic() + 10
+    while not (cluster.parent / "ready").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return process
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_signal_reaches_the_training_and_requeues(
     cluster: Path, number: signal.Signals
@@ -131,16 +146,7 @@ def test_a_warning_signal_reaches_the_training_and_requeues(
         f'trap "echo {number.name} >>$LOG; exit 75" {number.name[3:]}\n'
         "touch ready\nwhile :; do sleep 0.05; done",
     )
-    process = subprocess.Popen(
-        ["bash", str(SLURM / "train.sbatch"), "run.yaml"],
-        env=environment(cluster),
-        stderr=subprocess.DEVNULL,
-        cwd=cluster.parent,
-    )
-    until = time.monotonic() + 10
-    while not (cluster.parent / "ready").exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    process = started(cluster, "train.sbatch")
     os.kill(process.pid, number)  # `--signal=B:` and a preemption reach the batch shell alone
     assert process.wait(timeout=10) == 75
     log = (cluster.parent / "log").read_text()
@@ -154,16 +160,7 @@ def test_a_run_that_a_signal_met_while_it_started_goes_back_to_the_queue(
     cluster: Path, number: signal.Signals, name: str
 ) -> None:
     write(cluster / "toolkit", "touch ready\nexec sleep 20")
-    process = subprocess.Popen(
-        ["bash", str(SLURM / name), "run.yaml"],
-        env=environment(cluster),
-        stderr=subprocess.DEVNULL,
-        cwd=cluster.parent,
-    )
-    until = time.monotonic() + 10
-    while not (cluster.parent / "ready").exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    process = started(cluster, name)
     time.sleep(0.2)  # the stand-in has become `sleep`, which dies of either
     os.kill(process.pid, number)
     assert process.wait(timeout=10) == 128 + number

@@ -12,6 +12,7 @@ from toolkit.gpu.cards import find
 from toolkit.sizing import Device, read_spec
 from toolkit.train.bench import plan
 from toolkit.train.bench.settings import Settings
+from toolkit.train.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,17 +20,10 @@ if TYPE_CHECKING:
     from toolkit.sizing.model import ModelSpec
 
 CONFIG = {
+    **SHAPES["llama-1b"].config,
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "dtype": "bfloat16",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
 }
 
 
