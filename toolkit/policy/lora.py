@@ -1,4 +1,4 @@
-"""The adapter under training. With ``engine.adapter``, the only module that imports PEFT.
+"""The adapter under training. Only this module, ``lora_layer`` and ``engine.adapter`` import PEFT.
 
 Adapter weights are float32 whatever the base is (PEFT's own default): Adam's steps on a bfloat16
 adapter, with its 8 bits of mantissa, are lost below 1/256 of the weight, and its moments would be
@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
+from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.settings import (
     WHERE,
     LoraSettings,
@@ -82,7 +83,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
         try:
-            return get_peft_model(model, to_peft(settings))
+            return get_peft_model(model, use_fast_layers(to_peft(settings)))
         except ValueError as error:
             raise ConfigValueError(str(error).strip(), where=WHERE) from error
 
@@ -217,6 +218,7 @@ def settings_of(config: Any) -> LoraSettings:
 
 def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
     """``model`` with an adapter ``name`` laid out by ``config``, its values still to be set."""
+    use_fast_layers(config)
     if is_peft(model):
         model.add_adapter(name, config)
         return model

@@ -37,15 +37,14 @@ def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, i
         block.count * _saved_per_token(block, spec, work, step) for block in spec.blocks
     )
     adapter = lora.adapter_parameters(spec, work.rank, work.targets)
-    casts = adapter * step.compute_bytes if step.compute_bytes < step.adapter_bytes else 0
+    casts = adapter * step.compute_bytes if _casts(work, step) else 0
     return tokens * kept_bytes + casts, 0, moving
 
 
 def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """Bytes that autograd saves for one token of one layer."""
     width = step.compute_bytes
-    # PEFT casts each adapted input up and autocast casts it down again: a copy for each module.
-    casts = width < step.adapter_bytes
+    casts = _casts(work, step)
     hidden = spec.hidden_size
     norms = block.vectors // hidden
     total = 4 * hidden * norms
@@ -62,6 +61,13 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
     total += _attention_saved(block, spec, width, work.sequence)
     total += _scores_saved(spec, width, work.sequence)
     return total + _mlp_saved(block, spec, width)
+
+
+def _casts(work: Workload, step: StepPlan) -> bool:
+    """Whether PEFT's own forward runs: it casts each adapted input up, and autocast casts it down
+    again, a copy for each module. policy/lora_layer.py, which does not, leaves dropout to it.
+    """
+    return step.compute_bytes < step.adapter_bytes and bool(work.dropout)
 
 
 def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -> int:
@@ -108,7 +114,7 @@ def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
 def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """Temporaries of one layer's backward: gradients of the MLP's inner tensors.
 
-    They are float32 where PEFT cast an adapted input up; the hidden gradient is in two dtypes then.
+    They are float32 where PEFT cast an adapted input up. The hidden gradient is there twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -118,11 +124,13 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     inner = 4 * spec.hidden_size
     if down is not None:
         inner = down.in_features * (block.active_experts if down.copies > 1 else 1)
+    targeted = down is not None and lora.targeted(down, work.targets)
     if step.compute_bytes == step.adapter_bytes:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
         mlp = (2 if step.compute_bytes == MASTER_BYTES else 3) * step.compute_bytes * inner
     else:
-        copies = 4 if down is not None and lora.targeted(down, work.targets) else 3
+        # Three gradients; an adapted down projection lets its saved input go before the third.
+        copies = (4 if _casts(work, step) else 2) if targeted else 3
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
     return max(mlp, _scores_moving(block, spec, work, step))
 

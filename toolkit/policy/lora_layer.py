@@ -1,0 +1,71 @@
+"""PEFT's LoRA layer with ``adapted_linear`` as its forward where that computes the same.
+
+The seam is PEFT's own, ``LoraConfig._register_custom_module`` (its guide "Custom models"). Names,
+parameters, saving and merging stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from toolkit.policy.adapted_linear import adapted_linear
+
+
+class LoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that strict mode can use
+    """``peft.tuners.lora.Linear``, faster and with less memory under autocast.
+
+    That is the case that training is: a frozen layer in the dtype of autocast, one plain adapter in
+    another dtype. Everything else goes to PEFT's forward.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(..., out) of ``x`` (..., in)."""
+        name = None if args or kwargs else self._single_adapter()
+        if name is None or not self._as_under_autocast(x, name):
+            out: torch.Tensor = super().forward(x, *args, **kwargs)
+            return out
+        base = self.base_layer
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
+
+    def _single_adapter(self) -> str | None:
+        """The adapter in use, if it is the only one and plain."""
+        if self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:
+            return None
+        drops = self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity)
+        return None if drops else str(active[0])
+
+    def _as_under_autocast(self, x: torch.Tensor, name: str) -> bool:
+        """True if autocast would compute base layer and adapter in the dtype of ``x``."""
+        device, weight = x.device.type, self.base_layer.weight
+        return (
+            torch.is_autocast_enabled(device)
+            and x.dtype == weight.dtype == torch.get_autocast_dtype(device)
+            and self.lora_A[name].weight.dtype != x.dtype
+            and not weight.requires_grad
+        )
+
+
+def use_fast_layers(config: Any) -> Any:
+    """``config`` (a ``peft.LoraConfig``) told to adapt linear layers with ``LoraLinear``."""
+    config._register_custom_module({nn.Linear: _layer_for})
+    return config
+
+
+def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> LoraLinear | None:
+    """PEFT's factory of a layer: ours for a plain linear layer, None for its own choice.
+
+    Subclasses are others' (bitsandbytes), and so is what a hook of accelerate moves about.
+    """
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    plain = type(base) is nn.Linear and not hasattr(base, "_hf_hook")
+    if not plain or kwargs.get("parameter_name") is not None:
+        return None
+    return LoraLinear(target, adapter_name, config=config, **kwargs)
