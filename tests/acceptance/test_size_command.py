@@ -1,6 +1,7 @@
 """``envcheck size`` and ``envcheck calibrate`` as installed, end to end."""
 
 import json
+import stat
 import subprocess
 import sys
 from functools import partial
@@ -83,10 +84,18 @@ def test_a_run_file(run_file):
     assert "model.max_lora_rank              32" in text
 
 
+def test_a_run_file_that_does_not_say_how_long_the_run_is(tmp_path, model):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{model_name: {model(EIGHT_B)}}}\nreward: {{functions: []}}\n")
+    assert "gpu_memory_utilization from" in call("size", path, "--gpu", "h100").stdout
+
+
 def test_write_replaces_auto_alone(run_file):
     before = run_file.read_text()
+    run_file.chmod(0o600)
     done = call("size", run_file, "--gpu", "h100", "--write")
     after = run_file.read_text()
+    assert stat.S_IMODE(run_file.stat().st_mode) == 0o600
     assert "max_lora_rank: 32  # sized" in after
     assert "# my run" in after
     assert ": auto" not in after

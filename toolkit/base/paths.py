@@ -2,12 +2,13 @@
 
 Names that come from a file (an index of weights, the state of a saved dataset, a member of an
 archive) are joined with ``safe_join``; what we write goes through ``make_folder``, ``write_file``
-and ``append_line``.
+and ``append_line``, and a file of the user's that is changed through ``rewrite_file``.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -62,18 +63,20 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+def write_file(
+    path: Path, content: str | bytes, *, durable: bool = False, mode: int = FILE_MODE
+) -> Path:
     """Replace ``path`` by ``content`` in one step: a reader sees the old file or the new one,
     never half of it.
 
-    Mode 0644 less the umask. With ``durable``, file and folder are on the disk when this returns.
-    Raises OSError.
+    Mode 0644, or ``mode``, less the umask. With ``durable``, file and folder are on the disk when
+    this returns. Raises OSError.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        with os.fdopen(os.open(temporary, flags, FILE_MODE), "wb") as file:
+        with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
             file.write(data)
             file.flush()
             if durable:
@@ -85,6 +88,16 @@ def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> Pa
     if durable:
         sync_folder(path.parent)
     return path
+
+
+def rewrite_file(path: Path, content: str) -> None:
+    """Replace the content of a file of the user's: its mode stays, and what is a link stays one.
+    Raises OSError.
+    """
+    place = path.resolve()
+    mode = stat.S_IMODE(place.stat().st_mode)
+    write_file(place, content, mode=mode)
+    place.chmod(mode)  # with what the umask took
 
 
 def append_line(path: Path, line: str) -> None:

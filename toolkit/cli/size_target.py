@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 # A fault in these sections changes no size: a data set that is not on this machine stops nothing.
 UNSIZED = ("dataset", "reward")
-UNSIZED_RULES = ("GRPO018",)  # neither a data set nor max_steps
+LENGTH_OF_RUN = "GRPO018"  # neither a data set nor max_steps: that changes no size either
 STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 
 
@@ -29,8 +29,8 @@ def read_target(
     """The run to size, and its document where it is a run file.
 
     Raises:
-        ConfigError: the run file has faults (those of data and rewards aside), or an override is
-            none.
+        ConfigError: the run file has faults (those of data, rewards and length aside), or an
+            override is none.
         InputError: it cannot be read.
     """
     path = Path(target)
@@ -67,7 +67,8 @@ def _of_run_file(
     stopping = [
         found
         for found in faults
-        if not found.path or found.path[0] not in UNSIZED or found.rule.startswith(STRUCTURE)
+        if found.rule.startswith(STRUCTURE)
+        or not (found.rule == LENGTH_OF_RUN or (found.path and found.path[0] in UNSIZED))
     ]
     if stopping:
         error = InputError if not document.readable else ConfigError

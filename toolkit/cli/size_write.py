@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.paths import write_file
+from toolkit.base.paths import rewrite_file
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
@@ -60,7 +60,7 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
     for start, end, spelled, _ in sorted(edits, reverse=True):
         text = text[:start] + spelled + text[end:]
     if edits:
-        write_file(source.path, (source.bom + text).encode())
+        rewrite_file(source.path, source.bom + text)
     lines = [f"{source.name}: {name}: {spelled}" for _, _, spelled, name in sorted(edits)]
     lines += [f"not written, it stands in another file: {line}" for line in elsewhere]
     return "\n".join(lines) or f'{source.name}: no "auto" is written there'

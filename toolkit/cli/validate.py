@@ -123,7 +123,7 @@ def _one(name: str, request: _Request) -> Iterator[Finding]:
 def _rewrite(name: str, request: _Request) -> None:
     from pathlib import Path  # noqa: PLC0415 - with --fix only
 
-    from toolkit.base.paths import write_file  # noqa: PLC0415
+    from toolkit.base.paths import rewrite_file  # noqa: PLC0415
     from toolkit.config.fix import fix_source  # noqa: PLC0415
     from toolkit.config.read import Unreadable, read_source  # noqa: PLC0415
 
@@ -136,10 +136,7 @@ def _rewrite(name: str, request: _Request) -> None:
     repaired, fixed = fix_source(source, request.overrides, request.situation)
     if repaired.text == source.text:
         return
-    path = Path(name).resolve()
-    mode = path.stat().st_mode & 0o777
-    write_file(path, (repaired.bom + repaired.text).encode("utf-8"))
-    path.chmod(mode)
+    rewrite_file(Path(name), repaired.bom + repaired.text)
     rules = ", ".join(dict.fromkeys(found.rule for found in fixed))
     click.echo(f"{name}: fixed {len(fixed)} ({rules})", err=True)
 

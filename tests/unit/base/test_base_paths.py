@@ -107,6 +107,17 @@ def test_write_file_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_rewritten_file_keeps_its_mode_and_its_link(tmp_path: Path, mode: int) -> None:
+    file, link = tmp_path / "run.yaml", tmp_path / "link.yaml"
+    file.write_text("old")
+    file.chmod(mode)
+    link.symlink_to(file)
+    paths.rewrite_file(link, "new")
+    assert link.is_symlink()
+    assert (file.read_text(), _mode(file)) == ("new", mode)
+
+
 def test_append_line_keeps_lines_whole(tmp_path: Path) -> None:
     for text in ("one", "two\n", ""):
         paths.append_line(tmp_path / "f", text)
