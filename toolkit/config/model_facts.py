@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.paths import exists, resolve
-from toolkit.config.targets import EXPERTS, text_part
+from toolkit.config.targets import has_experts, text_part
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node
@@ -74,10 +74,9 @@ class ModelFacts:
         return self.whole("num_attention_heads", "n_head")
 
     @property
-    def experts(self) -> int | None:
-        """Experts of a mixture, None for a dense model."""
-        count = self.whole(*EXPERTS)
-        return count if count and count > 1 else None
+    def experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return has_experts(self.text)
 
     @property
     def quantization(self) -> str | None:

@@ -37,9 +37,19 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a mixture of experts."""
+    """Whether a config.json, or a Hugging Face config as a dict, is of a mixture of experts.
+
+    One expert is none: dense models of such families say so (Hunyuan, Jamba). Some count the
+    experts of each layer, in a list.
+    """
     text = text_part(config)
-    return any(isinstance(text.get(name), int) and text[name] > 1 for name in EXPERTS)
+    return any(_most(text.get(name)) > 1 for name in EXPERTS)
+
+
+def _most(counts: Any) -> int:
+    """The largest integer in ``counts``, which is one or a list of them; else 0."""
+    listed = counts if isinstance(counts, list) else [counts]
+    return max((count for count in listed if isinstance(count, int)), default=0)
 
 
 def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import InputError, ToolkitError, UnsupportedError
+from toolkit.config.targets import has_experts
 from toolkit.engine import experts, loader, sleep
 from toolkit.engine.live import Engine
 from toolkit.engine.ranks import join_group, world_size
@@ -32,7 +33,7 @@ def start(options: EngineOptions) -> Engine:
     loader.register()
     sleep.register()
     arguments = options.to_vllm("cuda" if device == "cuda" else "cpu")
-    if device == "cuda" and options.share_weights and has_experts(config):
+    if device == "cuda" and options.share_weights and has_experts(config.to_dict()):
         # the one that leaves expert weights as loaded
         arguments.setdefault("moe_backend", "triton")
     if device == "cpu":
@@ -73,8 +74,6 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
         arguments["max_num_batched_tokens"] = max(length, tokens)
 
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Config fields that say that a model has experts."""
 CPU_KV_CACHE_BYTES = 1 << 30
 """KV cache of a CPU engine when neither the options nor VLLM_CPU_KVCACHE_SPACE say otherwise."""
 
@@ -117,11 +116,6 @@ def check_model(options: EngineOptions, device: str) -> Any:
             fix="set fast_inference: false (runtime.engine: transformers)",
         )
     return config
-
-
-def has_experts(config: Any) -> bool:
-    """True for a mixture of experts."""
-    return any(getattr(config, name, 0) for name in EXPERTS)
 
 
 def read_config(options: EngineOptions) -> Any:

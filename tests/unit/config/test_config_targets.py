@@ -57,6 +57,21 @@ def test_names_of_experts(family, targets, experts):
     assert expert_targets(family, targets) == experts
 
 
-def test_one_expert_is_no_mixture():
-    assert has_experts(QWEN)
-    assert not has_experts(DENSE)
+@pytest.mark.parametrize(
+    ("config", "mixture"),
+    [
+        (QWEN, True),
+        (DENSE, False),
+        ({"num_experts": 1}, False),
+        ({"num_local_experts": 0, "num_experts": None}, False),
+        ({"moe_num_experts": [64, 64]}, True),  # Ernie 4.5 VL
+        ({"num_experts": [1, 1, 16]}, True),  # Hunyuan: a number a layer
+        ({"num_experts": []}, False),
+        (
+            {"num_experts": 8, "text_config": {"num_experts": 1}},
+            False,
+        ),  # the inner one
+    ],
+)
+def test_mixtures(config, mixture):
+    assert has_experts(config) is mixture

@@ -153,7 +153,7 @@ def _numbers(run: Run) -> Fix:
 
 def _router_loss(run: Run) -> float:
     """The weight of the router's loss that a model at hand declares; 0 where there is none."""
-    if run.model is None or run.model.experts is None:
+    if run.model is None or not run.model.experts:
         return 0.0
     declared = run.model.text.get("router_aux_loss_coef")
     return float(declared) if isinstance(declared, int | float) else 0.0

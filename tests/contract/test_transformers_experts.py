@@ -1,0 +1,35 @@
+"""How transformers' configs say that a model is a mixture of experts: the engine and the loader
+ask a loaded config by ``config.targets``' names, which are those of config.json.
+"""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from toolkit.config.targets import default_targets, has_experts
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "mixture"),
+    [
+        ("Qwen2Config", {}, False),
+        ("Gemma3Config", {}, False),
+        ("GraniteMoeHybridConfig", {"num_local_experts": 0}, False),
+        ("HunYuanMoEV1Config", {"num_experts": 1}, False),
+        ("HunYuanMoEV1Config", {"num_experts": 64}, True),
+        ("JambaConfig", {"num_experts": 1}, False),
+        ("MixtralConfig", {}, True),
+        ("Qwen3MoeConfig", {}, True),
+        ("GptOssConfig", {}, True),
+        ("DeepseekV3Config", {}, True),
+        ("Ernie4_5_MoeConfig", {}, True),
+        ("Qwen3VLMoeConfig", {}, True),  # in its text_config
+    ],
+)
+def test_a_loaded_config_is_judged_as_its_file(name, arguments, mixture):
+    config = getattr(transformers, name)(**arguments)
+    assert has_experts(config.to_dict()) is mixture
+    assert ("gate_proj" in default_targets(config.to_dict())) is not mixture
