@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.base import Fault, rule
-from toolkit.config.rules.lora_engine import fitting_rank
 from toolkit.config.targets import MLP, default_targets, expert_targets
 
 if TYPE_CHECKING:
@@ -14,10 +13,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_R = "lora.r"
-_ROOM = "model.max_lora_rank"
 _TARGETS = "lora.target_modules"
-MOE_RANK = 128
 
 
 @rule(
@@ -57,32 +53,4 @@ def experts_have_no_slots(run: Run) -> Iterator[Fault]:
                 run.to("runtime.engine", "transformers"),
             ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
-        )
-
-
-@rule(
-    "LORA011",
-    f"{_ROOM} {_R}",
-    example="model:\n  model_name: Qwen/Qwen3-30B-A3B\n  max_lora_rank: 256",
-    fix="max_lora_rank: 32",
-    severity=Severity.WARNING,
-)
-def rank_times_experts(run: Run) -> Iterator[Fault]:
-    """On a mixture of experts, max_lora_rank is at most 128.
-
-    vLLM allocates adapter buffers for every expert: max_loras x experts x rank x dimension, some
-    gigabytes at 128 already. Judged when the model is at hand.
-    """
-    if run.engine == "transformers" or run.model is None or run.model.experts is None:
-        return
-    room, key = run.value(_ROOM), _ROOM
-    if room == "auto":
-        room, key = fitting_rank(run.value(_R)), _R
-    if room is not None and room > MOE_RANK:
-        yield Fault(
-            key,
-            f"rank {room} is allocated for each of the {run.model.experts} experts of this model",
-            notes=(f"experts from {run.model.source}",),
-            fixes=(run.to(key, MOE_RANK),),
-            related=(_R,),
         )
