@@ -94,5 +94,13 @@ class DefectError(ToolkitError):
     exit_code = 70
 
 
+def first_line(error: BaseException, *, longest: int = 300) -> str:
+    """What an error of another library says, in one line of at most ``longest`` characters; its
+    class's name where it says nothing (``MemoryError()``).
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:longest]
+
+
 class ToolkitWarning(UserWarning):
     """A choice of ours, or one without effect, that a person should know of; nothing failed."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.errors import first_line
 from toolkit.config.paths import exists, resolve
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _read(path: Path, column: str, split: str, _stamp: tuple[int, int]) -> DataF
     except OSError as error:
         return DataFacts(path, problem=f"cannot be read: {error.strerror or error}")
     except (ValueError, csv.Error, RecursionError) as error:
-        return DataFacts(path, problem=str(error).splitlines()[0])
+        return DataFacts(path, problem=first_line(error))
 
 
 def _scan(path: Path, column: str, rows: Iterator[dict[str, Any]]) -> DataFacts:

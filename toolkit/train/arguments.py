@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, first_line
 from toolkit.config.build import thaw
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def grpo_config(
         return build(**{**defaults, **written, **forced})
     except (TypeError, ValueError) as problem:
         raise ConfigError(
-            f"TRL refuses the grpo section: {str(problem).splitlines()[0]}",
+            f"TRL refuses the grpo section: {first_line(problem)}",
             where=config.source or "grpo",
             fix="run `envcheck validate` on the run file",
         ) from problem

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, first_line
 from toolkit.engine.parts import is_out_of_memory
-from toolkit.train.faults import first_line, logger, release_memory
+from toolkit.train.faults import logger, release_memory
 from toolkit.train.state import flatten
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Attempt:
             except (RuntimeError, MemoryError) as error:
                 if not self._may_split(error):
                     raise
-                failure = first_line(str(error))
+                failure = first_line(error)
             self._undo()
             self.trainer._split *= 2
             logger.warning(

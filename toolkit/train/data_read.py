@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from toolkit.base.archives import is_archive, unpack
-from toolkit.base.errors import ConfigError, InputError, ToolkitError
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.train.data_columns import Rows, broken, from_rows, kind_of
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _read_parquet(path: Path, limit: int | None) -> Rows:
     try:
         table = parquet.ParquetFile(path).read()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        broken(str(path), f"is no readable Parquet file: {_first_line(error)}")
+        broken(str(path), f"is no readable Parquet file: {first_line(error)}")
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -123,7 +123,7 @@ def _read_arrow(path: Path, limit: int | None) -> Rows:
             try:
                 table = pa.ipc.open_file(source).read_all()
             except pa.ArrowInvalid as error:
-                broken(str(path), f"is no readable Arrow file: {_first_line(error)}")
+                broken(str(path), f"is no readable Arrow file: {first_line(error)}")
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -183,10 +183,6 @@ def _decode(raw: bytes, where: str) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         broken(where, f"is not UTF-8 text: {error.reason} at byte {error.start}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
 
 
 def _nearest(path: Path) -> str | None:

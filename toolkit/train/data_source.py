@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from toolkit.base.errors import ConfigError, InputError, RetryError
+from toolkit.base.errors import ConfigError, InputError, RetryError, first_line
 from toolkit.base.paths import safe_join
 from toolkit.train.data_columns import Rows
 from toolkit.train.data_read import READERS, read_file
@@ -78,7 +78,7 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"the saved dataset cannot be read: {_first_line(error)}", where=str(folder)
+            f"the saved dataset cannot be read: {first_line(error)}", where=str(folder)
         ) from error
     rows = Rows(_table(dataset, limit), lambda index: f"{folder} row {index + 1}")
     return rows, _digest_files(files)
@@ -110,10 +110,10 @@ def _read_hub(
     except FileNotFoundError as error:  # DatasetNotFoundError is one
         raise ConfigError(
             f"dataset {path!r} is no file or folder here and no dataset on the hub that this "
-            f"account can see ({_first_line(error)})",
+            f"account can see ({first_line(error)})",
         ) from error
     except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
-        raise ConfigError(f"dataset {path!r}: {_first_line(error)}") from error
+        raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
     table = _table(dataset, limit)
     return Rows(table, lambda index: f"{path} row {index + 1}"), _digest_rows(table)
 
@@ -128,7 +128,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {_first_line(error)}", where=str(path)) from error
+        raise InputError(f"cannot be read: {first_line(error)}", where=str(path)) from error
     if not isinstance(value, dict):
         raise InputError("is no JSON object", where=str(path))
     return value
@@ -152,7 +152,3 @@ def _digest_rows(table: pa.Table) -> str:
     for row in table.to_pylist():
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

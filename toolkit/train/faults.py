@@ -12,7 +12,7 @@ import re
 
 import torch
 
-from toolkit.base.errors import ConfigError, NodeError, ToolkitError
+from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
 from toolkit.engine.parts import is_out_of_memory
 from toolkit.train.cuda import cuda_in_use
 
@@ -35,9 +35,9 @@ def release_memory() -> None:
 
 def translate(error: Exception, where: str) -> ToolkitError | None:
     """The error that a person and a scheduler can act on, or None if it is not known here."""
-    text = f"{type(error).__name__}: {error}"
     if isinstance(error, ToolkitError):
         return error
+    said = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ConfigError(
             f"the disk is full ({error.strerror}); the last checkpoint is whole",
@@ -52,28 +52,23 @@ def translate(error: Exception, where: str) -> ToolkitError | None:
         )
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
         return ConfigError(
-            f"the Hugging Face Hub: {first_line(text)}",
+            f"the Hugging Face Hub: {said}",
             where=where,
             fix="check the network and `hf auth whoami`, or leave out what the run file asks of the"
             " Hub (grpo.log_completions_hub_repo)",
         )
     if is_out_of_memory(error):
         return ConfigError(
-            f"out of memory, in the smallest parts that keep the gradient: {first_line(text)}",
+            f"out of memory, in the smallest parts that keep the gradient: {said}",
             where=where,
             fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length"
             " (envcheck size prices both), then start the same command again: it resumes",
         )
-    if _LOST.search(text):
+    if _LOST.search(f"{type(error).__name__}: {error}"):
         return NodeError(
-            f"the GPU failed under the run: {first_line(text)}",
+            f"the GPU failed under the run: {said}",
             where=where,
             fix="run `envcheck check` on this node, and start the same command on another:"
             " it resumes from the last checkpoint",
         )
     return None
-
-
-def first_line(text: str) -> str:
-    """The first line of an error's text, cut to a readable length."""
-    return text.strip().splitlines()[0][:300]

@@ -28,12 +28,13 @@ class Narrow(GRPOTrainer):
 
     limit = 2
     refused = 0
+    error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
         output = super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
         if torch.is_grad_enabled() and input_ids.shape[0] > self.limit:
             type(self).refused += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise self.error
         return output
 
 
@@ -59,6 +60,14 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, capl
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert mine["reward"] == theirs["reward"]
+
+
+def test_an_error_without_a_text_is_one_too(tmp_path, caplog):
+    class Bare(Narrow):
+        error = MemoryError()
+
+    make_trainer(tmp_path, kind=Bare, max_steps=1).train()
+    assert "the micro-batch is cut in 2 from here on (MemoryError)" in caplog.text
 
 
 def test_memory_that_never_suffices_is_given_up_on(tmp_path):
