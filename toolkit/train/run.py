@@ -1,7 +1,8 @@
-"""A whole run, top to bottom: resume, pre-flight, policy, data, rewards, training, report."""
+"""A whole run, top to bottom: resume, pre-flight, data, rewards, policy, training, report."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -108,7 +109,7 @@ def _checkpoint(
 
 
 def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Parts:
-    """Check the node, size, load policy, data and rewards; config.json and preflight.json are
+    """Check the node, size, load data, rewards and policy; config.json and preflight.json are
     written.
     """
     ready = preflight(config, world_size=world_size(), peers=peers)
@@ -224,12 +225,14 @@ def _stopped(run_dir: Path, signal: str) -> StoppedError:
 
 
 def total_steps(trainer: GRPOTrainer) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches left
+    over at the end of an epoch are a step too.
+    """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
     batches = len(trainer.get_train_dataloader())
-    an_epoch = max(1, batches // trainer.args.gradient_accumulation_steps)
-    return int(an_epoch * trainer.args.num_train_epochs + 0.999)
+    an_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
+    return math.ceil(an_epoch * trainer.args.num_train_epochs)
 
 
 def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | None:

@@ -1,0 +1,26 @@
+"""What a run knows of its own length."""
+
+from __future__ import annotations
+
+import pytest
+from trainer_helpers import make_trainer
+
+from toolkit.train.run import total_steps
+
+LEFT_OVER = {"steps_per_generation": 1, "gradient_accumulation_steps": 5}  # of 12 an epoch
+
+
+@pytest.mark.parametrize(
+    "grpo",
+    [
+        {"max_steps": 2, "num_train_epochs": 9},
+        {"max_steps": -1, "num_train_epochs": 0.2},
+        {"max_steps": -1, "num_train_epochs": 1, **LEFT_OVER},
+    ],
+)
+def test_the_steps_of_a_run_are_those_that_it_makes(tmp_path, monkeypatch, grpo):
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+    trainer = make_trainer(tmp_path, **grpo)
+    expected = total_steps(trainer)
+    trainer.train()
+    assert trainer.state.global_step == expected
