@@ -9,14 +9,15 @@ import click
 
 from toolkit.base.errors import ConfigError
 
-SHAPE_NAMES = ("llama-1b", "llama-8b", "qwen3-4b", "tiny")
-ARM_NAMES = ("ours", "trl", "unsloth")
+# Tables alone: torch comes with bench.run.
+from toolkit.train.bench.settings import ARMS, Settings
+from toolkit.train.bench.shapes import SHAPES
 
 
 @click.command("bench")
-@click.option("--shape", type=click.Choice(SHAPE_NAMES), default="llama-1b", show_default=True)
+@click.option("--shape", type=click.Choice(tuple(SHAPES)), default="llama-1b", show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True)
-@click.option("--arms", default="ours,trl,unsloth", show_default=True, help="In this order.")
+@click.option("--arms", default=",".join(ARMS), show_default=True, help="In this order.")
 @click.option("--rank", "r", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--num-generations", type=click.IntRange(min=2), default=8, show_default=True)
@@ -49,12 +50,10 @@ def bench(
     within the memory of `--per-device-batch` with checkpointing.
     """
     chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
-    unknown = sorted(set(chosen) - set(ARM_NAMES))
+    unknown = sorted(set(chosen) - set(ARMS))
     if unknown or not chosen:
         raise click.BadParameter(f"unknown arm {', '.join(unknown)}", param_hint="--arms")
-    # Heavy from here on: torch comes with the first of these.
-    from toolkit.train.bench.run import bench as run_bench  # noqa: PLC0415
-    from toolkit.train.bench.settings import Settings  # noqa: PLC0415
+    from toolkit.train.bench.run import bench as run_bench  # noqa: PLC0415 - imports torch
 
     folder = Path(out)
     settings = Settings(model=str(Path(models).resolve() / shape), **workload)  # type: ignore[arg-type]  # click gave the types
