@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,7 +21,9 @@ def test_the_engine_takes_what_was_predicted(tmp_path: Path) -> None:
     from tiny_llama import make_tiny
 
     from toolkit.engine.load import open_engine
-    from toolkit.engine.options import EngineOptions
+    from toolkit.policy.checkpoint import find_checkpoint
+    from toolkit.policy.engine_model import engine_options
+    from toolkit.policy.from_config import request_of
 
     folder = make_tiny(tmp_path / "tiny")
     config = RunConfig(
@@ -32,9 +33,7 @@ def test_the_engine_takes_what_was_predicted(tmp_path: Path) -> None:
         runtime=RuntimeSection(engine="vllm"),
     )
     resolved, sizing = resolve(config, None)
-    options = replace(
-        EngineOptions.from_config(resolved), kv_cache_bytes=sizing.choice.kv_cache_bytes
-    )
+    options = engine_options(find_checkpoint(str(folder)), request_of(resolved))
     with open_engine(options) as engine:
         cache = engine.llm.llm_engine.vllm_config.cache_config
         tokens = cache.num_gpu_blocks * cache.block_size

@@ -9,13 +9,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
-from toolkit.config.ranks import LEGAL_RANKS, smallest_rank
 from toolkit.config.targets import SLOTS as LAYERS_WITH_SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from toolkit.config.model import RunConfig
 
 LOADER = "toolkit_shared"
 """The name under which ``engine.loader`` is known to vLLM."""
@@ -109,36 +106,6 @@ class EngineOptions:
                     fix=f"pass {name}=...",
                 )
 
-    @classmethod
-    def from_config(cls, config: RunConfig) -> EngineOptions:
-        """The engine of a run file whose every ``"auto"`` has been filled (what is left of them is
-        vLLM's to decide).
-        """
-        model = config.model
-        return cls(
-            model=model.model_name,
-            revision=model.revision,
-            max_model_len=model.max_seq_length,
-            dtype=model.dtype,
-            max_lora_rank=_filled(model.max_lora_rank) or _legal_rank(config.lora.r),
-            max_loras=model.max_loras,
-            max_cpu_loras=model.max_cpu_loras,
-            lora_target_modules=_targets(config.lora.target_modules),
-            gpu_memory_utilization=_filled(model.gpu_memory_utilization),
-            max_num_seqs=_filled(model.max_num_seqs),
-            max_num_batched_tokens=_filled(model.max_num_batched_tokens),
-            enforce_eager=model.enforce_eager,
-            enable_prefix_caching=model.enable_prefix_caching,
-            float8_kv_cache=model.float8_kv_cache,
-            load_in_4bit=model.load_in_4bit,
-            trust_remote_code=model.trust_remote_code,
-            seed=int(config.grpo.get("seed", 42)),
-            sleep=model.enable_sleep_mode is True,
-            share_weights=model.share_weights,
-            tensor_parallel_size=model.tensor_parallel_size,
-            extra={} if model.enable_chunked_prefill else {"enable_chunked_prefill": False},
-        )
-
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
         """The keyword arguments of ``vllm.LLM``. Arguments that are None are left to vLLM."""
         arguments: dict[str, Any] = {
@@ -189,23 +156,3 @@ away what compiling would save. On an H100 and the Llama-3.2-1B shape (vLLM 0.25
 both decode 15k to 17k tokens/s; without compiling the engine starts 27 s sooner with a cold cache,
 and without graphs for mixed batches 10 s sooner still. ``compilation_config`` overrides it.
 """
-
-
-def _targets(modules: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Slots for what the run trains; for a pattern or ``all-linear``, for every projection."""
-    return LAYERS_WITH_SLOTS if isinstance(modules, str) else tuple(modules)
-
-
-def _filled(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
-def _legal_rank(rank: int) -> int:
-    """The smallest max_lora_rank that vLLM takes and that holds ``rank``."""
-    if legal := smallest_rank(rank):
-        return legal
-    raise ConfigValueError(
-        f"a LoRA rank of {rank} is above the largest that vLLM serves, {LEGAL_RANKS[-1]}",
-        where="lora.r",
-        fix="use a lower r",
-    )

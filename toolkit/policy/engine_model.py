@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.config.ranks import LEGAL_RANKS
+from toolkit.config.ranks import LEGAL_RANKS, smallest_rank
 from toolkit.engine.load import open_engine
 from toolkit.engine.options import EngineOptions
 from toolkit.policy.arguments import ENGINE_EXTRA, WHERE
@@ -90,14 +90,13 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
         return int(asked)
     if adapter is None:
         return DEFAULT_RANK
-    legal = [rank for rank in LEGAL_RANKS if rank >= adapter.config.r]
-    if not legal:
-        raise ConfigValueError(
-            f"r={adapter.config.r} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
-            where=WHERE,
-            fix="load with fast_inference=False",
-        )
-    return legal[0]
+    if legal := smallest_rank(adapter.config.r):
+        return legal
+    raise ConfigValueError(
+        f"r={adapter.config.r} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
+        where=WHERE,
+        fix="load with fast_inference=False",
+    )
 
 
 def _share(asked: Any) -> float | None:

@@ -8,46 +8,24 @@ import sys
 import pytest
 
 from toolkit.base.errors import ConfigError, ConfigValueError, MissingExtraError, UnsupportedError
-from toolkit.config.model import LoraSection, ModelSection, RunConfig
 from toolkit.engine import load
-from toolkit.engine.options import LAYERS_WITH_SLOTS, LOADER, EngineOptions
+from toolkit.engine.options import LOADER, EngineOptions
 
 
-def test_from_config_takes_filled_values_and_leaves_the_rest_to_vllm() -> None:
-    config = RunConfig(
-        model=ModelSection(
-            model_name="m",
-            max_seq_length=512,
-            max_num_seqs=32,
-            gpu_memory_utilization=0.4,
-            revision="r1",
-            enable_chunked_prefill=False,
-        ),
-        lora=LoraSection(r=24, target_modules=("q_proj", "v_proj")),
-        grpo={"seed": 7},
+def test_what_is_set_is_told_and_the_rest_left_to_vllm() -> None:
+    options = EngineOptions(
+        model="m", revision="r1", gpu_memory_utilization=0.4, lora_target_modules=("q_proj",)
     )
-    options = EngineOptions.from_config(config)
-    assert (options.model, options.max_model_len, options.max_num_seqs) == ("m", 512, 32)
-    assert options.max_lora_rank == 32  # the smallest legal one that holds 24
-    assert options.max_num_batched_tokens is None
-    assert options.seed == 7
     told = options.to_vllm("cuda")
-    assert told["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert told["lora_target_modules"] == ["q_proj"]
     assert told["gpu_memory_utilization"] == 0.4
     assert told["revision"] == told["tokenizer_revision"] == "r1"
     assert told["load_format"] == LOADER
     assert told["logprobs_mode"] == "processed_logprobs"
     assert "max_num_batched_tokens" not in told
-    assert told["enable_chunked_prefill"] is False
     assert told["enforce_eager"] is False
     assert options.to_vllm("cpu")["enforce_eager"] is True
     assert "gpu_memory_utilization" not in options.to_vllm("cpu")
-
-
-def test_all_linear_gets_the_usual_slots() -> None:
-    lora = LoraSection(target_modules="all-linear")
-    config = RunConfig(model=ModelSection(model_name="m"), lora=lora)
-    assert EngineOptions.from_config(config).lora_target_modules == LAYERS_WITH_SLOTS
 
 
 @pytest.mark.parametrize(
@@ -92,12 +70,6 @@ def test_what_cannot_be_served_is_refused_at_once(changes: dict, error: type, te
         EngineOptions(model="m", **changes)
     assert caught.value.fix
     EngineOptions(model="m", tensor_parallel_size=2, share_weights=False)
-
-
-def test_a_rank_beyond_vllms_largest_is_refused() -> None:
-    config = RunConfig(model=ModelSection(model_name="m"), lora=LoraSection(r=1024))
-    with pytest.raises(ConfigValueError, match="1024"):
-        EngineOptions.from_config(config)
 
 
 def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
