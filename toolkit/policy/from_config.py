@@ -63,7 +63,10 @@ def request_of(config: RunConfig) -> LoadRequest:
     """
     engine = choose_engine(config) == "vllm"
     names = MODEL_FIELDS + (ENGINE_FIELDS if engine else ())
-    values = {name: getattr(config.model, name, None) for name in names}
+    values = {name: getattr(config.model, name) for name in names}
+    if engine and not config.model.enable_chunked_prefill:
+        # True is vLLM's own choice, which it does not make for every model.
+        values["enable_chunked_prefill"] = False
     return check_request(
         {
             **values,

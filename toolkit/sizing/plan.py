@@ -61,10 +61,10 @@ def plan_engine(
         sequences = model.max_num_seqs
     if model.max_num_batched_tokens == "auto":
         # One step of the scheduler need not hold more than all prompts and completions together,
-        # and must hold one of each.
-        # A whole sequence too: without chunked prefill the engine asks for it.
+        # and must hold one of each. Prompts that may not be cut go through whole.
         needed = max(sequences * work.sequence, model.max_seq_length, 256)
-        batched = max(min(BATCHED_TOKENS, needed), sequences)
+        least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
+        batched = max(min(BATCHED_TOKENS, needed), least)
     else:
         batched = model.max_num_batched_tokens
     rank = model.max_lora_rank

@@ -167,6 +167,7 @@ def test_engine_options_of_a_run_file_reach_the_engine(
         float8_kv_cache=True,
         enforce_eager=True,
         share_weights=False,
+        enable_chunked_prefill=False,
     )
     asked = replace(config, model=section, runtime=replace(config.runtime, engine="vllm"))
     options = engine_options(find_checkpoint(str(tiny)), request_of(asked))
@@ -177,6 +178,7 @@ def test_engine_options_of_a_run_file_reach_the_engine(
     assert options.float8_kv_cache
     assert options.enforce_eager
     assert not options.share_weights
+    assert options.to_vllm("cuda")["enable_chunked_prefill"] is False
     if not torch.cuda.is_available():
         assert options.dtype == "float32"
         assert options.gpu_memory_utilization is None

@@ -178,3 +178,10 @@ def test_calibrate_without_a_prediction(tmp_path, text):
     (tmp_path / "preflight.json").write_text(text)
     with pytest.raises(InputError):
         calibrate(tmp_path)
+
+
+@pytest.mark.parametrize(("chunked", "tokens"), [(True, 8192), (False, 20000)])
+def test_prompts_that_are_not_cut_go_through_whole(spec_of, card, run, chunked, tokens):
+    config = run(max_seq_length=20000, enable_chunked_prefill=chunked)
+    filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
+    assert filled.model.max_num_batched_tokens == tokens
