@@ -67,24 +67,14 @@ def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def facts(run: RunConfig) -> dict[str, Any]:
-    """What a run file asks of the node, as plain values of CheckContext."""
-    model, share = run.model, run.model.gpu_memory_utilization
-    engine: str = run.runtime.engine
-    if engine == "auto" and model.fast_inference is True:
-        engine = "vllm"
+    """What a run file asks of the node it is started on, as plain values of CheckContext."""
+    from toolkit.config.demands import demands  # noqa: PLC0415 - only for a run file
+    from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
+
     return {
-        "configured": True,
-        "engine": engine,
-        "load_in_4bit": model.load_in_4bit,
-        "float8_kv_cache": model.float8_kv_cache,
-        "dtype": model.dtype,
-        "gpu_memory_utilization": None if share == "auto" else float(share),
-        "sleeps": None if model.enable_sleep_mode == "auto" else model.enable_sleep_mode,
-        "tensor_parallel_size": model.tensor_parallel_size,
+        **demands(run),
         "world_size": local_world_size(os.environ),
-        "model": model.model_name,
-        "revision": model.revision,
-        "sizer_model_types": _sized_model_types(),
+        "sizer_model_types": tuple(FAMILIES),
     }
 
 
@@ -103,12 +93,6 @@ def _processes(environ: Mapping[str, str], *names: str) -> int:
         if re.fullmatch(r"[0-9]{1,6}", environ.get(name, "")):
             return max(1, int(environ[name]))
     return 1
-
-
-def _sized_model_types() -> tuple[str, ...]:
-    from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - only for a run file
-
-    return tuple(FAMILIES)
 
 
 def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:

@@ -131,8 +131,8 @@ def take(
     """Read this node: NVML, the host and the installed software. Writes nothing, needs no right.
 
     Args:
-        paths: folders whose disks matter, by role (``output``, ``cache`` ...); a folder that does
-            not exist yet stands for its nearest parent that does.
+        paths: folders whose disks matter, by role (``output_dir``, ``HF_HOME`` ...); a folder that
+            does not exist yet stands for its nearest parent that does.
         model: folder or hub id of a model whose files matter, and its ``revision``.
         environ: instead of ``os.environ``.
     """

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact_tree
+from toolkit.config.demands import demands
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.report import check_report
 from toolkit.gpu.snapshot import take
 from toolkit.sizing.device import Device
+from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.solve import resolve
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.result import SizingResult
     from toolkit.train.ranks import Peers
 
-FAILURES = {"node": NodeError, "retry": RetryError, "user": ConfigError}
+# In the order in which one of several decides, which is that of gpu.checks.exit_code.
+FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ def preflight(
         ConfigError: the run does not fit, with the priced list of what would make it fit.
     """
     snapshot = take(
-        paths={"output": Path(config.runtime.output_dir)},
+        paths={"output_dir": Path(config.runtime.output_dir)},
         model=config.model.model_name,
         revision=config.model.revision,
     )
@@ -132,28 +135,19 @@ def context_of(config: RunConfig, snapshot: NodeSnapshot | None = None) -> Check
     """What the run asks of the node that this process is on."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
-    share = config.model.gpu_memory_utilization
     return CheckContext(
-        configured=True,
-        engine=config.runtime.engine,
-        load_in_4bit=config.model.load_in_4bit,
-        float8_kv_cache=config.model.float8_kv_cache,
-        dtype=config.model.dtype,
-        gpu_memory_utilization=None if share == "auto" else share,
-        sleeps=config.model.enable_sleep_mode is True,
-        tensor_parallel_size=config.model.tensor_parallel_size,
+        **demands(config),
         world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1),
         # One card too few is told by a check; there is no such card to look at then.
         gpu_index=local_rank() if local_rank() < seen else None,
-        model=config.model.model_name,
-        revision=config.model.revision,
+        sizer_model_types=tuple(FAMILIES),
     )
 
 
 def refuse(checks: tuple[CheckResult, ...]) -> None:
     """Raise the error of the failed check that decides: a bad node before the user's fault."""
     failed = [check for check in checks if check.verdict == "fail"]
-    order = ["node", "user", "retry"]
+    order = list(FAILURES)
     for check in sorted(failed, key=lambda check: order.index(check.blame or "node")):
         raise FAILURES[check.blame or "node"](
             check.evidence,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from toolkit.base.errors import ConfigError
+from toolkit.cli import request
 from toolkit.config import load_run
 from toolkit.config.validate import check_instance
-from toolkit.gpu.checks import run_checks
+from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.snapshot_json import node_from_json
 from toolkit.train import preflight
 
@@ -139,6 +140,17 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
     asked = replace(preflight.context_of(config, node), world_size=9)
     failed = [check.evidence for check in run_checks(node, asked) if check.verdict == "fail"]
     assert any("9" in evidence and "8" in evidence for evidence in failed), failed
+
+
+@pytest.mark.parametrize("sleeps", ["auto", True, False])
+def test_a_run_asks_what_envcheck_check_asks_for_it(tmp_path: Path, sleeps: bool | str) -> None:
+    config = load_run(
+        prepared_run(tmp_path),
+        ("model.fast_inference=true", f"model.enable_sleep_mode={json.dumps(sleeps)}"),
+    )
+    asked = preflight.context_of(config)
+    assert asked == CheckContext(**request.facts(config))
+    assert asked.engine == "vllm"
 
 
 def test_all_are_sized_for_the_smallest_card(
