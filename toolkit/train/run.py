@@ -232,8 +232,8 @@ def total_steps(trainer: GRPOTrainer) -> int:
         return int(trainer.args.max_steps)
     batches = len(trainer.get_train_dataloader())
     an_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
-    epochs: float = trainer.args.num_train_epochs
-    return math.ceil(an_epoch * epochs)
+    steps: int = math.ceil(an_epoch * trainer.args.num_train_epochs)
+    return steps
 
 
 def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | None:
