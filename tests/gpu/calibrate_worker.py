@@ -87,8 +87,10 @@ def main(request: str, results: str, work_folder: str) -> None:
     from toolkit.engine.memory import engine_memory
     from toolkit.gpu.devices import select
     from toolkit.gpu.snapshot import take
+    from toolkit.policy.allocator import use_expandable_segments
     from toolkit.train.bench.shapes import make_checkpoint
 
+    use_expandable_segments()  # as loading does, but the checkpoint is made on the card before it
     snapshot = take()
     gpu = select(snapshot)
     device = None if gpu is None else Device.from_node(snapshot, gpu)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError, ToolkitError
+from toolkit.policy.allocator import use_expandable_segments
 from toolkit.policy.attach import attach
 from toolkit.policy.checkpoint import find_checkpoint
 from toolkit.policy.checkpointing import apply_checkpointing
@@ -35,6 +36,7 @@ def load(
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
     """
     check_quantization(request)
+    use_expandable_segments()
     base, adapter = _locate(request, adapter_folder)
     if request.fast_inference:
         from toolkit.policy.engine_model import load_on_engine  # noqa: PLC0415 - vLLM is optional

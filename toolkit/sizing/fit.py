@@ -21,7 +21,7 @@ from toolkit.sizing import engine as engines
 from toolkit.sizing.memory import available_bytes
 from toolkit.sizing.rollout import transformers_terms
 from toolkit.sizing.terms import Term, total
-from toolkit.sizing.trainer import largest_tensor_bytes, trainer_terms
+from toolkit.sizing.trainer import trainer_terms
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from toolkit.sizing.trainer import StepPlan
     from toolkit.sizing.workload import Workload
 
-# Stated margins: what the estimates may be off, and what the caching allocator loses to
-# fragmentation. A piece that it cannot use is smaller than the tensor that it is asked for, so the
-# loss goes with the largest one: on an H100, 8B at 8 x 4096 tokens (tensors of 0.88 GiB) left 1.8
-# (bfloat16) and 3.1 GiB (4-bit) in pieces when memory ran out.
-STEP_MARGIN, STEP_MARGIN_BYTES, STEP_MARGIN_TENSORS = 0.05, 128 * MIB, 3
+# Stated margins: what the estimates may be off, and what the caching allocator holds beyond what is
+# in use. With expandable segments (policy/allocator.py) that is a page here and there.
+STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
 EXPERT_MARGIN = 0.10  # routed tokens are unevenly spread, and no measurement holds their count
 # The engine's activations go back to the allocator after its profiling run, and the training step
@@ -108,8 +106,7 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
                 + (f", {unknown:.0%} of the weights" if unknown else ""),
             )
         )
-    tensor = largest_tensor_bytes(case.spec, case.work, case.step)
-    fixed = STEP_MARGIN_BYTES + STEP_MARGIN_TENSORS * tensor if case.device else 0
+    fixed = STEP_MARGIN_BYTES if case.device else 0
     share = STEP_MARGIN + unknown
     if any(block.active_experts for block in case.spec.blocks):
         share += EXPERT_MARGIN
@@ -117,8 +114,7 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
         Term(
             "margin.fragmentation",
             int(total(trainer, "training") * share) + fixed,
-            f"{share:.0%} of a step, and {fixed // MIB} MiB"
-            + (f" with tensors of {tensor // MIB} MiB" if case.device else ""),
+            f"{share:.0%} of a step, and {fixed // MIB} MiB",
             "training",
         )
     )

@@ -103,22 +103,6 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     return tile + hidden + final_norm
 
 
-def largest_tensor_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The largest tensor that a step allocates again and again: the widest activation of a
-    micro-batch, or a tile of the head. All micro-batches of a step use the same pieces of memory.
-    """
-    widest = max(
-        max(linear.in_features, linear.out_features)
-        * (block.active_experts if linear.copies > 1 else 1)
-        for block in spec.blocks
-        for linear in block.linears
-    )
-    tokens = step.micro_batch * work.sequence
-    rows = step.micro_batch * min(work.completion, work.sequence)
-    tile = min(rows, HEAD_TOKENS) * min(HEAD_COLUMNS, spec.vocab_size)
-    return max(tokens * widest, tile) * step.compute_bytes
-
-
 def adapter_bytes(quantization: Quantization | None) -> int:
     """Bytes of an adapter parameter: float32, and bfloat16 on a quantized base.
 
