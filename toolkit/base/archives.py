@@ -8,8 +8,10 @@ written.
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, NamedTuple
 
@@ -25,6 +27,15 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
 MAX_MEMBERS = 100_000
 _CHUNK_BYTES = 1 << 20
+_ENCRYPTED = 1  # a bit of a zip member's flags
+UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+)
 
 
 class Member(NamedTuple):
@@ -47,7 +58,8 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
 
     Raises ConfigError for a member that leads outside, is a link or a device, comes twice, or
     makes the whole larger than ``limit_bytes`` (counted while reading: the sizes in the headers
-    are not believed); InputError if unreadable.
+    are not believed); InputError if unreadable. Errors are about the archive and its members,
+    never about ``into``, which the user may not know of.
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
@@ -58,7 +70,7 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
             left_bytes = limit_bytes
             for member in members:
                 left_bytes -= _write(archive, into, member, left_bytes)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise InputError(f"not a readable archive: {error}", where=str(archive)) from error
     except OSError as error:
         raise InputError(
@@ -72,7 +84,7 @@ def _check(archive: Path, into: Path, members: list[Member], limit_bytes: int) -
         raise ConfigError(f"holds more than {MAX_MEMBERS} members", where=str(archive))
     seen: set[Path] = set()
     for member in members:
-        path = safe_join(into, member.name, what=f"a member of {archive.name}")
+        path = safe_join(into, member.name, what="a member", where=archive)
         if path in seen and not member.is_folder:
             raise ConfigError(f"holds the member {member.name!r} twice", where=str(archive))
         seen.add(path)
@@ -82,7 +94,17 @@ def _check(archive: Path, into: Path, members: list[Member], limit_bytes: int) -
 
 
 def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
-    path = safe_join(into, member.name)
+    """The bytes written, at most ``limit_bytes``."""
+    try:
+        return _copy(archive, member, safe_join(into, member.name), limit_bytes)
+    except OSError as error:
+        raise InputError(
+            f"the member {member.name!r} cannot be unpacked: {error.strerror or error}",
+            where=str(archive),
+        ) from error
+
+
+def _copy(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
     if member.is_folder:
         make_folder(path)
         return 0
@@ -118,6 +140,12 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
     )  # the file type in the upper bits of a Unix mode; 0 if made elsewhere
     if kind not in (0, 0o4, 0o10):
         raise _not_a_file(archive, info.filename)
+    if info.flag_bits & _ENCRYPTED:
+        raise ConfigError(
+            f"the member {info.filename!r} is encrypted",
+            where=str(archive),
+            fix="pack it without a password",
+        )
     return Member(info.filename, info.file_size, info.is_dir(), lambda: zipped.open(info))
 
 

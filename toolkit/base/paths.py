@@ -30,26 +30,34 @@ def tighten_umask() -> int:
     return old
 
 
-def safe_join(root: Path, name: str, *, what: str = "a file name", links: bool = False) -> Path:
+def safe_join(
+    root: Path,
+    name: str,
+    *,
+    what: str = "a file name",
+    where: Path | None = None,
+    links: bool = False,
+) -> Path:
     """``root / name``, where ``name`` was written by someone else: it must not lead outside
     ``root``.
 
-    Raises ConfigError for an absolute path, a drive, ``..``, a NUL or an empty name, and for a
-    link that leads outside, unless ``links`` allows those (the hub's cache is made of them).
+    Raises ConfigError at ``where`` (``root``, unless the name comes from another place) for an
+    absolute path, a drive, ``..``, a NUL or an empty name, and for a link that leads outside,
+    unless ``links`` allows those (the hub's cache is made of them).
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
     if outside or "\0" in name or pure == PurePosixPath():
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
-            where=str(root),
-            fix="this folder was damaged or made to do harm: get it again from where you trust it",
+            where=str(where or root),
+            fix="this was damaged or made to do harm: get it again from where you trust it",
         )
     path = root / pure
     if not links and not path.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             f"{what} is a link that leads outside its folder: {name!r} -> {path.resolve()}",
-            where=str(root),
+            where=str(where or root),
             fix="copy the file itself into the folder",
         )
     return path

@@ -142,7 +142,11 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
     """The one data file in an archive; its name is shown as ``archive/member``."""
     with tempfile.TemporaryDirectory(prefix="toolkit-data-") as temporary:
         folder = unpack(path, Path(temporary) / "data")
-        files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in READERS]
+        files = [
+            file
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in READERS and file.is_file()
+        ]
         if len(files) != 1:
             raise ConfigError(
                 f"holds {len(files)} data files, not one",

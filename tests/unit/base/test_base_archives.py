@@ -55,8 +55,9 @@ def test_what_is_clean_is_unpacked(tmp_path: Path, make) -> None:
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "..\\evil"])
 def test_a_member_that_leads_outside_spoils_the_whole(tmp_path: Path, make, name: str) -> None:
     archive = make(tmp_path / "a", ("good", b"x"), (name, b"evil"))
-    with pytest.raises(ConfigError, match="leads outside its folder"):
+    with pytest.raises(ConfigError, match="a member leads outside its folder") as caught:
         unpack(archive, tmp_path / "into")
+    assert caught.value.where == str(archive)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -117,3 +118,31 @@ def test_a_torn_archive_is_unreadable_not_a_crash(tmp_path: Path) -> None:
         (tmp_path / "torn.tgz").write_bytes(whole[:size])
         with pytest.raises(ToolkitError):
             unpack(tmp_path / "torn.tgz", tmp_path / f"into{size}")
+
+
+def test_a_member_that_does_not_decompress_is_no_crash(tmp_path: Path) -> None:
+    archive = _zip(tmp_path / "a.zip", ("x", bytes(range(256)) * 100))
+    damaged = bytearray(archive.read_bytes())
+    damaged[33:60] = b"\xff" * 27  # what follows the header of 30 bytes and the name
+    archive.write_bytes(damaged)
+    with pytest.raises(InputError, match="not a readable archive: Error -3 while decompressing"):
+        unpack(archive, tmp_path / "into")
+
+
+def test_a_member_with_a_password_is_refused(tmp_path: Path) -> None:
+    archive = _zip(tmp_path / "a.zip", ("x", b"1"))
+    damaged = bytearray(archive.read_bytes())
+    for flags in (6, damaged.index(b"PK\x01\x02") + 8):  # in both headers
+        damaged[flags] |= 1
+    archive.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="the member 'x' is encrypted"):
+        unpack(archive, tmp_path / "into")
+
+
+@pytest.mark.parametrize("name", ["long" * 100, "file/in/a/file"])
+def test_a_member_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    archive = _tar(tmp_path / "a.tar", ("file", b"1"), (name, b"2"))
+    with pytest.raises(InputError, match=f"the member '{name}' cannot be unpacked") as caught:
+        unpack(archive, tmp_path / "into")
+    assert caught.value.where == str(archive)
+    assert str(tmp_path / "into") not in str(caught.value)

@@ -83,7 +83,28 @@ def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
     with tarfile.open(path, "w:gz") as tar:
         info = tarfile.TarInfo("../../evil.jsonl")
         tar.addfile(info, io.BytesIO(b""))
-    with pytest.raises(ConfigError, match="leads outside its folder"):
+    with pytest.raises(ConfigError, match="leads outside its folder") as caught:
+        read_file(path)
+    assert caught.value.where == str(path)
+
+
+def test_what_is_wrong_in_an_archive_is_told_by_its_member(tmp_path: Path) -> None:
+    broken = write(tmp_path, "broken.jsonl", '{"a": 1}\n{"a": "x"}')
+    path = tmp_path / "d.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(broken, "inner/data.jsonl")
+    with pytest.raises(ConfigError, match="column 'a'") as caught:
+        read_file(path)
+    assert caught.value.where == f"{path}/inner/data.jsonl:2"
+    assert "toolkit-data-" not in str(caught.value)
+
+
+def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").mkdir()
+    path = tmp_path / "d.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(tmp_path / "data.csv", "data.csv")
+    with pytest.raises(ConfigError, match="holds 0 data files"):
         read_file(path)
 
 
