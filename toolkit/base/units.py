@@ -22,6 +22,11 @@ def format_bytes(count: float) -> str:
     return f"{sign}{size:.0f} B"
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 warning``, ``2 warnings``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_duration(seconds: float) -> str:
     """Seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``."""
     whole = round(seconds)

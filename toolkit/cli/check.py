@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolkit.cli.render import paragraph, plural, styled, verdict_word
+from toolkit.base.units import plural
+from toolkit.cli.render import paragraph, styled, verdict_word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolkit.base.units import plural
 from toolkit.cli.render import colours_on, styled
 from toolkit.config.finding import Severity
 
@@ -61,14 +62,13 @@ class Text(Printer):
             click.echo(render_text([found]))
 
     def end(self, names: list[str]) -> None:
-        files = "1 file" if len(names) == 1 else f"{len(names)} files"
         counts = [
-            f"{count} {word}{'s' * (count != 1)}"
+            plural(count, word)
             for count, word in ((self.errors, "error"), (self.warnings, "warning"))
             if count
         ]
         told = " and ".join(counts) or "no findings"
-        click.echo(f"{told} in {names[0] if len(names) == 1 else files}")
+        click.echo(f"{told} in {names[0] if len(names) == 1 else plural(len(names), 'file')}")
 
 
 class Github(Printer):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolkit.base.units import plural
 from toolkit.cli.check import request_options, text_of
-from toolkit.cli.render import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -78,8 +78,3 @@ def paragraph(text: str, *, first: str = "", indent: str = "") -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 warning``, ``2 warnings``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.base.units import plural
+
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
@@ -37,7 +39,7 @@ _ELSEWHERE = "use a machine with an NVIDIA GPU"
 def presence(snapshot: NodeSnapshot) -> Presence:
     """Why there is a GPU, or why not."""
     if snapshot.gpus:
-        return Presence("gpus", f"{len(snapshot.gpus)} GPU(s)", "")
+        return Presence("gpus", plural(len(snapshot.gpus), "GPU"), "")
     start, cards = snapshot.driver.nvml, snapshot.driver.pci_gpus.value
     how = how_to_pass_in(snapshot)
     if start.code == _MISMATCH:
@@ -76,7 +78,7 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     if not cards:
         seen = "" if cards == 0 else " as far as can be seen (the PCI bus could not be read)"
         return Presence("none", f"no NVIDIA GPU here{seen}", how)
-    many = f"{cards} NVIDIA GPU{'s' if cards > 1 else ''} on the PCI bus"
+    many = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
     if start.code == _NO_LIBRARY:
         if how != _ELSEWHERE:
             return Presence("not passed in", f"{many}, and none was passed in here", how)

@@ -46,7 +46,7 @@ def test_a_complete_model_passes(tmp_path: Path) -> None:
         "model.tokenizer": "ok",
         "model.architecture": "ok",
     }
-    assert found["model.weights"].evidence == "2 file(s), 2.0 KiB"
+    assert found["model.weights"].evidence == "2 files, 2.0 KiB"
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

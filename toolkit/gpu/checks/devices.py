@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.units import plural
 from toolkit.gpu import cards
 from toolkit.gpu.checks.check import (
     Check,
@@ -59,11 +60,11 @@ def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The card that --gpu-index asks for."""
     if context.gpu_index is None or not snapshot.gpus:
         return None
-    seen = visible_devices(snapshot).devices
+    seen, asked = visible_devices(snapshot).devices, f"--gpu-index {context.gpu_index}"
     if context.gpu_index >= len(seen):
-        return fail("user", f"--gpu-index {context.gpu_index}: CUDA sees {len(seen)} GPU(s)")
+        return fail("user", f"{asked}: CUDA sees {plural(len(seen), 'GPU')}")
     chosen = seen[context.gpu_index]
-    return ok(f"--gpu-index {context.gpu_index} is {chosen.label} ({chosen.name.value})")
+    return ok(f"{asked} is {chosen.label} ({chosen.name.value})")
 
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.units import plural
 from toolkit.gpu.checks.check import (
     Check,
     CheckContext,
@@ -60,8 +61,7 @@ def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
     found = presence(snapshot)
     if found.kind == "gpus":
         version = snapshot.driver.version.value or "of unknown version"
-        count = len(snapshot.gpus)
-        return ok(f"driver {version} serves {count} GPU{'s' if count > 1 else ''}")
+        return ok(f"driver {version} serves {plural(len(snapshot.gpus), 'GPU')}")
     needed = gpu_needed(snapshot, context)
     if needed:
         blame = "user" if found.kind in ("none", "not passed in") else "node"
@@ -97,7 +97,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     )
 
 
-def libcuda(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The libcuda.so.1 that the loader finds first is the driver's own (else CUDA error 803)."""
     if not snapshot.gpus:
         return None
@@ -123,7 +123,6 @@ def libcuda(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return ok(f"{where} is the driver's own, {module}")
     if version_tuple(first["version"]) > version_tuple(module) and "compat" in first["path"]:
         return ok(f"{where} is a forward-compatibility {first['version']} over driver {module}")
-    del context
     return fail(
         "user" if first["source"] == "LD_LIBRARY_PATH" else "node",
         f"{where} is of driver {first['version']} and the kernel module of {module}: "

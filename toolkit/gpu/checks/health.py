@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.units import plural
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
@@ -55,7 +56,8 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if errors.value is None:
             return unread(errors, "ECC errors")
         if errors.value:
-            return fail("node", f"{errors.value} uncorrected ECC error(s) since the driver loaded")
+            found = plural(errors.value, "uncorrected ECC error")
+            return fail("node", f"{found} since the driver loaded")
         before = gpu.ecc_uncorrected_lifetime.value or 0
         return ok(f"no uncorrected ECC error ({before} in the card's life)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import format_bytes
+from toolkit.base.units import format_bytes, plural
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("user", f"{path}: {', '.join(names[:3])}{more}: {what}")
     if not state["weights"]:
         return fail("user", f"{path} holds no weights")
-    return ok(f"{state['weights']} file(s), {format_bytes(state['weight_bytes'])}")
+    return ok(f"{plural(state['weights'], 'file')}, {format_bytes(state['weight_bytes'])}")
 
 
 def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.units import plural
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 from toolkit.gpu.devices import visible
 from toolkit.gpu.needs import gpu_needed
@@ -23,7 +24,7 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not name:
         return ok("WSL" if place["wsl"] else "no container")
     if snapshot.gpus:
-        return ok(f"{name}, with {len(snapshot.gpus)} GPU(s)")
+        return ok(f"{name}, with {plural(len(snapshot.gpus), 'GPU')}")
     reason = gpu_needed(snapshot, context)
     if presence(snapshot).kind not in ("none", "not passed in"):
         return None  # driver.present says what is wrong
@@ -55,8 +56,8 @@ def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     count = int(given) if given.isdecimal() else len(given.split(","))
     seen = len(visible(snapshot).devices)
     if seen != count:
-        return warn(f"Slurm gave {count} GPU(s) and CUDA sees {seen}")
-    return ok(f"Slurm gave {count} GPU(s)")
+        return warn(f"Slurm gave {plural(count, 'GPU')} and CUDA sees {seen}")
+    return ok(f"Slurm gave {plural(count, 'GPU')}")
 
 
 def wsl(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
