@@ -145,6 +145,22 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert (empty.returncode, b"the run file is empty" in empty.stdout) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["validate"], "none.yaml: error[DOC014] cannot be read: No such file or directory"),
+        (["validate", "--format", "github"], "::error file=none.yaml,title=DOC014::cannot be read"),
+        (["size"], "error: none.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_no_line_is_blamed_for_a_file_that_is_not_read(
+    tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    done = envcheck(*arguments, "none.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).startswith(told)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_without_permission(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigError, InputError
+from toolkit.base.errors import InputError
 from toolkit.config.model import LoraSection, ModelSection, RunConfig, RuntimeSection
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ def _of_run_file(
 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.layers import load_document  # noqa: PLC0415
-    from toolkit.config.render import render_text  # noqa: PLC0415
     from toolkit.config.rules import Situation  # noqa: PLC0415
-    from toolkit.config.validate import validate  # noqa: PLC0415
+    from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
     document = load_document(path, overrides)
     judged = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
@@ -71,8 +70,7 @@ def _of_run_file(
         or not (found.rule == LENGTH_OF_RUN or (found.path and found.path[0] in UNSIZED))
     ]
     if stopping:
-        error = InputError if not document.readable else ConfigError
-        raise error(render_text(stopping))
+        raise refusal(document, stopping)
     return build_config(document), document
 
 

@@ -49,29 +49,19 @@ class Finding:
     message: str
     path: KeyPath = ()
     source: Source | None = None
-    mark: Mark | None = None
+    mark: Mark | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[Node, ...] = ()  # the other operands
     unknown: bool = False  # not a fault but something that could not be looked into here
 
     @property
-    def line(self) -> int:
-        """1-based; 1 for a fault of the whole file."""
-        return self.mark.line if self.mark else 1
-
-    @property
-    def column(self) -> int:
-        """1-based, in characters."""
-        return self.mark.column if self.mark else 1
-
-    @property
     def place(self) -> str:
-        """``run.yaml:12:20``, or the ``--set`` argument itself."""
+        """``run.yaml:12:20``, the whole ``run.yaml``, or the ``--set`` argument itself."""
         name = self.source.name if self.source else "run file"
-        if self.source is not None and self.source.is_override:
+        if self.mark is None or (self.source is not None and self.source.is_override):
             return name
-        return f"{name}:{self.line}:{self.column}"
+        return f"{name}:{self.mark.line}:{self.mark.column}"
 
     def as_error(self) -> Finding:
         """The same finding, refusing the run (--strict)."""

@@ -16,6 +16,7 @@ from toolkit.config.finding import Finding, Fix, Severity
 
 FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 STDIN = "-"
+UNREADABLE = "DOC014"
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -55,7 +56,7 @@ def read_source(path: str | Path) -> Source:
 def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
     """The finding for a file that gives no text."""
     return Finding(
-        rule="DOC014", severity=Severity.ERROR, message=message, source=source, fixes=fixes
+        rule=UNREADABLE, severity=Severity.ERROR, message=message, source=source, fixes=fixes
     )
 
 

@@ -88,12 +88,10 @@ def _annotation(found: Finding) -> str:
     if found.fixes:
         body.append("fix: " + " or ".join(fix.text for fix in found.fixes))
     text = "\n".join(map(redact, body))
-    place = {
-        "file": found.source.name if found.source else "",
-        "line": str(found.line),
-        "col": str(found.column),
-        "title": found.rule,
-    }
+    place = {"file": found.source.name if found.source else ""}
+    if found.mark:
+        place |= {"line": str(found.mark.line), "col": str(found.mark.column)}
+    place["title"] = found.rule
     fields = ",".join(f"{key}={_escape(value, ':,')}" for key, value in place.items())
     return f"::{found.severity} {fields}::{_escape(text)}"
 
@@ -113,9 +111,9 @@ def to_json(found: Finding) -> dict[str, Any]:
         "message": redact(found.message),
         "key": dotted(found.path) if found.path else None,
         "file": redact(found.source.name) if found.source else None,
-        "line": found.line,
-        "column": found.column,
-        "end_column": end_column(mark) if mark else found.column,
+        "line": mark.line if mark else None,
+        "column": mark.column if mark else None,
+        "end_column": end_column(mark) if mark else None,
         "notes": [redact(note) for note in found.notes],
         "fixes": [
             {

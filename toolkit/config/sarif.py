@@ -75,7 +75,7 @@ def _artifact(source: Source | None) -> dict[str, str]:
 
 
 def _location(source: Source | None, mark: Mark | None) -> dict[str, Any]:
-    region = {"startLine": 1}
+    region = {"startLine": 1}  # code scanning wants one, also where the whole file is meant
     if mark is not None:
         region = {"startLine": mark.line, "startColumn": mark.column}
         if source is not None and "\n" not in source.text[mark.start : mark.end]:

@@ -14,6 +14,7 @@ from toolkit.config.bounds import MAX_FINDINGS
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
+from toolkit.config.read import UNREADABLE
 from toolkit.config.rules import Run, Situation, judging_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.structure import check_structure
@@ -80,9 +81,10 @@ _BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
 
 def _order(found: Finding) -> tuple[bool, str, int, int, str]:
     """By place, the overrides last."""
-    source = found.source
+    source, mark = found.source, found.mark
     is_override = source is not None and source.is_override
-    return (is_override, source.name if source else "", found.line, found.column, found.rule)
+    line, column = (mark.line, mark.column) if mark else (0, 0)
+    return (is_override, source.name if source else "", line, column, found.rule)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
@@ -91,16 +93,22 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     Raises InputError when it cannot be read, and ConfigError, whose message holds every finding,
     when something in it is wrong.
     """
-    from toolkit.config.render import render_text  # noqa: PLC0415 - only for a fault
-
     document = load_document(path, overrides)
     outcome = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
     if outcome.config is not None:
         return outcome.config
-    errors = [found for found in outcome.findings if found.severity is Severity.ERROR]
-    if not document.readable:
-        raise InputError(errors[0].message, where=errors[0].place)
-    raise ConfigError("the run file is refused\n" + render_text(outcome.findings))
+    raise refusal(document, outcome.findings)
+
+
+def refusal(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
+    """The error that ends a command whose run file has these findings."""
+    from toolkit.config.render import render_text  # noqa: PLC0415 - only for a fault
+
+    if document.readable:
+        return ConfigError("the run file is refused\n" + render_text(findings))
+    reason = next(found for found in findings if found.rule == UNREADABLE)
+    fix = " or ".join(one.text for one in reason.fixes) or None
+    return InputError(reason.message, where=reason.place, fix=fix)
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:
