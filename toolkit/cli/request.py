@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
+from toolkit.base.hub import hub_home
 from toolkit.base.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path
     """The folders that a run writes to, by role."""
     cache = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     paths = {
-        "HF_HOME": Path(environ.get("HF_HOME") or cache / "huggingface"),
+        "HF_HOME": hub_home(environ),
         "VLLM_CACHE_ROOT": Path(environ.get("VLLM_CACHE_ROOT") or cache / "vllm"),
         "TRITON_CACHE_DIR": Path(environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"),
     }

@@ -6,21 +6,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.hub import cached_model
 from toolkit.config.paths import exists, resolve
 from toolkit.config.targets import has_experts, text_part
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from toolkit.config.document import Node
 
 MAX_JSON_BYTES = 64 << 20
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -99,38 +99,12 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
     """The facts of the model that ``node`` names: a folder, or a snapshot in the hub's cache."""
     folder = resolve(node.value, node)
     if not exists(f"{folder}/config.json"):
-        cached = cached_snapshot("models", node.value, revision)
+        cached = cached_model(node.value, revision, os.environ)
         if cached is None:
             return None
         folder = cached
     config = read_json(folder / "config.json")
     return ModelFacts(folder, config) if isinstance(config, dict) else None
-
-
-def hub_cache() -> Path:
-    """The hub's cache folder, found as huggingface_hub finds it."""
-    if written := os.environ.get("HF_HUB_CACHE"):
-        return Path(written).expanduser()
-    if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
-
-
-def cached_snapshot(kind: str, name: str, revision: str | None) -> Path | None:
-    """The folder of a hub model or data set in the cache (``kind`` is models or datasets)."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
-        return None
-    folder = hub_cache() / f"{kind}--{name.replace('/', '--')}"
-    wanted = revision or "main"
-    if not _COMMIT.fullmatch(wanted):
-        if not re.fullmatch(r"[\w./-]+", wanted) or ".." in wanted:
-            return None
-        try:
-            wanted = (folder / "refs" / wanted).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-    snapshot = folder / "snapshots" / wanted
-    return snapshot if _COMMIT.fullmatch(wanted) and exists(snapshot) else None
 
 
 def read_json(path: Path) -> Any:

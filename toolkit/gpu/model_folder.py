@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.hub import MODEL_ID, cached_model
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
 from toolkit.gpu.software import on_import_path
@@ -74,30 +75,12 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
         return {"kind": "folder", "path": str(folder)}
     if folder.exists():
         raise NotADirectoryError(20, "not a folder", name)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/", "~")):
+    if not MODEL_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(2, "no such folder", name)
-    base = _hub_cache(environ) / f"models--{name.replace('/', '--')}"
-    snapshot = _snapshot(base, revision or "main")
+    snapshot = cached_model(name, revision, environ)
     if snapshot is None:
         return {"kind": "hub", "path": name}
     return {"kind": "cache", "path": str(snapshot)}
-
-
-def _hub_cache(environ: Mapping[str, str]) -> Path:
-    if environ.get("HF_HUB_CACHE"):
-        return Path(environ["HF_HUB_CACHE"])
-    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    return Path(home).expanduser() / "hub"
-
-
-def _snapshot(base: Path, revision: str) -> Path | None:
-    """The snapshot folder of a branch, a tag or a commit in the hub's cache."""
-    reference = base / "refs" / revision
-    commit = revision
-    if ".." not in revision and reference.is_file():
-        commit = reference.read_text(encoding="ascii", errors="replace")[:64].strip()
-    folder = base / "snapshots" / commit
-    return folder if re.fullmatch(r"[0-9a-zA-Z_.-]+", commit) and folder.is_dir() else None
 
 
 def _load(path: Path) -> Any:

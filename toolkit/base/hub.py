@@ -1,0 +1,48 @@
+"""Where models of the Hugging Face hub lie on this machine, as huggingface_hub looks for them.
+
+The network is never asked. Read by rules, checks and commands, which must not differ on it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def hub_home(environ: Mapping[str, str]) -> Path:
+    """Where the hub's library keeps its files: HF_HOME, else huggingface/ of the user's caches."""
+    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser()
+
+
+def cached_model(name: str, revision: str | None, environ: Mapping[str, str]) -> Path | None:
+    """The snapshot folder of a model in the cache, at a branch, a tag or a commit (None: main);
+    None where it is not there, or where ``name`` or ``revision`` is none of the hub's.
+    """
+    if not MODEL_ID.fullmatch(name) or ".." in name:
+        return None
+    cache = Path(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub").expanduser()
+    folder = cache / f"models--{name.replace('/', '--')}"
+    commit = _commit(folder, revision or "main")
+    snapshot = folder / "snapshots" / commit if commit else None
+    return snapshot if snapshot is not None and os.path.isdir(snapshot) else None
+
+
+def _commit(folder: Path, revision: str) -> str | None:
+    if _COMMIT.fullmatch(revision):
+        return revision
+    if not re.fullmatch(r"[\w./-]+", revision) or ".." in revision or revision.startswith("/"):
+        return None
+    try:
+        commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return commit if _COMMIT.fullmatch(commit) else None
