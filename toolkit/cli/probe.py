@@ -47,7 +47,8 @@ def probe(
     Exit code 0 with a GPU (a lost card spoils its row only), 3 without one; the text says whether
     there is no GPU, no driver, a driver that does not match its library, or no permission.
     """
-    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.gpu.report import NO_GPU_EXIT  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
 
     looks = 0
     while True:
@@ -61,7 +62,7 @@ def probe(
         sys.stdout.flush()
         time.sleep(interval)
     if not snapshot.gpus:
-        sys.exit(3)
+        sys.exit(NO_GPU_EXIT)
 
 
 def show(
@@ -131,6 +132,7 @@ def _row(
 
 def state_of(gpu: GpuSnapshot) -> str:
     """The card's worst trouble in a few words, else ``ok``; ``envcheck check`` says more."""
+    from toolkit.gpu.checks.health import FABRIC_NOT_READY  # noqa: PLC0415 - as above
     from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above
 
@@ -143,7 +145,7 @@ def state_of(gpu: GpuSnapshot) -> str:
         (bool(rows and rows["failure"]), "row remap failed"),
         (bool(rows and rows["pending"]), "row remap pending"),
         (bool(gpu.ecc_uncorrected.value), "memory errors"),
-        (bool(fabric and fabric["state"] in (1, 2)), "fabric not ready"),
+        (bool(fabric and fabric["state"] in FABRIC_NOT_READY), "fabric not ready"),
         (any(mask & bit for bit in TROUBLE), "throttled"),
         (in_mig_mode(gpu), "MIG"),
     )

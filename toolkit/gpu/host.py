@@ -78,23 +78,19 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
     """Everything about the host, each answer on its own."""
     return HostSnapshot(
         place=asked(lambda: place(environ, root)),
-        memory=read_memory(root),
+        memory=asked(lambda: _memory(root)),
         cgroup=asked(lambda: read_cgroup(root)),
         cpus=asked(lambda: len(os.sched_getaffinity(0))),
         shm=asked(lambda: _space(root / "dev/shm")),
         limits=asked(_limits),
         disks=asked(lambda: [disk(role, path) for role, path in paths.items()]),
         clock=clock(),
-        user=_user(),
+        user=_user(environ),
     )
 
 
-def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
-    """Bytes of main memory, in all and available without swapping."""
-    return asked(lambda: _memory(root))
-
-
 def _memory(root: Path) -> dict[str, int]:
+    """Bytes of main memory, in all and available without swapping."""
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
     if "MemTotal" not in kib or "MemAvailable" not in kib:
@@ -144,10 +140,10 @@ def clock() -> Reading[dict[str, Any]]:
     return of({"now": now, "synchronised": state != 5})  # TIME_ERROR
 
 
-def _user() -> Reading[str]:
+def _user(environ: Mapping[str, str]) -> Reading[str]:
     """The account name; torch and triton ask for it and fail where the uid has none."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        if os.environ.get(name):
+        if environ.get(name):
             return of("from the environment")
     try:
         pwd.getpwuid(os.getuid())

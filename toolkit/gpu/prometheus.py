@@ -42,7 +42,10 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
         "1 if a row could not be remapped.",
         lambda gpu: _part(gpu.remapped_rows, "failure"),
     ),
-    "fabric_state": ("0 none, 1 not started, 2 in progress, 3 ready.", lambda gpu: _fabric(gpu)),
+    "fabric_state": (
+        "0 none, 1 not started, 2 in progress, 3 ready.",
+        lambda gpu: _part(gpu.fabric, "state"),
+    ),
     "clock_event_reasons": ("Bit mask of NVML.", lambda gpu: gpu.clock_reasons.value),
     "pcie_link_width": ("Lanes of the PCIe link.", lambda gpu: _part(gpu.pcie, "width")),
 }
@@ -50,10 +53,6 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
 
 def _scaled(reading: Reading[int], divisor: int) -> float | None:
     return None if reading.value is None else reading.value / divisor
-
-
-def _fabric(gpu: GpuSnapshot) -> float | None:
-    return _part(gpu.fabric, "state")
 
 
 def exposition(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.errors import NodeError
 from toolkit.base.version import __version__
 from toolkit.gpu.checks import catalogue, exit_code
 from toolkit.gpu.checks.driver import cuda_of
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 SCHEMA_ID = "urn:grpo-toolkit:schema:report:1"
-NO_GPU_EXIT = 3
+NO_GPU_EXIT = NodeError.exit_code
 
 
 def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:

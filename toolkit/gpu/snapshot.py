@@ -151,14 +151,6 @@ def take(
     )
 
 
-def take_gpus(*, environ: Mapping[str, str] | None = None) -> NodeSnapshot:
-    """Read NVML only: what sizing needs, without a look at the host's disks and packages."""
-    driver, gpus = _ask_nvml()
-    variables = os.environ if environ is None else environ
-    memory = host.HostSnapshot(memory=host.read_memory())
-    return NodeSnapshot(driver, gpus, host.relevant(variables), memory)
-
-
 def _ask_nvml() -> tuple[DriverSnapshot, tuple[GpuSnapshot, ...]]:
     answers = nvml.read()
     gpus = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.capability import BFLOAT16, FLOAT8_CACHE, FLOAT8_NATIVE, FOUR_BIT
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import package_folder
 from toolkit.config.rules.base import Fault, rule
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.rules.run import Run
-
-QUANTIZED, BFLOAT16, FLOAT8_KV, FLOAT8_NATIVE = (7, 0), (8, 0), (8, 0), (8, 9)
 
 
 def _lacks(run: Run, needed: tuple[int, int]) -> str | None:
@@ -42,7 +41,7 @@ def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
     """
     if not run.value("model.load_in_4bit"):
         return
-    why = _lacks(run, QUANTIZED)
+    why = _lacks(run, FOUR_BIT)
     if why:
         yield Fault(
             "model.load_in_4bit",
@@ -72,7 +71,7 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
     """
     if not run.value("model.float8_kv_cache"):
         return
-    why, slow = _lacks(run, FLOAT8_KV), _lacks(run, FLOAT8_NATIVE)
+    why, slow = _lacks(run, FLOAT8_CACHE), _lacks(run, FLOAT8_NATIVE)
     if why or slow:
         yield Fault(
             "model.float8_kv_cache",

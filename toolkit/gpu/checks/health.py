@@ -32,7 +32,10 @@ _RECOVERY = {
     6: "a bus reset",
     7: "a reboot of the system",
 }
-_NOT_SUPPORTED, _NOT_STARTED, _IN_PROGRESS, _COMPLETED = 0, 1, 2, 3
+# nvmlGpuFabricInfo: state, and healthSummary (versions from 3 on).
+_NO_FABRIC, _NOT_STARTED, _IN_PROGRESS, _COMPLETED = 0, 1, 2, 3
+FABRIC_NOT_READY = (_NOT_STARTED, _IN_PROGRESS)
+_UNHEALTHY, _LIMITED = 2, 3
 
 
 def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -119,7 +122,7 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         state = gpu.fabric.value
         if state is None:
             return unread(gpu.fabric, "fabric")
-        if state["state"] == _NOT_SUPPORTED:
+        if state["state"] == _NO_FABRIC:
             return ok("no NVSwitch fabric")
         if state["state"] == _IN_PROGRESS:
             return fail("retry", "the fabric is being set up", "wait for the fabric manager")
@@ -127,9 +130,9 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("node", "the fabric is not started: CUDA error 802")
         if state["status"]:
             return fail("node", f"the fabric failed (NVML code {state['status']}): CUDA error 802")
-        if state["health"] == 2:
+        if state["health"] == _UNHEALTHY:
             return fail("node", "the fabric is unhealthy")
-        if state["health"] == 3:
+        if state["health"] == _LIMITED:
             return warn("the fabric runs at limited capacity")
         return ok("the fabric is ready")
 

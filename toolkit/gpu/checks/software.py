@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.capability import BFLOAT16, FLOAT8_CACHE, FOUR_BIT
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
@@ -31,7 +32,6 @@ TORCH_ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "13.0": ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
 }
 VLLM_LEAST = (7, 5)  # vLLM's CUDA 13 build starts at Turing
-QUANTIZED_LEAST, BF16_LEAST, FP8_LEAST = (7, 0), (8, 0), (8, 0)
 
 
 def satisfies(installed: str, requirement: str) -> bool:
@@ -148,9 +148,9 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The card can do the number formats that the run file asks for."""
     wanted = [
-        (context.load_in_4bit, QUANTIZED_LEAST, "load_in_4bit"),
-        (context.dtype == "bfloat16", BF16_LEAST, "dtype bfloat16"),
-        (context.float8_kv_cache, FP8_LEAST, "float8_kv_cache"),
+        (context.load_in_4bit, FOUR_BIT, "load_in_4bit"),
+        (context.dtype == "bfloat16", BFLOAT16, "dtype bfloat16"),
+        (context.float8_kv_cache, FLOAT8_CACHE, "float8_kv_cache"),
     ]
     asked = [(least, name) for holds, least, name in wanted if holds]
     if not asked or not snapshot.gpus:
