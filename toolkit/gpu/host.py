@@ -78,7 +78,7 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
     """Everything about the host, each answer on its own."""
     return HostSnapshot(
         place=asked(lambda: place(environ, root)),
-        memory=asked(lambda: _memory(root)),
+        memory=read_memory(root),
         cgroup=asked(lambda: read_cgroup(root)),
         cpus=asked(lambda: len(os.sched_getaffinity(0))),
         shm=asked(lambda: _space(root / "dev/shm")),
@@ -89,8 +89,12 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
     )
 
 
-def _memory(root: Path) -> dict[str, int]:
+def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
     """Bytes of main memory, in all and available without swapping."""
+    return asked(lambda: _memory(root))
+
+
+def _memory(root: Path) -> dict[str, int]:
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
     if "MemTotal" not in kib or "MemAvailable" not in kib:
