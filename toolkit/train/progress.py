@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,21 @@ PLAIN_LINES = 40
 SMOOTHING = 0.8
 
 
+def rewrites(stream: TextIO) -> bool:
+    """Whether a line on ``stream`` may be written over: on a terminal that acts on control
+    characters. Logs do not, nor a terminal without a type or of type "dumb" (``srun --pty`` from a
+    batch script, a shell inside an editor).
+    """
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 class Progress:
     """Prints to ``stream``; ``every`` is the number of steps between lines that stay."""
 
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
         self.stream, self.total = stream, max(1, total)
         self.every = max(1, every or -(-self.total // PLAIN_LINES))
-        self.live = stream.isatty()
+        self.live = rewrites(stream)
         self._step_s: float | None = None
         self._open = False
 

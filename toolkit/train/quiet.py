@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from toolkit.base.errors import ToolkitWarning
+from toolkit.train.progress import rewrites
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,6 +110,6 @@ def _show_warning(
 
 def say(line: str) -> None:
     """``line`` on stderr; on a terminal in the place of a progress line that is still open."""
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    start = "\r\x1b[K" if rewrites(sys.stderr) else ""
     sys.stderr.write(f"{start}{line}\n")
     sys.stderr.flush()

@@ -32,11 +32,13 @@ def test_only_what_we_say_is_said(capsys):
     ]
 
 
-def test_a_line_on_a_terminal_takes_the_place_of_progress(capsys, monkeypatch):
+@pytest.mark.parametrize(("kind", "start"), [("xterm", "\r\x1b[K"), ("dumb", ""), (None, "")])
+def test_a_line_on_a_terminal_takes_the_place_of_progress(capsys, monkeypatch, kind, start):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", kind) if kind else monkeypatch.delenv("TERM", raising=False)
     with quiet(debug=False):
         warnings.warn("ours", ToolkitWarning, stacklevel=1)
-    assert capsys.readouterr().err == "\r\x1b[Kwarning: ours\n"
+    assert capsys.readouterr().err == f"{start}warning: ours\n"
 
 
 def test_debug_changes_nothing(caplog):

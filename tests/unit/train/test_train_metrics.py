@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+
+import pytest
 
 from toolkit.train.metrics import LOGS, Journal, plain, row_of
 from toolkit.train.progress import Progress, step_line
@@ -89,6 +92,23 @@ def test_a_plain_stream_gets_whole_lines_of_one_width():
     assert len({line.index("loss") for line in lines}) == 1
     assert lines[-1].startswith("step 100/100  reward  1.000 ± 0.500  loss  -0.0010")
     assert lines[-1].endswith("left")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("kind", "lines"), [("xterm", 100), ("dumb", 35)])
+def test_only_a_terminal_that_can_gets_lines_written_over(monkeypatch, kind, lines):
+    monkeypatch.setenv("TERM", kind)
+    stream = Terminal()
+    progress = Progress(stream, total=100)
+    for step in range(1, 101):
+        progress({"step": step}, TIMINGS)
+    assert len(re.findall("step +[0-9]+/100", stream.getvalue())) == lines
+    assert ("\r\x1b[K" in stream.getvalue()) is (kind == "xterm")
+    assert stream.getvalue().count("\n") == 35
 
 
 def test_every_nth_line_where_the_run_file_says_so():
