@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from toolkit.config.document import Document, Node
 
+_FLOATS = ("lora_dropout", "timeout_s")
 # Keys that may name a file or a folder. Those of output_dir and resume always do; the others only
 # when one is there.
-_FLOATS = ("lora_dropout", "timeout_s")
 _PATHS = ("model_name", "path", "eval_path", "output_dir", "resume")
 
 

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """The values that ``text`` could stand for and that ``schema`` takes, the likeliest first."""
+    """The likeliest value that ``text`` could stand for and that ``schema`` takes; empty if there
+    is none.
+    """
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
     candidates += [int(value) for value in candidates if isinstance(value, float) and _whole(value)]
-    fitting: list[Any] = []
     for value in candidates:
         if (
             value is None
@@ -28,12 +29,9 @@ def coerce(
             or (isinstance(value, float) and not math.isfinite(value))
         ):
             continue
-        for branch in schema.get("x-either", [schema]):
-            if fault(value, branch) is None and not any(
-                type(value) is type(one) and value == one for one in fitting
-            ):
-                fitting.append(value)
-    return tuple(fitting[:1])
+        if any(fault(value, branch) is None for branch in schema.get("x-either", [schema])):
+            return (value,)
+    return ()
 
 
 def _whole(value: float) -> bool:

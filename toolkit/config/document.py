@@ -56,6 +56,14 @@ class Mark:
     end: int
 
 
+class StopReading(Exception):
+    """Reading a text cannot go on; carries the finding that says why."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
+
+
 class Node:
     """A value with its place. ``value`` is a scalar, a list of nodes, or a dict of nodes."""
 
@@ -89,6 +97,11 @@ class Node:
         elif isinstance(self.value, list):
             for index, child in enumerate(self.value):
                 yield from child.walk((*path, index))
+
+
+def empty(source: Source) -> Node:
+    """A root with nothing in it."""
+    return Node({}, Mark(1, 1, 0, 0), source)
 
 
 @dataclass(slots=True)

@@ -48,7 +48,7 @@ def exit_codes() -> str:
     return "\n".join(
         [
             "Exit codes, as schedulers act on them:",
-            *(f"  {c:>3}  {t}" for c, t in EXIT_CODES.items()),
+            *(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()),
         ]
     )
 

@@ -9,8 +9,8 @@ import re
 from bisect import bisect_right
 from typing import Any
 
-from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
-from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.bounds import MAX_DEPTH, MAX_DIGITS, MAX_NODES
+from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
 from toolkit.config.finding import Finding, Fix, Severity
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -18,14 +18,6 @@ _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 _FOREIGN = re.compile(r"NaN|-?Infinity")
-
-
-class _SyntaxFault(Exception):
-    """Reading cannot go on; carries the finding."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.message)
-        self.finding = finding
 
 
 class Places:
@@ -43,10 +35,10 @@ class Places:
 def parse_json(source: Source) -> Document:
     """A JSON text as nodes; the first syntax error ends the reading and is a finding."""
     reader = _Reader(source)
-    document = Document(source, Node({}, Mark(1, 1, 0, 0), source), reader.findings)
+    document = Document(source, empty(source), reader.findings)
     try:
         document.root = reader.whole()
-    except _SyntaxFault as fault:
+    except StopReading as fault:
         document.findings.append(fault.finding)
         document.whole = False
     return document
@@ -60,9 +52,9 @@ class _Reader:
         self.at = 0
         self.count = 0
 
-    def fault(self, message: str, *, rule: str = "DOC001", fix: str | None = None) -> _SyntaxFault:
+    def fault(self, message: str, *, rule: str = "DOC001", fix: str | None = None) -> StopReading:
         mark = self.places.mark(self.at, self.at + 1)
-        return _SyntaxFault(self.finding(rule, mark, message, fix))
+        return StopReading(self.finding(rule, mark, message, fix))
 
     def finding(self, rule: str, mark: Mark, message: str, fix: str | None) -> Finding:
         fixes = (Fix(fix),) if fix else ()
@@ -127,8 +119,8 @@ class _Reader:
         if found is None:
             raise self.fault("JSON syntax: a value is wanted here")
         text = found.group()
-        if len(text) > 400:
-            raise self.fault("a number of more than 400 digits", rule="DOC009")
+        if len(text) > MAX_DIGITS:
+            raise self.fault(f"a number of more than {MAX_DIGITS} digits", rule="DOC009")
         mark = self.places.mark(self.at, found.end())
         self.at = found.end()
         value = json.loads(text)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
-from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import differs, plain_spelling, read_core
 
@@ -25,26 +25,13 @@ except ImportError:  # PyYAML without libyaml: the same events, slower
     from yaml import Loader as _Parser  # type: ignore[assignment]
 
 
-class Fault(Exception):
-    """Loading cannot go on; carries the finding."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.message)
-        self.finding = finding
-
-
-def empty(source: Source) -> Node:
-    """A root with nothing in it."""
-    return Node({}, Mark(1, 1, 0, 0), source)
-
-
 def parse_yaml(source: Source) -> Document:
     """The first document of a YAML text as nodes; faults become findings."""
     document = Document(source, empty(source))
     builder = _Builder(source, document.findings)
     try:
         root = builder.build()
-    except Fault as fault:
+    except StopReading as fault:
         document.findings.append(fault.finding)
         document.whole = False
         return document
@@ -96,9 +83,9 @@ class _Builder:
                     self.tell("DOC005", _mark(event), message, "share settings with extends:")
                     break
         except yaml.MarkedYAMLError as error:
-            raise Fault(self.syntax(error)) from None
+            raise StopReading(self.syntax(error)) from None
         except yaml.reader.ReaderError as error:
-            raise Fault(self.character(error)) from None
+            raise StopReading(self.character(error)) from None
         return self.root
 
     def open(self, event: Any, kind: type) -> None:
@@ -112,7 +99,7 @@ class _Builder:
             self.keys.append(None)
             if len(self.stack) > MAX_DEPTH:
                 message = f"nested deeper than {MAX_DEPTH} levels"
-                raise Fault(self.finding("DOC009", node.mark, message))
+                raise StopReading(self.finding("DOC009", node.mark, message))
 
     def close(self, event: Any) -> None:
         node = self.stack.pop()
@@ -123,7 +110,7 @@ class _Builder:
     def bounded(self, mark: Mark) -> None:
         self.count += 1
         if self.count > MAX_NODES:
-            raise Fault(self.finding("DOC009", mark, f"more than {MAX_NODES} values"))
+            raise StopReading(self.finding("DOC009", mark, f"more than {MAX_NODES} values"))
 
     def node(self, event: Any, kind: type) -> Node:
         mark = _mark(event)
@@ -171,16 +158,16 @@ class _Builder:
         target = self.anchors.get(anchor)
         if target is None:
             message = f"YAML syntax: there is no anchor &{anchor} above"
-            raise Fault(self.finding("DOC001", mark, message))
+            raise StopReading(self.finding("DOC001", mark, message))
         if any(target is node for node in self.stack):
-            raise Fault(self.finding("DOC009", mark, f"*{anchor} contains itself"))
+            raise StopReading(self.finding("DOC009", mark, f"*{anchor} contains itself"))
         return self.copy(target, mark)
 
     def copy(self, target: Node, mark: Mark) -> Node:
         """An alias' own nodes; they count, so that a bomb of aliases ends early."""
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
-            raise Fault(self.finding("DOC009", mark, TOO_ALIASED))
+            raise StopReading(self.finding("DOC009", mark, TOO_ALIASED))
         copy = Node(target.value, target.mark, target.source, plain=target.plain)
         copy.key = target.key
         if isinstance(target.value, dict):

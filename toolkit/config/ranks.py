@@ -4,11 +4,16 @@ them to what is installed).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from toolkit.config.libraries import RECORDED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 LEGAL_RANKS: tuple[int, ...] = RECORDED["lora_ranks"].values
 
 
-def smallest_rank(rank: int) -> int | None:
+def smallest_rank(rank: int, legal: Iterable[int] = LEGAL_RANKS) -> int | None:
     """The smallest of them that holds an adapter of ``rank``; None above the largest."""
-    return next((legal for legal in LEGAL_RANKS if legal >= rank), None)
+    return min((one for one in legal if one >= rank), default=None)

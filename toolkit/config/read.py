@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from toolkit.config.bounds import MAX_BYTES, PIPE_WAIT_S
-from toolkit.config.document import Document, Mark, Node, Source
+from toolkit.config.document import Document, Source, StopReading, empty
 from toolkit.config.finding import Finding, Fix, Severity
 
 FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
@@ -25,12 +25,8 @@ _MARKS = (
 )
 
 
-class Unreadable(Exception):
-    """No text could be had; carries the finding."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.message)
-        self.finding = finding
+class Unreadable(StopReading):
+    """No text could be had."""
 
 
 def read_source(path: str | Path) -> Source:
@@ -63,8 +59,7 @@ def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
 def failed(finding: Finding) -> Document:
     """A document of nothing but the reason why there is none."""
     source = finding.source or Source("run file", "", Path.cwd())
-    root = Node({}, Mark(1, 1, 0, 0), source)
-    return Document(source, root, [finding], readable=False)
+    return Document(source, empty(source), [finding], readable=False)
 
 
 def _read_file(source: Source, file: Path) -> bytes:

@@ -26,12 +26,8 @@ def _plain(text: str, _role: str) -> str:
     return text
 
 
-def safe(text: str) -> str:
-    """Text without secrets, and without characters that a terminal would act on."""
-    return redact(_harmless(text))
-
-
 def _harmless(text: str) -> str:
+    """Text without characters that a terminal would act on."""
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -11,30 +11,29 @@ from typing import Any
 
 from toolkit.base.errors import DefectError, InputError
 
+_FOLDERS = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "schemas")
+
 
 def schema_path(name: str) -> Path:
     """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...); InputError for a name
     that is none.
     """
-    places = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "schemas")
-    for folder in places:
+    for folder in _FOLDERS:
         path = folder / f"{name}.schema.json"
         if name.isidentifier() and path.is_file():
             return path
     known = schema_names()
     if not known:
         raise DefectError(
-            f"no schemas in {' or '.join(map(str, places))}: the installation is broken"
+            f"no schemas in {' or '.join(map(str, _FOLDERS))}: the installation is broken"
         )
     raise InputError(f"there is no schema {name!r}", fix="one of: " + ", ".join(known))
 
 
 def schema_names() -> list[str]:
     """The names that ``schema_path`` knows, sorted."""
-    folders = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "schemas")
-    return sorted(
-        {path.name.partition(".")[0] for folder in folders for path in folder.glob("*.schema.json")}
-    )
+    files = (path for folder in _FOLDERS for path in folder.glob("*.schema.json"))
+    return sorted({path.name.partition(".")[0] for path in files})
 
 
 @cache

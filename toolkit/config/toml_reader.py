@@ -14,7 +14,7 @@ import tomllib
 from typing import Any
 
 from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
-from toolkit.config.document import Document, KeyPath, Mark, Node, Source
+from toolkit.config.document import Document, KeyPath, Mark, Node, Source, empty
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.json_reader import Places
 from toolkit.config.toml_scan import scan
@@ -26,7 +26,7 @@ MAX_PARTS = 2_000  # dots in one key: tomllib takes quadratic time for them
 
 def parse_toml(source: Source) -> Document:
     """A TOML text as nodes; a syntax error is one finding."""
-    document = Document(source, Node({}, Mark(1, 1, 0, 0), source))
+    document = Document(source, empty(source))
     try:
         document.root = _read(source, document)
     except tomllib.TOMLDecodeError as error:

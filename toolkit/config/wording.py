@@ -44,11 +44,8 @@ def describe(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return show(schema["const"])
     if "enum" in schema:
-        return (
-            ", ".join(show(value) for value in schema["enum"][:-1])
-            + f" or {show(schema['enum'][-1])}" * (len(schema["enum"]) > 1)
-            + show(schema["enum"][0]) * (len(schema["enum"]) == 1)
-        )
+        *others, last = map(show, schema["enum"])
+        return f"{', '.join(others)} or {last}" if others else last
     kinds = schema.get("type", [])
     names = [
         _TYPES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind != "null"

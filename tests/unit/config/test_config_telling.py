@@ -14,7 +14,7 @@ from toolkit.config.document import Mark, Source, dotted
 from toolkit.config.explain import all_keys, explain
 from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
-from toolkit.config.render import safe, shown_line
+from toolkit.config.render import shown_line
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.arithmetic import divisors_from, multiple_from, nearest_divisor
 from toolkit.config.suggest import nearest
@@ -46,7 +46,8 @@ def test_hidden_characters_and_terminal_sequences() -> None:
     shown = source("password: hunter2 # and more\n")
     shown.hide(Mark(1, 11, 10, 17))
     assert shown_line(shown, Mark(1, 1, 0, 8)) == "password: [hidden] # and more"
-    assert safe("\x1b[31mred\x07\u202e") == "\ufffd[31mred\ufffd\ufffd"
+    hostile = source("a: \x1b[31mred\x07\u202e\n")
+    assert shown_line(hostile, Mark(1, 1, 0, 1)) == "a: \ufffd[31mred\ufffd\ufffd"
 
 
 def test_paths_are_spelled_as_they_are_asked_for() -> None:

@@ -179,8 +179,7 @@ def a_part_of_the_card(run: Run) -> Iterator[Fault]:
         return
     if node.value != node.value:
         return
-    percent = 1 < node.value < 100
-    likely = round(node.value / 100, 4) if percent and node.value >= 10 else "auto"
+    likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # per cent
     yield Fault(
         _SHARE,
         f"{node.value} is no part of a card: more than 0 and less than 1 is wanted",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known
+from toolkit.config.ranks import smallest_rank
 from toolkit.config.rules.base import Fault, rule
 from toolkit.config.rules.training import NO_HEAD, adapts_head
 
@@ -18,11 +19,6 @@ _R = "lora.r"
 _ROOM = "model.max_lora_rank"
 _TARGETS = "lora.target_modules"
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
-
-
-def fitting_rank(rank: int) -> int | None:
-    """The smallest rank that vLLM has room for and that holds ``rank``."""
-    return min((one for one in known("lora_ranks").values if one >= rank), default=None)
 
 
 @rule(
@@ -43,7 +39,7 @@ def legal_room(run: Run) -> Iterator[Fault]:
     legal = known("lora_ranks")
     if node.value in legal.values:
         return
-    up = fitting_rank(max(node.value, 1)) or max(legal.values)
+    up = smallest_rank(max(node.value, 1), legal.values) or max(legal.values)
     yield Fault(
         _ROOM,
         f"{node.value} is no rank of {legal.origin}",
@@ -79,7 +75,7 @@ def rank_fits(run: Run) -> Iterator[Fault]:
         return
     if rank <= room or room not in legal.values:
         return
-    up = fitting_rank(rank)
+    up = smallest_rank(rank, legal.values)
     fixes = (run.to(_ROOM, up),) if up else ()
     yield Fault(
         _R,

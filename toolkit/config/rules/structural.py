@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from toolkit.config.bounds import MAX_ALIASED, MAX_BYTES, MAX_DEPTH, MAX_FINDINGS, MAX_NODES
 from toolkit.config.finding import Severity
 from toolkit.config.rules.base import RULES, Rule
 
@@ -79,8 +80,9 @@ TOLD: dict[str, Told] = {
     ),
     "DOC009": Told(
         "A run file is of moderate size.",
-        "At most 512 KiB, 40 levels, 50,000 values, and 5,000 by aliases; none may contain itself. "
-        "Of more than 500 findings the first 500 are told.",
+        f"At most {MAX_BYTES >> 10} KiB, {MAX_DEPTH} levels, {MAX_NODES:,} values, and "
+        f"{MAX_ALIASED:,} by aliases; none may contain itself. Of more than {MAX_FINDINGS} "
+        f"findings the first {MAX_FINDINGS} are told.",
         "model: &m\n  again: *m",
         "write the values out",
     ),
