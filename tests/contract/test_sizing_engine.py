@@ -1,7 +1,8 @@
-"""KV bytes and LoRA buffers are the real engine's own, for every architecture, on the CPU.
+"""KV bytes, weights, rotary tables and LoRA buffers are the real engine's own, for every
+architecture, on the CPU.
 
 The model is built by vLLM (no weights are loaded, no engine is started); what it says its KV cache
-needs and what its LoRA manager allocates are compared with the sizer's arithmetic.
+needs, what it holds and what its LoRA manager allocates are compared with the sizer's arithmetic.
 """
 
 import json
@@ -14,6 +15,7 @@ import pytest
 from toolkit.config.targets import SLOTS
 from toolkit.sizing import kv, lora
 from toolkit.sizing.spec import spec_from_values
+from toolkit.sizing.weights import weight_bytes
 
 pytestmark = [pytest.mark.contract, pytest.mark.engine]
 TINY = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "tiny.json").read_text())
@@ -115,6 +117,26 @@ def test_kv_cache_is_the_engines(built):
         sequence = sum(each.max_memory_usage_bytes(config) for each in specs)
     computed = kv.sequence_bytes(spec, LENGTH, WIDTH, block_tokens=block, batched_tokens=LENGTH)
     assert computed == sequence
+
+
+@ALL
+def test_weights_and_rotary_tables_are_the_engines(built):
+    name, _, build = built
+    model = build()
+    spec = spec_from_values(_values(name), name=name)
+    # DeepSeek's correction bias, one number an expert, is a buffer in transformers.
+    held = [one for key, one in model.named_parameters() if not key.endswith("correction_bias")]
+    assert weight_bytes(spec, "float32", None, engine=True) == sum(one.nbytes for one in held)
+    tables = {
+        table.untyped_storage().data_ptr(): table.untyped_storage().nbytes()
+        for module in model.modules()
+        for key, table in module.named_buffers(recurse=False)
+        if key.endswith("cos_sin_cache")
+    }
+    if type(model).__name__.startswith("Transformers"):  # this backend computes them each time
+        assert not tables
+    else:
+        assert sum(table.nbytes(WIDTH) for table in spec.rope_tables) == sum(tables.values())
 
 
 @ALL

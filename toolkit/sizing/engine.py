@@ -49,8 +49,8 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
         ),
         Term(
             "engine.rope_tables",
-            spec.max_position * spec.rotary_elements * width,
-            f"cosines and sines of {spec.max_position} positions",
+            sum(table.nbytes(width) for table in spec.rope_tables),
+            f"cosines and sines of {' and '.join(str(t.rows) for t in spec.rope_tables)} positions",
         ),
     ]
     if plan.on_gpu:

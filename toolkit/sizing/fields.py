@@ -55,6 +55,17 @@ class Fields:
         assert isinstance(default, int)
         return default
 
+    def number(self, key: str, *, default: float, low: float, high: float) -> float:
+        """A number within [low, high]; null and absence give the default. Raises InputError."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._bad(key, f"must be a number, not {_short(value)}")
+        if not low <= value <= high:
+            raise self._bad(key, f"{_short(value)} is outside {low}..{high}")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         """A boolean; null and absence give the default. Raises InputError."""
         value = self.values.get(key)

@@ -63,6 +63,20 @@ class Cache:
     state_elements: int = 0  # per sequence, linear attention only
 
 
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Cosines and sines of ``rows`` positions, ``columns`` of each, in the engine's dtype unless
+    ``float32``.
+    """
+
+    rows: int
+    columns: int
+    float32: bool = False
+
+    def nbytes(self, element_bytes: int) -> int:
+        return self.rows * self.columns * (4 if self.float32 else element_bytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """``count`` identical layers. ``vectors`` are the parameters that are no linear map (norms,
@@ -103,7 +117,7 @@ class ModelSpec:
     weights_by_headers: bool = False  # a weight format that is not known: as large as its files
     margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
     lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
-    rotary_elements: int = 0  # of one position in the engine's cosine/sine table
+    rope_tables: tuple[RopeTable, ...] = ()
     scores: Scores = "fused"
     targets: tuple[str, ...] = SEVEN_PROJECTIONS  # what lora.target_modules auto means
     notes: tuple[str, ...] = field(default=())

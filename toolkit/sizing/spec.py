@@ -95,7 +95,7 @@ def spec_from_values(
         weights_by_headers=isinstance(quantization, str),
         margin=margin,
         lora_tables=shape.lora_tables,
-        rotary_elements=shape.rotary_elements,
+        rope_tables=shape.rope_tables,
         scores=shape.scores,
         targets=default_targets(values),
         notes=(*shape.notes, *notes),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import UnsupportedError
 from toolkit.sizing.families.common import Shape, kv_cache, read_heads
+from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.model import Block, Linear
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     if embedding is not None and len(embedding.shape) == 2:
         vocab, hidden = embedding.shape
     window = fields.integer("sliding_window", default=0) or None
+    max_position = fields.integer("max_position_embeddings", "n_positions", default=2048)
     blocks = tuple(
         _block(tensors, count, kv_cache(heads, window)) for tensors, count in _groups(layers)
     )
@@ -61,11 +63,11 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
         vocab=vocab,
         heads=heads.heads,
         head_dim=heads.head_dim,
-        max_position=fields.integer("max_position_embeddings", "n_positions", default=2048),
+        max_position=max_position,
         tied=head is None or fields.flag("tie_word_embeddings", False),
         blocks=blocks,
         final_vectors=outside,
-        rotary_elements=heads.head_dim,
+        rope_tables=rope_tables(fields, heads.head_dim, max_position),
     )
 
 

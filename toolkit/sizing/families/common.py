@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError
+from toolkit.sizing.families.rope import rope_tables, rotary_columns
 from toolkit.sizing.fields import MAX_LAYERS
 from toolkit.sizing.model import Block, Cache, Linear
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from toolkit.sizing.fields import Fields
-    from toolkit.sizing.model import Scores
+    from toolkit.sizing.model import RopeTable, Scores
 
 
 # Which tables a vLLM model class lists in ``embedding_modules``.
@@ -38,7 +39,7 @@ class Shape:
     extra_parameters: int = 0
     head_bias: bool = False
     lora_tables: tuple[str, ...] = ()
-    rotary_elements: int = 0
+    rope_tables: tuple[RopeTable, ...] = ()
     scores: Scores = "fused"
     notes: tuple[str, ...] = ()
 
@@ -147,23 +148,17 @@ def decoder(
     """A decoder of these blocks between an embedding and a head; ``tied`` and ``max_position`` are
     the defaults of its config class.
     """
-    rotary = _rotary(fields, heads.head_dim)
+    longest = fields.integer("max_position_embeddings", default=max_position)
+    columns = rotary_columns(fields, heads.head_dim)
     return Shape(
         hidden=heads.hidden,
         vocab=fields.integer("vocab_size"),
         heads=heads.heads,
         head_dim=heads.head_dim,
-        max_position=fields.integer("max_position_embeddings", default=max_position),
+        max_position=longest,
         tied=fields.flag("tie_word_embeddings", tied),
         blocks=blocks,
         final_vectors=heads.hidden,
         lora_tables=lora_tables,
-        rotary_elements=rotary,
+        rope_tables=rope_tables(fields, columns, longest),
     )
-
-
-def _rotary(fields: Fields, head_dim: int) -> int:
-    factor = fields.values.get("partial_rotary_factor")
-    if isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor <= 1:
-        return int(head_dim * factor)
-    return head_dim

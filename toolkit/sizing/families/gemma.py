@@ -16,6 +16,7 @@ from toolkit.sizing.families.common import (
     layer_kinds,
     read_heads,
 )
+from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.fields import Fields
 from toolkit.sizing.model import Block
 
@@ -65,16 +66,17 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
             count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
         )
 
+    max_position = fields.integer("max_position_embeddings")
     return Shape(
         hidden=heads.hidden,
         vocab=fields.integer("vocab_size"),
         heads=heads.heads,
         head_dim=heads.head_dim,
-        max_position=fields.integer("max_position_embeddings"),
+        max_position=max_position,
         tied=fields.flag("tie_word_embeddings", True),
         blocks=blocks_by_kind(layer_kinds(fields, default), make),
         final_vectors=heads.hidden,
-        rotary_elements=heads.head_dim,
+        rope_tables=rope_tables(fields, heads.head_dim, max_position, local=head_norms),
         scores="capped" if capped else "fused",
     )
 
@@ -120,7 +122,7 @@ def gemma3(fields: Fields) -> Shape:
         blocks=shape.blocks,
         final_vectors=shape.final_vectors,
         extra_parameters=tower + projector,
-        rotary_elements=shape.rotary_elements,
+        rope_tables=shape.rope_tables,
         notes=("the vision tower is counted and not sized for images",),
     )
 

@@ -16,6 +16,7 @@ from toolkit.sizing.families.common import (
     read_heads,
 )
 from toolkit.sizing.families.moe import experts
+from toolkit.sizing.families.rope import rope_tables, rotary_columns
 from toolkit.sizing.fields import MAX_EXPERTS
 from toolkit.sizing.model import Block, Cache, Linear
 
@@ -51,16 +52,18 @@ def qwen3_next(fields: Fields) -> Shape:
             active_experts=active,
         )
 
+    max_position = fields.integer("max_position_embeddings", default=32768)
+    columns = rotary_columns(fields, heads.head_dim, default=0.25)
     return Shape(
         hidden=heads.hidden,
         vocab=fields.integer("vocab_size"),
         heads=heads.heads,
         head_dim=heads.head_dim,
-        max_position=fields.integer("max_position_embeddings", default=32768),
+        max_position=max_position,
         tied=fields.flag("tie_word_embeddings", False),
         blocks=blocks_by_kind(layer_kinds(fields, default), make),
         final_vectors=heads.hidden,
-        rotary_elements=heads.head_dim // 4,
+        rope_tables=rope_tables(fields, columns, max_position),
         notes=("linear attention keeps one state a sequence: KV bytes a token count the rest",),
     )
 

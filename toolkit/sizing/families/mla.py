@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import Shape, blocks_by_kind, gated_mlp, layer_count
 from toolkit.sizing.families.moe import experts
+from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.fields import MAX_EXPERTS, MAX_LAYERS
 from toolkit.sizing.model import Block, Cache, Linear
 
@@ -55,16 +56,17 @@ def deepseek(fields: Fields) -> Shape:
         "dense" if index < first_dense or not routed or index % step else "sparse"
         for index in range(layer_count(fields))
     ]
+    max_position = fields.integer("max_position_embeddings", default=2048)
     return Shape(
         hidden=hidden,
         vocab=fields.integer("vocab_size"),
         heads=heads,
         head_dim=nope + rope,
-        max_position=fields.integer("max_position_embeddings", default=2048),
+        max_position=max_position,
         tied=fields.flag("tie_word_embeddings", False),
         blocks=blocks_by_kind(kinds, make),
         final_vectors=hidden,
-        rotary_elements=rope,
+        rope_tables=rope_tables(fields, rope, max_position),
     )
 
 

@@ -118,4 +118,6 @@ def gpt_oss(fields: Fields) -> Shape:
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
     # The sinks: transformers has no fused kernel for them.
-    return replace(decoder(fields, heads, blocks, max_position=32768), scores="eager")
+    shape = decoder(fields, heads, blocks, max_position=32768)
+    tables = tuple(replace(table, float32=True) for table in shape.rope_tables)
+    return replace(shape, scores="eager", rope_tables=tables)

@@ -1,0 +1,62 @@
+"""The engine's tables of cosines and sines: one for each kind of rotary embedding in a model.
+
+Their rows are all positions that a kind can reach, whatever max_seq_length is
+(vllm/model_executor/layers/rotary_embedding; held to its tables by
+tests/contract/test_sizing_engine.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.model import RopeTable
+
+if TYPE_CHECKING:
+    from toolkit.sizing.fields import Fields
+
+MAX_FACTOR = 4096  # of a scaling; published ones are below 100
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def rope_tables(
+    fields: Fields, columns: int, max_position: int, *, local: bool = False
+) -> tuple[RopeTable, ...]:
+    """The tables of a model whose scaling stands under rope_parameters (transformers 5) or
+    rope_scaling. ``local``: sliding layers have a table of their own, unscaled.
+    """
+    scaling = _scaling(fields)
+    by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
+    if by_layer:
+        return tuple(RopeTable(_rows(part, fields, max_position), columns) for part in by_layer)
+    tables = (RopeTable(_rows(scaling, fields, max_position), columns),)
+    return (*tables, RopeTable(max_position, columns)) if local else tables
+
+
+def rotary_columns(fields: Fields, head_dim: int, *, default: float = 1.0) -> int:
+    """Columns of a table: the part of a head that is rotated."""
+    scaling = _scaling(fields)
+    inner = (
+        scaling.number("partial_rotary_factor", default=default, low=0, high=1)
+        if scaling
+        else default
+    )
+    return int(head_dim * fields.number("partial_rotary_factor", default=inner, low=0, high=1))
+
+
+def _scaling(fields: Fields) -> Fields | None:
+    return fields.section("rope_parameters") or fields.section("rope_scaling")
+
+
+def _rows(scaling: Fields | None, fields: Fields, max_position: int) -> int:
+    if scaling is None:
+        return max_position
+    kind = scaling.text("rope_type") or scaling.text("type") or "default"
+    factor = scaling.number("factor", default=1.0, low=0, high=MAX_FACTOR)
+    key = "original_max_position_embeddings"
+    original = scaling.integer(key, default=fields.integer(key, default=max_position))
+    if kind == "linear":
+        return int(max_position * factor)
+    if kind in ("yarn", "deepseek_yarn"):
+        return int(original * factor)
+    # LongRoPE lays the short table before the long one.
+    return original + max_position if kind == "longrope" else max_position
