@@ -10,8 +10,8 @@ import pytest
 from trl import GRPOTrainer
 from trl.trainer import utils
 
+from toolkit.config.reward_table import PASSED_BY_TRL
 from toolkit.train.rewards.policy import Policy, guard, is_async
-from toolkit.train.rewards.user import PASSED_BY_TRL
 
 pytestmark = pytest.mark.contract
 SOURCE = inspect.getsource(GRPOTrainer._calculate_rewards)

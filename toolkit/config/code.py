@@ -9,6 +9,10 @@ import sys
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_SOURCE_BYTES = 4 << 20
 
@@ -28,6 +32,11 @@ class Found:
     def shown(self) -> str:
         """The function with its parameters."""
         return f"{self.name}({', '.join(self.parameters or ())})"
+
+
+def is_allowed(module: str, allow_code: Iterable[str]) -> bool:
+    """Whether ``module`` is one that ``runtime.allow_code`` names, or inside a package that is."""
+    return any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code)
 
 
 def find_function(module: str, name: str, folder: Path) -> Found:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from toolkit.config.document import Node
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# What train/data_read and base/archives read (a test holds them together; importing those is slow).
+DATA_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow",
+    ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz",
+)  # fmt: skip
 _WORDS = {"resume": ("auto", "never", "must")}
 _ALWAYS = ("output_dir", "resume")
 
@@ -44,7 +48,7 @@ def is_path_only(text: str) -> bool:
     """Whether ``text`` cannot be a hub id: it is spelled as a path, or names a data file."""
     return (
         text.startswith((".", "/", "~"))
-        or text.endswith(DATA_SUFFIXES)
+        or text.lower().endswith(DATA_SUFFIXES)
         or _HUB_ID.fullmatch(text) is None
     )
 

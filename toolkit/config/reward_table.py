@@ -1,5 +1,5 @@
 """The built-in rewards and their options, as ``toolkit.train.rewards`` has them (a test holds
-them together).
+them together), and what every reward is called with.
 """
 
 from __future__ import annotations
@@ -13,3 +13,11 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "length_penalty": {"max_length": True, "margin": False, "unit": False},
     "math_verify": {"column": False, "tag": False, "seconds_each": False},
 }
+
+# What TRL 1.16 hands to every reward beside the columns of the data set, which cannot have these
+# names (GRPOTrainer._calculate_rewards) ...
+PASSED_ALWAYS = (
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
+# ... and where the run has environments.
+PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))

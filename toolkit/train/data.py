@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from toolkit.base.errors import ConfigError
+from toolkit.config.reward_table import PASSED_ALWAYS
 from toolkit.train import data_prompts
 from toolkit.train.data_source import read_source
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
     from toolkit.config.model import DatasetSection
     from toolkit.train.data_columns import Rows
-
-# Names that the trainer passes to rewards itself: a column of this name cannot be passed beside.
-_TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +195,7 @@ def _columns(
         for name in new
         if name in table.column_names and getattr(section, name) != name
     ]
-    taken = [name for name in _TAKEN if name in table.column_names]
+    taken = [name for name in PASSED_ALWAYS if name in table.column_names]
     notes += [
         f"the column {name!r} is left out: rewards get another thing as {name}" for name in taken
     ]

@@ -85,7 +85,9 @@ def _read_csv(path: Path, limit: int | None) -> Rows:
     rows: list[dict[str, str]] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            reader = csv.reader(
+                file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+            )
             header = next(reader, [])
             if len(set(header)) < len(header):
                 broken(f"{path}:1", "two columns have the same name")

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,13 @@ import datasets
 
 from toolkit.base.errors import ConfigError, InputError, RetryError, first_line
 from toolkit.base.paths import safe_join
+from toolkit.config.paths import is_path_only
 from toolkit.train.data_columns import Rows
 from toolkit.train.data_read import READERS, read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -37,7 +36,7 @@ def read_source(
     local = Path(path).expanduser()
     if local.is_dir():
         return _read_folder(local, split, limit)
-    if local.exists() or _is_path(path):
+    if local.exists() or is_path_only(path):
         if split != "train":
             raise ConfigError(
                 f"is a file, which has no splits, and the split {split!r} was asked for",
@@ -47,11 +46,6 @@ def read_source(
         rows = read_file(local, limit)
         return rows, _digest_files([local])
     return _read_hub(path, split, name, revision, limit)
-
-
-def _is_path(text: str) -> bool:
-    suffix = Path(text).suffix.lower()
-    return text[:1] in "./~" or suffix in READERS or not _HUB_ID.fullmatch(text)
 
 
 def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.code import find_function, module_file
+import pytest
+
+from toolkit.config.code import find_function, is_allowed, module_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,3 +55,20 @@ def test_a_file_beside_the_run_does_not_hide_the_standard_library(tmp_path: Path
     found = module_file("json", tmp_path)
     assert found is not None
     assert found.parent != tmp_path
+
+
+@pytest.mark.parametrize(
+    ("module", "allow", "allowed"),
+    [
+        ("mine", ["mine"], True),
+        ("mine.a.b", ["mine"], True),
+        ("mine.a", ["mine.a"], True),
+        ("mine.ab", ["mine.a"], False),
+        ("mine2", ["mine"], False),
+        ("mine", ["mine.a"], False),
+        ("os", [], False),
+        ("mine", [""], False),
+    ],
+)
+def test_what_is_allowed(module: str, allow: list[str], allowed: bool) -> None:
+    assert is_allowed(module, allow) is allowed

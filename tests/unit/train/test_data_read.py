@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from toolkit.base.archives import ARCHIVE_SUFFIXES
 from toolkit.base.errors import ConfigError, InputError
+from toolkit.config.paths import is_path_only
 from toolkit.train.data_read import READERS, read_file
 
 if TYPE_CHECKING:
@@ -55,6 +57,17 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     assert str(tmp_path / f"data{suffix}") in rows.place(2)
     assert len(read_file(tmp_path / f"data{suffix}", 2).table) == 2
     assert len(read_file(tmp_path / f"data{suffix}", 99).table) == 3
+
+
+def test_the_suffix_counts_in_any_case(tmp_path: Path) -> None:
+    path = make(tmp_path, ".tsv").rename(tmp_path / "DATA.TSV")
+    assert read_file(path).table.column_names == ["q", "a"]
+
+
+@pytest.mark.parametrize("suffix", [*READERS, *ARCHIVE_SUFFIXES])
+def test_what_is_read_is_never_taken_for_a_hub_id(suffix: str) -> None:
+    assert is_path_only(f"train{suffix}")
+    assert is_path_only(f"TRAIN{suffix.upper()}")
 
 
 def test_places_are_lines(tmp_path: Path) -> None:

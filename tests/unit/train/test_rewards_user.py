@@ -17,7 +17,7 @@ from toolkit.config.model import (
     RuntimeSection,
 )
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.user import BesideRunFile, is_allowed, load_function
+from toolkit.train.rewards.user import BesideRunFile, load_function
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,23 +72,6 @@ def test_a_package_and_what_it_imports(tmp_path: Path) -> None:
     write(tmp_path, "helper_beside.py", "")
     function = load_function("mine.rewards:tone", ["mine", "helper_beside"], tmp_path)
     assert function.__module__ == "mine.deep"
-
-
-@pytest.mark.parametrize(
-    ("module", "allow", "allowed"),
-    [
-        ("mine", ["mine"], True),
-        ("mine.a.b", ["mine"], True),
-        ("mine.a", ["mine.a"], True),
-        ("mine.ab", ["mine.a"], False),
-        ("mine2", ["mine"], False),
-        ("mine", ["mine.a"], False),
-        ("os", [], False),
-        ("mine", [""], False),
-    ],
-)
-def test_what_is_allowed(module: str, allow: list[str], allowed: bool) -> None:
-    assert is_allowed(module, allow) is allowed
 
 
 def test_what_is_not_allowed_is_not_run(tmp_path: Path) -> None:

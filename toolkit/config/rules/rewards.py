@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.code import Found, find_function
+from toolkit.config.code import Found, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.reward_table import BUILTIN_OPTIONS
+from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
 from toolkit.config.rules.base import Fault, Unjudged, rule
 from toolkit.config.suggest import nearest
 
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 _FUNCTIONS = "reward.functions"
 _WEIGHTS = "grpo.reward_weights"
-# What TRL hands to every reward function beside the data set's columns.
-_GIVEN = frozenset(
-    ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
-     "environments")
-)  # fmt: skip
 
 
 def _functions(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
@@ -154,8 +149,7 @@ def _identifiers(module: str) -> bool:
 
 
 def _allowed(run: Run, module: str) -> bool:
-    allowed = run.value("runtime.allow_code")
-    return any(module == one or module.startswith(f"{one}.") for one in allowed)
+    return is_allowed(module, run.value("runtime.allow_code"))
 
 
 def _function(run: Run, name: Node) -> Found | None:
@@ -194,7 +188,7 @@ def reward_can_be_called(run: Run) -> Iterator[Fault]:
             )
             continue
         for parameter in found.needed:
-            if parameter in _GIVEN or parameter in options:
+            if parameter in PASSED_BY_TRL or parameter in options:
                 continue
             if columns is None or parameter in columns or parameter == "answer":
                 continue

@@ -18,6 +18,8 @@ from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
+from toolkit.config.code import is_allowed
+from toolkit.config.reward_table import PASSED_BY_TRL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,14 +28,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-# What TRL 1.16 passes besides the prompts, the completions and the dataset's columns.
-_BATCH = ("prompts", "completions", "completion_ids", "environments")
-PASSED_BY_TRL = frozenset((*_BATCH, "trainer_state", "log_extra", "log_metric"))
-
-
-def is_allowed(module: str, allow_code: Sequence[str]) -> bool:
-    """Whether ``module`` is one of ``allow_code`` or inside a package that is."""
-    return any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code)
 
 
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
