@@ -73,6 +73,10 @@ def test_close_leaves_nothing_behind_and_a_second_engine_works(
         lambda: engine.llm,
         lambda: engine.module,
         lambda: engine.generate([[5]], Sampling(), seed=1),
+        lambda: engine.vllm_generate([{"prompt_token_ids": [5]}], None),
+        lambda: engine.publish(None),
+        lambda: engine.lora_request(),
+        lambda: engine.load_lora("somewhere"),
     ):
         with pytest.raises(ConfigError, match="closed"):
             use()

@@ -16,6 +16,7 @@ from toolkit.base.errors import ConfigError, ConfigValueError, NodeError, Unsupp
 from toolkit.engine.base import RolloutEngine
 from toolkit.engine.generate import collect
 from toolkit.engine.rollout import Sampling, derive_seed
+from toolkit.engine.seams import drop_requests
 from toolkit.policy.views import shared_model
 
 if TYPE_CHECKING:
@@ -349,15 +350,38 @@ def test_an_interrupted_rollout_leaves_nothing_behind(
     assert llama.generate(PROMPTS, sampling, seed=6, adapter=False) == whole
 
 
-def test_a_dead_engine_says_so(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ValueError("too many values to unpack"),  # no refusal: the request was taken
+    ],
+)
+def test_a_dead_engine_says_so(
+    llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    inner, steps = llama.module.forward, []
 
+    def die(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            raise error
+        return inner(*args, **kwargs)
+
+    llama.publish(policy)
     with monkeypatch.context() as patch:
-        patch.setattr(llama.llm, "generate", die)
-        with pytest.raises(NodeError, match="illegal memory access") as caught:
-            llama.generate(PROMPTS, Sampling(), seed=1)
-        assert caught.value.fix
-    with pytest.raises(NodeError, match="died earlier"):
-        llama.generate(PROMPTS, Sampling(), seed=1)
-    llama._dead = None  # the stand-in did no harm: the module's other tests go on
+        patch.setattr(llama.module, "forward", die)
+        with pytest.raises(NodeError, match=str(error)) as caught:
+            llama.generate(PROMPTS, Sampling(max_tokens=8), seed=1)
+        assert "goes on from its last checkpoint" in str(caught.value.fix)
+    params = SamplingParams(max_tokens=2)
+    for use in (
+        lambda: llama.generate(PROMPTS, Sampling(), seed=1),
+        lambda: llama.vllm_generate([{"prompt_token_ids": PROMPTS[0]}], params),
+        lambda: llama.publish(policy),
+        lambda: llama.lora_request(),
+    ):
+        with pytest.raises(NodeError, match="died earlier"):
+            use()
+    llama._dead = None  # nothing broke but what was made to: the module's other tests go on
+    drop_requests(llama.llm)

@@ -103,7 +103,8 @@ def generate(
             if requests:
                 outputs = llm.generate(requests, params, lora_request=lora, use_tqdm=False)
     except REFUSALS as problem:
-        # vLLM checks each request as it comes in, and drops those before it.
+        if llm.llm_engine.has_unfinished_requests():
+            raise  # a step failed: vLLM checks a request as it comes in, and drops those before it
         raise ConfigValueError(
             f"vLLM refuses the request: {problem}", where="grpo (sampling options)"
         ) from problem

@@ -16,7 +16,7 @@ from toolkit.engine.parts import Part, in_parts
 from toolkit.engine.rollout import check_prompts
 from toolkit.engine.seams import drop_requests, open_internals, shut_down
 from toolkit.engine.sleep import KvSleep
-from toolkit.engine.symptoms import START_AGAIN, closed, explain
+from toolkit.engine.symptoms import START_AGAIN, closed, died, explain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from toolkit.engine.options import EngineOptions
     from toolkit.engine.rollout import Rollout, Sampling
 
-IN_MEMORY = "in-memory"
-"""A LoRARequest wants a path even for an adapter that is already in its slot."""
-FILE_IDS_FROM = 1000
-"""Adapters from files are numbered from here on, published ones from 1."""
+IN_MEMORY = "in-memory"  # a LoRARequest wants a path even for an adapter that is in its slot
+FILE_IDS_FROM = 1000  # adapters from files are numbered from here on, published ones from 1
 
 
 class Engine:
@@ -100,7 +98,15 @@ class Engine:
             ConfigValueError: no such adapter, or its rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of it.
         """
-        self._put(peft_model, name)
+        self._check_alive()
+        if self._adapters is None:
+            raise ConfigError(
+                "it has no LoRA slots", where="engine", fix="open it with enable_lora"
+            )
+        self._adapters.publish(peft_model, name)
+        self._published[name] = peft_model
+        self._versions[name] = self._versions.get(name, 0) + 1
+        self.llm.reset_prefix_cache()
 
     def generate(
         self,
@@ -127,10 +133,7 @@ class Engine:
             NodeError, RetryError, ConfigError: the engine died; the message says which check
                 explains it. Where memory ran out, only after a single sequence did not fit.
         """
-        if self._dead is not None:
-            raise type(self._dead)(
-                f"the engine died earlier: {self._dead.message}", where="engine", fix=self._dead.fix
-            )
+        self._check_alive()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         self.wake()
         request = self._request(adapter)
@@ -163,6 +166,7 @@ class Engine:
         """``vllm.LLM.generate`` itself, with what it takes and returns. Whatever cuts it short
         leaves no request behind.
         """
+        self._check_alive()
         self.wake()
         try:
             return self.llm.generate(inputs, sampling_params, **keywords)
@@ -172,12 +176,13 @@ class Engine:
 
     def lora_request(self, name: str = "default") -> LoRARequest:
         """A request for a published adapter, for calls of ``llm.generate`` by hand."""
+        self._check_alive()
         if self._adapters is None or name not in self._adapters.ids:
             raise ConfigValueError(
                 f"no adapter {name!r} has been published", where="engine", fix="publish it first"
             )
         if not self._adapters.is_active(name):  # an adapter from a file took its slot
-            self._put(self._published[name], name)
+            self.publish(self._published[name], name)
         # vLLM keys cached prefixes by this name: what an older state of the adapter computed is
         # never found, even should a cache not have been empty enough to be reset.
         version = f"{name}@{self._versions[name]}"
@@ -187,6 +192,7 @@ class Engine:
         """A request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads it on first
         use.
         """
+        self._check_alive()
         if folder not in self._files:
             self._files[folder] = LoRARequest(folder, FILE_IDS_FROM + len(self._files), folder)
         return self._files[folder]
@@ -229,15 +235,11 @@ class Engine:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _put(self, peft_model: Any, name: str) -> None:
-        if self._adapters is None:
-            raise ConfigError(
-                "the engine was built without LoRA", where="engine", fix="load with enable_lora"
-            )
-        self._adapters.publish(peft_model, name)
-        self._published[name] = peft_model
-        self._versions[name] = self._versions.get(name, 0) + 1
-        self.llm.reset_prefix_cache()
+    def _check_alive(self) -> None:
+        if self.closed:
+            raise closed()
+        if self._dead is not None:
+            raise died(self._dead)
 
     def _request(self, adapter: bool | str) -> LoRARequest | None:
         if adapter is False or self._adapters is None:

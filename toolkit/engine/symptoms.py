@@ -36,13 +36,18 @@ def closed() -> ConfigError:
     )
 
 
+def died(error: ToolkitError) -> ToolkitError:
+    """The error of a use of an engine that died of ``error``."""
+    return type(error)(f"the engine died earlier: {error.message}", where="engine", fix=error.fix)
+
+
 def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
     symptom that it shows.
 
     Other texts are quoted: in a ConfigError where vLLM judged a value or the checkpoint does not
-    fit, in a NodeError otherwise, as nothing says that the config is at fault; ``fix`` is then what
-    to do.
+    fit, in a NodeError otherwise, as nothing says that the config is at fault. ``fix`` is what to
+    do where nothing was being judged: about an engine that was running.
     """
     chain = list(_chain(problem))
     for error in chain:
@@ -59,7 +64,8 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
         return ConfigError(
             told, where="checkpoint", fix="use a complete checkpoint, made for this architecture"
         )
-    if isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in type(first).__mro__):
+    kinds = type(first).__mro__
+    if fix is None and (isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in kinds)):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     fix = fix or "run `envcheck check` on this node; --debug shows the whole traceback"
     return NodeError(told, where="vLLM", fix=fix)
