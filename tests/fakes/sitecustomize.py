@@ -31,6 +31,6 @@ if _PATH:
     driver_files.read = lambda environ, root=None: _FILES
     host.read = lambda environ, paths, root=None: _HOST
     host.read_memory = lambda root=None: _HOST.memory
-    software.read = lambda: software.SoftwareSnapshot(
+    software.read = lambda environ: software.SoftwareSnapshot(
         **readings_from_json(software.SoftwareSnapshot, _NODE["software"])
     )

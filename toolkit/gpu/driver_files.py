@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.gpu.reading import Reading, failed, of, unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 ROOT = Path("/")
 _DEFAULT_FOLDERS = ("lib64", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu")
@@ -64,44 +64,42 @@ def kernel_module(root: Path = ROOT) -> str:
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
     """Every libcuda.so.1 in the loader's own order (the first wins), with where it was found."""
+    found: dict[Path, dict[str, Any]] = {}
+    for path, target, source in shared_library("libcuda.so.1", environ, root):
+        version = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", target.name)
+        entry = {"path": str(path), "version": version[1] if version else None, "source": source}
+        found.setdefault(target, entry)
+    return list(found.values())
+
+
+def shared_library(
+    name: str, environ: Mapping[str, str], root: Path = ROOT
+) -> Iterator[tuple[Path, Path, str]]:
+    """Every file of this name where the loader looks, in its order: path, file behind its links,
+    and what led there.
+    """
     places = [
         ("LD_LIBRARY_PATH", Path(folder))
         for folder in environ.get("LD_LIBRARY_PATH", "").split(":")
         if folder
     ]
-    places += [("ld.so.cache", path.parent) for path in _cached(root)]
+    places += [("ld.so.cache", path.parent) for path in _cached(name, root)]
     places += [("default", Path("/") / folder) for folder in (*_DEFAULT_FOLDERS, _WSL_FOLDER)]
-    found: list[dict[str, Any]] = []
     for source, folder in places:
         path = root / folder.relative_to("/") if folder.is_absolute() else folder
-        library = path / "libcuda.so.1"
         try:
-            target = library.resolve(strict=True)
+            yield folder / name, (path / name).resolve(strict=True), source
         except (OSError, RuntimeError):  # absent, or a loop of links
             continue
-        if any(entry["target"] == str(target) for entry in found):
-            continue
-        version = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", target.name)
-        found.append(
-            {
-                "path": str(folder / "libcuda.so.1"),
-                "target": str(target),
-                "version": version[1] if version and "." in version[1] else None,
-                "source": source,
-            }
-        )
-    for entry in found:
-        del entry["target"]
-    return found
 
 
-def _cached(root: Path) -> list[Path]:
-    """Paths of libcuda.so.1 in the loader's cache, which is a table of NUL-ended strings."""
+def _cached(name: str, root: Path) -> list[Path]:
+    """Paths of a library in the loader's cache, which is a table of NUL-ended strings."""
     try:
         data = (root / "etc/ld.so.cache").read_bytes()
     except OSError:
         return []
-    paths = re.findall(rb"(/[\x21-\x7e]+/libcuda\.so\.1)\0", data)
+    paths = re.findall(rb"(/[\x21-\x7e]+/" + re.escape(name.encode()) + rb")\0", data)
     wide = [path for path in paths if b"i386" not in path and b"lib32" not in path]
     return [Path(path.decode()) for path in dict.fromkeys(wide)]
 

@@ -147,7 +147,7 @@ def take(
         gpus=gpus,
         environment=host.relevant(variables),
         host=host.read(variables, paths or {}),
-        software=software.read(),
+        software=software.read(variables),
     )
 
 

@@ -6,10 +6,13 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from toolkit.gpu.driver_files import asked
+from toolkit.gpu.driver_files import ROOT, asked, shared_library
 from toolkit.gpu.reading import NOT_ASKED, Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Packages whose versions decide whether a run works; `--lock` compares every line of a lock.
 PACKAGES = (
@@ -31,22 +34,25 @@ OURS = "grpo-toolkit"
 @dataclass(frozen=True, slots=True)
 class SoftwareSnapshot:
     """``packages`` name -> version (None: not installed); ``pins`` {name, requires, installed}
-    of our own metadata; ``torch_cuda`` the CUDA that torch was built for, None for a CPU build.
+    of our own metadata; ``torch_cuda`` the CUDA that torch was built for, None for a CPU build;
+    ``libnuma`` where the loader finds that library, None where it does not.
     """
 
     python: Reading[str] = NOT_ASKED
     packages: Reading[dict[str, str | None]] = NOT_ASKED
     pins: Reading[list[dict[str, Any]]] = NOT_ASKED
     torch_cuda: Reading[str | None] = NOT_ASKED
+    libnuma: Reading[str | None] = NOT_ASKED
 
 
-def read() -> SoftwareSnapshot:
+def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
     """The installed software of this interpreter."""
     return SoftwareSnapshot(
         python=asked(lambda: ".".join(str(part) for part in sys.version_info[:3])),
         packages=asked(lambda: {name: version_of(name) for name in PACKAGES}),
         pins=asked(_pins),
         torch_cuda=asked(_torch_cuda),
+        libnuma=asked(lambda: libnuma(environ)),
     )
 
 
@@ -58,6 +64,16 @@ def version_of(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
+    """Where the loader finds libnuma.so.1: beside this Python (conda's finds its own), or as any
+    library.
+    """
+    own = Path(sys.base_prefix, "lib", "libnuma.so.1")
+    if own.is_file():
+        return str(own)
+    return next((str(path) for path, *_ in shared_library(own.name, environ, root)), None)
 
 
 def _torch_cuda() -> str | None:

