@@ -176,6 +176,15 @@ def test_slots_on_the_projections_are_the_engines(built):
         assert lora.engine_elements(spec, rank, 1, SLOTS) * WIDTH == found
 
 
+@pytest.mark.parametrize("built", ["deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("target", ["kv_a_proj_with_mqa", "q_a_proj", "kv_b_proj"])
+def test_slots_of_latent_attention_are_the_engines(built, target):
+    """One name of a fused layer gives slots to the whole of it."""
+    name, _, _ = built
+    spec = spec_from_values(_values(name), name=name)
+    assert lora.engine_elements(spec, 8, 1, [target]) * WIDTH == _slots(built, 8, [target])
+
+
 def _slots(built, rank, modules):
     """Bytes that vLLM's LoRA manager allocates at ``rank`` for the layers of these names."""
     import torch

@@ -18,8 +18,8 @@ def find_places(
     its fused parts.
 
     Raises:
-        UnsupportedError: vLLM has no layer with slots there, or its model skips adapters under that
-            name.
+        UnsupportedError: vLLM has no layer with slots there, its model skips adapters under that
+            name, or its latent attention reads the weight past the layer.
     """
     name = engine_name(vllm_module, module)
     for prefix in getattr(vllm_module, "lora_skip_prefixes", None) or ():
@@ -29,6 +29,14 @@ def find_places(
                 where="lora.target_modules",
             )
     parent, _, leaf = name.rpartition(".")
+    if leaf == "kv_b_proj" and hasattr(vllm_module.get_submodule(parent), "mla_attn"):
+        # There are slots, and an adapter in them changes nothing: vLLM keeps the layer as it was
+        # before LoRA for prompts, and its weight as W_UK and W_UV for every token after.
+        raise UnsupportedError(
+            f"vLLM's latent attention ignores an adapter on {module}",
+            where="lora.target_modules",
+            fix="leave kv_b_proj out of target_modules, or train with fast_inference: false",
+        )
     for fused, parts in packed.items():
         if leaf in parts and len(parts) > 1:
             layer = layers.get(f"{parent}.{fused}" if parent else fused)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
     from toolkit.sizing.model import Block, Linear, ModelSpec
 
-FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"),
+)
 
 
 def legal_rank(rank: int) -> int:

@@ -64,7 +64,20 @@ def weight_bytes(
     total = plain * width
     for block in spec.blocks:
         total += block.count * _block_bytes(block, width, quantization)
+        if engine and quantization is not None:
+            total += block.count * _unpacked_latent_bytes(block, width, quantization)
     return total
+
+
+def _unpacked_latent_bytes(block: Block, width: int, quantization: Quantization) -> int:
+    """Latent attention keeps W_UK and W_UV, the halves of kv_b_proj, unpacked beside a quantized
+    one; of a plain one they are views (vllm/model_executor/layers/attention/mla_attention.py).
+    """
+    return sum(
+        linear.weights * width
+        for linear in block.linears
+        if linear.leaf == "kv_b_proj" and not _stays(linear, quantization)
+    )
 
 
 def _block_bytes(block: Block, width: int, quantization: Quantization | None) -> int:

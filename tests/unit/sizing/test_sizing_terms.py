@@ -55,6 +55,17 @@ def test_what_stays_in_16_bits(spec_of):
     assert weight_bytes(spec, "bfloat16", NF4_ON_LOAD) == pytest.approx(expected, rel=1e-3)
 
 
+def test_latent_attention_unpacks_a_quantized_kv_b_proj(spec_of):
+    """DeepSeek V3 in FP8: 61 layers x 512 x 128 heads x (128 + 128) once more, in 16 bits."""
+    spec = spec_of("deepseek-ai/DeepSeek-V3")
+    more = weight_bytes(spec, "bfloat16", spec.quantization, engine=True) - weight_bytes(
+        spec, "bfloat16", spec.quantization
+    )
+    assert more == 61 * 512 * 128 * 256 * 2
+    plain = weight_bytes(spec, "bfloat16", None, engine=True)
+    assert plain == weight_bytes(spec, "bfloat16", None)  # views, no copy
+
+
 def test_the_engine_pads_the_vocabulary(spec_of):
     spec = spec_of("ibm-granite/granite-3.3-8b-instruct")
     assert padded_vocab(49159) == 49216

@@ -96,8 +96,9 @@ def engine_can_follow(run: Run) -> Iterator[Fault]:
     """With the engine, the adapter is plain LoRA on linear layers.
 
     vLLM has no trained biases, no DoRA and no modules_to_save; an adapter on embed_tokens or
-    lm_head is not served; and an initialization that rewrites the base (PiSSA, OLoRA, CorDA,
-    LoftQ, EVA, LoRA-GA, MiCA) would change the weights that engine and trainer share.
+    lm_head is not served, and one on kv_b_proj is ignored by latent attention (DeepSeek); and an
+    initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA, LoRA-GA, MiCA) would
+    change the weights that engine and trainer share.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):
         return
@@ -128,6 +129,9 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     targets = run.ask(_TARGETS)
     if "embed_tokens" in targets:
         yield _TARGETS, "vLLM serves no adapter on embed_tokens", Fix("remove embed_tokens")
+    if "kv_b_proj" in targets:
+        wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
+        yield _TARGETS, wrong, Fix("remove kv_b_proj")
     if adapts_head(run) and not _head_told_elsewhere(run):
         yield _TARGETS, "vLLM serves no adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
