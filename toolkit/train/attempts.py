@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from toolkit.base.errors import ConfigError, first_line
 from toolkit.engine.parts import is_out_of_memory
+from toolkit.train.correction import loss_mask
 from toolkit.train.faults import logger, release_memory
 from toolkit.train.state import flatten
 
@@ -141,9 +142,7 @@ def split_weights(trainer: Any, inputs: dict[str, Any], parts: int) -> list[tupl
         )
     size = inputs["completion_ids"].shape[0]
     bounds = [size * part // parts for part in range(parts + 1)]
-    mask = inputs["completion_mask"]
-    if inputs.get("tool_mask") is not None:
-        mask = mask * inputs["tool_mask"]
+    mask = loss_mask(inputs)
     tokens = mask.sum().clamp(min=1.0).item()
     pieces = []
     for start, end in pairwise(bounds):

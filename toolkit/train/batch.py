@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from toolkit.sizing.batch import ACCUMULATION, GENERATION, MICRO, is_auto
 from toolkit.train import checkpoint
 from toolkit.train.ranks import world_size
-from toolkit.train.resume import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +31,7 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     """
     if found is None or not is_auto(config.grpo):
         return config
-    then = checkpoint.read_json(found, STATE)["run"]
+    then = checkpoint.read_json(found, checkpoint.STATE)["run"]
     cut = {key: then.get(f"grpo.{key}") for key in KEYS}
     micro, accumulation = cut[MICRO], cut[ACCUMULATION]
     if not isinstance(micro, int) or not isinstance(accumulation, int):

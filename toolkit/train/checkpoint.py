@@ -16,15 +16,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.base.paths import make_folder, sync_folder, write_file
+from toolkit.base.paths import FOLDER_MODE, make_folder, sync_folder, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CHECKSUMS = "checksums.json"
+STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-_CHUNK_BYTES = 1 << 20
+
+
+def place(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, if it does."""
+    return run_dir / f"checkpoint-{step}"
+
+
+def partial_place(run_dir: Path, step: int) -> Path:
+    """Where it is written: beside its place, under a name that no reader takes for one."""
+    return run_dir / f".checkpoint-{step}.partial"
 
 
 def begin(run_dir: Path, step: int) -> Path:
@@ -34,8 +44,8 @@ def begin(run_dir: Path, step: int) -> Path:
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    partial = run_dir / f".checkpoint-{step}.partial"
-    partial.mkdir(mode=0o755)
+    partial = partial_place(run_dir, step)
+    partial.mkdir(mode=FOLDER_MODE)
     return partial
 
 
@@ -47,17 +57,21 @@ def commit(partial: Path, step: int) -> Path:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     write_file(partial / CHECKSUMS, _canonical(_digests(partial)), durable=True)
-    final = partial.parent / f"checkpoint-{step}"
+    final = place(partial.parent, step)
     if final.exists():
         # Only a torn one, or one of a run that was told to start again, can lie here.
-        old = partial.parent / f".checkpoint-{step}.old"
-        final.rename(old)
+        old = _set_aside(final)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(final)
     sync_folder(final.parent)
     return final
+
+
+def _set_aside(folder: Path) -> Path:
+    """Renamed before it is removed: a reader never sees half a folder under a checkpoint's name."""
+    return folder.rename(folder.with_name(f".{folder.name}.old"))
 
 
 def faults(folder: Path) -> list[str]:
@@ -99,7 +113,7 @@ def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The latest sound checkpoint, or None; and a line for each torn one that was passed over."""
     passed: list[str] = []
     for step in list_steps(run_dir):
-        folder = run_dir / f"checkpoint-{step}"
+        folder = place(run_dir, step)
         found = faults(folder)
         if not found:
             return folder, passed
@@ -160,7 +174,7 @@ def refuse_other_world(folder: Path, processes: int) -> None:
     Raises:
         ConfigError: it was written by more or by fewer than ``processes``.
     """
-    then = read_json(folder, "state.json")["world_size"]
+    then = read_json(folder, STATE)["world_size"]
     if then != processes:
         raise ConfigError(
             f"written by {then} process{'es' if then > 1 else ''}, this run has {processes}",
@@ -179,10 +193,7 @@ def rotate(run_dir: Path, keep: Iterable[int], *, keep_last: int) -> None:
     kept = set(keep)
     for step in list_steps(run_dir)[keep_last:]:
         if step not in kept:
-            # Renamed first: a reader never sees half a folder under a checkpoint's name.
-            doomed = run_dir / f".checkpoint-{step}.old"
-            (run_dir / f"checkpoint-{step}").rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(_set_aside(place(run_dir, step)), ignore_errors=True)
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -200,8 +211,5 @@ def _canonical(files: dict[str, dict[str, Any]]) -> str:
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as handle:
-        while block := handle.read(_CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -126,9 +126,7 @@ def observe(trainer: Any, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         ratio = importance_ratio(trainer, logps, inputs)
         inputs["importance_sampling_ratio"] = ratio
-        if ratio.shape[1] == logps.shape[
-            1
-        ] and not trainer.vllm_importance_sampling_mode.startswith("sequence_"):
+        if not trainer.vllm_importance_sampling_mode.startswith("sequence_"):
             ratio = ratio[loss_mask(inputs).bool()]
     trainer.disagreement.add(gaps(logps, inputs), None if ratio is None else ratio.flatten())
 

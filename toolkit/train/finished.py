@@ -66,7 +66,7 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
         return FinishedRun(folder, config, finished, None)
     steps = checkpoint.list_steps(folder) if step is None else [step]
     for number in sorted(steps, reverse=True):
-        found = folder / f"checkpoint-{number}"
+        found = checkpoint.place(folder, number)
         if found.is_dir() and not checkpoint.faults(found):
             return FinishedRun(folder, config, None, found)
     raise ConfigValueError(

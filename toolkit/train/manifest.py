@@ -83,17 +83,9 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
-    """Name, UUID and memory of each GPU that the node shows."""
-    found = []
-    for gpu in snapshot.gpus if snapshot is not None else ():
-        found.append({"name": _value(gpu, "name"), "uuid": _value(gpu, "uuid")})
-    return found
-
-
-def _value(owner: Any, name: str) -> Any:
-    """The value of a reading, or None where the driver gave none."""
-    reading = getattr(owner, name, None)
-    return getattr(reading, "value", reading)
+    """Name and UUID of each GPU that the node shows, None where the driver gave none."""
+    seen = snapshot.gpus if snapshot is not None else ()
+    return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]
 
 
 def write_manifest(
@@ -107,7 +99,7 @@ def write_manifest(
 ) -> Path:
     """Write manifest.json. Raises OSError."""
     folder = Path(source).resolve().parent if source else Path.cwd()
-    driver = _value(getattr(snapshot, "driver", None), "version")
+    driver = snapshot.driver.version.value if snapshot is not None else None
     described = {
         "schema_version": SCHEMA_VERSION,
         "toolkit": __version__,

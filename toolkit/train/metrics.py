@@ -142,7 +142,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """A row for a step or an evaluation; the summary at the end of training is no step."""
         del args, control, kwargs
-        state.log_history[:-1] = []  # it grows with every step, and all of it lies in the logs
         if "train_runtime" in logs:
             return
         row = plain(row_of(state.global_step, logs))

@@ -18,6 +18,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
 from toolkit.train import checkpoint
+from toolkit.train.checkpoint import STATE
 from toolkit.train.state import (
     Tensors,
     copy_into,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 TRAINER_STATE = "trainer_state.json"
-STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter_model.safetensors"
 COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
@@ -101,7 +101,7 @@ def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
     """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
-    partial = run_dir / f".checkpoint-{step}.partial"
+    partial = checkpoint.partial_place(run_dir, step)
     if accelerator.is_main_process:
         if trainer.journal is not None:
             trainer.journal.sync()  # a checkpoint must not know more than the logs hold
@@ -200,7 +200,7 @@ def best_steps(run_dir: Path, count: int) -> list[int]:
     """The steps of the ``count`` checkpoints with the highest score."""
     scored = []
     for step in checkpoint.list_steps(run_dir) if count > 0 else []:
-        score = checkpoint.read_json(run_dir / f"checkpoint-{step}", STATE).get("score")
+        score = checkpoint.read_json(checkpoint.place(run_dir, step), STATE).get("score")
         if score is not None:
             scored.append((score, step))
     return [step for _, step in sorted(scored, reverse=True)[:count]]

@@ -135,7 +135,7 @@ def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None
     """A checkpoint goes on with the run that it is of."""
     if found is None:
         return
-    then = checkpoint.read_json(found, resume.STATE)["run"]
+    then = checkpoint.read_json(found, checkpoint.STATE)["run"]
     now = folder.fingerprint(config, parts.digests)
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:

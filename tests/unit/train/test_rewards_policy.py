@@ -101,9 +101,8 @@ def test_fail_names_function_and_sample_and_saves_it(tmp_path: Path, score, what
 
 @pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
 def test_none_scores_that_sample_none_and_counts_it(tmp_path: Path, score, what: str) -> None:
-    reward, scores, logged = run(each(score), tmp_path, "none")
+    _, scores, logged = run(each(score), tmp_path, "none")
     assert scores == [1.0, None, 1.0, 1.0]
-    assert reward.failures == 1
     assert logged == {"rewards/mine/failed": 0.25}
     assert [record["index"] for record in saved(tmp_path)] == [1]
 
@@ -124,9 +123,9 @@ def test_a_hang_is_cut(tmp_path: Path, score, on_error: str) -> None:
 
 def test_the_search_for_what_hangs_is_bounded(tmp_path: Path) -> None:
     started = time.monotonic()
-    reward, scores, _ = run(lambda **kwargs: hang(), tmp_path, "none", 0.1)
+    _, scores, logged = run(lambda **kwargs: hang(), tmp_path, "none", 0.1)
     assert scores == [None] * 4
-    assert reward.failures == 4
+    assert logged == {"rewards/mine/failed": 1.0}
     assert time.monotonic() - started < 0.1 * (1 + policy_module.SEARCH_FACTOR) + 10
 
 
@@ -147,9 +146,9 @@ def test_wrong_length_of_some_samples(tmp_path: Path) -> None:
     ],
 )
 def test_where_no_sample_alone_is_guilty_the_batch_is(tmp_path: Path, function) -> None:
-    reward, scores, _ = run(function, tmp_path)
+    _, scores, logged = run(function, tmp_path)
     assert scores == [None] * 4
-    assert reward.failures == 4
+    assert logged == {"rewards/mine/failed": 1.0}
     with pytest.raises(ConfigError, match="though with no sample alone"):
         run(function, tmp_path, "fail")
 
@@ -257,9 +256,9 @@ def test_saved_samples_are_bounded_and_hold_no_secret(
     def mine(**kwargs):
         raise ValueError("a canary that sings")
 
-    reward, scores, _ = run(mine, tmp_path)
+    _, scores, logged = run(mine, tmp_path)
     assert scores == [None] * 4
-    assert reward.failures == 4
+    assert logged == {"rewards/mine/failed": 1.0}
     assert len(saved(tmp_path)) == 2
     assert "canary" not in (tmp_path / "run/bad_rewards.jsonl").read_text()
     with pytest.raises(ConfigError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.units import GIB
 from toolkit.train.report.chart import Chart, Line
 from toolkit.train.report.files import column, number
 
@@ -137,8 +138,7 @@ def _times(run: RunFiles) -> list[Chart]:
         note = "completion tokens a second, over the whole step"
         charts.append(Chart(title="Throughput", note=note, xs=xs, lines=[line]))
     memory: Values = [
-        None if value is None else value / 2**30
-        for value in column(run.timings, "peak_memory_bytes")
+        None if value is None else value / GIB for value in column(run.timings, "peak_memory_bytes")
     ]
     if _any(memory):
         line = Line(label="GiB", values=memory)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _AGAIN_S = 1.0  # the alarm repeats: code that swallows one is cut by a later one
-
 _ANSWER_S = 0.1  # how long a loop may take to show that it is not blocked
 
 

@@ -61,15 +61,11 @@ class Batch(NamedTuple):
 
 
 class GuardedReward:
-    """A reward function under a Policy, as TRL calls it. ``__name__`` names its metrics.
-
-    ``failures`` counts the samples that were scored None because the function misbehaved.
-    """
+    """A reward function under a Policy, as TRL calls it. ``__name__`` names its metrics."""
 
     def __init__(self, name: str, function: Callable[..., Any], policy: Policy) -> None:
         self.__name__ = name
         self.function, self.policy = function, policy
-        self.failures = 0
         self._saved = 0
         self._loop = LoopThread()
 
@@ -141,7 +137,6 @@ class GuardedReward:
         return [whole._replace(what=f"{whole.what}, though with no sample alone") for _ in found]
 
     def _settle(self, batch: Batch, index: int, trouble: Trouble) -> None:
-        self.failures += 1
         saved = self._save(batch.only(index), index, trouble)
         if self.policy.on_error == "fail":
             size = len(batch.completions)

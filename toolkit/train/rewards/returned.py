@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.base.units import plural
+
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
@@ -41,7 +43,7 @@ def checked(returned: Any, size: int) -> list[Score | Trouble]:
         what = f"returned {_article(type(returned).__name__)}, not a list of rewards"
         raise Misbehaved(Trouble(what, _short(returned)))
     if len(values) != size:
-        what = f"returned {len(values)} rewards for {size} completion{'s' if size > 1 else ''}"
+        what = f"returned {plural(len(values), 'reward')} for {plural(size, 'completion')}"
         raise Misbehaved(Trouble(what, _short(returned)))
     return [_one(value) for value in values]
 
