@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import re
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -122,27 +124,43 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("kind", ["missing", "extra", "shape"])
+BAD = {
+    "missing": "lacks tensors of the model .*model.layers.1.mlp.down_proj.weight",
+    "missing expert": "lacks tensors of the model .*model.layers.1.mlp.experts.2.up_proj.weight$",
+    "extra": "no module or parameter named 'layers.1.self_attn.q_norm'",
+    "shape": "Attempted to load weight",
+    "NaN": "logits are not finite: NaN or infinity in its weights, or more than float32 holds",
+    "cut short": "did not start: SafetensorError",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
 def test_a_checkpoint_that_does_not_fit_is_refused(
     kind: str, tmp_path: Path, open_small: Callable[..., Engine]
 ) -> None:
-    folder = engine_checkpoints.make(tmp_path, "llama")
+    family = "qwen3_moe" if kind == "missing expert" else "llama"
+    folder = engine_checkpoints.make(tmp_path, family)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         if kind == "missing":
             del tensors["model.layers.1.mlp.down_proj.weight"]
+        elif kind == "missing expert":
+            del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
         elif kind == "extra":
             tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(32)
+        elif kind == "NaN":
+            tensors["model.norm.weight"][0] = torch.nan
         else:
             tensors["model.norm.weight"] = torch.ones(64)
 
     change_tensors(folder, change)
+    if kind == "cut short":
+        os.truncate(folder / "model.safetensors", 50_000)
     with pytest.raises(ToolkitError) as caught, open_small(folder) as engine:
         shared_model(engine)
-    assert caught.value.exit_code == 1, caught.value
-    assert caught.value.fix
-    if kind != "shape":
-        assert "checkpoint" in str(caught.value)
+    assert re.search(BAD[kind], caught.value.message), caught.value
+    assert caught.value.exit_code == 1
+    assert "checkpoint" in str(caught.value.fix)
 
 
 def test_engine_and_model_that_differ_are_refused_by_the_spot_check(

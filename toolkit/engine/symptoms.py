@@ -14,8 +14,11 @@ CHECKPOINT_TEXTS = (
     "There is no module or parameter named",
     "Cannot find any model weights",
     "Attempted to load weight",
+    "Error while deserializing header",
 )
-"""vLLM's words for missing, extra and absent tensors (0.25.1 to 0.31.0; held by tests/contract)."""
+"""vLLM's words for missing, extra and absent tensors (0.25.1 to 0.31.0; held by tests/contract),
+and safetensors' for a file that is cut short or is no such file.
+"""
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION = "VLLMValidationError"

@@ -7,10 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from torch import nn
 
 READ_NAMES = "_toolkit_read_names"
@@ -70,7 +71,8 @@ def rewritten(
     changed = set()
     for name, tensor in parameters.items() if as_loaded else ():
         before = as_loaded.get(name)
-        if before is None or not before.equal(sample(tensor)):
+        # As bytes: a checkpoint's NaN equals nothing.
+        if before is None or not before.view(torch.uint8).equal(sample(tensor).view(torch.uint8)):
             changed.add(name)
     return frozenset(changed)
 

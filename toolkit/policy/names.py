@@ -8,6 +8,7 @@ rows each part has is the Hugging Face shape. Nothing here knows an architecture
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ EXPERT_TENSORS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 """Stacked experts, Hugging Face (transformers 5) -> vLLM: (expert, out, in) on both sides."""
 EXPERT_MODULES = ("routed_experts", "")
 """The module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), or none."""
+ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
+"""A tensor of one expert, as most checkpoints store them; the group is its name in the expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,24 @@ def available(source: str, sources: Sources) -> Shape:
     if source in sources.rewritten:
         raise UnsupportedError(f"vLLM has rewritten {source} for its own kernel on this device")
     return sources.shapes[source]
+
+
+def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
+    """The names of ``wanted`` as a checkpoint with the tensors ``read`` has to spell them.
+
+    Hugging Face stacks the experts of a layer (``mlp.experts.down_proj``, expert first) where most
+    checkpoints have a tensor an expert (``mlp.experts.7.down_proj.weight``): then every expert of
+    every layer needs each tensor that any of them has.
+    """
+    tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
+    names = set()
+    for name, shape in wanted.items():
+        layer = name.rpartition(".")[0]
+        if tails and layer.endswith(".experts"):
+            names |= {f"{layer}.{index}.{tail}" for index in range(shape[0]) for tail in tails}
+        else:
+            names.add(name)
+    return names
 
 
 def join(*parts: str) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from toolkit.base.errors import DefectError, UnsupportedError
+from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.rollout import Sampling
 from toolkit.engine.weights import borrow, engine_name
-from toolkit.policy.names import FALLBACK, WHY_SHARE, Sources, plan_views
+from toolkit.policy.names import FALLBACK, WHY_SHARE, Sources, plan_views, stored_names
 from toolkit.policy.quant import is_packed, logical_shape, mark_4bit, replace_linear
 from toolkit.policy.skeleton import empty_model
 
@@ -75,8 +75,7 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
     """Refuse a checkpoint with tensors that the model has no parameter for, or without one that it
     needs. vLLM itself may take the first and leaves the memory of the second as it found it.
 
-    Names that Hugging Face ignores as well pass, and those of expert layers, which it converts
-    itself.
+    Names that Hugging Face ignores as well pass.
 
     Raises:
         UnsupportedError: naming the tensors.
@@ -84,12 +83,12 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
     if not live.read_names:
         return  # another loader than ours has read it
     prefix = f"{model.base_model_prefix}."
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    own = stored_names(shapes, live.read_names)
     known = own | {name.removeprefix(prefix) for name in own}
     ignored = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"\.rotary_emb\.inv_freq$",
-        r"\.experts\.",
     ]
     pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
     refuse("has tensors that the model has not", live.read_names - known, pattern, model)
@@ -180,6 +179,7 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
 
     Raises:
         UnsupportedError: it is more than rounding, so the two compute different functions.
+        ConfigValueError: what the model computes is no number.
     """
     device = next(model.parameters()).device
     prompt = [
@@ -198,8 +198,19 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].float()
     # Greedy log-probabilities of the engine are those of the untouched distribution.
     ours = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    if not bool(ours.isfinite().all()):
+        raise ConfigValueError(
+            "its logits are not finite: NaN or infinity in its weights, or more than "
+            f"{str(engine.dtype).removeprefix('torch.')} holds",
+            where=engine.options.model,
+            fix="copy the checkpoint again; where dtype is float16, use bfloat16 or float32",
+        )
     gap = float((ours - told).abs().max())
     limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
+    if (
+        engine.options.float8_kv_cache
+    ):  # the engine's keys and values are rounded, whatever dtype is
+        limit = SPOT_TOLERANCE_HALF
     if not gap <= limit:
         raise UnsupportedError(
             f"the engine and the Hugging Face model differ by {gap:.3g} nats on the"

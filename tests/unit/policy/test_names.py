@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.policy.names import Slice, Sources, plan_views
+from toolkit.policy.names import Slice, Sources, plan_views, stored_names
 
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -84,6 +84,16 @@ def test_stacked_experts(inner: str) -> None:
     shapes = {f"m.experts.{inner}w13_weight": (4, 6, 2), f"m.experts.{inner}w2_weight": (4, 2, 3)}
     plan = plan_views(wanted, [], Sources(shapes, PACKED), same)
     assert plan["m.experts.down_proj"] == Slice(f"m.experts.{inner}w2_weight", 0, 4)
+
+
+def test_stored_names_spell_experts_as_the_checkpoint_does() -> None:
+    wanted = {"m.experts.down_proj": (2, 2, 3), "m.gate.weight": (2, 2)}
+    assert stored_names(wanted, ["m.experts.down_proj"]) == set(wanted)
+    read = ["model.m.experts.0.w2.weight", "model.m.experts.0.w1.weight", "model.m.gate.weight"]
+    assert stored_names(wanted, read) == {
+        "m.gate.weight",
+        *(f"m.experts.{index}.{tail}.weight" for index in (0, 1) for tail in ("w1", "w2")),
+    }
 
 
 @pytest.mark.parametrize(
