@@ -45,11 +45,19 @@ def cut(choice: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_a_small_card_accumulates_what_a_large_one_does_at_once(run_file: Path) -> None:
-    small, large = cut(chosen(run_file, "l40s")), cut(chosen(run_file, "h200"))
+    kept = ("--set", "lora.use_gradient_checkpointing=true")
+    small, large = (cut(chosen(run_file, card, *kept)) for card in ("l40s", "h200"))
     assert large == (64, 1)
     assert 1 <= small[0] < 64
     assert small[0] * small[1] == 64
-    assert cut(chosen(run_file, "h200", "--world-size", "4")) == (16, 1)
+    assert cut(chosen(run_file, "h200", "--world-size", "4", *kept)) == (16, 1)
+
+
+def test_smaller_and_kept_is_faster_than_larger_and_computed_again(run_file: Path) -> None:
+    roomy, small = chosen(run_file, "h200"), chosen(run_file, "4090")
+    assert roomy["gradient_checkpointing"] is False
+    assert cut(roomy) == (16, 4)
+    assert small["gradient_checkpointing"] is True
 
 
 def test_write_puts_the_cut_into_the_file(run_file: Path) -> None:
@@ -66,7 +74,7 @@ def test_write_puts_the_cut_into_the_file(run_file: Path) -> None:
 def test_the_table_says_where_it_is_from(run_file: Path) -> None:
     lines = call("size", run_file, "--gpu", "h200").stdout.splitlines()
     row = next(line for line in lines if line.startswith("micro-batch x accumulation"))
-    assert "64 x 1" in row
+    assert "16 x 4" in row
     assert row.endswith("from auto")
 
 

@@ -1,4 +1,4 @@
-"""torch's CUDA allocator, told to use expandable segments before it is first used.
+"""torch's CUDA allocator, told to use expandable segments.
 
 Its ordinary segments cannot grow: freed pieces that are smaller than what is asked for next stay
 unusable, and on a card that is sized to the last per cents a step then runs out of memory with
@@ -24,17 +24,19 @@ GPUs.
 
 
 def use_expandable_segments() -> None:
-    """Set the variables, unless the user has, or CUDA is already in use, or the card cannot.
+    """Set the variables, and the allocator that is at work already; not where the user has set
+    them, nor where a card cannot.
 
     What the user has set under one name is put under the other, for whoever reads only that.
     """
     found = next((os.environ[name] for name in NAMES if os.environ.get(name)), None)
-    if found is None:
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped upstream
-        if in_use or not _maps_virtual_memory():
-            return
+    if found is None and not _maps_virtual_memory():
+        return
     for name in NAMES:
-        os.environ.setdefault(name, found or WANTED)
+        os.environ[name] = os.environ.get(name) or found or WANTED
+    # bitsandbytes starts CUDA where it is imported, and torch has read the variables by then.
+    if found is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream
+        torch._C._accelerator_setAllocatorSettings(WANTED)
 
 
 def _maps_virtual_memory() -> bool:

@@ -9,6 +9,7 @@ from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.sizing import engine as engines
 from toolkit.sizing import kv, lora
 from toolkit.sizing.fit import RETURNED_SHARE
+from toolkit.sizing.pace import training_seconds
 from toolkit.sizing.result import (
     Choice,
     EnginePart,
@@ -47,7 +48,7 @@ def assemble(
         device=_device(case.device),
         model=_model(case, fit),
         engine=_engine(case, fit, kv_bytes),
-        trainer=_trainer(fit),
+        trainer=_trainer(case, fit),
         peaks=_peaks(case, fit, kv_bytes),
         interval=interval,
         choice=_choice(case, fit, utilization, largest),
@@ -186,10 +187,15 @@ def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
     )
 
 
-def _trainer(fit: Fit) -> TrainerPart:
+def _trainer(case: Case, fit: Fit) -> TrainerPart:
     trainer = [term for term in fit.terms if term.term.startswith("trainer.")]
     resident, step = total(trainer, "always"), total(trainer, "training")
-    return TrainerPart(resident_bytes=resident, step_bytes=step, peak_bytes=resident + step)
+    return TrainerPart(
+        resident_bytes=resident,
+        step_bytes=step,
+        peak_bytes=resident + step,
+        step_s_estimate=round(training_seconds(case), 3),
+    )
 
 
 def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Choice:

@@ -58,11 +58,15 @@ class EnginePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerPart:
-    """``resident_bytes`` stay during rollouts; ``step_bytes`` come and go with a micro-batch."""
+    """``resident_bytes`` stay during rollouts; ``step_bytes`` come and go with a micro-batch.
+
+    ``step_s_estimate`` ranks ways of doing a step without its rollouts (``pace``): no promise.
+    """
 
     resident_bytes: int
     step_bytes: int
     peak_bytes: int
+    step_s_estimate: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.assemble import assemble
 from toolkit.sizing.batch import divisors
 from toolkit.sizing.fit import Case, evaluate
+from toolkit.sizing.pace import training_seconds
 from toolkit.sizing.plan import plan_engine
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
@@ -18,12 +21,15 @@ from toolkit.sizing.trainer import StepPlan, adapter_bytes, compute_bytes
 from toolkit.sizing.workload import read_workload
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from toolkit.config.model import RunConfig
     from toolkit.sizing.device import Device
     from toolkit.sizing.fit import Fit
     from toolkit.sizing.model import ModelSpec
     from toolkit.sizing.plan import EnginePlan
     from toolkit.sizing.result import SizingResult
+    from toolkit.sizing.trainer import Checkpointing
     from toolkit.sizing.workload import Workload
 
 
@@ -58,41 +64,48 @@ def resolve(
 def best_case(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Case, Fit]:
-    """The first candidate that suits (``Fit.holds_rollout``, and what is written); else, of the
-    smallest micro-batch, the one that fits with the widest interval; else the nearest to fitting.
+    """Of the candidates that suit (``Fit.holds_rollout``, and what is written) the one with the
+    fastest training step; else, of the smallest micro-batch, the one that fits with the widest
+    interval; else the nearest to fitting.
 
-    The largest micro-batch comes first. With it: as planned, with checkpointing, then the same with
-    KV sleep.
+    Candidates are the ways of keeping a step (with and without checkpointing, with and without KV
+    sleep), each with the largest micro-batch that suits.
     """
     if config.lora.target_modules == "auto":
         config = replace(config, lora=replace(config.lora, target_modules=spec.targets))
     work = read_workload(config, device, world_size=world_size)
     plan = plan_engine(config, spec, work, device)
-    tried: dict[int, list[tuple[Case, Fit]]] = {}
 
-    def first(micro: int) -> tuple[Case, Fit] | None:
-        found = tried.setdefault(micro, [])
-        for chosen in _sleeps(config, plan, work):
-            for step in _steps(config, work, chosen, micro, world_size):
-                case = Case(
-                    config=config, spec=spec, device=device, work=work, plan=chosen, step=step
-                )
-                found.append((case, evaluate(case)))
-                if _suits(*found[-1]):
-                    return found[-1]
-        return None
+    def judge(chosen: EnginePlan, mode: Checkpointing, micro: int) -> tuple[Case, Fit]:
+        step = _step(work, chosen, mode, micro, world_size)
+        case = Case(config=config, spec=spec, device=device, work=work, plan=chosen, step=step)
+        return case, evaluate(case)
 
-    micros = work.micro_batches
-    if best := first(micros[0]):
-        return best
-    # A smaller one of the rest never needs more.
-    place = bisect_left(micros, True, lo=1, key=lambda micro: first(micro) is not None)
-    if place < len(micros):
-        return next(pair for pair in tried[micros[place]] if _suits(*pair))
-    fitting = [pair for pair in tried[micros[-1]] if pair[1].short <= 0]
-    if fitting:
+    ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]
+    found = [_largest(way, work.micro_batches) for way in ways]
+    if suiting := [pair for pair in found if pair is not None]:
+        return min(suiting, key=lambda pair: training_seconds(pair[0]))
+    smallest = [way(work.micro_batches[-1]) for way in ways]
+    if fitting := [pair for pair in smallest if pair[1].short <= 0]:
         return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
-    return min(tried[micros[-1]], key=lambda pair: pair[1].short)
+    return min(smallest, key=lambda pair: pair[1].short)
+
+
+def _largest(
+    way: Callable[[int], tuple[Case, Fit]], micros: tuple[int, ...]
+) -> tuple[Case, Fit] | None:
+    """The first of ``micros``, which fall, that suits."""
+    pairs: dict[int, tuple[Case, Fit]] = {}
+
+    def suits(micro: int) -> bool:
+        pairs[micro] = way(micro)
+        return _suits(*pairs[micro])
+
+    if suits(micros[0]):
+        return pairs[micros[0]]
+    # A smaller one of the rest never needs more. The first, which takes no accumulation, may.
+    place = bisect_left(micros, True, lo=1, key=suits)
+    return pairs[micros[place]] if place < len(micros) else None
 
 
 def _suits(case: Case, fit: Fit) -> bool:
@@ -109,22 +122,23 @@ def _sleeps(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EngineP
     return [plan]
 
 
-def _steps(
-    config: RunConfig, work: Workload, plan: EnginePlan, micro: int, world_size: int
-) -> list[StepPlan]:
+def _modes(config: RunConfig) -> list[Checkpointing]:
     written = config.lora.use_gradient_checkpointing
-    return [
-        StepPlan(
-            micro_batch=micro,
-            accumulation=work.accumulation * work.micro_batch // micro,
-            checkpointing=mode,
-            compute_bytes=compute_bytes(plan.dtype),
-            adapter_bytes=adapter_bytes(plan.quantization),
-            own_weights=not work.uses_engine or not plan.share_weights,
-            world_size=world_size,
-        )
-        for mode in ([False, True] if written == "auto" else [written])
-    ]
+    return [False, True] if written == "auto" else [written]
+
+
+def _step(
+    work: Workload, plan: EnginePlan, mode: Checkpointing, micro: int, world_size: int
+) -> StepPlan:
+    return StepPlan(
+        micro_batch=micro,
+        accumulation=work.accumulation * work.micro_batch // micro,
+        checkpointing=mode,
+        compute_bytes=compute_bytes(plan.dtype),
+        adapter_bytes=adapter_bytes(plan.quantization),
+        own_weights=not work.uses_engine or not plan.share_weights,
+        world_size=world_size,
+    )
 
 
 def _largest_micro_batch(case: Case) -> int:

@@ -46,7 +46,9 @@ def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, bat
     by_hand = replace(given, ours_batch=batch, ours_checkpointing=True, ours_sleep=False)
     filled = plan.fill(given, spec, device)
     ours, theirs = plan.size(filled, spec, device), plan.size(by_hand, spec, device)
-    assert ours.peaks.torch_bytes <= theirs.peaks.torch_bytes
+    assert ours.peaks.torch_bytes <= plan.peers_bytes(given, spec, device)
+    assert plan.peers_bytes(given, spec, device) <= theirs.peaks.torch_bytes
+    assert ours.trainer.step_s_estimate < theirs.trainer.step_s_estimate
     assert filled.ours_batch is not None
     assert filled.ours_batch > batch  # fewer and larger ones: the sleeping cache makes room
     assert filled.sequences % filled.ours_batch == 0

@@ -1,12 +1,13 @@
 """Micro-batch, checkpointing and KV sleep of our arm: what sizing makes of the peers' memory.
 
 The peers are given a micro-batch and gradient checkpointing by hand. Ours asks the sizer, as a run
-with "auto" does, but within the memory that sizing predicts for that same setting by hand: the
-comparison is of time at no more memory.
+with "auto" does, but within the memory that sizing predicts for the leaner of them, which moves
+its checkpoints to the host: the comparison is of time at no more memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 from types import MappingProxyType
@@ -18,29 +19,37 @@ from toolkit.sizing import solve
 if TYPE_CHECKING:
     from toolkit.sizing import Device, SizingResult
     from toolkit.sizing.model import ModelSpec
+    from toolkit.sizing.trainer import Checkpointing
     from toolkit.train.bench.settings import Settings
 
 
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
     """``settings`` with every ``ours_`` field that is None filled.
 
-    The largest micro-batch whose peak is within that of the peers' setting; of its forms, first the
-    one without checkpointing, then the one without KV sleep. Without a GPU, or where the peers'
-    setting does not fit, ours is theirs.
+    Of the cuts whose peak is within the peers', the one that sizing takes for the fastest. Without
+    a GPU, or where none is within, ours is theirs.
     """
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
         return by_hand
-    peers = size(by_hand, spec, device)
-    if not peers.feasible:
-        return by_hand
+    limit = peers_bytes(settings, spec, device)
     micros = [n for n in range(settings.sequences, 0, -1) if settings.sequences % n == 0]
-    for micro, checkpointing, sleep in product(micros, (False, True), (False, True)):
-        candidate = _filled(settings, micro, checkpointing, sleep)
+    best, fastest = by_hand, math.inf
+    for cut in product(micros, (False, True), (False, True)):
+        candidate = _filled(settings, *cut)
         sized = size(candidate, spec, device)
-        if sized.feasible and sized.peaks.torch_bytes <= peers.peaks.torch_bytes:
-            return candidate
-    return by_hand
+        within = sized.feasible and sized.peaks.torch_bytes <= limit
+        if within and sized.trainer.step_s_estimate < fastest:
+            best, fastest = candidate, sized.trainer.step_s_estimate
+    return best
+
+
+def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
+    """Predicted peak of the peers' setting with one copy of the weights, the cache awake, and
+    checkpoints moved to the host, as Unsloth does.
+    """
+    theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
+    return size(theirs, spec, device, checkpointing="unsloth").peaks.torch_bytes
 
 
 def _filled(settings: Settings, micro: int, checkpointing: bool, sleep: bool) -> Settings:
@@ -57,9 +66,17 @@ def _first(written: bool | None, chosen: bool) -> bool:
     return chosen if written is None else written
 
 
-def size(settings: Settings, spec: ModelSpec, device: Device | None) -> SizingResult:
-    """Our arm's run as sizing sees it."""
+def size(
+    settings: Settings,
+    spec: ModelSpec,
+    device: Device | None,
+    *,
+    checkpointing: Checkpointing | None = None,
+) -> SizingResult:
+    """Our arm's run as sizing sees it; ``checkpointing`` in place of what ``settings`` say."""
     batch = settings.ours_batch or settings.per_device_batch
+    if checkpointing is None:
+        checkpointing = settings.ours_checkpointing is True
     return solve(
         RunConfig(
             model=ModelSection(
@@ -74,7 +91,7 @@ def size(settings: Settings, spec: ModelSpec, device: Device | None) -> SizingRe
             lora=LoraSection(
                 r=settings.r,
                 lora_alpha=settings.r,
-                use_gradient_checkpointing=settings.ours_checkpointing is True,
+                use_gradient_checkpointing=checkpointing,
             ),
             grpo=MappingProxyType(
                 {

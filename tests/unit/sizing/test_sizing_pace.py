@@ -1,0 +1,56 @@
+"""The order of the ways of doing a step, held to what one H100 took for each."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.pace import active_parameters, training_seconds
+from toolkit.sizing.solve import best_case
+
+if TYPE_CHECKING:
+    from toolkit.sizing.fit import Case
+
+EIGHT_B = "meta-llama/Llama-3.1-8B"
+# 64 sequences of 320 tokens a step, r = 64: (micro-batch, checkpointing, seconds measured).
+MEASURED = [
+    (16, False, 1.82),
+    (64, True, 2.29),
+    (32, True, 2.31),
+    (8, False, 2.46),
+    (4, False, 4.8),
+]
+
+
+def _case(run, spec, device, micro, checkpointing, **values) -> Case:
+    grpo = {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": 64 // micro,
+        "max_prompt_length": 64,
+        "max_completion_length": 256,
+    }
+    config = run(grpo, r=64, checkpointing=checkpointing, max_seq_length=320, **values)
+    return best_case(config, spec, device, 1)[0]
+
+
+def test_the_order_is_the_measured_one(spec_of, card, run):
+    cases = [_case(run, spec_of(EIGHT_B), card("h200"), *way[:2]) for way in MEASURED]
+    told = [training_seconds(case) for case in cases]
+    assert all(one <= two for one, two in pairwise(told))
+    for seconds, (*_, measured) in zip(told, MEASURED, strict=True):
+        assert abs(seconds / measured - 1) < 0.2
+
+
+def test_sleep_costs_time(spec_of, card, run):
+    awake, asleep = (
+        _case(run, spec_of(EIGHT_B), card("h200"), 16, True, enable_sleep_mode=mode)
+        for mode in (False, True)
+    )
+    assert training_seconds(awake) < training_seconds(asleep)
+
+
+def test_a_mixture_computes_with_its_active_experts(spec_of):
+    """Qwen3-30B-A3B: 30.5e9 parameters, 3.3e9 of them active, by its model card."""
+    spec = spec_of("Qwen/Qwen3-30B-A3B")
+    assert 2.9e9 < active_parameters(spec) < 3.5e9
+    assert spec.parameters > 30e9
