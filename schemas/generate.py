@@ -117,8 +117,6 @@ def one_field(
         or list(known)
     )
     if names and "array" not in schema["type"]:
-        if field.name == "scale_rewards":
-            names = ["group", "batch", "none", True, False]
         if "null" in schema["type"]:
             names = [*names, None]
         schema.pop("type")

@@ -25,7 +25,6 @@ LETTERS = (
     ("T", "training step", ("trainer.",)),
     ("m", "margins", ("margin.",)),
 )
-
 OTHER_LETTERS = (("x", "held by others"), (".", "free"), ("!", "too much"))
 
 
@@ -160,11 +159,7 @@ def _bars(result: SizingResult) -> str:
         used = f"{taken / GIB:.1f} of {whole / GIB:.1f} GiB"
         lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV asleep' if asleep else ''}")
     legend = [f"{letter} {meaning}" for letter, meaning, _ in LETTERS if letter in seen]
-    legend += [
-        f"{letter} {word}"
-        for letter, word in (("x", "held by others"), (".", "free"), ("!", "too much"))
-        if letter in seen
-    ]
+    legend += [f"{letter} {meaning}" for letter, meaning in OTHER_LETTERS if letter in seen]
     indent = " " * 9
     return "\n".join([*lines, paragraph(", ".join(legend), first=indent, indent=indent)])
 
@@ -174,8 +169,8 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
     sizes: dict[str, int] = {}
     if free < whole:
         sizes["x"] = whole - free
-    for letter, _, names in LETTERS:
-        sizes[letter] = sum(term.bytes for term in terms if _letter(term.term) == letter and names)
+    for letter, _, _ in LETTERS:
+        sizes[letter] = sum(term.bytes for term in terms if _letter(term.term) == letter)
     drawn, at, end = "", 0, 0
     for letter, nbytes in sizes.items():
         at += nbytes

@@ -6,12 +6,11 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.base.errors import StoppedError, ToolkitError
+from toolkit.base.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -22,7 +21,11 @@ FIRST_SPEAKS_S = 5.0
 @click.command("train")
 @click.argument("run_file", metavar="RUN.yaml")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the run file."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the run file. Repeatable.",
 )
 @click.option("--output-dir", metavar="DIR", help="Instead of runtime.output_dir.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Instead of grpo.max_steps.")
@@ -103,23 +106,9 @@ def _show(config: RunConfig, world_size: int) -> None:
 
 def _run(config: RunConfig, *, evaluate: bool, debug: bool) -> None:
     from toolkit.train.quiet import prepare_environment  # noqa: PLC0415
-    from toolkit.train.signals import Abandoned, StopSignals  # noqa: PLC0415
 
     prepare_environment()
-    early = StopSignals()
-    try:
-        # The imports take seconds, in which a preempted job is to be told apart from a failed one.
-        # Where there are ranks, their launcher does.
-        with nullcontext() if "RANK" in os.environ else early.installed():
-            from toolkit.train.parts import Options  # noqa: PLC0415 - imports torch
-            from toolkit.train.run import run  # noqa: PLC0415
+    from toolkit.train.parts import Options  # noqa: PLC0415 - imports torch
+    from toolkit.train.run import run  # noqa: PLC0415
 
-            run(config, Options(evaluate=evaluate, debug=debug))
-    except (Abandoned, ImportError):  # compiled modules turn what is raised in them into the latter
-        if early.received is None:
-            raise
-        raise StoppedError(
-            f"stopped by {early.received} before the run began",
-            where=config.runtime.output_dir,
-            fix="start the same command again",
-        ) from None
+    run(config, Options(evaluate=evaluate, debug=debug))

@@ -54,7 +54,7 @@ class _Request:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Judge with this value, as in toolkit train. May be given again.",
+    help="Change a key of the run file, as in toolkit train. Repeatable.",
 )
 @click.option(
     "--world-size",
