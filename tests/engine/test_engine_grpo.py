@@ -11,8 +11,10 @@ import engine_training as training
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 
+from toolkit.base.errors import ConfigValueError
 from toolkit.config.libraries import known
 
 if TYPE_CHECKING:
@@ -144,13 +146,46 @@ def test_trls_options_run_on_the_engine(loaded, tmp_path, name) -> None:
     with training.adapted(loaded[0], **OPTIONS[name].get("lora", {})) as fresh:
         assert adapter != training.adapter_bytes(fresh)
     assert ("kl" in rows[0]) == ("beta" in name)
-    assert rows[0]["sampling/logp_gap_max"] >= rows[0]["sampling/logp_gap_mean"] >= 0
-    if name not in OTHER_DISTRIBUTION | {"dropout"}:
-        assert rows[0]["sampling/logp_gap_max"] < TOLERANCE
+    for row in rows:  # also where nothing was drawn for a step
+        assert row["sampling/logp_gap_max"] >= row["sampling/logp_gap_mean"] >= 0
+        if name not in OTHER_DISTRIBUTION | {"dropout"}:
+            assert row["sampling/logp_gap_max"] < TOLERANCE
     if name == "num_iterations":  # steps 1 and 2 share a rollout, 3 and 4 the next
         assert len(json.loads(said)) == 2
     if name == "steps_per_generation":
         assert len(json.loads(said)) == 1
+
+
+def test_an_adapter_that_trl_puts_on(loaded, tmp_path) -> None:
+    """``peft_config`` in the trainer, over the bare model; a rank above the engine's is told."""
+    for rank, gap in ((4, TOLERANCE), (16, None)):
+        lora = LoraConfig(r=rank, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        trainer = training.make_trainer(
+            loaded[0], loaded[1], tmp_path, more={"peft_config": lora}, learning_rate=0.1
+        )
+        try:
+            if gap is None:
+                with pytest.raises(ConfigValueError, match="rank 16, the engine was built for at"):
+                    trainer.train()
+            else:
+                trainer.train()
+                assert all(r["sampling/logp_gap_max"] < gap for r in training.steps(trainer))
+        finally:
+            trainer.model.unload()
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
+def test_a_rollout_func_of_the_users_own(loaded, tmp_path) -> None:
+    def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids, _, _ = trainer._tokenize_prompts(prompts)
+        drawn = trainer.vllm_generation.generate(ids, None, trainer.num_generations)
+        prompt_ids, completion_ids, logprobs, _ = drawn
+        sampled = [[position[0] for position in row] for row in logprobs]
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": sampled}
+
+    own, _, adapter = train(loaded, tmp_path / "a", more={"rollout_func": roll})
+    assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in own)
+    assert adapter == train(loaded, tmp_path / "b")[2]  # the same draws as without it
 
 
 def test_several_rewards_with_weights(loaded, policy, tmp_path) -> None:

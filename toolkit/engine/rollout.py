@@ -14,9 +14,9 @@ from toolkit.base.errors import ConfigValueError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-OWNED_KEYWORDS = frozenset({"n", "seed", "detokenize", "flat_logprobs", "output_kind"})
+OWNED_KEYWORDS = frozenset({"n", "seed", "logprobs", "detokenize", "flat_logprobs", "output_kind"})
 """Sampling arguments that reproducibility and the return layout rest on; ``generation_kwargs`` may
-not set them.
+not set them. Of more than one ``logprobs`` TRL takes the most likely token's for the sampled one's.
 """
 
 SEED_LIMIT = 2**62

@@ -131,10 +131,8 @@ def observe(trainer: Any, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
     trainer.disagreement.add(gaps(logps, inputs), None if ratio is None else ratio.flatten())
 
 
-def observe_generation(trainer: Any, output: Mapping[str, Any]) -> None:
-    """Record the gap of a batch whose old log-probabilities TRL computed itself; TRL logs its own
-    weights then.
+def observe_old(trainer: Any, inputs: Mapping[str, Any]) -> None:
+    """Record the gap of one micro-batch whose old log-probabilities TRL computed itself when it was
+    drawn, maybe some steps ago; TRL logs its own weights then.
     """
-    old = output.get("old_per_token_logps")
-    if old is not None and output.get("sampling_per_token_logps") is not None:
-        trainer.disagreement.add(gaps(old, output), None)
+    trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)

@@ -135,9 +135,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if not correction.old_logps_are_redundant(self) or find_engine(self.model) is None:
-            output = super()._generate_and_score_completions(inputs)
-            correction.observe_generation(self, output)
-            return output
+            return super()._generate_and_score_completions(inputs)
         self.vllm_importance_sampling_correction = False
         try:
             return super()._generate_and_score_completions(inputs)
@@ -145,7 +143,10 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
             self.vllm_importance_sampling_correction = True
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        if "sampling_per_token_logps" not in inputs or "old_per_token_logps" in inputs:
+        if "sampling_per_token_logps" not in inputs:
+            return super()._compute_loss(model, inputs)
+        if "old_per_token_logps" in inputs:
+            correction.observe_old(self, inputs)
             return super()._compute_loss(model, inputs)
         self._observed = dict(inputs)
         try:

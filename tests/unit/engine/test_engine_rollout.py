@@ -44,7 +44,8 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"n": 0}, {"max_tokens": 0}, {"extra": {"seed": 1}}, {"extra": {"n": 2}}]
+    "bad",
+    [{"n": 0}, {"max_tokens": 0}, *({"extra": {name: 2}} for name in ("seed", "n", "logprobs"))],
 )
 def test_sampling_refuses_what_breaks_the_layout(bad: dict) -> None:
     with pytest.raises(ConfigValueError):
