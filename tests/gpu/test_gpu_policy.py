@@ -96,3 +96,13 @@ def test_four_bits(folder: Path) -> None:
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
     answer = model.fast_generate("12+3=", max_tokens=4, temperature=0)[0]
     assert len(answer.outputs[0].token_ids) > 0
+
+
+def test_memory_is_in_segments_that_grow(folder: Path) -> None:
+    """Also where CUDA was started before, as importing bitsandbytes does."""
+    torch.cuda.init()
+    _model(folder, False)
+    held = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    segments = [one for one in torch.cuda.memory_snapshot() if one["total_size"] >= held.numel()]
+    assert segments
+    assert all(one["is_expandable"] for one in segments)
