@@ -176,6 +176,20 @@ def test_the_command_starts_its_ranks_and_hands_on_signals_and_the_code(run_file
 
 
 @pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_rank(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
+    words = ["toolkit", "train", run_file, "--nproc-per-node", "2", "--output-dir", run_dir]
+    process = command(*map(str, words), *sets)
+    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # ends when the ranks have closed it as well
+    assert process.returncode == -signal.SIGKILL
+    assert "stopped by SIGTERM; checkpoint-" in err
+    assert checkpoint.faults(run_dir / f"checkpoint-{checkpoint.list_steps(run_dir)[0]}") == []
+
+
+@pytest.mark.slow
 def test_torchrun_starts_it_too(run_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish(ranks.start(run_file, one, *HALF, *SLOW), one)

@@ -213,6 +213,34 @@ def test_a_signal_outside_of_steps(undisturbed, tmp_path, phase, number, saved):
     assert (run_dir / "report.html").is_file()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_the_command_line_is_read(tmp_path, number):
+    """As soon as a handler is there. The run file is a pipe that nobody writes to, so that the
+    command does not end by itself before.
+    """
+    os.mkfifo(tmp_path / "run.yaml")
+    process = subprocess.Popen(
+        [world.BIN / "toolkit", "train", "run.yaml"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=world.environment(),
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    world.wait_for(lambda: catches(status.read_text(), number))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.startswith(f"error: stopped by {number.name} before the run began")
+
+
+def catches(status: str, number: int) -> bool:
+    """Whether a process has a handler of its own, beside Python's for SIGINT."""
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return all(caught >> (one - 1) & 1 for one in (number, signal.SIGTERM))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_while_the_libraries_are_imported(undisturbed, tmp_path, number):
     run_file, _ = undisturbed

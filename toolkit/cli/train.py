@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from toolkit.base.version import __version__
+from toolkit.cli.early import StoppableGroup
 from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import HELP, LazyGroup
+from toolkit.cli.lazy import HELP
 
 COMMANDS = {
     "train": ("toolkit.cli.train_run:train", "Train a run file, from pre-flight to report."),
@@ -19,7 +20,7 @@ COMMANDS = {
 
 @click.group(
     "toolkit",
-    cls=LazyGroup,
+    cls=StoppableGroup,
     commands_at=COMMANDS,
     context_settings=HELP,
 )

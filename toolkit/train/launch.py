@@ -7,6 +7,7 @@ heavy: what trains are the processes that it starts.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,12 +17,17 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from toolkit.base.errors import StoppedError
+from toolkit.train.signals import SIGNALS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 Child = subprocess.Popen[bytes]
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HANDED_ON = (*SIGNALS, signal.SIGHUP)
+LAUNCHER = "TOOLKIT_LAUNCHER_PID"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 PATIENCE_S = 30.0
 """How long the others may go on once one has failed, and then how long they may take to stop."""
@@ -31,12 +37,15 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``toolkit ARGUMENTS`` in ``processes`` processes that know of each other; the exit code.
 
     That is the code of the first that ended with one, 128 + signal where all were killed, or 0.
-    Signals go to every process. Raises OSError.
+    Signals go to every process. Raises StoppedError for one that came before they listened;
+    OSError.
     """
-    port, children, early = free_port(), list[Child](), list[int]()
+    port, children = free_port(), list[Child]()
+    received, early = list[int](), list[int]()
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         del frame
+        received.append(number)
         if len(children) < processes:
             early.append(number)
         else:
@@ -54,7 +63,33 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             children.append(child)
         for number in early:
             _send(children, number)
-        return _wait(children)
+        code = _wait(children)
+    number = code - 128
+    insisted = received.count(signal.SIGINT) > 1  # with that a run ends by itself
+    if number in SIGNALS and number in received and not insisted:
+        raise stopped_early(signal.Signals(number).name)
+    return code
+
+
+def stopped_early(name: str) -> StoppedError:
+    """Told where a signal comes before a run listens."""
+    return StoppedError(
+        f"stopped by {name} before the run began", fix="start the same command again"
+    )
+
+
+def follow_launcher() -> None:
+    """In a process that ``launch`` started, until the run listens: signals end it without a word,
+    which is the launcher's; and the kernel sends it SIGTERM once the launcher is gone, however
+    that ended (prctl(2), PR_SET_PDEATHSIG).
+    """
+    launcher = os.environ.pop(LAUNCHER, None)  # for this process, not for what it starts
+    if launcher is None or sys.platform != "linux":
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # gone before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def environment(number: int, processes: int, port: int) -> dict[str, str]:
@@ -69,6 +104,7 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LAUNCHER: str(os.getpid()),
     }
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from toolkit.base.errors import StoppedError
 from toolkit.train import launch
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 
 @pytest.fixture
@@ -82,6 +85,61 @@ def test_signals_are_handed_on_once(acting, tmp_path: Path, number: signal.Signa
     )
     assert [(tmp_path / f"got{n}").read_text() for n in (0, 1)] == ["got\n"] * 2
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_run_listens_is_a_run_that_was_stopped(acting, tmp_path: Path) -> None:
+    ready = [tmp_path / "ready0", tmp_path / "ready1"]
+
+    def send() -> None:
+        while not all(path.exists() for path in ready):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(StoppedError, match="stopped by SIGTERM before the run began") as caught:
+        acting(">ready$RANK\nexec sleep 60")
+    assert caught.value.exit_code == 75
+
+
+RANK = """\
+import os, sys, time
+from toolkit.cli.early import listening_early
+with listening_early():
+    open(f"pid{os.environ['RANK']}", "w").write(str(os.getpid()))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_launcher_that_is_killed_takes_its_processes_with_it(tmp_path: Path) -> None:
+    """Real processes: the launcher, and two of ours that have come as far as the command line."""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} rank.py\n")
+    script.chmod(0o755)
+    (tmp_path / "rank.py").write_text(RANK)
+    code = f"import sys; sys.executable = {str(script)!r}\n"
+    code += "from toolkit.train.launch import launch; launch([], 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in files))
+    launcher.kill()
+    launcher.wait()
+    for path in files:
+        wait_for(lambda path=path: not running(int(path.read_text())))
+
+
+def running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_free_port_can_be_taken() -> None:
