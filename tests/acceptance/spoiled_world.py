@@ -87,6 +87,10 @@ class Ended:
     stdout: str
     stderr: str
 
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """A log of the run that it was."""
+        return [json.loads(line) for line in (self.folder / "out" / name).read_text().splitlines()]
+
 
 def serve(cases: list[dict[str, Any]], *more: str) -> list[Ended]:
     """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one

@@ -4,7 +4,6 @@ it. Faults are planted by the user's own reward file, which a run imports.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -185,10 +184,6 @@ def slow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End
     return run(SLOW, tmp_path_factory.mktemp("slow"), model)
 
 
-def rows(ended: Ended, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (ended.folder / "out" / name).read_text().splitlines()]
-
-
 def check(case: Case, shown: Ended) -> None:
     assert shown.returncode == case.code, shown.stdout + shown.stderr
     for words in case.says:
@@ -201,7 +196,7 @@ def check(case: Case, shown: Ended) -> None:
 
 def check_stopped(ended: Ended) -> None:
     """Two steps were done, and are whole."""
-    assert [row["step"] for row in rows(ended)] == [1, 2]
+    assert [row["step"] for row in ended.rows()] == [1, 2]
     assert checkpoint.faults(ended.folder / "out" / "checkpoint-2") == []
     assert not (ended.folder / "out" / "checkpoint-3").exists()
 
@@ -223,13 +218,13 @@ def test_a_run_on_the_engine_that_starts_or_stops_badly(slow: dict[str, Ended], 
 
 def test_what_the_options_leave(quick: dict[str, Ended]) -> None:
     run = quick["options"]
-    said = rows(run, "completions.jsonl")
+    said = run.rows("completions.jsonl")
     assert len(said) == 32
     assert all(re.fullmatch(REGEX, row["completion"]) for row in said), said[:3]
     for row in said:
         parts = row["rewards"]
         assert row["reward"] == pytest.approx(0.5 * parts["score"] + parts["exact_match"])
-    metrics = rows(run)
+    metrics = run.rows()
     trained = [row for row in metrics if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
     assert all("kl" in row and "sampling/logp_gap_max" in row for row in trained)
@@ -252,6 +247,6 @@ def test_one_run_file_is_one_run_in_any_process(model: Path, tmp_path: Path) -> 
 
 def test_memory_that_was_short_cost_no_completion(quick: dict[str, Ended]) -> None:
     run = quick["memory for four"]
-    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
-    assert len(rows(run, "completions.jsonl")) == 32
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    assert len(run.rows("completions.jsonl")) == 32
     assert run.stderr.count("rollout: out of memory") == 1

@@ -76,18 +76,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return dict(zip(("none", "chat"), serve(cases), strict=True))
 
 
-def _rows(ended: Ended, name: str) -> list[dict]:
-    return [json.loads(line) for line in (ended.folder / "out" / name).read_text().splitlines()]
-
-
 def test_a_reward_that_misbehaves_is_scored_none_and_the_run_ends(ended: dict[str, Ended]) -> None:
     run = ended["none"]
     assert run.returncode == 0, run.stderr
-    rows = _rows(run, "metrics.jsonl")
+    rows = run.rows()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["rewards/nothing/failed"] >= 0.25 for row in rows)
     assert all(row["rewards/later/mean"] == 0.5 for row in rows)
-    problems = " ".join(record["problem"] for record in _rows(run, "bad_rewards.jsonl"))
+    problems = " ".join(record["problem"] for record in run.rows("bad_rewards.jsonl"))
     for what in ("raised KeyError", "returned nan", "returned a str", "longer than 2 s"):
         assert what in problems
     assert "returned 3 rewards for 4 completions" in problems
@@ -95,7 +91,7 @@ def test_a_reward_that_misbehaves_is_scored_none_and_the_run_ends(ended: dict[st
 
 def test_the_reward_is_the_weighted_sum_of_what_was_scored(ended: dict[str, Ended]) -> None:
     weights = {"nothing": 2.0, "later": 1.0, "numeric_match": 0.5, "length_penalty": 1.0}
-    rows = _rows(ended["none"], "completions.jsonl")
+    rows = ended["none"].rows("completions.jsonl")
     assert len(rows) == 24
     assert any(row["rewards"]["nothing"] is None for row in rows)
     for row in rows:
@@ -113,8 +109,8 @@ def test_the_report_tells_of_it(ended: dict[str, Ended]) -> None:
 def test_chat_completions_come_as_messages(ended: dict[str, Ended]) -> None:
     run = ended["chat"]
     assert run.returncode == 0, run.stderr
-    (row,) = _rows(run, "metrics.jsonl")
+    (row,) = run.rows()
     assert row["chat"] == 1.0
     assert row["rewards/texts/mean"] > 0
-    said = _rows(run, "completions.jsonl")[0]
+    said = run.rows("completions.jsonl")[0]
     assert said["prompt"] == [{"content": "1+2=", "role": "user"}]

@@ -1,42 +1,16 @@
-"""``envcheck validate`` as a user and a scheduler meet it: arguments, formats, exit codes,
-what-ifs.
-"""
+"""``envcheck validate`` as a user and a scheduler meet it: arguments, exit codes, what-ifs."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-ENVCHECK = Path(sys.executable).with_name("envcheck")
-PARTS = FIXTURES / "parts"
-GOOD = f"""\
-model: {{model_name: {PARTS}/model, max_seq_length: 1024}}
-dataset: {{path: {PARTS}/train.jsonl, prompt: question, answer: answer}}
-reward: {{functions: [{{name: exact_match}}]}}
-"""
+from validate_world import GOOD, PARTS, envcheck
 
-
-def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = None,
-             env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """One cold process."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [ENVCHECK, *map(str, arguments)],
-        input=data,
-        capture_output=True,
-        check=False,
-        cwd=cwd,
-        timeout=60,
-        env={**os.environ, "HF_HOME": "/nonexistent", **(env or {})},
-    )
-    assert b"Traceback" not in done.stderr + done.stdout
-    return subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
-    )
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_the_finding_reads_as_documented(tmp_path: Path) -> None:

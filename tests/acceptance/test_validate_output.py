@@ -1,47 +1,20 @@
-"""``envcheck validate`` as a user and a scheduler meet it: arguments, formats, exit codes,
-what-ifs.
-"""
+"""What ``envcheck validate`` prints, for people and for programs."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from validate_world import ENVCHECK, FIXTURES, GOOD, envcheck
 
 from toolkit.config.validate import check_instance
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-ENVCHECK = Path(sys.executable).with_name("envcheck")
-PARTS = FIXTURES / "parts"
-GOOD = f"""\
-model: {{model_name: {PARTS}/model, max_seq_length: 1024}}
-dataset: {{path: {PARTS}/train.jsonl, prompt: question, answer: answer}}
-reward: {{functions: [{{name: exact_match}}]}}
-"""
-
-
-def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = None,
-             env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """One cold process."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [ENVCHECK, *map(str, arguments)],
-        input=data,
-        capture_output=True,
-        check=False,
-        cwd=cwd,
-        timeout=60,
-        env={**os.environ, "HF_HOME": "/nonexistent", **(env or {})},
-    )
-    assert b"Traceback" not in done.stderr + done.stdout
-    return subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
-    )
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_json_is_what_its_schema_says(tmp_path: Path) -> None:

@@ -48,11 +48,6 @@ OVERRIDDEN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
-
-
 def test_the_pinned_release():
     assert trl.__version__ == "1.16.0"
 

@@ -18,11 +18,6 @@ from toolkit.train import faults
 from toolkit.train.trainer import GRPOTrainer
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
-
-
 class Narrow(GRPOTrainer):
     """Runs out of memory where a training forward has more than ``limit`` rows."""
 

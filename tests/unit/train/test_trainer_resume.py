@@ -14,12 +14,6 @@ from trainer_helpers import ROWS, adapter_digest, history, make_trainer
 from toolkit.base.errors import ConfigError
 from toolkit.train import checkpoint, resume, state
 
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
-
-
 CASES = {
     "plain": ({}, [2, 4]),
     # 12 steps an epoch

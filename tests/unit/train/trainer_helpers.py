@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from transformers import PrinterCallback
 from trl import GRPOConfig
 
 from toolkit.engine.transformers_engine import TransformersEngine
@@ -80,7 +81,7 @@ def make_trainer(
     model = make_policy(**(lora or {}))
     if engine:
         put_engine(model, tokenizer)
-    return kind(
+    trainer = kind(
         model=model,
         reward_funcs=rewards,
         args=arguments(folder, **grpo),
@@ -88,6 +89,8 @@ def make_trainer(
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def adapter_digest(trainer: GRPOTrainer) -> str:
