@@ -4,12 +4,13 @@ one.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, UnsupportedError
 from toolkit.policy.language_model import FastLanguageModel
 from toolkit.policy.loading import load
 from toolkit.policy.request import check_request
@@ -27,6 +28,43 @@ PROMPTS = [[4, 5, 6, 7], [9, 8]]
 def _load(folder: Path | str, **values: Any) -> Any:
     plain = {"max_seq_length": 128, "load_in_4bit": False}
     return FastLanguageModel.from_pretrained(str(folder), **{**plain, **values})
+
+
+def test_an_adapters_folder_on_an_engine_with_weights_of_its_own(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    """``share_weights=False`` keeps a trainer's copy; "auto" makes room for the adapter at hand.
+
+    Before ``fast``: a process has one engine at a time.
+    """
+    model, _ = _load(llama_folder)
+    trained = FastLanguageModel.get_peft_model(model, r=10, use_gradient_checkpointing=False)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    folder = trained.save_lora(tmp_path / "a")
+    fast, _ = _load(
+        folder,
+        fast_inference=True,
+        max_lora_rank="auto",
+        gpu_memory_utilization="auto",
+        share_weights=False,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        kv_cache_bytes=1 << 26,
+    )
+    with fast.toolkit_engine as engine:
+        assert engine.options.max_lora_rank == 16
+        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == _ids(
+            trained.fast_generate(PROMPTS, **GREEDY)
+        )
+        base = _ids(model.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+        assert _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)) == base
+        own = {value.untyped_storage().data_ptr() for value in fast.parameters()}
+        theirs = {value.untyped_storage().data_ptr() for value in engine.module.parameters()}
+        assert not own & theirs
 
 
 @pytest.fixture(scope="module")
@@ -210,35 +248,15 @@ def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_fold
         load(request)
 
 
-def test_an_adapters_folder_on_an_engine_with_weights_of_its_own(
-    llama_folder: Path, tmp_path: Path
-) -> None:
-    """``share_weights=False`` keeps a trainer's copy; "auto" makes room for the adapter at hand."""
-    model, _ = _load(llama_folder)
-    trained = FastLanguageModel.get_peft_model(model, r=10, use_gradient_checkpointing=False)
-    generator = torch.Generator().manual_seed(2)
+def test_closing_gives_back_all_but_the_weights(fast: Any) -> None:
+    """The last test: the model goes on without its engine."""
+    engine = fast.toolkit_engine
+    held = [weakref.ref(thing) for thing in (engine.llm, engine.module, engine._adapters._slots)]
+    ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    folder = trained.save_lora(tmp_path / "a")
-    fast, _ = _load(
-        folder,
-        fast_inference=True,
-        max_lora_rank="auto",
-        gpu_memory_utilization="auto",
-        share_weights=False,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        kv_cache_bytes=1 << 26,
-    )
-    with fast.toolkit_engine as engine:
-        assert engine.options.max_lora_rank == 16
-        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == _ids(
-            trained.fast_generate(PROMPTS, **GREEDY)
-        )
-        base = _ids(model.fast_generate(PROMPTS, lora_request=None, **GREEDY))
-        assert _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)) == base
-        own = {value.untyped_storage().data_ptr() for value in fast.parameters()}
-        theirs = {value.untyped_storage().data_ptr() for value in engine.module.parameters()}
-        assert not own & theirs
+        before = fast(ids).logits
+        engine.close()
+        assert [thing() for thing in held] == [None] * 3
+        assert torch.equal(fast(ids).logits, before)
+    with pytest.raises(ConfigError, match="the engine is closed"):
+        fast.fast_generate(PROMPTS, max_tokens=1)

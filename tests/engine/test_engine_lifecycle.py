@@ -84,6 +84,23 @@ def test_close_leaves_nothing_behind_and_a_second_engine_works(
             use()
 
 
+def test_one_engine_at_a_time(llama_folder: Path, open_small: Callable[..., Engine]) -> None:
+    """A notebook's loading cell, run once more: the engine that is held is named, the one that
+    nobody holds any more makes room.
+    """
+    with open_small(llama_folder) as first:
+        with pytest.raises(ConfigError, match="open in this process already") as caught:
+            open_small(llama_folder)
+        assert str(llama_folder) in str(caught.value)
+        assert "toolkit_engine.close()" in str(caught.value.fix)
+        assert first.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
+    lost = open_small(llama_folder)
+    lost.itself = lost  # type: ignore[attr-defined]  # what only the collector finds
+    del lost
+    with open_small(llama_folder) as engine:
+        assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
+
+
 def test_a_process_group_of_the_trainer_survives_the_engine(
     llama_folder: Path, open_small: Callable[..., Engine], tmp_path: Path
 ) -> None:

@@ -4,7 +4,9 @@ prepares the environment.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from vllm import LLM
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
-from toolkit.base.errors import InputError, ToolkitError, UnsupportedError
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
 from toolkit.config.targets import has_experts
 from toolkit.engine import experts, loader, sleep
 from toolkit.engine.live import Engine
@@ -26,8 +28,16 @@ if TYPE_CHECKING:
     from toolkit.engine.options import EngineOptions
 
 
+_started: weakref.ref[Engine] | None = None
+"""The engine that was started last in this process."""
+
+
 def start(options: EngineOptions) -> Engine:
     """Check what can be checked cheaply, then start vLLM and reach into it."""
+    global _started
+    again = _started is not None
+    if again:
+        make_room()
     device = device_type()
     config = check_model(options, device)
     loader.register()
@@ -47,7 +57,13 @@ def start(options: EngineOptions) -> Engine:
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
-        return Engine(llm, options, owns_process_group=owns_process_group)
+        engine = Engine(llm, options, owns_process_group=owns_process_group)
+        _started = weakref.ref(engine)
+        if again:
+            # vLLM froze what was there: also the model of the engine before, whose weights the
+            # collector is to find when the caller gives its name to the new one.
+            gc.unfreeze()
+        return engine
     except ToolkitError:
         raise
     except Exception as problem:
@@ -57,6 +73,27 @@ def start(options: EngineOptions) -> Engine:
         # nothing (0.31.0). The trainer lives in this process too: both are put back.
         torch.set_rng_state(state)
         torch.set_num_threads = set_num_threads
+
+
+def make_room() -> None:
+    """Free what nobody holds any more of the engine before, and refuse to start beside one that is
+    open: vLLM keeps its groups, and the pool of a KV cache that sleeps, for the process, so that
+    closing one of two would break the other.
+
+    Raises:
+        ConfigError: one is open, and somebody holds it.
+    """
+    gc.unfreeze()  # vLLM has frozen what was there when it started
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    engine = _started() if _started is not None else None
+    if engine is not None and not engine.closed:
+        raise ConfigError(
+            f"an engine is open in this process already, on {engine.options.model}",
+            where="engine",
+            fix="close it: model.toolkit_engine.close(), where model is the one loaded before",
+        )
 
 
 def fit_cpu(arguments: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ adapter.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,8 @@ def _finish(
     attach(
         model,
         toolkit_engine=engine,
-        vllm_engine=getattr(engine, "llm", None),
+        # Not held: what the engine frees when it is closed must not wait for the model.
+        vllm_engine=None if engine is None else weakref.proxy(engine.llm),
         max_seq_length=length,
         toolkit_tokenizer=tokenizer,
         toolkit_full_finetuning=request.full_finetuning,
