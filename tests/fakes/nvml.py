@@ -14,91 +14,47 @@ import ctypes
 import time
 from typing import Any
 
-SUCCESS, NOT_SUPPORTED, NOT_FOUND, INSUFFICIENT_SIZE, LOST = 0, 3, 6, 7, 15
-UNKNOWN, VERSION_MISMATCH, INVALID_ARGUMENT, NO_SUCH_LIBRARY = 999, 25, 2, 12
-SLICE_BASE = 1000  # a slice's handle is SLICE_BASE * (card + 1) + slice + 1, a card's is card + 1
-NO_MEMORY_FIGURE = (1 << 64) - 1
+from nvml_table import (
+    INSUFFICIENT_SIZE,
+    INVALID_ARGUMENT,
+    LOST,
+    NO_MEMORY_FIGURE,
+    NO_SUCH_LIBRARY,
+    NOT_FOUND,
+    SLICE_BASE,
+    SUCCESS,
+    VERSION_MISMATCH,
+    Failure,
+    FunctionTable,
+    number_of,
+    recorded,
+    set_handle,
+    target,
+)
+
+PLAIN = {
+    "nvmlDeviceGetMinorNumber": recorded("minor"),
+    "nvmlDeviceGetPersistenceMode": recorded("persistence_mode"),
+    "nvmlDeviceGetComputeMode": recorded("compute_mode"),
+    "nvmlDeviceGetPerformanceState": recorded("performance_state"),
+    "nvmlDeviceGetCurrentClocksEventReasons": recorded("clock_reasons"),
+    "nvmlDeviceGetCurrentClocksThrottleReasons": recorded("clock_reasons"),
+    "nvmlDeviceGetPowerUsage": recorded("power_mw"),
+    "nvmlDeviceGetEnforcedPowerLimit": recorded("power_limit_mw"),
+    "nvmlDeviceGetPowerManagementDefaultLimit": recorded("power_default_mw"),
+    "nvmlDeviceGetCurrPcieLinkGeneration": recorded("pcie", "generation"),
+    "nvmlDeviceGetMaxPcieLinkGeneration": recorded("pcie", "max_generation"),
+    "nvmlDeviceGetCurrPcieLinkWidth": recorded("pcie", "width"),
+    "nvmlDeviceGetMaxPcieLinkWidth": recorded("pcie", "max_width"),
+    "nvmlDeviceGetGpuInstanceId": recorded("gpu_instance"),
+    "nvmlDeviceGetComputeInstanceId": recorded("compute_instance"),
+}
 
 
-class Failure(Exception):
-    """An answer that is an NVML return code."""
+class FakeNvml(FunctionTable):
+    """NVML's functions, for one node."""
 
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
-class CFunction:
-    """What ``getattr(CDLL, name)`` gives: callable, with attributes that callers may set."""
-
-    def __init__(self, body: Any) -> None:
-        self.body = body
-
-    def __call__(self, *arguments: Any) -> Any:
-        try:
-            return self.body(*arguments) or SUCCESS
-        except Failure as failure:
-            return failure.code
-
-
-def target(reference: Any) -> Any:
-    """The object that a ``byref`` or a pointer argument refers to."""
-    return getattr(reference, "_obj", reference)
-
-
-def set_handle(reference: Any, number: int) -> None:
-    """Write an opaque device handle."""
-    ctypes.cast(reference, ctypes.POINTER(ctypes.c_void_p))[0] = number
-
-
-def number_of(value: Any) -> int:
-    """A C integer argument, wrapped or not."""
-    return int(getattr(value, "value", value))
-
-
-class FakeNvml:
-    """Answers for one node; ``calls`` counts every C function that was called."""
-
-    def __init__(self, node: dict[str, Any], quirks: dict[str, Any] | None = None) -> None:
-        self.node, self.quirks = node, quirks or {}
-        self.calls: dict[str, int] = {}
-        self._functions: dict[str, CFunction] = {}
-
-    def __getattr__(self, name: str) -> CFunction:
-        if name.startswith("_") or name in self.quirks.get("missing", ()):
-            raise AttributeError(name)
-        body = getattr(type(self), f"c_{name}", None) or PLAIN.get(name)
-        if body is None:
-            raise AttributeError(name)
-
-        def counted(*arguments: Any) -> Any:
-            self.calls[name] = self.calls.get(name, 0) + 1
-            return body(self, *arguments)
-
-        return self._functions.setdefault(name, CFunction(counted))
-
-    # What a handle stands for, and what is recorded about it.
-
-    def row(self, handle: Any) -> dict[str, Any]:
-        number = ctypes.cast(handle, ctypes.c_void_p).value or 0
-        if number >= SLICE_BASE:
-            card, part = divmod(number, SLICE_BASE)
-            return dict(self.node["gpus"][card - 1]["slices"][part - 1])
-        return dict(self.node["gpus"][number - 1])
-
-    def value(self, handle: Any, name: str) -> Any:
-        row = self.row(handle)
-        answer = row.get(name)
-        if "state" in row and "value" not in row["state"]:
-            answer = row["state"]  # a lost card answers everything with its loss
-        return self.unwrap(answer)
-
-    @staticmethod
-    def unwrap(answer: dict[str, Any] | None) -> Any:
-        if answer is None:
-            raise Failure(NOT_SUPPORTED)
-        if "value" in answer:
-            return answer["value"]
-        raise Failure(answer.get("code", NOT_SUPPORTED if "unsupported" in answer else UNKNOWN))
+    plain = PLAIN
 
     # The system.
 
@@ -275,35 +231,6 @@ class FakeNvml:
             raise Failure(NOT_FOUND)
         card = ctypes.cast(handle, ctypes.c_void_p).value
         set_handle(part, card * SLICE_BASE + number_of(index) + 1)
-
-
-def _plain(field: str, key: str | None = None) -> Any:
-    """A C function ``(handle, out)`` that gives one recorded number."""
-
-    def body(fake: FakeNvml, handle: Any, out: Any) -> None:
-        value = fake.value(handle, field)
-        target(out).value = value if key is None else value[key]
-
-    return body
-
-
-PLAIN = {
-    "nvmlDeviceGetMinorNumber": _plain("minor"),
-    "nvmlDeviceGetPersistenceMode": _plain("persistence_mode"),
-    "nvmlDeviceGetComputeMode": _plain("compute_mode"),
-    "nvmlDeviceGetPerformanceState": _plain("performance_state"),
-    "nvmlDeviceGetCurrentClocksEventReasons": _plain("clock_reasons"),
-    "nvmlDeviceGetCurrentClocksThrottleReasons": _plain("clock_reasons"),
-    "nvmlDeviceGetPowerUsage": _plain("power_mw"),
-    "nvmlDeviceGetEnforcedPowerLimit": _plain("power_limit_mw"),
-    "nvmlDeviceGetPowerManagementDefaultLimit": _plain("power_default_mw"),
-    "nvmlDeviceGetCurrPcieLinkGeneration": _plain("pcie", "generation"),
-    "nvmlDeviceGetMaxPcieLinkGeneration": _plain("pcie", "max_generation"),
-    "nvmlDeviceGetCurrPcieLinkWidth": _plain("pcie", "width"),
-    "nvmlDeviceGetMaxPcieLinkWidth": _plain("pcie", "max_width"),
-    "nvmlDeviceGetGpuInstanceId": _plain("gpu_instance"),
-    "nvmlDeviceGetComputeInstanceId": _plain("compute_instance"),
-}
 
 
 def install(node: dict[str, Any], quirks: dict[str, Any] | None = None) -> FakeNvml:

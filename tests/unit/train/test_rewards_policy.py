@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from rewards_helpers import COMPLETIONS, each, run, saved
 
 from toolkit.base.errors import ConfigError
 from toolkit.train.rewards import policy as policy_module
-from toolkit.train.rewards.limits import LoopThread, OutOfTime, call_within
-from toolkit.train.rewards.policy import AsyncGuardedReward, Policy, guard, is_async
-
-COMPLETIONS = ["a", "bad", "c", "d"]
-
-
-def run(function: Any, tmp_path: Path, on_error: str = "none", timeout_s: float | None = None):
-    policy = Policy(on_error, timeout_s, tmp_path / "run" / "bad_rewards.jsonl")  # type: ignore[arg-type]
-    reward = guard("mine", function, policy)
-    logged: dict[str, float] = {}
-    columns = {"answer": [1, 2, 3, 4], "log_metric": logged.__setitem__, "log_extra": lambda *_: 1}
-    call = reward(prompts=["p"] * 4, completions=list(COMPLETIONS), **columns)
-    scores = asyncio.run(call) if isinstance(reward, AsyncGuardedReward) else call
-    return reward, scores, logged
-
-
-def saved(tmp_path: Path) -> list[dict[str, Any]]:
-    file = tmp_path / "run" / "bad_rewards.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def each(score: Any):
-    """A well-made reward but for what ``score`` does with the completion "bad"."""
-
-    def mine(completions, **kwargs):
-        return [score() if text == "bad" else 1.0 for text in completions]
-
-    return mine
+from toolkit.train.rewards.policy import Policy, guard, is_async
 
 
 def divide() -> float:
@@ -153,38 +124,6 @@ def test_where_no_sample_alone_is_guilty_the_batch_is(tmp_path: Path, function) 
         run(function, tmp_path, "fail")
 
 
-@pytest.mark.parametrize("returned", [None, 1.0, "abcd", {1: 2}, np.float32(1)])
-def test_what_is_no_list(tmp_path: Path, returned: Any) -> None:
-    with pytest.raises(ConfigError, match="not a list of rewards"):
-        run(lambda **kwargs: returned, tmp_path, "fail")
-
-
-def test_a_coroutine_from_a_plain_function(tmp_path: Path) -> None:
-    async def later() -> None: ...
-
-    with pytest.raises(ConfigError, match="returned a coroutine, not a list of rewards"):
-        run(lambda **kwargs: later(), tmp_path, "fail")
-
-
-@pytest.mark.parametrize(
-    "returned",
-    [
-        [1, True, None, np.float32(0.5)],
-        (1.0, 1, None, 0.5),
-        np.array([1.0, 1.0, 0.25, 0.5]),
-        torch.tensor([1.0, 1.0, 0.25, 0.5]),
-        [torch.tensor(1.0), torch.tensor(1), None, torch.tensor([0.5])],
-    ],
-)
-def test_what_is_taken(tmp_path: Path, returned: Any) -> None:
-    _, scores, logged = run(lambda **kwargs: returned, tmp_path, "fail")
-    assert [type(score) for score in scores if score is not None] == [float] * (
-        4 - scores.count(None)
-    )
-    assert [scores[0], scores[1], scores[3]] == [1.0, 1.0, 0.5]
-    assert logged == {}
-
-
 def test_async_functions_are_async_for_trl_too(tmp_path: Path) -> None:
     async def mine(completions, answer, **kwargs):
         await asyncio.sleep(0.01)
@@ -277,58 +216,3 @@ def test_a_full_disk_does_not_hide_the_problem(tmp_path: Path) -> None:
     reward = guard("mine", each(divide), Policy("fail", None, Path("/dev/full/x")))
     with pytest.raises(ConfigError, match=r"ZeroDivisionError[\s\S]*could not be saved"):
         reward(["p"] * 4, COMPLETIONS)
-
-
-def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:
-    heard: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    try:
-        with pytest.raises(OutOfTime, match=r"longer than 0\.05 s"):
-            call_within(5, lambda: call_within(0.05, lambda: time.sleep(10)))
-        assert call_within(5, lambda: call_within(5, lambda: 7)) == 7
-        assert heard == []
-        time.sleep(0.5)
-        assert heard == [1]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-
-
-def test_the_outer_limit_still_counts_after_an_inner_one() -> None:
-    def work() -> None:
-        call_within(5, lambda: None)
-        time.sleep(10)
-
-    started = time.monotonic()
-    with pytest.raises(OutOfTime):
-        call_within(0.2, work)
-    assert time.monotonic() - started < 8
-
-
-def test_elsewhere_than_in_the_main_thread() -> None:
-    outcomes: list[object] = []
-
-    def work() -> None:
-        try:
-            call_within(0.1, lambda: time.sleep(2))
-        except OutOfTime as error:
-            outcomes.append(str(error))
-        outcomes.append(call_within(5, lambda: 7))
-        try:
-            call_within(5, divide)
-        except ZeroDivisionError:
-            outcomes.append("raised")
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(10)
-    assert outcomes == ["took longer than 0.1 s", 7, "raised"]
-
-
-def test_one_loop_for_all_calls() -> None:
-    async def which() -> int:
-        return id(asyncio.get_running_loop())
-
-    loop = LoopThread()
-    assert loop.call_within(5, which()) == loop.call_within(None, which())

@@ -1,0 +1,67 @@
+"""Calls that may hang, for a limited time: in the main thread, in another, and in a loop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+
+import pytest
+
+from toolkit.train.rewards.limits import LoopThread, OutOfTime, call_within
+
+
+def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:
+    heard: list[int] = []
+    old = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(OutOfTime, match=r"longer than 0\.05 s"):
+            call_within(5, lambda: call_within(0.05, lambda: time.sleep(10)))
+        assert call_within(5, lambda: call_within(5, lambda: 7)) == 7
+        assert heard == []
+        time.sleep(0.5)
+        assert heard == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_the_outer_limit_still_counts_after_an_inner_one() -> None:
+    def work() -> None:
+        call_within(5, lambda: None)
+        time.sleep(10)
+
+    started = time.monotonic()
+    with pytest.raises(OutOfTime):
+        call_within(0.2, work)
+    assert time.monotonic() - started < 8
+
+
+def test_elsewhere_than_in_the_main_thread() -> None:
+    outcomes: list[object] = []
+
+    def work() -> None:
+        try:
+            call_within(0.1, lambda: time.sleep(2))
+        except OutOfTime as error:
+            outcomes.append(str(error))
+        outcomes.append(call_within(5, lambda: 7))
+        try:
+            call_within(5, lambda: 1 / 0)
+        except ZeroDivisionError:
+            outcomes.append("raised")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert outcomes == ["took longer than 0.1 s", 7, "raised"]
+
+
+def test_one_loop_for_all_calls() -> None:
+    async def which() -> int:
+        return id(asyncio.get_running_loop())
+
+    loop = LoopThread()
+    assert loop.call_within(5, which()) == loop.call_within(None, which())
