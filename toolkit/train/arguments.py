@@ -42,6 +42,9 @@ def grpo_config(
         "fp16": half == "float16" and not written_half,
         # The policy has switched it on or off already (lora.use_gradient_checkpointing).
         "gradient_checkpointing": False,
+        # Every adapter has a part in every loss. transformers 5.17 has DDP look for those that have
+        # none, a walk through the graph at each step, for all but its own class of models.
+        "ddp_find_unused_parameters": False,
     }
     if written.get("eval_strategy", "no") != "no" and not has_eval:
         raise ConfigError(

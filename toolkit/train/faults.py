@@ -64,6 +64,12 @@ def translate(error: Exception, where: str) -> ToolkitError | None:
             fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length"
             " (envcheck size prices both), then start the same command again: it resumes",
         )
+    if "parameters that were not used in producing loss" in str(error):
+        return ConfigError(
+            "several processes train parameters of which some had no part in the loss",
+            where=where,
+            fix="set grpo.ddp_find_unused_parameters: true, or name fewer lora.target_modules",
+        )
     if _LOST.search(f"{type(error).__name__}: {error}"):
         return NodeError(
             f"the GPU failed under the run: {said}",

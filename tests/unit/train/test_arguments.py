@@ -76,6 +76,12 @@ def test_float32_on_a_cpu(tmp_path):
     assert (made.bf16, made.fp16, made.use_cpu) == (False, False, True)
 
 
+def test_ranks_do_not_look_for_unused_parameters_unless_told_to(tmp_path):
+    assert arguments(tmp_path)[0].ddp_find_unused_parameters is False
+    told, _ = arguments(tmp_path, grpo=", ddp_find_unused_parameters: true")
+    assert told.ddp_find_unused_parameters is True
+
+
 def test_completions_are_ours_unless_they_are_to_be_uploaded(tmp_path):
     made, _ = arguments(tmp_path, grpo=", log_completions: true")
     assert made.log_completions is False

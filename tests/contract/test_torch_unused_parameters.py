@@ -1,0 +1,48 @@
+"""What torch says where ranks train a parameter that has no part in the loss: the run tells how to
+have such parameters looked for.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from toolkit.train.faults import translate
+
+pytestmark = pytest.mark.contract
+
+
+class Half(nn.Module):
+    """Of its two layers one is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.fixture
+def group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def two_steps(*, find_unused_parameters: bool) -> None:
+    model = DistributedDataParallel(Half(), find_unused_parameters=find_unused_parameters)
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+
+
+def test_an_idle_parameter_is_told_with_its_way_out(group):
+    two_steps(find_unused_parameters=True)
+    with pytest.raises(RuntimeError) as caught:
+        two_steps(find_unused_parameters=False)
+    told = translate(caught.value, "step 2")
+    assert told is not None
+    assert told.exit_code == 1
+    assert "ddp_find_unused_parameters: true" in str(told.fix)
