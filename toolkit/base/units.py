@@ -22,6 +22,11 @@ def format_bytes(count: float) -> str:
     return f"{sign}{size:.0f} B"
 
 
+def format_parameters(count: int) -> str:
+    """Parameters of a model or an adapter: ``8.030 B``, ``0.46 M``."""
+    return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
 def plural(count: int, noun: str) -> str:
     """``1 warning``, ``2 warnings``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

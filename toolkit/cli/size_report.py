@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import GIB, format_bytes
+from toolkit.base.units import GIB, format_bytes, format_parameters
 from toolkit.cli.render import paragraph, styled, table, terminal_width
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def _head(result: SizingResult) -> str:
     model = result.model
     held = f"{model.quantization or model.dtype} {format_bytes(model.weight_bytes)}"
     lines = [
-        f"model   {model.name} ({model.architecture}): {model.parameters / 1e9:.3f} B parameters, "
-        f"{held}, KV {format_bytes(model.kv_bytes_per_token)} a token",
+        f"model   {model.name} ({model.architecture}): {format_parameters(model.parameters)} "
+        f"parameters, {held}, KV {format_bytes(model.kv_bytes_per_token)} a token",
     ]
     if model.margin:
         lines.append(f"margin  not known exactly: {model.margin:.0%} more is kept free for it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from toolkit.base.paths import write_file
-from toolkit.base.units import format_bytes
+from toolkit.base.units import format_bytes, format_parameters
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.from_config import choose_engine
 from toolkit.train import manifest
@@ -63,9 +63,10 @@ def introduce(parts: Parts, seed: int, found: Path | None, out: TextIO) -> None:
     place = parts.preflight.device.name if parts.preflight.device else "CPU"
     lines = [
         f"model    {config.model.model_name}"
-        f" ({sizing.model.parameters / 1e6:.1f} M parameters,"
+        f" ({format_parameters(sizing.model.parameters)} parameters,"
         f" {format_bytes(sizing.model.weight_bytes)})",
-        f"adapter  r {config.lora.r}, {sizing.model.trainable_parameters / 1e6:.2f} M parameters",
+        f"adapter  r {config.lora.r},"
+        f" {format_parameters(sizing.model.trainable_parameters)} parameters",
         f"engine   {choose_engine(config)} on {place}"
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         *(f"data     {line}" for line in parts.data.report.lines()),
