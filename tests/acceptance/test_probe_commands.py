@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -68,6 +69,29 @@ def test_watch_looks_again(tmp_path: Path) -> None:
     assert [json.loads(line)["kind"] for line in stream.stdout.splitlines()] == ["probe"] * 2
 
 
+def test_ctrl_c_is_how_a_watch_ends(tmp_path: Path) -> None:
+    process = cases.load("h200-healthy").start(tmp_path, "probe", "--watch", "--interval", "30")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("driver 580")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert (process.returncode, told) == (0, "")
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    process = cases.load("h200-healthy").start(
+        tmp_path, "probe", "--watch", "--interval", "0.1", "--count", "100"
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=20) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
 def test_metrics_are_written_in_one_step_and_readable(tmp_path: Path) -> None:
     metrics = tmp_path / "envcheck.prom"
     result = cases.load("a100-remap-pending").envcheck(
@@ -96,6 +120,10 @@ def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
     [
         (["check", "--only", "helth"], "did you mean health"),
         (["check", "--require", "cc>=nine"], "in no known form"),
+        (["check", "--require", "free>=1.2.3GiB"], "in no known form"),
+        (["check", "--require", "driver>=..."], "in no known form"),
+        (["check", "--prometheus", "absent/node.prom"], "absent/node.prom: cannot be written: No"),
+        (["record", "/proc/node.record.json"], "cannot be written"),
         (["check", "--config", "absent.yaml"], "does not exist"),
         (["check", "--lock", "node.json"], "no name==version line"),
         (["replay", "node.json"], "not a recording"),

@@ -50,6 +50,16 @@ class Case:
         self, folder: Path, *arguments: str, fake: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run the installed command as if on the case's node; with ``fake`` False, on this one."""
+        with self.start(folder, *arguments, fake=fake) as process:
+            try:
+                out, told = process.communicate(timeout=60)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, told)
+
+    def start(self, folder: Path, *arguments: str, fake: bool = True) -> subprocess.Popen[str]:
+        """The same, without waiting for its end."""
         file = folder / "node.json"
         file.write_text(json.dumps({"node": self.node, "quirks": self.quirks}))
         environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -58,8 +68,9 @@ class Case:
             environ |= self.node["environment"]
             environ |= {"PYTHONPATH": str(FAKES), "TOOLKIT_TEST_NODE": str(file)}
         command = [str(Path(sys.executable).parent / "envcheck"), *arguments]
-        return subprocess.run(
-            command, env=environ, capture_output=True, text=True, timeout=60, cwd=folder
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=environ, stdout=pipe, stderr=pipe, text=True, cwd=folder
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.units import plural
+from toolkit.cli.exits import writing
 from toolkit.cli.render import paragraph, styled, verdict_word
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def check(
     report = check_report(snapshot, results, strict=strict, node=node)
     code = int(report["exit_code"])
     if prometheus is not None:
-        write_file(prometheus, exposition(snapshot, results, code))
+        with writing(prometheus):
+            write_file(prometheus, exposition(snapshot, results, code))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:

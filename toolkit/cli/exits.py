@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.base.errors import ToolkitError
+from toolkit.base.errors import InputError, ToolkitError
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 INTERRUPTED = 130
 
@@ -33,18 +34,40 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit):
         raise
-    except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED, debug=debug)
-    except BrokenPipeError:
-        # The reader of our output went away (`envcheck probe | head`): not an error of anyone's.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except ToolkitError as error:
         _leave(f"error: {error}", error.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - a defect of ours, told to a person
         text = f"internal error: {type(error).__name__}: {error}"
         fix = "run again with --debug and report what it prints"
         _leave(f"{text}\n  fix: {fix}", 70, debug=debug)
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """End quietly where the user (Ctrl-C) or the reader of our output (`envcheck probe | head`)
+    went away. click would make "Aborted!" and 1 of both.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a file that was asked for. Raises InputError where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            fix="name a file in a folder that exists and that you may write to",
+        ) from None
 
 
 def _leave(text: str, code: int, *, debug: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from toolkit.cli.exits import left_alone
+
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -27,6 +29,11 @@ class LazyGroup(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; who leaves in the middle of it is told nothing of click's."""
+        with left_alone():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the commands from the table, without importing any of them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from toolkit.cli.exits import writing
 from toolkit.cli.render import paragraph, styled, table
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def probe(
         if not watch or looks == count:
             break
         sys.stdout.flush()
-        time.sleep(interval)
+        try:
+            time.sleep(interval)
+        except KeyboardInterrupt:  # how a watch ends
+            break
     if not snapshot.gpus:
         sys.exit(NO_GPU_EXIT)
 
@@ -74,7 +78,8 @@ def show(
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
 
     if prometheus is not None:
-        write_file(prometheus, exposition(snapshot))
+        with writing(prometheus):
+            write_file(prometheus, exposition(snapshot))
     if as_json:
         click.echo(json.dumps(probe_report(snapshot), indent=None if one_line else 2))
     else:

@@ -11,6 +11,7 @@ import click
 
 from toolkit.base.units import plural
 from toolkit.cli.check import request_options, text_of
+from toolkit.cli.exits import writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,8 @@ def record(file: Path, **request: Any) -> None:
     from toolkit.gpu.record import recording  # noqa: PLC0415 - as above
 
     snapshot, context, results = examine(**request)
-    write_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
+    with writing(file):
+        write_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
     click.echo(
         f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}; redacted. "
         f"Read it before you send it; `envcheck replay {file}` judges it anywhere."

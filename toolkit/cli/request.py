@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.checks import CheckContext, CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
 
+_AT_LEAST = re.compile(r"(cc|free|driver)\s*>=\s*([0-9]{1,9}(?:\.[0-9]{1,9})*)\s*([a-z]*)")
 _UNITS = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 
@@ -117,27 +118,34 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
 
     values: dict[str, Any] = {}
     for text in texts:
-        found = re.fullmatch(r"\s*(cc|free|driver)\s*>=\s*([\d.]+)\s*([a-z]*)\s*", text.lower())
+        found = _AT_LEAST.fullmatch(text.strip().lower())
         if text.strip().lower() == "gpu":
             values["required_gpus"] = max(1, values.get("required_gpus", 0))
         elif re.fullmatch(r"[0-9]{1,6}", text.strip()):
             values["required_gpus"] = int(text)
-        elif found and found[1] == "free" and found[3] in _UNITS:
-            values["required_free_bytes"] = int(float(found[2]) * _UNITS[found[3]])
         elif found and found[1] == "driver" and not found[3]:
             values["required_driver"] = found[2]
-        elif found and found[1] == "cc" and re.fullmatch(r"\d+\.\d+", found[2]) and not found[3]:
-            major, minor = found[2].split(".")
-            values["required_capability"] = (int(major), int(minor))
+        elif found and found[2].count(".") > 1:
+            raise unknown_form(text)
+        elif found and found[1] == "free" and found[3] in _UNITS:
+            values["required_free_bytes"] = int(float(found[2]) * _UNITS[found[3]])
+        elif found and found[1] == "cc" and not found[3]:
+            major, _, minor = found[2].partition(".")
+            values["required_capability"] = (int(major), int(minor or 0))
         elif re.search(r"[<>=]", text):
-            raise InputError(
-                f"--require {text!r} is in no known form",
-                fix="N, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
-            )
+            raise unknown_form(text)
         else:
-            cards.find(text)
+            cards.find(text, where="--require")
             values["required_card"] = text
     return values
+
+
+def unknown_form(text: str) -> InputError:
+    """What a requirement that cannot be read is answered with."""
+    return InputError(
+        f"--require {text!r} is in no known form",
+        fix="N, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
+    )
 
 
 def read_lock(path: Path) -> dict[str, str]:

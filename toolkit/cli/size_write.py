@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import rewrite_file
+from toolkit.cli.exits import writing
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
@@ -60,7 +61,8 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
     for start, end, spelled, _ in sorted(edits, reverse=True):
         text = text[:start] + spelled + text[end:]
     if edits:
-        rewrite_file(source.path, source.bom + text)
+        with writing(source.path):
+            rewrite_file(source.path, source.bom + text)
     lines = [f"{source.name}: {name}: {spelled}" for _, _, spelled, name in sorted(edits)]
     lines += [f"not written, it stands in another file: {line}" for line in elsewhere]
     return "\n".join(lines) or f'{source.name}: no "auto" is written there'

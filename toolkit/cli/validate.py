@@ -124,6 +124,7 @@ def _rewrite(name: str, request: _Request) -> None:
     from pathlib import Path  # noqa: PLC0415 - with --fix only
 
     from toolkit.base.paths import rewrite_file  # noqa: PLC0415
+    from toolkit.cli.exits import writing  # noqa: PLC0415
     from toolkit.config.fix import fix_source  # noqa: PLC0415
     from toolkit.config.read import Unreadable, read_source  # noqa: PLC0415
 
@@ -136,7 +137,8 @@ def _rewrite(name: str, request: _Request) -> None:
     repaired, fixed = fix_source(source, request.overrides, request.situation)
     if repaired.text == source.text:
         return
-    rewrite_file(Path(name), repaired.bom + repaired.text)
+    with writing(Path(name)):
+        rewrite_file(Path(name), repaired.bom + repaired.text)
     rules = ", ".join(dict.fromkeys(found.rule for found in fixed))
     click.echo(f"{name}: fixed {len(fixed)} ({rules})", err=True)
 

@@ -95,14 +95,14 @@ def _key(name: str) -> str:
 _BY_KEY = {_key(alias): card for card in CARDS for alias in (card.name, *card.aliases)}
 
 
-def find(name: str) -> Card:
+def find(name: str, *, where: str = "--gpu") -> Card:
     """The card of that name, alias or ``CARD:PROFILE`` (``h100:3g.40gb``, a MIG slice).
 
     A slice's memory is taken as its profile's share of the card (what NVML reports for one is some
     tens of MiB less).
 
     Raises:
-        ConfigError: no such card or profile; the fix names the nearest.
+        ConfigError: at ``where``, no such card or profile; the fix names the nearest.
     """
     base, _, profile = name.partition(":")
     card = _BY_KEY.get(_key(base))
@@ -111,15 +111,15 @@ def find(name: str) -> Card:
         hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
         known = ", ".join(card.aliases[0] for card in CARDS)
         fix = f"did you mean {hint}? Known: {known}" if hint else f"known cards: {known}"
-        raise ConfigError(f"no card named {base!r} in the table", where="--gpu", fix=fix)
-    return _slice(card, profile.lower().removeprefix("mig")) if profile else card
+        raise ConfigError(f"no card named {base!r} in the table", where=where, fix=fix)
+    return _slice(card, profile.lower().removeprefix("mig"), where) if profile else card
 
 
-def _slice(card: Card, profile: str) -> Card:
+def _slice(card: Card, profile: str, where: str) -> Card:
     if profile not in card.mig_profiles:
         known = ", ".join(card.mig_profiles) or "none: this card has no MIG"
         raise ConfigError(
-            f"{card.name} has no MIG profile {profile!r}", where="--gpu", fix=f"profiles: {known}"
+            f"{card.name} has no MIG profile {profile!r}", where=where, fix=f"profiles: {known}"
         )
     size_gb = int(profile.split(".")[1].removesuffix("gb"))
     whole_gb = int(card.mig_profiles[-1].split(".")[1].removesuffix("gb"))

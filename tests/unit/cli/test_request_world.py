@@ -38,3 +38,17 @@ def test_whole_groups_over_all_processes_are_whole(
         request._load(path, ())
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert request._load(path, ()).grpo["num_generations"] == 8
+
+
+def test_requirements_in_their_forms() -> None:
+    """A second part of a compute capability may be left out; a driver's version has any number."""
+    values = request.requirements(["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"])
+    assert values == {
+        "required_capability": (9, 0),
+        "required_free_bytes": 3 << 29,
+        "required_driver": "580.65.06",
+        "required_gpus": 2,
+    }
+    with pytest.raises(ConfigError) as refused:
+        request.requirements(["h300"])
+    assert refused.value.where == "--require"
