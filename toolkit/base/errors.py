@@ -76,12 +76,6 @@ class RetryError(ToolkitError):
     exit_code = 4
 
 
-class UnknownError(ToolkitError):
-    """Something could not be established, and ``--strict`` asked that it be."""
-
-    exit_code = 5
-
-
 class StoppedError(ToolkitError):
     """Stopped on purpose after a checkpoint; the scheduler should requeue the job."""
 
