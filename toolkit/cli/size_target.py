@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from toolkit.base.errors import InputError
-from toolkit.config.model import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.config.model import ModelSection, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +33,7 @@ def read_target(
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
     if not is_run or path.is_dir() or (path.suffix == ".json" and _is_model_config(path)):
-        return _of_model(target, overrides), None
+        return _of_model(target, overrides, world_size), None
     return _of_run_file(path, overrides, world_size)
 
 
@@ -74,55 +71,31 @@ def _of_run_file(
     return build_config(document), document
 
 
-def _of_model(model: str, overrides: Sequence[str]) -> RunConfig:
-    """A run of ``model`` with every default, and what ``overrides`` say."""
-    sections: dict[str, Any] = {
-        "model": ModelSection(model_name=model),
-        "lora": LoraSection(),
-        "runtime": RuntimeSection(),
-    }
-    grpo: dict[str, Any] = {}
-    for text in overrides:
-        name, found, raw = text.partition("=")
-        section, _, key = name.partition(".")
-        if not found or not key:
-            raise InputError(f"--set {text!r} is not SECTION.KEY=VALUE", fix="--set lora.r=64")
-        value = _value(raw)
-        if section == "grpo":
-            grpo[key] = value
-        elif section in sections:
-            sections[section] = _changed(sections[section], key, value, text)
-        else:
-            raise InputError(
-                f"--set {text!r}: a model has no section {section!r}",
-                fix="model, lora, grpo or runtime",
-            )
-    return RunConfig(
-        model=sections["model"],
-        lora=sections["lora"],
-        runtime=sections["runtime"],
-        grpo=MappingProxyType(grpo),
-    )
+def _of_model(model: str, overrides: Sequence[str], world_size: int) -> RunConfig:
+    """A run of ``model`` with every default, and what ``overrides`` say: they are judged as in a
+    run file, the defaults are not.
+    """
+    if not overrides:
+        return RunConfig(model=ModelSection(model_name=model))
+    import os  # noqa: PLC0415 - with the next five: only for overrides
 
+    from toolkit.config.build import build_config  # noqa: PLC0415
+    from toolkit.config.document import Source  # noqa: PLC0415
+    from toolkit.config.layers import assemble  # noqa: PLC0415
+    from toolkit.config.rules import Situation  # noqa: PLC0415
+    from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
-def _value(raw: str) -> Any:
-    try:
-        return json.loads(raw)
-    except ValueError:
-        return raw
-
-
-def _changed(section: Any, key: str, value: Any, text: str) -> Any:
-    known = {each.name for each in fields(section)}
-    if key not in known:
-        raise InputError(f"--set {text!r}: no such key", fix=f"one of {', '.join(sorted(known))}")
-    default = getattr(section, key)
-    number = isinstance(default, int | float) and not isinstance(default, bool)
-    if isinstance(value, list):
-        value = tuple(value)
-    wrong = (number and (isinstance(value, bool) or not isinstance(value, int | float))) or (
-        isinstance(default, bool) and not isinstance(value, bool)
-    )
-    if wrong:
-        raise InputError(f"--set {text!r}: {key} takes a value like {default!r}")
-    return replace(section, **{key: value})
+    text = json.dumps({"model": {"model_name": model}})
+    document = assemble(Source(model, text, Path.cwd(), None, "json"), overrides)
+    judged = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
+    faults = [
+        found
+        for found in judged.findings
+        if str(found.severity) == "error"
+        and found.rule != LENGTH_OF_RUN
+        and found.source is not None
+        and found.source.is_override
+    ]
+    if faults:
+        raise refusal(document, faults)
+    return build_config(document)
