@@ -41,7 +41,12 @@ def slow(*values):
 
 # how one process runs it, how each of two does, what both have
 SPLITS = [
-    pytest.param((), HALF, ("grpo.beta=0.05",), id="batch"),
+    pytest.param(
+        (),
+        (*HALF, "grpo.per_device_eval_batch_size=4"),
+        ("grpo.beta=0.05", "grpo.eval_strategy=steps", "grpo.eval_steps=2"),
+        id="batch",
+    ),
     pytest.param(
         ("grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=4"),
         ("grpo.per_device_train_batch_size=4", "grpo.gradient_accumulation_steps=2"),
@@ -77,11 +82,14 @@ def test_two_ranks_learn_what_one_learns(run_file, tmp_path, alone, together, bo
     assert texts[0] == texts[1]  # the same prompts, and the same draws
     assert ranks.distance(one, two) < 1e-4 < 0.02 < ranks.size_of(one)
     for mine, theirs in zip(world.rows(one), world.rows(two), strict=True):
-        for name in ("reward", "reward_std", "entropy", "completion_length", "grad_norm"):
+        evaluation = "eval/loss" in mine
+        for name in EVALUATED if evaluation else TRAINED:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
 COMPLETIONS = "completions.jsonl"
+TRAINED = ("reward", "reward_std", "entropy", "completion_length", "grad_norm")
+EVALUATED = ("eval/loss", "eval/reward", "eval/entropy", "eval/completion_length")
 
 
 def test_killed_together_two_ranks_resume_to_the_same_bytes(run_file, tmp_path):

@@ -39,6 +39,7 @@ OVERRIDDEN = {
         "_get_grad_norm",
         "_maybe_log_save_evaluate",
         "_evaluate",
+        "evaluation_loop",
         "_save_checkpoint",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",

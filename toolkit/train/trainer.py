@@ -203,6 +203,13 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
 
     # --- metrics
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', without cutting the last batch's losses down to the rows of the dataset:
+        TRL's sampler repeats each row, and what was cut were the last processes' losses.
+        """
+        self.gather_function = self.accelerator.gather
+        return super().evaluation_loop(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with how far engine and trainer disagree."""
         mode = "train" if self.model.training else "eval"
