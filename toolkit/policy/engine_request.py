@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import (
+    ConfigTypeError,
     ConfigValueError,
     MissingExtraError,
     ToolkitWarning,
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
 
     from toolkit.policy.request import LoadRequest
 
+COUNTS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_loras",
+    "max_cpu_loras",
+    "kv_cache_bytes",
+    "tensor_parallel_size",
+    "block_size",
+)
+SWITCHES = (
+    "enforce_eager",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "enable_sleep_mode",
+    "float8_kv_cache",
+    "share_weights",
+    "disable_log_stats",
+)
+OPEN = (None, "auto")
+"""Values that leave an option to vLLM, or to the sizer of a run file."""
+
 ONE_DEVICE = (None, "sequential", "auto", "balanced")
 """Values of device_map that say nothing else than the one device that the engine is on."""
 
@@ -28,7 +50,8 @@ def check_engine(request: LoadRequest) -> None:
     """Refuse what cannot be had with an engine on the model.
 
     Raises:
-        UnsupportedError, ConfigValueError: naming it. MissingExtraError: vLLM is not installed.
+        UnsupportedError, ConfigValueError, ConfigTypeError: naming it.
+        MissingExtraError: vLLM is not installed.
     """
     for name in (
         "trust_remote_code",
@@ -64,6 +87,7 @@ def check_engine(request: LoadRequest) -> None:
             where=WHERE,
             fix='for instance 0.5, or "auto"',
         )
+    _check_values(request.engine)
     if not vllm_available():
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed",
@@ -71,6 +95,17 @@ def check_engine(request: LoadRequest) -> None:
             fix="pip install 'grpo-toolkit[vllm]' on a GPU machine, 'grpo-toolkit[cpu-engine]' on a"
             " CPU, or use fast_inference=False",
         )
+
+
+def _check_values(engine: Mapping[str, Any]) -> None:
+    """vLLM takes some wrong values and others for what they are not: a text for a switch is on."""
+    for name in COUNTS:
+        value = engine[name]
+        if value not in OPEN and (type(value) is not int or value <= 0):
+            raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
+    for name in SWITCHES:
+        if engine[name] not in OPEN and not isinstance(engine[name], bool):
+            raise ConfigTypeError(f"{name}={engine[name]!r} must be True or False", where=WHERE)
 
 
 def _next_rank(asked: Any) -> str:

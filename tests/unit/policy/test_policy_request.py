@@ -136,6 +136,10 @@ def test_refused_by_name(
         ({"max_lora_rank": True}, ConfigValueError, ["max_lora_rank=True"]),
         ({"gpu_memory_utilization": 1.5}, ConfigValueError, ["gpu_memory_utilization=1.5"]),
         ({"gpu_memory_utilization": "half"}, ConfigValueError, ["gpu_memory_utilization='half'"]),
+        ({"max_num_batched_tokens": -3}, ConfigTypeError, ["max_num_batched_tokens=-3", "above 0"]),
+        ({"max_num_seqs": "many"}, ConfigTypeError, ["max_num_seqs='many'", "integer"]),
+        ({"max_loras": True}, ConfigTypeError, ["max_loras=True"]),
+        ({"enforce_eager": "no"}, ConfigTypeError, ["enforce_eager='no'", "True or False"]),
     ],
 )
 def test_refused_with_an_engine(
