@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ConfigError, DefectError
+from toolkit.cli.exits import debug_asked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,8 +58,8 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
     step("envcheck", ["check", "--config", run_file])
     step("envcheck", ["size", run_file])
     step("envcheck", ["validate", run_file])
-    debug = debug or "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
-    step("toolkit", ["train", run_file, "--evaluate", *(["--debug"] if debug else [])])
+    shown = ["--debug"] if debug or debug_asked() else []
+    step("toolkit", ["train", run_file, "--evaluate", *shown])
     finish(folder, seconds=monotonic() - begin)
 
 

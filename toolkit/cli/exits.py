@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.base.errors import InputError, ToolkitError
+from toolkit.base.errors import DefectError, InputError, ToolkitError
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
 
@@ -39,7 +39,7 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - a defect of ours, told to a person
         text = f"internal error: {type(error).__name__}: {error}"
         fix = "run again with --debug and report what it prints"
-        _leave(f"{text}\n  fix: {fix}", 70, debug=debug)
+        _leave(f"{text}\n  fix: {fix}", DefectError.exit_code, debug=debug)
 
 
 @contextmanager
@@ -70,6 +70,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def debug_asked() -> bool:
+    """Whether tracebacks, and what upstream libraries say, are to be shown: by ``--debug``, before
+    or behind the command's name, or TOOLKIT_DEBUG=1.
+    """
+    return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
+
+
 def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
@@ -84,9 +91,8 @@ def command_main(group: click.Group) -> Callable[[], None]:
     """
 
     def main() -> None:
-        debug = "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
         tighten_umask()
-        with protect_output(), guarded(debug=debug):
+        with protect_output(), guarded(debug=debug_asked()):
             group(prog_name=group.name)
 
     return main

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
+
+from toolkit.cli.exits import debug_asked
 
 
 @click.command("export")
@@ -36,7 +37,7 @@ def export(run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None)
     from toolkit.train.finished import export_run, open_run  # noqa: PLC0415 - loads torch
 
     found = open_run(run, step=checkpoint)
-    with quiet(debug="--debug" in sys.argv):
+    with quiet(debug=debug_asked()):
         export_run(found, to, merge=merge, dtype=dtype)
     source = found.adapter or found.checkpoint
     kind = "merged weights" if merge else "the adapter"

@@ -11,6 +11,7 @@ import click
 
 from toolkit.base.errors import InputError
 from toolkit.base.visible import visible
+from toolkit.cli.exits import debug_asked
 
 
 @click.command("generate")
@@ -54,7 +55,7 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     from toolkit.train.finished import complete, open_run  # noqa: PLC0415 - loads torch
 
     found = open_run(run, step=options.pop("checkpoint"))
-    with quiet(debug="--debug" in sys.argv):
+    with quiet(debug=debug_asked()):
         answers = complete(found, texts, n=options.pop("count"), **options)
     for text, completions in zip(texts, answers, strict=True):
         if as_json:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ToolkitError
+from toolkit.cli.exits import debug_asked
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -62,7 +63,7 @@ def train(  # noqa: PLR0913 - one parameter an option
         "runtime.resume": resume,
     }
     named = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    debug = debug or "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
+    debug = debug or debug_asked()
     if processes is not None and "RANK" in os.environ:
         raise click.UsageError("--nproc-per-node inside torchrun or srun, which start processes")
     world_size = processes or int(os.environ.get("WORLD_SIZE", "1"))
