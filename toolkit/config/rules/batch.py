@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from toolkit.config.finding import Fix
     from toolkit.config.rules.run import Run
 
-_PER_DEVICE = "grpo.per_device_train_batch_size"
-_ACCUMULATION = "grpo.gradient_accumulation_steps"
-_STEPS = "grpo.steps_per_generation"
-_BATCH = "grpo.generation_batch_size"
-_GROUP = "grpo.num_generations"
+MICRO = "grpo.per_device_train_batch_size"
+ACCUMULATION = "grpo.gradient_accumulation_steps"
+STEPS = "grpo.steps_per_generation"
+SIZE = "grpo.generation_batch_size"
+GROUP = "grpo.num_generations"
 
 
 def micro_batch(run: Run) -> int:
     """per_device_train_batch_size as a number; what needs one keeps quiet where it is auto."""
-    micro = run.value(_PER_DEVICE)
-    if not isinstance(micro, int) or run.value(_ACCUMULATION) == "auto":
+    micro = run.value(MICRO)
+    if not isinstance(micro, int) or run.value(ACCUMULATION) == "auto":
         raise Unjudged  # GRPO028 tells what auto needs
     return micro
 
@@ -36,7 +36,7 @@ def world(run: Run) -> str:
 
 @rule(
     "GRPO001",
-    f"{_GROUP} {_PER_DEVICE} {_ACCUMULATION} {_STEPS} {_BATCH}",
+    f"{GROUP} {MICRO} {ACCUMULATION} {STEPS} {SIZE}",
     example="""
 grpo:
   num_generations: 8
@@ -53,28 +53,28 @@ def whole_groups(run: Run) -> Iterator[Fault]:
     must hold whole groups: advantages compare the completions of one prompt with each other.
     Completions count, not prompts, and every process of the world counts.
     """
-    group = run.value(_GROUP)
-    if group < 2 or (run.value(_BATCH) is not None and run.value(_STEPS) is not None):
+    group = run.value(GROUP)
+    if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
         return  # GRPO002, GRPO003
     batch, formula, factor = generation_batch(run)
     if batch % group == 0:
         return
     fixes: list[Fix] = []
-    if factor in (_ACCUMULATION, _STEPS):
+    if factor in (ACCUMULATION, STEPS):
         per_step = micro_batch(run) * run.world_size
         step = group // gcd(group, per_step)
         fixes.append(run.to(factor, multiple_from(step, run.value(factor) or 1)))
     else:
-        fixes.append(run.to(_BATCH, multiple_from(group, batch)))
+        fixes.append(run.to(SIZE, multiple_from(group, batch)))
     smaller = nearest_divisor(batch, group)
     if smaller is not None:
-        fixes.append(run.to(_GROUP, smaller))
-    if factor != _BATCH and not any(fix.edits for fix in fixes):
+        fixes.append(run.to(GROUP, smaller))
+    if factor != SIZE and not any(fix.edits for fix in fixes):
         step = group // gcd(group, batch // micro_batch(run))
-        fixes.append(run.to(_PER_DEVICE, multiple_from(step, micro_batch(run))))
-    related = tuple(path for path in (factor, _PER_DEVICE) if path != _GROUP)
+        fixes.append(run.to(MICRO, multiple_from(step, micro_batch(run))))
+    related = tuple(path for path in (factor, MICRO) if path != GROUP)
     yield Fault(
-        _GROUP,
+        GROUP,
         f"{group} does not divide the generation batch {batch}",
         notes=(f"batch = {formula}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
@@ -84,17 +84,17 @@ def whole_groups(run: Run) -> Iterator[Fault]:
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
     """The completions of one generation, its formula, and the key that is easiest to change."""
-    size = run.value(_BATCH)
+    size = run.value(SIZE)
     if size is not None:
-        return size, run.operand(_BATCH), _BATCH
-    steps = _ACCUMULATION if run.value(_STEPS) is None else _STEPS
+        return size, run.operand(SIZE), SIZE
+    steps = ACCUMULATION if run.value(STEPS) is None else STEPS
     batch = micro_batch(run) * run.world_size * run.value(steps)
-    return batch, f"{run.operand(_PER_DEVICE)} x {run.operand(steps)} x {world(run)}", steps
+    return batch, f"{run.operand(MICRO)} x {run.operand(steps)} x {world(run)}", steps
 
 
 @rule(
     "GRPO002",
-    _GROUP,
+    GROUP,
     example="grpo:\n  num_generations: 1\n  per_device_train_batch_size: 8",
     fix="num_generations: 8",
 )
@@ -104,7 +104,7 @@ def at_least_two(run: Run) -> Iterator[Fault]:
     The advantage of a completion is its reward against the mean of its group: a group of one has
     advantage 0 and teaches nothing.
     """
-    node = run.node(_GROUP)
+    node = run.node(GROUP)
     if node is None or type(node.value) is not int or node.value >= 2:
         return
     try:
@@ -112,15 +112,15 @@ def at_least_two(run: Run) -> Iterator[Fault]:
     except (TypeError, Unjudged):
         batch = 8
     yield Fault(
-        _GROUP,
+        GROUP,
         f"{node.value} completions a prompt cannot be compared with each other",
-        fixes=(run.to(_GROUP, nearest_divisor(batch, 8) or 2),),
+        fixes=(run.to(GROUP, nearest_divisor(batch, 8) or 2),),
     )
 
 
 @rule(
     "GRPO003",
-    f"{_BATCH} {_STEPS}",
+    f"{SIZE} {STEPS}",
     example="grpo:\n  generation_batch_size: 32\n  steps_per_generation: 4",
     fix="keep one of the two",
 )
@@ -129,22 +129,22 @@ def size_or_steps(run: Run) -> Iterator[Fault]:
 
     Each determines the other: size = per_device_train_batch_size x world size x steps.
     """
-    size, steps = run.value(_BATCH), run.value(_STEPS)
+    size, steps = run.value(SIZE), run.value(STEPS)
     if size is None or steps is None:
         return
     implied = micro_batch(run) * run.world_size * steps
     yield Fault(
-        _BATCH,
+        SIZE,
         f"{size} and steps_per_generation {steps} cannot both be set",
-        notes=(f"{run.operand(_PER_DEVICE)} x {run.operand(_STEPS)} x {world(run)} = {implied}",),
-        fixes=(run.to(_BATCH, None), run.to(_STEPS, None)),
-        related=(_STEPS,),
+        notes=(f"{run.operand(MICRO)} x {run.operand(STEPS)} x {world(run)} = {implied}",),
+        fixes=(run.to(SIZE, None), run.to(STEPS, None)),
+        related=(STEPS,),
     )
 
 
 @rule(
     "GRPO004",
-    f"{_BATCH} {_PER_DEVICE}",
+    f"{SIZE} {MICRO}",
     example="""
 grpo:
   generation_batch_size: 12
@@ -159,25 +159,25 @@ def whole_steps(run: Run) -> Iterator[Fault]:
     A generation is used up in whole micro-batches on every process. An auto micro-batch can be
     any part of what one process has, so that a multiple of the world size is enough.
     """
-    size, micro = run.value(_BATCH), run.value(_PER_DEVICE)
-    if size is None or run.value(_STEPS) is not None:
+    size, micro = run.value(SIZE), run.value(MICRO)
+    if size is None or run.value(STEPS) is not None:
         return
     per_step = run.world_size if micro == "auto" else micro * run.world_size
     if size % per_step == 0:
         return
-    group = run.value(_GROUP)
+    group = run.value(GROUP)
     both = per_step * group // gcd(per_step, group)
     what = "world size" if micro == "auto" else "global micro-batch"
     yield Fault(
-        _BATCH,
+        SIZE,
         f"{size} is no multiple of the {what} {per_step}",
         notes=(
-            f"{run.operand(_PER_DEVICE)}; {world(run)}"
+            f"{run.operand(MICRO)}; {world(run)}"
             if micro == "auto"
-            else f"micro-batch = {run.operand(_PER_DEVICE)} x {world(run)}",
+            else f"micro-batch = {run.operand(MICRO)} x {world(run)}",
         ),
-        fixes=(run.to(_BATCH, multiple_from(both, size)),),
-        related=(_PER_DEVICE,),
+        fixes=(run.to(SIZE, multiple_from(both, size)),),
+        related=(MICRO,),
     )
 
 
@@ -201,7 +201,7 @@ def whole_eval_groups(run: Run) -> Iterator[Fault]:
         return
     key = "grpo.num_generations_eval"
     if run.value(key) is None:
-        key = _GROUP
+        key = GROUP
     size_key = "grpo.per_device_eval_batch_size"
     size, group = run.value(size_key), run.value(key)
     batch = size * run.world_size

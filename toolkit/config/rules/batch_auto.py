@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.finding import Fix
 from toolkit.config.rules.arithmetic import multiple_from
 from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.batch import ACCUMULATION, GROUP, MICRO, SIZE, STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.rules.run import Run
 
-MICRO = "grpo.per_device_train_batch_size"
-ACCUMULATION = "grpo.gradient_accumulation_steps"
-SIZE = "grpo.generation_batch_size"
-STEPS = "grpo.steps_per_generation"
 ROUTER = "grpo.router_aux_loss_coef"
 USUAL, USUAL_MICRO = 64, 8  # completions of a step, and of a micro-batch
 
@@ -71,7 +68,7 @@ def auto_is_whole(run: Run) -> Iterator[Fault]:
             related=(autos[0],),
         )
         return
-    group = run.ask("grpo.num_generations")
+    group = run.ask(GROUP)
     step = group * run.world_size if isinstance(group, int) else USUAL
     size = multiple_from(step, USUAL)
     if run.value(STEPS) is not None:
