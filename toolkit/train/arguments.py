@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from toolkit.base.capability import BFLOAT16
 from toolkit.base.errors import ConfigError, first_line
 from toolkit.config.build import thaw
 
@@ -84,7 +85,7 @@ def precision(config: RunConfig, *, on_cpu: bool) -> str:
         return config.model.dtype
     if on_cpu:
         return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    return "bfloat16" if torch.cuda.get_device_capability() >= BFLOAT16 else "float16"
 
 
 def make_reproducible() -> None:

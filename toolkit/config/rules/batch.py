@@ -31,7 +31,7 @@ def micro_batch(run: Run) -> int:
 
 def world(run: Run) -> str:
     """The world size as an operand."""
-    return f"world size {run.world_size} ({'default' if run.world_size == 1 else 'what-if'})"
+    return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 
 @rule(
