@@ -72,6 +72,9 @@ def test_a_trainer_that_was_never_initialised_can_use_every_default():
     assert trainer.timers.take() == {}
 
 
+TRLS_GAP = "sampling/sampling_logp_difference/mean"
+
+
 def run(folder, monkeypatch, *, redundant: bool, **grpo):
     if not redundant:
         monkeypatch.setattr(correction, "old_logps_are_redundant", lambda _: False)
@@ -95,7 +98,10 @@ def run(folder, monkeypatch, *, redundant: bool, **grpo):
     "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 )
 def test_leaving_the_extra_forward_out_changes_nothing(tmp_path, monkeypatch, mode):
-    grpo = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.5}
+    # What is sampled is filtered and what is trained is not, so the weights are none of them 1.
+    filtered = {"top_k": 6, "repetition_penalty": 1.2}
+    clip = {"vllm_importance_sampling_clip_min": 0.2, "vllm_importance_sampling_clip_max": 0.9}
+    grpo = {"vllm_importance_sampling_mode": mode, **clip, **filtered}
     theirs = run(tmp_path / "a", monkeypatch, redundant=False, **grpo)
     ours = run(tmp_path / "b", monkeypatch, redundant=True, **grpo)
     torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=0)
@@ -107,7 +113,9 @@ def test_leaving_the_extra_forward_out_changes_nothing(tmp_path, monkeypatch, mo
         assert len(names) == 7
         for name in names:
             assert mine[name] == pytest.approx(upstream[name], abs=2e-6), name
-        assert mine["sampling/logp_gap_mean"] < 1e-5
+        assert mine["sampling/logp_gap_mean"] > 0.1
+        assert mine["sampling/logp_gap_mean"] == pytest.approx(upstream[TRLS_GAP], abs=2e-6)
+        assert mine["sampling/importance_sampling_ratio/mean"] < 0.9
 
 
 def test_it_is_left_out_exactly_when_it_is_redundant(tmp_path):
@@ -118,6 +126,7 @@ def test_it_is_left_out_exactly_when_it_is_redundant(tmp_path):
 
     assert asked()
     assert asked(gradient_accumulation_steps=2)
+    assert asked(gradient_accumulation_steps=4, steps_per_generation=2)
     assert not asked(num_iterations=2)
     assert not asked(steps_per_generation=2)
     assert not asked(vllm_importance_sampling_correction=False)

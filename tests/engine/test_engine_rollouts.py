@@ -230,6 +230,32 @@ def test_publish_resets_cached_prefixes(llama: Engine, policy: PeftModel) -> Non
     assert torch.allclose(ours, torch.tensor(told.logprobs[0])[:, 0], atol=1e-5)
 
 
+def test_later_publishes_write_into_the_slot_and_nothing_else(
+    llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs have captured its addresses; nothing goes through vLLM's manager again."""
+    llama.publish(policy)
+    adapters = llama._adapters
+    assert adapters is not None
+    places = adapters._plans["default"].b_to
+    with torch.no_grad(), monkeypatch.context() as patch:
+        for name in ("add_adapter", "remove_adapter", "activate_adapter"):
+            patch.setattr(adapters._slots, name, None)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.25)
+        llama.publish(policy)
+    plan = adapters._plans["default"]
+    assert [p.data_ptr() for p in plan.b_to] == [p.data_ptr() for p in places]
+    assert all(bool((place == 0.25).all()) for place in plan.b_to)  # alpha = r
+    stacked = [
+        part.data_ptr()
+        for layer in adapters._slots.modules.values()
+        for part in getattr(layer, "lora_b_stacked", ())
+    ]
+    assert {p.untyped_storage().data_ptr() for p in places} <= set(stacked)
+
+
 def test_a_saved_adapter_takes_the_slot_and_gives_it_back(
     llama: Engine, policy: PeftModel, tmp_path: Path
 ) -> None:
