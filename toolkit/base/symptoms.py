@@ -56,6 +56,8 @@ def _entry(
     return symptom, re.compile(joined, re.IGNORECASE | re.DOTALL)
 
 
+_CAPTURE = r"(?:capture_model|_capture_cudagraphs|captur\w+ (?:CUDA )?graphs?)"
+
 # Most specific first: what another text explains better stands below that one.
 _ENTRIES = (
     _entry(
@@ -85,7 +87,8 @@ _ENTRIES = (
         "lower max_seq_length, raise gpu_memory_utilization, or use float8_kv_cache; "
         "`envcheck size run.yaml` prices each",
         1,
-        r"To serve at least one request with the model'?s max seq len",
+        # Releases up to 0.11 say "the models's".
+        r"To serve at least one request with the models?'?s? max seq len",
         r"model'?s max seq len \(\d+\) is larger than the maximum number of tokens that can "
         r"be stored in KV cache",
     ),
@@ -117,7 +120,8 @@ _ENTRIES = (
         "set enforce_eager: true",
         1,
         r"out of memory.{0,200}?captur\w+ (?:CUDA )?graphs?",
-        r"(?:capture_model|_capture_cudagraphs|captur\w+ (?:CUDA )?graphs?).{0,4000}?out of memory",
+        # Each start is looked at until the next one, so that many of them cost no more than one.
+        rf"{_CAPTURE}(?:(?!{_CAPTURE}).){{0,4000}}?out of memory",
     ),
     _entry(
         "training-out-of-memory",
@@ -207,17 +211,34 @@ _ENTRIES = (
     ),
 )
 
+# What terminals, loggers, launchers and mail put around a line; none of it is the message.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
+_PREFIX = re.compile(
+    r"^[ \t]*(?:(?:>|[│┃|](?=\s)|\[rank\d{1,4}\]:|\([^()\n]{1,80}\bpid=\d{1,9}\)|"
+    r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)[ \t]+\d[\d:.,/ -]{4,30}(?:\[[^\]\n]{1,80}\])?|"
+    r"\d{4}-\d\d-\d\d[T ][\d:.,]{5,20}Z?(?:[+-][\d:]{2,6})?|"
+    r"[\w.-]{1,60}[ \t]+\|(?=\s))[ \t]*){1,8}",
+    re.MULTILINE,
+)
+_FRAME = " \t\r│┃"  # at the end of a line
+LONGEST_CUT = 100_000  # a text with breaks inside words was copied from a screen
+
 SYMPTOMS: tuple[Symptom, ...] = tuple(symptom for symptom, _ in _ENTRIES)
 # Texts that also say "out of memory", and say better where.
 _EXPLAIN_OUT_OF_MEMORY = {"sampler-warm-up", "graph-capture"}
 
 
 def match(text: str) -> list[Symptom]:
-    """The known failures in a pasted traceback or log, most specific first; empty if none is."""
-    tail = text[-LONGEST_TEXT:]
+    """The known failures in a pasted traceback or log, most specific first; empty if none is.
+
+    Colours, log prefixes and line breaks, also inside a word, are looked through.
+    """
+    bare = _PREFIX.sub("", _ESCAPES.sub("", text[-LONGEST_TEXT:]))
+    lines = [line.rstrip(_FRAME) for line in bare.split("\n")]
+    wrapped, cut = " ".join(" ".join(lines).split()), "".join(lines)[-LONGEST_CUT:]
     found: dict[str, Symptom] = {}
     for known, pattern in _ENTRIES:
-        hit = pattern.search(tail)
+        hit = pattern.search(wrapped) or pattern.search(cut)
         if hit is None:
             continue
         if known.id == "training-out-of-memory" and _EXPLAIN_OUT_OF_MEMORY & found.keys():

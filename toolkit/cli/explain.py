@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
+from toolkit.base.errors import EXIT_CODES
 from toolkit.cli.render import paragraph
+
+if TYPE_CHECKING:
+    from toolkit.base.symptoms import Symptom
 
 MAX_PASTED = 4 << 20
 
@@ -64,9 +69,27 @@ def _pasted(text: str) -> str:
 
     found = match(text)
     if not found:
-        return "no error in this text is known here"
-    return "\n\n".join(
-        f"{symptom.title}\n  caught by: {symptom.check}\n  remedy: {symptom.remedy}"
-        f"\n  exit code: {symptom.exit_code}"
-        for symptom in found
+        return (
+            "No error that is known here stands in this text.\n"
+            "  Try: envcheck check --config run.yaml, and envcheck size run.yaml"
+        )
+    return "\n\n".join(_told(symptom) for symptom in found)
+
+
+def _told(symptom: Symptom) -> str:
+    rows = (
+        ("caught by", ", ".join(_command(check) for check in symptom.check.split(", "))),
+        ("remedy", symptom.remedy),
+        ("exit code", f"{symptom.exit_code} ({EXIT_CODES[symptom.exit_code]})"),
     )
+    return "\n".join(
+        [symptom.title]
+        + [paragraph(text, first=f"  {name}: ".ljust(13), indent=" " * 13) for name, text in rows]
+    )
+
+
+def _command(check: str) -> str:
+    """The command that finds it, with the rule, the check or the number to look at."""
+    if check.startswith("size: "):
+        return f"envcheck size run.yaml ({check.removeprefix('size: ')})"
+    return f"envcheck {'validate' if check[0].isupper() else 'check'} ({check})"

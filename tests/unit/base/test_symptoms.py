@@ -4,6 +4,7 @@ nothing else is.
 
 from __future__ import annotations
 
+import textwrap
 import time
 
 import pytest
@@ -35,6 +36,12 @@ PASTED = [
     (
         "To serve at least one request with the model's max seq len (131072), (16.00 GiB KV "
         "cache is needed",
+        "sequence-does-not-fit",
+        1,
+    ),
+    (
+        "ValueError: To serve at least one request with the models's max seq len (131072), "
+        "(16.00 GB KV cache is needed",
         "sequence-does-not-fit",
         1,
     ),
@@ -121,6 +128,34 @@ PASTED = [
 def test_each_text_is_recognised_alone(text: str, symptom: str, code: int) -> None:
     found = match(f"Traceback (most recent call last):\n  ...\n{text}\n")
     assert [(one.id, one.exit_code) for one in found] == [(symptom, code)]
+
+
+RED, CYAN, PLAIN = "\x1b[31m", "\x1b[1;36m", "\x1b[0m"
+LOGGED = "(EngineCore_DP0 pid=1234) ERROR 11-24 12:10:28 [core.py:708] "
+DECORATED = {
+    "colours": lambda lines: [RED + line.replace(" ", f" {CYAN}", 3) + PLAIN for line in lines],
+    "vLLM's log, wrapped": lambda lines: [LOGGED + part for part in wrapped(lines, 60)],
+    "torchrun": lambda lines: [f"[rank3]: {line}" for line in lines],
+    "docker compose": lambda lines: [f"train-1  | {line}" for line in lines],
+    "kubectl": lambda lines: [f"2026-11-24T12:00:00.123456789Z {line}" for line in lines],
+    "a frame": lambda lines: [f"│ {part:<76} │" for part in wrapped(lines, 76)],
+    "a quotation": lambda lines: [f"> {line}" for line in lines],
+    "cut at 40": lambda lines: [
+        line[at : at + 40] for line in lines for at in range(0, len(line), 40)
+    ],
+    "Windows": lambda lines: [f"{line}\r" for line in lines],
+}
+
+
+def wrapped(lines: list[str], width: int) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, width)]
+
+
+@pytest.mark.parametrize("how", DECORATED)
+def test_each_text_is_recognised_as_it_is_pasted(how: str) -> None:
+    for text, symptom, code in PASTED:
+        found = match("\n".join(DECORATED[how](text.split("\n"))))
+        assert [(one.id, one.exit_code) for one in found] == [(symptom, code)], text
 
 
 def test_every_symptom_has_a_pasted_text_and_says_what_to_do() -> None:
