@@ -78,7 +78,8 @@ def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("node", "a row could not be remapped", "replace the card (RMA)")
         if state["pending"]:
             return fail("node", "a row remap is pending")
-        return ok(f"{state['correctable'] + state['uncorrectable']} rows remapped, none pending")
+        remapped = plural(state["correctable"] + state["uncorrectable"], "row")
+        return ok(f"{remapped} remapped, none pending")
 
     return each(judged_cards(snapshot, context), look)
 
@@ -95,7 +96,7 @@ def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("node", f"a page retirement is pending ({total} retired)")
         if total >= RETIRED_PAGES_LIMIT:
             return fail("node", f"{total} pages retired", "replace the card (RMA)")
-        return ok(f"{total} pages retired, none pending")
+        return ok(f"{plural(total, 'page')} retired, none pending")
 
     return each(judged_cards(snapshot, context), look)
 

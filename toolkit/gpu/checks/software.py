@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.capability import BFLOAT16, FLOAT8_CACHE, FOUR_BIT
+from toolkit.base.units import plural
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
@@ -77,7 +78,7 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         checked += 1
         if not satisfies(installed, pin["requires"]):
             off.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
-    return warn("; ".join(off)) if off else ok(f"{checked} pins of extra {extra!r} hold")
+    return warn("; ".join(off)) if off else ok(f"{plural(checked, 'pin')} of extra {extra!r} kept")
 
 
 def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -93,7 +94,8 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if off:
         more = f" and {len(off) - 6} more" if len(off) > 6 else ""
         return fail("user", f"{', '.join(off[:6])}{more}")
-    return ok(f"{sum(1 for name in context.lock if have.get(name))} packages as locked")
+    held = sum(1 for name in context.lock if have.get(name))
+    return ok(f"{plural(held, 'package')} as locked")
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:

@@ -1,0 +1,54 @@
+"""What is installed, against our own pins, a lock, and the card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from check_helpers import snapshot_of, verdict
+
+from toolkit.gpu.checks import CheckContext, catalogue
+from toolkit.gpu.checks.software import satisfies
+from toolkit.gpu.reading import NOT_ASKED
+
+
+@pytest.mark.parametrize(
+    ("installed", "requirement", "holds"),
+    [
+        ("2.11.0", "==2.11.0", True),
+        ("2.11.0+cu130", "==2.11.0", True),
+        ("2.11.1", "==2.11.0", False),
+        ("2.11", "==2.11.0", True),
+        ("2.13.9", ">=2.11,<2.14", True),
+        ("2.14", ">=2.11,<2.14", False),
+        ("5.0.1", "<5.1,>=4.7", True),
+        ("1.2.3", "==1.2.*", True),
+        ("1.3", "==1.2.*", False),
+        ("1.9", "~=1.4", True),
+        ("2.0", "~=1.4", False),
+        ("1.0", "!=1.0", False),
+        ("1.0", "nonsense", False),
+    ],
+)
+def test_requirements_as_our_metadata_writes_them(
+    installed: str, requirement: str, holds: bool
+) -> None:
+    assert satisfies(installed, requirement) is holds
+
+
+def test_a_lock_is_compared() -> None:
+    snapshot = snapshot_of("h200-healthy")
+    held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})
+    assert verdict(snapshot, "software.lock", held).evidence == "1 package as locked"
+    off = verdict(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
+    assert off.evidence == "trl 1.16.0 (lock: 1.15.0)"
+
+
+def test_libnuma_is_for_the_cpu_build_of_vllm_alone() -> None:
+    snapshot = snapshot_of("cpu-no-libnuma")
+    check = catalogue()["software.libnuma"]
+    assert verdict(snapshot, check.id).verdict == "warn"  # nobody has asked for vLLM
+    assert check.run(snapshot, CheckContext(configured=True, engine="transformers")) is None
+    assert check.run(snapshot_of("h200-healthy"), CheckContext()) is None
+    unasked = replace(snapshot, software=replace(snapshot.software, libnuma=NOT_ASKED))
+    assert verdict(unasked, check.id).verdict == "unknown"  # a recording of an older release
