@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import click
@@ -48,24 +49,30 @@ def table(
 ) -> str:
     """Aligned columns, two spaces apart; ``right`` lists the columns aligned right.
 
-    Where the terminal is too narrow, the widest column is shortened with an ellipsis.
+    Where the terminal is too narrow, the widest column but the first is wrapped: nothing is cut off.
     """
     cells = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     excess = sum(widths) + 2 * (len(widths) - 1) - terminal_width()
     if excess > 0:
-        widest = widths.index(max(widths))
+        # The first column holds the names, which are to be copied.
+        widest = max(range(len(widths))[1:] or [0], key=widths.__getitem__)
         widths[widest] = max(8, widths[widest] - excess)
-    lines = ["  ".join(_cell(row, widths, right)).rstrip() for row in cells]
-    return "\n".join([styled(lines[0], bold=True), *lines[1:]])
+    head, *lines = [line for row in cells for line in _lines(row, widths, right)]
+    return "\n".join([styled(head, bold=True), *lines])
 
 
-def _cell(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
-    parts = []
-    for column, (text, width) in enumerate(zip(row, widths, strict=True)):
-        short = text if len(text) <= width else text[: width - 1] + "…"
-        parts.append(short.rjust(width) if column in right else short.ljust(width))
-    return parts
+def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
+    """One row on as many lines as its longest cell needs."""
+    cells = [textwrap.wrap(text, width) for text, width in zip(row, widths, strict=True)]
+    lines = []
+    for parts in zip_longest(*cells, fillvalue=""):
+        aligned = [
+            part.rjust(width) if column in right else part.ljust(width)
+            for column, (part, width) in enumerate(zip(parts, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return lines
 
 
 def paragraph(text: str, *, first: str = "", indent: str = "") -> str:

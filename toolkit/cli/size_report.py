@@ -33,7 +33,8 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
     parts = [_head(result), _interval(result), _choice(result, config), _budget(result)]
     parts += [_bars(result), _ranks(result), _peaks(result)]
     if result.model.notes:
-        parts.append("\n".join(f"note: {note}" for note in result.model.notes))
+        notes = [paragraph(note, first="note: ", indent="      ") for note in result.model.notes]
+        parts.append("\n".join(notes))
     if result.remedies:
         lines = [f"  {remedy}" for remedy in result.remedies]
         parts.append("\n".join(["what each change would free, by itself:", *lines]))
@@ -66,7 +67,8 @@ def _interval(result: SizingResult) -> str:
     interval, choice = result.interval, result.choice
     if interval.min is None or interval.max is None:
         if result.feasible:
-            return f"fits: {interval.binding_min} is the largest term"
+            most = format_bytes(result.peaks.bound_bytes)
+            return f"fits: at most {most} are needed; the largest term is {interval.binding_min}"
         missing = format_bytes(result.short_bytes)
         return styled(f"does not fit: {missing} are missing", "red", bold=True)
     if not result.feasible:
@@ -97,7 +99,7 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
             f"{micro} x {accumulation}",
             "from auto"
             if config.grpo.get("per_device_train_batch_size") == "auto"
-            else f"largest micro-batch that fits: {choice.largest_micro_batch or 'none'}",
+            else f"largest that fits: {choice.largest_micro_batch or 'none'}",
         ],
         _row("lora.target_modules", _names(choice.target_modules), config.lora),
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
@@ -133,6 +135,7 @@ def _budget(result: SizingResult) -> str:
             term.source,
         ]
         for term in result.terms
+        if term.bytes
     ]
     return table(["budget", "bytes", "of card", "when", "from"], rows, right=(1, 2))
 
