@@ -66,3 +66,17 @@ class Finding:
     def as_error(self) -> Finding:
         """The same finding, refusing the run (--strict)."""
         return replace(self, severity=Severity.ERROR)
+
+
+def error_finding(
+    rule: str, message: str, source: Source, mark: Mark | None = None, *fixes: Fix
+) -> Finding:
+    """What reading a text finds wrong, at a place of it, or with all of it."""
+    return Finding(
+        rule=rule,
+        severity=Severity.ERROR,
+        message=message,
+        source=source,
+        mark=mark,
+        fixes=fixes,
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.config.bounds import MAX_DEPTH, MAX_DIGITS, MAX_NODES
 from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
-from toolkit.config.finding import Finding, Fix, Severity
+from toolkit.config.finding import Finding, Fix, error_finding
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')
@@ -57,15 +57,7 @@ class _Reader:
         return StopReading(self.finding(rule, mark, message, fix))
 
     def finding(self, rule: str, mark: Mark, message: str, fix: str | None) -> Finding:
-        fixes = (Fix(fix),) if fix else ()
-        return Finding(
-            rule=rule,
-            severity=Severity.ERROR,
-            message=message,
-            source=self.source,
-            mark=mark,
-            fixes=fixes,
-        )
+        return error_finding(rule, message, self.source, mark, *([Fix(fix)] if fix else []))
 
     def space(self) -> str:
         """Skip white space; the character that is next, or nothing at the end."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.bounds import MAX_LAYERS
 from toolkit.config.document import Document, Mark, Node, Source
-from toolkit.config.finding import Finding, Fix, Severity
+from toolkit.config.finding import Finding, Fix, Severity, error_finding
 from toolkit.config.load import parse_yaml
 from toolkit.config.read import Unreadable, failed, read_source
 
@@ -55,14 +55,7 @@ def parse(source: Source) -> Document:
 
 
 def _told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
-    return Finding(
-        rule=rule,
-        severity=Severity.ERROR,
-        message=message,
-        source=node.source,
-        mark=node.mark,
-        fixes=fixes,
-    )
+    return error_finding(rule, message, node.source, node.mark, *fixes)
 
 
 def _extend(document: Document, chain: list[Path]) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
 from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
-from toolkit.config.finding import Edit, Finding, Fix, Severity
+from toolkit.config.finding import Edit, Finding, Fix, Severity, error_finding
 from toolkit.config.scalars import differs, plain_spelling, read_core
 
 try:
@@ -57,14 +57,7 @@ class _Builder:
         self.count = self.aliased = 0
 
     def finding(self, rule: str, mark: Mark, message: str, *fixes: Fix) -> Finding:
-        return Finding(
-            rule=rule,
-            severity=Severity.ERROR,
-            message=message,
-            source=self.source,
-            mark=mark,
-            fixes=fixes,
-        )
+        return error_finding(rule, message, self.source, mark, *fixes)
 
     def tell(self, rule: str, mark: Mark, message: str, fix: str) -> None:
         self.findings.append(self.finding(rule, mark, message, Fix(fix)))

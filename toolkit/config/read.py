@@ -12,7 +12,7 @@ from pathlib import Path
 
 from toolkit.config.bounds import MAX_BYTES, PIPE_WAIT_S
 from toolkit.config.document import Document, Source, StopReading, empty
-from toolkit.config.finding import Finding, Fix, Severity
+from toolkit.config.finding import Finding, Fix, error_finding
 
 FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 STDIN = "-"
@@ -51,9 +51,7 @@ def read_source(path: str | Path) -> Source:
 
 def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
     """The finding for a file that gives no text."""
-    return Finding(
-        rule=UNREADABLE, severity=Severity.ERROR, message=message, source=source, fixes=fixes
-    )
+    return error_finding(UNREADABLE, message, source, None, *fixes)
 
 
 def failed(finding: Finding) -> Document:

@@ -15,7 +15,7 @@ from typing import Any
 
 from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
 from toolkit.config.document import Document, KeyPath, Mark, Node, Source, empty
-from toolkit.config.finding import Finding, Severity
+from toolkit.config.finding import Finding, error_finding
 from toolkit.config.json_reader import Places
 from toolkit.config.toml_scan import scan
 
@@ -32,9 +32,9 @@ def parse_toml(source: Source) -> Document:
     except tomllib.TOMLDecodeError as error:
         document.findings.append(_syntax(source, str(error)))
     except RecursionError:
-        document.findings.append(_finding(source, None, "DOC009", "nested too deep"))
+        document.findings.append(error_finding("DOC009", "nested too deep", source))
     except _TooMuch as error:
-        document.findings.append(_finding(source, None, "DOC009", str(error)))
+        document.findings.append(error_finding("DOC009", str(error), source))
     else:
         return document
     document.whole = False
@@ -68,11 +68,7 @@ def _syntax(source: Source, message: str) -> Finding:
         mark = Mark(last, len(source.lines[-1]) + 1, len(source.text), len(source.text))
     else:
         mark = Mark(int(found[1]), int(found[2]), 0, 0)
-    return _finding(source, mark, "DOC001", f"TOML syntax: {text}")
-
-
-def _finding(source: Source, mark: Mark | None, rule: str, message: str) -> Finding:
-    return Finding(rule=rule, severity=Severity.ERROR, message=message, source=source, mark=mark)
+    return error_finding("DOC001", f"TOML syntax: {text}", source, mark)
 
 
 class _Builder:
@@ -95,7 +91,7 @@ class _Builder:
         node.key = key if path and isinstance(path[-1], str) else None
         if isinstance(value, float) and not math.isfinite(value):
             message = f"{value} is no number for a run"
-            self.document.findings.append(_finding(self.source, mark, "DOC006", message))
+            self.document.findings.append(error_finding("DOC006", message, self.source, mark))
         return node
 
     def below(self, value: Any, path: KeyPath) -> Any:
