@@ -217,6 +217,8 @@ def test_keywords_beside_vllms_sampling_params(fast: Any) -> None:
     ):
         with pytest.raises(ConfigTypeError, match=words):
             fast.fast_generate(PROMPTS, SamplingParams(), **keywords)
+    with pytest.raises(ConfigValueError, match=r"vLLM refuses the request: .* 128"):
+        fast.fast_generate([[5] * 200], SamplingParams())
 
 
 def test_arguments_that_only_the_other_takes(fast: Any) -> None:

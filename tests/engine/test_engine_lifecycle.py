@@ -244,6 +244,6 @@ def test_experts_on_a_cpu(tmp_path: Path) -> None:
             r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
         )
         policy = get_peft_model(model, on_experts)
-        with pytest.raises(UnsupportedError, match="expert weights") as told:
+        with pytest.raises(UnsupportedError, match="weights of experts") as told:
             engine.publish(policy)
         assert "target the attention projections" in str(told.value.fix)

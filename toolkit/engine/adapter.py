@@ -106,7 +106,8 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             )
         if a.weight.dim() != 2 or hasattr(module, "parameter_name"):
             raise UnsupportedError(
-                f"LoRA on expert weights ({path}) cannot be published to the engine",
+                f"LoRA on {path.removeprefix(PEFT_PREFIX)}, weights of experts or their router,"
+                " cannot be published to the engine",
                 where="lora.target_modules",
                 fix="target the attention projections, or train with fast_inference: false",
             )

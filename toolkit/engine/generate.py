@@ -5,6 +5,7 @@ allows.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,10 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from toolkit.base.errors import ConfigError, ConfigValueError
 from toolkit.engine.rollout import Rollout, request_seed
+from toolkit.engine.seams import drop_requests
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vllm import LLM
     from vllm.logprobs import FlatLogprobs
@@ -72,7 +74,25 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     except REFUSALS as problem:
         raise ConfigValueError(
             f"vLLM refuses the sampling options: {problem}",
-            where="grpo (sampling options, generation_kwargs)",
+            where="sampling options",
+        ) from problem
+
+
+@contextmanager
+def judging(llm: LLM) -> Iterator[None]:
+    """Around a call of ``llm.generate``: what vLLM refuses of a request becomes one of our errors.
+
+    Raises:
+        ConfigValueError: vLLM checks each request as it comes in, and drops those before it. What
+            is raised with requests in the engine comes from a step, and is passed on.
+    """
+    try:
+        yield
+    except REFUSALS as problem:
+        if llm.llm_engine.has_unfinished_requests():
+            raise
+        raise ConfigValueError(
+            f"vLLM refuses the request: {problem}", where="sampling options"
         ) from problem
 
 
@@ -96,19 +116,26 @@ def generate(
     ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
-    try:
-        # vLLM draws from torch's global generators as well: the trainer's stay as they were.
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            if requests:
-                outputs = llm.generate(requests, params, lora_request=lora, use_tqdm=False)
-    except REFUSALS as problem:
-        if llm.llm_engine.has_unfinished_requests():
-            raise  # a step failed: vLLM checks a request as it comes in, and drops those before it
-        raise ConfigValueError(
-            f"vLLM refuses the request: {problem}", where="grpo (sampling options)"
-        ) from problem
+    # vLLM draws from torch's global generators as well: the trainer's stay as they were.
+    with judging(llm), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        if requests:
+            outputs = llm.generate(requests, params, lora_request=lora, use_tqdm=False)
     return collect(prompts, outputs)
+
+
+def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
+    """``llm.generate`` as it is. Whatever cuts it short leaves no request behind.
+
+    Raises:
+        ConfigValueError: vLLM refuses the request.
+    """
+    try:
+        with judging(llm):
+            return llm.generate(inputs, sampling_params, **keywords)
+    except BaseException:
+        drop_requests(llm)
+        raise
 
 
 def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:

@@ -163,16 +163,10 @@ class Engine:
         return rollout
 
     def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
-        """``vllm.LLM.generate`` itself, with what it takes and returns. Whatever cuts it short
-        leaves no request behind.
-        """
+        """``vllm.LLM.generate`` itself, with what it takes and returns."""
         self._check_alive()
         self.wake()
-        try:
-            return self.llm.generate(inputs, sampling_params, **keywords)
-        except BaseException:
-            drop_requests(self.llm)
-            raise
+        return generation.vllm_generate(self.llm, inputs, sampling_params, **keywords)
 
     def lora_request(self, name: str = "default") -> LoRARequest:
         """A request for a published adapter, for calls of ``llm.generate`` by hand."""
