@@ -1,10 +1,10 @@
 """A document against a JSON Schema, with places: unknown keys, types, legal values, ranges.
 
-This reads the part of JSON Schema that our schemas use (``KEYWORDS``; a test holds them to it,
-and another compares the verdicts with the jsonschema library's on generated instances). The
-library itself is not used here for two reasons: it says "is not valid under any of the given
-schemas" where a person needs one sentence, and its import costs from 60 ms up to a second, by
-what else is installed. Where it differs on purpose: 8.0 is no integer here.
+This reads the part of JSON Schema that run.schema.json uses (a test holds the schema to it, and
+another compares the verdicts with the jsonschema library's on generated instances). The library
+itself is not used here for two reasons: it says "is not valid under any of the given schemas" where
+a person needs one sentence, and its import costs from 60 ms up to a second, by what else is
+installed. Where it differs on purpose: 8.0 is no integer here.
 """
 
 from __future__ import annotations
@@ -17,46 +17,6 @@ from toolkit.config.document import KeyPath, Node, dotted
 from toolkit.config.faults import Fault, fits_type, value_fault
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.wording import show, spell
-
-KEYWORDS = frozenset(
-    [
-        "type",
-        "enum",
-        "const",
-        "anyOf",
-        "not",
-        "properties",
-        "required",
-        "additionalProperties",
-        "items",
-        "minItems",
-        "uniqueItems",
-        "minimum",
-        "maximum",
-        "exclusiveMinimum",
-        "exclusiveMaximum",
-        "minLength",
-        "pattern",
-    ]
-)
-ANNOTATIONS = frozenset(
-    [
-        "$schema",
-        "$id",
-        "$comment",
-        "title",
-        "description",
-        "default",
-        "examples",
-        "enumDescriptions",
-        "deprecated",
-        "deprecationMessage",
-        "doNotSuggest",
-        "x-unit",
-        "x-rule",
-        "x-refused",
-    ]
-)
 
 
 class Outcome(NamedTuple):
