@@ -64,6 +64,17 @@ class ModelFacts:
         return length
 
     @property
+    def longrope_original(self) -> int | None:
+        """Tokens from which on LongRoPE takes its long factors; None where it is not used."""
+        scaling = self.text.get("rope_parameters") or self.text.get("rope_scaling")
+        if not isinstance(scaling, dict):
+            return None
+        if "longrope" not in (scaling.get("rope_type"), scaling.get("type")):
+            return None
+        original = scaling.get("original_max_position_embeddings")
+        return original if type(original) is int else self.whole("original_max_position_embeddings")
+
+    @property
     def max_length_from(self) -> str:
         """The key that gives ``max_length``."""
         return next((name for name in _LENGTHS if type(self.text.get(name)) is int), _LENGTHS[0])

@@ -61,6 +61,7 @@ def shared_model(
             fix="load the trainer's model by itself",
         )
     model = empty_model(engine, attn_implementation)
+    refuse_two_ropes(engine, model)
     live = borrow(engine.module)
     refuse_unfit(model, live)
     bind(model, live, engine)
@@ -69,6 +70,25 @@ def shared_model(
     if check:
         spot_check(engine, model)
     return model
+
+
+def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
+    """Refuse LongRoPE (Phi-3) above its original length: vLLM 0.25 to 0.31 then takes the long
+    factors for every sequence, Hugging Face for the longer ones alone.
+
+    Raises:
+        UnsupportedError: naming max_seq_length.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and engine.options.max_model_len > original:
+        raise UnsupportedError(
+            f"{engine.options.max_model_len} is more than {original}: above it vLLM uses the long "
+            f"rope factors of {type(model).__name__} for every sequence, the trainer for long ones "
+            "alone",
+            where="model.max_seq_length",
+            fix=f"max_seq_length: {original}, or set fast_inference: false",
+        )
 
 
 def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.config.finding import Severity
 from toolkit.config.rules.base import Fault, rule
 
 if TYPE_CHECKING:
@@ -90,4 +91,38 @@ def within_the_model(run: Run) -> Iterator[Fault]:
             notes=(f"{model.max_length_from} in {model.source}",),
             fixes=(run.to(_CONTEXT, model.max_length),),
             related=("model.model_name",),
+        )
+
+
+@rule(
+    "LEN003",
+    f"{_CONTEXT} model.model_name runtime.engine",
+    example="""
+model:
+  model_name: microsoft/Phi-3-mini-128k-instruct
+  max_seq_length: 8192
+runtime: {engine: vllm}
+""",
+    fix="max_seq_length: 4096, or runtime.engine: transformers",
+)
+def one_rope_for_all_lengths(run: Run) -> Iterator[Fault]:
+    """With the engine, LongRoPE (Phi-3) is used up to its original length.
+
+    Above original_max_position_embeddings vLLM turns every sequence by the long factors, and the trainer those alone that are
+    longer: what is sampled would not be what is trained. Judged when the model is at hand.
+    """
+    model = run.model
+    if run.engine == "transformers" or model is None or model.longrope_original is None:
+        return
+    original = model.longrope_original
+    context = run.value(_CONTEXT)
+    if context > original:
+        yield Fault(
+            _CONTEXT,
+            f"{context} is more than {original}: above it vLLM uses long rope factors for every "
+            "sequence, the trainer for long ones alone",
+            notes=(f"original_max_position_embeddings in {model.source}",),
+            fixes=(run.to(_CONTEXT, original), run.to("runtime.engine", "transformers")),
+            related=("model.model_name",),
+            severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )

@@ -1,0 +1,43 @@
+"""LongRoPE above its original length: the engine and the trainer would turn positions otherwise."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import Phi3Config
+
+from toolkit.base.errors import UnsupportedError
+from toolkit.policy.views import refuse_two_ropes
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
+
+
+def model_of(**settings: object) -> SimpleNamespace:
+    config = Phi3Config(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=128, **settings
+    )
+    return SimpleNamespace(config=config)
+
+
+def engine_of(length: int) -> SimpleNamespace:
+    return SimpleNamespace(options=SimpleNamespace(max_model_len=length))
+
+
+def test_above_the_original_length_max_seq_length_is_named() -> None:
+    model = model_of(original_max_position_embeddings=64, rope_parameters=LONGROPE)
+    refuse_two_ropes(engine_of(64), model)
+    with pytest.raises(UnsupportedError, match="65 is more than 64") as refused:
+        refuse_two_ropes(engine_of(65), model)
+    assert refused.value.where == "model.max_seq_length"
+    assert str(refused.value.fix).startswith("max_seq_length: 64")
+
+
+def test_other_models_may_be_as_long_as_they_are() -> None:
+    refuse_two_ropes(engine_of(128), model_of())
