@@ -49,7 +49,7 @@ def table(
 ) -> str:
     """Aligned columns, two spaces apart; ``right`` lists the columns aligned right.
 
-    Where the terminal is too narrow, the widest column but the first is wrapped: nothing is cut off.
+    Where the terminal is too narrow, the widest column but the first is wrapped, not cut.
     """
     cells = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]

@@ -100,5 +100,5 @@ def count(grpo: Mapping[str, Any], key: str) -> int:
     if value is None:
         value = TRL_DEFAULTS.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-        raise ConfigError(f"{value!r} is no usable number", where=f"grpo.{key}")
+        raise ConfigError(f"{value!r} is no integer from 1 to {MOST}", where=f"grpo.{key}")
     return value

@@ -29,6 +29,7 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+FIX_JSON = "get the file again: it is cut short, or is not what its name says"
 FIX = "download the file again; it is truncated or was not written by safetensors"
 
 
@@ -80,19 +81,21 @@ def parse_json(raw: bytes, path: Path) -> Any:
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:
-        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is {error}"
-        raise _bad(path, f"cannot be read as JSON: the text {reason}") from None
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _bad(path, f"cannot be read as JSON: {reason}", fix=FIX_JSON) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a mapping that has a key twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"a mapping has the key {key[:80]!r} twice")
+        found[key] = value
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"holding {name}, which is no JSON number")
+    raise ValueError(f"it holds {name}, which is no JSON number")
 
 
 class open_regular:
