@@ -171,7 +171,11 @@ def test_sizes_that_overflow_are_named(key, value):
 
 def test_a_truncated_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA)[:40])
-    with pytest.raises(InputError, match="JSON"):
+    with pytest.raises(InputError, match="JSON") as refused:
+        read_spec(str(tmp_path))
+    assert "safetensors" not in str(refused.value)
+    (tmp_path / "config.json").write_text('{"vocab_size": 1, "vocab_size": 2}')
+    with pytest.raises(InputError, match="the key 'vocab_size' twice"):
         read_spec(str(tmp_path))
 
 

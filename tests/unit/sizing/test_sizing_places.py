@@ -103,6 +103,13 @@ def test_a_margin_for_the_unknown(spec_of, card, run):
     assert after.interval.max < before.interval.max
 
 
+def test_padding_of_mxfp4_is_within_its_margin(spec_of):
+    """Marlin pads the inner size to 128 and the hidden one to 256."""
+    spec = spec_of("openai/gpt-oss-20b")
+    assert (2944 * 3072) / (2880 * 2880) < 1 + spec.margin
+    assert any("padded" in note for note in spec.notes)
+
+
 def test_the_prototype_that_was_measured(spec_of, run):
     """1.236 B, r 64, u 0.3 of 143771 MiB, 16 x 320 tokens: 42.40 GiB were measured (one run)."""
     card = Device(

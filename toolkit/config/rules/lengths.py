@@ -108,8 +108,9 @@ runtime: {engine: vllm}
 def one_rope_for_all_lengths(run: Run) -> Iterator[Fault]:
     """With the engine, LongRoPE (Phi-3) is used up to its original length.
 
-    Above original_max_position_embeddings vLLM turns every sequence by the long factors, and the trainer those alone that are
-    longer: what is sampled would not be what is trained. Judged when the model is at hand.
+    Above original_max_position_embeddings vLLM turns every sequence by the long factors, and the
+    trainer those alone that are longer: what is sampled would not be what is trained. Judged when
+    the model is at hand.
     """
     model = run.model
     if run.engine == "transformers" or model is None or model.longrope_original is None:
