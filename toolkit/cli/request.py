@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import launcher
 from toolkit.base.errors import InputError
 from toolkit.base.hub import hub_home
 from toolkit.base.units import GIB, KIB, MIB
@@ -65,7 +66,7 @@ def examine(
 def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
     from toolkit.config import load_run  # noqa: PLC0415 - a YAML parser, only for a run file
 
-    return load_run(path, overrides, world_size=world_size(os.environ))
+    return load_run(path, overrides, world_size=launcher.world_size())
 
 
 def facts(run: RunConfig) -> dict[str, Any]:
@@ -75,26 +76,9 @@ def facts(run: RunConfig) -> dict[str, Any]:
 
     return {
         **demands(run),
-        "world_size": local_world_size(os.environ),
+        "world_size": launcher.local_world_size(),
         "sizer_model_types": tuple(FAMILIES),
     }
-
-
-def world_size(environ: Mapping[str, str]) -> int:
-    """Processes of the whole job, as torchrun says; 1 where it does not."""
-    return _processes(environ, "WORLD_SIZE")
-
-
-def local_world_size(environ: Mapping[str, str]) -> int:
-    """Processes of this job on this node, as torchrun says; 1 where it does not."""
-    return _processes(environ, "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-
-
-def _processes(environ: Mapping[str, str], *names: str) -> int:
-    for name in names:
-        if re.fullmatch(r"[0-9]{1,6}", environ.get(name, "")):
-            return max(1, int(environ[name]))
-    return 1
 
 
 def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:

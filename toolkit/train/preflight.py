@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import launcher
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact_tree
@@ -75,7 +76,7 @@ def preflight(
     checks = tuple(run_checks(snapshot, context_of(config, snapshot)))
     if judge:
         refuse(checks)
-    gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
+    gpu = devices.select(snapshot, launcher.local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     others = [device] if peers is None else _devices_of_all(device, peers)
     device = smallest(others)
@@ -98,11 +99,6 @@ def one_format(config: RunConfig) -> RunConfig:
     if config.model.dtype != "auto" or not config.grpo.get("fp16"):
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float16"))
-
-
-def local_rank() -> int:
-    """Which of this node's processes this is, and so which of its GPUs is this one's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
@@ -137,9 +133,9 @@ def context_of(config: RunConfig, snapshot: NodeSnapshot | None = None) -> Check
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
         **demands(config),
-        world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1),
+        world_size=launcher.local_world_size(),
         # One card too few is told by a check; there is no such card to look at then.
-        gpu_index=local_rank() if local_rank() < seen else None,
+        gpu_index=launcher.local_rank() if launcher.local_rank() < seen else None,
         sizer_model_types=tuple(FAMILIES),
     )
 

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
+from toolkit.base.launcher import rank
 from toolkit.engine.ranks import TIMEOUT_S, join_group, world_size
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ _GONE = re.compile(
     r" waiting|collective operation timeout",
     re.I | re.S,
 )
-
-
-def rank() -> int:
-    """The number of this process among them, as the launcher says."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def is_first_rank() -> bool:

@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_processes_are_counted_as_the_launcher_says() -> None:
-    job = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    assert (request.world_size(job), request.local_world_size(job)) == (8, 4)
-    assert request.local_world_size({"WORLD_SIZE": "2"}) == 2
-    for nothing in ({}, {"WORLD_SIZE": "many"}, {"WORLD_SIZE": "0"}):
-        assert request.world_size(nothing) == request.local_world_size(nothing) == 1
-
-
 def test_whole_groups_over_all_processes_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,49 @@
+"""Which process of how many this is: what torchrun, or a batch file in its place, says in the
+environment. A process that nothing was said to is the only one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Processes of the whole run. Raises InputError for what is no number of processes."""
+    return _number(environ, "WORLD_SIZE", least=1)
+
+
+def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Processes of this run on this node; all of them where only their number is said. Raises
+    InputError.
+    """
+    name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
+    return _number(environ, name, least=1)
+
+
+def rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of this process among all. Raises InputError."""
+    return _number(environ, "RANK", least=0)
+
+
+def local_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of this process on its node, and so of its GPU. Raises InputError."""
+    return _number(environ, "LOCAL_RANK", least=0)
+
+
+def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
+    """A variable's value; where it is not set, the least that there is."""
+    text = environ.get(name) or str(least)
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < least:
+        raise InputError(
+            f"{name}={text} is no number from {least} on",
+            where="the environment",
+            fix=f"start the run with torchrun or --nproc-per-node, or unset {name}",
+        )
+    return int(text)
