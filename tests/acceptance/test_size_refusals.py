@@ -2,11 +2,17 @@
 
 import json
 import os
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from size_world import ONE_B, SHAPES, call, make_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+
+import cases
 
 
 @pytest.fixture
@@ -34,6 +40,16 @@ def model(tmp_path):
 def test_what_is_refused(model, arguments, code, words):
     filled = [part.format(model=model(ONE_B)) for part in arguments]
     assert words in call("size", *filled, code=code).stderr
+
+
+def test_a_gpu_that_cannot_be_used_is_not_passed_over_in_silence(model, tmp_path):
+    case, folder = cases.load("driver-mismatch"), str(model(ONE_B))
+    sized = case.envcheck(tmp_path, "size", folder)
+    assert "driver and library do not match" in sized.stderr
+    assert "sized for the CPU" in sized.stderr
+    asked = case.envcheck(tmp_path, "size", folder, "--gpu-index", "0")
+    assert asked.returncode == 1
+    assert "GPU 0 was asked for: driver and library do not match" in asked.stderr
 
 
 HOSTILE = {

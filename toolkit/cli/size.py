@@ -84,13 +84,16 @@ def with_engine(config: RunConfig) -> RunConfig:
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
-    """The card named, or the one here; None where there is none (the CPU is sized then).
+    """The card named, or the one here; None where there is none (the CPU is sized then, and where
+    there is a GPU that cannot be used, it is said why).
 
     Raises:
         ConfigError: no card of that name, or no such index.
     """
+    from toolkit.base.errors import ConfigError  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu import cards  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.gpu.devices import select  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import select, visible  # noqa: PLC0415 - as above
+    from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
     from toolkit.sizing import Device  # noqa: PLC0415 - as above
 
@@ -98,7 +101,17 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
         return Device.from_card(cards.find(gpu))
     snapshot = take()
     found = select(snapshot, gpu_index)
-    return None if found is None else Device.from_node(snapshot, found)
+    if found is not None:
+        return Device.from_node(snapshot, found)
+    state = presence(snapshot)
+    why = state.text if not snapshot.gpus else visible(snapshot).problem or "CUDA sees no GPU"
+    if gpu_index is not None:
+        raise ConfigError(
+            f"GPU {gpu_index} was asked for: {why}", where="--gpu-index", fix=state.remedy or None
+        )
+    if state.kind != "none":
+        click.echo(f"note: {why}: sized for the CPU", err=True)
+    return None
 
 
 def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:

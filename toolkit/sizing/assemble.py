@@ -161,6 +161,8 @@ def _notes(case: Case) -> list[str]:
             f"a mixture of experts: the adapter lies on {', '.join(case.spec.targets)}, where the "
             "engine has slots for it"
         )
+    if not lora.adapter_parameters(case.spec, case.work.rank, case.work.targets):
+        notes.append("lora.target_modules names no layer of this model: no adapter is counted")
     if case.plan.tensor_parallel > 1 and case.work.uses_engine:
         notes.append(
             f"tensor_parallel_size {case.plan.tensor_parallel}: weights and KV divided evenly"

@@ -83,12 +83,13 @@ class Device:
                 f"{gpu.label} does not report its memory ({gpu.memory.reason})",
                 fix="name the card with --gpu",
             )
-        memory = gpu.memory.value or {}
-        reserved = memory.get("reserved")
+        reserved = (gpu.memory.value or {}).get("reserved")
+        if not isinstance(reserved, int) or reserved <= 0:
+            reserved = int(total * RESERVED_SHARE)
         return cls(
             name=gpu.name.value or gpu.label,
             total_bytes=total,
-            free_bytes=min(free, total),
+            free_bytes=min(free, total - reserved),
             compute_capability=gpu.capability or (0, 0),
-            reserved_bytes=int(reserved) if isinstance(reserved, int) and reserved > 0 else None,
+            reserved_bytes=reserved,
         )

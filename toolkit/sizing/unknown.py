@@ -53,7 +53,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     vocab = fields.integer("vocab_size")
     if embedding is not None and len(embedding.shape) == 2:
         vocab, hidden = embedding.shape
-    window = fields.integer("sliding_window", default=0) or None
+    window = fields.integer("sliding_window", default=0, low=0) or None
     max_position = fields.integer("max_position_embeddings", "n_positions", default=2048)
     blocks = tuple(
         _block(tensors, count, kv_cache(heads, window)) for tensors, count in _groups(layers)

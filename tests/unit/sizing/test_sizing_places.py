@@ -164,6 +164,16 @@ def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
     assert (device.total_bytes, device.free_bytes) == (10 * GIB, 9 * GIB)
     assert device.cuda_total_bytes == 10 * GIB - GIB // 8
     assert solve(run(), spec_of(ONE_B), device).interval.max < 0.9
+    # Without version 2 of the query nothing is said of what the driver keeps.
+    del memory["reserved"]
+    empty = Device.from_snapshot(replace(part, memory=of({**memory, "free": 10 * GIB})))
+    assert empty.free_bytes == empty.cuda_total_bytes < 10 * GIB
+
+
+def test_an_adapter_on_no_layer_is_said(spec_of, card, run):
+    result = solve(run(targets=("query_key_value",)), spec_of(ONE_B), card("h100"))
+    assert result.model.trainable_parameters == 0
+    assert any("names no layer" in note for note in result.model.notes)
 
 
 def test_a_card_that_does_not_tell_its_memory():

@@ -118,6 +118,8 @@ def test_an_unknown_architecture_is_sized_from_its_headers(tmp_path):
     assert spec.tied  # there is no head of its own in the headers
     assert spec.layers == 2
     assert any("not known" in note for note in spec.notes)
+    novel(tmp_path, sliding_window=0)  # as transformers 5 writes "none" for some
+    assert read_spec(str(tmp_path)).blocks[0].cache.window is None
 
 
 def test_an_unknown_architecture_that_lacks_keys(tmp_path):

@@ -74,7 +74,7 @@ def smollm3(fields: Fields) -> Shape:
 def mistral(fields: Fields) -> Shape:
     """Mistral: no biases; every layer slides where sliding_window is written."""
     heads = read_heads(fields)
-    window = fields.integer("sliding_window", default=0) or None
+    window = fields.integer("sliding_window", default=0, low=0) or None
     linears = attention(heads) + gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
     return decoder(fields, heads, blocks)
@@ -83,7 +83,7 @@ def mistral(fields: Fields) -> Shape:
 def _qwen_window(fields: Fields) -> int | None:
     if not fields.flag("use_sliding_window", False):
         return None
-    return fields.integer("sliding_window", default=0) or None
+    return fields.integer("sliding_window", default=0, low=0) or None
 
 
 def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> tuple[Block, ...]:
@@ -165,7 +165,7 @@ def phi3(fields: Fields) -> Shape:
         Linear("mlp.gate_up_proj", 2 * inner, heads.hidden),
         Linear("mlp.down_proj", heads.hidden, inner),
     ]
-    window = fields.integer("sliding_window", default=0) or None
+    window = fields.integer("sliding_window", default=0, low=0) or None
     if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
         window = None  # a window as long as the context is none
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)

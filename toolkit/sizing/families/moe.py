@@ -38,7 +38,7 @@ def mixtral(fields: Fields) -> Shape:
     heads = read_heads(fields)
     count = fields.integer("num_local_experts", default=8, high=MAX_EXPERTS)
     inner = fields.integer("intermediate_size")
-    window = fields.integer("sliding_window", default=0) or None
+    window = fields.integer("sliding_window", default=0, low=0) or None
     linears = attention(heads)
     linears += [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
     block = Block(
