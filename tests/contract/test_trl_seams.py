@@ -181,6 +181,21 @@ def test_several_rewards_and_evaluation_on_an_engine(tmp_path):
     assert all("eval_sampling/logp_gap_max" in row for row in rows if "eval_reward" in row)
 
 
+def test_the_engine_sleeps_while_the_trainer_works(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, engine=True, max_steps=2)
+    engine, calls = trainer.vllm_generation.engine, []
+
+    def note(owner, name):
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or inner(*a, **k))
+
+    for name in ("publish", "generate", "sleep"):
+        note(engine, name)
+    note(Upstream, "_compute_loss")
+    trainer.train()
+    assert calls == ["publish", "generate", "sleep", "_compute_loss"] * 2
+
+
 def test_use_vllm_in_the_arguments_is_served_by_the_engine_on_the_model(tmp_path):
     model = make_policy()
     tokenizer = make_trainer(tmp_path).processing_class

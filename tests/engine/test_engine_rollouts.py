@@ -56,6 +56,23 @@ def test_the_engine_has_the_agreed_face(llama: Engine) -> None:
     assert isinstance(llama, RolloutEngine)
 
 
+def test_a_sleeping_cache_is_woken_by_whatever_samples(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    switch = SimpleNamespace(sleep=lambda: calls.append("sleep"), wake=lambda: calls.append("wake"))
+    inner = llama.llm.generate
+    monkeypatch.setattr(llama, "_sleep", switch)
+    monkeypatch.setattr(
+        llama.llm, "generate", lambda *a, **k: calls.append("draw") or inner(*a, **k)
+    )
+    llama.sleep()
+    llama.generate(PROMPTS[:1], Sampling(max_tokens=1), seed=1, adapter=False)
+    llama.sleep()
+    llama.vllm_generate([{"prompt_token_ids": PROMPTS[0]}], SamplingParams(max_tokens=1))
+    assert calls == ["sleep", "wake", "draw"] * 2
+
+
 def test_layout_is_trls(llama: Engine) -> None:
     rollout = llama.generate(PROMPTS, Sampling(n=3, max_tokens=6, logprobs=0), seed=1)
     assert [len(part or []) for part in rollout.as_tuple()] == [9, 9, 9, 9]
