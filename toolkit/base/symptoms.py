@@ -147,10 +147,10 @@ _ENTRIES = (
     ),
     _entry(
         "expandable-segments",
-        "expandable_segments and the engine's sleep mode exclude each other",
-        "host.env, LOAD009",
-        "remove expandable_segments from PYTORCH_CUDA_ALLOC_CONF (and "
-        "PYTORCH_ALLOC_CONF), or turn KV sleep off",
+        "This vLLM release cannot do expandable_segments beside its sleep mode",
+        "software.pins",
+        "install the vLLM of the lock files, which can; or set PYTORCH_CUDA_ALLOC_CONF and "
+        "PYTORCH_ALLOC_CONF to expandable_segments:False, or turn KV sleep off",
         1,
         r"Expandable segments are not compatible with memory pool",
     ),

@@ -48,7 +48,6 @@ def _is_model_config(path: Path) -> bool:
 def _of_run_file(
     path: Path, overrides: Sequence[str], world_size: int
 ) -> tuple[RunConfig, Document]:
-    import os  # noqa: PLC0415 - with the next three: only for a run file
 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.layers import load_document  # noqa: PLC0415
@@ -56,7 +55,7 @@ def _of_run_file(
     from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
     document = load_document(path, overrides)
-    judged = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
+    judged = validate(document, Situation(world_size=world_size))
     if judged.config is not None:
         return judged.config, document
     faults = [found for found in judged.findings if str(found.severity) == "error"]
@@ -77,7 +76,6 @@ def _of_model(model: str, overrides: Sequence[str], world_size: int) -> RunConfi
     """
     if not overrides:
         return RunConfig(model=ModelSection(model_name=model))
-    import os  # noqa: PLC0415 - with the next five: only for overrides
 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.document import Source  # noqa: PLC0415
@@ -87,7 +85,7 @@ def _of_model(model: str, overrides: Sequence[str], world_size: int) -> RunConfi
 
     text = json.dumps({"model": {"model_name": model}})
     document = assemble(Source(model, text, Path.cwd(), None, "json"), overrides)
-    judged = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
+    judged = validate(document, Situation(world_size=world_size))
     faults = [
         found
         for found in judged.findings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +95,7 @@ def _request(options: dict[str, Any]) -> _Request:
 
         card = find(gpu)
         device = DeviceFacts(card.name, card.compute_capability)
-    situation = Situation(
-        world_size=options["world_size"], device=device, environment=dict(os.environ)
-    )
+    situation = Situation(world_size=options["world_size"], device=device)
     return _Request(
         strict=options["strict"],
         fix=options["fix"],

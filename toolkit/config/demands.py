@@ -18,7 +18,7 @@ def demands(run: RunConfig) -> dict[str, Any]:
     engine: str = run.runtime.engine
     if engine == "auto" and model.fast_inference is True:
         engine = "vllm"
-    share, sleeps = model.gpu_memory_utilization, model.enable_sleep_mode
+    share = model.gpu_memory_utilization
     return {
         "configured": True,
         "engine": engine,
@@ -26,7 +26,6 @@ def demands(run: RunConfig) -> dict[str, Any]:
         "float8_kv_cache": model.float8_kv_cache,
         "dtype": model.dtype,
         "gpu_memory_utilization": None if share == "auto" else float(share),
-        "sleeps": None if sleeps == "auto" else sleeps,
         "tensor_parallel_size": model.tensor_parallel_size,
         "model": model.model_name,
         "revision": model.revision,

@@ -4,7 +4,6 @@ RunConfig.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -46,11 +45,11 @@ class Validation:
 
 
 def validate(document: Document, situation: Situation | None = None) -> Validation:
-    """Judge a loaded document; ``situation`` is the world size, the card and the environment."""
+    """Judge a loaded document; ``situation`` is the world size and the card."""
     findings = list(document.findings)
     if document.readable and document.whole:
         outcome = check_structure(document.root, find_schema("run"))
-        run = Run(document, outcome.bad, situation or Situation(environment=dict(os.environ)))
+        run = Run(document, outcome.bad, situation or Situation())
         told = [found for rule in judging_rules() for found in rule.judge(run)]
         better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
         findings += [
@@ -94,7 +93,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     when something in it is wrong.
     """
     document = load_document(path, overrides)
-    outcome = validate(document, Situation(world_size=world_size, environment=dict(os.environ)))
+    outcome = validate(document, Situation(world_size=world_size))
     if outcome.config is not None:
         return outcome.config
     raise refusal(document, outcome.findings)

@@ -117,12 +117,19 @@ def test_the_cuda_of_a_driver(driver: str, cuda: str | None) -> None:
     assert cuda_of(driver) == cuda
 
 
-def test_sleep_and_expandable_segments_exclude_each_other() -> None:
-    snapshot = snapshot_of("h200-expandable")
-    result = verdict(snapshot, "host.env", CheckContext(configured=True, sleeps=True))
-    assert (result.verdict, result.blame) == ("fail", "user")
-    awake = verdict(snapshot, "host.env", CheckContext(configured=True, sleeps=False))
-    assert awake.verdict == "ok"
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("expandable_segments:True", "ok"),
+        ("max_split_size_mb:128, Expandable_Segments: True", "ok"),
+        ("max_split_size_mb:128", "warn"),
+        ("backend:cudaMallocAsync", "warn"),
+    ],
+)
+def test_an_allocator_that_the_user_has_set(value: str, expected: str) -> None:
+    snapshot = snapshot_of("h200-allocator")
+    told = replace(snapshot, environment={"PYTORCH_ALLOC_CONF": value})
+    assert verdict(told, "host.env", CheckContext(configured=True)).verdict == expected
 
 
 def test_a_driver_can_be_required() -> None:

@@ -142,12 +142,8 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
     assert any("9" in evidence and "8" in evidence for evidence in failed), failed
 
 
-@pytest.mark.parametrize("sleeps", ["auto", True, False])
-def test_a_run_asks_what_envcheck_check_asks_for_it(tmp_path: Path, sleeps: bool | str) -> None:
-    config = load_run(
-        prepared_run(tmp_path),
-        ("model.fast_inference=true", f"model.enable_sleep_mode={json.dumps(sleeps)}"),
-    )
+def test_a_run_asks_what_envcheck_check_asks_for_it(tmp_path: Path) -> None:
+    config = load_run(prepared_run(tmp_path), ("model.fast_inference=true",))
     asked = preflight.context_of(config)
     assert asked == CheckContext(**request.facts(config))
     assert asked.engine == "vllm"

@@ -188,33 +188,6 @@ def a_part_of_the_card(run: Run) -> Iterator[Fault]:
 
 
 @rule(
-    "LOAD009",
-    "model.enable_sleep_mode",
-    example="model:\n  enable_sleep_mode: true  # and expandable_segments:True in the environment",
-    fix="unset PYTORCH_CUDA_ALLOC_CONF",
-)
-def sleep_without_expandable_segments(run: Run) -> Iterator[Fault]:
-    """enable_sleep_mode goes without expandable_segments in the environment.
-
-    Sleep releases the KV cache through a memory pool, and torch's expandable segments do not work
-    with pools: a clash of settings, not a lack of memory. Judged for the environment that envcheck
-    runs in.
-    """
-    if run.value("model.enable_sleep_mode") is not True or run.engine == "transformers":
-        return
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        value = run.situation.environment.get(name, "")
-        if "expandable_segments:true" in value.lower().replace(" ", ""):
-            yield Fault(
-                "model.enable_sleep_mode",
-                "KV sleep does not work with expandable_segments",
-                notes=(f"the environment has {name}={value}",),
-                fixes=(run.to("model.enable_sleep_mode", False),),
-            )
-            return
-
-
-@rule(
     "LOAD010",
     f"{_ENGINE} {_FAST}",
     example="model:\n  fast_inference: false\nruntime:\n  engine: vllm",

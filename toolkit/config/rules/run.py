@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,11 +40,10 @@ def _parts(path: str) -> KeyPath:
 
 @dataclass(slots=True, kw_only=True)
 class Situation:
-    """What is judged besides the file: the what-ifs, and what the machine has."""
+    """What is judged besides the file: the what-ifs."""
 
     world_size: int = 1
     device: DeviceFacts | None = None
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Run:

@@ -27,8 +27,8 @@ class CheckContext:
     """What the job asks of the node, as plain values; all defaults mean "nothing is asked".
 
     ``configured`` says that the values come from a run file, so that what is not asked is not
-    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` and ``sleeps`` None
-    mean auto. ``world_size`` counts this node's processes. ``node`` judges every card of the node
+    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means
+    auto. ``world_size`` counts this node's processes. ``node`` judges every card of the node
     and leaves the job out. ``lock`` maps a package to its locked version. ``sizer_model_types`` are
     the ``model_type`` values that sizing knows exactly.
     """
@@ -46,7 +46,6 @@ class CheckContext:
     float8_kv_cache: bool = False
     dtype: str = "auto"
     gpu_memory_utilization: float | None = None
-    sleeps: bool | None = None
     tensor_parallel_size: int = 1
     world_size: int = 1
     model: str | None = None

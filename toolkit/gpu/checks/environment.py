@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.gpu.checks.check import CheckContext, Outcome, fail, ok, warn
+from toolkit.gpu.checks.check import CheckContext, Outcome, ok, warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from toolkit.gpu.snapshot import NodeSnapshot
 
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _ON = ("1", "true", "yes", "on")
 
 
 def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No variable harms the run; the engine's sleep decides whether expandable segments do."""
-    variables = snapshot.environment
-    expandable = [
-        name
-        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-        if "expandable_segments:true" in variables.get(name, "").lower().replace(" ", "")
-    ]
-    if expandable and context.sleeps:
-        return fail(
-            "user",
-            f"{expandable[0]} asks for expandable_segments, and the engine's sleep excludes it",
-            f"remove expandable_segments from {expandable[0]}, or enable_sleep_mode: false",
-        )
-    harms = [*harmful(variables)]
-    if expandable and context.sleeps is None:
-        harms.append(f"{expandable[0]}: expandable_segments excludes the engine's sleep mode")
+    """No variable harms the run."""
+    del context
+    harms = [*_rigid(snapshot.environment), *harmful(snapshot.environment)]
     return warn("; ".join(harms)) if harms else ok("no harmful variable")
+
+
+def _rigid(variables: Mapping[str, str]) -> list[str]:
+    """Settings of torch's allocator that leave out what training sets where there are none
+    (policy/allocator.py), and what sizes count on.
+    """
+    written = {name: variables[name] for name in ALLOCATOR if variables.get(name)}
+    return [
+        f"{name}={value}: without expandable_segments:True memory is lost in pieces, which no size"
+        " knows of"
+        for name, value in written.items()
+        if "expandable_segments:true" not in value.lower().replace(" ", "")
+    ]
 
 
 def harmful(variables: Mapping[str, str]) -> list[str]:

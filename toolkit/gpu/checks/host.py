@@ -224,8 +224,8 @@ _ROWS = (
     (
         "host.env",
         "No environment variable harms the run",
-        "expandable_segments excludes the engine's sleep mode (one aborts the other), "
-        "CUDA_LAUNCH_BLOCKING makes every kernel wait, a preloaded library changes everything.",
+        "An allocator without expandable segments loses memory in pieces, CUDA_LAUNCH_BLOCKING "
+        "makes every kernel wait, a preloaded library changes everything.",
         "unset the variable that is named",
         env,
     ),
