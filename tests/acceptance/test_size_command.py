@@ -113,6 +113,21 @@ def test_write_replaces_auto_alone(run_file):
     assert 'no "auto" is written there' in again
 
 
+def test_write_leaves_what_it_cannot_replace(tmp_path, model):
+    """An anchor and its alias are one text for two keys, and a block ends with its line."""
+    path = tmp_path / "run.yaml"
+    before = (
+        f"model:\n  model_name: {model(ONE_B)}\n  max_lora_rank: &all auto\n"
+        "  gpu_memory_utilization: *all\n  max_num_seqs: >-\n    auto\n  dtype: 'auto'\n"
+        "reward: {functions: [{name: length}]}\ngrpo: {max_steps: 1}\n"
+    )
+    path.write_text(before)
+    told = call("size", path, "--gpu", "h100", "--write").stdout
+    assert path.read_text() == before.replace("'auto'", "bfloat16")
+    for name in ("max_lora_rank: 16", "gpu_memory_utilization: 0.", "max_num_seqs: 8"):
+        assert f"not written, it is an alias, an anchor or a block: model.{name}" in told
+
+
 def test_write_json_and_toml(tmp_path, model):
     import tomllib
 

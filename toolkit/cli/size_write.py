@@ -5,16 +5,19 @@ untouched.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import rewrite_file
 from toolkit.cli.exits import writing
+from toolkit.config.layers import parse
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
     from toolkit.config.model import RunConfig
 
+PLAIN = ("auto", '"auto"', "'auto'")
 WRITABLE = {
     "model": (
         "max_lora_rank",
@@ -37,13 +40,15 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
     "auto" are replaced.
 
     Raises:
-        ConfigError: the document has no file of its own (standard input).
+        ConfigError: the document has no file of its own (standard input), or other values would
+            change with those of "auto".
     """
     source = document.source
     if source.path is None:
         raise ConfigError("standard input cannot be rewritten", fix="give the file by name")
     edits: list[tuple[int, int, str, str]] = []
-    elsewhere: list[str] = []
+    left: list[str] = []
+    expected = parse(source).root.to_plain()
     for section, names in WRITABLE.items():
         for name in names:
             node = document.node((section, name))
@@ -53,18 +58,28 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
             value = part[name] if section == "grpo" else getattr(part, name)
             if value == "auto":
                 continue
+            start, end, spelled = node.mark.start, node.mark.end, _spelled(value, node)
             if node.source is not source:
-                elsewhere.append(f"{section}.{name}: {_spelled(value, node)} ({node.source.name})")
-                continue
-            edits.append((node.mark.start, node.mark.end, _spelled(value, node), name))
+                left.append(f"it stands in {node.source.name}: {section}.{name}: {spelled}")
+            elif source.text[start:end] not in PLAIN:
+                left.append(f"it is an alias, an anchor or a block: {section}.{name}: {spelled}")
+            else:
+                edits.append((start, end, spelled, name))
+                expected[section][name] = list(value) if isinstance(value, tuple) else value
     text = source.text
     for start, end, spelled, _ in sorted(edits, reverse=True):
         text = text[:start] + spelled + text[end:]
+    if parse(replace(source, text=text)).root.to_plain() != expected:
+        raise ConfigError(
+            "the values cannot be written without a change of others",
+            where=source.name,
+            fix="write them by hand, in place of what is shared between keys",
+        )
     if edits:
         with writing(source.path):
             rewrite_file(source.path, source.bom + text)
     lines = [f"{source.name}: {name}: {spelled}" for _, _, spelled, name in sorted(edits)]
-    lines += [f"not written, it stands in another file: {line}" for line in elsewhere]
+    lines += [f"not written, {line}" for line in left]
     return "\n".join(lines) or f'{source.name}: no "auto" is written there'
 
 
