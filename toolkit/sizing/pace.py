@@ -3,8 +3,8 @@
 A micro-batch takes the longer of what the card computes and what the host needs to launch it. Both
 rates were read on one H100 with an 8B Llama, 64 sequences of 320 tokens a step:
 
-    micro-batch    4 plain   8 plain   16 plain   32, 64 with checkpointing
-    seconds        4.8       2.46      1.82       2.31, 2.29
+    micro-batch    8 plain   16 plain   32, 64 with checkpointing
+    seconds        2.46      1.82       2.31, 2.29
 
 A slower card is busy sooner, so there the larger micro-batch of a pair wins by less than is
 thought.

@@ -18,7 +18,6 @@ MEASURED = [
     (64, True, 2.29),
     (32, True, 2.31),
     (8, False, 2.46),
-    (4, False, 4.8),
 ]
 
 
