@@ -103,7 +103,9 @@ def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
         if name.startswith("/"):
             text = re.sub(rf"{re.escape(name)}(?=/|$|[:;,\s])", mark, text)
         else:
-            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", mark, text)
+            # A host may stand there with a domain that gethostname does not tell.
+            domain = r"(?:\.[\w-]+)*" if mark == "HOST" else ""
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}{domain}(?![\w.-])", mark, text)
     return text
 
 

@@ -74,6 +74,8 @@ def test_pids_names_users_and_hosts_go() -> None:
     assert found["environment"] == {"SLURM_JOB_ID": "1"}
     assert found["reason"] == "uid N has no account"
     assert found["kept"] == "/home/annabel/annotations"
+    short = redact({"path": "/net/node7.example.org/runs, node77"}, {"node7": "HOST"})
+    assert short == {"path": "/net/HOST/runs, node77"}
 
 
 @pytest.mark.parametrize(
