@@ -30,12 +30,13 @@ def test_figures_and_arms_from_before(tmp_path: Path) -> None:
     _bench(tmp_path, "--arms", "ours")
     log = tmp_path / "out" / "ours.log"
     before = log.stat().st_mtime_ns
-    # Unsloth is not installed beside a CPU torch: its row says so, ours stays from before.
-    shown = _bench(tmp_path, "--arms", "unsloth")
+    # What the others lack beside a CPU torch is said in their columns; ours stays from before.
+    shown = _bench(tmp_path, "--arms", "trl,unsloth")
     assert log.stat().st_mtime_ns == before
-    assert shown.splitlines()[2].split() == ["ours", "unsloth"]
+    assert shown.splitlines()[2].split() == ["ours", "trl", "unsloth"]
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
-    ours, unsloth = report["arms"]
+    ours, trl, unsloth = report["arms"]
+    assert "needs a GPU" in trl["not_run"]
     assert unsloth["not_run"] == "Unsloth is not installed"
     assert ours["not_run"] is None
     assert len(ours["step_s"]) == 2

@@ -23,6 +23,7 @@ def compare(
     say: Callable[[str], None],
     *,
     limit_s: float,
+    gpu: bool,
 ) -> Iterator[list[Result]]:
     """Each arm in its own process, so that none inherits another's memory; its output to a log.
 
@@ -33,8 +34,11 @@ def compare(
     results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
     for arm in arms:
-        say(f"{arm}: running, log in {folder / (arm + '.log')}")
-        results.append(_run(arm, folder, limit_s))
+        if missing := lacking(arm, gpu):
+            results.append(Result(arm, not_run=missing))
+        else:
+            say(f"{arm}: running, log in {folder / (arm + '.log')}")
+            results.append(_run(arm, folder, limit_s))
         say(f"{arm}: {results[-1].not_run or 'done'}")
         yield results
 
@@ -51,9 +55,17 @@ def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]
     return [Result.read(path) for path in found if path.stem not in arms]
 
 
-def _run(arm: str, folder: Path, limit_s: float) -> Result:
+def lacking(arm: str, gpu: bool) -> str | None:
+    """What ``arm`` needs and this machine does not have."""
     if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
-        return Result(arm, not_run="Unsloth is not installed")
+        return "Unsloth is not installed"
+    if arm == "trl" and not gpu:
+        # vLLM 0.31's CPU kernels want weights packed, and packed ones have no loader.
+        return "TRL's colocate mode needs a GPU: it loads into weights that vLLM has packed"
+    return None
+
+
+def _run(arm: str, folder: Path, limit_s: float) -> Result:
     answer = folder / f"{arm}.json"
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "toolkit.train.bench.arms", arm]

@@ -42,7 +42,8 @@ def bench(
     say(f"ours: {settings.ours_plan}")
     floor = floor_seconds(_work(settings, plan.size(settings, spec, device).model), card)
     report, results = {}, []
-    for results in compare.compare(settings, arms, folder, say, limit_s=limit_s):
+    gpu = device is not None
+    for results in compare.compare(settings, arms, folder, say, limit_s=limit_s, gpu=gpu):
         report = compare.report(settings, results, floor, card.name)
         (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
     return report, compare.table(results, floor)
