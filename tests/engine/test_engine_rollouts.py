@@ -335,8 +335,9 @@ def test_out_of_memory_costs_time_and_nothing_else(
 ) -> None:
     """The engine's own step raises: in the forward, or between it and sampling."""
     llama.publish(policy)
+    prompts = [*PROMPTS[:2], [12] * 30]  # none fills a block: a step's tokens tell its sequences
     sampling = Sampling(n=4, max_tokens=10)
-    whole = llama.generate(PROMPTS, sampling, seed=6)
+    whole = llama.generate(prompts, sampling, seed=6)
     refused: list[int] = []
     steps: list[int] = []
     name = {"forward": "forward", "logits": "compute_logits"}[place]
@@ -353,12 +354,12 @@ def test_out_of_memory_costs_time_and_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(llama.module, name, narrow)
-        again = llama.generate(PROMPTS, sampling, seed=6)
+        again = llama.generate(prompts, sampling, seed=6)
         assert len(refused) >= 1
         assert "out of memory with 12 sequences, 6 at a time from here on" in caplog.text
         tried = len(refused)
         assert again.completion_ids == whole.completion_ids
-        parts = llama.generate(PROMPTS, sampling, seed=6)  # in parts from the start
+        parts = llama.generate(prompts, sampling, seed=6)  # in parts from the start
         assert parts.completion_ids == whole.completion_ids
         assert len(refused) == tried
     assert llama.llm.llm_engine.get_num_unfinished_requests() == 0
@@ -367,7 +368,7 @@ def test_out_of_memory_costs_time_and_nothing_else(
     for mine, theirs in zip(again.logprobs, whole.logprobs, strict=True):
         assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5)
     llama._most_at_once = None
-    assert llama.generate(PROMPTS, sampling, seed=6) == whole
+    assert llama.generate(prompts, sampling, seed=6) == whole
     assert llama.llm.reset_prefix_cache()
 
 
