@@ -95,6 +95,12 @@ class Calibration:
 
 def calibrate(run_dir: Path) -> Calibration:
     """Compare the files of a run folder. Raises InputError where there is no prediction."""
+    if not (run_dir / "preflight.json").is_file():
+        raise InputError(
+            "it has no preflight.json, so it is no folder of a run",
+            where=str(run_dir),
+            fix="give runtime.output_dir of a run",
+        )
     written = read_json(run_dir / "preflight.json")
     sizing = written.get("sizing") if isinstance(written, dict) else None
     if not isinstance(sizing, dict):
