@@ -37,7 +37,10 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
         parts.append("\n".join(notes))
     if result.remedies:
         lines = [f"  {remedy}" for remedy in result.remedies]
-        parts.append("\n".join(["what each change would free, by itself:", *lines]))
+        enough = any(remedy.enough for remedy in result.remedies)
+        head = "what each change would free, by itself:"
+        head = head if enough else "what each change would free; none is enough by itself:"
+        parts.append("\n".join([head, *lines]))
     return "\n\n".join(part for part in parts if part)
 
 
