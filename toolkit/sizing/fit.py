@@ -114,7 +114,7 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
         Term(
             "margin.fragmentation",
             int(total(trainer, "training") * share) + fixed,
-            f"{share:.0%} of a step, and {fixed // MIB} MiB",
+            f"{share:.0%} of a step" + (f", and {fixed // MIB} MiB" if fixed else ""),
             "training",
         )
     )

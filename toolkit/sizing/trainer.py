@@ -61,17 +61,22 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     ]
     saved, layer, moving = activations(spec, work, step)
     head = head_bytes(spec, work, step)
-    gradients = count * step.adapter_bytes
+    gradients, beyond = count * step.adapter_bytes, ""
     if step.accumulation == 1:
         # They come into being layer by layer while the saved tensors of those layers go.
-        gradients = max(0, gradients - saved)
+        gradients, beyond = max(0, gradients - saved), ", beyond the activations that go meanwhile"
     if step.world_size > 1:
         gradients += count * step.adapter_bytes  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
     shape = f"{step.micro_batch} x {work.sequence} tokens, {mode}"
     terms += [
-        Term("trainer.gradients", gradients, f"{step.adapter_bytes} bytes a parameter", "training"),
+        Term(
+            "trainer.gradients",
+            gradients,
+            f"{step.adapter_bytes} bytes a parameter{beyond}",
+            "training",
+        ),
         Term("trainer.activations", saved + layer + moving, shape, "training"),
         Term(
             "trainer.head",
