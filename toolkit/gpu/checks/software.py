@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.base.capability import BFLOAT16, FLOAT8_CACHE, FOUR_BIT
 from toolkit.base.units import plural
@@ -20,6 +19,7 @@ from toolkit.gpu.checks.check import (
     warn,
 )
 from toolkit.gpu.checks.kernels import libnuma
+from toolkit.gpu.checks.requirement import satisfies
 from toolkit.gpu.needs import gpu_needed
 
 if TYPE_CHECKING:
@@ -34,34 +34,6 @@ TORCH_ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "13.0": ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
 }
 VLLM_LEAST = (7, 5)  # vLLM's CUDA 13 build starts at Turing
-
-
-def satisfies(installed: str, requirement: str) -> bool:
-    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that our own pins use."""
-    have = version_tuple(installed)
-    for part in requirement.split(","):
-        found = re.fullmatch(r"\s*(==|>=|<=|!=|<|>|~=)\s*([\w.+]+?)(\.\*)?\s*", part)
-        if not found:
-            return False
-        want = version_tuple(found[2])
-        width = max(len(have), len(want))
-        left, right = (v + (0,) * (width - len(v)) for v in (have, want))
-        if found[3]:
-            left, right = have[: len(want)], want
-        if not _COMPARE[found[1]](left, right, len(want)):
-            return False
-    return True
-
-
-_COMPARE: dict[str, Any] = {
-    "==": lambda a, b, _n: a == b,
-    "!=": lambda a, b, _n: a != b,
-    ">=": lambda a, b, _n: a >= b,
-    "<=": lambda a, b, _n: a <= b,
-    ">": lambda a, b, _n: a > b,
-    "<": lambda a, b, _n: a < b,
-    "~=": lambda a, b, n: a >= b and a[: n - 1] == b[: n - 1],
-}
 
 
 def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
