@@ -106,7 +106,6 @@ def test_one_seed_is_one_run_whatever_the_process_did_before(loaded, tmp_path) -
 
 # --- TRL's options
 
-LOSSES = known("loss_types").values  # of the installed TRL
 NEEDED = {
     "luspo": {"importance_sampling_level": "sequence"},
     "vespo": {"vllm_importance_sampling_mode": "token_truncate"},

@@ -23,14 +23,18 @@ def hub_home(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser()
 
 
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """The folder of its cached models: HF_HUB_CACHE, else hub/ of its home."""
+    return Path(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub").expanduser()
+
+
 def cached_model(name: str, revision: str | None, environ: Mapping[str, str]) -> Path | None:
     """The snapshot folder of a model in the cache, at a branch, a tag or a commit (None: main);
     None where it is not there, or where ``name`` or ``revision`` is none of the hub's.
     """
     if not MODEL_ID.fullmatch(name) or ".." in name:
         return None
-    cache = Path(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub").expanduser()
-    folder = cache / f"models--{name.replace('/', '--')}"
+    folder = hub_cache(environ) / f"models--{name.replace('/', '--')}"
     commit = _commit(folder, revision or "main")
     snapshot = folder / "snapshots" / commit if commit else None
     return snapshot if snapshot is not None and os.path.isdir(snapshot) else None

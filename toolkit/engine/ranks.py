@@ -6,12 +6,13 @@ takes that as the trainer made it. So the group has to be there before an engine
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
+
+from toolkit.base.launcher import rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 1800.0
 """How long a rank waits for another in a collective call; transformers' own ``ddp_timeout``."""
-
-
-def world_size() -> int:
-    """Processes of this run, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
@@ -37,7 +33,7 @@ def join_group(timeout_s: float | None = None, store: Store | None = None) -> No
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         timeout=timedelta(seconds=timeout_s or TIMEOUT_S),
-        rank=int(os.environ["RANK"]),
+        rank=rank(),
         world_size=world_size(),
         store=store,
     )

@@ -16,11 +16,12 @@ from vllm import LLM
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
-from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
+from toolkit.base.launcher import world_size
 from toolkit.config.targets import has_experts
 from toolkit.engine import experts, loader, sleep
 from toolkit.engine.live import Engine
-from toolkit.engine.ranks import join_group, world_size
+from toolkit.engine.ranks import join_group
 from toolkit.engine.seams import device_type
 from toolkit.engine.symptoms import explain
 
@@ -165,7 +166,7 @@ def read_config(options: EngineOptions) -> Any:
         return transformers.AutoConfig.from_pretrained(options.model, revision=options.revision)
     except (OSError, ValueError) as problem:
         raise InputError(
-            f"no readable model config: {str(problem).splitlines()[0]}",
+            f"no readable model config: {first_line(problem)}",
             where=options.model,
             fix="check the folder or the hub id (and HF_HUB_OFFLINE, if it is set)",
         ) from problem

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError, first_line
 from toolkit.engine.draws import cut, draw
 from toolkit.engine.rollout import Rollout, check_prompts, request_seed
 
@@ -176,8 +176,9 @@ class TransformersEngine:
 
 
 def _refused(error: ValueError) -> ConfigValueError:
-    reason = str(error).splitlines()[0]
-    return ConfigValueError(f"transformers refuses the sampling options: {reason}", where=WHERE)
+    return ConfigValueError(
+        f"transformers refuses the sampling options: {first_line(error)}", where=WHERE
+    )
 
 
 def _check_ranges(sampling: Sampling) -> None:

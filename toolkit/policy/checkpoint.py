@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.paths import safe_join
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -114,9 +114,8 @@ def find_checkpoint(
             name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_DOUBLES
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"is no folder here, and the hub gave no such model: {reason}",
+            f"is no folder here, and the hub gave no such model: {first_line(error)}",
             where=name,
             fix="check the name and revision; a gated model needs token=... or `hf auth login`",
         ) from error

@@ -17,7 +17,9 @@ from toolkit.base.errors import (
     InputError,
     MissingExtraError,
     UnsupportedError,
+    first_line,
 )
+from toolkit.base.launcher import local_rank
 from toolkit.policy.arguments import WHERE
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.positions import set_positions
@@ -83,7 +85,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"its config.json cannot be used: {str(error).splitlines()[0]}",
+            f"its config.json cannot be used: {first_line(error)}",
             where=checkpoint.name,
             fix="check the checkpoint; a model with code of its own needs trust_remote_code=True",
         ) from error
@@ -126,7 +128,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(
-            f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"its weights cannot be loaded: {first_line(error)}",
             where=checkpoint.name,
         ) from error
     _check_complete(info, checkpoint.name)
@@ -166,7 +168,8 @@ def _device_map(asked: Any) -> Any:
     if asked in (None, "sequential", "auto", "balanced") and not cuda:
         return None
     if asked in (None, "sequential"):
-        rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+        launched = "LOCAL_RANK" in os.environ
+        rank = local_rank() if launched else torch.cuda.current_device()
         return {"": rank % torch.cuda.device_count()}
     named = set(asked.values()) if isinstance(asked, dict) else {asked}
     wants_cuda = any(str(device).startswith("cuda") or isinstance(device, int) for device in named)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from toolkit.base.errors import InputError, ToolkitWarning
+from toolkit.base.errors import InputError, ToolkitWarning, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -43,7 +43,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            f"has no tokenizer that can be read: {first_line(error)}",
             where=str(folder),
             fix="copy tokenizer.json and tokenizer_config.json of the model into it",
         ) from error

@@ -140,18 +140,3 @@ class ModelSpec:
             + self.extra_parameters
             + sum(block.parameters for block in self.blocks)
         )
-
-    @property
-    def widest_mlp(self) -> int:
-        """Output features of the widest gate/up pair (or of a fused one) that a token goes
-        through.
-        """
-        widest = 0
-        for block in self.blocks:
-            total = 0
-            for linear in block.linears:
-                if linear.in_features == self.hidden_size and "attn" not in linear.name:
-                    uses = min(linear.copies, block.active_experts or 1)
-                    total += linear.out_features * (uses if linear.copies > 1 else 1)
-            widest = max(widest, total)
-        return widest

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.base.errors import InputError
+from toolkit.base.hub import cached_model, hub_cache
 from toolkit.sizing.headers import read_json
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,40 +44,15 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
     return _in_cache(name, revision)
 
 
-def cache_folder() -> Path:
-    """The hub cache as huggingface_hub finds it: HF_HUB_CACHE, else HF_HOME/hub, else
-    ~/.cache/huggingface/hub.
-    """
-    if written := os.environ.get("HF_HUB_CACHE"):
-        return Path(written).expanduser()
-    if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
-
-
 def _in_cache(name: str, revision: str | None) -> ModelFiles:
-    folder = cache_folder() / ("models--" + name.replace("/", "--"))
-    wanted = revision or "main"
-    commit = wanted if _COMMIT.fullmatch(wanted) else _read_ref(folder, wanted)
-    snapshot = folder / "snapshots" / commit if commit else None
-    if snapshot is None or not snapshot.is_dir():
+    snapshot = cached_model(name, revision, os.environ)
+    if snapshot is None:
         raise InputError(
-            f"{name} (revision {wanted}) is neither a folder nor in the cache {cache_folder()}",
+            f"{name} (revision {revision or 'main'}) is neither a folder nor in the cache"
+            f" {hub_cache(os.environ)}",
             fix=f"hf download {name}, or set HF_HOME to the cache that has it",
         )
-    return _in_folder(snapshot, commit)
-
-
-def _read_ref(folder: Path, revision: str) -> str | None:
-    if ".." in revision.split("/") or revision.startswith("/"):
-        return None
-    try:
-        with (folder / "refs" / revision).open("rb") as file:
-            text = file.read(64).decode("ascii", "replace").strip()
-    except (OSError, ValueError):
-        return None
-    return text if _COMMIT.fullmatch(text) else None
+    return _in_folder(snapshot, snapshot.name)
 
 
 def _in_folder(folder: Path, revision: str | None) -> ModelFiles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from toolkit.base.capability import BFLOAT16
 from toolkit.sizing.model import DTYPE_BYTES
 from toolkit.sizing.quant import FP8_ON_LOAD, INT8_ON_LOAD, NF4_ON_LOAD, Quantization
 
@@ -44,7 +45,7 @@ def model_dtype(spec: ModelSpec, asked: str, capability: tuple[int, int] | None)
     if spec.dtype == "float16" and spec.quantization is not None:
         return "float16"
     # (0, 0): NVML does not tell; cards that old are rare.
-    return "bfloat16" if capability >= (8, 0) or capability == (0, 0) else "float16"
+    return "bfloat16" if capability >= BFLOAT16 or capability == (0, 0) else "float16"
 
 
 def weight_bytes(

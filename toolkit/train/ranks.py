@@ -20,8 +20,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
-from toolkit.base.launcher import rank
-from toolkit.engine.ranks import TIMEOUT_S, join_group, world_size
+from toolkit.base.launcher import rank, world_size
+from toolkit.engine.ranks import TIMEOUT_S, join_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from toolkit.base.errors import first_line
 from toolkit.train.bench.settings import TARGETS, Result, Settings
 
 
@@ -211,9 +212,7 @@ def main(arm: str, settings_path: str, result_path: str) -> None:
     except (
         Exception
     ) as error:  # an arm's failure is a row of the table; the traceback goes to its log
-        result.not_run = (
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        result.not_run = f"{type(error).__name__}: {first_line(error)}"
         raise
     finally:
         result.write(Path(result_path))
