@@ -200,7 +200,7 @@ SEAMS = [
     ("device_allocator/__init__.py", "AllocationData.handle", "sleep"),
     ("sampling_params.py", "SamplingParams.flat_logprobs", "generate"),
     ("sampling_params.py", "SamplingParams.seed", "generate"),
-    ("sampling_params.py", "SamplingParams.output_kind", "rollout.OWNED_KEYWORDS"),
+    ("sampling_params.py", "SamplingParams.output_kind", "sampling_keywords.OWNED_KEYWORDS"),
     ("sampling_params.py", "StructuredOutputsParams.regex", "generate"),
     ("model_executor/models/interfaces.py", "SupportsLoRA.packed_modules_mapping", "weights"),
     ("model_executor/models/interfaces.py", "SupportsLoRA.lora_skip_prefixes", "places"),

@@ -10,14 +10,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigValueError
+from toolkit.config.sampling_keywords import OWNED_KEYWORDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-OWNED_KEYWORDS = frozenset({"n", "seed", "logprobs", "detokenize", "flat_logprobs", "output_kind"})
-"""Sampling arguments that reproducibility and the return layout rest on; ``generation_kwargs`` may
-not set them. Of more than one ``logprobs`` TRL takes the most likely token's for the sampled one's.
-"""
 
 SEED_LIMIT = 2**62
 """Seeds stay below it, so that the completions of a batch can count up from theirs within a signed
@@ -62,7 +58,7 @@ class Sampling:
         for name in self.extra:
             if name in OWNED_KEYWORDS:
                 raise ConfigValueError(
-                    f"{name!r} is set by the toolkit",
+                    f"{name!r} is set by the toolkit: {OWNED_KEYWORDS[name]}",
                     where=f"grpo.generation_kwargs.{name}",
                     fix="leave it out",
                 )
