@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import mean
 
 import pytest
 import train_world as world
+
+from toolkit.engine.base import vllm_available
 
 LAST = re.compile(r"exact match (\d\.\d\d) -> (\d\.\d\d) on 500 held-out problems, (\d+) s")
 
@@ -19,9 +22,15 @@ def run_demo(folder, *arguments):
     return done, float(found[1]), float(found[2])
 
 
-def test_the_demo_learns_and_shows_where_everything_lies(tmp_path):
-    folder = tmp_path / "demo"
-    done, before, after = run_demo(folder)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(folder, process, exact match before, after) of the demo as it is typed."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    return folder, *run_demo(folder)
+
+
+def test_the_demo_learns_and_shows_where_everything_lies(demo):
+    folder, done, before, after = demo
     assert before <= 0.6
     assert after >= 0.9
     said = json.loads((folder / "run" / "evaluation.json").read_text())
@@ -44,6 +53,28 @@ def test_the_demo_learns_and_shows_where_everything_lies(tmp_path):
     held_out = {row["question"] for row in world.rows(folder, "eval.jsonl")}
     assert len(held_out) == 500
     assert not asked & held_out
+
+
+@pytest.mark.skipif(not vllm_available(), reason="needs vLLM")  # in a process of its own
+def test_its_world_is_learned_on_vllm_as_on_transformers(demo, tmp_path):
+    """The same run file and seed on the engine: other draws, the same rise. The whole of it is
+    slow.
+    """
+    folder = demo[0]
+    steps = 16
+    changed = {"runtime.engine": "vllm", "runtime.output_dir": tmp_path / "run"}
+    changes = [f"--set={key}={value}" for key, value in changed.items()]
+    done = world.toolkit("train", folder / "run.yaml", *changes, f"--set=grpo.max_steps={steps}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs, ours = (
+        [row["reward"] for row in world.rows(run, "metrics.jsonl") if "reward" in row]
+        for run in (folder / "run", tmp_path / "run")
+    )
+    assert len(ours) == steps
+    assert ours[0] == pytest.approx(theirs[0], abs=0.1)
+    late = mean(ours[-5:])
+    assert late > mean(ours[:3]) + 0.1
+    assert late == pytest.approx(mean(theirs[steps - 5 : steps]), abs=0.1)
 
 
 @pytest.mark.slow

@@ -1,15 +1,20 @@
-"""``toolkit train`` as it is typed: what it leaves, and what it says to bad input."""
+"""``toolkit train`` as it is typed: what it leaves, and what it says when it is started again."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
 import train_world as world
+from spoiled_world import serve
 
 from toolkit.config.validate import check_instance
+
+
+def again(folder, *arguments):
+    """The command in ``folder``, in a fork of a process that has imported everything."""
+    return serve([{"folder": folder, "arguments": ["train", "run.yaml", *map(str, arguments)]}])[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def test_the_manifest_is_by_its_schema_and_holds_no_secret(trained):
 def test_started_again_it_finds_itself_finished(trained):
     run_file, _ = trained
     before = world.digests(run_file.parent / "run")
-    done = world.toolkit("train", run_file)
+    done = again(run_file.parent)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-8" in done.stdout
     assert world.digests(run_file.parent / "run") == before
@@ -78,7 +83,7 @@ def test_started_again_it_finds_itself_finished(trained):
 
 def test_a_run_file_that_changed_is_refused_by_name(trained):
     run_file, _ = trained
-    done = world.toolkit("train", run_file, "--set", "grpo.learning_rate=0.02")
+    done = again(run_file.parent, "--set", "grpo.learning_rate=0.02")
     assert done.returncode == 1
     assert "grpo.learning_rate (0.01 -> 0.02)" in done.stderr
     assert "runtime.allow_changed: [grpo.learning_rate]" in done.stderr
@@ -92,7 +97,7 @@ def test_data_that_changed_is_refused(trained, tmp_path):
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"question": "1+1=", "answer": "2"}\n')
     model = f'model.model_name="{run_file.parent / "model"}"'
-    done = world.toolkit("train", folder / "run.yaml", "--set", model)
+    done = again(folder, "--set", model)
     assert done.returncode == 1
     assert "data.train" in done.stderr
 
@@ -107,76 +112,13 @@ def test_dry_run_shows_the_resolved_run_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def spoil_data(folder):
-    (folder / "train.jsonl").write_text("")
-
-
-def spoil_column(folder):
-    text = (folder / "run.yaml").read_text().replace("prompt: question", "prompt: questoin")
-    (folder / "run.yaml").write_text(text)
-
-
-def spoil_model(folder):
-    (folder / "model" / "config.json").unlink()
-
-
-def spoil_reward(folder):
-    (folder / "my_rewards.py").write_text("def ones(completions, **_):\n    raise KeyError('x')\n")
-
-
-def spoil_length(folder):
-    (folder / "my_rewards.py").write_text("def ones(completions, **_):\n    return [1.0]\n")
-
-
-def spoil_output(folder):
-    (folder / "run").write_text("a file\n")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "codes", "words"),
-    [
-        (spoil_data, {1, 2}, ["train.jsonl"]),
-        (spoil_column, {1}, ["questoin"]),
-        (spoil_model, {1, 2}, ["model"]),
-        (spoil_reward, {1}, ["ones", "KeyError"]),
-        (spoil_length, {1}, ["ones", "1", "8"]),
-        (spoil_output, {1, 2}, ["run"]),
-    ],
-)
-def test_bad_input_is_one_error_that_says_what_to_do(tmp_path, spoil, codes, words):
-    run_file = world.make(tmp_path)
-    spoil(tmp_path)
-    done = world.toolkit("train", run_file)
-    assert done.returncode in codes, (done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "internal error" not in done.stderr
-    for word in words:
-        assert word in done.stderr, done.stderr
-
-
-def test_a_missing_run_file():
-    done = world.toolkit("train", "nowhere.yaml")
-    assert done.returncode == 2
-    assert "nowhere.yaml" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
-def test_a_read_only_output_folder(tmp_path):
-    run_file = world.make(tmp_path)
-    (tmp_path / "closed").mkdir(mode=0o555)
-    done = world.toolkit("train", run_file, "--output-dir", tmp_path / "closed" / "run")
-    assert done.returncode == 1
-    assert "cannot be written" in done.stderr
-
-
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     import fcntl
 
-    run_file = world.make(tmp_path)
+    world.make(tmp_path)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = world.toolkit("train", run_file)
+        done = again(tmp_path)
     assert done.returncode == 4
     assert "another run is writing to this folder" in done.stderr
