@@ -14,9 +14,8 @@ import os
 
 import torch
 
-NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""torch's variable, and its older name."""
-WANTED = "expandable_segments:True"
+from toolkit.base.allocator import VARIABLES, WANTED
+
 VIRTUAL_MEMORY = 102
 """CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of cuda.h; absent on some virtual
 GPUs.
@@ -29,10 +28,10 @@ def use_expandable_segments() -> None:
 
     What the user has set under one name is put under the other, for whoever reads only that.
     """
-    found = next((os.environ[name] for name in NAMES if os.environ.get(name)), None)
+    found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     if found is None and not _maps_virtual_memory():
         return
-    for name in NAMES:
+    for name in VARIABLES:
         os.environ[name] = os.environ.get(name) or found or WANTED
     # bitsandbytes starts CUDA where it is imported, and torch has read the variables by then.
     if found is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.policy.allocator import NAMES, VIRTUAL_MEMORY, WANTED, use_expandable_segments
+from toolkit.base.allocator import VARIABLES, WANTED
+from toolkit.policy.allocator import VIRTUAL_MEMORY, use_expandable_segments
 
 
 class Driver:
@@ -40,12 +41,12 @@ class Driver:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in NAMES:
+    for name in VARIABLES:
         monkeypatch.setenv(name, "")  # put back afterwards
 
 
 def settings() -> list[str | None]:
-    return [os.environ.get(name) for name in NAMES]
+    return [os.environ.get(name) for name in VARIABLES]
 
 
 def test_a_card_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings() == ["", ""]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIABLES)
 def test_the_users_own_stays_and_is_told_under_both_names(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

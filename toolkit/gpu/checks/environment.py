@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.allocator import VARIABLES, WANTED, expands
 from toolkit.gpu.checks.check import CheckContext, Outcome, ok, warn
 
 if TYPE_CHECKING:
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
 
     from toolkit.gpu.snapshot import NodeSnapshot
 
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _ON = ("1", "true", "yes", "on")
 
 
@@ -26,12 +26,11 @@ def _rigid(variables: Mapping[str, str]) -> list[str]:
     """Settings of torch's allocator that leave out what training sets where there are none
     (policy/allocator.py), and what sizes count on.
     """
-    written = {name: variables[name] for name in ALLOCATOR if variables.get(name)}
+    written = {name: variables[name] for name in VARIABLES if variables.get(name)}
     return [
-        f"{name}={value}: without expandable_segments:True memory is lost in pieces, which no size"
-        " knows of"
+        f"{name}={value}: without {WANTED} memory is lost in pieces, which no size knows of"
         for name, value in written.items()
-        if "expandable_segments:true" not in value.lower().replace(" ", "")
+        if not expands(value)
     ]
 
 
