@@ -104,7 +104,7 @@ def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
     total = 0
     for linear in block.linears:
         if linear.leaf == "down_proj":
-            copies = block.active_experts if linear.copies > 1 else 1
+            copies = block.uses(linear)
             total += 3 * width * linear.in_features * copies
             if linear.copies > 1:
                 total += 2 * width * spec.hidden_size * copies
@@ -123,7 +123,7 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     )
     inner = 4 * spec.hidden_size
     if down is not None:
-        inner = down.in_features * (block.active_experts if down.copies > 1 else 1)
+        inner = down.in_features * block.uses(down)
     targeted = down is not None and lora.targeted(down, work.targets)
     if step.compute_bytes == step.adapter_bytes:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).

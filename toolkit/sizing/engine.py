@@ -101,7 +101,7 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
         for linear in block.linears:
             if "attn" in linear.name or linear.leaf in ("down_proj", "gate", "router"):
                 continue
-            gate_up += linear.out_features * (block.active_experts if linear.copies > 1 else 1)
+            gate_up += linear.out_features * block.uses(linear)
         routed = block.active_experts * spec.hidden_size
         widest = max(widest, attention, gate_up + gate_up // 2 + routed)
     per_token = (widest + 3 * spec.hidden_size) * width

@@ -89,6 +89,10 @@ class Block:
     cache: Cache
     active_experts: int = 0
 
+    def uses(self, linear: Linear) -> int:
+        """How many of the copies of ``linear`` one token goes through."""
+        return self.active_experts if linear.copies > 1 else 1
+
     @property
     def parameters(self) -> int:
         return self.count * (sum(linear.parameters for linear in self.linears) + self.vectors)

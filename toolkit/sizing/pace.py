@@ -44,8 +44,6 @@ def active_parameters(spec: ModelSpec) -> int:
     total = spec.hidden_size * spec.vocab_size
     for block in spec.blocks:
         for linear in block.linears:
-            uses = linear.copies
-            if uses > 1 and block.active_experts:
-                uses = min(uses, block.active_experts)
-            total += block.count * uses * linear.in_features * linear.out_features
+            one = linear.in_features * linear.out_features
+            total += block.count * block.uses(linear) * one
     return total
