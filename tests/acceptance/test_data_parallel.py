@@ -168,12 +168,17 @@ def command(*words, **more):
     )
 
 
-def test_the_command_starts_its_ranks_and_hands_on_signals_and_the_code(run_file, tmp_path):
-    run_dir = tmp_path / "run"
+def two_ranks(run_file, run_dir):
+    """The command, two steps into its run of two ranks."""
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     words = ["toolkit", "train", run_file, "--nproc-per-node", "2", "--output-dir", run_dir]
     process = command(*map(str, words), *sets)
     world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    return process
+
+
+def test_the_command_starts_its_ranks_and_hands_on_signals_and_the_code(run_file, tmp_path):
+    process = two_ranks(run_file, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
@@ -186,10 +191,7 @@ def test_the_command_starts_its_ranks_and_hands_on_signals_and_the_code(run_file
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_rank(run_file, tmp_path):
     run_dir = tmp_path / "run"
-    sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
-    words = ["toolkit", "train", run_file, "--nproc-per-node", "2", "--output-dir", run_dir]
-    process = command(*map(str, words), *sets)
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    process = two_ranks(run_file, run_dir)
     process.kill()
     _, err = process.communicate(timeout=60)  # ends when the ranks have closed it as well
     assert process.returncode == -signal.SIGKILL

@@ -227,9 +227,8 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
         )
     gap = float((ours - told).abs().max())
     limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
-    if (
-        engine.options.float8_kv_cache
-    ):  # the engine's keys and values are rounded, whatever dtype is
+    if engine.options.float8_kv_cache:
+        # The engine's keys and values are rounded, whatever its dtype.
         limit = SPOT_TOLERANCE_HALF
     if not gap <= limit:
         raise UnsupportedError(
