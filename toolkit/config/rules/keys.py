@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.config.chat_format import chosen
+from toolkit.config.data_facts import data_of
 from toolkit.config.finding import Fix, Severity, rename
 from toolkit.config.migration import MOVED, Moved
 from toolkit.config.rules.base import Fault, rule
@@ -122,9 +124,21 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         yield "lora", run.operand("model.full_finetuning")
     if run.ask("grpo.max_steps") > 0:
         yield "grpo.num_train_epochs", run.operand("grpo.max_steps")
-    if run.ask("dataset.path") is None:
-        for name in ("split", "name", "revision", "limit", "eval_split"):
-            yield f"dataset.{name}", "there is no dataset.path"
+    if run.ask("dataset.eval_path") is None and run.ask("dataset.eval_split") is None:
+        why = f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}"
+        yield "dataset.eval_limit", why
+    if all(
+        data_of(run.document, key) for key in ("path", "eval_path") if run.ask(f"dataset.{key}")
+    ):
+        for name in ("name", "revision"):
+            yield f"dataset.{name}", "only a hub data set has it, and the data is in local files"
+    texts = not any(
+        data is not None and data.messages
+        for data in (data_of(run.document, key) for key in ("path", "eval_path"))
+    )
+    if texts and chosen(run.ask("dataset.chat"), run.chat_template) is False:
+        why = "no chat template" if run.chat_template is False else run.operand("dataset.chat")
+        yield "grpo.chat_template_kwargs", f"prompts are plain text ({why})"
 
 
 @rule(
