@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from toolkit.config.chat_format import template_in, usable
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TEXT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 NAMED = [{"name": "default", "template": TEXT}, {"name": "tool_use", "template": TEXT}]

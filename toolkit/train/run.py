@@ -29,6 +29,7 @@ from toolkit.train.sampling import find_engine
 from toolkit.train.signals import Abandoned, StopSignals
 from toolkit.train.state import changed
 from toolkit.train.trainer import GRPOTrainer
+from toolkit.train.watch import Watch
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -196,7 +197,8 @@ def _train(
         every = parts.config.grpo.get("logging_steps")
         progress = Progress(options.out, total_steps(trainer), every)
         keep = config.runtime.log_completions
-        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep))
+        watch = Watch(parts.run_dir, progress.keep)
+        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
     with signals.at_steps(), measured(trainer, parts.run_dir):
         try:
             if found is not None and resume.step_of(found) >= total_steps(trainer):
