@@ -175,7 +175,7 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
         ({"prompt": "qq"}, "fix: dataset.prompt: q"),
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
         ({"eval_split": "test"}, "is a file, which has no splits, and the split 'test'"),
-        ({"path": None}, "dataset.path is not set"),
+        ({"path": None}, "there is no data set: there are no prompts to train on"),
     ],
 )
 def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str) -> None:
