@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from toolkit.cli.validate import validate
+from toolkit.config.moves import schema_of
 from toolkit.config.rules import all_rules
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -75,33 +76,89 @@ def test_every_rule_has_both() -> None:
     assert not rules - covered
 
 
+def beside(path: Path, folder: Path) -> Path:
+    """A copy of a fixture that finds all that the fixture finds."""
+    (folder / "parts").symlink_to(FIXTURES / "parts")
+    (folder / "invalid").mkdir()
+    shutil.copy(FIXTURES / "invalid" / "fixture_rewards.py", folder / "invalid")
+    return Path(shutil.copy(path, folder / "invalid"))
+
+
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
 def test_a_fix_makes_the_finding_go_away(path: Path, tmp_path: Path) -> None:
-    """For every finding whose fix rewrites scalars: --fix leaves the file without it, and the rest
-    as it was.
+    """For every finding with one way out that rewrites the text: --fix leaves the file without it,
+    and the rest as it was. A choice between several is left to a person.
     """
     code, findings = judge(path)
     fixes = [fix for found in findings for fix in found["fixes"]]
     if not any(fix["edits"] for fix in fixes):
         assert stated(path)[0] not in FIXABLE, "this rule lost its fix"
         return
-    (tmp_path / "parts").symlink_to(FIXTURES / "parts")
-    (tmp_path / "invalid").mkdir()
-    shutil.copy(FIXTURES / "invalid" / "fixture_rewards.py", tmp_path / "invalid")
-    copy = Path(shutil.copy(path, tmp_path / "invalid"))
+    copy = beside(path, tmp_path)
     before = copy.read_text(encoding="utf-8")
     after_code, after = judge(copy, "--fix")
-    assert (after_code, after) == (0, []), f"exit code was {code}"
     text = copy.read_text(encoding="utf-8")
+    if len(fixes) > 1:
+        assert text == before
+        assert [found["rule"] for found in after] == [found["rule"] for found in findings]
+        return
+    assert (after_code, after) == (0, []), f"exit code was {code}"
     assert text != before
     comments = [line for line in before.splitlines() if line.lstrip().startswith("#")]
     assert [line for line in text.splitlines() if line.lstrip().startswith("#")] == comments
-    assert len(text.splitlines()) == len(before.splitlines())
+
+
+ADVICE = re.compile(r"((?:model|lora|dataset|grpo|runtime)\.\w+): (\S+)")
+
+
+@pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
+def test_no_way_out_leads_into_another_error(path: Path, tmp_path: Path) -> None:
+    """Each fix alone, as an edit or as the override that it names: no error that was not there, and
+    the finding is gone.
+    """
+    _, findings = judge(path)
+    before = {(f["rule"], f["key"]) for f in findings}
+    copy = beside(path, tmp_path)
+    original = copy.read_bytes()
+    text = original.decode("utf-8-sig", "replace")
+    for found in findings:
+        for fix in found["fixes"]:
+            options: list[str] = []
+            advice = ADVICE.fullmatch(fix["text"])
+            if fix["edits"]:
+                if any(Path(edit["file"]) != path for edit in fix["edits"]):
+                    continue
+                changed = text
+                for edit in sorted(fix["edits"], key=lambda one: -one["start"]):
+                    changed = changed[: edit["start"]] + edit["text"] + changed[edit["end"] :]
+                copy.write_text(changed, encoding="utf-8")
+            elif advice is not None:
+                copy.write_bytes(original)
+                options = ["--set", f"{advice[1]}={advice[2]}"]
+            else:
+                continue
+            _, after = judge(copy, *options)
+            errors = {(f["rule"], f["key"]) for f in after if f["severity"] == "error"}
+            assert errors <= before, fix
+            kept = [(f["rule"], f["key"], f["message"]) for f in after]
+            assert (found["rule"], found["key"], found["message"]) not in kept, fix
+
+
+KEY_NAMES = re.compile(r"\b(?:model|lora|dataset|reward|grpo|runtime)\.\w+")
+
+
+@pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
+def test_advice_names_no_key_that_is_refused(path: Path) -> None:
+    _, findings = judge(path)
+    for found in findings:
+        for fix in found["fixes"]:
+            for name in KEY_NAMES.findall(fix["text"]):
+                assert schema_of(tuple(name.split("."))) is not None, (name, fix["text"])
 
 
 FIXABLE = {
     "GRPO001", "GRPO002", "GRPO004", "GRPO005", "GRPO006", "GRPO008", "GRPO009", "GRPO015",
-    "GRPO017", "GRPO018", "GRPO020", "GRPO021", "GRPO022", "LEN001", "LEN002", "LORA001", "LORA002",
+    "GRPO017", "GRPO020", "GRPO021", "GRPO022", "LEN001", "LEN002", "LORA001", "LORA002",
     "LORA003", "LORA005", "LORA006", "LORA009", "LORA010", "LOAD001", "LOAD002",
     "LOAD003", "LOAD004", "LOAD005", "LOAD007", "LOAD008", "LOAD010", "LOAD011",
     "KEY003", "KEY004", "DOC007", "DATA001",

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolkit.base.secrets import redact
 from toolkit.base.units import plural
+from toolkit.base.visible import visible
 from toolkit.cli.render import colours_on, styled
 from toolkit.config.finding import Severity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from toolkit.config.finding import Finding
+    from toolkit.config.fix import Repair
 
 _COLOURS = {"error": "red", "warning": "yellow", "place": None}
 
@@ -123,3 +128,19 @@ PRINTERS: dict[str, type[Printer]] = {
     "sarif": Sarif,
     "github": Github,
 }
+
+
+def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
+    """What --fix says it did: each edit as old -> new, with its line before any edit."""
+    for edit in repair.applied:
+        text = f"{name}:{edit.line}: {edit.old} -> {edit.new} ({edit.rule})"
+        yield redact(visible(text))
+    yield f"{name}: fixed {len(repair.applied)}"
+
+
+def choice_lines(repair: Repair) -> Iterator[str]:
+    """What --fix left alone because there is more than one way out."""
+    for found in repair.choices:
+        ways = " or ".join(fix.text for fix in found.fixes)
+        text = f"{found.place}: {found.rule} is left as it is, choose one: {ways}"
+        yield redact(visible(text))

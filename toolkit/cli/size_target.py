@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 # A fault in these sections changes no size: a data set that is not on this machine stops nothing.
 UNSIZED = ("dataset", "reward")
-LENGTH_OF_RUN = "GRPO018"  # neither a data set nor max_steps: that changes no size either
 STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 
 
@@ -26,7 +25,7 @@ def read_target(
     """The run to size, and its document where it is a run file.
 
     Raises:
-        ConfigError: the run file has faults (those of data, rewards and length aside), or an
+        ConfigError: the run file has faults (those of data and rewards aside), or an
             override is none.
         InputError: it cannot be read.
     """
@@ -62,8 +61,7 @@ def _of_run_file(
     stopping = [
         found
         for found in faults
-        if found.rule.startswith(STRUCTURE)
-        or not (found.rule == LENGTH_OF_RUN or (found.path and found.path[0] in UNSIZED))
+        if found.rule.startswith(STRUCTURE) or not (found.path and found.path[0] in UNSIZED)
     ]
     if stopping:
         raise refusal(document, stopping)
@@ -89,10 +87,7 @@ def _of_model(model: str, overrides: Sequence[str], world_size: int) -> RunConfi
     faults = [
         found
         for found in judged.findings
-        if str(found.severity) == "error"
-        and found.rule != LENGTH_OF_RUN
-        and found.source is not None
-        and found.source.is_override
+        if str(found.severity) == "error" and found.source is not None and found.source.is_override
     ]
     if faults:
         raise refusal(document, faults)

@@ -32,7 +32,12 @@ FIRST_SPEAKS_S = 5.0
 @click.option("--output-dir", metavar="DIR", help="Instead of runtime.output_dir.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Instead of grpo.max_steps.")
 @click.option("--resume", metavar="auto|must|never|DIR", help="Instead of runtime.resume.")
-@click.option("--evaluate", is_flag=True, help="Judge held-out prompts, greedy, before and after.")
+@click.option(
+    "--evaluate/--no-evaluate",
+    default=None,
+    help="Judge held-out prompts, greedy, before and after. Default: where there are held-out"
+    " prompts and no grpo.eval_strategy.",
+)
 @click.option(
     "--nproc-per-node",
     "processes",
@@ -48,7 +53,7 @@ def train(  # noqa: PLR0913 - one parameter an option
     output_dir: str | None,
     max_steps: int | None,
     resume: str | None,
-    evaluate: bool,
+    evaluate: bool | None,
     processes: int | None,
     dry_run: bool,
     debug: bool,
@@ -78,12 +83,13 @@ def train(  # noqa: PLR0913 - one parameter an option
 
 
 def _launch(
-    run_file: str, overrides: list[str], processes: int, evaluate: bool, debug: bool
+    run_file: str, overrides: list[str], processes: int, evaluate: bool | None, debug: bool
 ) -> int:
     from toolkit.train.launch import launch  # noqa: PLC0415 - only here
 
     sets = [part for text in overrides for part in ("--set", text)]
-    flags = [flag for flag, on in (("--evaluate", evaluate), ("--debug", debug)) if on]
+    said = {None: [], True: ["--evaluate"], False: ["--no-evaluate"]}[evaluate]
+    flags = [*said, *(["--debug"] if debug else [])]
     return launch(["train", run_file, *sets, *flags], processes)
 
 
@@ -106,7 +112,7 @@ def _show(config: RunConfig, world_size: int) -> None:
     click.echo(json.dumps(as_mapping(ready.config), indent=2))
 
 
-def _run(config: RunConfig, *, evaluate: bool, debug: bool) -> None:
+def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
     from toolkit.train.quiet import prepare_environment  # noqa: PLC0415
 
     prepare_environment()

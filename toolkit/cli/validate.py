@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.errors import InputError
-from toolkit.cli.findings import PRINTERS
+from toolkit.cli.findings import PRINTERS, choice_lines, fixed_lines
 from toolkit.cli.run_files import expand
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
@@ -46,7 +46,9 @@ class _Request:
 )
 @click.option("--strict", is_flag=True, help="Warnings refuse the run too.")
 @click.option(
-    "--fix", is_flag=True, help="Rewrite what can be fixed by rewriting a value or a key."
+    "--fix",
+    is_flag=True,
+    help="Rewrite a value or a key where that is the only way out, and print each edit.",
 )
 @click.option(
     "--set",
@@ -131,13 +133,14 @@ def _rewrite(name: str, request: _Request) -> None:
         source = read_source(name)
     except Unreadable:
         return  # told when it is judged
-    repaired, fixed = fix_source(source, request.overrides, request.situation)
-    if repaired.text == source.text:
-        return
-    with writing(Path(name)):
-        rewrite_file(Path(name), repaired.bom + repaired.text)
-    rules = ", ".join(dict.fromkeys(found.rule for found in fixed))
-    click.echo(f"{name}: fixed {len(fixed)} ({rules})", err=True)
+    repair = fix_source(source, request.overrides, request.situation)
+    if repair.source.text != source.text:
+        with writing(Path(name)):
+            rewrite_file(Path(name), repair.source.bom + repair.source.text)
+        for line in fixed_lines(name, repair):
+            click.echo(line, err=True)
+    for line in choice_lines(repair):
+        click.echo(line, err=True)
 
 
 def _outside_interval(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 50_000
 MAX_SCAN_BYTES = 4 << 20
+NO_DATA = "there is no data set: there are no prompts to train on"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -39,6 +40,7 @@ class DataFacts:
     repeated: int = 0
     whole: bool = True  # all rows were looked at
     problem: str | None = None
+    messages: bool | None = None  # the prompts are lists of messages (else texts)
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:
@@ -83,6 +85,7 @@ def _scan(path: Path, column: str, rows: Iterator[dict[str, Any]]) -> DataFacts:
     columns: dict[str, None] = {}
     seen: set[int] = set()
     count = empty = repeated = 0
+    messages: bool | None = None
     for row in islice(rows, MAX_ROWS):
         count += 1
         columns |= dict.fromkeys(row)
@@ -90,13 +93,15 @@ def _scan(path: Path, column: str, rows: Iterator[dict[str, Any]]) -> DataFacts:
         if prompt is None or (isinstance(prompt, (str, list)) and not _has_text(prompt)):
             empty += column in row
             continue
+        if messages is None:
+            messages = isinstance(prompt, list)
         key = hash(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
         repeated += key in seen
         seen.add(key)
     if count == 0:
         return DataFacts(path, problem="has no rows")
     whole = next(rows, None) is None and path.stat().st_size <= MAX_SCAN_BYTES
-    return DataFacts(path, tuple(columns), count, empty, repeated, whole)
+    return DataFacts(path, tuple(columns), count, empty, repeated, whole, messages=messages)
 
 
 def _has_text(prompt: str | list[Any]) -> bool:

@@ -115,7 +115,7 @@ def _range_fault(value: float, schema: dict[str, Any]) -> Fault | None:
         limit = schema.get(keyword)
         if limit is not None and not holds(value, limit):
             told = f"{show(value)} is out of range: {words} {show(limit)}"
-            return Fault("KEY005", told, () if keyword.startswith("exclusive") else (limit,))
+            return Fault("KEY005", told)  # the limit is a guess at what was meant
     return None
 
 

@@ -34,10 +34,13 @@ def rename(source: Source, key: Mark, name: str) -> Edit:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One way out, as text; ``edits`` are there when rewriting scalars alone does it."""
+    """One way out, as text; ``edits`` are there when rewriting scalars and keys does it.
+    ``moved`` is what --fix prints as old and new where the edits do not say it themselves.
+    """
 
     text: str
     edits: tuple[Edit, ...] = ()
+    moved: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

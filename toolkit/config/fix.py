@@ -1,8 +1,11 @@
-"""Apply fixes: only scalars that a finding names are rewritten; comments and order stay."""
+"""Apply fixes: only scalars and keys that a finding names are rewritten or moved; comments and
+order stay. What is a choice is left to a person.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from toolkit.config.layers import assemble
@@ -12,22 +15,40 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from toolkit.config.document import Source
-    from toolkit.config.finding import Edit, Finding
+    from toolkit.config.finding import Edit, Finding, Fix
     from toolkit.config.rules import Situation
 
 # Characters that may be judged again in search of fixes: hundreds of tries for a usual run file,
 # a few for a huge one, a second or two for any.
 MAX_JUDGED = 600_000
+_KEY = re.compile(r"""["'\w.-]+[ \t]*[:=][ \t]*$""")
 OVERHEAD = 500  # what judging costs besides, in characters
 
 
-def fix_source(
-    source: Source, overrides: Sequence[str], situation: Situation
-) -> tuple[Source, list[Finding]]:
-    """The text with every fix applied that rewrites scalars of this file, and what was fixed.
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """An edit that was made: ``line`` is that of the text as it was before any edit."""
 
-    Fixes are tried one finding at a time, the first way out that removes the finding without a new
-    one in its place; what a fix would only trade for another finding stays as it is.
+    rule: str
+    line: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """The text with every fix in it, what was done, and the findings that leave a choice."""
+
+    source: Source
+    applied: tuple[Applied, ...]
+    choices: tuple[Finding, ...]
+
+
+def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
+    """Apply every fix that is the only way out of its finding and rewrites this text alone.
+
+    Fixes are tried one finding at a time: what a fix would only trade for another finding stays as
+    it is. Where a finding offers several ways out, none is taken.
     """
     return _Fixer(overrides, situation).run(source)
 
@@ -37,18 +58,20 @@ class _Fixer:
         self.overrides, self.situation = overrides, situation
         self.left = MAX_JUDGED
 
-    def run(self, source: Source) -> tuple[Source, list[Finding]]:
-        fixed: list[Finding] = []
+    def run(self, source: Source) -> Repair:
+        applied: list[Applied] = []
+        lines = list(range(1, len(source.lines) + 1))  # of the first text, for each line of today
         now = self.judge(source)
         while True:
             for found in now.findings:
                 step = self.improved(source, found, now)
                 if step is not None:
+                    applied += _told(found, lines)
+                    lines = _renumbered(source.text, found.fixes[0].edits, lines)
                     source, now = step
-                    fixed.append(found)
                     break
             else:
-                return source, fixed
+                return Repair(source, tuple(applied), _choices(source, now))
 
     def judge(self, source: Source) -> Validation:
         self.left -= len(source.text) + OVERHEAD
@@ -57,17 +80,18 @@ class _Fixer:
     def improved(
         self, source: Source, found: Finding, now: Validation
     ) -> tuple[Source, Validation] | None:
-        """The text after the first fix of ``found`` that helps; None when none does."""
-        for fix in found.fixes:
-            own = [edit for edit in fix.edits if edit.source is source]
-            if not own or len(own) < len(fix.edits) or self.left < 0:
-                continue
-            candidate = replace(source, text=apply(source.text, own), hidden=[])
-            after = self.judge(candidate)
-            # A value that no rule could lean on may show another fault once it is mended.
-            allowed = len(now.findings) - (0 if found.rule.startswith("KEY") else 1)
-            if len(after.findings) <= allowed and not _same(found, after):
-                return candidate, after
+        """The text after the fix of ``found``, if it is the only one and helps."""
+        if len(found.fixes) != 1 or self.left < 0:
+            return None
+        edits = found.fixes[0].edits
+        if not edits or any(edit.source is not source for edit in edits):
+            return None
+        candidate = replace(source, text=apply(source.text, edits), hidden=[])
+        after = self.judge(candidate)
+        # A value that no rule could lean on may show another fault once it is mended.
+        allowed = len(now.findings) - (0 if found.rule.startswith("KEY") else 1)
+        if len(after.findings) <= allowed and not _same(found, after):
+            return candidate, after
         return None
 
 
@@ -76,6 +100,47 @@ def _same(found: Finding, after: Validation) -> bool:
         other.rule == found.rule and other.path == found.path and other.message == found.message
         for other in after.findings
     )
+
+
+def _choices(source: Source, now: Validation) -> tuple[Finding, ...]:
+    """The findings that could be mended here in more than one way."""
+    return tuple(
+        found
+        for found in now.findings
+        if len(found.fixes) > 1
+        and any(edit.source is source for fix in found.fixes for edit in fix.edits)
+    )
+
+
+def _told(found: Finding, lines: list[int]) -> list[Applied]:
+    fix: Fix = found.fixes[0]
+    text = fix.edits[0].source.text
+
+    def line(edit: Edit) -> int:
+        return lines[min(text.count("\n", 0, edit.start), len(lines) - 1)]
+
+    if fix.moved is not None:
+        first = fix.edits[0]
+        return [Applied(found.rule, line(first), *fix.moved)]
+    return [Applied(found.rule, line(edit), *_old_and_new(text, edit)) for edit in fix.edits]
+
+
+def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
+    """What an edit replaces and what it writes, a value with the key before it."""
+    before = text[text.rfind("\n", 0, edit.start) + 1 : edit.start]
+    key = _KEY.search(before)
+    name = key[0] if key else ""
+    return f"{name}{text[edit.start : edit.end]}".strip(), f"{name}{edit.text}".strip()
+
+
+def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
+    """The first line of each line after ``edits``; a new one has that of the line that it is at."""
+    after = list(lines)
+    for edit in sorted(edits, key=lambda one: one.start, reverse=True):
+        at = min(text.count("\n", 0, edit.start), len(after) - 1)
+        gone, added = text.count("\n", edit.start, edit.end), edit.text.count("\n")
+        after[at : at + gone] = [after[at]] * added
+    return after
 
 
 def apply(text: str, edits: Sequence[Edit]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
@@ -30,7 +30,14 @@ MOVED: dict[str, Moved] = {
     "grpo.per_gpu_train_batch_size": Moved(
         "grpo.per_device_train_batch_size", "older transformers", ""
     ),
-    "grpo.no_cuda": Moved("grpo.use_cpu", "older transformers", ""),
+    "grpo.per_gpu_eval_batch_size": Moved(
+        "grpo.per_device_eval_batch_size", "older transformers", ""
+    ),
+    "grpo.no_cuda": Moved(
+        None,
+        "older transformers",
+        "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+    ),
     "grpo.group_by_length": Moved(
         None, "transformers 4", "train_sampling_strategy: group_by_length does it"
     ),
@@ -78,3 +85,67 @@ MOVED: dict[str, Moved] = {
     "lora.seed": Moved("lora.random_state", "Unsloth", ""),
     "lora.task_type": Moved(None, "other tools", "it is always CAUSAL_LM"),
 }
+
+
+class Conversion(NamedTuple):
+    """What an old key becomes with its meaning kept: a value at ``to``, or nothing.
+
+    ``values`` None keeps every value as it is; values that are not in it cannot be converted.
+    ``drop``: with these the key says what is so anyway.
+    """
+
+    to: str | None = None
+    values: dict[Any, Any] | None = None
+    drop: tuple[Any, ...] = ()
+
+
+CONVERSIONS: dict[str, Conversion] = {
+    "grpo.use_vllm": Conversion("runtime.engine", {True: "vllm", False: "transformers"}),
+    "grpo.vllm_mode": Conversion(drop=("colocate",)),
+    "grpo.vllm_gpu_memory_utilization": Conversion("model.gpu_memory_utilization"),
+    "grpo.vllm_max_model_length": Conversion("model.max_seq_length"),
+    "grpo.vllm_tensor_parallel_size": Conversion(drop=(1,)),
+    "grpo.vllm_enable_sleep_mode": Conversion("model.enable_sleep_mode"),
+    "grpo.gradient_checkpointing": Conversion("lora.use_gradient_checkpointing"),
+    "grpo.save_total_limit": Conversion("runtime.keep_last"),
+    "grpo.push_to_hub": Conversion(drop=(False,)),
+    "grpo.do_train": Conversion(drop=(True,)),
+    "grpo.do_eval": Conversion(drop=(False,)),
+    "grpo.do_predict": Conversion(drop=(False,)),
+    "grpo.local_rank": Conversion(drop=(-1,)),
+    "grpo.group_by_length": Conversion(
+        "grpo.train_sampling_strategy", {True: "group_by_length"}, drop=(False,)
+    ),
+    "grpo.no_cuda": Conversion(drop=(False,)),
+    "grpo.overwrite_output_dir": Conversion(drop=(False,)),
+    "grpo.save_safetensors": Conversion(drop=(True,)),
+    "model.device_map": Conversion(drop=("auto",)),
+    "lora.task_type": Conversion(drop=("CAUSAL_LM",)),
+}
+"""What --fix may do with an old key. A key of ``MOVED`` that is not here keeps its value under its
+new name.
+"""
+
+
+def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
+    """The key and the value of today; (None, None) where the key is to go; None where only a person
+    can say what was meant.
+    """
+    conversion = CONVERSIONS.get(old)
+    if conversion is None:
+        to = MOVED[old].to if old in MOVED else None
+        if old == "grpo.warmup_ratio" and not (_is_number(value) and value < 1):
+            return None  # 1 would be one step, not the whole run
+        return (to, value) if to is not None and "." in to else None
+    if any(type(one) is type(value) and one == value for one in conversion.drop):
+        return None, None
+    if conversion.to is None:
+        return None
+    if conversion.values is None:
+        return conversion.to, value
+    known = isinstance(value, (bool, str)) and value in conversion.values
+    return (conversion.to, conversion.values[value]) if known else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

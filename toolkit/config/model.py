@@ -76,7 +76,8 @@ class LoraSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
     """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None
-    trains from an environment.
+    is refused, for there is nothing to train on. ``chat`` "auto" is filled by
+    ``config.chat_format``.
     """
 
     path: str | None = None
@@ -88,6 +89,7 @@ class DatasetSection:
     prompt: str = "prompt"
     answer: str | None = None
     system: str | None = None
+    chat: bool | Auto = "auto"
     limit: int | None = None
     eval_limit: int | None = None
 

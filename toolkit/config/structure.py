@@ -28,13 +28,14 @@ class Outcome(NamedTuple):
 
 def check_structure(root: Node, schema: dict[str, Any]) -> Outcome:
     """Every structural fault of ``root`` under ``schema``."""
-    walk = _Walk()
+    walk = _Walk(root)
     walk.visit(root, schema, ())
     return Outcome(walk.findings, walk.bad)
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, root: Node) -> None:
+        self.root = root
         self.findings: list[Finding] = []
         self.bad: set[KeyPath] = set()
         self.unknown = 0
@@ -72,7 +73,7 @@ class _Walk:
                 self.bad.add((*path, key))
                 self.unknown += 1
                 known = properties if self.unknown <= MAX_SUGGESTIONS else {}
-                self.findings.append(unknown_key(child, (*path, key), known))
+                self.findings.append(unknown_key(child, (*path, key), known, self.root))
             else:
                 self.anything(child, (*path, key))
         for key in schema.get("required", ()):
@@ -132,14 +133,14 @@ def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
     return {"x-either": branches}
 
 
-def unknown_key(node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
+def unknown_key(node: Node, path: KeyPath, properties: dict[str, Any], root: Node) -> Finding:
     """KEY001, with the key that was probably meant."""
     from toolkit.config.suggest import key_advice  # noqa: PLC0415 - only for a fault
 
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     if properties:
-        notes, fixes = key_advice(str(path[-1]), path[:-1], node, properties)
+        notes, fixes = key_advice(path, node, properties, root)
     return Finding(
         rule="KEY001",
         severity=Severity.ERROR,

@@ -2,48 +2,113 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.document import KeyPath, Node, dotted
+from toolkit.config.document import dotted
 from toolkit.config.finding import Fix, rename
+from toolkit.config.migration import MOVED, converted
+from toolkit.config.moves import at, is_valid, move, schema_of
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from toolkit.config.document import KeyPath, Node
+
 _LONGEST = 80
+_AS_LIKELY = 0.02  # two words whose likeness differs by less are as likely
 
 
-def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The word that ``word`` is most likely a slip of."""
+def near(word: str, words: Sequence[str]) -> list[str]:
+    """The words that ``word`` may be a slip of, the likeliest first: one, or several that are as
+    likely as each other.
+    """
     if len(word) > _LONGEST:
-        return None
+        return []
     folded = {one.lower().replace("-", "_"): one for one in words}
     asked = word.lower().replace("-", "_")
     if asked in folded:
-        return folded[asked]
-    close = get_close_matches(asked, list(folded), n=1, cutoff=0.7)
-    return folded[close[0]] if close else None
+        return [folded[asked]]
+    close = get_close_matches(asked, list(folded), n=3, cutoff=0.7)
+    if not close:
+        return []
+    ratios = [SequenceMatcher(None, one, asked).ratio() for one in close]
+    return [
+        folded[one]
+        for one, ratio in zip(close, ratios, strict=True)
+        if ratio > ratios[0] - _AS_LIKELY
+    ]
+
+
+def nearest(word: str, words: Sequence[str]) -> str | None:
+    """The word that ``word`` is most likely a slip of; None where two are as likely."""
+    close = near(word, words)
+    return close[0] if len(close) == 1 else None
 
 
 def key_advice(
-    key: str, parent: KeyPath, node: Node, properties: dict[str, Any]
+    path: KeyPath, node: Node, properties: dict[str, Any], root: Node
 ) -> tuple[tuple[str, ...], tuple[Fix, ...]]:
-    """Notes and fixes for an unknown key."""
-    siblings = [name for name, below in properties.items() if "x-refused" not in below]
-    close = nearest(key, siblings)
-    if close is not None and node.key is not None:
-        edits = () if node.source.is_override else (rename(node.source, node.key, close),)
-        return (), (Fix(f"did you mean {close}?", edits),)
-    elsewhere = [
-        dotted((section, key))
-        for section, below in find_schema("run")["properties"].items()
-        if (section,) != parent and key in below.get("properties", {})
-    ]
-    if elsewhere:
-        return (), (Fix(f"it belongs elsewhere: {elsewhere[0]}"),)
+    """Notes and fixes for an unknown key. A fix has an edit only where the value is valid for the
+    new key, and nothing is written there.
+    """
+    key, parent = str(path[-1]), path[:-1]
+    other = _elsewhere(path, node, root)
+    if other is not None:
+        return (), other
+    siblings = {
+        name: below for name, below in properties.items() if _may_be_advised(parent, name, below)
+    }
+    close = near(key, list(siblings))
+    if close:
+        return (), tuple(_did_you_mean(name, path, node, siblings[name], root) for name in close)
     if len(siblings) <= 12:
         named = [name for name in siblings if name.isidentifier()]
         return ("known here: " + ", ".join(named),), ()
     return (), (Fix(f"envcheck explain {dotted(parent)} lists the keys"),)
+
+
+def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
+    from toolkit.config.rules.keys import FORCED  # noqa: PLC0415 - the rules import this module
+
+    return "x-refused" not in schema and dotted((*parent, name)) not in FORCED
+
+
+def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], root: Node) -> Fix:
+    text = f"did you mean {name}?"
+    if at(root, (*path[:-1], name)) is not None:
+        return Fix(f"{text} It is written already")
+    if node.key is None or node.source.is_override or not is_valid(node, schema):
+        return Fix(text)
+    return Fix(text, (rename(node.source, node.key, name),))
+
+
+def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
+    """The fixes for a key that belongs to another section, under this name or under that of today;
+    None where no section has it.
+    """
+    key, parent = str(path[-1]), path[:-1]
+    names = [
+        dotted((section, key))
+        for section, below in find_schema("run")["properties"].items()
+        if (section,) != parent and key in below.get("properties", {})
+    ]
+    names += [
+        old for old in MOVED if old.endswith(f".{key}") and old.count(".") == 1 and old not in names
+    ]
+    places: dict[str, Any] = {}
+    for old in names:
+        if schema_of(tuple(old.split("."))) is not None:
+            places[old] = node.value
+            continue
+        today = converted(old, node.value)
+        if today is not None and today[0] is not None:
+            places[today[0]] = today[1]
+    if not places:
+        return None
+    if len(places) > 1 or any(isinstance(part, int) for part in path):
+        return (Fix(f"it belongs elsewhere: {' or '.join(places)}"),)
+    ((to, value),) = places.items()
+    fix = move(root, path, to, value)
+    return (Fix(f"it belongs elsewhere: {to}", fix.edits, fix.moved),)

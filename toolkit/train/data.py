@@ -7,11 +7,13 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 
 from toolkit.base.errors import ConfigError
+from toolkit.config import chat_format
+from toolkit.config.data_facts import NO_DATA
 from toolkit.config.reward_table import PASSED_ALWAYS
 from toolkit.train import data_prompts
 from toolkit.train.data_source import read_source
@@ -21,17 +23,21 @@ if TYPE_CHECKING:
 
     from toolkit.config.model import DatasetSection
     from toolkit.train.data_columns import Rows
+    from toolkit.train.data_prompts import TemplateArguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """What was found in one split; ``digest`` is for the manifest, the counts are for people."""
+    """What was found in one split; ``digest`` is for the manifest, the counts are for people.
+    ``wrapped``: the chats were texts, and dataset.chat made messages of them.
+    """
 
     source: str
     digest: str
     rows: int
     used: int
     chat: bool
+    wrapped: bool
     empty: int
     duplicates: int
     truncated: int
@@ -42,7 +48,10 @@ class SplitReport:
     def lines(self) -> list[str]:
         """The report as a person reads it; the first line is a summary, the others are oddities."""
         kind = "chats" if self.chat else "plain prompts"
-        found = [f"{self.used} {kind} from {self.source}"]
+        summary = f"{self.used} {kind} from {self.source}"
+        if self.wrapped:
+            summary += ", each text a user message of the chat template (dataset.chat)"
+        found = [summary]
         if self.empty:
             found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
         if self.duplicates:
@@ -84,19 +93,24 @@ class Data:
 
 
 def load_data(
-    section: DatasetSection, tokenizer: Any, *, max_prompt_length: int | None = None
+    section: DatasetSection,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None = None,
+    template: TemplateArguments = None,
 ) -> Data:
     """Read, check and prepare the training split, and the held-out one where the section names it.
 
     ``max_prompt_length`` is in tokens, special tokens and template included; longer prompts lose
-    their beginning. Raises ConfigError for what the user must change, InputError for what cannot
-    be read, RetryError where the hub does not answer.
+    their beginning. ``template`` is ``grpo.chat_template_kwargs``.
+
+    Raises ConfigError for what the user must change, InputError for what cannot be read, RetryError
+    where the hub does not answer.
     """
     if section.path is None:
-        raise ConfigError("dataset.path is not set: there are no prompts to train on")
-    train, train_report = _split(
-        section, tokenizer, max_prompt_length, (section.path, section.split, section.limit)
-    )
+        raise ConfigError(NO_DATA, where="dataset.path")
+    rendering = Rendering(tokenizer, max_prompt_length, template)
+    train, train_report = _split(section, rendering, (section.path, section.split, section.limit))
     if section.eval_path is None and section.eval_split is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
     held_out = (
@@ -104,16 +118,21 @@ def load_data(
         section.eval_split or section.split,
         section.eval_limit,
     )
-    evaluated, eval_report = _split(section, tokenizer, max_prompt_length, held_out)
+    evaluated, eval_report = _split(section, rendering, held_out)
     report = DataReport(train=train_report, eval=eval_report)
     return Data(train=train, eval=evaluated, report=report)
 
 
+class Rendering(NamedTuple):
+    """How prompts become tokens."""
+
+    tokenizer: Any
+    max_prompt_length: int | None
+    template: TemplateArguments
+
+
 def _split(
-    section: DatasetSection,
-    tokenizer: Any,
-    max_prompt_length: int | None,
-    where: tuple[str, str, int | None],
+    section: DatasetSection, rendering: Rendering, where: tuple[str, str, int | None]
 ) -> tuple[datasets.Dataset, SplitReport]:
     path, split, limit = where
     rows, digest = read_source(
@@ -128,24 +147,31 @@ def _split(
     kept = [index for index, prompt in enumerate(found) if not data_prompts.is_empty(prompt)]
     if not kept:
         raise ConfigError(f"column {section.prompt!r} is empty in every row", where=path)
-    prompts = [found[index] for index in kept]
-    if section.system:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        prompts = [
-            data_prompts.with_system(prompt, section.system, has_template=has_template)
-            for prompt in prompts
-        ]
-        is_chat = isinstance(prompts[0], list)
-    if is_chat:
-        data_prompts.check_template(tokenizer, prompts[0], section.prompt)
-    prompts, truncated, longest = _truncated(tokenizer, prompts, max_prompt_length)
+    chat = chat_format.chosen(
+        section.chat, chat_format.usable(getattr(rendering.tokenizer, "chat_template", None))
+    )
+    if is_chat and section.chat is False:
+        raise ConfigError(
+            chat_format.NOT_CHATS.format(column=repr(section.prompt)),
+            where=path,
+            fix=chat_format.NOT_CHATS_FIX,
+        )
+    prompts = [
+        data_prompts.formatted(found[index], section.system, chat=bool(chat)) for index in kept
+    ]
+    if isinstance(prompts[0], list):
+        data_prompts.check_template(
+            rendering.tokenizer, prompts[0], section.prompt, rendering.template
+        )
+    prompts, truncated, longest = _truncated(rendering, prompts)
     table, notes = _columns(rows, kept, section, prompts)
     report = SplitReport(
         source=path,
         digest=digest,
         rows=len(found),
         used=len(prompts),
-        chat=is_chat,
+        chat=isinstance(prompts[0], list),
+        wrapped=isinstance(prompts[0], list) and not is_chat,
         empty=len(found) - len(kept),
         duplicates=len(prompts) - len({json.dumps(prompt, sort_keys=True) for prompt in prompts}),
         truncated=truncated,
@@ -168,15 +194,14 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
     )
 
 
-def _truncated(
-    tokenizer: Any, prompts: list[Any], limit: int | None
-) -> tuple[list[Any], int, int | None]:
-    """The prompts at most ``limit`` tokens long, how many were cut, and the longest before."""
+def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
+    """The prompts at most so many tokens long, how many were cut, and the longest before."""
+    tokenizer, limit, template = rendering
     if limit is None:
         return prompts, 0, None
-    lengths = [data_prompts.length_of(tokenizer, prompt) for prompt in prompts]
+    lengths = [data_prompts.length_of(tokenizer, prompt, template) for prompt in prompts]
     cut = [
-        data_prompts.truncate(tokenizer, prompt, limit) if length > limit else prompt
+        data_prompts.truncate(tokenizer, prompt, limit, template) if length > limit else prompt
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
     return cut, sum(length > limit for length in lengths), max(lengths)

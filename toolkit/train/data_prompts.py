@@ -1,21 +1,22 @@
 """Prompts as the trainer takes them: texts, or chats that the tokenizer's template renders.
 
-A plain prompt stays plain, with one exception: a system prompt over a tokenizer that has a chat
-template makes it a chat of a system and a user message, because that is how such a model was
-taught to read one. Over a tokenizer without a template the system prompt stands before the prompt
-with an empty line between. A chat gets it as its first message, unless it has a system message of
-its own, which then stays.
+With ``dataset.chat`` a text becomes a user message. A system prompt is the first message of a chat,
+unless the chat has a system message of its own, which then stays. A text that stays a text gets the
+system prompt before it, with an empty line between.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from toolkit.base.errors import ConfigError
+from toolkit.config import chat_format
+from toolkit.config.build import thaw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -61,27 +62,28 @@ def is_empty(prompt: Any) -> bool:
     return prompt is None or not prompt.strip()
 
 
-def with_system(prompt: Prompt, system: str, *, has_template: bool) -> Prompt:
+def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
     """``prompt`` under a system prompt, by the rule at the head of this module."""
-    message = {"role": "system", "content": system}
     if isinstance(prompt, str):
-        if has_template:
-            return [message, {"role": "user", "content": prompt}]
-        return f"{system}\n\n{prompt}"
-    if prompt[0]["role"] in ("system", "developer"):
+        if not chat:
+            return f"{system}\n\n{prompt}" if system else prompt
+        prompt = [{"role": "user", "content": prompt}]
+    if not system or prompt[0]["role"] in ("system", "developer"):
         return prompt
-    return [message, *prompt]
+    return [{"role": "system", "content": system}, *prompt]
 
 
-def check_template(tokenizer: Any, prompt: Prompt, column: str) -> None:
+def check_template(
+    tokenizer: Any, prompt: Prompt, column: str, template: TemplateArguments = None
+) -> None:
     """Render one chat, so that a template that refuses it is told now and not in the first step."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not chat_format.usable(getattr(tokenizer, "chat_template", None)):
         raise ConfigError(
-            f"column {column!r} holds chats, and this tokenizer has no chat template",
-            fix="use plain prompts, or a model with a chat template (an instruct model)",
+            chat_format.CHATS_WITHOUT_TEMPLATE.format(column=repr(column)),
+            fix=chat_format.CHATS_WITHOUT_TEMPLATE_FIX,
         )
     try:
-        length_of(tokenizer, prompt)
+        length_of(tokenizer, prompt, template)
     except Exception as error:  # a template raises what it likes, jinja2's and its own
         raise ConfigError(
             f"the tokenizer's chat template refuses the prompts: {error}",
@@ -89,17 +91,32 @@ def check_template(tokenizer: Any, prompt: Prompt, column: str) -> None:
         ) from error
 
 
-def length_of(tokenizer: Any, prompt: Prompt) -> int:
-    """Tokens of a prompt as the trainer counts them: special tokens and the template included."""
-    if isinstance(prompt, str):
-        return len(tokenizer(prompt)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return len(rendered["input_ids"])
+def token_ids(
+    prompts: Sequence[Prompt], tokenizer: Any, template: TemplateArguments = None
+) -> list[list[int]]:
+    """Prompts (text, or chat messages) as the trainer tokenizes them: special tokens and the chat
+    template included. ``template`` is ``grpo.chat_template_kwargs``.
+    """
+    if prompts and isinstance(prompts[0], list):
+        rendered = tokenizer.apply_chat_template(
+            list(prompts),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(thaw(template) or {}),
+        )
+        return list(rendered["input_ids"])
+    return list(tokenizer(text=list(prompts))["input_ids"])
 
 
-def truncate(tokenizer: Any, prompt: Prompt, limit: int) -> Prompt:
+def length_of(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
+    """Tokens of a prompt as the trainer counts them."""
+    return len(token_ids([prompt], tokenizer, template)[0])
+
+
+def truncate(
+    tokenizer: Any, prompt: Prompt, limit: int, template: TemplateArguments = None
+) -> Prompt:
     """``prompt`` without its beginning, so that it has at most ``limit`` tokens.
 
     A text loses its first tokens. A chat keeps its system message, its template and the order of
@@ -119,12 +136,12 @@ def truncate(tokenizer: Any, prompt: Prompt, limit: int) -> Prompt:
 
         def over(text: str, message: dict[str, Any] = message) -> int:
             message["content"] = text
-            return length_of(tokenizer, kept) - limit
+            return length_of(tokenizer, kept, template) - limit
 
         message["content"] = _cut(tokenizer, text, over)
-        if length_of(tokenizer, kept) <= limit:
+        if length_of(tokenizer, kept, template) <= limit:
             return kept
-    raise _too_short(limit, "system prompt and template", length_of(tokenizer, kept))
+    raise _too_short(limit, "system prompt and template", length_of(tokenizer, kept, template))
 
 
 def _too_short(limit: int, what: str, tokens: int) -> ConfigError:

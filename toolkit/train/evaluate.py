@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.engine.rollout import Sampling
 from toolkit.engine.transformers_engine import TransformersEngine
+from toolkit.train.data_prompts import token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from toolkit.config.model import RunConfig
+    from toolkit.train.data_prompts import TemplateArguments
     from toolkit.train.rewards import Rewards
 
 BATCH = 250
@@ -18,11 +21,13 @@ BATCH = 250
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Means over ``count`` held-out prompts, one completion each, greedy."""
+    """Means over ``count`` held-out prompts, one completion each, greedy; a mean is over the
+    completions that were scored, and None where none was.
+    """
 
     count: int
-    reward: float
-    rewards: dict[str, float]
+    reward: float | None
+    rewards: dict[str, float | None]
     length: float
 
     def to_json(self) -> dict[str, Any]:
@@ -50,46 +55,87 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
     )
 
 
-def token_ids(prompts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
-    """Prompts (text, or chat messages) as the trainer tokenizes them."""
-    if prompts and isinstance(prompts[0], list):
-        rendered = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(rendered["input_ids"])
-    return list(tokenizer(text=list(prompts))["input_ids"])
+def evaluates(config: RunConfig, asked: bool | None) -> bool:
+    """Whether held-out prompts are answered before the first step and after the last.
+
+    As ``--evaluate`` or ``--no-evaluate`` says. Without either: where ``grpo.eval_strategy`` is not
+    written, so that held-out data that is given is used.
+    """
+    if asked is not None:
+        return asked
+    given = config.dataset.eval_path is not None or config.dataset.eval_split is not None
+    return given and "eval_strategy" not in config.grpo
 
 
-def evaluate(
-    model: Any, tokenizer: Any, dataset: Any, rewards: Rewards, *, max_tokens: int, adapter: bool
+def plan(config: RunConfig, asked: bool | None) -> str:
+    """When the held-out prompts are evaluated, for the first lines of the output."""
+    strategy = config.grpo.get("eval_strategy", "no")
+    when = []
+    if evaluates(config, asked):
+        when.append("before the first step and after the last, one greedy completion each")
+    if strategy == "steps":
+        when.append(f"every {config.grpo.get('eval_steps') or 1} steps")
+    elif strategy == "epoch":
+        when.append("at the end of each epoch")
+    if not when:
+        return "not evaluated (grpo.eval_strategy is no)" if asked is None else "not evaluated"
+    how = " (grpo.eval_strategy: steps evaluates during training)" if strategy == "no" else ""
+    return "evaluated " + ", and ".join(when) + how
+
+
+def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are rendered
+    model: Any,
+    tokenizer: Any,
+    dataset: Any,
+    rewards: Rewards,
+    *,
+    max_tokens: int,
+    adapter: bool,
+    template: TemplateArguments = None,
 ) -> Evaluation:
-    """One greedy completion a row of ``dataset``; ``adapter`` False judges the base model."""
+    """One greedy completion a row of ``dataset``; ``adapter`` False judges the base model.
+    ``template`` is ``grpo.chat_template_kwargs``.
+    """
     engine = engine_of(model, tokenizer)
     if adapter:
         engine.publish(model)
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens, logprobs=None)
-    totals = dict.fromkeys((function.__name__ for function in rewards.functions), 0.0)
-    total = tokens = 0.0
+    scores: list[list[float | None]] = [[] for _ in rewards.functions]
+    tokens = 0
     for start in range(0, len(dataset), BATCH):
         rows = dataset[start : min(start + BATCH, len(dataset))]
         prompts = rows.pop("prompt")
-        ids = token_ids(prompts, tokenizer)
+        ids = token_ids(prompts, tokenizer, template)
         completion_ids = engine.generate(ids, sampling, seed=0, adapter=adapter).completion_ids
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         chat = isinstance(prompts[0], list)
         completions = [[{"role": "assistant", "content": t}] for t in texts] if chat else texts
         tokens += sum(map(len, completion_ids))
-        for function, weight in zip(rewards.functions, rewards.weights, strict=True):
-            values = function.score(
+        for values, function in zip(scores, rewards.functions, strict=True):
+            values += function.score(
                 prompts=prompts, completions=completions, completion_ids=completion_ids, **rows
             )
-            scored = sum(value for value in values if value is not None)
-            totals[function.__name__] += scored
-            total += weight * scored
-    count = max(1, len(dataset))
+    totals = [_total(row, rewards.weights) for row in zip(*scores, strict=True)]
     return Evaluation(
         count=len(dataset),
-        reward=total / count,
-        rewards={name: value / count for name, value in totals.items()},
-        length=tokens / count,
+        reward=_mean(totals),
+        rewards={
+            function.__name__: _mean(values)
+            for function, values in zip(rewards.functions, scores, strict=True)
+        },
+        length=tokens / max(1, len(dataset)),
     )
+
+
+def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """The reward of one completion as TRL adds it up: over the functions that scored it."""
+    scored = [
+        weight * value for weight, value in zip(weights, row, strict=True) if value is not None
+    ]
+    return sum(scored) if scored else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what was scored; None where nothing was."""
+    scored = [value for value in values if value is not None]
+    return sum(scored) / len(scored) if scored else None

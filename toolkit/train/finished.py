@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
+from toolkit.config import chat_format
 from toolkit.config.build import build_config
 from toolkit.config.layers import load_document
+from toolkit.train.chats import was_chat
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -163,34 +164,33 @@ def complete(
     Raises:
         ConfigValueError: ``chat`` without a chat template, or prompts that do not fit.
     """
-    from toolkit.train.data_prompts import with_system  # noqa: PLC0415 - loads torch
-    from toolkit.train.evaluate import token_ids  # noqa: PLC0415
+    from toolkit.train.data_prompts import formatted, token_ids  # noqa: PLC0415 - loads torch
 
     model, tokenizer = load_run_policy(run, engine=engine)
-    chat = _was_chat(run.folder) if chat is None else chat
-    if chat and not tokenizer.chat_template:
+    has_template = chat_format.usable(tokenizer.chat_template)
+    if chat is None:
+        chat = trained_on_chats(run, has_template=has_template)
+    if chat and not has_template:
         raise ConfigValueError(
             "the tokenizer has no chat template", where=str(run.folder), fix="use --plain"
         )
-    system = run.config.dataset.system
-    given: list[Any] = list(prompts)
-    if system is not None:
-        given = [with_system(prompt, system, has_template=chat) for prompt in prompts]
-    elif chat:
-        given = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    given = [formatted(prompt, run.config.dataset.system, chat=chat) for prompt in prompts]
+    ids = token_ids(given, tokenizer, run.config.grpo.get("chat_template_kwargs"))
     try:
         chosen = {"lora_request": None} if base else {}
-        answers = model.fast_generate(token_ids(given, tokenizer), **options, **chosen)
+        answers = model.fast_generate(ids, **options, **chosen)
         return [[output.text for output in answer.outputs] for answer in answers]
     finally:
         if model.toolkit_engine is not None:
             model.toolkit_engine.close()
 
 
-def _was_chat(folder: Path) -> bool:
-    """True if the run's own prompts were chats, by the first completion that it wrote down."""
-    try:
-        with (folder / "completions.jsonl").open(encoding="utf-8") as file:
-            return isinstance(json.loads(file.readline()).get("prompt"), list)
-    except (OSError, ValueError):
-        return False
+def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
+    """Whether the run's prompts were chats: by config.json, or for a run of a version that did not
+    record it, by its first completion, or by its system prompt.
+    """
+    recorded = run.config.dataset.chat
+    if isinstance(recorded, bool):
+        return recorded
+    was = was_chat(run.folder)
+    return (has_template and run.config.dataset.system is not None) if was is None else was

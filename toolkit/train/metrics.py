@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from toolkit.train.watch import Watch
+
 LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
 LEADING = (
     "step",
@@ -120,7 +122,9 @@ def peak_memory_bytes(trainer: Any = None) -> int:
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None)."""
+    """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None);
+    ``watch`` sees each metrics row before it is written.
+    """
 
     def __init__(
         self,
@@ -129,7 +133,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         on_row: Callable[[dict[str, Any], dict[str, Any] | None], None],
         *,
         completions: bool,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.trainer, self.journal, self.on_row = trainer, journal, on_row
         self.completions = completions
         self.begin = self.last = monotonic()
@@ -147,6 +153,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         row = plain(row_of(state.global_step, logs))
         if row.get("skipped"):
             row["loss"] = None  # transformers logs 0 for a loss that is no number
+        if self.watch is not None:
+            self.watch.see(row)
         self.journal.write("metrics.jsonl", row)
         timings = None
         if "loss" in logs:

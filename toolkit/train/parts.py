@@ -12,6 +12,8 @@ from toolkit.base.units import format_bytes, format_parameters
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.from_config import choose_engine
 from toolkit.train import manifest
+from toolkit.train.evaluate import plan
+from toolkit.train.progress import number
 from toolkit.train.ranks import world_size
 from toolkit.train.report import write_report
 
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How the run talks and what it does besides training."""
+    """How the run talks and what it does besides training. ``evaluate`` None: as the run file says
+    (``train.evaluate.evaluates``).
+    """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
-    evaluate: bool = False
+    evaluate: bool | None = None
     debug: bool = False
 
 
@@ -48,7 +52,7 @@ class Parts:
     digests: dict[str, str]
 
 
-def introduce(parts: Parts, seed: int, found: Path | None, out: TextIO) -> None:
+def introduce(parts: Parts, seed: int, found: Path | None, options: Options) -> None:
     """Say what runs, before it does; write the manifest."""
     config, sizing = parts.config, parts.preflight.sizing
     seeds = {"grpo.seed": seed, "lora.random_state": config.lora.random_state}
@@ -72,10 +76,12 @@ def introduce(parts: Parts, seed: int, found: Path | None, out: TextIO) -> None:
         *(f"data     {line}" for line in parts.data.report.lines()),
         f"folder   {parts.run_dir}",
     ]
+    if parts.data.eval is not None:
+        lines.insert(-1, f"held out {plan(config, options.evaluate)}")
     if found is not None:
         lines.append(f"resume   {found}")
-    out.write("\n".join(lines) + "\n")
-    out.flush()
+    options.out.write("\n".join(lines) + "\n")
+    options.out.flush()
 
 
 def finish(parts: Parts, before: Evaluation | None, after: Evaluation | None, out: TextIO) -> None:
@@ -85,10 +91,8 @@ def finish(parts: Parts, before: Evaluation | None, after: Evaluation | None, ou
         described = {"before": before.to_json(), "after": after.to_json()}
         write_file(parts.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
         for name, value in after.rewards.items():
-            out.write(
-                f"held out {name} {before.rewards[name]:.3f} -> {value:.3f}"
-                f" ({after.count} prompts)\n"
-            )
+            then, now = (number(one, ".3f") for one in (before.rewards[name], value))
+            out.write(f"held out {name} {then} -> {now} ({after.count} prompts)\n")
     report = write_report(parts.run_dir)
     out.write(f"adapter  {adapter}\nreport   {report}\n")
     out.flush()

@@ -13,6 +13,7 @@ from toolkit.base import launcher
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact_tree
+from toolkit.config import chat_format
 from toolkit.config.demands import demands
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
@@ -82,6 +83,8 @@ def preflight(
     device = smallest(others)
     if device is not None:
         config = one_format(config)
+    model = config.model
+    config = chat_format.resolve(config, chat_format.template_of(model.model_name, model.revision))
     resolved, sizing = resolve(config, device, world_size=world_size)
     for other in others:
         # More memory in all and less of it free: a share of the smallest may be too much there.

@@ -11,11 +11,12 @@ import trl
 from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, StoppedError
+from toolkit.config import chat_format
 from toolkit.policy.language_model import load_policy, policy_tokenizer
-from toolkit.train import batch, checkpoint, faults, folder, resume
+from toolkit.train import batch, chats, checkpoint, faults, folder, resume
 from toolkit.train.arguments import grpo_config, make_reproducible
 from toolkit.train.data import load_data
-from toolkit.train.evaluate import evaluate
+from toolkit.train.evaluate import evaluate, evaluates
 from toolkit.train.memory import measured
 from toolkit.train.metrics import Journal, Recorder
 from toolkit.train.parts import Options, Parts, finish, introduce
@@ -28,6 +29,7 @@ from toolkit.train.sampling import find_engine
 from toolkit.train.signals import Abandoned, StopSignals
 from toolkit.train.state import changed
 from toolkit.train.trainer import GRPOTrainer
+from toolkit.train.watch import Watch
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -76,8 +78,9 @@ def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -
                     options.out.write(f"passed over a torn checkpoint: {line}\n")
             if found is not None:
                 checkpoint.refuse_other_world(found, world_size())
-            parts = prepare(batch.kept(config, found), run_dir, company.peers)
-            config = batch.settled(config, parts.config)
+            as_begun = chats.kept(batch.kept(config, found), found)
+            parts = prepare(as_begun, run_dir, company.peers)
+            config = chats.settled(batch.settled(config, parts.config), parts.config)
             _refuse_changes(config, parts, found)
             _train(parts, config, found, options, company)
     except Abandoned as cut:
@@ -117,12 +120,17 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
     if config.runtime.reproducible:
         make_reproducible()
     if is_first_rank():
-        folder.write_config(run_dir, resolved)
         ready.write(run_dir)
-    # What is wrong with data or rewards is found before the engine starts.
     tokenizer = policy_tokenizer(resolved)
+    resolved = chat_format.resolve(resolved, chat_format.usable(tokenizer.chat_template))
+    if is_first_rank():
+        folder.write_config(run_dir, resolved)
+    # What is wrong with data or rewards is found before the engine starts.
     data = load_data(
-        resolved.dataset, tokenizer, max_prompt_length=resolved.grpo.get("max_prompt_length")
+        resolved.dataset,
+        tokenizer,
+        max_prompt_length=resolved.grpo.get("max_prompt_length"),
+        template=resolved.grpo.get("chat_template_kwargs"),
     )
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
     model, tokenizer = load_policy(resolved, tokenizer)
@@ -135,8 +143,10 @@ def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None
     """A checkpoint goes on with the run that it is of."""
     if found is None:
         return
-    then = checkpoint.read_json(found, checkpoint.STATE)["run"]
     now = folder.fingerprint(config, parts.digests)
+    then = chats.recorded(checkpoint.read_json(found, checkpoint.STATE)["run"], found)
+    if then[chats.KEY] is None:
+        then[chats.KEY] = now[chats.KEY]
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
@@ -178,7 +188,7 @@ def _train(
     first = is_first_rank()
     journal = Journal(parts.run_dir, resume.positions(found) if found else None) if first else None
     if first:
-        introduce(parts, trainer.args.seed, found, options.out)
+        introduce(parts, trainer.args.seed, found, options)
     before = _evaluate(parts, options, adapter=False)
     if peers is not None:
         peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
@@ -187,7 +197,8 @@ def _train(
         every = parts.config.grpo.get("logging_steps")
         progress = Progress(options.out, total_steps(trainer), every)
         keep = config.runtime.log_completions
-        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep))
+        watch = Watch(parts.run_dir, progress.keep)
+        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
     with signals.at_steps(), measured(trainer, parts.run_dir):
         try:
             if found is not None and resume.step_of(found) >= total_steps(trainer):
@@ -237,7 +248,9 @@ def total_steps(trainer: GRPOTrainer) -> int:
 
 
 def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | None:
-    if not options.evaluate or parts.data.eval is None or not is_first_rank():
+    if parts.data.eval is None or not is_first_rank():
+        return None
+    if not evaluates(parts.config, options.evaluate):
         return None
     return evaluate(
         parts.model,
@@ -246,4 +259,5 @@ def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | 
         parts.rewards,
         max_tokens=parts.config.grpo.get("max_completion_length", 256),
         adapter=adapter,
+        template=parts.config.grpo.get("chat_template_kwargs"),
     )

@@ -66,15 +66,49 @@ def test_chats_and_a_system_prompt(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_plain_prompt_becomes_a_chat_only_under_a_system_prompt(tmp_path: Path) -> None:
+def test_a_text_becomes_a_user_message_where_there_is_a_template(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "w1", "a": 0}])
     chat = make_tokenizer(chat=True)
-    assert load(path, chat).train["prompt"][0] == "w1"
+    asked = load(path, chat)
+    assert asked.train["prompt"][0] == [user("w1")]
+    assert asked.report.lines() == [
+        f"1 chats from {path}, each text a user message of the chat template (dataset.chat)"
+    ]
     assert load(path, chat, system="w9").train["prompt"][0] == [
         {"role": "system", "content": "w9"},
         user("w1"),
     ]
+    assert load(path).train["prompt"][0] == "w1"
+
+
+def test_a_system_prompt_does_not_change_the_format(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"q": "w1", "a": 0}])
+    chat = make_tokenizer(chat=True)
     assert load(path, system="w9").train["prompt"][0] == "w9\n\nw1"
+    assert load(path, chat, chat=False).train["prompt"][0] == "w1"
+    assert load(path, chat, chat=False, system="w9").train["prompt"][0] == "w9\n\nw1"
+
+
+def test_the_held_out_split_has_the_same_format(tmp_path: Path) -> None:
+    rows = [{"q": "w1", "a": 0}]
+    path, held_out = write(tmp_path, rows), write(tmp_path, rows, "eval.jsonl")
+    data = load(path, make_tokenizer(chat=True), eval_path=held_out)
+    assert data.eval["prompt"][0] == [user("w1")]
+
+
+def test_chats_cannot_be_plain(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"q": [user("w1")], "a": 0}])
+    with pytest.raises(ConfigError, match=r"'q' holds messages, .* dataset\.chat is false"):
+        load(path, make_tokenizer(chat=True), chat=False)
+
+
+def test_the_template_is_part_of_the_length(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"q": "w1 w2 w3", "a": 0}])
+    chat = make_tokenizer(chat=True)
+    assert load(path, chat, limit=6).report.train.truncated == 0  # <user> 3 </s> <assistant>
+    cut = load(path, chat, limit=5)
+    assert (cut.report.train.truncated, cut.report.train.longest_tokens) == (1, 6)
+    assert cut.train["prompt"][0] == [user("w2 w3")]
 
 
 def test_limits_and_a_held_out_file(tmp_path: Path) -> None:
@@ -141,7 +175,7 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
         ({"prompt": "qq"}, "fix: dataset.prompt: q"),
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
         ({"eval_split": "test"}, "is a file, which has no splits, and the split 'test'"),
-        ({"path": None}, "dataset.path is not set"),
+        ({"path": None}, "there is no data set: there are no prompts to train on"),
     ],
 )
 def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str) -> None:

@@ -50,14 +50,31 @@ def test_empty_prompts(prompt: Any) -> None:
     assert not data_prompts.is_empty([user("x")])
 
 
-def test_system_prompts() -> None:
+def test_the_chat_format_and_a_system_prompt() -> None:
     system = {"role": "system", "content": "S"}
-    put = data_prompts.with_system
-    assert put("q", "S", has_template=True) == [system, user("q")]
-    assert put("q", "S", has_template=False) == "S\n\nq"
-    assert put([user("q")], "S", has_template=True) == [system, user("q")]
+    put = data_prompts.formatted
+    assert put("q", None, chat=False) == "q"
+    assert put("q", None, chat=True) == [user("q")]
+    assert put("q", "S", chat=True) == [system, user("q")]
+    assert put("q", "S", chat=False) == "S\n\nq"
+    assert put([user("q")], "S", chat=True) == [system, user("q")]
+    assert put([user("q")], None, chat=True) == [user("q")]
     own = [{"role": "system", "content": "own"}, user("q")]
-    assert put(own, "S", has_template=True) == own
+    assert put(own, "S", chat=True) == own
+
+
+def test_tokens_are_counted_with_the_arguments_of_the_template() -> None:
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<assistant>", "<assistant>{{ more }}"
+    )
+    arguments = {"more": "w1 w2"}
+    longer = data_prompts.length_of(tokenizer, [user("w3 w4")], arguments)
+    assert longer == data_prompts.length_of(tokenizer, [user("w3 w4")]) + 2
+    cut = data_prompts.truncate(tokenizer, [user("w3 w4")], longer - 1, arguments)
+    assert cut == [user("w4")]
+    ids = data_prompts.token_ids([[user("w3")], [user("w3 w4")]], tokenizer, arguments)
+    assert [len(row) for row in ids] == [longer - 1, longer]
 
 
 def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:

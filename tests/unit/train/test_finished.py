@@ -9,15 +9,16 @@ import pytest
 
 from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
 from toolkit.train import checkpoint
-from toolkit.train.finished import _was_chat, open_run, with_engine
+from toolkit.train.finished import open_run, trained_on_chats, with_engine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def _run(folder: Path, **model: object) -> Path:
+def _run(folder: Path, *, dataset: dict[str, object] | None = None, **model: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model": {"model_name": "some/model", **model}, "lora": {"r": 4}}
+    config["dataset"] = dataset or {}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -69,19 +70,28 @@ def test_generation_needs_no_checkpointing(tmp_path: Path) -> None:
     assert config.lora.r == 4
 
 
+CHAT = '{"prompt": [{"role": "user", "content": "x"}]}'
+
+
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("dataset", "line", "found"),
     [
-        ('{"prompt": [{"role": "user", "content": "x"}]}', True),
-        ('{"prompt": "x"}', False),
-        ("", False),
-        ("torn", False),
-        (None, False),
+        ({"chat": True}, '{"prompt": "x"}', True),  # config.json decides
+        ({"chat": False, "system": "s"}, CHAT, False),
+        # Versions before dataset.chat: the first completion, else the system prompt.
+        ({}, CHAT, True),
+        ({"system": "s"}, '{"prompt": "x"}', False),
+        ({}, "", False),
+        ({"system": "s"}, "torn", True),
+        ({"system": "s"}, None, True),
+        ({}, None, False),
     ],
 )
-def test_chats_are_told_by_what_the_run_wrote(
-    tmp_path: Path, line: str | None, found: bool
+def test_prompts_are_in_the_format_of_the_run(
+    tmp_path: Path, dataset: dict[str, object], line: str | None, found: bool
 ) -> None:
+    run = _run(tmp_path / "run", dataset=dataset)
+    _checkpoint(run, 1)
     if line is not None:
-        (tmp_path / "completions.jsonl").write_text(line + "\n")
-    assert _was_chat(tmp_path) is found
+        (run / "completions.jsonl").write_text(line + "\n")
+    assert trained_on_chats(open_run(run), has_template=True) is found

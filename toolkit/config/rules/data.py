@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.data_facts import DataFacts, data_of
+from toolkit.config.chat_format import (
+    CHATS_WITHOUT_TEMPLATE,
+    CHATS_WITHOUT_TEMPLATE_FIX,
+    NO_TEMPLATE,
+    NOT_CHATS,
+)
+from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.paths import exists, is_path_only, resolve
 from toolkit.config.rules.base import Fault, rule
@@ -156,6 +162,115 @@ def evaluation_has_data(run: Run) -> Iterator[Fault]:
             f"{strategy}, and there is no data to evaluate on",
             notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
             fixes=(run.to("grpo.eval_strategy", "no"),),
+        )
+
+
+@rule(
+    "DATA006",
+    "dataset.chat model.model_name",
+    example="dataset:\n  chat: true  # and a base model, whose tokenizer has no chat template",
+    fix="chat: false",
+)
+def chats_need_a_template(run: Run) -> Iterator[Fault]:
+    """dataset.chat: true needs a tokenizer with a chat template.
+
+    The template turns messages into the text that the model was taught to read. auto makes user
+    messages of text prompts where there is one, and leaves them plain where there is none.
+    """
+    if run.value("dataset.chat") is not True or run.chat_template is not False:
+        return
+    yield Fault(
+        "dataset.chat",
+        NO_TEMPLATE.format(model=run.value("model.model_name")),
+        notes=(f"{run.operand('dataset.chat')}; {run.operand('model.model_name')}",),
+        fixes=(
+            run.to("dataset.chat", False),
+            Fix("name a model with a chat template (an instruct model)"),
+        ),
+        related=("model.model_name",),
+    )
+
+
+@rule(
+    "DATA007",
+    "dataset.system dataset.chat",
+    example="dataset:\n  chat: false\n  system: Answer with a number only.",
+    fix="chat: auto",
+    severity=Severity.WARNING,
+)
+def system_is_a_message(run: Run) -> Iterator[Fault]:
+    """A system prompt is a message, and dataset.chat: false makes no messages.
+
+    The text of dataset.system then is put before each prompt with an empty line between, which is
+    right for a base model. A model that has a chat template was not taught to read it there.
+    """
+    if run.value("dataset.chat") is not False or not run.value("dataset.system"):
+        return
+    if run.chat_template is False:
+        return  # plain text is all that this model reads
+    yield Fault(
+        "dataset.system",
+        "it is put before each prompt as plain text, for dataset.chat is false",
+        notes=(run.operand("dataset.chat"),),
+        fixes=(run.to("dataset.chat", "auto"), Fix("leave dataset.system out")),
+        related=("dataset.chat",),
+    )
+
+
+@rule(
+    "DATA008",
+    "dataset.prompt dataset.chat dataset.path dataset.eval_path",
+    example="dataset:\n  path: chats.jsonl  # the prompts are lists of messages\n  chat: false",
+    fix="chat: auto",
+)
+def messages_are_chats(run: Run) -> Iterator[Fault]:
+    """Prompts that are lists of messages need dataset.chat to be auto or true, and a chat template.
+
+    The messages have roles, which only a template can write down. JSONL and JSON files are looked
+    into when they are here.
+    """
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        if data is None or not data.messages:
+            continue
+        column = run.value("dataset.prompt")
+        if run.value("dataset.chat") is False:
+            yield Fault(
+                "dataset.chat",
+                NOT_CHATS.format(column=column),
+                notes=(f"read from {data.path.name}",),
+                fixes=(run.to("dataset.chat", "auto"), Fix("name a column that holds text")),
+                related=("dataset.prompt", f"dataset.{which}"),
+            )
+            return
+        if run.chat_template is False:
+            yield Fault(
+                f"dataset.{which}",
+                CHATS_WITHOUT_TEMPLATE.format(column=column),
+                notes=(run.operand("model.model_name"),),
+                fixes=(Fix(CHATS_WITHOUT_TEMPLATE_FIX),),
+                related=("dataset.prompt", "model.model_name"),
+            )
+
+
+@rule(
+    "DATA009",
+    "dataset.path",
+    example="dataset:\n  path: null",
+    fix="path: train.jsonl",
+)
+def there_is_a_data_set(run: Run) -> Iterator[Fault]:
+    """There is a data set to train on.
+
+    Every completion answers a prompt of it, whatever grpo.max_steps says.
+    """
+    if run.value("dataset.path") is None:
+        yield Fault(
+            "dataset.path",
+            NO_DATA,
+            notes=(run.operand("dataset.path"),),
+            fixes=(Fix("dataset.path: a file (train.jsonl), a saved folder, or a hub id"),),
+            related=("model.model_name",),
         )
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.finding import Fix, Severity, rename
-from toolkit.config.migration import MOVED, Moved
+from toolkit.config.chat_format import chosen
+from toolkit.config.data_facts import data_of
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.migration import MOVED, converted
+from toolkit.config.moves import drop, move
 from toolkit.config.rules.base import Fault, rule
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.document import Node
     from toolkit.config.rules.run import Run
 
 # Keys that only the vLLM engine reads.
@@ -79,7 +81,7 @@ def not_in_a_run_file(run: Run) -> Iterator[Fault]:
         yield Fault(
             ("grpo", name),
             f"not in a run file: {refused['why']}",
-            fixes=(Fix(f"use {use}" if use else "remove it"),),
+            fixes=(_today(run, f"grpo.{name}", use),),
             on_key=node.key is not None,
         )
 
@@ -122,9 +124,21 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         yield "lora", run.operand("model.full_finetuning")
     if run.ask("grpo.max_steps") > 0:
         yield "grpo.num_train_epochs", run.operand("grpo.max_steps")
-    if run.ask("dataset.path") is None:
-        for name in ("split", "name", "revision", "limit", "eval_split"):
-            yield f"dataset.{name}", "there is no dataset.path"
+    if run.ask("dataset.eval_path") is None and run.ask("dataset.eval_split") is None:
+        why = f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}"
+        yield "dataset.eval_limit", why
+    if all(
+        data_of(run.document, key) for key in ("path", "eval_path") if run.ask(f"dataset.{key}")
+    ):
+        for name in ("name", "revision"):
+            yield f"dataset.{name}", "only a hub data set has it, and the data is in local files"
+    texts = not any(
+        data is not None and data.messages
+        for data in (data_of(run.document, key) for key in ("path", "eval_path"))
+    )
+    if texts and chosen(run.ask("dataset.chat"), run.chat_template) is False:
+        why = "no chat template" if run.chat_template is False else run.operand("dataset.chat")
+        yield "grpo.chat_template_kwargs", f"prompts are plain text ({why})"
 
 
 @rule(
@@ -145,17 +159,18 @@ def older_names(run: Run) -> Iterator[Fault]:
         yield Fault(
             old,
             moved.sentence,
-            fixes=_rename(run, old, moved, node),
+            fixes=(_today(run, old, moved.to),),
             on_key=True,
         )
 
 
-def _rename(run: Run, old: str, moved: Moved, node: Node) -> tuple[Fix, ...]:
-    """The fix that renames the key in its place, where a rename alone does it."""
-    if moved.to is None:
-        return (Fix("remove it"),)
-    section, name = moved.to.rsplit(".", 1)
-    same_place = old.rpartition(".")[0] == section
-    if not same_place or node.key is None or node.source.is_override or run.node(moved.to):
-        return (Fix(f"use {moved.to}"),)
-    return (Fix(f"rename it to {name}", (rename(node.source, node.key, name),)),)
+def _today(run: Run, old: str, use: str | None) -> Fix:
+    """The fix for a key of the past: an edit where its meaning is kept by one, else advice."""
+    path = tuple(old.split("."))
+    node = run.document.node(path)
+    assert node is not None
+    today = converted(old, node.value)
+    if today is None:
+        return Fix(f"use {use}" if use else "remove it")
+    to, value = today
+    return drop(run.document.root, path) if to is None else move(run.document.root, path, to, value)

@@ -151,6 +151,13 @@ class Run:
         revision = self.value("model.revision")
         return read_model(node, revision if isinstance(revision, str) else None)
 
+    @cached_property
+    def chat_template(self) -> bool | None:
+        """Whether the model's tokenizer has a chat template; None where it is not at hand."""
+        from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only when a rule asks
+
+        return None if self.model is None else template_in(self.model.folder)
+
     def finding(self, made_by: Rule, fault: Fault) -> Finding:
         """A rule's fault with its place."""
         path = _parts(fault.at) if isinstance(fault.at, str) else fault.at

@@ -67,11 +67,13 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
     if not run.value(_BEST) or run.value(_SAVE) == "best":
         return
     if run.value(_EVAL) != run.value(_SAVE):
+        data = run.ask("dataset.eval_path") is not None or run.ask("dataset.eval_split") is not None
+        evaluating = (run.to(_EVAL, run.value(_SAVE)),) if data else ()  # else DATA005 refuses it
         yield Fault(
             _BEST,
             "checkpoints that are not evaluated cannot be compared",
             notes=(f"{run.operand(_EVAL)}; {run.operand(_SAVE)}",),
-            fixes=(run.to(_BEST, False), run.to(_EVAL, run.value(_SAVE))),
+            fixes=(run.to(_BEST, False), *evaluating),
             related=(_EVAL, _SAVE),
         )
         return

@@ -141,27 +141,6 @@ def sync_needs_reference(run: Run) -> Iterator[Fault]:
 
 
 @rule(
-    "GRPO018",
-    "dataset.path grpo.max_steps",
-    example="grpo:\n  num_generations: 8  # and no dataset section",
-    fix="max_steps: 250, or a dataset section",
-)
-def length_without_data(run: Run) -> Iterator[Fault]:
-    """Without a data set, max_steps says how long the run is.
-
-    Epochs are counted in data; a run on an environment alone has none.
-    """
-    if run.value("dataset.path") is None and run.value("grpo.max_steps") <= 0:
-        yield Fault(
-            "grpo.max_steps",
-            "there is no data set, so max_steps must say how long the run is",
-            notes=(f"{run.operand('dataset.path')}; {run.operand('grpo.max_steps')}",),
-            fixes=(run.to("grpo.max_steps", 250),),
-            related=("dataset.path", "model.model_name"),
-        )
-
-
-@rule(
     "GRPO019",
     "grpo.warmup_steps",
     example="grpo:\n  warmup_steps: 10\n  warmup_ratio: 0.1",

@@ -1,0 +1,177 @@
+"""--fix: what it may do alone, what it says, and what it leaves to a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toolkit.config.document import Source
+from toolkit.config.fix import Repair, fix_source
+from toolkit.config.layers import assemble
+from toolkit.config.migration import CONVERSIONS, MOVED
+from toolkit.config.moves import schema_of
+from toolkit.config.rules import Situation
+from toolkit.config.validate import validate
+
+PARTS = Path(__file__).parents[2] / "fixtures" / "parts"
+HEAD = f"""\
+model:
+  model_name: {PARTS}/model
+  max_seq_length: 1024
+dataset: {{path: {PARTS}/train.jsonl, prompt: question}}
+reward: {{functions: [{{name: numeric_match}}]}}
+"""
+GRPO = "grpo:\n  learning_rate: 0.001\n"
+
+
+def repair(text: str, form: str = "yaml") -> Repair:
+    return fix_source(Source("run", text, Path.cwd(), None, form), (), Situation())
+
+
+def rules(text: str, form: str = "yaml") -> list[str]:
+    source = Source("run", text, Path.cwd(), None, form)
+    return [found.rule for found in validate(assemble(source, ()), Situation()).findings]
+
+
+@pytest.mark.parametrize(
+    ("old", "text", "told"),
+    [
+        ("use_vllm: true", GRPO + "runtime:\n  engine: vllm\n",
+         "grpo.use_vllm: true -> runtime.engine: vllm"),
+        ("use_vllm: false", GRPO + "runtime:\n  engine: transformers\n",
+         "grpo.use_vllm: false -> runtime.engine: transformers"),
+        ("vllm_mode: colocate", GRPO, "grpo.vllm_mode: colocate -> (removed)"),
+        ("gradient_checkpointing: true # less memory",
+         GRPO + "lora:\n  use_gradient_checkpointing: true # less memory\n",
+         "grpo.gradient_checkpointing: true -> lora.use_gradient_checkpointing: true"),
+        ("warmup_ratio: 0.1", GRPO + "  warmup_steps: 0.1\n",
+         "grpo.warmup_ratio: 0.1 -> grpo.warmup_steps: 0.1"),
+        ("group_by_length: true", GRPO + "  train_sampling_strategy: group_by_length\n",
+         "grpo.group_by_length: true -> grpo.train_sampling_strategy: group_by_length"),
+        ("save_safetensors: true", GRPO, "grpo.save_safetensors: true -> (removed)"),
+        ("max_new_tokens: 64", GRPO + "  max_completion_length: 64\n",
+         "grpo.max_new_tokens: 64 -> grpo.max_completion_length: 64"),
+        ("num_generation: 8", GRPO + "  num_generations: 8\n", "num_generation -> num_generations"),
+    ],
+)  # fmt: skip
+def test_a_key_of_the_past_keeps_its_meaning(old: str, text: str, told: str) -> None:
+    done = repair(HEAD + GRPO + f"  {old}\n")
+    assert done.source.text == HEAD + text
+    assert [f"{edit.old} -> {edit.new}" for edit in done.applied] == [told]
+    assert {edit.line for edit in done.applied} == {8}
+    assert rules(done.source.text) == []
+
+
+def test_a_key_moves_into_a_section_that_is_there() -> None:
+    text = HEAD + GRPO + "  vllm_gpu_memory_utilization: 0.3\n"
+    done = repair(text)
+    assert done.source.text == HEAD.replace(
+        "model:\n", "model:\n  gpu_memory_utilization: 0.3\n"
+    ) + GRPO  # fmt: skip
+
+
+def test_a_key_in_an_odd_place_moves() -> None:
+    text = HEAD.replace("  max_seq_length", "  max_prompt_length: 64\n  max_seq_length") + GRPO
+    done = repair(text)
+    assert done.source.text == HEAD + GRPO.replace("grpo:\n", "grpo:\n  max_prompt_length: 64\n")
+    (edit,) = done.applied
+    assert (edit.old, edit.new, edit.line) == (
+        "model.max_prompt_length: 64", "grpo.max_prompt_length: 64", 3
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "before", "after"),
+    [
+        (
+            "toml",
+            "[grpo]\nlearning_rate = 0.001\nuse_vllm = true\n[runtime]\nreproducible = true\n",
+            '[grpo]\nlearning_rate = 0.001\n[runtime]\nengine = "vllm"\nreproducible = true\n',
+        ),
+        (
+            "toml",
+            "[grpo]\nlearning_rate = 0.001\nuse_vllm = true\n",
+            '[grpo]\nlearning_rate = 0.001\n[runtime]\nengine = "vllm"\n',
+        ),
+        (
+            "json",
+            '{"grpo": {"use_vllm": true, "seed": 3}, "runtime": {"reproducible": true}}',
+            '{"grpo": {"seed": 3}, "runtime": {"engine": "vllm", "reproducible": true}}',
+        ),
+        (
+            "json",
+            '{"grpo": {"seed": 3, "use_vllm": true}}',
+            '{"runtime": {"engine": "vllm"}, "grpo": {"seed": 3}}',
+        ),
+        (
+            "yaml",
+            "grpo: {seed: 3, use_vllm: true}\r\nruntime: {reproducible: true}\r\n",
+            "grpo: {seed: 3}\r\nruntime: {engine: vllm, reproducible: true}\r\n",
+        ),
+    ],
+)
+def test_keys_move_in_every_format(form: str, before: str, after: str) -> None:
+    head = {"toml": '[model]\nmodel_name = "org/name"\n', "yaml": "model: {model_name: org/name}\n"}
+    if form == "json":
+        before = before[:-1] + ', "model": {"model_name": "org/name"}}'
+        after = after[:-1] + ', "model": {"model_name": "org/name"}}'
+    done = repair(head.get(form, "") + before, form)
+    assert done.source.text == head.get(form, "") + after
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "loss_tipe: 3",  # no value of loss_type
+        "num_generation: many",
+        "num_generation: 8\n  num_generations: 8",  # written already
+        "use_vllm: maybe",
+        "vllm_mode: server",  # its meaning cannot be kept
+        "vllm_gpu_memory_utilization: 30",
+        "warmup_ratio: 1",  # warmup_steps: 1 is one step
+        "warmup_ratio: 1.5",
+        "revision: main",  # of the model or of the data?
+        "per_device_train_batch_size: 0",
+    ],
+)
+def test_what_is_no_slip_stays(line: str) -> None:
+    text = HEAD + GRPO + f"  {line}\n"
+    assert rules(text)
+    done = repair(text)
+    assert (done.source.text, done.applied) == (text, ())
+
+
+def test_a_key_that_says_the_same_elsewhere_goes_and_another_value_stays() -> None:
+    text = HEAD + GRPO + "  use_vllm: true\nruntime:\n  engine: "
+    assert repair(text + "vllm\n").source.text == HEAD + GRPO + "runtime:\n  engine: vllm\n"
+    assert repair(text + "transformers\n").applied == ()
+
+
+def test_a_choice_is_left_and_named() -> None:
+    text = HEAD + GRPO + "  num_generations: 3\n  per_device_train_batch_size: 8\n"
+    done = repair(text)
+    assert done.source.text == text
+    assert [found.rule for found in done.choices] == ["GRPO001"]
+
+
+def test_two_words_that_are_as_near_are_both_named() -> None:
+    text = HEAD + GRPO + "  vespo_k: 2.0\n"
+    judged = validate(assemble(Source("run", text, Path.cwd()), ()), Situation())
+    (found,) = (one for one in judged.findings if one.rule == "KEY001")
+    assert {fix.text for fix in found.fixes} == {
+        "did you mean vespo_k_pos?",
+        "did you mean vespo_k_neg?",
+    }
+    assert repair(text).source.text == text
+
+
+def test_lines_are_those_of_the_file_before_any_edit() -> None:
+    text = HEAD + GRPO + "  use_vllm: true\n  vllm_mode: colocate\nlora:\n  lora_alfa: 16\n"
+    assert sorted(edit.line for edit in repair(text).applied) == [8, 9, 11]
+
+
+def test_every_key_of_today_that_a_key_of_the_past_names_is_one() -> None:
+    named = [moved.to for moved in MOVED.values()] + [one.to for one in CONVERSIONS.values()]
+    for to in named:
+        assert to is None or schema_of(tuple(to.split("."))) is not None, to

@@ -1,0 +1,68 @@
+"""The chat format of checkpoints, those of versions before dataset.chat among them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.config.chat_format import resolve
+from toolkit.config.model import DatasetSection, ModelSection, RunConfig
+from toolkit.train import chats
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHAT = {"prompt": [{"role": "user", "content": "x"}]}
+
+
+def config(**dataset: Any) -> RunConfig:
+    return RunConfig(model=ModelSection(model_name="m"), dataset=DatasetSection(**dataset))
+
+
+def checkpoint(folder: Path, then: dict[str, Any], completion: dict[str, Any] | None) -> Path:
+    found = folder / "checkpoint-1"
+    found.mkdir()
+    (found / "state.json").write_text(json.dumps({"run": then}))
+    if completion is not None:
+        (folder / "completions.jsonl").write_text(json.dumps(completion) + "\n")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("then", "completion", "kept"),
+    [
+        ({"dataset.chat": False}, CHAT, False),
+        ({"dataset.chat": True}, None, True),
+        ({}, CHAT, True),
+        ({"dataset.system": "s"}, {"prompt": "s\n\nx"}, False),
+        ({}, {"prompt": "x"}, False),
+        ({"dataset.system": None}, None, False),
+        ({"dataset.system": "s"}, None, "auto"),  # what auto means today
+    ],
+)
+def test_a_checkpoint_is_resumed_in_its_format(
+    tmp_path: Path, then: dict[str, Any], completion: dict[str, Any] | None, kept: bool | str
+) -> None:
+    found = checkpoint(tmp_path, then, completion)
+    assert chats.kept(config(), found).dataset.chat == kept
+    assert chats.recorded(then, found)[chats.KEY] == (None if kept == "auto" else kept)
+    assert chats.kept(config(chat=True), found).dataset.chat is True  # what is written stays
+
+
+def test_what_is_recorded_is_the_resolved_format() -> None:
+    resolved = resolve(config(), True)
+    assert resolved.dataset.chat is True
+    assert chats.settled(config(), resolved).dataset.chat is True
+    assert resolve(config(), None).dataset.chat == "auto"
+    assert resolve(config(), False).dataset.chat is False
+    assert resolve(config(chat=False), True).dataset.chat is False
+
+
+def test_chats_without_a_template_are_refused() -> None:
+    text = "the tokenizer of m has no chat template, and dataset.chat is true"
+    with pytest.raises(ConfigError, match=text):
+        resolve(replace(config(chat=True)), False)

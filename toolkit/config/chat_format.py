@@ -1,0 +1,120 @@
+"""Whether prompts that are plain text become user messages: ``dataset.chat``, resolved.
+
+``auto`` is true where the tokenizer has a chat template, which is how such a model was taught to
+read a question. Messages in the prompt column are chats in any case. ``dataset.system`` does not
+decide: without messages it is text before the prompt.
+
+The fact "has a chat template" is decided in ``usable`` alone, for a template read from files here
+and for one of a loaded tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.hub import cached_model
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
+
+TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_OTHER_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+NO_TEMPLATE = "the tokenizer of {model} has no chat template, and dataset.chat is true"
+NO_TEMPLATE_FIX = "dataset.chat: false, or a model with a chat template (an instruct model)"
+NOT_CHATS = "column {column} holds messages, which are chats, and dataset.chat is false"
+NOT_CHATS_FIX = "dataset.chat: auto, or a column that holds text"
+CHATS_WITHOUT_TEMPLATE = "column {column} holds chats, and this tokenizer has no chat template"
+CHATS_WITHOUT_TEMPLATE_FIX = (
+    "use plain prompts, or a model with a chat template (an instruct model)"
+)
+
+
+def usable(template: Any) -> bool:
+    """Whether a tokenizer's ``chat_template`` renders chats: a text, or several of which one is the
+    default. ``template`` is the attribute of a tokenizer, or the value in tokenizer_config.json.
+    """
+    if isinstance(template, str):
+        return bool(template)
+    if isinstance(template, dict):
+        return bool(template.get("default"))
+    if isinstance(template, (list, tuple)):
+        named = [one for one in template if isinstance(one, dict)]
+        return any(one.get("name") == "default" and bool(one.get("template")) for one in named)
+    return False
+
+
+def template_in(folder: Path) -> bool | None:
+    """Whether the tokenizer in ``folder`` has a chat template, by the files that transformers 5.17
+    reads and in its order; None where there is no tokenizer.
+    """
+    from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only when a rule asks
+
+    named = {path.stem: path for path in _files(folder / MORE_TEMPLATES) if path.suffix == ".jinja"}
+    main = folder / TEMPLATE_FILE
+    if main.is_file():
+        named.setdefault("default", main)
+    if named:  # these replace the one in tokenizer_config.json
+        return "default" in named and _has_text(named["default"])
+    config = read_json(folder / TOKENIZER_CONFIG)
+    if isinstance(config, dict):
+        return usable(config.get("chat_template"))
+    here = any((folder / name).is_file() for name in _OTHER_TOKENIZER_FILES)
+    return False if here else None
+
+
+def template_of(model_name: str, revision: str | None = None) -> bool | None:
+    """``template_in`` of a model folder, or of its snapshot in the hub's cache; None where neither
+    is on this machine. Nothing is downloaded.
+    """
+    folder = Path(model_name)
+    if not (folder / "config.json").is_file():
+        cached = cached_model(model_name, revision, os.environ)
+        if cached is None:
+            return None
+        folder = cached
+    return template_in(folder)
+
+
+def chosen(chat: bool | str, template: bool | None) -> bool | None:
+    """``dataset.chat`` with auto filled; None where the tokenizer is not at hand."""
+    return chat if isinstance(chat, bool) else template
+
+
+def resolve(config: RunConfig, template: bool | None) -> RunConfig:
+    """``config`` with ``dataset.chat`` true or false; it stays auto where ``template`` is None.
+
+    Raises:
+        ConfigError: chat is true, and the tokenizer has no chat template.
+    """
+    if config.dataset.chat is True and template is False:
+        raise ConfigError(
+            NO_TEMPLATE.format(model=config.model.model_name),
+            where=config.source or "dataset.chat",
+            fix=NO_TEMPLATE_FIX,
+        )
+    chat = chosen(config.dataset.chat, template)
+    if chat is None:
+        return config
+    return replace(config, dataset=replace(config.dataset, chat=chat))
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_file()]
+    except OSError:
+        return []
+
+
+def _has_text(path: Path) -> bool:
+    """Whether a file is there and not empty; it is not opened."""
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except OSError:
+        return False

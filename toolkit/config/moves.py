@@ -1,0 +1,214 @@
+"""Edits that move a key to another section, or take it out, in YAML, JSON and TOML.
+
+Only keys with a scalar on one line are moved, and only text that is surely understood is touched:
+where it is not, there is no edit, and the finding says in words what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.document import dotted
+from toolkit.config.finding import Edit, Fix, rename
+from toolkit.config.schemas import find_schema
+from toolkit.config.structure import check_structure
+from toolkit.config.wording import spell
+
+if TYPE_CHECKING:
+    from toolkit.config.document import KeyPath, Node, Source
+
+_COMMENT = re.compile(r"[ \t]*(#.*)?")
+
+
+def schema_of(path: KeyPath) -> dict[str, Any] | None:
+    """The schema of a key that a run file may hold; None for one that is unknown or refused."""
+    schema: dict[str, Any] | None = find_schema("run")
+    for part in path:
+        schema = None if schema is None else schema.get("properties", {}).get(part)
+    return None if schema is None or "x-refused" in schema else schema
+
+
+def is_valid(node: Node, schema: dict[str, Any]) -> bool:
+    """Whether the value of ``node`` may stand under a key of this schema."""
+    outcome = check_structure(node, schema)
+    return not outcome.bad and all(found.rule == "DOC007" for found in outcome.findings)
+
+
+def at(root: Node, path: KeyPath) -> Node | None:
+    """The node at ``path`` of a tree of mappings."""
+    node: Node | None = root
+    for part in path:
+        node = node.value.get(part) if node is not None and isinstance(node.value, dict) else None
+    return node
+
+
+def drop(root: Node, old: KeyPath) -> Fix:
+    """The fix that takes a key out."""
+    node = at(root, old)
+    edit = None if node is None else _removal(root, old, node)
+    if node is None or edit is None:
+        return Fix("remove it")
+    return Fix("remove it", (edit,), _moved(node, old, "(removed)"))
+
+
+def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
+    """The fix that writes ``value`` at the dotted key ``to`` in place of the key ``old``.
+
+    There are no edits where ``to`` is written already with another value, or may not hold this one.
+    """
+    node, new = at(root, old), tuple(to.split("."))
+    spelling = spell(value, "yaml")
+    text = f"use {to}: {spelling}"
+    schema, there = schema_of(new), at(root, new)
+    if node is None or schema is None or isinstance(value, (dict, list)):
+        return Fix(f"use {to}")
+    probe = type(node)(value, node.mark, node.source)
+    if not is_valid(probe, schema):
+        return Fix(f"use {to}")
+    if there is not None:
+        same = type(there.value) is type(value) and there.value == value
+        edit = _removal(root, old, node) if same else None
+        if edit is None:
+            return Fix(f"use {to}, which is written already" if not same else "remove it")
+        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} says it)"))
+    if old[:-1] == new[:-1]:
+        edits = _in_place(node, new, value)
+    else:
+        removal = _removal(root, old, node)
+        edits = _insertion(root, node, new, value)
+        edits = (removal, *edits) if removal is not None and edits else ()
+    return Fix(text, edits, _moved(node, old, f"{to}: {spelling}") if edits else None)
+
+
+def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
+    written = node.source.text[node.mark.start : node.mark.end]
+    return f"{dotted(old)}: {written}", now
+
+
+def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
+    """Another name, and another value where it changes, at the same place."""
+    if node.key is None or node.source.is_override:
+        return ()
+    edits = [rename(node.source, node.key, str(new[-1]))]
+    if type(value) is not type(node.value) or value != node.value:
+        spelling = spell(value, node.source.format)
+        edits.append(Edit(node.source, node.mark.start, node.mark.end, spelling))
+    return tuple(edits)
+
+
+def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
+    """The edit that takes out a key with its scalar."""
+    source, key, parent = node.source, node.key, at(root, path[:-1])
+    one_line = key is not None and key.line == node.mark.line and "\n" not in _written(node)
+    if source.is_override or key is None or parent is None or not one_line:
+        return None
+    if isinstance(node.value, (dict, list)) or len(_own(parent, source)) < 2:
+        return None  # what is left would be a section with nothing in it
+    if _is_flow(parent):
+        return _flow_removal(node)
+    start, end, before, after = _line(source.text, key.start, node.mark.end)
+    if before.strip() or not _COMMENT.fullmatch(after.rstrip("\r")):
+        return None
+    return Edit(source, start, end, "")
+
+
+def _flow_removal(node: Node) -> Edit | None:
+    """Out of {a: 1, b: 2}, with one of the commas beside it."""
+    assert node.key is not None
+    text, start, end = node.source.text, node.key.start, node.mark.end
+    behind = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
+    if behind is not None:
+        return Edit(node.source, start, behind.end(), "")
+    ahead = re.search(r",\s*$", text[:start])
+    if ahead is not None:
+        return Edit(node.source, ahead.start(), end, "")
+    return None
+
+
+def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
+    """The edit that writes a key into its section of the same text, or begins the section."""
+    source = node.source
+    section, name = at(root, new[:-1]), str(new[-1])
+    if source.is_override or len(new) != 2:
+        return ()
+    key = f'"{name}"' if source.format == "json" else name
+    equals = " = " if source.format == "toml" else ": "
+    pair = f"{key}{equals}{spell(value, source.format)}"
+    line = pair + _comment(node)
+    own = [] if section is None else _own(section, source)
+    if section is not None and own:
+        if _is_flow(section):
+            return (Edit(source, section.mark.start + 1, section.mark.start + 1, f"{pair}, "),)
+        first = own[0].key
+        assert first is not None
+        start, _, before, _ = _line(source.text, first.start, first.end)
+        newline = _newline(source)
+        if before.strip():
+            return ()
+        return (Edit(source, start, start, f"{before}{line}{newline}"),)
+    if section is not None and section.source is source:
+        return ()  # an empty section, or one that is no mapping
+    return _new_section(root, source, str(new[0]), pair, line)
+
+
+def _new_section(
+    root: Node, source: Source, section: str, pair: str, line: str
+) -> tuple[Edit, ...]:
+    text, newline = source.text, _newline(source)
+    tops = _own(root, source)
+    if not tops:
+        return ()
+    first = tops[0].key
+    assert first is not None
+    if source.format == "json" or text[: first.start].rstrip().endswith("{"):
+        brace = text.rfind("{", 0, first.start)
+        name = f'"{section}"' if source.format == "json" else section
+        return (Edit(source, brace + 1, brace + 1, f"{name}: {{{pair}}}, "),) if brace >= 0 else ()
+    if source.format == "yaml" and (first.column != 1 or re.search(r"^(---|\.\.\.)", text, re.M)):
+        return ()
+    head = f"[{section}]" if source.format == "toml" else f"{section}:"
+    indent = "" if source.format == "toml" else "  "
+    gap = "" if text.endswith("\n") else newline
+    end = len(text)
+    return (Edit(source, end, end, f"{gap}{head}{newline}{indent}{line}{newline}"),)
+
+
+def _comment(node: Node) -> str:
+    """The comment behind a key that has a line of its own: it moves with the key."""
+    if node.key is None:
+        return ""
+    _, _, before, after = _line(node.source.text, node.key.start, node.mark.end)
+    after = after.rstrip("\r")
+    return after if not before.strip() and _COMMENT.fullmatch(after) else ""
+
+
+def _own(mapping: Node, source: Source) -> list[Node]:
+    """The entries that stand in this text, in the order written."""
+    if not isinstance(mapping.value, dict):
+        return []
+    entries = [one for one in mapping.value.values() if one.source is source and one.key]
+    return sorted(entries, key=lambda one: one.key.start if one.key else 0)
+
+
+def _is_flow(mapping: Node) -> bool:
+    start = mapping.mark.start
+    return mapping.source.format != "toml" and mapping.source.text[start : start + 1] == "{"
+
+
+def _written(node: Node) -> str:
+    return node.source.text[node.mark.start : node.mark.end]
+
+
+def _newline(source: Source) -> str:
+    return "\r\n" if "\r\n" in source.text else "\n"
+
+
+def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
+    """The line of characters ``start`` to ``end``: where it begins and where the next one does,
+    and what stands on it before and after them.
+    """
+    begin = text.rfind("\n", 0, start) + 1
+    stop = text.find("\n", end)
+    stop = len(text) if stop < 0 else stop
+    return begin, min(stop + 1, len(text)), text[begin:start], text[end:stop]

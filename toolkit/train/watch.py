@@ -1,0 +1,97 @@
+"""Steps whose rewards say nothing: no completion was scored, or no group has any spread.
+
+GRPO learns from the differences within a group. Where there are none, the advantages are 0 and the
+rewards move nothing, however long the run is. metrics.jsonl counts such steps in a row
+(``steps_without_signal``), and the terminal says so once.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+COUNT = "steps_without_signal"
+LIMIT = 20
+_TAIL_BYTES = 1 << 16
+
+
+class Watch:
+    """Counts steps without signal; ``say`` gets the lines for the terminal."""
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+        """A resumed run counts on from the last row of metrics.jsonl. Raises OSError."""
+        self.say = say
+        self.count = _last_count(run_dir / "metrics.jsonl")
+        self.said: set[str] = set()
+
+    def see(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl; the count is added to it while it is not 0."""
+        if "loss" not in row or "reward" not in row:
+            return  # an evaluation, or a step on completions that an earlier row has judged
+        unscored = row["reward"] is None
+        flat = row.get("frac_reward_zero_std") == 1
+        self.count = self.count + 1 if unscored or flat else 0
+        if self.count:
+            row[COUNT] = self.count
+        if unscored:
+            self._once("unscored", unscored_text(row))
+        elif self.count >= LIMIT:
+            self._once("flat", flat_text(row, self.count))
+
+    def _once(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            self.say(text)
+
+
+def unscored_text(row: Mapping[str, Any]) -> str:
+    """No completion of a step has a reward."""
+    return (
+        f"warning: step {row['step']}: every reward is None or NaN, so the step teaches nothing.\n"
+        "  likely causes: the reward functions return None for this data, or they fail"
+        " (reward.on_error: none)\n"
+        "  what to do: read completions.jsonl of the run folder, and call the reward functions"
+        " on a completion of it"
+    )
+
+
+def flat_text(row: Mapping[str, Any], count: int) -> str:
+    """No group has had any spread for many steps."""
+    facts = [f"reward {_shown(row.get('reward'))} on average"]
+    if row.get("completions/clipped_ratio") is not None:
+        share = 100 * row["completions/clipped_ratio"]
+        facts.append(f"{share:.0f}% of completions cut at grpo.max_completion_length")
+    return (
+        f"warning: for {count} steps in a row all completions of each prompt had the same reward,"
+        " so the rewards teach nothing.\n"
+        f"  step {row['step']}: {', '.join(facts)}\n"
+        "  likely causes: the task is too hard or too easy for the model; the reward cannot read"
+        " the answers (their format, or they are cut); the sampling has too little variety\n"
+        "  what to do: read completions.jsonl of the run folder; then change the data or reward,"
+        " raise grpo.num_generations, grpo.temperature or grpo.max_completion_length"
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
+
+
+def _last_count(path: Path) -> int:
+    """The count in the last row of a step, 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "loss" in row and "reward" in row:
+            return int(row.get(COUNT, 0))
+    return 0
