@@ -132,8 +132,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "generation options": {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1},
     "generation_kwargs": {"generation_kwargs": {"min_tokens": 3, "logit_bias": {9: 2.0}}},
 }
-OTHER_DISTRIBUTION = {"generation options", "generation_kwargs"}
-"""The trainer scores the plain softmax of its logits, whatever was filtered while sampling."""
+OTHER_DISTRIBUTION = {"generation_kwargs"}
+"""What the training pass does not follow."""
 
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=0.1. the engine samples without:UserWarning")
