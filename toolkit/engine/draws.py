@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from toolkit.base.errors import ConfigValueError, first_line
 from toolkit.config.sampling_keywords import KEYWORDS, Effect
 
 if TYPE_CHECKING:
@@ -119,13 +120,22 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
 class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
     """Stop strings, and how long a row was when it met one: what follows in it is padding.
 
-    transformers drops the tokenizer of ``generate`` where it decodes by a callable (5.17). Raises
-    ValueError for what is no stop string.
+    transformers drops the tokenizer of ``generate`` where it decodes by a callable (5.17).
+
+    Raises:
+        ConfigValueError: texts or a tokenizer that transformers cannot stop at.
     """
 
     def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
         strings = [stop] if isinstance(stop, str) else list(stop)
-        self._strings = StopStringCriteria(tokenizer, strings)
+        try:
+            self._strings = StopStringCriteria(tokenizer, strings)
+        except ValueError as problem:
+            raise ConfigValueError(
+                f"transformers cannot stop at {strings}: {first_line(problem)}",
+                where="sampling",
+                fix="leave the stop strings out, or load with fast_inference=True",
+            ) from problem
         self._met_B: torch.Tensor | None = None
         self._width = 0
 

@@ -142,9 +142,9 @@ class TransformersEngine:
         }
         try:
             config = GenerationConfig(**{**keywords, **extra})
-            return config, StopAt(self._tokenizer, stop) if stop else None
         except ValueError as error:
             raise _refused(error) from error
+        return config, StopAt(self._tokenizer, stop) if stop else None
 
 
 def _collect(
