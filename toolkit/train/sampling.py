@@ -6,6 +6,7 @@ process's global generator, so that a completion would hang on whatever ran befo
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteriaList
 
-from toolkit.base.errors import ConfigValueError, UnsupportedError
-from toolkit.config.sampling_keywords import judge
+from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
+from toolkit.config.sampling_keywords import judge, not_reproduced, what_follows
 from toolkit.engine.draws import StopAt, cut, draw, draws_by_row
 from toolkit.engine.parts import Part, in_parts
 from toolkit.engine.rollout import Rollout, Sampling, request_seed
@@ -77,17 +78,27 @@ def reads(model: Any, config: Any) -> Engine:
 
 def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
     """Refuse ``generation_kwargs`` that the sampler of ``model`` would not read, with the words
-    that a run file gets.
+    that a run file gets. Where completions have no importance weights, warn of those that training
+    does not follow; with an engine, ``correction.warn_of_collapse`` does it when it matters.
 
     Raises:
         ConfigValueError: for the first such keyword.
     """
-    for name, value in (getattr(config, "generation_kwargs", None) or {}).items():
-        problem = judge(name, value, reads(model, config), turns=tools)
+    keywords, engine = getattr(config, "generation_kwargs", None) or {}, reads(model, config)
+    for name, value in keywords.items():
+        problem = judge(name, value, engine, turns=tools)
         if problem is not None:
             raise ConfigValueError(
                 problem.message, where=f"grpo.generation_kwargs.{name}", fix=problem.fix
             )
+    biased = list(not_reproduced(keywords, engine))
+    if biased and engine == "transformers" and find_engine(model) is None:
+        warnings.warn(
+            f"generation_kwargs: training does not follow {', '.join(biased)}:"
+            f" {what_follows(engine)}",
+            ToolkitWarning,
+            stacklevel=3,
+        )
 
 
 def distribution(trainer: Any) -> Distribution:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainer_helpers import history, make_trainer
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigValueError, ToolkitWarning
 from toolkit.engine.draws import draw
 from toolkit.train import kept_set, sampling
 from toolkit.train.sampling import ModelGeneration
@@ -124,3 +124,8 @@ def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> Non
 def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, text: str) -> None:
     with pytest.raises(ConfigValueError, match=text):
         make_trainer(tmp_path, generation_kwargs=kwargs)
+
+
+def test_a_bias_without_weights_is_told_at_construction(tmp_path: Path) -> None:
+    with pytest.warns(ToolkitWarning, match="does not follow typical_p: completions come from a"):
+        make_trainer(tmp_path, generation_kwargs={"typical_p": 0.9})
