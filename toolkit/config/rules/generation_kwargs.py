@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.base import Fault, rule
@@ -21,10 +22,22 @@ _KEYS = f"{_KWARGS} runtime.engine model.fast_inference"
 
 
 def _written(run: Run) -> Mapping[str, Node]:
+    """The keywords, less those with a value that is faulty in itself."""
     node = run.node(_KWARGS)
     if node is None or not isinstance(node.value, dict) or not run.written(_KWARGS):
         return {}
-    return node.value
+    place = tuple(_KWARGS.split("."))
+    faulty = {path[2] for path in run.bad if path[:2] == place and len(path) > 2}
+    return {
+        name: one
+        for name, one in node.value.items()
+        if name not in faulty and all(_finite(below.value) for _, below in one.walk(()))
+    }
+
+
+def _finite(value: Any) -> bool:
+    """False for the numbers that rule DOC006 refuses."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
