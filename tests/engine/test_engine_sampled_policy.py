@@ -95,7 +95,16 @@ def test_weights_that_collapse_are_told_once(loaded, tmp_path) -> None:
     assert all(row[RATIO] < 0.1 for row in rows)
     ours = [str(one.message) for one in told if issubclass(one.category, ToolkitWarning)]
     assert len(ours) == 1
-    assert "cannot follow allowed_token_ids: leave" in ours[0]
+    assert "Leave out allowed_token_ids, which the training pass cannot follow" in ours[0]
+
+
+def test_penalties_of_one_turn_are_refused_with_tools(loaded, tmp_path) -> None:
+    kwargs, more = {"presence_penalty": 0.5}, {"tools": [len]}
+    with (
+        training.adapted(loaded[0]) as policy,
+        pytest.raises(ConfigValueError, match="presence_penalty counts the tokens of one turn"),
+    ):
+        training.make_trainer(policy, loaded[1], tmp_path, more=more, generation_kwargs=kwargs)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def _remedy(trainer: Any) -> str:
     if trainer.args.vllm_structured_outputs_regex is not None:
         names.append("vllm_structured_outputs_regex")
     if names:
-        return f"The training pass cannot follow {', '.join(names)}: leave them out"
+        return f"Leave out {', '.join(names)}, which the training pass cannot follow"
     return (
         "Completions may be too old (lower num_iterations or steps_per_generation), or engine and"
         " trainer compute too differently (see sampling/logp_gap_mean)"

@@ -91,6 +91,12 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
             raise ConfigValueError(
                 problem.message, where=f"grpo.generation_kwargs.{name}", fix=problem.fix
             )
+        if tools and name in ("presence_penalty", "frequency_penalty"):
+            raise ConfigValueError(
+                f"{name} counts the tokens of one turn, and training sees all turns as one",
+                where=f"grpo.generation_kwargs.{name}",
+                fix="leave it out, or use repetition_penalty, which counts all tokens",
+            )
     biased = list(not_reproduced(keywords, engine))
     if biased and engine == "transformers" and find_engine(model) is None:
         warnings.warn(
