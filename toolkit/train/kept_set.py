@@ -111,7 +111,7 @@ class Texts:
         return self._first_drawn_BV[rows_N] < places_N[:, None]
 
     def counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """(N, V) float32: how often each token stands in the completion before ``places_N``."""
+        """(N, V) float32: how often each token occurs in the completion before ``places_N``."""
         places_L = torch.arange(self._ids_BL.shape[1], device=places_N.device)
         counted_NL = self._drawn_BL[rows_N] & (places_L < places_N[:, None])
         counts_NV = torch.zeros(len(rows_N), self._vocab, device=places_N.device)
@@ -119,7 +119,7 @@ class Texts:
 
 
 class Places(NamedTuple):
-    """Where N scored tokens stand: row ``rows_N`` of ``texts``, place ``places_N`` in it."""
+    """Where N scored tokens are: row ``rows_N`` of ``texts``, place ``places_N`` in it."""
 
     texts: Texts
     rows_N: torch.Tensor
