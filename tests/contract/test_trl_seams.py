@@ -94,12 +94,13 @@ def run(folder, monkeypatch, *, redundant: bool, **grpo):
     return rows, torch.cat([w.flatten() for w in weights]), forwards
 
 
+@pytest.mark.filterwarnings("ignore:the mean importance weight is 0:UserWarning")
 @pytest.mark.parametrize(
     "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 )
 def test_leaving_the_extra_forward_out_changes_nothing(tmp_path, monkeypatch, mode):
-    # What is sampled is filtered and what is trained is not, so the weights are none of them 1.
-    filtered = {"top_k": 6, "repetition_penalty": 1.2}
+    # What is sampled is filtered as training cannot follow, so the weights are none of them 1.
+    filtered = {"generation_kwargs": {"typical_p": 0.4}}
     clip = {"vllm_importance_sampling_clip_min": 0.2, "vllm_importance_sampling_clip_max": 0.9}
     grpo = {"vllm_importance_sampling_mode": mode, **clip, **filtered}
     theirs = run(tmp_path / "a", monkeypatch, redundant=False, **grpo)
@@ -203,14 +204,14 @@ def test_use_vllm_in_the_arguments_is_served_by_the_engine_on_the_model(tmp_path
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=ones,
-        args=arguments(tmp_path, use_vllm=True, generation_kwargs={"top_k": 3}),
+        args=arguments(tmp_path, use_vllm=True, generation_kwargs={"typical_p": 0.9}),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
     )
     assert type(trainer.vllm_generation).__module__ == "toolkit.train.sampling"
     assert trainer.args.use_vllm
-    assert trainer.args.generation_kwargs == {"top_k": 3}
-    assert trainer.vllm_generation.sampling(1).extra == {"top_k": 3}
+    assert trainer.args.generation_kwargs == {"typical_p": 0.9}
+    assert trainer.vllm_generation.sampling(1).extra == {"typical_p": 0.9}
 
 
 def test_vespo_needs_a_token_mode(tmp_path):

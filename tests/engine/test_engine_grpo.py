@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigValueError, ToolkitWarning
 from toolkit.config.libraries import known
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "generation options": {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1},
     "generation_kwargs": {"generation_kwargs": {"min_tokens": 3, "logit_bias": {9: 2.0}}},
 }
-OTHER_DISTRIBUTION = {"generation options", "generation_kwargs"}
-"""The trainer scores the plain softmax of its logits, whatever was filtered while sampling."""
+OTHER_DISTRIBUTION = {"generation_kwargs"}
+"""What the training pass does not follow."""
 
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=0.1. the engine samples without:UserWarning")
@@ -238,7 +238,9 @@ def test_structured_outputs(loaded, policy, tmp_path) -> None:
         more={"reward_funcs": listen},
         vllm_structured_outputs_regex="[0-9]{2}=(yes|no)[0-9]",
     )
-    trainer.train()
+    # The mass of what a grammar allows is in every weight, and training does not know the grammar.
+    with pytest.warns(ToolkitWarning, match="Leave out vllm_structured_outputs_regex"):
+        trainer.train()
     assert len(said) == 16
     assert all(text[:2].isdigit() and text[3:-1] in ("yes", "no") for text in said), said
     assert len(set(said)) > 8

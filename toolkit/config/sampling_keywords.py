@@ -1,21 +1,386 @@
-"""Sampling arguments that the toolkit sets itself, for the rules and for the engine."""
+"""Every sampling keyword of both engines: what it takes, what it does to the policy, and which
+field of GRPOConfig says the same.
+
+The one table behind the rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines,
+so that all refuse the same keywords with the same words. A contract test compares it with the
+fields of vLLM's SamplingParams and transformers' GenerationConfig.
+"""
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-OWNED_KEYWORDS: Mapping[str, str] = MappingProxyType(
-    {
-        "n": "num_generations says how many completions a prompt has",
-        "seed": "each completion has a seed of its own, from the run's",
-        "logprobs": "TRL takes the most likely token's for the sampled one's where there are more",
-        "detokenize": "tokens are decoded where a stop string needs it",
-        "flat_logprobs": "rollouts are read in this layout",
-        "output_kind": "rollouts are read when they are whole",
+Engine = Literal["vllm", "transformers"]
+NAMES: dict[Engine, str] = {"vllm": "vLLM", "transformers": "Hugging Face generation"}
+
+
+class Effect(StrEnum):
+    """What a keyword does to the distribution that is sampled from."""
+
+    NONE = "none"
+    REPRODUCED = "reproduced"
+    """The training pass applies it as well: sampled policy and trained policy are one."""
+    NOT_REPRODUCED = "not reproduced"
+    """The training pass scores the distribution without it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keyword:
+    """One keyword of one engine."""
+
+    name: str
+    takes: str
+    """What a value must be, for people: ``a whole number, at least 0``."""
+    accepts: Callable[[Any], bool]
+    effect: Effect = Effect.NONE
+    field: str | None = None
+    """The field of GRPOConfig that says the same."""
+    owned: str | None = None
+    """Why the toolkit sets it."""
+    unused: str | None = None
+    """Why it would change nothing, or could not work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a keyword cannot be used. ``kind`` tells the rules apart."""
+
+    kind: Literal["owned", "unread", "field", "value"]
+    message: str
+    fix: str
+    meant: str | None = None
+    """The keyword of the same engine that was meant."""
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _items(value: Any) -> Iterable[Any] | None:
+    return value if isinstance(value, (list, tuple)) else None
+
+
+def _all(value: Any, one: Callable[[Any], bool]) -> bool:
+    items = _items(value)
+    return items is not None and all(one(item) for item in items)
+
+
+def _any(value: Any) -> bool:
+    return value is not None
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _token(value: Any) -> bool:
+    return _whole(value) and value >= 0
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, str) or _all(value, lambda one: isinstance(one, str))
+
+
+def _tokens(value: Any) -> bool:
+    return _all(value, _token)
+
+
+def _token_lists(value: Any) -> bool:
+    return _all(value, _tokens)
+
+
+def _biases(value: Any) -> bool:
+    if not hasattr(value, "items"):
+        return False
+    return all(str(token).isdecimal() and _number(bias) for token, bias in value.items())
+
+
+def _at_least(low: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number, at least {low}", lambda value: _whole(value) and value >= low
+
+
+def _between(low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
+    return f"a number from {low} to {high}", lambda value: _number(value) and low <= value <= high
+
+
+_ANY = ("a value", _any)
+_FLAG = ("true or false", _flag)
+_TEXTS = ("a text or a list of texts", _texts)
+_TOKENS = ("a list of token ids", _tokens)
+_MAPPING = ("a mapping", lambda value: hasattr(value, "items") or hasattr(value, "regex"))
+_FACTOR = ("a number above 0", lambda value: _number(value) and value > 0)
+_TOP_P = ("a number above 0 and at most 1", lambda value: _number(value) and 0 < value <= 1)
+
+
+def _keywords(effect: Effect, **takes: tuple[str, Callable[[Any], bool]]) -> dict[str, Keyword]:
+    return {
+        name: Keyword(name=name, takes=words, accepts=accepts, effect=effect)
+        for name, (words, accepts) in takes.items()
     }
-)
+
+
+def _fields(**fields: tuple[str, tuple[str, Callable[[Any], bool]]]) -> dict[str, Keyword]:
+    return {
+        name: Keyword(
+            name=name, takes=words, accepts=accepts, effect=Effect.REPRODUCED, field=field
+        )
+        for name, (field, (words, accepts)) in fields.items()
+    }
+
+
+def _owned(**reasons: str) -> dict[str, Keyword]:
+    return {
+        name: Keyword(name=name, takes=_ANY[0], accepts=_any, owned=reason)
+        for name, reason in reasons.items()
+    }
+
+
+def _unused(reason: str, names: str) -> dict[str, Keyword]:
+    return {
+        name: Keyword(name=name, takes=_ANY[0], accepts=_any, unused=reason)
+        for name in names.split()
+    }
+
+
+_DISTRIBUTION = {
+    "temperature": ("temperature", _FACTOR),
+    "top_p": ("top_p", _TOP_P),
+    "top_k": ("top_k", _at_least(-1)),
+    "min_p": ("min_p", _between(0, 1)),
+    "repetition_penalty": ("repetition_penalty", _FACTOR),
+}
+_COMPLETION = ("max_completion_length", _at_least(1))
+
+_VLLM: dict[str, Keyword] = {
+    **_fields(**_DISTRIBUTION, max_tokens=_COMPLETION),
+    **_keywords(
+        Effect.REPRODUCED, presence_penalty=_between(-2, 2), frequency_penalty=_between(-2, 2)
+    ),
+    **_keywords(
+        Effect.NOT_REPRODUCED,
+        min_tokens=_at_least(0),
+        logit_bias=("a mapping of token ids to numbers", _biases),
+        allowed_token_ids=_TOKENS,
+        bad_words=_TEXTS,
+        structured_outputs=_MAPPING,
+        thinking_token_budget=_at_least(-1),
+        extra_args=_MAPPING,
+    ),
+    **_keywords(
+        Effect.NONE,
+        stop=_TEXTS,
+        stop_token_ids=_TOKENS,
+        ignore_eos=_FLAG,
+        skip_reading_prefix_cache=_FLAG,
+    ),
+    **_owned(
+        n="num_generations says how many completions a prompt has",
+        seed="each completion has a seed of its own, from the run's",
+        logprobs="TRL takes the most likely token's for the sampled one's where there are more",
+        detokenize="tokens are decoded where a stop string needs it",
+        flat_logprobs="rollouts are read in this layout",
+        output_kind="rollouts are read when they are whole",
+        skip_clone="each request has parameters of its own",
+        output_text_buffer_length="vLLM computes it from the stop strings",
+    ),
+    **_unused(
+        "rollouts are read as token ids, and it changes their text alone",
+        "skip_special_tokens spaces_between_special_tokens include_stop_str_in_output",
+    ),
+    **_unused(
+        "of log-probabilities, the sampled tokens' alone are read",
+        "prompt_logprobs prompt_logprob_token_ids prompt_logprob_start logprob_token_ids",
+    ),
+    **_unused("rollouts are read when they are whole", "stream_interval"),
+    **_unused("the engine is built without a watermark", "watermarking"),
+    **_unused("it takes an object of vLLM's own", "repetition_detection"),
+    **_unused(
+        "it is for debugging vLLM, not for training",
+        "routed_experts_prompt_start trace_decode_token_ids",
+    ),
+}
+
+_TRANSFORMERS: dict[str, Keyword] = {
+    **_fields(
+        **_DISTRIBUTION,
+        max_new_tokens=_COMPLETION,
+        cache_implementation=("cache_implementation", _ANY),
+    ),
+    **_keywords(
+        Effect.NOT_REPRODUCED,
+        min_length=_at_least(0),
+        min_new_tokens=_at_least(0),
+        top_h=_TOP_P,
+        typical_p=_TOP_P,
+        epsilon_cutoff=_between(0, 1),
+        eta_cutoff=_between(0, 1),
+        no_repeat_ngram_size=_at_least(0),
+        bad_words_ids=("a list of lists of token ids", _token_lists),
+        sequence_bias=("a list or a mapping", lambda v: _all(v, _any) or hasattr(v, "items")),
+        suppress_tokens=_TOKENS,
+        begin_suppress_tokens=_TOKENS,
+        forced_bos_token_id=_at_least(0),
+        forced_eos_token_id=("one or more token ids", lambda v: _token(v) or _tokens(v)),
+        exponential_decay_length_penalty=(
+            "a list of a whole number and a number",
+            lambda value: _all(value, _number) and len(value) == 2,
+        ),
+        guidance_scale=_FACTOR,
+        watermarking_config=_MAPPING,
+    ),
+    **_keywords(
+        Effect.NONE,
+        stop_strings=_TEXTS,
+        max_time=_FACTOR,
+        use_cache=_FLAG,
+        prefill_chunk_size=_at_least(1),
+        remove_invalid_values=_FLAG,
+        renormalize_logits=_FLAG,
+    ),
+    **_owned(
+        num_return_sequences="num_generations says how many completions a prompt has",
+        do_sample="training draws its completions",
+        max_length="max_completion_length counts the tokens of a completion",
+        pad_token_id="it is the tokenizer's",
+        bos_token_id="it is the tokenizer's",
+        eos_token_id="the ends of a completion are the tokenizer's and the model's",
+        return_dict_in_generate="rollouts are read in one layout",
+        output_scores="rollouts are read in one layout",
+        output_logits="rollouts are read in one layout",
+        output_attentions="rollouts are read in one layout",
+        output_hidden_states="rollouts are read in one layout",
+        disable_compile="TRL generates without torch.compile",
+        compile_config="TRL generates without torch.compile",
+        continuous_batching_config="use_transformers_continuous_batching says it",
+    ),
+    **_unused(
+        "completions are drawn, not searched for with beams",
+        "num_beams num_beam_groups length_penalty early_stopping diversity_penalty constraints"
+        " force_words_ids penalty_alpha dola_layers low_memory",
+    ),
+    **_unused(
+        "a rollout has no assistant model",
+        "is_assistant num_assistant_tokens num_assistant_tokens_schedule use_mtp speculation_type"
+        " assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size"
+        " assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight",
+    ),
+    **_unused(
+        "it is for models with an encoder",
+        "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id",
+    ),
+    **_unused("rollouts use transformers' own cache", "cache_config max_cache_len"),
+    **_unused("prompts are token ids when they are generated from", "token_healing"),
+}  # fmt: skip
+
+KEYWORDS: Mapping[Engine, Mapping[str, Keyword]] = {"vllm": _VLLM, "transformers": _TRANSFORMERS}
+
+OWNED_KEYWORDS: Mapping[str, str] = {
+    name: one.owned for name, one in _VLLM.items() if one.owned is not None
+}
 """What ``generation_kwargs`` may not set with vLLM, and why."""
+
+_TWINS = (
+    ("max_tokens", "max_new_tokens"),
+    ("min_tokens", "min_new_tokens"),
+    ("stop", "stop_strings"),
+    ("n", "num_return_sequences"),
+    ("logit_bias", "sequence_bias"),
+    ("bad_words", "bad_words_ids"),
+    ("stop_token_ids", "eos_token_id"),
+)
+
+
+def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
+    """Why ``name: value`` cannot be among the ``generation_kwargs`` of a training with ``engine``;
+    None where it can. With ``turns`` (tools), a limit of one turn is no duplicate of
+    ``max_completion_length``.
+    """
+    keyword = KEYWORDS[engine].get(name)
+    if keyword is None:
+        return _unknown(name, engine)
+    if keyword.owned is not None:
+        return Problem(
+            "owned", f"{name} is set by the toolkit: {keyword.owned}", f"leave {name} out"
+        )
+    if keyword.unused is not None:
+        return Problem("unread", f"{name} has no use here: {keyword.unused}", f"leave {name} out")
+    if keyword.field is not None and not (turns and keyword.field == _COMPLETION[0]):
+        return Problem(
+            "field",
+            f"{name} is a second word for grpo.{keyword.field}, and training reads that key alone",
+            f"write grpo.{keyword.field} instead",
+        )
+    if not keyword.accepts(value):
+        return Problem("value", f"{_shown(value)} is not {keyword.takes}", f"give {keyword.takes}")
+    return None
+
+
+def unknown(name: str, engine: Engine) -> Problem | None:
+    """Why ``engine`` does not read ``name`` at all; None where it does, or the toolkit for it."""
+    return None if name in KEYWORDS[engine] else _unknown(name, engine)
+
+
+def _unknown(name: str, engine: Engine) -> Problem:
+    other: Engine = "transformers" if engine == "vllm" else "vllm"
+    theirs = KEYWORDS[other].get(name)
+    if theirs is not None:
+        message = f"{name} is a keyword of {NAMES[other]}; {NAMES[engine]} does not read it"
+        if theirs.field is not None:
+            return Problem("unread", message, f"write grpo.{theirs.field} instead")
+        twin = next((t for pair in _TWINS for t in pair if name in pair and t != name), None)
+        if twin is not None and judge(twin, None, engine) is not None:
+            found = KEYWORDS[engine][twin]
+            if found.owned is None and found.unused is None:
+                return Problem("unread", message, f"{NAMES[engine]} has {twin}", twin)
+        return Problem("unread", message, f"leave {name} out")
+    message = f"{name} is no sampling keyword of {NAMES[engine]}"
+    close = nearest(name, list(KEYWORDS[engine])) or nearest(name, list(KEYWORDS[other]))
+    if close is None:
+        return Problem("unread", message, f"leave {name} out")
+    keyword = KEYWORDS[engine].get(close) or KEYWORDS[other][close]
+    if keyword.field is not None:
+        return Problem("unread", message, f"did you mean grpo.{keyword.field} ({close})?")
+    if close not in KEYWORDS[engine] or keyword.owned or keyword.unused:
+        return Problem("unread", message, f"leave {name} out")
+    return Problem("unread", message, f"did you mean {close}?", close)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]:
+    """Those of ``keywords`` that change the distribution in a way that the training pass does not
+    follow.
+    """
+    for name in keywords:
+        keyword = KEYWORDS[engine].get(name)
+        if keyword is not None and keyword.effect is Effect.NOT_REPRODUCED:
+            yield name
+
+
+def what_follows(engine: Engine) -> str:
+    """What it means for training that the sampled policy is not the trained one."""
+    if engine == "vllm":
+        return (
+            "the engine's log-probabilities are of a narrowed distribution, training scores the"
+            " one without it: each importance weight carries the probability that was cut away,"
+            " and over a long completion the product may reach 0"
+        )
+    return (
+        "completions come from a narrowed distribution, training scores the one without it, and"
+        " without an engine no importance weight makes up for the difference"
+    )

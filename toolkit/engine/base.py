@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from toolkit.config.sampling_keywords import Engine as Reads
     from toolkit.engine.rollout import Rollout, Sampling
 
 
@@ -18,6 +19,9 @@ class RolloutEngine(Protocol):
     """Samples from the policy under training. vLLM (``engine.load``) and Hugging Face generation
     both have this face.
     """
+
+    reads: Reads
+    """Whose sampling keywords it reads, and whose order of sampling steps it follows."""
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
         """Make the adapter ``name`` of ``peft_model``, as it is now, what the next ``generate``

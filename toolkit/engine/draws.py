@@ -7,12 +7,22 @@ its own generator, one number a token, and takes the token at which the probabil
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StopStringCriteria,
+)
 from transformers.generation.configuration_utils import GenerationMode
+
+from toolkit.base.errors import ConfigValueError, first_line
+from toolkit.config.sampling_keywords import KEYWORDS, Effect
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -70,15 +80,79 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         **model_kwargs: Any,
     ) -> Any:
         """What ``generate(custom_generate=...)`` calls (transformers 5.17): its own sampling loop,
-        with these draws behind its processors.
+        with these draws behind its processors where it draws.
         """
+        own = [self] if generation_config.do_sample else []
+        real = model_kwargs["attention_mask"].bool()
+        before = [
+            PromptPenalty(one, real) if type(one) is RepetitionPenaltyLogitsProcessor else one
+            for one in logits_processor
+        ]
         return model._sample(
             input_ids,
-            LogitsProcessorList([*logits_processor, self]),
+            LogitsProcessorList([*before, *own]),
             stopping_criteria,
             generation_config,
             **model_kwargs,
         )
+
+
+class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
+    """transformers' repetition penalty, which also punishes the padding token of shorter prompts
+    (5.17): often that is the token that ends a completion, so a row would depend on its neighbours.
+
+    ``real_BP`` (B, P) bool: False on the padding left of the prompts.
+    """
+
+    def __init__(self, penalty: LogitsProcessor, real_BP: torch.Tensor) -> None:
+        self._penalty, self._real_BP = penalty, real_BP
+
+    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        """(B, V) scores; the last token of the prompt is in place of padding."""
+        width = self._real_BP.shape[1]
+        last_B1 = input_ids[:, width - 1 : width]
+        prompt_BP = torch.where(self._real_BP, input_ids[:, :width], last_B1)
+        ids = torch.cat([prompt_BP, input_ids[:, width:]], dim=1)
+        scores: torch.Tensor = self._penalty(ids, scores_BV)
+        return scores
+
+
+class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
+    """Stop strings, and how long a row was when it met one: what follows in it is padding.
+
+    transformers drops the tokenizer of ``generate`` where it decodes by a callable (5.17).
+
+    Raises:
+        ConfigValueError: texts or a tokenizer that transformers cannot stop at.
+    """
+
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
+        strings = [stop] if isinstance(stop, str) else list(stop)
+        try:
+            self._strings = StopStringCriteria(tokenizer, strings)
+        except ValueError as problem:
+            raise ConfigValueError(
+                f"transformers cannot stop at {strings}: {first_line(problem)}",
+                where="sampling",
+                fix="leave the stop strings out, or load with fast_inference=True",
+            ) from problem
+        self._met_B: torch.Tensor | None = None
+        self._width = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        """(B) bool: rows that end in a stop string."""
+        done_B: torch.Tensor = self._strings(input_ids, scores, **more)
+        met_B = torch.zeros_like(input_ids[:, 0]) if self._met_B is None else self._met_B
+        self._width = input_ids.shape[1]
+        self._met_B = torch.where(done_B & (met_B == 0), self._width, met_B)
+        return done_B
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Tokens of each completion, at most ``tokens``, the longest."""
+        if self._met_B is None:
+            return []
+        met = self._met_B.tolist()
+        return [one - (self._width - tokens) if one else tokens for one in met]
 
 
 def draws_by_row(config: GenerationConfig) -> bool:
@@ -98,8 +172,7 @@ def generate_rows(
     """
     sampled = config.get_generation_mode() == GenerationMode.SAMPLE
     draws = RowDraws(seeds, keep_scores=bool(config.output_scores))
-    more = {"custom_generate": draws.decode} if sampled else {}
-    output = model.generate(**inputs, generation_config=config, **more)
+    output = model.generate(**inputs, generation_config=config, custom_generate=draws.decode)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     if sampled:
         return sequences, draws.scores
@@ -116,7 +189,9 @@ def draw(
     """A completion for each seed, rows (B, T), and the scores that ``config`` asks for, T x (B, V).
 
     Prompts are padded on the left with ``config.pad_token_id``; ``more`` goes to ``generate``.
-    Generators and the model's training mode are left as they were. Raises ValueError.
+    Options that ``config`` leaves out are off, whatever the checkpoint's own generation config
+    says. That config, the generators and the model's training mode are left as they were. Raises
+    ValueError.
     """
     width = max(len(prompt) for prompt in prompts)
     pad = config.pad_token_id
@@ -127,14 +202,19 @@ def draw(
         "attention_mask": torch.tensor(mask, device=model.device),
         **(more or {}),
     }
-    with _inference(model), _kept_generators(model.device):
+    with _inference(model), _kept_generators(model.device), _without_defaults(model):
         sequences, scores = generate_rows(model, inputs, config, seeds)
     return sequences[:, width:], scores
 
 
-def cut(sampled_BT: torch.Tensor, ends: Collection[int]) -> list[list[int]]:
-    """Each row up to and with the first token of ``ends``."""
+def cut(
+    sampled_BT: torch.Tensor, ends: Collection[int], stop: StopAt | None = None
+) -> list[list[int]]:
+    """Each row up to and with the first token of ``ends``, or the last of a stop string."""
     rows: list[list[int]] = sampled_BT.tolist()
+    if stop is not None:
+        lengths = stop.lengths(sampled_BT.shape[1])
+        rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     sizes = (next((i + 1 for i, token in enumerate(r) if token in ends), len(r)) for r in rows)
     return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
@@ -151,6 +231,24 @@ def _inference(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(was)
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """transformers fills what a generation config leaves out from the checkpoint's: a
+    no_repeat_ngram_size that nobody asked for would be part of the policy. Those are off here.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = inner.generation_config
+    bare = copy.deepcopy(before)
+    for name, keyword in KEYWORDS["transformers"].items():
+        if keyword.effect is not Effect.NONE:
+            setattr(bare, name, None)
+    inner.generation_config = bare
+    try:
+        yield
+    finally:
+        inner.generation_config = before
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from toolkit.base.errors import ConfigError, ConfigValueError
+from toolkit.config.sampling_keywords import unknown
 from toolkit.engine.rollout import Rollout, request_seed
 from toolkit.engine.seams import drop_requests
 
@@ -40,6 +41,10 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     Raises:
         ConfigValueError: vLLM refuses a value or does not know a keyword of ``sampling.extra``.
     """
+    for name in sampling.extra:
+        problem = unknown(name, "vllm")
+        if problem is not None:
+            raise ConfigValueError(problem.message, where="sampling options", fix=problem.fix)
     keywords: dict[str, Any] = {
         "n": sampling.n,
         "max_tokens": sampling.max_tokens,

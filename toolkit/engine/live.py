@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm import LLM
 
+    from toolkit.config.sampling_keywords import Engine as Reads
     from toolkit.engine.options import EngineOptions
     from toolkit.engine.rollout import Rollout, Sampling
 
@@ -35,6 +36,8 @@ class Engine:
     """vLLM in this process. Made by ``engine.load.open_engine``; a context manager; satisfies
     ``base.RolloutEngine``.
     """
+
+    reads: Reads = "vllm"
 
     def __init__(self, llm: LLM, options: EngineOptions, *, owns_process_group: bool) -> None:
         self._llm: LLM | None = llm

@@ -8,15 +8,17 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError, first_line
-from toolkit.engine.draws import cut, draw
+from toolkit.config.sampling_keywords import unknown
+from toolkit.engine.draws import StopAt, cut, draw
 from toolkit.engine.rollout import Rollout, check_prompts, request_seed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from toolkit.config.sampling_keywords import Engine as Reads
     from toolkit.engine.rollout import Sampling
 
 WHERE = "sampling"
@@ -29,6 +31,8 @@ class TransformersEngine:
     ``end_ids`` are the token ids that end a completion, ``pad_id`` fills the left of a batch;
     ``max_model_len`` (tokens, prompt and completion together) None asks the model's config.
     """
+
+    reads: Reads = "transformers"
 
     def __init__(
         self,
@@ -78,17 +82,19 @@ class TransformersEngine:
         if not prompts:
             none_asked = sampling.logprobs is None
             return Rollout([], [], None if none_asked else [], None if none_asked else [])
-        config, criteria = self._config(sampling)
+        config, stop = self._config(sampling)
+        more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
         rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
         seeds = [request_seed(seed, row + k) for row in rows for k in range(sampling.n)]
         plain = adapter or not hasattr(self.model, "disable_adapter")
         base = nullcontext() if plain else self.model.disable_adapter()
         with base:
             try:
-                drawn = draw(self.model, prompts, config, seeds, criteria)
+                sampled_BT, scores = draw(self.model, prompts, config, seeds, more)
             except ValueError as error:
                 raise _refused(error) from error
-        return self._collect(prompts, *drawn, sampling)
+        ends = {*self._end_ids, *sampling.stop_token_ids}
+        return _collect(prompts, cut(sampled_BT, ends, stop), sampled_BT, scores, sampling)
 
     def sleep(self) -> None:
         """Nothing to give back."""
@@ -99,8 +105,8 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to release: the model is its owner's."""
 
-    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, dict[str, Any]]:
-        """transformers' form of ``sampling``, and the keywords that go beside it (stop strings)."""
+    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopAt | None]:
+        """transformers' form of ``sampling``, and what stops at its stop strings."""
         if sampling.structured_outputs_regex is not None or "structured_outputs" in sampling.extra:
             raise UnsupportedError(
                 "structured outputs need the vLLM engine",
@@ -109,16 +115,10 @@ class TransformersEngine:
             )
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
-        strings: dict[str, Any] = {}
-        if stop:
-            strings = {"stopping_criteria": self._stop_at(stop)}
         for name in extra:
-            if not hasattr(GenerationConfig(), name):
-                raise ConfigTypeError(
-                    f"{name!r} is no generation option of transformers",
-                    where=WHERE,
-                    fix="leave it out, or load with fast_inference=True if it is one of vLLM's",
-                )
+            problem = unknown(name, self.reads)
+            if problem is not None:
+                raise ConfigTypeError(problem.message, where=WHERE, fix=problem.fix)
         _check_ranges(sampling)
         greedy = sampling.temperature == 0.0
         draw: dict[str, Any] = {"do_sample": False, "num_beams": 1}
@@ -141,38 +141,31 @@ class TransformersEngine:
             "output_scores": sampling.logprobs is not None,
         }
         try:
-            return GenerationConfig(**{**keywords, **extra}), strings
+            config = GenerationConfig(**{**keywords, **extra})
         except ValueError as error:
             raise _refused(error) from error
+        return config, StopAt(self._tokenizer, stop) if stop else None
 
-    def _stop_at(self, stop: Any) -> StoppingCriteriaList:
-        """``generate`` drops its tokenizer where it decodes by a callable (transformers 5.17)."""
-        try:
-            return StoppingCriteriaList([StopStringCriteria(self._tokenizer, stop)])
-        except ValueError as error:
-            raise _refused(error) from error
 
-    def _collect(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampled_BT: torch.Tensor,
-        scores: Sequence[torch.Tensor],
-        sampling: Sampling,
-    ) -> Rollout:
-        """What was generated, each completion up to and with the token that ended it."""
-        ends = {*self._end_ids, *sampling.stop_token_ids}
-        completions = cut(sampled_BT, ends)
-        lengths = [len(row) for row in completions]
-        repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
-        if sampling.logprobs is None:
-            return Rollout(repeated, completions, None, None)
-        values, tokens = _logprobs(scores, sampled_BT, sampling.logprobs)
-        return Rollout(
-            repeated,
-            completions,
-            [row[:size] for row, size in zip(values, lengths, strict=True)],
-            [row[:size] for row, size in zip(tokens, lengths, strict=True)],
-        )
+def _collect(
+    prompts: Sequence[Sequence[int]],
+    completions: list[list[int]],
+    sampled_BT: torch.Tensor,
+    scores: Sequence[torch.Tensor],
+    sampling: Sampling,
+) -> Rollout:
+    """What was generated, each completion up to and with the token that ended it."""
+    repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
+    if sampling.logprobs is None:
+        return Rollout(repeated, completions, None, None)
+    lengths = [len(row) for row in completions]
+    values, tokens = _logprobs(scores, sampled_BT, sampling.logprobs)
+    return Rollout(
+        repeated,
+        completions,
+        [row[:size] for row, size in zip(values, lengths, strict=True)],
+        [row[:size] for row, size in zip(tokens, lengths, strict=True)],
+    )
 
 
 def _refused(error: ValueError) -> ConfigValueError:

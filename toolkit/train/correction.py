@@ -11,9 +11,14 @@ equal.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from toolkit.base.errors import ToolkitWarning
+from toolkit.config.sampling_keywords import not_reproduced
+from toolkit.train.sampling import reads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -136,3 +141,42 @@ def observe_old(trainer: Any, inputs: Mapping[str, Any]) -> None:
     drawn, maybe some steps ago; TRL logs its own weights then.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
+
+
+RATIO = "sampling/importance_sampling_ratio/mean"
+COLLAPSED = 0.1
+"""A mean importance weight below which a tenth of the gradient is left."""
+
+
+def warn_of_collapse(trainer: Any) -> None:
+    """Warn once, on the first rank, where the weights of a logging window leave next to nothing of
+    the gradient.
+    """
+    means = trainer._metrics["train"].get(RATIO) if trainer.model.training else None
+    if not means or trainer._collapse_told or not trainer.accelerator.is_main_process:
+        return
+    mean = sum(means) / len(means)
+    if mean >= COLLAPSED:
+        return
+    trainer._collapse_told = True
+    warnings.warn(
+        f"the mean importance weight is {mean:.2g}, so little of the gradient is left: the engine"
+        f" samples from another distribution than the one that is trained. {_remedy(trainer)}",
+        ToolkitWarning,
+        stacklevel=2,
+    )
+
+
+def _remedy(trainer: Any) -> str:
+    """What to change, for the options that are set."""
+    names = list(
+        not_reproduced(trainer.args.generation_kwargs or {}, reads(trainer.model, trainer.args))
+    )
+    if trainer.args.vllm_structured_outputs_regex is not None:
+        names.append("vllm_structured_outputs_regex")
+    if names:
+        return f"Leave out {', '.join(names)}, which the training pass cannot follow"
+    return (
+        "Completions may be too old (lower num_iterations or steps_per_generation), or engine and"
+        " trainer compute too differently (see sampling/logp_gap_mean)"
+    )

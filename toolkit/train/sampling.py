@@ -5,6 +5,8 @@ process's global generator, so that a completion would hang on whatever ran befo
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
@@ -12,17 +14,23 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList
 
-from toolkit.base.errors import UnsupportedError
-from toolkit.engine.draws import cut, draw, draws_by_row
+from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
+from toolkit.config.sampling_keywords import judge, not_reproduced, what_follows
+from toolkit.engine.draws import StopAt, cut, draw, draws_by_row
 from toolkit.engine.parts import Part, in_parts
 from toolkit.engine.rollout import Rollout, Sampling, request_seed
 from toolkit.train.faults import release_memory
+from toolkit.train.kept_set import Distribution
 from toolkit.train.memory import rollout_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import GenerationConfig
+
+    from toolkit.config.sampling_keywords import Engine
     from toolkit.engine.base import RolloutEngine
 
 
@@ -58,6 +66,61 @@ def find_engine(model: Any) -> RolloutEngine | None:
             return None
         model = inner
     return None
+
+
+def reads(model: Any, config: Any) -> Engine:
+    """Whose sampling keywords a trainer of ``model`` under ``config`` passes on."""
+    engine = find_engine(model)
+    if engine is not None:
+        return engine.reads
+    return "vllm" if getattr(config, "use_vllm", False) else "transformers"
+
+
+def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
+    """Refuse ``generation_kwargs`` that the sampler of ``model`` would not read, with the words
+    that a run file gets. Where completions have no importance weights, warn of those that training
+    does not follow; with an engine, ``correction.warn_of_collapse`` does it when it matters.
+
+    Raises:
+        ConfigValueError: for the first such keyword.
+    """
+    keywords, engine = getattr(config, "generation_kwargs", None) or {}, reads(model, config)
+    for name, value in keywords.items():
+        problem = judge(name, value, engine, turns=tools)
+        if problem is not None:
+            raise ConfigValueError(
+                problem.message, where=f"grpo.generation_kwargs.{name}", fix=problem.fix
+            )
+        if tools and name in ("presence_penalty", "frequency_penalty"):
+            raise ConfigValueError(
+                f"{name} counts the tokens of one turn, and training sees all turns as one",
+                where=f"grpo.generation_kwargs.{name}",
+                fix="leave it out, or use repetition_penalty, which counts all tokens",
+            )
+    biased = list(not_reproduced(keywords, engine))
+    if biased and engine == "transformers" and find_engine(model) is None:
+        warnings.warn(
+            f"generation_kwargs: training does not follow {', '.join(biased)}:"
+            f" {what_follows(engine)}",
+            ToolkitWarning,
+            stacklevel=3,
+        )
+
+
+def distribution(trainer: Any) -> Distribution:
+    """What the trainer's completions are drawn from, as far as the training pass can tell."""
+    args = getattr(trainer, "args", None)
+    extra = getattr(args, "generation_kwargs", None) or {}
+    return Distribution(
+        temperature=getattr(trainer, "temperature", 1.0),
+        top_p=getattr(trainer, "top_p", 1.0),
+        top_k=getattr(trainer, "top_k", 0),
+        min_p=getattr(trainer, "min_p", None) or 0.0,
+        repetition_penalty=getattr(trainer, "repetition_penalty", 1.0),
+        presence_penalty=extra.get("presence_penalty", 0.0),
+        frequency_penalty=extra.get("frequency_penalty", 0.0),
+        min_p_first=reads(getattr(trainer, "model", None), args) == "vllm",
+    )
 
 
 @contextmanager
@@ -181,11 +244,14 @@ class ModelGeneration:
         trainer = self.trainer
         seed, rows = trainer.rows.call(prompts)
         model = trainer.accelerator.unwrap_model(trainer.model)
+        config, strings = self._config()
 
         def run(part: Part) -> Rollout:
             seeds = [request_seed(seed, row) for row in part.rows]
-            sampled_BT, _ = draw(model, part.prompts, trainer.generation_config, seeds)
-            ids = cut(sampled_BT, trainer.eos_token_ids)
+            stop = StopAt(trainer._tokenizer, strings) if strings else None
+            more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
+            sampled_BT, _ = draw(model, part.prompts, config, seeds, more)
+            ids = cut(sampled_BT, trainer.eos_token_ids, stop)
             return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
 
         kept = trainer.__dict__
@@ -198,3 +264,14 @@ class ModelGeneration:
         )
         trainer.rows.drawn(rows, prompts, rollout.completion_ids)
         return rollout.completion_ids
+
+    def _config(self) -> tuple[GenerationConfig, Any]:
+        """TRL's generation config with values that transformers takes (floats, and 0 for no top-k),
+        and the stop strings, for which ``generate`` would want a tokenizer.
+        """
+        config = copy.deepcopy(self.trainer.generation_config)
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            setattr(config, name, float(getattr(config, name)))
+        config.top_k = max(config.top_k or 0, 0)
+        strings, config.stop_strings = config.stop_strings, None
+        return config, strings

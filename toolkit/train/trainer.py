@@ -21,6 +21,7 @@ from toolkit.train import correction, sampling
 from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
 from toolkit.train.resumable import Resumable
 from toolkit.train.rows import Rows
+from toolkit.train.sampled_head import scoring
 from toolkit.train.sampling import EngineGeneration, Timers, find_engine
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
     _split: int = 1
     _attempt: Attempt | None = None
     _bad_loss: bool = False
+    _collapse_told: bool = False
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -53,6 +55,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         """
         engine = find_engine(model)
         config = kwargs.get("args", args[1] if len(args) > 1 else None)
+        sampling.check_keywords(model, config, tools=bool(kwargs.get("tools")))
         without = getattr(model, "toolkit_checkpointing", None) is False
         if without and config is not None:
             config.gradient_checkpointing = False
@@ -154,8 +157,10 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         finally:
             self._observed = None
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, under the distribution that was sampled from: policy, old policy, reference."""
+        with scoring(self, model):
+            output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._observed is not None:
             correction.observe(self, output[0], self._observed)
         return output
@@ -215,6 +220,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
+        correction.warn_of_collapse(self)
         super().log(logs, start_time)
         if self.signals is not None:
             # It grows with every step and is copied at each; the logs hold all of it.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.finding import Fix, Severity
+from toolkit.config.finding import Severity
 from toolkit.config.rules.base import Fault, rule
-from toolkit.config.sampling_keywords import OWNED_KEYWORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +16,6 @@ _MAX = "grpo.vllm_importance_sampling_clip_max"
 _MIN = "grpo.vllm_importance_sampling_clip_min"
 _MODE = "grpo.vllm_importance_sampling_mode"
 _CORRECTION = "grpo.vllm_importance_sampling_correction"
-_KWARGS = "grpo.generation_kwargs"
 _LEVEL = "grpo.importance_sampling_level"
 _SUMMED = ("bnpo", "dr_grpo", "dapo", "cispo")
 
@@ -173,29 +171,3 @@ def sampling_ranges(run: Run) -> Iterator[Fault]:
             f"{node.value} is out of range: {wanted}",
             fixes=(run.to(key, nearest(node.value)),),
         )
-
-
-@rule(
-    "GRPO030",
-    f"{_KWARGS} runtime.engine model.fast_inference",
-    example="grpo:\n  generation_kwargs: {seed: 7}\nruntime:\n  engine: vllm",
-    fix="leave seed out of generation_kwargs",
-)
-def owned_keywords(run: Run) -> Iterator[Fault]:
-    """With the engine, generation_kwargs leaves out what the toolkit sets itself.
-
-    Seeds are derived for each completion, and the layout of what vLLM returns is read as it is
-    asked for: n, seed, logprobs, detokenize, flat_logprobs and output_kind are not free.
-    """
-    node = run.node(_KWARGS)
-    if run.engine == "transformers" or node is None or not isinstance(node.value, dict):
-        return
-    for name in node.value:
-        if name in OWNED_KEYWORDS:
-            yield Fault(
-                f"{_KWARGS}.{name}",
-                f"{name} is set by the toolkit: {OWNED_KEYWORDS[name]}",
-                fixes=(Fix(f"leave {name} out"),),
-                on_key=True,
-                severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
-            )

@@ -1,0 +1,54 @@
+"""The table of sampling keywords has every field of both engines, and no other."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+
+import pytest
+from transformers import GenerationConfig
+from trl import GRPOConfig
+
+from toolkit.config.libraries import package_folder
+from toolkit.config.sampling_keywords import KEYWORDS, Effect
+
+pytestmark = pytest.mark.contract
+
+
+def test_every_field_of_vllms_sampling_params() -> None:
+    folder = package_folder("vllm")
+    if folder is None:
+        pytest.skip("vLLM is not installed")
+    tree = ast.parse((folder / "sampling_params.py").read_text(encoding="utf-8"))
+    (params,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
+    )
+    theirs = {
+        line.target.id
+        for line in params.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
+    public = {name for name in theirs if not name.startswith("_")}
+    assert len(public) > 20
+    # vLLM 0.25.1 has not all fields of 0.31.
+    assert public <= set(KEYWORDS["vllm"]), "vLLM has a sampling keyword that nobody judged"
+    newer = {"prompt_logprob_token_ids", "prompt_logprob_start", "watermarking"}
+    assert set(KEYWORDS["vllm"]) - public <= newer
+
+
+def test_every_field_of_transformers_generation_config() -> None:
+    theirs = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert theirs - {"transformers_version"} == set(KEYWORDS["transformers"])
+
+
+def test_the_fields_that_keywords_double_are_trls() -> None:
+    known = {field.name for field in fields(GRPOConfig)}
+    for table in KEYWORDS.values():
+        for keyword in table.values():
+            assert keyword.field is None or keyword.field in known
+            # What is reproduced is read by train.sampling.distribution.
+            assert keyword.effect is not Effect.REPRODUCED or (
+                keyword.field is not None or keyword.name.endswith("_penalty")
+            )

@@ -1,0 +1,122 @@
+"""The sampled policy is the trained policy, for every sampling option that the engine has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import engine_training as training
+import pytest
+
+from toolkit.base.errors import ConfigValueError, ToolkitWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 1e-5  # nats, float32
+RATIO = "sampling/importance_sampling_ratio/mean"
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 10},
+    "min_p": {"min_p": 0.1},
+    "temperature": {"temperature": 0.7},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "presence and frequency": {
+        "generation_kwargs": {"presence_penalty": 0.8, "frequency_penalty": -0.5}
+    },
+    "all": {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 10,
+        "min_p": 0.1,
+        "repetition_penalty": 1.3,
+        "generation_kwargs": {"presence_penalty": 0.5},
+    },
+    "min_p before top_k": {"top_k": 40, "top_p": 0.8, "min_p": 0.02},
+    "two passes": {"top_p": 0.8, "num_iterations": 2, "beta": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """(model with an engine on it, tokenizer), for all tests of the module."""
+    from tiny_llama import make_tiny
+
+    model, tokenizer = training.load(make_tiny(tmp_path_factory.mktemp("sampled") / "model"))
+    with model.toolkit_engine:
+        yield model, tokenizer
+
+
+def train(loaded: tuple[Any, Any], folder: Path, **grpo: Any) -> list[dict[str, Any]]:
+    with training.adapted(loaded[0]) as policy:
+        values = {"max_steps": 2, "max_completion_length": 24, **grpo}
+        trainer = training.make_trainer(policy, loaded[1], folder, **values)
+        trainer.train()
+        return training.steps(trainer)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_gap_is_rounding(loaded, tmp_path, name) -> None:
+    rows = train(loaded, tmp_path, **OPTIONS[name])
+    assert len(rows) == 2
+    for row in rows:
+        assert row["sampling/logp_gap_max"] < TOLERANCE
+        assert row.get(RATIO, 1.0) == pytest.approx(1, abs=1e-3)  # logged as a rollout is made
+        assert row["entropy"] > 0
+    if "beta" in OPTIONS[name]:  # an adapter begins as the reference, whatever is dropped
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_truncation_leaves_the_gradient_its_size(loaded, tmp_path) -> None:
+    """On a nearly uniform distribution, where the kept mass of a completion goes to 0."""
+    near = {"temperature": 2.0, "learning_rate": 1e-4}
+    norms = {
+        name: [row["grad_norm"] for row in train(loaded, tmp_path / name, **near, **more)]
+        for name, more in {"all": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 10}}.items()
+    }
+    for name in ("top_p", "top_k"):
+        for narrowed, whole in zip(norms[name], norms["all"], strict=True):
+            assert whole / 4 < narrowed < whole * 4, norms
+
+
+def test_weights_that_collapse_are_told_once(loaded, tmp_path) -> None:
+    """Two tokens out of all: each importance weight is the mass of these two."""
+    kwargs = {"allowed_token_ids": [3, 4]}
+    with pytest.warns(ToolkitWarning, match="mean importance weight is") as told:
+        rows = train(loaded, tmp_path, generation_kwargs=kwargs, max_steps=3)
+    assert all(row[RATIO] < 0.1 for row in rows)
+    ours = [str(one.message) for one in told if issubclass(one.category, ToolkitWarning)]
+    assert len(ours) == 1
+    assert "Leave out allowed_token_ids, which the training pass cannot follow" in ours[0]
+
+
+def test_penalties_of_one_turn_are_refused_with_tools(loaded, tmp_path) -> None:
+    kwargs, more = {"presence_penalty": 0.5}, {"tools": [len]}
+    with (
+        training.adapted(loaded[0]) as policy,
+        pytest.raises(ConfigValueError, match="presence_penalty counts the tokens of one turn"),
+    ):
+        training.make_trainer(policy, loaded[1], tmp_path, more=more, generation_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"max_new_token": 30}, r"max_new_token is no sampling keyword.*\n.*max_completion_length"),
+        ({"temperature": 0}, "temperature is a second word for grpo.temperature"),
+        ({"stop_strings": ["a"]}, r"does not read it\n.*vLLM has stop"),
+        ({"presence_penalty": 9.0}, "9.0 is not a number from -2 to 2"),
+        ({"seed": 1}, "seed is set by the toolkit"),
+    ],
+)
+def test_keywords_are_refused_before_anything_runs(loaded, tmp_path, kwargs, text) -> None:
+    with training.adapted(loaded[0]) as policy, pytest.raises(ConfigValueError, match=text):
+        training.make_trainer(policy, loaded[1], tmp_path, generation_kwargs=kwargs)

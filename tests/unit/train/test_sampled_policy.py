@@ -1,0 +1,131 @@
+"""The sampled policy is the trained policy under Hugging Face generation too, with an engine's face
+and without; and keywords that it does not read are refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_helpers import history, make_trainer
+
+from toolkit.base.errors import ConfigValueError, ToolkitWarning
+from toolkit.engine.draws import draw
+from toolkit.train import kept_set, sampling
+from toolkit.train.sampling import ModelGeneration
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "fixtures"))
+from tiny_llama import make_tokenizer
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 4},
+    "min_p": {"min_p": 0.1},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "all": {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 8,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+    },
+    "no top_k": {"top_k": -1, "temperature": 2},
+}
+PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 5, 11]]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    """Prompts of several lengths in one batch: padding is no token that was seen."""
+    trainer = make_trainer(tmp_path, max_completion_length=12, **OPTIONS[name])
+    scores: list[torch.Tensor] = []
+
+    def listening(model: Any, prompts: Any, config: Any, seeds: Any, more: Any) -> Any:
+        config.output_scores = config.return_dict_in_generate = True
+        drawn = draw(model, prompts, config, seeds, more)
+        scores.extend(drawn[1])
+        return drawn
+
+    monkeypatch.setattr(sampling, "draw", listening)
+    monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 100)
+    trainer.rows.begin(len(PROMPTS))
+    completions = ModelGeneration(trainer).generate(PROMPTS)
+    left, right = max(map(len, PROMPTS)), max(map(len, completions))
+    ids = torch.full((len(PROMPTS), left + right), 0)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+        begin, end = left - len(prompt), left + len(completion)
+        ids[row, begin:end] = torch.tensor([*prompt, *completion])
+        mask[row, begin:end] = 1
+    with torch.no_grad():
+        ours, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, right)
+    assert scores
+    for place, scores_BV in enumerate(scores[:right]):
+        logps_BV = torch.log_softmax(scores_BV, -1)
+        theirs = logps_BV.gather(1, ids[:, left + place : left + place + 1])[:, 0]
+        real = mask[:, left + place].bool()
+        torch.testing.assert_close(ours[real, place], theirs[real], atol=1e-5, rtol=0)
+
+
+def test_training_on_an_engines_face(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, engine=True, max_steps=2, **OPTIONS["all"])
+    trainer.train()
+    for row in history(trainer):
+        assert row["sampling/logp_gap_max"] < 1e-5
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+
+
+def completions_of(trainer: Any) -> list[list[int]]:
+    trainer.rows.begin(len(PROMPTS))
+    return ModelGeneration(trainer).generate(PROMPTS)
+
+
+def test_the_checkpoints_own_options_stay_out(tmp_path: Path) -> None:
+    """transformers fills what is left out from the model's generation config."""
+    plain = completions_of(make_trainer(tmp_path, max_completion_length=12))
+    trainer = make_trainer(tmp_path, max_completion_length=12)
+    config = trainer.model.generation_config
+    config.no_repeat_ngram_size, config.suppress_tokens = 1, [plain[0][0]]
+    assert completions_of(trainer) == plain
+    assert config.no_repeat_ngram_size == 1
+    assert trainer.model.generation_config is config
+
+
+def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> None:
+    letters = make_tokenizer()
+    whole = completions_of(make_trainer(tmp_path, max_completion_length=12))
+    token = max(whole, key=len)[1]
+    trainer = make_trainer(
+        tmp_path,
+        max_completion_length=12,
+        generation_kwargs={"stop_strings": letters.decode([token])},
+    )
+    trainer._tokenizer = letters
+    stopped = completions_of(trainer)
+    ends = [row.index(token) + 1 if token in row else len(row) for row in whole]
+    assert stopped == [row[:end] for row, end in zip(whole, ends, strict=True)]
+    assert stopped != whole
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"max_new_token": 30}, r"max_new_token is no sampling keyword.*\n.*max_completion_length"),
+        ({"stop": ["a"]}, r"Hugging Face generation does not read it\n.*has stop_strings"),
+        ({"presence_penalty": 1.0}, r"does not read it\n.*leave presence_penalty out"),
+        ({"max_new_tokens": 5}, "max_new_tokens is a second word for grpo.max_completion_length"),
+        ({"typical_p": 1.5}, "1.5 is not a number above 0 and at most 1"),
+        ({"num_beams": 4}, "not searched for with beams"),
+    ],
+)
+def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, text: str) -> None:
+    with pytest.raises(ConfigValueError, match=text):
+        make_trainer(tmp_path, generation_kwargs=kwargs)
+
+
+def test_a_bias_without_weights_is_told_at_construction(tmp_path: Path) -> None:
+    with pytest.warns(ToolkitWarning, match="does not follow typical_p: completions come from a"):
+        make_trainer(tmp_path, generation_kwargs={"typical_p": 0.9})

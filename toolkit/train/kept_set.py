@@ -1,0 +1,210 @@
+"""Log-probabilities and entropy under the distribution that was sampled from: after penalties,
+temperature, min-p, top-k and top-p.
+
+Truncation is part of the policy. A sampler that keeps a set of tokens draws from the softmax over
+that set; a trainer that scores the whole vocabulary trains another policy, and the importance
+weight of a sequence becomes the product of the kept masses. Here the trainer applies the sampler's
+own steps to its own logits ("keep sampling mask" in the DeepSeek-V3.2 report, arXiv 2512.02556).
+
+Everything is a pure function of the logits of N tokens, so that a caller may cut the tokens into
+chunks in any way. The kept set carries no gradient; the log-probabilities within it do. A sampled
+token always counts as kept: next to a boundary the two sides may round differently, and its
+log-probability must stay finite.
+
+The steps and their order are those of vLLM 0.25.1 and 0.31 (``v1/sample/sampler.py``) and of
+transformers 5.17 (``generation/logits_process.py``).
+
+Suffixes: N tokens, V vocabulary, B rows, L tokens of a row (prompt and completion).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHUNK_ELEMENTS = 1 << 23
+"""Logits that are worked on at once: 32 MiB a float32 copy, about eight copies with top-p."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """What turns logits into the distribution that is sampled from.
+
+    ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 keep all tokens; penalties of 1 (repetition) and
+    0 (presence, frequency) do nothing. ``min_p_first``: vLLM applies min-p before top-k and top-p,
+    transformers after them.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_p_first: bool = True
+
+    @property
+    def truncates(self) -> bool:
+        """True where some tokens may be dropped."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """True where the logits depend on the tokens before."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def plain(self) -> bool:
+        """True for the softmax of the whole vocabulary at a temperature."""
+        return not (self.truncates or self.penalizes)
+
+
+class Scored(NamedTuple):
+    """Both (N), float32. ``entropy`` is that of the distribution that is sampled from."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+
+
+class Texts:
+    """The tokens of B rows, for penalties: which had been seen before a position.
+
+    ``ids_BL`` int64; ``real_BL`` bool, False on padding; ``starts_B`` int64, where the completion
+    begins. Memory: two int32 of the vocabulary a row.
+    """
+
+    def __init__(
+        self, ids_BL: torch.Tensor, real_BL: torch.Tensor, starts_B: torch.Tensor, vocab: int
+    ) -> None:
+        self._ids_BL, self._vocab = ids_BL, vocab
+        places_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        self._drawn_BL = real_BL & (places_L >= starts_B[:, None])
+        self._first_BV = self._first(real_BL)
+        self._first_drawn_BV = self._first(self._drawn_BL)
+
+    def _first(self, counted_BL: torch.Tensor) -> torch.Tensor:
+        """(B, V) int32: the first place of each token among those counted, L where there is
+        none.
+        """
+        rows, length = self._ids_BL.shape
+        places_L = torch.arange(length, dtype=torch.int32, device=self._ids_BL.device)
+        places_BL = torch.where(counted_BL, places_L, length).to(torch.int32)
+        first_BV = places_BL.new_full((rows, self._vocab), length)
+        return first_BV.scatter_reduce_(1, self._ids_BL, places_BL, "amin")
+
+    def seen(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+        """(N, V) bool: tokens of prompt and completion before ``places_N``."""
+        return self._first_BV[rows_N] < places_N[:, None]
+
+    def drawn(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+        """(N, V) bool: tokens of the completion before ``places_N``."""
+        return self._first_drawn_BV[rows_N] < places_N[:, None]
+
+    def counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32: how often each token occurs in the completion before ``places_N``."""
+        places_L = torch.arange(self._ids_BL.shape[1], device=places_N.device)
+        counted_NL = self._drawn_BL[rows_N] & (places_L < places_N[:, None])
+        counts_NV = torch.zeros(len(rows_N), self._vocab, device=places_N.device)
+        return counts_NV.scatter_add_(1, self._ids_BL[rows_N], counted_NL.float())
+
+
+class Places(NamedTuple):
+    """Where N scored tokens are: row ``rows_N`` of ``texts``, place ``places_N`` in it."""
+
+    texts: Texts
+    rows_N: torch.Tensor
+    places_N: torch.Tensor
+
+
+def score(
+    logits_NV: torch.Tensor,
+    tokens_N: torch.Tensor,
+    distribution: Distribution,
+    places: Places | None = None,
+) -> Scored:
+    """Log-probability of ``tokens_N`` (int64) and entropy, differentiable in the logits.
+
+    ``logits_NV``: the model's own, of any float dtype, worked on in float32. ``places`` is needed
+    for penalties.
+
+    Raises:
+        ValueError: penalties without ``places``.
+    """
+    logits_NV = logits_NV.float()
+    if distribution.penalizes:
+        if places is None:
+            raise ValueError("penalties depend on the tokens before: pass their places")
+        logits_NV = penalized(logits_NV, distribution, places)
+    if distribution.temperature != 1:
+        logits_NV = logits_NV / distribution.temperature
+    if distribution.truncates:
+        dropped_NV = ~kept(logits_NV.detach(), distribution)
+        dropped_NV.scatter_(1, tokens_N[:, None], False)
+        logits_NV = logits_NV.masked_fill(dropped_NV, -torch.inf)
+    logps_NV = torch.log_softmax(logits_NV, -1)
+    logps_N = logps_NV.gather(1, tokens_N[:, None])[:, 0]
+    # 0 times -inf is no number: of tokens that are dropped, the second factor is 0 as well.
+    finite_NV = logps_NV.masked_fill(logps_NV.detach() == -torch.inf, 0.0)
+    return Scored(logps_N, -(torch.exp(logps_NV) * finite_NV).sum(-1))
+
+
+def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Places) -> torch.Tensor:
+    """Repetition, frequency and presence penalties, in vLLM's order (transformers has the first
+    alone).
+    """
+    texts, where = places.texts, (places.rows_N, places.places_N)
+    factor = distribution.repetition_penalty
+    if factor != 1:
+        penalized_NV = torch.where(logits_NV > 0, logits_NV / factor, logits_NV * factor)
+        logits_NV = torch.where(texts.seen(*where), penalized_NV, logits_NV)
+    if distribution.frequency_penalty != 0:
+        logits_NV = logits_NV - distribution.frequency_penalty * texts.counts(*where)
+    if distribution.presence_penalty != 0:
+        logits_NV = logits_NV - distribution.presence_penalty * texts.drawn(*where)
+    return logits_NV
+
+
+@torch.no_grad()
+def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
+    """(N, V) bool: the tokens that min-p, top-k and top-p leave, one after the other. Tokens as
+    likely as the last of the top k stay, as both engines keep them.
+    """
+    steps: list[tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = [
+        (distribution.top_k > 0, lambda x: _top_k(x, distribution.top_k)),
+        (distribution.top_p < 1, lambda x: _top_p(x, distribution.top_p)),
+    ]
+    min_p = (distribution.min_p > 0, lambda x: _min_p(x, distribution.min_p))
+    steps.insert(0 if distribution.min_p_first else len(steps), min_p)
+    kept_NV = torch.ones_like(logits_NV, dtype=torch.bool)
+    for wanted, step in steps:
+        if wanted:
+            kept_NV &= step(logits_NV)
+            logits_NV = logits_NV.masked_fill(~kept_NV, -torch.inf)
+    return kept_NV
+
+
+def _min_p(logits_NV: torch.Tensor, least: float) -> torch.Tensor:
+    probabilities_NV = torch.softmax(logits_NV, -1)
+    return probabilities_NV >= probabilities_NV.amax(-1, keepdim=True) * least
+
+
+def _top_k(logits_NV: torch.Tensor, count: int) -> torch.Tensor:
+    count = min(count, logits_NV.shape[1])
+    return logits_NV >= torch.topk(logits_NV, count).values[:, -1:]
+
+
+def _top_p(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
+    sorted_NV, order_NV = logits_NV.sort(-1)
+    below_NV = torch.softmax(sorted_NV, -1).cumsum(-1) <= 1 - mass
+    below_NV[:, -1] = False  # the most likely token stays
+    return torch.ones_like(below_NV).scatter_(1, order_NV, ~below_NV)
