@@ -11,7 +11,8 @@ from toolkit.config.rules.run import DeviceFacts, Run, Situation
 __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "judging_rules"]
 
 _THEMES = (
-    "batch", "batch_auto", "sampling", "training", "schedule", "lengths", "lora", "lora_engine",
+    "batch", "batch_auto", "rows", "sampling", "training", "schedule", "scheduler", "optimizer",
+    "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
     "experts", "loading", "hardware", "keys", "secrets", "rewards", "data", "runtime", "structural",
 )  # fmt: skip
 
