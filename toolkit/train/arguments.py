@@ -74,6 +74,7 @@ def grpo_config(
         # The process group exists before (engine/ranks); transformers would look for one of another
         # kind, and fails where there is one process.
         "ddp_backend": None,
+        "remove_unused_columns": False,  # rewards read columns that the model does not
         # There is no compute_metrics that these could be for, and collecting them fails.
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,

@@ -78,6 +78,13 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             where=where,
             fix="set grpo.ddp_find_unused_parameters: true, or name fewer lora.target_modules",
         )
+    if "does not have a deterministic implementation" in str(error):
+        return ConfigError(
+            f"a kernel of this run has no deterministic form: {said}",
+            where=where,
+            fix="leave out grpo.full_determinism; runtime.reproducible takes deterministic kernels"
+            " where there are any",
+        )
     if _LOST.search(f"{type(error).__name__}: {error}"):
         return NodeError(
             f"the GPU failed under the run: {said}",

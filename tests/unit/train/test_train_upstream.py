@@ -10,6 +10,7 @@ import torch
 from trainer_helpers import ROWS, make_trainer
 
 from toolkit.base.errors import ConfigError
+from toolkit.config.rules.evaluation import METRICS, SOMETIMES
 from toolkit.train import faults
 from toolkit.train.upstream import OURS
 
@@ -76,3 +77,14 @@ def test_our_own_code_under_upstream_stays_a_defect() -> None:
     with pytest.raises(KeyError) as raised:
         torch.optim.lr_scheduler.LambdaLR(optimizer, not_ours)
     assert faults.translate(raised.value, "runs/x", config) is not None
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_metrics_that_rules_know_are_those_of_an_evaluation(tmp_path, engine) -> None:
+    found = make_trainer(tmp_path, eval_rows=ROWS[:4], engine=engine).evaluate()
+    there = {name.removeprefix("eval_") for name in found} - {
+        "rewards/ones/mean",
+        "rewards/ones/std",
+    }
+    assert set(METRICS) <= there
+    assert there <= {*METRICS, *SOMETIMES}

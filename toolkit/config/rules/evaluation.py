@@ -33,7 +33,7 @@ SOMETIMES = (
     "sampling/logp_gap_mean", "sampling/logp_gap_max", "sampling/sampling_logp_difference/mean",
     "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
     "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max",
-    "tools/call_frequency", "tools/failure_frequency", "epoch",
+    "tools/call_frequency", "tools/failure_frequency", "epoch", "model_preparation_time",
 )  # fmt: skip
 """Metrics that are there with some losses, options or engines."""
 # Names of metrics.jsonl that differ from the trainer's.

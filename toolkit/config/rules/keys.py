@@ -62,6 +62,7 @@ FORCED = {
     "grpo.use_cpu": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
     "grpo.include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts the tokens",
     "grpo.include_for_metrics": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.remove_unused_columns": "rewards get every column of the data set",
     "grpo.ddp_backend": "processes meet over NCCL where there is a GPU, else over gloo",
 }
 # Fields that nothing in GRPO reads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
@@ -102,7 +103,7 @@ def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
         if name not in options:
             yield _unread(run, optim, options, given, name)
         elif name not in _WORDS and not _is_number(value):
-            yield Fault(ARGS, f"{name} is a number, got {value!r}", related=(OPTIM,))
+            yield Fault(ARGS, f"{name} is a number from 0, got {value!r}", related=(OPTIM,))
     nesterov = given.get("nesterov", "").lower() in ("true", "1", "yes")
     if optim == "sgd" and nesterov and float(given.get("momentum", "0") or 0) == 0:
         yield Fault(
@@ -133,11 +134,11 @@ def _args(run: Run, pairs: dict[str, str]) -> Fix:
 
 
 def _is_number(text: str) -> bool:
+    """Whether ``text`` is a number from 0."""
     try:
-        float(text)
+        return 0 <= float(text) < math.inf
     except ValueError:
         return False
-    return True
 
 
 @rule(

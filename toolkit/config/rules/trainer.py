@@ -162,8 +162,10 @@ def debug_options_are_known(run: Run) -> Iterator[Fault]:
             if word == DEBUG[0]:
                 continue
             what = "is for TPUs" if word == DEBUG[1] else "is no debug option"
-            close = nearest(str(word), DEBUG[:1]) or ("" if not is_item else DEBUG[0])
-            yield Fault(place, f"{word} {what}", fixes=(run.replace(one, close),))
+            meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
+            known = run.replace(one, DEBUG[0]) if is_item else run.to("grpo.debug", DEBUG[0])
+            fix = known if meant else Fix("remove it")
+            yield Fault(place, f"{word} {what}", fixes=(fix,))
 
 
 @rule(
