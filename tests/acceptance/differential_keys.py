@@ -112,6 +112,7 @@ greater_is_better=true
 """
 TRAINER = """
 max_steps=-1 num_train_epochs=0.01
+max_steps=-1 num_train_epochs=0
 max_steps=-1 num_train_epochs=1 gradient_accumulation_steps=64
 dataset.limit=1 steps_per_generation=2
 tf32=true

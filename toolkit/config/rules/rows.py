@@ -1,4 +1,4 @@
-"""Rows of the data set against the prompts of one generation batch."""
+"""Rows of the data set against the prompts of one generation batch, and the length of the run."""
 
 from __future__ import annotations
 
@@ -106,3 +106,25 @@ def _largest(step: int, most: int, group: int) -> int:
     """The largest multiple of ``step`` up to ``most`` that holds whole groups; 0: there is none."""
     both = lcm(step, group)
     return most // both * both
+
+
+@rule(
+    "GRPO052",
+    "grpo.num_train_epochs grpo.max_steps",
+    example="grpo:\n  num_train_epochs: 0",
+    fix="num_train_epochs: 1.0",
+)
+def run_has_a_length(run: Run) -> Iterator[Fault]:
+    """num_train_epochs is above 0 where max_steps does not say how long the run is.
+
+    A run of no epochs ends without a step.
+    """
+    epochs, steps = run.value("grpo.num_train_epochs"), run.value("grpo.max_steps")
+    if epochs == 0 and steps <= 0:
+        yield Fault(
+            "grpo.num_train_epochs",
+            "0 epochs: nothing is trained",
+            notes=(run.operand("grpo.max_steps"),),
+            fixes=(run.to("grpo.num_train_epochs", 1.0),),
+            related=("grpo.max_steps",),
+        )
