@@ -73,7 +73,8 @@ def best_metric_exists(run: Run) -> Iterator[Fault]:
         f"an evaluation has no metric {metric}",
         notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
         fixes=(run.to(METRIC, close),),
-        severity=None if only_ours else Severity.WARNING,
+        # A name of metrics.jsonl (eval/reward) is a slip, whatever rewards may log.
+        severity=None if only_ours or name != plain else Severity.WARNING,
     )
 
 
