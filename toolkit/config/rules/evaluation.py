@@ -84,7 +84,7 @@ def best_metric_exists(run: Run) -> Iterator[Fault]:
     example="grpo:\n  save_strategy: best",
     fix="save_strategy: steps",
 )
-def best_is_told(run: Run) -> Iterator[Fault]:
+def best_has_a_metric(run: Run) -> Iterator[Fault]:
     """save_strategy: best needs eval_strategy and metric_for_best_model.
 
     A checkpoint is the best by a metric of an evaluation. Without evaluations none is ever saved.

@@ -51,7 +51,7 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
     """lr_scheduler_type has the keywords that it needs.
 
     warmup_stable_decay needs num_decay_steps; cosine_with_min_lr and cosine_warmup_with_min_lr need
-    one of min_lr and min_lr_rate. They stand in lr_scheduler_kwargs.
+    one of min_lr and min_lr_rate. These are keys of lr_scheduler_kwargs.
     """
     found, given = _schedule(run), _given(run)
     if found is None or given is None:
