@@ -68,6 +68,13 @@ NONSENSE = """
 def score(completions, trainer_state, **kwargs):
     return [1.0] * 3 + [RETURNED if trainer_state.global_step == 1 else 0.0]
 """
+DEFECT = """
+def broken(self, model, inputs):
+    raise KeyError("hf_" + "a" * 24)
+
+GRPOTrainer._compute_loss = broken
+"""
+SECRET = "not-to-be-told-to-anyone"
 CASES: dict[str, str] = {
     "undisturbed": SCORE,
     "small card": SCORE + NARROW.replace("LIMIT", "2"),
@@ -78,6 +85,7 @@ CASES: dict[str, str] = {
     "bad steps": SCORE + NOT_A_NUMBER.replace("STEPS", "range(1, 100)"),
     "hangs": SCORE + HANGS,
     "returns infinity": SCORE + NONSENSE.replace("RETURNED", "float('inf')"),
+    "defect": SCORE + DEFECT,
     "returns a text": SCORE + NONSENSE.replace("RETURNED", "'high'"),
 }
 
@@ -95,7 +103,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
             reward={"timeout_s": 1.0},
         )
         (folder / "mine.py").write_text(module)
-        cases.append({"folder": folder, "arguments": ["train", "run.yaml"]})
+        env = {"WANDB_API_KEY": SECRET}
+        arguments = ["train", "run.yaml", "--set", f"grpo.run_name={SECRET}"]
+        cases.append({"folder": folder, "arguments": arguments, "env": env})
     return dict(zip(CASES, serve(cases), strict=True))
 
 
@@ -187,3 +197,20 @@ def test_a_reward_that_misbehaves_ends_the_run_with_its_sample_saved(ended, name
     (record,) = rows(run, "bad_rewards.jsonl")
     assert record["reward"] == "score"
     assert checkpoints(run) == ["checkpoint-1"]
+
+
+def test_a_defect_ends_with_70_and_a_report_to_send(ended) -> None:
+    run = ended["defect"]
+    assert run.returncode == 70
+    assert "Traceback" not in run.stdout + run.stderr
+    (report,) = (run.folder / "out").glob("toolkit-defect-*.txt")
+    told = run.stderr.splitlines()
+    assert told[-3].startswith("internal error: KeyError: ")
+    assert told[-2] == f"  this is a defect of the toolkit; the report is in {report}"
+    assert "attach that file to an issue" in told[-1]
+    text = report.read_text()
+    for words in ("Traceback", "_compute_loss", "transformers 5.", "torch ", '"max_steps": 4'):
+        assert words in text
+    for secret in (SECRET, "hf_" + "a" * 24):
+        assert secret not in text + run.stderr
+    assert "toolkit train run.yaml --set" in text

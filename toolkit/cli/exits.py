@@ -28,18 +28,19 @@ INTERRUPTED = 130
 def guarded(*, debug: bool = False) -> Iterator[None]:
     """Turn a ToolkitError into one block on stderr and its exit code.
 
-    Anything else is a defect of ours (70). ``debug`` shows the traceback as well.
+    Anything else is a defect of ours (70), of which a report is written. ``debug`` shows the
+    traceback as well.
     """
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit):
         raise
     except ToolkitError as error:
+        if error.exit_code == DefectError.exit_code:
+            _leave(_defect(error), error.exit_code, debug=debug)
         _leave(f"error: {error}", error.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - a defect of ours, told to a person
-        text = f"internal error: {type(error).__name__}: {error}"
-        fix = "run again with --debug and report what it prints"
-        _leave(f"{text}\n  fix: {fix}", DefectError.exit_code, debug=debug)
+        _leave(_defect(error), DefectError.exit_code, debug=debug)
 
 
 @contextmanager
@@ -75,6 +76,21 @@ def debug_asked() -> bool:
     or behind the command's name, or TOOLKIT_DEBUG=1.
     """
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
+
+
+def _defect(error: Exception) -> str:
+    """What is printed of a defect of ours, once its report is written."""
+    from toolkit.base.defect import write_report  # noqa: PLC0415 - only for a defect
+
+    said = error.message if isinstance(error, ToolkitError) else str(error)
+    place = write_report(error)
+    what = f"internal error: {type(error).__name__}: {said}\n  this is a defect of the toolkit"
+    if place is None:
+        return f"{what}\n  fix: run again with --debug and attach what it prints to an issue"
+    return (
+        f"{what}; the report is in {place}\n"
+        "  fix: attach that file to an issue: it has versions, run and traceback, and no secrets"
+    )
 
 
 def _leave(text: str, code: int, *, debug: bool) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -116,7 +117,10 @@ def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
     from toolkit.train.quiet import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
+    from toolkit.base.defect import working_on  # noqa: PLC0415
+    from toolkit.train.folder import as_mapping  # noqa: PLC0415
     from toolkit.train.parts import Options  # noqa: PLC0415 - imports torch
     from toolkit.train.run import run  # noqa: PLC0415
 
+    working_on(Path(config.runtime.output_dir), lambda: as_mapping(config))
     run(config, Options(evaluate=evaluate, debug=debug))

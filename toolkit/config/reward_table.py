@@ -21,3 +21,16 @@ PASSED_ALWAYS = (
 )  # fmt: skip
 # ... and where the run has environments.
 PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
+
+
+def metric_names(names: list[str]) -> list[str]:
+    """The names that reward functions have in metrics: the function's own, told apart where two
+    are the same.
+    """
+    short = [name.rpartition(":")[2] for name in names]
+    if len(set(short)) < len(short):
+        short = [n if short.count(s) > 1 else s for n, s in zip(names, short, strict=True)]
+    return [
+        name if short.count(name) == 1 else f"{name}_{short[: index + 1].count(name)}"
+        for index, name in enumerate(short)
+    ]

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.capability import BFLOAT16
-from toolkit.base.errors import ConfigError, first_line
+from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.config.build import thaw
+from toolkit.config.schemas import find_schema
+from toolkit.config.upstream import installed, needed_packages
+from toolkit.train.upstream import config_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +33,9 @@ def grpo_config(
     Raises:
         ConfigError: TRL refuses a value.
     """
-    written = {k: thaw(v) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)}
+    written = {
+        k: _as_typed(k, thaw(v)) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)
+    }
     on_cpu = not torch.cuda.is_available()
     half = precision(config, on_cpu=on_cpu)
     written_half = written.get("bf16") or written.get("fp16")
@@ -63,6 +68,15 @@ def grpo_config(
         "log_completions": uploads,
         "push_to_hub": False,
         "use_cpu": on_cpu,
+        # transformers looks for the tokens in what the data loader gives, which is prompts; with it
+        # every row would also carry "train_runtime", the mark of the summary at a run's end.
+        "include_num_input_tokens_seen": "no",
+        # The process group exists before (engine/ranks); transformers would look for one of another
+        # kind, and fails where there is one process.
+        "ddp_backend": None,
+        "remove_unused_columns": False,  # rewards read columns that the model does not
+        # There is no compute_metrics that these could be for, and collecting them fails.
+        "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
     if uploads:
@@ -70,11 +84,50 @@ def grpo_config(
     try:
         return build(**{**defaults, **written, **forced})
     except (TypeError, ValueError) as problem:
+        where = config.source or "grpo"
+        known = config_fault(problem, written, where)
+        if known is not None:
+            raise known from problem
         raise ConfigError(
             f"TRL refuses the grpo section: {first_line(problem)}",
-            where=config.source or "grpo",
+            where=where,
             fix="run `envcheck validate` on the run file",
         ) from problem
+
+
+def _as_typed(name: str, value: Any) -> Any:
+    """``value`` with the number type of TRL's own default, and none for no trackers.
+
+    A whole number that is written for a float is one to a run file (``adam_beta1: 0``) and none to
+    torch, which wants both betas of one type.
+    """
+    if name == "report_to" and value is None:
+        return []
+    wanted = find_schema("run")["properties"]["grpo"]["properties"].get(name, {}).get("default")
+    return float(value) if isinstance(wanted, float) and type(value) is int else value
+
+
+def require_packages(config: RunConfig) -> None:
+    """What the grpo section needs is installed; looked at before anything is loaded.
+
+    Raises:
+        MissingExtraError: a tracker, an optimizer or Liger that is not.
+    """
+    asked = config.grpo.get("report_to")
+    trackers = [asked] if isinstance(asked, str) else thaw(asked or ())
+    needed = needed_packages(
+        trackers,
+        config.grpo.get("optim", ""),
+        use_liger=bool(config.grpo.get("use_liger_kernel")),
+        cache=config.grpo.get("cache_implementation"),
+    )
+    for key, value, package in needed:
+        if not installed(package):
+            raise MissingExtraError(
+                f"grpo.{key}: {value} needs {package.install}, which is not installed",
+                where=config.source or f"grpo.{key}",
+                fix=f"pip install {package.install}, or change grpo.{key}",
+            )
 
 
 def precision(config: RunConfig, *, on_cpu: bool) -> str:

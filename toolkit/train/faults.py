@@ -9,12 +9,17 @@ from __future__ import annotations
 import errno
 import logging
 import re
+from typing import TYPE_CHECKING
 
 import torch
 
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
 from toolkit.engine.parts import is_out_of_memory
 from toolkit.train.cuda import cuda_in_use
+from toolkit.train.upstream import config_fault
+
+if TYPE_CHECKING:
+    from toolkit.config.model import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +38,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def translate(error: Exception, where: str) -> ToolkitError | None:
-    """The error that a person and a scheduler can act on, or None if it is not known here."""
+def translate(error: Exception, where: str, config: RunConfig | None = None) -> ToolkitError | None:
+    """The error that a person and a scheduler can act on, or None if it is not known here, and so
+    a defect of ours. What upstream raises while it acts on keys of ``config`` is about those keys
+    (train/upstream).
+    """
     if isinstance(error, ToolkitError):
         return error
     said = f"{type(error).__name__}: {first_line(error)}"
@@ -70,6 +78,13 @@ def translate(error: Exception, where: str) -> ToolkitError | None:
             where=where,
             fix="set grpo.ddp_find_unused_parameters: true, or name fewer lora.target_modules",
         )
+    if "does not have a deterministic implementation" in str(error):
+        return ConfigError(
+            f"a kernel of this run has no deterministic form: {said}",
+            where=where,
+            fix="leave out grpo.full_determinism; runtime.reproducible takes deterministic kernels"
+            " where there are any",
+        )
     if _LOST.search(f"{type(error).__name__}: {error}"):
         return NodeError(
             f"the GPU failed under the run: {said}",
@@ -77,4 +92,4 @@ def translate(error: Exception, where: str) -> ToolkitError | None:
             fix="run `envcheck check` on this node, and start the same command on another:"
             " it resumes from the last checkpoint",
         )
-    return None
+    return None if config is None else config_fault(error, config.grpo, config.source or where)

@@ -14,7 +14,7 @@ from toolkit.base.errors import ConfigError, StoppedError
 from toolkit.config import chat_format
 from toolkit.policy.language_model import load_policy, policy_tokenizer
 from toolkit.train import batch, chats, checkpoint, faults, folder, resume
-from toolkit.train.arguments import grpo_config, make_reproducible
+from toolkit.train.arguments import grpo_config, make_reproducible, require_packages
 from toolkit.train.data import load_data
 from toolkit.train.evaluate import evaluate, evaluates
 from toolkit.train.memory import measured
@@ -86,7 +86,7 @@ def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -
     except Abandoned as cut:
         raise _stopped(run_dir, str(cut)) from None
     except Exception as error:
-        known = faults.translate(error, str(run_dir))
+        known = faults.translate(error, str(run_dir), config)
         if known is None or known is error or (company.peers is not None and is_gone(error)):
             raise
         raise known from error
@@ -115,6 +115,7 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
     """Check the node, size, load data, rewards and policy; config.json and preflight.json are
     written.
     """
+    require_packages(config)
     ready = preflight(config, world_size=world_size(), peers=peers)
     resolved = ready.config
     if config.runtime.reproducible:

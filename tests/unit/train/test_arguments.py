@@ -11,9 +11,10 @@ from datasets import Dataset
 from trainer_helpers import ROWS, make_policy, ones
 from trainer_helpers import arguments as trl_arguments
 
+from toolkit.base.errors import MissingExtraError
 from toolkit.config import load_run
 from toolkit.policy.checkpointing import apply_checkpointing
-from toolkit.train.arguments import grpo_config
+from toolkit.train.arguments import grpo_config, require_packages
 from toolkit.train.demo import make_tokenizer
 from toolkit.train.preflight import one_format
 from toolkit.train.trainer import GRPOTrainer
@@ -90,6 +91,31 @@ def test_completions_are_ours_unless_they_are_to_be_uploaded(tmp_path):
     assert made.log_completions is True
     assert made.num_completions_to_print == 0
     assert made.log_completions_hub_repo == "me/x"
+
+
+def test_a_whole_number_for_a_float_and_no_tracker_are_what_upstream_takes(tmp_path):
+    made, _ = arguments(tmp_path, grpo=", adam_beta1: 0, save_steps: 5, report_to: null")
+    assert (made.adam_beta1, type(made.adam_beta1)) == (0.0, float)
+    assert type(made.save_steps) is int
+    assert made.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("grpo", "words"),
+    [
+        (", report_to: [kubeflow, dvclive]", "grpo.report_to: dvclive needs dvclive"),
+        (", optim: adamw_anyprecision", "grpo.optim: adamw_anyprecision needs torchdistx"),
+        (", use_liger_kernel: true", "grpo.use_liger_kernel: true needs liger-kernel"),
+        (", cache_implementation: quantized", "quantized needs optimum-quanto"),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_loaded(tmp_path, grpo, words):
+    _, config = arguments(tmp_path, grpo=grpo)
+    with pytest.raises(MissingExtraError) as refused:
+        require_packages(config)
+    assert words in str(refused.value)
+    assert "fix: pip install " in str(refused.value)
+    require_packages(arguments(tmp_path, grpo=", report_to: kubeflow, optim: sgd")[1])
 
 
 @pytest.mark.parametrize("asked", [False, True, None])

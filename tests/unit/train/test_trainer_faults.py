@@ -150,6 +150,7 @@ def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), NodeError, 3),
         (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), NodeError, 3),
         (MemoryError(), ConfigError, 1),
+        (RuntimeError("x_cuda does not have a deterministic implementation"), ConfigError, 1),
         (OfflineModeIsEnabled("offline"), ConfigError, 1),
     ],
 )

@@ -11,9 +11,9 @@ from toolkit.config.rules.run import DeviceFacts, Run, Situation
 __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "judging_rules"]
 
 _THEMES = (
-    "batch", "batch_auto", "sampling", "generation_kwargs", "training", "schedule", "lengths",
-    "lora", "lora_engine", "experts", "loading", "hardware", "keys", "secrets", "rewards", "data",
-    "runtime", "structural",
+    "batch", "batch_auto", "rows", "sampling", "generation_kwargs", "training", "schedule",
+    "scheduler", "optimizer", "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
+    "experts", "loading", "hardware", "keys", "secrets", "rewards", "data", "runtime", "structural",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 
-def _lacks(run: Run, needed: tuple[int, int]) -> str | None:
+def lacks(run: Run, needed: tuple[int, int]) -> str | None:
     """Why the card does not have ``needed``; None when it has, or no card is named."""
     device = run.situation.device
     if device is None:
@@ -41,7 +41,7 @@ def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
     """
     if not run.value("model.load_in_4bit"):
         return
-    why = _lacks(run, FOUR_BIT)
+    why = lacks(run, FOUR_BIT)
     if why:
         yield Fault(
             "model.load_in_4bit",
@@ -71,7 +71,7 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
     """
     if not run.value("model.float8_kv_cache"):
         return
-    why, slow = _lacks(run, FLOAT8_CACHE), _lacks(run, FLOAT8_NATIVE)
+    why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
     if why or slow:
         yield Fault(
             "model.float8_kv_cache",
@@ -95,7 +95,7 @@ def bfloat16_needs_a_card(run: Run) -> Iterator[Fault]:
     device = run.situation.device
     if device is None or device.compute_capability is None:
         return
-    why = _lacks(run, BFLOAT16)
+    why = lacks(run, BFLOAT16)
     if why is None:
         return
     for key, value, instead in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from toolkit.config.chat_format import chosen
@@ -10,6 +11,7 @@ from toolkit.config.finding import Fix, Severity
 from toolkit.config.migration import MOVED, converted
 from toolkit.config.moves import drop, move
 from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.evaluation import FOLLOWERS, has_evaluation_data
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
@@ -46,6 +48,13 @@ _SWITCHED = (
     ("grpo.entropy_coef_max", "grpo.use_adaptive_entropy", True),
     ("grpo.entropy_coef_delta", "grpo.use_adaptive_entropy", True),
     ("grpo.liger_kernel_config", "grpo.use_liger_kernel", True),
+    ("grpo.log_unique_prompts", "grpo.log_completions", True),
+    ("grpo.log_multimodal", "grpo.log_completions", True),
+    (
+        "grpo.transformers_continuous_batching_config",
+        "grpo.use_transformers_continuous_batching",
+        True,
+    ),
 )
 # Fields that the trainer sets itself, whatever is written.
 FORCED = {
@@ -53,7 +62,35 @@ FORCED = {
     "grpo.logging_steps": "metrics are written every step",
     "grpo.disable_tqdm": "the run prints its own progress",
     "grpo.use_cpu": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "grpo.include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts the tokens",
+    "grpo.include_for_metrics": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.remove_unused_columns": "rewards get every column of the data set",
+    "grpo.ddp_backend": "processes meet over NCCL where there is a GPU, else over gloo",
 }
+# Fields that nothing in GRPO reads.
+INERT = {
+    "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
+    "grpo.label_names": "the loss of GRPO has no labels",
+    "grpo.batch_eval_metrics": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.prediction_loss_only": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.eval_do_concat_batches": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.logging_first_step": "metrics are written every step",
+    "grpo.num_completions_to_print": "none are printed; completions.jsonl has all of them",
+    "grpo.train_sampling_strategy": "GRPO draws groups with a sampler of its own; see"
+    " shuffle_dataset",
+    "grpo.length_column_name": "GRPO draws groups with a sampler of its own",
+    "grpo.data_seed": "GRPO draws prompts with grpo.seed",
+    "grpo.max_tool_calling_iterations": "a run file has no tools",
+    "grpo.restore_callback_states_from_checkpoint": "a resumed run restores all of its state",
+    "grpo.average_tokens_across_devices": "the loss of GRPO counts tokens over all devices itself",
+}
+_EVALUATION = (
+    "eval_delay", "per_device_eval_batch_size", "num_generations_eval", "eval_accumulation_steps",
+    "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval",
+)  # fmt: skip
+_TRACKED = ("run_name", "project")
+_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+_NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _REFUSED_ELSEWHERE = ("parallelism_config",)
 
 
@@ -99,7 +136,8 @@ def keys_without_effect(run: Run) -> Iterator[Fault]:
     LoRA keys do nothing under full_finetuning, engine keys nothing with engine: transformers, and
     some keys wait for another that is off. A key that does nothing looks as if it did.
     """
-    for key, why in (*_by_engine(run), *_by_other_keys(run), *FORCED.items()):
+    found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
+    for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
         if run.node(key) is not None:
             yield Fault(key, f"has no effect: {why}", on_key=True)
     for key, switch, on in _SWITCHED:
@@ -139,6 +177,39 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
     if texts and chosen(run.ask("dataset.chat"), run.chat_template) is False:
         why = "no chat template" if run.chat_template is False else run.operand("dataset.chat")
         yield "grpo.chat_template_kwargs", f"prompts are plain text ({why})"
+    kind = run.ask("grpo.lr_scheduler_type")
+    if kind in _NO_WARMUP:
+        yield "grpo.warmup_steps", f"{run.operand('grpo.lr_scheduler_type')} has no warm-up"
+    if run.ask("dataset.path") is None:
+        for name in ("split", "name", "revision", "limit", "eval_split"):
+            yield f"dataset.{name}", "there is no dataset.path"
+
+
+def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
+    """Keys of an evaluation that the run does not have, or by whose metric nothing is chosen."""
+    evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
+    if not evaluated and not has_evaluation_data(run):
+        why = f"nothing is evaluated: {run.operand('grpo.eval_strategy')}"
+        yield from ((f"grpo.{name}", why) for name in _EVALUATION)
+    follows = run.ask("grpo.lr_scheduler_type") in FOLLOWERS
+    best = run.ask("grpo.save_strategy") == "best" or run.ask("grpo.load_best_model_at_end")
+    if not best and not follows:
+        why = f"nothing is chosen by it: {run.operand('grpo.save_strategy')}"
+        yield "grpo.metric_for_best_model", why
+        yield "grpo.greater_is_better", why
+    elif run.ask("grpo.metric_for_best_model") is None:
+        yield "grpo.greater_is_better", run.operand("grpo.metric_for_best_model")
+
+
+def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
+    """Keys of trackers that report_to does not name."""
+    asked = run.ask("grpo.report_to") or []
+    named = [asked] if isinstance(asked, str) else asked
+    why = run.operand("grpo.report_to")
+    if not [name for name in named if name != "none"]:
+        yield from ((f"grpo.{name}", why) for name in _TRACKED)
+    if "trackio" not in named and "all" not in named:
+        yield from ((f"grpo.{name}", why) for name in _TRACKIO)
 
 
 @rule(

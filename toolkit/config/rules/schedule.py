@@ -59,12 +59,24 @@ def one_half_precision(run: Run) -> Iterator[Fault]:
     fix="save_strategy: epoch",
 )
 def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
-    """load_best_model_at_end needs every checkpoint to be evaluated.
+    """load_best_model_at_end is for full fine-tuning, and needs every checkpoint to be evaluated.
 
-    eval_strategy and save_strategy are the same (or save_strategy is best), and with steps,
-    save_steps is a multiple of eval_steps.
+    With LoRA a run ends with its last adapter: runtime.keep_best keeps the best checkpoints beside
+    it, and toolkit export --checkpoint writes one of them. With full fine-tuning, eval_strategy and
+    save_strategy are the same (or save_strategy is best), and with steps, save_steps is a multiple
+    of eval_steps.
     """
-    if not run.value(_BEST) or run.value(_SAVE) == "best":
+    if not run.value(_BEST):
+        return
+    if not run.ask("model.full_finetuning"):
+        yield Fault(
+            _BEST,
+            "a run with LoRA ends with its last adapter: nothing would be loaded",
+            notes=("runtime.keep_best: 1 keeps the best checkpoint; toolkit export --checkpoint",),
+            fixes=(run.to(_BEST, False),),
+        )
+        return
+    if run.value(_SAVE) == "best":
         return
     if run.value(_EVAL) != run.value(_SAVE):
         data = run.ask("dataset.eval_path") is not None or run.ask("dataset.eval_split") is not None

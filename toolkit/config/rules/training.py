@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.base import Fault, rule
+from toolkit.config.upstream import LIGER, installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ def repo_needs_logging(run: Run) -> Iterator[Fault]:
     fix="use_liger_kernel: false",
 )
 def liger_limits(run: Run) -> Iterator[Fault]:
-    """Liger goes without entropy terms, off-policy masking and an adapter on lm_head.
+    """Liger is installed, and goes without entropy terms, off-policy masking and adapted lm_head.
 
     Liger's fused loss never makes the logits, so that what is computed from them (the entropy
     bonus, top_entropy_quantile below 1, off_policy_mask_threshold) and an adapter on lm_head are
@@ -84,6 +85,14 @@ def liger_limits(run: Run) -> Iterator[Fault]:
             notes=("; ".join(run.operand(key) for key in clashes),),
             fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
             related=tuple(clashes),
+        )
+    elif not installed(LIGER):
+        yield Fault(
+            _LIGER,
+            f"needs {LIGER.install}, which is not installed here",
+            fixes=(Fix(f"pip install {LIGER.install}"),),
+            severity=Severity.WARNING,
+            unknown=True,
         )
 
 

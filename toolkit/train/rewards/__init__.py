@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError
+from toolkit.config.reward_table import metric_names
 from toolkit.train.rewards.builtin import (
     Compared,
     ExactMatch,
@@ -56,7 +57,7 @@ def load_rewards(
     functions = [
         _build(wanted, config.runtime.allow_code, folder, columns) for wanted in section.functions
     ]
-    names = _unique([wanted.name for wanted in section.functions])
+    names = metric_names([wanted.name for wanted in section.functions])
     return Rewards(
         [guard(name, function, policy) for name, function in zip(names, functions, strict=True)],
         [wanted.weight for wanted in section.functions],
@@ -106,14 +107,3 @@ def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
         f"reward {reward} needs the {word} {', '.join(missing)}; the dataset passes on: {names}",
         fix=fix if "answer" in missing else "add it to the dataset, or give it a default",
     )
-
-
-def _unique(names: list[str]) -> list[str]:
-    """Names for metrics: the function's own, told apart where two are the same."""
-    short = [name.rpartition(":")[2] for name in names]
-    if len(set(short)) < len(short):
-        short = [n if short.count(s) > 1 else s for n, s in zip(names, short, strict=True)]
-    return [
-        name if short.count(name) == 1 else f"{name}_{short[: index + 1].count(name)}"
-        for index, name in enumerate(short)
-    ]

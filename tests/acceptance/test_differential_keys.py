@@ -1,0 +1,77 @@
+"""What validate accepts, train runs: one grpo key at a time, over one step of a tiny model.
+
+A run ends with 0 and a row of metrics for its step, or is refused with 1 and the name of a key.
+What training refuses, validate refused first, or warned of: of a package that is not here, and of
+a metric that a reward of the user's own may log.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from differential_keys import overrides, runs
+from spoiled_world import Ended, make_model, make_world, serve
+
+from toolkit.config.document import dotted
+from toolkit.config.layers import load_document
+from toolkit.config.validate import validate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAMPLE = 4
+# Decided by the machine: without --gpu, validate does not know whether there is a card.
+WITHOUT_A_CARD = re.compile(r"--tf32 requires Ampere|cache_implementation is 'offloaded'")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("keys")
+    model = make_model(root)
+    folder = make_world(root / "world", model, grpo={"max_steps": 1})
+    (folder / "eval.jsonl").write_text((folder / "train.jsonl").read_text())
+    return folder
+
+
+def judge(world: Path, lines: list[str]) -> list[str]:
+    """What is wrong with the runs of ``lines``, each after validate has accepted it."""
+    accepted: list[tuple[str, set[str]]] = []
+    for line in lines:
+        outcome = validate(load_document(world / "run.yaml", overrides(line)))
+        if outcome.ok:
+            accepted.append((line, {dotted(found.path) for found in outcome.findings}))
+    cases = []
+    for number, (line, _) in enumerate(accepted):
+        folder = make_world(world.parent / f"{len(lines)}-{number}", world / "model")
+        for name in ("run.yaml", "eval.jsonl"):
+            (folder / name).write_text((world / name).read_text())
+        sets = [part for one in overrides(line) for part in ("--set", one)]
+        cases.append({"folder": folder, "arguments": ["train", "run.yaml", *sets]})
+    ended = [
+        (line, fault(end, warned))
+        for (line, warned), end in zip(accepted, serve(cases), strict=True)
+    ]
+    return [f"{line}: {wrong}" for line, wrong in ended if wrong is not None]
+
+
+def fault(end: Ended, warned: set[str]) -> str | None:
+    """What is wrong with how a run ended; ``warned`` are the keys of validate's warnings."""
+    if end.returncode == 0:
+        return None if any("loss" in row for row in end.rows()) else "ended well without a step"
+    if end.returncode != 1 or "grpo." not in end.stderr:
+        return f"exit {end.returncode}, {end.stderr}"
+    if any(key in end.stderr for key in warned) or WITHOUT_A_CARD.search(end.stderr):
+        return None
+    return f"validate was silent: {end.stderr}"
+
+
+def test_a_sample_of_keys(world: Path) -> None:
+    assert judge(world, random.Random(12).sample(runs(), SAMPLE)) == []
+
+
+@pytest.mark.slow
+def test_every_key(world: Path) -> None:
+    assert judge(world, runs()) == []

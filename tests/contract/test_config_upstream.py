@@ -1,0 +1,226 @@
+"""config/upstream records what the installed transformers, accelerate and torch take."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.config.libraries import package_folder
+from toolkit.config.upstream import (
+    ACCELERATOR,
+    BATCHING,
+    CACHES,
+    CHOICES,
+    COMPILE_MODES,
+    COMPILERS,
+    DEBUG,
+    OPTIMIZERS,
+    PASSED_BY_THE_TRAINER,
+    ROUTERS,
+    SCHEDULES,
+    TARGETED,
+    TRACKERS,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.contract
+
+
+def folder(package: str) -> Path:
+    found = package_folder(package)
+    assert found is not None
+    return found
+
+
+def test_the_schedules_are_those_of_transformers() -> None:
+    from transformers import SchedulerType
+
+    assert set(SCHEDULES) == {kind.value for kind in SchedulerType}
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULES))
+def test_a_schedule_has_the_keywords_of_its_function(kind: str) -> None:
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+
+    followers = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    function = followers.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
+    there = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("self", *PASSED_BY_THE_TRAINER)
+    }
+    needed = {name for name, one in there.items() if one.default is inspect.Parameter.empty}
+    assert set(SCHEDULES[kind].keywords) == set(there)
+    assert set(SCHEDULES[kind].needed) == needed
+
+
+def test_only_some_schedules_are_passed_the_keywords() -> None:
+    """``constant`` and ``constant_with_warmup`` return before the keywords are looked at."""
+    import torch
+    from transformers import get_scheduler
+
+    for kind, schedule in SCHEDULES.items():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        given = {"no_such_keyword": 1}
+        if schedule.reads_kwargs:
+            with pytest.raises(TypeError, match="no_such_keyword"):
+                get_scheduler(kind, optimizer, 1, 10, given)
+        else:
+            get_scheduler(kind, optimizer, 1, 10, given)
+
+
+def test_the_words_of_a_schedule_are_taken_and_others_are_not() -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for name, words in CHOICES.items():
+        kind = "warmup_stable_decay" if name.endswith("_type") else "greedy"
+        base = {"num_decay_steps": 1} if kind == "warmup_stable_decay" else {}
+        for word in words:
+            get_scheduler(kind, optimizer, 1, 10, {**base, name: word})
+        with pytest.raises(ValueError, match=r"(?i)unknown"):
+            get_scheduler(kind, optimizer, 1, 10, {**base, name: "other"})
+
+
+@cache
+def handlers() -> dict[str, ast.FunctionDef]:
+    """The functions of transformers' trainer_optimizer.py, by name."""
+    path = folder("transformers") / "trainer_optimizer.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def options_read(function: ast.AST) -> set[str]:
+    """Names that a handler takes from ``ctx.optim_args``: by get and pop, by ``in``, and by a loop
+    over names.
+    """
+    found: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and "optim_args." in ast.unparse(node.func):
+            found |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
+        if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]).endswith(
+            "optim_args"
+        ):
+            found |= {node.left.value} if isinstance(node.left, ast.Constant) else set()
+        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+            found |= {item.value for item in node.iter.elts if isinstance(item, ast.Constant)}
+    return found
+
+
+def test_an_optimizer_reads_the_options_that_its_handler_reads() -> None:
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+
+    told: dict[str, set[str]] = {}
+    for kind, handler in _OPTIMIZER_HANDLERS.items():
+        told.setdefault(handler.__name__, set()).update(OPTIMIZERS[kind.value].options)
+    assert {kind.value for kind in _OPTIMIZER_HANDLERS} == set(OPTIMIZERS)
+    assert told == {name: options_read(handlers()[name]) for name in told}
+
+
+def test_low_rank_optimizers_are_those_with_targets() -> None:
+    with_targets = {
+        name
+        for name, node in handlers().items()
+        if "_setup_low_rank_optimizer(" in ast.unparse(node)
+    } - {"_setup_low_rank_optimizer"}
+    assert with_targets == {f"_get_{family}_optimizer" for family in TARGETED}
+
+
+def test_the_packages_are_those_that_transformers_imports() -> None:
+    text = (folder("transformers") / "trainer_optimizer.py").read_text(encoding="utf-8")
+    imported = set(re.findall(r"^ +from (\w+)[\w.]* import", text, re.MULTILINE))
+    modules = {
+        module
+        for one in OPTIMIZERS.values()
+        if one.package is not None
+        for module in one.package.modules
+    }
+    assert modules == imported - {"torch"}
+
+
+def test_the_trackers_are_those_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_tracker_is_looked_for_where_transformers_looks() -> None:
+    text = (folder("transformers") / "integrations" / "integration_utils.py").read_text("utf-8")
+    for name, package in TRACKERS.items():
+        for module in package.modules if package is not None else ():
+            assert re.search(rf'["\' ]{module}\b', text), f"{name}: {module} is not looked for"
+
+
+def test_the_keys_of_accelerator_config() -> None:
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    assert set(ACCELERATOR) == {field.name for field in dataclasses.fields(AcceleratorConfig)}
+
+
+def test_the_options_of_debug() -> None:
+    from transformers.debug_utils import DebugOption
+
+    assert set(DEBUG) == {option.value for option in DebugOption}
+
+
+def test_the_compilers_and_their_modes() -> None:
+    import torch
+    from accelerate.utils import DynamoBackend
+
+    assert set(COMPILERS) == {one.value.lower() for one in DynamoBackend} - {"no"}
+    assert {"default", *torch._inductor.list_mode_options()} == set(COMPILE_MODES)
+
+
+def test_the_caches_of_generation() -> None:
+    from transformers.generation.configuration_utils import (
+        DYNAMIC_CACHE_IMPLEMENTATIONS,
+        STATIC_CACHE_IMPLEMENTATIONS,
+    )
+
+    assert set(CACHES) == {*DYNAMIC_CACHE_IMPLEMENTATIONS, *STATIC_CACHE_IMPLEMENTATIONS}
+
+
+def test_the_keys_of_continuous_batching() -> None:
+    from transformers.generation import ContinuousBatchingConfig
+
+    fields = dataclasses.fields(ContinuousBatchingConfig)
+    assert set(BATCHING) == {field.name for field in fields if field.init}
+
+
+def test_the_families_that_return_router_logits() -> None:
+    found = set()
+    for path in (folder("transformers") / "models").glob("*/configuration_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "output_router_logits" not in text:
+            continue
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef):
+                found |= families(node)
+    assert found == ROUTERS
+
+
+def families(kind: ast.ClassDef) -> set[str]:
+    """The model_type of a config class that has output_router_logits."""
+    values = {
+        target.id: statement.value
+        for statement in kind.body
+        if isinstance(statement, (ast.Assign, ast.AnnAssign))
+        for target in (
+            statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        )
+        if isinstance(target, ast.Name)
+    }
+    name = values.get("model_type")
+    if "output_router_logits" not in values or not isinstance(name, ast.Constant):
+        return set()
+    return {str(name.value)}

@@ -1,0 +1,49 @@
+"""The files and functions that train/upstream names are there, where the package is installed."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+
+import pytest
+
+from toolkit.config.libraries import package_folder
+from toolkit.config.schemas import find_schema
+from toolkit.train.upstream import PHASES
+
+pytestmark = pytest.mark.contract
+PLACES = sorted({place for phase in PHASES for place in phase.places})
+GRPO = find_schema("run")["properties"]["grpo"]["properties"]
+
+
+@cache
+def functions(package: str, file: str) -> set[str] | None:
+    """The names of all functions in a file; None where there is no such file."""
+    folder = package_folder(package)
+    assert folder is not None
+    path = folder / file
+    if not path.is_file():
+        return None
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_is_there(place: str) -> None:
+    part, _, function = place.partition(":")
+    package, _, file = part.partition("/")
+    folder = package_folder(package)
+    if folder is None:
+        pytest.skip(f"{package} is not installed")
+    if part.endswith("/"):
+        assert (folder / file).is_dir()
+        return
+    found = functions(package, file)
+    assert found is not None, f"{part} is gone"
+    assert not function or function in found, f"{function} is no longer in {part}"
+
+
+def test_the_keys_of_a_phase_are_keys_of_grpo() -> None:
+    for phase in PHASES:
+        for key in phase.keys or ():
+            assert key in GRPO, f"{phase.doing}: {key}"

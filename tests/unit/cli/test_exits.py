@@ -1,0 +1,96 @@
+"""What is printed and written of a defect of ours, where there is no run folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.base import defect
+from toolkit.base.errors import ConfigError, DefectError
+from toolkit.cli.exits import guarded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def ended(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code and what is printed where a command raises ``error``."""
+    with pytest.raises(SystemExit) as end, guarded():
+        raise error
+    return int(str(end.value.code)), capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defect.Work, "folder", None)
+    monkeypatch.setattr(defect.Work, "run", None)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), DefectError("cannot be")])
+def test_without_a_run_folder_the_report_is_in_the_current_one(
+    error, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, told = ended(error, capsys)
+    (report,) = tmp_path.glob("toolkit-defect-*.txt")
+    assert code == 70
+    assert f"this is a defect of the toolkit; the report is in {report}" in told
+    text = report.read_text()
+    assert f"{type(error).__name__}: {error}" in text
+    assert "none was loaded" in text
+    assert stat.S_IMODE(report.stat().st_mode) == 0o644 & ~_umask()
+
+
+def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch, capsys) -> None:
+    """A folder that is gone stands for one that may not be written: root may write anywhere."""
+    gone, there = tmp_path / "gone", tmp_path / "there"
+    gone.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(there))
+    _, told = ended(KeyError("x"), capsys)
+    (report,) = there.glob("toolkit-defect-*.txt")
+    assert str(report) in told
+    there_too = tmp_path / "nowhere"
+    monkeypatch.setattr(tempfile, "tempdir", str(there_too))
+    code, told = ended(KeyError("x"), capsys)
+    assert code == 70
+    assert "run again with --debug and attach what it prints" in told
+
+
+def test_what_is_not_a_defect_leaves_no_report(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, told = ended(ConfigError("is wrong", fix="mend it"), capsys)
+    assert (code, told) == (1, "error: is wrong\n  fix: mend it\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_cannot_be_described_does_not_hide_the_report(tmp_path) -> None:
+    def describe() -> dict[str, object]:
+        raise ValueError("no")
+
+    defect.working_on(tmp_path, describe)
+    text = defect.report(KeyError("first"))
+    assert "could not be described: ValueError: no" in text
+    assert "KeyError: 'first'" in text
+
+
+def test_a_secret_key_and_the_home_folder_are_taken_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    defect.working_on(tmp_path, lambda: {"grpo": {"hub_token": "abc", "beta": 0.1}})
+    text = defect.report(OSError("cannot read /home/somebody/data"))
+    assert '"hub_token": "[redacted]"' in text
+    assert '"beta": 0.1' in text
+    assert "somebody" not in text
+    assert "~/data" in text
+
+
+def _umask() -> int:
+    old = os.umask(0)
+    os.umask(old)
+    return old

@@ -1,0 +1,79 @@
+"""Rows against the prompts of a generation batch, where the fixtures do not reach."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from toolkit.config.layers import load_document
+from toolkit.config.rules import Situation
+from toolkit.config.validate import validate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from toolkit.config.finding import Finding
+
+
+def told(folder: Path, world_size: int = 1, rows: int | None = 12, **changes: Any) -> list[Finding]:
+    """What GRPO043 says of a run with ``rows`` rows; None is a data set that is elsewhere."""
+    if rows is not None:
+        lines = [json.dumps({"question": str(n), "answer": str(n)}) for n in range(rows)]
+        (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    run: dict[str, dict[str, Any]] = {
+        "model": {"model_name": "m"},
+        "dataset": {
+            "path": "train.jsonl" if rows is not None else "me/data",
+            "prompt": "question",
+            "answer": "answer",
+        },
+        "reward": {"functions": [{"name": "exact_match"}]},
+        "grpo": {"per_device_train_batch_size": 4, "num_generations": 4},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        run[section][name] = value
+    (folder / "run.yaml").write_text(json.dumps(run))
+    outcome = validate(load_document(folder / "run.yaml"), Situation(world_size=world_size))
+    return [found for found in outcome.findings if found.rule == "GRPO043"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "steps", "faulty"),
+    [(1, 12, False), (1, 13, True), (2, 6, False), (2, 7, True), (13, 1, True)],
+)
+def test_every_process_takes_prompts(tmp_path, world_size, steps, faulty) -> None:
+    found = told(tmp_path, world_size, grpo__gradient_accumulation_steps=steps)
+    assert bool(found) is faulty
+
+
+def test_rows_that_are_not_counted_are_not_judged(tmp_path) -> None:
+    assert told(tmp_path, rows=None, grpo__gradient_accumulation_steps=1000) == []
+    (limited,) = told(tmp_path, rows=None, grpo__gradient_accumulation_steps=8, dataset__limit=5)
+    assert limited.path == ("dataset", "limit")
+    assert [fix.text for fix in limited.fixes][-1] == "limit: 8"
+
+
+@pytest.mark.parametrize(
+    "grpo",
+    [
+        {"gradient_accumulation_steps": 50},
+        {"steps_per_generation": 50},
+        {"generation_batch_size": 200},
+        {"generation_batch_size": 200, "num_generations": 8, "per_device_train_batch_size": 10},
+    ],
+)
+def test_the_first_fix_is_the_largest_batch_that_the_rows_fill(tmp_path, grpo) -> None:
+    changes = {f"grpo__{name}": value for name, value in grpo.items()}
+    (found,) = told(tmp_path, **changes)
+    name, _, value = found.fixes[0].text.partition(": ")
+    assert told(tmp_path, **{**changes, f"grpo__{name}": int(value)}) == []
+    more = int(value) + (1 if "steps" in name else 40)
+    assert told(tmp_path, **{**changes, f"grpo__{name}": more}) != []
+
+
+def test_a_group_too_large_for_the_rows_has_no_number_to_offer(tmp_path) -> None:
+    (found,) = told(tmp_path, rows=1, grpo__per_device_train_batch_size=8)
+    assert found.fixes == ()

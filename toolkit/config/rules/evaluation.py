@@ -1,0 +1,144 @@
+"""Evaluation under training: its data, its metrics, and what is chosen by them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Severity
+from toolkit.config.reward_table import metric_names
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+METRIC = "grpo.metric_for_best_model"
+_STRATEGY, _SAVE, _BEST = "grpo.eval_strategy", "grpo.save_strategy", "grpo.load_best_model_at_end"
+_ON_START, _SCHEDULER = "grpo.eval_on_start", "grpo.lr_scheduler_type"
+FOLLOWERS = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the metric."""
+METRICS = (
+    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "num_tokens",
+    "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio", "completions/mean_terminated_length",
+    "completions/min_terminated_length", "completions/max_terminated_length",
+    "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+    "clip_ratio/region_mean", "runtime", "samples_per_second", "steps_per_second",
+)  # fmt: skip
+"""What every evaluation of GRPO gives, beside the rewards and what user code logs."""
+SOMETIMES = (
+    "kl", "aux_loss", "entropy_coef", "policy_loss", "cispo_clip_ratio", "vespo/phi_seq_mean",
+    "sampling/logp_gap_mean", "sampling/logp_gap_max", "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max",
+    "tools/call_frequency", "tools/failure_frequency", "epoch", "model_preparation_time",
+)  # fmt: skip
+"""Metrics that are there with some losses, options or engines."""
+# Names of metrics.jsonl that differ from the trainer's.
+_OURS = {"completion_length": "completions/mean_length"}
+
+
+def has_evaluation_data(run: Run) -> bool:
+    """Whether the run file names data to evaluate on."""
+    return any(run.ask(f"dataset.{key}") is not None for key in ("eval_path", "eval_split"))
+
+
+@rule(
+    "GRPO040",
+    f"{METRIC} {_STRATEGY} {_BEST} {_SAVE} {_SCHEDULER}",
+    example="grpo:\n  eval_strategy: steps\n  metric_for_best_model: accuracy",
+    fix="metric_for_best_model: reward",
+)
+def best_metric_exists(run: Run) -> Iterator[Fault]:
+    """metric_for_best_model is a metric of the evaluation.
+
+    transformers looks it up after each evaluation, and fails where it is not there. GRPO has
+    reward, reward_std, loss, rewards/NAME/mean of each reward function and others, with or without
+    eval_ before them. Functions of your own can log more (log_metric): then this is a warning.
+    """
+    metric = run.value(METRIC)
+    if not metric or run.ask(_STRATEGY) == "no":
+        return
+    name = metric.removeprefix("eval_")
+    rewards, only_ours = _rewards(run)
+    known = (*METRICS, *(f"rewards/{one}/{part}" for one in rewards for part in ("mean", "std")))
+    if name in known or name in SOMETIMES:
+        return
+    plain = name.removeprefix("eval/")
+    close = _OURS.get(plain) or (plain if plain in known else nearest(plain, known)) or "reward"
+    yield Fault(
+        METRIC,
+        f"an evaluation has no metric {metric}",
+        notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
+        fixes=(run.to(METRIC, close),),
+        # A name of metrics.jsonl (eval/reward) is a slip, whatever rewards may log.
+        severity=None if only_ours or name != plain else Severity.WARNING,
+    )
+
+
+@rule(
+    "GRPO041",
+    f"{_SAVE} {_BEST} {METRIC} {_STRATEGY}",
+    example="grpo:\n  save_strategy: best",
+    fix="save_strategy: steps",
+)
+def best_has_a_metric(run: Run) -> Iterator[Fault]:
+    """save_strategy: best needs eval_strategy and metric_for_best_model.
+
+    A checkpoint is the best by a metric of an evaluation. Without evaluations none is ever saved.
+    load_best_model_at_end has loss where no metric is named, which says little in GRPO.
+    """
+    if run.value(_SAVE) != "best":
+        return
+    if run.value(_STRATEGY) == "no":
+        yield Fault(
+            _SAVE,
+            "best, and nothing is evaluated: no checkpoint would be saved",
+            notes=(run.operand(_STRATEGY),),
+            fixes=(run.to(_SAVE, "steps"),),
+            related=(_STRATEGY,),
+        )
+    elif run.value(METRIC) is None and not run.value(_BEST) and not _follows(run):
+        yield Fault(
+            _SAVE,
+            "best needs metric_for_best_model",
+            notes=(run.operand(METRIC),),
+            fixes=(run.to(METRIC, "reward"), run.to(_SAVE, "steps")),
+            related=(METRIC,),
+        )
+
+
+def _rewards(run: Run) -> tuple[list[str], bool]:
+    """The names of the reward functions in metrics, and whether all are built in."""
+    node = run.node("reward.functions")
+    items = node.value if node is not None and isinstance(node.value, list) else []
+    given = [item.value.get("name") for item in items if isinstance(item.value, dict)]
+    names = [name.value for name in given if name is not None and isinstance(name.value, str)]
+    return metric_names(names), not any(":" in name for name in names)
+
+
+def _follows(run: Run) -> bool:
+    """Whether the schedule follows a metric: then there is one by default."""
+    return run.ask(_SCHEDULER) in FOLLOWERS
+
+
+@rule(
+    "GRPO042",
+    f"{_ON_START} dataset.eval_path dataset.eval_split",
+    example="grpo:\n  eval_on_start: true",
+    fix="eval_on_start: false",
+)
+def first_evaluation_has_data(run: Run) -> Iterator[Fault]:
+    """eval_on_start needs dataset.eval_path or dataset.eval_split.
+
+    Otherwise there is nothing to evaluate on.
+    """
+    if run.value(_ON_START) and not has_evaluation_data(run):
+        yield Fault(
+            _ON_START,
+            "there is no data to evaluate on",
+            notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
+            fixes=(run.to(_ON_START, False),),
+        )

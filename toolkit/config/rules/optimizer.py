@@ -1,0 +1,165 @@
+"""The optimizer: its package, its targets and its arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+from toolkit.config.upstream import OPTIMIZERS, TARGETED, installed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+OPTIM, ARGS, TARGETS = "grpo.optim", "grpo.optim_args", "grpo.optim_target_modules"
+ACCUMULATION = "grpo.gradient_accumulation_steps"
+_PLAIN = "adamw_torch_fused"
+_WORDS = (
+    "nesterov", "centered", "proj", "proj_type", "scale_type", "use_kahan_summation",
+    "momentum_dtype", "variance_dtype", "compensation_buffer_dtype", "bf16_stochastic_round",
+    "kahan_sum", "decouple_lr",
+)  # fmt: skip
+"""Options that are no numbers."""
+
+
+@rule(
+    "GRPO035",
+    f"{OPTIM} {TARGETS} {ACCUMULATION}",
+    example="grpo:\n  optim: galore_adamw",
+    fix="optim: adamw_torch_fused, or optim_target_modules: all-linear",
+)
+def optimizer_has_targets(run: Run) -> Iterator[Fault]:
+    """GaLore and APOLLO need optim_target_modules; layer by layer they need one micro-batch a step.
+
+    They project the gradients of the modules that are named. The layerwise ones step inside the
+    backward pass, so that gradients cannot be added up over micro-batches or processes.
+    """
+    optim = run.value(OPTIM)
+    if not str(optim).startswith(TARGETED):
+        return
+    if run.value(TARGETS) in (None, "", []):
+        yield Fault(
+            OPTIM,
+            f"{optim} needs optim_target_modules",
+            notes=(run.operand(TARGETS),),
+            fixes=(run.to(OPTIM, _PLAIN), Fix("optim_target_modules: all-linear")),
+            related=(TARGETS,),
+        )
+    elif (package := OPTIMIZERS[optim].package) and not installed(package):
+        yield Fault(
+            OPTIM,
+            f"{optim} needs {package.install}, which is not installed here",
+            fixes=(Fix(f"pip install {package.install}"),),
+            severity=Severity.WARNING,
+            unknown=True,
+        )
+    if not optim.endswith("layerwise"):
+        return
+    if run.value(ACCUMULATION) != 1:
+        yield Fault(
+            ACCUMULATION,
+            f"{optim} steps inside the backward pass and cannot accumulate",
+            notes=(run.operand(ACCUMULATION),),
+            fixes=(run.to(ACCUMULATION, 1),),
+            related=(OPTIM,),
+        )
+    if run.world_size > 1:
+        yield Fault(
+            OPTIM,
+            f"{optim} trains in one process",
+            notes=(f"world size {run.world_size}",),
+            fixes=(run.to(OPTIM, _PLAIN),),
+        )
+
+
+@rule(
+    "GRPO036",
+    f"{ARGS} {OPTIM}",
+    example='grpo:\n  optim: sgd\n  optim_args: "momentun=0.9"',
+    fix='optim_args: "momentum=0.9"',
+)
+def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
+    """optim_args is name=value pairs, with commas between, that the optimizer reads.
+
+    A pair that the optimizer does not read is passed over by transformers. The learning rate, the
+    betas, epsilon and the weight decay of AdamW have keys of their own.
+    """
+    text, optim = run.value(ARGS), run.value(OPTIM)
+    if not text or optim not in OPTIMIZERS:
+        return
+    options = OPTIMIZERS[optim].options
+    given: dict[str, str] = {}
+    for pair in str(text).replace(" ", "").split(","):
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value) or "=" in value:
+            yield Fault(ARGS, f"{pair!r} is no name=value", fixes=(_args(run, given),))
+            return
+        given[name] = value
+    for name, value in given.items():
+        if name not in options:
+            yield _unread(run, optim, options, given, name)
+        elif name not in _WORDS and not _is_number(value):
+            yield Fault(ARGS, f"{name} is a number from 0, got {value!r}", related=(OPTIM,))
+    nesterov = given.get("nesterov", "").lower() in ("true", "1", "yes")
+    if optim == "sgd" and nesterov and float(given.get("momentum", "0") or 0) == 0:
+        yield Fault(
+            ARGS,
+            "nesterov needs a momentum above 0",
+            fixes=(_args(run, {**given, "momentum": "0.9"}),),
+            related=(OPTIM,),
+        )
+
+
+def _unread(
+    run: Run, optim: str, options: tuple[str, ...], given: dict[str, str], name: str
+) -> Fault:
+    close = nearest(name, options)
+    renamed = {close if one == name and close else one: value for one, value in given.items()}
+    left = {one: value for one, value in given.items() if one != name}
+    return Fault(
+        ARGS,
+        f"{optim} does not read {name}; it reads: {', '.join(options) or 'nothing'}",
+        notes=(run.operand(OPTIM),),
+        fixes=(_args(run, renamed if close else left),),
+        related=(OPTIM,),
+    )
+
+
+def _args(run: Run, pairs: dict[str, str]) -> Fix:
+    return run.to(ARGS, ",".join(f"{name}={value}" for name, value in pairs.items()) or None)
+
+
+def _is_number(text: str) -> bool:
+    """Whether ``text`` is a number from 0."""
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
+
+
+@rule(
+    "GRPO039",
+    f"{TARGETS} {OPTIM}",
+    example="grpo:\n  optim_target_modules: all-linear",
+    fix="remove it",
+    severity=Severity.WARNING,
+)
+def targets_are_read(run: Run) -> Iterator[Fault]:
+    """optim_target_modules is for GaLore and APOLLO.
+
+    No other optimizer looks at it.
+    """
+    if run.value(TARGETS) in (None, "", []) or str(run.value(OPTIM)).startswith(TARGETED):
+        return
+    yield Fault(
+        TARGETS,
+        "has no effect: only galore_* and apollo_* optimizers read it",
+        notes=(run.operand(OPTIM),),
+        fixes=(run.to(TARGETS, None),),
+        related=(OPTIM,),
+        on_key=True,
+    )

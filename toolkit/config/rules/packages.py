@@ -1,0 +1,90 @@
+"""Trackers by name, and packages that a key needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+from toolkit.config.upstream import NO_TRACKER, TARGETED, TRACKERS, installed, needed_packages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.document import Node
+    from toolkit.config.rules.run import Run
+
+REPORT = "grpo.report_to"
+
+
+def _written_trackers(run: Run) -> list[tuple[str, Node]]:
+    """The trackers that report_to names, each with its node."""
+    node = run.node(REPORT)
+    if node is None or node.value is None or not run.written(REPORT):
+        return []
+    nodes = node.value if isinstance(node.value, list) else [node]
+    return [(one.value, one) for one in nodes if isinstance(one.value, str)]
+
+
+@rule(
+    "GRPO037",
+    REPORT,
+    example="grpo:\n  report_to: wandbb",
+    fix="report_to: wandb",
+)
+def trackers_are_known(run: Run) -> Iterator[Fault]:
+    """report_to names trackers that transformers knows.
+
+    One, a list of them, all (those that are installed), or none. The run's own metrics.jsonl and
+    report.html are written in any case.
+    """
+    named = _written_trackers(run)
+    for index, (name, node) in enumerate(named):
+        alone = len(named) == 1
+        if name in TRACKERS or (name in NO_TRACKER and alone):
+            continue
+        is_item = run.node(REPORT) is not node
+        place = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
+        if name in NO_TRACKER:
+            yield Fault(place, f"{name} cannot be one of several", fixes=(Fix("remove it"),))
+            continue
+        close = nearest(name, (*TRACKERS, *NO_TRACKER))
+        fix = run.replace(node, close) if close else run.to(REPORT, "none")
+        yield Fault(
+            place,
+            f"there is no tracker {name}",
+            notes=(f"known: {', '.join((*TRACKERS, *NO_TRACKER))}",),
+            fixes=(Fix(f"report_to: {close}" if close else fix.text, fix.edits),),
+        )
+
+
+@rule(
+    "GRPO038",
+    f"{REPORT} grpo.optim grpo.cache_implementation",
+    example="grpo:\n  report_to: wandb  # and wandb is not installed",
+    fix="pip install wandb",
+    severity=Severity.WARNING,
+)
+def packages_are_installed(run: Run) -> Iterator[Fault]:
+    """The packages that report_to, optim and cache_implementation need are installed.
+
+    A warning, for the run may be meant for another machine (an error under --strict); training
+    refuses before the engine starts.
+    """
+    trackers = tuple(name for name, _ in _written_trackers(run))
+    # GRPO013 tells of Liger, and GRPO035 of optimizers with targets.
+    needed = needed_packages(
+        trackers,
+        run.ask("grpo.optim"),
+        use_liger=False,
+        cache=run.ask("grpo.cache_implementation"),
+    )
+    for key, value, package in needed:
+        if not value.startswith(TARGETED) and not installed(package):
+            yield Fault(
+                f"grpo.{key}",
+                f"{value} needs {package.install}, which is not installed here",
+                fixes=(Fix(f"pip install {package.install}"),),
+                unknown=True,
+            )

@@ -1,0 +1,130 @@
+"""Rows of the data set against the prompts of one generation batch, and the length of the run."""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import TYPE_CHECKING
+
+from toolkit.config.data_facts import data_of
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.batch import (
+    ACCUMULATION,
+    GROUP,
+    MICRO,
+    SIZE,
+    STEPS,
+    generation_batch,
+    micro_batch,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.finding import Fix
+    from toolkit.config.rules.run import Run
+
+_LIMIT, _PATH = "dataset.limit", "dataset.path"
+
+
+@rule(
+    "GRPO043",
+    f"{_PATH} {_LIMIT} {GROUP} {SIZE} {STEPS} {ACCUMULATION} {MICRO}",
+    example="""
+dataset:
+  path: train.jsonl  # 100 rows
+grpo:
+  per_device_train_batch_size: 8
+  gradient_accumulation_steps: 128
+  num_generations: 8
+""",
+    fix="gradient_accumulation_steps: 64",
+)
+def rows_fill_a_generation(run: Run) -> Iterator[Fault]:
+    """The data set has rows for at least one generation batch.
+
+    A generation batch takes (completions / num_generations) prompts of all processes, each a row of
+    its own, and TRL leaves out what does not fill one. With fewer rows nothing is trained. Rows
+    without a prompt do not count. Judged where the rows can be counted, or dataset.limit is set.
+    """
+    if run.value(_PATH) is None:
+        return
+    rows, origin = _rows(run)
+    batch, formula, factor = generation_batch(run)
+    group = run.value(GROUP)
+    if rows is None or group < 2 or batch % group:  # GRPO001, GRPO002
+        return
+    needed = batch // group
+    if rows >= needed:
+        return
+    limited = run.node(_LIMIT) is not None and rows == run.ask(_LIMIT)
+    yield Fault(
+        _LIMIT if limited else _PATH,
+        f"{rows} rows do not fill one generation batch of {needed} prompts: nothing is trained",
+        notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
+               f"rows = {origin}"),
+        fixes=_fixes(run, rows, needed, factor, limited=limited),
+        related=(factor, GROUP),
+    )  # fmt: skip
+
+
+def _rows(run: Run) -> tuple[int | None, str]:
+    """How many rows are trained on at most, and what says so; None where that is open."""
+    limit = run.value(_LIMIT)
+    data = data_of(run.document, "path")
+    if data is None or not data.rows or not data.whole:
+        return limit, run.operand(_LIMIT)
+    rows = data.rows - data.empty
+    if limit is not None and limit <= rows:
+        return limit, run.operand(_LIMIT)
+    return rows, f"{rows} with a prompt in {data.path.name}"
+
+
+def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> tuple[Fix, ...]:
+    """A smaller batch that the rows fill, and more rows where a limit holds them back."""
+    fixes = []
+    group = run.value(GROUP)
+    if factor == SIZE:
+        auto = "auto" in (run.ask(MICRO), run.ask(ACCUMULATION))
+        step = run.world_size if auto else micro_batch(run) * run.world_size
+        size = _largest(step, rows * group, group)
+        if size:
+            fixes.append(run.to(SIZE, size))
+    else:
+        step = micro_batch(run) * run.world_size
+        size = _largest(step, rows * group, group)
+        if size:
+            fixes.append(run.to(factor, size // step))
+    if limited:
+        data = data_of(run.document, "path")
+        there = data is None or not data.rows or not data.whole or data.rows - data.empty >= needed
+        if there:
+            fixes.append(run.to(_LIMIT, needed))
+    return tuple(fixes)
+
+
+def _largest(step: int, most: int, group: int) -> int:
+    """The largest multiple of ``step`` up to ``most`` that holds whole groups; 0: there is none."""
+    both = lcm(step, group)
+    return most // both * both
+
+
+@rule(
+    "GRPO052",
+    "grpo.num_train_epochs grpo.max_steps",
+    example="grpo:\n  num_train_epochs: 0",
+    fix="num_train_epochs: 1.0",
+)
+def run_has_a_length(run: Run) -> Iterator[Fault]:
+    """num_train_epochs is above 0 where max_steps does not say how long the run is.
+
+    A run of no epochs ends without a step.
+    """
+    epochs, steps = run.value("grpo.num_train_epochs"), run.value("grpo.max_steps")
+    if epochs == 0 and steps <= 0:
+        yield Fault(
+            "grpo.num_train_epochs",
+            "0 epochs: nothing is trained",
+            notes=(run.operand("grpo.max_steps"),),
+            fixes=(run.to("grpo.num_train_epochs", 1.0),),
+            related=("grpo.max_steps",),
+        )

@@ -1,0 +1,231 @@
+"""The schedule of the learning rate: what its function takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+from toolkit.config.upstream import (
+    CHOICES,
+    PASSED_BY_THE_TRAINER,
+    SCHEDULES,
+    SWITCHES,
+    WHOLE,
+    Schedule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.document import Node
+    from toolkit.config.rules.run import Run
+
+TYPE, KWARGS, RATE = "grpo.lr_scheduler_type", "grpo.lr_scheduler_kwargs", "grpo.learning_rate"
+_EXAMPLES = {"num_decay_steps": 100, "min_lr_rate": 0.1}
+_LR_END = 1e-7  # what a polynomial schedule ends at, where lr_end is not given
+_GREEDY_MIN_LR = 1e-3  # what greedy keeps above, where min_lr is not given
+
+
+def _given(run: Run) -> dict[str, Node] | None:
+    """The keywords that are written; None where lr_scheduler_kwargs is faulty itself."""
+    node = run.node(KWARGS)
+    if node is None or node.value is None:
+        return {}
+    return node.value if isinstance(node.value, dict) else None
+
+
+def _schedule(run: Run) -> tuple[str, Schedule] | None:
+    kind = run.value(TYPE)
+    return (kind, SCHEDULES[kind]) if kind in SCHEDULES else None
+
+
+@rule(
+    "GRPO031",
+    f"{TYPE} {KWARGS}",
+    example="grpo:\n  lr_scheduler_type: warmup_stable_decay",
+    fix="lr_scheduler_kwargs: {num_decay_steps: 100}",
+)
+def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
+    """lr_scheduler_type has the keywords that it needs.
+
+    warmup_stable_decay needs num_decay_steps; cosine_with_min_lr and cosine_warmup_with_min_lr need
+    one of min_lr and min_lr_rate. These are keys of lr_scheduler_kwargs.
+    """
+    found, given = _schedule(run), _given(run)
+    if found is None or given is None:
+        return
+    kind, schedule = found
+    missing = [name for name in schedule.needed if name not in given]
+    either = [name for name in ("min_lr", "min_lr_rate") if name in given]
+    wants_one = kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+    if wants_one and not either:
+        missing.append("min_lr_rate")
+    for name in missing:
+        what = "min_lr or min_lr_rate" if name == "min_lr_rate" else name
+        yield Fault(
+            TYPE,
+            f"{kind} needs {what} in lr_scheduler_kwargs",
+            notes=(run.operand(KWARGS),) if run.node(KWARGS) else (),
+            fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {_EXAMPLES[name]}}}"),),
+            related=(KWARGS,),
+        )
+    if wants_one and len(either) > 1:
+        yield Fault(
+            KWARGS,
+            f"{kind} takes min_lr or min_lr_rate, not both",
+            fixes=(Fix("remove min_lr"), Fix("remove min_lr_rate")),
+            related=(TYPE,),
+        )
+
+
+@rule(
+    "GRPO032",
+    f"{KWARGS} {TYPE}",
+    example="grpo:\n  lr_scheduler_type: cosine\n  lr_scheduler_kwargs: {num_cycle: 2}",
+    fix="lr_scheduler_kwargs: {num_cycles: 2}",
+)
+def schedule_knows_its_keywords(run: Run) -> Iterator[Fault]:
+    """lr_scheduler_kwargs holds keywords of the schedule, with values that it takes.
+
+    Each lr_scheduler_type has keywords of its own; the number of steps and the warm-up are the
+    trainer's to pass. linear takes none. constant and constant_with_warmup never look at them.
+    """
+    found, given = _schedule(run), _given(run)
+    if found is None or not given:
+        return
+    kind, schedule = found
+    if not schedule.reads_kwargs:
+        yield Fault(
+            KWARGS,
+            f"has no effect: {kind} takes no keywords",
+            notes=(run.operand(TYPE),),
+            fixes=(Fix("remove it"),),
+            severity=Severity.WARNING,
+            on_key=True,
+        )
+        return
+    for name, node in given.items():
+        place = ("grpo", "lr_scheduler_kwargs", name)
+        if name not in schedule.keywords:
+            yield _unknown(run, kind, schedule, name, node)
+            continue
+        wanted = _wanted(name, node)
+        if wanted is not None:
+            yield Fault(place, f"{kind} takes {wanted}, got {node.value!r}")
+
+
+def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> Fault:
+    """A keyword that the schedule does not have, or that the trainer passes."""
+    fixes: tuple[Fix, ...] = (Fix("remove it"),)
+    known = ", ".join(schedule.keywords) or "none"
+    message = f"{kind} has no keyword {name}; it takes: {known}"
+    if name in PASSED_BY_THE_TRAINER:
+        message = f"{kind} gets {name} from the trainer (warmup_steps, max_steps)"
+    else:
+        close = nearest(name, schedule.keywords)
+        if close is not None:
+            fixes = (run.rename(node, close),)
+    return Fault(
+        ("grpo", "lr_scheduler_kwargs", name),
+        message,
+        notes=(run.operand(TYPE),),
+        fixes=fixes,
+        related=(TYPE,),
+        on_key=node.key is not None,
+    )
+
+
+def _wanted(name: str, node: Node) -> str | None:
+    """What the keyword takes, where its value is none of that."""
+    value: Any = node.value
+    if name in CHOICES:
+        return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"
+    if name in SWITCHES:
+        return None if isinstance(value, bool) else f"true or false for {name}"
+    if name in WHOLE:
+        least = 1 if name in ("timescale", "window_size") else 0
+        fits = type(value) is int and value >= least
+        return None if fits else f"a whole number from {least} for {name}"
+    if name in ("min_lr", "max_lr") and isinstance(value, list):
+        return None  # one for each group of parameters
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"a number for {name}"
+    if name == "factor" and not 0 < value < 1:
+        return "a factor above 0 and below 1"
+    return None if value >= 0 else f"a number from 0 for {name}"
+
+
+@rule(
+    "GRPO033",
+    f"{RATE} {TYPE} {KWARGS}",
+    example="grpo:\n  lr_scheduler_type: polynomial\n  learning_rate: 1.0e-8",
+    fix="learning_rate: 1.0e-6",
+)
+def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
+    """The schedule's lowest rate lies below learning_rate.
+
+    polynomial ends at lr_end (1e-7 where it is not given) and refuses one that is not below
+    learning_rate. A min_lr above learning_rate makes the other schedules rise; greedy has 0.001
+    where it is not given, far above what GRPO uses, and jumps there at its first change.
+    """
+    found, given = _schedule(run), _given(run)
+    if found is None or given is None:
+        return
+    kind, rate = found[0], run.value(RATE)
+    name = "lr_end" if kind == "polynomial" else "min_lr"
+    if name not in found[1].keywords:
+        return
+    implied = {"polynomial": _LR_END, "greedy": _GREEDY_MIN_LR}.get(kind)
+    lowest = given[name].value if name in given else implied
+    if isinstance(lowest, bool) or not isinstance(lowest, (int, float)) or rate > lowest:
+        return
+    origin = run.origin(given.get(name))
+    yield Fault(
+        RATE,
+        f"{rate} is not above {name} {lowest} of {kind}",
+        notes=(f"{run.operand(RATE)}; {name} {lowest} ({origin})",),
+        fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
+        related=(KWARGS, TYPE),
+        severity=Severity.ERROR if kind == "polynomial" else Severity.WARNING,
+    )
+
+
+@rule(
+    "GRPO034",
+    f"grpo.warmup_steps grpo.max_steps {TYPE} {KWARGS}",
+    example="grpo:\n  max_steps: 100\n  warmup_steps: 200",
+    fix="warmup_steps: 10",
+    severity=Severity.WARNING,
+)
+def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
+    """The warm-up ends within the run, and warmup_stable_decay has room for its decay.
+
+    A warm-up of max_steps or more never reaches learning_rate. From 1 on warmup_steps counts steps,
+    below 1 it is a part of the run. Judged where max_steps says how long the run is.
+    """
+    steps, warmup, given = run.value("grpo.max_steps"), run.value("grpo.warmup_steps"), _given(run)
+    if steps <= 1 or given is None:
+        return
+    if warmup >= steps:
+        yield Fault(
+            "grpo.warmup_steps",
+            f"{warmup} steps of warm-up, and the run has {steps}: learning_rate is never reached",
+            notes=(run.operand("grpo.max_steps"),),
+            fixes=(run.to("grpo.warmup_steps", steps // 10),),
+            related=("grpo.max_steps",),
+        )
+        return
+    decay = given.get("num_decay_steps")
+    if run.value(TYPE) != "warmup_stable_decay" or decay is None or type(decay.value) is not int:
+        return
+    before = warmup if warmup >= 1 else round(warmup * steps)
+    if before + decay.value > steps:
+        yield Fault(
+            ("grpo", "lr_scheduler_kwargs", "num_decay_steps"),
+            f"{decay.value} steps of decay do not fit behind the warm-up",
+            notes=(f"{before} + {decay.value} > {run.operand('grpo.max_steps')}",),
+            fixes=(run.replace(decay, int(steps - before)),),
+            related=("grpo.max_steps",),
+        )

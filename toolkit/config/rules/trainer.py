@@ -1,0 +1,277 @@
+"""Keys that transformers' trainer, accelerate and torch read: what they take and need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.capability import BFLOAT16
+from toolkit.config.finding import Fix
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.hardware import lacks
+from toolkit.config.suggest import nearest
+from toolkit.config.upstream import (
+    ACCELERATOR,
+    BATCHING,
+    CACHES,
+    COMPILE_MODES,
+    COMPILERS,
+    DEBUG,
+    ROUTERS,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.document import Node
+    from toolkit.config.rules.run import Run
+
+ROUTER = "grpo.router_aux_loss_coef"
+WORKERS = "grpo.dataloader_num_workers"
+ACCELERATE = "grpo.accelerator_config"
+_BACKEND, _MODE = "grpo.torch_compile_backend", "grpo.torch_compile_mode"
+
+
+@rule(
+    "GRPO044",
+    f"{ROUTER} model.model_name",
+    example="""
+model:
+  model_name: Qwen/Qwen3-0.6B  # dense
+grpo:
+  router_aux_loss_coef: 0.001
+""",
+    fix="router_aux_loss_coef: null",
+)
+def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
+    """router_aux_loss_coef above 0 needs a mixture of experts that returns its router's logits.
+
+    The auxiliary loss balances the experts, and is made of these logits. Judged when the model is
+    at hand.
+    """
+    coefficient = run.value(ROUTER)
+    if not coefficient or run.model is None:
+        return
+    family = str(run.model.text.get("model_type") or run.model.config.get("model_type"))
+    if run.model.experts and (family in ROUTERS or "output_router_logits" in run.model.text):
+        return
+    what = "does not return its router's logits" if run.model.experts else "has no experts"
+    yield Fault(
+        ROUTER,
+        f"there is no auxiliary loss to weight: {family} {what}",
+        notes=(f"from {run.model.source}",),
+        fixes=(run.to(ROUTER, None),),
+        related=("model.model_name",),
+    )
+
+
+@rule(
+    "GRPO045",
+    f"grpo.dataloader_persistent_workers grpo.dataloader_multiprocessing_context {WORKERS}",
+    example="grpo:\n  dataloader_persistent_workers: true",
+    fix="dataloader_num_workers: 1",
+)
+def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
+    """dataloader_persistent_workers and dataloader_multiprocessing_context need workers.
+
+    They say how the processes of dataloader_num_workers live; torch refuses them where it is 0.
+    """
+    if run.value(WORKERS) != 0:
+        return
+    for name, off in (("persistent_workers", False), ("multiprocessing_context", None)):
+        key = f"grpo.dataloader_{name}"
+        if run.ask(key) != off:
+            yield Fault(
+                key,
+                "there are no workers that it could be about",
+                notes=(run.operand(WORKERS),),
+                fixes=(run.to(key, off), run.to(WORKERS, 1)),
+                related=(WORKERS,),
+            )
+
+
+@rule(
+    "GRPO046",
+    ACCELERATE,
+    example="grpo:\n  accelerator_config: {split_batch: true}",
+    fix="remove accelerator_config",
+)
+def accelerator_config_fits(run: Run) -> Iterator[Fault]:
+    """accelerator_config has keys that accelerate knows, and none that breaks the groups.
+
+    split_batches would cut the batch that TRL has already cut; dispatch_batches sends tensors from
+    the first process, and GRPO's batches are texts; use_configured_state wants an accelerator that
+    exists before. gradient_accumulation_kwargs.num_steps is gradient_accumulation_steps.
+    """
+    node = run.node(ACCELERATE)
+    if node is None or not isinstance(node.value, dict):
+        return
+    for name, member in node.value.items():
+        place = ("grpo", "accelerator_config", name)
+        if name not in ACCELERATOR:
+            yield _unknown_member(run, place, name, member)
+        elif not isinstance(member.value, ACCELERATOR[name]):
+            yield Fault(place, f"is true or false, got {member.value!r}")
+        elif member.value is True and name in _REFUSED:
+            yield Fault(place, _REFUSED[name], fixes=(run.replace(member, False),))
+        elif name == "gradient_accumulation_kwargs" and member.value:
+            yield Fault(
+                place,
+                "the trainer accumulates by itself: grpo.gradient_accumulation_steps",
+                fixes=(Fix("remove it"),),
+            )
+
+
+_REFUSED = {
+    "split_batches": "would cut batches that are cut already, and groups with them",
+    "dispatch_batches": "sends tensors between processes, and GRPO's batches are texts",
+    "use_configured_state": "needs an accelerator that exists already, and a run has none",
+}
+
+
+def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -> Fault:
+    close = nearest(name, tuple(ACCELERATOR))
+    return Fault(
+        place,
+        f"accelerate has no key {name}",
+        notes=(f"it has: {', '.join(ACCELERATOR)}",),
+        fixes=(run.rename(member, close) if close else Fix("remove it"),),
+        on_key=True,
+    )
+
+
+@rule(
+    "GRPO047",
+    "grpo.debug",
+    example="grpo:\n  debug: underflow",
+    fix="debug: underflow_overflow",
+)
+def debug_options_are_known(run: Run) -> Iterator[Fault]:
+    """debug is underflow_overflow, or nothing.
+
+    transformers' other option, tpu_metrics_debug, is for TPUs.
+    """
+    node = run.node("grpo.debug")
+    if node is None or not run.written("grpo.debug"):
+        return
+    nodes = node.value if isinstance(node.value, list) else [node]
+    for index, one in enumerate(nodes):
+        is_item = one is not node
+        place = ("grpo", "debug", index) if is_item else ("grpo", "debug")
+        words = [one.value] if is_item else str(one.value or "").split()
+        for word in words:
+            if word == DEBUG[0]:
+                continue
+            what = "is for TPUs" if word == DEBUG[1] else "is no debug option"
+            meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
+            known = run.replace(one, DEBUG[0]) if is_item else run.to("grpo.debug", DEBUG[0])
+            fix = known if meant else Fix("remove it")
+            yield Fault(place, f"{word} {what}", fixes=(fix,))
+
+
+@rule(
+    "GRPO048",
+    f"{_BACKEND} {_MODE} grpo.torch_compile",
+    example="grpo:\n  torch_compile_backend: inductr",
+    fix="torch_compile_backend: inductor",
+)
+def compiler_is_known(run: Run) -> Iterator[Fault]:
+    """torch_compile_backend and torch_compile_mode are names that accelerate and torch know.
+
+    Either of them switches torch_compile on. Modes belong to inductor.
+    """
+    for key, known in ((_BACKEND, COMPILERS), (_MODE, COMPILE_MODES)):
+        name = run.ask(key)
+        if name is None or str(name).lower() in known:
+            continue
+        yield Fault(
+            key,
+            f"{name} is none of {', '.join(known)}",
+            fixes=(run.to(key, nearest(str(name), known)),),
+        )
+    backend = run.ask(_BACKEND)
+    if run.ask(_MODE) is not None and backend is not None and backend != "inductor":
+        yield Fault(
+            _MODE,
+            f"{backend} has no modes",
+            notes=(run.operand(_BACKEND),),
+            fixes=(run.to(_MODE, None), run.to(_BACKEND, "inductor")),
+            related=(_BACKEND,),
+        )
+
+
+@rule(
+    "GRPO049",
+    "grpo.tf32",
+    example="grpo:\n  tf32: true  # with --gpu none",
+    fix="tf32: false",
+)
+def tf32_needs_a_card(run: Run) -> Iterator[Fault]:
+    """tf32 needs compute capability 8.0.
+
+    TensorFloat-32 is a format of NVIDIA GPUs from Ampere on. Judged with --gpu.
+    """
+    why = lacks(run, BFLOAT16) if run.value("grpo.tf32") else None
+    if why:
+        yield Fault("grpo.tf32", f"cannot be used: {why}", fixes=(run.to("grpo.tf32", False),))
+
+
+@rule(
+    "GRPO050",
+    "grpo.cache_implementation",
+    example="grpo:\n  cache_implementation: statik",
+    fix="cache_implementation: static",
+)
+def cache_is_known(run: Run) -> Iterator[Fault]:
+    """cache_implementation is one of transformers' caches; offloaded ones need a GPU.
+
+    It is read where Hugging Face generates (runtime.engine: transformers). The GPU is judged with
+    --gpu.
+    """
+    key = "grpo.cache_implementation"
+    name = run.value(key)
+    if name is None:
+        return
+    if name not in CACHES:
+        close = nearest(str(name), CACHES)
+        yield Fault(
+            key,
+            f"there is no cache {name}",
+            notes=(f"known: {', '.join(CACHES)}",),
+            fixes=(run.to(key, close),),
+        )
+        return
+    why = lacks(run, (0, 0)) if name.startswith("offloaded") else None
+    if why:
+        yield Fault(key, f"{name} cannot be used: {why}", fixes=(run.to(key, None),))
+
+
+@rule(
+    "GRPO051",
+    "grpo.transformers_continuous_batching_config",
+    example="""
+grpo:
+  use_transformers_continuous_batching: true
+  transformers_continuous_batching_config: {block_sise: 64}
+""",
+    fix="transformers_continuous_batching_config: {block_size: 64}",
+)
+def batching_keys_are_known(run: Run) -> Iterator[Fault]:
+    """transformers_continuous_batching_config has keys of transformers' ContinuousBatchingConfig.
+
+    An unknown one would end the run as the trainer is made.
+    """
+    name = "transformers_continuous_batching_config"
+    node = run.node(f"grpo.{name}")
+    if node is None or not isinstance(node.value, dict):
+        return
+    for key, member in node.value.items():
+        if key in BATCHING:
+            continue
+        close = nearest(key, BATCHING)
+        yield Fault(
+            ("grpo", name, key),
+            f"there is no key {key}",
+            notes=(f"known: {', '.join(BATCHING)}",),
+            fixes=(run.rename(member, close) if close else Fix("remove it"),),
+            on_key=True,
+        )

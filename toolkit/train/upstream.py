@@ -1,0 +1,241 @@
+"""Whose fault an upstream exception is: where it was raised says which keys of the run file it is
+about.
+
+An exception that upstream raises while it acts on keys that the run file sets is about those keys,
+and ends the run with exit code 1. One that is raised in code of ours, or without such a key, is a
+defect of ours and stays one. Read at transformers 5.17, TRL 1.16 and torch 2.11 to 2.13;
+tests/contract/test_train_upstream.py holds the names of files and functions.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import toolkit
+from toolkit.base.errors import ConfigError, first_line
+from toolkit.config.build import thaw
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+OURS = Path(toolkit.__file__).resolve().parent
+MOST_NAMED = 4
+A_CLASS = 16
+"""A word of this length that is a part of a key is the class that the key is read into."""
+
+
+class Phase(NamedTuple):
+    """A part of upstream's work, and the keys of ``grpo`` that it acts on."""
+
+    doing: str
+    places: tuple[str, ...]
+    """``file`` or ``file:function``; a file that ends with / is a folder."""
+    keys: tuple[str, ...] | None
+    """None: those that the exception names."""
+
+
+_SIZES = (
+    "generation_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size",
+    "steps_per_generation", "num_generations", "max_steps", "num_train_epochs",
+)  # fmt: skip
+_LOADER = (
+    "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "dataloader_multiprocessing_context", "dataloader_pin_memory", "dataloader_in_order",
+    "dataloader_drop_last", "accelerator_config", "train_sampling_strategy", "length_column_name",
+    "data_seed", "remove_unused_columns",
+)  # fmt: skip
+_EVALUATION = (
+    "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size",
+    "num_generations_eval", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+    "label_names", "prediction_loss_only", "eval_use_gather_object", "eval_do_concat_batches",
+)  # fmt: skip
+_DDP = (
+    "ddp_backend", "ddp_static_graph", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_find_unused_parameters", "ddp_timeout",
+)  # fmt: skip
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+PHASES = (
+    Phase(
+        "making the schedule of the learning rate",
+        (
+            "transformers/optimization.py", "torch/optim/lr_scheduler.py",
+            "transformers/trainer.py:create_scheduler",
+        ),
+        ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "learning_rate"),
+    ),
+    Phase(
+        "making the optimizer",
+        (
+            "transformers/trainer_optimizer.py", "transformers/trainer.py:create_optimizer",
+            "transformers/trainer.py:get_optimizer_cls_and_kwargs", "bitsandbytes/",
+            "galore_torch/", "apollo_torch/", "schedulefree/", "lomo_optim/", "grokadamw/",
+            "optimi/", "torchao/", "torchdistx/",
+        ),
+        (
+            "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2",
+            "adam_epsilon", "weight_decay", "learning_rate",
+        ),
+    ),
+    Phase(
+        "calling a tracker",
+        (
+            "transformers/integrations/integration_utils.py",
+            "transformers/integrations/tpu.py",
+        ),
+        (
+            "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+            "trackio_static_space_id",
+        ),
+    ),
+    Phase(
+        "loading data",
+        (
+            "torch/utils/data/", "accelerate/data_loader.py",
+            "accelerate/utils/operations.py",
+            "transformers/trainer.py:_get_dataloader", "transformers/trainer.py:_get_train_sampler",
+            "trl/trainer/grpo_trainer.py:get_train_dataloader", "transformers/trainer_pt_utils.py",
+        ),
+        _LOADER,
+    ),
+    Phase(
+        "working out the length of the run",
+        ("transformers/trainer.py:set_initial_training_values",),
+        _SIZES,
+    ),
+    Phase(
+        "comparing checkpoints",
+        (
+            "transformers/trainer.py:_determine_best_metric",
+            "transformers/trainer.py:_load_best_model", "transformers/trainer.py:_evaluate",
+        ),
+        ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "save_strategy",
+         "lr_scheduler_type"),
+    ),
+    Phase(
+        "compiling the model",
+        (
+            "torch/_dynamo/", "torch/_inductor/", "torch/__init__.py:compile",
+            "accelerate/utils/dataclasses.py:__post_init__",
+        ),
+        _COMPILE,
+    ),
+    Phase("loading Liger", ("transformers/integrations/liger.py", "liger_kernel/"),
+          ("use_liger_kernel", "liger_kernel_config")),
+    Phase(
+        "adding noise to the embeddings",
+        ("transformers/integrations/neftune.py",),
+        ("neftune_noise_alpha",),
+    ),
+    Phase("looking for overflows", ("transformers/debug_utils.py",), ("debug",)),
+    Phase(
+        "generating",
+        ("transformers/generation/", "transformers/cache_utils.py"),
+        (
+            "cache_implementation", "generation_kwargs", "use_transformers_continuous_batching",
+            "transformers_continuous_batching_config",
+        ),
+    ),
+    Phase("scaling gradients", ("torch/amp/",), ("fp16", "bf16")),
+    Phase(
+        "making the process group",
+        ("torch/distributed/", "torch/nn/parallel/distributed.py", "accelerate/state.py"),
+        _DDP,
+    ),
+    Phase(
+        "setting up accelerate",
+        ("transformers/trainer.py:create_accelerator_and_postprocess", "accelerate/accelerator.py"),
+        ("accelerator_config", *_COMPILE, *_DDP, "bf16", "fp16"),
+    ),
+    Phase(
+        "evaluating",
+        (
+            "transformers/trainer.py:evaluation_loop", "transformers/trainer.py:evaluate",
+            "transformers/trainer.py:get_eval_dataloader",
+            "trl/trainer/grpo_trainer.py:get_eval_dataloader",
+        ),
+        _EVALUATION,
+    ),
+    Phase(
+        "reading the arguments",
+        (
+            "transformers/training_args.py", "trl/trainer/grpo_config.py",
+            "trl/trainer/base_config.py", "trl/trainer/grpo_trainer.py:__init__",
+            "transformers/trainer.py:__init__", "transformers/trainer.py:_validate_args",
+        ),
+        None,
+    ),
+)  # fmt: skip
+
+
+class Blame(NamedTuple):
+    """What upstream was doing, and the written keys that it was about."""
+
+    doing: str
+    keys: tuple[str, ...]
+
+
+def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
+    """The keys of ``written`` (the run file's ``grpo``) that ``error`` is about; None where it is
+    about none.
+
+    Frames are looked at from the one that raised outwards, as far as the first of ours.
+    """
+    for file, function in _upstream_frames(error):
+        for phase in PHASES:
+            if not any(_matches(place, file, function) for place in phase.places):
+                continue
+            keys = _named(error, written) if phase.keys is None else phase.keys
+            there = tuple(key for key in keys if key in written)
+            if there:
+                return Blame(phase.doing, there)
+    return None
+
+
+def config_fault(
+    error: BaseException, written: Mapping[str, Any], where: str
+) -> ConfigError | None:
+    """``error`` as one of the run file's keys, with upstream's text; None where it is not."""
+    found = blame(error, written)
+    if found is None:
+        return None
+    first, *others = found.keys[:MOST_NAMED]
+    named = "; ".join(f"grpo.{key} is {thaw(written[key])!r}" for key in (first, *others))
+    return ConfigError(
+        f"{found.doing} failed: {type(error).__name__}: {first_line(error)} ({named})",
+        where=where,
+        fix=f"change or remove grpo.{first}"
+        + (f" (or {', '.join(f'grpo.{key}' for key in others)})" if others else "")
+        + f"; `envcheck explain grpo.{first}` says what it takes",
+    )
+
+
+def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that the exception's text names as words, or by the class that holds them
+    (AcceleratorConfig, ContinuousBatchingConfig).
+    """
+    words = {word.lower().replace("_", "") for word in re.findall(r"\w+", str(error))}
+    plain = {key: key.replace("_", "") for key in written}
+    return tuple(
+        key
+        for key, name in plain.items()
+        if name in words or any(len(word) >= A_CLASS and word in name for word in words)
+    )
+
+
+def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
+    """(file, function) of each frame, the innermost first, up to the first frame of ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(OURS):
+            return
+        yield path.as_posix(), frame.name
+
+
+def _matches(place: str, file: str, function: str) -> bool:
+    part, _, name = place.partition(":")
+    if part.endswith("/"):
+        return f"/{part}" in file
+    return file.endswith(f"/{part}") and name in ("", function)
