@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError
-from toolkit.policy.adapter_io import BASE_FILE, base_name, fingerprint
+from toolkit.policy.adapter_io import BASE_FILE, base_name
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
+from toolkit.policy.fingerprint import is_base_of, marks_of
 from toolkit.policy.lora import (
     adapter_tensors,
     add_from_config,
@@ -110,15 +111,17 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
 
 
 def check_base(model: Any, adapter: Adapter) -> None:
-    """Refuse an adapter of another base: by fingerprint where both have one, else by hub id.
+    """Refuse an adapter of another base: by its digests where both have one, else by hub id.
 
     Raises:
         ConfigValueError: the bases differ; both are named.
     """
     theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
-    mark, own = adapter.base.get("fingerprint"), fingerprint(model)
-    if mark is not None and own is not None:
-        differ, detail = mark != own, f" (weights {mark}, not {own})"
+    same = is_base_of(adapter.base, model)
+    if same is not None:
+        marks = marks_of(model)
+        theirs_mark = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
+        differ, detail = not same, f" (weights {theirs_mark}, not {marks.checkpoint or marks.weights})"
     else:
         hub = all(
             name and not Path(name).is_dir() and name.count("/") == 1 for name in (theirs, ours)
