@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 FIRST_SPEAKS_S = 5.0
 
 
+class Processes(click.ParamType):
+    """A number of processes, or ``auto``: one for each GPU that CUDA sees, one without a GPU."""
+
+    name = "integer"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if value != "auto":
+            return int(click.IntRange(min=1).convert(value, param, ctx))
+        from toolkit.gpu import devices  # noqa: PLC0415 - only here
+        from toolkit.gpu.snapshot import take  # noqa: PLC0415
+
+        return max(1, len(devices.visible(take()).devices))
+
+
 @click.command("train")
 @click.argument("run_file", metavar="RUN.yaml")
 @click.option(
@@ -36,9 +52,9 @@ FIRST_SPEAKS_S = 5.0
 @click.option(
     "--nproc-per-node",
     "processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Train on N GPUs of this node, a process each.",
+    type=Processes(),
+    metavar="N|auto",
+    help="Train on N GPUs of this node, or on all that are visible, a process each.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and what upstream libraries say.")

@@ -88,6 +88,13 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             where="lora.modules_to_save",
             fix="leave modules_to_save out, or train with fast_inference: false",
         )
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"adapter {name!r} is a {kind} adapter, and vLLM has slots for LoRA only",
+            where="publish",
+            fix="use peft.LoraConfig, or load with fast_inference=False",
+        )
     pairs = []
     for path, module in peft_model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -100,9 +107,10 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
         if name not in module.lora_A:
             continue
         a, b = module.lora_A[name], module.lora_B[name]
-        if getattr(b, "bias", None) is not None or getattr(module, "use_dora", {}).get(name):
+        if getattr(b, "bias", None) is not None or name in module.lora_variant:
             raise UnsupportedError(
-                f"{path} has a LoRA bias or DoRA, which vLLM has no slot for", where="lora"
+                f"{path} has a LoRA bias, DoRA or another variant, which vLLM has no slot for",
+                where="lora",
             )
         if a.weight.dim() != 2 or hasattr(module, "parameter_name"):
             raise UnsupportedError(

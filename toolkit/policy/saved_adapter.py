@@ -18,10 +18,11 @@ from toolkit.policy.lora import (
     adapter_tensors,
     add_from_config,
     read_peft_config,
+    refuse_unserved,
     set_adapter_tensors,
     settings_of,
 )
-from toolkit.policy.settings import check_settings, check_targets, check_with_engine
+from toolkit.policy.settings import check_settings, check_targets
 
 if TYPE_CHECKING:
     import os
@@ -121,7 +122,10 @@ def check_base(model: Any, adapter: Adapter) -> None:
     if same is not None:
         marks = marks_of(model)
         theirs_mark = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
-        differ, detail = not same, f" (weights {theirs_mark}, not {marks.checkpoint or marks.weights})"
+        differ, detail = (
+            not same,
+            f" (weights {theirs_mark}, not {marks.checkpoint or marks.weights})",
+        )
     else:
         hub = all(
             name and not Path(name).is_dir() and name.count("/") == 1 for name in (theirs, ours)
@@ -187,7 +191,7 @@ def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
     settings = settings_of(adapter.config)
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
-        check_with_engine(settings, engine.options.max_lora_rank)
+        refuse_unserved(model, adapter.config, engine, str(adapter.folder))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_targets(settings, (module for module, _ in inner.named_modules()))
     peft_model = add_from_config(model, adapter.config, name)
