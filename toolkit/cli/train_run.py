@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 FIRST_SPEAKS_S = 5.0
 
 
-class Processes(click.ParamType):
+class Processes(click.IntRange):
     """A number of processes, or ``auto``: one for each GPU that CUDA sees, one without a GPU."""
 
-    name = "integer"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Raises click.UsageError for what is none."""
         if value != "auto":
-            return int(click.IntRange(min=1).convert(value, param, ctx))
+            return int(super().convert(value, param, ctx))
         from toolkit.gpu import devices  # noqa: PLC0415 - only here
         from toolkit.gpu.snapshot import take  # noqa: PLC0415
 
@@ -52,7 +49,7 @@ class Processes(click.ParamType):
 @click.option(
     "--nproc-per-node",
     "processes",
-    type=Processes(),
+    type=Processes(min=1),
     metavar="N|auto",
     help="Train on N GPUs of this node, or on all that are visible, a process each.",
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import trl
+from transformers.utils import is_torch_bf16_gpu_available
 
 from toolkit.base.errors import ConfigValueError
 
@@ -30,7 +31,13 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         # None is TRL's own word for a field that is left out.
         written = frozenset(name for name, value in given.items() if value is not None)
         setattr(self, WRITTEN, written)
+        if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
+            kwargs["bf16"] = False  # TRL's True would be refused by transformers, unasked
         super().__init__(*args, **kwargs)
+
+
+def _has_bfloat16(given: dict[str, Any]) -> bool:
+    return bool(given.get("use_cpu")) or is_torch_bf16_gpu_available()
 
 
 def default_config(model: Any) -> GRPOConfig:
