@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PEFT_PREFIX = "base_model.model."
+PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
+"""PEFT 0.21's variants that compute W + s B A, MiCA with a B that is not trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
         if name not in module.lora_A:
             continue
         a, b = module.lora_A[name], module.lora_B[name]
-        if getattr(b, "bias", None) is not None or name in module.lora_variant:
+        variant = type(module.lora_variant.get(name)).__name__
+        if getattr(b, "bias", None) is not None or variant not in PLAIN_VARIANTS:
             raise UnsupportedError(
                 f"{path} has a LoRA bias, DoRA or another variant, which vLLM has no slot for",
                 where="lora",

@@ -12,7 +12,8 @@ __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "jud
 
 _THEMES = (
     "batch", "batch_auto", "sampling", "training", "schedule", "lengths", "lora", "lora_engine",
-    "experts", "loading", "hardware", "keys", "secrets", "rewards", "data", "runtime", "structural",
+    "experts", "loading", "hardware", "keys", "secrets", "rewards", "data", "runtime", "formats",
+    "structural",
 )  # fmt: skip
 
 
