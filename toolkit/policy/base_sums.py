@@ -63,7 +63,9 @@ def digest(sums: Mapping[str, Sum]) -> str:
 
 def _add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor's bytes, as a 0-dimensional int64 on its device."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # As a plain tensor: bitsandbytes' own kind has a view of its own on how it is cut.
+    plain = tensor.detach().as_subclass(torch.Tensor)
+    flat = plain.contiguous().reshape(-1).view(torch.uint8)
     whole = flat.numel() - flat.numel() % 8
     if flat.storage_offset() % 8 == 0 and flat.data_ptr() % 8 == 0:
         head = flat[:whole].view(torch.int64).sum()
