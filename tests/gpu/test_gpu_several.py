@@ -11,9 +11,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
-from train_world import make, toolkit
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
@@ -25,6 +22,9 @@ pytestmark = [
 def test_a_run_with_several_visible_gpus(
     tmp_path: Path, engine: str, processes: str | None
 ) -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
+    from train_world import make, toolkit
+
     run_file = make(tmp_path, engine=engine, steps=2)
     more = [] if processes is None else ["--nproc-per-node", processes]
     done = toolkit("train", str(run_file), *more, timeout=500)
