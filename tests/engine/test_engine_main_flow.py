@@ -8,10 +8,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import engine_checkpoints
 import pytest
 from safetensors.torch import load_file
+from transformers import Qwen2Tokenizer
 
 from toolkit.policy.fingerprint import of_checkpoint
 from toolkit.train.finished import complete, export_run, open_run
@@ -28,7 +30,7 @@ CASES = [
         engine,
         id=f"{family}-{'tied' if tied else 'untied'}-{engine}",
         # One case is enough for each change: a tied model on vLLM.
-        marks=[] if (family, tied, engine) == ("qwen2", True, "vllm") else pytest.mark.slow,
+        marks=[] if (family, tied, engine) == ("qwen3", True, "vllm") else pytest.mark.slow,
     )
     for family in engine_checkpoints.FAMILIES
     for tied in (True, False)
@@ -46,7 +48,7 @@ runtime: {{engine: {engine}, output_dir: run, allow_code: [mine]}}
 """
 REWARD = """\
 def even(completions, **_):
-    return [sum(int(n) % 2 == 0 for n in text.split("t") if n.strip()) for text in completions]
+    return [sum(letter in "02468" for letter in text) for text in completions]
 """
 TARGETS = {"phi3": "[qkv_proj, o_proj]"}
 PROMPT = "t5 t6 t7"
@@ -63,8 +65,25 @@ print(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
 """
 
 
+def characters() -> Any:
+    """transformers 5.17 reads every tokenizer of a Qwen2 checkpoint as its own kind of BPE."""
+    pieces = ["<pad>", "<bos>", "<eos>", *"0123456789t\u0120"]
+    pieces += [f"x{number}" for number in range(len(pieces), engine_checkpoints.VOCAB)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<eos>",
+    )
+
+
 def world(folder: Path, family: str, tied: bool, engine: str) -> Path:
     engine_checkpoints.make(folder / "model", family, tie_word_embeddings=tied)
+    if family == "qwen2":
+        characters().save_pretrained(folder / "model")
     rows = [{"question": f"t{i} t{i + 1} t{i + 2}"} for i in range(50, 74)]  # t0 to t3 are special
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.py").write_text(REWARD)
@@ -101,7 +120,7 @@ def test_train_generate_export_and_plain_transformers(
     export_run(run, tmp_path / "merged", merge=True)
     assert plain(tmp_path / "merged") == answer
     assert plain(tmp_path / "model") != answer
-    if engine == "vllm" and family != "qwen2":
+    if engine == "vllm" and family != "qwen3":
         options = ("--engine", "vllm", "--temperature", "0", "--max-tokens", "8")
         again = toolkit("generate", str(folder), PROMPT, *options)
         assert again.stdout.strip() == answer, again.stderr[-3000:]
