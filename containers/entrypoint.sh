@@ -173,10 +173,11 @@ check_run_file() { # TRAIN-ARGUMENTS...
                 ;;
             --nproc-per-node)
                 [ "$arguments" -gt 0 ] || break
-                export WORLD_SIZE="$1"
+                [ "$1" = auto ] || export WORLD_SIZE="$1" # each process checks its own GPU as well
                 shift
                 arguments=$((arguments - 1))
                 ;;
+            --nproc-per-node=auto) ;;
             --nproc-per-node=*) export WORLD_SIZE="${argument#*=}" ;;
             --set=*) set -- "$@" "$argument" ;;
             --output-dir=*) set -- "$@" --set "runtime.output_dir=${argument#*=}" ;;

@@ -147,7 +147,7 @@ def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dr
     assert set(vars(work)) <= set(Workload.__slots__)
     step = StepPlan(
         micro_batch=size[0], accumulation=1, checkpointing=checkpointing,
-        compute_bytes=2 if half else 4, adapter_bytes=4, own_weights=False,
+        compute_bytes=2 if half else 4, own_weights=False,
     )  # fmt: skip
     return activation_bytes(spec_from_values(values, name="x"), work, step)
 

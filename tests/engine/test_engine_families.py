@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from toolkit.engine.load import open_engine
 from toolkit.engine.rollout import Sampling
+from toolkit.policy.fingerprint import of_weights
 from toolkit.policy.views import shared_model
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Case:
     model: PreTrainedModel
     tokens: torch.Tensor
     expected: torch.Tensor
+    plain: dict[str, tuple[int, ...]]
+    weights: str | None
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -66,9 +69,11 @@ def case(
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference(tokens).logits
+    plain = {name: tuple(p.shape) for name, p in reference.named_parameters()}
+    weights = of_weights(reference)
     del reference
     with open_engine(options(folder)) as engine:
-        yield Case(family, engine, shared_model(engine), tokens, expected)
+        yield Case(family, engine, shared_model(engine), tokens, expected, plain, weights)
 
 
 def put_adapter(case: Case, alpha: int, rslora: bool, spread: float = 0.05) -> PeftModel:
@@ -112,6 +117,12 @@ def checksum(tensor: torch.Tensor) -> str:
 def test_logits_equal_a_separate_load_bit_for_bit(case: Case) -> None:
     with torch.no_grad():
         assert torch.equal(case.model(case.tokens).logits, case.expected)
+
+
+def test_parameters_and_fingerprint_are_those_of_a_plain_load(case: Case) -> None:
+    """Tied weights too: one parameter, under one name."""
+    assert {name: tuple(p.shape) for name, p in case.model.named_parameters()} == case.plain
+    assert of_weights(case.model) == case.weights
 
 
 def test_no_parameter_has_a_second_copy(case: Case) -> None:

@@ -14,7 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from toolkit.base.errors import ConfigValueError, ToolkitWarning
+from toolkit import GRPOConfig, GRPOTrainer
+from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
 from toolkit.config.libraries import known
 
 if TYPE_CHECKING:
@@ -92,6 +93,55 @@ def test_fifty_steps_leave_every_tensor_of_the_engine_as_it_was(loaded, policy, 
     assert [a.outputs[0].token_ids for a in base] != now
 
 
+def test_an_adapter_that_trl_puts_on_is_sampled_from_and_the_base_stays(loaded, tmp_path) -> None:
+    """``peft_config`` goes by get_peft_model; ``bf16`` is left to the config, and the engine is
+    float32.
+    """
+    model, before = loaded[0], training.engine_checksums(loaded[0].toolkit_engine)
+    layers = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    data = Dataset.from_list(training.ROWS)
+
+    def make(**peft: Any) -> GRPOTrainer:
+        config = GRPOConfig(str(tmp_path), max_steps=3, learning_rate=1e-2, logging_steps=1,
+                            num_generations=4, max_completion_length=8, save_strategy="no",
+                            report_to=[], use_cpu=True, gradient_checkpointing=False)  # fmt: skip
+        return GRPOTrainer(model, training.digits, config, data, processing_class=loaded[1],
+                           peft_config=LoraConfig(**{**layers, **peft}))  # fmt: skip
+
+    for refused in ({"init_lora_weights": "olora"}, {"bias": "all"}, {"use_dora": True}):
+        with pytest.raises(UnsupportedError, match="peft_config"):
+            make(**refused)
+    with pytest.raises(ConfigValueError, match="peft_config: r=16 is above max_lora_rank=8"):
+        make(r=16)
+    trainer = make()
+    try:
+        trainer.train()
+        gaps = [row["sampling/logp_gap_max"] for row in training.steps(trainer)]
+        assert max(gaps) < TOLERANCE
+        assert trainer.base_check["unchanged"]
+        assert training.engine_checksums(model.toolkit_engine) == before
+        assert (trainer.model.save_lora(tmp_path / "adapter") / "base.json").is_file()
+    finally:
+        trainer.model.unload()
+
+
+def test_a_base_that_was_written_to_is_refused(loaded, policy, tmp_path) -> None:
+    weight = loaded[0].get_parameter("model.norm.weight")
+    kept = weight.detach().clone()
+    weight.data.mul_(1.5)
+    try:
+        with pytest.raises(ConfigValueError, match=r"norm\.weight of the base changed after"):
+            training.make_trainer(policy, loaded[1], tmp_path)
+    finally:
+        weight.data.copy_(kept)
+    weight.requires_grad_(True)
+    try:
+        with pytest.raises(UnsupportedError, match=r"norm\.weight would be trained"):
+            training.make_trainer(policy, loaded[1], tmp_path)
+    finally:
+        weight.requires_grad_(False)
+
+
 def test_one_seed_is_one_run_whatever_the_process_did_before(loaded, tmp_path) -> None:
     first = train(loaded, tmp_path / "a", max_steps=4)
     other = train(loaded, tmp_path / "b", max_steps=3, seed=8, num_generations=2, temperature=1.5)
@@ -153,24 +203,6 @@ def test_trls_options_run_on_the_engine(loaded, tmp_path, name) -> None:
         assert len(json.loads(said)) == 2
     if name == "steps_per_generation":
         assert len(json.loads(said)) == 1
-
-
-def test_an_adapter_that_trl_puts_on(loaded, tmp_path) -> None:
-    """``peft_config`` in the trainer, over the bare model; a rank above the engine's is told."""
-    for rank, gap in ((4, TOLERANCE), (16, None)):
-        lora = LoraConfig(r=rank, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-        trainer = training.make_trainer(
-            loaded[0], loaded[1], tmp_path, more={"peft_config": lora}, learning_rate=0.1
-        )
-        try:
-            if gap is None:
-                with pytest.raises(ConfigValueError, match="rank 16, the engine was built for at"):
-                    trainer.train()
-            else:
-                trainer.train()
-                assert all(r["sampling/logp_gap_max"] < gap for r in training.steps(trainer))
-        finally:
-            trainer.model.unload()
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")

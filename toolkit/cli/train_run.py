@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
 
 FIRST_SPEAKS_S = 5.0
+
+
+class Processes(click.IntRange):
+    """A number of processes, or ``auto``: one for each GPU that CUDA sees, one without a GPU."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Raises click.UsageError for what is none."""
+        if value != "auto":
+            return int(super().convert(value, param, ctx))
+        from toolkit.gpu import devices  # noqa: PLC0415 - only here
+        from toolkit.gpu.snapshot import take  # noqa: PLC0415
+
+        return max(1, len(devices.visible(take()).devices))
 
 
 @click.command("train")
@@ -42,9 +55,9 @@ FIRST_SPEAKS_S = 5.0
 @click.option(
     "--nproc-per-node",
     "processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Train on N GPUs of this node, a process each.",
+    type=Processes(min=1),
+    metavar="N|auto",
+    help="Train on N GPUs of this node, or on all that are visible, a process each.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and what upstream libraries say.")

@@ -39,7 +39,7 @@ MOVED: dict[str, Moved] = {
         "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
     ),
     "grpo.group_by_length": Moved(
-        None, "transformers 4", "train_sampling_strategy: group_by_length does it"
+        None, "transformers 4", "GRPO draws groups of prompts with a sampler of its own"
     ),
     "grpo.logging_dir": Moved(None, "transformers 4", "the run folder holds all logs"),
     "grpo.overwrite_output_dir": Moved(
@@ -113,9 +113,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "grpo.do_eval": Conversion(drop=(False,)),
     "grpo.do_predict": Conversion(drop=(False,)),
     "grpo.local_rank": Conversion(drop=(-1,)),
-    "grpo.group_by_length": Conversion(
-        "grpo.train_sampling_strategy", {True: "group_by_length"}, drop=(False,)
-    ),
+    "grpo.group_by_length": Conversion(drop=(True, False)),
     "grpo.no_cuda": Conversion(drop=(False,)),
     "grpo.overwrite_output_dir": Conversion(drop=(False,)),
     "grpo.save_safetensors": Conversion(drop=(True,)),

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PEFT_PREFIX = "base_model.model."
+PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
+"""PEFT 0.21's variants that compute W + s B A, MiCA with a B that is not trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,13 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             where="lora.modules_to_save",
             fix="leave modules_to_save out, or train with fast_inference: false",
         )
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"adapter {name!r} is a {kind} adapter, and vLLM has slots for LoRA only",
+            where="publish",
+            fix="use peft.LoraConfig, or load with fast_inference=False",
+        )
     pairs = []
     for path, module in peft_model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -100,9 +109,11 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
         if name not in module.lora_A:
             continue
         a, b = module.lora_A[name], module.lora_B[name]
-        if getattr(b, "bias", None) is not None or getattr(module, "use_dora", {}).get(name):
+        variant = type(module.lora_variant.get(name)).__name__
+        if getattr(b, "bias", None) is not None or variant not in PLAIN_VARIANTS:
             raise UnsupportedError(
-                f"{path} has a LoRA bias or DoRA, which vLLM has no slot for", where="lora"
+                f"{path} has a LoRA bias, DoRA or another variant, which vLLM has no slot for",
+                where="lora",
             )
         if a.weight.dim() != 2 or hasattr(module, "parameter_name"):
             raise UnsupportedError(

@@ -4,7 +4,6 @@ adapters.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,24 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from toolkit.base.errors import ConfigValueError, InputError
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
+from toolkit.policy.fingerprint import marks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BASE_FILE = "base.json"
 """Beside PEFT's files: what the base was, so that an adapter is not put on another one."""
-
-TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
-WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names: the adapter's own, and what it wraps the base's in."""
-
-SAMPLE = 16
-"""Values of each base tensor that go into the fingerprint."""
 
 
 def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "default") -> Path:
@@ -53,7 +45,12 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         model.save_pretrained(str(work), selected_adapters=[name], save_embedding_layers=resized)
         inner = work if name == "default" else work / name
         _sort_config(inner / ADAPTER_CONFIG)
-        described = {"base_model_name_or_path": base_name(model), "fingerprint": fingerprint(model)}
+        marks = marks_of(model)
+        described = {
+            "base_model_name_or_path": base_name(model),
+            "checkpoint": marks.checkpoint,
+            "fingerprint": marks.weights,
+        }
         (inner / BASE_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         for file in inner.iterdir():
             file.chmod(0o644)
@@ -93,25 +90,3 @@ def _sort_config(path: Path) -> None:
 def base_name(model: Any) -> str | None:
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None
-
-
-def fingerprint(model: Any) -> str | None:
-    """A short digest of the base: names, shapes and a few values of every frozen tensor, in
-    bfloat16.
-
-    Rounded so that one checkpoint has one fingerprint in float32 and in bfloat16. None for
-    quantized weights.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    digest = hashlib.sha256()
-    for name, parameter in base.named_parameters():
-        if not name.endswith("weight") or any(part in name for part in TRAINED):
-            continue  # biases may be trained in place
-        if not parameter.is_floating_point():
-            return None
-        values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
-        for part in WRAPPERS:
-            name = name.replace(part, ".")
-        digest.update(name.encode())
-        digest.update(repr((tuple(parameter.shape), values.tolist())).encode())
-    return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ from toolkit.engine.load import open_engine
 from toolkit.engine.options import EngineOptions
 from toolkit.policy.arguments import ENGINE_EXTRA, WHERE
 from toolkit.policy.attention import choose_attention
+from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def load_on_engine(
         from toolkit.policy.views import shared_model  # noqa: PLC0415 - imports vLLM's side
 
         model = shared_model(engine, attn_implementation=request.attn_implementation)
+        note_checkpoint(model, checkpoint.folder)
     except BaseException:
         engine.close()
         raise

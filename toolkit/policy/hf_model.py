@@ -22,6 +22,7 @@ from toolkit.base.errors import (
 from toolkit.base.launcher import local_rank
 from toolkit.policy.arguments import WHERE
 from toolkit.policy.attention import choose_attention
+from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.positions import set_positions
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     _check_complete(info, checkpoint.name)
     if request.resize_model_vocab is not None:
         _resize(model, request.resize_model_vocab, request.random_state)
+    else:
+        note_checkpoint(model, checkpoint.folder)
     model.requires_grad_(request.full_finetuning)
     return model
 

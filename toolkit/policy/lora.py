@@ -8,6 +8,7 @@ bfloat16 too. The forward pass computes in the base's dtype under autocast, as t
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,13 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
+from toolkit.base.errors import (
+    ConfigError,
+    ConfigTypeError,
+    ConfigValueError,
+    ToolkitWarning,
+    UnsupportedError,
+)
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.settings import (
@@ -35,7 +42,7 @@ from toolkit.policy.settings import (
 from toolkit.policy.targets import experts_of, refuse_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 NOT_PEFTS = ("random_state",)
 KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
@@ -76,14 +83,14 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     check_settings(settings)
     engine = getattr(model, "toolkit_engine", None)
     experts = experts_of(settings, model)
+    config = to_peft(settings)
     if engine is not None:
-        check_with_engine(settings, engine.options.max_lora_rank)
-        refuse_experts(experts, WHERE)
+        refuse_unserved(model, config, engine, WHERE)
     check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
         try:
-            return get_peft_model(model, use_fast_layers(to_peft(settings)))
+            return get_peft_model(model, use_fast_layers(config))
         except ValueError as error:
             raise ConfigValueError(str(error).strip(), where=WHERE) from error
 
@@ -183,6 +190,53 @@ def _is_plain(layer: Any, name: str) -> bool:
     return layer.lora_variant.get(name) is None and layer.lora_B[name].bias is None
 
 
+def refuse_unserved(model: Any, config: Any, engine: Any, where: str) -> None:
+    """Refuse an adapter that the ``engine`` on ``model`` cannot sample from, or that would change
+    the weights that both share. ``config`` is any ``peft.PeftConfig``, whoever made it.
+
+    An engine without LoRA slots of its own samples from the trained model itself: it serves all.
+
+    Raises:
+        UnsupportedError, ConfigValueError, ConfigTypeError: naming the option.
+    """
+    options = getattr(engine, "options", None)
+    if options is None:
+        return
+    try:
+        _refuse_kind(config)
+        settings = settings_of(config)
+        check_settings(settings)
+        check_with_engine(settings, options.max_lora_rank)
+        refuse_experts(experts_of(settings, model), where)
+    except ConfigError as error:
+        raise type(error)(error.message, where=where, fix=error.fix) from error
+
+
+def _refuse_kind(config: Any) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"a {kind} adapter: the engine serves LoRA adapters only, so it would not be sampled"
+            " from",
+            fix="use peft.LoraConfig, or load with fast_inference=False",
+        )
+    for name in other_fields(config.to_dict()):
+        raise UnsupportedError(
+            f"{name}={getattr(config, name, None)!r}: the engine's LoRA slots cannot hold it",
+            fix="leave it out, or load with fast_inference=False",
+        )
+
+
+def other_fields(values: Mapping[str, Any]) -> list[str]:
+    """Fields of an adapter's config that are set and that ``LoraSettings`` does not express."""
+    default, known = LoraConfig(), {item.name for item in fields(LoraSettings)}
+    return [
+        name
+        for name, value in values.items()
+        if name not in known | set(BOOKKEEPING) and value and value != getattr(default, name, None)
+    ]
+
+
 def read_peft_config(values: Mapping[str, Any]) -> Any:
     """The ``peft.LoraConfig`` of an adapter_config.json's object, trainable.
 
@@ -192,11 +246,9 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ConfigValueError(f"peft_type is {kind!r}, and only LORA adapters are loaded")
-    default = LoraConfig()
     ours = {item.name for item in fields(LoraSettings)} - set(NOT_PEFTS)
-    for name, value in values.items():
-        if name not in (*ours, *BOOKKEEPING) and value and value != getattr(default, name, None):
-            raise ConfigValueError(f"its {ADAPTER_CONFIG} sets {name}, which is not supported")
+    for name in other_fields(values):
+        raise ConfigValueError(f"its {ADAPTER_CONFIG} sets {name}, which is not supported")
     kept = {name: values[name] for name in (*ours, *KEPT) if name in values}
     try:
         return LoraConfig(**{**kept, "inference_mode": False, "task_type": "CAUSAL_LM"})
@@ -224,3 +276,30 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
         return model
     with torch.random.fork_rng(devices=[]):
         return PeftModelForCausalLM(model, config, adapter_name=name)
+
+
+@contextmanager
+def kept_float32(model: Any) -> Iterator[None]:
+    """Inside, others may round the adapter on ``model``; afterwards its values are what they were.
+
+    TRL 1.16 casts the adapter of a model that is loaded in 4 or 8 bits to bfloat16
+    (GRPOTrainer.__init__), as the QLoRA paper does. GRPO's updates are smaller than that rounding.
+    """
+    named = getattr(model, "named_parameters", dict)
+    named = dict(named()) if is_peft(model) else {}
+    before = {id(p): p.data for name, p in named.items() if "lora_" in name}
+    try:
+        yield
+    finally:
+        for parameter in named.values():
+            kept = before.get(id(parameter))
+            if kept is not None and parameter.dtype != kept.dtype:
+                parameter.data = kept.to(parameter.device)
+
+
+def widen_adapter(model: Any) -> None:
+    """Hold every trained LoRA tensor on ``model`` in float32, whoever made it."""
+    for name, parameter in model.named_parameters():
+        half = parameter.dtype in (torch.bfloat16, torch.float16)
+        if "lora_" in name and parameter.requires_grad and half:
+            parameter.data = parameter.data.float()

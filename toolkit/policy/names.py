@@ -77,11 +77,11 @@ def plan_views(
         except UnsupportedError as problem:
             problems[name] = problem.message
     for group in tied:
-        placed = next((found[name] for name in sorted(group) if name in found), None)
-        for name in group:
-            if placed is not None and name in problems:
-                found[name] = placed
-                del problems[name]
+        # One slice for all names, whatever names the engine has for it: one parameter, as loaded.
+        placed = next((found[name] for name in wanted if name in group and name in found), None)
+        if placed is not None:
+            found |= dict.fromkeys(group, placed)
+            problems = {name: why for name, why in problems.items() if name not in group}
     if problems:
         lines = [f"{name}: {why}" for name, why in list(problems.items())[:5]]
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

@@ -11,16 +11,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError
-from toolkit.policy.adapter_io import BASE_FILE, base_name, fingerprint
+from toolkit.policy.adapter_io import BASE_FILE, base_name
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
+from toolkit.policy.fingerprint import is_base_of, marks_of
 from toolkit.policy.lora import (
     adapter_tensors,
     add_from_config,
     read_peft_config,
+    refuse_unserved,
     set_adapter_tensors,
     settings_of,
 )
-from toolkit.policy.settings import check_settings, check_targets, check_with_engine
+from toolkit.policy.settings import check_settings, check_targets
 
 if TYPE_CHECKING:
     import os
@@ -110,15 +112,20 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
 
 
 def check_base(model: Any, adapter: Adapter) -> None:
-    """Refuse an adapter of another base: by fingerprint where both have one, else by hub id.
+    """Refuse an adapter of another base: by its digests where both have one, else by hub id.
 
     Raises:
         ConfigValueError: the bases differ; both are named.
     """
     theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
-    mark, own = adapter.base.get("fingerprint"), fingerprint(model)
-    if mark is not None and own is not None:
-        differ, detail = mark != own, f" (weights {mark}, not {own})"
+    same = is_base_of(adapter.base, model)
+    if same is not None:
+        marks = marks_of(model)
+        theirs_mark = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
+        differ, detail = (
+            not same,
+            f" (weights {theirs_mark}, not {marks.checkpoint or marks.weights})",
+        )
     else:
         hub = all(
             name and not Path(name).is_dir() and name.count("/") == 1 for name in (theirs, ours)
@@ -184,7 +191,7 @@ def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
     settings = settings_of(adapter.config)
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
-        check_with_engine(settings, engine.options.max_lora_rank)
+        refuse_unserved(model, adapter.config, engine, str(adapter.folder))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_targets(settings, (module for module, _ in inner.named_modules()))
     peft_model = add_from_config(model, adapter.config, name)

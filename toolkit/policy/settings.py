@@ -196,7 +196,7 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
             f"lora_dropout={settings.lora_dropout}: the engine samples without dropout, so its"
             " log-probabilities differ from the trainer's",
             ToolkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.rollout import Sampling
 from toolkit.engine.weights import borrow, engine_name
+from toolkit.policy.base_sums import AT_LOAD, base_sums
 from toolkit.policy.names import FALLBACK, WHY_SHARE, Sources, plan_views, stored_names
 from toolkit.policy.quant import is_packed, logical_shape, mark_4bit, replace_linear
 from toolkit.policy.skeleton import empty_model
@@ -69,6 +70,7 @@ def shared_model(
     model.eval()
     if check:
         spot_check(engine, model)
+    setattr(model, AT_LOAD, base_sums(model))
     return model
 
 

@@ -56,7 +56,7 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
         elif linear.leaf not in ("o_proj", "out_proj"):
             groups.add((linear.name.split(".")[0], linear.in_features))
         if work.dropout:
-            total += (1 + step.adapter_bytes) * linear.in_features
+            total += (1 + MASTER_BYTES) * linear.in_features
     total += sum(width * features for _, features in groups)
     total += _attention_saved(block, spec, width, work.sequence)
     total += _scores_saved(spec, width, work.sequence)
@@ -67,7 +67,7 @@ def _casts(work: Workload, step: StepPlan) -> bool:
     """Whether PEFT's own forward runs: it casts each adapted input up, and autocast casts it down
     again, a copy for each module. policy/lora_layer.py, which does not, leaves dropout to it.
     """
-    return step.compute_bytes < step.adapter_bytes and bool(work.dropout)
+    return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
 def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -> int:
@@ -125,9 +125,11 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     if down is not None:
         inner = down.in_features * block.uses(down)
     targeted = down is not None and lora.targeted(down, work.targets)
-    if step.compute_bytes == step.adapter_bytes:
+    if step.packed:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
-        mlp = (2 if step.compute_bytes == MASTER_BYTES else 3) * step.compute_bytes * inner
+        mlp = 3 * step.compute_bytes * inner
+    elif step.compute_bytes == MASTER_BYTES:
+        mlp = 2 * step.compute_bytes * inner
     else:
         # Three gradients; an adapted down projection lets its saved input go before the third.
         copies = (4 if _casts(work, step) else 2) if targeted else 3

@@ -30,6 +30,7 @@ MEASURED_AS = {
         "trainer.activations",
         "trainer.head",
         "trainer.dequantized",
+        "trainer.adapter_copies",
         "trainer.expert_updates",
     ),
 }

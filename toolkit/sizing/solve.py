@@ -17,7 +17,7 @@ from toolkit.sizing.pace import training_seconds
 from toolkit.sizing.plan import plan_engine
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.trainer import StepPlan, adapter_bytes, compute_bytes
+from toolkit.sizing.trainer import StepPlan, compute_bytes, is_packed
 from toolkit.sizing.workload import read_workload
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def _step(
         accumulation=work.accumulation * work.micro_batch // micro,
         checkpointing=mode,
         compute_bytes=compute_bytes(plan.dtype),
-        adapter_bytes=adapter_bytes(plan.quantization),
         own_weights=not work.uses_engine or not plan.share_weights,
+        packed=is_packed(plan.quantization),
         world_size=world_size,
     )
 

@@ -36,8 +36,8 @@ class StepPlan:
     accumulation: int
     checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
     compute_bytes: int
-    adapter_bytes: int
     own_weights: bool
+    packed: bool = False  # the base's layers are bitsandbytes', and PEFT's own around them
     world_size: int = 1
 
 
@@ -45,8 +45,6 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     """Every term of the trainer; those of phase "always" are there during rollouts too."""
     count = lora.adapter_parameters(spec, work.rank, work.targets)
     states = work.optimizer_bytes
-    if "8bit" not in work.optimizer and states > 1:
-        states = states * step.adapter_bytes / MASTER_BYTES  # moments have the parameter's dtype
     terms = []
     if step.own_weights:
         own = weight_bytes(spec, plan.dtype, plan.quantization)
@@ -54,19 +52,19 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     terms += [
         Term(
             "trainer.adapter",
-            count * step.adapter_bytes,
-            f"{count:,} parameters of {step.adapter_bytes} bytes, r = {work.rank}",
+            count * MASTER_BYTES,
+            f"{count:,} parameters of {MASTER_BYTES} bytes, r = {work.rank}",
         ),
         Term("trainer.optimizer", int(count * states), f"{states:g} bytes a parameter"),
     ]
     saved, layer, moving = activations(spec, work, step)
     head = head_bytes(spec, work, step)
-    gradients, beyond = count * step.adapter_bytes, ""
+    gradients, beyond = count * MASTER_BYTES, ""
     if step.accumulation == 1:
         # They come into being layer by layer while the saved tensors of those layers go.
         gradients, beyond = max(0, gradients - saved), ", beyond the activations that go meanwhile"
     if step.world_size > 1:
-        gradients += count * step.adapter_bytes  # buckets of DistributedDataParallel
+        gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
     shape = f"{step.micro_batch} x {work.sequence} tokens, {mode}"
@@ -74,7 +72,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.gradients",
             gradients,
-            f"{step.adapter_bytes} bytes a parameter{beyond}",
+            f"{MASTER_BYTES} bytes a parameter{beyond}",
             "training",
         ),
         Term("trainer.activations", saved + layer + moving, shape, "training"),
@@ -87,12 +85,17 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     ]
     if delta := lora.expert_delta_elements(spec, work.targets):
         layers = 1 if step.checkpointing else spec.layers
-        nbytes = delta * (step.adapter_bytes + layers * step.compute_bytes)
+        nbytes = delta * (MASTER_BYTES + layers * step.compute_bytes)
         terms.append(
             Term("trainer.expert_updates", nbytes, "PEFT forms W + BA of all experts", "training")
         )
-    if unpacked := dequantized_bytes(spec, plan):
+    if step.packed:
+        unpacked = dequantized_bytes(spec, plan)
         terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
+        if step.compute_bytes < MASTER_BYTES:
+            copies = count * step.compute_bytes
+            what = f"autocast's copy of the adapter, {step.compute_bytes} bytes a parameter"
+            terms.append(Term("trainer.adapter_copies", copies, what, "training"))
     return terms
 
 
@@ -108,19 +111,13 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     return tile + hidden + final_norm
 
 
-def adapter_bytes(quantization: Quantization | None) -> int:
-    """Bytes of an adapter parameter: float32, and bfloat16 on a quantized base.
-
-    TRL 1.16 casts the adapter of a model that is ``is_loaded_in_4bit`` (grpo_trainer.py).
-    """
-    quantized = quantization is not None and quantization.method.startswith("bnb")
-    return 2 if quantized else MASTER_BYTES
+def is_packed(quantization: Quantization | None) -> bool:
+    """True for a base that bitsandbytes packs, here or in its files."""
+    return quantization is not None and quantization.method.startswith("bnb")
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The largest weight, unpacked for one product, of a base that bitsandbytes packs."""
-    if plan.quantization is None or not plan.quantization.method.startswith("bnb"):
-        return 0
+    """The largest weight of a packed base, unpacked for one product."""
     largest = max(
         linear.out_features * linear.in_features
         for block in spec.blocks

@@ -118,6 +118,16 @@ def write_manifest(
         "world_size": world_size,
         "cpu_threads": _threads(),
     }
+    return _write(run_dir, described)
+
+
+def add(run_dir: Path, **entries: Any) -> Path:
+    """Put ``entries`` into the manifest that is there. Raises OSError."""
+    described = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    return _write(run_dir, {**described, **entries})
+
+
+def _write(run_dir: Path, described: Mapping[str, Any]) -> Path:
     text = json.dumps(redact_tree(described), indent=2, default=str) + "\n"
     return write_file(run_dir / "manifest.json", text)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from toolkit.base.paths import write_file
 from toolkit.base.units import format_bytes, format_parameters
+from toolkit.gpu import devices
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.from_config import choose_engine
 from toolkit.train import manifest
@@ -18,13 +19,19 @@ from toolkit.train.ranks import world_size
 from toolkit.train.report import write_report
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from toolkit.config.model import RunConfig
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
     from toolkit.train.data import Data
     from toolkit.train.evaluate import Evaluation
     from toolkit.train.preflight import Preflight
     from toolkit.train.rewards import Rewards
+
+
+FREE_SHARE = 0.9
+"""Of a GPU's memory, where nobody else computes on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +80,7 @@ def introduce(parts: Parts, seed: int, found: Path | None, options: Options) -> 
         f" {format_parameters(sizing.model.trainable_parameters)} parameters",
         f"engine   {choose_engine(config)} on {place}"
         + (f", {world_size()} processes" if world_size() > 1 else ""),
+        *(f"gpus     {line}" for line in unused_gpus(parts.preflight.snapshot)),
         *(f"data     {line}" for line in parts.data.report.lines()),
         f"folder   {parts.run_dir}",
     ]
@@ -84,8 +92,39 @@ def introduce(parts: Parts, seed: int, found: Path | None, options: Options) -> 
     options.out.flush()
 
 
-def finish(parts: Parts, before: Evaluation | None, after: Evaluation | None, out: TextIO) -> None:
-    """The adapter, the evaluation and the report, and where they lie."""
+def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
+    """What a run in one process says of the other GPUs that it could use; nothing without any."""
+    seen = devices.visible(snapshot).devices
+    if world_size() > 1 or len(seen) < 2:
+        return []
+    free = sum(map(is_free, seen[1:]))
+    line = f"trains on GPU 0 of {len(seen)} visible ones, {free} of the others free"
+    if free == len(seen) - 1:
+        return [f"{line}; --nproc-per-node auto trains on all {len(seen)}"]
+    if free:
+        how = "name free ones in CUDA_VISIBLE_DEVICES and add --nproc-per-node auto"
+        return [f"{line}; to use several, {how}"]
+    return [line]
+
+
+def is_free(gpu: GpuSnapshot) -> bool:
+    """True if nearly all of its memory is."""
+    free, total = gpu.free_bytes, gpu.total_bytes
+    return bool(free is not None and total and free >= FREE_SHARE * total)
+
+
+def finish(
+    parts: Parts,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    out: TextIO,
+    base: Mapping[str, Any] | None = None,
+) -> None:
+    """The adapter, the evaluation and the report, and where they lie. ``base`` (what the trainer
+    found of the base weights) goes into the manifest.
+    """
+    if base is not None:
+        manifest.add(parts.run_dir, base=dict(base))
     adapter = save_lora(parts.model, parts.run_dir / "adapter")
     if before is not None and after is not None:
         described = {"before": before.to_json(), "after": after.to_json()}

@@ -76,8 +76,12 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
 
     def _stores_adapter(self) -> bool:
         """True where a checkpoint is ours; full fine-tuning, DeepSpeed and FSDP keep HF's."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config") and not sharded
+        adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return adapted and not self._sharded()
+
+    def _sharded(self) -> bool:
+        """True where no process holds the whole model."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self._stores_adapter():

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import trl
 from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, StoppedError
@@ -28,7 +27,7 @@ from toolkit.train.rewards import load_rewards
 from toolkit.train.sampling import find_engine
 from toolkit.train.signals import Abandoned, StopSignals
 from toolkit.train.state import changed
-from toolkit.train.trainer import GRPOTrainer
+from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 from toolkit.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None
 def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
     """Our trainer on the parts, with nothing of upstream's printing left in it."""
     arguments = grpo_config(
-        parts.config, parts.run_dir, trl.GRPOConfig, has_eval=parts.data.eval is not None
+        parts.config, parts.run_dir, GRPOConfig, has_eval=parts.data.eval is not None
     )
     trainer = GRPOTrainer(
         model=parts.model,
@@ -218,7 +217,8 @@ def _train(
     if signals.received is not None and (peers is None or trainer.stopping):
         raise _stopped(parts.run_dir, signals.received)
     if first:
-        finish(parts, before, _evaluate(parts, options, adapter=True), options.out)
+        after = _evaluate(parts, options, adapter=True)
+        finish(parts, before, after, options.out, base=trainer.base_check)
     if peers is not None:
         engine = find_engine(parts.model)
         if engine is not None:

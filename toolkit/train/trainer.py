@@ -8,8 +8,9 @@ defaults because TRL's own tests build trainers with ``object.__new__``.
 
 from __future__ import annotations
 
+import inspect
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +18,24 @@ import trl
 
 from toolkit.base.errors import ConfigValueError
 from toolkit.engine.rollout import request_seed
-from toolkit.train import correction, sampling
+from toolkit.policy.lora import kept_float32
+from toolkit.train import correction, policy_setup, sampling
 from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
+from toolkit.train.base_check import BaseCheck
+from toolkit.train.grpo_config import GRPOConfig, default_config
 from toolkit.train.resumable import Resumable
 from toolkit.train.rows import Rows
 from toolkit.train.sampled_head import scoring
 from toolkit.train.sampling import EngineGeneration, Timers, find_engine
+
+__all__ = ["GRPOConfig", "GRPOTrainer"]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.train.memory import PhasePeaks
 
-GRPOConfig = trl.GRPOConfig
-"""TRL's own, so that one import serves a script."""
+SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
 class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
@@ -39,6 +44,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
     max_bad_steps: int = 3
     bad_steps: int = 0
     peaks: PhasePeaks | None = None
+    base_check: dict[str, Any] | None = None
     _split: int = 1
     _attempt: Attempt | None = None
     _bad_loss: bool = False
@@ -47,25 +53,25 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """TRL's arguments. A model of ``FastLanguageModel`` brings its engine; ``use_vllm`` may say
-        either. It brings its gradient checkpointing too: ``get_peft_model`` was told of it by name,
-        and GRPOConfig's ``gradient_checkpointing`` is true where nobody wrote it.
+        either. It brings its gradient checkpointing and its dtype too: GRPOConfig's
+        ``gradient_checkpointing`` and ``bf16`` are true where nobody wrote them. The adapter is
+        float32, whoever made it, and all is on one GPU.
 
         Raises:
-            ConfigValueError: an importance-sampling mode that the loss type cannot use.
+            ConfigValueError: an importance-sampling mode that the loss type cannot use, a format
+                that the engine does not compute in, or a base that was written to.
+            UnsupportedError: an adapter that the engine cannot sample from.
         """
+        given = SIGNATURE.bind(self, model, *args, **kwargs).arguments
+        del given["self"]
         engine = find_engine(model)
-        config = kwargs.get("args", args[1] if len(args) > 1 else None)
-        sampling.check_keywords(model, config, tools=bool(kwargs.get("tools")))
-        without = getattr(model, "toolkit_checkpointing", None) is False
-        if without and config is not None:
-            config.gradient_checkpointing = False
-        if engine is None or config is None:
-            super().__init__(model, *args, **kwargs)
-        else:
-            with _without_vllm(config):
-                super().__init__(model, *args, **kwargs)
-        if without:
-            self.args.gradient_checkpointing = False  # those that TRL made for itself
+        config = given["args"] = given.get("args") or default_config(model)
+        sampling.check_keywords(model, config, tools=bool(given.get("tools")))
+        policy_setup.prepare(model, engine, config, given.get("peft_config"))
+        hidden = nullcontext() if engine is None else _without_vllm(config)
+        with hidden, kept_float32(model):
+            super().__init__(**given)
+        policy_setup.settle(self, model, engine, fresh=given.get("peft_config") is not None)
         if engine is not None:
             self._use_engine(engine)
 
@@ -87,6 +93,17 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         self.use_vllm = True
         self.vllm_generation = EngineGeneration(self, engine)
         self._last_loaded_step = -1
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; ``base_check`` then says that the base did not change.
+
+        Raises:
+            DefectError: it did.
+        """
+        check = None if self._sharded() else BaseCheck(self.model)
+        output = super().train(*args, **kwargs)
+        self.base_check = None if check is None else check.result()
+        return output
 
     # --- rollouts
 

@@ -87,6 +87,13 @@ def test_the_preflight_knows_how_many_processes_there_will_be(
     assert result.stdout == f"toolkit train {' '.join(option)} run.yaml, no world yet\n"
 
 
+@pytest.mark.parametrize("option", [["--nproc-per-node", "auto"], ["--nproc-per-node=auto"]])
+def test_a_number_of_processes_that_is_not_known_yet(commands: Path, option: list[str]) -> None:
+    write(commands / "envcheck", 'echo "$* for ${WORLD_SIZE:-one}"')
+    result = call(commands, "toolkit", "train", *option, "run.yaml")
+    assert "check --config run.yaml for one\n" in result.stderr
+
+
 @pytest.mark.parametrize("verdict", ["1", "2", "3", "4", "5", "70"])
 def test_the_code_of_the_preflight_is_passed_on(commands: Path, verdict: str) -> None:
     result = call(commands, "toolkit", "train", "run.yaml", VERDICT=verdict)

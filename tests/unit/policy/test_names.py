@@ -71,6 +71,15 @@ def test_a_tied_name_takes_the_place_of_the_one_that_is_there() -> None:
         plan_views(wanted, [], sources, same)
 
 
+def test_tied_names_are_one_slice_where_the_engine_lists_both() -> None:
+    wanted = {"embed.weight": (100, 8), "lm_head.weight": (100, 8)}
+    sources = Sources(dict.fromkeys(wanted, (128, 8)), {}, frozenset(wanted))
+    tied = plan_views(wanted, [frozenset(wanted)], sources, same)
+    assert tied["lm_head.weight"] == tied["embed.weight"] == Slice("embed.weight", 0, 100)
+    untied = plan_views(wanted, [], sources, same)
+    assert untied["lm_head.weight"] == Slice("lm_head.weight", 0, 100)
+
+
 def test_names_go_through_the_models_own_mapping() -> None:
     sources = Sources({"language_model.model.a.qkv_proj.weight": (6, 2)}, PACKED)
     wanted = {f"model.a.{part}.weight": (2, 2) for part in PACKED["qkv_proj"]}

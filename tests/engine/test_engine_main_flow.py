@@ -1,0 +1,126 @@
+"""The main flow of every family, tied and untied, on both engines: train, generate, export merged
+weights, and load them with plain transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_checkpoints
+import pytest
+from safetensors.torch import load_file
+from transformers import Qwen2Tokenizer
+
+from toolkit.policy.fingerprint import of_checkpoint
+from toolkit.train.finished import complete, export_run, open_run
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
+from train_world import toolkit
+
+pytestmark = pytest.mark.engine
+
+CASES = [
+    pytest.param(
+        family,
+        tied,
+        engine,
+        id=f"{family}-{'tied' if tied else 'untied'}-{engine}",
+        # One case is enough for each change: a tied model on vLLM.
+        marks=[] if (family, tied, engine) == ("qwen3", True, "vllm") else pytest.mark.slow,
+    )
+    for family in engine_checkpoints.FAMILIES
+    for tied in (True, False)
+    for engine in ("vllm", "transformers")
+]
+RUN = """\
+model: {{model_name: model, max_seq_length: 64, dtype: float32, max_lora_rank: 8,
+  kv_cache_bytes: 67108864, max_num_seqs: 8, max_num_batched_tokens: 512}}
+lora: {{r: 4, lora_alpha: 64, target_modules: {targets}, use_gradient_checkpointing: false}}
+dataset: {{path: train.jsonl, prompt: question}}
+reward: {{functions: [{{name: "mine:even"}}]}}
+grpo: {{max_steps: 2, per_device_train_batch_size: 8, num_generations: 4, max_completion_length: 8,
+  learning_rate: 0.05, seed: 3}}
+runtime: {{engine: {engine}, output_dir: run, allow_code: [mine]}}
+"""
+REWARD = """\
+def even(completions, **_):
+    return [sum(letter in "02468" for letter in text) for text in completions]
+"""
+TARGETS = {"phi3": "[qkv_proj, o_proj]"}
+PROMPT = "t5 t6 t7"
+PLAIN = """\
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(prompt, return_tensors="pt").input_ids
+keys = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+out = model.generate(input_ids=ids, **keys)
+print(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
+"""
+
+
+def characters() -> Any:
+    """transformers 5.17 reads every tokenizer of a Qwen2 checkpoint as its own kind of BPE."""
+    pieces = ["<pad>", "<bos>", "<eos>", *"0123456789t\u0120"]
+    pieces += [f"x{number}" for number in range(len(pieces), engine_checkpoints.VOCAB)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<eos>",
+    )
+
+
+def world(folder: Path, family: str, tied: bool, engine: str) -> Path:
+    engine_checkpoints.make(folder / "model", family, tie_word_embeddings=tied)
+    if family == "qwen2":
+        characters().save_pretrained(folder / "model")
+    rows = [{"question": f"t{i} t{i + 1} t{i + 2}"} for i in range(50, 74)]  # t0 to t3 are special
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.py").write_text(REWARD)
+    targets = TARGETS.get(family, "[q_proj, k_proj, v_proj, o_proj]")
+    run_file = folder / "run.yaml"
+    run_file.write_text(RUN.format(engine=engine, targets=targets))
+    return run_file
+
+
+def plain(folder: Path) -> str:
+    """What plain transformers answers. In its own process: vLLM changes some of its classes."""
+    words = [sys.executable, "-c", PLAIN, str(folder), PROMPT]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(("family", "tied", "engine"), CASES)
+def test_train_generate_export_and_plain_transformers(
+    tmp_path: Path, family: str, tied: bool, engine: str
+) -> None:
+    run_file = world(tmp_path, family, tied, engine)
+    done = toolkit("train", str(run_file))
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "run"
+    assert json.loads((folder / "manifest.json").read_text())["base"]["unchanged"] is True
+    base = json.loads((folder / "adapter" / "base.json").read_text())
+    assert base["checkpoint"] == of_checkpoint(tmp_path / "model")
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+
+    run = open_run(folder)
+    [[answer]] = complete(run, [PROMPT], engine="transformers", temperature=0.0, max_tokens=8)
+    export_run(run, tmp_path / "merged", merge=True)
+    assert plain(tmp_path / "merged") == answer
+    assert plain(tmp_path / "model") != answer
+    if engine == "vllm" and family != "qwen3":
+        options = ("--engine", "vllm", "--temperature", "0", "--max-tokens", "8")
+        again = toolkit("generate", str(folder), PROMPT, *options)
+        assert again.stdout.strip() == answer, again.stderr[-3000:]

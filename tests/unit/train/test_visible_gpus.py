@@ -1,0 +1,84 @@
+"""What a run says of the GPUs that it does not use, and how many processes use them all."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.cli.train_run import Processes
+from toolkit.gpu import snapshot
+from toolkit.gpu.snapshot_json import node_from_json
+from toolkit.train.parts import unused_gpus
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
+
+import cases
+
+if TYPE_CHECKING:
+    from toolkit.gpu.snapshot import NodeSnapshot
+
+
+def node(name: str, **environment: str) -> NodeSnapshot:
+    found = node_from_json(cases.load(name).node)
+    return replace(found, environment={**found.environment, **environment})
+
+
+def test_one_process_says_how_to_use_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = unused_gpus(node("h100x8-healthy"))
+    assert line == (
+        "trains on GPU 0 of 8 visible ones, 7 of the others free; --nproc-per-node auto trains on"
+        " all 8"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert unused_gpus(node("h100x8-healthy")) == []
+
+
+def test_a_run_that_sees_one_gpu_says_nothing() -> None:
+    assert unused_gpus(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="3")) == []
+    assert unused_gpus(node("h200-mig")) == []
+    assert unused_gpus(node("cpu")) == []
+
+
+def test_gpus_that_others_use_are_not_offered() -> None:
+    eight = node("h100x8-healthy")
+    total = eight.gpus[1].total_bytes
+    assert total is not None
+
+    def busy(*indices: int) -> NodeSnapshot:
+        def taken(gpu: snapshot.GpuSnapshot) -> snapshot.GpuSnapshot:
+            value = {**(gpu.memory.value or {}), "free": total // 2}
+            return replace(gpu, memory=replace(gpu.memory, value=value))
+
+        gpus = tuple(taken(gpu) if gpu.index in indices else gpu for gpu in eight.gpus)
+        return replace(eight, gpus=gpus)
+
+    assert (
+        "6 of the others free; to use several, name free ones in CUDA_" in unused_gpus(busy(1))[0]
+    )
+    assert unused_gpus(busy(*range(1, 8))) == [
+        "trains on GPU 0 of 8 visible ones, 0 of the others free"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "count"),
+    [
+        ("h100x8-healthy", None, 8),
+        ("h100x8-healthy", "2,5", 2),
+        ("h100x8-healthy", "", 1),
+        ("h200-mig", None, 1),
+        ("cpu", None, 1),
+    ],
+)
+def test_auto_is_a_process_for_each_gpu_that_cuda_sees(
+    monkeypatch: pytest.MonkeyPatch, name: str, visible: str | None, count: int
+) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setattr(snapshot, "take", lambda: node(name, **environment))
+    kind = Processes(min=1)
+    assert kind.convert("auto", None, None) == count
+    assert kind.convert("3", None, None) == 3

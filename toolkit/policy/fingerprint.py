@@ -1,0 +1,167 @@
+"""What tells one base model from another, so that an adapter is never put on the wrong one.
+
+Two short digests. That of the checkpoint's files is the same however the checkpoint was loaded:
+with or without an engine, in 4 bits, in any dtype, from any number of shards. That of the loaded
+weights also covers models that have no files here, and copies that are stored in another layout.
+Either one is enough to recognise a base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from toolkit.base.errors import InputError
+from toolkit.policy.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
+WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
+"""Parts of PEFT's parameter names: the adapter's own, and what it wraps the base's in."""
+
+SAMPLE = 16
+"""Values of each tensor that go into a digest."""
+SAMPLED_TENSORS = 1024
+"""Tensors of a checkpoint whose values are read; the names and shapes of all are in the digest."""
+
+AS_LOADED = "toolkit_as_loaded"
+"""Attribute of a base model that this package loaded: its ``Marks`` at that time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The digests of a base: of its files and of its loaded weights. None where there is none."""
+
+    checkpoint: str | None
+    weights: str | None
+
+
+def note_checkpoint(model: Any, folder: Path) -> None:
+    """Record on the base ``model`` which checkpoint it has just been loaded from."""
+    setattr(model, AS_LOADED, Marks(of_checkpoint(folder), of_weights(model)))
+
+
+def marks_of(model: Any) -> Marks:
+    """The digests of ``model`` as it is now.
+
+    The digest of the files is left out where the weights have changed since they were loaded, for
+    instance by merging an adapter.
+    """
+    base, weights = _base(model), of_weights(model)
+    loaded: Marks | None = getattr(base, AS_LOADED, None)
+    unchanged = loaded is not None and loaded.weights == weights
+    return Marks(loaded.checkpoint if loaded is not None and unchanged else None, weights)
+
+
+def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
+    """Whether ``model`` is the base that ``recorded`` (a base.json) describes; None if nothing can
+    be compared.
+    """
+    own = marks_of(model)
+    weights = recorded.get("fingerprint")
+    pairs = [
+        (recorded.get("checkpoint"), own.checkpoint),
+        (weights, own.weights),
+        # Version 0.1 with an engine listed a tied head as a parameter of its own.
+        (weights, of_weights(model, tied_twice=True)),
+    ]
+    known = [theirs == ours for theirs, ours in pairs if theirs is not None and ours is not None]
+    return any(known) if known else None
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what PEFT wraps its layer in."""
+    for part in WRAPPERS:
+        name = name.replace(part, ".")
+    return name
+
+
+def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
+    """A digest of names, shapes and a few values of every frozen weight, rounded to bfloat16.
+
+    Rounded so that a checkpoint that is stored in bfloat16 has one digest in every dtype. None for
+    quantized weights. ``tied_twice`` lists tied weights under each of their names.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in _base(model).named_parameters(remove_duplicate=not tied_twice):
+        if not name.endswith("weight") or any(part in name for part in TRAINED):
+            continue  # biases may be trained in place
+        if not parameter.is_floating_point():
+            return None
+        values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
+        digest.update(plain_name(name).encode())
+        digest.update(repr((tuple(parameter.shape), values.tolist())).encode())
+    return digest.hexdigest()[:16]
+
+
+def of_checkpoint(folder: Path) -> str | None:
+    """A digest of names, shapes and a few values of the tensors in a checkpoint's safetensors.
+
+    Floating-point values are rounded to bfloat16. None where there are no such files.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    files = _files(folder)
+    if not files:
+        return None
+    try:
+        return _digest(files)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"its weights cannot be read: {error}", where=str(folder)) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that transformers reads, in the order in which it looks for them."""
+    single, index = folder / "model.safetensors", "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not (folder / index).is_file():
+        return []
+    shards = Checkpoint(folder, str(folder)).read_json(index).get("weight_map", {})
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _digest(files: list[Path]) -> str:
+    names = sorted((name, file) for file in files for name in _names(file))
+    every = max(1, -(-len(names) // SAMPLED_TENSORS))
+    sampled = set(names[::every])
+    told: dict[str, str] = {}
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                part = opened.get_slice(name)
+                shape = tuple(part.get_shape())
+                values = _values(part, shape) if (name, file) in sampled and shape else []
+                told[name] = repr((shape, values))
+    digest = hashlib.sha256()
+    for name in sorted(told):
+        digest.update(f"{name}{told[name]}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _names(file: Path) -> Iterator[str]:
+    with safe_open(str(file), framework="pt") as opened:
+        yield from opened.keys()
+
+
+def _values(part: Any, shape: tuple[int, ...]) -> list[Any]:
+    """The first values of the last axis, all other positions being 0."""
+    if 0 in shape:
+        return []
+    first = part[(*(slice(0, 1) for _ in shape[1:]), slice(0, SAMPLE))].reshape(-1)
+    if first.is_floating_point():
+        first = first.to(torch.bfloat16).float()
+    values: list[Any] = first.tolist()
+    return values
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

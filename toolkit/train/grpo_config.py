@@ -1,0 +1,97 @@
+"""GRPOConfig: TRL's, and what it does not keep: which of its fields the user wrote.
+
+TRL 1.16 sets ``bf16=True`` where nobody wrote it, and transformers 5.17 counts every visible GPU
+for ``nn.DataParallel``. Both are settled here, from the model that is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import torch
+import trl
+from transformers.utils import is_torch_bf16_gpu_available
+
+from toolkit.base.errors import ConfigValueError
+
+HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""The switch of each half-precision format."""
+FIELDS = tuple(field.name for field in fields(trl.GRPOConfig) if field.init)
+WRITTEN = "toolkit_written"
+
+
+class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
+    """``trl.GRPOConfig`` that remembers which fields were passed: the others follow the model."""
+
+    @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # the same
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(FIELDS, args, strict=False)), **kwargs}
+        # None is TRL's own word for a field that is left out.
+        written = frozenset(name for name, value in given.items() if value is not None)
+        setattr(self, WRITTEN, written)
+        if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
+            kwargs["bf16"] = False  # TRL's True would be refused by transformers, unasked
+        super().__init__(*args, **kwargs)
+
+
+def _has_bfloat16(given: dict[str, Any]) -> bool:
+    return bool(given.get("use_cpu")) or is_torch_bf16_gpu_available()
+
+
+def default_config(model: Any) -> GRPOConfig:
+    """What a trainer without ``args`` uses: a folder named after the model, as TRL names it."""
+    name = model if isinstance(model, str) else str(model.config.name_or_path)
+    made: GRPOConfig = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+    return made
+
+
+def is_written(config: Any, name: str) -> bool:
+    """True if the user wrote ``bf16`` or ``fp16``. Of a plain ``trl.GRPOConfig`` only a value that
+    differs from TRL's default tells.
+    """
+    written = getattr(config, WRITTEN, None)
+    if written is not None:
+        return name in written
+    return bool(getattr(config, name)) != (name == "bf16")
+
+
+def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
+    """Have the trainer compute in the model's ``dtype`` where the user wrote no other format.
+
+    Raises:
+        ConfigValueError: a format was written, and an ``engine`` samples in another one.
+    """
+    half = HALF.get(dtype)
+    kept = {name: bool(getattr(config, name)) for name in HALF.values() if is_written(config, name)}
+    for name in (name for name, on in kept.items() if on and name != half and engine):
+        told = str(dtype).removeprefix("torch.")
+        asked = next(
+            str(key).removeprefix("torch.") for key, value in HALF.items() if value == name
+        )
+        raise ConfigValueError(
+            f"{name}=True computes in {asked}, and the engine samples in {told}",
+            where=f"grpo.{name}",
+            fix=f"leave {name} out, or load the model with dtype={asked}",
+        )
+    if any(kept.values()) or getattr(config, "deepspeed", None):
+        return  # DeepSpeed has read the format already
+    # Autocast to float16 needs a GPU; without it layers compute in the dtype that they have.
+    on = None if half in kept or (half == "fp16" and config.device.type == "cpu") else half
+    config.bf16, config.fp16 = on == "bf16", on == "fp16"
+    config.mixed_precision = on or "no"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def use_one_gpu(config: Any) -> None:
+    """One process trains on one GPU: CUDA's first visible one, which the pre-flight looks at.
+
+    transformers 5.17 otherwise counts all visible ones (``TrainingArguments._n_gpu``) and wraps the
+    model in ``nn.DataParallel``, which TRL refuses.
+    """
+    if config.n_gpu > 1:
+        config._n_gpu = 1

@@ -1,0 +1,76 @@
+"""Where a model meets its trainer: one GPU, one number format, an adapter that can be sampled from.
+
+``prepare`` is before TRL sees the model, ``settle`` after; both know models from everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from toolkit.base.errors import ConfigError
+from toolkit.policy.attach import attach
+from toolkit.policy.base_sums import AT_LOAD
+from toolkit.policy.loading import tell_engine
+from toolkit.policy.lora import refuse_unserved, widen_adapter
+from toolkit.train.base_check import BaseCheck, refuse_untrainable
+from toolkit.train.grpo_config import follow_dtype, use_one_gpu
+
+WHERE = "GRPOTrainer"
+
+
+def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
+    """Refuse what the engine cannot sample from, and settle what ``config`` leaves open.
+
+    Raises:
+        ConfigError: a refusal; the message names the option.
+    """
+    use_one_gpu(config)
+    if getattr(model, "toolkit_checkpointing", None) is False:
+        config.gradient_checkpointing = False
+    if engine is not None:
+        for name, existing in getattr(model, "peft_config", {}).items():
+            refuse_unserved(model, existing, engine, f"adapter {name!r} of the model")
+        if peft_config is not None:
+            refuse_unserved(model, peft_config, engine, "peft_config")
+        _refuse_other_device(model, config)
+        if getattr(model, AT_LOAD, None) is not None:
+            BaseCheck(model).refuse_changed()
+    if engine is not None or getattr(model, "toolkit_full_finetuning", None) is False:
+        own = getattr(engine, "dtype", None)
+        follow_dtype(config, own or _dtype_of(model), engine=own is not None)
+
+
+def settle(trainer: Any, model: Any, engine: Any, *, fresh: bool) -> None:
+    """Once TRL has built its trainer: the adapter is float32 and the engine knows it. ``fresh``:
+    TRL has just put it on ``model``.
+
+    Raises:
+        ConfigError: nothing is trained, or weights that the engine shares.
+    """
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        widen_adapter(trainer.model)
+    refuse_untrainable(trainer.model, engine)
+    if fresh and hasattr(model, "toolkit_tokenizer"):
+        tell_engine(attach(trainer.model, like=model))
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    """The dtype of the base's weights; of a packed base that of what is not packed."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    found: torch.dtype = dtypes[0] if dtypes else model.dtype
+    return found
+
+
+def _refuse_other_device(model: Any, config: Any) -> None:
+    """transformers would move the model to the trainer's device, which makes a second copy."""
+    here, there = next(model.parameters()).device, torch.device(config.device)
+    if here.type != there.type or (here.index or 0) != (there.index or 0):
+        raise ConfigError(
+            f"the model and its engine are on {here}, and the trainer would train on {there}",
+            where=WHERE,
+            fix="make one GPU visible with CUDA_VISIBLE_DEVICES"
+            if here.type == there.type
+            else "leave use_cpu as it was when the model was loaded",
+        )
