@@ -28,7 +28,8 @@ INTERRUPTED = 130
 def guarded(*, debug: bool = False) -> Iterator[None]:
     """Turn a ToolkitError into one block on stderr and its exit code.
 
-    Anything else is a defect of ours (70), of which a report is written. ``debug`` shows the
+    An error of upstream that is known (base.symptoms) is explained. Anything else is a defect of
+    ours (70), of which a report is written. ``debug`` shows the
     traceback as well.
     """
     try:
@@ -39,7 +40,11 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         if error.exit_code == DefectError.exit_code:
             _leave(_defect(error), error.exit_code, debug=debug)
         _leave(f"error: {error}", error.exit_code, debug=debug)
-    except Exception as error:  # noqa: BLE001 - a defect of ours, told to a person
+    except Exception as error:  # noqa: BLE001 - a known failure of upstream, or a defect of ours
+        from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
+
+        if known := explained(error, "the command failed"):
+            _leave(f"error: {known}", known.exit_code, debug=debug)
         _leave(_defect(error), DefectError.exit_code, debug=debug)
 
 
