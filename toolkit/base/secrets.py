@@ -131,6 +131,11 @@ def protect_output() -> Iterator[None]:
         sys.stdout, sys.stderr = old_out, old_err
 
 
+def protect_process() -> None:
+    """``protect_output`` until the process ends."""
+    protect_output().__enter__()
+
+
 class _Redacting:
     """A text stream that passes on what it is given without secrets, ``buffer`` too.
 

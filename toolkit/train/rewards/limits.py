@@ -1,13 +1,12 @@
 """Call code that may hang, for a limited time.
 
-Three ways were weighed. A subprocess can always be killed, but a reward may hold what does not
-travel (a model, a client, the trainer's callbacks), and forking a process with CUDA and an engine
-in it is unsafe. A thread cannot be cut: a loop goes on taking the interpreter's time, and a
-pattern that backtracks without end holds the interpreter lock, so that nobody is left to notice.
-A timer signal in the main thread cuts loops, sleeps, sockets, locks and patterns, and leaves
-nothing behind. So that is what is used where it can be (training runs in the main thread), and
-elsewhere a daemon thread that is left to itself when its time is up. What neither cuts is native
-code that never returns to Python.
+A thread cannot be cut: a loop continues to take the interpreter's time, and a pattern that
+backtracks without end holds the interpreter lock, so that no other thread can notice. A timer
+signal in the main thread cuts loops, sleeps, sockets, locks and patterns, and leaves nothing behind.
+So that is what is used in a main thread, and elsewhere a daemon thread that is left to itself when
+its time is up. Neither cuts native code that never returns to Python, nor code that catches
+everything in a loop: for those, rewards of the user's run in a process that is killed
+(rewards/worker).
 """
 
 from __future__ import annotations
@@ -72,7 +71,8 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     finally:
         armed = False
         left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-        if left and interval != _AGAIN_S:  # the run's, set inside the call: it goes on counting
+        if left and interval != _AGAIN_S and callable(old_handler):
+            # The run's, set inside the call: it continues to count.
             old_left, old_interval = left, interval
         elif old_left:  # a limit around this one goes on counting
             old_left = max(old_left - (time.monotonic() - started), 1e-3)
