@@ -20,7 +20,7 @@ _BEYOND = 4096  # also looked through for a secret, which may lie across the cut
 
 
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
-    """``columns`` with a ``log_metric`` and a ``log_extra`` that write no secret and no megabyte."""
+    """``columns`` whose ``log_metric`` and ``log_extra`` write no secret and no megabyte."""
     wrapped = dict(columns)
     for name, values in (("log_metric", _number), ("log_extra", _texts)):
         if name in columns:

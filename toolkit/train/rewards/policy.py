@@ -152,9 +152,7 @@ class AsyncGuardedReward(GuardedReward):
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
 
 
-def guard(
-    name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
-) -> GuardedReward:
+def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
     """``function`` under ``policy``, async if it is."""
     waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
     kind = AsyncGuardedReward if waits else GuardedReward

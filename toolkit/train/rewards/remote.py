@@ -9,12 +9,12 @@ from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch
 from toolkit.train.rewards.limits import OutOfTime
-from toolkit.train.rewards.mathverify import MathVerify
 from toolkit.train.rewards.returned import Misbehaved, Trouble
 from toolkit.train.rewards.worker_process import Died, WorkerProcess
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
+    from toolkit.train.rewards.mathverify import MathVerify
 
 KILL_S = 2.0  # beyond its limit, for a call to be cut in the worker, which then need not be killed
 LOGS = ("log_metric", "log_extra")

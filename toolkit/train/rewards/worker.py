@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from toolkit.base.errors import ToolkitError
-from toolkit.base.secrets import protect_process
+from toolkit.base.secrets import protect_output
 from toolkit.config.model import RewardFunction
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, attempt, is_async
@@ -59,7 +59,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
         _wait(working, run)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
-    protect_process()
+    protect_output()
     warnings.simplefilter("ignore")  # as in the run itself
     sys.meta_path.insert(0, _Seeding())
     Service(replies).serve(requests)
@@ -174,7 +174,7 @@ _seed_now = 0
 
 
 def _seed(request: Any) -> None:
-    global _seed_now  # noqa: PLW0603 - one for the process, as the generators are
+    global _seed_now
     state = request["state"] or {}
     scored = [request["seed"], state.get("global_step"), request["prompts"], request["completions"]]
     digest = hashlib.sha256(json.dumps(scored, default=str).encode()).digest()
