@@ -4,8 +4,8 @@ A thread cannot be cut: a loop continues to take the interpreter's time, and a p
 backtracks without end holds the interpreter lock, so that no other thread can notice. A timer
 signal in the main thread cuts loops, sleeps, sockets, locks and patterns, and leaves nothing
 behind. So that is what is used in a main thread, and elsewhere a daemon thread that is left to
-itself when its time is up. Neither cuts native code that never returns to Python, nor code that catches
-everything in a loop: for those, rewards of the user's run in a process that is killed
+itself when its time is up. Neither cuts native code that never returns to Python, nor code that
+catches everything in a loop: for those, rewards of the user's run in a process that is killed
 (rewards/worker).
 """
 

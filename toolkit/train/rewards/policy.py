@@ -88,7 +88,10 @@ class GuardedReward:
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
         """Score each sample alone. If none is guilty alone, the whole batch is."""
         limit = self.policy.timeout_s
-        deadline = time.monotonic() + limit * SEARCH_FACTOR if limit is not None else math.inf
+        deadline = math.inf
+        if limit is not None:
+            slack = self.function.kill_s if isinstance(self.function, RemoteReward) else 0.0
+            deadline = time.monotonic() + (limit + slack) * SEARCH_FACTOR
         found: list[Score | Trouble] = []
         for index in range(len(batch.completions)):
             left = deadline - time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitError
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
     from toolkit.train.rewards.mathverify import MathVerify
 
-KILL_S = 2.0  # beyond its limit, for a call to be cut in the worker, which then need not be killed
 LOGS = ("log_metric", "log_extra")
 FIX = "set reward.isolate: false to call it in the process that trains"
 
 
 class RemoteReward:
     """The function that ``request`` names, in ``worker``. ``seed`` is the run's."""
+
+    kill_s = 2.0  # beyond a limit: a call that was cut in the worker has answered by then
 
     def __init__(self, worker: WorkerProcess, request: dict[str, Any], seed: int) -> None:
         self._worker, self._name = worker, request["name"]
@@ -53,6 +55,8 @@ class RemoteReward:
     def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
         state = batch.columns.get("trainer_state")
         columns = {k: v for k, v in batch.columns.items() if k not in (*LOGS, "trainer_state")}
+        with suppress(KeyError, TypeError, OverflowError):
+            columns["completion_ids"] = wire.TokenIds(columns["completion_ids"])
         request = {
             "function": self._function,
             "seconds": seconds,
@@ -64,7 +68,7 @@ class RemoteReward:
             "logs": [name for name in LOGS if name in batch.columns],
         }
         try:
-            reply = self._worker.call(request, None if seconds is None else seconds + KILL_S)
+            reply = self._worker.call(request, None if seconds is None else seconds + self.kill_s)
         except ToolkitError:
             raise
         except (TypeError, ValueError) as error:

@@ -13,17 +13,30 @@ import json
 import os
 import select
 import time
+from array import array
 from decimal import Decimal
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 HEADER_BYTES = 8
 LARGEST_BYTES = 1 << 31
 _TAG = "\0toolkit"
 
+
+class TokenIds:
+    """Lists of token ids, packed: as JSON they would be most of a message, and slow."""
+
+    def __init__(self, lists: Sequence[Sequence[int]]) -> None:
+        """Raises TypeError or OverflowError for what are no token ids."""
+        self.lengths = [len(ids) for ids in lists]
+        self.ids = array("q", chain.from_iterable(lists))
+
+
 _WRITE: dict[type, Callable[[Any], Any]] = {
+    TokenIds: lambda value: [value.lengths, base64.b64encode(value.ids.tobytes()).decode()],
     bytes: lambda value: base64.b64encode(value).decode(),
     datetime.datetime: lambda value: value.isoformat(),
     datetime.date: lambda value: value.isoformat(),
@@ -31,6 +44,15 @@ _WRITE: dict[type, Callable[[Any], Any]] = {
     datetime.timedelta: lambda value: [value.days, value.seconds, value.microseconds],
     Decimal: str,
 }
+
+
+def _token_ids(value: Any) -> list[list[int]]:
+    packed = array("q")
+    packed.frombytes(base64.b64decode(value[1]))
+    ends = accumulate(value[0], initial=0)
+    return [packed[start:end].tolist() for start, end in pairwise(ends)]
+
+
 _READ: dict[str, Callable[[Any], Any]] = {
     "bytes": base64.b64decode,
     "datetime": datetime.datetime.fromisoformat,
@@ -38,6 +60,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "time": datetime.time.fromisoformat,
     "timedelta": lambda value: datetime.timedelta(*value),
     "Decimal": Decimal,
+    "TokenIds": _token_ids,
 }
 
 

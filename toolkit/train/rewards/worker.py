@@ -85,7 +85,9 @@ class Service:
     def __init__(self, replies: int) -> None:
         self._replies, self._writing = replies, threading.Lock()
         self._functions: list[Callable[..., Any]] = []
-        self._loop = LoopThread()
+        self._loops: list[
+            LoopThread
+        ] = []  # of each function: one that blocks its own stops no other
 
     def serve(self, requests: int) -> None:
         """Until the other end is closed."""
@@ -121,6 +123,7 @@ class Service:
         folder, columns = Path(request["folder"]), request["columns"]
         function = make_function(wanted, request["allow_code"], folder, columns)
         self._functions.append(function)
+        self._loops.append(LoopThread())
         return {"function": len(self._functions) - 1, "is_async": is_async(function)}
 
     def _call(self, request: Any) -> dict[str, Any]:
@@ -131,10 +134,12 @@ class Service:
         if request["state"] is not None:
             columns["trainer_state"] = SimpleNamespace(**request["state"])
         batch = Batch(request["prompts"], request["completions"], columns)
-        function = self._functions[request["function"]]
+        number = request["function"]
         found: dict[str, Any]
         try:
-            values = attempt(function, batch, request["seconds"], self._loop)
+            values = attempt(
+                self._functions[number], batch, request["seconds"], self._loops[number]
+            )
             found = {"found": [list(v) if isinstance(v, Trouble) else v for v in values]}
         except Misbehaved as error:
             found = {"misbehaved": list(error.trouble)}
