@@ -1,6 +1,7 @@
 """Reward functions that misbehave; where they take a list, for the completion "bad" alone."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
@@ -102,10 +103,8 @@ def crashes(completions, **kwargs):
 
 def _catch():
     while True:
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(0.05)
-        except BaseException:
-            pass
 
 
 def catches_all(completions, **kwargs):

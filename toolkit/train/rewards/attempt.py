@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ToolkitError
-from toolkit.train.rewards.limits import LoopThread, OutOfTime, call_within
+from toolkit.base.limits import OutOfTime, call_within
 from toolkit.train.rewards.returned import Misbehaved, Trouble, checked, raised
 from toolkit.train.signals import Abandoned
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
     from toolkit.train.rewards.builtin import Score
+    from toolkit.train.rewards.loop import LoopThread
 
 _PLAIN = {int, float, str, bool, type(None), bytes}
 _THE_RUNS = (KeyboardInterrupt, Abandoned)

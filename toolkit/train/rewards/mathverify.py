@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from toolkit.base.errors import MissingExtraError
+from toolkit.base.limits import OutOfTime, call_within
 from toolkit.train.rewards.builtin import Compared, Score
-from toolkit.train.rewards.limits import OutOfTime, call_within
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitError
+from toolkit.base.limits import OutOfTime
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch
-from toolkit.train.rewards.limits import OutOfTime
 from toolkit.train.rewards.returned import Misbehaved, Trouble
 from toolkit.train.rewards.worker_process import Died, WorkerProcess
 

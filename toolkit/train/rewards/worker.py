@@ -16,7 +16,6 @@ import random
 import signal
 import sys
 import threading
-import warnings
 from contextlib import suppress
 from functools import partial
 from importlib.abc import MetaPathFinder
@@ -28,9 +27,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from toolkit.base.errors import ToolkitError
 from toolkit.base.secrets import protect_output
 from toolkit.config.model import RewardFunction
+from toolkit.train.quiet import keep_upstream_quiet
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, attempt, is_async
-from toolkit.train.rewards.limits import LoopThread
+from toolkit.train.rewards.loop import LoopThread
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.returned import Misbehaved, Trouble, raised
 
@@ -60,7 +60,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
     protect_output()
-    warnings.simplefilter("ignore")  # as in the run itself
+    keep_upstream_quiet()
     sys.meta_path.insert(0, _Seeding())
     Service(replies).serve(requests)
     _flush()
@@ -85,9 +85,7 @@ class Service:
     def __init__(self, replies: int) -> None:
         self._replies, self._writing = replies, threading.Lock()
         self._functions: list[Callable[..., Any]] = []
-        self._loops: list[
-            LoopThread
-        ] = []  # of each function: one that blocks its own stops no other
+        self._loops: list[LoopThread] = []  # one a function: a blocked one stops no other
 
     def serve(self, requests: int) -> None:
         """Until the other end is closed."""

@@ -19,8 +19,8 @@ from typing import Any
 
 from toolkit.base import errors
 from toolkit.base.errors import ToolkitError
+from toolkit.base.limits import OutOfTime
 from toolkit.train.rewards import wire
-from toolkit.train.rewards.limits import OutOfTime
 
 START = (
     "import sys; sys.path[:] = sys.argv[4:];"
