@@ -1,6 +1,7 @@
 """Reward functions that misbehave; where they take a list, for the completion "bad" alone."""
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import os
@@ -9,6 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+
+if "AT_EXIT" in os.environ:
+    atexit.register(lambda: open(os.environ["AT_EXIT"], "w").close())
 
 
 def _each(completions, bad):

@@ -271,7 +271,8 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def test_a_worker_ends_with_its_rewards(tmp_path: Path) -> None:
+def test_a_worker_ends_with_its_rewards(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("AT_EXIT", str(tmp_path / "at-exit"))
     (reward,) = load(tmp_path, "says_pid")
     (pid, *_) = (int(value) for value in score(reward))
     assert _lives(pid)
@@ -280,6 +281,7 @@ def test_a_worker_ends_with_its_rewards(tmp_path: Path) -> None:
     while _lives(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _lives(pid)
+    assert (tmp_path / "at-exit").exists()
 
 
 def test_math_verify_that_hangs_scores_that_one_0(tmp_path: Path, monkeypatch) -> None:

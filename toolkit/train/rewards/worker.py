@@ -8,6 +8,7 @@ The one that works calls synchronous rewards in its main thread, so that code wi
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import json
@@ -63,6 +64,8 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     keep_upstream_quiet()
     sys.meta_path.insert(0, _Seeding())
     Service(replies).serve(requests)
+    with suppress(BaseException):
+        atexit._run_exitfuncs()
     _flush()
     os._exit(0)
 

@@ -26,6 +26,7 @@ START = (
     "import sys; sys.path[:] = sys.argv[4:];"
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
+_LAST_S = 5.0  # for what the modules of a worker do at its exit
 _RELOAD_S = 600.0  # for importing again what was imported at the start of the run
 
 
@@ -119,7 +120,7 @@ class _Live:
             os.close(answers)
         reading = (self._replies, self._pending, self._process)
         threading.Thread(target=_read, args=reading, daemon=True, name="reward-worker").start()
-        self._end = weakref.finalize(self, _kill, self._process, self._requests)
+        self._end = weakref.finalize(self, _close, os.getpid(), self._process, self._requests)
 
     def ask(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -142,18 +143,43 @@ class _Live:
             self._pending.pop(number, None)
 
     def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._end()
         for reply in list(self._pending.values()):
             with suppress(Exception):
                 reply.set_exception(_Replaced())
 
 
-def _kill(process: subprocess.Popen[bytes], requests: int) -> None:
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
+    """At the end of its pipe the worker runs what its modules have registered for its exit; then,
+    or where it takes too long, all of its session is killed.
+    """
     os.close(requests)
+    if os.getpid() != owner:  # a fork of the run ends: the worker is not its own
+        return
+    _exit_of(process, _LAST_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # not yet waited for: the number is still its own
+    process.wait()
+
+
+def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Its exit code (negative: a signal) once it has ended, which it stays to be waited for; None
+    where it has not.
+    """
+    deadline = time.monotonic() + seconds
+    look = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    while True:
+        try:
+            ended = os.waitid(os.P_PID, process.pid, look)
+        except ChildProcessError:
+            return process.returncode
+        if ended is not None:
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
 
 
 def _read(
@@ -174,9 +200,8 @@ def _read(
 
 
 def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    try:
-        code = process.wait(5)
-    except subprocess.TimeoutExpired:
+    code = _exit_of(process, 5.0)
+    if code is None:
         return "closed the pipe of its process"
     number = code - 128 if code > 128 else -code
     if number <= 0:
