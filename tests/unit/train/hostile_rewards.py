@@ -97,6 +97,30 @@ def bad_message(completions, **kwargs):
     return _each(completions, lambda: _raise(BadMessage()))
 
 
+def logs_a_text(completions, log_metric, **kwargs):
+    return _each(completions, lambda: log_metric("name", "text"))
+
+
+def _end_parent():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def kills_its_parent(completions, **kwargs):
+    return _each(completions, _end_parent)
+
+
+def closes_pipes(completions, **kwargs):
+    return _each(completions, lambda: os.closerange(3, 64))
+
+
+def forks(completions, **kwargs):
+    child = os.fork()
+    if child:
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    return [1.0] * len(completions)
+
+
 def dies(completions, **kwargs):
     return _each(completions, lambda: os._exit(7))
 

@@ -5,6 +5,7 @@ A reward's texts may be megabytes, may hold a secret, and may be objects whose `
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import REDACTED, is_secret_key, redact
@@ -22,7 +23,7 @@ _BEYOND = 4096  # also looked through for a secret, which may lie across the cut
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
     """``columns`` whose ``log_metric`` and ``log_extra`` write no secret and no megabyte."""
     wrapped = dict(columns)
-    for name, values in (("log_metric", _number), ("log_extra", _texts)):
+    for name, values in (("log_metric", number), ("log_extra", _texts)):
         if name in columns:
             wrapped[name] = _wrapped(columns[name], values)
     return wrapped
@@ -72,8 +73,12 @@ def _wrapped(log: Callable[..., Any], values: Callable[[Any], Any]) -> Callable[
     return call
 
 
-def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def number(value: Any) -> float:
+    """A metric's value. Raises TypeError for what is no number: the trainer takes its mean."""
+    plain = value.item() if hasattr(value, "item") else value
+    if not isinstance(plain, numbers.Real):
+        raise TypeError(f"log_metric takes a number, not a {type(plain).__name__}")
+    return float(plain)
 
 
 def _texts(value: Any) -> Any:

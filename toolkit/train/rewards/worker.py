@@ -31,6 +31,7 @@ from toolkit.config.model import RewardFunction
 from toolkit.train.quiet import keep_upstream_quiet
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, attempt, is_async
+from toolkit.train.rewards.logged import number, shortened
 from toolkit.train.rewards.loop import LoopThread
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.returned import Misbehaved, Trouble, raised
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+MOST_LOGGED = 10_000  # metrics and columns of one call
 LOOK_S = 0.5  # how often the one that waits looks whether the run is still there
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
@@ -50,8 +52,8 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     os.set_inheritable(requests, False)
     os.set_inheritable(replies, False)
     # A handler and not SIG_IGN, which the programs that a reward starts would inherit.
-    for number in _LEFT_TO_THE_RUN:
-        signal.signal(number, lambda *_: None)
+    for left in _LEFT_TO_THE_RUN:
+        signal.signal(left, lambda *_: None)
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     working = os.fork()
     if working:
@@ -63,7 +65,10 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     protect_output()
     keep_upstream_quiet()
     sys.meta_path.insert(0, _Seeding())
-    Service(replies).serve(requests)
+    try:
+        Service(replies).serve(requests)
+    except wire.Broken:  # the run is gone, or a reward has closed or written to our pipes
+        os._exit(1)
     with suppress(BaseException):
         atexit._run_exitfuncs()
     _flush()
@@ -92,6 +97,7 @@ class Service:
 
     def serve(self, requests: int) -> None:
         """Until the other end is closed."""
+        working = os.getpid()
         while (request := wire.receive(requests)) is not None:
             if request["do"] == "load":
                 self._answer(request, self._load)
@@ -101,6 +107,8 @@ class Service:
             else:
                 _seed(request)
                 self._answer(request, self._call)
+                if os.getpid() != working:  # a fork that a reward made, and let come back
+                    os._exit(0)
                 signal.setitimer(signal.ITIMER_REAL, 0)  # one that the reward left behind
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
@@ -149,15 +157,19 @@ class Service:
 
 def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
     def log(key: str, value: Any) -> None:
-        logged.append([name, str(key), plain(value)])
+        if len(logged) < MOST_LOGGED:
+            shown = number(value) if name == "log_metric" else plain(value)
+            logged.append([name, shortened(str(key)), shown])
 
     return log
 
 
 def plain(value: Any) -> Any:
     """``value`` as JSON has it: numbers of tensors and arrays, and text for what is no number."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float):
         return value
+    if isinstance(value, str):
+        return shortened(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):

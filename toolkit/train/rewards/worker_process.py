@@ -143,12 +143,13 @@ class _Live:
             self._pending.pop(number, None)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._end()
+        # Before the thread that reads sees its end, and takes it for a death of its own.
         for reply in list(self._pending.values()):
             with suppress(Exception):
                 reply.set_exception(_Replaced())
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._end()
 
 
 def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
@@ -214,5 +215,6 @@ def _unless_error(reply: dict[str, Any]) -> dict[str, Any]:
     if "error" not in reply:
         return reply
     kind, message, where, fix = reply["error"]
-    found = getattr(errors, str(kind), errors.ConfigError)
-    raise found(message, where=where, fix=fix)
+    found = getattr(errors, str(kind), None)
+    known = isinstance(found, type) and issubclass(found, ToolkitError)
+    raise (found if known else errors.ConfigError)(message, where=where, fix=fix)
