@@ -57,6 +57,13 @@ def score(reward: Any, completions: list[Any] = COMPLETIONS, **columns: Any) -> 
     return found
 
 
+@pytest.fixture(autouse=True)
+def _leave_no_finders(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield
+    sys.modules.pop("hostile", None)
+
+
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All functions in one worker under ``none``; it survives each of them."""
@@ -77,33 +84,42 @@ def problem(rewards: dict[str, Any]) -> str:
     return (rewards["folder"] / "out" / "bad_rewards.jsonl").read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("cancelled", "raised CancelledError"),
-        ("panic", "raised PanicException: called `Option::unwrap()`"),
-        ("group", "raised BaseExceptionGroup: g (1 sub-exception)"),
-        ("interrupts", "raised KeyboardInterrupt"),
-        ("leaves", "raised SystemExit: 3"),
-        ("async_leaves", "raised SystemExit: 3"),
-        ("async_cancelled", "raised CancelledError"),
-        ("bad_repr", "returned a BadRepr for a reward"),
-        (
-            "bad_float",
-            "returned a BadFloat that cannot be read as a number: RuntimeError: no float",
-        ),
-        ("bad_length", "returned a Sized, not a list of rewards"),
-        ("bad_message", "raised BadMessage: (its __str__ raises)"),
-        ("logs_a_text", "raised TypeError: log_metric takes a number, not a str"),
-        ("kills_its_parent", "ended its process by SIGKILL"),
-        ("closes_pipes", "ended its process with exit code 1"),
-        ("dies", "ended its process with exit code 7"),
-        ("crashes", "ended its process by SIGSEGV"),
-    ],
-)
+RAISES_OR_RETURNS = [
+    ("cancelled", "raised CancelledError"),
+    ("panic", "raised PanicException: called `Option::unwrap()`"),
+    ("group", "raised BaseExceptionGroup: g (1 sub-exception)"),
+    ("leaves", "raised SystemExit: 3"),
+    ("async_leaves", "raised SystemExit: 3"),
+    ("async_cancelled", "raised CancelledError"),
+    ("bad_repr", "returned a BadRepr for a reward"),
+    (
+        "bad_float",
+        "returned a BadFloat that cannot be read as a number: RuntimeError: no float",
+    ),
+    ("bad_length", "returned a Sized, not a list of rewards"),
+    ("bad_message", "raised BadMessage: (its __str__ raises)"),
+]
+IN_THE_WORKER = [
+    ("logs_a_text", "raised TypeError: log_metric takes a number, not a str"),
+    ("interrupts", "raised KeyboardInterrupt"),
+    ("kills_its_parent", "ended its process by SIGKILL"),
+    ("closes_pipes", "ended its process with exit code 1"),
+    ("dies", "ended its process with exit code 7"),
+    ("crashes", "ended its process by SIGSEGV"),
+]
+
+
+@pytest.mark.parametrize(("name", "says"), RAISES_OR_RETURNS + IN_THE_WORKER)
 def test_what_it_raises_or_returns_is_scored_none(rewards, name: str, says: str) -> None:
     assert score(rewards[name], log_metric=lambda *_: None) == [0.5, None, 0.5]
     assert says in problem(rewards)
+
+
+@pytest.mark.parametrize(("name", "says"), RAISES_OR_RETURNS)
+def test_the_same_in_the_process_that_trains(tmp_path: Path, name: str, says: str) -> None:
+    (reward,) = load(tmp_path, name, on_error="none", timeout_s=20.0, isolate=False)
+    assert score(reward, log_metric=lambda *_: None) == [0.5, None, 0.5]
+    assert says in problem({"folder": tmp_path})
 
 
 @pytest.mark.parametrize("name", ["catches_all", "native", "own_alarm", "async_blocks"])
