@@ -254,12 +254,11 @@ def _forms(secret: str) -> list[str]:
 
 
 def _quoted(text: str) -> list[str]:
-    escaped = text.replace("\\", "\\\\")
-    return [
-        repr(text)[1:-1],
-        repr(f"{text}'\"")[1:-4],  # in a longer text with both quotes, a single one is escaped
-        repr(f"{text}'")[1:-2],  # in one with a single quote only, it is not
-        json.dumps(text)[1:-1],
-        json.dumps(text, ensure_ascii=False)[1:-1],
-        escaped,
-    ]
+    found = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
+    for quote_it in (repr, ascii):
+        found += [
+            quote_it(text)[1:-1],
+            quote_it(f"{text}'\"")[1:-4],  # in a longer text with both quotes one is escaped
+            quote_it(f"{text}'")[1:-2],  # in one with a single quote alone none is
+        ]
+    return found

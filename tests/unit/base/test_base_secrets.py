@@ -117,7 +117,7 @@ def test_a_secret_that_begins_with_a_slash_is_one() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize(
     "show",
-    [str, repr, json.dumps, lambda s: repr({"h": s}), lambda s: repr([s, "'", '"']),
+    [str, ascii, repr, json.dumps, lambda s: repr({"h": s}), lambda s: repr([s, "'", '"']),
      lambda s: repr(ValueError({"a": s})), lambda s: repr(s.encode()), lambda s: repr(repr(s)),
      lambda s: json.dumps(repr(s)), lambda s: json.dumps({"a": s}, ensure_ascii=False),
      lambda s: repr("it's " + s), lambda s: repr("it's a \"" + s), urllib.parse.quote,

@@ -216,5 +216,6 @@ def _unless_error(reply: dict[str, Any]) -> dict[str, Any]:
         return reply
     kind, message, where, fix = reply["error"]
     found = getattr(errors, str(kind), None)
-    known = isinstance(found, type) and issubclass(found, ToolkitError)
-    raise (found if known else errors.ConfigError)(message, where=where, fix=fix)
+    if not (isinstance(found, type) and issubclass(found, ToolkitError)):
+        found = errors.ConfigError  # a subclass of the reward's own
+    raise found(message, where=where, fix=fix)
