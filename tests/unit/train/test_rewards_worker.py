@@ -322,6 +322,26 @@ def test_math_verify_that_hangs_scores_that_one_0(tmp_path: Path, monkeypatch) -
     assert time.monotonic() - begin < 30
 
 
+def test_many_calls_leave_nothing_behind(rewards) -> None:
+    (pid, *_) = (int(value) for value in score(rewards["says_pid"]))
+
+    def held() -> tuple[int, ...]:
+        score(rewards["fine"], ["word " * 200] * 16)
+        folders = (f"/proc/{pid}/fd", f"/proc/{pid}/task", "/proc/self/fd")
+        return tuple(len(os.listdir(folder)) for folder in folders)
+
+    def resident() -> int:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+    for _ in range(100):
+        before = held()
+    pages = resident()
+    for _ in range(400):
+        score(rewards["fine"], ["word " * 200] * 16)
+    assert held() == before
+    assert resident() <= pages * 1.05
+
+
 def test_a_call_costs_little(rewards) -> None:
     ids = [list(range(100_000, 100_512)) for _ in range(64)]
     texts = ["word " * 512] * 64
