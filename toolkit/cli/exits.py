@@ -108,7 +108,8 @@ def command_main(group: click.Group) -> Callable[[], None]:
 
     def main() -> None:
         tighten_umask()
-        with protect_output(), guarded(debug=debug_asked()):
+        protect_output()
+        with guarded(debug=debug_asked()):
             group(prog_name=group.name)
 
     return main

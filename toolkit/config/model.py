@@ -112,6 +112,7 @@ class RewardSection:
     functions: tuple[RewardFunction, ...] = ()
     on_error: Literal["fail", "none"] = "fail"
     timeout_s: float | None = 600.0
+    isolate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from toolkit.base.errors import InputError, ToolkitWarning, first_line
+from toolkit.policy.template import limit_template
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -49,7 +50,7 @@ def load_tokenizer(
         ) from error
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
-    return tokenizer
+    return limit_template(tokenizer)
 
 
 def fix_tokenizer(tokenizer: Any, model: Any) -> None:

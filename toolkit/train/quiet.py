@@ -49,6 +49,14 @@ def ignore_false_alarms() -> None:
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
+def keep_upstream_quiet() -> None:
+    """As ``quiet`` does, for the whole of a process that has not imported those libraries yet."""
+    ignore_false_alarms()
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
     """Errors only from upstream's loggers, and none of its Python warnings; all of them with

@@ -194,11 +194,7 @@ def _train(
         peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
     trainer.signals, trainer.journal = signals, journal
     if journal is not None:
-        every = parts.config.grpo.get("logging_steps")
-        progress = Progress(options.out, total_steps(trainer), every)
-        keep = config.runtime.log_completions
-        watch = Watch(parts.run_dir, progress.keep)
-        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
+        trainer.add_callback(_recorder(trainer, parts, journal, options))
     with signals.at_steps(), measured(trainer, parts.run_dir):
         try:
             if found is not None and resume.step_of(found) >= total_steps(trainer):
@@ -224,6 +220,15 @@ def _train(
         if engine is not None:
             engine.close()  # its groups are made out of the one that goes now
         peers.leave()  # not before the first has written: a launcher takes an end for the end
+
+
+def _recorder(trainer: GRPOTrainer, parts: Parts, journal: Journal, options: Options) -> Recorder:
+    """What writes the run's figures to its files and to the terminal."""
+    every = parts.config.grpo.get("logging_steps")
+    progress = Progress(options.out, total_steps(trainer), every)
+    keep = parts.config.runtime.log_completions
+    watch = Watch(parts.run_dir, progress.keep)
+    return Recorder(trainer, journal, progress, completions=keep, watch=watch)
 
 
 def _stopped(run_dir: Path, signal: str) -> StoppedError:

@@ -110,7 +110,7 @@ class StopSignals:
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.immediate:
+        if self.immediate or self.received is None:  # a reward's own alarm
             return
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
