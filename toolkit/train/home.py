@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
+from toolkit.train.branch import own_steps
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,12 +60,11 @@ class Home:
         """Whether the folder is in its place, and the logs in it."""
         return self.in_place() and not (self.journal is not None and self.journal.missing())
 
-    def fault(self, saved: Path | None) -> ConfigError:
-        """What happened to the folder, where ``is_whole`` is false; ``saved`` is the checkpoint
-        that was written nevertheless.
-        """
+    def fault(self) -> ConfigError:
+        """What happened to the folder, where ``is_whole`` is false, and what is saved."""
         place = self.place()
-        told = "nothing more could be saved" if saved is None else f"{saved.name} is written"
+        steps = own_steps(place) if place is not None else []
+        told = f"checkpoint-{steps[0]} is written" if steps else "nothing is saved"
         if self.in_place():
             names = " and ".join(self.journal.missing() if self.journal is not None else [])
             return ConfigError(

@@ -70,11 +70,6 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         """Where the run folder lies: in its place, or where it was moved to."""
         return self._place or Path(self.args.output_dir)
 
-    @property
-    def saved_step(self) -> int | None:
-        """Of the checkpoint that was written last, or that the run went on from."""
-        return self._saved_step if self._saved_step > 0 else None
-
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's; ``resume_from_checkpoint=True`` takes the latest checkpoint that is sound."""
         run_dir = Path(self.args.output_dir)

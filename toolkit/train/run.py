@@ -102,7 +102,7 @@ def _home(run_dir: Path) -> Iterator[Home | None]:
         except Exception as error:
             if home.in_place() or isinstance(error, ToolkitError):
                 raise
-            raise home.fault(None) from error
+            raise home.fault() from error
 
 
 def _begin(
@@ -303,9 +303,7 @@ def _refuse_lost(trainer: GRPOTrainer, home: Home | None) -> None:
         ConfigError: the run folder was removed, moved or replaced.
     """
     if home is not None and (trainer.lost or not home.in_place()):
-        place, step = home.place(), trainer.saved_step
-        saved = None if place is None or step is None else checkpoint.place(place, step)
-        raise home.fault(saved if saved is not None and saved.is_dir() else None)
+        raise home.fault()
     if trainer.lost:
         raise ConfigError("the run folder was removed, moved or replaced during the run")
 
