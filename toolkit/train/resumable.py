@@ -190,8 +190,22 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         kept = {written, self.branch.root, *resume.best_steps(run_dir, self.keep_best, self.branch)}
         if self.source is not None:
             kept.add(resume.step_of(self.source) if self.source.is_dir() else None)
+        if self.args.load_best_model_at_end:
+            kept.add(self.state.best_global_step)
         steps = [step for step in kept if step is not None]
         rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', which at a limit of 1 removes all but the best: what is removed is settled
+        by ``_rotate``.
+        """
+        limit = self.args.save_total_limit
+        if self._stores_adapter():
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
