@@ -27,7 +27,8 @@ _WORDS = {
     "disk quota exceeded": errno.EDQUOT,
     "read-only file system": errno.EROFS,
 }
-_WRITERS = re.compile(r"PytorchStreamWriter failed|iostream error|failed writing file", re.I)
+# torch 2.11 and 2.13, of torch.save; the second where the file ends before what was written.
+_WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. unexpected pos")
 
 
 def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, str | None] | None:

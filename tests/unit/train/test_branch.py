@@ -28,7 +28,7 @@ def write(run_dir, step, line=None, journal=None, **state):
 
 
 def train(run_dir, found, last, tag, every=2):
-    """Steps from ``found`` to ``last``, a row each that says ``tag``, a checkpoint ``every`` two."""
+    """Steps from ``found`` to ``last``, a row each that says ``tag``, a checkpoint every two."""
     start = rollback.begin(run_dir, found)
     journal = Journal(run_dir, start.positions)
     done = 0 if found is None else branch.of_checkpoint(found)[1]
