@@ -24,6 +24,14 @@ def ones(completions, **_):
 FULL = Path("/dev/full")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hears_a_hang_up():
+    """Also where the tests were started with nohup: what they start inherits it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
