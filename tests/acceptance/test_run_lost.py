@@ -91,6 +91,7 @@ def test_a_folder_that_is_moved_gets_its_checkpoint_where_it_is(run_file, expect
     assert world.digests(moved) == expected
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_replaced_gets_nothing_more(run_file, tmp_path):
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
 
@@ -128,6 +129,7 @@ def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_pat
     assert len(world.rows(run_dir, "completions.jsonl")) == 6 * 8
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_after_the_last_step_is_no_success(run_file, tmp_path):
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
 
@@ -296,7 +298,7 @@ def slow_checkpoint():
     checkpoint.commit = slowly
 
 
-@pytest.mark.parametrize("kind", ["SIGINT", "mixed"])
+@pytest.mark.parametrize("kind", ["SIGINT", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path, kind):
     run_dir = tmp_path / "run"
     process = Command(run_file, "--output-dir", run_dir, before=slow_checkpoint)
