@@ -246,7 +246,7 @@ def _train(
         finally:
             if trainer.journal is not None:
                 trainer.journal.close()
-    _refuse_lost(trainer, home)
+    _refuse_lost(trainer, home, peers)
     # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
     if signals.received is not None and (peers is None or trainer.stopping):
         raise _stopped(config, signals.received, begun=True)
@@ -296,16 +296,23 @@ def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
     )
 
 
-def _refuse_lost(trainer: GRPOTrainer, home: Home | None) -> None:
+def _refuse_lost(trainer: GRPOTrainer, home: Home | None, peers: Peers | None) -> None:
     """What is written from here on would not be found, or is in somebody else's folder.
 
     Raises:
-        ConfigError: the run folder was removed, moved or replaced.
+        ConfigError: the run folder was removed, moved or replaced; the same one on every rank.
     """
-    if home is not None and (trainer.lost or not home.in_place()):
-        raise home.fault()
-    if trainer.lost:
-        raise ConfigError("the run folder was removed, moved or replaced during the run")
+    if not trainer.lost:
+        if home is not None and not home.in_place():
+            raise home.fault()
+        return
+    fault = None if home is None else home.fault()
+    if peers is not None:  # whichever of them tells it
+        mine = None if fault is None else [fault.message, fault.where, fault.fix]
+        message, where, fix = peers.exchange("lost", mine)[0]
+        fault = ConfigError(message, where=where, fix=fix)
+    assert fault is not None
+    raise fault
 
 
 def _stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
