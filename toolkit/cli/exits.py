@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
 
+from toolkit.base import disk
 from toolkit.base.errors import DefectError, InputError, ToolkitError
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
+from toolkit.base.streams import open_missing, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +41,9 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         if error.exit_code == DefectError.exit_code:
             _leave(_defect(error), error.exit_code, debug=debug)
         _leave(f"error: {error}", error.exit_code, debug=debug)
-    except Exception as error:  # noqa: BLE001 - a defect of ours, told to a person
+    except Exception as error:  # noqa: BLE001 - a disk's, or a defect of ours, told to a person
+        if (known := disk.failed(error)) is not None:
+            _leave(f"error: {known}", known.exit_code, debug=debug)
         _leave(_defect(error), DefectError.exit_code, debug=debug)
 
 
@@ -96,7 +100,8 @@ def _defect(error: Exception) -> str:
 def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    click.echo(text, err=True)
+    with suppress(OSError):  # nobody reads stderr any more; the code says it
+        click.echo(text, err=True)
     sys.exit(code)
 
 
@@ -107,9 +112,13 @@ def command_main(group: click.Group) -> Callable[[], None]:
     """
 
     def main() -> None:
+        open_missing()
         tighten_umask()
         protect_output()
-        with guarded(debug=debug_asked()):
-            group(prog_name=group.name)
+        try:
+            with guarded(debug=debug_asked()):
+                group(prog_name=group.name)
+        finally:
+            settle()
 
     return main

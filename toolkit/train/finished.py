@@ -40,7 +40,7 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
     Raises:
         InputError: it is no run folder. ConfigValueError: it has nothing to generate with.
     """
-    from toolkit.train import checkpoint  # noqa: PLC0415 - not needed for a folder that is none
+    from toolkit.train import branch, checkpoint  # noqa: PLC0415 - not needed for a folder that is none
 
     path = folder / "config.json"
     if not path.is_file():
@@ -65,11 +65,9 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():
         return FinishedRun(folder, config, finished, None)
-    steps = checkpoint.list_steps(folder) if step is None else [step]
-    for number in sorted(steps, reverse=True):
-        found = checkpoint.place(folder, number)
-        if found.is_dir() and not checkpoint.faults(found):
-            return FinishedRun(folder, config, None, found)
+    found = checkpoint.place(folder, step) if step is not None else branch.latest(folder)[0]
+    if found is not None and found.is_dir() and checkpoint.is_sound(found):
+        return FinishedRun(folder, config, None, found)
     raise ConfigValueError(
         "has no sound checkpoint and no finished adapter yet"
         if step is None
