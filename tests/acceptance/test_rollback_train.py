@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -104,7 +105,19 @@ def test_folders_that_are_not_the_runs_change_nothing(run_file, tmp_path):
 
 
 def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
-    code, said = go(run_file, tmp_path / "run", "dataset.limit=1")
+    def unjudged():
+        """What validate cannot count (a hub's data set) is counted when it has been read."""
+        from toolkit.train import run
+
+        read = run.load_data
+
+        def shorter(*args, **kwargs):
+            data = read(*args, **kwargs)
+            return dataclasses.replace(data, train=data.train.select([0]))
+
+        run.load_data = shorter
+
+    code, said = go(run_file, tmp_path / "run", before=unjudged)
     assert code == 1, said
     assert "1 prompts, and one generation takes 2: 8 completions" in said
     assert "no step could be made" in said
