@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError
+from toolkit.base.files import check_folder
 from toolkit.policy.adapter_io import BASE_FILE, base_name, fingerprint
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.lora import (
@@ -20,6 +19,7 @@ from toolkit.policy.lora import (
     set_adapter_tensors,
     settings_of,
 )
+from toolkit.policy.read_tensors import read_tensors
 from toolkit.policy.settings import check_settings, check_targets, check_with_engine
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise InputError(
             "is no adapter's folder", where=str(folder), fix="name what save_lora wrote"
         )
+    check_folder(path)
     values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
     try:
         config = read_peft_config(values)
@@ -79,11 +80,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 fix=f"convert it to {WEIGHTS} where you trust it",
             )
         raise InputError(f"{WEIGHTS} is missing", where=str(path), fix="copy the whole folder")
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(str(file), device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(file)) from error
-    return tensors
+    return read_tensors(file)
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
