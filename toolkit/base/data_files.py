@@ -1,0 +1,126 @@
+"""Which files are data, and how their bytes are read: for the validator and for training alike.
+
+A suffix says what a file is. ``.gz`` behind one that names a text is unpacked while reading, within
+bounds on what comes out of it.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.base.errors import InputError
+from toolkit.base.files import MAX_DATA_BYTES, kind_fault, lines_of, open_bytes, os_fault, unusable
+from toolkit.base.units import GIB, MIB, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".arrow")
+PACKED = ".gz"
+FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
+MAX_JSON_DATA_BYTES = GIB  # held whole, unlike lines
+MAX_RATIO = 200  # bytes out of one byte of a .gz ...
+RATIO_FREE_BYTES = 64 * MIB  # ... once so many have come
+_OTHER_PACKERS = {
+    ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
+    ".lzma": "unlzma", ".br": "brotli -d",
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What a name says: ``suffix`` of the data itself, and whether it is packed (.gz)."""
+
+    suffix: str
+    packed: bool
+
+
+def data_kind(path: Path) -> Kind | None:
+    """The kind of a data file by its name; None for what is not read as one."""
+    name = path.name.lower()
+    packed = name.endswith(PACKED)
+    suffix = Path(name.removesuffix(PACKED) if packed else name).suffix
+    known = TEXTS if packed else (*TEXTS, *TABLES)
+    return Kind(suffix, packed) if suffix in known else None
+
+
+def no_kind(path: Path) -> tuple[str, str]:
+    """(what, fix) for a file whose name is that of no data file."""
+    suffix = path.suffix.lower()
+    what = f"is not a kind of data file that is read here: {suffix or 'no suffix'!r}"
+    if suffix in _OTHER_PACKERS:
+        return what, f"unpack it ({_OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
+    return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
+
+
+def path_fault(path: Path) -> str | None:
+    """Why what is at ``path`` cannot be read as a file, in words; None where it can, or is a
+    folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        return os_fault(error)
+    return None if path.is_dir() else kind_fault(mode)
+
+
+@contextmanager
+def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]:
+    """The bytes of a data file, unpacked, at most ``limit`` of them. Raises InputError, also while
+    reading.
+    """
+    with open_bytes(path, limit=limit) as file:
+        kind = data_kind(path)
+        if kind is None or not kind.packed:
+            yield file
+            return
+        yield io.BufferedReader(_Unpacked(path, file, limit), buffer_size=MIB)
+
+
+class _Unpacked(io.RawIOBase):
+    """What comes out of a .gz, counted: no more than ``limit``, nor than ``MAX_RATIO`` allows."""
+
+    def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
+        import gzip  # noqa: PLC0415 - few files need it
+
+        self.path, self.file, self.limit = path, file, limit
+        self.source = gzip.GzipFile(fileobj=file, mode="rb")
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        try:
+            chunk = self.source.read1(len(target))
+        except (OSError, EOFError, zlib.error) as error:
+            raise unusable(self.path, f"cannot be unpacked: {error}") from None
+        self.count += len(chunk)
+        most = min(max(RATIO_FREE_BYTES, MAX_RATIO * self.file.tell()), self.limit)
+        if self.count > most:
+            what = f"unpacks to more than {format_bytes(most)}"
+            raise unusable(self.path, what, fix="unpack it, and look at what it is")
+        target[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line; a byte-order mark is left out. Raises InputError for a line
+    that is too long or not UTF-8.
+    """
+    for number, raw in enumerate(lines_of(file, path), start=1):
+        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        yield number, decoded(text, f"{path}:{number}")
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """UTF-8 bytes as a text. Raises InputError."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise InputError(what, where=where, fix="mend or remove it") from None
