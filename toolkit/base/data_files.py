@@ -7,6 +7,7 @@ bounds on what comes out of it.
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
 MAX_JSON_DATA_BYTES = GIB  # held whole, unlike lines
 MAX_RATIO = 200  # bytes out of one byte of a .gz ...
 RATIO_FREE_BYTES = 64 * MIB  # ... once so many have come
-_OTHER_PACKERS = {
+OTHER_PACKERS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
     ".lzma": "unlzma", ".br": "brotli -d",
 }  # fmt: skip
@@ -52,8 +53,8 @@ def no_kind(path: Path) -> tuple[str, str]:
     """(what, fix) for a file whose name is that of no data file."""
     suffix = path.suffix.lower()
     what = f"is not a kind of data file that is read here: {suffix or 'no suffix'!r}"
-    if suffix in _OTHER_PACKERS:
-        return what, f"unpack it ({_OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
+    if suffix in OTHER_PACKERS:
+        return what, f"unpack it ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
     return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
 
 
@@ -124,3 +125,19 @@ def decoded(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
         raise InputError(what, where=where, fix="mend or remove it") from None
+
+
+def chat_in(text: str) -> list[dict[str, Any]] | None:
+    """The chat that a text is in JSON, a list of {role, content}; None where it is none."""
+    if '"role"' not in text or not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    messages = value if isinstance(value, list) else []
+    chat = all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in messages
+    )
+    return messages if messages and chat else None

@@ -64,7 +64,7 @@ def read_source(
 
 def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str]:
     if (folder / "dataset_dict.json").is_file():
-        splits = read_object(folder / "dataset_dict.json").get("splits") or []
+        splits = _list_in(folder / "dataset_dict.json", "splits")
         if split not in splits:
             raise ConfigError(
                 f"has no split {split!r}",
@@ -79,10 +79,7 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             where=str(folder),
             fix=f"name a file in it: {', '.join(inside[:8])}" if inside else None,
         )
-    files = [
-        _data_file(folder, entry)
-        for entry in read_object(folder / "state.json").get("_data_files") or []
-    ]
+    files = [_data_file(folder, entry) for entry in _list_in(folder / "state.json", "_data_files")]
     check_folder(folder)
     for file in files:
         with open_regular(file, limit=MAX_DATA_BYTES):
@@ -97,6 +94,13 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
         ) from error
     rows = checked(Rows(table, lambda index: f"{folder} row {index + 1}"), folder)
     return rows, _digest_files(files, before)
+
+
+def _list_in(path: Path, key: str) -> list[Any]:
+    value = read_object(path).get(key) or []
+    if not isinstance(value, list):
+        raise unusable(path, f"has no list of {key}")
+    return value
 
 
 def _data_file(folder: Path, entry: Any) -> Path:
