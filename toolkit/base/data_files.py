@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import InputError
-from toolkit.base.files import MAX_DATA_BYTES, kind_fault, lines_of, open_bytes, os_fault, unusable
-from toolkit.base.units import GIB, MIB, format_bytes
+from toolkit.base.files import MAX_DATA_BYTES, kind_fault, lines_of, open_bytes, os_fault
+from toolkit.base.packed import Unpacked
+from toolkit.base.units import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +25,6 @@ TABLES = (".parquet", ".arrow")
 PACKED = ".gz"
 FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
 MAX_JSON_DATA_BYTES = GIB  # held whole, unlike lines
-MAX_RATIO = 200  # bytes out of one byte of a .gz ...
-RATIO_FREE_BYTES = 64 * MIB  # ... once so many have come
 OTHER_PACKERS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
     ".lzma": "unlzma", ".br": "brotli -d",
@@ -79,34 +77,10 @@ def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]
         if kind is None or not kind.packed:
             yield file
             return
-        yield io.BufferedReader(_Unpacked(path, file, limit), buffer_size=MIB)
-
-
-class _Unpacked(io.RawIOBase):
-    """What comes out of a .gz, counted: no more than ``limit``, nor than ``MAX_RATIO`` allows."""
-
-    def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
         import gzip  # noqa: PLC0415 - few files need it
 
-        self.path, self.file, self.limit = path, file, limit
-        self.source = gzip.GzipFile(fileobj=file, mode="rb")
-        self.count = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        try:
-            chunk = self.source.read1(len(target))
-        except (OSError, EOFError, zlib.error) as error:
-            raise unusable(self.path, f"cannot be unpacked: {error}") from None
-        self.count += len(chunk)
-        most = min(max(RATIO_FREE_BYTES, MAX_RATIO * self.file.tell()), self.limit)
-        if self.count > most:
-            what = f"unpacks to more than {format_bytes(most)}"
-            raise unusable(self.path, what, fix="unpack it, and look at what it is")
-        target[: len(chunk)] = chunk
-        return len(chunk)
+        source = gzip.GzipFile(fileobj=file, mode="rb")
+        yield io.BufferedReader(Unpacked(path, file, source, limit), buffer_size=MIB)
 
 
 def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
