@@ -57,7 +57,7 @@ def data_of(document: Document, key: str) -> DataFacts | None:
     if node is None or not isinstance(node.value, str):
         return None
     path = resolve(node.value, node)
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) or (path.is_symlink() and _leads_nowhere(path)):
         return None
     if fault := path_fault(path):
         return DataFacts(path, problem=fault)
@@ -65,6 +65,17 @@ def data_of(document: Document, key: str) -> DataFacts | None:
     stamp = path.stat()
     split = _text(document, "split") or "train"
     return _read(path, columns, split, (stamp.st_mtime_ns, stamp.st_size))
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """A link to what is not here: on the machine that the run is meant for it may be."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _text(document: Document, key: str) -> str | None:

@@ -105,17 +105,16 @@ def data_is_here(run: Run) -> Iterator[Fault]:
         node = run.node(key)
         assert node is not None
         path = resolve(text, node)
-        if not exists(path):
+        data = data_of(run.document, which)
+        if data is not None and data.problem:
+            yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
+        elif not exists(path):
             where = (
                 f"there is no {path}" if is_path_only(text) else f"{text} is not on this machine"
             )
             yield Fault(
                 key, f"{where}: its columns are not checked", unknown=not is_path_only(text)
             )
-            continue
-        data = data_of(run.document, which)
-        if data is not None and data.problem:
-            yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
 
 
 @rule(
