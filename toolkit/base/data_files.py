@@ -18,12 +18,13 @@ from toolkit.base.packed import Unpacked
 from toolkit.base.units import GIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow")
 PACKED = ".gz"
 FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
+MAX_COLUMNS = 2_000
 MAX_JSON_DATA_BYTES = GIB  # held whole, unlike lines
 OTHER_PACKERS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
@@ -114,4 +115,27 @@ def chat_in(text: str) -> list[dict[str, Any]] | None:
         isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
         for message in messages
     )
-    return messages if messages and chat else None
+    return messages if messages and chat and is_text(messages) else None
+
+
+def is_text(value: Any) -> bool:
+    """Whether every text in a JSON value is one: JSON can spell half of a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def names_fault(names: Iterable[str]) -> str | None:
+    """What is wrong with the names of columns, in words."""
+    seen: set[str] = set()
+    for name in names:
+        if not is_text(name):
+            return f"the column name {name!a} holds half of a character (a lone surrogate)"
+        if "\0" in name:
+            return f"the column name {name!r} holds a NUL character"
+        if name in seen:
+            return f"two columns have the same name, {name!r}"
+        seen.add(name)
+    return None if len(seen) <= MAX_COLUMNS else f"has more than {MAX_COLUMNS} columns"

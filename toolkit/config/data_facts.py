@@ -15,12 +15,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
-from toolkit.base.data_files import chat_in, data_kind, decoded, no_kind, open_data, path_fault
+from toolkit.base.data_files import (
+    chat_in,
+    data_kind,
+    decoded,
+    is_text,
+    names_fault,
+    no_kind,
+    open_data,
+    path_fault,
+)
 from toolkit.base.errors import InputError, first_line
 from toolkit.config.paths import ARCHIVES, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from toolkit.config.document import Document
@@ -28,7 +37,6 @@ if TYPE_CHECKING:
 MAX_ROWS = 50_000
 MAX_SCAN_BYTES = 4 << 20
 NO_DATA = "there is no data set: there are no prompts to train on"
-MAX_COLUMNS = 2_000  # train/data_columns refuses more
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +129,10 @@ def _facts(path: Path, columns: tuple[str, str | None], split: str) -> DataFacts
             names = parquet_columns(file)
             if names is None and not is_parquet(file):
                 return DataFacts(path, problem="is no Parquet file, or is cut short")
-            return DataFacts(path, names, whole=False, problem=names_fault(names or ()))
+            if fault := names_fault(names or ()):
+                return DataFacts(path, problem=fault)
+            return DataFacts(path, names, whole=False)
         return _scan(path, columns, _rows(file, path, kind.suffix))
-
-
-def names_fault(names: Iterable[str]) -> str | None:
-    """What is wrong with the names of columns, in words."""
-    seen: set[str] = set()
-    for name in names:
-        if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
-            return f"the column name {name!a} holds half of a character (a lone surrogate)"
-        if name in seen:
-            return f"two columns have the same name, {name!r}"
-        seen.add(name)
-    return None if len(seen) <= MAX_COLUMNS else f"has more than {MAX_COLUMNS} columns"
 
 
 def _scan(
@@ -167,6 +165,8 @@ def _scan(
         if not whole:
             raise _Unscanned
         return DataFacts(path, problem="has no rows")
+    if fault := names_fault(columns):
+        return DataFacts(path, problem=fault)
     return DataFacts(
         path,
         tuple(columns),
@@ -176,8 +176,7 @@ def _scan(
         unanswered if answer_name in columns else 0,
         chats,
         whole,
-        names_fault(columns),
-        True if chats and chats == count - empty else messages,
+        messages=True if chats and chats == count - empty else messages,
     )
 
 
@@ -216,21 +215,12 @@ def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[dict[str, Any] | None]:
             raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
-        if _HALF in text.lower() and not _is_text(row):
+        if _HALF in text.lower() and not is_text(row):
             raise ValueError(f"line {number} holds half of a character (a lone surrogate)")
         yield row
 
 
 _HALF = "\\ud"
-
-
-def _is_text(row: Any) -> bool:
-    """Whether every text in a row is one: JSON can spell half of a character."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parse(text: str) -> Any:
@@ -254,7 +244,7 @@ def _json_rows(file: IO[bytes]) -> Iterator[dict[str, Any] | None]:
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError('is no list of objects, and no {"data": [...]} with such a list')
-    if not _is_text(rows):
+    if not is_text(rows):
         raise ValueError("holds half of a character (a lone surrogate)")
     yield from rows
 
@@ -268,6 +258,9 @@ def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any] | None
         if fault := names_fault(header):
             raise ValueError(fault)
         for fields in reader:
+            if fields and len(fields) != len(header) and not cut:
+                what = f"has {len(fields)} fields where the header has {len(header)}"
+                raise ValueError(f"line {reader.line_num} {what}")
             if fields:
                 yield dict(zip(header, fields, strict=False))
     except csv.Error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
 from toolkit.base.files import check_folder
 from toolkit.policy.adapter_io import BASE_FILE, base_name, fingerprint
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
@@ -61,6 +62,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         check_settings(settings_of(config))
     except (ConfigValueError, ConfigTypeError) as error:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, re.error) as error:
+        raise ConfigValueError(  # a value of a type that nobody looked at before using it
+            f"cannot be used: {first_line(error)}",
+            where=str(path / ADAPTER_CONFIG),
+            fix="copy the adapter again",
+        ) from error
     tensors = _read_tensors(path)
     _check_values(tensors, path)
     _check_ranks(tensors, config, path)
@@ -84,7 +91,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    bad = [name for name, value in tensors.items() if not _finite(value)]
     if bad:
         raise ConfigValueError(
             f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}",
@@ -93,14 +100,22 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         )
 
 
+def _finite(value: torch.Tensor) -> bool:
+    """float8 has no test of its own."""
+    plain = value.float() if value.is_floating_point() else value
+    return bool(torch.isfinite(plain).all())
+
+
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
     if not any(".lora_" in name for name in tensors):
         raise ConfigValueError("holds no LoRA tensors", where=str(path / WEIGHTS))
     if config.rank_pattern:
         return
     for name, value in tensors.items():
+        if value.dim() != 2 or not (".lora_A." in name or ".lora_B." in name):
+            continue
         rank = value.shape[0] if ".lora_A." in name else value.shape[-1]
-        if (".lora_A." in name or ".lora_B." in name) and value.dim() == 2 and rank != config.r:
+        if rank != config.r:
             raise ConfigValueError(
                 f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={config.r}", where=str(path)
             )

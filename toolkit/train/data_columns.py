@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import datasets
 import pyarrow as pa
 
+from toolkit.base.data_files import names_fault
 from toolkit.base.errors import ConfigError, InputError, first_line
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 _TYPE_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, TypeError, MemoryError)
-MAX_COLUMNS = 2_000
 
 
 class Rows(NamedTuple):
@@ -30,13 +30,9 @@ def from_rows(
 ) -> Rows:
     """Rows as columns; a key that a row lacks is null there."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
-    if len(keys) > MAX_COLUMNS:
-        broken(place(0), f"the rows have {len(keys)} columns; {MAX_COLUMNS} is the most")
-    for key in keys:
-        if _has_surrogate(key):
-            index = next((i for i, row in enumerate(rows) if key in row), 0)
-            what = f"the column name {key!a} holds half of a character (a lone surrogate)"
-            broken(place(index), what)
+    if fault := names_fault(keys):
+        first = next((i for i, row in enumerate(rows) if names_fault(row)), 0)
+        broken(place(first), fault)
     columns = {name: _column(name, [row.get(name) for row in rows], place) for name in keys}
     return Rows(pa.table(columns), place)
 
@@ -52,11 +48,8 @@ def checked(rows: Rows, path: Path) -> Rows:
         table.validate(full=True)
     except ARROW_ERRORS as error:
         broken(str(path), f"holds what cannot be read: {first_line(error)}")
-    twice = sorted({name for name in names if names.count(name) > 1})[:1]
-    if twice:
-        broken(str(path), f"two columns have the same name, {twice[0]!r}")
-    if len(names) > MAX_COLUMNS:
-        broken(str(path), f"has {len(names)} columns; {MAX_COLUMNS} is the most")
+    if fault := names_fault(names):
+        broken(str(path), fault)
     for index, field in enumerate(table.schema):
         if pa.types.is_map(field.type):
             column = _without_map(table.column(index))
@@ -131,19 +124,18 @@ def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
 def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Array:
     try:
         return pa.array(values)
-    except _TYPE_ERRORS:
+    except (*_TYPE_ERRORS, UnicodeEncodeError):
         index = _first_misfit(values)
-        first = next((value for value in values[:index] if value is not None), None)
-        raise ConfigError(
-            f"column {name!r} holds {kind_of(values[index])} here"
-            + (f" and {kind_of(first)} before" if kind_of(first) != kind_of(values[index]) else "")
-            + ", which one column cannot hold together",
-            where=place(index),
-            fix="give every row of the column the same type",
-        ) from None
-    except UnicodeEncodeError:
-        index = next(i for i, value in enumerate(values) if _has_surrogate(value))
+    if _has_surrogate(values[index]):
         broken(place(index), f"column {name!r} holds half of a character (a lone surrogate)")
+    first = next((value for value in values[:index] if value is not None), None)
+    raise ConfigError(
+        f"column {name!r} holds {kind_of(values[index])} here"
+        + (f" and {kind_of(first)} before" if kind_of(first) != kind_of(values[index]) else "")
+        + ", which one column cannot hold together",
+        where=place(index),
+        fix="give every row of the column the same type",
+    )
 
 
 def _first_misfit(values: list[Any]) -> int:
@@ -154,7 +146,7 @@ def _first_misfit(values: list[Any]) -> int:
         try:
             pa.array(values[:middle])
             fits = middle
-        except _TYPE_ERRORS:
+        except (*_TYPE_ERRORS, UnicodeEncodeError):
             fails = middle
     return fails - 1
 

@@ -22,6 +22,7 @@ from toolkit.base.data_files import (
     data_kind,
     data_lines,
     decoded,
+    names_fault,
     no_kind,
     open_data,
 )
@@ -101,8 +102,8 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             strict=True,
         )
         header = next(reader, [])
-        if len(set(header)) < len(header):
-            broken(f"{path}:1", "two columns have the same name")
+        if fault := names_fault(header):
+            broken(f"{path}:1", fault)
         for fields in reader:
             if limit is not None and len(rows) >= limit:
                 break
