@@ -26,6 +26,7 @@ MAX_JSON_BYTES = 64 * MIB  # config.json, indices of weights, tokenizers' settin
 MAX_ADAPTER_BYTES = 16 * GIB
 MAX_DATA_BYTES = 64 * GIB
 MAX_LINE_BYTES = 256 * MIB  # one row of a data file
+MAX_BLANK_LINES = 1_000_000
 MAX_FOLDER_FILES = 20_000
 FIX_AGAIN = "get the file again: it is cut short, or is not what its name says"
 FIX_COPY = "put the file itself there, as a regular file"
@@ -166,9 +167,13 @@ def lines_of(
     """The lines of a binary file; one of more than ``longest`` bytes is an InputError, found
     before it is held whole.
     """
-    number = 0
+    number = blank = 0
     while line := file.readline(longest + 1):
         number += 1
+        blank += line in (b"\n", b"\r\n")
+        if blank > MAX_BLANK_LINES:
+            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            raise InputError(what, where=f"{path}:{number}")
         if len(line) > longest:
             raise InputError(
                 f"a line is longer than {format_bytes(longest)}: this is no data file",

@@ -27,7 +27,7 @@ from toolkit.base.data_files import (
     open_data,
 )
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
-from toolkit.base.files import MAX_DATA_BYTES, MAX_LINE_BYTES
+from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
 from toolkit.base.units import format_bytes
 from toolkit.train.data_columns import ARROW_ERRORS, Rows, broken, checked, from_rows, kind_of
 
@@ -129,9 +129,13 @@ def _is_tsv(path: Path) -> bool:
 
 
 def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    number = 0
+    number = blank = 0
     while line := text.readline(MAX_LINE_BYTES + 1):
         number += 1
+        blank += line.isspace()
+        if blank > MAX_BLANK_LINES:
+            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            broken(f"{path}:{number}", what)
         if len(line) > MAX_LINE_BYTES:
             what = f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this is no data file"
             broken(f"{path}:{number}", what)
