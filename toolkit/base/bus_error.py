@@ -19,7 +19,13 @@ TEXT = (
     "data file was cut short during the run, or its disk failed; restore it and start again, the "
     "run resumes from its last checkpoint\n"
 )
+_LINE = TEXT.encode()
 _kept: list[Any] = []  # the C function, which must outlive this module's callers
+
+
+def _end(_number: int) -> None:
+    os.write(2, _LINE)
+    os._exit(InputError.exit_code)
 
 
 def report_bus_errors() -> None:
@@ -30,13 +36,7 @@ def report_bus_errors() -> None:
         return
     import ctypes  # noqa: PLC0415 - only where a run begins
 
-    line = TEXT.encode()
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def handler(_number: int) -> None:
-        os.write(2, line)
-        os._exit(InputError.exit_code)
-
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)
     library = ctypes.CDLL(None)
     library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     library.signal.restype = ctypes.c_void_p
