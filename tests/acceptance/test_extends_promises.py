@@ -82,9 +82,10 @@ def test_an_integer_beyond_64_bits(tmp_path: Path, number: str, form: str) -> No
     path = tmp_path / f"run.{'yaml' if form == 'set' else form}"
     texts = {
         "yaml": f"{GOOD}grpo:\n  max_steps: {number}\n",
-        "json": '{"model": {"model_name": "x"}, "reward": {"functions": [{"name": "format"}]},\n'
+        "json": '{"model": {"model_name": "x"}, "dataset": {"path": "x/y"},\n'
+        ' "reward": {"functions": [{"name": "format"}]},'
         f' "grpo": {{"max_steps": {number}}}}}',
-        "toml": 'model.model_name = "x"\nreward.functions = [{name = "exact_match"}]\n'
+        "toml": 'dataset.path = "x/y"\nmodel.model_name = "x"\nreward.functions = [{name = "exact_match"}]\n'
         f"[grpo]\nmax_steps = {number}\n",
         "set": GOOD,
     }
@@ -97,7 +98,7 @@ def test_an_integer_beyond_64_bits(tmp_path: Path, number: str, form: str) -> No
     assert "does not fit into 64 bits" in found[0]["message"]
     assert f"({len(number)} characters)" in found[0]["message"]
     assert len(found[0]["message"]) < 200
-    line = {"yaml": 5, "json": 2, "toml": 4, "set": 1}[form]
+    line = {"yaml": 5, "json": 2, "toml": 5, "set": 1}[form]
     assert found[0]["line"] == line
 
 

@@ -218,7 +218,7 @@ def test_chats_in_json_text_are_read(tmp_path: Path) -> None:
 def test_some_chats_in_json_text_are_told(tmp_path: Path) -> None:
     texts = [json.dumps([user("w1")]), "w2"]
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": text, "a": 1} for text in texts]))
-    data = load(tmp_path / "d.jsonl", chat=True)
+    data = load(tmp_path / "d.jsonl")
     assert data.train["prompt"][:] == texts
     assert "1 of 2 prompts are chats written as JSON text" in data.report.train.lines()[1]
 
