@@ -85,7 +85,8 @@ def test_an_integer_beyond_64_bits(tmp_path: Path, number: str, form: str) -> No
         "json": '{"model": {"model_name": "x"}, "dataset": {"path": "x/y"},\n'
         ' "reward": {"functions": [{"name": "format"}]},'
         f' "grpo": {{"max_steps": {number}}}}}',
-        "toml": 'dataset.path = "x/y"\nmodel.model_name = "x"\nreward.functions = [{name = "exact_match"}]\n'
+        "toml": 'dataset.path = "x/y"\nmodel.model_name = "x"\n'
+        'reward.functions = [{name = "exact_match"}]\n'
         f"[grpo]\nmax_steps = {number}\n",
         "set": GOOD,
     }
