@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
+from toolkit.base.own_memory import mapped_files
 from toolkit.engine.load import open_engine
 from toolkit.engine.rollout import Sampling
 from toolkit.policy.views import shared_model
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from toolkit.engine.live import Engine
 
 pytestmark = pytest.mark.engine
+
+
+def test_no_weight_stays_mapped_from_the_file(
+    llama_folder: Path, open_small: Callable[..., Engine]
+) -> None:
+    """A checkpoint that is cut short during the run must not end it."""
+    with open_small(llama_folder):
+        assert mapped_files() == []
 
 
 def held() -> tuple[set[str], int, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base import launcher
 from toolkit.base.errors import InputError
+from toolkit.base.files import read_bytes
 from toolkit.base.hub import hub_home
 from toolkit.base.units import GIB, KIB, MIB
 
@@ -139,7 +140,7 @@ def read_lock(path: Path) -> dict[str, str]:
         InputError: it has none.
     """
     pins = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode(errors="replace").splitlines():
         found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", line)
         if found:
             pins[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]

@@ -20,6 +20,7 @@ from toolkit.base.errors import (
     first_line,
 )
 from toolkit.base.launcher import local_rank
+from toolkit.base.own_memory import own_weights
 from toolkit.policy.arguments import WHERE
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import note_checkpoint
@@ -133,6 +134,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             where=checkpoint.name,
         ) from error
     _check_complete(info, checkpoint.name)
+    own_weights(model)
     if request.resize_model_vocab is not None:
         _resize(model, request.resize_model_vocab, request.random_state)
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from toolkit.base.errors import InputError, ToolkitWarning, first_line
+from toolkit.base.files import check_folder
 from toolkit.policy.template import limit_template
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def load_tokenizer(
     Raises:
         InputError: the folder holds no tokenizer.
     """
+    check_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True

@@ -7,10 +7,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError, UnsupportedError
+from toolkit.base.files import read_json
 from toolkit.config.targets import default_targets
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.fields import Fields
-from toolkit.sizing.headers import read_json, read_stored
+from toolkit.sizing.headers import read_stored
 from toolkit.sizing.model import DTYPE_BYTES, ModelSpec
 from toolkit.sizing.quant import Quantization, parse_quantization
 from toolkit.sizing.source import find_model

@@ -110,12 +110,11 @@ def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
 
 def read_checkpoint(model: Any, folder: Path) -> None:
     """The adapter of the training checkpoint in ``folder`` into ``model``, in place."""
-    from safetensors.torch import load_file  # noqa: PLC0415 - loads torch
-
+    from toolkit.policy.read_tensors import read_tensors  # noqa: PLC0415 - loads torch
     from toolkit.train.resume import ADAPTER  # noqa: PLC0415
     from toolkit.train.state import copy_into, trainable  # noqa: PLC0415
 
-    copy_into(trainable(model), load_file(str(folder / ADAPTER)), str(folder))
+    copy_into(trainable(model), read_tensors(folder / ADAPTER), str(folder))
 
 
 def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:

@@ -228,5 +228,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
                     "reward": sum(w * r for w, r in scored) if scored else None,
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
+                    **_extra(logs, index),
                 },
             )
+
+
+def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What rewards gave to ``log_extra`` for a completion, under ``extra``; a column of another
+    length belongs to no completion and is left out.
+    """
+    count = len(logs["prompt"])
+    found = {
+        str(name): values[index]
+        for name, values in (logs.get("extra") or {}).items()
+        if len(values) == count
+    }
+    return {"extra": found} if found else {}

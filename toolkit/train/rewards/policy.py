@@ -54,11 +54,13 @@ class GuardedReward:
         self._saved = 0
         self._loop = LoopThread()
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
+    def __call__(
+        self, /, prompts: list[Any], completions: list[Any], **columns: Any
+    ) -> list[Score]:
         """One reward (or None) a completion; ConfigError under ``fail``."""
         return self.scores(Batch(prompts, completions, columns))
 
-    def score(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
+    def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
         """The same outside of training, async or not: what TRL passes besides is made up here."""
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
@@ -149,7 +151,7 @@ class AsyncGuardedReward(GuardedReward):
     """The same for a coroutine function: TRL awaits it together with the other async rewards."""
 
     async def __call__(  # type: ignore[override]  # TRL asks of what kind __call__ is
-        self, prompts: list[Any], completions: list[Any], **columns: Any
+        self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
         """As GuardedReward's; runs in a worker thread, so that nobody waits for anybody."""
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
