@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Auto = Literal["auto"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -25,7 +26,7 @@ class ModelSection:
 
     model_name: str
     max_seq_length: int = 2048
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     load_in_16bit: bool = False

@@ -21,10 +21,12 @@ from toolkit.base.errors import (
 )
 from toolkit.base.launcher import local_rank
 from toolkit.base.own_memory import own_weights
+from toolkit.config.resolved import dtype_of
 from toolkit.policy.arguments import WHERE
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.positions import set_positions
+from toolkit.policy.situation import situation
 
 if TYPE_CHECKING:
     from toolkit.policy.checkpoint import Checkpoint
@@ -57,19 +59,11 @@ def check_quantization(request: LoadRequest) -> None:
 
 
 def choose_dtype(request: LoadRequest) -> torch.dtype:
-    """What the weights are held in.
-
-    Asked for nothing: bfloat16 on a GPU that has it (compute capability 8.0 and up), float16 on an
-    older one, float32 on a CPU, whatever the checkpoint stores: there float32 is the fast and exact
-    one.
-    """
-    if request.dtype != "auto":
-        dtype = getattr(torch, request.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    return torch.bfloat16 if request.load_in_16bit else torch.float32
+    """What the weights are held in; ``config.resolved.dtype_of`` says what "auto" is here."""
+    name = dtype_of(request.dtype, situation(), load_in_16bit=request.load_in_16bit)
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:

@@ -5,13 +5,12 @@ where it is silent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.batch import TRL_DEFAULTS, batch_of, count
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.resolved import ResolvedRun
     from toolkit.sizing.device import Device
 
 # Bytes of optimizer state a trainable parameter (torch.optim, bitsandbytes).
@@ -45,24 +44,9 @@ class Workload:
     dropout: bool
 
 
-def uses_engine(config: RunConfig, device: Device | None) -> bool:
-    """Whether vLLM makes the rollouts: as written, else where there is a GPU and vLLM is installed.
-
-    A card that is not here is taken to be on a machine that has vLLM.
-    """
-    if config.runtime.engine != "auto":
-        return config.runtime.engine == "vllm"
-    if config.model.fast_inference != "auto":
-        return config.model.fast_inference
-    if device is None:
-        return False
-    return not device.here or find_spec("vllm") is not None
-
-
-def read_workload(
-    config: RunConfig, device: Device | None = None, *, world_size: int = 1
-) -> Workload:
-    """The numbers of ``config``. Raises ConfigError for a number that is none or below 1."""
+def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
+    """The numbers of ``run``. Raises ConfigError for a number that is none or below 1."""
+    config, world_size = run.config, run.world_size
     grpo = config.grpo
     completion = count(grpo, "max_completion_length")
     length = config.model.max_seq_length
@@ -84,10 +68,10 @@ def read_workload(
         completion=completion,
         sequence=sequence,
         rank=config.lora.r,
-        targets=config.lora.target_modules,
+        targets=run.targets,
         optimizer=optimizer,
         optimizer_bytes=optimizer_bytes(optimizer),
-        uses_engine=uses_engine(config, device),
+        uses_engine=run.engine == "vllm",
         dropout=config.lora.lora_dropout > 0,
     )
 

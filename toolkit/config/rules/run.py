@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import Document, KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, rename
+from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
 from toolkit.config.rules.base import Fault, Rule, Unjudged
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show, spell
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
     from toolkit.config.model_facts import ModelFacts
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """What the rules ask of a card; ``compute_capability`` None is a machine without a GPU."""
-
-    name: str
-    compute_capability: tuple[int, int] | None
+__all__ = ["DeviceFacts", "Run", "Situation", "default"]
 
 
 @cache
@@ -36,14 +31,6 @@ def default(path: str) -> Any:
 @cache
 def _parts(path: str) -> KeyPath:
     return tuple(path.split("."))
-
-
-@dataclass(slots=True, kw_only=True)
-class Situation:
-    """What is judged besides the file: the what-ifs."""
-
-    world_size: int = 1
-    device: DeviceFacts | None = None
 
 
 class Run:
@@ -131,14 +118,10 @@ class Run:
         return Fix(f"call it {name}", (rename(node.source, node.key, name),))
 
     @cached_property
-    def engine(self) -> Literal["vllm", "transformers", "maybe"]:
-        """Who generates, as far as the file says; ``maybe`` is vLLM wherever it is installed."""
+    def engine(self) -> Engine:
+        """Who generates (``config.resolved``)."""
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
-        if engine != "auto":
-            return "vllm" if engine == "vllm" else "transformers"
-        if fast == "auto":
-            return "maybe"
-        return "vllm" if fast else "transformers"
+        return engine_of(engine, fast, self.situation)
 
     @cached_property
     def model(self) -> ModelFacts | None:
