@@ -35,6 +35,7 @@ from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.settings import (
     WHERE,
     LoraSettings,
+    check_layers,
     check_settings,
     check_targets,
     check_with_engine,
@@ -87,6 +88,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     if engine is not None:
         refuse_unserved(model, config, engine, WHERE)
     check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
+    check_layers(settings, getattr(model.config.get_text_config(), "num_hidden_layers", None))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
         try:

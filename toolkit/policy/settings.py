@@ -14,6 +14,7 @@ from toolkit.base.errors import (
     ToolkitWarning,
     UnsupportedError,
 )
+from toolkit.config.features import REWRITING_INITS, layers_beyond
 from toolkit.config.model import SEVEN_PROJECTIONS
 from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.policy.arguments import nearest
@@ -37,11 +38,6 @@ INITS = (
     "lora_ga",
 )
 """PEFT's names for init_lora_weights beside True and False; ``pissa_niter_N`` too."""
-
-BASE_REWRITING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Inits that change the base weights, or need a pass over data with weights of the trainer's
-own.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +181,7 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
                 fix="leave it out, or load with fast_inference=False",
             )
     init = settings.init_lora_weights
-    if isinstance(init, str) and init.startswith(BASE_REWRITING):
+    if isinstance(init, str) and init.startswith(REWRITING_INITS):
         raise UnsupportedError(
             f"init_lora_weights={init!r} rewrites base weights, which engine and trainer share",
             where=WHERE,
@@ -226,6 +222,22 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
                 fix="name linear layers of the model, for instance "
                 + ", ".join(sorted(leaf for leaf in leaves if leaf.endswith("_proj")) or ["..."]),
             )
+
+
+def check_layers(settings: LoraSettings, count: int | None) -> None:
+    """Refuse layers that a model of ``count`` layers does not have: PEFT passes over them.
+
+    Raises:
+        ConfigValueError: naming them.
+    """
+    beyond = layers_beyond(settings.layers_to_transform, count)
+    if beyond:
+        raise ConfigValueError(
+            f"layers_to_transform: {', '.join(map(str, beyond))} not among the {count} layers of"
+            " the model, which are counted from 0",
+            where=WHERE,
+            fix="name layers that the model has",
+        )
 
 
 def _matches(pattern: str, names: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.config.features import REWRITING_INITS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known
 from toolkit.config.ranks import smallest_rank
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _R = "lora.r"
 _ROOM = "model.max_lora_rank"
 _TARGETS = "lora.target_modules"
-REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
 
 
 @rule(
@@ -97,7 +97,7 @@ def engine_can_follow(run: Run) -> Iterator[Fault]:
 
     vLLM has no trained biases, no DoRA and no modules_to_save; an adapter on embed_tokens or
     lm_head is not served, and one on kv_b_proj is ignored by latent attention (DeepSeek); and an
-    initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA, LoRA-GA, MiCA) would
+    initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA, LoRA-GA) would
     change the weights that engine and trainer share.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):
