@@ -215,7 +215,7 @@ def test_a_separate_model_needs_no_shared_weights(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stored in FP8"),
         ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
     ],
 )

@@ -56,7 +56,8 @@ class ModelSection:
 class LoraSection:
     """The adapter under training; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
 
-    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model.
+    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model. ``adapter_path``
+    is the adapter that training starts from; what was not written is then its own.
     """
 
     r: int = 16
@@ -70,8 +71,17 @@ class LoraSection:
     random_state: int = 3407
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    alpha_pattern: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     modules_to_save: tuple[str, ...] | None = None
     init_lora_weights: bool | str = True
+    adapter_path: str | None = None
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a layer, which the engine's slots must hold."""
+        return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

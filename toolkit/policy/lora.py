@@ -43,7 +43,7 @@ from toolkit.policy.settings import (
 from toolkit.policy.targets import experts_of, refuse_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 NOT_PEFTS = ("random_state",)
 KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
@@ -129,9 +129,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
         ConfigTypeError: they ask for another; the differences are named.
     """
     check_settings(settings)
-    current, asked = model.peft_config["default"], to_peft(settings)
-    pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in DIFFERING]
-    different = [f"{name} is {is_!r}, asked for {to!r}" for name, is_, to in pairs if is_ != to]
+    different = differences(model.peft_config["default"], settings)
     if different:
         raise ConfigTypeError(
             "the model already has an adapter with other settings: " + "; ".join(different),
@@ -142,6 +140,15 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
         "the model already has this adapter: returned as it is", ToolkitWarning, stacklevel=4
     )
     return model
+
+
+def differences(
+    current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
+) -> list[str]:
+    """How the ``peft.LoraConfig`` ``current`` differs from ``settings``, a sentence a field."""
+    asked = to_peft(settings)
+    pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
+    return [f"{name} is {is_!r}, asked for {to!r}" for name, is_, to in pairs if is_ != to]
 
 
 def _plain_set(config: Any, name: str) -> Any:

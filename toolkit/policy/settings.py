@@ -73,7 +73,10 @@ class LoraSettings:
         """The settings of a run file's ``lora`` section."""
         known = {f.name for f in fields(cls)}
         names = [f.name for f in fields(section) if f.name in known]
-        return cls(**{name: getattr(section, name) for name in names})
+        values = {name: getattr(section, name) for name in names}
+        for name in ("rank_pattern", "alpha_pattern"):
+            values[name] = values[name] or None  # nothing, in PEFT's words
+        return cls(**values)
 
     @property
     def scaling(self) -> float:
@@ -113,6 +116,7 @@ def check_settings(settings: LoraSettings) -> None:
         )
     _check_init(settings)
     _check_layers(settings)
+    _check_patterns(settings)
 
 
 def _check_init(settings: LoraSettings) -> None:
@@ -133,6 +137,27 @@ def _check_init(settings: LoraSettings) -> None:
         )
 
 
+def _check_patterns(settings: LoraSettings) -> None:
+    for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        pattern: Any = getattr(settings, name) or {}
+        if not hasattr(pattern, "items"):
+            raise ConfigTypeError(f"{name}={pattern!r} must map names to numbers", where=WHERE)
+        for key, value in pattern.items():
+            number = type(value) is int or (least == 0 and isinstance(value, float))
+            if not number or value < least or value == 0 or not math.isfinite(value):
+                raise ConfigValueError(
+                    f"{name}: {key!r} is {value!r}, and"
+                    f" {'an integer' if least else 'a number'} above 0 is wanted",
+                    where=WHERE,
+                )
+            try:
+                re.compile(str(key))
+            except re.error as error:
+                raise ConfigValueError(
+                    f"{name}: {key!r} is no valid pattern: {error}", where=WHERE
+                ) from error
+
+
 def _check_layers(settings: LoraSettings) -> None:
     layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
     if layers and isinstance(settings.target_modules, str):
@@ -151,11 +176,12 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
     Raises:
         ConfigValueError: a rank above the engine's slots. UnsupportedError: anything else.
     """
-    if settings.r > max_lora_rank:
-        legal = [rank for rank in LEGAL_RANKS if rank >= settings.r]
+    largest = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
+    if largest > max_lora_rank:
+        legal = [rank for rank in LEGAL_RANKS if rank >= largest]
+        named = f"r={settings.r}" if largest == settings.r else f"rank_pattern's {largest}"
         raise ConfigValueError(
-            f"r={settings.r} is above max_lora_rank={max_lora_rank}, with which the engine was"
-            " loaded",
+            f"{named} is above max_lora_rank={max_lora_rank}, with which the engine was loaded",
             where=WHERE,
             fix=f"load with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
             if legal
@@ -168,8 +194,6 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
         f"bias={settings.bias!r}": settings.bias != "none",
         "DoRA (use_dora=True)": settings.use_dora,
         "lora_bias=True": settings.lora_bias,
-        "rank_pattern": settings.rank_pattern,
-        "alpha_pattern": settings.alpha_pattern,
         "target_parameters": settings.target_parameters,
         "trainable_token_indices": settings.trainable_token_indices,
     }

@@ -104,8 +104,6 @@ def test_a_rank_that_no_engine_serves() -> None:
         {"bias": "lora_only"},
         {"use_dora": True},
         {"lora_bias": True},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
         {"trainable_token_indices": [1]},
         {"target_parameters": ("experts.up",)},
         *({"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora", "corda")),
@@ -119,6 +117,13 @@ def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
     name = next(iter(values))
     shown = str(caught.value)
     assert name in shown or "embed_tokens" in shown or "lm_head" in shown
+
+
+def test_ranks_of_a_pattern_fit_the_engine_too() -> None:
+    settings = LoraSettings(r=8, rank_pattern={"q_proj": 24}, alpha_pattern={"q_proj": 2})
+    check_with_engine(settings, 32)
+    with pytest.raises(ConfigValueError, match="rank_pattern's 24 is above max_lora_rank=16"):
+        check_with_engine(settings, 16)
 
 
 def test_dropout_with_an_engine_is_said() -> None:

@@ -14,6 +14,7 @@ from toolkit.config.rules.training import NO_HEAD, adapts_head
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.config.document import KeyPath
     from toolkit.config.rules.run import Run
 
 _R = "lora.r"
@@ -50,40 +51,50 @@ def legal_room(run: Run) -> Iterator[Fault]:
 
 @rule(
     "LORA003",
-    f"{_R} {_ROOM}",
+    f"{_R} {_ROOM} lora.rank_pattern",
     example="model:\n  max_lora_rank: 64\nlora:\n  r: 65",
     fix="max_lora_rank: 128, or r: 64",
 )
 def rank_fits(run: Run) -> Iterator[Fault]:
-    """lora.r is at most max_lora_rank.
+    """lora.r, and each rank of lora.rank_pattern, is at most max_lora_rank.
 
     The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule the
     error comes from inside vLLM, in the first step, after everything is loaded.
     """
-    room, rank = run.value(_ROOM), run.value(_R)
     if run.engine == "transformers":
         return
-    legal = known("lora_ranks")
+    room, legal = run.value(_ROOM), known("lora_ranks")
     largest = max(legal.values)
-    if room == "auto":
-        if rank > largest:
+    if room != "auto" and room not in legal.values:
+        return  # LORA002
+    most = largest if room == "auto" else room
+    for at, name, rank in _ranks(run):
+        if rank <= most:
+            continue
+        node = run.document.node(at)
+        lower = run.replace(node, most) if node is not None else run.to(_R, most)
+        if room == "auto":
             yield Fault(
-                _R,
+                at,
                 f"{rank} is more than {largest}, the largest rank of {legal.origin}",
-                fixes=(run.to(_R, largest),),
+                fixes=(lower,),
             )
-        return
-    if rank <= room or room not in legal.values:
-        return
-    up = smallest_rank(rank, legal.values)
-    fixes = (run.to(_ROOM, up),) if up else ()
-    yield Fault(
-        _R,
-        f"{rank} is more than max_lora_rank {room}",
-        notes=(f"{run.operand(_R)} > {run.operand(_ROOM)}",),
-        fixes=(*fixes, run.to(_R, room)),
-        related=(_ROOM,),
-    )
+            continue
+        up = smallest_rank(rank, legal.values)
+        yield Fault(
+            at,
+            f"{rank} is more than max_lora_rank {room}",
+            notes=(f"{name} {rank} > {run.operand(_ROOM)}",),
+            fixes=(*((run.to(_ROOM, up),) if up else ()), lower),
+            related=(_ROOM,),
+        )
+
+
+def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
+    """Each rank that is asked for: its place, its name, and its value."""
+    yield ("lora", "r"), "r", run.value(_R)
+    for key, rank in run.mapping("lora.rank_pattern").items():
+        yield ("lora", "rank_pattern", key), f"rank_pattern {key}", rank
 
 
 @rule(

@@ -84,21 +84,23 @@ def targets_have_slots(run: Run) -> Iterator[Fault]:
     and time at every token. Embeddings and lm_head are told by LORA004, experts by LORA013.
     """
     targets = run.value(_TARGETS)
-    if run.engine == "transformers" or isinstance(targets, str) or not run.written(_TARGETS):
+    if run.engine == "transformers" or isinstance(targets, str):
         return
     if run.ask("model.full_finetuning"):
         return
-    node = run.node(_TARGETS)
-    assert node is not None
+    written = run.written(_TARGETS)
     for index, name in enumerate(targets):
         leaf = str(name).rpartition(".")[2]
         if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _there(run, leaf):
             continue
         yield Fault(
-            ("lora", "target_modules", index),
+            ("lora", "target_modules", index) if written else "lora.adapter_path",
             f"the vLLM engine has no adapter slots for {leaf}",
             notes=(f"it has them for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
-            fixes=(Fix(f"remove {name}"), run.to("runtime.engine", "transformers")),
+            fixes=(
+                *((Fix(f"remove {name}"),) if written else ()),
+                run.to("runtime.engine", "transformers"),
+            ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )
 

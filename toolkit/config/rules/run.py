@@ -61,9 +61,12 @@ class Run:
         return self.node(path) is not None
 
     def value(self, path: str) -> Any:
-        """The value of a key as plain data, its default where it is not written."""
+        """The value of a key as plain data. Where it is not written, what the adapter that the run
+        starts from says of it, else its default.
+        """
         if not self.written(path):
-            return default(path)
+            name = path.removeprefix("lora.")
+            return self.adapter[name] if path != name and name in self.adapter else default(path)
         node = self.node(path)
         assert node is not None
         if isinstance(node.value, list):
@@ -72,6 +75,16 @@ class Run:
                 raise Unjudged
             return node.to_plain()
         return node.value
+
+    def mapping(self, path: str) -> dict[str, Any]:
+        """The value of a key that is a mapping, as plain data; {} where it is none."""
+        self.value(path)
+        parts = _parts(path)
+        if any(bad[: len(parts)] == parts for bad in self.bad):
+            raise Unjudged
+        node = self.node(path)
+        value = self.value(path) if node is None else node.to_plain()
+        return dict(value) if isinstance(value, dict) else {}
 
     def ask(self, path: str) -> Any:
         """``value``, or the default where the written one is faulty itself: for a rule of several
@@ -122,6 +135,14 @@ class Run:
         """Who generates (``config.resolved``)."""
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
         return engine_of(engine, fast, self.situation)
+
+    @cached_property
+    def adapter(self) -> dict[str, Any]:
+        """What the adapter of ``lora.adapter_path`` brings with it; nothing where there is none."""
+        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only when a rule asks
+
+        node = self.node("lora.adapter_path")
+        return {} if node is None else inherited(node)
 
     @cached_property
     def model(self) -> ModelFacts | None:
