@@ -36,6 +36,7 @@ from toolkit.policy.settings import (
     WHERE,
     LoraSettings,
     check_layers,
+    check_saved,
     check_settings,
     check_targets,
     check_with_engine,
@@ -88,6 +89,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     if engine is not None:
         refuse_unserved(model, config, engine, WHERE)
     check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
+    check_saved(settings, (name for name, _ in model.named_modules()))
     check_layers(settings, getattr(model.config.get_text_config(), "num_hidden_layers", None))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)

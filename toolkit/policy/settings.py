@@ -248,6 +248,23 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
             )
 
 
+def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
+    """Every name of modules_to_save is a part of a module's name: PEFT passes over any other.
+
+    Raises:
+        ConfigValueError: naming the one that is not, and the nearest.
+    """
+    names = list(module_names) if settings.modules_to_save else []
+    for name in settings.modules_to_save or ():
+        if not any(f".{name}." in f".{module}." for module in names):
+            leaves = {module.rsplit(".", 1)[-1] for module in names} - {""}
+            raise ConfigValueError(
+                f"modules_to_save: the model has no module {name!r}{nearest(name, leaves)}",
+                where=WHERE,
+                fix="correct its name or leave it out",
+            )
+
+
 def check_layers(settings: LoraSettings, count: int | None) -> None:
     """Refuse layers that a model of ``count`` layers does not have: PEFT passes over them.
 

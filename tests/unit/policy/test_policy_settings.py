@@ -11,6 +11,8 @@ from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedEr
 from toolkit.config.model import LoraSection
 from toolkit.policy.settings import (
     LoraSettings,
+    check_layers,
+    check_saved,
     check_settings,
     check_targets,
     check_with_engine,
@@ -117,6 +119,15 @@ def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
     name = next(iter(values))
     shown = str(caught.value)
     assert name in shown or "embed_tokens" in shown or "lm_head" in shown
+
+
+def test_layers_and_saved_modules_are_the_models() -> None:
+    check_layers(LoraSettings(layers_to_transform=(0, 1)), 2)
+    with pytest.raises(ConfigValueError, match="2, 9 not among the 2 layers"):
+        check_layers(LoraSettings(layers_to_transform=(0, 2, 9)), 2)
+    check_saved(LoraSettings(modules_to_save=("q_proj",)), NAMES)
+    with pytest.raises(ConfigValueError, match=r"no module 'q_prj' .did you mean 'q_proj'"):
+        check_saved(LoraSettings(modules_to_save=("q_prj",)), NAMES)
 
 
 def test_ranks_of_a_pattern_fit_the_engine_too() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from toolkit.config.features import DATA_INITS, layers_beyond
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
 from toolkit.config.targets import SLOTS
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ def targets_have_slots(run: Run) -> Iterator[Fault]:
 def _there(run: Run, leaf: str) -> bool:
     """Whether the model may have such a module: LORA007 tells of one that it has not."""
     modules = run.model.modules if run.model is not None else None
+    if leaf.lower().endswith("norm"):
+        return False  # LORA028
     return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
 
 
@@ -141,3 +144,66 @@ def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
             notes=(f"it has: {', '.join(sorted(lists))}",),
             fixes=(run.to(_PATTERN, min(lists)),) if len(lists) == 1 else (),
         )
+
+
+@rule(
+    "LORA027",
+    "lora.modules_to_save",
+    example="runtime: {engine: transformers}\nlora:\n  modules_to_save: [lm_hed]",
+    fix="modules_to_save: [lm_head]",
+)
+def saved_modules_are_there(run: Run) -> Iterator[Fault]:
+    """modules_to_save names modules that the model has, and none that carries an adapter.
+
+    PEFT passes over a name that it does not find, and the module would not be trained; a module
+    that is trained whole gets no adapter. Judged when the model's weights are at hand.
+    """
+    named = run.value("lora.modules_to_save")
+    modules = run.model.modules if run.model is not None else None
+    if not named or not modules:
+        return
+    targets = run.value(_TARGETS)
+    adapted = () if isinstance(targets, str) else targets
+    for index, name in enumerate(named):
+        at = ("lora", "modules_to_save", index)
+        parts = f".{name}."
+        if not any(parts in f".{module}." for module in modules):
+            last = sorted({module.rpartition(".")[2] for module in modules})
+            close = nearest(name, last)
+            yield Fault(
+                at,
+                f"the model has no module {name}",
+                notes=(f"it has: {', '.join(last[:14])}",),
+                fixes=(Fix(f"write {close}"),) if close else (),
+            )
+        elif name in adapted:
+            yield Fault(
+                at,
+                f"{name} is trained whole here, and target_modules puts an adapter on it",
+                notes=(run.operand(_TARGETS),),
+                fixes=(Fix(f"remove {name} from one of them"),),
+            )
+
+
+@rule(
+    "LORA028",
+    _TARGETS,
+    example="lora:\n  target_modules: [q_proj, input_layernorm]",
+    fix="target_modules: [q_proj]",
+)
+def targets_are_matrices(run: Run) -> Iterator[Fault]:
+    """target_modules names no norm.
+
+    The adapter is a product of two matrices beside a weight that is one; the weight of a norm is a
+    vector, and PEFT refuses it after the model has loaded.
+    """
+    targets = run.value(_TARGETS)
+    if isinstance(targets, str):
+        return
+    for index, name in enumerate(targets):
+        if str(name).lower().endswith("norm") and run.written(_TARGETS):
+            yield Fault(
+                ("lora", "target_modules", index),
+                f"{name} is a norm, whose weight is a vector: no adapter lies on it",
+                fixes=(Fix(f"remove {name}"),),
+            )
