@@ -49,6 +49,14 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
     if values.get("peft_type") != "LORA":
         yield Fault(_PATH, f"its peft_type is {values.get('peft_type')}, and LORA alone is trained")
         return
+    init = "lora.init_lora_weights"
+    if run.value(init) is not True:
+        yield Fault(
+            init,
+            "has no effect: the run starts from the values of an adapter",
+            notes=(run.operand(_PATH),),
+            severity=Severity.WARNING,
+        )
     for name in INHERITED:
         key, theirs = f"lora.{name}", run.adapter.get(name)
         if not run.written(key):
