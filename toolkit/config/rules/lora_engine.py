@@ -68,11 +68,10 @@ def rank_fits(run: Run) -> Iterator[Fault]:
     if room != "auto" and room not in legal.values:
         return  # LORA002
     most = largest if room == "auto" else room
-    for at, name, rank in _ranks(run):
+    for at, operand, rank in _ranks(run):
         if rank <= most:
             continue
-        node = run.document.node(at)
-        lower = run.replace(node, most) if node is not None else run.to(_R, most)
+        lower = _lower(run, at, most)
         if room == "auto":
             yield Fault(
                 at,
@@ -84,17 +83,26 @@ def rank_fits(run: Run) -> Iterator[Fault]:
         yield Fault(
             at,
             f"{rank} is more than max_lora_rank {room}",
-            notes=(f"{name} {rank} > {run.operand(_ROOM)}",),
+            notes=(f"{operand} > {run.operand(_ROOM)}",),
             fixes=(*((run.to(_ROOM, up),) if up else ()), lower),
             related=(_ROOM,),
         )
 
 
 def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
-    """Each rank that is asked for: its place, its name, and its value."""
-    yield ("lora", "r"), "r", run.value(_R)
+    """Each rank that is asked for: its place, how it reads in arithmetic, and its value."""
+    yield ("lora", "r"), run.operand(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():
-        yield ("lora", "rank_pattern", key), f"rank_pattern {key}", rank
+        at = ("lora", "rank_pattern", key)
+        yield at, f"rank of {key} {rank} ({run.origin(run.document.node(at))})", rank
+
+
+def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
+    """The fix that writes a lower rank at its place."""
+    node = run.document.node(at)
+    if len(at) == 2 or node is None or node.source.is_override:
+        return run.to(_R, rank) if len(at) == 2 else Fix(f"{at[-1]}: {rank}")
+    return Fix(f"{at[-1]}: {rank}", run.replace(node, rank).edits)
 
 
 @rule(
