@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from toolkit.base.capability import BFLOAT16
+from toolkit.config.chat_format import chosen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +52,7 @@ class ResolvedRun:
     """``config`` has engine, dtype and the adapter's layers filled as far as they are known.
 
     ``dtype`` and ``targets`` are "auto" where the machine or the model is not known. ``chat`` says
-    whether plain prompts become user messages; None leaves it to the data and the tokenizer.
+    whether plain prompts become user messages (``config.chat_format``); None is not known.
     ``asked_dtype`` is the format that the file itself asks for, else "auto".
     """
 
@@ -87,10 +88,15 @@ class ResolvedRun:
 
 
 def resolve_run(
-    config: RunConfig, situation: Situation, *, targets: tuple[str, ...] | None = None
+    config: RunConfig,
+    situation: Situation,
+    *,
+    targets: tuple[str, ...] | None = None,
+    template: bool | None = None,
 ) -> ResolvedRun:
     """Decide what ``config`` leaves open. ``targets`` are the default layers of the model
-    (``config.targets.default_targets``), where it is at hand.
+    (``config.targets.default_targets``), where it is at hand; ``template`` says whether its
+    tokenizer has a chat template.
     """
     model, grpo = config.model, config.grpo
     engine = engine_of(config.runtime.engine, model.fast_inference, situation)
@@ -112,6 +118,7 @@ def resolve_run(
         world_size=situation.world_size,
         device=situation.device,
         targets=layers,
+        chat=chosen(config.dataset.chat, template),
     )
 
 
