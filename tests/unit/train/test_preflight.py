@@ -49,7 +49,7 @@ def prepared_run(folder: Path) -> Path:
     model = folder / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(LLAMA))
-    (folder / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (folder / "train.jsonl").write_text(2 * ('{"question": "1+1?", "answer": "2"}\n'))
     run = {
         "model": {"model_name": str(model)},
         "dataset": {
