@@ -51,7 +51,7 @@ def test_a_run_that_cannot_be_here_is_not_ready(tmp_path: Path, override: str, r
     (tmp_path / "model").mkdir()
     shape = '"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2'
     (tmp_path / "model" / "config.json").write_text(f'{{"model_type": "llama", {shape}}}')
-    (tmp_path / "train.jsonl").write_text('{"question": "1+1?"}\n')
+    (tmp_path / "train.jsonl").write_text(8 * '{"question": "1+1?"}\n')
     result = check(tmp_path, "--config", "run.yaml", "--set", override)
     assert result.returncode == 1, result.stdout + result.stderr
     assert rule in result.stderr

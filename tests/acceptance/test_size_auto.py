@@ -97,5 +97,5 @@ def test_what_write_makes_of_a_half_precision_is_accepted(run_file: Path, half: 
     run_file.write_text(text.replace("grpo:\n", f"grpo:\n  {half}: true\n"))
     call("size", run_file, "--gpu", "h200", "--write")
     assert f"dtype: {'float16' if half == 'fp16' else 'bfloat16'}" in run_file.read_text()
-    (run_file.parent / "missing.jsonl").write_text('{"prompt": "a"}\n')
+    (run_file.parent / "missing.jsonl").write_text(8 * '{"prompt": "a"}\n')
     call("validate", run_file, "--set", "reward.functions=[{name: exact_match}]")

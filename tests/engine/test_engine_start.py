@@ -67,7 +67,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("start")
     model = make_tiny(folder / "model")
     adapter, tensors = make_adapter(model, folder / "adapter")
-    (folder / "train.jsonl").write_text('{"prompt": "1+1="}\n')
+    (folder / "train.jsonl").write_text(8 * '{"prompt": "1+1="}\n')
     (folder / "run.yaml").write_text(RUN.format(model=model, adapter=adapter))
     policy, tokenizer = load_policy(load_run(folder / "run.yaml"))
     yield policy, tokenizer, tensors

@@ -30,7 +30,7 @@ PATTERNS = "rank_pattern: {q_proj: 6}, alpha_pattern: {q_proj: 3}, exclude_modul
 
 
 def read(folder: Path, lora: str, model: Path | None = None) -> Any:
-    (folder / "train.jsonl").write_text('{"prompt": "1+1="}\n')
+    (folder / "train.jsonl").write_text(8 * '{"prompt": "1+1="}\n')
     path = folder / "run.yaml"
     path.write_text(RUN.format(model=model or folder / "model", lora=lora))
     return load_run(path)
