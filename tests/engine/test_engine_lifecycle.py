@@ -215,7 +215,7 @@ def test_a_separate_model_needs_no_shared_weights(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stored in FP8"),
         ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
     ],
 )
@@ -258,3 +258,12 @@ def test_experts_on_a_cpu(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match="weights of experts") as told:
             engine.publish(policy)
         assert "target the attention projections" in str(told.value.fix)
+
+
+def test_heads_that_the_cpu_has_no_kernel_for_are_the_users_to_change(tmp_path: Path) -> None:
+    """Before vLLM starts, and not as a bad node."""
+    engine_checkpoints.make(tmp_path, "llama", head_dim=16)
+    with pytest.raises(UnsupportedError, match="heads have size 16") as refused:
+        open_engine(options(tmp_path))
+    assert refused.value.exit_code == 1
+    assert "runtime.engine: transformers" in str(refused.value.fix)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.document import Node
 
+ADAPTER_CONFIG = "adapter_config.json"
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -88,14 +89,6 @@ class ModelFacts:
         """Whether it is a mixture of experts."""
         return has_experts(self.text)
 
-    @property
-    def quantization(self) -> str | None:
-        """The method that the checkpoint is already quantized with."""
-        inner = self.config.get("quantization_config")
-        if not isinstance(inner, dict):
-            return None
-        return str(inner.get("quant_method", "quantized"))
-
     @cached_property
     def modules(self) -> frozenset[str] | None:
         """Full names of the modules that own a weight; None when no weights are at hand."""
@@ -125,6 +118,11 @@ def folder_fault(folder: Path) -> str | None:
     except InputError as error:
         return error.message
     return None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return exists(folder / ADAPTER_CONFIG) and not exists(folder / "config.json")
 
 
 def read_json(path: Path) -> Any:

@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
 _WORDS = {"resume": ("auto", "never", "must")}
-_ALWAYS = ("output_dir", "resume")
+_ALWAYS = ("output_dir", "resume", "adapter_path")
 
 
 def resolve(text: str, node: Node) -> Path:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_FOLDER_FILES, read_json
 from toolkit.base.hub import MODEL_ID, cached_model
+from toolkit.base.vllm_models import vllm_lists
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
-from toolkit.gpu.software import on_import_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -168,11 +168,8 @@ def _config(folder: Path) -> Reading[dict[str, Any]]:
 
 
 def _vllm_knows(architectures: list[str]) -> Reading[bool]:
-    """Whether vLLM's registry names the architecture; read as text, vLLM is not imported."""
-    registry = on_import_path("vllm/model_executor/models/registry.py")
-    if registry is None:
+    """Whether vLLM's registry names the architecture."""
+    listed = vllm_lists(architectures)
+    if listed is None:
         return unsupported("vLLM is not installed")
-    if not architectures:
-        return failed("config.json names no architecture")
-    text = registry.read_text(encoding="utf-8", errors="replace")
-    return of(any(f'"{name}"' in text for name in architectures))
+    return of(listed) if architectures else failed("config.json names no architecture")

@@ -11,12 +11,15 @@ import torch
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
 from toolkit.base.files import check_folder
+from toolkit.config.targets import pattern_value
 from toolkit.policy.adapter_io import BASE_FILE, base_name
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.fingerprint import is_base_of, marks_of
 from toolkit.policy.lora import (
+    DIFFERING,
     adapter_tensors,
     add_from_config,
+    differences,
     read_peft_config,
     refuse_unserved,
     set_adapter_tensors,
@@ -28,6 +31,8 @@ from toolkit.policy.settings import check_settings, check_targets
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+
+    from toolkit.policy.settings import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -79,6 +84,24 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     return Adapter(path, config, tensors, base)
 
 
+def same_start(adapter: Adapter, settings: LoraSettings) -> None:
+    """Refuse to start from ``adapter`` where ``settings`` ask for another.
+
+    How it was initialized does not count: its values are there.
+
+    Raises:
+        ConfigTypeError: the differences are named.
+    """
+    names = [name for name in DIFFERING if name != "init_lora_weights"]
+    different = differences(adapter.config, settings, names)
+    if different:
+        raise ConfigTypeError(
+            f"the adapter to start from has other settings: {'; '.join(different)}",
+            where=str(adapter.folder),
+            fix="leave those keys of the lora section out: they come from the adapter",
+        )
+
+
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     file = path / WEIGHTS
     if not file.is_file():
@@ -111,15 +134,15 @@ def _finite(value: torch.Tensor) -> bool:
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
     if not any(".lora_" in name for name in tensors):
         raise ConfigValueError("holds no LoRA tensors", where=str(path / WEIGHTS))
-    if config.rank_pattern:
-        return
     for name, value in tensors.items():
         if value.dim() != 2 or not (".lora_A." in name or ".lora_B." in name):
             continue
         rank = value.shape[0] if ".lora_A." in name else value.shape[-1]
-        if rank != config.r:
+        module = name.removeprefix(PREFIX).partition(".lora_")[0]
+        wanted = pattern_value(config.rank_pattern or {}, module, config.r)
+        if rank != wanted:
             raise ConfigValueError(
-                f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={config.r}", where=str(path)
+                f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={wanted}", where=str(path)
             )
 
 

@@ -99,12 +99,12 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
 
 def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
     """``config`` on ``engine``, for generation alone: no checkpointing, and "auto" left to the
-    engine.
+    engine. What it started from does not matter any more.
     """
     return replace(
         config,
         runtime=replace(config.runtime, engine=engine),
-        lora=replace(config.lora, use_gradient_checkpointing=False),
+        lora=replace(config.lora, use_gradient_checkpointing=False, adapter_path=None),
     )
 
 

@@ -12,7 +12,7 @@ from toolkit.config.chat_format import (
 )
 from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.model_facts import folder_fault
+from toolkit.config.model_facts import folder_fault, is_adapter
 from toolkit.config.paths import exists, is_path_only, resolve
 from toolkit.config.rules.base import Fault, rule
 from toolkit.config.suggest import nearest
@@ -299,8 +299,8 @@ def model_is_here(run: Run) -> Iterator[Fault]:
             "model.model_name", f"{path} cannot be loaded: {fault}", severity=Severity.ERROR
         )
         return
-    if run.model is not None:
-        return
+    if run.model is not None or is_adapter(path):
+        return  # MODEL003 tells of an adapter
     if exists(path):
         what = "has no readable config.json" if path.is_dir() else "is no folder with a checkpoint"
         yield Fault("model.model_name", f"{path} {what}", severity=Severity.ERROR)
