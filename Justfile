@@ -89,9 +89,12 @@ bench *ARGS: setup
     {{python}} tests/bench/bench_commands.py {{ARGS}}
     {{python}} tests/bench/bench_validate.py
 
-# 100,000 hostile run files, bounded in time.
-fuzz COUNT="100000": setup
+# 100,000 hostile run files; 20,000 hostile data files, archives and adapters each; bounded in time.
+fuzz COUNT="100000" OTHERS="20000": setup
     {{python}} tests/fuzz/fuzz_run_file.py {{COUNT}}
+    {{python}} tests/fuzz/fuzz_data.py {{OTHERS}}
+    {{python}} tests/fuzz/fuzz_archives.py {{OTHERS}}
+    {{python}} tests/fuzz/fuzz_adapters.py {{OTHERS}}
 
 # Predicted against measured memory on this machine's GPU; says "not measured" where there is none.
 calibrate *ARGS:

@@ -7,14 +7,17 @@ hands files to workers in this order.)
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
+
+# The fixtures share a base in a folder beside them, as the user of a tree of run files may.
+os.environ["TOOLKIT_EXTENDS_FROM"] = str(Path(__file__).parent / "fixtures")
 
 IMPORTS_VLLM = re.compile(
     r"import vllm\b|from vllm\b|importorskip\(.vllm|open_engine|pytest\.mark\.engine"

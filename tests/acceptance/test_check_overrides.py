@@ -36,3 +36,23 @@ def test_a_change_of_no_run_file_is_a_usage_error(tmp_path: Path) -> None:
     result = check(tmp_path, "--set", "lora.r=8")
     assert result.returncode == 2
     assert "--config RUN.yaml" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("runtime.engine=vllm", "LOAD025"),  # heads of 16 values, on a CPU
+        ("model.load_in_8bit=true", "LOAD002"),
+        ("grpo.fp16=true", "LOAD024"),
+        ("model.load_in_fp8=true", "LOAD020"),
+    ],
+)
+def test_a_run_that_cannot_be_here_is_not_ready(tmp_path: Path, override: str, rule: str) -> None:
+    (tmp_path / "model").mkdir()
+    shape = '"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2'
+    (tmp_path / "model" / "config.json").write_text(f'{{"model_type": "llama", {shape}}}')
+    (tmp_path / "train.jsonl").write_text(8 * '{"question": "1+1?"}\n')
+    result = check(tmp_path, "--config", "run.yaml", "--set", override)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert rule in result.stderr
+    assert "Ready." not in result.stdout

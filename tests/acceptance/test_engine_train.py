@@ -4,6 +4,7 @@ it. Faults are planted by the user's own reward file, which a run imports.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -60,7 +61,13 @@ class Case:
 
 
 def fault(when: str, error: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / "mine.py").write_text(FAULT.format(when=when, error=error))
+    def spoil(folder: Path) -> None:
+        (folder / "mine.py").write_text(FAULT.format(when=when, error=error))
+        run = json.loads((folder / "run.yaml").read_text())
+        run["reward"]["isolate"] = False  # it breaks the engine, which is in the run's own process
+        (folder / "run.yaml").write_text(json.dumps(run))
+
+    return spoil
 
 
 def own_model(folder: Path) -> Path:

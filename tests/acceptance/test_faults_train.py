@@ -59,6 +59,8 @@ def broken(self, model, inputs):
 GRPOTrainer._compute_loss = broken
 """
 HANGS = """
+import time
+
 def score(completions, trainer_state, **kwargs):
     if trainer_state.global_step == 1:
         time.sleep(600)
@@ -83,10 +85,10 @@ CASES: dict[str, str] = {
     "tiny card in the rollout": SCORE + NARROW_ROLLOUT.replace("LIMIT", "0"),
     "one bad step": SCORE + NOT_A_NUMBER.replace("STEPS", "(1,)"),
     "bad steps": SCORE + NOT_A_NUMBER.replace("STEPS", "range(1, 100)"),
-    "hangs": SCORE + HANGS,
-    "returns infinity": SCORE + NONSENSE.replace("RETURNED", "float('inf')"),
+    "hangs": HANGS,
+    "returns infinity": NONSENSE.replace("RETURNED", "float('inf')"),
+    "returns a text": NONSENSE.replace("RETURNED", "'high'"),
     "defect": SCORE + DEFECT,
-    "returns a text": SCORE + NONSENSE.replace("RETURNED", "'high'"),
 }
 
 
@@ -100,7 +102,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
             root / name.replace(" ", "-"),
             model,
             grpo={"max_steps": 4, "save_steps": 1, "learning_rate": 1e-2},
-            reward={"timeout_s": 1.0},
+            # What breaks the trainer must be in its process.
+            reward={"timeout_s": 1.0, "isolate": not module.startswith(SCORE)},
         )
         (folder / "mine.py").write_text(module)
         env = {"WANDB_API_KEY": SECRET}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 import pytest
 import run_phases as phases
 import train_world as world
+
+from toolkit.train import checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,12 +58,13 @@ def undisturbed(request, tmp_path_factory):
     return Undisturbed(run_file, request.param, world.digests(run_file.parent / "run"), spans)
 
 
-def strike(undisturbed, run_dir, out, generator, phase):
+def strike(undisturbed, run_dir, out, generator, phase, *overrides):
     """Kill the run in ``phase``, or where it is when that did not come; say where it was."""
     times = undisturbed.spans[phase]
     which = generator.randrange(len(times))
     share = generator.random()
-    pid, lines = phases.start(undisturbed.run_file, out, f'runtime.output_dir="{run_dir}"')
+    place = f'runtime.output_dir="{run_dir}"'
+    pid, lines = phases.start(undisturbed.run_file, out, place, *overrides)
     seen, left = [], which
     for _, line in lines:
         seen.append(line)
@@ -113,3 +117,62 @@ def test_killed_and_resumed(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_killed_at_25_points_and_resumed(undisturbed, tmp_path):
     kill_and_resume(undisturbed, tmp_path, 25)
+
+
+CHANGED = ("grpo.temperature=0.7", "runtime.allow_changed=[grpo.temperature]")
+BACK = 4
+
+
+@pytest.fixture(scope="module")
+def gone_back(undisturbed):
+    """A whole run that kept its checkpoints; and the bytes of one that went back to the fourth and
+    on from there, with another temperature.
+    """
+    folder = undisturbed.run_file.parent
+    whole, other = folder / "kept", folder / "other"
+    keep = "runtime.keep_last=9"
+    for run_dir, more in ((whole, ()), (other, CHANGED)):
+        if more:
+            shutil.copytree(whole, other)
+            more = (f'runtime.resume="{other}/checkpoint-{BACK}"', *more)
+        out = folder / f"{run_dir.name}.txt"
+        place = f'runtime.output_dir="{run_dir}"'
+        pid = world.forked(undisturbed.run_file, out, place, keep, *more, evaluate=True)
+        assert world.wait(pid) == 0, out.read_text()
+    assert world.digests(whole) == undisturbed.digests != world.digests(other)
+    return whole, world.digests(other)
+
+
+@pytest.mark.slow
+def test_killed_at_10_points_while_resuming_from_a_rolled_back_checkpoint(
+    undisturbed, gone_back, tmp_path
+):
+    whole, expected = gone_back
+    generator = random.Random(f"{SEED} back {undisturbed.engine}")
+    order = generator.sample(phases.PHASES, 10)
+    moved = 0
+    for point, phase in enumerate(order):
+        run_dir, out = tmp_path / f"run-{point}", tmp_path / f"out-{point}.txt"
+        shutil.copytree(whole, run_dir)
+        more = ("runtime.keep_last=9", *CHANGED)
+        source = f'runtime.resume="{run_dir}/checkpoint-{BACK}"'
+        _, hit, aim = strike(undisturbed, run_dir, out, generator, phase, source, *more)
+        # What has gone back goes on by itself; what had not is told to again.
+        settled = any(run_dir.glob("abandoned-*"))
+        moved += settled
+        again = more if settled else (source, *more)
+        place = f'runtime.output_dir="{run_dir}"'
+        code = world.wait(world.forked(undisturbed.run_file, out, place, *again, evaluate=True))
+        found = world.digests(run_dir) if code == 0 else {}
+        print(
+            f"{undisturbed.engine} back {point + 1:2}: killed in {', '.join(hit)} ({aim}):"
+            f" {'same bytes' if found == expected else f'NOT the same bytes ({code})'}"
+        )
+        assert found == expected, out.read_text()
+        asides = sorted(run_dir.glob("abandoned-*"))
+        # The branch that was left lies aside, whole.
+        assert world.digests(asides[0]) == undisturbed.digests
+        later = {f"checkpoint-{step}" for step in checkpoint.list_steps(whole) if step > BACK}
+        assert later <= {folder.name for aside in asides for folder in aside.glob("checkpoint-*")}
+        assert all(checkpoint.faults(f) == [] for f in run_dir.glob("checkpoint-*"))
+    assert moved >= 5

@@ -28,8 +28,10 @@ def nothing(completions, trainer_state, **kwargs):
     found = [one(text) for text in completions]
     return found[1:] if step == 5 else found
 
-async def later(completions, **kwargs):
+async def later(completions, trainer_state, log_extra, **kwargs):
     await asyncio.sleep(0)
+    if trainer_state.global_step in (0, 2):
+        log_extra("seen", [trainer_state.global_step] * len(completions))
     return [0.5] * len(completions)
 
 def texts(completions, log_metric, **kwargs):
@@ -98,6 +100,14 @@ def test_the_reward_is_the_weighted_sum_of_what_was_scored(ended: dict[str, Ende
         scored = {name: value for name, value in row["rewards"].items() if value is not None}
         assert row["reward"] == pytest.approx(sum(weights[n] * v for n, v in scored.items()))
         assert set(row["rewards"]) == set(weights)
+
+
+def test_what_a_reward_logs_stands_beside_its_completion(ended: dict[str, Ended]) -> None:
+    """log_extra: only in the steps in which it was called."""
+    rows = ended["none"].rows("completions.jsonl")
+    assert {row["step"]: row.get("extra") for row in rows} == {
+        1: {"seen": 0}, 2: None, 3: {"seen": 2}, 4: None, 5: None, 6: None
+    }  # fmt: skip
 
 
 def test_the_report_tells_of_it(ended: dict[str, Ended]) -> None:

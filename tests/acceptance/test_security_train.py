@@ -16,9 +16,13 @@ from test_report_page import Page
 CANARY = "a canary that sings"
 TOKEN = "hf_" + "aB3dE6gH9jKl" * 3
 LEAKS = f"""\
-import logging, os, sys, warnings
+import atexit, logging, os, sys, warnings
 
-def score(completions, log_extra, **kwargs):
+atexit.register(lambda: print("at the end", os.environ["MY_SERVICE_TOKEN"]))
+
+def score(completions, log_extra, log_metric, **kwargs):
+    os.umask(0)
+    os.chdir("/")
     secret = os.environ["MY_SERVICE_TOKEN"] + " and {TOKEN}"
     print("printed", secret)
     print("to stderr", secret, file=sys.stderr)
@@ -28,6 +32,8 @@ def score(completions, log_extra, **kwargs):
     except ValueError:
         logging.getLogger("mine").exception("caught")
     warnings.warn(secret)
+    log_metric("metric of " + secret, 1.0)
+    log_extra("column of " + secret, [repr({{"it's": secret}})] * len(completions))
     return [float(len(set(text))) for text in completions]
 """
 EVIL = "import pathlib; pathlib.Path(__file__).with_suffix('.was-run').write_text('x')\n"
@@ -38,6 +44,8 @@ IMPOSTORS = ("json", "torch", "trl", "numpy", "yaml", "sitecustomize", "helper")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     root = tmp_path_factory.mktemp("security")
     model = make_model(root)
+    from tiny_llama import make_tiny
+
     leaks = make_world(root / "leaks", model)
     (leaks / "mine.py").write_text(LEAKS)
     for name in IMPOSTORS:
@@ -56,7 +64,13 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     (pickled / "model").mkdir()
     (pickled / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
     (pickled / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR.")
-    names = ("leaks", "written", "by-form", "climbs", "pickled")
+    explodes = make_world(root / "explodes", model, dataset={"prompt": "messages"})
+    (explodes / "model").unlink()
+    make_tiny(explodes / "model", chat=True)
+    (explodes / "model" / "chat_template.jinja").write_text("{{ messages[0].role * 10**12 }}")
+    row = {"messages": [{"role": "user", "content": "1+2="}], "answer": "3"}
+    (explodes / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    names = ("leaks", "written", "by-form", "climbs", "pickled", "explodes")
     env = {"MY_SERVICE_TOKEN": CANARY}
     cases = [
         {"folder": root / name, "arguments": ["train", "run.yaml"], "env": env, "umask": 0}
@@ -121,6 +135,19 @@ def test_pickled_weights_are_refused(ended: dict[str, Ended]) -> None:
     assert run.returncode in (1, 2), run.stdout
     assert "Traceback" not in run.stderr
     assert not (run.folder / "was-run").exists()
+
+
+def test_a_chat_template_that_explodes_is_named(ended: dict[str, Ended]) -> None:
+    run = ended["explodes"]
+    assert run.returncode == 1, run.stdout
+    assert "the chat template of this tokenizer needs too much" in run.stderr
+    assert str(run.folder / "model") in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_metric_is_named_without_its_secret(ended: dict[str, Ended]) -> None:
+    row = ended["leaks"].rows()[0]
+    assert [name for name in row if name.startswith("metric of [redacted: MY_SERVICE_TOKEN]")]
 
 
 def test_remote_code_is_off_and_shown(ended: dict[str, Ended]) -> None:

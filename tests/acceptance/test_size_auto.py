@@ -88,3 +88,14 @@ def test_a_mixture_of_experts_is_adapted_at_its_attention(tmp_path: Path) -> Non
     named = ["--set", "lora.target_modules=[q_proj, up_proj]"]
     refused = call("size", run_file, "--gpu", "h200", *named, code=1)
     assert "LORA013" in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_what_write_makes_of_a_half_precision_is_accepted(run_file: Path, half: str) -> None:
+    """The weights are in the format that the trainer is asked to compute in."""
+    text = run_file.read_text().replace("max_seq_length: 1024", "max_seq_length: 1024, dtype: auto")
+    run_file.write_text(text.replace("grpo:\n", f"grpo:\n  {half}: true\n"))
+    call("size", run_file, "--gpu", "h200", "--write")
+    assert f"dtype: {'float16' if half == 'fp16' else 'bfloat16'}" in run_file.read_text()
+    (run_file.parent / "missing.jsonl").write_text(8 * '{"prompt": "a"}\n')
+    call("validate", run_file, "--set", "reward.functions=[{name: exact_match}]")

@@ -113,7 +113,9 @@ def test_500_steps_leave_nothing_behind(tmp_path, engine):
         pytest.importorskip("vllm")
     run_file = world.make(tmp_path, engine=engine, steps=STEPS)
     often = "save_steps: 25\n  eval_strategy: steps\n  eval_steps: 50"
-    run_file.write_text(run_file.read_text().replace("save_steps: 2", often))
+    text = run_file.read_text().replace("save_steps: 2", often)
+    # It counts the objects of the process that trains; its worker's: test_rewards_worker.py.
+    run_file.write_text(text.replace("reward: {", "reward: {isolate: false, "))
     (tmp_path / "my_rewards.py").write_text(COUNTS)
     samples = soak(run_file)
     assert len(world.rows(tmp_path / "run", "timings.jsonl")) == STEPS

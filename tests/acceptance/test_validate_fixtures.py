@@ -9,6 +9,7 @@ stand here.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -182,6 +183,7 @@ def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "TOOLKIT_EXTENDS_FROM": str(tmp_path)},
     )
     assert (done.returncode, done.stderr) == (1, "")
     found = {Path(f["file"]).name: f["rule"] for f in json.loads(done.stdout)["findings"]}

@@ -97,6 +97,49 @@ def forked(run_file: Path, out: Path, *overrides: str, before=None, evaluate=Fal
         os._exit(code)
 
 
+def forked_command(*words: object, stdout: int, stderr: int, before=None) -> int:
+    """Start ``toolkit`` as it is installed, in a forked process that has imported everything
+    already; return its pid. The file descriptors are closed here.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        for handle in {stdout, stderr}:
+            os.close(handle)
+        return pid
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        os.closerange(3, 64)
+        os.environ.update(environment())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = _command([str(word) for word in words], before)
+    finally:
+        os._exit(code)
+
+
+def _command(words: list[str], before) -> int:
+    import torch
+
+    from toolkit.cli.train import main
+
+    torch.set_num_threads(1)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, closefd=False)  # noqa: SIM115 - the process's own streams
+        for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+    )
+    sys.argv = ["toolkit", *words]
+    if before is not None:
+        before()
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
     import warnings
 

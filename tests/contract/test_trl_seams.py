@@ -41,6 +41,7 @@ OVERRIDDEN = {
         "_evaluate",
         "evaluation_loop",
         "_save_checkpoint",
+        "_finalize_training",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
         "_load_rng_state",

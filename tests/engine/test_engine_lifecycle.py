@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
+from toolkit.base.own_memory import mapped_files
 from toolkit.engine.load import open_engine
 from toolkit.engine.rollout import Sampling
 from toolkit.policy.views import shared_model
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from toolkit.engine.live import Engine
 
 pytestmark = pytest.mark.engine
+
+
+def test_no_weight_stays_mapped_from_the_file(
+    llama_folder: Path, open_small: Callable[..., Engine]
+) -> None:
+    """A checkpoint that is cut short during the run must not end it."""
+    with open_small(llama_folder):
+        assert mapped_files() == []
 
 
 def held() -> tuple[set[str], int, int]:
@@ -206,7 +215,7 @@ def test_a_separate_model_needs_no_shared_weights(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stored in FP8"),
         ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
     ],
 )
@@ -249,3 +258,12 @@ def test_experts_on_a_cpu(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match="weights of experts") as told:
             engine.publish(policy)
         assert "target the attention projections" in str(told.value.fix)
+
+
+def test_heads_that_the_cpu_has_no_kernel_for_are_the_users_to_change(tmp_path: Path) -> None:
+    """Before vLLM starts, and not as a bad node."""
+    engine_checkpoints.make(tmp_path, "llama", head_dim=16)
+    with pytest.raises(UnsupportedError, match="heads have size 16") as refused:
+        open_engine(options(tmp_path))
+    assert refused.value.exit_code == 1
+    assert "runtime.engine: transformers" in str(refused.value.fix)

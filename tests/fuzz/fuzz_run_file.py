@@ -12,27 +12,22 @@ code 1 and the input shrunk and printed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import multiprocessing
-import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from fuzz_loop import SECONDS_EACH, Round, attack, main, mutated
 from hypothesis import strategies as st
 
 from toolkit.cli.findings import PRINTERS
 from toolkit.cli.validate import validate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-SECONDS_EACH, MEGABYTES = 2.0, 300.0
+MEGABYTES = 300.0
 CODES = {0, 1, 2, 5}
-ROUND = 1000
 SUFFIXES = (".yaml", ".json", ".toml", ".txt")
 
 CORPUS = [
@@ -57,17 +52,6 @@ chunk = (
     | st.integers(-(10**6), 10**6).map(lambda n: b"%d" % n)
 )
 change = st.tuples(st.floats(0, 1), st.floats(0, 0.2), chunk, st.integers(0, 3))
-
-
-def mutated(base: bytes, changes: list[tuple[float, float, bytes, int]]) -> bytes:
-    """``base`` with pieces replaced: each change names where, how much goes, and what comes,
-    repeated.
-    """
-    for where, share, piece, times in changes:
-        start = int(where * len(base))
-        end = start + int(share * share * len(base))
-        base = base[:start] + piece * times + base[end:]
-    return base
 
 
 def nested(unit: tuple[bytes, bytes], depth: int, core: bytes) -> bytes:
@@ -145,69 +129,18 @@ def judge(path: Path, form: str, override: str | None, fix: bool = False) -> flo
     return took
 
 
-def attack(count: int, number: int) -> tuple[int, float, float]:
-    """One round of ``count`` inputs, drawn from seed ``number``: (inputs, the longest's seconds,
-    peak MB of the process).
-    """
+def round_of(one: tuple[int, int]) -> Round:
+    """One round."""
     with tempfile.TemporaryDirectory() as folder:
         files = {suffix: Path(folder) / f"run{suffix}" for suffix in SUFFIXES}
-        done = {"inputs": 0, "longest": 0.0}
-        _attack(files, count, number, done)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(done["inputs"]), done["longest"], peak
 
+        def judged(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> float:
+            files[suffix].write_bytes(data)
+            return judge(files[suffix], form, override, fix)
 
-def _attack(files: dict[str, Path], count: int, number: int, done: dict[str, float]) -> None:
-
-    @seed(number)
-    @settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(INPUT, st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
-    def one(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> None:
-        files[suffix].write_bytes(data)
-        done["longest"] = max(done["longest"], judge(files[suffix], form, override, fix))
-        done["inputs"] += 1
-
-    one()
-
-
-def main() -> int:
-    """Draw, judge, tell."""
-    parser = argparse.ArgumentParser(description="Fuzz the run file validator.")
-    parser.add_argument("count", nargs="?", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="stop drawing after so long")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    asked = parser.parse_args()
-    start = time.monotonic()
-    # In rounds, so that the clock is looked at: hypothesis itself cannot be told to stop. A round
-    # is drawn from its number, so that the inputs are the same with any number of workers.
-    rounds = [
-        (min(ROUND, asked.count - begin), asked.seed + begin)
-        for begin in range(0, asked.count, ROUND)
-    ]
-    inputs, longest, peak = 0, 0.0, 0.0
-    with multiprocessing.get_context("spawn").Pool(asked.workers) as pool:
-        for found in pool.imap_unordered(_round, rounds):
-            inputs, longest, peak = inputs + found[0], max(longest, found[1]), max(peak, found[2])
-            if time.monotonic() - start > asked.seconds:
-                break
-    took = time.monotonic() - start
-    print(
-        f"{inputs} inputs in {took:.0f} s: no traceback, the longest took "
-        f"{longest:.3f} s, peak {peak:.0f} MB"
-    )
-    return 0 if peak < MEGABYTES else 1
-
-
-def _round(one: tuple[int, int]) -> tuple[int, float, float]:
-    return attack(*one)
+        drawn = (st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
+        return attack(judged, *one, INPUT, *drawn)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(round_of, "Run files:", count=100_000, megabytes=MEGABYTES))

@@ -2,22 +2,25 @@
 bounded.
 
 tarfile's and zipfile's own extractors clean some names silently and follow what they must; here
-nothing is repaired: one bad member and the whole archive is refused before anything has been
-written.
+nothing is repaired: an archive is read twice, and one bad member in the first pass refuses the
+whole before anything has been written. What macOS adds beside files is ignored.
 """
 
 from __future__ import annotations
 
-import lzma
+import struct
 import tarfile
 import zipfile
-import zlib
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, NamedTuple
+from pathlib import PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError, InputError
+from toolkit.base.files import open_bytes
+from toolkit.base.packed import FIX, READ_BYTES, UNPACKING_ERRORS, most_bytes
 from toolkit.base.paths import FILE_MODE, make_folder, safe_join
-from toolkit.base.units import GIB, format_bytes
+from toolkit.base.tar_stream import tar_members
+from toolkit.base.units import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,15 +29,19 @@ if TYPE_CHECKING:
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
 MAX_MEMBERS = 100_000
-_CHUNK_BYTES = 1 << 20
+MAX_DIRECTORY_BYTES = 16 * MIB  # what a zip file says of its members
 _ENCRYPTED = 1  # a bit of a zip member's flags
 UNREADABLE = (
+    *UNPACKING_ERRORS,
     tarfile.TarError,
     zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
+    struct.error,
     NotImplementedError,
+    RecursionError,
+    OverflowError,
+    IndexError,
+    KeyError,
+    TypeError,
 )
 
 
@@ -63,34 +70,44 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
-    try:
-        with _members(archive) as members:
-            _check(archive, into, members, limit_bytes)
+    with open_bytes(archive) as file:
+        try:
+            with _members(archive, file, limit_bytes) as members:
+                _check(archive, into, members, limit_bytes)
             make_folder(into)
             left_bytes = limit_bytes
-            for member in members:
-                left_bytes -= _write(archive, into, member, left_bytes)
-    except UNREADABLE as error:
-        raise InputError(f"not a readable archive: {error}", where=str(archive)) from error
-    except OSError as error:
-        raise InputError(
-            f"cannot be unpacked: {error.strerror or error}", where=str(archive)
-        ) from error
+            with _members(archive, file, limit_bytes) as members:
+                for member in members:
+                    left_bytes -= _write(archive, into, member, left_bytes)
+        except OSError as error:
+            if error.errno is None:  # gzip's and bz2's own
+                raise _unreadable(archive, error) from error
+            raise InputError(
+                f"cannot be unpacked: {error.strerror or error}", where=str(archive)
+            ) from error
+        except UNREADABLE as error:
+            raise _unreadable(archive, error) from error
     return into
 
 
-def _check(archive: Path, into: Path, members: list[Member], limit_bytes: int) -> None:
-    if len(members) > MAX_MEMBERS:
-        raise ConfigError(f"holds more than {MAX_MEMBERS} members", where=str(archive))
+def _unreadable(archive: Path, error: Exception) -> InputError:
+    why = "its headers contain each other" if isinstance(error, RecursionError) else error
+    return InputError(f"not a readable archive: {why}", where=str(archive))
+
+
+def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: int) -> None:
     seen: set[Path] = set()
-    for member in members:
+    total_bytes = 0
+    for number, member in enumerate(members, start=1):
+        if number > MAX_MEMBERS:
+            raise ConfigError(f"holds more than {MAX_MEMBERS} members", where=str(archive))
         path = safe_join(into, member.name, what="a member", where=archive)
         if path in seen and not member.is_folder:
             raise ConfigError(f"holds the member {member.name!r} twice", where=str(archive))
         seen.add(path)
-    total_bytes = sum(member.size_bytes for member in members)
-    if total_bytes > limit_bytes:
-        raise _too_large(archive, limit_bytes)
+        total_bytes += member.size_bytes
+        if member.size_bytes < 0 or total_bytes > limit_bytes:
+            raise _too_large(archive, limit_bytes)
 
 
 def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
@@ -111,7 +128,7 @@ def _copy(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
     make_folder(path.parent)
     written_bytes = 0
     with member.open() as source, path.open("xb") as target:
-        while chunk := source.read(_CHUNK_BYTES):
+        while chunk := source.read(READ_BYTES):
             written_bytes += len(chunk)
             if written_bytes > limit_bytes:
                 raise _too_large(archive, limit_bytes)
@@ -121,23 +138,64 @@ def _copy(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
 
 
 def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
-    return ConfigError(f"unpacks to more than {format_bytes(limit_bytes)}", where=str(archive))
+    what = f"unpacks to more than {format_bytes(limit_bytes)}"
+    return ConfigError(what, where=str(archive), fix=FIX)
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[list[Member]]:
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as zipped:
-            yield [_zip_member(archive, zipped, info) for info in zipped.infolist()]
+def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
+    """The members in their order; the content of each is read before the next is asked for."""
+    file.seek(0)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(_Capped(archive, file)) as zipped:
+            yield _zip_members(archive, zipped, limit_bytes)
     else:
-        with tarfile.open(archive) as tar:
-            yield [_tar_member(archive, tar, info) for info in tar.getmembers()]
+        file.seek(0)
+        yield _tar_members(archive, file, limit_bytes)
+
+
+class _Capped:
+    """A file of which never much is read at once: zipfile takes a directory of any stated size."""
+
+    def __init__(self, archive: Path, file: IO[bytes]) -> None:
+        self.archive, self.file = archive, file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, count: int = -1) -> bytes:
+        if count > MAX_DIRECTORY_BYTES:
+            raise ConfigError(
+                f"has a directory of {count} bytes; {MAX_DIRECTORY_BYTES} is the most",
+                where=str(self.archive),
+            )
+        return self.file.read(count)
+
+
+def _is_extra(name: str) -> bool:
+    """What the archivers of macOS add, and the folder that is packed itself (./)."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return (
+        (not parts and name != "")
+        or "__MACOSX" in parts[:1]
+        or any(part.startswith("._") or part == ".DS_Store" for part in parts[-1:])
+    )
+
+
+def _zip_members(archive: Path, zipped: zipfile.ZipFile, limit_bytes: int) -> Iterator[Member]:
+    infos = zipped.infolist()
+    total_bytes = sum(info.file_size for info in infos)
+    most = most_bytes(archive.stat().st_size, limit_bytes)
+    if total_bytes > most:
+        raise _too_large(archive, most)
+    for info in infos:
+        if not _is_extra(info.filename):
+            yield _zip_member(archive, zipped, info)
 
 
 def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
-    kind = (
-        info.external_attr >> 28
-    )  # the file type in the upper bits of a Unix mode; 0 if made elsewhere
+    # The file type in the upper bits of a Unix mode; 0 if made elsewhere.
+    kind = info.external_attr >> 28
     if kind not in (0, 0o4, 0o10):
         raise _not_a_file(archive, info.filename)
     if info.flag_bits & _ENCRYPTED:
@@ -149,16 +207,27 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
     return Member(info.filename, info.file_size, info.is_dir(), lambda: zipped.open(info))
 
 
-def _tar_member(archive: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
-    if not (info.isreg() or info.isdir()):
-        raise _not_a_file(archive, info.name)
+def _tar_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Member]:
+    for info, content in tar_members(archive, file, limit_bytes):
+        if _is_extra(info.name):
+            continue
+        if info.issparse():
+            raise ConfigError(
+                f"holds a sparse file: {info.name!r}",
+                where=str(archive),
+                fix="pack it without --sparse",
+            )
+        if not info.isdir() and content is None:
+            raise _not_a_file(archive, info.name)
+        yield Member(info.name, info.size if content else 0, info.isdir(), _opener(content))
 
+
+def _opener(content: IO[bytes] | None) -> Callable[[], IO[bytes]]:
     def open_member() -> IO[bytes]:
-        content = tar.extractfile(info)
-        assert content is not None  # a regular file
+        assert content is not None  # a folder is not opened
         return content
 
-    return Member(info.name, info.size, info.isdir(), open_member)
+    return open_member
 
 
 def _not_a_file(archive: Path, name: str) -> ConfigError:

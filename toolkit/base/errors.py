@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from toolkit.base.visible import visible
+
 EXIT_CODES: dict[int, str] = {
     0: "ok",
     1: "the user must change the config or the request",
@@ -32,7 +34,8 @@ class ToolkitError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.message}" if self.where else self.message
+        # Where may be a name that someone else chose: a terminal must not obey it.
+        head = f"{visible(self.where)}: {self.message}" if self.where else self.message
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
 

@@ -8,18 +8,20 @@ goes through ``redact`` and ``redact_tree``.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
+from urllib.parse import quote, quote_plus, unquote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 REDACTED = "[redacted]"
+_STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")
 
 # name -> pattern. Group "keep", where there is one, stays: it says what was there.
 PATTERNS: dict[str, re.Pattern[str]] = {
@@ -54,9 +56,12 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _SECRET_VARIABLE = re.compile(
-    r"(?:^|_)(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|SECRET_?KEY|PRIVATE_?KEY|PASSW(?:OR)?D"
-    r"|PASSPHRASE|CREDENTIALS?)$"
+    r"(?:^|_)(?:TOKEN|API_?KEY|SECRET|CREDENTIALS?|PASSPHRASE|PASS|AUTH|AUTHORIZATION|DSN|JWT|PAT"
+    r"|COOKIE|CONNECTION_STRING|ACCESS_?KEY_ID|KEY_BASE64|WEBHOOK_URL|DOCKER_AUTH_CONFIG)$"
+    r"|(?:_KEY|_PWD|APIKEY|PASSW(?:OR)?D)$"
 )
+# The password of a user in any variable that holds a URL, DATABASE_URL and http_proxy among them.
+_USER_INFO = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:([^\s/]+)@")
 # Shorter values of a variable ("1", "none", "secret") would blot out ordinary words.
 _SHORTEST_VALUE = 8
 
@@ -79,9 +84,8 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     """``text`` with every secret replaced by ``[redacted: what it was]``; ``environ`` defaults to
     this process's.
     """
-    for name, value in _known_values(
-        frozenset((os.environ if environ is None else environ).items())
-    ):
+    known = _known_here() if environ is None else _known_values(frozenset(environ.items()))
+    for name, value in known:
         text = text.replace(value, f"[redacted: {name}]")
     for kind, pattern in PATTERNS.items():
         keep = r"\g<keep>" if "keep" in pattern.groupindex else ""
@@ -109,10 +113,14 @@ def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     return value
 
 
-@contextmanager
-def protect_output() -> Iterator[None]:
-    """While this is open, no secret reaches stdout, stderr or a log record of this process."""
-    old_out, old_err, old_factory = sys.stdout, sys.stderr, logging.getLogRecordFactory()
+def protect_output() -> Callable[[], None]:
+    """From here on no secret reaches stdout, stderr or a log record of this process, in threads
+    and in what runs at its exit as well; what is returned takes the protection away again.
+
+    Code that writes to the file descriptors past Python's streams is not covered.
+    """
+    streams = {name: getattr(sys, name) for name in _STREAMS}
+    old_factory = logging.getLogRecordFactory()
 
     def make_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = old_factory(*args, **kwargs)
@@ -121,14 +129,16 @@ def protect_output() -> Iterator[None]:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         return record
 
-    sys.stdout = cast("TextIO", _Redacting(old_out))
-    sys.stderr = cast("TextIO", _Redacting(old_err))
-    logging.setLogRecordFactory(make_record)
-    try:
-        yield
-    finally:
+    def undo() -> None:
         logging.setLogRecordFactory(old_factory)
-        sys.stdout, sys.stderr = old_out, old_err
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+
+    for name, stream in streams.items():
+        if stream is not None:
+            setattr(sys, name, cast("TextIO", _Redacting(stream)))
+    logging.setLogRecordFactory(make_record)
+    return undo
 
 
 class _Redacting:
@@ -174,21 +184,81 @@ class _RedactingBytes:
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except (
-        TypeError,
-        ValueError,
-    ):  # a wrong format string is its author's; logging would only print it
-        return f"{record.msg} {record.args}"
+    except Exception:  # noqa: BLE001 - a wrong format string, or an argument whose __str__ raises
+        try:
+            return f"{record.msg} {record.args}"
+        except Exception:  # noqa: BLE001 - the argument's own code
+            return f"{type(record.msg).__name__} that cannot be shown"
+
+
+_seen: dict[str, str] = {}  # secret -> variable, of this process's environment so far
+_order: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
+
+
+def _known_here() -> tuple[tuple[str, str], ...]:
+    """Of this process, also those that have been taken out of its environment since."""
+    global _order
+    environ = frozenset(os.environ.items())
+    if environ != _order[0]:
+        _seen.update({value: name for name, value in _known_values(environ)})
+        longest_first = sorted(_seen, key=len, reverse=True)
+        _order = (environ, tuple((_seen[value], value) for value in longest_first))
+    return _order[1]
 
 
 @lru_cache(maxsize=4)
 def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """(variable, value) of the environment's secrets, longest value first."""
-    found = {
-        value: name
-        for name, value in sorted(environ)
-        if _SECRET_VARIABLE.search(name)
-        and len(value) >= _SHORTEST_VALUE
-        and not value.startswith("/")
-    }
+    """(variable, value) of the environment's secrets, in each form in which they are printed,
+    longest first.
+    """
+    found: dict[str, str] = {}
+    for name, value in sorted(environ):
+        secrets = [match.group(1) for match in _USER_INFO.finditer(value)]
+        if _SECRET_VARIABLE.search(name.upper()) and not _is_path(value):
+            secrets += [value, value.strip(), *value.splitlines()]
+        for secret in secrets:
+            found |= dict.fromkeys(_forms(secret), name)
     return tuple((found[value], value) for value in sorted(found, key=len, reverse=True))
+
+
+def _is_path(value: str) -> bool:
+    """Whether a variable names the file of a secret (``/run/secrets/token``). A secret may begin
+    with "/" too, as base64 does: a path exists, or the folder that it is to be made in does.
+    """
+    if not value.startswith("/") or "\0" in value:
+        return False
+    try:
+        return os.path.exists(value) or (value.count("/") > 1 and os.path.isdir(_folder(value)))
+    except OSError:
+        return False
+
+
+def _folder(value: str) -> str:
+    return value.rpartition("/")[0]
+
+
+def _forms(secret: str) -> list[str]:
+    """A secret as it is, and as ``repr`` (also of bytes, and twice), JSON and URLs write it."""
+    once = _quoted(secret)
+    forms = [
+        secret,
+        *once,
+        *(twice for form in once for twice in _quoted(form)),
+        repr(secret.encode(errors="surrogateescape"))[2:-1],
+        quote(secret, safe="", errors="surrogateescape"),
+        quote(secret, errors="surrogateescape"),
+        quote_plus(secret, errors="surrogateescape"),
+        unquote(secret),
+    ]
+    return [form for form in dict.fromkeys(forms) if len(form) >= _SHORTEST_VALUE]
+
+
+def _quoted(text: str) -> list[str]:
+    found = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
+    for quote_it in (repr, ascii):
+        found += [
+            quote_it(text)[1:-1],
+            quote_it(f"{text}'\"")[1:-4],  # in a longer text with both quotes one is escaped
+            quote_it(f"{text}'")[1:-2],  # in one with a single quote alone none is
+        ]
+    return found

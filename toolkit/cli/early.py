@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.streams import outliving
 from toolkit.cli.lazy import LazyGroup
 
 if TYPE_CHECKING:
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
 
 
 class StoppableGroup(LazyGroup):
-    """Its command ``train`` may be stopped from the first look at the command line on."""
+    """Its command ``train`` may be stopped from the first look at the command line on, and needs
+    nobody who reads what it prints.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         words = kwargs.get("args", args[0] if args else None)
         words = sys.argv[1:] if words is None else words
         if next((word for word in words if not word.startswith("-")), None) != "train":
             return super().main(*args, **kwargs)
-        with listening_early():
+        with listening_early(), outliving():
             return super().main(*args, **kwargs)
 
 
@@ -44,7 +47,11 @@ def listening_early() -> Iterator[None]:
     early = StopSignals()
     try:
         with early.installed():
-            yield
+            try:
+                yield
+            finally:
+                if early.received is not None or early.ended:
+                    early.ignore()  # what is still to be said is said, and the exit code stays
     except (Abandoned, ImportError):  # compiled modules turn what is raised in them into the latter
         if early.received is None:
             raise

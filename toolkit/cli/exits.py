@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
 
+from toolkit.base import disk
 from toolkit.base.errors import DefectError, InputError, ToolkitError
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
+from toolkit.base.streams import open_missing, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,8 +31,7 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
     """Turn a ToolkitError into one block on stderr and its exit code.
 
     An error of upstream that is known (base.symptoms) is explained. Anything else is a defect of
-    ours (70), of which a report is written. ``debug`` shows the
-    traceback as well.
+    ours (70), of which a report is written. ``debug`` shows the traceback as well.
     """
     try:
         yield
@@ -40,10 +41,8 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         if error.exit_code == DefectError.exit_code:
             _leave(_defect(error), error.exit_code, debug=debug)
         _leave(f"error: {error}", error.exit_code, debug=debug)
-    except Exception as error:  # noqa: BLE001 - a known failure of upstream, or a defect of ours
-        from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
-
-        if known := explained(error, "the command failed"):
+    except Exception as error:  # noqa: BLE001 - a disk's, a known one of upstream's, or a defect
+        if (known := _known(error)) is not None:
             _leave(f"error: {known}", known.exit_code, debug=debug)
         _leave(_defect(error), DefectError.exit_code, debug=debug)
 
@@ -83,6 +82,13 @@ def debug_asked() -> bool:
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
 
 
+def _known(error: Exception) -> ToolkitError | None:
+    """What a disk or a library refused, in our words."""
+    from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
+
+    return disk.failed(error) or explained(error, "the command failed")
+
+
 def _defect(error: Exception) -> str:
     """What is printed of a defect of ours, once its report is written."""
     from toolkit.base.defect import write_report  # noqa: PLC0415 - only for a defect
@@ -101,7 +107,8 @@ def _defect(error: Exception) -> str:
 def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    click.echo(text, err=True)
+    with suppress(OSError):  # nobody reads stderr any more; the code says it
+        click.echo(text, err=True)
     sys.exit(code)
 
 
@@ -112,8 +119,13 @@ def command_main(group: click.Group) -> Callable[[], None]:
     """
 
     def main() -> None:
+        open_missing()
         tighten_umask()
-        with protect_output(), guarded(debug=debug_asked()):
-            group(prog_name=group.name)
+        protect_output()
+        try:
+            with guarded(debug=debug_asked()):
+                group(prog_name=group.name)
+        finally:
+            settle()
 
     return main

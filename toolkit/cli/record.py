@@ -69,15 +69,11 @@ def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -
 
 def _read(file: Path) -> Any:
     from toolkit.base.errors import InputError  # noqa: PLC0415 - as above
+    from toolkit.base.files import read_json  # noqa: PLC0415 - as above
     from toolkit.config.validate import check_instance  # noqa: PLC0415 - as above
     from toolkit.gpu.record import LARGEST_BYTES  # noqa: PLC0415 - as above
 
-    if file.stat().st_size > LARGEST_BYTES:
-        raise InputError(f"{file} is larger than any recording ({LARGEST_BYTES} bytes)")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
+    data = read_json(file, limit=LARGEST_BYTES)
     faults = check_instance(data, "report") if isinstance(data, dict) else ["$: not an object"]
     if faults:
         raise InputError(

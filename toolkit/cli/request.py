@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base import launcher
 from toolkit.base.errors import InputError
+from toolkit.base.files import read_bytes
 from toolkit.base.hub import hub_home
 from toolkit.base.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from toolkit.config.document import Document
     from toolkit.config.model import RunConfig
+    from toolkit.config.resolved import Situation
     from toolkit.gpu.checks import CheckContext, CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
 
@@ -42,6 +45,7 @@ def examine(
     from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
         CheckContext,
         choose,
+        exit_code,
         run_checks,
     )
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after parsing
@@ -50,32 +54,53 @@ def examine(
     values = requirements(require)
     if lock is not None:
         values["lock"] = read_lock(lock)
-    run = None
+    document = run = None
     if overrides and config is None:
         raise InputError("--set changes a run file, and there is none", fix="add --config RUN.yaml")
     if config is not None:
-        run = _load(config, overrides)
-        values |= facts(run)
+        document, run = _load(config, overrides)
+    model, revision = (run.model.model_name, run.model.revision) if run else (None, None)
+    snapshot = take(paths=folders(run, os.environ), model=model, revision=revision)
+    situation = None
+    if run is not None:
+        situation = _situation(snapshot, gpu_index)
+        values |= facts(run, situation)
     context = CheckContext(gpu_index=gpu_index, node=node, **values)
-    snapshot = take(paths=folders(run, os.environ), model=context.model, revision=context.revision)
     if context.lock:
         snapshot = with_locked_packages(snapshot, context.lock)
-    return snapshot, context, run_checks(snapshot, context, **choice)
+    results = run_checks(snapshot, context, **choice)
+    if document is not None and not exit_code(results, node=node):
+        from toolkit.config.validate import accepted  # noqa: PLC0415 - only for a run file
+
+        # Only now: on a node that is bad, its missing GPU is no fault of the run file.
+        accepted(document, situation)
+    return snapshot, context, results
 
 
-def _load(path: Path, overrides: Sequence[str]) -> RunConfig:
-    from toolkit.config import load_run  # noqa: PLC0415 - a YAML parser, only for a run file
+def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
+    """The run file and the run that it is, whatever the device. Raises as ``accepted``."""
+    from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
+    from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
+    from toolkit.config.validate import accepted  # noqa: PLC0415 - as above
 
-    return load_run(path, overrides, world_size=launcher.world_size())
+    document = load_document(path, overrides)
+    return document, accepted(document, Situation(world_size=launcher.world_size()))
 
 
-def facts(run: RunConfig) -> dict[str, Any]:
+def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
+    from toolkit.sizing.device import situation_here  # noqa: PLC0415 - only for a run file
+
+    index = launcher.local_rank() if gpu_index is None else gpu_index
+    return situation_here(snapshot, gpu_index=index, world_size=launcher.world_size())
+
+
+def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
     """What a run file asks of the node it is started on, as plain values of CheckContext."""
-    from toolkit.config.demands import demands  # noqa: PLC0415 - only for a run file
+    from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - only for a run file
     from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
 
     return {
-        **demands(run),
+        **resolve_run(run, situation).needs(),
         "world_size": launcher.local_world_size(),
         "sizer_model_types": tuple(FAMILIES),
     }
@@ -139,7 +164,7 @@ def read_lock(path: Path) -> dict[str, str]:
         InputError: it has none.
     """
     pins = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode(errors="replace").splitlines():
         found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", line)
         if found:
             pins[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -58,8 +57,6 @@ def size(
     if write and document is None:
         raise click.UsageError("--write needs a run file.")
     device = None if cpu else choose_device(gpu, gpu_index)
-    if device is not None:
-        config = with_engine(config)
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world)
     if as_json:
@@ -71,16 +68,6 @@ def size(
         from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only when asked
 
         click.echo(write_choice(document, result.apply(config)), err=as_json)
-
-
-def with_engine(config: RunConfig) -> RunConfig:
-    """``config`` with vLLM where the choice is open: what trains on the card will have it.
-
-    This command runs where vLLM need not be installed.
-    """
-    if config.runtime.engine != "auto" or config.model.fast_inference != "auto":
-        return config
-    return replace(config, runtime=replace(config.runtime, engine="vllm"))
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:

@@ -38,7 +38,7 @@ def read_target(
 
 def _is_model_config(path: Path) -> bool:
     """Whether a JSON file is a model's config.json under another name."""
-    from toolkit.sizing.headers import read_json  # noqa: PLC0415 - only for a JSON file
+    from toolkit.base.files import read_json  # noqa: PLC0415 - only for a JSON file
 
     values = read_json(path)
     return isinstance(values, dict) and "model_type" in values and "model" not in values

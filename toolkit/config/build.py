@@ -7,6 +7,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from toolkit.config.adapter_facts import inherited
 from toolkit.config.model import (
     DatasetSection,
     LoraSection,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _FLOATS = ("lora_dropout", "timeout_s")
 # Keys that may name a file or a folder. Those of output_dir and resume always do; the others only
 # when one is there.
-_PATHS = ("model_name", "path", "eval_path", "output_dir", "resume")
+_PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path")
 
 
 def build_config(document: Document) -> RunConfig:
@@ -36,6 +37,8 @@ def build_config(document: Document) -> RunConfig:
         name: _section(root.value.get(name))
         for name in ("model", "lora", "dataset", "runtime", "reward")
     }
+    for name, value in inherited(document.node(("lora", "adapter_path"))).items():
+        sections["lora"].setdefault(name, freeze(value))
     grpo = dict(_section(root.value.get("grpo")))
     functions = list(sections["reward"].pop("functions", ()))
     weights = grpo.pop("reward_weights", None) or [None] * len(functions)

@@ -11,6 +11,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.base.errors import InputError
+from toolkit.base.files import read_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -49,12 +52,12 @@ def find_function(module: str, name: str, folder: Path) -> Found:
     if file.suffix != ".py":
         return Found(name)
     try:
-        if file.stat().st_size > MAX_SOURCE_BYTES:
-            return Found(name)
-        tree = ast.parse(file.read_bytes(), str(file))
+        tree = ast.parse(read_bytes(file, limit=MAX_SOURCE_BYTES), str(file))
+    except InputError as error:
+        return Found(name, f"{file}: {error.message}", unknown=True)
     except SyntaxError as error:
         return Found(name, f"{file}:{error.lineno}: {error.msg}")
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         return Found(name, f"{file} cannot be read: {error}", unknown=True)
     return _in_tree(tree, name, file)
 

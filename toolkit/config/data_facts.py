@@ -8,14 +8,25 @@ are told. A hub data set is not looked into.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from toolkit.base.errors import first_line
-from toolkit.config.paths import exists, resolve
+from toolkit.base.data_files import (
+    chat_in,
+    data_kind,
+    decoded,
+    is_text,
+    names_fault,
+    no_kind,
+    open_data,
+    path_fault,
+)
+from toolkit.base.errors import InputError, first_line
+from toolkit.config.paths import ARCHIVES, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +37,6 @@ if TYPE_CHECKING:
 MAX_ROWS = 50_000
 MAX_SCAN_BYTES = 4 << 20
 NO_DATA = "there is no data set: there are no prompts to train on"
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +48,15 @@ class DataFacts:
     rows: int = 0
     empty: int = 0
     repeated: int = 0
+    unanswered: int = 0  # rows whose answer is null
+    chats: int = 0  # prompts that are chats written as JSON text
     whole: bool = True  # all rows were looked at
     problem: str | None = None
     messages: bool | None = None  # the prompts are lists of messages (else texts)
+
+
+class _Unscanned(Exception):
+    """There is more in the file than is looked at here, so that nothing is known of it."""
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:
@@ -49,30 +65,45 @@ def data_of(document: Document, key: str) -> DataFacts | None:
     if node is None or not isinstance(node.value, str):
         return None
     path = resolve(node.value, node)
-    if not exists(path):
+    if not os.path.lexists(path) or (path.is_symlink() and _leads_nowhere(path)):
         return None
-    prompt = document.node(("dataset", "prompt"))
-    column = prompt.value if prompt is not None and isinstance(prompt.value, str) else "prompt"
-    split = document.node(("dataset", "split"))
-    name = split.value if split is not None and isinstance(split.value, str) else "train"
+    if fault := path_fault(path):
+        return DataFacts(path, problem=fault)
+    columns = (_text(document, "prompt") or "prompt", _text(document, "answer"))
     stamp = path.stat()
-    return _read(path, column, name, (stamp.st_mtime_ns, stamp.st_size))
+    split = _text(document, "split") or "train"
+    return _read(path, columns, split, (stamp.st_mtime_ns, stamp.st_size))
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """A link to what is not here: on the machine that the run is meant for it may be."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _text(document: Document, key: str) -> str | None:
+    node = document.node(("dataset", key))
+    return node.value if node is not None and isinstance(node.value, str) else None
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, column: str, split: str, _stamp: tuple[int, int]) -> DataFacts:
+def _read(
+    path: Path, columns: tuple[str, str | None], split: str, _stamp: tuple[int, int]
+) -> DataFacts:
     """``_stamp`` makes the cache forget a file that has changed."""
-    if path.is_dir():
-        return DataFacts(path, _folder_columns(path, split))
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        from toolkit.config.parquet import parquet_columns  # noqa: PLC0415 - rarely needed
-
-        return DataFacts(path, parquet_columns(path))
-    if suffix not in SUFFIXES:
-        return DataFacts(path)
     try:
-        return _scan(path, column, _rows(path, suffix))
+        return _facts(path, columns, split)
+    except _Unscanned:
+        return DataFacts(path, whole=False)
+    except InputError as error:
+        line = (error.where or "").removeprefix(str(path)).strip(":")
+        place = f"line {line}: " if line.isdigit() else ""
+        return DataFacts(path, problem=f"{place}{error.message}")
     except UnicodeDecodeError:
         return DataFacts(path, problem="is not UTF-8 text")
     except OSError as error:
@@ -81,27 +112,72 @@ def _read(path: Path, column: str, split: str, _stamp: tuple[int, int]) -> DataF
         return DataFacts(path, problem=first_line(error))
 
 
-def _scan(path: Path, column: str, rows: Iterator[dict[str, Any]]) -> DataFacts:
+def _facts(path: Path, columns: tuple[str, str | None], split: str) -> DataFacts:
+    if path.is_dir():
+        return DataFacts(path, _folder_columns(path, split), whole=False)
+    if path.name.lower().endswith(ARCHIVES):
+        return DataFacts(path, whole=False)
+    kind = data_kind(path)
+    if kind is None:
+        return DataFacts(path, problem=no_kind(path)[0])
+    if kind.suffix == ".arrow":
+        return DataFacts(path, whole=False)
+    with open_data(path) as file:
+        if kind.suffix == ".parquet":
+            from toolkit.config.parquet import is_parquet, parquet_columns  # noqa: PLC0415 - rarely needed
+
+            names = parquet_columns(file)
+            if names is None and not is_parquet(file):
+                return DataFacts(path, problem="is no Parquet file, or is cut short")
+            if fault := names_fault(names or ()):
+                return DataFacts(path, problem=fault)
+            return DataFacts(path, names, whole=False)
+        return _scan(path, columns, _rows(file, path, kind.suffix))
+
+
+def _scan(
+    path: Path, names: tuple[str, str | None], rows: Iterator[dict[str, Any] | None]
+) -> DataFacts:
+    prompt_name, answer_name = names
     columns: dict[str, None] = {}
     seen: set[int] = set()
-    count = empty = repeated = 0
+    count = empty = repeated = unanswered = chats = 0
+    whole = True
     messages: bool | None = None
-    for row in islice(rows, MAX_ROWS):
+    for row in rows:
+        if row is None or count == MAX_ROWS:
+            whole = False
+            break
         count += 1
         columns |= dict.fromkeys(row)
-        prompt = row.get(column)
+        unanswered += answer_name is not None and row.get(answer_name) is None
+        prompt = row.get(prompt_name)
         if prompt is None or (isinstance(prompt, (str, list)) and not _has_text(prompt)):
-            empty += column in row
+            empty += prompt_name in row
             continue
         if messages is None:
             messages = isinstance(prompt, list)
+        chats += isinstance(prompt, str) and chat_in(prompt) is not None
         key = hash(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
         repeated += key in seen
         seen.add(key)
     if count == 0:
+        if not whole:
+            raise _Unscanned
         return DataFacts(path, problem="has no rows")
-    whole = next(rows, None) is None and path.stat().st_size <= MAX_SCAN_BYTES
-    return DataFacts(path, tuple(columns), count, empty, repeated, whole, messages=messages)
+    if fault := names_fault(columns):
+        return DataFacts(path, problem=fault)
+    return DataFacts(
+        path,
+        tuple(columns),
+        count,
+        empty,
+        repeated,
+        unanswered if answer_name in columns else 0,
+        chats,
+        whole,
+        messages=True if chats and chats == count - empty else messages,
+    )
 
 
 def _has_text(prompt: str | list[Any]) -> bool:
@@ -113,61 +189,95 @@ def _has_text(prompt: str | list[Any]) -> bool:
     )
 
 
-def _rows(path: Path, suffix: str) -> Iterator[dict[str, Any]]:
+def _rows(file: IO[bytes], path: Path, suffix: str) -> Iterator[dict[str, Any] | None]:
+    """The rows of a text file, and None where there are more than are looked at."""
     if suffix in (".csv", ".tsv"):
-        yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".json":
-        yield from _json_rows(path)
-    else:
-        yield from _jsonl_rows(path)
+        return _csv_rows(file, "\t" if suffix == ".tsv" else ",")
+    return _json_rows(file) if suffix == ".json" else _jsonl_rows(file, path)
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    taken = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            taken += len(raw)
-            if taken > MAX_SCAN_BYTES:
-                return
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                try:
-                    row = json.loads(text)
-                except ValueError as error:
-                    raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not a JSON object")
-                yield row
+def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[dict[str, Any] | None]:
+    taken = number = 0
+    while raw := file.readline(MAX_SCAN_BYTES + 1):
+        number += 1
+        taken += len(raw)
+        if taken > MAX_SCAN_BYTES:
+            yield None
+            return
+        text = decoded(
+            raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, f"{path}:{number}"
+        )
+        if not text.strip():
+            continue
+        try:
+            row = _parse(text)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        if _HALF in text.lower() and not is_text(row):
+            raise ValueError(f"line {number} holds half of a character (a lone surrogate)")
+        yield row
+
+
+_HALF = "\\ud"
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _reason(error: ValueError) -> str:
     return getattr(error, "msg", str(error))
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size > MAX_SCAN_BYTES:
+def _json_rows(file: IO[bytes]) -> Iterator[dict[str, Any] | None]:
+    raw = file.read(MAX_SCAN_BYTES + 1)
+    if len(raw) > MAX_SCAN_BYTES:
+        yield None
         return
-    value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    value = _parse(raw.decode("utf-8-sig"))
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError('is no list of objects, and no {"data": [...]} with such a list')
+    if not is_text(rows):
+        raise ValueError("holds half of a character (a lone surrogate)")
     yield from rows
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(_bounded(file), delimiter=delimiter, strict=True)
+def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any] | None]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    cut: list[bool] = []
+    reader = csv.reader(_bounded(text, cut), delimiter=delimiter, strict=True)
+    try:
         header = next(reader, [])
+        if fault := names_fault(header):
+            raise ValueError(fault)
         for fields in reader:
+            if fields and len(fields) != len(header) and not cut:
+                what = f"has {len(fields)} fields where the header has {len(header)}"
+                raise ValueError(f"line {reader.line_num} {what}")
             if fields:
                 yield dict(zip(header, fields, strict=False))
+    except csv.Error:
+        if not cut:
+            raise
+    finally:
+        text.detach()
+    if cut:
+        yield None
 
 
-def _bounded(lines: Iterator[str]) -> Iterator[str]:
+def _bounded(text: io.TextIOWrapper, cut: list[bool]) -> Iterator[str]:
     taken = 0
-    for line in lines:
+    while line := text.readline(MAX_SCAN_BYTES + 1):
         taken += len(line)
         if taken > MAX_SCAN_BYTES:
+            cut.append(True)
             return
         yield line
 
@@ -178,8 +288,9 @@ def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
 
     if (folder / "dataset_dict.json").is_file():
         name = split.partition("[")[0]
-        splits = (read_json(folder / "dataset_dict.json") or {}).get("splits") or []
-        if name not in splits:
+        told = read_json(folder / "dataset_dict.json")
+        splits = told.get("splits") if isinstance(told, dict) else None
+        if not isinstance(splits, list) or name not in splits:
             return None
         folder = folder / name
     info = read_json(folder / "dataset_info.json")

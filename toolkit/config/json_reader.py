@@ -12,6 +12,7 @@ from typing import Any
 from toolkit.config.bounds import MAX_DEPTH, MAX_DIGITS, MAX_NODES
 from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
+from toolkit.config.scalars import TOO_LARGE, beyond_64_bits, is_long_integer, too_large
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')
@@ -111,11 +112,15 @@ class _Reader:
         if found is None:
             raise self.fault("JSON syntax: a value is wanted here")
         text = found.group()
-        if len(text) > MAX_DIGITS:
+        long = is_long_integer(text)
+        if len(text) > MAX_DIGITS and not long:
             raise self.fault(f"a number of more than {MAX_DIGITS} digits", rule="DOC009")
         mark = self.places.mark(self.at, found.end())
         self.at = found.end()
-        value = json.loads(text)
+        value = TOO_LARGE if long else json.loads(text)
+        if beyond_64_bits(value):
+            fix = "write a smaller number"
+            self.findings.append(self.finding("DOC015", mark, too_large(text), fix))
         if value in (float("inf"), float("-inf")):
             self.findings.append(self.finding("DOC006", mark, f"{text} is infinite", None))
         return value

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.bounds import MAX_LAYERS
 from toolkit.config.document import Document, Mark, Node, Source
-from toolkit.config.finding import Finding, Fix, Severity, error_finding
+from toolkit.config.extends import check_chain, content_fault, place_fault, real_path, told
+from toolkit.config.finding import Finding, Severity
 from toolkit.config.load import parse_yaml
 from toolkit.config.read import Unreadable, failed, read_source
 
@@ -27,7 +28,7 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
     """A text with what it extends below it and the overrides over it."""
     document = parse(source)
-    _extend(document, [source.path] if source.path else [])
+    _extend(document, [source.path] if source.path else [], source.folder)
     for text in overrides:
         _override(document, text)
     return document
@@ -48,44 +49,46 @@ def parse(source: Source) -> Document:
     if not isinstance(document.root.value, dict):
         kind = "empty" if document.root.value is None else "not a mapping of keys"
         if not document.findings:
-            document.findings.append(_told("DOC001", document.root, f"the run file is {kind}"))
+            document.findings.append(told("DOC001", document.root, f"the run file is {kind}"))
         document.whole = False
         document.root = Node({}, document.root.mark, source)
     return document
 
 
-def _told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
-    return error_finding(rule, message, node.source, node.mark, *fixes)
-
-
-def _extend(document: Document, chain: list[Path]) -> None:
-    """Lay ``document`` over what its ``extends`` names, and that over what it names in turn."""
+def _extend(document: Document, chain: list[Path], root: Path) -> None:
+    """Lay ``document`` over what its ``extends`` names, and that over what it names in turn. All
+    of it lies below ``root`` or where the user allows.
+    """
     node = document.root.value.pop("extends", None)
     if node is None:
         return
-    base = _base(node, chain)
+    base = _base(node, chain, root)
     if isinstance(base, Finding):
         document.findings.append(base)
         document.whole = False
         return
-    _extend(base, [*chain, Path(node.source.folder, node.value).resolve()])
+    _extend(base, [*chain, Path(node.source.folder, node.value).resolve()], root)
     document.findings += base.findings
     document.whole &= base.whole
     document.root = merge(base.root, document.root)
 
 
-def _base(node: Node, chain: list[Path]) -> Document | Finding:
+def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
     """The document that ``extends`` names, or what is wrong with it."""
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
-        return _told("DOC011", node, "extends: the path of one run file is wanted")
-    path = Path(node.source.folder, node.value).resolve()
-    if path in [seen.resolve() for seen in chain] or len(chain) >= MAX_LAYERS:
-        around = " -> ".join(seen.name for seen in [*chain, path])
-        return _told("DOC011", node, f"extends goes round in a circle: {around}")
+        return told("DOC011", node, "extends: the path of one run file is wanted")
+    path = real_path(node)
+    if path is None:
+        return told("DOC011", node, f"extends: {node.value} cannot be opened: a circle of links")
+    if around := check_chain(path, chain, MAX_LAYERS):
+        return told("DOC011", node, f"extends goes round in a circle: {around}")
+    if fault := place_fault(path, node, root):
+        return fault
     try:
-        return parse(read_source(_shown(path, node)))
+        base = parse(read_source(_shown(path, node), real=path))
     except Unreadable as error:
-        return _told("DOC011", node, f"extends: {node.value} {error.finding.message}")
+        return told("DOC011", node, f"extends: {node.value} {error.finding.message}")
+    return content_fault(base, node) or base
 
 
 def _shown(path: Path, node: Node) -> Path:
@@ -114,7 +117,7 @@ def _override(document: Document, text: str) -> None:
     keys = name.strip().split(".")
     if not equals or not all(keys):
         document.findings.append(
-            _told("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
+            told("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
         )
         return
     parsed = parse_yaml(source)
@@ -125,7 +128,7 @@ def _override(document: Document, text: str) -> None:
     value.key = at.mark
     problem = _put(document.root, keys, value)
     if problem:
-        document.findings.append(_told("DOC012", at, problem))
+        document.findings.append(told("DOC012", at, problem))
 
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:

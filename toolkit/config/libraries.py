@@ -12,7 +12,10 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Known(NamedTuple):
@@ -87,6 +90,51 @@ def installed(which: str) -> Known | None:
     if which == "lora_inits" and "lora_ga" not in values:
         values = (*values, "lora_ga")  # taken by PEFT, left out of its own annotation
     return Known(values, f"the {name} installed here")
+
+
+class ModelType(NamedTuple):
+    """What the installed transformers makes of a model_type; None is not known."""
+
+    known: bool | None = None
+    causal: bool | None = None
+    attention: Mapping[str, bool] = {}
+
+
+@cache
+def model_type(name: str) -> ModelType:
+    """Whether transformers has the type, has it as a causal language model, and which attention
+    ("sdpa", "flash", "flex") that has. Read from its sources at 5.17.
+    """
+    folder = package_folder("transformers")
+    try:
+        assert folder is not None
+        auto = folder / "models" / "auto"
+        types = (auto / "auto_mappings.py").read_text(encoding="utf-8")
+        more = (auto / "configuration_auto.py").read_text(encoding="utf-8")
+        heads = (auto / "modeling_auto.py").read_text(encoding="utf-8")
+        _, _, causal = heads.partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict(")
+        assert causal
+    except (OSError, UnicodeDecodeError, AssertionError):
+        return ModelType()
+    known = f'"{name}"' in types or f'"{name}"' in more
+    return ModelType(
+        known, f'("{name}", ' in causal.partition("\n)")[0], _attention(folder, name, types)
+    )
+
+
+def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
+    """Whether the model's module says that it has them; nothing where there is no such module."""
+    special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
+    moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)
+    module = moved[1] if moved else name.replace("-", "_")
+    files = (folder / "models" / module).glob("modeling_*.py") if module.isidentifier() else ()
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    kinds = {
+        "sdpa": "_supports_sdpa",
+        "flash": "_supports_flash_attn",
+        "flex": "_supports_flex_attn",
+    }
+    return {kind: f"{flag} = True" in text for kind, flag in kinds.items()} if text else {}
 
 
 def package_folder(package: str) -> Path | None:

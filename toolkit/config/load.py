@@ -17,7 +17,15 @@ import yaml
 from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
 from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
 from toolkit.config.finding import Edit, Finding, Fix, Severity, error_finding
-from toolkit.config.scalars import differs, plain_spelling, read_core
+from toolkit.config.scalars import (
+    TOO_LARGE,
+    beyond_64_bits,
+    differs,
+    is_long_integer,
+    plain_spelling,
+    read_core,
+    too_large,
+)
 
 try:
     from yaml.cyaml import CLoader as _Parser
@@ -127,7 +135,10 @@ class _Builder:
 
     def resolve(self, node: Node, text: str) -> None:
         """Give a plain scalar its value, and a note where YAML 1.1 would give it another."""
-        node.value = value = read_core(text)
+        node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
+        if beyond_64_bits(value):
+            self.tell("DOC015", node.mark, too_large(text), "write a smaller number")
+            return
         if isinstance(value, float) and not math.isfinite(value):
             message = f"{text} is no number for a run"
             self.tell("DOC006", node.mark, message, "write a finite number")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Auto = Literal["auto"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -25,7 +26,7 @@ class ModelSection:
 
     model_name: str
     max_seq_length: int = 2048
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     load_in_16bit: bool = False
@@ -55,7 +56,8 @@ class ModelSection:
 class LoraSection:
     """The adapter under training; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
 
-    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model.
+    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model. ``adapter_path``
+    is the adapter that training starts from; what was not written is then its own.
     """
 
     r: int = 16
@@ -69,8 +71,17 @@ class LoraSection:
     random_state: int = 3407
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    alpha_pattern: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     modules_to_save: tuple[str, ...] | None = None
     init_lora_weights: bool | str = True
+    adapter_path: str | None = None
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a layer, which the engine's slots must hold."""
+        return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +123,7 @@ class RewardSection:
     functions: tuple[RewardFunction, ...] = ()
     on_error: Literal["fail", "none"] = "fail"
     timeout_s: float | None = 600.0
+    isolate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

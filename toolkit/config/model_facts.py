@@ -4,13 +4,13 @@ weights, without torch.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import files
+from toolkit.base.errors import InputError
 from toolkit.base.hub import cached_model
 from toolkit.config.paths import exists, resolve
 from toolkit.config.targets import has_experts, text_part
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.document import Node
 
-MAX_JSON_BYTES = 64 << 20
+ADAPTER_CONFIG = "adapter_config.json"
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -89,14 +89,6 @@ class ModelFacts:
         """Whether it is a mixture of experts."""
         return has_experts(self.text)
 
-    @property
-    def quantization(self) -> str | None:
-        """The method that the checkpoint is already quantized with."""
-        inner = self.config.get("quantization_config")
-        if not isinstance(inner, dict):
-            return None
-        return str(inner.get("quant_method", "quantized"))
-
     @cached_property
     def modules(self) -> frozenset[str] | None:
         """Full names of the modules that own a weight; None when no weights are at hand."""
@@ -118,13 +110,26 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
     return ModelFacts(folder, config) if isinstance(config, dict) else None
 
 
+def folder_fault(folder: Path) -> str | None:
+    """What in a model's folder no loader could read in bounded time, in words; None for nothing."""
+    try:
+        for name, fault in files.irregular_files(folder):
+            return f"{name} {fault}"
+    except InputError as error:
+        return error.message
+    return None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return exists(folder / ADAPTER_CONFIG) and not exists(folder / "config.json")
+
+
 def read_json(path: Path) -> Any:
     """A JSON file within bounds; None when there is none or it is not JSON."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return files.read_json(path)
+    except InputError:
         return None
 
 
@@ -132,11 +137,14 @@ def _weight_names(folder: Path) -> list[str] | None:
     index = read_json(folder / "model.safetensors.index.json")
     if isinstance(index, dict) and isinstance(index.get("weight_map"), dict):
         return list(index["weight_map"])
+    path = folder / "model.safetensors"
     try:
-        with (folder / "model.safetensors").open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= MAX_JSON_BYTES else None
-    except (OSError, ValueError, RecursionError, struct.error):
+        with files.open_regular(path) as (descriptor, size):
+            length = int.from_bytes(files.read_exactly(descriptor, 8, path), "little")
+            if length > min(size, files.MAX_JSON_BYTES):
+                return None
+            header = files.parse_json(files.read_exactly(descriptor, length, path), path)
+    except InputError:
         return None
     if not isinstance(header, dict):
         return None

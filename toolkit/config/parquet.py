@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from typing import IO, Any
 
 MAGIC = b"PAR1"
 MAX_FOOTER_BYTES = 16 << 20
@@ -19,17 +16,23 @@ _SCHEMA, _NAME, _CHILDREN = 2, 4, 5  # field numbers of FileMetaData and SchemaE
 _DEEPEST = 32
 
 
-def parquet_columns(path: Path) -> tuple[str, ...] | None:
+def is_parquet(file: IO[bytes]) -> bool:
+    """Whether the file ends as a Parquet file does."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 4, 0))
+    return file.read(4) == MAGIC
+
+
+def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
     """The top-level columns; None when the file is no Parquet file."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 8, 0))
-            length, magic = struct.unpack("<I4s", file.read(8))
-            if magic != MAGIC or length > min(size, MAX_FOOTER_BYTES):
-                return None
-            file.seek(size - 8 - length)
-            metadata = _Thrift(file.read(length)).struct(0)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))
+        length, magic = struct.unpack("<I4s", file.read(8))
+        if magic != MAGIC or length > min(size, MAX_FOOTER_BYTES):
+            return None
+        file.seek(size - 8 - length)
+        metadata = _Thrift(file.read(length)).struct(0)
         return _top_level(metadata[_SCHEMA])
     except (OSError, struct.error, IndexError, KeyError, TypeError, ValueError):
         return None

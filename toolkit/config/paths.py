@@ -13,17 +13,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.base.data_files import FILE_SUFFIXES, OTHER_PACKERS
+
 if TYPE_CHECKING:
     from toolkit.config.document import Node
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-# What train/data_read and base/archives read (a test holds them together; importing those is slow).
-DATA_SUFFIXES = (
-    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow",
-    ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz",
-)  # fmt: skip
+# What base/archives reads (a test holds them together; importing that is slow).
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
 _WORDS = {"resume": ("auto", "never", "must")}
-_ALWAYS = ("output_dir", "resume")
+_ALWAYS = ("output_dir", "resume", "adapter_path")
 
 
 def resolve(text: str, node: Node) -> Path:

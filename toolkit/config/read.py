@@ -29,8 +29,10 @@ class Unreadable(StopReading):
     """No text could be had."""
 
 
-def read_source(path: str | Path) -> Source:
-    """The text of a run file, ``-`` for standard input; raises Unreadable."""
+def read_source(path: str | Path, *, real: Path | None = None) -> Source:
+    """The text of a run file, ``-`` for standard input; raises Unreadable. ``real`` is where it is
+    read, if that is another path than the one to show.
+    """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
         return _decode(source, _bounded(source, sys.stdin.fileno(), None))
@@ -43,7 +45,7 @@ def read_source(path: str | Path) -> Source:
         FORMATS.get(file.suffix.lower(), "yaml"),
     )
     try:
-        return _decode(source, _read_file(source, file))
+        return _decode(source, _read_file(source, real or file))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise Unreadable(unreadable(source, f"cannot be read: {reason}")) from None

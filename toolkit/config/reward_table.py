@@ -19,7 +19,13 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
 PASSED_ALWAYS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
-# ... and where the run has environments.
+# Columns that never reach a reward, and why.
+LEFT_OUT = {
+    **dict.fromkeys(PASSED_ALWAYS, "rewards get another thing as {name}"),
+    **dict.fromkeys(("image", "images"), "the trainer takes it for pictures, and trains on text"),
+    "completion": "the trainer writes completions of its own",
+}
+# What is passed where the run has environments.
 PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
 
 

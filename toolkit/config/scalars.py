@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.config.bounds import MAX_DIGITS
 
+_LONG = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _INT_12 = re.compile(r"[-+]?[0-9]+")
 _OCT_12 = re.compile(r"0o[0-7]+")
 _HEX_12 = re.compile(r"0x[0-9a-fA-F]+")
@@ -50,6 +51,30 @@ _TIME_11 = re.compile(
     r"[0-9]{1,2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?"
     r"(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::?[0-9]{2})?))?"
 )
+
+
+LARGEST_INT = 2**63 - 1
+TOO_LARGE = 2**64  # stands for an integer that is longer than is read
+_SHOWN_DIGITS = 30
+
+
+def beyond_64_bits(value: Any) -> bool:
+    """Whether ``value`` is an integer that does not fit into 64 bits (signed)."""
+    return type(value) is int and not -LARGEST_INT - 1 <= value <= LARGEST_INT
+
+
+def too_large(text: str) -> str:
+    """The message for an integer that does not fit into 64 bits, as it was written."""
+    shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
+    return (
+        f"{shown} ({len(text)} characters) does not fit into 64 bits: an integer is from "
+        f"{-LARGEST_INT - 1} to {LARGEST_INT}"
+    )
+
+
+def is_long_integer(text: str) -> bool:
+    """Whether a plain scalar is an integer of more digits than are turned into a number."""
+    return len(text) > MAX_DIGITS and _LONG.fullmatch(text) is not None
 
 
 def read_core(text: str) -> Any:

@@ -16,6 +16,7 @@ from toolkit.config.bounds import MAX_SUGGESTIONS
 from toolkit.config.document import KeyPath, Node, dotted
 from toolkit.config.faults import Fault, fits_type, value_fault
 from toolkit.config.finding import Edit, Finding, Fix, Severity
+from toolkit.config.scalars import beyond_64_bits
 from toolkit.config.wording import show, spell
 
 
@@ -50,6 +51,9 @@ class _Walk:
             }
         if isinstance(node.value, float) and not math.isfinite(node.value):
             self.bad.add(path)  # told while loading (DOC006)
+            return
+        if beyond_64_bits(node.value):
+            self.bad.add(path)  # told while loading (DOC015)
             return
         fault = value_fault(node.value, schema)
         if fault is not None:

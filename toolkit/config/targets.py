@@ -9,13 +9,14 @@ experts is adapted at its attention.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit.config.model import SEVEN_PROJECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+_Value = TypeVar("_Value")
 ATTENTION = SEVEN_PROJECTIONS[:4]
 MLP = SEVEN_PROJECTIONS[4:]
 # The layers that the engine gives slots to unless asked otherwise, under vLLM's own names (q_b_proj
@@ -65,6 +66,25 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     if text.get("kv_lora_rank"):
         return ("q_b_proj" if text.get("q_lora_rank") else "q_proj", "o_proj")
     return ATTENTION
+
+
+def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
+    """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that is the end of
+    its name, or matches it as a regular expression (PEFT 0.21.2, ``get_pattern_key``).
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
+    """Whether ``exclude_modules`` names a module, as PEFT does."""
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in exclude)
 
 
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:

@@ -14,9 +14,10 @@ import tomllib
 from typing import Any
 
 from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
-from toolkit.config.document import Document, KeyPath, Mark, Node, Source, empty
-from toolkit.config.finding import Finding, error_finding
+from toolkit.config.document import Document, KeyPath, Mark, Node, Source, StopReading, empty
+from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.json_reader import Places
+from toolkit.config.scalars import beyond_64_bits, too_large
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
@@ -33,6 +34,8 @@ def parse_toml(source: Source) -> Document:
         document.findings.append(_syntax(source, str(error)))
     except RecursionError:
         document.findings.append(error_finding("DOC009", "nested too deep", source))
+    except StopReading as fault:
+        document.findings.append(fault.finding)
     except _TooMuch as error:
         document.findings.append(error_finding("DOC009", str(error), source))
     else:
@@ -47,7 +50,12 @@ def _read(source: Source, document: Document) -> Node:
         raise _TooMuch("a key of so many parts is no run file's")
     if sum(map(text.count, ",=[{")) > MAX_MARKS:
         raise _TooMuch("so many values are no run file's")
-    values = tomllib.loads(text)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # int() refuses thousands of digits
+        raise _long_integer(source) from None
     places = Places(source.text)
     marks = {
         path: (places.mark(*key), places.mark(*value)) for path, key, value in scan(source.text)
@@ -57,6 +65,23 @@ def _read(source: Source, document: Document) -> Node:
 
 class _TooMuch(Exception):
     """More than a run file needs."""
+
+
+_DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
+
+
+def _long_integer(source: Source) -> StopReading:
+    """The finding for an integer of thousands of digits, which tomllib raises on; the first such
+    run of digits is the one, unless a text before it holds another.
+    """
+    found = _DIGITS.search(source.text)
+    span = found.span() if found else (0, 0)
+    return StopReading(_too_large(source, Places(source.text).mark(*span)))
+
+
+def _too_large(source: Source, mark: Mark) -> Finding:
+    text = source.text[mark.start : mark.end]
+    return error_finding("DOC015", too_large(text), source, mark, Fix("write a smaller number"))
 
 
 def _syntax(source: Source, message: str) -> Finding:
@@ -89,6 +114,8 @@ class _Builder:
         key, mark = self.places.get(path, (None, Mark(1, 1, 0, 0)))
         node = Node(self.below(value, path), mark, self.source)
         node.key = key if path and isinstance(path[-1], str) else None
+        if beyond_64_bits(value):
+            self.document.findings.append(_too_large(self.source, mark))
         if isinstance(value, float) and not math.isfinite(value):
             message = f"{value} is no number for a run"
             self.document.findings.append(error_finding("DOC006", message, self.source, mark))

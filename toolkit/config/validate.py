@@ -92,8 +92,12 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     Raises InputError when it cannot be read, and ConfigError, whose message holds every finding,
     when something in it is wrong.
     """
-    document = load_document(path, overrides)
-    outcome = validate(document, Situation(world_size=world_size))
+    return accepted(load_document(path, overrides), Situation(world_size=world_size))
+
+
+def accepted(document: Document, situation: Situation | None = None) -> RunConfig:
+    """The run of a loaded document, validated for ``situation``. Raises as ``load_run`` does."""
+    outcome = validate(document, situation)
     if outcome.config is not None:
         return outcome.config
     raise refusal(document, outcome.findings)

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from toolkit.base.own_memory import own_weights
 from toolkit.engine.options import LOADER
 from toolkit.engine.weights import AS_LOADED, READ_NAMES, plain_parameters, sample
 
@@ -45,6 +46,7 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
             if isinstance(module, LinearBase):
                 module._cpu_skip_gemm_dispatch = True
         super().load_weights(model, model_config)
+        own_weights(model)
         setattr(model, READ_NAMES, frozenset(self._names))
         samples = {name: sample(tensor) for name, tensor in plain_parameters(model).items()}
         setattr(model, AS_LOADED, samples)

@@ -18,6 +18,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
 from toolkit.base.launcher import world_size
+from toolkit.config.features import cpu_engine_problem, stored_format
 from toolkit.config.targets import has_experts
 from toolkit.engine import experts, loader, sleep
 from toolkit.engine.live import Engine
@@ -124,16 +125,19 @@ def check_model(options: EngineOptions, device: str) -> Any:
         UnsupportedError: FP8, 4-bit without CUDA, an architecture that vLLM does not have.
     """
     config = read_config(options)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if options.share_weights and method not in (None, "bitsandbytes"):
+    values = config.to_dict()
+    stored = stored_format(values)
+    if options.share_weights and stored is not None and not stored.engine:
         raise UnsupportedError(
-            f"{options.model} is quantized with {method!r}: only unquantized and"
-            " bitsandbytes 4-bit weights can be shared with"
-            " the trainer",
+            f"{options.model} is stored in {stored.name}: only unquantized and bitsandbytes 4-bit"
+            " weights can be shared with the trainer",
             where="model.model_name",
             fix="use the unquantized checkpoint, or load_in_4bit: true on it",
         )
-    if (options.load_in_4bit or method == "bitsandbytes") and device != "cuda":
+    problem = cpu_engine_problem(values) if device == "cpu" else None
+    if problem is not None:
+        raise UnsupportedError(problem.message, where=problem.key, fix=_WITHOUT)
+    if (options.load_in_4bit or stored is not None) and device != "cuda":
         raise UnsupportedError(
             "4-bit weights need a CUDA GPU",
             where="model.load_in_4bit",
@@ -151,9 +155,12 @@ def check_model(options: EngineOptions, device: str) -> Any:
         raise UnsupportedError(
             f"vLLM has no model for {', '.join(architectures) or 'a config without architectures'}",
             where="model.model_name",
-            fix="set fast_inference: false (runtime.engine: transformers)",
+            fix=_WITHOUT,
         )
     return config
+
+
+_WITHOUT = "set fast_inference: false (runtime.engine: transformers)"
 
 
 def read_config(options: EngineOptions) -> Any:

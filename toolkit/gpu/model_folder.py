@@ -7,24 +7,24 @@ What the model is (parameters, shapes) is sizing's; this says whether its files 
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.errors import InputError
+from toolkit.base.files import MAX_FOLDER_FILES, read_json
 from toolkit.base.hub import MODEL_ID, cached_model
+from toolkit.base.vllm_models import vllm_lists
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
-from toolkit.gpu.software import on_import_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-LARGEST_JSON = 64_000_000
-MOST_FILES = 20_000
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -32,9 +32,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
     """``location`` {kind: folder | cache | hub, path}; ``files`` {count, weight_bytes, weights,
-    dangling, unreadable, missing_shards, index}; ``tokenizer`` the names found; ``config``
-    {architectures, model_type, quantization, needs_code}; ``vllm_knows`` whether the installed
-    vLLM's registry lists the architecture.
+    dangling, unreadable, irregular, missing_shards, index}; ``tokenizer`` the names found;
+    ``config`` {architectures, model_type, quantization, needs_code}; ``vllm_knows`` whether the
+    installed vLLM's registry lists the architecture.
     """
 
     location: Reading[dict[str, Any]] = NOT_ASKED
@@ -87,31 +87,34 @@ def _load(path: Path) -> Any:
     """A JSON file of bounded size.
 
     Raises:
-        OSError, ValueError: unreadable, too large, or not JSON.
+        OSError: it is not there. ValueError: it cannot be read, with the reason in words.
     """
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path.name}: {path.stat().st_size} bytes is no {path.suffix} of a model")
+    if not path.is_symlink() and not path.exists():
+        raise FileNotFoundError(2, "no such file", str(path))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path.name} is not valid JSON: {error}"[:200]) from None
+        return read_json(path)
+    except InputError as error:
+        raise ValueError(f"{path.name}: {error.message}"[:200]) from None
 
 
 def _files(folder: Path) -> dict[str, Any]:
     weights: dict[str, int] = {}
-    dangling, unreadable, names = [], [], []
+    dangling, unreadable, irregular, names = [], [], [], []
     with os.scandir(folder) as entries:
-        listed = list(islice(entries, MOST_FILES + 1))
-    if len(listed) > MOST_FILES:
-        raise ValueError(f"more than {MOST_FILES} files: not a model's folder")
+        listed = list(islice(entries, MAX_FOLDER_FILES + 1))
+    if len(listed) > MAX_FOLDER_FILES:
+        raise ValueError(f"more than {MAX_FOLDER_FILES} files: not a model's folder")
     for entry in listed:
         names.append(entry.name)
         try:
-            size = entry.stat().st_size
+            status = entry.stat()
         except OSError:  # a link to nothing, or a loop of links
             dangling.append(entry.name)
             continue
-        if not os.access(entry.path, os.R_OK):
+        size = status.st_size
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            irregular.append(entry.name)
+        elif not os.access(entry.path, os.R_OK):
             unreadable.append(entry.name)
         if _WEIGHTS.match(entry.name) and entry.name not in ("training_args.bin", "optimizer.pt"):
             weights[entry.name] = size
@@ -125,6 +128,7 @@ def _files(folder: Path) -> dict[str, Any]:
         "empty_weights": sorted(name for name, size in weights.items() if size == 0),
         "dangling": sorted(dangling),
         "unreadable": sorted(unreadable),
+        "irregular": sorted(irregular),
         "index": index,
         "missing_shards": _missing_shards(folder / index, names) if index else [],
     }
@@ -164,11 +168,8 @@ def _config(folder: Path) -> Reading[dict[str, Any]]:
 
 
 def _vllm_knows(architectures: list[str]) -> Reading[bool]:
-    """Whether vLLM's registry names the architecture; read as text, vLLM is not imported."""
-    registry = on_import_path("vllm/model_executor/models/registry.py")
-    if registry is None:
+    """Whether vLLM's registry names the architecture."""
+    listed = vllm_lists(architectures)
+    if listed is None:
         return unsupported("vLLM is not installed")
-    if not architectures:
-        return failed("config.json names no architecture")
-    text = registry.read_text(encoding="utf-8", errors="replace")
-    return of(any(f'"{name}"' in text for name in architectures))
+    return of(listed) if architectures else failed("config.json names no architecture")

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.config.features import UNTRAINED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -57,7 +58,7 @@ REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {
         "load_in_fp8": (
             False,
-            "8-bit floating-point weights cannot be trained against here",
+            UNTRAINED["load_in_fp8"],
             "use load_in_4bit=True or load_in_16bit=True",
         ),
         "qat_scheme": (

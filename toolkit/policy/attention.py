@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from toolkit.base.errors import ConfigValueError
-
-DROPS_SOFTCAP = frozenset({"sdpa", "paged|sdpa"})
-"""Hugging Face's default takes ``softcap`` among its keywords and computes without it, in silence
-(``sdpa_attention_forward``, read at transformers 5.17; held by tests/contract).
-"""
+from toolkit.config.features import attention_lacks, attention_problem
+from toolkit.config.libraries import model_type
 
 
-def choose_attention(config: Any, asked: str | None, where: str) -> str | None:
+def choose_attention(
+    config: Any, asked: str | None, where: str, *, trusted: bool = False
+) -> str | None:
     """The ``attn_implementation`` for the model of ``config``; None is Hugging Face's default.
 
     Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM does so on every device;
@@ -20,16 +22,19 @@ def choose_attention(config: Any, asked: str | None, where: str) -> str | None:
     sampled: by 0.4 nats with a large adapter on a small model. Such a model gets ``"eager"``.
 
     Raises:
-        ConfigValueError: ``asked`` names a function that leaves the cap out.
+        ConfigValueError: ``asked`` is no attention function, or one that leaves the cap out, that
+            the model does not have, or that this machine cannot run (``config.features``).
     """
-    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if cap is None:
-        return asked
-    if asked in DROPS_SOFTCAP:
-        raise ConfigValueError(
-            f"attn_implementation={asked!r} leaves out the model's attn_logit_softcapping"
-            f" ({cap:g})",
-            where=where,
-            fix='leave attn_implementation out ("eager" is chosen then), or use "flex_attention"',
-        )
-    return "eager" if asked is None else asked
+    text = config.get_text_config()
+    cap, kind = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")
+    problem = attention_problem(
+        asked, softcap=cap, supports=model_type(kind).attention, trusted=trusted
+    ) or attention_lacks(
+        asked,
+        on_gpu=torch.cuda.is_available(),
+        dtype="auto",
+        installed=find_spec("flash_attn") is not None,
+    )
+    if problem is not None:
+        raise ConfigValueError(problem.message, where=where, fix=problem.advice)
+    return "eager" if asked is None and cap is not None else asked

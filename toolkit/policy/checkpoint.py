@@ -5,7 +5,6 @@ Engine and trainer read the same folder, so they cannot see two revisions of one
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from toolkit.base.errors import ConfigValueError, InputError, first_line
+from toolkit.base.files import check_folder, read_object
 from toolkit.base.paths import safe_join
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -46,23 +46,18 @@ class Checkpoint:
         Raises:
             InputError: it is missing, unreadable, or no JSON object.
         """
-        path = self.folder / file
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read: {error}", where=str(path)) from error
-        if not isinstance(value, dict):
-            raise InputError(f"{file} is not a JSON object", where=str(path))
-        return value
+        return read_object(self.folder / file)
 
     def check_model(self, *, pickle: bool = False) -> None:
         """Refuse a folder that is no model checkpoint; weights are safetensors unless ``pickle``.
 
         Raises:
-            InputError: no config.json, or no weights.
+            InputError: no config.json, no weights, or something that no loader could read in
+                bounded time (a pipe, a device).
             ConfigError: its index of weights names a file outside of the folder.
             ConfigValueError: only pickled weights, which are not read unless that is asked for.
         """
+        check_folder(self.folder)
         if not self._has("config.json"):
             raise InputError(
                 "is no checkpoint: it has neither config.json nor adapter_config.json",

@@ -92,10 +92,11 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
         return int(asked)
     if adapter is None:
         return DEFAULT_RANK
-    if legal := smallest_rank(adapter.config.r):
+    largest = max(adapter.config.r, *(adapter.config.rank_pattern or {}).values(), 0)
+    if legal := smallest_rank(largest):
         return legal
     raise ConfigValueError(
-        f"r={adapter.config.r} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
+        f"r={largest} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
         where=WHERE,
         fix="load with fast_inference=False",
     )

@@ -12,6 +12,7 @@ from toolkit.base.errors import (
     ToolkitWarning,
     UnsupportedError,
 )
+from toolkit.config.features import ENGINE_EXCLUDES
 from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.engine.base import vllm_available
 from toolkit.policy.arguments import ENGINE_DEFAULTS, WHERE
@@ -53,16 +54,10 @@ def check_engine(request: LoadRequest) -> None:
         UnsupportedError, ConfigValueError, ConfigTypeError: naming it.
         MissingExtraError: vLLM is not installed.
     """
-    for name in (
-        "trust_remote_code",
-        "load_in_8bit",
-        "full_finetuning",
-        "rope_scaling",
-        "resize_model_vocab",
-    ):
+    for name, why in (*ENGINE_EXCLUDES.items(), *_API_EXCLUDES.items()):
         if getattr(request, name):
             raise UnsupportedError(
-                f"{name} and fast_inference exclude each other: {_WHY_NOT[name]}",
+                f"{name} and fast_inference exclude each other: {why}",
                 where=WHERE,
                 fix=f"leave {name} out, or use fast_inference=False",
             )
@@ -114,10 +109,7 @@ def _next_rank(asked: Any) -> str:
     return f'use max_lora_rank={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
 
 
-_WHY_NOT = {
-    "trust_remote_code": "layers from outside cannot be checked against vLLM's",
-    "load_in_8bit": "vLLM's and bitsandbytes' 8-bit weights differ, so they cannot be shared",
-    "full_finetuning": "only an adapter is trained on weights that the engine holds",
+_API_EXCLUDES = {
     "rope_scaling": "the engine reads its positions from the checkpoint",
     "resize_model_vocab": "the engine holds the embeddings",
 }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from toolkit.engine.base import vllm_available
+from toolkit.config.resolved import engine_of, resolve_run
 from toolkit.policy.request import LoadRequest, check_request
+from toolkit.policy.situation import situation
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -43,25 +42,20 @@ ENGINE_FIELDS = (
 
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
-    """``runtime.engine`` where it is written, else ``model.fast_inference``.
-
-    With both "auto": vLLM where it is installed and there is a GPU, else transformers.
-    """
-    if config.runtime.engine != "auto":
-        return config.runtime.engine
-    fast = config.model.fast_inference
-    if fast == "auto":
-        fast = torch.cuda.is_available() and vllm_available()
-    return "vllm" if fast else "transformers"
+    """Who generates for ``config`` on this machine (``config.resolved.engine_of``)."""
+    engine = engine_of(config.runtime.engine, config.model.fast_inference, situation())
+    assert engine != "maybe"  # only where the device is not known
+    return engine
 
 
 def request_of(config: RunConfig) -> LoadRequest:
-    """The load request of a run file whose every "auto" has been filled.
+    """The load request of a run file; what sizing has not filled is decided for this machine.
 
     Raises:
         The refusals of ``policy.request.check_request``.
     """
-    engine = choose_engine(config) == "vllm"
+    run = resolve_run(config, situation())
+    config, engine = run.config, run.engine == "vllm"
     names = MODEL_FIELDS + (ENGINE_FIELDS if engine else ())
     values = {name: getattr(config.model, name) for name in names}
     if engine and not config.model.enable_chunked_prefill:

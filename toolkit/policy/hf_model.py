@@ -20,10 +20,15 @@ from toolkit.base.errors import (
     first_line,
 )
 from toolkit.base.launcher import local_rank
+from toolkit.base.own_memory import own_weights
+from toolkit.config.features import architecture_problem, stored_problem
+from toolkit.config.libraries import ModelType, model_type
+from toolkit.config.resolved import dtype_of
 from toolkit.policy.arguments import WHERE
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.positions import set_positions
+from toolkit.policy.situation import situation
 
 if TYPE_CHECKING:
     from toolkit.policy.checkpoint import Checkpoint
@@ -56,19 +61,11 @@ def check_quantization(request: LoadRequest) -> None:
 
 
 def choose_dtype(request: LoadRequest) -> torch.dtype:
-    """What the weights are held in.
-
-    Asked for nothing: bfloat16 on a GPU that has it (compute capability 8.0 and up), float16 on an
-    older one, float32 on a CPU, whatever the checkpoint stores: there float32 is the fast and exact
-    one.
-    """
-    if request.dtype != "auto":
-        dtype = getattr(torch, request.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    return torch.bfloat16 if request.load_in_16bit else torch.float32
+    """What the weights are held in; ``config.resolved.dtype_of`` says what "auto" is here."""
+    name = dtype_of(request.dtype, situation(), load_in_16bit=request.load_in_16bit)
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
@@ -78,6 +75,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         InputError: config.json cannot be read. UnsupportedError: no text-only causal language
         model.
     """
+    _refuse_untrained(checkpoint, request)
     try:
         config = AutoConfig.from_pretrained(
             str(checkpoint.folder),
@@ -100,6 +98,32 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     return config
 
 
+def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
+    """Raise for what config.json says of a model that is not trained here: its architecture, or the
+    format that it is stored in (``config.features``). One that is no JSON is told later.
+    """
+    try:
+        values = checkpoint.read_json("config.json")
+    except InputError:
+        return
+    kind = values.get("model_type")
+    there = model_type(kind) if isinstance(kind, str) else ModelType()
+    problem = architecture_problem(
+        values,
+        trust_remote_code=request.trust_remote_code,
+        known=there.known,
+        causal=there.causal,
+    ) or stored_problem(
+        values,
+        load_in_4bit=request.load_in_4bit,
+        load_in_8bit=request.load_in_8bit,
+        engine=request.fast_inference,
+    )
+    if problem is not None:
+        kinds = ConfigValueError if problem.fixes else UnsupportedError
+        raise kinds(problem.message, where=checkpoint.name, fix=problem.advice)
+
+
 def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     """The base model with every tensor from the checkpoint, frozen unless ``full_finetuning``.
 
@@ -109,8 +133,10 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
     config = read_config(checkpoint, request)
-    attention = choose_attention(config, request.attn_implementation, WHERE)
-    quantization = _quantization(config, request, checkpoint.name)
+    attention = choose_attention(
+        config, request.attn_implementation, WHERE, trusted=request.trust_remote_code
+    )
+    quantization = _quantization(config, request)
     device_map = _device_map(request.device_map)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -133,6 +159,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             where=checkpoint.name,
         ) from error
     _check_complete(info, checkpoint.name)
+    own_weights(model)
     if request.resize_model_vocab is not None:
         _resize(model, request.resize_model_vocab, request.random_state)
     else:
@@ -141,18 +168,10 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     return model
 
 
-def _quantization(config: Any, request: LoadRequest, name: str) -> Any:
+def _quantization(config: Any, request: LoadRequest) -> Any:
     """bitsandbytes' settings; NF4 with plain float32 scales is what the engine holds too."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        if not (request.load_in_4bit or request.load_in_8bit):
-            method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-            raise ConfigValueError(
-                f"{name} is stored quantized ({method}), and no load_in_* flag asks for that",
-                where=WHERE,
-                fix="pass load_in_4bit=True, or name the checkpoint in 16 bits",
-            )
-        return None
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # stored so, as the flag says
     if request.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not request.load_in_4bit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
@@ -20,6 +21,7 @@ from toolkit.policy.from_config import request_of
 from toolkit.policy.loading import load, read_tokenizer, tell_engine
 from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
 from toolkit.policy.request import check_request
+from toolkit.policy.saved_adapter import read_adapter, same_start
 from toolkit.policy.settings import WHERE, LoraSettings
 from toolkit.policy.targets import default_for, told_default
 
@@ -203,6 +205,8 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     Raises:
         As ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
     """
+    if config.lora.adapter_path is not None and not config.model.full_finetuning:
+        return load_start(config, tokenizer)
     model, tokenizer = load(request_of(config), tokenizer=tokenizer)
     if is_peft(model) or config.model.full_finetuning:
         return model, tokenizer
@@ -211,6 +215,26 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
         section = replace(section, target_modules=default_for(model))
     settings = LoraSettings.from_section(section)
     return put_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
+
+
+def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
+    """(model with the adapter of ``lora.adapter_path`` on it, trainable; tokenizer). The engine, if
+    there is one, has the adapter.
+
+    Raises:
+        ConfigTypeError: the ``lora`` section asks for another adapter. ConfigValueError: the
+            adapter is another base's.
+    """
+    folder = Path(str(config.lora.adapter_path))
+    asked = LoraSettings.from_section(config.lora)
+    if config.lora.target_modules == "auto":
+        raise ConfigValueError(
+            "target_modules is auto beside adapter_path: the adapter says what it lies on",
+            where="lora.target_modules",
+            fix="read the run file with toolkit.config.load_run, which takes it from the adapter",
+        )
+    same_start(read_adapter(folder), asked)
+    return load(request_of(config), folder, tokenizer)
 
 
 def policy_tokenizer(config: RunConfig) -> Any:

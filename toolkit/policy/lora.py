@@ -35,6 +35,8 @@ from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.settings import (
     WHERE,
     LoraSettings,
+    check_layers,
+    check_saved,
     check_settings,
     check_targets,
     check_with_engine,
@@ -42,7 +44,7 @@ from toolkit.policy.settings import (
 from toolkit.policy.targets import experts_of, refuse_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 NOT_PEFTS = ("random_state",)
 KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
@@ -87,6 +89,8 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     if engine is not None:
         refuse_unserved(model, config, engine, WHERE)
     check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
+    check_saved(settings, (name for name, _ in model.named_modules()))
+    check_layers(settings, getattr(model.config.get_text_config(), "num_hidden_layers", None))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
         try:
@@ -127,9 +131,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
         ConfigTypeError: they ask for another; the differences are named.
     """
     check_settings(settings)
-    current, asked = model.peft_config["default"], to_peft(settings)
-    pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in DIFFERING]
-    different = [f"{name} is {is_!r}, asked for {to!r}" for name, is_, to in pairs if is_ != to]
+    different = differences(model.peft_config["default"], settings)
     if different:
         raise ConfigTypeError(
             "the model already has an adapter with other settings: " + "; ".join(different),
@@ -140,6 +142,15 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
         "the model already has this adapter: returned as it is", ToolkitWarning, stacklevel=4
     )
     return model
+
+
+def differences(
+    current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
+) -> list[str]:
+    """How the ``peft.LoraConfig`` ``current`` differs from ``settings``, a sentence a field."""
+    asked = to_peft(settings)
+    pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
+    return [f"{name} is {is_!r}, asked for {to!r}" for name, is_, to in pairs if is_ != to]
 
 
 def _plain_set(config: Any, name: str) -> Any:

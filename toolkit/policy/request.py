@@ -13,6 +13,7 @@ from toolkit.base.errors import (
     ConfigValueError,
     UnsupportedError,
 )
+from toolkit.config.features import flag_problems
 from toolkit.policy.arguments import (
     DTYPES,
     ENGINE_DEFAULTS,
@@ -163,16 +164,11 @@ def _check_flags(request: LoadRequest) -> None:
             where=WHERE,
             fix=f"set one of them; {hint}",
         )
-    if request.full_finetuning and (request.load_in_4bit or request.load_in_8bit):
-        raise ConfigValueError(
-            f"full_finetuning and {chosen[0]} exclude each other: quantized weights have no"
-            " gradient",
-            where=WHERE,
-            fix=hint,
-        )
-    if request.load_in_16bit and request.dtype == "float32":
-        raise ConfigValueError(
-            "load_in_16bit and dtype float32 exclude each other",
-            where=WHERE,
-            fix="leave one of them out",
-        )
+    for problem in flag_problems(
+        load_in_4bit=request.load_in_4bit,
+        load_in_8bit=request.load_in_8bit,
+        load_in_16bit=request.load_in_16bit,
+        full_finetuning=request.full_finetuning,
+        dtype=request.dtype,
+    ):
+        raise ConfigValueError(problem.message, where=WHERE, fix=problem.advice)

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
+from toolkit.base.files import check_folder
+from toolkit.config.targets import pattern_value
 from toolkit.policy.adapter_io import BASE_FILE, base_name
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.fingerprint import is_base_of, marks_of
 from toolkit.policy.lora import (
+    DIFFERING,
     adapter_tensors,
     add_from_config,
+    differences,
     read_peft_config,
     refuse_unserved,
     set_adapter_tensors,
     settings_of,
 )
+from toolkit.policy.read_tensors import read_tensors
 from toolkit.policy.settings import check_settings, check_targets
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+
+    from toolkit.policy.settings import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,12 +62,19 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise InputError(
             "is no adapter's folder", where=str(folder), fix="name what save_lora wrote"
         )
+    check_folder(path)
     values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
     try:
         config = read_peft_config(values)
         check_settings(settings_of(config))
     except (ConfigValueError, ConfigTypeError) as error:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, re.error) as error:
+        raise ConfigValueError(  # a value of a type that nobody looked at before using it
+            f"cannot be used: {first_line(error)}",
+            where=str(path / ADAPTER_CONFIG),
+            fix="copy the adapter again",
+        ) from error
     tensors = _read_tensors(path)
     _check_values(tensors, path)
     _check_ranks(tensors, config, path)
@@ -69,6 +82,24 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     if (path / BASE_FILE).is_file():
         base |= Checkpoint(path, str(path)).read_json(BASE_FILE)
     return Adapter(path, config, tensors, base)
+
+
+def same_start(adapter: Adapter, settings: LoraSettings) -> None:
+    """Refuse to start from ``adapter`` where ``settings`` ask for another.
+
+    How it was initialized does not count: its values are there.
+
+    Raises:
+        ConfigTypeError: the differences are named.
+    """
+    names = [name for name in DIFFERING if name != "init_lora_weights"]
+    different = differences(adapter.config, settings, names)
+    if different:
+        raise ConfigTypeError(
+            f"the adapter to start from has other settings: {'; '.join(different)}",
+            where=str(adapter.folder),
+            fix="leave those keys of the lora section out: they come from the adapter",
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -81,15 +112,11 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 fix=f"convert it to {WEIGHTS} where you trust it",
             )
         raise InputError(f"{WEIGHTS} is missing", where=str(path), fix="copy the whole folder")
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(str(file), device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(file)) from error
-    return tensors
+    return read_tensors(file)
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    bad = [name for name, value in tensors.items() if not _finite(value)]
     if bad:
         raise ConfigValueError(
             f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}",
@@ -98,16 +125,24 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         )
 
 
+def _finite(value: torch.Tensor) -> bool:
+    """float8 has no test of its own."""
+    plain = value.float() if value.is_floating_point() else value
+    return bool(torch.isfinite(plain).all())
+
+
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
     if not any(".lora_" in name for name in tensors):
         raise ConfigValueError("holds no LoRA tensors", where=str(path / WEIGHTS))
-    if config.rank_pattern:
-        return
     for name, value in tensors.items():
+        if value.dim() != 2 or not (".lora_A." in name or ".lora_B." in name):
+            continue
         rank = value.shape[0] if ".lora_A." in name else value.shape[-1]
-        if (".lora_A." in name or ".lora_B." in name) and value.dim() == 2 and rank != config.r:
+        module = name.removeprefix(PREFIX).partition(".lora_")[0]
+        wanted = pattern_value(config.rank_pattern or {}, module, config.r)
+        if rank != wanted:
             raise ConfigValueError(
-                f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={config.r}", where=str(path)
+                f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={wanted}", where=str(path)
             )
 
 

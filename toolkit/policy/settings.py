@@ -14,6 +14,7 @@ from toolkit.base.errors import (
     ToolkitWarning,
     UnsupportedError,
 )
+from toolkit.config.features import REWRITING_INITS, layers_beyond
 from toolkit.config.model import SEVEN_PROJECTIONS
 from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.policy.arguments import nearest
@@ -37,11 +38,6 @@ INITS = (
     "lora_ga",
 )
 """PEFT's names for init_lora_weights beside True and False; ``pissa_niter_N`` too."""
-
-BASE_REWRITING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Inits that change the base weights, or need a pass over data with weights of the trainer's
-own.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +73,10 @@ class LoraSettings:
         """The settings of a run file's ``lora`` section."""
         known = {f.name for f in fields(cls)}
         names = [f.name for f in fields(section) if f.name in known]
-        return cls(**{name: getattr(section, name) for name in names})
+        values = {name: getattr(section, name) for name in names}
+        for name in ("rank_pattern", "alpha_pattern"):
+            values[name] = values[name] or None  # nothing, in PEFT's words
+        return cls(**values)
 
     @property
     def scaling(self) -> float:
@@ -117,6 +116,7 @@ def check_settings(settings: LoraSettings) -> None:
         )
     _check_init(settings)
     _check_layers(settings)
+    _check_patterns(settings)
 
 
 def _check_init(settings: LoraSettings) -> None:
@@ -137,6 +137,27 @@ def _check_init(settings: LoraSettings) -> None:
         )
 
 
+def _check_patterns(settings: LoraSettings) -> None:
+    for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        pattern: Any = getattr(settings, name) or {}
+        if not hasattr(pattern, "items"):
+            raise ConfigTypeError(f"{name}={pattern!r} must map names to numbers", where=WHERE)
+        for key, value in pattern.items():
+            number = type(value) is int or (least == 0 and isinstance(value, float))
+            if not number or value < least or value == 0 or not math.isfinite(value):
+                raise ConfigValueError(
+                    f"{name}: {key!r} is {value!r}, and"
+                    f" {'an integer' if least else 'a number'} above 0 is wanted",
+                    where=WHERE,
+                )
+            try:
+                re.compile(str(key))
+            except re.error as error:
+                raise ConfigValueError(
+                    f"{name}: {key!r} is no valid pattern: {error}", where=WHERE
+                ) from error
+
+
 def _check_layers(settings: LoraSettings) -> None:
     layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
     if layers and isinstance(settings.target_modules, str):
@@ -155,11 +176,12 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
     Raises:
         ConfigValueError: a rank above the engine's slots. UnsupportedError: anything else.
     """
-    if settings.r > max_lora_rank:
-        legal = [rank for rank in LEGAL_RANKS if rank >= settings.r]
+    largest = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
+    if largest > max_lora_rank:
+        legal = [rank for rank in LEGAL_RANKS if rank >= largest]
+        named = f"r={settings.r}" if largest == settings.r else f"rank_pattern's {largest}"
         raise ConfigValueError(
-            f"r={settings.r} is above max_lora_rank={max_lora_rank}, with which the engine was"
-            " loaded",
+            f"{named} is above max_lora_rank={max_lora_rank}, with which the engine was loaded",
             where=WHERE,
             fix=f"load with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
             if legal
@@ -172,8 +194,6 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
         f"bias={settings.bias!r}": settings.bias != "none",
         "DoRA (use_dora=True)": settings.use_dora,
         "lora_bias=True": settings.lora_bias,
-        "rank_pattern": settings.rank_pattern,
-        "alpha_pattern": settings.alpha_pattern,
         "target_parameters": settings.target_parameters,
         "trainable_token_indices": settings.trainable_token_indices,
     }
@@ -185,7 +205,7 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
                 fix="leave it out, or load with fast_inference=False",
             )
     init = settings.init_lora_weights
-    if isinstance(init, str) and init.startswith(BASE_REWRITING):
+    if isinstance(init, str) and init.startswith(REWRITING_INITS):
         raise UnsupportedError(
             f"init_lora_weights={init!r} rewrites base weights, which engine and trainer share",
             where=WHERE,
@@ -226,6 +246,39 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
                 fix="name linear layers of the model, for instance "
                 + ", ".join(sorted(leaf for leaf in leaves if leaf.endswith("_proj")) or ["..."]),
             )
+
+
+def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
+    """Every name of modules_to_save is a part of a module's name: PEFT passes over any other.
+
+    Raises:
+        ConfigValueError: naming the one that is not, and the nearest.
+    """
+    names = list(module_names) if settings.modules_to_save else []
+    for name in settings.modules_to_save or ():
+        if not any(f".{name}." in f".{module}." for module in names):
+            leaves = {module.rsplit(".", 1)[-1] for module in names} - {""}
+            raise ConfigValueError(
+                f"modules_to_save: the model has no module {name!r}{nearest(name, leaves)}",
+                where=WHERE,
+                fix="correct its name or leave it out",
+            )
+
+
+def check_layers(settings: LoraSettings, count: int | None) -> None:
+    """Refuse layers that a model of ``count`` layers does not have: PEFT passes over them.
+
+    Raises:
+        ConfigValueError: naming them.
+    """
+    beyond = layers_beyond(settings.layers_to_transform, count)
+    if beyond:
+        raise ConfigValueError(
+            f"layers_to_transform: {', '.join(map(str, beyond))} not among the {count} layers of"
+            " the model, which are counted from 0",
+            where=WHERE,
+            fix="name layers that the model has",
+        )
 
 
 def _matches(pattern: str, names: list[str]) -> bool:

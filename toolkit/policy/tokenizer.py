@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from toolkit.base.errors import InputError, ToolkitWarning, first_line
+from toolkit.base.files import check_folder
+from toolkit.policy.template import limit_template
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -37,6 +39,7 @@ def load_tokenizer(
     Raises:
         InputError: the folder holds no tokenizer.
     """
+    check_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
@@ -49,7 +52,7 @@ def load_tokenizer(
         ) from error
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
-    return tokenizer
+    return limit_template(tokenizer)
 
 
 def fix_tokenizer(tokenizer: Any, model: Any) -> None:

@@ -36,7 +36,7 @@ def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, i
     kept_bytes = sum(
         block.count * _saved_per_token(block, spec, work, step) for block in spec.blocks
     )
-    adapter = lora.adapter_parameters(spec, work.rank, work.targets)
+    adapter = work.adapter_parameters(spec)
     casts = adapter * step.compute_bytes if _casts(work, step) else 0
     return tokens * kept_bytes + casts, 0, moving
 

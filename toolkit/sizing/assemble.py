@@ -135,7 +135,7 @@ def _model(case: Case, fit: Fit) -> ModelPart:
         name=spec.name,
         architecture=spec.architecture,
         parameters=spec.parameters,
-        trainable_parameters=lora.adapter_parameters(spec, case.work.rank, case.work.targets),
+        trainable_parameters=case.work.adapter_parameters(spec),
         weight_bytes=weights,
         kv_bytes_per_token=kv.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
@@ -161,7 +161,7 @@ def _notes(case: Case) -> list[str]:
             f"a mixture of experts: the adapter lies on {', '.join(case.spec.targets)}, where the "
             "engine has slots for it"
         )
-    if not lora.adapter_parameters(case.spec, case.work.rank, case.work.targets):
+    if not case.work.adapter_parameters(case.spec):
         notes.append("lora.target_modules names no layer of this model: no adapter is counted")
     if case.plan.tensor_parallel > 1 and case.work.uses_engine:
         notes.append(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
-from toolkit.sizing.headers import read_json
+from toolkit.base.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

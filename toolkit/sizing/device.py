@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.units import MIB
-from toolkit.gpu.devices import memory_of
+from toolkit.config.resolved import DeviceFacts, Situation, vllm_here
+from toolkit.gpu.devices import memory_of, visible
 
 if TYPE_CHECKING:
     from toolkit.gpu.cards import Card
@@ -93,3 +94,28 @@ class Device:
             compute_capability=gpu.capability or (0, 0),
             reserved_bytes=reserved,
         )
+
+
+def situation_of(device: Device | None, world_size: int = 1) -> Situation:
+    """The situation of a run on ``device`` (None is the CPU). A card that is not here is taken to
+    be on a machine that has vLLM.
+    """
+    here = device is None or device.here
+    facts = DeviceFacts("no GPU", None)
+    if device is not None:
+        facts = DeviceFacts(device.name, device.compute_capability)
+    return Situation(world_size=world_size, device=facts, vllm=vllm_here() if here else None)
+
+
+def situation_here(
+    snapshot: NodeSnapshot, *, gpu_index: int | None = None, world_size: int = 1
+) -> Situation:
+    """The situation of a run on this node: the GPU that CUDA numbers ``gpu_index`` (the first for
+    None or where there are fewer), or none.
+    """
+    seen = visible(snapshot).devices
+    facts = DeviceFacts("no GPU", None)
+    if seen:
+        gpu = seen[gpu_index if gpu_index is not None and gpu_index < len(seen) else 0]
+        facts = DeviceFacts(gpu.name.value or gpu.label, gpu.capability or (0, 0))
+    return Situation(world_size=world_size, device=facts, vllm=vllm_here())

@@ -8,28 +8,25 @@ weight.
 
 from __future__ import annotations
 
-import json
-import os
-import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from toolkit.base.errors import InputError
+from toolkit.base.files import open_regular, parse_json, read_exactly, read_json, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from toolkit.base.errors import InputError
+
 # Headers of real checkpoints are below 2 MiB; the format itself allows 100 MB.
 MAX_HEADER_BYTES = 32 << 20
-MAX_JSON_BYTES = 32 << 20
 MAX_SHARDS = 4096
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-FIX_JSON = "get the file again: it is cut short, or is not what its name says"
 FIX = "download the file again; it is truncated or was not written by safetensors"
 
 
@@ -59,71 +56,6 @@ class StoredWeights:
     tensors: dict[str, StoredTensor] = field(repr=False)
 
 
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON file of at most ``limit`` bytes. Raises InputError for anything that cannot be read
-    as one.
-    """
-    with open_regular(path) as (descriptor, size):
-        if size > limit:
-            raise _bad(path, f"is {size} bytes long; {limit} is the most that is read")
-        raw = os.read(descriptor, limit + 1) if size else b""
-        while len(raw) < size and (more := os.read(descriptor, size - len(raw))):
-            raw += more
-    return parse_json(raw, path)
-
-
-def parse_json(raw: bytes, path: Path) -> Any:
-    """JSON from bytes; duplicate keys, too deep nesting, NaN and undecodable bytes are
-    InputErrors.
-    """
-    try:
-        return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _bad(path, f"cannot be read as JSON: {reason}", fix=FIX_JSON) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"a mapping has the key {key[:80]!r} twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no JSON number")
-
-
-class open_regular:
-    """``with open_regular(path) as (descriptor, size)``: a regular file only, so that a pipe or a
-    device cannot hang us.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = -1
-
-    def __enter__(self) -> tuple[int, int]:
-        try:
-            # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever.
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            status = os.fstat(self.descriptor)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise _bad(self.path, f"cannot be opened: {reason}", fix=None) from None
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self.descriptor)
-            raise _bad(self.path, "is not a regular file", fix=None)
-        return self.descriptor, status.st_size
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.descriptor)
-
-
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises InputError where the header is not what the
     format says.
@@ -131,16 +63,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with open_regular(path) as (descriptor, size):
         if size < 8:
             raise _bad(path, f"is {size} bytes long, too short for a header")
-        length = int.from_bytes(os.read(descriptor, 8), "little")
+        length = int.from_bytes(read_exactly(descriptor, 8, path), "little")
         if length > MAX_HEADER_BYTES:
             raise _bad(
                 path, f"says that its header is {length} bytes long; {MAX_HEADER_BYTES} is the most"
             )
         if 8 + length > size:
             raise _bad(path, f"ends inside its header ({size} bytes, header {length})")
-        raw = b""
-        while len(raw) < length and (more := os.read(descriptor, length - len(raw))):
-            raw += more
+        raw = read_exactly(descriptor, length, path)
     header = parse_json(raw, path)
     if not isinstance(header, dict):
         raise _bad(path, "has a header that is not a mapping")
@@ -242,4 +172,5 @@ def _plain_names(names: Iterable[Any], index: Path) -> list[str]:
 
 
 def _bad(path: Path, what: str, *, fix: str | None = FIX) -> InputError:
-    return InputError(f"the file {what}", where=str(path), fix=fix)
+    """The error for a checkpoint's file that is not what the format says."""
+    return unusable(path, what, fix=fix)

@@ -9,6 +9,8 @@ tests/contract/test_sizing_engine.py.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
@@ -105,7 +107,51 @@ def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> li
     ]
 
 
-def adapter_parameters(spec: ModelSpec, rank: int, targets: tuple[str, ...] | str) -> int:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What differs from layer to layer: modules and layers without an adapter, and other ranks."""
+
+    exclude: tuple[str, ...] | str | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers are alike."""
+        return not (self.exclude or self.rank_pattern or self.layers is not None)
+
+    def rank(self, module: str, layer: int, rank: int) -> int:
+        """The rank of a module of a layer, 0 where it carries no adapter."""
+        if self.layers is not None and layer not in self.layers:
+            return 0
+        name = f"model.layers.{layer}.{module}"
+        if names.is_excluded(self.exclude, name):
+            return 0
+        return names.pattern_value(dict(self.rank_pattern), name, rank)
+
+
+PLAIN = Layout()
+
+
+@cache
+def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, ...]:
+    """The rank of ``module`` in each layer of the model."""
+    return tuple(layout.rank(module, layer, rank) for layer in range(layers))
+
+
+def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
+    """Ranks of ``linear`` summed over the layers of ``block``. Where a model has several kinds of
+    layers, which is which is not known here: each counts with the largest rank of all.
+    """
+    if layout.plain:
+        return block.count * rank
+    found = ranks_of(layout, linear.name, spec.layers, rank)
+    return sum(found) if len(spec.blocks) == 1 else block.count * max(found)
+
+
+def adapter_parameters(
+    spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: Layout = PLAIN
+) -> int:
     """Trainable parameters of the adapter: r x (in + out) a targeted module (arXiv 2106.09685).
 
     Experts: A is (E r, in) and B is (out, E r); the fused gate and up have twice the rank.
@@ -113,10 +159,12 @@ def adapter_parameters(spec: ModelSpec, rank: int, targets: tuple[str, ...] | st
     moved = expert_targets(spec, targets)
     total = 0
     for block in spec.blocks:
-        one = sum(
-            rank * (linear.in_features + linear.out_features)
+        total += sum(
+            _rank_sum(spec, block, linear, rank, layout)
+            * (linear.in_features + linear.out_features)
             for linear in adapted(spec, block, targets)
         )
+        one = 0
         for linear in block.linears:
             if linear.copies == 1 or linear.leaf not in moved:
                 continue

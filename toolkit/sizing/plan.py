@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from toolkit.sizing import lora
-from toolkit.sizing.weights import format_on_load, model_dtype
+from toolkit.sizing.weights import format_on_load
 
 if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
@@ -49,8 +49,8 @@ class EnginePlan:
 def plan_engine(
     config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
 ) -> EnginePlan:
-    """The candidate for ``config``: written values as they are, the rest by the workload. Raises
-    ConfigError on an illegal rank.
+    """The candidate for ``config`` (resolved: its dtype is known): written values as they are, the
+    rest by the workload. Raises ConfigError on an illegal rank.
     """
     model = config.model
     if model.max_num_seqs == "auto":
@@ -70,7 +70,7 @@ def plan_engine(
     rank = model.max_lora_rank
     return EnginePlan(
         on_gpu=device is not None,
-        dtype=model_dtype(spec, model.dtype, device.compute_capability if device else None),
+        dtype=model.dtype,
         quantization=format_on_load(spec, model),
         max_lora_rank=lora.legal_rank(work.rank) if rank == "auto" else rank,
         max_loras=model.max_loras,

@@ -55,8 +55,8 @@ def _changes(case: Case) -> Iterator[tuple[str, RunConfig]]:
             "use_gradient_checkpointing: true",
             replace(config, lora=replace(lora, use_gradient_checkpointing=True)),
         )
-    if case.plan.max_lora_rank > legal_rank(lora.r):
-        rank = legal_rank(lora.r)
+    if case.plan.max_lora_rank > legal_rank(lora.largest_rank):
+        rank = legal_rank(lora.largest_rank)
         yield (
             f"max_lora_rank {case.plan.max_lora_rank} -> {rank}",
             replace(config, model=replace(model, max_lora_rank=rank)),

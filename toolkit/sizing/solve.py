@@ -10,8 +10,10 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
+from toolkit.config.resolved import resolve_run
 from toolkit.sizing.assemble import assemble
 from toolkit.sizing.batch import divisors
+from toolkit.sizing.device import situation_of
 from toolkit.sizing.fit import Case, evaluate
 from toolkit.sizing.pace import training_seconds
 from toolkit.sizing.plan import plan_engine
@@ -71,9 +73,9 @@ def best_case(
     Candidates are the ways of keeping a step (with and without checkpointing, with and without KV
     sleep), each with the largest micro-batch that suits.
     """
-    if config.lora.target_modules == "auto":
-        config = replace(config, lora=replace(config.lora, target_modules=spec.targets))
-    work = read_workload(config, device, world_size=world_size)
+    run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
+    config = run.config
+    work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
 
     def judge(chosen: EnginePlan, mode: Checkpointing, micro: int) -> tuple[Case, Fit]:

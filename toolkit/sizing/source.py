@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.base.errors import InputError
+from toolkit.base.files import read_json
 from toolkit.base.hub import cached_model, hub_cache
-from toolkit.sizing.headers import read_json
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 

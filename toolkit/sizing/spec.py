@@ -7,10 +7,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError, UnsupportedError
+from toolkit.base.files import read_json
+from toolkit.config.features import is_multimodal, stored_format
 from toolkit.config.targets import default_targets
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.fields import Fields
-from toolkit.sizing.headers import read_json, read_stored
+from toolkit.sizing.headers import read_stored
 from toolkit.sizing.model import DTYPE_BYTES, ModelSpec
 from toolkit.sizing.quant import Quantization, parse_quantization
 from toolkit.sizing.source import find_model
@@ -72,6 +74,11 @@ def spec_from_values(
         # To 128 x 256 by Marlin, which is 9 % more of gpt-oss's 2880 x 2880, to 64 by Triton.
         notes.append("MXFP4 experts are padded as the kernel that vLLM picks on the card wants it")
         margin = UNKNOWN_MARGIN
+    stored_in = stored_format(values)
+    if stored_in is not None and stored_in.flag is None:
+        notes.append(f"stored in {stored_in.name}: it is sized, and no adapter is trained on it")
+    if is_multimodal(values):
+        notes.append("a multimodal model: its language model is sized, and only text models train")
     if family is None:
         shape = _unknown(fields, stored, model_type, architectures)
         notes.append(f"architecture {model_type!r} is not known: sized from its headers")

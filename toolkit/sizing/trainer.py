@@ -43,7 +43,7 @@ class StepPlan:
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
     """Every term of the trainer; those of phase "always" are there during rollouts too."""
-    count = lora.adapter_parameters(spec, work.rank, work.targets)
+    count = work.adapter_parameters(spec)
     states = work.optimizer_bytes
     terms = []
     if step.own_weights:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from toolkit.base.capability import BFLOAT16
 from toolkit.sizing.model import DTYPE_BYTES
 from toolkit.sizing.quant import FP8_ON_LOAD, INT8_ON_LOAD, NF4_ON_LOAD, Quantization
 
@@ -32,20 +31,6 @@ def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | Non
     if section.load_in_8bit:
         return INT8_ON_LOAD
     return FP8_ON_LOAD if section.load_in_fp8 else None
-
-
-def model_dtype(spec: ModelSpec, asked: str, capability: tuple[int, int] | None) -> str:
-    """What ``dtype: auto`` means: float32 on the CPU, bfloat16 from compute capability 8.0 on,
-    float16 before.
-    """
-    if asked != "auto":
-        return asked
-    if capability is None:
-        return "float32"
-    if spec.dtype == "float16" and spec.quantization is not None:
-        return "float16"
-    # (0, 0): NVML does not tell; cards that old are rare.
-    return "bfloat16" if capability >= BFLOAT16 or capability == (0, 0) else "float16"
 
 
 def weight_bytes(

@@ -5,14 +5,16 @@ where it is silent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from toolkit.sizing import lora
 from toolkit.sizing.batch import TRL_DEFAULTS, batch_of, count
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.model import LoraSection
+    from toolkit.config.resolved import ResolvedRun
     from toolkit.sizing.device import Device
+    from toolkit.sizing.model import ModelSpec
 
 # Bytes of optimizer state a trainable parameter (torch.optim, bitsandbytes).
 OPTIMIZER_BYTES = {
@@ -26,7 +28,8 @@ class Workload:
     """One process's share of a step. Lengths in tokens; a micro-batch is one forward pass.
 
     ``micro_batches`` are the candidates, the largest first: one, unless the run file leaves the
-    choice open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it.
+    choice open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it. ``rank`` is
+    the largest of the adapter, ``base_rank`` that of modules which ``layout`` does not name.
     """
 
     micro_batch: int
@@ -38,31 +41,22 @@ class Workload:
     completion: int
     sequence: int
     rank: int
+    base_rank: int
     targets: tuple[str, ...] | str
+    layout: lora.Layout
     optimizer: str
     optimizer_bytes: float
     uses_engine: bool
     dropout: bool
 
-
-def uses_engine(config: RunConfig, device: Device | None) -> bool:
-    """Whether vLLM makes the rollouts: as written, else where there is a GPU and vLLM is installed.
-
-    A card that is not here is taken to be on a machine that has vLLM.
-    """
-    if config.runtime.engine != "auto":
-        return config.runtime.engine == "vllm"
-    if config.model.fast_inference != "auto":
-        return config.model.fast_inference
-    if device is None:
-        return False
-    return not device.here or find_spec("vllm") is not None
+    def adapter_parameters(self, spec: ModelSpec) -> int:
+        """Trainable parameters of the adapter on ``spec``."""
+        return lora.adapter_parameters(spec, self.base_rank, self.targets, self.layout)
 
 
-def read_workload(
-    config: RunConfig, device: Device | None = None, *, world_size: int = 1
-) -> Workload:
-    """The numbers of ``config``. Raises ConfigError for a number that is none or below 1."""
+def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
+    """The numbers of ``run``. Raises ConfigError for a number that is none or below 1."""
+    config, world_size = run.config, run.world_size
     grpo = config.grpo
     completion = count(grpo, "max_completion_length")
     length = config.model.max_seq_length
@@ -83,12 +77,24 @@ def read_workload(
         prompt=prompt,
         completion=completion,
         sequence=sequence,
-        rank=config.lora.r,
-        targets=config.lora.target_modules,
+        rank=config.lora.largest_rank,
+        base_rank=config.lora.r,
+        targets=run.targets,
+        layout=layout_of(config.lora),
         optimizer=optimizer,
         optimizer_bytes=optimizer_bytes(optimizer),
-        uses_engine=uses_engine(config, device),
+        uses_engine=run.engine == "vllm",
         dropout=config.lora.lora_dropout > 0,
+    )
+
+
+def layout_of(section: LoraSection) -> lora.Layout:
+    """What the ``lora`` section says of single modules and layers."""
+    layers = section.layers_to_transform
+    return lora.Layout(
+        exclude=section.exclude_modules,
+        rank_pattern=tuple(section.rank_pattern.items()),
+        layers=(layers,) if isinstance(layers, int) else layers,
     )
 
 

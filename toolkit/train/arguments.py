@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.capability import BFLOAT16
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.config.build import thaw
+from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema
 from toolkit.config.upstream import installed, needed_packages
+from toolkit.policy.situation import situation
 from toolkit.train.upstream import config_fault
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def grpo_config(
         k: _as_typed(k, thaw(v)) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)
     }
     on_cpu = not torch.cuda.is_available()
-    half = precision(config, on_cpu=on_cpu)
+    half = resolve_run(config, situation()).dtype  # what the engine samples in
     written_half = written.get("bf16") or written.get("fp16")
     uploads = written.get("log_completions_hub_repo") is not None
     defaults = {
@@ -128,17 +129,6 @@ def require_packages(config: RunConfig) -> None:
                 where=config.source or f"grpo.{key}",
                 fix=f"pip install {package.install}, or change grpo.{key}",
             )
-
-
-def precision(config: RunConfig, *, on_cpu: bool) -> str:
-    """The dtype that autocast computes in, where ``grpo.bf16`` and ``grpo.fp16`` leave it open: the
-    weights' (policy/hf_model.choose_dtype says which "auto" is).
-    """
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    if on_cpu:
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability() >= BFLOAT16 else "float16"
 
 
 def make_reproducible() -> None:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from toolkit.sizing.batch import ACCUMULATION, GENERATION, MICRO, is_auto
+from toolkit.base.errors import ConfigError
+from toolkit.sizing.batch import ACCUMULATION, GENERATION, MICRO, batch_of, count, is_auto
 from toolkit.train import checkpoint
 from toolkit.train.ranks import world_size
 
@@ -43,6 +44,29 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """``config`` as written but for the cut, which is ``resolved``'s: what a checkpoint records."""
     return _with(config, resolved.grpo) if is_auto(config.grpo) else config
+
+
+def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
+    """One generation of all processes takes whole prompts, and what is left over at the end of an
+    epoch is dropped: with fewer prompts than that, no step would ever be made.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=processes)
+    group = count(config.grpo, "num_generations")
+    needed = max(1, own * processes // group)
+    if prompts >= needed:
+        return
+    raise ConfigError(
+        f"{prompts} prompts, and one generation takes {needed}: {own * processes} completions"
+        f" ({own} in each of {processes} processes) / {group} completions of a prompt; no step"
+        " could be made",
+        where=config.dataset.path,
+        fix=f"use at least {needed} prompts, or a generation batch of at most {prompts * group}"
+        " completions (grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps x"
+        " processes)",
+    )
 
 
 def _with(config: RunConfig, cut: Mapping[str, Any]) -> RunConfig:

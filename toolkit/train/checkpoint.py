@@ -13,18 +13,20 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from toolkit.base.errors import ConfigError, InputError
+from toolkit.base.errors import ConfigError
 from toolkit.base.paths import FOLDER_MODE, make_folder, sync_folder, write_file
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
 FORMAT = 1
-_NAME = re.compile(r"checkpoint-(\d+)")
+ASIDE = "abandoned-"
+_NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
+_ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,8}})")
+Stamp = tuple[tuple[str, int, int, int, int], ...]
+_READ: dict[Path, Stamp] = {}
+"""The checkpoints that this process has found sound, and what their files were like."""
 
 
 def place(run_dir: Path, step: int) -> Path:
@@ -43,35 +45,68 @@ def begin(run_dir: Path, step: int) -> Path:
     """
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink()
     partial = partial_place(run_dir, step)
     partial.mkdir(mode=FOLDER_MODE)
     return partial
 
 
 def commit(partial: Path, step: int) -> Path:
-    """Checksum, sync and rename what lies in ``partial``; return ``checkpoint-<step>``. Raises
-    OSError.
+    """Checksum, sync and rename what lies in ``partial``; return ``checkpoint-<step>``.
+
+    What lies at that place already (a torn checkpoint, a link, a folder of somebody else) is
+    renamed, never removed: see ``set_aside``. Raises OSError.
     """
     for file in sorted(partial.iterdir()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     write_file(partial / CHECKSUMS, _canonical(_digests(partial)), durable=True)
     final = place(partial.parent, step)
-    if final.exists():
-        # Only a torn one, or one of a run that was told to start again, can lie here.
-        old = _set_aside(final)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(final)
+    if os.path.lexists(final):
+        aside = newest_aside(partial.parent)
+        if aside is None or os.path.lexists(aside / final.name):
+            aside = next_aside(partial.parent)
+        set_aside(final, aside)
+    partial.rename(final)
     sync_folder(final.parent)
+    if (stamp := _stamp(final)) is not None:
+        _READ[final] = stamp
     return final
 
 
-def _set_aside(folder: Path) -> Path:
-    """Renamed before it is removed: a reader never sees half a folder under a checkpoint's name."""
-    return folder.rename(folder.with_name(f".{folder.name}.old"))
+def next_aside(run_dir: Path) -> Path:
+    """``abandoned-<n>``, the first of these names behind all that are taken in the run folder."""
+    return run_dir / f"{ASIDE}{_asides(run_dir) + 1}"
+
+
+def newest_aside(run_dir: Path) -> Path | None:
+    """The last ``abandoned-<n>`` of the run folder, if it has one."""
+    number = _asides(run_dir)
+    return run_dir / f"{ASIDE}{number}" if number else None
+
+
+def _asides(run_dir: Path) -> int:
+    taken = (_ASIDE.fullmatch(entry.name) for entry in os.scandir(run_dir))
+    return max((int(match[1]) for match in taken if match), default=0)
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Rename ``path`` into ``folder`` (made if need be), where no reader looks for checkpoints.
+    Raises OSError.
+    """
+    make_folder(folder)
+    return path.rename(folder / path.name)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: renamed first, so that a reader never sees half of one under its
+    name.
+    """
+    _READ.pop(folder, None)
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
 
 
 def faults(folder: Path) -> list[str]:
@@ -103,69 +138,54 @@ def _fault(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
     return None if _sha256(file) == expected.get("sha256") else f"{name}: checksum differs"
 
 
-def list_steps(run_dir: Path) -> list[int]:
-    """The steps of all checkpoints in a run folder, sound or not, the latest first."""
-    matches = (_NAME.fullmatch(path.name) for path in run_dir.glob("checkpoint-*") if path.is_dir())
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-
-def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The latest sound checkpoint, or None; and a line for each torn one that was passed over."""
-    passed: list[str] = []
-    for step in list_steps(run_dir):
-        folder = place(run_dir, step)
-        found = faults(folder)
-        if not found:
-            return folder, passed
-        passed.append(f"{folder}: {'; '.join(found)}")
-    return None, passed
-
-
-def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that ``runtime.resume`` asks for, and the lines about torn ones passed over.
-
-    Raises:
-        ConfigError: ``never`` in a folder that holds a run; ``must`` with nothing to resume from.
-        InputError: a path that holds no sound checkpoint.
+def is_sound(folder: Path) -> bool:
+    """Whether ``faults`` finds none. A checkpoint whose files have not changed since this process
+    last read them is not read again.
     """
-    if resume in ("auto", "must"):
-        found, passed = latest(run_dir)
-        if found is None and passed:
-            torn = "".join(f"\n  torn: {line}" for line in passed)
-            raise ConfigError(
-                f"no checkpoint here is sound{torn}",
-                where=str(run_dir),
-                fix="remove them to start again, or name another runtime.output_dir",
-            )
-        if found is None and resume == "must":
-            raise ConfigError(
-                "no checkpoint to resume from, and runtime.resume is must",
-                where=str(run_dir),
-                fix="check runtime.output_dir, or set runtime.resume: auto to begin a new run",
-            )
-        return found, passed
-    if resume == "never":
-        if list_steps(run_dir) or (run_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                "the folder holds a run, and runtime.resume is never",
-                where=str(run_dir),
-                fix="name another runtime.output_dir, or set runtime.resume: auto",
-            )
-        return None, []
-    folder = Path(resume)
-    if not folder.is_dir():
-        raise InputError(
-            "no such checkpoint",
-            where=resume,
-            fix="runtime.resume is auto, must, never, or a checkpoint folder",
-        )
-    if found_faults := faults(folder):
-        raise InputError(
-            f"not a sound checkpoint: {'; '.join(found_faults)}",
-            where=resume,
-            fix="name another, or use resume: auto",
-        )
-    return folder, []
+    stamp = _stamp(folder)
+    if stamp is not None and _READ.get(folder) == stamp:
+        return True
+    if faults(folder):
+        return False
+    if stamp is not None:
+        _READ[folder] = stamp
+    return True
+
+
+def _stamp(folder: Path) -> Stamp | None:
+    """What changes when a file of ``folder`` does."""
+    try:
+        found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
+    except OSError:
+        return None
+    return tuple(sorted((n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in found))
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """The steps of the checkpoints in a run folder, sound or torn, the latest first.
+
+    Not counted are links, names that no step has (``checkpoint-007``) and folders that hold
+    neither checksums nor state: none of these was written here.
+    """
+    steps = (step_named(entry.name) for entry in _entries(run_dir))
+    return sorted((s for s in steps if s is not None and _is_ours(place(run_dir, s))), reverse=True)
+
+
+def step_named(name: str) -> int | None:
+    """The step in ``checkpoint-<step>``, or None for every other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _entries(run_dir: Path) -> list[os.DirEntry[str]]:
+    try:
+        return [entry for entry in os.scandir(run_dir) if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_ours(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (CHECKSUMS, STATE))
 
 
 def refuse_other_world(folder: Path, processes: int) -> None:
@@ -182,18 +202,6 @@ def refuse_other_world(folder: Path, processes: int) -> None:
             fix=f"start as many as then (on one node: --nproc-per-node {then}), or begin another"
             " run with --output-dir",
         )
-
-
-def rotate(run_dir: Path, keep: Iterable[int], *, keep_last: int) -> None:
-    """Remove checkpoints but the ``keep_last`` latest and those of the steps in ``keep``. 0 keeps
-    all.
-    """
-    if keep_last <= 0:
-        return
-    kept = set(keep)
-    for step in list_steps(run_dir)[keep_last:]:
-        if step not in kept:
-            shutil.rmtree(_set_aside(place(run_dir, step)), ignore_errors=True)
 
 
 def read_json(folder: Path, name: str) -> Any:

@@ -9,16 +9,15 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
-
 from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.data_facts import NO_DATA
-from toolkit.config.reward_table import PASSED_ALWAYS
-from toolkit.train import data_prompts
+from toolkit.train import data_given, data_prompts
+from toolkit.train.data_columns import as_dataset
 from toolkit.train.data_source import read_source
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
     from toolkit.config.model import DatasetSection
@@ -43,6 +42,7 @@ class SplitReport:
     truncated: int
     longest_tokens: int | None
     columns: tuple[str, ...]
+    no_answer: int = 0
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -142,7 +142,7 @@ def _split(
         raise ConfigError("the dataset is empty: it has no rows", where=path)
     for key in ("prompt", "answer"):
         _check_column(rows.table, path, key, getattr(section, key))
-    found = rows.table[section.prompt].to_pylist()
+    found, read_as = data_given.prompts_in(rows.table[section.prompt].to_pylist())
     is_chat = data_prompts.check_prompts(found, section.prompt, rows.place)
     kept = [index for index, prompt in enumerate(found) if not data_prompts.is_empty(prompt)]
     if not kept:
@@ -159,12 +159,13 @@ def _split(
     prompts = [
         data_prompts.formatted(found[index], section.system, chat=bool(chat)) for index in kept
     ]
+    prompts = data_given.shortened(rendering.tokenizer, prompts, rendering.max_prompt_length)
     if isinstance(prompts[0], list):
         data_prompts.check_template(
             rendering.tokenizer, prompts[0], section.prompt, rendering.template
         )
     prompts, truncated, longest = _truncated(rendering, prompts)
-    table, notes = _columns(rows, kept, section, prompts)
+    table, notes, missing = _columns(rows, kept, section, prompts, path)
     report = SplitReport(
         source=path,
         digest=digest,
@@ -177,9 +178,10 @@ def _split(
         truncated=truncated,
         longest_tokens=longest,
         columns=tuple(table.column_names),
-        notes=tuple(notes),
+        no_answer=missing,
+        notes=(*read_as, *data_given.answer_note(missing, len(kept)), *notes),
     )
-    return datasets.Dataset(table), report
+    return as_dataset(table, "prompt" if isinstance(prompts[0], list) else None), report
 
 
 def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> None:
@@ -208,23 +210,27 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
 
 
 def _columns(
-    rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any]
-) -> tuple[pa.Table, list[str]]:
-    """The kept rows with ``prompt`` and ``answer``; notes on columns that had to give way."""
+    rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
+) -> tuple[pa.Table, list[str], int]:
+    """The kept rows with ``prompt`` and ``answer``; notes on columns that had to give way; how
+    many answers are missing.
+    """
     table = rows.table.take(kept)
     new: dict[str, Any] = {"prompt": prompts}
+    missing = 0
     if section.answer:
-        new["answer"] = table[section.answer]
+        answers, missing = data_given.answers_in(table[section.answer], section.answer, path)
+        new["answer"] = answers
     notes = [
         f"the column {name!r} gives way to dataset.{name}, which is {getattr(section, name)!r}"
         for name in new
         if name in table.column_names and getattr(section, name) != name
     ]
-    taken = [name for name in PASSED_ALWAYS if name in table.column_names]
-    notes += [
-        f"the column {name!r} is left out: rewards get another thing as {name}" for name in taken
-    ]
+    used = [name for name in (section.prompt, section.answer) if name]
+    taken = data_given.left_out(table.column_names, used)
+    notes += [f"the column {name!r} is left out: {why}" for name, why in taken.items()]
+    taken |= data_given.left_out(table.column_names, ())
     table = table.drop_columns([*taken, *(name for name in new if name in table.column_names)])
     for name, values in new.items():
         table = table.append_column(name, [values] if isinstance(values, list) else values)
-    return table, notes
+    return table, notes, missing

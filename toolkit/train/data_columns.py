@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import datasets
 import pyarrow as pa
 
-from toolkit.base.errors import ConfigError, InputError
+from toolkit.base.data_files import names_fault
+from toolkit.base.errors import ConfigError, InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _TYPE_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, TypeError, MemoryError)
 
 
 class Rows(NamedTuple):
@@ -26,26 +30,112 @@ def from_rows(
 ) -> Rows:
     """Rows as columns; a key that a row lacks is null there."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
+    if fault := names_fault(keys):
+        first = next((i for i, row in enumerate(rows) if names_fault(row)), 0)
+        broken(place(first), fault)
     columns = {name: _column(name, [row.get(name) for row in rows], place) for name in keys}
     return Rows(pa.table(columns), place)
+
+
+def checked(rows: Rows, path: Path) -> Rows:
+    """The rows of a table that came as one (Parquet, Arrow), made fit for training: names that are
+    texts and differ, texts that are UTF-8, maps as lists of {key, value}. Raises InputError, or
+    ConfigError for a type that no column of a data set can have.
+    """
+    table = rows.table
+    try:
+        names = list(table.column_names)
+        table.validate(full=True)
+    except ARROW_ERRORS as error:
+        broken(str(path), f"holds what cannot be read: {first_line(error)}")
+    if fault := names_fault(names):
+        broken(str(path), fault)
+    for index, field in enumerate(table.schema):
+        if pa.types.is_map(field.type):
+            column = _without_map(table.column(index))
+            table = table.set_column(index, field.name, column)
+    _check_types(table, path)
+    return rows._replace(table=table)
+
+
+def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A map is stored as a list of {key, value}; as such it can be a column of a data set."""
+    kind = column.type
+    item = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
+    rows = [
+        None if row is None else [{"key": key, "value": value} for key, value in row]
+        for row in column.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(rows, type=pa.list_(item))])
+
+
+def _check_types(table: pa.Table, path: Path) -> None:
+    for field in table.schema:
+        try:
+            datasets.Features.from_arrow_schema(pa.schema([field]))
+            table.select([field.name]).slice(0, 1).to_pylist()
+        except (*ARROW_ERRORS, NotImplementedError, ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"column {field.name!r} is of the type {str(field.type)[:80]}, which cannot be "
+                f"read here: {first_line(error)}",
+                where=str(path),
+                fix="leave the column out, or write it as text, numbers, lists or objects",
+            ) from None
+
+
+def in_memory(table: pa.Table) -> pa.Table:
+    """A copy of ``table`` that lies in no mapped file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return pa.ipc.open_stream(sink.getvalue()).read_all()
+
+
+def without_nulls(value: Any) -> Any:
+    """Messages without the keys that Arrow added: it gives each object in a column the keys of
+    all, null where an object had none, and chat templates take a null for a value. ``content``
+    stays, which is null beside tool calls.
+    """
+    if isinstance(value, dict):
+        return {
+            key: without_nulls(item)
+            for key, item in value.items()
+            if item is not None or (key == "content" and "role" in value)
+        }
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
+    """``table`` for the trainer; of the column of chats ``chats`` each row is read
+    ``without_nulls``.
+    """
+    dataset = datasets.Dataset(table)
+    if chats is None or without_nulls(first := table[chats].to_pylist()) == first:
+        return dataset
+
+    def rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {key: without_nulls(v) if key == chats else v for key, v in batch.items()}
+
+    return dataset.with_transform(rows)
 
 
 def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Array:
     try:
         return pa.array(values)
-    except _TYPE_ERRORS:
+    except (*_TYPE_ERRORS, UnicodeEncodeError):
         index = _first_misfit(values)
-        first = next((value for value in values[:index] if value is not None), None)
-        raise ConfigError(
-            f"column {name!r} holds {kind_of(values[index])} here"
-            + (f" and {kind_of(first)} before" if kind_of(first) != kind_of(values[index]) else "")
-            + ", which one column cannot hold together",
-            where=place(index),
-            fix="give every row of the column the same type",
-        ) from None
-    except UnicodeEncodeError:
-        index = next(i for i, value in enumerate(values) if _has_surrogate(value))
+    if _has_surrogate(values[index]):
         broken(place(index), f"column {name!r} holds half of a character (a lone surrogate)")
+    first = next((value for value in values[:index] if value is not None), None)
+    raise ConfigError(
+        f"column {name!r} holds {kind_of(values[index])} here"
+        + (f" and {kind_of(first)} before" if kind_of(first) != kind_of(values[index]) else "")
+        + ", which one column cannot hold together",
+        where=place(index),
+        fix="give every row of the column the same type",
+    )
 
 
 def _first_misfit(values: list[Any]) -> int:
@@ -56,7 +146,7 @@ def _first_misfit(values: list[Any]) -> int:
         try:
             pa.array(values[:middle])
             fits = middle
-        except _TYPE_ERRORS:
+        except (*_TYPE_ERRORS, UnicodeEncodeError):
             fails = middle
     return fails - 1
 
@@ -81,9 +171,13 @@ def _has_surrogate(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every character of every text in a tree."""
+    """Every character of every text and key in a tree."""
     if isinstance(value, str):
         yield from value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
             yield from _texts(item)

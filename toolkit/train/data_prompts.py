@@ -84,6 +84,8 @@ def check_template(
         )
     try:
         length_of(tokenizer, prompt, template)
+    except ConfigError:  # it takes too long, or makes too much
+        raise
     except Exception as error:  # a template raises what it likes, jinja2's and its own
         raise ConfigError(
             f"the tokenizer's chat template refuses the prompts: {error}",

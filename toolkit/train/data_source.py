@@ -4,6 +4,7 @@ to.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,11 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from toolkit.base.data_files import data_kind, path_fault
 from toolkit.base.errors import ConfigError, InputError, RetryError, first_line
+from toolkit.base.files import (
+    FIX_COPY,
+    MAX_DATA_BYTES,
+    check_folder,
+    open_bytes,
+    open_regular,
+    read_object,
+    unusable,
+)
 from toolkit.base.paths import safe_join
 from toolkit.config.paths import is_path_only
-from toolkit.train.data_columns import Rows
-from toolkit.train.data_read import READERS, read_file
+from toolkit.train.data_columns import ARROW_ERRORS, Rows, checked, in_memory
+from toolkit.train.data_read import read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +45,8 @@ def read_source(
     not answer.
     """
     local = Path(path).expanduser()
+    if fault := path_fault(local) if os.path.lexists(local) else None:
+        raise unusable(path, fault, fix=FIX_COPY)
     if local.is_dir():
         return _read_folder(local, split, limit)
     if local.exists() or is_path_only(path):
@@ -43,14 +56,15 @@ def read_source(
                 where=path,
                 fix="name the other file in dataset.eval_path, and no split",
             )
+        before = _identity([local])
         rows = read_file(local, limit)
-        return rows, _digest_files([local])
+        return rows, _digest_files([local], before)
     return _read_hub(path, split, name, revision, limit)
 
 
 def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str]:
     if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits") or []
+        splits = _list_in(folder / "dataset_dict.json", "splits")
         if split not in splits:
             raise ConfigError(
                 f"has no split {split!r}",
@@ -59,23 +73,34 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             )
         folder = safe_join(folder, split, what="a split")
     if not (folder / "state.json").is_file():
-        inside = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS)
+        inside = sorted(item.name for item in folder.iterdir() if data_kind(item))
         raise ConfigError(
             "is a folder, and not one that datasets' save_to_disk made",
             where=str(folder),
             fix=f"name a file in it: {', '.join(inside[:8])}" if inside else None,
         )
-    files = [
-        _data_file(folder, entry) for entry in _json(folder / "state.json").get("_data_files") or []
-    ]
+    files = [_data_file(folder, entry) for entry in _list_in(folder / "state.json", "_data_files")]
+    check_folder(folder)
+    for file in files:
+        with open_regular(file, limit=MAX_DATA_BYTES):
+            pass
+    before = _identity(files)
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        table = _table(dataset, limit)
+    except (*ARROW_ERRORS, OSError, AttributeError) as error:
         raise InputError(
             f"the saved dataset cannot be read: {first_line(error)}", where=str(folder)
         ) from error
-    rows = Rows(_table(dataset, limit), lambda index: f"{folder} row {index + 1}")
-    return rows, _digest_files(files)
+    rows = checked(Rows(table, lambda index: f"{folder} row {index + 1}"), folder)
+    return rows, _digest_files(files, before)
+
+
+def _list_in(path: Path, key: str) -> list[Any]:
+    value = read_object(path).get(key) or []
+    if not isinstance(value, list):
+        raise unusable(path, f"has no list of {key}")
+    return value
 
 
 def _data_file(folder: Path, entry: Any) -> Path:
@@ -109,35 +134,43 @@ def _read_hub(
     except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
     table = _table(dataset, limit)
-    return Rows(table, lambda index: f"{path} row {index + 1}"), _digest_rows(table)
+    rows = checked(Rows(table, lambda index: f"{path} row {index + 1}"), Path(path))
+    return rows, _digest_rows(table)
 
 
 def _table(dataset: Any, limit: int | None) -> pa.Table:
+    """The first ``limit`` rows, in memory: datasets maps the files of a saved folder and of the
+    cache, which may change during the run.
+    """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    table: pa.Table = dataset.with_format("arrow")[:count]
-    return table
+    return in_memory(dataset.with_format("arrow")[:count])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {first_line(error)}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise InputError("is no JSON object", where=str(path))
-    return value
+def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
+    """What tells that a file is still the same one, for each that is there."""
+    found = []
+    for path in sorted(paths):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
-def _digest_files(paths: list[Path]) -> str:
-    """sha256 over the bytes of the files, in the order of their names."""
+def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
+    """sha256 over the bytes of the files, in the order of their names. Raises InputError where a
+    file is no longer what it was ``before`` it was read.
+    """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        try:
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        with open_bytes(path, limit=MAX_DATA_BYTES) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    if _identity(paths) != before:
+        raise InputError(
+            "the data changed while it was read",
+            where=", ".join(str(path) for path in paths[:3]),
+            fix="start again once nothing writes to it",
+        )
     return f"sha256:{digest.hexdigest()}"
 
 

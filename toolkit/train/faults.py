@@ -6,13 +6,13 @@ with the exit code that a scheduler can act on.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 from typing import TYPE_CHECKING
 
 import torch
 
+from toolkit.base import disk
 from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
 from toolkit.base.symptoms.errors import explained
 from toolkit.engine.parts import is_out_of_memory
@@ -49,18 +49,8 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     if isinstance(error, ToolkitError):
         return error
     said = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConfigError(
-            f"the disk is full ({error.strerror}); the last checkpoint is whole",
-            where=str(error.filename or where),
-            fix="free space or name another runtime.output_dir, then start the same command again",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return ConfigError(
-            f"cannot write: {error.strerror}",
-            where=str(error.filename or where),
-            fix="name another runtime.output_dir",
-        )
+    if (full := disk.translate(error, where)) is not None:
+        return full
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
         return ConfigError(
             f"the Hugging Face Hub: {said}",

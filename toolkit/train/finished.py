@@ -40,7 +40,7 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
     Raises:
         InputError: it is no run folder. ConfigValueError: it has nothing to generate with.
     """
-    from toolkit.train import checkpoint  # noqa: PLC0415 - not needed for a folder that is none
+    from toolkit.train import branch, checkpoint  # noqa: PLC0415 - not needed for a folder that is none
 
     path = folder / "config.json"
     if not path.is_file():
@@ -65,11 +65,9 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():
         return FinishedRun(folder, config, finished, None)
-    steps = checkpoint.list_steps(folder) if step is None else [step]
-    for number in sorted(steps, reverse=True):
-        found = checkpoint.place(folder, number)
-        if found.is_dir() and not checkpoint.faults(found):
-            return FinishedRun(folder, config, None, found)
+    found = checkpoint.place(folder, step) if step is not None else branch.latest(folder)[0]
+    if found is not None and found.is_dir() and checkpoint.is_sound(found):
+        return FinishedRun(folder, config, None, found)
     raise ConfigValueError(
         "has no sound checkpoint and no finished adapter yet"
         if step is None
@@ -101,23 +99,22 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
 
 def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
     """``config`` on ``engine``, for generation alone: no checkpointing, and "auto" left to the
-    engine.
+    engine. What it started from does not matter any more.
     """
     return replace(
         config,
         runtime=replace(config.runtime, engine=engine),
-        lora=replace(config.lora, use_gradient_checkpointing=False),
+        lora=replace(config.lora, use_gradient_checkpointing=False, adapter_path=None),
     )
 
 
 def read_checkpoint(model: Any, folder: Path) -> None:
     """The adapter of the training checkpoint in ``folder`` into ``model``, in place."""
-    from safetensors.torch import load_file  # noqa: PLC0415 - loads torch
-
+    from toolkit.policy.read_tensors import read_tensors  # noqa: PLC0415 - loads torch
     from toolkit.train.resume import ADAPTER  # noqa: PLC0415
     from toolkit.train.state import copy_into, trainable  # noqa: PLC0415
 
-    copy_into(trainable(model), load_file(str(folder / ADAPTER)), str(folder))
+    copy_into(trainable(model), read_tensors(folder / ADAPTER), str(folder))
 
 
 def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "dataset.path",
     "dataset.eval_path",
     "reward.timeout_s",  # decides only what happens to a reward that hangs
+    "reward.isolate",  # decides only where a reward is called
     "grpo.logging_steps",
     "grpo.save_steps",
     "grpo.save_strategy",

@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import StoppedError
-from toolkit.train.signals import SIGNALS
+from toolkit.train.signals import SIGNALS, end_listeners, heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 Child = subprocess.Popen[bytes]
-HANDED_ON = (*SIGNALS, signal.SIGHUP)
 LAUNCHER = "TOOLKIT_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
@@ -51,7 +50,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         else:
             _send(children, number)
 
-    with _listening(hand_on):
+    with _listening(hand_on, received):
         for number in range(processes):
             child = subprocess.Popen(
                 [sys.executable, "-m", "toolkit", *arguments],
@@ -116,11 +115,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def _listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in HANDED_ON}
+def _listening(
+    handler: Callable[[int, FrameType | None], None], received: list[int]
+) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in heard()}
     try:
         yield
     finally:
+        if received:
+            end_listeners(before.values())
         for number, known in before.items():
             signal.signal(number, known)
 

@@ -180,4 +180,5 @@ def measured(trainer: Any, run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:  # a step that ran out of memory is worth calibrating most
-        peaks.write(run_dir)
+        if not trainer.lost:
+            peaks.write(run_dir)

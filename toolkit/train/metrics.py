@@ -6,6 +6,7 @@ and resumed ends with the bytes of one that was not; wall clock and memory are i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -49,14 +50,19 @@ class Journal:
         """Open the logs. ``positions``: bytes to keep of each; without any, begin empty. Raises
         OSError.
         """
+        self._run_dir = run_dir
         self._handles: dict[str, int] = {}
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._missing: list[str] = []
+        self._read: dict[str, hashlib._Hash] = {}
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         for name in LOGS:
             handle = os.open(run_dir / name, flags, FILE_MODE)
             keep = (positions or {}).get(name, 0)
             if os.fstat(handle).st_size > keep:
                 os.ftruncate(handle, keep)
             self._handles[name] = handle
+            with open(handle, "rb", closefd=False) as file:
+                self._read[name] = hashlib.file_digest(file, "sha256")
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises
@@ -66,6 +72,7 @@ class Journal:
         written = os.write(self._handles[name], line)
         if written < len(line):  # a disk that fills up writes a part and fails on the rest
             os.write(self._handles[name], line[written:])
+        self._read[name].update(line)
 
     def sync(self) -> None:
         """What has been written is on the disk when this returns. Raises OSError."""
@@ -76,8 +83,26 @@ class Journal:
         """Bytes in each log."""
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
+    def digests(self) -> dict[str, str]:
+        """sha256 of each log: what tells this run's from another's of the same length."""
+        return {name: digest.hexdigest() for name, digest in self._read.items()}
+
+    def missing(self) -> list[str]:
+        """The logs that are not under their name any more (deleted, moved, replaced)."""
+        if self._handles:
+            found = self._handles.items()
+            self._missing = [name for name, handle in found if not self._in_place(name, handle)]
+        return self._missing
+
+    def _in_place(self, name: str, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), (self._run_dir / name).stat())
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Close the files; a second call does nothing."""
+        self.missing()  # what it says from then on
         while self._handles:
             os.close(self._handles.popitem()[1])
 
@@ -203,5 +228,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
                     "reward": sum(w * r for w, r in scored) if scored else None,
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
+                    **_extra(logs, index),
                 },
             )
+
+
+def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What rewards gave to ``log_extra`` for a completion, under ``extra``; a column of another
+    length belongs to no completion and is left out.
+    """
+    count = len(logs["prompt"])
+    found = {
+        str(name): values[index]
+        for name, values in (logs.get("extra") or {}).items()
+        if len(values) == count
+    }
+    return {"extra": found} if found else {}

@@ -14,12 +14,12 @@ from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact_tree
 from toolkit.config import chat_format
-from toolkit.config.demands import demands
+from toolkit.config.resolved import resolve_run
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.report import check_report
 from toolkit.gpu.snapshot import take
-from toolkit.sizing.device import Device
+from toolkit.sizing.device import Device, situation_here
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.solve import resolve
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from toolkit.config.model import RunConfig
+    from toolkit.config.resolved import ResolvedRun
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
     from toolkit.sizing.result import SizingResult
@@ -74,15 +75,14 @@ def preflight(
         model=config.model.model_name,
         revision=config.model.revision,
     )
-    checks = tuple(run_checks(snapshot, context_of(config, snapshot)))
+    here = situation_here(snapshot, gpu_index=launcher.local_rank(), world_size=world_size)
+    checks = tuple(run_checks(snapshot, context_of(resolve_run(config, here), snapshot)))
     if judge:
         refuse(checks)
     gpu = devices.select(snapshot, launcher.local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     others = [device] if peers is None else _devices_of_all(device, peers)
     device = smallest(others)
-    if device is not None:
-        config = one_format(config)
     model = config.model
     config = chat_format.resolve(config, chat_format.template_of(model.model_name, model.revision))
     resolved, sizing = resolve(config, device, world_size=world_size)
@@ -93,15 +93,6 @@ def preflight(
     return Preflight(
         config=resolved, snapshot=snapshot, device=device, sizing=sizing, checks=checks
     )
-
-
-def one_format(config: RunConfig) -> RunConfig:
-    """Where ``grpo.fp16`` asks for float16 and ``model.dtype`` is "auto", the weights are float16
-    too: the engine samples in the format that the trainer computes in. For a run on a GPU.
-    """
-    if config.model.dtype != "auto" or not config.grpo.get("fp16"):
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float16"))
 
 
 def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
@@ -130,12 +121,12 @@ def smallest(found: Sequence[Device | None]) -> Device | None:
     return min(cards, key=lambda card: (card.free_bytes, card.total_bytes), default=None)
 
 
-def context_of(config: RunConfig, snapshot: NodeSnapshot | None = None) -> CheckContext:
+def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
     """What the run asks of the node that this process is on."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
-        **demands(config),
+        **run.needs(),
         world_size=launcher.local_world_size(),
         # One card too few is told by a check; there is no such card to look at then.
         gpu_index=launcher.local_rank() if launcher.local_rank() < seen else None,

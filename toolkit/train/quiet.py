@@ -9,6 +9,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from toolkit.base.bus_error import report_bus_errors
 from toolkit.base.errors import ToolkitWarning
 from toolkit.train.progress import rewrites
 
@@ -38,6 +39,7 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ignore_false_alarms()
+    report_bus_errors()
 
 
 def ignore_false_alarms() -> None:
@@ -47,6 +49,14 @@ def ignore_false_alarms() -> None:
     then told is that Triton is broken.
     """
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+
+
+def keep_upstream_quiet() -> None:
+    """As ``quiet`` does, for the whole of a process that has not imported those libraries yet."""
+    ignore_false_alarms()
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 @contextmanager

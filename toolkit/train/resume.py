@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from toolkit.base import disk
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
 from toolkit.train import checkpoint
+from toolkit.train.branch import TRAINER_STATE, own_steps
 from toolkit.train.checkpoint import STATE
 from toolkit.train.state import (
     Tensors,
@@ -30,12 +33,12 @@ from toolkit.train.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
 
-TRAINER_STATE = "trainer_state.json"
+    from toolkit.train.branch import Branch
+
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter_model.safetensors"
 COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
@@ -51,6 +54,7 @@ class Snapshot:
     described: dict[str, Any]
     tensors: Tensors
     positions: dict[str, int] = field(default_factory=dict)
+    log_sha256: dict[str, str] = field(default_factory=dict)
     pending_evaluation: bool = False
 
 
@@ -70,6 +74,7 @@ def take(trainer: Any, *, pending_evaluation: bool = False) -> Snapshot:
         described=described,
         tensors=tensors,
         positions=trainer.journal.positions() if trainer.journal is not None else {},
+        log_sha256=trainer.journal.digests() if trainer.journal is not None else {},
         pending_evaluation=pending_evaluation,
     )
 
@@ -98,22 +103,46 @@ def save_adapter(model: Any, folder: Path) -> None:
 def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
     """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
     first rank.
+
+    Raises:
+        ToolkitError: the disk failed or is full, with the bytes that the checkpoint takes.
     """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
     partial = checkpoint.partial_place(run_dir, step)
-    if accelerator.is_main_process:
-        if trainer.journal is not None:
-            trainer.journal.sync()  # a checkpoint must not know more than the logs hold
-        checkpoint.begin(run_dir, step)
-        save_adapter(accelerator.unwrap_model(trainer.model), partial)
-        _save_shared(trainer, snapshot, partial)
-    accelerator.wait_for_everyone()
-    _save_rank(snapshot, partial, accelerator.process_index)
-    accelerator.wait_for_everyone()
-    folder = checkpoint.commit(partial, step) if accelerator.is_main_process else None
+    try:
+        if accelerator.is_main_process:
+            if trainer.journal is not None:
+                trainer.journal.sync()  # a checkpoint must not know more than the logs hold
+            checkpoint.begin(run_dir, step)
+            save_adapter(accelerator.unwrap_model(trainer.model), partial)
+            _save_shared(trainer, snapshot, partial)
+        accelerator.wait_for_everyone()
+        _save_rank(snapshot, partial, accelerator.process_index)
+        accelerator.wait_for_everyone()
+        folder = checkpoint.commit(partial, step) if accelerator.is_main_process else None
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)  # first: what is free is told
+        known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
+        if known is None or known is error:
+            raise
+        raise known from error
     accelerator.wait_for_everyone()
     return folder
+
+
+def _size_of(trainer: Any, snapshot: Snapshot) -> int:
+    """About how many bytes a checkpoint takes: its tensors, of all ranks."""
+    tensors: Tensors = {}
+    flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
+    shared = [
+        *tensors.values(),
+        *trainable(trainer.accelerator.unwrap_model(trainer.model)).values(),
+    ]
+    own: Tensors = dict(snapshot.tensors)
+    flatten(snapshot.buffered, own, "buffered")
+    processes: int = trainer.accelerator.num_processes
+    return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
 
 
 def _save_shared(trainer: Any, snapshot: Snapshot, folder: Path) -> None:
@@ -125,9 +154,11 @@ def _save_shared(trainer: Any, snapshot: Snapshot, folder: Path) -> None:
     described = {
         "toolkit": __version__,
         "run": dict(trainer.fingerprint),
+        "branch": trainer.branch.to_json(),
         "world_size": trainer.accelerator.num_processes,
         "counters": snapshot.counters,
         "positions": snapshot.positions,
+        "log_sha256": snapshot.log_sha256,
         "pending_evaluation": snapshot.pending_evaluation,
         "score": score(snapshot.hf_state),
         "optimizer": optimizer,
@@ -196,10 +227,10 @@ def is_ours(folder: Path) -> bool:
     return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
 
 
-def best_steps(run_dir: Path, count: int) -> list[int]:
-    """The steps of the ``count`` checkpoints with the highest score."""
+def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[int]:
+    """The steps of the ``count`` checkpoints with the highest score, of those that count."""
     scored = []
-    for step in checkpoint.list_steps(run_dir) if count > 0 else []:
+    for step in own_steps(run_dir, branch) if count > 0 else []:
         score = checkpoint.read_json(checkpoint.place(run_dir, step), STATE).get("score")
         if score is not None:
             scored.append((score, step))
@@ -223,12 +254,6 @@ def epochs_done(folder: Path) -> int:
 def step_of(folder: Path) -> int:
     """The optimizer steps that a checkpoint holds."""
     return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
-
-
-def positions(folder: Path) -> Mapping[str, int]:
-    """How long each log was, in bytes, when the checkpoint was written."""
-    found: Mapping[str, int] = checkpoint.read_json(folder, STATE)["positions"]
-    return found
 
 
 def _read_rank(trainer: Any, folder: Path) -> tuple[Any, Tensors]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PrinterCallback, ProgressCallback
 
-from toolkit.base.errors import ConfigError, StoppedError
+from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.policy.language_model import load_policy, policy_tokenizer
-from toolkit.train import batch, chats, checkpoint, faults, folder, resume
+from toolkit.train import batch, branch, chats, checkpoint, faults, folder, resume, rollback
 from toolkit.train.arguments import grpo_config, make_reproducible, require_packages
 from toolkit.train.data import load_data
 from toolkit.train.evaluate import evaluate, evaluates
+from toolkit.train.home import Home
 from toolkit.train.memory import measured
 from toolkit.train.metrics import Journal, Recorder
 from toolkit.train.parts import Options, Parts, finish, introduce
@@ -31,15 +32,18 @@ from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 from toolkit.train.watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from toolkit.config.model import RunConfig
     from toolkit.train.evaluate import Evaluation
 
 
 class Company(NamedTuple):
-    """Who else has a say in when this process ends."""
+    """Who else has a say in when this process ends; ``home`` is None but on the first rank."""
 
     signals: StopSignals
     peers: Peers | None
+    home: Home | None = None
 
 
 def run(config: RunConfig, options: Options | None = None) -> Path:
@@ -57,7 +61,8 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
         try:
             peers = join(config.grpo.get("ddp_timeout"))
         except Abandoned as cut:
-            raise _stopped(run_dir, str(cut)) from None
+            signals.end()
+            raise _stopped(config, str(cut), begun=False) from None
         try:
             _run(config, run_dir, options, Company(signals, peers))
         except Exception as error:
@@ -69,21 +74,13 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
 
 
 def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -> None:
+    begun = list[bool]()
     try:
-        with folder.held(run_dir) if is_first_rank() else nullcontext():
-            found, passed = _checkpoint(config, run_dir, company.peers)
-            if is_first_rank():
-                for line in passed:
-                    options.out.write(f"passed over a torn checkpoint: {line}\n")
-            if found is not None:
-                checkpoint.refuse_other_world(found, world_size())
-            as_begun = chats.kept(batch.kept(config, found), found)
-            parts = prepare(as_begun, run_dir, company.peers)
-            config = chats.settled(batch.settled(config, parts.config), parts.config)
-            _refuse_changes(config, parts, found)
-            _train(parts, config, found, options, company)
+        with _home(run_dir) as home:
+            _begin(config, run_dir, options, company._replace(home=home), begun)
     except Abandoned as cut:
-        raise _stopped(run_dir, str(cut)) from None
+        company.signals.end()
+        raise _stopped(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
         known = faults.translate(error, str(run_dir), config)
         if known is None or known is error or (company.peers is not None and is_gone(error)):
@@ -91,14 +88,47 @@ def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -
         raise known from error
 
 
+@contextmanager
+def _home(run_dir: Path) -> Iterator[Home | None]:
+    """The run folder, held by the first rank. What goes wrong because it is not in its place any
+    more is told as that.
+    """
+    if not is_first_rank():
+        yield None
+        return
+    with folder.held(run_dir), Home(run_dir) as home:
+        try:
+            yield home
+        except Exception as error:
+            if home.in_place() or isinstance(error, ToolkitError):
+                raise
+            raise home.fault() from error
+
+
+def _begin(
+    config: RunConfig, run_dir: Path, options: Options, company: Company, begun: list[bool]
+) -> None:
+    found, passed = _checkpoint(config, run_dir, company.peers)
+    if is_first_rank():
+        for line in passed:
+            options.out.write(f"passed over {line}\n")
+    if found is not None:
+        checkpoint.refuse_other_world(found, world_size())
+    as_begun = chats.kept(batch.kept(config, found), found)
+    parts = prepare(as_begun, run_dir, company.peers)
+    config = chats.settled(batch.settled(config, parts.config), parts.config)
+    _refuse_changes(config, parts, found)
+    _train(parts, config, found, options, company, begun)
+
+
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, the same one on every rank; see ``checkpoint.choose``."""
+    """The checkpoint to go on from, the same one on every rank; see ``branch.choose``."""
     if peers is None:
-        return checkpoint.choose(run_dir, config.runtime.resume)
+        return branch.choose(run_dir, config.runtime.resume)
     # The first judges and tells: the others may look at a folder that it has begun to write to.
-    mine = checkpoint.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
+    mine = branch.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
     told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
     found, passed = told[0]
     if found is not None and not Path(found).is_dir():
@@ -132,6 +162,7 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
         max_prompt_length=resolved.grpo.get("max_prompt_length"),
         template=resolved.grpo.get("chat_template_kwargs"),
     )
+    batch.refuse_too_few(resolved, len(data.train), world_size())
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
     model, tokenizer = load_policy(resolved, tokenizer)
     reports = {"train": data.report.train, "eval": data.report.eval}
@@ -181,41 +212,44 @@ def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
 
 
 def _train(
-    parts: Parts, config: RunConfig, found: Path | None, options: Options, company: Company
+    parts: Parts,
+    config: RunConfig,
+    found: Path | None,
+    options: Options,
+    company: Company,
+    begun: list[bool],
 ) -> None:
-    signals, peers = company
+    signals, peers, home = company
     trainer = build_trainer(parts, config)
     first = is_first_rank()
-    journal = Journal(parts.run_dir, resume.positions(found) if found else None) if first else None
     if first:
         introduce(parts, trainer.args.seed, found, options)
     before = _evaluate(parts, options, adapter=False)
     if peers is not None:
         peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
-    trainer.signals, trainer.journal = signals, journal
-    if journal is not None:
-        every = parts.config.grpo.get("logging_steps")
-        progress = Progress(options.out, total_steps(trainer), every)
-        keep = config.runtime.log_completions
-        watch = Watch(parts.run_dir, progress.keep)
-        trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
+    trainer.signals, trainer.home = signals, home
+    total = total_steps(trainer)
     with signals.at_steps(), measured(trainer, parts.run_dir):
         try:
-            if found is not None and resume.step_of(found) >= total_steps(trainer):
+            if home is not None:
+                _open_journal(trainer, parts, found, options, home)
+            begun.append(True)
+            if found is not None and resume.step_of(found) >= total:
                 resume.check(trainer, found)  # it had ended; transformers would add a step
                 resume.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
+                _refuse_unfinished(trainer, total)
         except Abandoned:
-            signals.settle()
-            if trainer.snapshot is not None and trainer.snapshot.hf_state.global_step > 0:
-                trainer.save_snapshot(trainer.snapshot)
+            signals.end()
+            trainer.save_last()
         finally:
-            if journal is not None:
-                journal.close()
+            if trainer.journal is not None:
+                trainer.journal.close()
+    _refuse_lost(trainer, home, peers)
     # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
     if signals.received is not None and (peers is None or trainer.stopping):
-        raise _stopped(parts.run_dir, signals.received)
+        raise _stopped(config, signals.received, begun=True)
     if first:
         after = _evaluate(parts, options, adapter=True)
         finish(parts, before, after, options.out, base=trainer.base_check)
@@ -226,14 +260,74 @@ def _train(
         peers.leave()  # not before the first has written: a launcher takes an end for the end
 
 
-def _stopped(run_dir: Path, signal: str) -> StoppedError:
-    steps = checkpoint.list_steps(run_dir)
-    saved = f"checkpoint-{steps[0]} is written" if steps else "no step had ended yet"
-    return StoppedError(
-        f"stopped by {signal}; {saved}",
-        where=str(run_dir),
-        fix="start the same command again: it goes on from there",
+def _open_journal(
+    trainer: GRPOTrainer, parts: Parts, found: Path | None, options: Options, home: Home
+) -> None:
+    """The branch and the logs of the run, as the checkpoint ``found`` knows them."""
+    assert trainer.signals is not None
+    trainer.signals.shield()  # a signal does not cut what is moved
+    start = rollback.begin(parts.run_dir, found)
+    trainer.signals.unshield()
+    for line in start.notes:
+        options.out.write(f"{line}\n")
+    trainer.branch = start.branch
+    trainer.journal = home.journal = journal = Journal(parts.run_dir, start.positions)
+    every = parts.config.grpo.get("logging_steps")
+    progress = Progress(options.out, total_steps(trainer), every)
+    keep = parts.config.runtime.log_completions
+    watch = Watch(parts.run_dir, progress.keep)
+    trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
+
+
+def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
+    """A run that ends without its steps is no success.
+
+    Raises:
+        DefectError: nothing is known that would have ended it.
+    """
+    done = int(trainer.state.global_step)
+    if done >= total or trainer.stopping or trainer.lost:
+        return
+    raise DefectError(
+        f"training ended at step {done} of {total}, and nothing had asked it to",
+        where=str(trainer.run_dir),
+        fix="start the same command again: it goes on from the last checkpoint; report it if it"
+        " ends there again",
     )
+
+
+def _refuse_lost(trainer: GRPOTrainer, home: Home | None, peers: Peers | None) -> None:
+    """What is written from here on would not be found, or is in somebody else's folder.
+
+    Raises:
+        ConfigError: the run folder was removed, moved or replaced; the same one on every rank.
+    """
+    if not trainer.lost:
+        if home is not None and not home.in_place():
+            raise home.fault()
+        return
+    fault = None if home is None else home.fault()
+    if peers is not None:  # whichever of them tells it
+        mine = None if fault is None else [fault.message, fault.where, fault.fix]
+        message, where, fix = peers.exchange("lost", mine)[0]
+        fault = ConfigError(message, where=where, fix=fix)
+    assert fault is not None
+    raise fault
+
+
+def _stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
+    """``begun``: the run had settled what it goes on from."""
+    run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
+    named = asked not in ("auto", "must", "never")
+    fix = "start the same command again: it goes on from there"
+    if named and not begun:
+        saved = f"no step had ended since {asked}"
+    else:
+        steps = branch.own_steps(run_dir)
+        saved = f"checkpoint-{steps[0]} is written" if steps else "no step had ended yet"
+        if steps and (named or asked == "never"):
+            fix = f"start it again with --resume auto: it goes on from there, not from {asked}"
+    return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
 
 
 def total_steps(trainer: GRPOTrainer) -> int:

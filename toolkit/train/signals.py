@@ -1,29 +1,38 @@
 """Stop on purpose: a signal asks, the next safe point answers, and a step that is too long is
 abandoned.
 
-SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) set a flag that the trainer reads at the end of a
-step. Where no step ends within ``GRACE_S``, the step under way is abandoned by an exception in the
-main thread and the state at its beginning is what is saved; ``shielded`` code is never cut. A
-second SIGINT stops at once.
+SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (a terminal that closes) set a flag that the
+trainer reads at the end of a step. Where no step ends within ``GRACE_S``, the step under way is
+abandoned by an exception in the main thread and the state at its beginning is what is saved;
+``shielded`` code is never cut. A second SIGINT stops at once, unless a checkpoint is being written
+or the run has begun to end. A SIGHUP that was ignored before (nohup) stays ignored.
 """
 
 from __future__ import annotations
 
 import signal
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_S = 8.0
 RETRY_S = 0.2
 
 
 class Abandoned(BaseException):
     """The step under way was cut. A BaseException, so that no ``except Exception`` swallows it."""
+
+
+def heard() -> tuple[signal.Signals, ...]:
+    """Those of ``SIGNALS`` that stop this process: all, less a SIGHUP that it was started to
+    ignore.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(one for one in SIGNALS if not (ignored and one == signal.SIGHUP))
 
 
 class StopSignals:
@@ -39,20 +48,27 @@ class StopSignals:
         self._interrupts = 0
         self._shields = 0
         self._ignored = False
+        self._ended = False
         self._abandon = abandon
         self._grace_s = GRACE_S if grace_s is None else grace_s
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Listen while the block runs, and put back what listened before. Main thread only."""
-        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
-        for number in SIGNALS:
+        """Listen while the block runs, and put back what listened before. Main thread only.
+
+        Where the run has begun to end (``end``), who listened before hears nothing more either.
+        """
+        numbers = heard()
+        before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
+        for number in numbers:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_alarm)
         try:
             yield self
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._ended:
+                end_listeners(before.values())
             for number, handler in before.items() if not self._ignored else ():
                 signal.signal(number, handler)
 
@@ -60,12 +76,22 @@ class StopSignals:
         """The process is about to end by itself, and has something to say first."""
         self._ignored = True
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in SIGNALS:
+        for number in heard():
             signal.signal(number, signal.SIG_IGN)
+
+    def end(self) -> None:
+        """The run stops for the signal that came: no other one changes that."""
+        self._ended = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agree(self, number: int) -> None:
         """The ranks have agreed to stop for signal ``number``, which came to one of them."""
         self.received = self.received or signal.Signals(number).name
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has begun to end."""
+        return self._ended
 
     @property
     def number(self) -> int:
@@ -96,13 +122,17 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if self._ended:
+            return
+        again = self.received is not None
+        self.received = self.received or signal.Signals(number).name
         if number == signal.SIGINT:
             self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
-        if self.received is not None:
+            if self._interrupts > 1 and not self._shields:
+                # While loading it is a first one once more: what that raised may have been lost.
+                raise Abandoned(self.received) if self.immediate else KeyboardInterrupt
+        if again:
             return
-        self.received = signal.Signals(number).name
         if self.immediate:
             raise Abandoned(self.received)
         if self._abandon:
@@ -110,9 +140,17 @@ class StopSignals:
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.immediate:
+        if self.immediate or self._ended or self.received is None:  # or a reward's own alarm
             return
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
             return
         raise Abandoned(self.received)
+
+
+def end_listeners(handlers: Iterable[Any]) -> None:
+    """Tell the listeners among ``handlers`` that the process has begun to end."""
+    for handler in handlers:
+        owner = getattr(handler, "__self__", None)
+        if isinstance(owner, StopSignals):
+            owner.end()

@@ -148,6 +148,7 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
             return drawn
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        self._logs["extra"].clear()  # of the generation before: a reward need not log each time
         with self.timers("reward_s"):
             return super()._calculate_rewards(*args, **kwargs)
 

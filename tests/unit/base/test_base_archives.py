@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import os
+import subprocess
 import tarfile
+import time
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -146,3 +150,126 @@ def test_a_member_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> 
         unpack(archive, tmp_path / "into")
     assert caught.value.where == str(archive)
     assert str(tmp_path / "into") not in str(caught.value)
+
+
+def test_a_folder_packed_as_itself(tmp_path: Path) -> None:
+    """What ``tar -C data -czf data.tgz .`` makes: ./ and ./file."""
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "x.jsonl").write_text("{}")
+    (folder / "sub" / "y.txt").write_text("y")
+    subprocess.run(["tar", "-C", folder, "-czf", tmp_path / "data.tgz", "."], check=True)
+    into = unpack(tmp_path / "data.tgz", tmp_path / "into")
+    assert (into / "x.jsonl").read_text() == "{}"
+    assert (into / "sub" / "y.txt").read_text() == "y"
+
+
+@pytest.mark.parametrize("make", [_tar, _zip])
+def test_what_macos_adds_is_ignored(tmp_path: Path, make) -> None:
+    archive = make(
+        tmp_path / "a",
+        ("._x.jsonl", b"\0"),
+        ("__MACOSX/._x.jsonl", b"\0"),
+        ("sub/.DS_Store", b"\0"),
+        ("x.jsonl", b"{}"),
+    )
+    into = unpack(archive, tmp_path / "into")
+    assert [path.name for path in into.rglob("*")] == ["x.jsonl"]
+
+
+def _header(name: str, kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_header_of_gigabytes_is_refused_at_once(
+    tmp_path: Path, kind: bytes, packed: bool
+) -> None:
+    archive = tmp_path / "a.tar"
+    start = _header("x", kind, 2 << 30)
+    if packed:
+        archive.write_bytes(gzip.compress(start + bytes(1 << 20)))
+    else:
+        with archive.open("wb") as file:
+            file.write(start)
+            file.truncate(2 << 30)
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="has a header of 2147483648 bytes; 1048576 is the most"):
+        unpack(archive, tmp_path / "into")
+    assert time.monotonic() - begin < 5
+    assert not (tmp_path / "into").exists()
+
+
+def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar"
+    one = _header("x", tarfile.XHDTYPE, 512) + b"11 path=ab\n".ljust(512, b"\0")
+    archive.write_bytes(one * 5000)
+    with pytest.raises(InputError, match="its headers contain each other"):
+        unpack(archive, tmp_path / "into")
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -1])
+def test_a_member_of_negative_size_is_refused(tmp_path: Path, size: int) -> None:
+    """tarfile would read the same header for ever."""
+    archive = tmp_path / "a.tar"
+    first, second = bytearray(_header("a", tarfile.REGTYPE, 0)), bytearray(_header("b", b"0", 0))
+    second[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    second[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(second))[0]
+    archive.write_bytes(bytes(first + second) + bytes(1024))
+    with pytest.raises(ToolkitError, match=r"leads backwards|unpacks to more|header of -"):
+        unpack(archive, tmp_path / "into")
+
+
+def test_what_unpacks_to_far_more_than_it_is_is_refused_in_time(tmp_path: Path) -> None:
+    """Four gigabytes of zeros in four megabytes: refused after the first part of it."""
+    archive = tmp_path / "a.tgz"
+    block = bytes(1 << 24)
+    with gzip.open(archive, "wb", compresslevel=1) as file:
+        file.write(_header("zeros", b"0", 1 << 28))
+        for _ in range(16):
+            file.write(block)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"unpacks to more than \d+\.\d MiB"):
+        unpack(archive, tmp_path / "into")
+    assert time.monotonic() - begin < 5
+    assert not (tmp_path / "into").exists()
+
+
+def test_more_members_than_the_limit_end_the_reading(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("toolkit.base.archives.MAX_MEMBERS", 3)
+    archive = _tar(tmp_path / "a.tgz", *[(f"{i}", b"") for i in range(4)])
+    with pytest.raises(ConfigError, match="holds more than 3 members"):
+        unpack(archive, tmp_path / "into")
+
+
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "holes").write_bytes(b"")
+    os.truncate(tmp_path / "holes", 1 << 20)
+    subprocess.run(
+        ["tar", "-C", tmp_path, "--sparse", "-cf", tmp_path / "a.tar", "holes"], check=True
+    )
+    with pytest.raises(ConfigError, match="holds a sparse file: 'holes'"):
+        unpack(tmp_path / "a.tar", tmp_path / "into")
+
+
+def test_names_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+    archive = _tar(tmp_path / "a.tar", ("x\x1b[31m\u202e/../../evil", b"x"))
+    with pytest.raises(ConfigError) as caught:
+        unpack(archive, tmp_path / "into")
+    assert "\\x1b[31m\\u202e" in str(caught.value)
+    assert str(caught.value).isprintable() or "\x1b" not in str(caught.value)
+    assert "[U+001B]" in str(ConfigError("x", where="a\x1b[31m"))
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "loop"])
+def test_an_archive_that_is_no_file(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "a.tgz"
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if what == "device" else path)
+    with pytest.raises(InputError, match=r"not a regular file|in a circle"):
+        unpack(path, tmp_path / "into")

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import time
+import urllib.parse
 
 import pytest
 from hypothesis import given
@@ -103,6 +104,69 @@ def test_a_path_to_a_secret_is_no_secret() -> None:
     assert redact("/run/token", {"HF_TOKEN": "/run/token"}) == "/run/token"
 
 
+def test_a_secret_that_begins_with_a_slash_is_one() -> None:
+    secret = "/kZx8+3jd/ksl=="
+    shown = redact(f"key {secret}", {"AWS_SECRET_ACCESS_KEY": secret})
+    assert shown == "key [redacted: AWS_SECRET_ACCESS_KEY]"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["it's a canary", 'say "canary" now', "back\\slash\\canary", "tab\tcanary\nsecond line here",
+     "both ' and \" canary", "schön & canary/é", "canary\x1b[0m bell"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "show",
+    [str, ascii, repr, json.dumps, lambda s: repr({"h": s}), lambda s: repr([s, "'", '"']),
+     lambda s: repr(ValueError({"a": s})), lambda s: repr(s.encode()), lambda s: repr(repr(s)),
+     lambda s: json.dumps(repr(s)), lambda s: json.dumps({"a": s}, ensure_ascii=False),
+     lambda s: repr("it's " + s), lambda s: repr("it's a \"" + s), urllib.parse.quote,
+     lambda s: urllib.parse.quote(s, safe=""), lambda s: urllib.parse.urlencode({"a": s}),
+     lambda s: "\n".join(f"  {line}" for line in s.splitlines())],
+)  # fmt: skip
+def test_a_secret_is_known_however_it_is_quoted(secret: str, show) -> None:
+    shown = redact(f"before {show(secret)} after", {"MY_PASSWORD": secret})
+    assert "canary" not in shown
+    assert shown.startswith("before ")
+    assert shown.endswith(" after")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PGPASSWORD", "MYSQL_PWD", "SENTRY_DSN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+     "AWS_ACCESS_KEY_ID", "X_PASSWORD", "DB_PASS", "N_SECRET", "GOOGLE_CREDENTIALS", "GITHUB_PAT",
+     "ENCRYPTION_KEY", "NPM_AUTH", "AZURE_STORAGE_CONNECTION_STRING", "wandb_api_key", "GH_JWT",
+     "REDISCLI_AUTH", "SLACK_WEBHOOK_URL", "PASSWORD", "TOKEN"],
+)  # fmt: skip
+def test_variables_that_hold_secrets(name: str) -> None:
+    assert redact("a canary that sings", {name: "a canary that sings"}) == f"[redacted: {name}]"
+
+
+@pytest.mark.parametrize(
+    "name", ["PWD", "OLDPWD", "HOME", "PATH", "MY_KEYS", "TOKENIZERS_PARALLELISM", "TASK_URL"]
+)
+def test_variables_that_hold_none(name: str) -> None:
+    assert redact("a canary that sings", {name: "a canary that sings"}) == "a canary that sings"
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [("DATABASE_URL", "postgres://me:s3cr3t-canary@db/x"), ("http_proxy", "http://u:s3cr3t-canary@p"),
+     ("BROKER_URI", "amqp://:s3cr3t-canary@h"), ("X", "see redis://me:s3cr3t-canary@h/0 there"),
+     ("A_URL", "https://me:s3cr3t%2Dcanary@h")],
+)  # fmt: skip
+def test_a_password_in_any_variables_url_is_known_by_itself(name: str, url: str) -> None:
+    assert redact("s3cr3t-canary", {name: url}) == f"[redacted: {name}]"
+    assert "canary" not in redact(f"at {url} now", {name: url})
+
+
+def test_what_was_taken_out_of_the_environment_stays_known(monkeypatch) -> None:
+    monkeypatch.setenv("ONCE_TOKEN", "a canary that sings")
+    redact("")
+    monkeypatch.delenv("ONCE_TOKEN")
+    assert redact("a canary that sings") == "[redacted: ONCE_TOKEN]"
+
+
 def test_trees() -> None:
     tree = {
         "token": "short",
@@ -144,18 +208,19 @@ def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> Non
     log = logging.getLogger("elsewhere.deep")
     handler = logging.StreamHandler()
     log.addHandler(handler)
+    undo = protect_output()
     try:
-        with protect_output():
-            handler.setStream(sys.stderr)
-            print(f"out {secret}")
-            print(f"err {secret}", file=sys.stderr)
-            log.warning("log %s", secret)
-            try:
-                raise ValueError(secret)
-            except ValueError:
-                log.exception("failed")
-            log.warning("wrong %d", secret)
+        handler.setStream(sys.stderr)
+        print(f"out {secret}")
+        print(f"err {secret}", file=sys.stderr)
+        log.warning("log %s", secret)
+        try:
+            raise ValueError(secret)
+        except ValueError:
+            log.exception("failed")
+        log.warning("wrong %d", secret)
     finally:
+        undo()
         log.removeHandler(handler)
     shown = capsys.readouterr()
     assert secret not in shown.out + shown.err
@@ -171,7 +236,8 @@ def test_a_protected_process_still_works(encoding: str) -> None:
     code = (
         "import sys, os\n"
         "from toolkit.base.secrets import protect_output\n"
-        "with protect_output():\n"
+        "protect_output()\n"
+        "if True:\n"
         "    print(sys.stdout.isatty(), sys.stdout.encoding, sys.stdout.fileno())\n"
         "    print(os.environ['HF_TOKEN'], file=sys.stderr, flush=True)\n"
         "    sys.stdout.writelines(['a\\n', 'b\\n'])\n"
@@ -192,3 +258,39 @@ def test_a_protected_process_still_works(encoding: str) -> None:
         assert line in shown.stdout
     assert shown.stderr == b"[redacted: HF_TOKEN]\n"
     assert b"canary" not in shown.stdout
+
+
+def test_what_is_written_late_is_covered_too() -> None:
+    code = """
+import atexit, logging, os, sys, threading, time
+from toolkit.base.secrets import protect_output
+secret = os.environ["HF_TOKEN"]
+class Last:
+    def __del__(self): print("deleted", secret)
+last = Last()
+atexit.register(lambda: print("at exit", secret, file=sys.stderr))
+atexit.register(lambda: print("original", secret, file=sys.__stderr__))
+protect_output()
+logging.basicConfig(); logging.warning("logged %s", secret)
+def late(): time.sleep(0.1); print("thread", secret); raise ValueError(secret)
+threading.Thread(target=late).start()
+raise RuntimeError({"it's": secret})
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HF_TOKEN": "it's a canary"},
+    )
+    printed = shown.stdout + shown.stderr
+    assert "canary" not in printed
+    for what in (
+        "thread ",
+        "logged ",
+        "at exit ",
+        "original ",
+        "ValueError: ",
+        'RuntimeError: {"it\'s": "',
+    ):
+        assert f"{what}[redacted: HF_TOKEN]" in printed

@@ -29,7 +29,8 @@ def test_whole_groups_over_all_processes_are_whole(
     with pytest.raises(ConfigError, match="does not divide the generation batch 1"):
         request._load(path, ())
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert request._load(path, ()).grpo["num_generations"] == 8
+    _, run = request._load(path, ())
+    assert run.grpo["num_generations"] == 8
 
 
 def test_requirements_in_their_forms() -> None:

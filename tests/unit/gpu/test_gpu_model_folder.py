@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from toolkit.base.files import MAX_JSON_BYTES
 from toolkit.gpu.checks import CheckContext, CheckResult, run_checks
-from toolkit.gpu.model_folder import LARGEST_JSON, locate, read
+from toolkit.gpu.model_folder import locate, read
 from toolkit.gpu.snapshot import NodeSnapshot
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ def test_links_to_nothing_and_loops_are_named(tmp_path: Path) -> None:
     ("spoil", "check", "text"),
     [
         (lambda f: (f / "config.json").unlink(), "model.config", "config.json is not there"),
-        (lambda f: (f / "config.json").write_text('{"a'), "model.config", "not valid JSON"),
+        (lambda f: (f / "config.json").write_text('{"a'), "model.config", "read as JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "model.config", "not an object"),
         (lambda f: (f / "config.json").write_text("{}"), "model.config", "no architecture"),
-        (lambda f: (f / "config.json").write_text("[" * 90_000), "model.config", "not valid"),
+        (lambda f: (f / "config.json").write_text("[" * 90_000), "model.config", "nested too"),
         (lambda f: (f / "tokenizer.json").unlink(), "model.tokenizer", "no tokenizer"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
@@ -99,8 +100,8 @@ def test_each_fault_is_a_finding(spoil: Any, check: str, text: str, tmp_path: Pa
 def test_a_config_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     folder = model(tmp_path)
     with (folder / "config.json").open("wb") as file:
-        file.truncate(LARGEST_JSON + 1)
-    assert "bytes is no" in judge(folder)["model.config"].evidence
+        file.truncate(MAX_JSON_BYTES + 1)
+    assert "is the most that is read" in judge(folder)["model.config"].evidence
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:

@@ -20,11 +20,28 @@ def config(cap: float | None) -> Any:
     return SimpleNamespace(get_text_config=lambda: text)
 
 
-@pytest.mark.parametrize("asked", [None, "sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("asked", [None, "sdpa", "eager", "flex_attention"])
 def test_without_a_cap_it_is_what_was_asked_for(asked: str | None) -> None:
     assert choose_attention(config(None), asked, "here") == asked
     plain = SimpleNamespace(get_text_config=SimpleNamespace)
     assert choose_attention(plain, asked, "here") == asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "why"),
+    [
+        ("flashattn", "llama", "none of eager, sdpa"),
+        ("SDPA", "llama", "none of eager, sdpa"),
+        ("kernels-community/flash-attn", "llama", "code from the hub"),
+        ("flash_attention_2", "llama", "needs a GPU"),
+        ("sdpa", "gpt_oss", "has no sdpa attention"),  # its sinks
+        ("flex_attention", "falcon", "has no flex_attention"),
+    ],
+)
+def test_what_the_model_or_the_machine_has_not(asked: str, kind: str, why: str) -> None:
+    text = SimpleNamespace(attn_logit_softcapping=None, model_type=kind)
+    with pytest.raises(ConfigValueError, match=why):
+        choose_attention(SimpleNamespace(get_text_config=lambda: text), asked, "here")
 
 
 def test_with_a_cap_it_is_one_that_keeps_it() -> None:

@@ -201,7 +201,7 @@ def test_a_config_that_is_none(load: Any, copy: Path) -> None:
     with pytest.raises(InputError, match=r"config.json cannot be used"):
         load(copy)
     (copy / "config.json").write_text('{"model_type": "never_heard_of"}')
-    with pytest.raises(InputError, match="never_heard_of"):
+    with pytest.raises(UnsupportedError, match="does not know the model type 'never_heard_of'"):
         load(copy)
 
 
@@ -215,7 +215,22 @@ def test_a_multimodal_model_is_refused(load: Any, copy: Path) -> None:
 
 def test_a_quantized_checkpoint_needs_its_flag(load: Any, copy: Path) -> None:
     _edit(copy, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(ConfigValueError, match=r"stored quantized .bitsandbytes"):
+    with pytest.raises(ConfigValueError, match=r"stored in bitsandbytes 4-bit, and load_in_4bit"):
+        load(copy)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "mxfp4", "compressed-tensors", "new"])
+def test_other_stored_formats_are_refused_whatever_the_flags(
+    load: Any, copy: Path, method: str
+) -> None:
+    _edit(copy, quantization_config={"quant_method": method})
+    with pytest.raises(UnsupportedError, match="no adapter is trained on that"):
+        load(copy)
+
+
+def test_an_encoder_is_refused(load: Any, copy: Path) -> None:
+    _edit(copy, model_type="t5")
+    with pytest.raises(UnsupportedError, match="'t5' is no causal language model"):
         load(copy)
 
 

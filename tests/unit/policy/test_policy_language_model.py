@@ -148,7 +148,8 @@ def test_which_engine_when_all_is_auto(config: RunConfig, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_engine(asked) == "transformers"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("toolkit.policy.from_config.vllm_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("toolkit.policy.situation.vllm_available", lambda: True)
     assert choose_engine(asked) == "vllm"
 
 

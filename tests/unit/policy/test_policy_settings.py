@@ -11,6 +11,8 @@ from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedEr
 from toolkit.config.model import LoraSection
 from toolkit.policy.settings import (
     LoraSettings,
+    check_layers,
+    check_saved,
     check_settings,
     check_targets,
     check_with_engine,
@@ -104,8 +106,6 @@ def test_a_rank_that_no_engine_serves() -> None:
         {"bias": "lora_only"},
         {"use_dora": True},
         {"lora_bias": True},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
         {"trainable_token_indices": [1]},
         {"target_parameters": ("experts.up",)},
         *({"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora", "corda")),
@@ -119,6 +119,22 @@ def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
     name = next(iter(values))
     shown = str(caught.value)
     assert name in shown or "embed_tokens" in shown or "lm_head" in shown
+
+
+def test_layers_and_saved_modules_are_the_models() -> None:
+    check_layers(LoraSettings(layers_to_transform=(0, 1)), 2)
+    with pytest.raises(ConfigValueError, match="2, 9 not among the 2 layers"):
+        check_layers(LoraSettings(layers_to_transform=(0, 2, 9)), 2)
+    check_saved(LoraSettings(modules_to_save=("q_proj",)), NAMES)
+    with pytest.raises(ConfigValueError, match=r"no module 'q_prj' .did you mean 'q_proj'"):
+        check_saved(LoraSettings(modules_to_save=("q_prj",)), NAMES)
+
+
+def test_ranks_of_a_pattern_fit_the_engine_too() -> None:
+    settings = LoraSettings(r=8, rank_pattern={"q_proj": 24}, alpha_pattern={"q_proj": 2})
+    check_with_engine(settings, 32)
+    with pytest.raises(ConfigValueError, match="rank_pattern's 24 is above max_lora_rank=16"):
+        check_with_engine(settings, 16)
 
 
 def test_dropout_with_an_engine_is_said() -> None:

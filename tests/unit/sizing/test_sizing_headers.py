@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError
+from toolkit.base.files import read_json
 from toolkit.sizing import read_spec
-from toolkit.sizing.headers import read_header, read_json, read_stored
+from toolkit.sizing.headers import read_header, read_stored
 from toolkit.sizing.spec import spec_from_values
 
 TENSOR = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}

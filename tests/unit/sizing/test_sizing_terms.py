@@ -6,8 +6,10 @@ import pytest
 
 from toolkit.base.errors import InputError
 from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.config.resolved import resolve_run
 from toolkit.sizing import lora, solve
 from toolkit.sizing.calibrate import calibrate, compare
+from toolkit.sizing.device import situation_of
 from toolkit.sizing.engine import capture_sizes
 from toolkit.sizing.memory import available_bytes
 from toolkit.sizing.model import Linear
@@ -127,8 +129,9 @@ def test_an_adapter_is_float32_on_a_quantized_base_too(spec_of, card, run):
 )
 def test_captured_sizes(spec_of, card, run, sequences, largest, count):
     config = run(max_num_seqs=sequences)
-    work = read_workload(config)
-    sizes = capture_sizes(plan_engine(config, spec_of(ONE_B), work, card("h100")))
+    run = resolve_run(config, situation_of(card("h100")))
+    work = read_workload(run)
+    sizes = capture_sizes(plan_engine(run.config, spec_of(ONE_B), work, card("h100")))
     assert sizes[-1] == largest
     assert len(sizes) == count
 

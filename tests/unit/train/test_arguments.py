@@ -13,10 +13,11 @@ from trainer_helpers import arguments as trl_arguments
 
 from toolkit.base.errors import MissingExtraError
 from toolkit.config import load_run
+from toolkit.config.resolved import resolve_run
 from toolkit.policy.checkpointing import apply_checkpointing
+from toolkit.policy.situation import situation
 from toolkit.train.arguments import grpo_config, require_packages
 from toolkit.train.demo import make_tokenizer
-from toolkit.train.preflight import one_format
 from toolkit.train.trainer import GRPOTrainer
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def arguments(tmp_path: Path, *, model: str = "", grpo: str = "", gpu: bool = Fa
     (tmp_path / "train.jsonl").write_text('{"q": "1", "a": "1"}\n')
     (tmp_path / "run.yaml").write_text(RUN_FILE.format(model=model, grpo=grpo))
     config = load_run(str(tmp_path / "run.yaml"))
-    config = one_format(config) if gpu else config
+    config = resolve_run(config, situation()).config if gpu else config
     made = grpo_config(config, tmp_path, SimpleNamespace, has_eval=False)
     return made, config
 
@@ -56,10 +57,10 @@ def card(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("major", "model", "grpo", "bf16", "fp16", "dtype"),
     [
-        (9, "", "", True, False, "auto"),
-        (7, "", "", False, True, "auto"),
+        (9, "", "", True, False, "bfloat16"),
+        (7, "", "", False, True, "float16"),
         (9, "", ", fp16: true", False, True, "float16"),
-        (9, "", ", bf16: true", True, False, "auto"),
+        (9, "", ", bf16: true", True, False, "bfloat16"),
         (9, ", dtype: float16", "", False, True, "float16"),
         (9, ", dtype: float32", "", False, False, "float32"),
         (9, ", dtype: float32", ", fp16: true", False, True, "float32"),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.train import checkpoint
+from toolkit.train import branch, checkpoint
 
 FILES = {"a.json": b'{"x": 1}\n', "t.safetensors": bytes(range(256)) * 3, "empty.json": b""}
 
@@ -45,7 +45,7 @@ def test_every_damage_to_every_file_is_named_and_the_one_before_is_used(tmp_path
         for kind, damaged in damages(content):
             file.write_bytes(damaged)
             assert checkpoint.faults(folder), (file.name, kind)
-            found, passed = checkpoint.latest(tmp_path)
+            found, passed = branch.latest(tmp_path)
             assert found == before, (file.name, kind)
             assert len(passed) == 1
             # A digit that flips in a checksum makes the file that it is of the suspect.
@@ -87,38 +87,49 @@ def test_a_writer_that_died_leaves_nothing_that_counts(tmp_path):
     assert not partial.exists()
 
 
-def test_writing_a_step_again_replaces_a_torn_one(tmp_path):
+def test_writing_a_step_again_sets_aside_what_lies_there(tmp_path):
+    """It may be torn, or another's: it is never removed."""
     folder = write(tmp_path, 10)
     (folder / "a.json").write_bytes(b"torn")
     write(tmp_path, 10)
     assert checkpoint.faults(folder) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert (tmp_path / "abandoned-1" / "checkpoint-10" / "a.json").read_bytes() == b"torn"
+    (tmp_path / "checkpoint-20").symlink_to(folder)
+    (tmp_path / "checkpoint-30").write_bytes(b"a file")
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    assert checkpoint.list_steps(tmp_path) == [30, 20, 10]
+    first, second = tmp_path / "abandoned-1", tmp_path / "abandoned-2"
+    assert (second / "checkpoint-20").is_symlink()
+    assert (second / "checkpoint-30").read_bytes() == b"a file"
+    assert checkpoint.faults(second / "checkpoint-10") == []
+    assert [path.name for path in first.iterdir()] == ["checkpoint-10"]
 
 
 def test_rotate_keeps_the_latest_and_the_named(tmp_path):
     for step in (1, 2, 9, 10, 11):
         write(tmp_path, step)
-    checkpoint.rotate(tmp_path, [2], keep_last=2)
+    branch.rotate(tmp_path, [2], keep_last=2)
     assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
-    checkpoint.rotate(tmp_path, [], keep_last=0)
+    branch.rotate(tmp_path, [], keep_last=0)
     assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
 
 
 def test_what_resume_chooses(tmp_path):
-    assert checkpoint.choose(tmp_path, "auto") == (None, [])
-    assert checkpoint.choose(tmp_path, "never") == (None, [])
+    assert branch.choose(tmp_path, "auto") == (None, [])
+    assert branch.choose(tmp_path, "never") == (None, [])
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
-        checkpoint.choose(tmp_path, "must")
+        branch.choose(tmp_path, "must")
     folder = write(tmp_path, 3)
     for asked in ("auto", "must", str(folder)):
-        assert checkpoint.choose(tmp_path, asked) == (folder, [])
+        assert branch.choose(tmp_path, asked) == (folder, [])
     with pytest.raises(ConfigError, match=r"holds a run, and runtime.resume is never"):
-        checkpoint.choose(tmp_path, "never")
+        branch.choose(tmp_path, "never")
     with pytest.raises(InputError, match="no such checkpoint"):
-        checkpoint.choose(tmp_path, str(tmp_path / "nowhere"))
+        branch.choose(tmp_path, str(tmp_path / "nowhere"))
     (folder / "a.json").unlink()
     with pytest.raises(InputError, match=r"not a sound checkpoint: a.json is missing"):
-        checkpoint.choose(tmp_path, str(folder))
+        branch.choose(tmp_path, str(folder))
     with pytest.raises(ConfigError, match="no checkpoint here is sound") as refused:
-        checkpoint.choose(tmp_path, "auto")
+        branch.choose(tmp_path, "auto")
     assert "a.json is missing" in refused.value.message

@@ -14,9 +14,11 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.cli import request
 from toolkit.config import load_run
+from toolkit.config.resolved import Situation, resolve_run
 from toolkit.config.validate import check_instance
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.snapshot_json import node_from_json
+from toolkit.sizing.device import situation_here
 from toolkit.train import preflight
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
@@ -47,7 +49,7 @@ def prepared_run(folder: Path) -> Path:
     model = folder / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(LLAMA))
-    (folder / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (folder / "train.jsonl").write_text(2 * ('{"question": "1+1?", "answer": "2"}\n'))
     run = {
         "model": {"model_name": str(model)},
         "dataset": {
@@ -130,22 +132,22 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
     node = node_from_json(cases.load("h100x8-healthy").node)
     for name, value in {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    config = load_run(prepared_run(tmp_path))
-    asked = preflight.context_of(config, node)
+    run = resolve_run(load_run(prepared_run(tmp_path)), situation_here(node))
+    asked = preflight.context_of(run, node)
     assert asked.gpu_index == 3
     assert asked.world_size == 4  # this node's, not the whole run's
     assert asked.gpus_wanted == 4
     monkeypatch.setenv("LOCAL_RANK", "8")
-    assert preflight.context_of(config, node).gpu_index is None
-    asked = replace(preflight.context_of(config, node), world_size=9)
+    assert preflight.context_of(run, node).gpu_index is None
+    asked = replace(preflight.context_of(run, node), world_size=9)
     failed = [check.evidence for check in run_checks(node, asked) if check.verdict == "fail"]
     assert any("9" in evidence and "8" in evidence for evidence in failed), failed
 
 
 def test_a_run_asks_what_envcheck_check_asks_for_it(tmp_path: Path) -> None:
     config = load_run(prepared_run(tmp_path), ("model.fast_inference=true",))
-    asked = preflight.context_of(config)
-    assert asked == CheckContext(**request.facts(config))
+    asked = preflight.context_of(resolve_run(config, Situation()))
+    assert asked == CheckContext(**request.facts(config, Situation()))
     assert asked.engine == "vllm"
 
 

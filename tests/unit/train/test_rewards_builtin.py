@@ -18,7 +18,10 @@ def score(name: str, completion: Any, answer: Any = "x", **options: Any) -> floa
     """One completion through the whole of load_rewards, as TRL would call it."""
     config = RunConfig(
         model=ModelSection(model_name="m"),
-        reward=RewardSection(functions=(RewardFunction(name=name, options=options),)),
+        # math_verify's own process: test_rewards_worker.py
+        reward=RewardSection(
+            functions=(RewardFunction(name=name, options=options),), isolate=False
+        ),
     )
     (reward,), weights = load_rewards(config, run_dir=Path("unused"))
     assert weights == [1.0]

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from toolkit.train.rewards.limits import LoopThread, OutOfTime, call_within
+from toolkit.base.limits import OutOfTime, call_within
+from toolkit.train.rewards.loop import LoopThread
 
 
 def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:

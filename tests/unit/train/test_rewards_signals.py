@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from toolkit.train.rewards.limits import OutOfTime, call_within
+from toolkit.base.limits import OutOfTime, call_within
 from toolkit.train.signals import Abandoned, StopSignals
 
 

@@ -11,6 +11,14 @@ import pytest
 from toolkit.train.signals import SIGNALS, Abandoned, StopSignals
 
 
+@pytest.fixture(autouse=True)
+def hears_a_hang_up():
+    """Also where the tests were started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send(number):
     os.kill(os.getpid(), number)
 
@@ -28,6 +36,43 @@ def test_between_steps_it_is_a_flag(number):
     with StopSignals().installed() as signals, signals.at_steps():
         send(number)
         assert signals.received == number.name
+
+
+def test_while_a_checkpoint_is_written_no_number_of_signals_cuts():
+    with StopSignals(grace_s=0.01).installed() as signals, signals.at_steps():
+        signals.shield()
+        for number in (*SIGNALS, signal.SIGINT, signal.SIGINT) * 5:
+            send(number)
+        assert signals.received == "SIGTERM"
+        signals.end()
+        signals.unshield()
+        time.sleep(0.3)  # no alarm comes any more
+        send(signal.SIGINT)
+        assert signals.received == "SIGTERM"
+
+
+def test_who_listened_before_hears_nothing_once_the_run_ends():
+    with StopSignals().installed() as outer:
+        with StopSignals().installed() as signals:
+            signals.end()
+        send(signal.SIGTERM)
+        assert outer.received is None
+        assert outer.ended
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals().installed() as signals, signals.at_steps():
+            send(signal.SIGHUP)
+            assert signals.received is None
+            signals.ignore()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_second_interrupt_stops_at_once():

@@ -12,6 +12,7 @@ from toolkit.config.chat_format import (
 )
 from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
 from toolkit.config.finding import Fix, Severity
+from toolkit.config.model_facts import folder_fault, is_adapter
 from toolkit.config.paths import exists, is_path_only, resolve
 from toolkit.config.rules.base import Fault, rule
 from toolkit.config.suggest import nearest
@@ -104,17 +105,16 @@ def data_is_here(run: Run) -> Iterator[Fault]:
         node = run.node(key)
         assert node is not None
         path = resolve(text, node)
-        if not exists(path):
+        data = data_of(run.document, which)
+        if data is not None and data.problem:
+            yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
+        elif not exists(path):
             where = (
                 f"there is no {path}" if is_path_only(text) else f"{text} is not on this machine"
             )
             yield Fault(
                 key, f"{where}: its columns are not checked", unknown=not is_path_only(text)
             )
-            continue
-        data = data_of(run.document, which)
-        if data is not None and data.problem:
-            yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
 
 
 @rule(
@@ -285,14 +285,22 @@ def model_is_here(run: Run) -> Iterator[Fault]:
     """The model is on this machine.
 
     A folder with config.json, or a snapshot in the hub's cache. When it is not here, lengths, heads
-    and target modules cannot be checked: a warning (an error under --strict).
+    and target modules cannot be checked: a warning (an error under --strict). A folder with a pipe,
+    a device or a circle of links in it cannot be loaded: an error.
     """
     text = _written_text(run, "model.model_name")
-    if text is None or run.model is not None:
+    if text is None:
         return
     node = run.node("model.model_name")
     assert node is not None
     path = resolve(text, node)
+    if exists(path) and path.is_dir() and (fault := folder_fault(path)):
+        yield Fault(
+            "model.model_name", f"{path} cannot be loaded: {fault}", severity=Severity.ERROR
+        )
+        return
+    if run.model is not None or is_adapter(path):
+        return  # MODEL003 tells of an adapter
     if exists(path):
         what = "has no readable config.json" if path.is_dir() else "is no folder with a checkpoint"
         yield Fault("model.model_name", f"{path} {what}", severity=Severity.ERROR)

@@ -30,31 +30,33 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
 
 @rule(
     "LOAD002",
-    "model.load_in_4bit",
+    "model.load_in_4bit model.load_in_8bit",
     example="model:\n  load_in_4bit: true  # with --gpu none",
     fix="load_in_4bit: false",
 )
 def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
-    """load_in_4bit needs bitsandbytes and compute capability 7.0.
+    """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0.
 
-    The NF4 kernels of bitsandbytes run on GPUs from Volta on. Judged with --gpu.
+    The kernels of bitsandbytes run on GPUs from Volta on. Judged with --gpu.
     """
-    if not run.value("model.load_in_4bit"):
-        return
-    why = lacks(run, FOUR_BIT)
-    if why:
-        yield Fault(
-            "model.load_in_4bit",
-            f"4-bit weights cannot be used: {why}",
-            fixes=(run.to("model.load_in_4bit", False),),
-        )
-    elif run.situation.device is not None and package_folder("bitsandbytes") is None:
-        yield Fault(
-            "model.load_in_4bit",
-            "bitsandbytes is not installed here",
-            severity=Severity.WARNING,
-            unknown=True,
-        )
+    for bits in (4, 8):
+        key = f"model.load_in_{bits}bit"
+        if not run.ask(key):
+            continue
+        why = lacks(run, FOUR_BIT)
+        if why:
+            yield Fault(
+                key, f"{bits}-bit weights cannot be used: {why}", fixes=(run.to(key, False),)
+            )
+        elif run.situation.device is not None and package_folder("bitsandbytes") is None:
+            # Where the run is to train, a package that is missing ends it.
+            here = run.situation.vllm is not None
+            yield Fault(
+                key,
+                "bitsandbytes is not installed here",
+                severity=Severity.ERROR if here else Severity.WARNING,
+                unknown=not here,
+            )
 
 
 @rule(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING
 
+from toolkit.config.features import ENGINE_EXCLUDES
+from toolkit.config.finding import Severity
 from toolkit.config.rules.base import Fault, rule
 
 if TYPE_CHECKING:
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_FORMATS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
+_FORMATS = ("load_in_4bit", "load_in_8bit", "load_in_16bit")
 _FAST = "model.fast_inference"
 _ENGINE = "runtime.engine"
 _TOKENS = "model.max_num_batched_tokens"
@@ -24,11 +26,11 @@ _SHARE = "model.gpu_memory_utilization"
 @rule(
     "LOAD001",
     " ".join(f"model.{name}" for name in _FORMATS),
-    example="model:\n  load_in_4bit: true\n  load_in_fp8: true",
+    example="model:\n  load_in_4bit: true\n  load_in_8bit: true",
     fix="keep one of them",
 )
 def one_format(run: Run) -> Iterator[Fault]:
-    """At most one of load_in_4bit, load_in_8bit, load_in_16bit and load_in_fp8 is true.
+    """At most one of load_in_4bit, load_in_8bit and load_in_16bit is true.
 
     A weight is kept in one format.
     """
@@ -55,18 +57,19 @@ def engine_conditions(run: Run) -> Iterator[Fault]:
     The engine runs its own code for a model, not the checkpoint's; it holds the base that the
     trainer shares, which must not change; and it has no 8-bit bitsandbytes kernels for LoRA.
     """
-    if run.engine != "vllm":
+    if run.engine == "transformers":
         return
-    for name in ("trust_remote_code", "full_finetuning", "load_in_8bit"):
+    for name, why in ENGINE_EXCLUDES.items():
         if run.ask(f"model.{name}"):
             key = _FAST if run.written(_FAST) and run.ask(_FAST) is True else _ENGINE
             off = False if key == _FAST else "transformers"
             yield Fault(
                 f"model.{name}",
-                "cannot be used with the vLLM engine",
+                f"cannot be used with the vLLM engine: {why}",
                 notes=(run.operand(key),),
                 fixes=(run.to(f"model.{name}", False), run.to(key, off)),
                 related=(key,),
+                severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
             )
 
 

@@ -60,8 +60,6 @@ def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
         ),
         None,
     )
-    if reason is None and run.model is not None and run.model.quantization:
-        reason = f"the checkpoint is {run.model.quantization}"
     if reason:
         yield Fault(
             _INIT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.config.features import REWRITING_INITS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known
 from toolkit.config.ranks import smallest_rank
@@ -13,12 +14,12 @@ from toolkit.config.rules.training import NO_HEAD, adapts_head
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.config.document import KeyPath
     from toolkit.config.rules.run import Run
 
 _R = "lora.r"
 _ROOM = "model.max_lora_rank"
 _TARGETS = "lora.target_modules"
-REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
 
 
 @rule(
@@ -50,40 +51,58 @@ def legal_room(run: Run) -> Iterator[Fault]:
 
 @rule(
     "LORA003",
-    f"{_R} {_ROOM}",
+    f"{_R} {_ROOM} lora.rank_pattern",
     example="model:\n  max_lora_rank: 64\nlora:\n  r: 65",
     fix="max_lora_rank: 128, or r: 64",
 )
 def rank_fits(run: Run) -> Iterator[Fault]:
-    """lora.r is at most max_lora_rank.
+    """lora.r, and each rank of lora.rank_pattern, is at most max_lora_rank.
 
     The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule the
     error comes from inside vLLM, in the first step, after everything is loaded.
     """
-    room, rank = run.value(_ROOM), run.value(_R)
     if run.engine == "transformers":
         return
-    legal = known("lora_ranks")
+    room, legal = run.value(_ROOM), known("lora_ranks")
     largest = max(legal.values)
-    if room == "auto":
-        if rank > largest:
+    if room != "auto" and room not in legal.values:
+        return  # LORA002
+    most = largest if room == "auto" else room
+    for at, operand, rank in _ranks(run):
+        if rank <= most:
+            continue
+        lower = _lower(run, at, most)
+        if room == "auto":
             yield Fault(
-                _R,
+                at,
                 f"{rank} is more than {largest}, the largest rank of {legal.origin}",
-                fixes=(run.to(_R, largest),),
+                fixes=(lower,),
             )
-        return
-    if rank <= room or room not in legal.values:
-        return
-    up = smallest_rank(rank, legal.values)
-    fixes = (run.to(_ROOM, up),) if up else ()
-    yield Fault(
-        _R,
-        f"{rank} is more than max_lora_rank {room}",
-        notes=(f"{run.operand(_R)} > {run.operand(_ROOM)}",),
-        fixes=(*fixes, run.to(_R, room)),
-        related=(_ROOM,),
-    )
+            continue
+        up = smallest_rank(rank, legal.values)
+        yield Fault(
+            at,
+            f"{rank} is more than max_lora_rank {room}",
+            notes=(f"{operand} > {run.operand(_ROOM)}",),
+            fixes=(*((run.to(_ROOM, up),) if up else ()), lower),
+            related=(_ROOM,),
+        )
+
+
+def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
+    """Each rank that is asked for: its place, how it reads in arithmetic, and its value."""
+    yield ("lora", "r"), run.operand(_R), run.value(_R)
+    for key, rank in run.mapping("lora.rank_pattern").items():
+        at = ("lora", "rank_pattern", key)
+        yield at, f"rank of {key} {rank} ({run.origin(run.document.node(at))})", rank
+
+
+def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
+    """The fix that writes a lower rank at its place."""
+    node = run.document.node(at)
+    if len(at) == 2 or node is None or node.source.is_override:
+        return run.to(_R, rank) if len(at) == 2 else Fix(f"{at[-1]}: {rank}")
+    return Fix(f"{at[-1]}: {rank}", run.replace(node, rank).edits)
 
 
 @rule(
@@ -97,7 +116,7 @@ def engine_can_follow(run: Run) -> Iterator[Fault]:
 
     vLLM has no trained biases, no DoRA and no modules_to_save; an adapter on embed_tokens or
     lm_head is not served, and one on kv_b_proj is ignored by latent attention (DeepSeek); and an
-    initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA, LoRA-GA, MiCA) would
+    initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA, LoRA-GA) would
     change the weights that engine and trainer share.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):

@@ -239,3 +239,33 @@ def known_options(run: Run) -> Iterator[Fault]:
         for option, needed in known.items():
             if needed and option not in written:
                 yield Fault((*path, "name"), f"{name.value} needs the option {option}")
+
+
+@rule(
+    "REWARD004",
+    f"reward.isolate reward.timeout_s {_FUNCTIONS}",
+    example="""
+reward:
+  functions: [{name: 'my_pkg.rewards:tone'}]
+  isolate: false
+  timeout_s: null
+""",
+    fix="timeout_s: 600",
+    severity=Severity.WARNING,
+)
+def a_hang_ends(run: Run) -> Iterator[Fault]:
+    """A function that is called in the process that trains has a time limit.
+
+    With reward.isolate a signal ends the wait for a function that hangs. In the process that trains
+    only the limit does: such a function may swallow the signal's exception as it swallows others.
+    """
+    if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
+        return
+    if any(":" in name.value for *_, name in _named(run)):
+        yield Fault(
+            "reward.timeout_s",
+            "nothing ends a reward that hangs",
+            notes=("reward.isolate is false: it is called in the process that trains",),
+            fixes=(run.to("reward.timeout_s", 600),),
+            related=("reward.isolate",),
+        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import Document, KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, rename
+from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
 from toolkit.config.rules.base import Fault, Rule, Unjudged
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show, spell
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
     from toolkit.config.model_facts import ModelFacts
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
-    """What the rules ask of a card; ``compute_capability`` None is a machine without a GPU."""
-
-    name: str
-    compute_capability: tuple[int, int] | None
+__all__ = ["DeviceFacts", "Run", "Situation", "default"]
 
 
 @cache
@@ -36,14 +31,6 @@ def default(path: str) -> Any:
 @cache
 def _parts(path: str) -> KeyPath:
     return tuple(path.split("."))
-
-
-@dataclass(slots=True, kw_only=True)
-class Situation:
-    """What is judged besides the file: the what-ifs."""
-
-    world_size: int = 1
-    device: DeviceFacts | None = None
 
 
 class Run:
@@ -74,9 +61,12 @@ class Run:
         return self.node(path) is not None
 
     def value(self, path: str) -> Any:
-        """The value of a key as plain data, its default where it is not written."""
+        """The value of a key as plain data. Where it is not written, what the adapter that the run
+        starts from says of it, else its default.
+        """
         if not self.written(path):
-            return default(path)
+            name = path.removeprefix("lora.")
+            return self.adapter[name] if path != name and name in self.adapter else default(path)
         node = self.node(path)
         assert node is not None
         if isinstance(node.value, list):
@@ -85,6 +75,16 @@ class Run:
                 raise Unjudged
             return node.to_plain()
         return node.value
+
+    def mapping(self, path: str) -> dict[str, Any]:
+        """The value of a key that is a mapping, as plain data; {} where it is none."""
+        self.value(path)
+        parts = _parts(path)
+        if any(bad[: len(parts)] == parts for bad in self.bad):
+            raise Unjudged
+        node = self.node(path)
+        value = self.value(path) if node is None else node.to_plain()
+        return dict(value) if isinstance(value, dict) else {}
 
     def ask(self, path: str) -> Any:
         """``value``, or the default where the written one is faulty itself: for a rule of several
@@ -131,14 +131,18 @@ class Run:
         return Fix(f"call it {name}", (rename(node.source, node.key, name),))
 
     @cached_property
-    def engine(self) -> Literal["vllm", "transformers", "maybe"]:
-        """Who generates, as far as the file says; ``maybe`` is vLLM wherever it is installed."""
+    def engine(self) -> Engine:
+        """Who generates (``config.resolved``)."""
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
-        if engine != "auto":
-            return "vllm" if engine == "vllm" else "transformers"
-        if fast == "auto":
-            return "maybe"
-        return "vllm" if fast else "transformers"
+        return engine_of(engine, fast, self.situation)
+
+    @cached_property
+    def adapter(self) -> dict[str, Any]:
+        """What the adapter of ``lora.adapter_path`` brings with it; nothing where there is none."""
+        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only when a rule asks
+
+        node = self.node("lora.adapter_path")
+        return {} if node is None else inherited(node)
 
     @cached_property
     def model(self) -> ModelFacts | None:

@@ -118,6 +118,27 @@ TOLD: dict[str, Told] = {
         "envcheck validate missing.yaml",
         "name a file that is there",
     ),
+    "DOC015": Told(
+        "Integers fit into 64 bits.",
+        "No key takes a larger one, and libraries cut it or fail on it.",
+        "grpo:\n  max_steps: 99999999999999999999",
+        "grpo:\n  max_steps: 1000",
+    ),
+    "DOC016": Told(
+        "extends stays in the run file's folder.",
+        "A run file from someone else must not read other files of this machine. The base lies "
+        "below the folder of the run file that is loaded, links followed, or below a folder that "
+        "the environment variable TOOLKIT_EXTENDS_FROM names (several: with a colon between).",
+        "extends: /etc/shadow",
+        "extends: base.yaml",
+    ),
+    "DOC017": Told(
+        "extends names a run file.",
+        "Its name ends in .yaml, .yml, .json or .toml, and it is a mapping with a run file's "
+        "sections. Of anything else no line is shown.",
+        "extends: notes.txt",
+        "extends: base.yaml",
+    ),
     "KEY001": Told(
         "Every key is known.",
         "An unknown key would be ignored, and the run would not be what its file says.",

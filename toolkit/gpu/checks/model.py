@@ -52,6 +52,10 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         (state["missing_shards"], f"missing, named by {state['index']}"),
         (state["dangling"], "links to nothing"),
         (state["unreadable"], "may not be read"),
+        (
+            state.get("irregular", []),
+            "pipes or devices, not regular files",
+        ),
         (state["empty_weights"], "empty"),
     ):
         if names:

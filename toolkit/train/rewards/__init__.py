@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.base.errors import ConfigError
 from toolkit.config.reward_table import metric_names
-from toolkit.train.rewards.builtin import (
-    Compared,
-    ExactMatch,
-    Format,
-    LengthPenalty,
-    NumericMatch,
-    RegexMatch,
-)
+from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
-from toolkit.train.rewards.options import build
 from toolkit.train.rewards.policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
-from toolkit.train.rewards.user import load_function, missing_columns
+from toolkit.train.rewards.remote import RemoteMathVerify, RemoteReward
+from toolkit.train.rewards.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,11 +18,6 @@ if TYPE_CHECKING:
     from toolkit.config.model import RewardFunction, RunConfig
 
 __all__ = ["BUILTINS", "GuardedReward", "Rewards", "load_rewards"]
-
-BUILTINS: dict[str, type[Any]] = {
-    kind.name: kind
-    for kind in (ExactMatch, NumericMatch, RegexMatch, Format, LengthPenalty, MathVerify)
-}
 
 
 class Rewards(NamedTuple):
@@ -47,16 +32,15 @@ def load_rewards(
 ) -> Rewards:
     """Build every reward of a run file, each under its policy; bad samples go to ``run_dir``.
 
-    ``columns`` are the dataset's (with ``answer``): where they are given, a reward that needs one
-    that is not there is refused now and not in the first step. Raises ConfigError;
-    MissingExtraError for math_verify without its package.
+    With ``reward.isolate``, functions of the user's and math_verify are built in a worker process,
+    one for all of them. ``columns`` are the dataset's (with ``answer``): where they are given, a
+    reward that needs one that is not there is refused now and not in the first step. Raises
+    ConfigError; MissingExtraError for math_verify without its package.
     """
-    folder = Path(config.source).resolve().parent if config.source else Path.cwd()
     section = config.reward
     policy = Policy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
-    functions = [
-        _build(wanted, config.runtime.allow_code, folder, columns) for wanted in section.functions
-    ]
+    worker = WorkerProcess()
+    functions = [_build(wanted, config, columns, worker) for wanted in section.functions]
     names = metric_names([wanted.name for wanted in section.functions])
     return Rewards(
         [guard(name, function, policy) for name, function in zip(names, functions, strict=True)],
@@ -66,44 +50,26 @@ def load_rewards(
 
 def _build(
     wanted: RewardFunction,
-    allow_code: Sequence[str],
-    folder: Path,
+    config: RunConfig,
     columns: Sequence[str] | None,
-) -> Callable[..., Any]:
-    options = dict(wanted.options)
-    there = None if columns is None else {*columns} - {"prompt"}
-    if ":" not in wanted.name:
-        reward: Callable[..., Any] = build(wanted.name, _kind(wanted.name), options)
-        if there is not None and isinstance(reward, Compared) and reward.column not in there:
-            raise _no_column(wanted.name, [reward.column], there)
-        return reward
-    function = load_function(wanted.name, allow_code, folder)
-    if there is not None:
-        both = sorted(there & set(options))
-        if both:
-            raise ConfigError(f"reward {wanted.name}: option {both[0]} is also a dataset column")
-        missing = missing_columns(function, there | set(options))
-        if missing:
-            raise _no_column(wanted.name, missing, there)
-    return partial(function, **options) if options else function
-
-
-def _kind(name: str) -> type[Any]:
-    if name in BUILTINS:
-        return BUILTINS[name]
-    near = difflib.get_close_matches(name, BUILTINS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(
-        f"there is no reward {name!r}",
-        fix=f"{hint}Built in: {', '.join(BUILTINS)}; your own is written module:function",
-    )
-
-
-def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
-    names = ", ".join(sorted(there)) or "none"
-    word = "column" if len(missing) == 1 else "columns"
-    fix = "set dataset.answer to the column that holds the answers"
-    return ConfigError(
-        f"reward {reward} needs the {word} {', '.join(missing)}; the dataset passes on: {names}",
-        fix=fix if "answer" in missing else "add it to the dataset, or give it a default",
-    )
+    worker: WorkerProcess,
+) -> Callable[..., Any] | RemoteReward:
+    folder = Path(config.source).resolve().parent if config.source else Path.cwd()
+    is_users = ":" in wanted.name
+    here = None
+    if not is_users or not config.reward.isolate:
+        here = make_function(wanted, config.runtime.allow_code, folder, columns)
+    if not config.reward.isolate or not (is_users or isinstance(here, MathVerify)):
+        assert here is not None
+        return here
+    request = {
+        "name": wanted.name,
+        "options": dict(wanted.options),
+        "allow_code": list(config.runtime.allow_code),
+        "folder": str(folder),
+        "columns": None if columns is None else list(columns),
+    }
+    seed = int(config.grpo.get("seed", 0))  # any constant serves where the run file names none
+    if isinstance(here, MathVerify):
+        return RemoteMathVerify(worker, request, seed, here)
+    return RemoteReward(worker, request, seed)

@@ -34,7 +34,7 @@ class Compared:
     tag: str | None = None
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[Score]:
         del prompts
         answers = column_of(columns, self.column, self.name)
@@ -113,7 +113,7 @@ class RegexMatch:
         return re.compile(self.pattern, re.IGNORECASE if self.ignore_case else 0)  # re caches it
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[Score]:
         del prompts, columns
         compiled = self._compiled()
@@ -141,7 +141,7 @@ class Format:
             raise ConfigError(f"format: tags must be different names, at least one: {self.tags}")
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[Score]:
         del prompts, columns
         start = f"<{self.tags[0]}>" if self.opened else ""
@@ -187,7 +187,7 @@ class LengthPenalty:
             raise ConfigError(f"length_penalty: unit is tokens or characters, not {self.unit!r}")
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[Score]:
         del prompts
         if self.unit == "characters":

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from toolkit.base.errors import MissingExtraError
+from toolkit.base.limits import OutOfTime, call_within
 from toolkit.train.rewards.builtin import Compared, Score
-from toolkit.train.rewards.limits import OutOfTime, call_within
 
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerify(Compared):
     """1 where Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...).
 
-    Source: https://github.com/huggingface/Math-Verify. Its own time limits need the alarm that
-    ``reward.timeout_s`` may be using, so ours (``seconds_each``) is put around each comparison;
-    a comparison that takes longer scores 0. An answer that it cannot read scores None.
+    Source: https://github.com/huggingface/Math-Verify. Ours is the limit around each comparison
+    (``seconds_each``), in place of its own two; one that takes longer scores 0, also where native
+    code does not return (rewards/remote). An answer that it cannot read scores None.
     """
 
     name: ClassVar[str] = "math_verify"

@@ -8,19 +8,20 @@ the whole batch, and only where that fails with one sample at a time.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit.base.errors import ConfigError, ToolkitError
+from toolkit.base.errors import ConfigError
 from toolkit.base.paths import append_line, make_folder
-from toolkit.base.secrets import redact, redact_tree
-from toolkit.train.rewards.limits import LoopThread, OutOfTime, call_within
-from toolkit.train.rewards.returned import Misbehaved, Trouble, checked, raised
+from toolkit.base.secrets import redact
+from toolkit.train.rewards.attempt import Batch, attempt, drop, is_async
+from toolkit.train.rewards.logged import safely_logged, saveable
+from toolkit.train.rewards.loop import LoopThread
+from toolkit.train.rewards.remote import RemoteReward
+from toolkit.train.rewards.returned import Misbehaved, Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,46 +43,33 @@ class Policy:
     file: Path | None = None
 
 
-class Batch(NamedTuple):
-    """What a reward is called with."""
-
-    prompts: list[Any]
-    completions: list[Any]
-    columns: dict[str, Any]
-
-    def only(self, index: int) -> Batch:
-        """The sample at ``index`` as a batch of one; what the function logs is then dropped."""
-        size = len(self.completions)
-        columns = {
-            key: [value[index]] if isinstance(value, list) and len(value) == size else value
-            for key, value in self.columns.items()
-        }
-        columns |= {key: _drop for key in ("log_extra", "log_metric") if key in columns}
-        return Batch([self.prompts[index]], [self.completions[index]], columns)
-
-
 class GuardedReward:
     """A reward function under a Policy, as TRL calls it. ``__name__`` names its metrics."""
 
-    def __init__(self, name: str, function: Callable[..., Any], policy: Policy) -> None:
-        self.__name__ = name
+    def __init__(
+        self, name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
+    ) -> None:
+        self.__name__ = redact(name)
         self.function, self.policy = function, policy
         self._saved = 0
         self._loop = LoopThread()
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
+    def __call__(
+        self, /, prompts: list[Any], completions: list[Any], **columns: Any
+    ) -> list[Score]:
         """One reward (or None) a completion; ConfigError under ``fail``."""
         return self.scores(Batch(prompts, completions, columns))
 
-    def score(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
+    def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
         """The same outside of training, async or not: what TRL passes besides is made up here."""
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
-        passed = {"trainer_state": TrainerState(), "log_extra": _drop, "log_metric": _drop}
+        passed = {"trainer_state": TrainerState(), "log_extra": drop, "log_metric": drop}
         return self.scores(Batch(prompts, completions, {**passed, **columns}))
 
     def scores(self, batch: Batch) -> list[Score]:
         """The whole of it: call, search if that failed, settle what is wrong, count."""
+        batch = batch._replace(columns=safely_logged(batch.columns))
         try:
             found = self._attempt(batch, self.policy.timeout_s)
         except Misbehaved as error:
@@ -95,30 +83,17 @@ class GuardedReward:
         return [None if isinstance(value, Trouble) else value for value in found]
 
     def _attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
-        """Call the function; each value is checked. Raises Misbehaved."""
-        try:
-            returned = self._call(batch, seconds)
-        except ToolkitError:
-            raise  # ours: a column that is not there, an extra that is not installed
-        except OutOfTime as error:
-            raise Misbehaved(Trouble(str(error))) from error
-        except (Exception, SystemExit) as error:
-            raise Misbehaved(raised(error)) from error
-        return checked(returned, len(batch.completions))
-
-    def _call(self, batch: Batch, seconds: float | None) -> Any:
-        # Copies: what one function does to its lists is not seen by the next.
-        columns = {k: list(v) if isinstance(v, list) else v for k, v in batch.columns.items()}
-        prompts, completions = list(batch.prompts), list(batch.completions)
-        call = partial(self.function, prompts=prompts, completions=completions, **columns)
-        if is_async(self.function):
-            return self._loop.call_within(seconds, call())
-        return call_within(seconds, call)
+        if isinstance(self.function, RemoteReward):
+            return self.function.attempt(batch, seconds)
+        return attempt(self.function, batch, seconds, self._loop)
 
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
         """Score each sample alone. If none is guilty alone, the whole batch is."""
         limit = self.policy.timeout_s
-        deadline = time.monotonic() + limit * SEARCH_FACTOR if limit is not None else math.inf
+        deadline = math.inf
+        if limit is not None:
+            slack = self.function.kill_s if isinstance(self.function, RemoteReward) else 0.0
+            deadline = time.monotonic() + (limit + slack) * SEARCH_FACTOR
         found: list[Score | Trouble] = []
         for index in range(len(batch.completions)):
             left = deadline - time.monotonic()
@@ -163,10 +138,9 @@ class GuardedReward:
             "returned": trouble.returned,
             "traceback": trouble.traceback,
         }
-        plain = json.loads(json.dumps(record, default=repr), parse_constant=str)
         try:
             make_folder(file.parent)
-            append_line(file, json.dumps(redact_tree(plain)))
+            append_line(file, json.dumps(saveable(record)))
         except OSError as error:
             return f"{file} (the sample could not be saved: {error.strerror})"
         self._saved += 1
@@ -177,25 +151,17 @@ class AsyncGuardedReward(GuardedReward):
     """The same for a coroutine function: TRL awaits it together with the other async rewards."""
 
     async def __call__(  # type: ignore[override]  # TRL asks of what kind __call__ is
-        self, prompts: list[Any], completions: list[Any], **columns: Any
+        self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
         """As GuardedReward's; runs in a worker thread, so that nobody waits for anybody."""
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
 
 
-def guard(name: str, function: Callable[..., Any], policy: Policy) -> GuardedReward:
+def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
     """``function`` under ``policy``, async if it is."""
-    kind = AsyncGuardedReward if is_async(function) else GuardedReward
+    waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
+    kind = AsyncGuardedReward if waits else GuardedReward
     return kind(name, function, policy)
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine, by the rule of TRL 1.16's ``is_async_callable``."""
-    while isinstance(function, partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        type(function).__call__
-    )
 
 
 def _both(whole: Trouble, alone: Trouble) -> Trouble:
@@ -203,7 +169,3 @@ def _both(whole: Trouble, alone: Trouble) -> Trouble:
     if alone.traceback or alone.what == whole.what:
         return alone
     return alone._replace(what=f"{whole.what}, and with this sample alone {alone.what}")
-
-
-def _drop(*_: Any) -> None:
-    return None

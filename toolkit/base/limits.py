@@ -1,31 +1,31 @@
-"""Call code that may hang, for a limited time.
+"""Call code that may never end, for a limited time and with limited memory.
 
-Three ways were weighed. A subprocess can always be killed, but a reward may hold what does not
-travel (a model, a client, the trainer's callbacks), and forking a process with CUDA and an engine
-in it is unsafe. A thread cannot be cut: a loop goes on taking the interpreter's time, and a
-pattern that backtracks without end holds the interpreter lock, so that nobody is left to notice.
-A timer signal in the main thread cuts loops, sleeps, sockets, locks and patterns, and leaves
-nothing behind. So that is what is used where it can be (training runs in the main thread), and
-elsewhere a daemon thread that is left to itself when its time is up. What neither cuts is native
-code that never returns to Python.
+A thread cannot be cut: a loop continues to take the interpreter's time, and a pattern that
+backtracks without end holds the interpreter lock, so that no other thread can notice. A timer
+signal in the main thread cuts loops, sleeps, sockets, locks and patterns, and leaves nothing
+behind. So that is what is used in a main thread, and elsewhere a daemon thread that is left to
+itself when its time is up. Neither cuts native code that never returns to Python, nor code that
+catches everything in a loop: for those, rewards of the user's run in a process that is killed
+(train/rewards/worker).
 """
 
 from __future__ import annotations
 
-import asyncio
+import os
+import resource
 import signal
 import threading
 import time
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 T = TypeVar("T")
 _AGAIN_S = 1.0  # the alarm repeats: code that swallows one is cut by a later one
-_ANSWER_S = 0.1  # how long a loop may take to show that it is not blocked
 
 
 class OutOfTime(Exception):
@@ -72,7 +72,8 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     finally:
         armed = False
         left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-        if left and interval != _AGAIN_S:  # the run's, set inside the call: it goes on counting
+        if left and interval != _AGAIN_S and callable(old_handler):
+            # The run's, set inside the call: it continues to count.
             old_left, old_interval = left, interval
         elif old_left:  # a limit around this one goes on counting
             old_left = max(old_left - (time.monotonic() - started), 1e-3)
@@ -95,31 +96,30 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
     return outcome.result()
 
 
-class LoopThread:
-    """An event loop in a daemon thread, kept for all calls: clients stay bound to one loop.
+@contextmanager
+def memory_within(more_bytes: int) -> Iterator[None]:
+    """In the block this process may take ``more_bytes`` more than it has: MemoryError beyond.
 
-    A coroutine that is out of time is cancelled; a loop that no longer answers (blocking code in
-    a coroutine) is left to itself, and the next call gets a new one.
+    It holds for all threads, so the block is short and no other thread is at work in it.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        has = _address_space()
+    except OSError:
+        yield  # no /proc: time alone is limited
+        return
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([has + more_bytes, *limits]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def call_within(self, seconds: float | None, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What ``coroutine`` returns or raises; OutOfTime after ``seconds`` (None: no limit)."""
-        loop = self._loop = self._loop or self._start()
-        outcome = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        if wait([outcome], seconds).done:
-            return outcome.result()
-        outcome.cancel()
-        answered = threading.Event()
-        loop.call_soon_threadsafe(answered.set)
-        if not answered.wait(_ANSWER_S):
-            self._loop = None
-        raise OutOfTime(f"took longer than {seconds:g} s")
-
-    @staticmethod
-    def _start() -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, daemon=True, name="reward-loop").start()
-        return loop
+def _address_space() -> int:
+    """Bytes of this process's. Raises OSError without /proc."""
+    handle = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(os.read(handle, 64).split(maxsplit=1)[0]) * resource.getpagesize()
+    finally:
+        os.close(handle)

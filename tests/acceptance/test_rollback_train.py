@@ -1,0 +1,144 @@
+"""A run that goes back to an older checkpoint: nothing is lost, and nothing is mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import train_world as world
+
+from toolkit.train import branch, checkpoint
+
+CHANGED = ("grpo.temperature=0.7", "runtime.allow_changed=[grpo.temperature]")
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    return world.make(tmp_path_factory.mktemp("w"))
+
+
+def go(run_file, run_dir, *overrides, before=None):
+    out = run_dir.with_suffix(".txt")
+    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before)
+    return world.wait(pid), out.read_text()
+
+
+def sound(run_dir):
+    folders = run_dir.glob("checkpoint-*")
+    return {folder.name for folder in folders if checkpoint.faults(folder) == []}
+
+
+def stop_at(step):
+    """Have the run get SIGTERM once it has written the row of ``step``."""
+
+    def install():
+        from toolkit.train import metrics
+
+        write = metrics.Recorder.on_log
+
+        def written(self, args, state, *rest, **more):
+            write(self, args, state, *rest, **more)
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        metrics.Recorder.on_log = written
+
+    return install
+
+
+def test_what_was_written_and_gone_back_to_stays(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    assert go(run_file, run_dir, "runtime.keep_last=3")[0] == 0
+    whole = world.digests(run_dir)
+    assert sound(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    source = f'runtime.resume="{run_dir}/checkpoint-4"'
+    code, said = go(run_file, run_dir, source, *CHANGED, "runtime.keep_last=1", before=stop_at(6))
+    assert code == 75, said
+    assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8, later than" in said
+    assert "stopped by SIGTERM; checkpoint-6 is written" in said
+    assert "start it again with --resume auto: it goes on from there" in said
+    assert sound(run_dir) == {"checkpoint-4", "checkpoint-6"}
+    aside = run_dir / "abandoned-1"
+    assert sound(aside) == {"checkpoint-6", "checkpoint-8"}
+    assert world.digests(aside) == whole
+    assert [row["step"] for row in world.rows(run_dir)] == list(range(1, 7))
+    assert world.rows(run_dir)[4:6] != world.rows(aside)[4:6]
+    assert not (run_dir / "adapter").exists()
+    assert not (run_dir / "report.html").exists()
+    # Then by itself: from checkpoint-6 of this branch, not from the end of the other.
+    code, said = go(run_file, run_dir, *CHANGED, "runtime.keep_last=1")
+    assert code == 0, said
+    assert f"resume   {run_dir}/checkpoint-6" in said
+    straight = tmp_path / "straight"
+    assert go(run_file, straight, f'runtime.resume="{run_dir}/checkpoint-4"', *CHANGED)[0] == 0
+    assert world.digests(straight) == world.digests(run_dir) != whole
+    # Where the branch begins, what this process went on from, and the last one.
+    assert sound(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+
+
+@pytest.mark.slow
+def test_folders_that_are_not_the_runs_change_nothing(run_file, tmp_path):
+    plain, mixed = tmp_path / "plain", tmp_path / "mixed"
+    assert go(run_file, plain)[0] == 0
+    mixed.mkdir()
+    strange = [
+        "checkpoint-99999999999999999999",
+        "checkpoint--1",
+        "checkpoint-007",
+        "checkpoint-90",
+    ]
+    for name in strange:
+        (mixed / name).mkdir()
+        (mixed / name / "x").write_text("mine")
+    (mixed / "checkpoint-80").symlink_to(plain / "checkpoint-8")
+    code, said = go(run_file, mixed)
+    assert code == 0, said
+    assert world.digests(mixed) == world.digests(plain)
+    assert branch.own_steps(mixed) == branch.own_steps(plain) == [8, 6]
+    assert all((mixed / name / "x").read_text() == "mine" for name in strange)
+    assert (mixed / "checkpoint-80").is_symlink()
+    assert not list(mixed.glob("abandoned-*"))
+
+
+def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
+    def unjudged():
+        """What validate cannot count (a hub's data set) is counted when it has been read."""
+        from toolkit.train import run
+
+        read = run.load_data
+
+        def shorter(*args, **kwargs):
+            data = read(*args, **kwargs)
+            return dataclasses.replace(data, train=data.train.select([0]))
+
+        run.load_data = shorter
+
+    code, said = go(run_file, tmp_path / "run", before=unjudged)
+    assert code == 1, said
+    assert "1 prompts, and one generation takes 2: 8 completions" in said
+    assert "no step could be made" in said
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_ends_without_its_steps_is_no_success(run_file, tmp_path):
+    def install():
+        from toolkit.train.trainer import GRPOTrainer
+
+        step = GRPOTrainer.training_step
+
+        def short(self, *args, **kwargs):
+            self.control.should_training_stop = self.state.global_step >= 2
+            return step(self, *args, **kwargs)
+
+        GRPOTrainer.training_step = short
+
+    code, said = go(run_file, tmp_path / "run", before=install)
+    assert code == 70, said
+    assert "training ended at step" in said
+    assert "of 8, and nothing had asked it to" in said
+    assert not (tmp_path / "run" / "adapter").exists()

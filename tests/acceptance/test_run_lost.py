@@ -1,0 +1,356 @@
+"""What goes away under a run: its run folder, its logs, who reads what it prints, its terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import train_world as world
+
+from toolkit.train import branch, checkpoint
+
+SLOW = """\
+import time
+
+def ones(completions, **_):
+    time.sleep(0.05)
+    return [c.count("1") / max(1, len(c)) for c in completions]
+"""
+FULL = Path("/dev/full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hears_a_hang_up():
+    """Also where the tests were started with nohup: what they start inherits it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    (made.parent / "my_rewards.py").write_text(SLOW)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(run_file):
+    """The bytes of a run that nothing happened to."""
+    pid = world.forked(run_file, run_file.parent / "out.txt")
+    assert world.wait(pid) == 0
+    return world.digests(run_file.parent / "run")
+
+
+def at_step(step, act):
+    """Have the run call ``act`` when it has the row of ``step``, before it writes it."""
+
+    def install():
+        from toolkit.train import metrics
+
+        write = metrics.Recorder.on_log
+
+        def written(self, args, state, *rest, **more):
+            write(self, args, state, *rest, **more)
+            if state.global_step == step:
+                act()
+
+        metrics.Recorder.on_log = written
+
+    return install
+
+
+def run_with(run_file, run_dir, act, *overrides):
+    out = run_dir.with_suffix(".txt")
+    before = at_step(3, act)
+    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before)
+    code = world.wait(pid)
+    said = out.read_text()
+    assert said.count("error: ") == (code != 0), said
+    assert "Traceback" not in said
+    return code, said
+
+
+def test_a_folder_that_is_moved_gets_its_checkpoint_where_it_is(run_file, expected, tmp_path):
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    code, said = run_with(run_file, run_dir, lambda: run_dir.rename(moved))
+    assert code == 1
+    assert f"{run_dir}: the run folder was moved during the run, and is now {moved};" in said
+    assert "checkpoint-4 is written" in said
+    assert not run_dir.exists()
+    assert checkpoint.faults(moved / "checkpoint-4") == []
+    again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{moved}"')
+    assert world.wait(again) == 0
+    assert world.digests(moved) == expected
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_replaced_gets_nothing_more(run_file, tmp_path):
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+
+    def replace():
+        run_dir.rename(moved)
+        run_dir.mkdir()
+        (run_dir / "of-another").write_text("mine")
+
+    code, said = run_with(run_file, run_dir, replace)
+    assert code == 1
+    assert f"was replaced by another during the run, and is now {moved}; checkpoint-4 is" in said
+    assert [path.name for path in run_dir.iterdir()] == ["of-another"]
+    assert checkpoint.faults(moved / "checkpoint-4") == []
+
+
+def test_a_folder_that_is_removed_is_not_made_again(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    code, said = run_with(run_file, run_dir, lambda: shutil.rmtree(run_dir))
+    assert code == 1
+    assert "the run folder was removed during the run; nothing is saved" in said
+    assert not run_dir.exists()
+
+
+def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    code, said = run_with(run_file, run_dir, (run_dir / "metrics.jsonl").unlink)
+    assert code == 1
+    assert "metrics.jsonl was removed or replaced during the run, and its rows are lost" in said
+    assert "checkpoint-4 is written" in said
+    assert branch.own_steps(run_dir) == [4, 2]
+    out = tmp_path / "again.txt"
+    assert world.wait(world.forked(run_file, out, f'runtime.output_dir="{run_dir}"')) == 0
+    assert "metrics.jsonl is not the one that" in out.read_text()
+    assert [row["step"] for row in world.rows(run_dir)] == [5, 6]
+    assert len(world.rows(run_dir, "completions.jsonl")) == 6 * 8
+
+
+@pytest.mark.slow
+def test_a_folder_that_goes_after_the_last_step_is_no_success(run_file, tmp_path):
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+
+    def install():
+        from toolkit.train.resumable import Resumable
+
+        saved = Resumable.save_snapshot
+
+        def then_moved(self, snapshot):
+            saved(self, snapshot)
+            if snapshot.hf_state.global_step == 6:
+                run_dir.rename(moved)
+
+        Resumable.save_snapshot = then_moved
+
+    out = tmp_path / "out.txt"
+    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=install)
+    assert world.wait(pid) == 1
+    assert f"is now {moved}; checkpoint-6 is written" in out.read_text()
+    assert not run_dir.exists()
+
+
+def start(run_file, run_dir, *more, **options):
+    """The installed command."""
+    words = [world.BIN / "toolkit", "train", str(run_file), "--output-dir", str(run_dir), *more]
+    return subprocess.Popen(words, env=world.environment(), **options)
+
+
+def steps_done(run_dir):
+    return len(world.rows_or_none(run_dir))
+
+
+class Command:
+    """``toolkit train`` in a fork, with pipes for what it prints."""
+
+    def __init__(self, *words, before=None):
+        self.out, out = os.pipe()
+        self.err, err = os.pipe()
+        for handle in (self.out, self.err):
+            os.set_inheritable(handle, False)
+        self.pid = world.forked_command("train", *words, stdout=out, stderr=err, before=before)
+        self.returncode = None
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def poll(self):
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def communicate(self, timeout):
+        """(None, what it wrote on stderr)."""
+        world.wait_for(lambda: self.poll() is not None, timeout)
+        with open(self.err) as file:
+            said = file.read()
+        if self.out is not None:
+            os.close(self.out)
+        return None, said
+
+
+def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp_path):
+    run_dir = tmp_path / "run"
+    process = Command(run_file, "--output-dir", run_dir)
+    os.read(process.out, 10)
+    os.close(process.out)
+    process.out = None
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == "warning: stdout is lost (Broken pipe); the run goes on without it\n"
+    assert world.digests(run_dir) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["full", "both gone", "both closed", "stderr gone"])
+def test_streams_that_take_nothing(run_file, expected, tmp_path, streams):
+    run_dir = tmp_path / "run"
+    words = f"{world.BIN}/toolkit train {run_file} --output-dir {run_dir}"
+    redirected = {
+        "full": f"{words} >{FULL} 2>{tmp_path}/err.txt",
+        "both gone": f"({words}; echo $? >{tmp_path}/code) 2>&1 | true",
+        "both closed": f"{words} >&- 2>&-",
+        "stderr gone": f"{words} >{tmp_path}/out.txt 2>{FULL}",
+    }[streams]
+    shown = subprocess.run(
+        ["bash", "-c", redirected], env=world.environment(), timeout=200, check=False
+    )
+    if streams == "both gone":
+        world.wait_for(lambda: (tmp_path / "code").exists() and (tmp_path / "code").read_text())
+        assert (tmp_path / "code").read_text() == "0\n"
+    else:
+        assert shown.returncode == 0
+    if streams == "full":
+        said = (tmp_path / "err.txt").read_text()
+        assert (
+            said
+            == "warning: stdout is lost (No space left on device); the run goes on without it\n"
+        )
+    assert world.digests(run_dir) == expected
+
+
+@pytest.mark.slow
+def test_an_error_keeps_its_code_where_nobody_reads_it(tmp_path):
+    words = f"{world.BIN}/toolkit train {tmp_path}/none.yaml"
+    for streams in (f">{FULL} 2>{FULL}", ">&- 2>&-"):
+        shown = subprocess.run(["bash", "-c", f"{words} {streams}"], check=False, timeout=60)
+        assert shown.returncode == 2, streams
+
+
+def stopped(process, run_dir, name):
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    latest = branch.own_steps(run_dir)[0]
+    assert f"stopped by {name}; checkpoint-{latest} is written" in err
+    assert err.count("error: ") == 1
+    assert err.count("warning: ") <= 1  # of the stdout that went with its terminal
+    assert "Traceback" not in err
+    assert checkpoint.faults(run_dir / f"checkpoint-{latest}") == []
+    assert not list(run_dir.glob(".checkpoint-*"))
+
+
+def test_a_terminal_that_closes_stops_the_run_with_a_checkpoint(run_file, tmp_path):
+    """SIGHUP, and a stdout that fails from then on."""
+    run_dir = tmp_path / "run"
+    process = Command(run_file, "--output-dir", run_dir)
+    world.wait_for(lambda: steps_done(run_dir) >= 2)
+    os.close(process.out)
+    process.out = None
+    process.send_signal(signal.SIGHUP)
+    stopped(process, run_dir, "SIGHUP")
+
+
+@pytest.mark.slow
+def test_nohup_keeps_a_run_that_its_terminal_left(run_file, expected, tmp_path):
+    run_dir = tmp_path / "run"
+    for more in ((), ("--nproc-per-node", "1")):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        process = subprocess.Popen(
+            ["nohup", world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir, *more],
+            env=world.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        world.wait_for(lambda: steps_done(run_dir) >= 2)
+        process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+        assert world.digests(run_dir) == expected
+
+
+def slow_checkpoint():
+    from toolkit.train import checkpoint
+
+    commit = checkpoint.commit
+
+    def slowly(partial, step):
+        if step == 4:
+            os.write(2, b"writing\n")
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                time.sleep(0.05)
+        return commit(partial, step)
+
+    checkpoint.commit = slowly
+
+
+@pytest.mark.parametrize("kind", ["SIGINT", pytest.param("mixed", marks=pytest.mark.slow)])
+def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path, kind):
+    run_dir = tmp_path / "run"
+    process = Command(run_file, "--output-dir", run_dir, before=slow_checkpoint)
+    assert os.read(process.err, 8) == b"writing\n"
+    mixed = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+    for number in range(200):
+        process.send_signal(signal.SIGINT if kind == "SIGINT" else mixed[number % 4])
+        time.sleep(0.003)
+    while process.poll() is None:  # to its very end
+        process.send_signal(signal.SIGINT if kind == "SIGINT" else signal.SIGTERM)
+        time.sleep(0.01)
+    stopped(process, run_dir, "SIGINT" if kind == "SIGINT" else "SIGTERM")
+    assert branch.own_steps(run_dir)[0] == 4
+    again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"')
+    assert world.wait(again) == 0
+    assert world.digests(run_dir) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_several_ranks_without_a_reader_and_with_many_signals(run_file, tmp_path, number):
+    run_dir = tmp_path / "run"
+    half = ("--set", "grpo.per_device_train_batch_size=4", "--nproc-per-node", "2")
+    process = start(
+        run_file, run_dir, *half, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    world.wait_for(lambda: steps_done(run_dir) >= 2)
+    process.send_signal(number)
+    if number == signal.SIGHUP:
+        while process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.01)
+    stopped(process, run_dir, number.name)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_moved_under_several_ranks(run_file, tmp_path):
+    import rank_world as ranks
+
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+
+    def before(number):
+        if number == 0:
+            at_step(3, lambda: run_dir.rename(moved))()
+
+    pids = ranks.start(run_file, run_dir, "grpo.per_device_train_batch_size=4", before=before)
+    assert [world.wait(pid) for pid in pids] == [1, 1], ranks.told(run_dir)
+    told = ranks.told(run_dir)
+    assert told.count("error: ") == 1, told
+    assert f"is now {moved}; checkpoint-4 is written" in told
+    assert checkpoint.faults(moved / "checkpoint-4") == []
+    assert {"rank-0.json", "rank-1.json"} <= {p.name for p in (moved / "checkpoint-4").iterdir()}

@@ -1,0 +1,39 @@
+"""The table of supported features says of upstream what upstream says of itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.config.features import ATTENTIONS, CPU_HEAD_SIZES, MULTIMODAL
+from toolkit.config.libraries import model_type
+
+pytestmark = pytest.mark.contract
+
+
+def test_attention_functions_of_transformers() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ours = {*ATTENTIONS, *(f"paged|{name}" for name in ATTENTIONS if name != "flex_attention")}
+    assert {*ALL_ATTENTION_FUNCTIONS.keys(), "eager"} == ours
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_causal_types_whose_language_model_is_a_part() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    parts = set()
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        assert model_type(name).causal, name
+        if name.startswith("musicgen"):
+            continue  # cannot be made without its parts
+        config = CONFIG_MAPPING[name]()
+        if config.get_text_config() is not config:
+            parts.add(name)
+    assert parts == MULTIMODAL
+
+
+@pytest.mark.engine
+def test_head_sizes_of_the_cpu_engine() -> None:
+    attention = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
+    assert tuple(attention.CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_SIZES

@@ -1,0 +1,141 @@
+"""Feed the readers of data files what nobody would write: rows, or an error for a person, soon.
+
+python tests/fuzz/fuzz_data.py [20000] [--seconds 3600] [--seed 0] [--workers 2]
+
+Files of every kind are made and then cut, changed and spliced; each is looked at by the validator
+and read for training. Both must agree: what the validator finds no fault with, and has seen whole,
+training can read, but for the types of its columns.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from fuzz_loop import Change, Round, attack, change, main, mutated, timed
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from toolkit.base.data_files import FILE_SUFFIXES
+from toolkit.base.errors import InputError, ToolkitError
+from toolkit.config.data_facts import _read
+from toolkit.train import data_given
+from toolkit.train.data_columns import as_dataset
+from toolkit.train.data_read import read_file
+
+MEGABYTES = 1200.0
+texts = st.text(max_size=12) | st.sampled_from(
+    ["\ud800", "\0", "\x1b[31m", "a,b", '"', "\n", "None", '[{"role": "user", "content": "x"}]']
+)
+scalars = texts | st.none() | st.booleans() | st.integers() | st.floats() | st.just("x" * 9000)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+names = st.sampled_from(["prompt", "answer", "images", "self", "class", "", "completions"]) | texts
+row = st.dictionaries(names, values, max_size=4)
+plain = st.fixed_dictionaries(
+    {"prompt": texts.filter(str.isprintable), "answer": st.integers(0, 9)}
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "tool", "system", "x"]), "content": texts | st.none()},
+        optional={"tool_calls": values, "name": texts},
+    ),
+    max_size=3,
+)
+chats = st.fixed_dictionaries({"prompt": messages | messages.map(json.dumps)})
+ROWS = st.lists(row, max_size=4) | st.lists(plain, max_size=4) | st.lists(chats, max_size=4)
+
+
+def made(rows: list[dict[str, Any]], suffix: str) -> bytes:
+    """A file of ``rows``; of what the kind cannot hold, something near it."""
+    if suffix.endswith(".gz"):
+        return gzip.compress(made(rows, suffix.removesuffix(".gz")), compresslevel=1)
+    if suffix in (".parquet", ".arrow"):
+        return _table(rows, suffix)
+    if suffix in (".csv", ".tsv"):
+        mark = "," if suffix == ".csv" else "\t"
+        lines = [mark.join(map(str, each)) for one in rows for each in (one, one.values())]
+        return "\n".join(lines[:1] + lines[1::2]).encode("utf-8", "surrogatepass")
+    if suffix == ".json":
+        return json.dumps(rows).encode()
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def _table(rows: list[dict[str, Any]], suffix: str) -> bytes:
+    try:
+        table = pa.Table.from_pylist(rows)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        pairs = pa.array([[("a", 1)]], type=pa.map_(pa.string(), pa.int64()))
+        table = pa.table({"prompt": ["x"], "pairs": pairs})
+    sink = io.BytesIO()
+    try:
+        if suffix == ".parquet":
+            parquet.write_table(table, sink)
+        else:
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+    except (pa.ArrowException, ValueError):
+        return b"PAR1"
+    return sink.getvalue()
+
+
+INPUT = (
+    ROWS,
+    st.sampled_from(FILE_SUFFIXES),
+    st.lists(change, max_size=3),
+    st.sampled_from([None, None, 1, 2]),
+)
+
+
+def judge(
+    folder: Path, rows: list[dict[str, Any]], suffix: str, changes: list[Change], limit: int | None
+) -> float:
+    """One file through both readers; the seconds that it took."""
+    path = folder / f"data{suffix}"
+    path.write_bytes(mutated(made(rows, suffix), changes))
+    return timed(lambda: _both(path, limit))
+
+
+def _both(path: Path, limit: int | None) -> None:
+    _read.cache_clear()
+    facts = _read(path, ("prompt", "answer"), "train", (0, 0))
+    refused = None
+    try:
+        _used(read_file(path, limit).table)
+    except ToolkitError as error:
+        refused = error
+    seen = facts.whole and facts.columns is not None
+    if isinstance(refused, InputError):
+        assert facts.problem or not seen, f"only training refuses it: {refused}"
+    elif refused is None and limit is None:
+        assert facts.problem in (None, "has no rows"), f"only validate refuses it: {facts}"
+
+
+def _used(table: pa.Table) -> None:
+    """What training does next with the columns."""
+    if "prompt" in table.column_names:
+        found, _ = data_given.prompts_in(table["prompt"].to_pylist())
+        assert len(found) == len(table)
+    if "answer" in table.column_names and len(table):
+        data_given.answers_in(table["answer"], "answer", "data")
+    for one in as_dataset(table, "prompt" if "prompt" in table.column_names else None):
+        assert isinstance(one, dict)
+
+
+def round_of(one: tuple[int, int]) -> Round:
+    """One round."""
+    with tempfile.TemporaryDirectory() as folder:
+        return attack(lambda *drawn: judge(Path(folder), *drawn), *one, *INPUT)
+
+
+if __name__ == "__main__":
+    sys.exit(main(round_of, "Data files:", count=20_000, megabytes=MEGABYTES))

@@ -1,0 +1,127 @@
+"""What a disk says when it fails, whoever passes it on: one message, and a code to act on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.base import disk
+from toolkit.base.errors import ConfigError, NodeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Rust(Exception):
+    """As safetensors and tokenizers raise."""
+
+
+def chained(outer: Exception, cause: Exception, *, by: str = "cause") -> Exception:
+    setattr(outer, f"__{by}__", cause)
+    return outer
+
+
+def full(name=None):
+    return OSError(errno.ENOSPC, "No space left on device", name)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "word"),
+    [
+        (full("/tmp/x"), ConfigError, "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), ConfigError, "the disk is full (Disk quota"),
+        (OSError(errno.EROFS, "Read-only file system"), ConfigError, "cannot write: Read-only"),
+        (OSError(errno.EIO, "Input/output error"), NodeError, "the disk failed"),
+        (Rust("Error while serializing: I/O error: No space left on device (os error 28)"),
+         ConfigError, "the disk is full"),
+        (Rust("Read-only file system (os error 30)"), ConfigError, "cannot write"),
+        (Rust("Disk quota exceeded (os error 122)"), ConfigError, "the disk is full"),
+        (Rust("Input/output error (os error 5)"), NodeError, "the disk failed: Input/output error"),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"),
+         ConfigError, "the disk is full"),
+        (chained(RuntimeError("PytorchStreamWriter failed writing file data/0"), full(),
+                 by="context"), ConfigError, "the disk is full"),
+        (chained(RuntimeError("could not save"), full()), ConfigError, "the disk is full"),
+    ],
+)  # fmt: skip
+def test_every_writer_gets_the_same_words(tmp_path, error, kind, word):
+    told = disk.translate(error, tmp_path)
+    assert type(told) is kind
+    assert told.exit_code == {ConfigError: 1, NodeError: 3}[kind]
+    assert word in told.message
+    assert " (file system /" in told.where
+    assert told.fix
+
+
+def test_a_writer_that_does_not_say_why_is_judged_by_what_is_free(tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed")
+    assert isinstance(disk.translate(error, tmp_path), NodeError)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
+    told = disk.translate(error, tmp_path, needed=3000)
+    assert "2.9 KiB needed, 1000 B free, 2.0 KiB missing" in told.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        RuntimeError("shapes do not match"),
+        Rust("Permission denied (os error 13)"),
+        chained(KeyError("x"), full(), by="context"),
+        OSError(errno.ENOENT, "No such file or directory"),
+    ],
+)
+def test_what_is_no_disk_is_left_alone(tmp_path, error):
+    assert disk.translate(error, tmp_path) is None
+    assert disk.failed(error) is None
+
+
+def test_other_commands_tell_a_full_disk_too():
+    told = disk.failed(full("/proc/self/none"))
+    assert "the disk is full" in told.message
+    assert "checkpoint" not in told.message
+    assert disk.failed(OSError(errno.EACCES, "Permission denied")) is None
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path):
+    place = tmp_path / "a tiny disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_real_writers_on_a_real_full_disk(tiny_disk):
+    """safetensors, torch, tokenizers and Arrow, as they are installed."""
+    import pyarrow as pa
+    import torch
+    from pyarrow import parquet
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+
+    tensor = torch.zeros(1 << 18)
+    words = {f"word{n}": n for n in range(20000)}
+    table = pa.table({"x": os.urandom(1 << 20).hex().split("0")})
+    writers = {
+        "safetensors": lambda p: save_file({"t": tensor}, p),
+        "torch": lambda p: torch.save(tensor, p),
+        "tokenizers": lambda p: Tokenizer(models.WordLevel(words, "word0")).save(p),
+        "arrow": lambda p: parquet.write_table(table, p),
+    }
+    for name, write in writers.items():
+        file = tiny_disk / name
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - each library has its own
+            write(str(file))
+        told = disk.translate(caught.value, file, needed=1 << 20)
+        assert isinstance(told, ConfigError), (name, caught.value)
+        assert "the disk is full (No space left on device): 1.0 MiB needed" in told.message, name
+        assert "missing" in told.message, name
+        assert f"(file system {tiny_disk}, tmpfs)" in told.where
+        file.unlink(missing_ok=True)

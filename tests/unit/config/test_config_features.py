@@ -1,0 +1,91 @@
+"""The table of supported features: what configs of real families and edges are answered with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from toolkit.config.features import (
+    attention_lacks,
+    cpu_engine_problem,
+    layers_beyond,
+    stored_format,
+    stored_problem,
+)
+from toolkit.config.libraries import model_type
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("stored", "four", "eight", "engine", "key"),
+    [
+        (None, True, False, True, None),
+        (NF4, True, False, True, None),
+        (NF4, False, False, False, "model.load_in_4bit"),
+        (NF4, True, True, False, "model.load_in_8bit"),
+        (INT8, False, True, False, None),
+        (INT8, True, False, False, "model.load_in_8bit"),
+        (INT8, False, True, True, "model.model_name"),
+        ({"quant_method": "gptq"}, True, False, False, "model.model_name"),
+        ({}, True, False, False, "model.model_name"),
+    ],
+)
+def test_stored_formats_and_flags(
+    stored: Any, four: bool, eight: bool, engine: bool, key: str | None
+) -> None:
+    config = {"quantization_config": stored}
+    found = stored_problem(config, load_in_4bit=four, load_in_8bit=eight, engine=engine)
+    assert (found and found.key) == key
+    if found:
+        named = stored_format(config)
+        assert named is not None
+        assert named.name in found.message
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"head_dim": 16}, "heads have size 16"),
+        ({"hidden_size": 64, "num_attention_heads": 4}, "heads have size 16"),
+        ({"hidden_size": 64, "num_attention_heads": 2}, None),
+        ({"hidden_size": 64, "num_attention_heads": 0}, None),
+        ({"kv_lora_rank": 8, "head_dim": 16}, None),
+        ({"head_dim": 64, "num_experts": 4, "hidden_act": "relu2"}, "experts with relu2"),
+        ({"head_dim": 64, "num_experts": 4, "hidden_act": "silu"}, None),
+        ({"model_type": "gpt_oss", "head_dim": 64, "num_local_experts": 4}, "biases"),
+    ],
+)
+def test_what_the_cpu_engine_runs(config: dict[str, Any], told: str | None) -> None:
+    found = cpu_engine_problem(config)
+    assert (found is None) if told is None else (found is not None and told in found.message)
+
+
+@pytest.mark.parametrize(
+    ("layers", "beyond"),
+    [([0, 9], (9,)), (2, (2,)), (1, ()), (-1, (-1,)), (None, ()), ((0, 1), ())],
+)
+def test_layers_beyond(layers: Any, beyond: tuple[int, ...]) -> None:
+    assert layers_beyond(layers, 2) == beyond
+    assert layers_beyond(layers, None) == ()
+
+
+def test_what_flash_attention_lacks() -> None:
+    fit = {"on_gpu": True, "dtype": "bfloat16", "installed": True}
+    assert attention_lacks("flash_attention_2", **fit) is None
+    assert attention_lacks("sdpa", on_gpu=False, dtype="float32", installed=False) is None
+    for change in ({"on_gpu": False}, {"dtype": "float32"}, {"installed": False}):
+        assert attention_lacks("flash_attention_2", **{**fit, **change}) is not None
+
+
+def test_the_installed_transformers_is_read_as_text() -> None:
+    llama, t5 = model_type("llama"), model_type("t5")
+    assert (llama.known, llama.causal) == (True, True)
+    assert llama.attention == {"sdpa": True, "flash": True, "flex": True}
+    assert (t5.known, t5.causal) == (True, False)
+    assert model_type("gpt_oss").attention["sdpa"] is False
+    assert model_type("gemma3_text").attention["sdpa"] is True  # in the module of gemma3
+    assert model_type("never_heard_of")[:2] == (False, False)
+    assert model_type("../../x").attention == {}

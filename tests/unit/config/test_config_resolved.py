@@ -1,0 +1,103 @@
+"""One resolved run: engine, dtype and what is asked of the node, from the file and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from toolkit.config.model import ModelSection, RunConfig, RuntimeSection
+from toolkit.config.resolved import DeviceFacts, Situation, engine_of, resolve_run, vllm_here
+
+CPU = DeviceFacts("no GPU", None)
+OLD, NEW, SILENT = (DeviceFacts("card", c) for c in ((7, 5), (9, 0), (0, 0)))
+
+
+def run(*, engine: Any = "auto", grpo: dict[str, Any] | None = None, **model: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelSection(model_name="org/name", **model),
+        runtime=RuntimeSection(engine=engine),
+        grpo=MappingProxyType(grpo or {}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "fast", "device", "vllm", "found"),
+    [
+        ("vllm", "auto", CPU, False, "vllm"),
+        ("transformers", True, NEW, True, "transformers"),
+        ("auto", True, CPU, False, "vllm"),
+        ("auto", False, NEW, True, "transformers"),
+        ("auto", "auto", CPU, True, "transformers"),
+        ("auto", "auto", NEW, True, "vllm"),
+        ("auto", "auto", NEW, None, "vllm"),
+        ("auto", "auto", NEW, False, "transformers"),
+        ("auto", "auto", None, None, "maybe"),
+        ("auto", "auto", None, False, "transformers"),
+    ],
+)
+def test_who_generates(engine: str, fast: Any, device: Any, vllm: Any, found: str) -> None:
+    assert engine_of(engine, fast, Situation(device=device, vllm=vllm)) == found
+
+
+@pytest.mark.parametrize(
+    ("device", "grpo", "model", "dtype"),
+    [
+        (None, {"fp16": True}, {}, "auto"),
+        (NEW, {}, {}, "bfloat16"),
+        (SILENT, {}, {}, "bfloat16"),
+        (OLD, {}, {}, "float16"),
+        (OLD, {}, {"load_in_16bit": True}, "float16"),
+        (NEW, {"fp16": True}, {}, "float16"),
+        (OLD, {"bf16": True}, {}, "bfloat16"),
+        (CPU, {}, {}, "float32"),
+        (CPU, {"bf16": True}, {}, "bfloat16"),
+        (CPU, {}, {"load_in_16bit": True}, "bfloat16"),
+        (NEW, {"fp16": True}, {"dtype": "float32"}, "float32"),
+    ],
+)
+def test_what_auto_dtype_is(device: Any, grpo: Any, model: Any, dtype: str) -> None:
+    resolved = resolve_run(run(grpo=grpo, **model), Situation(device=device))
+    assert (resolved.dtype, resolved.config.model.dtype) == (dtype, dtype)
+
+
+def test_resolving_twice_gives_the_same() -> None:
+    here = Situation(world_size=2, device=NEW, vllm=True)
+    once = resolve_run(run(), here, targets=("q_proj",))
+    assert once.config.lora.target_modules == once.targets == ("q_proj",)
+    assert once.config.model.fast_inference is True
+    again = resolve_run(once.config, here, targets=("o_proj",))
+    assert replace(again, asked_dtype=once.asked_dtype) == once
+
+
+def test_what_only_vllm_reads_is_not_asked_of_the_node() -> None:
+    written = {"gpu_memory_utilization": 0.7, "float8_kv_cache": True, "tensor_parallel_size": 2}
+    here = Situation(device=NEW, vllm=True)
+    with_vllm = resolve_run(run(engine="vllm", **written), here).needs()
+    without = resolve_run(run(engine="transformers", **written), here).needs()
+    assert {name: with_vllm[name] for name in written} == written
+    assert without["gpu_memory_utilization"] is None
+    assert without["float8_kv_cache"] is False
+    assert without["tensor_parallel_size"] == 1
+    assert resolve_run(run(fast_inference=False), Situation()).needs()["engine"] == "transformers"
+    assert resolve_run(run(), Situation()).needs()["engine"] == "auto"
+
+
+def test_the_node_is_asked_for_the_dtype_of_the_file_alone() -> None:
+    here = Situation(device=NEW)
+    assert resolve_run(run(), here).needs()["dtype"] == "auto"
+    assert resolve_run(run(grpo={"bf16": True}), here).needs()["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("installed", "found"), [({"torch", "vllm"}, True), ({"torch"}, False), (set(), None)]
+)
+def test_a_light_installation_does_not_know_about_vllm(
+    installed: set[str], found: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "toolkit.config.resolved.find_spec", lambda name: object() if name in installed else None
+    )
+    assert vllm_here() is found

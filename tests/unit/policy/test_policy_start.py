@@ -1,0 +1,110 @@
+"""A run that starts from an adapter: what it takes from it, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tiny_llama import make_tiny
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.config import load_run
+from toolkit.policy.language_model import FastLanguageModel, load_policy
+from toolkit.policy.lora import adapter_tensors
+from toolkit.sizing import read_spec, solve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RUN = """\
+model: {{model_name: {model}, max_seq_length: 64}}
+lora: {{{lora}}}
+dataset: {{path: train.jsonl}}
+reward: {{functions: [{{name: exact_match}}]}}
+grpo: {{max_completion_length: 16, max_steps: 1}}
+runtime: {{engine: transformers}}
+"""
+PATTERNS = "rank_pattern: {q_proj: 6}, alpha_pattern: {q_proj: 3}, exclude_modules: [down_proj]"
+
+
+def read(folder: Path, lora: str, model: Path | None = None) -> Any:
+    (folder / "train.jsonl").write_text(8 * '{"prompt": "1+1="}\n')
+    path = folder / "run.yaml"
+    path.write_text(RUN.format(model=model or folder / "model", lora=lora))
+    return load_run(path)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, and the adapter of a run file with patterns on it."""
+    folder = tmp_path_factory.mktemp("first")
+    make_tiny(folder / "model")
+    config = read(folder, f"r: 4, lora_alpha: 8, target_modules: [q_proj, down_proj], {PATTERNS}")
+    policy, _ = load_policy(config)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    policy.save_lora(folder / "adapter")
+    return folder
+
+
+def test_patterns_of_a_run_file_shape_the_adapter(first: Path) -> None:
+    config = read(first, f"r: 4, lora_alpha: 8, target_modules: [q_proj, o_proj], {PATTERNS}")
+    policy, _ = load_policy(config)
+    ranks = {name.split(".")[-3]: value.shape[0] for name, value in adapter_tensors(policy).items()
+             if ".lora_A." in name}  # fmt: skip
+    assert ranks == {"q_proj": 6, "o_proj": 4}
+    layer = policy.get_base_model().model.layers[0].self_attn
+    assert (layer.q_proj.scaling["default"], layer.o_proj.scaling["default"]) == (0.5, 2.0)
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    spec = read_spec(config.model.model_name)
+    assert solve(config, spec, None).model.trainable_parameters == trainable
+    one = replace(config, lora=replace(config.lora, layers_to_transform=(1,)))
+    assert solve(one, spec, None).model.trainable_parameters == trainable // 2
+
+
+def test_what_is_not_written_comes_from_the_adapter(first: Path) -> None:
+    config = read(first, "adapter_path: adapter, use_gradient_checkpointing: false")
+    section = config.lora
+    assert (section.r, section.lora_alpha, section.largest_rank) == (4, 8, 6)
+    assert section.target_modules == ("down_proj", "q_proj")
+    assert dict(section.rank_pattern) == {"q_proj": 6}
+    policy, _ = load_policy(config)
+    started = {n: v for n, v in policy.named_parameters() if v.requires_grad}
+    assert started
+    assert all("lora_" in name for name in started)
+    assert any(bool((v == 0.01).all()) for n, v in started.items() if "lora_B" in n)
+    assert policy.training
+
+
+def test_the_run_is_recorded_with_the_adapters_settings(first: Path, tmp_path: Path) -> None:
+    from toolkit.train.folder import write_config
+
+    config = read(first, "adapter_path: adapter")
+    assert load_run(write_config(tmp_path, config)).lora == config.lora
+
+
+def test_another_base_is_refused(first: Path, tmp_path: Path) -> None:
+    other = make_tiny(tmp_path / "model", seed=1)
+    config = read(first, "adapter_path: adapter", other)
+    with pytest.raises(ConfigValueError, match="was trained on"):
+        load_policy(config)
+
+
+def test_other_settings_are_refused(first: Path) -> None:
+    config = read(first, "adapter_path: adapter")
+    other = replace(config, lora=replace(config.lora, r=8))
+    with pytest.raises(ConfigTypeError, match="r is 4, asked for 8"):
+        load_policy(other)
+
+
+@pytest.mark.parametrize("value", [{"q_proj": 0}, {"q_proj": 1.5}, {"q_proj(": 2}])
+def test_patterns_that_are_none(first: Path, value: Any) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(first / "model"), max_seq_length=64, load_in_4bit=False
+    )
+    with pytest.raises(ConfigValueError, match="rank_pattern"):
+        FastLanguageModel.get_peft_model(model, rank_pattern=value)

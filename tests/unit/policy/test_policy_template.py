@@ -1,0 +1,120 @@
+"""A chat template that loops or explodes is stopped, by its time, its memory and its size."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.policy import template
+from toolkit.policy.template import limit_template
+from toolkit.train.data_prompts import check_template, length_of
+from toolkit.train.signals import Abandoned, StopSignals
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHAT = [{"role": "user", "content": "a b"}]
+PLAIN = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+FOR_EVER = "{% for a in range(9**5) %}" * 3 + "{% endfor %}" * 3
+
+
+def tokenizer(text: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["a", "b", "</s>", "user", "?"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="?")
+    made.chat_template = text
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (FOR_EVER, "did not end within"),
+        ("{{ 9 ** (9 ** 9) }}", "did not end within|needs too much"),
+        ("{{ messages[0].content * 10**12 }}", "needs too much"),
+        ("{{ 'a' * 10**12 }}", "needs too much"),
+        ("{{ '%2000000000d' % 1 }}", "needs too much"),
+        ("{{ 'a'.center(10**11) }}", "needs too much"),
+        ("{{ range(10**12)|list }}", "needs too much"),
+        (
+            "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}{{ n.x }}",
+            "needs too much|did not end within",
+        ),
+        ("{{ 'a' * 10**8 }}", "makes 100000000 characters of a chat|did not end within"),
+    ],
+)
+def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> None:
+    monkeypatch.setattr(template, "TIME_S", 1.0)
+    limited = limit_template(tokenizer(text))
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"the chat template of this tokenizer ({says})"):
+        check_template(limited, CHAT, "prompt")
+    assert time.monotonic() - begin < 20
+    limited.chat_template = PLAIN
+    assert length_of(limited, CHAT) == 3
+
+
+def test_a_signal_stops_it() -> None:
+    limited = limit_template(tokenizer(FOR_EVER))
+    signals = StopSignals()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with signals.installed(), pytest.raises(Abandoned):
+        limited.apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tokenize": False}, {"return_dict": False}, {"return_tensors": "pt"},
+     {"add_generation_prompt": True, "return_dict": True}, {"truncation": True, "max_length": 2},
+     {"chat_template": "{{ messages[0].content }}{{ more }}", "more": " b"},
+     {"tokenizer_kwargs": {"return_attention_mask": False}},
+     {"padding": "max_length", "max_length": 7}],
+)  # fmt: skip
+@pytest.mark.parametrize("chat", [CHAT, [CHAT, CHAT]])
+def test_a_good_template_gives_what_upstream_gives(chat: Any, options: dict[str, Any]) -> None:
+    plain = tokenizer(PLAIN)
+    limited = limit_template(tokenizer(PLAIN))
+    expected, found = (t.apply_chat_template(chat, **options) for t in (plain, limited))
+    if hasattr(expected, "items"):
+        expected, found = dict(expected), dict(found)
+    assert str(found) == str(expected)
+
+
+def test_a_masked_chat_goes_the_whole_way_upstream() -> None:
+    text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    limited = limit_template(tokenizer(text))
+    made = limited.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    assert made["assistant_masks"] == [1, 1]
+
+
+def test_it_is_copied_and_saved_with_the_tokenizer(tmp_path: Path) -> None:
+    limited = limit_template(tokenizer(PLAIN))
+    for other in (copy.deepcopy(limited), pickle.loads(pickle.dumps(limited))):
+        other.chat_template = "{{ messages[0].role }}"
+        assert other.apply_chat_template(CHAT, tokenize=False) == "user"
+    assert limited.apply_chat_template(CHAT, tokenize=False) == "user a b "
+    limited.save_pretrained(tmp_path)
+    assert "_LimitedTemplate" not in "".join(
+        path.read_text() for path in tmp_path.iterdir() if path.suffix == ".json"
+    )
+
+
+def test_limits_cost_little() -> None:
+    limited = limit_template(tokenizer(PLAIN))
+    begin = time.perf_counter()
+    for _ in range(1000):
+        length_of(limited, CHAT)
+    assert time.perf_counter() - begin < 3

@@ -1,0 +1,231 @@
+"""Which checkpoints count, and what a run that goes back leaves aside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.train import branch, checkpoint, rollback
+from toolkit.train.branch import Branch
+from toolkit.train.metrics import LOGS, Journal
+
+
+def write(run_dir, step, line=None, journal=None, **state):
+    """A checkpoint of ``step`` on branch ``line``; without one, as earlier releases wrote it."""
+    partial = checkpoint.begin(run_dir, step)
+    positions = journal.positions() if journal is not None else {}
+    described = {"positions": positions, **state}
+    if line is not None:
+        described["branch"] = line.to_json()
+    if journal is not None and line is not None:
+        described["log_sha256"] = journal.digests()
+    (partial / "state.json").write_text(json.dumps(described))
+    (partial / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return checkpoint.commit(partial, step)
+
+
+def train(run_dir, found, last, tag, every=2):
+    """Steps from ``found`` to ``last``, a row each that says ``tag``, a checkpoint every two."""
+    start = rollback.begin(run_dir, found)
+    journal = Journal(run_dir, start.positions)
+    done = 0 if found is None else branch.of_checkpoint(found)[1]
+    for step in range(done + 1, last + 1):
+        for name in LOGS:
+            journal.write(name, {"step": step, "tag": tag})
+        if step % every == 0:
+            write(run_dir, step, start.branch, journal)
+    journal.close()
+    return start
+
+
+def tags(folder, name="metrics.jsonl"):
+    return "".join(json.loads(line)["tag"] for line in (folder / name).read_text().splitlines())
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_going_back_leaves_the_later_branch_aside(tmp_path):
+    train(tmp_path, None, 8, "a")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "report.html").write_text("of a")
+    start = train(tmp_path, tmp_path / "checkpoint-4", 6, "b")
+    aside = tmp_path / "abandoned-1"
+    assert start.notes == (
+        f"moved to {aside}: checkpoint-6, checkpoint-8, later than {tmp_path}/checkpoint-4",
+    )
+    expected = ["abandoned.json", "adapter", "checkpoint-6", "checkpoint-8", *LOGS, "report.html"]
+    assert names(aside) == sorted(expected)
+    assert names(tmp_path) == sorted(
+        ["abandoned-1", "checkpoint-2", "checkpoint-4", "checkpoint-6", *LOGS]
+    )
+    for name in LOGS:
+        assert (tags(tmp_path, name), tags(aside, name)) == ("aaaabb", "aaaaaaaa")
+    # The end of the branch that was left is not the end of this one.
+    assert branch.choose(tmp_path, "auto") == (tmp_path / "checkpoint-6", [])
+    train(tmp_path, tmp_path / "checkpoint-6", 8, "b")
+    assert tags(tmp_path) == "aaaabbbb"
+    assert names(tmp_path).count("abandoned-2") == 0
+
+
+def test_rotation_counts_the_branch_alone(tmp_path):
+    train(tmp_path, None, 8, "a")
+    train(tmp_path, tmp_path / "checkpoint-4", 8, "b")
+    shutil.copytree(tmp_path / "abandoned-1" / "checkpoint-8", tmp_path / "checkpoint-80")
+    shutil.copytree(tmp_path / "abandoned-1" / "checkpoint-6", tmp_path / "checkpoint-10")
+    branch.rotate(tmp_path, [4], keep_last=1)
+    found = [name for name in names(tmp_path) if name.startswith("checkpoint-")]
+    assert found == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "checkpoint-80"]
+    chosen, passed = branch.choose(tmp_path, "auto")
+    assert chosen == tmp_path / "checkpoint-8"
+    assert [line.partition(": ")[2] for line in passed] == ["holds step 8", "holds step 6"]
+
+
+def test_an_abandoned_branch_can_be_gone_back_to(tmp_path):
+    train(tmp_path, None, 8, "a")
+    train(tmp_path, tmp_path / "checkpoint-4", 8, "b")
+    train(tmp_path, tmp_path / "abandoned-1" / "checkpoint-6", 8, "c")
+    assert tags(tmp_path) == "aaaaaacc"
+    assert tags(tmp_path / "abandoned-2") == "aaaabbbb"
+    assert branch.own_steps(tmp_path) == [8, 4, 2]
+    assert checkpoint.faults(tmp_path / "abandoned-1" / "checkpoint-6") == []
+
+
+def test_a_checkpoint_of_another_folder_brings_its_logs_and_mixes_with_none(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, tag in ((one, "a"), (two, "z")):
+        folder.mkdir()
+        train(folder, None, 4, tag)
+    train(two, one / "checkpoint-2", 4, "b")
+    assert tags(two) == "aabb"
+    assert tags(two / "abandoned-1") == "zzzz"
+    assert branch.own_steps(two) == [4]
+    assert names(one) == sorted(["checkpoint-2", "checkpoint-4", *LOGS])
+    assert tags(one) == "aaaa"
+
+
+@pytest.mark.parametrize("cut", ["copied", "recorded", "one moved"])
+def test_a_rollback_that_was_killed_is_finished_by_the_next_start(tmp_path, monkeypatch, cut):
+    train(tmp_path, None, 8, "a")
+    (tmp_path / "adapter").mkdir()
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    if cut == "copied":
+        monkeypatch.setattr(branch, "record", die)
+    elif cut == "recorded":
+        monkeypatch.setattr(checkpoint, "set_aside", die)
+    else:
+        once = checkpoint.set_aside
+        monkeypatch.setattr(
+            checkpoint, "set_aside", lambda p, f: die() if p.name.endswith("6") else once(p, f)
+        )
+    with pytest.raises(Killed):
+        rollback.begin(tmp_path, tmp_path / "checkpoint-4")
+    monkeypatch.undo()
+    found, _ = branch.choose(tmp_path, "auto")
+    if cut == "copied":  # nothing had been settled: the branch that was
+        assert found == tmp_path / "checkpoint-8"
+        found = tmp_path / "checkpoint-4"
+    assert found == tmp_path / "checkpoint-4"
+    train(tmp_path, found, 8, "b")
+    assert tags(tmp_path) == "aaaabbbb"
+    assert branch.own_steps(tmp_path) == [8, 6, 4, 2]
+    asides = sorted(tmp_path.glob("abandoned-*"))
+    assert len(asides) == (1 if cut == "copied" else 2)
+    moved = sorted(path.name for folder in asides for path in folder.glob("checkpoint-*"))
+    assert moved == ["checkpoint-6", "checkpoint-8"]
+    assert all(tags(folder) == "aaaaaaaa" for folder in asides)
+
+
+def foreign(run_dir):
+    """Folders that were not written here, under names of checkpoints."""
+    (run_dir / "checkpoint-99").mkdir()
+    (run_dir / "checkpoint-98").mkdir()
+    (run_dir / "checkpoint-98" / "notes.txt").write_text("mine")
+    (run_dir / "checkpoint-97").symlink_to(run_dir / "checkpoint-2")
+    (run_dir / "checkpoint-96").write_text("a file")
+    for name in ("checkpoint-99999999999999999999", "checkpoint--1", "checkpoint-007"):
+        shutil.copytree(run_dir / "checkpoint-2", run_dir / name)
+    (run_dir / "checkpoint-٣").mkdir()
+    shutil.copytree(run_dir / "checkpoint-2", run_dir / "checkpoint-95")
+    shutil.copytree(run_dir / "checkpoint-4", run_dir / "checkpoint-94")
+    (run_dir / "checkpoint-94" / "state.json").write_text("{")
+
+
+def test_what_was_not_written_here_changes_nothing(tmp_path):
+    plain, mixed = tmp_path / "plain", tmp_path / "mixed"
+    for folder in (plain, mixed):
+        folder.mkdir()
+        train(folder, None, 8, "a")
+    foreign(mixed)
+    strange = set(names(mixed)) - set(names(plain))
+    assert len(strange) == 10
+    found, passed = branch.choose(mixed, "auto")
+    assert found == mixed / "checkpoint-8"
+    # The two that hold a checkpoint's files are told; the others are nobody's.
+    assert [line.partition(":")[0] for line in passed] == [
+        f"{mixed}/checkpoint-95",
+        f"{mixed}/checkpoint-94",
+    ]
+    assert branch.own_steps(mixed) == branch.own_steps(plain) == [8, 6, 4, 2]
+    for folder in (plain, mixed):
+        branch.rotate(folder, [], keep_last=2)
+    assert set(names(mixed)) - set(names(plain)) == strange
+    assert branch.own_steps(mixed) == [8, 6]
+    assert rollback.begin(mixed, mixed / "checkpoint-6").notes
+    assert names(mixed / "abandoned-1") == sorted(["abandoned.json", "checkpoint-8", *LOGS])
+
+
+def test_a_folder_with_strangers_alone_begins_a_run(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()
+    assert branch.choose(tmp_path, "auto") == (None, [])
+    assert branch.choose(tmp_path, "never") == (None, [])
+
+
+def test_checkpoints_of_another_run_alone_are_refused(tmp_path):
+    line = Branch()
+    branch.record(tmp_path, line)
+    write(tmp_path, 4, Branch())
+    with pytest.raises(ConfigError, match="no checkpoint here is sound and of this run") as caught:
+        branch.choose(tmp_path, "auto")
+    assert "checkpoint-4: of another branch, or of another run" in caught.value.message
+
+
+def test_checkpoints_of_earlier_releases_go_on_and_can_be_gone_back_to(tmp_path):
+    journal = Journal(tmp_path)
+    for step in range(1, 9):
+        journal.write("metrics.jsonl", {"step": step, "tag": "o"})
+        if step % 2 == 0:
+            write(tmp_path, step, None, journal)
+    journal.close()
+    assert branch.choose(tmp_path, "auto") == (tmp_path / "checkpoint-8", [])
+    train(tmp_path, tmp_path / "checkpoint-8", 10, "a")
+    assert tags(tmp_path) == "oooooooo" + "aa"
+    train(tmp_path, tmp_path / "checkpoint-4", 6, "b")
+    assert tags(tmp_path) == "oooobb"
+    assert branch.choose(tmp_path, "auto")[0] == tmp_path / "checkpoint-6"
+    moved = ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
+    assert [n for n in names(tmp_path / "abandoned-1") if n.startswith("checkpoint")] == moved
+
+
+def test_a_log_that_is_not_the_one_is_kept_aside_and_begins_anew(tmp_path):
+    train(tmp_path, None, 4, "a")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace("a", "x", 5))
+    (tmp_path / "timings.jsonl").unlink()
+    start = train(tmp_path, tmp_path / "checkpoint-4", 6, "a")
+    assert [note.partition(",")[0].split(" that ")[0] for note in start.notes] == [
+        "metrics.jsonl is not the one",
+        "timings.jsonl is not the one",
+    ]
+    assert (tags(tmp_path), tags(tmp_path, "completions.jsonl")) == ("aa", "aaaaaa")
+    assert (tmp_path / "abandoned-1" / "metrics.jsonl").read_text().count("x") > 0

@@ -1,0 +1,141 @@
+"""Which files are data, and how their bytes are read: for the validator and for training alike.
+
+A suffix says what a file is. ``.gz`` behind one that names a text is unpacked while reading, within
+bounds on what comes out of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.base.errors import InputError
+from toolkit.base.files import MAX_DATA_BYTES, kind_fault, lines_of, open_bytes, os_fault
+from toolkit.base.packed import Unpacked
+from toolkit.base.units import GIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".arrow")
+PACKED = ".gz"
+FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
+MAX_COLUMNS = 2_000
+MAX_JSON_DATA_BYTES = GIB  # held whole, unlike lines
+OTHER_PACKERS = {
+    ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
+    ".lzma": "unlzma", ".br": "brotli -d",
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What a name says: ``suffix`` of the data itself, and whether it is packed (.gz)."""
+
+    suffix: str
+    packed: bool
+
+
+def data_kind(path: Path) -> Kind | None:
+    """The kind of a data file by its name; None for what is not read as one."""
+    name = path.name.lower()
+    packed = name.endswith(PACKED)
+    suffix = Path(name.removesuffix(PACKED) if packed else name).suffix
+    known = TEXTS if packed else (*TEXTS, *TABLES)
+    return Kind(suffix, packed) if suffix in known else None
+
+
+def no_kind(path: Path) -> tuple[str, str]:
+    """(what, fix) for a file whose name is that of no data file."""
+    suffix = path.suffix.lower()
+    what = f"is not a kind of data file that is read here: {suffix or 'no suffix'!r}"
+    if suffix in OTHER_PACKERS:
+        return what, f"unpack it ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
+    return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
+
+
+def path_fault(path: Path) -> str | None:
+    """Why what is at ``path`` cannot be read as a file, in words; None where it can, or is a
+    folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        return os_fault(error)
+    return None if path.is_dir() else kind_fault(mode)
+
+
+@contextmanager
+def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]:
+    """The bytes of a data file, unpacked, at most ``limit`` of them. Raises InputError, also while
+    reading.
+    """
+    with open_bytes(path, limit=limit) as file:
+        kind = data_kind(path)
+        if kind is None or not kind.packed:
+            yield file
+            return
+        import gzip  # noqa: PLC0415 - few files need it
+
+        source = gzip.GzipFile(fileobj=file, mode="rb")
+        yield io.BufferedReader(Unpacked(path, file, source, limit), buffer_size=MIB)
+
+
+def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line; a byte-order mark is left out. Raises InputError for a line
+    that is too long or not UTF-8.
+    """
+    for number, raw in enumerate(lines_of(file, path), start=1):
+        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        yield number, decoded(text, f"{path}:{number}")
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """UTF-8 bytes as a text. Raises InputError."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise InputError(what, where=where, fix="mend or remove it") from None
+
+
+def chat_in(text: str) -> list[dict[str, Any]] | None:
+    """The chat that a text is in JSON, a list of {role, content}; None where it is none."""
+    if '"role"' not in text or not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    messages = value if isinstance(value, list) else []
+    chat = all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+        for message in messages
+    )
+    return messages if messages and chat and is_text(messages) else None
+
+
+def is_text(value: Any) -> bool:
+    """Whether every text in a JSON value is one: JSON can spell half of a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def names_fault(names: Iterable[str]) -> str | None:
+    """What is wrong with the names of columns, in words."""
+    seen: set[str] = set()
+    for name in names:
+        if not is_text(name):
+            return f"the column name {name!a} holds half of a character (a lone surrogate)"
+        if "\0" in name:
+            return f"the column name {name!r} holds a NUL character"
+        if name in seen:
+            return f"two columns have the same name, {name!r}"
+        seen.add(name)
+    return None if len(seen) <= MAX_COLUMNS else f"has more than {MAX_COLUMNS} columns"

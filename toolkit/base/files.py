@@ -1,0 +1,218 @@
+"""The one way to read a file of the user's: a regular file of bounded size, in bounded time.
+
+A path in a run file, a model's folder or an archive may lead to a pipe that nobody writes to, to a
+device without end, to a loop of links, or to a file far too large for what it should be. Each is
+an ``InputError`` here, with the same words for every command.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+from toolkit.base.units import GIB, MIB, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_JSON_BYTES = 64 * MIB  # config.json, indices of weights, tokenizers' settings
+MAX_ADAPTER_BYTES = 16 * GIB
+MAX_DATA_BYTES = 64 * GIB
+MAX_LINE_BYTES = 256 * MIB  # one row of a data file
+MAX_BLANK_LINES = 1_000_000
+MAX_FOLDER_FILES = 20_000
+FIX_AGAIN = "get the file again: it is cut short, or is not what its name says"
+FIX_COPY = "put the file itself there, as a regular file"
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+_CHUNK_BYTES = 1 << 20
+
+
+def unusable(path: str | Path, what: str, *, fix: str | None = FIX_AGAIN) -> InputError:
+    """The error for a file that cannot be used, worded alike everywhere."""
+    return InputError(f"the file {what}", where=str(path), fix=fix)
+
+
+def kind_fault(mode: int) -> str | None:
+    """Why a file of this mode is not read, or None for a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
+
+
+def os_fault(error: OSError | ValueError) -> str:
+    """Why a file cannot be opened, in a few words."""
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "cannot be opened: its links lead to each other in a circle"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return f"cannot be opened: {reason}"
+
+
+@contextmanager
+def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """``(descriptor, size in bytes)`` of a regular file of at most ``limit`` bytes.
+
+    Opening never waits. Raises InputError for what cannot be opened, is not a regular file, or is
+    larger.
+    """
+    descriptor = -1
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+    except (OSError, ValueError) as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise unusable(path, os_fault(error), fix=None) from error
+    try:
+        if fault := kind_fault(status.st_mode):
+            raise unusable(path, fault, fix=FIX_COPY)
+        if limit is not None and status.st_size > limit:
+            raise unusable(path, f"has {status.st_size} bytes; {limit} is the most that is read")
+        yield descriptor, status.st_size
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_bytes(path: str | Path, *, limit: int | None = None) -> Iterator[IO[bytes]]:
+    """A regular file of at most ``limit`` bytes as a buffered binary file. Raises InputError."""
+    with (
+        open_regular(path, limit=limit) as (descriptor, _),
+        open(descriptor, "rb", closefd=False) as file,
+    ):
+        yield file
+
+
+def read_bytes(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes. Raises InputError."""
+    with open_regular(path, limit=limit) as (descriptor, size):
+        return read_exactly(descriptor, size, path)
+
+
+def read_exactly(descriptor: int, count: int, path: str | Path) -> bytes:
+    """The next ``count`` bytes, or fewer where the file ends. Raises InputError."""
+    chunks: list[bytes] = []
+    try:
+        while count and (chunk := os.read(descriptor, min(count, _CHUNK_BYTES))):
+            chunks.append(chunk)
+            count -= len(chunk)
+    except OSError as error:
+        raise unusable(path, f"cannot be read: {error.strerror}", fix=None) from error
+    return b"".join(chunks)
+
+
+def read_text(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> str:
+    """A UTF-8 text, a byte-order mark left out. Raises InputError."""
+    try:
+        return read_bytes(path, limit=limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise unusable(path, f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file of at most ``limit`` bytes. Raises InputError for anything that is none."""
+    return parse_json(read_bytes(path, limit=limit), path)
+
+
+def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises InputError."""
+    value = read_json(path, limit=limit)
+    if not isinstance(value, dict):
+        raise unusable(path, "is not a JSON object")
+    return value
+
+
+def parse_json(raw: bytes, path: str | Path) -> Any:
+    """JSON from bytes; duplicate keys, too deep nesting, NaN, numbers of thousands of digits and
+    undecodable bytes are InputErrors.
+    """
+    try:
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise unusable(path, f"cannot be read as JSON: {reason}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"a mapping has the key {key[:80]!r} twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no JSON number")
+
+
+def lines_of(
+    file: IO[bytes], path: str | Path, *, longest: int = MAX_LINE_BYTES
+) -> Iterator[bytes]:
+    """The lines of a binary file; one of more than ``longest`` bytes is an InputError, found
+    before it is held whole.
+    """
+    number = blank = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        blank += line in (b"\n", b"\r\n")
+        if blank > MAX_BLANK_LINES:
+            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            raise InputError(what, where=f"{path}:{number}")
+        if len(line) > longest:
+            raise InputError(
+                f"a line is longer than {format_bytes(longest)}: this is no data file",
+                where=f"{path}:{number}",
+            )
+        yield line
+
+
+def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """``(name, what is wrong)`` of every entry of a folder that a library which opens it would
+    wait for or never finish: pipes, devices, sockets, circles of links. Folders are left alone, and
+    so are links to nothing, which libraries take for absent files.
+
+    Raises InputError where the folder cannot be listed or holds too many files.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted(islice(entries, MAX_FOLDER_FILES + 1), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(
+            f"the folder cannot be read: {error.strerror}", where=str(folder)
+        ) from error
+    if len(listed) > MAX_FOLDER_FILES:
+        raise InputError(f"the folder holds more than {MAX_FOLDER_FILES} files", where=str(folder))
+    for entry in listed:
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                yield entry.name, os_fault(error)
+            continue
+        fault = kind_fault(mode)
+        if fault and not stat.S_ISDIR(mode):
+            yield entry.name, fault
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder that a library is about to read if it holds an ``irregular_files``. Raises
+    InputError.
+    """
+    for name, fault in irregular_files(folder):
+        raise unusable(Path(folder) / name, fault, fix=FIX_COPY)

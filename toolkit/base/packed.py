@@ -1,0 +1,94 @@
+"""What comes out of a packed stream (gzip, bzip2, xz), counted: a bomb is refused while it is
+unpacked, not after.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import zlib
+from typing import IO, TYPE_CHECKING, Any
+
+from toolkit.base.files import unusable
+from toolkit.base.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_RATIO = 200  # bytes out of one byte of a packed file ...
+RATIO_FREE_BYTES = 64 * MIB  # ... once so many have come
+XZ_MEMORY_BYTES = 256 * MIB
+READ_BYTES = MIB // 4
+FIX = "unpack it, and look at what it is"
+UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+
+
+def most_bytes(packed_bytes: int, limit: int) -> int:
+    """How many bytes may come out of so many packed ones, ``limit`` at most."""
+    return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
+
+
+def source_of(file: IO[bytes]) -> IO[bytes] | None:
+    """The unpacked stream of a file by its first bytes; None where it is not packed."""
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        import gzip  # noqa: PLC0415 - few files need it
+
+        return gzip.GzipFile(fileobj=file, mode="rb")  # type: ignore[return-value]
+    if start.startswith(b"BZh"):
+        import bz2  # noqa: PLC0415 - few files need it
+
+        return bz2.BZ2File(file)
+    return _Xz(file) if start == b"\xfd7zXZ\x00" else None  # type: ignore[return-value]
+
+
+class _Xz:
+    """lzma's own file class has no limit on memory, and a header may ask for gigabytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.decoder = lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)
+
+    def read1(self, count: int) -> bytes:
+        while True:
+            if self.decoder.eof:
+                rest = self.decoder.unused_data.lstrip(b"\0") or self.file.read(
+                    io.DEFAULT_BUFFER_SIZE
+                )
+                if not rest.lstrip(b"\0"):
+                    return b""
+                self.decoder = lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)
+            elif self.decoder.needs_input:
+                rest = self.file.read(READ_BYTES)
+                if not rest:
+                    raise EOFError("the file ends before its end marker")
+            else:
+                rest = b""
+            if chunk := self.decoder.decompress(rest, count):
+                return chunk
+
+
+class Unpacked(io.RawIOBase):
+    """The bytes of ``source``, which unpacks ``file``: at most ``limit`` of them, and no more for
+    each packed byte than ``MAX_RATIO``. Raises InputError while reading.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], source: Any, limit: int) -> None:
+        self.path, self.file, self.source, self.limit = path, file, source, limit
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        try:
+            chunk = self.source.read1(len(target))
+        except UNPACKING_ERRORS as error:
+            raise unusable(self.path, f"cannot be unpacked: {error}") from None
+        self.count += len(chunk)
+        most = most_bytes(self.file.tell(), self.limit)
+        if self.count > most:
+            raise unusable(self.path, f"unpacks to more than {format_bytes(most)}", fix=FIX)
+        target[: len(chunk)] = chunk
+        return len(chunk)

@@ -1,0 +1,83 @@
+"""The members of a tar file, read once from front to back, within bounds.
+
+tarfile reads a header of any stated size into memory, follows headers that lead backwards, and
+unpacks whatever lies between two of them. So it gets a stream that does none of this.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from typing import IO, TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.files import unusable
+from toolkit.base.packed import READ_BYTES, Unpacked, source_of
+from toolkit.base.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAX_HEADER_BYTES = MIB  # of one member, extended headers included
+MAX_HEADERS_BYTES = 256 * MIB  # of all
+
+
+class Forward:
+    """What tarfile reads from: only forwards, never much at once."""
+
+    def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
+        self.path = path
+        self.at = 0
+        self.in_headers = True
+        self.headers_bytes = 0
+        source = source_of(file)
+        self.plain = source is None
+        self.source: IO[bytes] = file
+        if source is not None:
+            unpacked = Unpacked(path, file, source, limit + MAX_HEADERS_BYTES)
+            self.source = io.BufferedReader(unpacked, buffer_size=MIB)
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int) -> bytes:
+        """A header, or a piece of a member's data."""
+        if not 0 <= count <= MAX_HEADER_BYTES:
+            what = f"has a header of {count} bytes; {MAX_HEADER_BYTES} is the most"
+            raise ConfigError(what, where=str(self.path))
+        data = self.source.read(count)
+        self.at += len(data)
+        self.headers_bytes += len(data) if self.in_headers else 0
+        if self.headers_bytes > MAX_HEADERS_BYTES:
+            most = format_bytes(MAX_HEADERS_BYTES)
+            raise ConfigError(f"has headers of more than {most}", where=str(self.path))
+        return data
+
+    def seek(self, position: int) -> None:
+        if position < self.at:
+            raise unusable(self.path, "has a header that leads backwards")
+        if self.plain:
+            self.source.seek(position)
+            self.at = position
+            return
+        while self.at < position:
+            data = self.source.read(min(READ_BYTES, position - self.at))
+            if not data:
+                return
+            self.at += len(data)
+
+
+def tar_members(
+    path: Path, file: IO[bytes], limit: int
+) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
+    """Each member with its content (None of all but plain files), to be read before the next.
+    Raises tarfile.TarError, RecursionError, InputError or ConfigError.
+    """
+    stream = Forward(path, file, limit)
+    with tarfile.TarFile(fileobj=stream, mode="r", errorlevel=2) as tar:  # type: ignore[arg-type]
+        while (info := tar.next()) is not None:
+            stream.in_headers = False
+            yield info, tar.extractfile(info) if info.isreg() and not info.issparse() else None
+            stream.in_headers = True
+            tar.members = []  # type: ignore[attr-defined]  # each is looked at once

@@ -1,0 +1,97 @@
+"""What ``extends`` may name: a run file below the folder of the run file that is loaded, or below a
+folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
+
+A run file from someone else must not show lines of other files (``extends: /etc/shadow``). So where
+a base lies is asked before it is read, with every link followed; and of a base that is no run file
+nothing is shown but where it is broken.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.base.files import kind_fault, os_fault
+from toolkit.config.finding import Finding, Fix, Severity, error_finding
+from toolkit.config.read import FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.config.document import Document, Node
+
+VARIABLE = "TOOLKIT_EXTENDS_FROM"
+SECTIONS = ("model", "lora", "grpo", "reward", "dataset", "runtime", "extends", "$schema")
+
+
+def told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
+    """A finding at the value of ``extends``."""
+    return error_finding(rule, message, node.source, node.mark, *fixes)
+
+
+def allowed_folders(root: Path) -> list[Path]:
+    """Where bases may lie: below the run file's folder, and what the user's environment allows."""
+    texts = os.environ.get(VARIABLE, "").split(os.pathsep)
+    return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
+
+
+def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
+    """Why the base at ``path`` (links followed) is not read; None where it may be."""
+    if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
+        return told(
+            "DOC016",
+            node,
+            f"extends: {node.value} is outside of the run file's folder {root.resolve()}",
+            Fix(f"put the base below that folder, or allow its own: {VARIABLE}={path.parent}"),
+        )
+    if path.suffix.lower() not in FORMATS:
+        ends = ", ".join(FORMATS)
+        return told(
+            "DOC017",
+            node,
+            f"extends: {node.value} is no run file: its name ends in none of {ends}",
+            Fix("extends: base.yaml"),
+        )
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        return told("DOC011", node, f"extends: {node.value} {os_fault(error)}")
+    if not stat.S_ISREG(mode):
+        return told("DOC011", node, f"extends: {node.value} {kind_fault(mode)}")
+    return None
+
+
+def content_fault(base: Document, node: Node) -> Finding | None:
+    """Why what was read at ``extends`` is no run file, without showing any of it."""
+    broken = [found for found in base.findings if found.severity is Severity.ERROR]
+    if not base.whole:
+        mark = broken[0].mark if broken else None
+        where = f" (line {mark.line}, column {mark.column})" if mark else ""
+        what = f"cannot be read as a mapping of keys{where}"
+    elif base.root.value and not any(section in base.root.value for section in SECTIONS):
+        what = f"has none of a run file's sections ({', '.join(SECTIONS[:-2])})"
+    else:
+        return None
+    return told(
+        "DOC017",
+        node,
+        f"extends: {node.value} is no run file: it {what}",
+        Fix("name a run file; envcheck validate shows what is wrong in the base itself"),
+    )
+
+
+def real_path(node: Node) -> Path | None:
+    """Where ``extends`` leads, every link followed; None for a circle of links."""
+    try:
+        return Path(node.source.folder, node.value).resolve(strict=False)
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
+    """The way around, where a base extends itself or the chain is too long."""
+    if path in [seen.resolve() for seen in chain] or len(chain) >= most:
+        return " -> ".join(seen.name for seen in [*chain, path])
+    return None

@@ -1,0 +1,172 @@
+"""What the loader would refuse, from the table of supported features: flags, attention, machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.features import (
+    UNTRAINED,
+    attention_lacks,
+    attention_problem,
+    cpu_engine_problem,
+    flag_problems,
+)
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.libraries import model_type, package_folder
+from toolkit.config.resolved import dtype_of
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.features import Problem
+    from toolkit.config.rules.run import Run
+
+_ATTENTION = "model.attn_implementation"
+
+
+def fault_of(
+    run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
+) -> Fault:
+    """A problem of the table as a fault, with what is written and fixes that can be applied."""
+    fixes = tuple(run.to(key, value) for key, value in problem.fixes)
+    if problem.hint is not None:
+        fixes += (Fix(problem.hint),)
+    return Fault(
+        problem.key,
+        problem.message,
+        notes=(note,) if note else (),
+        fixes=fixes,
+        related=("model.model_name",),
+        severity=severity,
+    )
+
+
+@rule(
+    "LOAD020", "model.load_in_fp8", example="model:\n  load_in_fp8: true", fix="load_in_4bit: true"
+)
+def fp8_is_not_trained(run: Run) -> Iterator[Fault]:
+    """load_in_fp8 is false.
+
+    Nothing here trains an adapter on 8-bit floating-point weights. load_in_4bit is smaller still.
+    """
+    if run.value("model.load_in_fp8"):
+        yield Fault(
+            "model.load_in_fp8",
+            UNTRAINED["load_in_fp8"],
+            fixes=(run.to("model.load_in_fp8", False),),
+        )
+
+
+@rule(
+    "LOAD021",
+    "model.load_in_16bit model.dtype model.full_finetuning model.load_in_4bit model.load_in_8bit",
+    example="model:\n  load_in_16bit: true\n  dtype: float32",
+    fix="load_in_16bit: false",
+)
+def flags_go_together(run: Run) -> Iterator[Fault]:
+    """load_in_16bit goes without dtype float32, and full_finetuning without quantized weights.
+
+    A weight is in 16 bits or in 32; a weight that is packed in 4 or 8 bits has no gradient.
+    """
+    names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
+    values = {name: run.ask(f"model.{name}") for name in names}
+    for problem in flag_problems(**values):
+        if run.engine == "vllm" and values["full_finetuning"]:
+            continue  # LOAD003
+        involved = (problem.key, *(key for key, _ in problem.fixes))
+        note = "; ".join(run.operand(key) for key in dict.fromkeys(involved))
+        yield fault_of(run, problem, note=note)
+
+
+@rule(
+    "LOAD022",
+    f"{_ATTENTION} model.dtype model.trust_remote_code",
+    example="model:\n  attn_implementation: flashattn",
+    fix="attn_implementation: flash_attention_2",
+)
+def attention_is_one(run: Run) -> Iterator[Fault]:
+    """attn_implementation is one of transformers' names, and computes what the model is.
+
+    Some models have no sdpa or flex attention (gpt-oss has sinks), and sdpa drops the soft cap of
+    Gemma 2. The model is judged when it is at hand. Names with a slash are code from the hub.
+    """
+    asked = run.value(_ATTENTION)
+    config = run.model.text if run.model is not None else {}
+    cap, kind = config.get("attn_logit_softcapping"), str(config.get("model_type") or "")
+    problem = attention_problem(
+        asked,
+        softcap=cap if isinstance(cap, (int, float)) else None,
+        supports=model_type(kind).attention if kind else {},
+        trusted=bool(run.ask("model.trust_remote_code")),
+    )
+    if problem is not None:
+        yield fault_of(run, problem, note=run.model.source if run.model else None)
+
+
+@rule(
+    "LOAD023",
+    f"{_ATTENTION} model.dtype",
+    example="model:\n  attn_implementation: flash_attention_2  # with --gpu none",
+    fix="attn_implementation: sdpa",
+)
+def attention_has_its_machine(run: Run) -> Iterator[Fault]:
+    """flash_attention_N needs a GPU, a 16-bit dtype and its package.
+
+    Judged with --gpu; the package is looked for where the run is to train (envcheck check).
+    """
+    device = run.situation.device
+    if device is None:
+        return
+    asked, here = run.value(_ATTENTION), run.situation.vllm is not None
+    halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
+    problem = attention_lacks(
+        asked,
+        on_gpu=device.compute_capability is not None,
+        dtype=dtype_of(run.ask("model.dtype"), run.situation, grpo=halves),
+        installed=not here or package_folder("flash_attn") is not None,
+    )
+    if problem is not None:
+        yield fault_of(run, problem, note=f"on {device.name}")
+
+
+@rule(
+    "LOAD024",
+    "grpo.fp16",
+    example="grpo:\n  fp16: true  # with --gpu none",
+    fix="bf16: true",
+)
+def float16_needs_a_card(run: Run) -> Iterator[Fault]:
+    """fp16 needs a GPU.
+
+    The loss of a float16 computation is scaled on a GPU alone. Judged with --gpu.
+    """
+    device = run.situation.device
+    if device is not None and device.compute_capability is None and run.value("grpo.fp16"):
+        yield Fault(
+            "grpo.fp16",
+            "float16 cannot be computed in: there is no GPU",
+            fixes=(run.to("grpo.fp16", False),),
+        )
+
+
+@rule(
+    "LOAD025",
+    "model.model_name runtime.engine",
+    example="""
+model: {model_name: ./tiny}  # heads of 16 values, with --gpu none
+runtime: {engine: vllm}
+""",
+    fix="runtime.engine: transformers",
+)
+def cpu_engine_has_the_model(run: Run) -> Iterator[Fault]:
+    """Without a GPU, vLLM has an attention kernel for the model's head size, and its experts.
+
+    Judged with --gpu none, when the model is at hand.
+    """
+    device = run.situation.device
+    if device is None or device.compute_capability is not None or run.model is None:
+        return
+    problem = cpu_engine_problem(run.model.config) if run.engine == "vllm" else None
+    if problem is not None:
+        yield fault_of(run, problem, note=f"{run.model.source}, on a CPU")

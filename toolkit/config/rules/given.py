@@ -1,0 +1,100 @@
+"""What stands in the data set and will not be used as it seems: columns that the trainer does not
+pass on, answers that are missing, chats written as text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.data_facts import data_of
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.reward_table import LEFT_OUT
+from toolkit.config.rules.base import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+_PATHS = ("path", "eval_path")
+
+
+@rule(
+    "DATA020",
+    "dataset.path dataset.eval_path",
+    example="dataset:\n  path: train.jsonl  # with a column images",
+    fix="rename the column",
+    severity=Severity.WARNING,
+)
+def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
+    """No column has a name that means something else to the trainer.
+
+    Such a column is left out of training: rewards do not get it. A column that dataset.prompt or
+    dataset.answer names is used under that name and is no fault.
+    """
+    used = {run.value("dataset.prompt"), run.value("dataset.answer")}
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        for name in (data.columns or ()) if data is not None else ():
+            if name in LEFT_OUT and name not in used:
+                assert data is not None
+                why = LEFT_OUT[name].format(name=name)
+                yield Fault(
+                    f"dataset.{which}",
+                    f"{data.path.name} has a column {name}, which is left out: {why}",
+                    fixes=(Fix(f"rename the column, for instance to {name}_column"),),
+                )
+
+
+@rule(
+    "DATA021",
+    "dataset.path dataset.eval_path dataset.answer",
+    example="dataset:\n  path: train.jsonl  # some rows have a null answer\n  answer: answer",
+    fix="remove the rows, or fill in their answers",
+    severity=Severity.WARNING,
+)
+def answers_are_there(run: Run) -> Iterator[Fault]:
+    """No answer is null.
+
+    Rewards that compare with the answer leave such a row out, so that nothing is learnt from it. An
+    error where every row is one.
+    """
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        if data is None or not data.unanswered:
+            continue
+        every = data.whole and data.unanswered == data.rows
+        first = "" if data.whole else " first"
+        yield Fault(
+            f"dataset.{which}",
+            f"{data.unanswered} of {data.rows}{first} rows have no answer (null)",
+            related=("dataset.answer",),
+            fixes=(Fix("remove the rows, or fill in their answers"),),
+            severity=Severity.ERROR if every else None,
+        )
+
+
+@rule(
+    "DATA022",
+    "dataset.path dataset.eval_path dataset.prompt",
+    example='dataset:\n  path: train.jsonl  # some prompts are \'[{"role": "user", ...}]\'',
+    fix="write every prompt as a chat, or none",
+    severity=Severity.WARNING,
+)
+def chats_are_all_or_none(run: Run) -> Iterator[Fault]:
+    """Prompts that are chats written as JSON text are so in every row.
+
+    Then they are read as chats. Where some are and some are not, all are taken as plain texts, and
+    the model is shown JSON.
+    """
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        if data is None or not 0 < data.chats < data.rows - data.empty:
+            continue
+        yield Fault(
+            f"dataset.{which}",
+            f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats written"
+            " as JSON text, the others are not: all are taken as plain texts",
+            related=("dataset.prompt",),
+            fixes=(Fix("write every prompt as a list of {role, content} messages, or none"),),
+        )

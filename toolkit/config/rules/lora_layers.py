@@ -1,0 +1,209 @@
+"""Where the adapter lies: layers that the model has, modules that can carry one, slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.features import DATA_INITS, layers_beyond
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.suggest import nearest
+from toolkit.config.targets import SLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+_LAYERS = "lora.layers_to_transform"
+_PATTERN = "lora.layers_pattern"
+_TARGETS = "lora.target_modules"
+_INIT = "lora.init_lora_weights"
+
+
+@rule(
+    "LORA020",
+    _LAYERS,
+    example="lora:\n  layers_to_transform: [0, 99]",
+    fix="layers_to_transform: [0, 1]",
+)
+def layers_are_there(run: Run) -> Iterator[Fault]:
+    """layers_to_transform names layers that the model has.
+
+    Layers are counted from 0. PEFT passes over one that is not there, and the adapter would be
+    smaller than written. Judged when the model is at hand.
+    """
+    layers = run.value(_LAYERS)
+    count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
+    beyond = layers_beyond(layers, count)
+    if not beyond:
+        return
+    assert count is not None
+    assert run.model is not None
+    listed = [layers] if isinstance(layers, int) else list(layers)
+    kept = [layer for layer in listed if layer not in beyond]
+    yield Fault(
+        _LAYERS,
+        f"{', '.join(map(str, beyond))} {'is' if len(beyond) == 1 else 'are'} not among the"
+        f" {count} layers of this model (0 to {count - 1})",
+        notes=(f"num_hidden_layers in {run.model.source}",),
+        fixes=(Fix(f"layers_to_transform: {kept}"),) if kept else (run.to(_LAYERS, None),),
+    )
+
+
+@rule(
+    "LORA021",
+    _INIT,
+    example="runtime: {engine: transformers}\nlora:\n  init_lora_weights: corda",
+    fix="init_lora_weights: true",
+)
+def init_has_what_it_needs(run: Run) -> Iterator[Fault]:
+    """init_lora_weights needs nothing that a run file cannot give.
+
+    CorDA, EVA and LoRA-GA look at data before the adapter is made, and LoftQ has settings of its
+    own; PEFT refuses without them, or starts from random values.
+    """
+    init = run.value(_INIT)
+    why = DATA_INITS.get(init) if isinstance(init, str) else None
+    if why is None or run.engine != "transformers":
+        return  # LORA004 tells it for the engine
+    if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
+        return  # LORA005
+    yield Fault(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
+
+
+@rule(
+    "LORA022",
+    _TARGETS,
+    example="runtime: {engine: vllm}\nlora:\n  target_modules: [q_proj, fc1]",
+    fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
+)
+def targets_have_slots(run: Run) -> Iterator[Fault]:
+    """With the engine, every target is a layer that the engine has adapter slots for.
+
+    These are the projections of attention and MLP; slots for all linear layers would cost memory
+    and time at every token. Embeddings and lm_head are told by LORA004, experts by LORA013.
+    """
+    targets = run.value(_TARGETS)
+    if run.engine == "transformers" or isinstance(targets, str):
+        return
+    if run.ask("model.full_finetuning"):
+        return
+    written = run.written(_TARGETS)
+    for index, name in enumerate(targets):
+        leaf = str(name).rpartition(".")[2]
+        if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _there(run, leaf):
+            continue
+        yield Fault(
+            ("lora", "target_modules", index) if written else "lora.adapter_path",
+            f"the vLLM engine has no adapter slots for {leaf}",
+            notes=(f"it has them for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
+            fixes=(
+                *((Fix(f"remove {name}"),) if written else ()),
+                run.to("runtime.engine", "transformers"),
+            ),
+            severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
+        )
+
+
+def _there(run: Run, leaf: str) -> bool:
+    """Whether the model may have such a module: LORA007 tells of one that it has not."""
+    modules = run.model.modules if run.model is not None else None
+    if leaf.lower().endswith("norm"):
+        return False  # LORA028
+    return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
+
+
+@rule(
+    "LORA023",
+    f"{_PATTERN} {_LAYERS}",
+    example="lora:\n  layers_to_transform: [0]\n  layers_pattern: blocks",
+    fix="layers_pattern: layers",
+)
+def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
+    """layers_pattern names the list of layers inside the model.
+
+    It is the part of a module's name before the number of the layer. Judged when the model's
+    weights are at hand.
+    """
+    pattern = run.value(_PATTERN)
+    modules = run.model.modules if run.model is not None else None
+    if pattern is None or not modules or run.value(_LAYERS) is None:
+        return
+    lists = {
+        parts[place - 1]
+        for parts in (module.split(".") for module in modules)
+        for place in range(1, len(parts))
+        if parts[place].isdigit()
+    }
+    named = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not any(name in lists for name in named):
+        yield Fault(
+            _PATTERN,
+            f"the model has no list of layers named {' or '.join(named)}",
+            notes=(f"it has: {', '.join(sorted(lists))}",),
+            fixes=(run.to(_PATTERN, min(lists)),) if len(lists) == 1 else (),
+        )
+
+
+@rule(
+    "LORA027",
+    "lora.modules_to_save",
+    example="runtime: {engine: transformers}\nlora:\n  modules_to_save: [lm_hed]",
+    fix="modules_to_save: [lm_head]",
+)
+def saved_modules_are_there(run: Run) -> Iterator[Fault]:
+    """modules_to_save names modules that the model has, and none that carries an adapter.
+
+    PEFT passes over a name that it does not find, and the module would not be trained; a module
+    that is trained whole gets no adapter. Judged when the model's weights are at hand.
+    """
+    named = run.value("lora.modules_to_save")
+    modules = run.model.modules if run.model is not None else None
+    if not named or not modules:
+        return
+    targets = run.value(_TARGETS)
+    adapted = () if isinstance(targets, str) else targets
+    for index, name in enumerate(named):
+        at = ("lora", "modules_to_save", index)
+        parts = f".{name}."
+        if not any(parts in f".{module}." for module in modules):
+            last = sorted({module.rpartition(".")[2] for module in modules})
+            close = nearest(name, last)
+            yield Fault(
+                at,
+                f"the model has no module {name}",
+                notes=(f"it has: {', '.join(last[:14])}",),
+                fixes=(Fix(f"write {close}"),) if close else (),
+            )
+        elif name in adapted:
+            yield Fault(
+                at,
+                f"{name} is trained whole here, and target_modules puts an adapter on it",
+                notes=(run.operand(_TARGETS),),
+                fixes=(Fix(f"remove {name} from one of them"),),
+            )
+
+
+@rule(
+    "LORA028",
+    _TARGETS,
+    example="lora:\n  target_modules: [q_proj, input_layernorm]",
+    fix="target_modules: [q_proj]",
+)
+def targets_are_matrices(run: Run) -> Iterator[Fault]:
+    """target_modules names no norm.
+
+    The adapter is a product of two matrices beside a weight that is one; the weight of a norm is a
+    vector, and PEFT refuses it after the model has loaded.
+    """
+    targets = run.value(_TARGETS)
+    if isinstance(targets, str):
+        return
+    for index, name in enumerate(targets):
+        if str(name).lower().endswith("norm") and run.written(_TARGETS):
+            yield Fault(
+                ("lora", "target_modules", index),
+                f"{name} is a norm, whose weight is a vector: no adapter lies on it",
+                fixes=(Fix(f"remove {name}"),),
+            )

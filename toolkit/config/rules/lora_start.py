@@ -1,0 +1,189 @@
+"""The adapter layer by layer: other ranks, other alphas, none at all; and the one to start from."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.adapter_facts import INHERITED, read_adapter
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.paths import exists, resolve
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.targets import is_excluded, pattern_value
+from toolkit.config.wording import show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from toolkit.config.rules.run import Run
+
+_PATH = "lora.adapter_path"
+_EXCLUDE = "lora.exclude_modules"
+_LONGEST_PATTERN = 1000
+WEIGHTS = "adapter_model.safetensors"
+
+
+@rule(
+    "LORA024",
+    f"{_PATH} {' '.join(f'lora.{name}' for name in INHERITED)}",
+    example="lora:\n  adapter_path: runs/first/adapter  # of rank 8\n  r: 16",
+    fix="remove r, or r: 8",
+)
+def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
+    """adapter_path is the folder of a LoRA adapter, and what is written beside it agrees with it.
+
+    Keys of the lora section that are not written come from the adapter. One that is written and
+    differs would be another adapter, which its tensors do not fit. That the base is the one that it
+    was trained on is checked when both are loaded.
+    """
+    node = run.node(_PATH)
+    if node is None or run.value(_PATH) is None:
+        return
+    folder = resolve(node.value, node)
+    values = read_adapter(folder)
+    if values is None or not exists(folder / WEIGHTS):
+        lacks = "adapter_config.json" if values is None else WEIGHTS
+        what = f"has no {lacks} that can be read" if exists(folder) else "is not there"
+        yield Fault(_PATH, f"{folder} {what}: the folder of an adapter is wanted")
+        return
+    if values.get("peft_type") != "LORA":
+        yield Fault(_PATH, f"its peft_type is {values.get('peft_type')}, and LORA alone is trained")
+        return
+    init = "lora.init_lora_weights"
+    if run.value(init) is not True:
+        yield Fault(
+            init,
+            "has no effect: the run starts from the values of an adapter",
+            notes=(run.operand(_PATH),),
+            severity=Severity.WARNING,
+        )
+    for name in INHERITED:
+        key, theirs = f"lora.{name}", run.adapter.get(name)
+        if not run.written(key):
+            continue
+        if name in ("rank_pattern", "alpha_pattern"):
+            ours, theirs = run.mapping(key), theirs or {}
+        else:
+            ours = run.value(key)
+        if _comparable(ours, name) != _comparable(theirs, name):
+            yield Fault(
+                key,
+                f"{show(ours)} here, and the adapter that the run starts from has {show(theirs)}",
+                notes=(run.operand(_PATH),),
+                fixes=(Fix(f"remove {name}: it comes from the adapter"),),
+                related=(_PATH,),
+            )
+
+
+def _comparable(value: Any, name: str) -> Any:
+    """Names in no order, numbers of one kind, and what is not said as PEFT's default."""
+    if isinstance(value, (list, tuple)):
+        return sorted(map(str, value))
+    if value is None or value == "auto":
+        return {"lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False}.get(
+            name
+        )
+    return float(value) if type(value) is int else value
+
+
+@rule(
+    "LORA025",
+    "lora.rank_pattern lora.alpha_pattern",
+    example="lora:\n  rank_pattern: {qproj: 8}",
+    fix="rank_pattern: {q_proj: 8}",
+)
+def patterns_name_layers(run: Run) -> Iterator[Fault]:
+    """A key of rank_pattern or alpha_pattern is the end of an adapted module's name, or matches it.
+
+    A key is a regular expression. One that matches nothing would change nothing. The names are
+    compared with the model's weights when they are at hand.
+    """
+    modules = _adapted(run)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in run.mapping(f"lora.{name}"):
+            wrong = _no_pattern(key)
+            if wrong:
+                yield Fault(("lora", name, key), f"{key}: {wrong}", on_key=True)
+            elif modules and not any(pattern_value({key: True}, one, False) for one in modules):
+                yield Fault(
+                    ("lora", name, key),
+                    f"{key} names no module that carries an adapter",
+                    notes=(run.operand("lora.target_modules"),),
+                    on_key=True,
+                )
+
+
+@rule(
+    "LORA026",
+    f"{_EXCLUDE} lora.target_modules",
+    example="lora:\n  target_modules: [q_proj]\n  exclude_modules: [q_proj]",
+    fix="exclude_modules: [layers.0.self_attn.q_proj]",
+)
+def something_is_left(run: Run) -> Iterator[Fault]:
+    """exclude_modules leaves a module out, and leaves some.
+
+    A list matches the ends of module names; a text is one regular expression for whole names. The
+    names are compared with the model's weights when they are at hand.
+    """
+    exclude = run.value(_EXCLUDE)
+    if exclude is None:
+        return
+    wrong = _no_pattern(exclude) if isinstance(exclude, str) else None
+    if wrong:
+        yield Fault(_EXCLUDE, wrong)
+        return
+    modules = _adapted(run, excluded=False)
+    if not modules:
+        return
+    left = [name for name in modules if not is_excluded(exclude, name)]
+    if not left:
+        yield Fault(
+            _EXCLUDE,
+            f"it leaves out all {len(modules)} modules that target_modules names",
+            notes=(run.operand("lora.target_modules"),),
+            fixes=(run.to(_EXCLUDE, None),),
+        )
+    elif len(left) == len(modules):
+        yield Fault(
+            _EXCLUDE,
+            "it leaves out none of the modules that target_modules names",
+            notes=(run.operand("lora.target_modules"),),
+            severity=Severity.WARNING,
+        )
+
+
+def _no_pattern(text: str) -> str | None:
+    """Why a text is no regular expression that is used here; None where it is one."""
+    if len(text) > _LONGEST_PATTERN:
+        return f"longer than {_LONGEST_PATTERN} characters"
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"not a regular expression: {error}"
+    if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= 10:
+        return "a repetition inside a repetition could take for ever"
+    return None
+
+
+def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
+    """Modules of the model that the adapter lies on, as far as the names say; [] where no weights
+    are at hand or the targets are a regular expression.
+    """
+    targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
+    modules = run.model.modules if run.model is not None else None
+    if not modules:
+        return []
+    assert run.model is not None
+    if targets == "auto":
+        from toolkit.config.targets import default_targets  # noqa: PLC0415 - with a model alone
+
+        targets = default_targets(run.model.config)
+    if isinstance(targets, str):
+        return []
+    skipped = exclude if excluded and not isinstance(exclude, str) else None
+    return [name for name in _ending(modules, targets) if not is_excluded(skipped, name)]
+
+
+def _ending(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
+    ends = tuple(targets)
+    return [one for one in modules if any(one == end or one.endswith(f".{end}") for end in ends)]

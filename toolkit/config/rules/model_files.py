@@ -1,0 +1,182 @@
+"""The model's own files: whether it is one that is trained, and by this engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.vllm_models import vllm_lists
+from toolkit.config.features import architecture_problem, stored_format, stored_problem
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.libraries import model_type
+from toolkit.config.model_facts import ADAPTER_CONFIG, is_adapter, read_json
+from toolkit.config.paths import exists, resolve
+from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.features import fault_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from toolkit.config.rules.run import Run
+
+_NAME = "model.model_name"
+
+
+def _folder(run: Run) -> Path | None:
+    """The folder that model_name names, None where it is none."""
+    node = run.node(_NAME)
+    if node is None or not isinstance(node.value, str):
+        return None
+    folder = resolve(node.value, node)
+    return folder if exists(folder) and folder.is_dir() else None
+
+
+@rule(
+    "MODEL002",
+    f"{_NAME} model.revision",
+    example="model:\n  model_name: ./my-model  # a folder\n  revision: main",
+    fix="remove revision",
+)
+def revisions_are_the_hubs(run: Run) -> Iterator[Fault]:
+    """revision is for a hub id.
+
+    A folder has one state; the loader refuses a revision of it.
+    """
+    if run.value("model.revision") is not None and _folder(run) is not None:
+        yield Fault(
+            "model.revision",
+            "is for hub ids, and the model is a folder",
+            notes=(run.operand(_NAME),),
+            fixes=(run.to("model.revision", None),),
+        )
+
+
+@rule(
+    "MODEL003",
+    _NAME,
+    example="model:\n  model_name: runs/old/adapter",
+    fix="model_name: the base model, with lora.adapter_path: runs/old/adapter",
+)
+def adapters_are_no_models(run: Run) -> Iterator[Fault]:
+    """model_name is a model, not the folder of an adapter.
+
+    lora.adapter_path starts from an adapter; its adapter_config.json names the base.
+    """
+    folder = _folder(run)
+    if folder is None or not is_adapter(folder):
+        return
+    values = read_json(folder / ADAPTER_CONFIG)
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    written = run.value(_NAME)
+    base = base if isinstance(base, str) and base else "the base model"
+    yield Fault(
+        _NAME,
+        f"is the folder of an adapter of {base}, and not a model",
+        notes=(str(folder / ADAPTER_CONFIG),),
+        fixes=(Fix(f"model_name: {base}, and lora.adapter_path: {written} to start from it"),),
+    )
+
+
+@rule(
+    "MODEL004",
+    _NAME,
+    example="model:\n  model_name: ./pickled  # pytorch_model.bin alone",
+    fix="model_name: the checkpoint in safetensors",
+)
+def weights_are_safetensors(run: Run) -> Iterator[Fault]:
+    """The folder of a model holds safetensors files.
+
+    A pickle (*.bin) can run code when it is read, and a run file cannot allow that.
+    """
+    folder = _folder(run)
+    if folder is None or not exists(folder / "config.json"):
+        return
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        return
+    yield Fault(
+        _NAME,
+        "the folder holds only pickled weights (*.bin), and a pickle can run code",
+        notes=(str(folder),),
+    )
+
+
+@rule(
+    "MODEL005",
+    f"{_NAME} model.trust_remote_code",
+    example="model:\n  model_name: google/gemma-3-27b-it",
+    fix="model_name: a text-only checkpoint",
+)
+def trained_architecture(run: Run) -> Iterator[Fault]:
+    """The model is a causal language model for text alone, in transformers or with code of its own.
+
+    Multimodal models and encoders are refused by the loader. A checkpoint with code of its own
+    needs trust_remote_code. Judged when the model is at hand, by the installed transformers.
+    """
+    if run.model is None:
+        return
+    kind = run.model.config.get("model_type")
+    if not isinstance(kind, str):
+        return
+    there = model_type(kind)
+    problem = architecture_problem(
+        run.model.config,
+        trust_remote_code=bool(run.ask("model.trust_remote_code")),
+        known=there.known,
+        causal=there.causal,
+    )
+    if problem is not None:
+        yield fault_of(run, problem, note=f"from {run.model.source}")
+
+
+@rule(
+    "MODEL006",
+    f"{_NAME} model.load_in_4bit model.load_in_8bit",
+    example="model:\n  model_name: TheBloke/Llama-2-7B-AWQ",
+    fix="model_name: the checkpoint in 16 bits",
+)
+def trained_format(run: Run) -> Iterator[Fault]:
+    """A checkpoint that is stored quantized is a bitsandbytes one, and its flag is on.
+
+    No adapter is trained on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors here; 8-bit bitsandbytes
+    weights are trained without the vLLM engine. Judged when the model is at hand.
+    """
+    if run.model is None or stored_format(run.model.config) is None:
+        return
+    problem = stored_problem(
+        run.model.config,
+        load_in_4bit=bool(run.ask("model.load_in_4bit")),
+        load_in_8bit=bool(run.ask("model.load_in_8bit")),
+        engine=run.engine == "vllm",
+    )
+    if problem is not None:
+        yield fault_of(run, problem, note=f"quantization_config in {run.model.source}")
+
+
+@rule(
+    "MODEL007",
+    f"{_NAME} runtime.engine",
+    example="model: {model_name: org/new-architecture}\nruntime: {engine: vllm}",
+    fix="runtime.engine: transformers",
+)
+def engine_has_the_architecture(run: Run) -> Iterator[Fault]:
+    """With the engine, the installed vLLM lists the model's architecture.
+
+    Judged when the model is at hand and vLLM is installed.
+    """
+    if run.engine == "transformers" or run.model is None:
+        return
+    names = run.model.config.get("architectures")
+    if not isinstance(names, list) or not names:
+        return
+    try:
+        listed = vllm_lists(map(str, names))
+    except OSError:
+        return
+    if listed is False:
+        yield Fault(
+            _NAME,
+            f"the installed vLLM does not list {', '.join(map(str, names))}",
+            notes=(f"architectures in {run.model.source}; {run.operand('runtime.engine')}",),
+            fixes=(run.to("runtime.engine", "transformers"),),
+            severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
+        )

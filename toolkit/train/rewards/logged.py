@@ -1,0 +1,89 @@
+"""What a reward hands over to be written: metrics, columns of completions.jsonl, a saved sample.
+
+A reward's texts may be megabytes, may hold a secret, and may be objects whose ``__repr__`` raises.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.secrets import REDACTED, is_secret_key, redact
+from toolkit.train.rewards.returned import short
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LONGEST_TEXT = 10_000  # characters of one text
+LONGEST_NAME = 200
+MOST_ITEMS = 10_000  # texts and numbers in one saved value
+_BEYOND = 4096  # also looked through for a secret, which may lie across the cut
+
+
+def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
+    """``columns`` whose ``log_metric`` and ``log_extra`` write no secret and no megabyte."""
+    wrapped = dict(columns)
+    for name, values in (("log_metric", number), ("log_extra", _texts)):
+        if name in columns:
+            wrapped[name] = _wrapped(columns[name], values)
+    return wrapped
+
+
+def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
+    """At most ``longest`` characters of ``text``, without secrets, and how many it has."""
+    if len(text) <= longest:
+        return redact(text)
+    start = redact(text[: longest + _BEYOND])[:longest]
+    return f"{start}... ({len(text)} characters)"
+
+
+def saveable(value: Any) -> Any:
+    """``value`` as strict JSON without secrets, bounded in texts and items."""
+    return _saveable(value, [MOST_ITEMS])
+
+
+def _saveable(value: Any, left: list[int]) -> Any:
+    left[0] -= 1
+    if left[0] < 0:
+        return "..."
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value) is int or (type(value) is float and value - value == 0):
+        return value
+    if isinstance(value, str):
+        return shortened(value)
+    if isinstance(value, dict):
+        return {
+            shortened(str(key), LONGEST_NAME): REDACTED
+            if isinstance(key, str) and is_secret_key(key) and isinstance(item, str) and item
+            else _saveable(item, left)
+            for key, item in list(value.items())[: max(0, left[0]) + 1]
+        }
+    if isinstance(value, list | tuple):
+        return [_saveable(item, left) for item in value[: max(0, left[0]) + 1]]
+    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(
+        found := short(value), redact(found)
+    )
+
+
+def _wrapped(log: Callable[..., Any], values: Callable[[Any], Any]) -> Callable[[str, Any], None]:
+    def call(name: str, value: Any) -> None:
+        log(shortened(str(name), LONGEST_NAME), values(value))
+
+    return call
+
+
+def number(value: Any) -> float:
+    """A metric's value. Raises TypeError for what is no number: the trainer takes its mean."""
+    plain = value.item() if hasattr(value, "item") else value
+    if not isinstance(plain, numbers.Real):
+        raise TypeError(f"log_metric takes a number, not a {type(plain).__name__}")
+    return float(plain)
+
+
+def _texts(value: Any) -> Any:
+    """A column for completions.jsonl: its texts are bounded, other values stay."""
+    items = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(items, list | tuple):
+        return items
+    return [shortened(item) if isinstance(item, str) else item for item in items]

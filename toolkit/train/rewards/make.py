@@ -1,0 +1,80 @@
+"""A reward function from its entry in the run file: a built-in one, or the user's."""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError
+from toolkit.train.rewards.builtin import (
+    Compared,
+    ExactMatch,
+    Format,
+    LengthPenalty,
+    NumericMatch,
+    RegexMatch,
+)
+from toolkit.train.rewards.mathverify import MathVerify
+from toolkit.train.rewards.options import build
+from toolkit.train.rewards.user import load_function, missing_columns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from toolkit.config.model import RewardFunction
+
+BUILTINS: dict[str, type[Any]] = {
+    kind.name: kind
+    for kind in (ExactMatch, NumericMatch, RegexMatch, Format, LengthPenalty, MathVerify)
+}
+
+
+def make_function(
+    wanted: RewardFunction,
+    allow_code: Sequence[str],
+    folder: Path,
+    columns: Sequence[str] | None,
+) -> Callable[..., Any]:
+    """The callable of ``wanted``; ``folder`` is the run file's, ``columns`` are the dataset's.
+
+    Raises ConfigError; MissingExtraError for math_verify without its package.
+    """
+    options = dict(wanted.options)
+    there = None if columns is None else {*columns} - {"prompt"}
+    if ":" not in wanted.name:
+        reward: Callable[..., Any] = build(wanted.name, _kind(wanted.name), options)
+        if there is not None and isinstance(reward, Compared) and reward.column not in there:
+            raise _no_column(wanted.name, [reward.column], there)
+        return reward
+    function = load_function(wanted.name, allow_code, folder)
+    if there is not None:
+        both = sorted(there & set(options))
+        if both:
+            raise ConfigError(f"reward {wanted.name}: option {both[0]} is also a dataset column")
+        missing = missing_columns(function, there | set(options))
+        if missing:
+            raise _no_column(wanted.name, missing, there)
+    return partial(function, **options) if options else function
+
+
+def _kind(name: str) -> type[Any]:
+    if name in BUILTINS:
+        return BUILTINS[name]
+    near = difflib.get_close_matches(name, BUILTINS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"there is no reward {name!r}",
+        fix=f"{hint}Built in: {', '.join(BUILTINS)}; your own is written module:function",
+    )
+
+
+def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
+    names = ", ".join(sorted(there)) or "none"
+    word = "column" if len(missing) == 1 else "columns"
+    fix = "set dataset.answer to the column that holds the answers"
+    return ConfigError(
+        f"reward {reward} needs the {word} {', '.join(missing)}; the dataset passes on: {names}",
+        fix=fix if "answer" in missing else "add it to the dataset, or give it a default",
+    )

@@ -1,0 +1,143 @@
+"""Messages between a run and its reward worker: a length, then JSON.
+
+JSON and not a pickle, so that a worker cannot run code in the process that trains. What a dataset
+column can hold beside JSON (bytes, dates, decimal numbers) travels under a tag. A tuple arrives as
+a list.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import os
+import select
+import time
+from array import array
+from decimal import Decimal
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+HEADER_BYTES = 8
+LARGEST_BYTES = 1 << 31
+_TAG = "\0toolkit"
+
+
+class TokenIds:
+    """Lists of token ids, packed: as JSON they would be most of a message, and slow."""
+
+    def __init__(self, lists: Sequence[Sequence[int]]) -> None:
+        """Raises TypeError or OverflowError for what are no token ids."""
+        self.lengths = [len(ids) for ids in lists]
+        self.ids = array("q", chain.from_iterable(lists))
+
+
+_WRITE: dict[type, Callable[[Any], Any]] = {
+    TokenIds: lambda value: [value.lengths, base64.b64encode(value.ids.tobytes()).decode()],
+    bytes: lambda value: base64.b64encode(value).decode(),
+    datetime.datetime: lambda value: value.isoformat(),
+    datetime.date: lambda value: value.isoformat(),
+    datetime.time: lambda value: value.isoformat(),
+    datetime.timedelta: lambda value: [value.days, value.seconds, value.microseconds],
+    Decimal: str,
+}
+
+
+def _token_ids(value: Any) -> list[list[int]]:
+    packed = array("q")
+    packed.frombytes(base64.b64decode(value[1]))
+    ends = accumulate(value[0], initial=0)
+    return [packed[start:end].tolist() for start, end in pairwise(ends)]
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "bytes": base64.b64decode,
+    "datetime": datetime.datetime.fromisoformat,
+    "date": datetime.date.fromisoformat,
+    "time": datetime.time.fromisoformat,
+    "timedelta": lambda value: datetime.timedelta(*value),
+    "Decimal": Decimal,
+    "TokenIds": _token_ids,
+}
+
+
+class Broken(Exception):
+    """The other end is gone, or what it sent is no message."""
+
+
+def pack(message: Any) -> bytes:
+    """``message`` as one frame. Raises TypeError or ValueError for what cannot travel."""
+    data = json.dumps(message, default=_tagged, separators=(",", ":")).encode()
+    return len(data).to_bytes(HEADER_BYTES, "big") + data
+
+
+def unpack(data: bytes) -> Any:
+    """The message in a frame's data. Raises Broken."""
+    try:
+        return json.loads(data, object_hook=_untagged)
+    except (ValueError, RecursionError) as error:
+        raise Broken(f"a message that cannot be read: {error}") from error
+
+
+def receive(handle: int) -> Any:
+    """The next message from a pipe; None at its end. Raises Broken."""
+    header = _exactly(handle, HEADER_BYTES)
+    if header is None:
+        return None
+    size = int.from_bytes(header, "big")
+    if size > LARGEST_BYTES:
+        raise Broken(f"a message of {size} bytes")
+    data = _exactly(handle, size)
+    if data is None:
+        raise Broken("a message that ends too early")
+    return unpack(data)
+
+
+def send(handle: int, frame: bytes, deadline: float | None = None) -> bool:
+    """Write a frame to a pipe that does not block; False where ``deadline`` (monotonic) came first.
+
+    Raises Broken where nobody reads any more.
+    """
+    rest = memoryview(frame)
+    poll = select.poll()
+    poll.register(handle, select.POLLOUT)
+    while rest:
+        try:
+            rest = rest[os.write(handle, rest) :]
+        except BlockingIOError:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not poll.poll(left):
+                return False
+        except OSError as error:
+            raise Broken("nobody reads") from error
+    return True
+
+
+def _exactly(handle: int, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        part = os.read(handle, min(size - len(data), 1 << 20))
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+def _tagged(value: Any) -> Any:
+    for kind, write in _WRITE.items():
+        if type(value) is kind:
+            return {_TAG: kind.__name__, "value": write(value)}
+    raise TypeError(type(value).__name__)
+
+
+def _untagged(found: dict[str, Any]) -> Any:
+    read = _READ.get(found[_TAG]) if isinstance(found.get(_TAG), str) else None
+    if read is None:
+        return found
+    try:
+        return read(found["value"])
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return found  # a dataset's own, which only looks like ours

@@ -1,0 +1,221 @@
+"""The run's end of its reward worker: started when it is needed, killed where it does not answer.
+
+A fresh interpreter and not a fork: the process that trains may have CUDA and an engine in it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
+from contextlib import suppress
+from typing import Any
+
+from toolkit.base import errors
+from toolkit.base.errors import ToolkitError
+from toolkit.base.limits import OutOfTime
+from toolkit.train.rewards import wire
+
+START = (
+    "import sys; sys.path[:] = sys.argv[4:];"
+    " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
+)
+_LAST_S = 5.0  # for what the modules of a worker do at its exit
+_RELOAD_S = 600.0  # for importing again what was imported at the start of the run
+
+
+class Died(Exception):
+    """The worker ended during a call."""
+
+
+class _Replaced(Exception):
+    """The worker was killed because of another call."""
+
+
+class WorkerProcess:
+    """At most one process at a time; the functions in it are loaded again after a new start."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._live: _Live | None = None
+        self._loaded: list[dict[str, Any]] = []
+
+    def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have a function made in the worker; {"function": its number, "is_async": ...}.
+
+        Raises the ToolkitError that making it raised, and Died.
+        """
+        with self._lock:
+            live = self._started()
+            made = _unless_error(live.ask({"do": "load", **request}, None))
+            self._loaded.append(request)
+            return made
+
+    def call(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+        """The reply to ``request``; ``seconds`` is when the worker is killed (None: never).
+
+        Raises OutOfTime, Died, the ToolkitError of the function, TypeError or ValueError where the
+        request cannot travel.
+        """
+        while True:
+            with self._lock:
+                live = self._started()
+            try:
+                return _unless_error(live.ask({"do": "call", **request}, seconds))
+            except _Replaced:
+                continue
+            except (ToolkitError, TypeError, ValueError):
+                raise
+            except BaseException:
+                # Too late, ended, or a signal to the run: whatever it is doing is of no use.
+                self.close(live)
+                raise
+
+    def close(self, live: _Live | None = None) -> None:
+        """End the process (only if it is ``live``, where given) and all that it has started."""
+        with self._lock:
+            if self._live is not None and live in (None, self._live):
+                self._live.kill()
+                self._live = None
+
+    def _started(self) -> _Live:
+        if self._live is None:
+            live = self._live = _Live()
+            try:
+                for request in self._loaded:
+                    _unless_error(live.ask({"do": "load", **request}, _RELOAD_S))
+            except BaseException:
+                self.close()
+                raise
+        return self._live
+
+
+class _Live:
+    """One started process: frames go out under a lock, a thread gives replies to who asked."""
+
+    def __init__(self) -> None:
+        theirs, self._requests = os.pipe()
+        self._replies, answers = os.pipe()
+        os.set_blocking(self._requests, False)
+        self._pending: dict[int, Future[dict[str, Any]]] = {}
+        self._sending, self._numbers = threading.Lock(), 0
+        numbers = [str(number) for number in (theirs, answers, os.getpid())]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", START, *numbers, *sys.path],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs, answers),
+                start_new_session=True,  # Ctrl-C and a scheduler's signal to the job are the run's
+                # The order of a set of texts is then the same after a new start.
+                env={"PYTHONHASHSEED": "0", **os.environ},
+            )
+        finally:
+            os.close(theirs)
+            os.close(answers)
+        reading = (self._replies, self._pending, self._process)
+        threading.Thread(target=_read, args=reading, daemon=True, name="reward-worker").start()
+        self._end = weakref.finalize(self, _close, os.getpid(), self._process, self._requests)
+
+    def ask(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        reply: Future[dict[str, Any]] = Future()
+        with self._sending:
+            self._numbers += 1
+            number = self._numbers
+            frame = wire.pack({"id": number, **request})
+            self._pending[number] = reply
+            try:
+                sent = wire.send(self._requests, frame, deadline)
+            except wire.Broken:
+                sent = True  # it has ended: the thread that reads knows how
+        try:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            return reply.result(left if sent else 0)
+        except Late:
+            raise OutOfTime(f"took longer than {seconds:g} s") from None
+        finally:
+            self._pending.pop(number, None)
+
+    def kill(self) -> None:
+        # Before the thread that reads sees its end, and takes it for a death of its own.
+        for reply in list(self._pending.values()):
+            with suppress(Exception):
+                reply.set_exception(_Replaced())
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._end()
+
+
+def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
+    """At the end of its pipe the worker runs what its modules have registered for its exit; then,
+    or where it takes too long, all of its session is killed.
+    """
+    os.close(requests)
+    if os.getpid() != owner:  # a fork of the run ends: the worker is not its own
+        return
+    _exit_of(process, _LAST_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # not yet waited for: the number is still its own
+    process.wait()
+
+
+def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Its exit code (negative: a signal) once it has ended, which it stays to be waited for; None
+    where it has not.
+    """
+    deadline = time.monotonic() + seconds
+    look = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    while True:
+        try:
+            ended = os.waitid(os.P_PID, process.pid, look)
+        except ChildProcessError:
+            return process.returncode
+        if ended is not None:
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _read(
+    replies: int, pending: dict[int, Future[dict[str, Any]]], process: subprocess.Popen[bytes]
+) -> None:
+    with suppress(wire.Broken):
+        while (message := wire.receive(replies)) is not None:
+            reply = pending.pop(message.get("id"), None)
+            if reply is not None:
+                reply.set_result(message)
+    os.close(replies)
+    if not pending:
+        return
+    how = _how_it_ended(process)
+    for reply in list(pending.values()):
+        with suppress(Exception):
+            reply.set_exception(Died(how))
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    code = _exit_of(process, 5.0)
+    if code is None:
+        return "closed the pipe of its process"
+    number = code - 128 if code > 128 else -code
+    if number <= 0:
+        return f"ended its process with exit code {code}"
+    known = number in {*signal.Signals}
+    return f"ended its process by {signal.Signals(number).name if known else f'signal {number}'}"
+
+
+def _unless_error(reply: dict[str, Any]) -> dict[str, Any]:
+    if "error" not in reply:
+        return reply
+    kind, message, where, fix = reply["error"]
+    found = getattr(errors, str(kind), None)
+    if not (isinstance(found, type) and issubclass(found, ToolkitError)):
+        found = errors.ConfigError  # a subclass of the reward's own
+    raise found(message, where=where, fix=fix)
