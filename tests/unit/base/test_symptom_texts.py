@@ -54,9 +54,9 @@ def test_a_log_of_20_megabytes_is_explained_in_under_a_second() -> None:
     first = "".join(f"[rank{rank}]: {TEXTS[0][-1]}\r\n[rank3]: step\r\n" for rank in range(2))
     log = "".join([*lines[:40], first, *lines, *lines[:80_000]])
     assert len(log) > 20_000_000
-    start = time.perf_counter()
+    start = time.process_time()
     found = match(log)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert [one.id for one in found] == [TEXTS[0][0]]
 
 
