@@ -14,7 +14,7 @@ _AROUND = 300
 _MOST_HITS = 400  # of one word, from the start and from the end
 # Parts of words, so that either case of the first letter is found by an exact search.
 _TELLING = (
-    "rror", "RROR", "GPU", "memory", "upport", "CUDA_", "ailed", "AILED", "annot", "No ", "is not",
+    "rror", "RROR", "GPU", "memory", "pport", "CUDA_", "ailed", "AILED", "annot", "No ", "is not",
     "ould not", "ouldn't", "Active", "ailure", "not found", "undefined symbol", "Xid", "mismatch",
     "oom", "requires", "exitcode", "unsatisfied", "Unable", "illed", "inactive", "Pending", "PCIe",
     "Persistence", "Remap", "nvalid", "compatible", "deprecated", "Detected", "kew", "ancdata",
