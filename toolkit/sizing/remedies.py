@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Case, Fit
 
     class Attempt(Protocol):
-        """The best case of a changed run on the same card, or on several."""
+        """The best case of a changed run: on the same card or another, on as many cards or more."""
 
         def __call__(
-            self, config: RunConfig, world_size: int | None = None
+            self, config: RunConfig, world_size: int = ..., device: Device | None = ...
         ) -> tuple[Case, Fit]: ...
 
 
