@@ -21,7 +21,12 @@ ASKED = CheckContext(configured=True, gpu_memory_utilization=0.85)
         ("rtx4090-display", "memory.free", ASKED, "the display (pid 9000001 4.40 GiB, pid"),
         ("rtx4090-display", "memory.tenant", CheckContext(), "held by the display: pid 9000001"),
         ("rtx4090-wsl", "memory.tenant", CheckContext(), "held by Windows and its programs"),
-        ("rtx4090-wsl", "memory.free", ASKED, "Windows and its programs (hidden processes) holds"),
+        (
+            "rtx4090-wsl",
+            "memory.free",
+            ASKED,
+            "its programs (hidden processes) hold the rest",
+        ),
     ],
 )
 def test_a_display_is_not_a_tenant(
@@ -31,17 +36,15 @@ def test_a_display_is_not_a_tenant(
     result = verdict(snapshot_of(node), check, context)
     assert (result.verdict, result.blame) == ("fail", "user")
     assert evidence in result.evidence
-    share = 0.72 if "display" in node else 0.67
+    share = 0.71 if "display" in node else 0.67
     assert f"gpu_memory_utilization to at most {share:.2f}" in str(result.remedy)
 
 
 def test_hidden_processes_hold_the_rest() -> None:
-    result = verdict(
-        snapshot_of("h200-pid-namespace"),
-        "memory.free",
-        replace(ASKED, gpu_memory_utilization=0.99),
-    )
-    assert result.verdict == "fail"
+    most = replace(ASKED, gpu_memory_utilization=0.99)
+    result = verdict(snapshot_of("h200-pid-namespace"), "memory.free", most)
+    assert (result.verdict, result.blame) == ("fail", "retry")
+    assert result.evidence.endswith("hidden processes hold the rest")
 
 
 def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
