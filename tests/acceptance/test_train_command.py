@@ -29,6 +29,7 @@ def test_it_trains_and_leaves_the_run_folder(trained):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert {path.name for path in run_dir.iterdir() if path.name != ".lock"} == {
+        ".branch.json",
         "adapter",
         "checkpoint-6",
         "checkpoint-8",

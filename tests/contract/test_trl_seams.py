@@ -81,13 +81,13 @@ def run(folder, monkeypatch, *, redundant: bool, **grpo):
         monkeypatch.setattr(correction, "old_logps_are_redundant", lambda _: False)
     trainer = make_trainer(folder, engine=True, max_steps=3, **grpo)
     forwards = []
-    original = Upstream._get_per_token_logps_and_entropies
+    original = GRPOTrainer.scores
 
     def counted(self, *args, **kwargs):
         forwards.append(torch.is_grad_enabled())
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Upstream, "_get_per_token_logps_and_entropies", counted)
+    monkeypatch.setattr(GRPOTrainer, "scores", counted)
     trainer.train()
     monkeypatch.undo()
     rows = [r for r in trainer.state.log_history if "loss" in r]

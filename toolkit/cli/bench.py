@@ -10,7 +10,7 @@ import click
 from toolkit.base.errors import ConfigError
 
 # Tables alone: torch comes with bench.run.
-from toolkit.train.bench.settings import ARMS, Settings
+from toolkit.train.bench.settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.shapes import SHAPES
 
 
@@ -18,17 +18,20 @@ from toolkit.train.bench.shapes import SHAPES
 @click.option("--shape", type=click.Choice(tuple(SHAPES)), default="llama-1b", show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True)
 @click.option("--arms", default=",".join(ARMS), show_default=True, help="In this order.")
-@click.option("--rank", "r", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--num-generations", type=click.IntRange(min=2), default=8, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--completion-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--per-device-batch", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--workload", type=click.Choice(tuple(WORKLOADS)), default="even", show_default=True)
+@click.option("--rank", "r", type=click.IntRange(min=1))
+@click.option("--prompts", type=click.IntRange(min=1))
+@click.option("--num-generations", type=click.IntRange(min=2))
+@click.option("--prompt-tokens", type=click.IntRange(min=1))
+@click.option("--completion-tokens", type=click.IntRange(min=1), help="At most, or exactly.")
+@click.option("--mean-tokens", type=click.IntRange(min=1), help="Geometric lengths of this mean.")
+@click.option("--max-seq-length", type=click.IntRange(min=1))
+@click.option("--per-device-batch", type=click.IntRange(min=1), help="The peers' micro-batch.")
 @click.option("--ours-batch", type=click.IntRange(min=1), help="Our micro-batch.")
 @click.option("--ours-checkpointing/--ours-no-checkpointing", default=None)
 @click.option("--ours-sleep/--ours-no-sleep", default=None, help="KV cache, while training.")
-@click.option("--gpu-memory-utilization", type=float, default=0.3, show_default=True)
-@click.option("--load-in-4bit", is_flag=True)
+@click.option("--gpu-memory-utilization", type=float)
+@click.option("--load-in-4bit/--load-in-16bit", default=None)
 @click.option("--limit-s", type=float, default=900, show_default=True, help="Seconds for each arm.")
 @click.option("--models", default="bench/models", show_default=True, help="Made checkpoints.")
 @click.option("--out", default="bench/out", show_default=True, help="Logs and bench.json.")
@@ -41,13 +44,21 @@ def bench(
     models: str,
     out: str,
     as_json: bool,
-    **workload: object,
+    **options: object,
 ) -> None:
     """Measure load, step time, memory, log-probability gap and what changed in the base.
 
     Every arm trains the same random checkpoint on the same prompts in a process of its own. Without
     a GPU only `--shape tiny` is worth its time. What `--ours-...` leaves open the sizer chooses,
     within the memory of `--per-device-batch` with checkpointing.
+
+    \b
+    even          8 prompts of 64 tokens x 8 completions of 256
+    uneven        the same with geometric lengths, mean 500, at most 2048
+    long-prompt   8 prompts of 1024 tokens x 8 completions of 256
+    long-context  1 prompt of 16384 tokens x 8 completions of 2048, 4-bit, rank 32
+
+    The other options change the workload.
     """
     chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
     unknown = sorted(set(chosen) - set(ARMS))
@@ -56,7 +67,10 @@ def bench(
     from toolkit.train.bench.run import bench as run_bench  # noqa: PLC0415 - imports torch
 
     folder = Path(out)
-    settings = Settings(model=str(Path(models).resolve() / shape), **workload)  # type: ignore[arg-type]  # click gave the types
+    workload = str(options.pop("workload"))
+    written = {name: value for name, value in options.items() if value is not None}
+    values: dict[str, object] = {**WORKLOADS[workload], **written}
+    settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]  # click gave the types
     if settings.sequences % settings.per_device_batch:
         raise ConfigError(
             f"{settings.sequences} completions a step do not divide by --per-device-batch "
@@ -74,7 +88,9 @@ def bench(
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    click.echo(f"\n{report['card']}, {shape}, floor {report['floor_s']['step']:.3f} s a step")
+    click.echo(
+        f"\n{report['card']}, {shape}, {workload}, floor {report['floor_s']['step']:.3f} s a step"
+    )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]

@@ -134,6 +134,7 @@ class RuntimeSection:
     output_dir: str = "runs/run"
     resume: Literal["auto", "never", "must"] | str = "auto"
     reproducible: bool = True
+    padding_free: bool = True
     allow_code: tuple[str, ...] = ()
     allow_changed: tuple[str, ...] = ()
     keep_last: int = 2

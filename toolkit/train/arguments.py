@@ -68,6 +68,7 @@ def grpo_config(
         # uploads, and nothing of it is printed.
         "log_completions": uploads,
         "push_to_hub": False,
+        "padding_free": config.runtime.padding_free,
         "use_cpu": on_cpu,
         # transformers looks for the tokens in what the data loader gives, which is prompts; with it
         # every row would also carry "train_runtime", the mark of the summary at a run's end.

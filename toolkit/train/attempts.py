@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Attempt:
                     raise
                 failure = first_line(error)
             self._undo()
-            self.trainer._split *= 2
+            self.trainer._split = 2 * self._parts()
             logger.warning(
                 "training step: out of memory, the micro-batch is cut in %d from here on (%s)",
                 self.trainer._split,
@@ -59,7 +59,11 @@ class Attempt:
         if self.inputs is None or not alone or not is_out_of_memory(error):
             return False
         rows: int = self.inputs["completion_ids"].shape[0]
-        return bool(self.trainer._split * 2 <= min(MAX_SPLIT, rows))
+        return bool(self._parts() * 2 <= min(MAX_SPLIT, rows))
+
+    def _parts(self) -> int:
+        """In how many parts the micro-batch was tried."""
+        return int(max(self.trainer._split, self.trainer.parts))
 
     def _undo(self) -> None:
         for parameter, gradient in zip(_trained(self.model), self._gradients, strict=True):
@@ -69,19 +73,65 @@ class Attempt:
         release_memory()
 
 
-def loss_in_parts(trainer: Any, inputs: dict[str, Any], loss: Callable[[Any], Any]) -> Any:
-    """The loss of a micro-batch in ``trainer._split`` parts, one graph at a time.
+def loss_in_parts(
+    trainer: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    parts: list[torch.Tensor],
+    loss: Callable[[Any], Any],
+) -> Any:
+    """The loss of a micro-batch in ``parts`` (numbers of rows), one graph at a time.
 
     All parts but the last are sent backward here; the caller does so with what is returned, whose
-    value is the loss of the whole.
+    value is the loss of the whole. Metrics of the parts become those of the whole.
     """
-    *first, (last, weight) = split_weights(trainer, inputs, trainer._split)
+    pieces = split_weights(trainer, inputs, parts)
+    metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
     done = 0.0
-    for part, part_weight in first:
-        value = loss(part) * part_weight
-        trainer.accelerator.backward(value)
+    for piece, weight in pieces[:-1]:
+        with trainer.accelerator.no_sync(model):  # ranks meet at the last part
+            value = loss(piece) * weight
+            trainer.accelerator.backward(value)
         done = done + value.detach()
-    return loss(last) * weight + done
+    last, weight = pieces[-1]
+    value = loss(last) * weight + done
+    metrics.merge()
+    return value
+
+
+class PartMetrics:
+    """What TRL notes for each part of a micro-batch, put together at the end."""
+
+    def __init__(self, trainer: Any, tokens: list[torch.Tensor]) -> None:
+        """``tokens``: how many tokens of each part the loss looks at."""
+        self.found = trainer._metrics["train" if trainer.model.training else "eval"]
+        self.marks = {name: len(values) for name, values in self.found.items()}
+        counts = torch.stack(tokens).double()
+        if trainer.accelerator.num_processes > 1:
+            counts = trainer.accelerator.reduce(counts, reduction="sum")
+        self.weights = (counts / counts.sum().clamp(min=1)).tolist()
+
+    def merge(self) -> None:
+        """Replace the values of the parts by one: TRL's are means over tokens, except extremes."""
+        for name, values in self.found.items():
+            mark = self.marks.get(name, 0)
+            own = values[mark:]
+            if len(own) == len(self.weights):
+                values[mark:] = [_together(name, own, self.weights)]
+
+
+def _together(name: str, values: list[float], weights: list[float]) -> float:
+    known = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
+    if not known:
+        return math.nan
+    if name.endswith(("_min", "/min")):
+        return min(value for value, _ in known)
+    if name.endswith(("_max", "/max")):
+        return max(value for value, _ in known)
+    total = sum(weight for _, weight in known)
+    if total == 0:
+        return known[0][0]
+    return sum(value * weight for value, weight in known) / total
 
 
 def drop_step(trainer: Any, model: Any) -> None:
@@ -124,7 +174,9 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def split_weights(trainer: Any, inputs: dict[str, Any], parts: int) -> list[tuple[Any, float]]:
+def split_weights(
+    trainer: Any, inputs: dict[str, Any], parts: list[torch.Tensor]
+) -> list[tuple[Any, float]]:
     """``inputs`` cut into ``parts`` along the batch, each with the weight that keeps the gradient.
 
     The loss types differ in what they average over, and so does the weight of a part: sequences
@@ -141,25 +193,25 @@ def split_weights(trainer: Any, inputs: dict[str, Any], parts: int) -> list[tupl
             " bonus, a router loss or images need it whole"
         )
     size = inputs["completion_ids"].shape[0]
-    bounds = [size * part // parts for part in range(parts + 1)]
     mask = loss_mask(inputs)
     tokens = mask.sum().clamp(min=1.0).item()
     pieces = []
-    for start, end in pairwise(bounds):
-        if start == end:
-            continue
-        piece = {name: _rows(value, start, end, size) for name, value in inputs.items()}
-        weight = (end - start) / size
+    for part in parts:
+        piece = {name: _rows(value, part, size) for name, value in inputs.items()}
+        weight = len(part) / size
         if trainer.loss_type in ("cispo", "dapo", "vespo"):
             weight = 1.0
         elif trainer.loss_type == "bnpo":
-            weight = max(mask[start:end].sum().item(), 1.0) / tokens
+            weight = max(mask[part.to(mask.device)].sum().item(), 1.0) / tokens
         pieces.append((piece, weight))
     return pieces
 
 
-def _rows(value: Any, start: int, end: int, size: int) -> Any:
+def _rows(value: Any, part: torch.Tensor, size: int) -> Any:
     """The rows of what has rows; what belongs to the batch as a whole is passed on."""
     if isinstance(value, torch.Tensor):
-        return value[start:end] if value.ndim and value.shape[0] == size else value
-    return value[start:end] if isinstance(value, list) and len(value) == size else value
+        has_rows = value.ndim and value.shape[0] == size
+        return value[part.to(value.device)] if has_rows else value
+    if isinstance(value, list) and len(value) == size:
+        return [value[number] for number in part.tolist()]
+    return value

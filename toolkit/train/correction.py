@@ -21,7 +21,7 @@ from toolkit.config.sampling_keywords import not_reproduced
 from toolkit.train.sampling import reads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 class Disagreement:
@@ -76,12 +76,15 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
     return mask * inputs["tool_mask"] if inputs.get("tool_mask") is not None else mask
 
 
-def gaps(logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+def gaps(
+    logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
+) -> torch.Tensor:
     """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens the
-    engine could not score are left out.
+    engine could not score are left out, and those that are not ``computed`` (B, T, bool).
     """
     delta: torch.Tensor = (logps - inputs["sampling_per_token_logps"]).abs()
-    return delta[loss_mask(inputs).bool() & ~torch.isnan(delta)]
+    computed = loss_mask(inputs).bool() if computed is None else computed
+    return delta[computed & ~torch.isnan(delta)]
 
 
 def importance_ratio(trainer: Any, logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -122,18 +125,26 @@ def has_dropout(model: torch.nn.Module) -> bool:
     return any(rate > 0 for rate in rates) or bool(getattr(config, "attention_dropout", 0.0))
 
 
-def observe(trainer: Any, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
+def observe(
+    trainer: Any, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
+) -> None:
     """Record the gap of one micro-batch from its training forward, and give ``inputs`` the weights
-    that TRL's loss reads.
+    that TRL's loss reads. ``skipped``: rows that the forward left out; no figure is of them.
     """
     logps = logps.detach()
     ratio = None
+    rows_B = torch.ones(len(logps), dtype=torch.bool, device=logps.device)
+    rows_B[sorted(skipped)] = False
+    computed = loss_mask(inputs).bool() & rows_B[:, None]
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         ratio = importance_ratio(trainer, logps, inputs)
         inputs["importance_sampling_ratio"] = ratio
         if not trainer.vllm_importance_sampling_mode.startswith("sequence_"):
-            ratio = ratio[loss_mask(inputs).bool()]
-    trainer.disagreement.add(gaps(logps, inputs), None if ratio is None else ratio.flatten())
+            ratio = ratio[computed]
+        else:
+            ratio = ratio[rows_B]
+        ratio = ratio.flatten()
+    trainer.disagreement.add(gaps(logps, inputs, computed), ratio)
 
 
 def observe_old(trainer: Any, inputs: Mapping[str, Any]) -> None:

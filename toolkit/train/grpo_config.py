@@ -23,7 +23,10 @@ WRITTEN = "toolkit_written"
 
 
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
-    """``trl.GRPOConfig`` that remembers which fields were passed: the others follow the model."""
+    """``trl.GRPOConfig`` that remembers which fields were passed: the others follow the model.
+
+    One field is ours: ``padding_free`` (True) trains on packed sequences, see ``packed_steps``.
+    """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # the same
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,6 +34,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         # None is TRL's own word for a field that is left out.
         written = frozenset(name for name, value in given.items() if value is not None)
         setattr(self, WRITTEN, written)
+        self.padding_free = bool(kwargs.pop("padding_free", True))
         if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
             kwargs["bf16"] = False  # TRL's True would be refused by transformers, unasked
         super().__init__(*args, **kwargs)

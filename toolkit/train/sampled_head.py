@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from toolkit.policy.packed_attention import KEYWORD
 from toolkit.train import kept_set, sampling
 from toolkit.train.kept_set import Distribution, Places, Scored, Texts
+from toolkit.train.packing import BATCH, PaddedBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class HeadOutput(NamedTuple):
-    """What TRL reads of ``FusedCausalLMOutput``; both tensors (B, L - 1), 0 where not scored."""
+    """What TRL reads of ``FusedCausalLMOutput``; both tensors (B, L - 1), 0 where not scored, and
+    (1, N) for a pack.
+    """
 
     log_probs: torch.Tensor
     entropy: torch.Tensor
@@ -52,9 +56,11 @@ def scoring(trainer: Any, model: Any) -> Iterator[None]:
     def forward(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any
     ) -> Any:
-        if fused_lm_head:
-            return _forward(self, distribution, args, kwargs, labels)
-        return before(*args, labels=labels, **kwargs)
+        if not fused_lm_head:
+            return before(*args, labels=labels, **kwargs)
+        if KEYWORD in kwargs:
+            return _forward_pack(self, distribution, kwargs)
+        return _forward(self, distribution, args, kwargs, labels)
 
     base.forward = types.MethodType(forward, base)
     try:
@@ -90,6 +96,25 @@ def _forward(
     zeros = hidden_BLH.new_zeros(wanted.shape, dtype=torch.float32)
     logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
     return HeadOutput(logps, entropy, _router_loss(config, outputs, kwargs))
+
+
+def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
+    """The same over a pack, whose labels lie at the tokens that predict them: both (1, N)."""
+    labels_1N = kwargs.pop("shift_labels")
+    batch: PaddedBatch = kwargs.pop(BATCH)
+    hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
+    wanted = labels_1N != -100
+    texts = None
+    if distribution.penalizes:
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        starts_B = torch.full_like(batch.ids_BL[:, 0], batch.ids_BL.shape[1] - batch.width)
+        texts = Texts(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
+    head = Head(model, distribution, texts)
+    rows_M, places_M = batch.rows_M, batch.places_M
+    scored = head.score(hidden_1NH[wanted], labels_1N[wanted], rows_M, places_M)
+    zeros = hidden_1NH.new_zeros(wanted.shape, dtype=torch.float32)
+    logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
+    return HeadOutput(logps, entropy, None)
 
 
 class Head:

@@ -23,9 +23,10 @@ from toolkit.train import correction, policy_setup, sampling
 from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.grpo_config import GRPOConfig, default_config
+from toolkit.train.packed_pass import Scope
+from toolkit.train.packed_steps import PackedSteps
 from toolkit.train.resumable import Resumable
 from toolkit.train.rows import Rows
-from toolkit.train.sampled_head import scoring
 from toolkit.train.sampling import EngineGeneration, Timers, find_engine
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -38,14 +39,13 @@ if TYPE_CHECKING:
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
-class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
+class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """trl.GRPOTrainer with rollouts from the engine on the model, where there is one."""
 
     max_bad_steps: int = 3
     bad_steps: int = 0
     peaks: PhasePeaks | None = None
     base_check: dict[str, Any] | None = None
-    _split: int = 1
     _attempt: Attempt | None = None
     _bad_loss: bool = False
     _collapse_told: bool = False
@@ -68,6 +68,8 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
         config = given["args"] = given.get("args") or default_config(model)
         sampling.check_keywords(model, config, tools=bool(given.get("tools")))
         policy_setup.prepare(model, engine, config, given.get("peft_config"))
+        if not isinstance(model, str):
+            self.merge_micro_batches(config, model)
         hidden = nullcontext() if engine is None else _without_vllm(config)
         with hidden, kept_float32(model):
             super().__init__(**given)
@@ -164,23 +166,23 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
             self.vllm_importance_sampling_correction = True
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        if "sampling_per_token_logps" not in inputs:
-            return super()._compute_loss(model, inputs)
-        if "old_per_token_logps" in inputs:
-            correction.observe_old(self, inputs)
-            return super()._compute_loss(model, inputs)
-        self._observed = dict(inputs)
+        self._scope = self.scope_of(inputs) if model.training else Scope()
+        self._observed = inputs = dict(inputs)
         try:
-            return super()._compute_loss(model, self._observed)
+            if "sampling_per_token_logps" in inputs and "old_per_token_logps" in inputs:
+                correction.observe_old(self, inputs)
+            return super()._compute_loss(model, inputs)
         finally:
-            self._observed = None
+            self._observed, self._scope = None, Scope()
+
+    def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, under the distribution that was sampled from: policy, old policy, reference."""
-        with scoring(self, model):
-            output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self._observed is not None:
-            correction.observe(self, output[0], self._observed)
+        output = self.scores(model, *args, **kwargs)
+        inputs = self._observed or {}
+        if "sampling_per_token_logps" in inputs and "old_per_token_logps" not in inputs:
+            correction.observe(self, output[0], inputs, self._scope.skipped)
         return output
 
     # --- faults inside a step
@@ -206,11 +208,13 @@ class GRPOTrainer(Resumable, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ship
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, in ``_split`` parts after memory has run out."""
+        """TRL's, in parts where the batch is cut: into packs, or after memory has run out."""
         loss = super().compute_loss
-        if self._split == 1 or not self.model.training:
-            return loss(model, inputs, return_outputs, num_items_in_batch)
-        return loss_in_parts(self, inputs, lambda part: loss(model, part))
+        if self.model.training:
+            parts = self.row_parts(inputs)
+            if len(parts) > 1:
+                return loss_in_parts(self, model, inputs, parts, lambda part: loss(model, part))
+        return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last seam before the optimizer steps: a step that is no number is dropped here."""

@@ -31,7 +31,7 @@ def load(folder: Path) -> torch.nn.Module:
 def test_a_base_that_is_cut_short_during_the_run(tmp_path: Path, tied: bool) -> None:
     folder = make_tiny(tmp_path / "model", tie_word_embeddings=tied)
     model = load(folder)
-    assert mapped_files() == []
+    assert [path for _, _, path in mapped_files() if path.startswith(str(folder))] == []
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before = model(ids).logits

@@ -338,7 +338,7 @@ def test_many_calls_leave_nothing_behind(rewards) -> None:
     pages = resident()
     for _ in range(400):
         score(rewards["fine"], ["word " * 200] * 16)
-    assert held() == before
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
     assert resident() <= pages * 1.05
 
 

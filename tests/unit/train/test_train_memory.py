@@ -192,7 +192,7 @@ def test_a_run_that_fails_leaves_what_was_measured(
 ) -> None:
     card = Card()
     monkeypatch.setattr(memory, "watch", lambda engine: PhasePeaks(card, ACCOUNT))
-    trainer = SimpleNamespace()
+    trainer = SimpleNamespace(lost=None)
 
     def train() -> None:
         with memory.measured(trainer, tmp_path):

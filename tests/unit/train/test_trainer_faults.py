@@ -19,15 +19,18 @@ from toolkit.train.trainer import GRPOTrainer
 
 
 class Narrow(GRPOTrainer):
-    """Runs out of memory where a training forward has more than ``limit`` rows."""
+    """Runs out of memory where a training forward is given more than ``limit`` tokens."""
 
-    limit = 2
+    limit = 30
     refused = 0
     error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
-        if torch.is_grad_enabled() and input_ids.shape[0] > self.limit:
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *rest, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, *rest, **kwargs
+        )
+        computed = [n for n in range(len(attention_mask)) if n not in self._scope.skipped]
+        if torch.is_grad_enabled() and attention_mask[computed].sum() > self.limit:
             type(self).refused += 1
             raise self.error
         return output
@@ -40,16 +43,16 @@ def parameters(trainer):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo"])
 def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, caplog):
     grpo = {"loss_type": loss_type, "max_steps": 2, "gradient_accumulation_steps": 2, "beta": 0.05}
+    grpo |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would make much of rounding
     whole = make_trainer(tmp_path / "a", **grpo)
     whole.train()
     Narrow.refused = 0
     parts = make_trainer(tmp_path / "b", kind=Narrow, **grpo)
     parts.train()
-    assert parts._split == 4
-    assert Narrow.refused == 2  # 8 rows, 4 rows; from then on 2 at a time
-    assert "the micro-batch is cut in 4 from here on" in caplog.text
-    # Adam makes much of the rounding of a gradient that is nearly nothing; a step is 1e-2.
-    torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-4, rtol=0)
+    assert parts._split >= 4
+    assert Narrow.refused >= 2  # the whole, its halves; then parts that fit, also in the next step
+    assert f"the micro-batch is cut in {parts._split} from here on" in caplog.text
+    torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-6, rtol=1e-4)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
     for mine, theirs in zip(*rows, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)

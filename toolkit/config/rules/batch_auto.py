@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from toolkit.config.batch_cut import CUT_MATTERS
 from toolkit.config.finding import Fix
 from toolkit.config.rules.arithmetic import multiple_from
 from toolkit.config.rules.base import Fault, rule
@@ -120,7 +121,9 @@ def cut_changes_nothing(run: Run) -> Iterator[Fault]:
     """
     if run.value(MICRO) != "auto":
         return
-    clashes = [key for key in CUT_MATTERS if CUT_MATTERS[key](run.ask(key))]
+    clashes = [
+        key for name, matters in CUT_MATTERS.items() if matters(run.ask(key := f"grpo.{name}"))
+    ]
     told = [run.operand(key) for key in clashes]
     fixes = [_numbers(run)]
     if ROUTER not in clashes and run.ask(ROUTER) is None and (weight := _router_loss(run)):
@@ -154,16 +157,3 @@ def _router_loss(run: Run) -> float:
         return 0.0
     declared = run.model.text.get("router_aux_loss_coef")
     return float(declared) if isinstance(declared, int | float) else 0.0
-
-
-def _counts(value: Any) -> bool:
-    return value is not None and value != 0
-
-
-CUT_MATTERS = {
-    "grpo.loss_type": lambda value: value == "bnpo",
-    "grpo.top_entropy_quantile": lambda value: value < 1,
-    "grpo.entropy_coef": _counts,
-    "grpo.use_adaptive_entropy": lambda value: value is True,
-    ROUTER: _counts,
-}

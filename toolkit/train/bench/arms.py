@@ -151,6 +151,8 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
     import torch  # noqa: PLC0415 - heavy
 
     cuda = torch.cuda.is_available()
+    if settings.mean_tokens is not None:
+        more["generation_kwargs"] = {"stop_token_ids": stop_tokens(settings)}
     return config(
         output_dir=str(Path(settings.model) / "bench-output"),
         max_steps=settings.steps,
@@ -182,6 +184,16 @@ def prompts(settings: Settings) -> Any:
     rows = max(512, settings.prompts * settings.steps)
     texts = [" ".join(f"t{draw.randint(10, last)}" for _ in words) for _ in range(rows)]
     return Dataset.from_list([{"prompt": text} for text in texts])
+
+
+def stop_tokens(settings: Settings) -> list[int]:
+    """Tokens that end a completion. A random model draws almost evenly, so one in ``mean_tokens``
+    of the vocabulary makes geometric lengths of that mean.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415 - heavy
+
+    size = AutoConfig.from_pretrained(settings.model).vocab_size
+    return list(range(4, 4 + max(1, round(size / (settings.mean_tokens or size)))))
 
 
 def reward_odd(completions: list[str], **_: Any) -> list[float]:

@@ -120,9 +120,12 @@ def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str 
         ("first step, s", lambda r: _number(r.first_step_s, 2)),
         ("load + first step, s", lambda r: _number(_add(r.load_s, r.first_step_s), 1)),
         ("median step, s", lambda r: _number(r.median_step_s, 2)),
+        ("median rollout, s", lambda r: _number(r.median_rollout_s, 2)),
+        ("median training, s", lambda r: _number(r.median_training_s, 2)),
         ("step over its floor", lambda r: _number(_over(r.median_step_s, floor["step"]), 1, "x")),
         ("rollout, tokens/s", lambda r: _number(r.rollout_tokens_s, 0)),
         ("training, tokens/s", lambda r: _number(r.train_tokens_s, 0)),
+        ("padding of a padded batch", lambda r: _number(_percent(r.padding_share), 0, " %")),
         ("publish, s", lambda r: _number(_median(r.publish_s), 3)),
         ("peak torch memory", lambda r: _bytes(r.peak_torch_bytes)),
         ("peak device memory", lambda r: _bytes(r.peak_device_bytes)),
@@ -146,6 +149,10 @@ def _add(left: float | None, right: float | None) -> float | None:
 
 def _over(value: float | None, floor: float) -> float | None:
     return value / floor if value and floor else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _median(values: list[float]) -> float | None:

@@ -28,7 +28,9 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step: sequences, tokens, and the model's sizes."""
+    """One step: sequences, tokens, and the model's sizes. ``decode_steps``: tokens of the longest
+    completion; ``usual_tokens``: mean tokens of one.
+    """
 
     parameters: int
     weight_bytes: int
@@ -36,7 +38,8 @@ class Work:
     prompts: int
     sequences: int
     prompt_tokens: int
-    completion_tokens: int
+    decode_steps: float
+    usual_tokens: float
 
 
 def measure_card() -> Card:
@@ -74,10 +77,12 @@ def _best(work: Callable[[], object], *, cuda: bool) -> float:
 
 def floor_seconds(work: Work, card: Card) -> dict[str, float]:
     """Seconds of one step at the measured rates: ``decode``, ``prefill``, ``train``, ``step``."""
-    mean_length = work.prompt_tokens + work.completion_tokens / 2
-    cache_bytes = work.sequences * mean_length * work.kv_bytes_per_token
-    decode = work.completion_tokens * (work.weight_bytes + cache_bytes) / card.bandwidth_bytes_s
-    prefill = 2 * work.parameters * work.prompts * work.prompt_tokens / card.matmul_ops_s
-    trained = work.sequences * (work.prompt_tokens + work.completion_tokens)
+    read_tokens = work.usual_tokens * (work.prompt_tokens + work.usual_tokens / 2)
+    cache_bytes = work.sequences * read_tokens * work.kv_bytes_per_token
+    decode = (work.decode_steps * work.weight_bytes + cache_bytes) / card.bandwidth_bytes_s
+    prompt_tokens = work.prompts * work.prompt_tokens
+    prefill = 2 * work.parameters * prompt_tokens / card.matmul_ops_s
+    # Each prompt once: the completions of a group share it.
+    trained = prompt_tokens + work.sequences * work.usual_tokens
     train = 4 * work.parameters * trained / card.matmul_ops_s
     return {"decode": decode, "prefill": prefill, "train": train, "step": decode + prefill + train}

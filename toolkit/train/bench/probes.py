@@ -70,7 +70,12 @@ class TimedGeneration:
         start = clock()
         out = self.inner.generate(*args, **kwargs)
         self.result.rollout_s.append(clock() - start)
-        self.result.completion_tokens.append(sum(len(ids) for ids in out[1]))
+        prompts, completions = ([len(ids) for ids in side] for side in out[:2])
+        self.result.completion_tokens.append(sum(completions))
+        if len(prompts) == len(completions):
+            self.result.prompt_tokens.append(sum(prompts))
+            widest = max(prompts, default=0) + max(completions, default=0)
+            self.result.padded_tokens.append(widest * len(completions))
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -77,5 +77,6 @@ def _work(settings: Settings, model: ModelPart) -> Work:
         prompts=settings.prompts,
         sequences=settings.sequences,
         prompt_tokens=settings.prompt_tokens,
-        completion_tokens=settings.completion_tokens,
+        decode_steps=settings.decode_steps,
+        usual_tokens=settings.usual_tokens,
     )

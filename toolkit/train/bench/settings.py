@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 ARMS = ("ours", "trl", "unsloth")
+
+WORKLOADS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "even": {},
+        "uneven": {"completion_tokens": 2048, "mean_tokens": 500, "max_seq_length": 2176},
+        "long-prompt": {"prompt_tokens": 1024, "max_seq_length": 1344},
+        "long-context": {
+            "prompts": 1,
+            "prompt_tokens": 16384,
+            "completion_tokens": 2048,
+            "max_seq_length": 18496,
+            "r": 32,
+            "load_in_4bit": True,
+            "per_device_batch": 1,
+            "gpu_memory_utilization": 0.45,
+        },
+    }
+)
+"""What each named workload sets, over the defaults of ``Settings``."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One workload. Lengths are in tokens, batches in completions.
+
+    With ``mean_tokens`` completions have geometric lengths of that mean, ``completion_tokens`` at
+    most; without it all have ``completion_tokens``.
 
     The ``ours_`` fields are the micro-batch, checkpointing and KV sleep of our arm; None is for
     ``plan.fill``. The optimizer step sees the same completions, so the work is the same.
@@ -27,6 +52,7 @@ class Settings:
     num_generations: int = 8
     prompt_tokens: int = 64
     completion_tokens: int = 256
+    mean_tokens: int | None = None
     r: int = 64
     per_device_batch: int = 16
     gradient_checkpointing: bool = True
@@ -43,6 +69,21 @@ class Settings:
     def sequences(self) -> int:
         """Completions in one optimizer step."""
         return self.prompts * self.num_generations
+
+    @property
+    def usual_tokens(self) -> float:
+        """Mean length of a completion."""
+        if self.mean_tokens is None:
+            return float(self.completion_tokens)
+        left = (1 - 1 / self.mean_tokens) ** self.completion_tokens
+        return self.mean_tokens * (1 - left)
+
+    @property
+    def decode_steps(self) -> float:
+        """Expected length of the longest completion of a step."""
+        if self.mean_tokens is None:
+            return float(self.completion_tokens)
+        return min(float(self.completion_tokens), self.mean_tokens * math.log(self.sequences))
 
     @property
     def ours_plan(self) -> str:
@@ -77,6 +118,8 @@ class Result:
     step_s: list[float] = field(default_factory=list)
     rollout_s: list[float] = field(default_factory=list)
     publish_s: list[float] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    padded_tokens: list[int] = field(default_factory=list)
     completion_tokens: list[int] = field(default_factory=list)
     peak_torch_bytes: int | None = None
     peak_device_bytes: int | None = None
@@ -94,8 +137,18 @@ class Result:
     @property
     def median_step_s(self) -> float | None:
         """Median of the steps after the first."""
-        rest = sorted(self.step_s[1:])
-        return rest[len(rest) // 2] if rest else None
+        return _median(self.step_s[1:])
+
+    @property
+    def median_rollout_s(self) -> float | None:
+        """Median of the rollouts after the first."""
+        return _median(self.rollout_s[1:])
+
+    @property
+    def median_training_s(self) -> float | None:
+        """Median of what is left of a step: rewards, training passes, the optimizer."""
+        spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
+        return _median([step - rollout - publish for step, rollout, publish in spent][1:])
 
     @property
     def rollout_tokens_s(self) -> float | None:
@@ -108,6 +161,15 @@ class Result:
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         rest = [step - rollout - publish for step, rollout, publish in spent]
         return _rate(self.completion_tokens[1:], rest[1:])
+
+    @property
+    def padding_share(self) -> float | None:
+        """Share of a padded batch of these lengths that is padding: what a padded pass computes
+        for nothing.
+        """
+        if not sum(self.padded_tokens):
+            return None
+        return 1 - (sum(self.prompt_tokens) + sum(self.completion_tokens)) / sum(self.padded_tokens)
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -124,9 +186,21 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, the derived figures included."""
-        derived = ("first_step_s", "median_step_s", "rollout_tokens_s", "train_tokens_s")
+        derived = (
+            "first_step_s",
+            "median_step_s",
+            "median_rollout_s",
+            "median_training_s",
+            "rollout_tokens_s",
+            "train_tokens_s",
+            "padding_share",
+        )
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def _rate(tokens: list[int], seconds: list[float]) -> float | None:
     return sum(tokens) / sum(seconds) if tokens and sum(seconds) > 0 else None
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None

@@ -1,0 +1,333 @@
+"""Attention over a packed sequence: many completions in one row, no padding, one copy of a prompt.
+
+A pack holds *segments* one after the other. A segment is a run of tokens that attends to itself,
+causally, and to all of its *prefix*, which is another segment of the pack or nothing. So the
+completions of a group share one copy of their prompt, and no mask over the whole pack exists.
+
+The function is registered with transformers' public ``AttentionInterface`` beside the model's own
+one: without a layout among its keywords it is the model's own function. On a GPU in half precision
+it is ``torch.nn.attention.varlen`` (FlashAttention-2); elsewhere, and for models with a soft cap or
+attention sinks, the segments are handed to the model's own function in batches of similar length.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+KEYWORD = "packed_layout"
+"""The keyword of the model's forward that carries the layout down to the attention function."""
+PREFIX = "packed_"
+"""Of the registered names: ``packed_sdpa`` is packed attention on a model that uses ``sdpa``."""
+PLAIN = ("sdpa", "eager")
+"""The functions of a model that packed attention can be put over."""
+
+_MAX_SCORES = 1 << 26  # query-key pairs a head of one call of the model's own function
+_WASTE = 1.25  # a batch of segments may be padded to this multiple of its real size
+_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA else varlen_attn
+"""torch 2.11 takes fewer heads of keys without being asked; 2.13 wants ``enable_gqa``."""
+
+
+class Segment(NamedTuple):
+    """Tokens ``start`` to ``start + length`` of the pack, after those of its prefix."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def keys(self) -> int:
+        """Tokens that its last token attends to."""
+        return self.prefix_length + self.length
+
+
+class Batch(NamedTuple):
+    """Query blocks of segments of similar size, padded, for the model's own attention function."""
+
+    queries_ST: torch.Tensor  # indices into the pack; padding repeats a real token
+    keys_SK: torch.Tensor
+    positions_ST: torch.Tensor  # of each query among its segment's keys; -1 is padding
+    key_counts_S: torch.Tensor
+
+
+@dataclass(eq=False)
+class PackedLayout:
+    """Where the segments of a pack lie; all index tensors are on ``device``."""
+
+    segments: Sequence[Segment]
+    device: torch.device
+    tokens: int = field(init=False)
+    windows: dict[int, int | None] = field(default_factory=dict, init=False)
+    """The sliding window that each attention module asked for, by the module's id."""
+    _batches: list[Batch] | None = field(default=None, init=False)
+    _order_N: torch.Tensor | None = field(default=None, init=False)
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.segments = [segment for segment in self.segments if segment.length]
+        self.tokens = sum(segment.length for segment in self.segments)
+        self.max_queries = max(segment.length for segment in self.segments)
+        self.max_keys = max(segment.keys for segment in self.segments)
+        self.query_ends = self._ends([segment.length for segment in self.segments])
+        self.key_ends = self._ends([segment.keys for segment in self.segments])
+        self.key_index, self.key_uses = self._key_index()
+
+    def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
+        """0 and the running sums, int32, as the kernel wants them."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(self.device)
+
+    def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The tokens of all segments' keys, laid out segment by segment (K), and for the way back
+        pairs of (tokens of the pack, their place in that layout): the first use of each token, the
+        second use of those that have one, and so on.
+        """
+        parts = [
+            torch.arange(begin, begin + size)
+            for start, length, prefix, prefix_length in self.segments
+            for begin, size in ((prefix, prefix_length), (start, length))
+        ]
+        index_K = torch.cat(parts)
+        order_K = index_K.argsort(stable=True)
+        counts_N = torch.bincount(index_K, minlength=self.tokens)
+        begins_N = counts_N.cumsum(0) - counts_N
+        uses = []
+        for number in range(int(counts_N.max())):
+            tokens = (counts_N > number).nonzero().flatten()
+            places = order_K[begins_N[tokens] + number]
+            uses.append((tokens.to(self.device), places.to(self.device)))
+        return index_K.to(self.device), uses
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The segments for the model's own function."""
+        if self._batches is None:
+            blocks = list(self._blocks())
+            self._batches = [self._batch(group) for group in _grouped(blocks)]
+            real = [batch.queries_ST[batch.positions_ST >= 0] for batch in self._batches]
+            order = torch.cat(real).argsort()
+            padded = torch.cat([(b.positions_ST >= 0).flatten() for b in self._batches])
+            self._order_N = padded.nonzero().flatten()[order]
+        return self._batches
+
+    @property
+    def order_N(self) -> torch.Tensor:
+        """Where each token of the pack lies among the padded queries of all batches."""
+        assert self.batches
+        assert self._order_N is not None
+        return self._order_N
+
+    def _blocks(self) -> list[tuple[Segment, int, int]]:
+        """(segment, first query, end of queries): long segments are cut along their queries."""
+        blocks = []
+        for segment in self.segments:
+            step = max(1, _MAX_SCORES // segment.keys)
+            for first in range(0, segment.length, step):
+                blocks.append((segment, first, min(first + step, segment.length)))
+        return blocks
+
+    def _batch(self, blocks: Sequence[tuple[Segment, int, int]]) -> Batch:
+        rows = max(end - first for _, first, end in blocks)
+        columns = max(segment.prefix_length + end for segment, _, end in blocks)
+        queries = torch.zeros(len(blocks), rows, dtype=torch.long)
+        positions = torch.full((len(blocks), rows), -1)
+        keys = torch.zeros(len(blocks), columns, dtype=torch.long)
+        counts = torch.zeros(len(blocks), dtype=torch.long)
+        for row, (segment, first, end) in enumerate(blocks):
+            start, _, prefix, size = segment
+            queries[row] = start + first
+            queries[row, : end - first] = torch.arange(start + first, start + end)
+            positions[row, : end - first] = torch.arange(size + first, size + end)
+            keys[row] = start
+            keys[row, :size] = torch.arange(prefix, prefix + size)
+            keys[row, size : size + end] = torch.arange(start, start + end)
+            counts[row] = size + end
+        return Batch(*(x.to(self.device) for x in (queries, keys, positions, counts)))
+
+    def mask(self, number: int, window: int | None) -> torch.Tensor:
+        """(S, 1, T, K), True where the query of batch ``number`` attends to the key. ``window`` is
+        the number of tokens that a token sees, itself included.
+        """
+        known = self._masks.get((number, window))
+        if known is not None:
+            return known
+        _, keys_SK, positions_ST, counts_S = self.batches[number]
+        key_K = torch.arange(keys_SK.shape[1], device=self.device)
+        position_ST1 = positions_ST.clamp(min=0).unsqueeze(-1)
+        mask = (key_K <= position_ST1) & (key_K < counts_S[:, None, None])
+        if window is not None:
+            mask &= key_K > position_ST1 - window
+        self._masks[number, window] = mask.unsqueeze(1)
+        return self._masks[number, window]
+
+
+def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
+    """Blocks of similar size together, so that padding them to the largest wastes little."""
+    groups: list[list[tuple[Segment, int, int]]] = []
+    real = 0
+
+    def size(block: tuple[Segment, int, int]) -> tuple[int, int]:
+        segment, first, end = block
+        return segment.prefix_length + end, end - first
+
+    for block in sorted(blocks, key=size, reverse=True):
+        area = size(block)[0] * size(block)[1]
+        if groups:
+            group = [*groups[-1], block]
+            padded = max(size(b)[0] for b in group) * max(size(b)[1] for b in group) * len(group)
+            if padded <= min(_MAX_SCORES, _WASTE * (real + area)):
+                groups[-1].append(block)
+                real += area
+                continue
+        groups.append([block])
+        real = area
+    return groups
+
+
+class _GatherKeys(torch.autograd.Function):
+    """``x_NHD[key_index]``; the backward pass sums in a fixed order, in float32.
+
+    The plain gradient of indexing adds with atomics on a GPU: other bits in each run, and rounding
+    to the format of ``x`` at each addition.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NHD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        ctx.layout = layout
+        return x_NHD.index_select(0, layout.key_index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient_KHD,) = gradients
+        layout: PackedLayout = ctx.layout
+        total_NHD = gradient_KHD.new_zeros(
+            (layout.tokens, *gradient_KHD.shape[1:]), dtype=torch.float32
+        )
+        for tokens, places in layout.key_uses:
+            # No token occurs twice in one of these additions.
+            total_NHD[tokens] += gradient_KHD.index_select(0, places).float()
+        return total_NHD.to(gradient_KHD.dtype), None
+
+
+def _varlen(
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: PackedLayout,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """(N, H, D) by the kernel, which wants the keys of each segment side by side."""
+    query_NHD, key_NHD, value_NHD = states
+    output: torch.Tensor = _kernel(
+        query_NHD,
+        _gathered(key_NHD, layout),
+        _gathered(value_NHD, layout),
+        layout.query_ends,
+        layout.key_ends,
+        layout.max_queries,
+        layout.max_keys,
+        scale=scale,
+        # The kernel counts the tokens before the query; causal masks are aligned to the end.
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return output
+
+
+def _gathered(x_NHD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    gathered: torch.Tensor = _GatherKeys.apply(x_NHD, layout)  # type: ignore[no-untyped-call]  # torch's own
+    return gathered
+
+
+def _by_the_model(
+    function: Callable[..., Any],
+    module: torch.nn.Module,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: PackedLayout,
+    additive: bool,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """(1, N, H, D) by the model's own attention function, over batches of segments."""
+    query_NHD, key_NHD, value_NHD = states
+    outputs = []
+    for number, batch in enumerate(layout.batches):
+        mask = layout.mask(number, kwargs.get("sliding_window"))
+        if additive:
+            zero = query_NHD.new_zeros(())
+            mask = torch.where(mask, zero, torch.finfo(zero.dtype).min)
+        output, _ = function(
+            module,
+            query_NHD[batch.queries_ST].transpose(1, 2),
+            _gather(key_NHD, batch.keys_SK).transpose(1, 2),
+            _gather(value_NHD, batch.keys_SK).transpose(1, 2),
+            mask,
+            **kwargs,
+        )
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.order_N).unsqueeze(0)
+
+
+def _gather(x_NHD: torch.Tensor, index_SK: torch.Tensor) -> torch.Tensor:
+    gathered = x_NHD.index_select(0, index_SK.flatten())
+    return gathered.view(*index_SK.shape, *x_NHD.shape[1:])
+
+
+def can_use_kernel(query: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether ``varlen_attn`` computes this layer's attention on this device."""
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    same = query.shape[-1] == value.shape[-1] <= 256
+    return half and plain and same and not kwargs.get("dropout")
+
+
+def packed_attention(
+    plain: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """transformers' attention function ``plain``, over packs where ``packed_layout`` is given.
+
+    ``query``: (B, H, T, D); returns (B, T, H, D) and the weights (None for a pack).
+    """
+    layout: PackedLayout | None = kwargs.pop(KEYWORD, None)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)
+    if layout is None:
+        result: tuple[torch.Tensor, Any] = function(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return result
+    layout.windows[id(module)] = kwargs.get("sliding_window")
+    query_NHD, key_NHD, value_NHD = (x.transpose(1, 2)[0] for x in (query, key, value))
+    states = (query_NHD, key_NHD, value_NHD)
+    if can_use_kernel(query, value, kwargs):
+        scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+        output = _varlen(states, layout, scale, window).unsqueeze(0)
+    else:
+        output = _by_the_model(
+            function, module, states, layout, additive=plain == "eager", **kwargs
+        )
+    return output, None
+
+
+def register() -> None:
+    """Register the packed form of each plain function, with the masks of the plain one."""
+    for plain in PLAIN:
+        AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))
+        AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])
