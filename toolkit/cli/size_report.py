@@ -39,12 +39,8 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
     if result.remedies:
         lines = [f"  {remedy}" for remedy in result.remedies]
         enough = any(remedy.enough for remedy in result.remedies)
-        head = "what would free memory, enough first, then the least harm; each line by itself:"
-        head = (
-            head
-            if enough
-            else "what would free memory, the least harm first; none is enough by itself:"
-        )
+        order = "what is enough first, then" if enough else "none is enough by itself;"
+        head = f"what each change would free, {order} the least harm first:"
         parts.append("\n".join([head, *lines]))
     return "\n\n".join(part for part in parts if part)
 
