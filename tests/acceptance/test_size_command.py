@@ -162,9 +162,10 @@ def test_nothing_is_written_unasked(run_file, tmp_path):
 def test_an_empty_interval_is_priced(run_file):
     done = call("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
     assert "no value is possible" in done.stdout
-    head = "what each change would free"
-    enough = "(enough)" in done.stdout
-    assert f"{head}{', by itself:' if enough else '; none is enough by itself:'}" in done.stdout
+    order = (
+        "what is enough first, then" if "(enough)" in done.stdout else "none is enough by itself;"
+    )
+    assert f"what each change would free, {order} the least harm first:" in done.stdout
     assert "load_in_4bit: true frees" in done.stdout
     found = call("size", run_file, "--gpu", "t4", "--json", code=1)
     assert json.loads(found.stdout)["feasible"] is False

@@ -18,7 +18,7 @@ EXIT_CODES: dict[int, str] = {
     2: "usage, or input that cannot be read",
     3: "this node is bad",
     4: "try again later: a tenant holds memory, a race",
-    5: "could not be established, under --strict",
+    5: "could not be established",
     70: "a defect of ours: please report it",
     75: "stopped on purpose with a checkpoint: requeue me",
 }
@@ -77,6 +77,12 @@ class RetryError(ToolkitError):
     """Nothing is wrong with the config or the node: try again later."""
 
     exit_code = 4
+
+
+class UnestablishedError(ToolkitError):
+    """What is asked could not be established: neither good nor bad."""
+
+    exit_code = 5
 
 
 class StoppedError(ToolkitError):

@@ -30,8 +30,8 @@ INTERRUPTED = 130
 def guarded(*, debug: bool = False) -> Iterator[None]:
     """Turn a ToolkitError into one block on stderr and its exit code.
 
-    Anything else is a defect of ours (70), of which a report is written. ``debug`` shows the
-    traceback as well.
+    An error of upstream that is known (base.symptoms) is explained. Anything else is a defect of
+    ours (70), of which a report is written. ``debug`` shows the traceback as well.
     """
     try:
         yield
@@ -41,8 +41,8 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         if error.exit_code == DefectError.exit_code:
             _leave(_defect(error), error.exit_code, debug=debug)
         _leave(f"error: {error}", error.exit_code, debug=debug)
-    except Exception as error:  # noqa: BLE001 - a disk's, or a defect of ours, told to a person
-        if (known := disk.failed(error)) is not None:
+    except Exception as error:  # noqa: BLE001 - a disk's, a known one of upstream's, or a defect
+        if (known := _known(error)) is not None:
             _leave(f"error: {known}", known.exit_code, debug=debug)
         _leave(_defect(error), DefectError.exit_code, debug=debug)
 
@@ -80,6 +80,13 @@ def debug_asked() -> bool:
     or behind the command's name, or TOOLKIT_DEBUG=1.
     """
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
+
+
+def _known(error: Exception) -> ToolkitError | None:
+    """What a disk or a library refused, in our words."""
+    from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
+
+    return disk.failed(error) or explained(error, "the command failed")
 
 
 def _defect(error: Exception) -> str:

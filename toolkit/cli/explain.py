@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.base.errors import EXIT_CODES
+from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.render import paragraph
 
 if TYPE_CHECKING:
     from toolkit.base.symptoms import Symptom
 
-MAX_PASTED = 4 << 20
+MAX_PASTED = 256 << 20
 
 
 @click.command("explain")
@@ -33,7 +33,7 @@ def explain(what: tuple[str, ...]) -> None:
 
 def _one(word: str) -> str:
     if word == "-":
-        return _pasted(sys.stdin.read(MAX_PASTED))
+        return _pasted(sys.stdin.buffer.read(MAX_PASTED).decode("utf-8", errors="replace"))
     from toolkit.config.explain import explain as about  # noqa: PLC0415 - after parsing
     from toolkit.config.explain import unknown  # noqa: PLC0415
 
@@ -64,16 +64,30 @@ def _check(word: str) -> str | None:
 
 
 def _pasted(text: str) -> str:
-    """Every symptom in a traceback, with the check that would have caught it and the remedy."""
+    """Every symptom in a traceback, with the check that would have caught it and the remedy.
+
+    Raises:
+        UnestablishedError: none is known.
+    """
     from toolkit.base.symptoms import match  # noqa: PLC0415 - only for a traceback
 
     found = match(text)
     if not found:
-        return (
-            "No error that is known here stands in this text.\n"
-            "  Try: envcheck check --config run.yaml, and envcheck size run.yaml"
-        )
+        raise _not_known(text)
     return "\n\n".join(_told(symptom) for symptom in found)
+
+
+def _not_known(text: str) -> UnestablishedError:
+    """No symptom: the nearest ones, for a person to compare."""
+    from toolkit.base.symptoms import nearest  # noqa: PLC0415 - only for a traceback
+
+    near = [f"{symptom.title} ({symptom.check})" for symptom in nearest(text)]
+    told = "; the nearest that is known:\n  " + "\n  ".join(near) if near else ""
+    return UnestablishedError(
+        f"no error that is known here is in this text{told}",
+        where="explain -",
+        fix="envcheck check --config run.yaml, and envcheck size run.yaml",
+    )
 
 
 def _told(symptom: Symptom) -> str:

@@ -144,7 +144,7 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
         elif re.search(r"[<>=]", text):
             raise unknown_form(text)
         else:
-            cards.find(text, where="--require")
+            cards.check_family(text)
             values["required_card"] = text
     return values
 

@@ -46,17 +46,20 @@ def size(
     """
     from toolkit.cli.size_report import text_of  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
+    from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
     from toolkit.sizing import read_spec, solve  # noqa: PLC0415 - as above
+    from toolkit.sizing.device import situation_of  # noqa: PLC0415 - as above
 
     overrides, world, write = rest["overrides"], rest["world_size"], rest["write"]
     assert isinstance(overrides, tuple)
     assert isinstance(world, int)
     if sum((gpu is not None, gpu_index is not None, cpu)) > 1:
         raise click.UsageError("--gpu, --gpu-index and --cpu exclude each other.")
-    config, document = read_target(target, overrides, world_size=world)
+    device = None if cpu else choose_device(gpu, gpu_index)
+    situation = situation_of(device, world) if device else Situation(world_size=world)
+    config, document = read_target(target, overrides, situation)
     if write and document is None:
         raise click.UsageError("--write needs a run file.")
-    device = None if cpu else choose_device(gpu, gpu_index)
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world)
     if as_json:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from toolkit.base.units import GIB, format_bytes, format_parameters
 from toolkit.cli.render import paragraph, styled, table, terminal_width
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.model import LoraSection, ModelSection, RunConfig
     from toolkit.sizing import SizingResult
     from toolkit.sizing.terms import Term
 
@@ -25,12 +26,12 @@ LETTERS = (
     ("T", "training step", ("trainer.",)),
     ("m", "margins", ("margin.",)),
 )
-OTHER_LETTERS = (("x", "held by others"), (".", "free"), ("!", "too much"))
+OTHER_LETTERS = (("x", "held by other processes"), (".", "free"), ("!", "too much"))
 
 
 def text_of(result: SizingResult, config: RunConfig) -> str:
     """The whole answer as text."""
-    parts = [_head(result), _interval(result), _choice(result, config), _budget(result)]
+    parts = [_head(result), _interval(result, config), _choice(result, config), _budget(result)]
     parts += [_bars(result), _ranks(result), _peaks(result)]
     if result.model.notes:
         notes = [paragraph(note, first="note: ", indent="      ") for note in result.model.notes]
@@ -38,8 +39,8 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
     if result.remedies:
         lines = [f"  {remedy}" for remedy in result.remedies]
         enough = any(remedy.enough for remedy in result.remedies)
-        head = "what each change would free, by itself:"
-        head = head if enough else "what each change would free; none is enough by itself:"
+        order = "what is enough first, then" if enough else "none is enough by itself;"
+        head = f"what each change would free, {order} the least harm first:"
         parts.append("\n".join([head, *lines]))
     return "\n\n".join(part for part in parts if part)
 
@@ -66,7 +67,7 @@ def _head(result: SizingResult) -> str:
     return "\n".join(paragraph(line, indent=" " * 8) for line in lines)
 
 
-def _interval(result: SizingResult) -> str:
+def _interval(result: SizingResult, config: RunConfig) -> str:
     interval, choice = result.interval, result.choice
     if interval.min is None or interval.max is None:
         if result.feasible:
@@ -78,10 +79,12 @@ def _interval(result: SizingResult) -> str:
         first = f"gpu_memory_utilization: no value is possible, {format_bytes(result.short_bytes)}"
         head = styled(f"{first} are missing", "red", bold=True)
     else:
-        chosen = f"{choice.gpu_memory_utilization:.3f}"
+        written = config.model.gpu_memory_utilization
+        value = choice.gpu_memory_utilization if written == "auto" else written
+        how = "chosen" if written == "auto" else "written"
         head = (
-            f"gpu_memory_utilization from {interval.min:.3f} to {interval.max:.3f}, chosen "
-            + styled(chosen, bold=True)
+            f"gpu_memory_utilization from {interval.min:.3f} to {interval.max:.3f}, {how} "
+            + styled(f"{value:.3f}", bold=True)
         )
     return "\n".join(
         [
@@ -100,7 +103,7 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
         [
             "micro-batch x accumulation",
             f"{micro} x {accumulation}",
-            "from auto"
+            "chosen"
             if config.grpo.get("per_device_train_batch_size") == "auto"
             else f"largest that fits: {choice.largest_micro_batch or 'none'}",
         ],
@@ -117,10 +120,13 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
     return table(["choice", "value", ""], rows)
 
 
-def _row(name: str, value: object, section: object) -> list[str]:
+def _row(name: str, value: object, section: ModelSection | LoraSection) -> list[str]:
     written = getattr(section, name.rpartition(".")[2])
     shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return [name, shown, "from auto" if written == "auto" else "as written"]
+    if written == "auto":
+        return [name, shown, "chosen"]
+    usual = {item.name: item.default for item in fields(section)}[name.rpartition(".")[2]]
+    return [name, shown, "the default" if written == usual else "written"]
 
 
 def _names(targets: tuple[str, ...] | str) -> str:
@@ -177,17 +183,29 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
         sizes["x"] = whole - free
     for letter, _, _ in LETTERS:
         sizes[letter] = sum(term.bytes for term in terms if _letter(term.term) == letter)
-    drawn, at, end = "", 0, 0
-    for letter, nbytes in sizes.items():
-        at += nbytes
-        last = round(at * width / whole)
-        # What there is shows, however small, as long as there is room for it.
-        last = max(last, end + 1) if nbytes > whole // 1000 else last
-        drawn += letter * (last - end)
-        end = max(end, last)
-    if len(drawn) > width:
-        return drawn[: width - 1] + "!"
+    taken = sum(sizes.values())
+    cells = _cells(sizes, min(taken, whole), width * min(taken, whole) // whole)
+    drawn = "".join(letter * cells[letter] for letter in sizes)
+    if taken > whole:
+        return drawn[: width - 1].ljust(width - 1, ".") + "!"
     return drawn + "." * (width - len(drawn))
+
+
+def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
+    """Letters of the bar: in proportion, at least one for what there is, and together ``most``; the
+    largest give way to the small ones.
+    """
+    total = sum(sizes.values())
+    shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}
+    most = max(most, len(shown))
+    cells = dict.fromkeys(sizes, 0)
+    cells |= {letter: max(1, nbytes * most // total) for letter, nbytes in shown.items()}
+    while cells and sum(cells.values()) > most:
+        cells[max(cells, key=lambda letter: cells[letter])] -= 1
+    while shown and sum(cells.values()) < most:
+        lacks = {letter: sizes[letter] * most / total - cells[letter] for letter in shown}
+        cells[max(lacks, key=lambda letter: lacks[letter])] += 1
+    return cells
 
 
 def _letter(name: str) -> str:

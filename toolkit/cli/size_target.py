@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from toolkit.config.document import Document
+    from toolkit.config.resolved import Situation
 
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 # A fault in these sections changes no size: a data set that is not on this machine stops nothing.
 UNSIZED = ("dataset", "reward")
+OF_THE_CARD = ("HW001", "LOAD002", "LOAD004", "LOAD005")
 STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 
 
 def read_target(
-    target: str, overrides: Sequence[str], *, world_size: int
+    target: str, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document | None]:
     """The run to size, and its document where it is a run file.
 
@@ -32,8 +34,8 @@ def read_target(
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
     if not is_run or path.is_dir() or (path.suffix == ".json" and _is_model_config(path)):
-        return _of_model(target, overrides, world_size), None
-    return _of_run_file(path, overrides, world_size)
+        return _of_model(target, overrides, situation), None
+    return _of_run_file(path, overrides, situation)
 
 
 def _is_model_config(path: Path) -> bool:
@@ -45,16 +47,15 @@ def _is_model_config(path: Path) -> bool:
 
 
 def _of_run_file(
-    path: Path, overrides: Sequence[str], world_size: int
+    path: Path, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document]:
 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.layers import load_document  # noqa: PLC0415
-    from toolkit.config.rules import Situation  # noqa: PLC0415
     from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
     document = load_document(path, overrides)
-    judged = validate(document, Situation(world_size=world_size))
+    judged = validate(document, situation)
     if judged.config is not None:
         return judged.config, document
     faults = [found for found in judged.findings if str(found.severity) == "error"]
@@ -68,26 +69,26 @@ def _of_run_file(
     return build_config(document), document
 
 
-def _of_model(model: str, overrides: Sequence[str], world_size: int) -> RunConfig:
+def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
     """A run of ``model`` with every default, and what ``overrides`` say: they are judged as in a
-    run file, the defaults are not.
+    run file; of the defaults only what the card cannot do.
     """
-    if not overrides:
+    if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))
 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.document import Source  # noqa: PLC0415
     from toolkit.config.layers import assemble  # noqa: PLC0415
-    from toolkit.config.rules import Situation  # noqa: PLC0415
     from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
     text = json.dumps({"model": {"model_name": model}})
     document = assemble(Source(model, text, Path.cwd(), None, "json"), overrides)
-    judged = validate(document, Situation(world_size=world_size))
+    judged = validate(document, situation)
     faults = [
         found
         for found in judged.findings
-        if str(found.severity) == "error" and found.source is not None and found.source.is_override
+        if str(found.severity) == "error"
+        and (found.rule in OF_THE_CARD or (found.source is not None and found.source.is_override))
     ]
     if faults:
         raise refusal(document, faults)

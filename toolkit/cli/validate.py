@@ -96,7 +96,7 @@ def _request(options: dict[str, Any]) -> _Request:
         from toolkit.gpu.cards import find  # noqa: PLC0415 - only for --gpu
 
         card = find(gpu)
-        device = DeviceFacts(card.name, card.compute_capability)
+        device = DeviceFacts(card.name, card.compute_capability, card.machine)
     situation = Situation(world_size=options["world_size"], device=device)
     return _Request(
         strict=options["strict"],

@@ -27,11 +27,13 @@ Engine = Literal["vllm", "transformers", "maybe"]
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """What the decisions ask of a card; ``compute_capability`` None is a machine without a GPU, and
-    (0, 0) a card that does not tell.
+    (0, 0) a card that does not tell. ``machine`` is that of a card that is not here, for which the
+    locked builds are judged; of one that is here envcheck check judges the installed ones.
     """
 
     name: str
     compute_capability: tuple[int, int] | None
+    machine: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

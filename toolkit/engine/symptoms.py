@@ -4,21 +4,8 @@ caught it.
 
 from __future__ import annotations
 
-from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError
-from toolkit.base.symptoms import match
-
-KINDS: dict[int, type[ToolkitError]] = {1: ConfigError, 3: NodeError, 4: RetryError}
-
-CHECKPOINT_TEXTS = (
-    "were not initialized from checkpoint",
-    "There is no module or parameter named",
-    "Cannot find any model weights",
-    "Attempted to load weight",
-    "Error while deserializing header",
-)
-"""vLLM's words for missing, extra and absent tensors (0.25.1 to 0.31.0; held by tests/contract),
-and safetensors' for a file that is cut short or is no such file.
-"""
+from toolkit.base.errors import ConfigError, NodeError, ToolkitError
+from toolkit.base.symptoms.errors import explained
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION = "VLLMValidationError"
@@ -48,39 +35,19 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
     symptom that it shows.
 
-    Other texts are quoted: in a ConfigError where vLLM judged a value or the checkpoint does not
-    fit, in a NodeError otherwise, as nothing says that the config is at fault. ``fix`` is what to
+    Other texts are quoted: in a ConfigError where vLLM judged a value, in a NodeError otherwise, as
+    nothing says that the config is at fault. ``fix`` is what to
     do where nothing was being judged: about an engine that was running.
     """
-    chain = list(_chain(problem))
-    for error in chain:
-        for symptom in match(str(error)):
-            kind = KINDS.get(symptom.exit_code, NodeError)
-            return kind(
-                f"{what}: {symptom.title} ({_first_line(error)})",
-                where=f"check {symptom.check}",
-                fix=symptom.remedy,
-            )
-    first = chain[0]
+    if known := explained(problem, what):
+        return known
+    first = problem
     told = f"{what}: {type(first).__name__}: {_first_line(first)}"
-    if any(text in str(error) for error in chain for text in CHECKPOINT_TEXTS):
-        return ConfigError(
-            told, where="checkpoint", fix="use a complete checkpoint, made for this architecture"
-        )
     kinds = type(first).__mro__
     if fix is None and (isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in kinds)):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     fix = fix or "run `envcheck check` on this node; --debug shows the whole traceback"
     return NodeError(told, where="vLLM", fix=fix)
-
-
-def _chain(problem: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    current: BaseException | None = problem
-    while current is not None and current not in found:
-        found.append(current)
-        current = current.__cause__ or current.__context__
-    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,5 @@
-"""Cards that may not be here: what ``--gpu h200`` stands for.
-
-``total_bytes`` is what NVML reports (``nvidia-smi``'s MiB), which is below the advertised size.
-The H200 and the H100 SXM were read on the cards; the others are what ``nvidia-smi`` prints in
-public logs. Bandwidth and MIG profiles are from NVIDIA's data sheets and its MIG guide.
+"""Cards that may not be here: what ``--gpu h200``, ``--gpu h100:3g.40gb`` and ``--gpu 24GiB:8.9``
+stand for, and which cards ``--require`` means.
 """
 
 from __future__ import annotations
@@ -12,79 +9,85 @@ import re
 from dataclasses import dataclass
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import MIB
+from toolkit.base.units import GIB, MIB
+from toolkit.gpu import card_table
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One model of card, or one MIG slice of it."""
+    """One model of card, or one MIG slice of it. ``total_bytes`` is NVML's, ``cuda_bytes`` what
+    CUDA sees; ``source`` is one of card_table's; ``machine`` aarch64 where no other has it.
+    """
 
     name: str
     total_bytes: int
+    cuda_bytes: int
     compute_capability: tuple[int, int]
-    bandwidth_bytes_per_s: float
-    mig_profiles: tuple[str, ...] = ()
+    source: str
+    machine: str = "x86_64"
+    slices: tuple[tuple[str, int, str], ...] = ()
     aliases: tuple[str, ...] = ()
-    measured: bool = False  # read by us on the card, not from a published log
+
+    @property
+    def mig_profiles(self) -> tuple[str, ...]:
+        """The names of its slices."""
+        return tuple(profile for profile, _, _ in self.slices)
 
 
-_MIG_A100_40 = ("1g.5gb", "1g.10gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb")
-_MIG_80 = ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb")
-_MIG_94 = ("1g.12gb", "1g.24gb", "2g.24gb", "3g.47gb", "4g.47gb", "7g.94gb")
-_MIG_141 = ("1g.18gb", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb")
-_MIG_B200 = ("1g.23gb", "1g.45gb", "2g.45gb", "3g.90gb", "4g.90gb", "7g.180gb")
-_MIG_A30 = ("1g.6gb", "2g.12gb", "4g.24gb")
+ARCHITECTURES = {
+    "volta": ((7, 0), (7, 4)),
+    "turing": ((7, 5), (7, 9)),
+    "ampere": ((8, 0), (8, 8)),
+    "ada": ((8, 9), (8, 9)),
+    "hopper": ((9, 0), (9, 9)),
+    "blackwell": ((10, 0), (12, 9)),
+}
+"""Families by compute capability, for --require."""
 
-# (name, MiB as NVML reports, compute capability, GB/s, MIG profiles, other names)
-_ROWS: tuple[tuple[str, int, tuple[int, int], float, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("NVIDIA B200", 183359, (10, 0), 8000, _MIG_B200, ("b200",)),
-    ("NVIDIA GB200", 189471, (10, 0), 8000, _MIG_B200, ("gb200",)),
-    ("NVIDIA H200", 143771, (9, 0), 4800, _MIG_141, ("h200", "h200-sxm")),
-    ("NVIDIA H200 NVL", 143771, (9, 0), 4800, _MIG_141, ("h200-nvl",)),
-    ("NVIDIA GH200 480GB", 97871, (9, 0), 4000, _MIG_94, ("gh200",)),
-    ("NVIDIA H100 80GB HBM3", 81559, (9, 0), 3350, _MIG_80, ("h100", "h100-sxm")),
-    ("NVIDIA H100 PCIe", 81559, (9, 0), 2000, _MIG_80, ("h100-pcie",)),
-    ("NVIDIA H100 NVL", 95830, (9, 0), 3900, _MIG_94, ("h100-nvl",)),
-    ("NVIDIA H20", 97871, (9, 0), 4000, _MIG_94, ("h20",)),
-    ("NVIDIA A100-SXM4-80GB", 81920, (8, 0), 2039, _MIG_80, ("a100", "a100-80", "a100-80gb")),
-    ("NVIDIA A100 80GB PCIe", 81920, (8, 0), 1935, _MIG_80, ("a100-80-pcie",)),
-    ("NVIDIA A100-SXM4-40GB", 40960, (8, 0), 1555, _MIG_A100_40, ("a100-40", "a100-40gb")),
-    ("NVIDIA A100-PCIE-40GB", 40960, (8, 0), 1555, _MIG_A100_40, ("a100-40-pcie",)),
-    ("NVIDIA A30", 24576, (8, 0), 933, _MIG_A30, ("a30",)),
-    ("NVIDIA A40", 46068, (8, 6), 696, (), ("a40",)),
-    ("NVIDIA A10", 23028, (8, 6), 600, (), ("a10",)),
-    ("NVIDIA A10G", 23028, (8, 6), 600, (), ("a10g",)),
-    ("NVIDIA RTX A6000", 49140, (8, 6), 768, (), ("a6000", "rtx-a6000")),
-    ("NVIDIA RTX A5000", 24564, (8, 6), 768, (), ("a5000", "rtx-a5000")),
-    ("NVIDIA L40S", 46068, (8, 9), 864, (), ("l40s",)),
-    ("NVIDIA L40", 46068, (8, 9), 864, (), ("l40",)),
-    ("NVIDIA L4", 23034, (8, 9), 300, (), ("l4",)),
-    ("NVIDIA RTX 6000 Ada Generation", 49140, (8, 9), 960, (), ("6000-ada", "rtx-6000-ada")),
-    ("NVIDIA GeForce RTX 4090", 24564, (8, 9), 1008, (), ("4090", "rtx-4090")),
-    ("NVIDIA GeForce RTX 4080", 16376, (8, 9), 717, (), ("4080", "rtx-4080")),
-    ("NVIDIA GeForce RTX 3090", 24576, (8, 6), 936, (), ("3090", "rtx-3090")),
-    ("NVIDIA GeForce RTX 3080", 10240, (8, 6), 760, (), ("3080", "rtx-3080")),
-    ("NVIDIA GeForce RTX 3060", 12288, (8, 6), 360, (), ("3060", "rtx-3060")),
-    ("NVIDIA GeForce RTX 5090", 32607, (12, 0), 1792, (), ("5090", "rtx-5090")),
-    (
-        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-        97887,
-        (12, 0),
-        1597,
-        ("1g.24gb", "2g.48gb", "4g.96gb"),
-        ("rtx-pro-6000", "pro-6000"),
-    ),
-    ("Tesla V100-SXM2-32GB", 32768, (7, 0), 900, (), ("v100", "v100-32", "v100-32gb")),
-    ("Tesla V100-SXM2-16GB", 16384, (7, 0), 900, (), ("v100-16", "v100-16gb")),
-    ("Tesla T4", 15360, (7, 5), 320, (), ("t4",)),
-    ("Tesla P100-PCIE-16GB", 16384, (6, 0), 732, (), ("p100",)),
+ASSUMED_CAPABILITY = (8, 0)
+"""Of a plain size: the lowest that has every number format here."""
+
+# What the driver keeps, at most, of cards up to so many MiB (card_table says of which).
+_RESERVED = ((36 << 10, 500), (100 << 10, 690), (1 << 30, 1000))
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(gib|gb|g|mib)(?::(\d+)\.(\d))?")
+_OTHERS = (
+    ("AMD", r"mi\d{2,3}[ax]?|instinct.*|radeon.*|rx\d{4}.*|gfx\d+.*|amd.*|strixhalo.*"),
+    ("Intel", r"arc.*|gaudi\d?|max1[15]\d0|intel.*|[ab]\d{3}m?|hl\d+"),
+    ("Apple", r"m[1-5](?:pro|max|ultra)?|apple.*|mps|metal"),
 )
-_MEASURED = {"NVIDIA H200", "NVIDIA H100 80GB HBM3"}
 
-CARDS: tuple[Card, ...] = tuple(
-    Card(name, mib * MIB, capability, gb_per_s * 1e9, profiles, aliases, name in _MEASURED)
-    for name, mib, capability, gb_per_s, profiles, aliases in _ROWS
-)
+
+def _slices(family: str) -> tuple[tuple[str, int, str], ...]:
+    found = []
+    for entry in card_table.SLICES.get(family, "").split(","):
+        if entry.strip():
+            profile, size = entry.split()
+            source = "computed" if size.startswith("~") else "lgip"
+            found.append((profile, int(float(size.lstrip("~")) * 1024) * MIB, source))
+    return tuple(found)
+
+
+def _card(line: str) -> Card:
+    name, nvml, cuda, capability, machine, family, rest = (
+        part.strip() for part in line.split(";", 6)
+    )
+    source, *aliases = rest.replace(";", " ").split()
+    major, minor = capability.split(".")
+    kept = next(mib for size, mib in _RESERVED if int(nvml) <= size)
+    seen = int(float(cuda) * GIB) if float(cuda) else (int(nvml) - kept) * MIB
+    return Card(
+        name=name,
+        total_bytes=int(nvml) * MIB,
+        cuda_bytes=seen,
+        compute_capability=(int(major), int(minor)),
+        source=source,
+        machine="aarch64" if machine == "a" else "x86_64",
+        slices=_slices(family),
+        aliases=tuple(aliases),
+    )
+
+
+CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip().splitlines())
 
 
 def _key(name: str) -> str:
@@ -96,38 +99,96 @@ _BY_KEY = {_key(alias): card for card in CARDS for alias in (card.name, *card.al
 
 
 def find(name: str, *, where: str = "--gpu") -> Card:
-    """The card of that name, alias or ``CARD:PROFILE`` (``h100:3g.40gb``, a MIG slice).
-
-    A slice's memory is taken as its profile's share of the card (what NVML reports for one is some
-    tens of MiB less).
+    """The card of that name or alias, ``CARD:PROFILE`` (``h100:3g.40gb``, a MIG slice), or a plain
+    size, ``24GiB`` or ``24GiB:8.9`` with the compute capability.
 
     Raises:
         ConfigError: at ``where``, no such card or profile; the fix names the nearest.
     """
+    if plain := _SIZE.fullmatch(name.strip().lower()):
+        return _plain(plain)
     base, _, profile = name.partition(":")
     card = _BY_KEY.get(_key(base))
     if card is None:
-        near = difflib.get_close_matches(_key(base), _BY_KEY, n=3, cutoff=0.4)
-        hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
-        known = ", ".join(card.aliases[0] for card in CARDS)
-        fix = f"did you mean {hint}? Known: {known}" if hint else f"known cards: {known}"
-        raise ConfigError(f"no card named {base!r} in the table", where=where, fix=fix)
+        raise _unknown(base, where)
     return _slice(card, profile.lower().removeprefix("mig"), where) if profile else card
 
 
+def _plain(found: re.Match[str]) -> Card:
+    """A card of a size: all of it is CUDA's."""
+    size = int(float(found[1]) * (MIB if found[2] == "mib" else GIB))
+    capability = (int(found[3]), int(found[4])) if found[3] else ASSUMED_CAPABILITY
+    unit = "MiB" if found[2] == "mib" else "GiB"
+    taken = "" if found[3] else ", taken as capability {}.{}".format(*capability)
+    return Card(f"a card of {found[1]} {unit}{taken}", size, size, capability, "given")
+
+
+def _unknown(name: str, where: str) -> ConfigError:
+    for maker, pattern in _OTHERS:
+        if re.fullmatch(pattern, _key(name)):
+            return ConfigError(
+                f"{name!r} is a device of {maker}, and this toolkit supports NVIDIA cards (CUDA) "
+                "and CPUs",
+                where=where,
+                fix="name an NVIDIA card, or a plain size with its compute capability "
+                "(24GiB:8.9), or use --cpu",
+            )
+    near = difflib.get_close_matches(_key(name), _BY_KEY, n=3, cutoff=0.4)
+    hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
+    known = ", ".join(card.aliases[0] for card in CARDS)
+    size = "; or give its memory: 24GiB, or 24GiB:8.9 with the compute capability"
+    fix = f"did you mean {hint}? Known: {known}" if hint else f"known cards: {known}"
+    return ConfigError(f"no card named {name!r} in the table", where=where, fix=fix + size)
+
+
 def _slice(card: Card, profile: str, where: str) -> Card:
-    if profile not in card.mig_profiles:
-        known = ", ".join(card.mig_profiles) or "none: this card has no MIG"
-        raise ConfigError(
-            f"{card.name} has no MIG profile {profile!r}", where=where, fix=f"profiles: {known}"
-        )
-    size_gb = int(profile.split(".")[1].removesuffix("gb"))
-    whole_gb = int(card.mig_profiles[-1].split(".")[1].removesuffix("gb"))
-    # Profiles are whole eighths (a quarter on the A30) of the memory, and their names are rounded.
-    eighths = max(1, round(8 * size_gb / whole_gb))
-    return Card(
-        f"{card.name} MIG {profile}",
-        card.total_bytes * eighths // 8 // MIB * MIB,
-        card.compute_capability,
-        card.bandwidth_bytes_per_s * eighths / 8,
+    for name, size, source in card.slices:
+        if name == profile:
+            return Card(
+                f"{card.name} MIG {profile}",
+                size,
+                size,
+                card.compute_capability,
+                source,
+                card.machine,
+            )
+    known = ", ".join(card.mig_profiles) or "none: this card has no MIG"
+    raise ConfigError(
+        f"{card.name} has no MIG profile {profile!r}", where=where, fix=f"profiles: {known}"
     )
+
+
+def of_name(name: str) -> Card | None:
+    """The card that NVML calls so; None where the table does not have it."""
+    return _BY_KEY.get(_key(name))
+
+
+def check_family(wanted: str, *, where: str = "--require") -> None:
+    """Whether ``wanted`` is a card, a family of cards (``a100``, ``rtx-40``) or an architecture.
+
+    Raises:
+        ConfigError: at ``where``, it is none.
+    """
+    if wanted.lower() in ARCHITECTURES:
+        return
+    if not any(is_of(wanted, card.name, card.compute_capability) for card in CARDS):
+        find(wanted, where=where)
+
+
+def is_of(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
+    """Whether the card ``name`` is one of ``wanted``: every word of it is a word of the name
+    (``h100`` is every H100, ``a100-80gb`` both of that size), a series of GeForce (``rtx-40``), an
+    architecture (``hopper``), or the card of the table by another of its names.
+    """
+    text = wanted.strip().lower()
+    if text in ARCHITECTURES:
+        first, last = ARCHITECTURES[text]
+        return capability is not None and first <= capability <= last
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if series := re.fullmatch(r"(?:rtx[-_ ]?)?([2-5]0)", text):
+        return "geforce" in words and any(re.fullmatch(series[1] + r"\d0", word) for word in words)
+    asked = [word for word in re.split(r"[^a-z0-9]+", text) if word]
+    if asked and all(word in words or f"{word}gb" in words for word in asked):
+        return True
+    card = _BY_KEY.get(_key(text))
+    return card is not None and card.name == name

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from toolkit.base.capability import X86_64
 from toolkit.base.errors import ConfigError
+from toolkit.gpu import cards
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
@@ -152,3 +154,11 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
     if gpu.parent is None:
         return gpu
     return next(card for card in snapshot.gpus if card.index == gpu.parent)
+
+
+def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
+    """The node's machine (x86_64, aarch64); in a recording without it, that of the card."""
+    if snapshot.software.machine.value:
+        return snapshot.software.machine.value
+    card = cards.of_name(card_of(snapshot, gpu).name.value or "")
+    return card.machine if card else X86_64

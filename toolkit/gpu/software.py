@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -33,12 +34,14 @@ OURS = "grpo-toolkit"
 
 @dataclass(frozen=True, slots=True)
 class SoftwareSnapshot:
-    """``packages`` name -> version (None: not installed); ``pins`` {name, requires, installed}
-    of our own metadata; ``torch_cuda`` the CUDA that torch was built for, None for a CPU build;
-    ``libnuma`` where the loader finds that library, None where it does not.
+    """``machine`` is x86_64, aarch64 ...; ``packages`` name -> version (None: not installed);
+    ``pins`` {name, requires, installed} of our own metadata; ``torch_cuda`` the CUDA that torch was
+    built for, None for a CPU build; ``libnuma`` where the loader finds that library, None where it
+    does not.
     """
 
     python: Reading[str] = NOT_ASKED
+    machine: Reading[str] = NOT_ASKED
     packages: Reading[dict[str, str | None]] = NOT_ASKED
     pins: Reading[list[dict[str, Any]]] = NOT_ASKED
     torch_cuda: Reading[str | None] = NOT_ASKED
@@ -49,6 +52,7 @@ def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
     """The installed software of this interpreter."""
     return SoftwareSnapshot(
         python=asked(lambda: ".".join(str(part) for part in sys.version_info[:3])),
+        machine=asked(lambda: os.uname().machine),
         packages=asked(lambda: {name: version_of(name) for name in PACKAGES}),
         pins=asked(_pins),
         torch_cuda=asked(_torch_cuda),

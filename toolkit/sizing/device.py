@@ -34,6 +34,7 @@ class Device:
     context_bytes: int = CONTEXT_BYTES
     compute_capability: tuple[int, int] = (9, 0)
     reserved_bytes: int | None = None
+    machine: str = "x86_64"
     here: bool = True
 
     @property
@@ -46,13 +47,13 @@ class Device:
     @classmethod
     def from_card(cls, card: Card) -> Device:
         """An empty card of the table."""
-        reserved = int(card.total_bytes * RESERVED_SHARE)
         return cls(
             name=card.name,
             total_bytes=card.total_bytes,
-            free_bytes=card.total_bytes - reserved,
+            free_bytes=card.cuda_bytes,
             compute_capability=card.compute_capability,
-            reserved_bytes=reserved,
+            reserved_bytes=card.total_bytes - card.cuda_bytes,
+            machine=card.machine,
             here=False,
         )
 
@@ -103,7 +104,8 @@ def situation_of(device: Device | None, world_size: int = 1) -> Situation:
     here = device is None or device.here
     facts = DeviceFacts("no GPU", None)
     if device is not None:
-        facts = DeviceFacts(device.name, device.compute_capability)
+        machine = None if device.here else device.machine
+        facts = DeviceFacts(device.name, device.compute_capability, machine)
     return Situation(world_size=world_size, device=facts, vllm=vllm_here() if here else None)
 
 

@@ -1,124 +1,294 @@
-"""What an empty interval costs to open: each change tried by itself, priced by how much less is
-missing.
+"""What would make a run fit: changes ordered by the harm that they do, then by the bytes that they
+free, each tried by itself; where none is enough, the least harmful of them together.
+
+Offered is what the rules accept on the card (base.capability). ``settings`` are the values to
+write, so that a remedy can be applied as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT, build_problem
+from toolkit.base.units import format_bytes
 from toolkit.config.ranks import LEGAL_RANKS
-from toolkit.sizing.batch import divisors
+from toolkit.gpu.cards import CARDS
+from toolkit.sizing.batch import ACCUMULATION, MICRO, divisors
+from toolkit.sizing.device import Device
 from toolkit.sizing.lora import legal_rank
 from toolkit.sizing.result import Remedy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+    from typing import Protocol
 
     from toolkit.config.model import RunConfig
-    from toolkit.sizing.fit import Case
+    from toolkit.sizing.fit import Case, Fit
+
+    class Attempt(Protocol):
+        """The best case of a changed run: on the same card or another, on as many cards or more."""
+
+        def __call__(
+            self, config: RunConfig, world_size: int = ..., device: Device | None = ...
+        ) -> tuple[Case, Fit]: ...
 
 
-def remedies_for(case: Case, short: int, missing: Callable[[RunConfig], int]) -> tuple[Remedy, ...]:
-    """Changes of ``case.config`` that free something, the dearest first. ``missing`` gives the
-    bytes that a config is short of.
+# What a change costs, the least harm first.
+NOTHING, TIME, PRECISION, ADAPTER, LENGTH, HARDWARE = range(6)
+HARM = {
+    NOTHING: "loses nothing",
+    TIME: "costs time",
+    PRECISION: "costs precision",
+    ADAPTER: "a smaller adapter",
+    LENGTH: "shorter texts",
+    HARDWARE: "more hardware",
+}
+_SHORTEST = 128  # completions and prompts are not cut below it
+_MOST_STEPS = 40
+_UNKNOWN_PROMPT = 1024  # kept for prompts whose length is not stated
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Values to write (dotted keys), in the words of a person, and their harm."""
+
+    harm: int
+    text: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """``config`` with these values."""
+        for key, value in self.settings.items():
+            section, _, name = key.partition(".")
+            if section == "grpo":
+                config = replace(config, grpo=MappingProxyType({**config.grpo, name: value}))
+            else:
+                changed = replace(getattr(config, section), **{name: value})
+                config = replace(config, **{section: changed})
+        return config
+
+
+def remedies_for(config: RunConfig, case: Case, short: int, attempt: Attempt) -> tuple[Remedy, ...]:
+    """Changes of ``config`` that free something. First what is enough (alone, or together), then
+    the rest; each by harm and then by bytes. ``attempt`` gives the best case of a changed run.
     """
     found = []
-    for change, config in _changes(case):
-        left = missing(config)
+    for change in _changes(case):
+        left = attempt(change.applied(config))[1].short
         if left < short:
-            found.append(Remedy(change, short - left, left <= 0))
-    # What is enough by itself first, and then by price.
-    return tuple(sorted(found, key=lambda remedy: (not remedy.enough, -remedy.frees_bytes)))
+            found.append(_remedy(change, short, left))
+    found += _second_card(config, case, short, attempt)
+    found += _larger_card(config, case, short, attempt)
+    if not any(one.enough and one.harm <= ADAPTER for one in found):
+        together = _together(config, attempt)
+        if together is not None:
+            found.append(_remedy(together, short, attempt(together.applied(config))[1].short))
+    return tuple(sorted(found, key=lambda one: (not one.enough, one.harm, -one.frees_bytes)))
 
 
-def _changes(case: Case) -> Iterator[tuple[str, RunConfig]]:
-    config = case.config
-    model, lora = config.model, config.lora
+def _remedy(change: _Change, short: int, left: int) -> Remedy:
+    return Remedy(
+        change=change.text,
+        frees_bytes=short - left,
+        enough=left <= 0,
+        harm=change.harm,
+        costs=HARM[change.harm],
+        settings=tuple(change.settings.items()),
+    )
+
+
+def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
+    """The least harmful changes one after the other until the run fits, less those that turn out
+    not to be needed. None where all of them are not enough, or where one is.
+    """
+    taken: dict[str, Any] = {}
+    changed, harms = config, dict[str, int]()
+    current, fit = attempt(changed)
+    for _ in range(_MOST_STEPS):
+        if fit.short <= 0:
+            break
+        step = _next_step(changed, current, fit, attempt)
+        if step is None:
+            return None
+        taken |= step.settings
+        harms |= dict.fromkeys(step.settings, step.harm)
+        changed = step.applied(changed)
+        current, fit = attempt(changed)
+    else:
+        return None
+    for group in _groups(taken):
+        kept = {key: value for key, value in taken.items() if key not in group}
+        if kept and attempt(_Change(NOTHING, "", kept).applied(config))[1].short <= 0:
+            taken = kept
+    text = " and ".join(
+        f"{key.rpartition('.')[2]}: {str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in taken.items()
+    )
+    return _Change(max(harms[key] for key in taken), text, taken) if taken else None
+
+
+def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Keys that only go together, the most recent (and so most harmful) first."""
+    batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
+    rank = ("lora.r", "model.max_lora_rank")
+    lengths = ("model.max_seq_length", "grpo.max_completion_length", "grpo.max_prompt_length")
+    joint = [group for group in (batch, rank, lengths) if any(key in taken for key in group)]
+    alone = [(key,) for key in taken if not any(key in group for group in joint)]
+    return [*reversed(alone), *joint]
+
+
+def _next_step(config: RunConfig, case: Case, fit: Fit, attempt: Attempt) -> _Change | None:
+    """Of the changes with the least harm that free something the one that frees most."""
+    by_harm: dict[int, list[_Change]] = {}
+    for change in _changes(case):
+        by_harm.setdefault(change.harm, []).append(change)
+    for harm in sorted(by_harm):
+        tried = [(attempt(one.applied(config))[1].short, one) for one in by_harm[harm]]
+        left, best = min(tried, key=lambda pair: pair[0])
+        if left < fit.short:
+            return best
+    return None
+
+
+def _changes(case: Case) -> Iterator[_Change]:
     yield from _lengths(case)
+    yield from _step_changes(case)
+    yield from _ranks(case)
+    if case.plan.on_gpu and case.work.uses_engine:
+        yield from _engine_changes(case)
+    yield from _formats(case)
+
+
+def _lengths(case: Case) -> Iterator[_Change]:
+    config, work = case.config, case.work
+    length = config.model.max_seq_length
+    prompt = config.grpo.get("max_prompt_length")
+    stated = isinstance(prompt, int) and prompt > 0
+    need = work.prompt + work.completion if stated else work.completion + _UNKNOWN_PROMPT
+    if need < length:
+        cut = "" if stated else f" (prompts of up to {_UNKNOWN_PROMPT})"
+        harm = NOTHING if stated else LENGTH
+        text = f"max_seq_length {length} -> {need}{cut}"
+        yield _Change(harm, text, {"model.max_seq_length": need})
+    if work.completion >= 2 * _SHORTEST:
+        half = work.completion // 2
+        shorter = min(length, max(length - (work.completion - half), 64))
+        yield _Change(
+            LENGTH,
+            f"max_completion_length {work.completion} -> {half} (max_seq_length {shorter})",
+            {"grpo.max_completion_length": half, "model.max_seq_length": shorter},
+        )
+    if stated and isinstance(prompt, int) and prompt >= 2 * _SHORTEST:
+        half = prompt // 2
+        shorter = max(min(length, half + work.completion), 64)
+        yield _Change(
+            LENGTH,
+            f"max_prompt_length {prompt} -> {half} (max_seq_length {shorter})",
+            {"grpo.max_prompt_length": half, "model.max_seq_length": shorter},
+        )
+
+
+def _step_changes(case: Case) -> Iterator[_Change]:
     micro, accumulation = case.step.micro_batch, case.step.accumulation
     if micro > 1:
         smaller = next(one for one in divisors(micro) if one <= micro // 2)
         more = accumulation * micro // smaller
-        values = {
-            "per_device_train_batch_size": smaller,
-            "gradient_accumulation_steps": more,
-        }
-        yield (
-            f"per_device_train_batch_size {micro} -> {smaller} "
-            f"(gradient_accumulation_steps {accumulation} -> {more})",
-            _grpo(config, **values),
+        yield _Change(
+            TIME,
+            f"{MICRO} {micro} -> {smaller} ({ACCUMULATION} {accumulation} -> {more})",
+            {f"grpo.{MICRO}": smaller, f"grpo.{ACCUMULATION}": more},
         )
     if not case.step.checkpointing:
-        yield (
-            "use_gradient_checkpointing: true",
-            replace(config, lora=replace(lora, use_gradient_checkpointing=True)),
-        )
-    if case.plan.max_lora_rank > legal_rank(lora.largest_rank):
+        text = "use_gradient_checkpointing: true"
+        yield _Change(TIME, text, {"lora.use_gradient_checkpointing": True})
+
+
+def _ranks(case: Case) -> Iterator[_Change]:
+    lora = case.config.lora
+    most = case.plan.max_lora_rank
+    if most > legal_rank(lora.largest_rank):
         rank = legal_rank(lora.largest_rank)
-        yield (
-            f"max_lora_rank {case.plan.max_lora_rank} -> {rank}",
-            replace(config, model=replace(model, max_lora_rank=rank)),
-        )
+        text = f"max_lora_rank {most} -> {rank}"
+        yield _Change(NOTHING, text, {"model.max_lora_rank": rank})
     lower = [rank for rank in LEGAL_RANKS if rank < lora.r]
-    if lower:
-        changed = replace(model, max_lora_rank=lower[-1])
-        yield (
-            f"lora.r {lora.r} -> {lower[-1]}",
-            replace(config, model=changed, lora=replace(lora, r=lower[-1])),
-        )
-    yield from _engine_changes(case)
+    if lower and not lora.rank_pattern:
+        rank = lower[-1]
+        settings = {"lora.r": rank, "model.max_lora_rank": rank}
+        yield _Change(ADAPTER, f"lora.r {lora.r} -> {rank}", settings)
 
 
-def _lengths(case: Case) -> Iterator[tuple[str, RunConfig]]:
-    config, work = case.config, case.work
-    if work.completion >= 128:
-        half = work.completion // 2
-        shorter = max(config.model.max_seq_length - (work.completion - half), 64)
-        changed = replace(
-            _grpo(config, max_completion_length=half),
-            model=replace(config.model, max_seq_length=shorter),
-        )
-        yield (
-            f"max_completion_length {work.completion} -> {half} (max_seq_length {shorter})",
-            changed,
-        )
-
-
-def _engine_changes(case: Case) -> Iterator[tuple[str, RunConfig]]:
-    if not case.plan.on_gpu:
-        return
-    model = case.config.model
-    trials: list[tuple[bool, str, dict[str, Any]]] = [
-        (case.plan.quantization is None, "load_in_4bit: true", {"load_in_4bit": True}),
-        (not case.plan.sleep, "enable_sleep_mode: true", {"enable_sleep_mode": True}),
-        (not case.plan.share_weights, "share_weights: true", {"share_weights": True}),
-        (not case.plan.float8_kv_cache, "float8_kv_cache: true", {"float8_kv_cache": True}),
-        (not case.plan.enforce_eager, "enforce_eager: true", {"enforce_eager": True}),
-    ]
-    tokens = case.plan.max_num_batched_tokens
-    if tokens >= 1024:
-        trials.append(
-            (
-                True,
-                f"max_num_batched_tokens {tokens} -> {tokens // 2}",
-                {"max_num_batched_tokens": tokens // 2},
-            )
-        )
-    sequences = case.plan.max_num_seqs
-    if sequences > 1:
-        trials.append(
-            (
-                True,
-                f"max_num_seqs {sequences} -> {sequences // 2}",
-                {"max_num_seqs": sequences // 2},
-            )
-        )
-    for possible, change, values in trials:
+def _engine_changes(case: Case) -> Iterator[_Change]:
+    plan = case.plan
+    flags = (
+        (not plan.share_weights, NOTHING, "share_weights"),
+        (not plan.sleep, TIME, "enable_sleep_mode"),
+        (not plan.enforce_eager, TIME, "enforce_eager"),
+        (not plan.float8_kv_cache and _has(case, FLOAT8_NATIVE), PRECISION, "float8_kv_cache"),
+    )
+    for possible, harm, name in flags:
         if possible:
-            yield change, replace(case.config, model=replace(model, **values))
+            yield _Change(harm, f"{name}: true", {f"model.{name}": True})
+    tokens, sequences = plan.max_num_batched_tokens, plan.max_num_seqs
+    if tokens >= max(1024, 2 * sequences):
+        text = f"max_num_batched_tokens {tokens} -> {tokens // 2}"
+        yield _Change(TIME, text, {"model.max_num_batched_tokens": tokens // 2})
+    if sequences > 1:
+        text = f"max_num_seqs {sequences} -> {sequences // 2}"
+        yield _Change(TIME, text, {"model.max_num_seqs": sequences // 2})
 
 
-def _grpo(config: RunConfig, **values: int) -> RunConfig:
-    return replace(config, grpo=MappingProxyType({**config.grpo, **values}))
+def _formats(case: Case) -> Iterator[_Change]:
+    if case.plan.quantization is None and _has(case, FOUR_BIT):
+        yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
+
+
+def _has(case: Case, needed: tuple[int, int]) -> bool:
+    return case.device is not None and case.device.compute_capability >= needed
+
+
+def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
+    """Two cards of this kind, each with half of the micro-batch: the steps stay what they are. (One
+    model over two cards needs a second copy of the weights, and saves nothing.)
+    """
+    micro, accumulation = case.step.micro_batch, case.step.accumulation
+    if case.device is None or case.step.world_size > 1 or micro % 2:
+        return []
+    change = _Change(
+        HARDWARE,
+        f"a second card of this kind (--world-size 2) with {MICRO} {micro // 2}",
+        {f"grpo.{MICRO}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
+    )
+    left = attempt(change.applied(config), 2)[1].short
+    if left >= short:
+        return []
+    return [replace(_remedy(change, short, left), world_size=2)]
+
+
+def _larger_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
+    """The smallest card of the table that holds the run as it is."""
+    if case.device is None:
+        return []
+    larger = sorted(
+        (
+            card
+            for card in CARDS
+            if card.cuda_bytes > case.device.cuda_total_bytes
+            and card.source != "host"
+            and "Laptop" not in card.name
+            and build_problem(card.compute_capability, machine=card.machine) is None
+        ),
+        key=lambda card: (card.cuda_bytes, card.aliases[0]),
+    )
+    place = bisect_left(
+        larger, True, key=lambda card: attempt(config, device=Device.from_card(card))[1].short <= 0
+    )
+    if place >= len(larger):
+        return []
+    card = larger[place]
+    left = attempt(config, device=Device.from_card(card))[1].short
+    size = format_bytes(card.cuda_bytes)
+    change = _Change(HARDWARE, f"a larger card, from {card.aliases[0]} on ({size})")
+    return [replace(_remedy(change, short, left), card=card.aliases[0])]

@@ -118,16 +118,24 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change, what it frees, and whether it alone is enough."""
+    """A change (or several together), what it frees, whether that is enough, and what it costs:
+    ``harm`` counts from 0 (nothing is lost). ``settings`` are the keys and values to write;
+    ``world_size`` and ``card`` the cards that it needs, where they are others.
+    """
 
     change: str
     frees_bytes: int
     enough: bool
+    harm: int = 0
+    costs: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    world_size: int | None = None
+    card: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.change} frees {format_bytes(self.frees_bytes)}" + (
-            " (enough)" if self.enough else ""
-        )
+        costs = f"; {self.costs}" if self.costs else ""
+        enough = " (enough)" if self.enough else ""
+        return f"{self.change} frees {format_bytes(self.frees_bytes)}{costs}{enough}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +180,9 @@ class SizingResult:
             "interval": asdict(self.interval),
             "choice": asdict(self.choice),
             "budget": self.budget,
-            "remedies": [asdict(remedy) for remedy in self.remedies],
+            "remedies": [
+                {**asdict(remedy), "settings": dict(remedy.settings)} for remedy in self.remedies
+            ],
         }
 
     def error(self) -> ConfigError:

@@ -46,9 +46,13 @@ def solve(
     case, fit = best_case(config, spec, device, world_size)
     if fit.short <= 0:
         return assemble(case, fit, largest=_largest_micro_batch(case))
-    remedies = remedies_for(
-        case, fit.short, lambda changed: best_case(changed, spec, device, world_size)[1].short
-    )
+
+    def attempt(
+        config: RunConfig, world_size: int = world_size, device: Device | None = device
+    ) -> tuple[Case, Fit]:
+        return best_case(config, spec, device, world_size)
+
+    remedies = remedies_for(config, case, fit.short, attempt)
     return assemble(case, fit, largest=_largest_micro_batch(case), remedies=remedies)
 
 

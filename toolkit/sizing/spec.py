@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What a config.json that this sizer does not know costs in trust: its terms get this much more.
 UNKNOWN_MARGIN = 0.10
+UNTRAINED = "sized, but cannot be trained here"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
@@ -76,9 +77,9 @@ def spec_from_values(
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
     if stored_in is not None and stored_in.flag is None:
-        notes.append(f"stored in {stored_in.name}: it is sized, and no adapter is trained on it")
+        notes.append(f"{UNTRAINED}: it is stored in {stored_in.name}")
     if is_multimodal(values):
-        notes.append("a multimodal model: its language model is sized, and only text models train")
+        notes.append(f"{UNTRAINED}: a multimodal model, of which the language model is counted")
     if family is None:
         shape = _unknown(fields, stored, model_type, architectures)
         notes.append(f"architecture {model_type!r} is not known: sized from its headers")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from toolkit.base import disk
-from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
+from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
+from toolkit.base.symptoms.errors import explained
 from toolkit.engine.parts import is_out_of_memory
 from toolkit.train.cuda import cuda_in_use
 from toolkit.train.upstream import config_fault
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
 
 logger = logging.getLogger(__name__)
+
+AGAIN = "then start the same command again: it resumes from the last checkpoint"
 
 # CUDA's own words for hardware that has failed (driver API errors 46, 214, 719 and 999 among them).
 _LOST = re.compile(
@@ -55,6 +58,9 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             fix="check the network and `hf auth whoami`, or leave out what the run file asks of the"
             " Hub (grpo.log_completions_hub_repo)",
         )
+    known = explained(error, "the run failed", AGAIN)
+    if known is not None and known.exit_code == RetryError.exit_code:
+        return known
     if is_out_of_memory(error):
         return ConfigError(
             f"out of memory, in the smallest parts that keep the gradient: {said}",
@@ -82,4 +88,5 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             fix="run `envcheck check` on this node, and start the same command on another:"
             " it resumes from the last checkpoint",
         )
-    return None if config is None else config_fault(error, config.grpo, config.source or where)
+    ours = None if config is None else config_fault(error, config.grpo, config.source or where)
+    return ours or known

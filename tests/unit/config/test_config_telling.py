@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from toolkit.base.errors import EXIT_CODES
+from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.envcheck import cli
 from toolkit.config import find_schema
 from toolkit.config.document import Mark, Source, dotted
@@ -101,7 +101,9 @@ def test_the_explain_command() -> None:
     }
     pasted = "ValueError: No available memory for the cache blocks. Try increasing it"
     assert "caught by: envcheck" in run(cli, ["explain", "-"], input=pasted).output
-    assert "No error that is known" in run(cli, ["explain", "-"], input="all is well").output
+    unknown = run(cli, ["explain", "-"], input="all is well")
+    assert isinstance(unknown.exception, UnestablishedError)
+    assert "no error that is known" in str(unknown.exception)
     assert "a check of envcheck check" in run(cli, ["explain", "memory.free"]).output
     wrong = run(cli, ["explain", "num_generation"])
     assert wrong.exit_code == 1

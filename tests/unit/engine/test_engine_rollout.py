@@ -97,5 +97,5 @@ def test_an_unknown_failure_is_quoted_and_its_cause_is_read() -> None:
     assert told.message == "the rollout failed: RuntimeError: boom"
     assert type(explain(ValueError("dtype foo"), "start")) is ConfigError
     missing = explain(AssertionError("Attempted to load weight (a) into parameter (b)"), "start")
-    assert (type(missing), missing.where) == (ConfigError, "checkpoint")
+    assert (type(missing), missing.where) == (ConfigError, "check model.weights")
     assert explain(RuntimeError(), "start").message == "start: RuntimeError: RuntimeError"

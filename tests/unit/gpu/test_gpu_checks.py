@@ -176,7 +176,7 @@ def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
 
 def test_hidden_holders_are_said_to_be_hidden() -> None:
     result = verdict(snapshot_of("h200-pid-namespace"), "memory.tenant")
-    assert result.evidence == "GPU 0: 3.20 GiB held by others: holders hidden"
+    assert result.evidence == "GPU 0: 3.20 GiB held by others: hidden processes"
 
 
 def test_a_silent_driver_is_a_bad_node() -> None:

@@ -120,9 +120,9 @@ def test_integrated_memory_is_the_hosts() -> None:
         ("nvidia_h100_80gb_hbm3", 81559, (9, 0)),
         ("RTX 4090", 24564, (8, 9)),
         ("t4", 15360, (7, 5)),
-        ("a100:3g.40gb", 40960, (8, 0)),
-        ("a100:7g.80gb", 81920, (8, 0)),
-        ("a30:1g.6gb", 6144, (8, 0)),
+        ("a100:3g.40gb", 40192, (8, 0)),
+        ("a100:7g.80gb", 80896, (8, 0)),
+        ("a30:1g.6gb", 5949, (8, 0)),
     ],
 )
 def test_cards_by_any_usual_name(name: str, mib: int, capability: tuple[int, int]) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.capability import BFLOAT16, FLOAT8_CACHE, FLOAT8_NATIVE, FOUR_BIT
+from toolkit.base.capability import (
+    BFLOAT16,
+    FLOAT8_CACHE,
+    FLOAT8_NATIVE,
+    FOUR_BIT,
+    build_problem,
+)
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import package_folder
 from toolkit.config.rules.base import Fault, rule
@@ -26,6 +32,28 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
         return None
     have = ".".join(map(str, device.compute_capability))
     return f"{device.name} has compute capability {have}, and {needed[0]}.{needed[1]} is needed"
+
+
+@rule(
+    "HW001",
+    "runtime.engine",
+    example="runtime:\n  engine: vllm  # with --gpu v100",
+    fix="use a card that the builds have code for (envcheck validate --gpu NAME)",
+)
+def builds_have_code(run: Run) -> Iterator[Fault]:
+    """The locked builds of torch and vLLM have code for the card.
+
+    They are built for CUDA 13, which begins at compute capability 7.5; torch's build for aarch64
+    begins at 8.0 (a T4G has 7.5). Judged with --gpu for a card that need not be here; `envcheck
+    check` judges what is installed.
+    """
+    device = run.situation.device
+    if device is None or not device.compute_capability or device.machine is None:
+        return
+    vllm = run.engine != "transformers"
+    problem = build_problem(device.compute_capability, machine=device.machine, vllm=vllm)
+    if problem:
+        yield Fault("runtime.engine", f"{device.name} cannot be used: {problem}")
 
 
 @rule(

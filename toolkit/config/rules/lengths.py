@@ -68,6 +68,44 @@ def _fits_model(run: Run, length: int) -> bool:
     return run.model is None or run.model.max_length is None or length <= run.model.max_length
 
 
+MANY_TIMES = 4
+
+
+@rule(
+    "LEN010",
+    f"{_CONTEXT} {_PROMPT} {_COMPLETION}",
+    example="""
+model:
+  max_seq_length: 32768
+grpo:
+  max_prompt_length: 512
+  max_completion_length: 512
+""",
+    fix="max_seq_length: 1024",
+)
+def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
+    """max_seq_length is not many times what prompt and completion take.
+
+    The engine keeps KV cache for at least one sequence of max_seq_length, and plans its tables and
+    its prompt passes for it; more than max_prompt_length + max_completion_length is never used.
+    Warned of above 4 times. Judged where max_prompt_length is written.
+    """
+    context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
+    if not prompt or run.engine == "transformers" or not run.written(_CONTEXT):
+        return
+    needed = prompt + completion
+    if context > MANY_TIMES * needed:
+        yield Fault(
+            _CONTEXT,
+            f"{context} is {context // needed} times what the run uses: cache and tables for the"
+            " rest are never used",
+            notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
+            fixes=(run.to(_CONTEXT, needed),),
+            related=(_PROMPT, _COMPLETION),
+            severity=Severity.WARNING,
+        )
+
+
 @rule(
     "LEN002",
     _CONTEXT,

@@ -73,10 +73,11 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not gpus or not (context.required_card or context.required_capability):
         return None
     names = {gpu.name.value or "" for gpu in gpus}
-    if context.required_card:
-        row = cards.find(context.required_card)
-        if not any(_is_named(name, context.required_card, row.name) for name in names):
-            return fail("user", f"{row.name} wanted, here: {', '.join(sorted(names))}")
+    wanted_card = context.required_card
+    if wanted_card and not any(
+        cards.is_of(wanted_card, gpu.name.value or "", gpu.capability) for gpu in gpus
+    ):
+        return fail("user", f"{wanted_card} wanted, here: {', '.join(sorted(names))}")
     least = context.required_capability
     low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
     if least and low:
@@ -84,11 +85,6 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         wanted = ".".join(map(str, least))
         return fail("user", f"{low[0].label}: compute capability {has}, {wanted} wanted")
     return ok(", ".join(sorted(names)))
-
-
-def _is_named(name: str, wanted: str, row_name: str) -> bool:
-    """``h100`` stands for every H100; a longer name for the card of the table."""
-    return wanted.lower() in name.lower().replace("-", " ").split() or name == row_name
 
 
 def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:

@@ -22,7 +22,7 @@ from toolkit.gpu.needs import gpu_needed
 from toolkit.gpu.presence import presence
 
 if TYPE_CHECKING:
-    from toolkit.gpu.snapshot import NodeSnapshot
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
 # Oldest driver branch for a CUDA major release (NVIDIA's CUDA Compatibility guide): within a
 # major, newer minors run on it by the minor-version rule.
@@ -94,7 +94,24 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         "node",
         f"driver {driver} (CUDA {cuda_of(driver)}) is too old for torch's CUDA {wanted}, "
         f"which needs {least}",
+        _newer_driver(snapshot, least, wanted),
     )
+
+
+def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
+    """What to do about an old driver; forward compatibility only where the cards have it."""
+    newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
+    if any(_no_compat(gpu) for gpu in snapshot.gpus):
+        return f"{newer}; forward compatibility is for data-centre cards, which this is not"
+    package = f"cuda-compat-{wanted.replace('.', '-')}"
+    switch = "set TOOLKIT_CUDA_COMPAT=1 in this project's container"
+    return f"{newer}; or use forward compatibility: {switch}, elsewhere install {package}"
+
+
+def _no_compat(gpu: GpuSnapshot) -> bool:
+    """Cards for desktops have no forward compatibility, nor does integrated memory."""
+    name = gpu.name.value or ""
+    return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))
 
 
 def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
@@ -139,7 +156,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return None
     if version_tuple(version) <= version_tuple(module):
         return warn(f"{first['path']} is older than driver {module} and hides its libcuda")
-    consumer = [gpu for gpu in snapshot.gpus if "GeForce" in (gpu.name.value or "")]
+    consumer = [gpu for gpu in snapshot.gpus if _no_compat(gpu)]
     if consumer:
         return fail(
             "user",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # An empty card still shows some MiB (driver, display, a persistence daemon's context).
 NEGLIGIBLE_BYTES = 700 * MIB
 TENANT_SHARE = 0.2  # of the card: above it a job sized for the card does not fit
+DISPLAY_SHARE = 0.5  # of what others hold: then the card draws, and waiting does not help
+DISPLAY = "the display"
 # A CUDA context and cuBLAS of the job itself, before it allocates a byte (measured on an H100).
 CONTEXT_BYTES = 600 * MIB
 
@@ -39,11 +41,44 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
     return max(0, int(memory["used"]) - mine)
 
 
+def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
+    """Who draws on the card, where that holds most of what others hold: a desktop, or Windows under
+    WSL. None otherwise. That memory does not come free by waiting.
+    """
+    held = held_by_others(gpu) or 0
+    if held <= NEGLIGIBLE_BYTES:
+        return None
+    if (snapshot.host.place.value or {}).get("wsl"):
+        return "Windows and its programs"
+    drawn = sum(
+        process["used_bytes"] or 0
+        for process in gpu.processes.value or []
+        if process["kind"] == "graphics" and not process["mine"]
+    )
+    return DISPLAY if drawn >= DISPLAY_SHARE * held else None
+
+
+def share_that_fits(gpu: GpuSnapshot) -> float:
+    """The largest gpu_memory_utilization beside what is held now, rounded down."""
+    memory = gpu.memory.value or {}
+    total = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
+    room = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
+    return room * 100 // total / 100 if total else 0.0
+
+
+def beside_display(gpu: GpuSnapshot) -> str:
+    """What to do where a display holds memory."""
+    return (
+        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size says"
+        " whether that is enough), close programs that draw, or let another card draw"
+    )
+
+
 def holders(gpu: GpuSnapshot) -> str:
     """Who holds it, by pid; in a pid namespace the list is empty or its numbers are the host's."""
     others: list[dict[str, Any]] = [p for p in gpu.processes.value or [] if not p["mine"]]
     if not others:
-        return "holders hidden"
+        return "hidden processes"
     parts = []
     for process in sorted(others, key=lambda p: -(p["used_bytes"] or 0))[:4]:
         used = process["used_bytes"]
@@ -87,8 +122,14 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return ok(amount)
         if wanted > memory.total_bytes - CONTEXT_BYTES:
             return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: never fits")
+        if who := display(snapshot, gpu):
+            hold = "holds" if who == DISPLAY else "hold"
+            text = f"{amount}; {who} ({holders(gpu)}) {hold} the rest"
+            return fail("user", text, beside_display(gpu))
         if (held_by_others(gpu) or 0) > NEGLIGIBLE_BYTES:
-            return fail("retry", f"{amount}; the rest is held by {holders(gpu)}")
+            who = holders(gpu)
+            hold = "holds" if who.startswith("pid") and "," not in who else "hold"
+            return fail("retry", f"{amount}; {who} {hold} the rest")
         return fail("user", amount)
 
     return each(judged(snapshot, context), look)
@@ -104,9 +145,12 @@ def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if held <= NEGLIGIBLE_BYTES:
             return ok("no other process holds memory")
         evidence = f"{format_bytes(held)} held by others: {holders(gpu)}"
-        if held / total >= TENANT_SHARE and context.gpu_memory_utilization is None:
-            return fail("retry", evidence)
-        return warn(evidence)
+        large = held / total >= TENANT_SHARE and context.gpu_memory_utilization is None
+        if who := display(snapshot, gpu):
+            evidence = f"{format_bytes(held)} held by {who}: {holders(gpu)}"
+            remedy = beside_display(gpu)
+            return fail("user", evidence, remedy) if large else warn(evidence, remedy)
+        return fail("retry", evidence) if large else warn(evidence)
 
     return each(judged(snapshot, context), look)
 

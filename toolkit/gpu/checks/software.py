@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.capability import BFLOAT16, FLOAT8_CACHE, FOUR_BIT
+from toolkit.base.capability import (
+    BFLOAT16,
+    FLOAT8_CACHE,
+    FOUR_BIT,
+    build_problem,
+    spelled,
+    torch_list,
+)
 from toolkit.base.units import plural
 from toolkit.gpu.checks.check import (
     CheckContext,
@@ -20,20 +27,11 @@ from toolkit.gpu.checks.check import (
 )
 from toolkit.gpu.checks.kernels import libnuma
 from toolkit.gpu.checks.requirement import satisfies
+from toolkit.gpu.devices import machine_of
 from toolkit.gpu.needs import gpu_needed
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
-
-# Compute capabilities in PyTorch's release wheels, by CUDA (pytorch/test-infra,
-# pytorch_pkg_helpers/cuda.py). Code for x.y runs on x.z with z >= y.
-TORCH_ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "12.6": ("5.0", "6.0", "7.0", "7.5", "8.0", "8.6", "9.0"),
-    "12.8": ("7.0", "7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
-    "12.9": ("7.0", "7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
-    "13.0": ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0"),
-}
-VLLM_LEAST = (7, 5)  # vLLM's CUDA 13 build starts at Turing
 
 
 def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
@@ -100,21 +98,17 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     built = snapshot.software.torch_cuda.value
     if not snapshot.gpus or built is None:
         return None
-    known = TORCH_ARCHITECTURES.get(built)
-    vllm = (snapshot.software.packages.value or {}).get("vllm")
+    vllm = bool((snapshot.software.packages.value or {}).get("vllm"))
 
     def look(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
             return unknown(f"compute capability: {gpu.compute_capability.reason}")
-        major, minor = gpu.capability
-        text = f"compute capability {major}.{minor}"
-        if vllm and gpu.capability < VLLM_LEAST:
-            return fail("user", f"{text}: vLLM {vllm} starts at 7.5")
-        if known is None:
+        machine = machine_of(snapshot, gpu)
+        if problem := build_problem(gpu.capability, machine=machine, cuda=built, vllm=vllm):
+            return fail("user", problem)
+        text = f"compute capability {spelled(gpu.capability)}"
+        if torch_list(built, machine) is None:
             return unknown(f"{text}; what torch for CUDA {built} was built for is not known here")
-        same = [version_tuple(one) for one in known if version_tuple(one)[0] == major]
-        if not any(minor >= one[1] for one in same):
-            return fail("user", f"{text}: torch for CUDA {built} has {', '.join(known)}")
         return ok(f"{text} is in torch for CUDA {built}")
 
     return each(judged(snapshot, context), look)

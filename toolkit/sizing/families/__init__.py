@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.families import dense, gemma, hybrid, mla, moe
+from toolkit.sizing.families import dense, gemma, hybrid, mla, moe, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,5 +33,12 @@ FAMILIES: dict[str, Callable[[Fields], Shape]] = {
     "gpt_oss": moe.gpt_oss,
     "deepseek_v2": mla.deepseek,
     "deepseek_v3": mla.deepseek,
+    "glm4_moe": moe.glm4_moe,
     "qwen3_next": hybrid.qwen3_next,
+    "qwen3_5": hybrid.qwen3_5,
+    "qwen3_5_text": hybrid.qwen3_5,
+    "qwen3_5_moe": hybrid.qwen3_5_moe,
+    "qwen3_5_moe_text": hybrid.qwen3_5_moe,
+    "lfm2": states.lfm2,
+    "nemotron_h": states.nemotron_h,
 }

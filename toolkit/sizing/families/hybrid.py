@@ -1,9 +1,10 @@
-"""Qwen3-Next: three gated delta-net layers (one state a sequence) for each layer of full
-attention, experts in all.
+"""Qwen3-Next and Qwen3.5 / 3.6: three gated delta-net layers (one state a sequence) for each layer
+of full attention; experts in all of them, or in none.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from toolkit.sizing.families.common import (
@@ -23,18 +24,54 @@ from toolkit.sizing.model import Block, Cache, Linear
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
+STATES_NOTE = "linear attention keeps one state a sequence: KV bytes a token count the rest"
+
 
 def qwen3_next(fields: Fields) -> Shape:
     """Qwen3-Next (transformers' Qwen3NextConfig); q_proj makes the output gate too."""
-    heads = read_heads(fields, default_head_dim=256)
-    interval = fields.integer("full_attention_interval", default=4)
-    count = fields.integer("num_experts", default=512, high=MAX_EXPERTS)
+    return _hybrid(fields, _sparse(fields, experts_default=512, active_default=10), fused=True)
+
+
+def qwen3_5(fields: Fields) -> Shape:
+    """Qwen3.5 and 3.6, dense (Qwen3_5TextConfig), alone or as the text_config of the multimodal
+    model, whose vision tower is not counted.
+    """
+    text = fields.section("text_config") or fields
+    inner = text.integer("intermediate_size", default=12288)
+    mlp = gated_mlp(text.integer("hidden_size"), inner)
+    return _tied_by(fields, _hybrid(text, (mlp, 0), fused=False))
+
+
+def qwen3_5_moe(fields: Fields) -> Shape:
+    """Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig), alone or as a text_config."""
+    text = fields.section("text_config") or fields
+    sparse = _sparse(text, experts_default=256, active_default=8)
+    return _tied_by(fields, _hybrid(text, sparse, fused=False))
+
+
+def _tied_by(fields: Fields, shape: Shape) -> Shape:
+    """The outer config decides the tie, as transformers reads it."""
+    return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
+
+
+def _sparse(
+    fields: Fields, *, experts_default: int, active_default: int
+) -> tuple[list[Linear], int]:
+    """Routed experts with a shared one behind a gate, and how many of them a token uses."""
+    hidden = fields.integer("hidden_size")
+    count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)
     shared = fields.integer("shared_expert_intermediate_size", default=512)
-    mlp = [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
-    mlp += gated_mlp(heads.hidden, shared, prefix="mlp.shared_expert")
-    mlp += [Linear("mlp.shared_expert_gate", 1, heads.hidden)]
-    active = fields.integer("num_experts_per_tok", default=10, high=MAX_EXPERTS)
+    mlp = [Linear("mlp.gate", count, hidden), *experts(hidden, inner, count)]
+    mlp += gated_mlp(hidden, shared, prefix="mlp.shared_expert")
+    mlp += [Linear("mlp.shared_expert_gate", 1, hidden)]
+    return mlp, fields.integer("num_experts_per_tok", default=active_default, high=MAX_EXPERTS)
+
+
+def _hybrid(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool) -> Shape:
+    heads = read_heads(fields, default_head_dim=256)
+    interval = fields.integer("full_attention_interval", default=4)
+    linears_of_mlp, active = mlp
 
     def default(index: int) -> str:
         return "linear_attention" if (index + 1) % interval else "full_attention"
@@ -43,10 +80,10 @@ def qwen3_next(fields: Fields) -> Shape:
         if kind == "full_attention":
             linears, vectors, cache = _full(fields, heads)
         else:
-            linears, vectors, cache = _delta_net(fields, heads.hidden)
+            linears, vectors, cache = _delta_net(fields, heads.hidden, fused=fused)
         return Block(
             count=layers,
-            linears=(*linears, *mlp),
+            linears=(*linears, *linears_of_mlp),
             vectors=vectors + 2 * heads.hidden,
             cache=cache,
             active_experts=active,
@@ -64,7 +101,7 @@ def qwen3_next(fields: Fields) -> Shape:
         blocks=blocks_by_kind(layer_kinds(fields, default), make),
         final_vectors=heads.hidden,
         rope_tables=rope_tables(fields, columns, max_position),
-        notes=("linear attention keeps one state a sequence: KV bytes a token count the rest",),
+        notes=(STATES_NOTE,),
     )
 
 
@@ -79,7 +116,7 @@ def _full(fields: Fields, heads: Heads) -> tuple[list[Linear], int, Cache]:
     return linears, 2 * heads.head_dim, kv_cache(heads)
 
 
-def _delta_net(fields: Fields, hidden: int) -> tuple[list[Linear], int, Cache]:
+def _delta_net(fields: Fields, hidden: int, *, fused: bool) -> tuple[list[Linear], int, Cache]:
     key_heads = fields.integer("linear_num_key_heads", default=16)
     value_heads = fields.integer("linear_num_value_heads", default=32)
     key_dim = fields.integer("linear_key_head_dim", default=128)
@@ -87,9 +124,19 @@ def _delta_net(fields: Fields, hidden: int) -> tuple[list[Linear], int, Cache]:
     kernel = fields.integer("linear_conv_kernel_dim", default=4)
     keys, values = key_heads * key_dim, value_heads * value_dim
     convolved = 2 * keys + values
-    linears = [
+    inputs = [
         Linear("linear_attn.in_proj_qkvz", 2 * keys + 2 * values, hidden),
         Linear("linear_attn.in_proj_ba", 2 * value_heads, hidden),
+    ]
+    if not fused:
+        inputs = [
+            Linear("linear_attn.in_proj_qkv", convolved, hidden),
+            Linear("linear_attn.in_proj_z", values, hidden),
+            Linear("linear_attn.in_proj_b", value_heads, hidden),
+            Linear("linear_attn.in_proj_a", value_heads, hidden),
+        ]
+    linears = [
+        *inputs,
         Linear("linear_attn.out_proj", hidden, values),
         Linear("linear_attn.conv1d", convolved, kernel),
     ]

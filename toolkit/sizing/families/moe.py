@@ -1,4 +1,4 @@
-"""Mixtures of experts with ordinary attention: Mixtral, Qwen3-MoE, gpt-oss."""
+"""Mixtures of experts with ordinary attention: Mixtral, Qwen3-MoE, GLM-4.x, gpt-oss."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from toolkit.sizing.families.common import (
     layer_kinds,
     read_heads,
 )
+from toolkit.sizing.families.rope import rope_tables, rotary_columns
 from toolkit.sizing.fields import MAX_EXPERTS
 from toolkit.sizing.model import Block, Linear
 
@@ -84,6 +85,40 @@ def qwen3_moe(fields: Fields) -> Shape:
     ]
     blocks = blocks_by_kind(kinds, make)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=32768)
+
+
+def glm4_moe(fields: Fields) -> Shape:
+    """GLM-4.5 to 4.7 (transformers' Glm4MoeConfig): dense layers first, then experts with a shared
+    one, half of each head rotated.
+    """
+    heads = read_heads(fields)
+    bias = fields.flag("attention_bias", False)
+    count = fields.integer("n_routed_experts", default=128, high=MAX_EXPERTS)
+    inner = fields.integer("moe_intermediate_size", default=1408)
+    shared = inner * fields.integer("n_shared_experts", default=1)
+    first = fields.integer("first_k_dense_replace", default=1, low=0)
+    norms = 2 * heads.head_dim if fields.flag("use_qk_norm", False) else 0
+    active = fields.integer("num_experts_per_tok", default=8, high=MAX_EXPERTS)
+
+    def make(kind: str, layers: int) -> Block:
+        if kind == "dense":
+            mlp = gated_mlp(heads.hidden, fields.integer("intermediate_size", default=10944))
+        else:
+            mlp = [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
+            mlp += gated_mlp(heads.hidden, shared, prefix="mlp.shared_experts")
+        return Block(
+            count=layers,
+            linears=(*attention(heads, qkv_bias=bias), *mlp),
+            vectors=2 * heads.hidden + norms,
+            cache=kv_cache(heads),
+            active_experts=0 if kind == "dense" else active,
+        )
+
+    kinds = ["dense" if index < first else "sparse" for index in range(layer_count(fields))]
+    shape = decoder(fields, heads, blocks_by_kind(kinds, make), max_position=131072)
+    part = fields.number("partial_rotary_factor", default=0.5, low=0, high=1)
+    columns = rotary_columns(fields, heads.head_dim, default=part)
+    return replace(shape, rope_tables=rope_tables(fields, columns, shape.max_position))
 
 
 def gpt_oss(fields: Fields) -> Shape:

@@ -1,0 +1,106 @@
+"""At least 90 texts of upstream are explained by the check that finds them, with the exit code, and
+with the value to set where the text has the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from toolkit.base.errors import ConfigError, NodeError, RetryError, UnestablishedError
+from toolkit.base.symptoms import SYMPTOMS, match, nearest
+from toolkit.base.symptoms.errors import explained
+from toolkit.base.symptoms.pasted import condensed
+from toolkit.cli.envcheck import cli
+from toolkit.cli.exits import guarded
+from toolkit.gpu.checks import catalogue
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "symptom_texts.jsonl"
+NAMES = ("symptom", "exit_code", "check", "remedy", "text")
+TEXTS = [
+    tuple(json.loads(line)[name] for name in NAMES)
+    for line in FIXTURE.read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize(
+    ("symptom", "code", "check", "remedy", "text"), TEXTS, ids=lambda value: str(value)[:24]
+)
+def test_a_text_of_upstream(symptom: str, code: int, check: str, remedy: str, text: str) -> None:
+    found = match(f"Traceback (most recent call last):\n  ...\n{text}\n")
+    assert [one.id for one in found][:1] == [symptom], found
+    assert (found[0].exit_code, found[0].check.split(", ")[0]) == (code, check)
+    assert remedy in found[0].remedy
+
+
+def test_there_are_texts_for_every_check_and_every_symptom() -> None:
+    assert len({row[-1] for row in TEXTS}) >= 90
+    assert {row[0] for row in TEXTS} == {one.id for one in SYMPTOMS}
+    named = {name for row in TEXTS for one in match(row[-1]) for name in one.check.split(", ")}
+    assert set(catalogue()) - named == set()
+
+
+def test_a_log_of_20_megabytes_is_explained_in_under_a_second() -> None:
+    """Colours, ranks that write at once, and Windows' line ends."""
+    lines = [
+        f"\x1b[36m(EngineCore_DP0 pid={n % 8})\x1b[0m INFO 11-24 12:10:28 [core.py:7] at {n}\r\n"
+        f"[rank{n % 8}]: seen {n} \x1b[32mloss\x1b[0m 0.{n}, Error rate 0, memory fine\r\n"
+        for n in range(75_000)
+    ]
+    first = "".join(f"[rank{rank}]: {TEXTS[0][-1]}\r\n[rank3]: step\r\n" for rank in range(2))
+    log = "".join([*lines[:40], first, *lines, *lines[:80_000]])
+    assert len(log) > 20_000_000
+    start = time.process_time()
+    found = match(log)
+    assert time.process_time() - start < 1
+    assert [one.id for one in found] == [TEXTS[0][0]]
+
+
+def test_a_long_log_keeps_every_text() -> None:
+    filler = "".join(f"step {n}: reward 0.{n}\n" for n in range(3000))
+    for symptom, *_, text in TEXTS:
+        log = filler + text.replace("\n", "\r\n") + "\r\n" + filler
+        assert symptom in {one.id for one in match(condensed(log, 4000))}, text
+
+
+def test_two_ranks_that_write_at_once_are_read_apart() -> None:
+    text = next(row[-1] for row in TEXTS if row[0] == "graph-capture").split("\n")
+    other = ["  File 'a.py'", "waiting", "waiting"]
+    log = "\n".join(
+        line
+        for pair in zip(text, other, strict=True)
+        for line in (f"[rank1]: {pair[0]}", f"[rank0]: {pair[1]}")
+    )
+    assert [one.id for one in match(log)] == ["graph-capture"]
+
+
+def test_an_unknown_text_is_5_with_the_nearest() -> None:
+    text = "RuntimeError: the NVIDIA driver of your system is much too old (version 11040)"
+    assert match(text) == []
+    assert "driver-too-old" in [one.id for one in nearest(text)]
+    done = CliRunner().invoke(cli, ["explain", "-"], input=text)
+    assert isinstance(done.exception, UnestablishedError)
+    assert done.exception.exit_code == 5
+    assert "driver.cuda" in str(done.exception)
+    assert nearest("all is well") == []
+
+
+def test_a_command_explains_the_same_error_in_the_same_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kinds = {1: ConfigError, 3: NodeError, 4: RetryError, 5: UnestablishedError}
+    for symptom, code, *_, text in TEXTS:
+        error = explained(RuntimeError(text), "it failed")
+        assert type(error) is kinds[code], symptom
+        assert error.fix == match(text)[0].remedy
+    text = TEXTS[0][-1]
+    with pytest.raises(SystemExit) as end, guarded():
+        raise RuntimeError(text)
+    assert end.value.code == 3
+    told = CliRunner().invoke(cli, ["explain", "-"], input=text).output
+    assert match(text)[0].title in told
+    assert match(text)[0].title in capsys.readouterr().err

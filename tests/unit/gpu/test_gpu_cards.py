@@ -1,0 +1,117 @@
+"""The table of cards and slices, plain sizes, devices of other makers, and families."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolkit.base.capability import build_problem, torch_list
+from toolkit.base.errors import ConfigError
+from toolkit.base.units import GIB, MIB
+from toolkit.gpu import cards
+from toolkit.sizing import Device
+
+SOURCES = {"read", "torch", "alike", "computed", "host"}
+
+
+def test_the_table_has_cards_and_slices_each_with_its_source() -> None:
+    assert len(cards.CARDS) >= 60
+    assert {card.source for card in cards.CARDS} == SOURCES
+    published = {
+        (card.name, profile)
+        for card in cards.CARDS
+        for profile, _, source in card.slices
+        if source == "lgip"
+    }
+    assert len(published) >= 25
+    for card in cards.CARDS:
+        kept = card.total_bytes - card.cuda_bytes
+        least = -MIB if card.source == "host" else 1  # of GiB with two places
+        assert least <= kept < 0.02 * card.total_bytes + 520 * MIB, card.name
+        for profile, size, _ in card.slices:
+            named = float(profile.split(".")[1].removesuffix("gb"))
+            assert 0.85 * named < size / GIB <= named, (card.name, profile)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("t4", 14.56), ("l4", 22.03), ("3090", 23.57), ("4090", 23.52), ("5090", 31.36),
+        ("h100", 79.19), ("b200", 178.35), ("gb200", 184.31), ("h200:1g.18gb", 16.0),
+        ("h100-nvl:1g.12gb", 10.75), ("gh200:3g.48gb", 46.5), ("rtx-pro-6000:2g.48gb", 47.375),
+        ("24GiB", 24.0), ("16384MiB", 16.0), ("24 GB:8.9", 24.0),
+    ],
+)  # fmt: skip
+def test_what_cuda_sees(name: str, gib: float) -> None:
+    device = Device.from_card(cards.find(name))
+    assert device.cuda_total_bytes / GIB == pytest.approx(gib, abs=0.01)
+    assert device.free_bytes == device.cuda_total_bytes
+
+
+def test_a_plain_size_has_the_capability_that_is_given() -> None:
+    assert cards.find("24GiB:8.9").compute_capability == (8, 9)
+    assert "taken as capability 8.0" in cards.find("24GiB").name
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [
+        ("mi300x", "AMD"), ("Radeon RX 7900 XTX", "AMD"), ("gfx942", "AMD"), ("rx7900xt", "AMD"),
+        ("arc-b580", "Intel"), ("gaudi3", "Intel"), ("m3-max", "Apple"), ("mps", "Apple"),
+    ],
+)  # fmt: skip
+def test_other_makers_are_named(name: str, maker: str) -> None:
+    with pytest.raises(ConfigError, match=f"a device of {maker}, and this toolkit supports NVIDIA"):
+        cards.find(name)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "capability", "fits"),
+    [
+        ("h100", "NVIDIA H100 NVL", (9, 0), True),
+        ("h100", "NVIDIA H100 80GB HBM3", (9, 0), True),
+        ("a100-80", "NVIDIA A100 80GB PCIe", (8, 0), True),
+        ("a100-80gb", "NVIDIA A100-SXM4-40GB", (8, 0), False),
+        ("b200", "NVIDIA GB200", (10, 0), False),
+        ("hopper", "NVIDIA GH200 480GB", (9, 0), True),
+        ("hopper", "NVIDIA A100-SXM4-40GB", (8, 0), False),
+        ("rtx-40", "NVIDIA GeForce RTX 4070 Ti SUPER", (8, 9), True),
+        ("40", "NVIDIA GeForce RTX 5090", (12, 0), False),
+        ("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", (12, 0), True),
+        ("h100-sxm", "NVIDIA H100 80GB HBM3", (9, 0), True),
+        ("h100-sxm", "NVIDIA H100 PCIe", (9, 0), False),
+    ],
+)
+def test_a_requirement_means_a_family(
+    wanted: str, name: str, capability: tuple[int, int], fits: bool
+) -> None:
+    cards.check_family(wanted)
+    assert cards.is_of(wanted, name, capability) is fits
+
+
+def test_a_family_that_there_is_not_names_the_near_ones() -> None:
+    with pytest.raises(ConfigError, match="no card named 'h10o'"):
+        cards.check_family("h10o")
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        ("v100", "starts at 7.5"), ("p100", "starts at 7.5"), ("t4g", "aarch64 starts at 8.0"),
+        ("t4", None), ("thor", None), ("gb10", None), ("orin", None), ("b300", None),
+        ("gh200", None), ("5090", None),
+    ],
+)  # fmt: skip
+def test_the_locked_builds_have_code_for_a_card(card: str, says: str | None) -> None:
+    """Thor and T4G are judged by the list of aarch64."""
+    found = cards.find(card)
+    problem = build_problem(found.compute_capability, machine=found.machine)
+    assert (problem is None) if says is None else says in str(problem)
+
+
+def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> None:
+    assert "11.0: torch for CUDA 13.0 on x86_64 has 7.5, 8.0" in str(
+        build_problem((11, 0), machine="x86_64")
+    )
+    assert "on aarch64 has 8.0, 9.0" in str(build_problem((7, 5), machine="aarch64", vllm=False))
+    assert torch_list("99.0", "x86_64") is None
+    assert build_problem((9, 0), machine="x86_64", cuda="99.0") is None

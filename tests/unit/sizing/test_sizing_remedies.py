@@ -1,0 +1,131 @@
+"""For 40 runs that do not fit, the first remedy makes them fit, and is accepted on its card."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT
+from toolkit.config.layers import load_document
+from toolkit.config.validate import validate
+from toolkit.gpu import cards
+from toolkit.sizing import Device, solve
+from toolkit.sizing.device import situation_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MODELS = {
+    "meta-llama/Llama-3.2-3B": ("2060", "3080", "3060", "t4"),
+    "Qwen/Qwen2.5-7B": ("t4", "5080", "4090", "a100-40"),
+    "meta-llama/Llama-3.1-8B": ("t4", "l4", "h100:1g.20gb", "a40"),
+    "Qwen/Qwen2.5-32B": ("a100", "h100", "l40s", "h200"),
+    "meta-llama/Llama-3.3-70B-Instruct": ("h100", "h200", "b200", "a100"),
+}
+RUNS = (
+    # max_seq_length, prompt, completion, rank, micro-batch
+    (131072, 512, 512, 16, 1),
+    (4096, 2048, 2048, 64, 8),
+    (8192, 1024, 7168, 128, 16),
+)
+
+
+def run_file(folder: Path, model: Path, run: tuple[int, ...]) -> Path:
+    """A run file with data and a model folder that has no more than a config.json."""
+    length, prompt, completion, rank, micro = run
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(16)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {
+        "model": {"model_name": str(model), "max_seq_length": length},
+        "lora": {"r": rank, "lora_alpha": rank},
+        "dataset": {"path": "train.jsonl", "prompt": "question", "answer": "answer"},
+        "reward": {"functions": [{"name": "numeric_match"}]},
+        "runtime": {"engine": "vllm"},
+        "grpo": {
+            "max_prompt_length": prompt,
+            "max_completion_length": completion,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": max(1, 16 // micro),
+            "num_generations": 8,
+        },
+    }
+    path = folder / "run.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def accepted(path: Path, overrides: list[str], device: Device) -> Any:
+    """The run of the file with these overrides on this card; what the rules refuse is shown."""
+    judged = validate(load_document(path, overrides), situation_of(device))
+    errors = [str(one.message) for one in judged.findings if str(one.severity) == "error"]
+    assert judged.config is not None, errors
+    return judged.config
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory, all_shapes: Any, spec_of: Any) -> list[Any]:
+    """Every combination that does not fit, with its result."""
+    found = []
+    for name, names in MODELS.items():
+        folder = tmp_path_factory.mktemp("model")
+        (folder / "config.json").write_text(json.dumps(all_shapes[name]["config"]))
+        for number, (card, run) in enumerate(product(names, RUNS)):
+            place = folder / f"run-{number}"
+            place.mkdir()
+            path = run_file(place, folder, run)
+            device = Device.from_card(cards.find(card))
+            result = solve(accepted(path, [], device), spec_of(name), device)
+            if not result.feasible:
+                found.append((name, card, path, device, result))
+    return found
+
+
+def test_the_first_remedy_of_40_runs_is_enough_and_accepted(
+    refused: list[Any], spec_of: Any
+) -> None:
+    assert len(refused) >= 40
+    for name, card, path, device, result in refused:
+        first = result.remedies[0]
+        assert first.enough, (name, card, [str(one) for one in result.remedies])
+        on = Device.from_card(cards.find(first.card)) if first.card else device
+        overrides = [f"{key}={json.dumps(value)}" for key, value in first.settings]
+        config = accepted(path, overrides, on)
+        after = solve(config, spec_of(name), on, world_size=first.world_size or 1)
+        assert after.feasible, (name, card, str(first))
+
+
+def test_they_are_ordered_by_harm_and_then_by_bytes(refused: list[Any]) -> None:
+    for *_, result in refused:
+        order = [(not one.enough, one.harm, -one.frees_bytes) for one in result.remedies]
+        assert order == sorted(order)
+        assert all(one.frees_bytes > 0 and one.costs for one in result.remedies)
+
+
+def test_nothing_is_offered_that_the_card_cannot_do(refused: list[Any]) -> None:
+    for _, card, _, device, result in refused:
+        keys = {key for one in result.remedies for key, _ in one.settings}
+        if device.compute_capability < FLOAT8_NATIVE:
+            assert "model.float8_kv_cache" not in keys, card
+        assert device.compute_capability >= FOUR_BIT or "model.load_in_4bit" not in keys
+
+
+def test_a_context_far_above_the_need_is_the_first_to_go(spec_of: Any, card: Any, run: Any) -> None:
+    """131,072 tokens for prompts and completions of 512: 1024 are enough, and lose nothing."""
+    config = run(max_seq_length=131072)
+    result = solve(config, spec_of("meta-llama/Llama-3.2-3B"), card("3060"))
+    first = result.remedies[0]
+    assert not result.feasible
+    assert first.change == "max_seq_length 131072 -> 1024"
+    assert dict(first.settings) == {"model.max_seq_length": 1024}
+    assert (first.enough, first.harm, first.costs) == (True, 0, "loses nothing")
+
+
+def test_cards_are_the_last_resort(refused: list[Any]) -> None:
+    told = [one for *_, result in refused for one in result.remedies if one.card]
+    assert told
+    assert all(one.enough and "a larger card, from" in one.change for one in told)
+    two = [one for *_, result in refused for one in result.remedies if one.world_size]
+    assert all("a second card" in one.change for one in two)

@@ -1,0 +1,75 @@
+"""The error texts that people paste most, each with the check that would have caught it and what to
+do.
+
+``match`` reads a traceback or a log. ``envcheck explain -`` prints what it finds, and an error of
+upstream inside a ``toolkit`` command is explained in these words. The texts are those of vLLM 0.8
+to 0.31, torch 2.6 to 2.13, the driver, NCCL, containers and Slurm; a changed wording upstream shows
+in tests/contract.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.symptoms import devices, driver, host, memory, model, software
+from toolkit.base.symptoms.pasted import condensed, streams, telling_lines
+from toolkit.base.symptoms.symptom import Symptom, words_of
+
+if TYPE_CHECKING:
+    from toolkit.base.symptoms.symptom import Entry
+
+__all__ = ["SYMPTOMS", "TEXTS", "Symptom", "match", "nearest"]
+
+# Most specific first: what another text explains better comes after that one.
+_ENTRIES: tuple[Entry, ...] = (
+    *memory.ENTRIES,
+    *driver.ENTRIES,
+    *devices.ENTRIES,
+    *software.ENTRIES,
+    *host.ENTRIES,
+    *model.ENTRIES,
+)
+SYMPTOMS: tuple[Symptom, ...] = tuple(entry.symptom for entry in _ENTRIES)
+TEXTS: dict[str, tuple[str, ...]] = {
+    entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ENTRIES
+}
+LONGEST_CUT = 100_000  # a text with breaks inside words was copied from a screen
+_ALIKE = 0.5  # of a known text's words
+_NEAREST = 3
+
+
+def match(text: str) -> list[Symptom]:
+    """The known failures in a pasted traceback or log, most specific first; empty if none is.
+
+    Colours, log prefixes, ranks that write at once and line breaks, also inside a word, are looked
+    through.
+    """
+    wrapped, joined = streams(condensed(text))
+    forms = [(one, one.lower()) for one in (wrapped, joined[-LONGEST_CUT:])]
+    forms = [(one if len(one) == len(low) else low, low) for one, low in forms]
+    found: dict[str, Symptom] = {}
+    for entry in _ENTRIES:
+        if entry.unless & found.keys():
+            continue
+        for form, lowered in forms:
+            if symptom := entry.find(form, lowered):
+                found[entry.symptom.id] = symptom
+                break
+    return list(found.values())
+
+
+def nearest(text: str) -> list[Symptom]:
+    """For a text that is not known: the symptoms whose texts share most words with its lines that
+    tell of an error, best first; at most three.
+    """
+    lines = [words_of(line) for line in telling_lines(condensed(text))]
+    scores: dict[Symptom, float] = {}
+    for entry in _ENTRIES:
+        for known in entry.texts:
+            words = known.words
+            if len(words) < 2:
+                continue
+            share = max((len(words & line) / len(words) for line in lines), default=0.0)
+            scores[entry.symptom] = max(share, scores.get(entry.symptom, 0.0))
+    best = sorted(scores, key=lambda one: -scores[one])
+    return [one for one in best if scores[one] >= _ALIKE][:_NEAREST]

@@ -1,0 +1,310 @@
+"""Texts about which cards a job gets, and how they do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.symptoms import numbers
+from toolkit.base.symptoms.symptom import entry
+from toolkit.base.xids import FATAL_XIDS, USER_XIDS
+
+if TYPE_CHECKING:
+    import re
+
+    from toolkit.base.symptoms.symptom import Symptom
+
+
+def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """Whose fault the number is."""
+    del around
+    number = int(hit.group(2).rstrip("."))
+    if number in FATAL_XIDS:
+        return symptom.but(title=f"XID {number}: {FATAL_XIDS[number]}")
+    if number in USER_XIDS:
+        return symptom.but(
+            title=f"XID {number}: {USER_XIDS[number]}, as a rule a fault of the program",
+            remedy="run it with CUDA_LAUNCH_BLOCKING=1 to find the kernel; where other programs "
+            "show it on the same card too, the node is bad",
+            exit_code=1,
+        )
+    return symptom.but(
+        title=f"XID {number} in the kernel's log",
+        remedy="look the number up in NVIDIA's XID catalogue; `envcheck check --only health`",
+        exit_code=5,
+    )
+
+
+_SLOWED = (
+    "the run is slower than the card: look at cooling, power supply and power limit of the node "
+    "(`envcheck check --only speed`)"
+)
+
+ENTRIES = (
+    entry(
+        "gpu-lost",
+        "A GPU does not answer any more",
+        "health.lost",
+        "drain the node and power-cycle it; the other GPUs of the node are not safe to use either",
+        3,
+        "GPU has fallen off the bus",
+        "GPU is lost. Reboot the system to recover this GPU",
+        "NVML_ERROR_GPU_IS_LOST",
+        "NVMLError_GpuIsLost",
+        "Unable to determine the device handle for GPU",
+        "CUDA error: device lost",
+    ),
+    entry(
+        "ecc",
+        "The card has memory errors that it could not correct",
+        "health.ecc",
+        "reset the GPU (`nvidia-smi --gpu-reset`) or reboot; if it comes back, have the card "
+        "replaced",
+        3,
+        "uncorrectable ECC error encountered",
+        "CUDA_ERROR_ECC_UNCORRECTABLE",
+        "cudaErrorECCUncorrectable",
+        "uncorrectable NVLink error detected",
+        "CUDA error: hardware error",
+    ),
+    entry(
+        "rows",
+        "Memory rows of the card wait to be replaced, or could not be",
+        "health.rows",
+        "reset the GPU or reboot the node; after a failed remap have the card replaced",
+        3,
+        "Row remapper: {..}pending",
+        "Row Remap Failure",
+        "Remapping Failure Occurred : Yes",
+        "Row remapping failure",
+        "GPU requires reset due to pending row remap",
+    ),
+    entry(
+        "pages",
+        "Memory pages of the card wait to be retired",
+        "health.pages",
+        "reset the GPU or reboot the node",
+        3,
+        "Pending Page Blacklist : Yes",
+        "Pending Page Blacklist: Yes",
+        "Dynamic Page Retirement: {..}reboot",
+        "Retired pages pending: Yes",
+    ),
+    entry(
+        "recovery",
+        "The driver asks for a reset of the card",
+        "health.recovery",
+        "drain the node, reset the GPU (`nvidia-smi --gpu-reset`) or reboot, as the text says",
+        3,
+        "GPU recovery action changed from",
+        "GPU requires reset",
+        "GPU Recovery Action : Reset",
+        "GPU Recovery Action : Reboot",
+        "NVML_ERROR_RESET_REQUIRED",
+    ),
+    entry(
+        "xid",
+        "The driver reported a fault",
+        "health.xid",
+        "drain the node and follow NVIDIA's XID catalogue",
+        3,
+        "NVRM: Xid ({w}): {n}",
+        "NVRM: Xid (PCI:{w} {n}",
+        read=_xid,
+        unless=("gpu-lost", "recovery"),
+    ),
+    entry(
+        "sxid",
+        "An NVSwitch reported a fault",
+        "health.xid, health.fabric",
+        "drain the node; restart nvidia-fabricmanager or reboot",
+        3,
+        "SXid (PCI:",
+    ),
+    entry(
+        "mps",
+        "The MPS daemon does not serve this process",
+        "health.mps",
+        "restart the MPS daemon on the node as the same user, or unset CUDA_MPS_PIPE_DIRECTORY",
+        3,
+        "MPS client failed to connect to the MPS control daemon",
+        "CUDA_ERROR_MPS_CONNECTION_FAILED",
+        "cudaErrorMpsConnectionFailed",
+        "CUDA_ERROR_MPS_SERVER_NOT_READY",
+        "cudaErrorMpsRpcFailure",
+    ),
+    entry(
+        "busy",
+        "The card is busy, or in exclusive mode with a process on it",
+        "health.compute_mode, memory.tenant",
+        "wait for the other process (`envcheck probe` names it), or ask for compute mode Default "
+        "(`nvidia-smi -c 0`)",
+        4,
+        "CUDA-capable device(s) is/are busy or unavailable",
+        "all CUDA-capable devices are busy or unavailable",
+        "cudaErrorDevicesUnavailable",
+        "CUDA_ERROR_DEVICE_UNAVAILABLE",
+        "exclusive-thread device already in use",
+        "exclusive-process mode{..}in use",
+    ),
+    entry(
+        "persistence",
+        "The driver unloads between jobs: persistence mode is off",
+        "health.persistence",
+        "start nvidia-persistenced on the node (`nvidia-smi -pm 1`)",
+        3,
+        "Persistence mode is disabled",
+        "Persistence-M is off",
+        "nvidia-persistenced failed to initialize",
+        "Failed to query NVIDIA devices. Please ensure that the NVIDIA device files",
+    ),
+    entry(
+        "uuid-in-visible-devices",
+        "This vLLM release reads CUDA_VISIBLE_DEVICES as numbers only",
+        "devices.uuid",
+        "write the index of the GPU instead of its UUID, or install vllm 0.25.1 (releases up to "
+        "0.20 "
+        "are known to fail)",
+        1,
+        "invalid literal for int() with base 10: 'MIG-",
+        "invalid literal for int() with base 10: 'GPU-",
+        'invalid literal for int() with base 10: "MIG-',
+        'invalid literal for int() with base 10: "GPU-',
+    ),
+    entry(
+        "slurm",
+        "The Slurm job does not hold the GPUs that it uses",
+        "place.slurm",
+        "ask for GPUs in the job (--gres=gpu:N or --gpus=N), and start the step with srun",
+        1,
+        "CUDA_VISIBLE_DEVICES=NoDevFiles",
+        "Unable to create step for job {n}: Requested node configuration is not available",
+        "Unable to create step for job {n}: Invalid generic resource (gres) specification",
+        "error: Invalid generic resource (gres) specification",
+    ),
+    entry(
+        "card-kind",
+        "No node has the card or the number of cards that the job asks for",
+        "devices.kind, devices.count",
+        "ask for a card and a number that the cluster has (sinfo -o %G, kubectl describe node)",
+        1,
+        "Insufficient nvidia.com/gpu",
+        "Batch job submission failed: Requested node configuration is not available",
+    ),
+    entry(
+        "too-few-gpus",
+        "There are fewer GPUs than the job wants",
+        "devices.count",
+        "start as many processes as there are GPUs, or give the job more GPUs",
+        1,
+        "World size ({n}) is larger than the number of available GPUs ({n})",
+        "Tensor parallel size ({n}) cannot be larger than the number of available GPUs ({n})",
+        "tensor_parallel_size={n} {..}only {n} GPUs",
+        "The number of required GPUs exceeds the total number of available GPUs",
+        "Duplicate GPU detected : rank {n} and rank {n}",
+        read=numbers.cards,
+    ),
+    entry(
+        "ordinal",
+        "A process asked for a GPU number that is not here",
+        "devices.count, devices.index",
+        "start at most as many processes as CUDA_VISIBLE_DEVICES names GPUs (`envcheck probe` "
+        "lists "
+        "them), and count from 0",
+        1,
+        "invalid device ordinal",
+        "cudaErrorInvalidDevice",
+        "CUDA_ERROR_INVALID_DEVICE",
+        "GPU device may be out of range, do you have enough GPUs",
+    ),
+    entry(
+        "mig-slice",
+        "The card is in MIG mode and the job has no slice of it",
+        "devices.mig",
+        "make a slice (`nvidia-smi mig -cgi PROFILE -C`) and name its UUID in CUDA_VISIBLE_DEVICES",
+        1,
+        "No MIG devices found",
+        "No MIG-enabled devices found",
+        "MIG device is in use by another client",
+        "error using MIG device",
+        "MIG M. {..}Enabled{..}No CUDA",
+    ),
+    entry(
+        "no-gpu",
+        "CUDA sees no GPU",
+        "devices.visible",
+        "look at CUDA_VISIBLE_DEVICES (empty, -1 or a number that is not here hides all), at the "
+        "job's request for GPUs, and at `envcheck probe`",
+        1,
+        "No CUDA GPUs are available",
+        "no CUDA-capable device is detected",
+        "cudaErrorNoDevice",
+        "CUDA_ERROR_NO_DEVICE",
+        "torch.cuda.is_available() is False",
+    ),
+    entry(
+        "device-order",
+        "CUDA counts the cards otherwise than nvidia-smi",
+        "devices.order",
+        "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+        1,
+        "Detected different devices in the system{..}CUDA_DEVICE_ORDER=PCI_BUS_ID",
+        "CUDA_DEVICE_ORDER=PCI_BUS_ID` to avoid unexpected behavior",
+    ),
+    entry(
+        "unlike-cards",
+        "Cards of different kinds work together",
+        "devices.alike",
+        "name cards of one kind in CUDA_VISIBLE_DEVICES; the smallest decides what all can do",
+        1,
+        "There is an imbalance between your GPUs",
+        "GPUs have different compute capabilities",
+    ),
+    entry(
+        "peer",
+        "The cards cannot read each other's memory",
+        "speed.p2p",
+        "set NCCL_P2P_DISABLE=1, or use cards of one NVLink or PCIe switch with ACS off",
+        1,
+        "peer access is not supported between these two devices",
+        "cudaErrorPeerAccessUnsupported",
+        "your platform lacks GPU P2P capability",
+        "peer mapping resources exhausted",
+        "P2P is disabled between connected GPUs",
+    ),
+    entry(
+        "nvlink",
+        "An NVLink is down",
+        "speed.nvlink",
+        "drain the node: reset the GPUs or reseat the link",
+        3,
+        "Link {n}: <inactive>",
+        "NVLink is down",
+        "nvlinkState: inactive",
+    ),
+    entry("throttled", "The card holds its clocks down", "speed.throttle", _SLOWED, 3,
+          "HW Slowdown : Active", "clocks_event_reasons.hw_slowdown, Active"),
+    entry("hot", "The card is too hot", "speed.temperature", _SLOWED, 3,
+          "HW Thermal Slowdown : Active", "SW Thermal Slowdown : Active",
+          "GPU is overheating", "temperature is above the slowdown threshold"),
+    entry("power", "The card's power is limited", "speed.power", _SLOWED, 3,
+          "HW Power Brake Slowdown : Active", "SW Power Cap : Active",
+          "power limit is below the default"),
+    entry("pcie", "The card's PCIe link is not at its full speed", "speed.pcie", _SLOWED, 3,
+          "Gb/s available PCIe bandwidth, limited by", "PCIe link width degraded",
+          "PCIe Bus Error: severity="),
+    entry(
+        "launch-failure",
+        "A kernel read or wrote outside its memory, or the card failed",
+        "health.xid",
+        "look at the kernel's log (`envcheck check --only health` reads XIDs): a fatal XID means a "
+        "bad "
+        "node; without one run again with CUDA_LAUNCH_BLOCKING=1",
+        5,
+        "an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: misaligned address",
+        "cudaErrorIllegalAddress",
+        "cudaErrorLaunchFailure",
+        unless=("gpu-lost", "ecc", "xid", "sxid"),
+    ),
+)  # fmt: skip

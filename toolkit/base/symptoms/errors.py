@@ -1,0 +1,44 @@
+"""An exception of upstream as one of our errors, in the words of its symptom."""
+
+from __future__ import annotations
+
+from toolkit.base.errors import (
+    ConfigError,
+    NodeError,
+    RetryError,
+    ToolkitError,
+    UnestablishedError,
+    first_line,
+)
+from toolkit.base.symptoms import match
+
+KINDS: dict[int, type[ToolkitError]] = {
+    1: ConfigError,
+    3: NodeError,
+    4: RetryError,
+    5: UnestablishedError,
+}
+
+
+def chain(problem: BaseException) -> list[BaseException]:
+    """``problem`` and what caused it, the outermost first."""
+    found: list[BaseException] = []
+    current: BaseException | None = problem
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
+    """``problem`` as an error with the exit code and the remedy of the symptom that it shows; None
+    where it shows none. ``again`` is what to do after the remedy.
+    """
+    for error in chain(problem):
+        for symptom in match(f"{type(error).__name__}: {error}"):
+            return KINDS[symptom.exit_code](
+                f"{what}: {symptom.title} ({first_line(error)})",
+                where=f"check {symptom.check}",
+                fix=f"{symptom.remedy}; {again}" if again else symptom.remedy,
+            )
+    return None

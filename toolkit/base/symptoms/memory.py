@@ -1,0 +1,151 @@
+"""Texts about GPU memory."""
+
+from __future__ import annotations
+
+from toolkit.base.symptoms import numbers
+from toolkit.base.symptoms.symptom import entry
+
+ENTRIES = (
+    entry(
+        "no-cache-blocks",
+        "The engine has no memory left for its KV cache",
+        "size: interval.min",
+        "raise gpu_memory_utilization above interval.min of `envcheck size run.yaml`, or set it to "
+        "auto",
+        1,
+        "No available memory for the cache blocks",
+        "Available KV cache memory: -{n} GiB",
+    ),
+    entry(
+        "free-below-request",
+        "Less memory is free than gpu_memory_utilization asks for",
+        "memory.free",
+        "another process holds memory: wait for it or end it (`envcheck probe` names it), or lower "
+        "gpu_memory_utilization to interval.max of `envcheck size run.yaml`",
+        4,
+        "Free memory on device{..}is less than desired GPU memory utilization",
+        read=numbers.free_share,
+    ),
+    entry(
+        "sequence-does-not-fit",
+        "One sequence of max_seq_length does not fit in the KV cache",
+        "size: interval.min",
+        "lower max_seq_length, raise gpu_memory_utilization, or use float8_kv_cache; `envcheck "
+        "size "
+        "run.yaml` prices each",
+        1,
+        "To serve at least one request with the model's max seq len",
+        "To serve at least one request with the models's max seq len",  # releases up to 0.11
+        "max seq len ({n}) is larger than the maximum number of tokens that can be stored in KV "
+        "cache",
+        read=numbers.longest_length,
+    ),
+    entry(
+        "lora-rank",
+        "The adapter's rank is above what the engine was built for, or is not a rank that vLLM "
+        "builds",
+        "LORA002, LORA003",
+        "set max_lora_rank to auto, or to the next of 1, 8, 16, 32, 64, 128, 256, 320, 512 that is "
+        "at least lora.r",
+        1,
+        "LoRA rank {n} is greater than max_lora_rank",
+        "max_lora_rank{..}Input should be 1, 8, 16",
+        "max_lora_rank{..}Input should be 1,8,16",
+        "max_lora_rank ({n}) must be one of",
+        read=numbers.rank,
+    ),
+    entry(
+        "sampler-warm-up",
+        "The engine ran out of memory while warming up its sampler",
+        "size: choice.max_num_seqs",
+        "lower max_num_seqs, or set it to auto: the warm-up grows with max_num_seqs x vocabulary",
+        1,
+        "when warming up sampler with {n} dummy requests",
+        read=numbers.halve_sequences,
+    ),
+    entry(
+        "graph-capture",
+        "Memory ran out while capturing CUDA graphs",
+        "size: CUDA graphs",
+        "lower gpu_memory_utilization to interval.max of `envcheck size run.yaml`, or set "
+        "enforce_eager: true",
+        1,
+        "out of memory while capturing CUDA graphs",
+        "Capturing CUDA graph{....}out of memory",
+        "capture_model{....}out of memory",
+        "_capture_cudagraphs{....}out of memory",
+        "CUDA error: operation failed due to a previous error during capture",
+    ),
+    entry(
+        "training-out-of-memory",
+        "CUDA ran out of memory",
+        "size: trainer peak at the longest completion",
+        "lower gpu_memory_utilization, per_device_train_batch_size or max_completion_length, or "
+        "turn gradient checkpointing on; `envcheck size run.yaml` prices each. In the first "
+        "seconds of a run it may be a tenant: `envcheck probe`",
+        1,
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "cudaErrorMemoryAllocation",
+        "torch.OutOfMemoryError",
+        "torch.cuda.OutOfMemoryError",
+        read=numbers.out_of_memory,
+        unless=("sampler-warm-up", "graph-capture"),
+    ),
+    entry(
+        "cublas-allocation",
+        "cuBLAS found no memory for its workspace: the card is full",
+        "size: trainer peak at the longest completion",
+        "set gpu_memory_utilization lower by 0.01 to 0.02: cuBLAS takes its handle and workspace "
+        "(up to some 100 MiB) outside torch's pool",
+        1,
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    ),
+    entry(
+        "neighbour-moved",
+        "Another process freed or took GPU memory while the engine was measuring",
+        "memory.tenant",
+        "start again; if it comes back, find the neighbour with `envcheck probe` and use the card "
+        "alone",
+        4,
+        "Error in memory profiling. Initial free memory",
+        "Error in memory profiling.Initial free memory",
+        "Error in memory profiling Initial free memory",
+    ),
+    entry(
+        "expandable-segments",
+        "This vLLM release cannot do expandable_segments beside its sleep mode",
+        "software.pins",
+        "install the vLLM of the lock files, which can; or set PYTORCH_CUDA_ALLOC_CONF and "
+        "PYTORCH_ALLOC_CONF to expandable_segments:False, or turn KV sleep off",
+        1,
+        "Expandable segments are not compatible with memory pool",
+    ),
+    entry(
+        "allocator-setting",
+        "An allocator setting in the environment is not accepted or is out of date",
+        "host.env",
+        "unset PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF: `toolkit train` sets what it needs",
+        1,
+        "Unrecognized CachingAllocator option",
+        "PYTORCH_CUDA_ALLOC_CONF is deprecated, use PYTORCH_ALLOC_CONF",
+        "Unknown vLLM environment variable detected",
+        "expandable_segments not supported on this platform",
+    ),
+    entry(
+        "memory-not-told",
+        "The driver does not tell this card's memory (integrated memory, or a vGPU without the "
+        "right)",
+        "memory.readable",
+        "state the free memory with --free, or size for the card by name with --gpu; on integrated "
+        "memory the host's free memory counts",
+        5,
+        "nvmlDeviceGetMemoryInfo{..}Not Supported",
+        "Memory-Usage : Not Supported",
+        "NVMLError_NotSupported: Not Supported",
+    ),
+)

@@ -1,0 +1,226 @@
+"""What the numbers in an error text say: who holds the memory, what is missing, what fits."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.base.symptoms.symptom import Symptom
+
+_UNITS = {
+    "bytes": 1 / 2**30,
+    "kib": 1 / 2**20,
+    "mib": 1 / 1024,
+    "gib": 1.0,
+    "gb": 1.0,
+    "mb": 1 / 1024,
+}
+_AMOUNT = r"([\d.]+) ?(bytes|[KMG]i?B)"
+_TRIED = re.compile(rf"Tried to allocate {_AMOUNT}", re.I)
+_TOTAL = re.compile(rf"total capacity of {_AMOUNT}", re.I)
+_FREE = re.compile(rf"of which {_AMOUNT} is free", re.I)
+_OTHERS = re.compile(rf"\bProcess (\d+) has {_AMOUNT} memory in use", re.I)
+_UNUSED = re.compile(rf"{_AMOUNT} is reserved by PyTorch but unallocated", re.I)
+_NEARLY_EMPTY = 0.9
+_TENANT_SHARE = 0.05
+_ALLOCATOR_SHARE = 0.05
+_NEXT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_RAISED_LATEST = 1200
+
+
+def _gib(pattern: re.Pattern[str], text: str) -> float | None:
+    found = pattern.search(text)
+    return float(found[1]) * _UNITS[found[2].lower()] if found else None
+
+
+def floor_share(value: float) -> float:
+    """A share of a card, rounded down to two places."""
+    return math.floor(value * 100 + 1e-9) / 100
+
+
+def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """torch's own account of an allocation that failed: a tenant, the allocator or a run that is
+    too large, by how much.
+    """
+    del hit
+    said = around[:_RAISED_LATEST]
+    tried, total, free = _gib(_TRIED, said), _gib(_TOTAL, said), _gib(_FREE, said)
+    if tried is None or total is None or free is None:
+        return symptom
+    held = {one[1]: float(one[2]) * _UNITS[one[3].lower()] for one in _OTHERS.finditer(said)}
+    if sum(held.values()) >= max(_TENANT_SHARE * total, tried - free):
+        return _tenant(symptom, held, total)
+    unused = _gib(_UNUSED, said) or 0.0
+    if unused >= max(_ALLOCATOR_SHARE * total, tried - free):
+        return symptom.but(
+            title=f"CUDA ran out of memory beside {unused:.2f} GiB in unused pieces",
+            check="host.env",
+            remedy="set PYTORCH_ALLOC_CONF=expandable_segments:True, and PYTORCH_CUDA_ALLOC_CONF "
+            "likewise, or leave both unset: `toolkit train` then sets them. "
+            f"{unused:.2f} GiB are reserved and unallocated, {tried:.2f} GiB were asked for",
+        )
+    if tried >= total:
+        return symptom.but(
+            title=f"One tensor of {tried:.2f} GiB is larger than the card ({total:.2f} GiB)",
+            remedy="lower per_device_train_batch_size, max_completion_length or "
+            "max_num_batched_tokens; `envcheck size run.yaml` prices each",
+        )
+    short = tried - free
+    share = math.ceil(short / total * 100) / 100
+    return symptom.but(
+        title=f"CUDA ran out of memory: {short:.2f} GiB of {total:.2f} GiB are missing",
+        remedy=f"set gpu_memory_utilization lower by at least {share:.2f} ({short:.2f} GiB of "
+        f"{total:.2f}), or lower per_device_train_batch_size or max_completion_length, or turn "
+        "gradient checkpointing on; `envcheck size run.yaml` prices each",
+    )
+
+
+def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
+    who = ", ".join(f"process {pid} ({amount:.2f} GiB)" for pid, amount in held.items())
+    return symptom.but(
+        title=f"Another process holds {sum(held.values()):.2f} of the card's {total:.2f} GiB",
+        check="memory.tenant, memory.free",
+        remedy=f"wait for {who} or end it (`envcheck probe` names it), or use another card. If it "
+        "is a rank of this run, give each rank its own card",
+        exit_code=4,
+    )
+
+
+def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """Free and total: the largest utilization that fits. A card that is nearly empty has no tenant,
+    and waiting would not help.
+    """
+    del hit
+    amounts = re.search(r"\(\s*([\d.]+)\s*/\s*([\d.]+)\s*GiB\)", around[:300])
+    if amounts is None or not float(amounts[2]):
+        return symptom
+    free, total = float(amounts[1]), float(amounts[2])
+    fits = floor_share(free / total)
+    if free < _NEARLY_EMPTY * total:
+        return symptom.but(
+            remedy=f"another process holds {total - free:.2f} GiB: wait for it or end it "
+            f"(`envcheck probe` names it), or set gpu_memory_utilization to at most {fits:.2f} "
+            "(`envcheck size run.yaml` says whether that is enough)"
+        )
+    return symptom.but(
+        remedy="the card is empty and the request is above what it has: set "
+        f"gpu_memory_utilization to at most {fits:.2f}, or to auto",
+        exit_code=1,
+    )
+
+
+def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """What vLLM computed: the longest sequence, and the cache that is missing."""
+    del hit
+    said = around[:900]
+    longest = re.search(r"estimated maximum model length is (\d+)", said, re.I) or re.search(
+        r"can be stored in KV cache \((\d+)\)", said, re.I
+    )
+    sizes = re.search(
+        r"\(?([\d.]+) Gi?B KV cache is needed.{0,80}?available KV cache memory \(([\d.]+)",
+        said,
+        re.I,
+    )
+    steps = []
+    if longest and int(longest[1]) > 0:
+        steps.append(f"set max_seq_length to at most {longest[1]}")
+    if sizes:
+        more = float(sizes[1]) - float(sizes[2])
+        steps.append(f"give the engine {more:.2f} GiB more (gpu_memory_utilization)")
+    if not steps:
+        return symptom
+    return symptom.but(
+        remedy=f"{', or '.join(steps)}, or use float8_kv_cache; `envcheck size run.yaml` prices "
+        "each"
+    )
+
+
+def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """The rank of the adapter: the smallest legal max_lora_rank that holds it."""
+    del around
+    numbers = [int(float(one)) for one in hit.groups() if one]
+    fits = next((one for one in _NEXT_RANKS if numbers and one >= numbers[0]), None)
+    if fits is None:
+        return symptom
+    return symptom.but(remedy=f"set max_lora_rank to {fits}, or to auto")
+
+
+def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """Half of the dummy requests of the warm-up."""
+    del around
+    half = max(1, int(float(hit.group(1))) // 2)
+    return symptom.but(
+        remedy=f"set max_num_seqs to {half} or less, or to auto: the warm-up grows with "
+        "max_num_seqs x vocabulary"
+    )
+
+
+def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """The model's own length, where the text states it."""
+    del hit
+    longest = re.search(
+        r"(?:max_position_embeddings|derived_max_model_len|max_model_len|maximum context length is"
+        r"|model_max_length)[=: ]+(\d+)",
+        re.sub(r"User-specified max_model_len \(\d+\)", "", around[:500]),
+        re.I,
+    )
+    if longest is None:
+        return symptom
+    return symptom.but(remedy=f"set max_seq_length to at most {longest[1]}")
+
+
+def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """Needed and present compute capability, as 8.9 or as 89."""
+    del hit
+    numbers = re.search(
+        r"capability(?: of at least)?:? (\d+\.?\d*)\b.{0,80}?capability:? (\d+\.?\d*)",
+        around[:500],
+        re.I,
+    )
+    if numbers is None:
+        return symptom
+    need, have = (one.rstrip(".") for one in numbers.groups())
+    need, have = (one if "." in one else f"{one[:-1]}.{one[-1]}" for one in (need, have))
+    return symptom.but(
+        title=f"{symptom.title}: {need} is needed, the card has {have}",
+    )
+
+
+def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """``12040`` is the CUDA 12.4 that the driver supports."""
+    del hit
+    found = re.search(r"found version (\d+)", around[:300], re.I)
+    needed = re.search(r"cuda ?>= ?(\d+\.\d+)", around[:300], re.I)
+    if found:
+        number = int(found[1])
+        have = f"{number // 1000}.{number % 1000 // 10}"
+        return symptom.but(title=f"{symptom.title} (the driver supports CUDA {have})")
+    if needed:
+        return symptom.but(title=f"{symptom.title} (CUDA {needed[1]} is needed)")
+    return symptom
+
+
+def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """The size of the segment that NCCL could not make."""
+    del hit
+    size = re.search(r"\(size (\d+)\)", around[:400])
+    if size is None:
+        return symptom
+    return symptom.but(
+        title=f"{symptom.title} (a segment of {int(size[1]) / 2**20:.1f} MiB was asked for)"
+    )
+
+
+def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+    """Asked for and present."""
+    del around
+    numbers = [int(float(one)) for one in hit.groups() if one]
+    if len(numbers) < 2:
+        return symptom
+    asked, have = numbers[:2]
+    return symptom.but(
+        remedy=f"ask for {have} processes or a tensor_parallel_size of at most {have}, or give the "
+        f"job {asked} GPUs (CUDA_VISIBLE_DEVICES, --gpus, --gres)"
+    )

@@ -1,0 +1,102 @@
+"""From a pasted log to text that can be searched: short enough, without colours, prefixes and line
+breaks, each rank's lines together.
+"""
+
+from __future__ import annotations
+
+import re
+
+LONGEST_TEXT = 400_000
+"""A longer log is cut down to its telling lines and its end before it is searched."""
+
+_END = 60_000
+_AROUND = 300
+_MOST_HITS = 400  # of one word, from the start and from the end
+# Parts of words, so that either case of the first letter is found by an exact search.
+_TELLING = (
+    "rror", "RROR", "GPU", "memory", "pport", "CUDA_", "ailed", "AILED", "annot", "No ", "is not",
+    "ould not", "ouldn't", "Active", "ailure", "not found", "undefined symbol", "Xid", "mismatch",
+    "oom", "requires", "exitcode", "unsatisfied", "Unable", "illed", "inactive", "Pending", "PCIe",
+    "Persistence", "Remap", "nvalid", "compatible", "deprecated", "Detected", "kew", "ancdata",
+    "unresolvable", "symbolic link", "arning", "enied", "xception", "remapper", "Insuff",
+)  # fmt: skip
+
+# What terminals, loggers, launchers and mail put around a line; none of it is the message.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
+_PREFIX = re.compile(
+    r"[ \t]*(?:(?:>|[│┃|](?=\s)|\[rank\d{1,4}\]:|\([^()\n]{1,80}\bpid=\d{1,9}\)|"
+    r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)[ \t]+\d[\d:.,/ -]{4,30}(?:\[[^\]\n]{1,80}\])?|"
+    r"\d{4}-\d\d-\d\d[T ][\d:.,]{5,20}Z?(?:[+-][\d:]{2,6})?|"
+    r"[\w.-]{1,60}[ \t]+\|(?=\s))[ \t]*){1,8}"
+)
+_RANK = re.compile(r"\[rank(\d{1,4})\]:|\(([^()\n]{0,80}\bpid=\d{1,9})\)")
+_FRAME = " \t\r│┃"  # at the end of a line
+
+
+def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
+    """``text``, or of a long one the lines that tell of errors, with their surroundings, and its
+    end.
+    """
+    if len(text) <= longest:
+        return text
+    spans = sorted((max(0, at - _AROUND), at + _AROUND) for at in _hits(text))
+    merged: list[list[int]] = []
+    for start, stop in [*spans, (len(text) - min(_END, longest // 4), len(text))]:
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(stop, merged[-1][1])
+        else:
+            merged.append([start, stop])
+    parts = []
+    for start, stop in merged:
+        first = text.rfind("\n", max(0, start - _AROUND), start) + 1 or start
+        last = text.find("\n", stop, stop + _AROUND)
+        parts.append(text[first : stop if last < 0 else last])
+    return _ends("\n".join(parts), longest)
+
+
+def _hits(text: str) -> set[int]:
+    found: set[int] = set()
+    for word in _TELLING:
+        at = text.find(word)
+        last = text.rfind(word) if at >= 0 else at
+        for _ in range(_MOST_HITS):
+            if at < 0:
+                break
+            found.update((at, last))
+            at = text.find(word, at + _AROUND)
+            last = text.rfind(word, 0, max(0, last - _AROUND))
+            last = last if last >= 0 else at
+    found.discard(-1)
+    return found
+
+
+def _ends(text: str, longest: int) -> str:
+    """Both ends of what is still too long: the first error and the last."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return text[:half] + "\n" + text[-half:]
+
+
+def streams(text: str) -> tuple[str, str]:
+    """``text`` without what surrounds its lines, each rank's lines together: once with a space
+    for a line break, and once with none.
+    """
+    if "\x1b" in text:
+        text = _ESCAPES.sub("", text)
+    ranks: dict[str, list[str]] = {"": []}
+    for line in text.split("\n"):
+        who, bare = "", line
+        if prefix := _PREFIX.match(line):
+            rank = _RANK.search(prefix[0])
+            who, bare = (rank[1] or rank[2] if rank else ""), line[prefix.end() :]
+        ranks.setdefault(who, []).append(bare.rstrip(_FRAME))
+    lines = [line for one in ranks.values() for line in one]
+    return " ".join(" ".join(lines).split()), "".join(lines)
+
+
+def telling_lines(text: str, most: int = 80) -> list[str]:
+    """The last lines with a word that tells of an error; the last lines at all where none has."""
+    lines = [line for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
+    telling = [line for line in lines if any(word in line for word in _TELLING)]
+    return (telling or lines)[-most:]

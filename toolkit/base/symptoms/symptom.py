@@ -1,0 +1,131 @@
+"""What a known failure is, and the small language in which its texts are written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PARTS = {
+    "{n}": r"(\d[\d.]*)",
+    "{w}": r"([^\s,;'\"`]+)",
+    "{..}": r".{0,300}?",
+    "{....}": r".{0,4000}?",
+}
+_SPLIT = re.compile(r"(\{(?:n|w|\.\.|\.\.\.\.)\})")
+NEAR, FAR = 700, 5000  # characters read on either side of a text's longest literal part
+_MOST_PLACES = 12  # of them looked at from the start, and as many from the end
+
+
+@dataclass(frozen=True, slots=True)
+class Symptom:
+    """One known failure: ``check`` names the checks, the rules or the part of ``envcheck size``
+    that find it before a GPU-second is spent.
+
+    ``exit_code`` is the one of ``base.errors.EXIT_CODES`` that fits who must act.
+    """
+
+    id: str
+    title: str
+    check: str
+    remedy: str
+    exit_code: int
+
+    def but(self, **values: str | int) -> Symptom:
+        """This symptom with what the numbers of a text say."""
+        return replace(self, **values)  # type: ignore[arg-type]
+
+
+class Text:
+    """One upstream text. ``{n}`` is a number, ``{w}`` a word, ``{..}`` up to 300 characters and
+    ``{....}`` up to 4000; everything else is literal, in any case.
+
+    ``anchor`` is the longest literal part: where it does not occur nothing else is looked at.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        parts = _SPLIT.split(text)
+        self.anchor = max(parts[::2], key=len).lower().strip()
+        self.window = FAR if "{....}" in text else NEAR
+        self._parts = parts
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Compiled where the anchor was found, so that a start costs nothing."""
+        joined = "".join(
+            _PARTS[part] if part in _PARTS else re.escape(part) for part in self._parts
+        )
+        return re.compile(joined, re.IGNORECASE | re.DOTALL)
+
+    def find(self, text: str, lowered: str) -> tuple[re.Match[str], str] | None:
+        """The match and the characters around it."""
+        for at in places(lowered, self.anchor):
+            around = text[max(0, at - self.window) : at + self.window]
+            if hit := self.pattern.search(around):
+                return hit, around[hit.start() :]
+        return None
+
+    @property
+    def words(self) -> frozenset[str]:
+        """The words of its literal parts."""
+        return words_of(" ".join(self._parts[::2]))
+
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of three letters and more, in lower case."""
+    return frozenset(re.findall(r"[a-z_]{3,}", text.lower()))
+
+
+def places(text: str, wanted: str) -> list[int]:
+    """Where ``wanted`` is found: the first dozen places and the last."""
+    found: list[int] = []
+    at = text.find(wanted)
+    while at >= 0 and len(found) < _MOST_PLACES:
+        found.append(at)
+        at = text.find(wanted, at + 1)
+    last = text.rfind(wanted) if at >= 0 else -1
+    for _ in range(_MOST_PLACES):
+        if last <= found[-1] if found else last < 0:
+            break
+        found.append(last)
+        last = text.rfind(wanted, 0, last)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A symptom with its texts. ``read`` makes the answer of the numbers in the text; ``unless``
+    names symptoms that explain the same text better.
+    """
+
+    symptom: Symptom
+    texts: tuple[Text, ...]
+    read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None
+    unless: frozenset[str] = frozenset()
+
+    def find(self, text: str, lowered: str) -> Symptom | None:
+        """What the first of the texts that occurs says."""
+        for one in self.texts:
+            if found := one.find(text, lowered):
+                return self.read(self.symptom, *found) if self.read else self.symptom
+        return None
+
+
+def entry(  # noqa: PLR0913 - a row of a table
+    symptom_id: str,
+    title: str,
+    check: str,
+    remedy: str,
+    exit_code: int,
+    *texts: str,
+    read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None,
+    unless: tuple[str, ...] = (),
+) -> Entry:
+    """An entry of the tables."""
+    symptom = Symptom(symptom_id, title, check, remedy, exit_code)
+    return Entry(symptom, tuple(Text(text) for text in texts), read, frozenset(unless))
