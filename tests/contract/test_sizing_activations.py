@@ -13,6 +13,7 @@ import pytest
 
 from toolkit.config.model import SEVEN_PROJECTIONS
 from toolkit.sizing.activations import activation_bytes
+from toolkit.sizing.lora import Layout, adapter_parameters
 from toolkit.sizing.spec import spec_from_values
 from toolkit.sizing.trainer import StepPlan
 from toolkit.sizing.workload import Workload
@@ -145,6 +146,7 @@ def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dr
         sequence=size[1], completion=size[1] // 2, rank=64, targets=targets, dropout=dropout
     )
     assert set(vars(work)) <= set(Workload.__slots__)
+    work.adapter_parameters = lambda spec: adapter_parameters(spec, 64, targets, Layout())
     step = StepPlan(
         micro_batch=size[0], accumulation=1, checkpointing=checkpointing,
         compute_bytes=2 if half else 4, own_weights=False,

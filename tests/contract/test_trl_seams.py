@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 from pathlib import Path
@@ -76,10 +77,15 @@ def test_a_trainer_that_was_never_initialised_can_use_every_default():
 TRLS_GAP = "sampling/sampling_logp_difference/mean"
 
 
+def distinct(completions, **_):
+    """A reward with which no row is without an advantage: those are left out of the forward."""
+    return [int(hashlib.sha256(c.encode()).hexdigest(), 16) % 997 / 997 for c in completions]
+
+
 def run(folder, monkeypatch, *, redundant: bool, **grpo):
     if not redundant:
         monkeypatch.setattr(correction, "old_logps_are_redundant", lambda _: False)
-    trainer = make_trainer(folder, engine=True, max_steps=3, **grpo)
+    trainer = make_trainer(folder, engine=True, rewards=distinct, max_steps=3, **grpo)
     forwards = []
     original = GRPOTrainer.scores
 

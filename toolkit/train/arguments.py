@@ -68,7 +68,6 @@ def grpo_config(
         # uploads, and nothing of it is printed.
         "log_completions": uploads,
         "push_to_hub": False,
-        "padding_free": config.runtime.padding_free,
         "use_cpu": on_cpu,
         # transformers looks for the tokens in what the data loader gives, which is prompts; with it
         # every row would also carry "train_runtime", the mark of the summary at a run's end.
@@ -84,7 +83,7 @@ def grpo_config(
     if uploads:
         forced["num_completions_to_print"] = 0
     try:
-        return build(**{**defaults, **written, **forced})
+        made = build(**{**defaults, **written, **forced})
     except (TypeError, ValueError) as problem:
         where = config.source or "grpo"
         known = config_fault(problem, written, where)
@@ -95,6 +94,8 @@ def grpo_config(
             where=where,
             fix="run `envcheck validate` on the run file",
         ) from problem
+    made.padding_free = config.runtime.padding_free
+    return made
 
 
 def _as_typed(name: str, value: Any) -> Any:
