@@ -21,6 +21,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **HYBRID, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 128,
     },
+    "gemma4_text": {
+        "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "global_head_dim": 64, "num_hidden_layers": 12, "vocab_size": 1000,
+        "intermediate_size": 512, "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 1000, "num_kv_shared_layers": 4, "use_double_wide_mlp": True,
+    },
     "glm4_moe": {
         "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
         "num_hidden_layers": 4, "vocab_size": 1000, "intermediate_size": 512,
@@ -42,14 +48,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_counts_and_linears_are_the_meta_models(kind: str) -> None:
+CONFIGS["gemma4_text, experts"] = {
+    "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "num_hidden_layers": 6, "vocab_size": 1000, "intermediate_size": 512,
+    "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 8,
+    "top_k_experts": 2, "moe_intermediate_size": 96,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_and_linears_are_the_meta_models(name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    kind = name.partition(",")[0]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[kind]))
-    spec = spec_from_values({"model_type": kind, **CONFIGS[kind]}, name=kind)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[name]))
+    spec = spec_from_values({"model_type": kind, **CONFIGS[name]}, name=name)
     assert spec.parameters == sum(one.numel() for one in model.parameters())
     found: dict[tuple[str, int, int], int] = {}
     for name, module in model.named_modules():

@@ -34,6 +34,15 @@ NEMOTRON = {
 }  # fmt: skip
 
 
+# Gemma 4 E4B's language model: 18 of its 42 layers use the cache of an earlier one.
+GEMMA = {
+    "model_type": "gemma4_text", "vocab_size": 262144, "hidden_size": 2560,
+    "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512,
+    "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 18,
+}  # fmt: skip
+
+
 def states(values):
     """Elements of all states of one sequence."""
     spec = spec_from_values(values, name="m")
@@ -59,6 +68,18 @@ def test_parameters_cache_and_states(spec_of, card, run, values, billions, kv_by
     assert result.model.kv_bytes_per_token == kv_bytes
     assert result.model.margin == 0
     assert result.feasible
+
+
+def test_layers_that_share_a_cache_keep_none(card, run):
+    spec = spec_from_values(GEMMA, name="m")
+    caching = sum(block.count for block in spec.blocks if block.cache.kind != "none")
+    assert caching == 24
+    windows = {block.cache.window for block in spec.blocks if block.cache.kind == "sliding"}
+    assert windows == {512}
+    full = [block for block in spec.blocks if block.cache.kind == "full"]
+    assert sum(block.count for block in full) == 4
+    assert all(block.cache.key_elements == 2 * 512 for block in full)
+    assert solve(run(), spec, card("h100")).feasible
 
 
 def test_a_multimodal_config_is_sized_by_its_language_model():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.families import dense, gemma, hybrid, mla, moe, states
+from toolkit.sizing.families import dense, gemma, gemma4, hybrid, mla, moe, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,8 @@ FAMILIES: dict[str, Callable[[Fields], Shape]] = {
     "gemma2": gemma.gemma2,
     "gemma3_text": gemma.gemma3_text,
     "gemma3": gemma.gemma3,
+    "gemma4": gemma4.gemma4,
+    "gemma4_text": gemma4.gemma4,
     "mixtral": moe.mixtral,
     "qwen3_moe": moe.qwen3_moe,
     "gpt_oss": moe.gpt_oss,

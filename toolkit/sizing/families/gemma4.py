@@ -1,0 +1,124 @@
+"""Gemma 4: full layers with larger heads (and keys that are the values), layers that share the
+cache of an earlier one, an embedding for each layer, experts beside the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from toolkit.sizing.families.common import (
+    Heads,
+    Shape,
+    blocks_by_kind,
+    gated_mlp,
+    kv_cache,
+    layer_kinds,
+)
+from toolkit.sizing.families.rope import rope_tables
+from toolkit.sizing.fields import MAX_EXPERTS
+from toolkit.sizing.model import Block, Cache, Linear
+
+if TYPE_CHECKING:
+    from toolkit.sizing.fields import Fields
+
+
+def gemma4(fields: Fields) -> Shape:
+    """Gemma 4's language model (transformers' Gemma4TextConfig), alone or as a text_config; towers
+    for images and sound are not counted.
+    """
+    text = fields.section("text_config") or fields
+    shape = _text(text)
+    return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
+
+
+def _text(fields: Fields) -> Shape:
+    hidden = fields.integer("hidden_size", default=2304)
+    heads = fields.integer("num_attention_heads", default=8)
+    head_dim = fields.integer("head_dim", default=256)
+    kv_heads = fields.integer("num_key_value_heads", default=4)
+    own = Heads(hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    as_values = fields.flag("attention_k_eq_v", False)
+    wide = fields.integer("num_global_key_value_heads", default=kv_heads) if as_values else kv_heads
+    full = replace(own, kv_heads=wide, head_dim=fields.integer("global_head_dim", default=512))
+    kinds = layer_kinds(
+        fields, lambda index: "sliding_attention" if (index + 1) % 6 else "full_attention"
+    )
+    kinds = (*kinds[:-1], "full_attention") if not fields.has("layer_types") else kinds
+    shared = len(kinds) - fields.integer("num_kv_shared_layers", default=0, low=0)
+    window = fields.integer("sliding_window", default=512)
+    inputs = fields.integer("hidden_size_per_layer_input", default=256, low=0)
+
+    def make(kind: str, count: int) -> Block:
+        sliding, alone = kind.startswith("sliding"), not kind.endswith("+shared")
+        sizes = own if sliding else full
+        linears, vectors = _attention(fields, sizes, alone=alone, values=sliding or not as_values)
+        more, more_vectors, active = _feed_forward(fields, hidden, shared=not alone)
+        if inputs:
+            more += [
+                Linear("per_layer_input_gate", inputs, hidden),
+                Linear("per_layer_projection", hidden, inputs),
+            ]
+            more_vectors += hidden
+        cache = kv_cache(sizes, window if sliding else None) if alone else Cache(kind="none")
+        return Block(
+            count=count,
+            linears=(*linears, *more),
+            vectors=vectors + more_vectors + 4 * hidden,
+            cache=cache,
+            active_experts=active,
+        )
+
+    named = [kind if at < shared else f"{kind}+shared" for at, kind in enumerate(kinds)]
+    longest = fields.integer("max_position_embeddings", default=131072)
+    return Shape(
+        hidden=hidden,
+        vocab=fields.integer("vocab_size", default=262144),
+        heads=heads,
+        head_dim=head_dim,
+        max_position=longest,
+        tied=fields.flag("tie_word_embeddings", True),
+        blocks=blocks_by_kind(named, make),
+        final_vectors=hidden,
+        extra_parameters=_layer_inputs(fields, hidden, inputs, len(kinds)),
+        rope_tables=rope_tables(fields, full.head_dim, longest, local=True),
+    )
+
+
+def _attention(
+    fields: Fields, heads: Heads, *, alone: bool, values: bool
+) -> tuple[list[Linear], int]:
+    """Projections and head norms; a layer that shares a cache has queries alone."""
+    bias = fields.flag("attention_bias", False)
+    linears = [Linear("self_attn.q_proj", heads.query, heads.hidden, bias)]
+    if alone:
+        linears.append(Linear("self_attn.k_proj", heads.key, heads.hidden, bias))
+    if alone and values:
+        linears.append(Linear("self_attn.v_proj", heads.key, heads.hidden, bias))
+    linears.append(Linear("self_attn.o_proj", heads.hidden, heads.query, bias))
+    return linears, (2 if alone else 1) * heads.head_dim
+
+
+def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Linear], int, int]:
+    """The MLP, and the experts beside it: linears, vectors and active experts."""
+    double = 2 if shared and fields.flag("use_double_wide_mlp", False) else 1
+    linears = gated_mlp(hidden, double * fields.integer("intermediate_size", default=9216))
+    if not fields.flag("enable_moe_block", False):
+        return linears, 0, 0
+    count = fields.integer("num_experts", high=MAX_EXPERTS)
+    inner = fields.integer("moe_intermediate_size")
+    linears += [
+        Linear("router.proj", count, hidden),
+        Linear("experts.gate_up_proj", 2 * inner, hidden, copies=count),
+        Linear("experts.down_proj", hidden, inner, copies=count),
+    ]
+    active = fields.integer("top_k_experts", default=8, high=MAX_EXPERTS)
+    return linears, 3 * hidden + hidden + count, active
+
+
+def _layer_inputs(fields: Fields, hidden: int, inputs: int, layers: int) -> int:
+    """Parameters of the embedding that each layer has a part of, and of its projection."""
+    if not inputs:
+        return 0
+    vocab = fields.integer("vocab_size_per_layer_input", default=262144)
+    return vocab * layers * inputs + layers * inputs * hidden + inputs
