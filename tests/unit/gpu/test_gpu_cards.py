@@ -10,7 +10,7 @@ from toolkit.base.units import GIB, MIB
 from toolkit.gpu import cards
 from toolkit.sizing import Device
 
-SOURCES = {"read", "torch", "alike", "computed", "host"}
+SOURCES = {"read", "torch", "reported", "alike", "computed", "host"}
 
 
 def test_the_table_has_cards_and_slices_each_with_its_source() -> None:
