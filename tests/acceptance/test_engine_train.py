@@ -124,7 +124,7 @@ QUICK = {
     ),
     "lost GPU": Case(
         3,
-        ("uncorrectable ECC error", "goes on from its last checkpoint"),
+        ("uncorrectable ECC error", "resumes from the last checkpoint"),
         {"grpo": SHORT},
         fault("steps > 1", LOST),
     ),

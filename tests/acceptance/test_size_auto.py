@@ -75,7 +75,7 @@ def test_the_table_says_where_it_is_from(run_file: Path) -> None:
     lines = call("size", run_file, "--gpu", "h200").stdout.splitlines()
     row = next(line for line in lines if line.startswith("micro-batch x accumulation"))
     assert "16 x 4" in row
-    assert row.endswith("from auto")
+    assert row.endswith("chosen")
 
 
 def test_a_mixture_of_experts_is_adapted_at_its_attention(tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ def test_a_dead_engine_says_so(
         patch.setattr(llama.module, "forward", die)
         with pytest.raises(NodeError, match=str(error)) as caught:
             llama.generate(PROMPTS, Sampling(max_tokens=8), seed=1)
-        assert "goes on from its last checkpoint" in str(caught.value.fix)
+        assert "resumes from the last checkpoint" in str(caught.value.fix)
     params = SamplingParams(max_tokens=2)
     for use in (
         lambda: llama.generate(PROMPTS, Sampling(), seed=1),

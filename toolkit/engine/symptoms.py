@@ -5,7 +5,7 @@ caught it.
 from __future__ import annotations
 
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError
-from toolkit.base.symptoms.errors import explained
+from toolkit.base.symptoms.errors import AGAIN, explained
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION = "VLLMValidationError"
@@ -39,7 +39,7 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     nothing says that the config is at fault. ``fix`` is what to
     do where nothing was being judged: about an engine that was running.
     """
-    if known := explained(problem, what):
+    if known := explained(problem, what, AGAIN if fix else ""):
         return known
     first = problem
     told = f"{what}: {type(first).__name__}: {_first_line(first)}"

@@ -14,7 +14,7 @@ import torch
 
 from toolkit.base import disk
 from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
-from toolkit.base.symptoms.errors import explained
+from toolkit.base.symptoms.errors import AGAIN, explained
 from toolkit.engine.parts import is_out_of_memory
 from toolkit.train.cuda import cuda_in_use
 from toolkit.train.upstream import config_fault
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from toolkit.config.model import RunConfig
 
 logger = logging.getLogger(__name__)
-
-AGAIN = "then start the same command again: it resumes from the last checkpoint"
 
 # CUDA's own words for hardware that has failed (driver API errors 46, 214, 719 and 999 among them).
 _LOST = re.compile(

@@ -78,12 +78,14 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         limit = self._token_limit(inputs) or max(packing.tokens_of(live), 1)
         number = max(len(packing.split_rows(live, limit)), min(self._split, len(live)))
         self.parts = number = self._any_rank(number)
-        packs = packing.split_rows(live, limit, number)
-        parts = [[row.number for row in pack] for pack in packs]
-        # A rank with fewer packs than another goes through the same number of passes.
-        parts += [[number] for number in sorted(dead)][: number - len(parts)]
-        placed = {number for part in parts for number in part}
-        min(parts, key=len).extend(sorted(dead - placed))
+        parts = [[row.number for row in pack] for pack in packing.even_packs(live, number)]
+        # A rank that needs fewer passes than another makes as many, also of rows without a loss.
+        rest = sorted(set(range(size)) - {number for part in parts for number in part})
+        for part in parts:
+            if not part:
+                largest = max(parts, key=len)
+                part.append(rest.pop() if rest else largest.pop())
+        parts[0].extend(rest)
         return [torch.tensor(sorted(part)) for part in parts]
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:

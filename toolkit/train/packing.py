@@ -170,24 +170,29 @@ def scatter(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torc
     return flat.scatter(0, pack.targets_M, values_1N[0, pack.places_M]).view(shape)
 
 
-def split_rows(rows: Sequence[Row], limit: int, least: int = 1) -> list[list[Row]]:
-    """``rows`` in as few packs of at most ``limit`` tokens as a simple rule finds, at least
-    ``least`` of them (where there are as many rows), evenly filled.
+def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
+    """``rows`` in as few packs of at most ``limit`` tokens as a simple rule finds, evenly filled.
 
     The groups of a prompt stay together; one that is larger than ``limit`` is cut. Units are placed
     longest first, each into the pack that holds least so far. Only lengths and the order of the
     rows decide, so that a resumed run splits in the same way. A row that is longer than ``limit``
     is a pack of its own.
     """
-    least = min(max(least, 1), max(len(rows), 1))
-    total = tokens_of(rows)
-    number = max(least, -(-total // limit))
+    number = max(1, -(-tokens_of(rows) // limit))
     while True:
-        packs = _spread(_units(rows, min(limit, -(-total // number))), number)
-        fits = all(tokens_of(pack) <= limit for pack in packs)
-        if fits or number >= len(rows):
-            return [sorted(pack) for pack in packs if pack]
+        packs = even_packs(rows, number, limit)
+        if number >= len(rows) or all(tokens_of(pack) <= limit for pack in packs):
+            return [pack for pack in packs if pack]
         number += 1
+
+
+def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
+    """``rows`` over exactly ``number`` packs, evenly filled; some are empty where there are fewer
+    rows. A group of more than ``limit`` tokens, or of more than a pack's share, is cut.
+    """
+    share = max(1, -(-tokens_of(rows) // number))
+    units = _units(rows, share if limit is None else min(limit, share))
+    return [sorted(pack) for pack in _spread(units, number)]
 
 
 def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:

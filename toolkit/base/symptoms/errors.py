@@ -30,6 +30,10 @@ def chain(problem: BaseException) -> list[BaseException]:
     return found
 
 
+AGAIN = "then start the same command again: it resumes from the last checkpoint"
+"""What to do after a fault that ended a run."""
+
+
 def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
     """``problem`` as an error with the exit code and the remedy of the symptom that it shows; None
     where it shows none. ``again`` is what to do after the remedy.

@@ -1,0 +1,52 @@
+"""How a batch is cut into packs: by lengths alone, evenly, and in exactly as many as asked for."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from toolkit.train.packing import Row, even_packs, split_rows, tokens_of
+
+
+def batch(seed: int, groups: int = 5, members: int = 4, longest: int = 60) -> list[Row]:
+    draw = random.Random(seed)
+    prompts = [tuple(range(number, number + draw.randint(1, 20))) for number in range(groups)]
+    rows = [(prompt, draw.choice([0, 1, draw.randint(1, longest)])) for prompt in prompts * members]
+    draw.shuffle(rows)
+    return [Row(number, prompt, length) for number, (prompt, length) in enumerate(rows)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packs_hold_every_row_once_and_fit(seed: int) -> None:
+    rows, limit = batch(seed), 100
+    packs = split_rows(rows, limit)
+    assert sorted(row for pack in packs for row in pack) == rows
+    assert all(tokens_of(pack) <= limit for pack in packs)
+    least = -(-tokens_of(rows) // limit)
+    assert least <= len(packs) <= 2 * least + 1
+    assert packs == split_rows(list(rows), limit)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("number", [1, 2, 7, 20, 30])
+def test_a_number_that_was_agreed_on_is_kept(seed: int, number: int) -> None:
+    rows = batch(seed)
+    packs = even_packs(rows, number)
+    assert len(packs) == number
+    assert sorted(row for pack in packs for row in pack) == rows
+
+
+def test_a_group_stays_together_where_it_fits() -> None:
+    first, second = (1, 2, 3), (4, 5, 6)
+    rows = [Row(n, first if n % 2 else second, 10) for n in range(8)]
+    packs = split_rows(rows, 45)
+    assert [{row.prompt for row in pack} for pack in packs] == [{second}, {first}]
+    # Four completions of ten tokens, and two tokens of the prompt once.
+    assert [tokens_of(pack) for pack in packs] == [42, 42]
+
+
+def test_a_row_that_is_too_long_is_a_pack_of_its_own() -> None:
+    rows = [Row(0, (1, 2), 500), Row(1, (1, 2), 5), Row(2, (3, 4), 5)]
+    packs = split_rows(rows, 100)
+    assert [0] in [[row.number for row in pack] for pack in packs]
