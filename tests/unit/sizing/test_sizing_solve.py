@@ -105,6 +105,7 @@ def test_the_smallest_legal_rank(spec_of, card, run, rank, legal):
 def test_no_legal_rank(spec_of, card, run):
     with pytest.raises(ConfigError, match="512"):
         solve(run(r=513), spec_of(ONE_B), card("h100"))
+    assert solve(run(r=513, engine="transformers"), spec_of(ONE_B), card("h100")).feasible
 
 
 def test_an_empty_interval_is_priced(spec_of, card, run):
