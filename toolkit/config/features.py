@@ -82,8 +82,8 @@ ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
 )  # fmt: skip
-"""transformers' attention functions (5.17); each also with ``paged|`` before it, but for
-flex_attention.
+"""transformers' attention functions (5.17). With ``paged|`` before it, one is for continuous
+batching, which sets it itself: a training pass refuses it.
 """
 
 ATTENTION_PACKAGES = {
@@ -92,7 +92,7 @@ ATTENTION_PACKAGES = {
     "flash_attention_4": "flash_attn.cute",
 }
 
-DROPS_SOFTCAP = frozenset(("sdpa", "paged|sdpa"))
+DROPS_SOFTCAP = frozenset(("sdpa",))
 """Hugging Face's default takes ``softcap`` among its keywords and computes without it, in silence
 (``sdpa_attention_forward``, read at transformers 5.17; held by tests/contract).
 """
@@ -264,8 +264,14 @@ def attention_problem(
                 fixes=((key, None),),
             )
         )
-    name = asked.removeprefix("paged|")
-    if name not in ATTENTIONS or asked == "paged|flex_attention":
+    if asked.startswith("paged|") and (name := asked.removeprefix("paged|")) in ATTENTIONS:
+        return Problem(
+            key,
+            f"attn_implementation={asked!r} is for continuous batching alone, and training cannot"
+            " use it",
+            fixes=((key, name),),
+        )
+    if asked not in ATTENTIONS:
         return Problem(
             key,
             f"attn_implementation={asked!r} is none of {', '.join(ATTENTIONS)}",
@@ -278,7 +284,7 @@ def attention_problem(
             f" ({softcap:g})",
             fixes=((key, None), (key, "eager"), (key, "flex_attention")),
         )
-    kind = next((part for part in ("sdpa", "flash", "flex") if name.startswith(part)), "eager")
+    kind = next((part for part in ("sdpa", "flash", "flex") if asked.startswith(part)), "eager")
     if supports.get(kind) is False:
         return Problem(
             key, f"this model has no {name} attention", fixes=((key, None), (key, "eager"))
@@ -290,7 +296,7 @@ def attention_lacks(
     asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
 ) -> Problem | None:
     """What the machine lacks for a flash attention. ``installed`` is about its package."""
-    key, name = "model.attn_implementation", (asked or "").removeprefix("paged|")
+    key, name = "model.attn_implementation", asked or ""
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
         return None
