@@ -33,7 +33,10 @@ SAMPLE = 5
 LANES = 2
 CHUNK = 6
 LIMIT_S = 120
-KEY = re.compile("|".join(map(re.escape, (*keys(), "model.model_name", "runtime.engine"))))
+KEYS = (*keys(), "model.model_name", "runtime.engine")
+# The model's and the adapter's keys are also arguments of the drop-in API, under the bare name.
+NAMES = [key.partition(".")[2] for key in KEYS if re.match("(model|lora).*_", key)]
+KEY = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in (*KEYS, *NAMES)))
 WITHOUT_A_GPU = Situation(device=DeviceFacts("no GPU", None))
 
 REWARD = """\
@@ -80,7 +83,8 @@ class Case:
             return None if rows and self.accepted_here else f"ran, {self.told}"
         if end.returncode in (70, 3) or end.returncode < 0 or not KEY.search(end.stderr):
             return f"exit {end.returncode}: {said}"
-        if any(told in end.stderr for told in (*self.told, *EXCEPTIONS)):
+        bare = {key.partition(".")[2] for key in self.told if re.match("(model|lora).*_", key)}
+        if any(told in end.stderr for told in (*self.told, *bare, *EXCEPTIONS)):
             return None
         return f"exit {end.returncode}, and validate was silent: {said}"
 

@@ -110,6 +110,11 @@ DATA_INITS = {
 }
 """Inits that a run file cannot give what they need."""
 
+NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
+"""Model types that vLLM 0.31 does not run in float16, as they overflow there
+(config/model.py, ``_FLOAT16_NOT_SUPPORTED_MODELS``).
+"""
+
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM 0.31's CPU attention (v1/attention/backends/cpu_attn.py)."""
 
@@ -332,6 +337,18 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
             fixes=(("runtime.engine", "transformers"),),
         )
     return None
+
+
+def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
+    """Whether vLLM runs the model of this config.json in ``dtype``."""
+    kind = config.get("model_type")
+    if dtype != "float16" or kind not in NO_FLOAT16:
+        return None
+    return Problem(
+        "model.dtype",
+        f"{kind} overflows in float16, and vLLM does not start with it",
+        fixes=(("model.dtype", "bfloat16"), ("runtime.engine", "transformers")),
+    )
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:

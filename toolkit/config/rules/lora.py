@@ -139,6 +139,17 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
     modules = run.model.modules if run.model is not None else None
     if wrong is not None or not modules:
         return  # an expression that could take for ever is not tried here
+    inside = {module.rpartition(".")[0] for module in modules}
+    norms = {module for module in modules if module.lower().endswith("norm")}
+    left_out = run.ask("lora.exclude_modules") is not None
+    for module in () if left_out else sorted(norms | inside - modules - {""}):
+        if re.fullmatch(text, module):
+            yield Fault(
+                _TARGETS,
+                f"it matches {module}, which is no linear layer, and PEFT refuses that",
+                notes=("the expression must match whole names, for instance .*\\.q_proj",),
+            )
+            return
     if not any(re.fullmatch(text, module) for module in modules):
         yield Fault(
             _TARGETS,
