@@ -117,7 +117,9 @@ OWN: dict[str, Sequence[Any]] = {
     "grpo.transformers_continuous_batching_config": ({}, {"max_memory_percent": 0.5}),
     "grpo.save_steps": (1, 0, 0.5, 1.5, 500),
     "grpo.logging_steps": (0, 1, 0.5, 10),
-    "grpo.torch_compile": (False,),  # a compiler's minutes
+    "grpo.torch_compile": (False,),  # a compiler's minutes, as are these two
+    "grpo.torch_compile_backend": (None, "eager"),
+    "grpo.torch_compile_mode": (None,),
     # It takes a cache of most of the memory, and a minute to fill it.
     "grpo.use_transformers_continuous_batching": (False,),
     "grpo.label_names": (["labels"], []),
