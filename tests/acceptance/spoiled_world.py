@@ -92,15 +92,16 @@ class Ended:
         return [json.loads(line) for line in (self.folder / "out" / name).read_text().splitlines()]
 
 
-def serve(cases: list[dict[str, Any]], *more: str) -> list[Ended]:
+def serve(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list[Ended]:
     """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one
-    process that has imported the heavy libraries, and ``more`` modules.
+    process that has imported the heavy libraries, and ``more`` modules. Each ``lane`` is a process
+    of its own, for a thread of its own. A case with a ``limit_s`` is killed after that.
     """
     wanted = [
         {**case, "folder": str(case["folder"]), "env": environment(**case.get("env", {}))}
         for case in cases
     ]
-    server = _server(*more)
+    server = _server(*more, lane=lane)
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(wanted) + "\n")
@@ -114,7 +115,7 @@ def serve(cases: list[dict[str, Any]], *more: str) -> list[Ended]:
 
 
 @cache
-def _server(*more: str) -> subprocess.Popen[str]:
+def _server(*more: str, lane: int) -> subprocess.Popen[str]:
     """One for all modules of a test session."""
     script = Path(__file__).with_name("command_server.py")
     server = subprocess.Popen(

@@ -103,6 +103,23 @@ def test_data_that_changed_is_refused(trained, tmp_path):
     assert "data.train" in done.stderr
 
 
+def test_full_fine_tuning_leaves_a_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run_file = world.make(tmp_path, steps=1)
+    run_file.write_text(run_file.read_text().replace("dtype:", "full_finetuning: true, dtype:"))
+    done = again(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "adapter  none: every weight is trained" in done.stdout
+    assert f"model    {tmp_path / 'run' / 'model'}" in done.stdout
+    base, trained = (
+        AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+        for folder in (tmp_path / "model", tmp_path / "run" / "model")
+    )
+    assert base.shape == trained.shape
+    assert not base.equal(trained)
+
+
 def test_dry_run_shows_the_resolved_run_and_writes_nothing(tmp_path):
     run_file = world.make(tmp_path)
     done = world.toolkit("train", run_file, "--dry-run", "--max-steps", "3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.config.features import ATTENTIONS, CPU_HEAD_SIZES, MULTIMODAL
+from toolkit.config.features import ATTENTIONS, CPU_HEAD_SIZES, MULTIMODAL, NO_FLOAT16
 from toolkit.config.libraries import model_type
 
 pytestmark = pytest.mark.contract
@@ -37,3 +37,9 @@ def test_causal_types_whose_language_model_is_a_part() -> None:
 def test_head_sizes_of_the_cpu_engine() -> None:
     attention = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
     assert tuple(attention.CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_SIZES
+
+
+@pytest.mark.engine
+def test_models_that_overflow_in_float16() -> None:
+    model = pytest.importorskip("vllm.config.model")
+    assert set(model._FLOAT16_NOT_SUPPORTED_MODELS) == NO_FLOAT16

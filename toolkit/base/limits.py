@@ -61,9 +61,10 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
 
     started = time.monotonic()
     old_handler = signal.signal(signal.SIGALRM, on_alarm)
-    old_left, old_interval = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    old_left, old_interval = signal.getitimer(signal.ITIMER_REAL)
     try:
         try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)  # may ring at once
             return call()
         finally:
             armed = False

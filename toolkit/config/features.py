@@ -82,8 +82,8 @@ ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
 )  # fmt: skip
-"""transformers' attention functions (5.17); each also with ``paged|`` before it, but for
-flex_attention.
+"""transformers' attention functions (5.17). With ``paged|`` before it, one is for continuous
+batching, which sets it itself: a training pass refuses it.
 """
 
 ATTENTION_PACKAGES = {
@@ -92,7 +92,7 @@ ATTENTION_PACKAGES = {
     "flash_attention_4": "flash_attn.cute",
 }
 
-DROPS_SOFTCAP = frozenset(("sdpa", "paged|sdpa"))
+DROPS_SOFTCAP = frozenset(("sdpa",))
 """Hugging Face's default takes ``softcap`` among its keywords and computes without it, in silence
 (``sdpa_attention_forward``, read at transformers 5.17; held by tests/contract).
 """
@@ -109,6 +109,11 @@ DATA_INITS = {
     "loftq": "it needs a loftq_config, which a run file does not have",
 }
 """Inits that a run file cannot give what they need."""
+
+NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
+"""Model types that vLLM 0.31 does not run in float16, as they overflow there
+(config/model.py, ``_FLOAT16_NOT_SUPPORTED_MODELS``).
+"""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM 0.31's CPU attention (v1/attention/backends/cpu_attn.py)."""
@@ -264,8 +269,14 @@ def attention_problem(
                 fixes=((key, None),),
             )
         )
-    name = asked.removeprefix("paged|")
-    if name not in ATTENTIONS or asked == "paged|flex_attention":
+    if asked.startswith("paged|") and (name := asked.removeprefix("paged|")) in ATTENTIONS:
+        return Problem(
+            key,
+            f"attn_implementation={asked!r} is for continuous batching alone, and training cannot"
+            " use it",
+            fixes=((key, name),),
+        )
+    if asked not in ATTENTIONS:
         return Problem(
             key,
             f"attn_implementation={asked!r} is none of {', '.join(ATTENTIONS)}",
@@ -278,7 +289,7 @@ def attention_problem(
             f" ({softcap:g})",
             fixes=((key, None), (key, "eager"), (key, "flex_attention")),
         )
-    kind = next((part for part in ("sdpa", "flash", "flex") if name.startswith(part)), "eager")
+    kind = next((part for part in ("sdpa", "flash", "flex") if asked.startswith(part)), "eager")
     if supports.get(kind) is False:
         return Problem(
             key, f"this model has no {name} attention", fixes=((key, None), (key, "eager"))
@@ -290,7 +301,7 @@ def attention_lacks(
     asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
 ) -> Problem | None:
     """What the machine lacks for a flash attention. ``installed`` is about its package."""
-    key, name = "model.attn_implementation", (asked or "").removeprefix("paged|")
+    key, name = "model.attn_implementation", asked or ""
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
         return None
@@ -326,6 +337,18 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
             fixes=(("runtime.engine", "transformers"),),
         )
     return None
+
+
+def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
+    """Whether vLLM runs the model of this config.json in ``dtype``."""
+    kind = config.get("model_type")
+    if dtype != "float16" or kind not in NO_FLOAT16:
+        return None
+    return Problem(
+        "model.dtype",
+        f"{kind} overflows in float16, and vLLM does not start with it",
+        fixes=(("model.dtype", "bfloat16"), ("runtime.engine", "transformers")),
+    )
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:

@@ -89,6 +89,14 @@ class ModelFacts:
         """Whether it is a mixture of experts."""
         return has_experts(self.text)
 
+    @property
+    def tied(self) -> bool | None:
+        """Whether lm_head is the embedding; None where neither config nor weights say it."""
+        said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
+        if isinstance(said, bool):
+            return said
+        return None if self.modules is None else "lm_head" not in self.modules
+
     @cached_property
     def modules(self) -> frozenset[str] | None:
         """Full names of the modules that own a weight; None when no weights are at hand."""

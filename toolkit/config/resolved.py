@@ -80,6 +80,7 @@ class ResolvedRun:
             "configured": True,
             "engine": "auto" if self.engine == "maybe" else self.engine,
             "load_in_4bit": model.load_in_4bit,
+            "load_in_8bit": model.load_in_8bit,
             "float8_kv_cache": vllm and model.float8_kv_cache,
             "dtype": self.asked_dtype,
             "gpu_memory_utilization": float(share) if vllm and share != "auto" else None,

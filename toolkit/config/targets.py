@@ -25,6 +25,7 @@ MLP = SEVEN_PROJECTIONS[4:]
 SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
 # Checkpoints whose own layers are fused (transformers 5.17).
 FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+LONGEST_PATTERN, MOST_GROUPS = 1000, 10
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Families whose experts PEFT reaches under the names of the MLP (transformers' conversion
 # "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
@@ -68,6 +69,19 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     return ATTENTION
 
 
+def pattern_fault(text: str) -> str | None:
+    """Why a text is no regular expression that is used here; None where it is one."""
+    if len(text) > LONGEST_PATTERN:
+        return f"longer than {LONGEST_PATTERN} characters"
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"not a regular expression: {error}"
+    if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= MOST_GROUPS:
+        return "a repetition inside a repetition could take for ever"
+    return None
+
+
 def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
     """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that is the end of
     its name, or matches it as a regular expression (PEFT 0.21.2, ``get_pattern_key``).
@@ -97,6 +111,8 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
     if isinstance(targets, str):
         if targets == "all-linear":
             return frozenset(MLP)
+        if pattern_fault(targets) is not None:
+            return frozenset()
         path = "model.layers.0.mlp.experts."
         return frozenset(name for name in MLP if re.fullmatch(targets, path + name))
     ends = {target.rpartition(".")[2] for target in targets}

@@ -97,7 +97,10 @@ def judging(llm: LLM) -> Iterator[None]:
         if llm.llm_engine.has_unfinished_requests():
             raise
         raise ConfigValueError(
-            f"vLLM refuses the request: {problem}", where="sampling options"
+            f"vLLM refuses the request: {problem}",
+            where="sampling options",
+            fix="change what vLLM names (of a run file grpo.generation_kwargs or"
+            " grpo.vllm_structured_outputs_regex)",
         ) from problem
 
 

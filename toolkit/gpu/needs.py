@@ -17,8 +17,9 @@ def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
     """
     packages = snapshot.software.packages.value or {}
     reasons = (
-        (context.load_in_4bit, "load_in_4bit needs one"),
-        (context.float8_kv_cache, "float8_kv_cache needs one"),
+        (context.load_in_4bit, "model.load_in_4bit needs one"),
+        (context.load_in_8bit, "model.load_in_8bit needs one"),
+        (context.float8_kv_cache, "model.float8_kv_cache needs one"),
         (context.required_gpus > 0 or context.required_card, "--require asks for one"),
         (context.required_capability, "--require asks for a compute capability"),
         (context.required_free_bytes, "--require asks for GPU memory"),

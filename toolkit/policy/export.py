@@ -72,6 +72,23 @@ def merge_adapter(
     return to
 
 
+def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
+    """Write a model of which every weight was trained, and its tokenizer, to ``to``, in place of
+    what was there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with beside(to) as work:
+        model.save_pretrained(str(work))
+        tokenizer.save_pretrained(str(work))
+        _open_to_readers(work)
+        if to.exists():
+            shutil.rmtree(to)
+        work.rename(to)
+    return to
+
+
 def _check_ties(base: Any, adapter: Adapter) -> None:
     """Refuse to merge into one of two places that share a tensor: the other would change as
     well.
@@ -134,9 +151,13 @@ def into(to: Path) -> Iterator[Path]:
     """
     with beside(to) as work:
         yield work
-        for file in work.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        work.chmod(0o755)
+        _open_to_readers(work)
         if to.exists():
             to.rmdir()
         work.rename(to)
+
+
+def _open_to_readers(work: Path) -> None:
+    for file in work.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    work.chmod(0o755)

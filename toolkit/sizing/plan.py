@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from toolkit.config.ranks import LEGAL_RANKS
 from toolkit.sizing import lora
 from toolkit.sizing.weights import format_on_load
 
@@ -68,11 +69,14 @@ def plan_engine(
     else:
         batched = model.max_num_batched_tokens
     rank = model.max_lora_rank
+    if rank == "auto":
+        # Any rank can be trained where no engine has slots for it.
+        rank = lora.legal_rank(work.rank if work.uses_engine else min(work.rank, LEGAL_RANKS[-1]))
     return EnginePlan(
         on_gpu=device is not None,
         dtype=model.dtype,
         quantization=format_on_load(spec, model),
-        max_lora_rank=lora.legal_rank(work.rank) if rank == "auto" else rank,
+        max_lora_rank=rank,
         max_loras=model.max_loras,
         max_num_seqs=sequences,
         max_num_batched_tokens=batched,

@@ -209,7 +209,7 @@ def _step_changes(case: Case) -> Iterator[_Change]:
 def _ranks(case: Case) -> Iterator[_Change]:
     lora = case.config.lora
     most = case.plan.max_lora_rank
-    if most > legal_rank(lora.largest_rank):
+    if case.work.uses_engine and most > legal_rank(lora.largest_rank):
         rank = legal_rank(lora.largest_rank)
         text = f"max_lora_rank {most} -> {rank}"
         yield _Change(NOTHING, text, {"model.max_lora_rank": rank})

@@ -10,10 +10,12 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
+from toolkit.base.errors import ConfigError
 from toolkit.config.resolved import resolve_run
 from toolkit.sizing.assemble import assemble
 from toolkit.sizing.batch import divisors
 from toolkit.sizing.device import situation_of
+from toolkit.sizing.engine import kv_sequence_bytes
 from toolkit.sizing.fit import Case, evaluate
 from toolkit.sizing.pace import training_seconds
 from toolkit.sizing.plan import plan_engine
@@ -81,6 +83,7 @@ def best_case(
     config = run.config
     work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
+    _check_cache(config, spec, work, plan)
 
     def judge(chosen: EnginePlan, mode: Checkpointing, micro: int) -> tuple[Case, Fit]:
         step = _step(work, chosen, mode, micro, world_size)
@@ -95,6 +98,23 @@ def best_case(
     if fitting := [pair for pair in smallest if pair[1].short <= 0]:
         return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
     return min(smallest, key=lambda pair: pair[1].short)
+
+
+def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:
+    """Refuse a written KV cache that does not hold one sequence: vLLM does not start with it."""
+    written = config.model.kv_cache_bytes
+    if not work.uses_engine or not isinstance(written, int):
+        return
+    # vLLM keeps one block empty (BlockPool's null block).
+    lengths = (plan.max_model_len, 1)
+    least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
+    if written < least:
+        raise ConfigError(
+            f"{written} is less than {least}, the cache of one sequence of model.max_seq_length"
+            f" {plan.max_model_len} and an empty block",
+            where="model.kv_cache_bytes",
+            fix=f"set it to auto, or to {least} or more, or lower model.max_seq_length",
+        )
 
 
 def _largest(

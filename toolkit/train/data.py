@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import difflib
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.config.data_facts import NO_DATA
 from toolkit.train import data_given, data_prompts
@@ -17,6 +18,8 @@ from toolkit.train.data_columns import as_dataset
 from toolkit.train.data_source import read_source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import datasets
     import pyarrow as pa
 
@@ -110,7 +113,9 @@ def load_data(
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
     rendering = Rendering(tokenizer, max_prompt_length, template)
-    train, train_report = _split(section, rendering, (section.path, section.split, section.limit))
+    with _about("dataset.path"):
+        source = (section.path, section.split, section.limit)
+        train, train_report = _split(section, rendering, source)
     if section.eval_path is None and section.eval_split is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
     held_out = (
@@ -118,9 +123,20 @@ def load_data(
         section.eval_split or section.split,
         section.eval_limit,
     )
-    evaluated, eval_report = _split(section, rendering, held_out)
+    with _about("dataset.eval_path" if section.eval_path is not None else "dataset.eval_split"):
+        evaluated, eval_report = _split(section, rendering, held_out)
     report = DataReport(train=train_report, eval=eval_report)
     return Data(train=train, eval=evaluated, report=report)
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Errors say which key of the run file names the data."""
+    try:
+        yield
+    except ToolkitError as error:
+        error.where = f"{key}: {error.where}" if error.where else key
+        raise
 
 
 class Rendering(NamedTuple):

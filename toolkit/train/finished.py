@@ -60,7 +60,7 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
         raise UnsupportedError(
             "the run trained every weight, and has no adapter",
             where=str(folder),
-            fix="load it as a model",
+            fix=f"load {folder / 'model'} as a model",
         )
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():

@@ -11,6 +11,7 @@ from toolkit.base.paths import write_file
 from toolkit.base.units import format_bytes, format_parameters
 from toolkit.gpu import devices
 from toolkit.policy.adapter_io import save_lora
+from toolkit.policy.export import write_model
 from toolkit.policy.from_config import choose_engine
 from toolkit.train import manifest
 from toolkit.train.evaluate import plan
@@ -72,12 +73,14 @@ def introduce(parts: Parts, seed: int, found: Path | None, options: Options) -> 
         snapshot=parts.preflight.snapshot,
     )
     place = parts.preflight.device.name if parts.preflight.device else "CPU"
+    trained = f"{format_parameters(sizing.model.trainable_parameters)} parameters"
     lines = [
         f"model    {config.model.model_name}"
         f" ({format_parameters(sizing.model.parameters)} parameters,"
         f" {format_bytes(sizing.model.weight_bytes)})",
-        f"adapter  r {config.lora.r},"
-        f" {format_parameters(sizing.model.trainable_parameters)} parameters",
+        "adapter  none: every weight is trained"
+        if config.model.full_finetuning
+        else f"adapter  r {config.lora.r}, {trained}",
         f"engine   {choose_engine(config)} on {place}"
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         *(f"gpus     {line}" for line in unused_gpus(parts.preflight.snapshot)),
@@ -120,12 +123,16 @@ def finish(
     out: TextIO,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """The adapter, the evaluation and the report, and where they lie. ``base`` (what the trainer
+    """The adapter (with full fine-tuning the model), the evaluation and the report, and where they
+    lie. ``base`` (what the trainer
     found of the base weights) goes into the manifest.
     """
     if base is not None:
         manifest.add(parts.run_dir, base=dict(base))
-    adapter = save_lora(parts.model, parts.run_dir / "adapter")
+    if parts.config.model.full_finetuning:
+        trained = f"model    {write_model(parts.model, parts.tokenizer, parts.run_dir / 'model')}"
+    else:
+        trained = f"adapter  {save_lora(parts.model, parts.run_dir / 'adapter')}"
     if before is not None and after is not None:
         described = {"before": before.to_json(), "after": after.to_json()}
         write_file(parts.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
@@ -133,5 +140,5 @@ def finish(
             then, now = (number(one, ".3f") for one in (before.rewards[name], value))
             out.write(f"held out {name} {then} -> {now} ({after.count} prompts)\n")
     report = write_report(parts.run_dir)
-    out.write(f"adapter  {adapter}\nreport   {report}\n")
+    out.write(f"{trained}\nreport   {report}\n")
     out.flush()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # In the order in which one of several decides, which is that of gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
+KEYS = {"model": " (model.model_name)"}
+"""The key of the run file that a group of checks is about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,6 @@ def refuse(checks: tuple[CheckResult, ...]) -> None:
     for check in sorted(failed, key=lambda check: order.index(check.blame or "node")):
         raise FAILURES[check.blame or "node"](
             check.evidence,
-            where=f"check {check.id}",
+            where=f"check {check.id}{KEYS.get(check.id.partition('.')[0], '')}",
             fix=f"{check.remedy or 'see the check'} (all checks: envcheck check)",
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from toolkit.train.branch import Branch
 
-RESULTS = ("adapter", "evaluation.json", "report.html")
+RESULTS = ("adapter", "model", "evaluation.json", "report.html")
 """What a run leaves at its end: of a branch that was left, it is no result of this one."""
 RECORD = "abandoned.json"
 CHUNK = 1 << 20

@@ -129,6 +129,11 @@ PHASES = (
         ("transformers/integrations/neftune.py",),
         ("neftune_noise_alpha",),
     ),
+    Phase(
+        "casting lm_head",
+        ("trl/trainer/grpo_trainer.py:_cast_lm_head_to_fp32",),
+        ("cast_lm_head_to_fp32",),
+    ),
     Phase("looking for overflows", ("transformers/debug_utils.py",), ("debug",)),
     Phase(
         "generating",

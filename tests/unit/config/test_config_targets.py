@@ -49,6 +49,8 @@ def test_auto(config, targets):
         ("qwen3_moe", "all-linear", {"gate_proj", "up_proj", "down_proj"}),
         ("qwen3_moe", r".*\.up_proj", {"up_proj"}),
         ("qwen3_moe", r".*\.q_proj", set()),
+        ("qwen3_moe", "(", set()),  # no regular expression: LORA007
+        ("qwen3_moe", "(.*)*" * 9 + "x", set()),  # could take for ever: not tried
         ("llama", "all-linear", set()),
         ("mixtral", ("up_proj",), set()),  # names that Mixtral has not
     ],

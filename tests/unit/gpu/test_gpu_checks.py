@@ -132,6 +132,14 @@ def test_an_allocator_that_the_user_has_set(value: str, expected: str) -> None:
     assert verdict(told, "host.env", CheckContext(configured=True)).verdict == expected
 
 
+@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit", "float8_kv_cache"])
+def test_a_format_that_needs_a_gpu(flag: str) -> None:
+    context = CheckContext(configured=True, **{flag: True})
+    told = verdict(snapshot_of("cpu"), "driver.present", context)
+    assert told.verdict == "fail"
+    assert f"model.{flag} needs one" in told.evidence
+
+
 def test_a_driver_can_be_required() -> None:
     snapshot = snapshot_of("h200-healthy")
     assert verdict(snapshot, "driver.required", CheckContext(required_driver="580")).verdict == "ok"

@@ -105,6 +105,17 @@ def test_the_smallest_legal_rank(spec_of, card, run, rank, legal):
 def test_no_legal_rank(spec_of, card, run):
     with pytest.raises(ConfigError, match="512"):
         solve(run(r=513), spec_of(ONE_B), card("h100"))
+    assert solve(run(r=513, engine="transformers"), spec_of(ONE_B), card("h100")).feasible
+
+
+def test_a_cache_that_holds_no_sequence(spec_of, card, run):
+    with pytest.raises(
+        ConfigError, match=r"is less than \d+, the cache of one sequence of model.max_seq_length"
+    ):
+        solve(run(kv_cache_bytes=1 << 16), spec_of(ONE_B), card("h100"))
+    assert solve(run(kv_cache_bytes=1 << 30), spec_of(ONE_B), card("h100")).feasible
+    free = run(kv_cache_bytes=1 << 16, engine="transformers")
+    assert solve(free, spec_of(ONE_B), card("h100")).feasible
 
 
 def test_an_empty_interval_is_priced(spec_of, card, run):

@@ -193,6 +193,14 @@ def test_nothing_to_train_on(tmp_path: Path, rows: list[dict[str, Any]], message
         load(write(tmp_path, rows))
 
 
+@pytest.mark.parametrize("key", ["path", "eval_path"])
+def test_a_missing_file_is_told_with_its_key(tmp_path: Path, key: str) -> None:
+    there = {"path": write(tmp_path, [{"q": "w1", "a": 0}])}
+    with pytest.raises(InputError, match="there is no such file") as told:
+        load(**there | {key: str(tmp_path / "missing.jsonl")})
+    assert told.value.where == f"dataset.{key}: {tmp_path}/missing.jsonl"
+
+
 def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     rows = [{"q": "w1", "prompt": "other", "answer": "old", "a": 1, "completions": 5}]
     data = load(write(tmp_path, rows))

@@ -29,6 +29,12 @@ def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:
         signal.signal(signal.SIGALRM, old)
 
 
+def test_a_limit_that_is_over_at_once() -> None:
+    for _ in range(50):
+        with pytest.raises(OutOfTime, match="longer than 1e-06 s"):
+            call_within(1e-6, lambda: time.sleep(10))
+
+
 def test_the_outer_limit_still_counts_after_an_inner_one() -> None:
     def work() -> None:
         call_within(5, lambda: None)

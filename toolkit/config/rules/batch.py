@@ -183,7 +183,8 @@ def whole_steps(run: Run) -> Iterator[Fault]:
 
 @rule(
     "GRPO005",
-    "grpo.per_device_eval_batch_size grpo.num_generations_eval grpo.num_generations",
+    "grpo.per_device_eval_batch_size grpo.num_generations_eval grpo.num_generations"
+    " grpo.eval_on_start",
     example="""
 grpo:
   eval_strategy: steps
@@ -195,9 +196,10 @@ grpo:
 def whole_eval_groups(run: Run) -> Iterator[Fault]:
     """num_generations_eval divides the evaluation batch of all processes.
 
-    Without num_generations_eval, num_generations counts; only when eval_strategy evaluates at all.
+    Without num_generations_eval, num_generations counts; only when eval_strategy or eval_on_start
+    evaluates at all.
     """
-    if run.value("grpo.eval_strategy") == "no":
+    if run.value("grpo.eval_strategy") == "no" and not run.ask("grpo.eval_on_start"):
         return
     key = "grpo.num_generations_eval"
     if run.value(key) is None:

@@ -10,6 +10,7 @@ from toolkit.config.features import (
     attention_problem,
     cpu_engine_problem,
     flag_problems,
+    float16_problem,
 )
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type, package_folder
@@ -170,3 +171,23 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[Fault]:
     problem = cpu_engine_problem(run.model.config) if run.engine == "vllm" else None
     if problem is not None:
         yield fault_of(run, problem, note=f"{run.model.source}, on a CPU")
+
+
+@rule(
+    "LOAD026",
+    "model.dtype model.model_name runtime.engine",
+    example="model:\n  model_name: google/gemma-2-2b-it\n  dtype: float16\nruntime: {engine: vllm}",
+    fix="dtype: bfloat16",
+)
+def engine_has_the_format(run: Run) -> Iterator[Fault]:
+    """With the engine, the model is one that vLLM runs in float16, where that is the format.
+
+    Gemma 2 and 3 and GLM-4 overflow in it. Judged when the model is at hand.
+    """
+    if run.model is None or run.engine != "vllm":
+        return
+    halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
+    dtype = dtype_of(run.ask("model.dtype"), run.situation, grpo=halves)
+    problem = float16_problem(run.model.config, dtype)
+    if problem is not None:
+        yield fault_of(run, problem, note=run.model.source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Fix, Severity
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _KWARGS = "grpo.generation_kwargs"
 _REGEX = "grpo.vllm_structured_outputs_regex"
+_BROKEN = ("missing )", "unbalanced", "unterminated", "nothing to repeat")
+_NO_AUTOMATON = re.compile(r"(?<!\\)\(\?<?[=!]|\\[1-9]|\(\?P=")
 _KEYS = f"{_KWARGS} runtime.engine model.fast_inference"
 
 
@@ -168,10 +171,42 @@ def followed_keywords(run: Run) -> Iterator[Fault]:
                 fixes=(Fix(f"leave {name} out, and let the reward judge it"),),
                 on_key=True,
             )
-    if run.engine != "transformers" and run.value(_REGEX) is not None:
+    there = run.engine != "transformers" and run.value(_REGEX) is not None
+    if there and _no_automaton(run) is None:  # GRPO064
         yield Fault(
             _REGEX,
             "training does not follow it",
             notes=(what_follows("vllm"),),
             fixes=(Fix("leave it out, and reward the format (functions: [{name: regex_match}])"),),
         )
+
+
+@rule(
+    "GRPO064",
+    _REGEX,
+    example="grpo:\n  vllm_structured_outputs_regex: '(?<=a)b'\nruntime: {engine: vllm}",
+    fix="vllm_structured_outputs_regex: ab",
+)
+def regex_is_an_automaton(run: Run) -> Iterator[Fault]:
+    """vllm_structured_outputs_regex is a regular expression that vLLM can follow token by token.
+
+    It is made into an automaton, which has no look-around and no back-references. vLLM refuses
+    them in the first step, after the model has loaded.
+    """
+    wrong = _no_automaton(run)
+    if wrong is not None:
+        yield Fault(_REGEX, wrong)
+
+
+def _no_automaton(run: Run) -> str | None:
+    text = run.value(_REGEX)
+    if run.engine == "transformers" or not isinstance(text, str):
+        return None
+    if _NO_AUTOMATON.search(text):
+        return "vLLM has no look-around and no back-references in it"
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        # The syntax of vLLM's grammars is not Python's: only what is wrong in both is told.
+        return f"not a regular expression: {error}" if str(error).startswith(_BROKEN) else None
+    return None

@@ -99,8 +99,8 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
     Ampere stores the cache in 8 bits and converts it for every use; Ada and Hopper compute with it.
     Judged with --gpu.
     """
-    if not run.value("model.float8_kv_cache"):
-        return
+    if not run.value("model.float8_kv_cache") or run.engine == "transformers":
+        return  # KEY008: nothing reads it
     why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
     if why or slow:
         yield Fault(

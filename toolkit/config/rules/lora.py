@@ -9,6 +9,7 @@ from toolkit.config.finding import Severity
 from toolkit.config.libraries import known
 from toolkit.config.rules.base import Fault, rule
 from toolkit.config.suggest import nearest
+from toolkit.config.targets import pattern_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _R = "lora.r"
 _TARGETS = "lora.target_modules"
 _INIT = "lora.init_lora_weights"
-_LONGEST_PATTERN = 1000
 
 
 @rule("LORA001", _R, example="lora:\n  r: 0", fix="r: 16")
@@ -132,25 +132,30 @@ def targets_exist(run: Run) -> Iterator[Fault]:
 def _pattern(run: Run, text: str) -> Iterator[Fault]:
     if text == "all-linear":
         return
-    try:
-        pattern = re.compile(text) if len(text) <= _LONGEST_PATTERN else None
-    except (re.error, RecursionError, OverflowError) as error:
-        yield Fault(_TARGETS, f"not a regular expression: {error}")
+    wrong = pattern_fault(text)
+    if wrong is not None and wrong.startswith("not a"):
+        yield Fault(_TARGETS, wrong)
         return
     modules = run.model.modules if run.model is not None else None
-    if pattern is None or not modules or not _harmless(text):
-        return
-    if not any(pattern.fullmatch(module) for module in modules):
+    if wrong is not None or not modules:
+        return  # an expression that could take for ever is not tried here
+    inside = {module.rpartition(".")[0] for module in modules}
+    norms = {module for module in modules if module.lower().endswith("norm")}
+    left_out = run.ask("lora.exclude_modules") is not None
+    for module in () if left_out else sorted(norms | inside - modules - {""}):
+        if re.fullmatch(text, module):
+            yield Fault(
+                _TARGETS,
+                f"it matches {module}, which is no linear layer, and PEFT refuses that",
+                notes=("the expression must match whole names, for instance .*\\.q_proj",),
+            )
+            return
+    if not any(re.fullmatch(text, module) for module in modules):
         yield Fault(
             _TARGETS,
             "no module of the model matches this regular expression",
             notes=("the expression must match whole names, for instance .*\\.q_proj",),
         )
-
-
-def _harmless(text: str) -> bool:
-    """Whether an expression has no repetition inside a repetition, which could match for ever."""
-    return re.search(r"[*+}]\)*[*+{]", text) is None and text.count("(") < 10
 
 
 @rule(

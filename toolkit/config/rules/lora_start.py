@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.adapter_facts import INHERITED, read_adapter
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.paths import exists, resolve
 from toolkit.config.rules.base import Fault, rule
-from toolkit.config.targets import is_excluded, pattern_value
+from toolkit.config.targets import is_excluded, pattern_fault, pattern_value
 from toolkit.config.wording import show
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 _PATH = "lora.adapter_path"
 _EXCLUDE = "lora.exclude_modules"
-_LONGEST_PATTERN = 1000
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -101,7 +99,7 @@ def patterns_name_layers(run: Run) -> Iterator[Fault]:
     modules = _adapted(run)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in run.mapping(f"lora.{name}"):
-            wrong = _no_pattern(key)
+            wrong = pattern_fault(key)
             if wrong:
                 yield Fault(("lora", name, key), f"{key}: {wrong}", on_key=True)
             elif modules and not any(pattern_value({key: True}, one, False) for one in modules):
@@ -128,7 +126,7 @@ def something_is_left(run: Run) -> Iterator[Fault]:
     exclude = run.value(_EXCLUDE)
     if exclude is None:
         return
-    wrong = _no_pattern(exclude) if isinstance(exclude, str) else None
+    wrong = pattern_fault(exclude) if isinstance(exclude, str) else None
     if wrong:
         yield Fault(_EXCLUDE, wrong)
         return
@@ -150,19 +148,6 @@ def something_is_left(run: Run) -> Iterator[Fault]:
             notes=(run.operand("lora.target_modules"),),
             severity=Severity.WARNING,
         )
-
-
-def _no_pattern(text: str) -> str | None:
-    """Why a text is no regular expression that is used here; None where it is one."""
-    if len(text) > _LONGEST_PATTERN:
-        return f"longer than {_LONGEST_PATTERN} characters"
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"not a regular expression: {error}"
-    if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= 10:
-        return "a repetition inside a repetition could take for ever"
-    return None
 
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:

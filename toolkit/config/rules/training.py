@@ -103,16 +103,27 @@ def _plain(run: Run, key: str) -> object:
 
 @rule(
     "GRPO014",
-    f"grpo.cast_lm_head_to_fp32 {_TARGETS}",
+    f"grpo.cast_lm_head_to_fp32 {_TARGETS} model.model_name",
     example="grpo:\n  cast_lm_head_to_fp32: true\nlora:\n  target_modules: [q_proj, lm_head]",
     fix="remove lm_head from target_modules",
 )
 def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
-    """cast_lm_head_to_fp32 goes without an adapter on lm_head.
+    """cast_lm_head_to_fp32 goes without an adapter on lm_head, and with weights that are not tied.
 
-    The cast replaces lm_head by its float32 self; an adapter on it would be lost.
+    The cast replaces lm_head by its float32 self; an adapter on it would be lost. Where lm_head is
+    the embedding, TRL 1.16 looks for that one in a place that a model with an adapter does not
+    have. Judged when the model is at hand.
     """
-    if run.value("grpo.cast_lm_head_to_fp32") and adapts_head(run):
+    if not run.value("grpo.cast_lm_head_to_fp32"):
+        return
+    if run.model is not None and run.model.tied and not run.ask("model.full_finetuning"):
+        yield Fault(
+            "grpo.cast_lm_head_to_fp32",
+            "TRL cannot cast an lm_head that is tied to the embedding, beside an adapter",
+            notes=(f"tie_word_embeddings in {run.model.source}",),
+            fixes=(run.to("grpo.cast_lm_head_to_fp32", False),),
+        )
+    elif adapts_head(run):
         yield Fault(
             "grpo.cast_lm_head_to_fp32",
             "lm_head cannot be cast while an adapter lies on it",

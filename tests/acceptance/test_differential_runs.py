@@ -1,0 +1,146 @@
+"""What validate accepts, train runs: run files made from the schema, over one step of tiny models.
+
+A run ends with 0 and a row of metrics, or with a code other than 70 and the name of a key. What the
+loader refuses, validate refused first: as it judges without a machine, or for one without a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from spoiled_world import Ended, make_world, serve
+
+from toolkit.config.document import dotted
+from toolkit.config.layers import load_document
+from toolkit.config.resolved import DeviceFacts, Situation
+from toolkit.config.validate import validate
+
+for beside in ("fixtures", "engine"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / beside))
+from run_generator import Made, generate, keys, make_models  # noqa: E402 - finds the two above
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SAMPLE = 5
+LANES = 2
+CHUNK = 6
+LIMIT_S = 120
+KEYS = (*keys(), "model.model_name", "runtime.engine")
+# The model's and the adapter's keys are also arguments of the drop-in API, under the bare name.
+NAMES = [key.partition(".")[2] for key in KEYS if re.match("(model|lora).*_", key)]
+KEY = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in (*KEYS, *NAMES)))
+WITHOUT_A_GPU = Situation(device=DeviceFacts("no GPU", None))
+
+REWARD = """\
+def score(completions, answer, **kwargs):
+    return [float(len(set(str(text)))) for text in completions]
+"""
+
+EXCEPTIONS: dict[str, str] = {
+    "a prompt cannot be cut to grpo.max_prompt_length": "how long a chat template is alone, the"
+    " tokenizer says, and validate has none: it imports nothing heavy",
+    "reward score took longer": "how long a reward takes shows when it is called",
+    "holds no weights": "a folder with config.json alone can be judged and sized, so validate"
+    " accepts it; envcheck check refuses it",
+}
+"""Parts of what a run says, each with the reason why validate cannot say it first."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+class Case:
+    """A run file in a folder of its own, and what validate says of it."""
+
+    def __init__(self, folder: Path, made: Made, model: Path) -> None:
+        self.made, self.folder = made, make_world(folder, model)
+        rows = (folder / "train.jsonl").read_text()
+        (folder / "eval.jsonl").write_text(rows)
+        (folder / "mine.py").write_text(REWARD)
+        (folder / "run.yaml").write_text(made.text())
+        document = load_document(folder / "run.yaml")
+        plain, here = validate(document), validate(document, WITHOUT_A_GPU)
+        self.accepted = plain.ok
+        self.told = {dotted(one.path) for one in (*plain.findings, *here.findings)}
+
+    def as_command(self) -> dict[str, Any]:
+        return {"folder": self.folder, "arguments": ["train", "run.yaml"], "limit_s": LIMIT_S}
+
+    def fault(self, end: Ended) -> str | None:
+        """What is wrong with how the run ended."""
+        said = end.stderr.strip()[-900:]
+        if end.returncode == 0:
+            return None if any("loss" in row for row in end.rows()) else "ended without a step"
+        if end.returncode in (70, 3) or end.returncode < 0 or not KEY.search(end.stderr):
+            return f"exit {end.returncode}: {said}"
+        bare = {key.partition(".")[2] for key in self.told if re.match("(model|lora).*_", key)}
+        if any(told in end.stderr for told in (*self.told, *bare, *EXCEPTIONS)):
+            return None
+        return f"exit {end.returncode}, and validate was silent: {said}"
+
+
+def judge(root: Path, models: dict[str, Path], made: list[Made], lanes: int = 1) -> list[str]:
+    """What is wrong with the runs that validate accepts."""
+    cases = [Case(root / str(i), one, models[one.model]) for i, one in enumerate(made)]
+    accepted = [case for case in cases if case.accepted]
+    return sorted(
+        f"{case.folder.name} {case.made.told}\n    {wrong}"
+        for case, end in _ended(accepted, lanes)
+        if (wrong := case.fault(end)) is not None
+    )
+
+
+def _ended(cases: list[Case], lanes: int) -> Iterator[tuple[Case, Ended]]:
+    """The commands, run by as many servers as there are lanes; vLLM has servers of its own."""
+    for engine in (True, False):
+        wanted = [case for case in cases if _on_vllm(case.made) is engine]
+        chunks: SimpleQueue[list[Case]] = SimpleQueue()
+        for start in range(0, len(wanted), CHUNK):
+            chunks.put(wanted[start : start + CHUNK])
+        modules = ("toolkit.engine.start",) if engine else ()
+        with ThreadPoolExecutor(lanes) as pool:
+            for found in pool.map(_lane, range(lanes), [chunks] * lanes, [modules] * lanes):
+                yield from found
+
+
+def _lane(
+    lane: int, chunks: SimpleQueue[list[Case]], modules: tuple[str, ...]
+) -> list[tuple[Case, Ended]]:
+    found: list[tuple[Case, Ended]] = []
+    while True:
+        try:
+            cases = chunks.get_nowait()
+        except Empty:
+            return found
+        commands = [case.as_command() for case in cases]
+        found += zip(cases, serve(commands, *modules, lane=lane), strict=True)
+
+
+def _on_vllm(made: Made) -> bool:
+    return made.engine == "vllm" or ("model.fast_inference", True) in made.sets
+
+
+def test_the_files_are_enough() -> None:
+    made = generate()
+    assert len(made) >= 600
+    assert made == generate()
+
+
+def test_a_sample_of_runs(tmp_path: Path, models: dict[str, Path]) -> None:
+    made = [one for one in generate() if not _on_vllm(one)]
+    assert judge(tmp_path, models, random.Random(12).sample(made, SAMPLE)) == []
+
+
+@pytest.mark.slow
+def test_every_run(tmp_path: Path, models: dict[str, Path]) -> None:
+    assert judge(tmp_path, models, generate(), LANES) == []
