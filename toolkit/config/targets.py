@@ -78,6 +78,11 @@ def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -
     return default
 
 
+def is_harmless(text: str) -> bool:
+    """Whether an expression has no repetition inside a repetition, which could match for ever."""
+    return re.search(r"[*+}]\)*[*+{]", text) is None and text.count("(") < 10
+
+
 def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
     """Whether ``exclude_modules`` names a module, as PEFT does."""
     if not exclude:

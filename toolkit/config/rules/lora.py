@@ -9,6 +9,7 @@ from toolkit.config.finding import Severity
 from toolkit.config.libraries import known
 from toolkit.config.rules.base import Fault, rule
 from toolkit.config.suggest import nearest
+from toolkit.config.targets import is_harmless
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
         yield Fault(_TARGETS, f"not a regular expression: {error}")
         return
     modules = run.model.modules if run.model is not None else None
-    if pattern is None or not modules or not _harmless(text):
+    if pattern is None or not modules or not is_harmless(text):
         return
     if not any(pattern.fullmatch(module) for module in modules):
         yield Fault(
@@ -146,11 +147,6 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
             "no module of the model matches this regular expression",
             notes=("the expression must match whole names, for instance .*\\.q_proj",),
         )
-
-
-def _harmless(text: str) -> bool:
-    """Whether an expression has no repetition inside a repetition, which could match for ever."""
-    return re.search(r"[*+}]\)*[*+{]", text) is None and text.count("(") < 10
 
 
 @rule(
