@@ -98,6 +98,11 @@ CASES = {
         1, ("train.jsonl line 2", "is not JSON"), _write("train.jsonl", '{"a": 1}\n{"a": 2')
     ),
     "empty dataset": Case(1, ("train.jsonl has no rows",), _write("train.jsonl", "\n")),
+    "prompt longer than the model's sequences": Case(
+        1,
+        ("has 3000 tokens, the engine was built for 64", "model.max_seq_length"),
+        _write("train.jsonl", f'{{"question": "{"7" * 3000}", "answer": "2"}}\n' * 8),
+    ),
     "column of two types": Case(
         1,
         ("train.jsonl:2", "column 'answer' holds a text here and a number before"),

@@ -234,3 +234,39 @@ def test_a_torn_adapter_is_named(inside: Inside, world: Path, tmp_path: Path) ->
     assert done.returncode == 2
     assert "adapter_model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+EVIL = """
+import pathlib
+from transformers import LlamaConfig
+
+pathlib.Path(__file__).with_name("was-run").write_text("x")
+pathlib.Path(FOLDER, "was-run").write_text("x")
+
+class Mine(LlamaConfig):
+    model_type = "mine"
+"""
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_a_run_folder_from_elsewhere_runs_no_code(
+    inside: Inside, world: Path, tmp_path: Path, command: str
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(world / "model", model)
+    shutil.copytree(world / "run", run)
+    (model / "mine.py").write_text(EVIL.replace("FOLDER", repr(str(tmp_path))))
+    described = json.loads((model / "config.json").read_text())
+    described |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (model / "config.json").write_text(json.dumps(described))
+    written = json.loads((run / "config.json").read_text())
+    written["model"] |= {"model_name": str(model), "trust_remote_code": True}
+    (run / "config.json").write_text(json.dumps(written))
+    more = ("hi",) if command == "generate" else ("--to", tmp_path / "to", "--merge")
+    done = inside(command, run, *more)
+    assert done.returncode == 1, done.stderr
+    assert "runs code that comes with" in done.stderr
+    assert "--trust-remote-code" in done.stderr
+    assert not (tmp_path / "was-run").exists()
+    inside(command, run, *more, "--trust-remote-code")
+    assert (tmp_path / "was-run").exists()

@@ -119,7 +119,7 @@ def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_pat
     run_dir = tmp_path / "run"
     code, said = run_with(run_file, run_dir, (run_dir / "metrics.jsonl").unlink)
     assert code == 1
-    assert "metrics.jsonl was removed or replaced during the run, and its rows are lost" in said
+    assert "metrics.jsonl was removed, replaced or altered by somebody else during the run" in said
     assert "checkpoint-4 is written" in said
     assert branch.own_steps(run_dir) == [4, 2]
     out = tmp_path / "again.txt"
@@ -127,6 +127,20 @@ def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_pat
     assert "metrics.jsonl is not the one that" in out.read_text()
     assert [row["step"] for row in world.rows(run_dir)] == [5, 6]
     assert len(world.rows(run_dir, "completions.jsonl")) == 6 * 8
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_log_that_is_altered_stops_the_run_with_a_checkpoint(run_file, tmp_path, cut):
+    run_dir = tmp_path / "run"
+
+    def alter():
+        log = run_dir / "metrics.jsonl"
+        os.truncate(log, 0) if cut else log.open("ab").write(b"{}\n")
+
+    code, said = run_with(run_file, run_dir, alter)
+    assert code == 1
+    assert "metrics.jsonl was removed, replaced or altered by somebody else" in said
+    assert "checkpoint-4 is written" in said
 
 
 @pytest.mark.slow

@@ -120,6 +120,31 @@ def append_line(path: Path, line: str) -> None:
         os.close(handle)
 
 
+def set_mode(path: Path) -> None:
+    """0644 (a folder: 0755) less the umask, for what a library made with modes of its own. Raises
+    OSError.
+    """
+    mode = FOLDER_MODE if path.is_dir() else FILE_MODE
+    path.chmod(mode & ~_umask())
+
+
+def set_modes(folder: Path) -> None:
+    """``set_mode`` of a folder and all that is in it. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
+        set_mode(path)
+
+
+def _umask() -> int:
+    """Of this process, which only a system without /proc has to be changed for."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):
+        old = os.umask(0o077)
+        os.umask(old)
+        return old
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk (a rename alone is not)."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -30,11 +30,13 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         "private key": (
             r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
         ),
-        "Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b",
+        "Hugging Face token": r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}\b",
         "API key": r"\bsk-[A-Za-z0-9_-]{16,}",
-        "GitHub token": r"\b(?:gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})\b",
-        "GitLab token": r"\bglpat-[A-Za-z0-9_-]{16,}",
-        "AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+        "GitHub token": (
+            r"(?<![A-Za-z0-9])(?:gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})\b"
+        ),
+        "GitLab token": r"(?<![A-Za-z0-9])glpat-[A-Za-z0-9_-]{16,}",
+        "AWS key": r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}\b",
         "Google key": r"\bAIza[0-9A-Za-z_-]{35}",
         "NVIDIA key": r"\bnvapi-[A-Za-z0-9_-]{20,}",
         "Weights & Biases key": r"\bwandb_v1_[A-Za-z0-9_]{20,}",

@@ -18,6 +18,7 @@ from toolkit.base.errors import DefectError, InputError, ToolkitError
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
 from toolkit.base.streams import open_missing, settle
+from toolkit.base.visible import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     with suppress(OSError):  # nobody reads stderr any more; the code says it
-        click.echo(text, err=True)
+        click.echo(visible(text), err=True)  # a name in it may be somebody else's
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from toolkit.cli.exits import debug_asked
+from toolkit.cli.run_folder import TRUST
 
 
 @click.command("export")
@@ -27,7 +28,10 @@ from toolkit.cli.exits import debug_asked
     help="Of merged weights; auto is the base checkpoint's.",
 )
 @click.option("--checkpoint", type=int, metavar="STEP", help="Of checkpoint-STEP, not the end.")
-def export(run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None) -> None:
+@TRUST
+def export(
+    run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None, trust_remote_code: bool
+) -> None:
     """Write RUN's adapter (PEFT, safetensors) to DIR, or a checkpoint of plain transformers."""
     from toolkit.train.quiet import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
@@ -36,7 +40,7 @@ def export(run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None)
     prepare_environment()
     from toolkit.train.finished import export_run, open_run  # noqa: PLC0415 - loads torch
 
-    found = open_run(run, step=checkpoint)
+    found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
     with quiet(debug=debug_asked()):
         export_run(found, to, merge=merge, dtype=dtype)
     source = found.adapter or found.checkpoint

@@ -12,6 +12,7 @@ import click
 from toolkit.base.errors import InputError
 from toolkit.base.visible import visible
 from toolkit.cli.exits import debug_asked
+from toolkit.cli.run_folder import TRUST
 
 
 @click.command("generate")
@@ -43,6 +44,7 @@ from toolkit.cli.exits import debug_asked
     default="transformers",
     show_default=True,
 )
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt.")
 def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Ask the policy that RUN trained for completions of PROMPTS; "-" reads one a line from
@@ -54,7 +56,8 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     prepare_environment()
     from toolkit.train.finished import complete, open_run  # noqa: PLC0415 - loads torch
 
-    found = open_run(run, step=options.pop("checkpoint"))
+    trusted = options.pop("trust_remote_code")
+    found = open_run(run, step=options.pop("checkpoint"), trust_remote_code=trusted)
     with quiet(debug=debug_asked()):
         answers = complete(found, texts, n=options.pop("count"), **options)
     for text, completions in zip(texts, answers, strict=True):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from toolkit.base import disk
 from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.paths import set_mode
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.fingerprint import marks_of
 
@@ -53,7 +55,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         }
         (inner / BASE_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         for file in inner.iterdir():
-            file.chmod(0o644)
+            set_mode(file)
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(inner.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
             os.replace(file, target / file.name)
@@ -62,8 +64,8 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the same file system as ``target``; an OSError becomes an
-    InputError.
+    """A temporary folder on the same file system as ``target``; an OSError becomes an InputError,
+    or what ``disk`` says of a file system that is full or fails.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +75,10 @@ def beside(target: Path) -> Iterator[Path]:
     try:
         yield work
     except (OSError, SafetensorError) as error:
+        found, known = disk.reason(error), disk.translate(error, target, kept="")
+        if known is not None and found is not None and found[0] not in disk.CLOSED:
+            fix = "free space or name another folder, then start the same command again"
+            raise type(known)(known.message, where=known.where, fix=fix) from error
         raise InputError(f"cannot be written: {error}", where=str(target)) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

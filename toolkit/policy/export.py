@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.base.paths import set_modes
 from toolkit.policy.adapter_io import BASE_FILE, beside
 from toolkit.policy.arguments import DTYPES
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
@@ -82,7 +83,7 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
     with beside(to) as work:
         model.save_pretrained(str(work))
         tokenizer.save_pretrained(str(work))
-        _open_to_readers(work)
+        set_modes(work)
         if to.exists():
             shutil.rmtree(to)
         work.rename(to)
@@ -146,18 +147,12 @@ def check_empty(to: Path) -> None:
 
 @contextmanager
 def into(to: Path) -> Iterator[Path]:
-    """A folder beside ``to`` that becomes it when everything is written; 0644 files, 0755
-    folder.
+    """A folder beside ``to`` that becomes it when everything is written; 0644 files, 0755 folder,
+    less the umask.
     """
     with beside(to) as work:
         yield work
-        _open_to_readers(work)
+        set_modes(work)
         if to.exists():
             to.rmdir()
         work.rename(to)
-
-
-def _open_to_readers(work: Path) -> None:
-    for file in work.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
-    work.chmod(0o755)

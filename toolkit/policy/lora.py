@@ -29,6 +29,7 @@ from toolkit.base.errors import (
     ConfigValueError,
     ToolkitWarning,
     UnsupportedError,
+    first_line,
 )
 from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.lora_layer import use_fast_layers
@@ -282,11 +283,18 @@ def settings_of(config: Any) -> LoraSettings:
 def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
     """``model`` with an adapter ``name`` laid out by ``config``, its values still to be set."""
     use_fast_layers(config)
-    if is_peft(model):
-        model.add_adapter(name, config)
-        return model
-    with torch.random.fork_rng(devices=[]):
-        return PeftModelForCausalLM(model, config, adapter_name=name)
+    try:
+        if is_peft(model):
+            model.add_adapter(name, config)
+            return model
+        with torch.random.fork_rng(devices=[]):
+            return PeftModelForCausalLM(model, config, adapter_name=name)
+    except ValueError as error:
+        raise ConfigValueError(
+            f"target_modules={config.target_modules!r}: no adapter can be put on that"
+            f" ({first_line(error, longest=80)})",
+            where=WHERE,
+        ) from error
 
 
 @contextmanager

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, read and not mapped. Raises InputError."""
+def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file of at most ``limit`` bytes. Raises InputError."""
     try:
-        tensors: dict[str, torch.Tensor] = load(read_bytes(file, limit=MAX_ADAPTER_BYTES))
+        tensors: dict[str, torch.Tensor] = load(read_bytes(file, limit=limit))
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise InputError(
             f"the file cannot be read as safetensors: {first_line(error)}",

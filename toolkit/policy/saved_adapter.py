@@ -11,7 +11,7 @@ import torch
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
 from toolkit.base.files import check_folder
-from toolkit.config.targets import pattern_value
+from toolkit.config.targets import pattern_fault, pattern_value
 from toolkit.policy.adapter_io import BASE_FILE, base_name
 from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.fingerprint import is_base_of, marks_of
@@ -67,6 +67,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     try:
         config = read_peft_config(values)
         check_settings(settings_of(config))
+        _check_patterns(values)
     except (ConfigValueError, ConfigTypeError) as error:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, re.error) as error:
@@ -82,6 +83,17 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     if (path / BASE_FILE).is_file():
         base |= Checkpoint(path, str(path)).read_json(BASE_FILE)
     return Adapter(path, config, tensors, base)
+
+
+def _check_patterns(values: Mapping[str, Any]) -> None:
+    """Every expression of an adapter from elsewhere is matched with every module's name."""
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        found = values.get(name)
+        for text in [found] if isinstance(found, str) else found if isinstance(found, dict) else ():
+            wrong = pattern_fault(text)
+            if wrong is not None:
+                what = f"{name}: {text[:80]!r}: {wrong}"
+                raise ConfigValueError(what, fix=f"name the modules in {name}, one by one")
 
 
 def same_start(adapter: Adapter, settings: LoraSettings) -> None:

@@ -32,7 +32,7 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     """
     if found is None or not is_auto(config.grpo):
         return config
-    then = checkpoint.read_json(found, checkpoint.STATE)["run"]
+    then = checkpoint.read_state(found, "run", dict)
     cut = {key: then.get(f"grpo.{key}") for key in KEYS}
     micro, accumulation = cut[MICRO], cut[ACCUMULATION]
     if not isinstance(micro, int) or not isinstance(accumulation, int):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import files
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.base.paths import write_file
 from toolkit.train import checkpoint
@@ -63,7 +64,7 @@ def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
     try:
         state = checkpoint.read_json(folder, checkpoint.STATE)
         step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return Branch(EARLIER), None
     found = _parsed(state.get("branch")) if isinstance(state, dict) else None
     return found or Branch(EARLIER), step if isinstance(step, int) else None
@@ -72,8 +73,8 @@ def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
 def current(run_dir: Path) -> Branch:
     """The branch of a run folder: as recorded, else that of its latest sound checkpoint."""
     try:
-        recorded = _parsed(json.loads((run_dir / RECORD).read_text()))
-    except (OSError, ValueError):
+        recorded = _parsed(files.read_json(run_dir / RECORD))
+    except InputError:
         recorded = None
     if recorded is not None:
         return recorded

@@ -26,7 +26,7 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     """``config`` with the format of the checkpoint ``found`` in place of auto."""
     if found is None or config.dataset.chat != "auto":
         return config
-    then = recorded(checkpoint.read_json(found, checkpoint.STATE)["run"], found)
+    then = recorded(checkpoint.read_state(found, "run", dict), found)
     return config if then[KEY] is None else _with(config, then[KEY])
 
 

@@ -13,17 +13,21 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from toolkit.base.errors import ConfigError
+from toolkit.base import files as regular
+from toolkit.base.errors import ConfigError, InputError, first_line
 from toolkit.base.paths import FOLDER_MODE, make_folder, sync_folder, write_file
+from toolkit.base.units import GIB
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
 FORMAT = 1
+MAX_STATE_BYTES = GIB  # trainer_state.json has a row for each step
 ASIDE = "abandoned-"
 _NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
 _ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,8}})")
+Kind = TypeVar("Kind")
 Stamp = tuple[tuple[str, int, int, int, int], ...]
 _READ: dict[Path, Stamp] = {}
 """The checkpoints that this process has found sound, and what their files were like."""
@@ -112,30 +116,39 @@ def remove(folder: Path) -> None:
 def faults(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one line a fault; empty for a sound one."""
     try:
-        text = (folder / CHECKSUMS).read_bytes()
+        if not os.path.lexists(folder / CHECKSUMS):
+            return [f"{CHECKSUMS} is missing: it was not finished"]
+        text = regular.read_bytes(folder / CHECKSUMS)
         listed = json.loads(text)
         files: dict[str, dict[str, Any]] = listed["files"]
         if listed["format"] != FORMAT:
             return [f"{CHECKSUMS}: format {listed['format']!r}, this release reads {FORMAT}"]
         if _canonical(files) != text.decode():
             return [f"{CHECKSUMS}: altered"]
-    except FileNotFoundError:
-        return [f"{CHECKSUMS} is missing: it was not finished"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return [f"{CHECKSUMS} cannot be read: {problem}"]
+    except InputError as problem:
+        return [f"{CHECKSUMS}: {problem.message}"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        return [f"{CHECKSUMS} cannot be read: {first_line(problem)}"]
     return [fault for name, expected in files.items() if (fault := _fault(folder, name, expected))]
 
 
-def _fault(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
+def _fault(folder: Path, name: str, expected: Any) -> str | None:
     file = folder / name
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         return f"{name!r} leads outside the folder"
+    if not isinstance(expected, dict):
+        return f"{name}: has no checksum"
+    if file.is_symlink():
+        return f"{name} is a link, and was written as a file"
     if not file.is_file():
         return f"{name} is missing"
     size = file.stat().st_size
     if size != expected.get("bytes"):
         return f"{name}: {size} bytes, {expected.get('bytes')} were written"
-    return None if _sha256(file) == expected.get("sha256") else f"{name}: checksum differs"
+    try:
+        return None if _sha256(file) == expected.get("sha256") else f"{name}: checksum differs"
+    except InputError as problem:
+        return f"{name}: {problem.message}"
 
 
 def is_sound(folder: Path) -> bool:
@@ -194,7 +207,7 @@ def refuse_other_world(folder: Path, processes: int) -> None:
     Raises:
         ConfigError: it was written by more or by fewer than ``processes``.
     """
-    then = read_json(folder, STATE)["world_size"]
+    then = read_state(folder, "world_size", int)
     if then != processes:
         raise ConfigError(
             f"written by {then} process{'es' if then > 1 else ''}, this run has {processes}",
@@ -204,9 +217,36 @@ def refuse_other_world(folder: Path, processes: int) -> None:
         )
 
 
+def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
+    """What state.json of a checkpoint that has been checked holds under ``key``.
+
+    Raises:
+        InputError: it is missing or not a ``kind``: checksums are right, and nothing of ours
+            wrote it.
+    """
+    state = read_json(folder, STATE)
+    value = state.get(key) if isinstance(state, dict) else None
+    if type(value) is not kind:
+        raise InputError(
+            f"is not the state of a run: {key} is missing, or is no {kind.__name__}",
+            where=str(folder / STATE),
+            fix="name another checkpoint, or begin another run with --output-dir",
+        )
+    return value
+
+
 def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of a checkpoint that has been checked."""
-    return json.loads((folder / name).read_text())
+    """A JSON file of a checkpoint that has been checked; NaN is a number in it.
+
+    Raises:
+        InputError: it is no regular file, or no JSON.
+    """
+    file = folder / name
+    try:
+        return json.loads(regular.read_bytes(file, limit=MAX_STATE_BYTES))
+    except (ValueError, RecursionError) as problem:
+        what = f"cannot be read as JSON: {first_line(problem)}"
+        raise regular.unusable(file, what) from problem
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -219,5 +259,5 @@ def _canonical(files: dict[str, dict[str, Any]]) -> str:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    with regular.open_bytes(file) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -49,6 +49,12 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     said = f"{type(error).__name__}: {first_line(error)}"
     if (full := disk.translate(error, where)) is not None:
         return full
+    if isinstance(error, IsADirectoryError):  # write_file's, which renames onto it
+        return ConfigError(
+            "a file of the run is to be written there, and a folder lies there",
+            where=str(error.filename2 or error.filename or where),
+            fix="move the folder away, or name another --output-dir",
+        )
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
         return ConfigError(
             f"the Hugging Face Hub: {said}",

@@ -31,14 +31,18 @@ class FinishedRun:
     checkpoint: Path | None
 
 
-def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
+def open_run(
+    folder: Path, *, step: int | None = None, trust_remote_code: bool = False
+) -> FinishedRun:
     """The run in ``folder``: its finished adapter, or ``checkpoint-<step>``, or its latest sound
     one.
 
     The run file's rules are not judged again: data that has moved since does not matter here.
+    A folder may come from somebody else: code of its model runs only with ``trust_remote_code``.
 
     Raises:
-        InputError: it is no run folder. ConfigValueError: it has nothing to generate with.
+        InputError: it is no run folder. ConfigValueError: it has nothing to generate with, or its
+            config.json asks for code that the caller did not allow.
     """
     from toolkit.train import branch, checkpoint  # noqa: PLC0415 - not needed for a folder that is none
 
@@ -61,6 +65,13 @@ def open_run(folder: Path, *, step: int | None = None) -> FinishedRun:
             "the run trained every weight, and has no adapter",
             where=str(folder),
             fix=f"load {folder / 'model'} as a model",
+        )
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise ConfigValueError(
+            "model.trust_remote_code is true there, so loading the model runs code that comes"
+            f" with {config.model.model_name}",
+            where=str(path),
+            fix="read that code, then allow it with --trust-remote-code",
         )
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():

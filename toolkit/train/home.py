@@ -68,7 +68,8 @@ class Home:
         if self.in_place():
             names = " and ".join(self.journal.missing() if self.journal is not None else [])
             return ConfigError(
-                f"{names} was removed or replaced during the run, and its rows are lost; {told}",
+                f"{names} was removed, replaced or altered by somebody else during the run: rows"
+                f" may be lost; {told}",
                 where=str(self.path),
                 fix="leave the files of a run alone while it runs; start the same command again: it"
                 " goes on from the last checkpoint, and the log begins anew",

@@ -6,17 +6,20 @@ and resumed ends with the bytes of one that was not; wall clock and memory are i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import resource
+import stat
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
+from toolkit.base.errors import ConfigError
 from toolkit.base.paths import FILE_MODE
 from toolkit.train.cuda import cuda_in_use
 
@@ -54,24 +57,27 @@ class Journal:
         self._handles: dict[str, int] = {}
         self._missing: list[str] = []
         self._read: dict[str, hashlib._Hash] = {}
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._sizes: dict[str, int] = {}
         for name in LOGS:
-            handle = os.open(run_dir / name, flags, FILE_MODE)
+            handle = _open_log(run_dir / name)
             keep = (positions or {}).get(name, 0)
             if os.fstat(handle).st_size > keep:
                 os.ftruncate(handle, keep)
             self._handles[name] = handle
             with open(handle, "rb", closefd=False) as file:
                 self._read[name] = hashlib.file_digest(file, "sha256")
+            self._sizes[name] = os.fstat(handle).st_size
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises
         OSError.
         """
-        line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode()
+        # A reward may name a metric with half of a character.
+        line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode(errors="replace")
         written = os.write(self._handles[name], line)
+        self._sizes[name] += written
         if written < len(line):  # a disk that fills up writes a part and fails on the rest
-            os.write(self._handles[name], line[written:])
+            self._sizes[name] += os.write(self._handles[name], line[written:])
         self._read[name].update(line)
 
     def sync(self) -> None:
@@ -88,7 +94,7 @@ class Journal:
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:
-        """The logs that are not under their name any more (deleted, moved, replaced)."""
+        """The logs that are not what was written (deleted, moved, replaced, cut, added to)."""
         if self._handles:
             found = self._handles.items()
             self._missing = [name for name, handle in found if not self._in_place(name, handle)]
@@ -96,7 +102,9 @@ class Journal:
 
     def _in_place(self, name: str, handle: int) -> bool:
         try:
-            return os.path.samestat(os.fstat(handle), (self._run_dir / name).stat())
+            opened = os.fstat(handle)
+            whole = opened.st_size == self._sizes[name]
+            return whole and os.path.samestat(opened, (self._run_dir / name).stat())
         except OSError:
             return False
 
@@ -105,6 +113,31 @@ class Journal:
         self.missing()  # what it says from then on
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+
+def _open_log(path: Path) -> int:
+    """A log to append to, made if need be. A pipe would stop the run when it is full, and a link
+    may lead to a file of somebody else, which would be cut. Raises OSError.
+
+    Raises:
+        ConfigError: something else lies there.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, FILE_MODE)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        handle = -1
+    if handle >= 0 and stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    if handle >= 0:
+        os.close(handle)
+    raise ConfigError(
+        "a log of the run is to be written there, and what lies there is no regular file",
+        where=str(path),
+        fix="remove it, or begin another run with --output-dir",
+    )
 
 
 def plain(value: Any) -> Any:

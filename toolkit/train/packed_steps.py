@@ -76,17 +76,28 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         dead = self._rows_without_loss(inputs)
         live = [row for row in rows if row.number not in dead]
         limit = self._token_limit(inputs) or max(packing.tokens_of(live), 1)
+        if self.accelerator.num_processes > 1:
+            return self._equal_parts(rows, dead, limit)
         number = max(len(packing.split_rows(live, limit)), min(self._split, len(live)))
-        self.parts = number = self._any_rank(number)
-        parts = [[row.number for row in pack] for pack in packing.even_packs(live, number)]
-        # A rank that needs fewer passes than another makes as many, also of rows without a loss.
-        rest = sorted(set(range(size)) - {number for part in parts for number in part})
-        for part in parts:
-            if not part:
-                largest = max(parts, key=len)
-                part.append(rest.pop() if rest else largest.pop())
-        parts[0].extend(rest)
+        self.parts = number
+        parts = [[row.number for row in pack] for pack in packing.even_packs(live, number) if pack]
+        parts[0].extend(sorted(dead))
         return [torch.tensor(sorted(part)) for part in parts]
+
+    def _equal_parts(self, rows: list[Row], dead: frozenset[int], limit: int) -> list[torch.Tensor]:
+        """Parts of as many rows on every rank: TRL gathers a figure of each row of a part."""
+        groups = {row.prompt: row.number for row in reversed(rows)}
+        ordered = sorted(rows, key=lambda row: (groups[row.prompt], -row.length, row.number))
+
+        def fits(number: int) -> bool:
+            chunks = torch.arange(len(ordered)).tensor_split(number)
+            live = [[r for i in c.tolist() if (r := ordered[i]).number not in dead] for c in chunks]
+            return all(packing.tokens_of(chunk) <= limit for chunk in live)
+
+        number = next((n for n in range(1, len(rows)) if fits(n)), len(rows))
+        self.parts = number = self._any_rank(max(number, min(self._split, len(rows))))
+        order = torch.tensor([row.number for row in ordered])
+        return list(order.tensor_split(number))
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens of one pass: those of the micro-batch that was asked for, at its widest."""

@@ -10,15 +10,19 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transformers import TrainerState
 
 from toolkit.base import disk
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
+from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
+from toolkit.policy.read_tensors import read_tensors
 from toolkit.train import checkpoint
 from toolkit.train.branch import TRAINER_STATE, own_steps
 from toolkit.train.checkpoint import STATE
@@ -33,6 +37,7 @@ from toolkit.train.state import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -191,34 +196,56 @@ def check(trainer: Any, folder: Path) -> None:
             fix="name an earlier one, or set runtime.resume: auto to use the latest sound one",
         )
     checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes)
+    with _usable(folder):
+        # transformers reads it once more, and takes its rows for what it wrote.
+        TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
 
 
 def load_policy(trainer: Any, folder: Path) -> None:
     """The adapter of a checkpoint into the model under training, in place."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    copy_into(trainable(model), load_file(str(folder / ADAPTER)), str(folder))
+    copy_into(trainable(model), _read_tensors(folder / ADAPTER), str(folder))
 
 
 def load_progress(trainer: Any, folder: Path) -> None:
-    """Optimizer, scheduler, counters and buffered rollouts of a checkpoint."""
-    described = checkpoint.read_json(folder, STATE)
-    tensors = load_file(str(folder / OPTIMIZER))
-    _inner(trainer.optimizer).load_state_dict(unflatten(described["optimizer"], tensors))
-    trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
-    scaler = getattr(trainer.accelerator, "scaler", None)
-    if scaler is not None and described["scaler"] is not None:
-        scaler.load_state_dict(unflatten(described["scaler"], {}))
-    for name, value in described["counters"].items():
-        setattr(trainer, name, value)
-    rank, rank_tensors = _read_rank(trainer, folder)
-    trainer._buffered_inputs = unflatten(rank["buffered"], rank_tensors, trainer.accelerator.device)
-    trainer.pending_evaluation = described["pending_evaluation"]
+    """Optimizer, scheduler, counters and buffered rollouts of a checkpoint. Raises InputError."""
+    with _usable(folder):
+        described = checkpoint.read_json(folder, STATE)
+        tensors = _read_tensors(folder / OPTIMIZER)
+        _inner(trainer.optimizer).load_state_dict(unflatten(described["optimizer"], tensors))
+        trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is not None and described["scaler"] is not None:
+            scaler.load_state_dict(unflatten(described["scaler"], {}))
+        for name in COUNTERS:
+            setattr(trainer, name, described["counters"][name])
+        rank, rank_tensors = _read_rank(trainer, folder)
+        device = trainer.accelerator.device
+        trainer._buffered_inputs = unflatten(rank["buffered"], rank_tensors, device)
+        trainer.pending_evaluation = described["pending_evaluation"]
 
 
 def load_generators(trainer: Any, folder: Path) -> None:
-    """Of this rank."""
-    rank, tensors = _read_rank(trainer, folder)
-    restore_generators(rank["generators"], tensors)
+    """Of this rank. Raises InputError."""
+    with _usable(folder):
+        rank, tensors = _read_rank(trainer, folder)
+        restore_generators(rank["generators"], tensors)
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Checksums are right and content is not: somebody else wrote it, or another release."""
+    try:
+        yield
+    except ToolkitError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"the state in the checkpoint cannot be used: {type(error).__name__}:"
+            f" {first_line(error)}",
+            where=str(folder),
+            fix="resume from another checkpoint, or begin another run with --output-dir",
+        ) from error
 
 
 def is_ours(folder: Path) -> bool:
@@ -248,18 +275,24 @@ def score(state: Any) -> float | None:
 
 def epochs_done(folder: Path) -> int:
     """Whole passes over the data before this checkpoint."""
-    return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
+    with _usable(folder):
+        return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
 
 
 def step_of(folder: Path) -> int:
     """The optimizer steps that a checkpoint holds."""
-    return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
+    with _usable(folder):
+        return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
 
 
 def _read_rank(trainer: Any, folder: Path) -> tuple[Any, Tensors]:
     rank = trainer.accelerator.process_index
-    tensors: Tensors = load_file(str(folder / f"rank-{rank}.safetensors"))
+    tensors = _read_tensors(folder / f"rank-{rank}.safetensors")
     return checkpoint.read_json(folder, f"rank-{rank}.json"), tensors
+
+
+def _read_tensors(file: Path) -> Tensors:
+    return read_tensors(file, limit=MAX_DATA_BYTES)
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

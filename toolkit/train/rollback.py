@@ -14,6 +14,8 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.errors import InputError
+from toolkit.base.files import open_bytes
 from toolkit.base.paths import FOLDER_MODE, sync_folder, write_file
 from toolkit.train import branch as branches
 from toolkit.train import checkpoint
@@ -99,8 +101,9 @@ def _log(run_dir: Path, found: Path, name: str) -> _Log:
     """Which file holds what ``found`` knows of a log: the run's own, or the one beside ``found``
     (of an abandoned branch, or of another run folder).
     """
+    positions = checkpoint.read_state(found, "positions", dict)
     state = checkpoint.read_json(found, checkpoint.STATE)
-    keep = int(state["positions"].get(name, 0))
+    keep = max(0, int(positions.get(name, 0)))
     digest = state.get("log_sha256", {}).get(name)
     beside = found.resolve().parent
     own = run_dir / name
@@ -117,11 +120,11 @@ def prefix(file: Path, length: int) -> str | None:
     if length == 0:
         return digest.hexdigest()
     try:
-        with file.open("rb") as handle:
+        with open_bytes(file) as handle:
             while length and (part := handle.read(min(CHUNK, length))):
                 digest.update(part)
                 length -= len(part)
-    except OSError:
+    except (InputError, OSError):
         return None
     return None if length else digest.hexdigest()
 

@@ -175,7 +175,7 @@ def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None
     if found is None:
         return
     now = folder.fingerprint(config, parts.digests)
-    then = chats.recorded(checkpoint.read_json(found, checkpoint.STATE)["run"], found)
+    then = chats.recorded(checkpoint.read_state(found, "run", dict), found)
     if then[chats.KEY] is None:
         then[chats.KEY] = now[chats.KEY]
     differing = changed(now, then, config.runtime.allow_changed)
@@ -228,6 +228,8 @@ def _train(
     if peers is not None:
         peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
     trainer.signals, trainer.home = signals, home
+    if found is not None:
+        resume.check(trainer, found)  # before anything is moved
     total = total_steps(trainer)
     with signals.at_steps(), measured(trainer, parts.run_dir):
         try:
@@ -235,7 +237,7 @@ def _train(
                 _open_journal(trainer, parts, found, options, home)
             begun.append(True)
             if found is not None and resume.step_of(found) >= total:
-                resume.check(trainer, found)  # it had ended; transformers would add a step
+                # It had ended, and transformers would add a step.
                 resume.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)

@@ -17,7 +17,7 @@ import torch
 import trl
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.engine.rollout import request_seed
+from toolkit.engine.rollout import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
 from toolkit.train import correction, policy_setup, sampling
 from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
@@ -139,6 +139,9 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
                 return parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            longest = getattr(self.accelerator.unwrap_model(self.model), "max_seq_length", None)
+            if longest is not None:
+                check_prompts(prompt_ids, self.max_completion_length, longest)
             own = sampling.ModelGeneration(self)
             if own.can(images, multimodal_fields):
                 return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs

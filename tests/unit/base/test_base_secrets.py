@@ -44,6 +44,11 @@ def test_every_pattern_has_an_example() -> None:
     assert set(EXAMPLES) == set(PATTERNS)
 
 
+def test_a_token_is_found_behind_an_underscore() -> None:
+    token = "hf_" + "aB3dE6gH9jKl" * 2
+    assert redact(f"my_key_{token}: 1") == "my_key_[redacted: Hugging Face token]: 1"
+
+
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_found_and_redacted_by_form(kind: str) -> None:
     secret = EXAMPLES[kind]

@@ -5,12 +5,13 @@ wrong.
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.errors import ConfigError, ConfigValueError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,7 +98,7 @@ def test_a_failed_save_leaves_the_old_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(model), "save_pretrained", full)
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(ConfigError, match="No space left on device"):
         model.save_lora(tmp_path / "a")
     assert _files(tmp_path / "a") == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -106,3 +107,16 @@ def test_a_failed_save_leaves_the_old_one(
 def test_a_model_without_an_adapter_has_nothing_to_save(load: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigValueError, match="no adapter to save"):
         load()[0].save_lora(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0, 0o644)])
+def test_an_adapter_is_as_open_as_the_umask_allows(
+    adapted: Any, tmp_path: Path, umask: int, mode: int
+) -> None:
+    model = adapted()
+    before = os.umask(umask)
+    try:
+        folder = model.save_lora(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
+from toolkit.base.errors import ConfigError, ConfigValueError, UnsupportedError
 from toolkit.policy.checkpoint import find_checkpoint
 from toolkit.policy.export import merge_adapter, stored_dtype, write_adapter
 from toolkit.policy.request import check_request
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(ConfigError, match="No space left"):
         _merge(tiny, folder, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -77,6 +77,9 @@ def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, 
         ({"r": 2.5}, "must be an integer"),
         ({"megatron_core": "os.path"}, "sets megatron_core, which is not supported"),
         ({"alora_invocation_tokens": [1]}, "sets alora_invocation_tokens"),
+        ({"target_modules": ".*"}, "no adapter can be put on that"),
+        ({"target_modules": "([a-z._0-9]+)+!"}, "a repetition inside a repetition"),
+        ({"rank_pattern": {"([a-z._0-9]+)+!": 4}}, "a repetition inside a repetition"),
     ],
 )
 def test_configs_that_do_not_fit_are_named(

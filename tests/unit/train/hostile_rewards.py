@@ -238,8 +238,22 @@ def says_pid(completions, **kwargs):
     return [float(os.getpid())] * len(completions)
 
 
-def starts_a_process_and_hangs(completions, **kwargs):
+def starts_a_process(completions, **kwargs):
     started = subprocess.Popen(["sleep", "60"])
     for pid in (os.getpid(), started.pid):
         open(f"{completions[0]}/pid-{pid}", "w").close()
+    return [1.0] * len(completions)
+
+
+def starts_a_process_and_hangs(completions, **kwargs):
+    starts_a_process(completions)
     _catch()
+
+
+class Spoofs(Exception):
+    def __str__(self):
+        return "\x1b[2J\ud800\u202e\nerror: another"
+
+
+def spoofs(completions, **kwargs):
+    return _each(completions, lambda: _raise(Spoofs()))

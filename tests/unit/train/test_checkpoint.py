@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -133,3 +134,35 @@ def test_what_resume_chooses(tmp_path):
     with pytest.raises(ConfigError, match="no checkpoint here is sound") as refused:
         branch.choose(tmp_path, "auto")
     assert "a.json is missing" in refused.value.message
+
+
+def test_what_is_no_file_of_its_own_is_never_waited_for_or_followed(tmp_path):
+    folder = write(tmp_path / "run", 10)
+    outside = tmp_path / "outside"
+    (folder / "a.json").rename(outside)
+    (folder / "a.json").symlink_to(outside)
+    assert checkpoint.faults(folder) == ["a.json is a link, and was written as a file"]
+    (folder / "a.json").unlink()
+    os.mkfifo(folder / "a.json")
+    assert checkpoint.faults(folder) == ["a.json is missing"]
+    (folder / checkpoint.CHECKSUMS).unlink()
+    os.mkfifo(folder / checkpoint.CHECKSUMS)
+    assert "is a pipe" in checkpoint.faults(folder)[0]
+    os.mkfifo(tmp_path / "run" / branch.RECORD)
+    assert branch.latest(tmp_path / "run")[0] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        '{"format": 1, "files": {"a.json": 3}}',
+        '{"format": 1, "files": {"a\\u0000": {}}}',
+    ],
+)
+def test_checksums_of_any_content_are_judged(tmp_path, text):
+    folder = write(tmp_path, 10)
+    if text.startswith("{"):
+        text = checkpoint._canonical(json.loads(text)["files"])
+    (folder / checkpoint.CHECKSUMS).write_text(text)
+    assert checkpoint.faults(folder)

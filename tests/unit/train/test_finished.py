@@ -49,6 +49,15 @@ def test_else_the_latest_sound_checkpoint(tmp_path: Path) -> None:
         open_run(run, step=100)
 
 
+def test_a_folder_cannot_allow_code_of_its_own_model(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", trust_remote_code=True)
+    _checkpoint(run, 3)
+    with pytest.raises(ConfigValueError, match="runs code that comes with some/model") as refused:
+        open_run(run)
+    assert "--trust-remote-code" in str(refused.value.fix)
+    assert open_run(run, trust_remote_code=True).checkpoint == run / "checkpoint-3"
+
+
 def test_folders_with_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no run folder: config\.json is missing"):
         open_run(tmp_path)

@@ -79,6 +79,6 @@ def test_packs_give_the_gradient_and_the_metrics_of_a_padded_batch(tmp_path, cas
         assert own.keys() >= other.keys()
         for name, value in other.items():
             # Rows without an advantage are not computed: entropy is that of the others.
-            near = 5e-3 if name == "entropy" else 1e-5
+            near = 1e-2 if name == "entropy" else 1e-5
             if not any(clock in name for clock in CLOCKS):
                 assert own[name] == pytest.approx(value, rel=near, abs=1e-6), name

@@ -45,3 +45,10 @@ def test_what_is_taken(tmp_path: Path, returned: Any) -> None:
     )
     assert [scores[0], scores[1], scores[3]] == [1.0, 1.0, 0.5]
     assert logged == {}
+
+
+def test_half_of_a_character_is_written_as_its_number() -> None:
+    from toolkit.train.rewards.logged import shortened
+
+    assert shortened("a\ud800") == "a\\ud800"
+    assert shortened("\ud800" * 20_000).isascii()

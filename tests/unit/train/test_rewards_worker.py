@@ -97,6 +97,7 @@ RAISES_OR_RETURNS = [
         "returned a BadFloat that cannot be read as a number: RuntimeError: no float",
     ),
     ("bad_length", "returned a Sized, not a list of rewards"),
+    ("spoofs", "raised Spoofs: [U+001B][2J[U+D800][U+202E]\\\\nerror: another"),
     ("bad_message", "raised BadMessage: (its __str__ raises)"),
 ]
 IN_THE_WORKER = [
@@ -281,6 +282,24 @@ def test_nothing_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
         assert run.stdout.readline() == "ready\n"
         left = [int(path.name.partition("-")[2]) for path in tmp_path.glob("pid-*")]
         assert all(_lives(pid) for pid in left)
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 20
+        while any(_lives(pid) for pid in left) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(_lives(pid) for pid in left)
+
+
+def test_nothing_is_left_when_a_run_between_two_calls_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE.read_text())
+    text = RUN.replace("starts_a_process_and_hangs", "starts_a_process")
+    command = [sys.executable, "-c", text, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # the call has returned
+        left = [int(path.name.partition("-")[2]) for path in tmp_path.glob("pid-*")]
+        assert len(left) == 2
         run.kill()
         run.wait()
         deadline = time.monotonic() + 20

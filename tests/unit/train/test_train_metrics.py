@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 
 import pytest
 
+from toolkit.base.errors import ConfigError
 from toolkit.train.metrics import LOGS, Journal, plain, row_of
 from toolkit.train.progress import Progress, step_line
 
@@ -78,6 +80,30 @@ def test_a_run_that_begins_again_begins_empty(tmp_path):
         (tmp_path / name).write_text("old\n")
     Journal(tmp_path).close()
     assert all((tmp_path / name).read_bytes() == b"" for name in LOGS)
+
+
+def test_a_log_is_a_file_of_its_own(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for make in (lambda p: p.symlink_to(victim), os.mkfifo, os.mkdir):
+        run_dir = tmp_path / f"run-{make.__name__}"
+        run_dir.mkdir()
+        make(run_dir / "metrics.jsonl")
+        with pytest.raises(ConfigError, match="is no regular file"):
+            Journal(run_dir)
+    assert victim.read_text() == "precious"
+
+
+def test_what_somebody_else_does_to_a_log_is_seen(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write("metrics.jsonl", {"step \ud800": 1})
+    assert journal.missing() == []
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step ?": 1}\n'
+    with (tmp_path / "metrics.jsonl").open("a") as other:
+        other.write("{}\n")
+    os.truncate(tmp_path / "timings.jsonl", 0)
+    assert journal.missing() == ["metrics.jsonl"]
+    journal.close()
 
 
 def test_a_plain_stream_gets_whole_lines_of_one_width():

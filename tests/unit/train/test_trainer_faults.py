@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from trainer_helpers import make_trainer
 
 from toolkit.base.errors import ConfigError, NodeError
+from toolkit.base.paths import write_file
 from toolkit.train import faults
 from toolkit.train.trainer import GRPOTrainer
 
@@ -168,3 +169,12 @@ def test_known_faults_have_an_exit_code_and_a_fix(error, kind, code):
 def test_a_defect_is_not_dressed_up():
     assert faults.translate(KeyError("x"), "here") is None
     assert faults.translate(RuntimeError("shapes do not match"), "here") is None
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_named(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(IsADirectoryError) as raised:
+        write_file(tmp_path / "x", "text")
+    told = faults.translate(raised.value, "here")
+    assert isinstance(told, ConfigError)
+    assert told.where == str(tmp_path / "x")

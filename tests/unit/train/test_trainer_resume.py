@@ -11,7 +11,7 @@ import pytest
 import torch
 from trainer_helpers import ROWS, adapter_digest, history, make_trainer
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, InputError
 from toolkit.train import checkpoint, resume, state
 
 CASES = {
@@ -67,6 +67,62 @@ def test_a_torn_checkpoint_that_was_named_is_refused(tmp_path):
     (tmp_path / "checkpoint-2" / "rank-0.json").unlink()
     with pytest.raises(ConfigError, match=r"rank-0.json is missing"):
         make_trainer(tmp_path).train(str(tmp_path / "checkpoint-2"))
+
+
+def forge(folder, name, change):
+    """Alter a JSON file of a checkpoint as its writer would have: checksums are right after it."""
+    described = json.loads((folder / name).read_text())
+    (folder / name).write_text(change(described))
+    listed = checkpoint._canonical(checkpoint._digests(folder))
+    (folder / checkpoint.CHECKSUMS).write_text(listed)
+    assert checkpoint.faults(folder) == []
+
+
+def edited(**values):
+    return lambda described: json.dumps({**described, **values})
+
+
+def load_all(trainer, folder):
+    resume.check(trainer, folder)
+    resume.load_progress(trainer, folder)
+    resume.load_generators(trainer, folder)
+
+
+def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
+    sound, forged = tmp_path / "checkpoint-2", tmp_path / "forged"
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    cases = [
+        ("state.json", edited(world_size="1"), "world_size is missing, or is no int"),
+        ("state.json", lambda _: "[" * 200_000, "cannot be read as JSON"),
+        ("state.json", lambda _: "[]", "world_size is missing, or is no int"),
+        ("state.json", edited(counters={}), "the state in the checkpoint cannot be used: KeyErr"),
+        ("state.json", edited(optimizer={"tensor": "x"}), "cannot be used: KeyError"),
+        ("state.json", edited(scheduler={"value": 1}), "the state in the checkpoint cannot be"),
+        ("rank-0.json", lambda _: "{}", "the state in the checkpoint cannot be used"),
+        ("rank-0.json", edited(generators={"python": 1}), "the state in the checkpoint cannot be"),
+        ("trainer_state.json", edited(unknown=1), "cannot be used: TypeError"),
+        ("trainer_state.json", lambda _: "null", "cannot be used: TypeError"),
+    ]
+    trainer = make_trainer(tmp_path / "b")
+    trainer.create_optimizer_and_scheduler(6)
+    for name, change, words in cases:
+        shutil.rmtree(forged, ignore_errors=True)
+        shutil.copytree(sound, forged)
+        forge(forged, name, change)
+        with pytest.raises(InputError) as refused:
+            load_all(trainer, forged)
+        assert words in refused.value.message, (name, words)
+
+
+def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    counters = json.loads((folder / "state.json").read_text())["counters"]
+    forge(folder, "state.json", edited(counters={**counters, "keep_last": 1, "log": "x"}))
+    again = make_trainer(tmp_path / "b", max_steps=3)
+    again.train(str(folder))
+    assert again.keep_last is None
+    assert callable(again.log)
 
 
 @pytest.mark.parametrize(

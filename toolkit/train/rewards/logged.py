@@ -30,11 +30,18 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
-    """At most ``longest`` characters of ``text``, without secrets, and how many it has."""
+    """At most ``longest`` characters of ``text``, without secrets and halves of characters, and
+    how many it has.
+    """
     if len(text) <= longest:
-        return redact(text)
-    start = redact(text[: longest + _BEYOND])[:longest]
+        return _whole(redact(text))
+    start = _whole(redact(text[: longest + _BEYOND])[:longest])
     return f"{start}... ({len(text)} characters)"
+
+
+def _whole(text: str) -> str:
+    """``text`` with lone surrogates, which no file and no page can hold, as their numbers."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def saveable(value: Any) -> Any:
@@ -78,7 +85,10 @@ def number(value: Any) -> float:
     plain = value.item() if hasattr(value, "item") else value
     if not isinstance(plain, numbers.Real):
         raise TypeError(f"log_metric takes a number, not a {type(plain).__name__}")
-    return float(plain)
+    try:
+        return float(plain)
+    except OverflowError:
+        raise TypeError("log_metric takes a number that fits into a float") from None
 
 
 def _texts(value: Any) -> Any:

@@ -13,12 +13,14 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.units import plural
+from toolkit.base.visible import visible
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 _LARGEST = 3.4028234e38  # of a float32, which is what the trainer makes of a reward
 _LONGEST_MESSAGE = 1000
+_LONGEST_NAME = 200
 _LONGEST_TRACEBACK = 10_000
 
 
@@ -117,18 +119,23 @@ def raised(error: BaseException) -> Trouble:
 
 
 def message(error: BaseException) -> str:
-    """An exception's class and text, whatever its ``__str__`` does."""
+    """An exception's class and text in one line, whatever its ``__str__`` does."""
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - the exception's own code
         text = "(its __str__ raises)"
     if len(text) > _LONGEST_MESSAGE:
         text = f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"
-    return f"{_kind(error)}: {text}"
+    return f"{_kind(error)}: {_line(text)}"
 
 
 def _kind(value: Any) -> str:
-    return str(type.__getattribute__(type(value), "__name__"))
+    return _line(str(type.__getattribute__(type(value), "__name__"))[:_LONGEST_NAME])
+
+
+def _line(text: str) -> str:
+    """``text`` in one line, with nothing that a terminal would obey: it may hold a completion."""
+    return visible(text).replace("\n", "\\n")
 
 
 def _article(noun: str) -> str:
@@ -141,7 +148,7 @@ def short(value: Any) -> str:
         text = repr(value)
     except Exception as error:  # noqa: BLE001 - the value's own code
         return f"<{_kind(value)} whose __repr__ raises {_kind(error)}>"
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return _line(text if len(text) <= 200 else f"{text[:200]}...")
 
 
 def _close(returned: Any) -> None:

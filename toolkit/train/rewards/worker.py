@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from importlib.abc import MetaPathFinder
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 MOST_LOGGED = 10_000  # metrics and columns of one call
 LOOK_S = 0.5  # how often the one that waits looks whether the run is still there
+_LAST_LOOK_S = 0.02  # a process that is killed closes its pipes before its children see it gone
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -80,6 +82,10 @@ def _wait(working: int, run: int) -> NoReturn:
     while True:
         done, status = os.waitpid(working, os.WNOHANG)
         if done:
+            # Where the run was killed, nobody else ends what a reward has started.
+            time.sleep(_LAST_LOOK_S)
+            if os.getppid() != run:
+                os.killpg(0, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
         if os.getppid() != run:
@@ -171,7 +177,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):
         return shortened(value)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {shortened(str(key)): plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, list | tuple):

@@ -188,7 +188,9 @@ def _read(
 ) -> None:
     with suppress(wire.Broken):
         while (message := wire.receive(replies)) is not None:
-            reply = pending.pop(message.get("id"), None)
+            if not isinstance(message, dict):
+                break  # a reward has written to our pipe
+            reply = pending.pop(message.get("id", 0), None)
             if reply is not None:
                 reply.set_result(message)
     os.close(replies)
