@@ -5,6 +5,7 @@ fills the places that are left out.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from toolkit.train.packed_pass import Scope
 from toolkit.train.sampled_head import scoring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from toolkit.train.packing import Row
 
@@ -36,6 +37,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     """In how many the last micro-batch was cut."""
     _split: int = 1
     _scope: Scope = Scope()
+    _entropy: torch.Tensor | None = None
     _observed: dict[str, Any] | None = None
     _reported_padded: bool = False
 
@@ -196,18 +198,40 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         self, scores: tuple[torch.Tensor, torch.Tensor], inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What fills the rows that were left out: log-probabilities with which every ratio is 1,
-        and the mean entropy of the rows that were computed, so that the batch's mean is theirs.
+        and no entropy (``settle_entropy`` takes the mean over the rows that were computed).
         """
         logps, entropies = scores
         skipped = sorted(self._scope.skipped)
+        mask = loss_mask(inputs).clone() if inputs else None
+        if mask is None:
+            return scores
+        mask[skipped] = 0
+        if self._entropy is not None:
+            self._entropy += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
         if not skipped:
             return scores
-        mask = loss_mask(inputs).clone()
-        mask[skipped] = 0
-        mean = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
         neutral = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
         row_B1 = torch.zeros_like(mask[:, :1], dtype=torch.bool)
         row_B1[skipped] = True
         if neutral is not None:
             logps = torch.where(row_B1, torch.nan_to_num(neutral, nan=0.0), logps)
-        return logps, torch.where(row_B1, mean, entropies)
+        return logps, entropies
+
+    @contextmanager
+    def own_entropy(self) -> Iterator[None]:
+        """Around the loss of a micro-batch: the entropy that TRL notes becomes the mean over all
+        tokens that were computed, of all parts and ranks.
+        """
+        packs = self.padding_free and self._packed_refusal(self.model) is None
+        if not packs or self.aux_loss_enabled or not self.model.training:
+            yield
+            return
+        self._entropy = torch.zeros(2, device=self.accelerator.device)
+        try:
+            yield
+            total, count = self.accelerator.reduce(self._entropy, reduction="sum").tolist()
+            noted = self._metrics["train"].get("entropy")
+            if noted and count:
+                noted[-1] = total / count
+        finally:
+            self._entropy = None

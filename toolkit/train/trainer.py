@@ -213,11 +213,13 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
     ) -> Any:
         """TRL's, in parts where the batch is cut: into packs, or after memory has run out."""
         loss = super().compute_loss
-        if self.model.training:
-            parts = self.row_parts(inputs)
+        if not self.model.training:
+            return loss(model, inputs, return_outputs, num_items_in_batch)
+        parts = self.row_parts(inputs)
+        with self.own_entropy():
             if len(parts) > 1:
                 return loss_in_parts(self, model, inputs, parts, lambda part: loss(model, part))
-        return loss(model, inputs, return_outputs, num_items_in_batch)
+            return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last seam before the optimizer steps: a step that is no number is dropped here."""
