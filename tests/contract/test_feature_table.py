@@ -14,7 +14,10 @@ def test_attention_functions_of_transformers() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ours = {*ATTENTIONS, *(f"paged|{name}" for name in ATTENTIONS if name != "flex_attention")}
-    assert {*ALL_ATTENTION_FUNCTIONS.keys(), "eager"} == ours
+    # vLLM and packed attention register theirs in a process that they have been in.
+    others = ("packed_", "vllm")
+    registered = {n for n in ALL_ATTENTION_FUNCTIONS if not n.startswith(others)}
+    assert {*registered, "eager"} == ours
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -99,8 +99,13 @@ class DefectError(ToolkitError):
 
 def first_line(error: BaseException, *, longest: int = 300) -> str:
     """What an error of another library says, in one line of at most ``longest`` characters; its
-    class's name where it says nothing (``MemoryError()``).
+    class's name where it says nothing (``MemoryError()``). pydantic's own messages, where it is
+    one of its errors: their text begins with a count.
     """
+    judged = getattr(error, "errors", None)
+    if callable(judged) and "validation error" in str(error):
+        said = "; ".join(str(one["msg"]).removeprefix("Value error, ") for one in judged())
+        return said[:longest]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:longest]
 

@@ -292,7 +292,7 @@ def attention_problem(
     kind = next((part for part in ("sdpa", "flash", "flex") if asked.startswith(part)), "eager")
     if supports.get(kind) is False:
         return Problem(
-            key, f"this model has no {name} attention", fixes=((key, None), (key, "eager"))
+            key, f"this model has no {asked} attention", fixes=((key, None), (key, "eager"))
         )
     return None
 

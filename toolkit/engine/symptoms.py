@@ -4,7 +4,7 @@ caught it.
 
 from __future__ import annotations
 
-from toolkit.base.errors import ConfigError, NodeError, ToolkitError
+from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
 from toolkit.base.symptoms.errors import AGAIN, explained
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
@@ -13,7 +13,7 @@ VALIDATION = "VLLMValidationError"
 
 
 START_AGAIN = (
-    "run `envcheck check` on this node; the same command, here or on another node, goes on from its"
+    "run `envcheck check` on this node; the same command, here or on another node, resumes from the"
     " last checkpoint (--debug shows the whole traceback)"
 )
 """What to do about a rollout that failed for no reason that is known."""
@@ -42,18 +42,9 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     if known := explained(problem, what, AGAIN if fix else ""):
         return known
     first = problem
-    told = f"{what}: {type(first).__name__}: {_first_line(first)}"
+    told = f"{what}: {type(first).__name__}: {first_line(first)}"
     kinds = type(first).__mro__
     if fix is None and (isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in kinds)):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     fix = fix or "run `envcheck check` on this node; --debug shows the whole traceback"
     return NodeError(told, where="vLLM", fix=fix)
-
-
-def _first_line(error: BaseException) -> str:
-    """What an exception says, in one line: pydantic's own messages, else the first line."""
-    errors = getattr(error, "errors", None)
-    if callable(errors) and "validation error" in str(error):
-        return "; ".join(str(one["msg"]).removeprefix("Value error, ") for one in errors())
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

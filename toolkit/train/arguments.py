@@ -83,7 +83,7 @@ def grpo_config(
     if uploads:
         forced["num_completions_to_print"] = 0
     try:
-        made = build(**{**defaults, **written, **forced})
+        return build(**{**defaults, **written, **forced})
     except (TypeError, ValueError) as problem:
         where = config.source or "grpo"
         known = config_fault(problem, written, where)
@@ -94,8 +94,6 @@ def grpo_config(
             where=where,
             fix="run `envcheck validate` on the run file",
         ) from problem
-    made.padding_free = config.runtime.padding_free
-    return made
 
 
 def _as_typed(name: str, value: Any) -> Any:

@@ -195,6 +195,7 @@ def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
     arguments = grpo_config(
         parts.config, parts.run_dir, GRPOConfig, has_eval=parts.data.eval is not None
     )
+    arguments.padding_free = config.runtime.padding_free
     trainer = GRPOTrainer(
         model=parts.model,
         reward_funcs=parts.rewards.functions,

@@ -209,6 +209,7 @@ def test_hostile_text_takes_no_time(hostile: str) -> None:
 
 
 def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> None:
+    factory = logging.getLogRecordFactory()
     secret = EXAMPLES["Hugging Face token"]
     log = logging.getLogger("elsewhere.deep")
     handler = logging.StreamHandler()
@@ -233,7 +234,7 @@ def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> Non
     assert "log [redacted: Hugging Face token]" in shown.err
     assert "ValueError: [redacted: Hugging Face token]" in shown.err
     assert "wrong" in shown.err
-    assert logging.getLogRecordFactory() is logging.LogRecord
+    assert logging.getLogRecordFactory() is factory
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

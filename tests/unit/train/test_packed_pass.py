@@ -50,12 +50,14 @@ CASES = {
 }
 
 
+SLOW = pytest.mark.slow
+LONG = ("an entropy bonus", "high-entropy tokens", "truncated completions are masked")
 GRADIENTS = {
     "optim": "sgd",
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "max_grad_norm": 1e9,
-    "max_steps": 3,
+    "max_steps": 2,
 }
 CLOCKS = ("time", "runtime", "per_second")
 
@@ -67,7 +69,11 @@ def trained(folder, kind, **grpo):
 
 @pytest.mark.parametrize(
     ("case", "engine"),
-    [(case, True) for case in CASES] + [(case, False) for case in ("grpo", "two iterations")],
+    [
+        *(pytest.param(case, True, marks=SLOW if case in LONG else ()) for case in CASES),
+        ("grpo", False),
+        pytest.param("two iterations", False, marks=SLOW),
+    ],
 )
 def test_packs_give_the_gradient_and_the_metrics_of_a_padded_batch(tmp_path, case, engine):
     packed, mine = trained(tmp_path / "a", GRPOTrainer, engine=engine, **CASES[case])

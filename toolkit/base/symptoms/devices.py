@@ -299,7 +299,7 @@ ENTRIES = (
         "look at the kernel's log (`envcheck check --only health` reads XIDs): a fatal XID means a "
         "bad "
         "node; without one run again with CUDA_LAUNCH_BLOCKING=1",
-        5,
+        3,
         "an illegal memory access was encountered",
         "CUDA error: unspecified launch failure",
         "CUDA error: misaligned address",
