@@ -209,7 +209,8 @@ def test_64_mb_of_shared_memory_are_told(store: Store, envcheck_image: str, tmp_
     """Docker's default stops a job over two cards; a job over one does not use it."""
     tmp_path.chmod(0o755)
     (tmp_path / "run.yaml").write_text(RUN_FILE)
-    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    rows = (f'{{"question": "1+{n}?", "answer": "{n + 1}"}}\n' for n in range(64))
+    (tmp_path / "train.jsonl").write_text("".join(rows))
     options = (
         *("--tmpfs", "/cache:rw,mode=1777", "--volume", f"{tmp_path}:/work:ro"),
         *with_driver(tmp_path, "580.65.06", 13000, 2),
