@@ -15,6 +15,7 @@ from toolkit.train import packing
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from toolkit.policy.packed_attention import PackedLayout
     from toolkit.train.packing import Row
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -109,8 +110,9 @@ def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
         wanted = mask[:, -width:].bool()
         theirs = padded(model, ids, mask, width)[0]
         alone = [row._replace(prompt=row.prompt[-1:]) for row in rows]
-        ours, without = (_logps(model, some, ids[:, -width:], wanted) for some in (rows, alone))
-        missing = _missing_windows(model, rows, ids[:, -width:], wanted)
+        without, _ = _logps(model, alone, ids[:, -width:], wanted)
+        ours, layout = _logps(model, rows, ids[:, -width:], wanted)
+        missing = _missing_windows(model, layout)
     except (TypeError, ValueError, RuntimeError, AttributeError) as problem:
         if is_out_of_memory(problem):
             raise
@@ -126,17 +128,19 @@ def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
 
 def _logps(
     model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, wanted_BT: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, PackedLayout]:
+    """Log-probabilities (B, T) by one pack, and its layout, which knows the windows asked for."""
     pack = packing.build_pack(rows, completions_BT, wanted_BT)
     assert pack is not None
     shape = (completions_BT.shape[0], completions_BT.shape[1])
-    return packing.scatter(packing.forward(model, pack).log_probs, pack, shape)
+    logps = packing.scatter(packing.forward(model, pack).log_probs, pack, shape)
+    return logps, pack.layout
 
 
-def _missing_windows(
-    model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, wanted_BT: torch.Tensor
-) -> str | None:
-    """A window that the attention function is not told of is one that only a mask would make."""
+def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
+    """Why packs lose a sliding window: a layer that makes it by its mask alone, and does not hand
+    it to the attention function.
+    """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds:
@@ -145,10 +149,7 @@ def _missing_windows(
         used = getattr(config, "use_sliding_window", True)
         window = getattr(config, "sliding_window", None)
         expected = config.num_hidden_layers if used and window is not None else 0
-    pack = packing.build_pack(rows, completions_BT, wanted_BT)
-    assert pack is not None
-    packing.forward(model, pack)
-    found = sum(window is not None for window in pack.layout.windows.values())
+    found = sum(window is not None for window in layout.windows.values())
     if found >= expected:
         return None
     return f"{expected - found} layers with a sliding window do not tell their attention function"

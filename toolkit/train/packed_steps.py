@@ -198,13 +198,13 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         self, scores: tuple[torch.Tensor, torch.Tensor], inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What fills the rows that were left out: log-probabilities with which every ratio is 1,
-        and no entropy (``settle_entropy`` takes the mean over the rows that were computed).
+        and no entropy (``own_entropy`` takes the mean over the rows that were computed).
         """
+        if not inputs:  # no loss is under way: old or reference log-probabilities
+            return scores
         logps, entropies = scores
         skipped = sorted(self._scope.skipped)
-        mask = loss_mask(inputs).clone() if inputs else None
-        if mask is None:
-            return scores
+        mask = loss_mask(inputs).clone()
         mask[skipped] = 0
         if self._entropy is not None:
             self._entropy += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
