@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - on first use, so that the light floor stays light
 
-    from toolkit.train.quiet import ignore_false_alarms  # noqa: PLC0415 - the same
+    from toolkit.train.logging_setup import ignore_false_alarms  # noqa: PLC0415 - the same
 
     ignore_false_alarms()
     return getattr(import_module(_LAZY[name]), name)

@@ -21,11 +21,11 @@ from typing import Any
 
 
 def main() -> None:
-    from toolkit.train.quiet import prepare_environment
+    from toolkit.train.logging_setup import prepare_environment
 
     prepare_environment()
     import toolkit.train.run  # noqa: F401 - what the children share
-    from toolkit.engine.load import prepare_environment as prepare_engine
+    from toolkit.engine.open_engine import prepare_environment as prepare_engine
     from toolkit.train import report  # noqa: F401
 
     if len(sys.argv) > 1:

@@ -39,9 +39,9 @@ def start(run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=
     def rank(number: int):
         def begin() -> None:
             os.environ.update(environment(number, size, port))
-            from toolkit.train import ranks
+            from toolkit.train import process_control
 
-            ranks.ANSWER_S = 1.0
+            process_control.ANSWER_S = 1.0
             record_logs(run_dir.with_name(f"{run_dir.name}-{number}.jsonl"))
             if before is not None:
                 before(number)
@@ -69,7 +69,7 @@ def record_logs(path: Path) -> None:
     """Have this process write what its trainer logs, and at the end the sum of its adapter."""
     from transformers import Trainer
 
-    from toolkit.train.state import trainable
+    from toolkit.train.checkpointing.state_files import trainable
 
     log, train = Trainer.log, Trainer.train
 

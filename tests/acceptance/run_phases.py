@@ -33,7 +33,9 @@ PHASES = (
 
 def places() -> dict[str, tuple[object, str]]:
     """The function that is each phase: (where it is looked up, its name)."""
-    from toolkit.train import metrics, resume, run
+    from toolkit.train import run
+    from toolkit.train.checkpointing import trainer_state
+    from toolkit.train.report import metrics_log
     from toolkit.train.trainer import GRPOTrainer
 
     return {
@@ -42,9 +44,9 @@ def places() -> dict[str, tuple[object, str]]:
         "reward": (GRPOTrainer, "_calculate_rewards"),
         "training step": (GRPOTrainer, "_compute_loss"),
         "update": (GRPOTrainer, "_get_grad_norm"),
-        "rows": (metrics.Recorder, "on_log"),
+        "rows": (metrics_log.Recorder, "on_log"),
         "evaluation": (GRPOTrainer, "_evaluate"),
-        "checkpoint": (resume, "save"),
+        "checkpoint": (trainer_state, "save"),
         "held out": (run, "_evaluate"),
         "end": (run, "finish"),
     }

@@ -30,7 +30,7 @@ from spoiled_world import (
     without_override,
 )
 
-from toolkit.train import checkpoint
+from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

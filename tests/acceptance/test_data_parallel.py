@@ -14,7 +14,7 @@ import pytest
 import rank_world as ranks
 import train_world as world
 
-from toolkit.train import checkpoint
+from toolkit.train.checkpointing import checkpoint
 
 SLOW = ('reward.functions=[{name: "slow_rewards:ones"}]', "runtime.allow_code=[slow_rewards]")
 HALF = ("grpo.per_device_train_batch_size=4",)

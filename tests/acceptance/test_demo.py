@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 import train_world as world
 
-from toolkit.engine.base import vllm_available
+from toolkit.engine.rollout_engine import vllm_available
 
 LAST = re.compile(r"exact match (\d\.\d\d) -> (\d\.\d\d) on 500 held-out problems, (\d+) s")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from spoiled_world import Ended, call, make_model, make_world, serve
 
-from toolkit.train import checkpoint
+from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from spoiled_world import Ended, make_model, make_world, serve
 
-from toolkit.train.resume import ADAPTER
+from toolkit.train.checkpointing.trainer_state import ADAPTER
 
 if TYPE_CHECKING:
     from pathlib import Path

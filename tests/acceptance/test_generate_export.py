@@ -72,8 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_llama import make_tiny
 
     from toolkit.policy.language_model import FastLanguageModel
-    from toolkit.train import checkpoint, resume
-    from toolkit.train.state import trainable
+    from toolkit.train.checkpointing import checkpoint, trainer_state
+    from toolkit.train.checkpointing.state_files import trainable
 
     folder = tmp_path_factory.mktemp("world")
     run = folder / "run"
@@ -93,7 +93,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw()
     part = checkpoint.begin(run, 7)
     save_file(
-        {name: p.detach().clone() for name, p in trainable(model).items()}, part / resume.ADAPTER
+        {name: p.detach().clone() for name, p in trainable(model).items()},
+        part / trainer_state.ADAPTER,
     )
     checkpoint.commit(part, 7)
     draw()

@@ -19,7 +19,7 @@ import pytest
 import run_phases as phases
 import train_world as world
 
-from toolkit.train import checkpoint
+from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ import pytest
 import run_phases as phases
 import train_world as world
 
-from toolkit.train import checkpoint
+from toolkit.train.checkpointing import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def slow(phase: str):
     """Make a phase of the run slow enough to be hit, from the second step on."""
 
     def install():
-        from toolkit.train import metrics, resumable, signals
+        from toolkit.train.checkpointing import stop_signals
         from toolkit.train.trainer import GRPOTrainer
 
-        signals.GRACE_S = 0.3
+        stop_signals.GRACE_S = 0.3
 
         def wrap(owner, name):
             original = getattr(owner, name)
@@ -56,7 +56,6 @@ def slow(phase: str):
             wrap(GRPOTrainer, "_calculate_rewards")
         elif phase == "training step":
             wrap(GRPOTrainer, "_compute_loss")
-        del metrics, resumable
 
     return install
 
@@ -104,9 +103,9 @@ def test_a_second_interrupt_stops_at_once(undisturbed, tmp_path):
 
     def stubborn():
         slow("rollout")()
-        from toolkit.train import signals
+        from toolkit.train.checkpointing import stop_signals
 
-        signals.GRACE_S = 60
+        stop_signals.GRACE_S = 60
 
     pid = world.forked(run_file, out, override, before=stubborn)
     world.wait_for(lambda: out.exists() and "in rollout" in out.read_text())
@@ -143,9 +142,9 @@ def slow_outside_of_steps(phase: str):
     """Make a phase that is no part of a step last: evaluation where it samples, the rest before."""
 
     def install():
-        from toolkit.train import signals
+        from toolkit.train.checkpointing import stop_signals
 
-        signals.GRACE_S = 0.3
+        stop_signals.GRACE_S = 0.3
 
         def around(said, call):
             if said != phase:
@@ -160,10 +159,10 @@ def slow_outside_of_steps(phase: str):
         phases.wrap(name, around)
 
     def install_evaluation():
-        from toolkit.train import signals
+        from toolkit.train.checkpointing import stop_signals
         from toolkit.train.trainer import GRPOTrainer
 
-        signals.GRACE_S = 0.3
+        stop_signals.GRACE_S = 0.3
         original = GRPOTrainer._generate_single_turn
 
         def slowly(trainer, *args, **kwargs):

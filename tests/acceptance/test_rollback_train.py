@@ -9,7 +9,7 @@ import signal
 import pytest
 import train_world as world
 
-from toolkit.train import branch, checkpoint
+from toolkit.train.checkpointing import branch, checkpoint
 
 CHANGED = ("grpo.temperature=0.7", "runtime.allow_changed=[grpo.temperature]")
 
@@ -36,16 +36,16 @@ def stop_at(step):
     """Have the run get SIGTERM once it has written the row of ``step``."""
 
     def install():
-        from toolkit.train import metrics
+        from toolkit.train.report import metrics_log
 
-        write = metrics.Recorder.on_log
+        write = metrics_log.Recorder.on_log
 
         def written(self, args, state, *rest, **more):
             write(self, args, state, *rest, **more)
             if state.global_step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        metrics.Recorder.on_log = written
+        metrics_log.Recorder.on_log = written
 
     return install
 

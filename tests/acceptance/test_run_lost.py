@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import train_world as world
 
-from toolkit.train import branch, checkpoint
+from toolkit.train.checkpointing import branch, checkpoint
 
 SLOW = """\
 import time
@@ -53,16 +53,16 @@ def at_step(step, act):
     """Have the run call ``act`` when it has the row of ``step``, before it writes it."""
 
     def install():
-        from toolkit.train import metrics
+        from toolkit.train.report import metrics_log
 
-        write = metrics.Recorder.on_log
+        write = metrics_log.Recorder.on_log
 
         def written(self, args, state, *rest, **more):
             write(self, args, state, *rest, **more)
             if state.global_step == step:
                 act()
 
-        metrics.Recorder.on_log = written
+        metrics_log.Recorder.on_log = written
 
     return install
 
@@ -148,7 +148,7 @@ def test_a_folder_that_goes_after_the_last_step_is_no_success(run_file, tmp_path
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
 
     def install():
-        from toolkit.train.resumable import Resumable
+        from toolkit.train.checkpointing.resumable_trainer import Resumable
 
         saved = Resumable.save_snapshot
 
@@ -297,7 +297,7 @@ def test_nohup_keeps_a_run_that_its_terminal_left(run_file, expected, tmp_path):
 
 
 def slow_checkpoint():
-    from toolkit.train import checkpoint
+    from toolkit.train.checkpointing import checkpoint
 
     commit = checkpoint.commit
 

@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from toolkit.cli.validate import validate
-from toolkit.config.moves import schema_of
+from toolkit.config.key_moves import schema_of
 from toolkit.config.rules import all_rules
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

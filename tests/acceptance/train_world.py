@@ -147,8 +147,8 @@ def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
 
     from toolkit.base.errors import ToolkitError
     from toolkit.config import load_run
-    from toolkit.train.parts import Options
     from toolkit.train.run import run
+    from toolkit.train.run_context import Options
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

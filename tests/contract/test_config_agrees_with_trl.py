@@ -21,7 +21,7 @@ from toolkit.config.validate import validate
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 pytestmark = pytest.mark.contract
 GRPO: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def build(config: RunConfig, folder: Path) -> None:
     """TRL's config as training makes it."""
     import trl
 
-    from toolkit.train.arguments import grpo_config
+    from toolkit.train.trl_arguments import grpo_config
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ from toolkit.config.reward_table import BUILTIN_OPTIONS
 from toolkit.config.rules.keys import FORCED
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 pytestmark = pytest.mark.contract
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_the_reward_table_is_what_training_has() -> None:
 
 def test_what_the_trainer_sets_itself_is_told(tmp_path: Path) -> None:
     """A grpo key that the trainer would overrule has a finding: refused, or without effect."""
-    from toolkit.train.arguments import grpo_config
+    from toolkit.train.trl_arguments import grpo_config
 
     run_file = tmp_path / "run.json"
     model = {"model_name": "nobody/nothing"}

@@ -1,4 +1,4 @@
-"""config/upstream records what the installed transformers, accelerate and torch take."""
+"""config/trl_names records what the installed transformers, accelerate and torch take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from toolkit.config.libraries import package_folder
-from toolkit.config.upstream import (
+from toolkit.config.trl_names import (
     ACCELERATOR,
     BATCHING,
     CACHES,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.config.features import ATTENTIONS, CPU_HEAD_SIZES, MULTIMODAL, NO_FLOAT16
 from toolkit.config.libraries import model_type
+from toolkit.config.supported_features import ATTENTIONS, CPU_HEAD_SIZES, MULTIMODAL, NO_FLOAT16
 
 pytestmark = pytest.mark.contract
 

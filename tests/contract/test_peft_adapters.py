@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from toolkit.policy.settings import INITS, LoraSettings
+from toolkit.policy.lora_settings import INITS, LoraSettings
 
 pytestmark = pytest.mark.contract
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from toolkit.config.model import SEVEN_PROJECTIONS
+from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.sizing.activations import activation_bytes
-from toolkit.sizing.lora import Layout, adapter_parameters
+from toolkit.sizing.lora_bytes import Layout, adapter_parameters
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.trainer import StepPlan
+from toolkit.sizing.trainer_bytes import StepPlan
 from toolkit.sizing.workload import Workload
 
 pytestmark = pytest.mark.contract

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.config.model import SEVEN_PROJECTIONS
-from toolkit.sizing import lora
+from toolkit.config.run_config import SEVEN_PROJECTIONS
+from toolkit.sizing import lora_bytes
 from toolkit.sizing.spec import spec_from_values
 
 pytestmark = pytest.mark.contract
@@ -34,7 +34,7 @@ def test_adapter_parameters_are_pefts(name, targets):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     asked = wanted if isinstance(wanted, str) else list(wanted)
-    predicted = lora.adapter_parameters(spec_from_values(values, name=name), 8, wanted)
+    predicted = lora_bytes.adapter_parameters(spec_from_values(values, name=name), 8, wanted)
     settings = LoraConfig(r=8, target_modules=asked, task_type="CAUSAL_LM")
     if predicted == 0:  # names that the model has not (Phi-3 has fused projections)
         with pytest.raises(ValueError, match="not found in the base model"):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.config.targets import SLOTS
-from toolkit.sizing import kv, lora
+from toolkit.config.lora_targets import SLOTS
+from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.weights import weight_bytes
+from toolkit.sizing.weight_bytes import weight_bytes
 
 pytestmark = [pytest.mark.contract, pytest.mark.engine]
 TINY = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "tiny.json").read_text())
@@ -107,7 +107,7 @@ def test_kv_cache_is_the_engines(built):
     attending = [spec for spec in specs if type(spec).__name__ != "MambaSpec"]
     spec = spec_from_values(_values(name), name=name)
     token = sum(each.page_size_bytes / each.block_size for each in attending)
-    assert kv.bytes_per_token(spec, WIDTH) == token
+    assert kv_bytes.bytes_per_token(spec, WIDTH) == token
     (block,) = {each.block_size for each in attending}
     if len(attending) == len(specs):
         named = {layer: each.get_kv_cache_spec(config) for layer, each in layers.items()}
@@ -115,7 +115,9 @@ def test_kv_cache_is_the_engines(built):
         sequence = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
     else:  # states and pages have sizes of their own until an engine has aligned them
         sequence = sum(each.max_memory_usage_bytes(config) for each in specs)
-    computed = kv.sequence_bytes(spec, LENGTH, WIDTH, block_tokens=block, batched_tokens=LENGTH)
+    computed = kv_bytes.sequence_bytes(
+        spec, LENGTH, WIDTH, block_tokens=block, batched_tokens=LENGTH
+    )
     assert computed == sequence
 
 
@@ -163,7 +165,7 @@ def test_lora_buffers_are_the_engines(built, monkeypatch):
         ),
     )
     for rank in RANKS:
-        assert lora.engine_elements(plain, rank, 1) * WIDTH == _slots(built, rank, None)
+        assert lora_bytes.engine_elements(plain, rank, 1) * WIDTH == _slots(built, rank, None)
 
 
 @ALL
@@ -173,7 +175,7 @@ def test_slots_on_the_projections_are_the_engines(built):
     spec = spec_from_values(_values(name), name=name)
     for rank in RANKS:
         found = _slots(built, rank, SLOTS)
-        assert lora.engine_elements(spec, rank, 1, SLOTS) * WIDTH == found
+        assert lora_bytes.engine_elements(spec, rank, 1, SLOTS) * WIDTH == found
 
 
 @pytest.mark.parametrize("built", ["deepseek_v3"], indirect=True)
@@ -182,7 +184,7 @@ def test_slots_of_latent_attention_are_the_engines(built, target):
     """One name of a fused layer gives slots to the whole of it."""
     name, _, _ = built
     spec = spec_from_values(_values(name), name=name)
-    assert lora.engine_elements(spec, 8, 1, [target]) * WIDTH == _slots(built, 8, [target])
+    assert lora_bytes.engine_elements(spec, 8, 1, [target]) * WIDTH == _slots(built, 8, [target])
 
 
 def _slots(built, rank, modules):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from toolkit.config.ranks import LEGAL_RANKS
-from toolkit.sizing.batch import TRL_DEFAULTS
-from toolkit.sizing.trainer import HEAD_COLUMNS, HEAD_TOKENS
-from toolkit.sizing.weights import VOCABULARY_PADDING
+from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.sizing.micro_batch import TRL_DEFAULTS
+from toolkit.sizing.trainer_bytes import HEAD_COLUMNS, HEAD_TOKENS
+from toolkit.sizing.weight_bytes import VOCABULARY_PADDING
 
 pytestmark = pytest.mark.contract
 

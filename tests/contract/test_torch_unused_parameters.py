@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from toolkit.train.faults import translate
+from toolkit.train.step.step_errors import translate
 
 pytestmark = pytest.mark.contract
 

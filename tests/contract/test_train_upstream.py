@@ -1,4 +1,4 @@
-"""The files and functions that train/upstream names are there, where the package is installed."""
+"""The files and functions that train/upstream_errors names exist in the installed packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from toolkit.config.libraries import package_folder
 from toolkit.config.schemas import find_schema
-from toolkit.train.upstream import PHASES
+from toolkit.train.upstream_errors import PHASES
 
 pytestmark = pytest.mark.contract
 PLACES = sorted({place for phase in PHASES for place in phase.places})

@@ -1,4 +1,4 @@
-"""The seam of transformers that draws of a row's own seed go through (engine/draws)."""
+"""The seam of transformers that draws of a row's own seed go through (engine/hf_sampling)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import pytest
 from transformers import GenerationMixin
 
-from toolkit.engine.draws import RowDraws
+from toolkit.engine.hf_sampling import RowDraws
 
 pytestmark = pytest.mark.contract
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from toolkit.config.targets import default_targets, has_experts
+from toolkit.config.lora_targets import default_targets, has_experts
 
 pytestmark = pytest.mark.contract
 

@@ -56,7 +56,7 @@ def test_enabling_twice_adds_a_second_hook_so_we_take_the_first_away(model: Any)
     assert len(embeddings._forward_hooks) == 3
     model.disable_input_require_grads()
     assert len(embeddings._forward_hooks) == 2
-    from toolkit.policy.checkpointing import apply_checkpointing
+    from toolkit.policy.gradient_checkpointing import apply_checkpointing
 
     other = type(model)(model.config)
     apply_checkpointing(other, True, max_seq_length=8)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from toolkit.train import kept_set, sampled_head
-from toolkit.train.sampled_head import scoring
+from toolkit.train.step import kept_set, sampled_head
+from toolkit.train.step.sampled_head import scoring
 
 pytestmark = pytest.mark.contract
 

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 
 from toolkit.config.reward_table import PASSED_BY_TRL
-from toolkit.train.rewards.policy import Policy, guard, is_async
+from toolkit.train.rewards.error_policy import Policy, guard, is_async
 
 pytestmark = pytest.mark.contract
 SOURCE = inspect.getsource(GRPOTrainer._calculate_rewards)

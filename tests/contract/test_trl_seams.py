@@ -15,7 +15,7 @@ from transformers import Trainer
 from trl import GRPOConfig
 from trl import GRPOTrainer as Upstream
 
-from toolkit.train import correction
+from toolkit.train.step import importance_sampling
 from toolkit.train.trainer import GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "train"))
@@ -84,7 +84,7 @@ def distinct(completions, **_):
 
 def run(folder, monkeypatch, *, redundant: bool, **grpo):
     if not redundant:
-        monkeypatch.setattr(correction, "old_logps_are_redundant", lambda _: False)
+        monkeypatch.setattr(importance_sampling, "old_logps_are_redundant", lambda _: False)
     trainer = make_trainer(folder, engine=True, rewards=distinct, max_steps=3, **grpo)
     forwards = []
     original = GRPOTrainer.scores
@@ -128,7 +128,7 @@ def test_leaving_the_extra_forward_out_changes_nothing(tmp_path, monkeypatch, mo
 
 def test_it_is_left_out_exactly_when_it_is_redundant(tmp_path):
     def asked(lora=None, **grpo):
-        return correction.old_logps_are_redundant(
+        return importance_sampling.old_logps_are_redundant(
             make_trainer(tmp_path, engine=True, lora=lora, **grpo)
         )
 
@@ -215,7 +215,7 @@ def test_use_vllm_in_the_arguments_is_served_by_the_engine_on_the_model(tmp_path
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
     )
-    assert type(trainer.vllm_generation).__module__ == "toolkit.train.sampling"
+    assert type(trainer.vllm_generation).__module__ == "toolkit.train.rollout.sampler"
     assert trainer.args.use_vllm
     assert trainer.args.generation_kwargs == {"typical_p": 0.9}
     assert trainer.vllm_generation.sampling(1).extra == {"typical_p": 0.9}

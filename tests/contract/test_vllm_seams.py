@@ -166,7 +166,7 @@ SEAMS = [
         "UnquantizedMoeBackend.TRITON",
         "experts",
     ),
-    ("config/model.py", "ModelConfig.sleep_mode_backend", "sleep.KvSleep"),
+    ("config/run_config.py", "ModelConfig.sleep_mode_backend", "sleep.KvSleep"),
     ("config/kernel.py", "KernelConfig.moe_backend", "start"),
     ("engine/arg_utils.py", "EngineArgs.lora_target_modules", "options"),
     ("engine/arg_utils.py", "EngineArgs.kv_cache_memory_bytes", "options"),

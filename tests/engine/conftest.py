@@ -8,14 +8,14 @@ import engine_checkpoints
 import pytest
 import torch
 
-from toolkit.engine.load import open_engine
-from toolkit.engine.options import EngineOptions
+from toolkit.engine.engine_options import EngineOptions
+from toolkit.engine.open_engine import open_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from toolkit.engine.live import Engine
+    from toolkit.engine.engine import Engine
 
 SMALL: dict[str, Any] = {
     "max_model_len": 128,

@@ -12,8 +12,8 @@ import torch
 
 from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, UnsupportedError
 from toolkit.policy.language_model import FastLanguageModel
-from toolkit.policy.loading import load
-from toolkit.policy.request import check_request
+from toolkit.policy.load_request import check_request
+from toolkit.policy.model_loading import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,7 +126,7 @@ def test_engine_arguments_that_we_hand_on_are_vllms() -> None:
 
     from vllm.engine.arg_utils import EngineArgs
 
-    from toolkit.policy.arguments import ENGINE_EXTRA
+    from toolkit.policy.load_arguments import ENGINE_EXTRA
 
     assert set(ENGINE_EXTRA) <= {item.name for item in fields(EngineArgs)}
 

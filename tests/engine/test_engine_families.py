@@ -15,10 +15,10 @@ from conftest import options
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from toolkit.engine.load import open_engine
-from toolkit.engine.rollout import Sampling
+from toolkit.engine.open_engine import open_engine
+from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.fingerprint import of_weights
-from toolkit.policy.views import shared_model
+from toolkit.policy.shared_weights import shared_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from toolkit.engine.live import Engine
+    from toolkit.engine.engine import Engine
 
 pytestmark = pytest.mark.engine
 

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.config.targets import SLOTS
-from toolkit.engine.load import open_engine
-from toolkit.engine.rollout import Sampling
+from toolkit.config.lora_targets import SLOTS
+from toolkit.engine.open_engine import open_engine
+from toolkit.engine.rollout_request import Sampling
 
 if TYPE_CHECKING:
     from pathlib import Path

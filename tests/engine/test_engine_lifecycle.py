@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
 from toolkit.base.own_memory import mapped_files
-from toolkit.engine.load import open_engine
-from toolkit.engine.rollout import Sampling
-from toolkit.policy.views import shared_model
+from toolkit.engine.open_engine import open_engine
+from toolkit.engine.rollout_request import Sampling
+from toolkit.policy.shared_weights import shared_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from toolkit.engine.live import Engine
+    from toolkit.engine.engine import Engine
 
 pytestmark = pytest.mark.engine
 

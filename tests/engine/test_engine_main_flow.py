@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
 from toolkit.policy.fingerprint import of_checkpoint
-from toolkit.train.finished import complete, export_run, open_run
+from toolkit.train.checkpointing.trained_run import complete, export_run, open_run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
 from train_world import toolkit

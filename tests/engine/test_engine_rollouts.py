@@ -13,11 +13,11 @@ from trl.generation.vllm_generation import extract_logprobs
 from vllm import SamplingParams
 
 from toolkit.base.errors import ConfigError, ConfigValueError, NodeError, UnsupportedError
-from toolkit.engine.base import RolloutEngine
-from toolkit.engine.generate import collect
-from toolkit.engine.rollout import Sampling, derive_seed
-from toolkit.engine.seams import drop_requests
-from toolkit.policy.views import shared_model
+from toolkit.engine.rollout_engine import RolloutEngine
+from toolkit.engine.rollout_request import Sampling, derive_seed
+from toolkit.engine.token_generation import collect
+from toolkit.engine.vllm_internals import drop_requests
+from toolkit.policy.shared_weights import shared_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
-    from toolkit.engine.live import Engine
+    from toolkit.engine.engine import Engine
 
 pytestmark = pytest.mark.engine
 
@@ -90,7 +90,7 @@ def test_layout_is_trls(llama: Engine) -> None:
 def test_logprobs_are_those_trl_would_extract(llama: Engine, logprobs: int) -> None:
     sampling = Sampling(max_tokens=6, logprobs=logprobs, top_p=0.9)
     ours = llama.generate(PROMPTS, sampling, seed=4, adapter=False)
-    from toolkit.engine.rollout import request_seed
+    from toolkit.engine.rollout_request import request_seed
 
     params = [
         SamplingParams(max_tokens=6, logprobs=logprobs, top_p=0.9, seed=request_seed(4, index))

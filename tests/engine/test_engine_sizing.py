@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import pytest
 
-from toolkit.config.model import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
 from toolkit.sizing import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
@@ -20,10 +20,10 @@ def test_the_engine_takes_what_was_predicted(tmp_path: Path) -> None:
     import torch
     from tiny_llama import make_tiny
 
-    from toolkit.engine.load import open_engine
-    from toolkit.policy.checkpoint import find_checkpoint
+    from toolkit.engine.open_engine import open_engine
     from toolkit.policy.engine_model import engine_options
     from toolkit.policy.from_config import request_of
+    from toolkit.policy.model_files import find_checkpoint
 
     folder = make_tiny(tmp_path / "tiny")
     config = RunConfig(

@@ -14,7 +14,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine import sleep
 from toolkit.engine.adapter import Plan, read_pairs
-from toolkit.engine.places import find_places
+from toolkit.engine.lora_slots import find_places
 
 pytestmark = pytest.mark.engine
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from toolkit.base.errors import ToolkitError
 from toolkit.policy.adapter_io import BASE_FILE
-from toolkit.policy.checkpoint import ADAPTER_CONFIG
+from toolkit.policy.model_files import ADAPTER_CONFIG
 from toolkit.policy.saved_adapter import WEIGHTS, read_adapter
 
 MEGABYTES = 1500.0

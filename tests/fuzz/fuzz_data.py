@@ -25,9 +25,9 @@ from pyarrow import parquet
 from toolkit.base.data_files import FILE_SUFFIXES
 from toolkit.base.errors import InputError, ToolkitError
 from toolkit.config.data_facts import _read
-from toolkit.train import data_given
-from toolkit.train.data_columns import as_dataset
-from toolkit.train.data_read import read_file
+from toolkit.train.data import data_checks
+from toolkit.train.data.arrow_columns import as_dataset
+from toolkit.train.data.row_reader import read_file
 
 MEGABYTES = 1200.0
 texts = st.text(max_size=12) | st.sampled_from(
@@ -123,10 +123,10 @@ def _both(path: Path, limit: int | None) -> None:
 def _used(table: pa.Table) -> None:
     """What training does next with the columns."""
     if "prompt" in table.column_names:
-        found, _ = data_given.prompts_in(table["prompt"].to_pylist())
+        found, _ = data_checks.prompts_in(table["prompt"].to_pylist())
         assert len(found) == len(table)
     if "answer" in table.column_names and len(table):
-        data_given.answers_in(table["answer"], "answer", "data")
+        data_checks.answers_in(table["answer"], "answer", "data")
     for one in as_dataset(table, "prompt" if "prompt" in table.column_names else None):
         assert isinstance(one, dict)
 

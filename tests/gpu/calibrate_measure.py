@@ -7,15 +7,15 @@ import random
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from toolkit.engine.rollout import Sampling
+from toolkit.engine.rollout_request import Sampling
 from toolkit.sizing.calibrate import MEASURED_AS, PEAKS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
     from toolkit.sizing import SizingResult
-    from toolkit.train.memory import PhasePeaks
+    from toolkit.train.report.memory_peaks import PhasePeaks
 
 NEW_TOKENS = 8  # of each sequence that the engine samples
 WITHIN, UNUSED = 0.05, 0.08  # of the prediction; of the card
@@ -72,8 +72,8 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
     from trl import GRPOConfig
 
     from toolkit import GRPOTrainer
-    from toolkit.engine.memory import asleep_bytes
-    from toolkit.train.memory import CudaStatistics, PhasePeaks
+    from toolkit.engine.engine_memory import asleep_bytes
+    from toolkit.train.report.memory_peaks import CudaStatistics, PhasePeaks
 
     cuda = torch.cuda.is_available()
     grpo = dict(config.grpo)

@@ -14,7 +14,7 @@ from typing import Any
 from calibrate_measure import terms_of, train
 
 from toolkit.base.errors import ToolkitError
-from toolkit.config.model import (
+from toolkit.config.run_config import (
     SEVEN_PROJECTIONS,
     LoraSection,
     ModelSection,
@@ -84,10 +84,10 @@ def main(request: str, results: str, work_folder: str) -> None:
     started = time.monotonic()
     from calibrate_matrix import append
 
-    from toolkit.engine.memory import engine_memory
+    from toolkit.engine.engine_memory import engine_memory
     from toolkit.gpu.devices import select
     from toolkit.gpu.snapshot import take
-    from toolkit.policy.allocator import use_expandable_segments
+    from toolkit.policy.cuda_allocator import use_expandable_segments
     from toolkit.train.bench.shapes import make_checkpoint
 
     use_expandable_segments()  # as loading does, but the checkpoint is made on the card before it
@@ -140,7 +140,7 @@ def one_run(
 
     from toolkit import FastLanguageModel
     from toolkit.policy.attach import attach
-    from toolkit.policy.views import shared_model
+    from toolkit.policy.shared_weights import shared_model
 
     spec, device, largest = sizing
     row: dict[str, Any] = {**where, "run": Run(**run).name}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from toolkit.engine.live import Engine
+    from toolkit.engine.engine import Engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_gpu(folder: Path) -> Callable[..., Engine]:
-    from toolkit.engine.load import open_engine
-    from toolkit.engine.options import EngineOptions
+    from toolkit.engine.engine_options import EngineOptions
+    from toolkit.engine.open_engine import open_engine
 
     def opened(**changes: Any) -> Engine:
         settings = {
@@ -57,7 +57,7 @@ def adapted(engine: Engine) -> Any:
     """The shared model with a non-zero float32 adapter."""
     from peft import LoraConfig, get_peft_model
 
-    from toolkit.policy.views import shared_model
+    from toolkit.policy.shared_weights import shared_model
 
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=SEVEN)
@@ -71,7 +71,7 @@ def adapted(engine: Engine) -> Any:
 
 def mean_gap(engine: Engine, policy: Any) -> float:
     """Mean |engine - trainer| log-probability over sampled tokens, in nats."""
-    from toolkit.engine.rollout import Sampling
+    from toolkit.engine.rollout_request import Sampling
 
     prompt = list(range(3, 40))
     told = engine.generate([prompt], Sampling(n=4, max_tokens=32), seed=1)
@@ -111,7 +111,7 @@ def test_bfloat16_with_cuda_graphs_samples_the_trained_policy(
 def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
     open_gpu: Callable[..., Engine],
 ) -> None:
-    from toolkit.engine.rollout import Sampling
+    from toolkit.engine.rollout_request import Sampling
 
     sampling = Sampling(n=4, max_tokens=16)
     with open_gpu(sleep=True) as engine:

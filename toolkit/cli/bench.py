@@ -10,7 +10,7 @@ import click
 from toolkit.base.errors import ConfigError
 
 # Tables alone: torch comes with bench.run.
-from toolkit.train.bench.settings import ARMS, WORKLOADS, Settings
+from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.shapes import SHAPES
 
 
@@ -64,7 +64,7 @@ def bench(
     unknown = sorted(set(chosen) - set(ARMS))
     if unknown or not chosen:
         raise click.BadParameter(f"unknown arm {', '.join(unknown)}", param_hint="--arms")
-    from toolkit.train.bench.run import bench as run_bench  # noqa: PLC0415 - imports torch
+    from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
 
     folder = Path(out)
     workload = str(options.pop("workload"))

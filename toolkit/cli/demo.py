@@ -39,7 +39,7 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
     """
     begin = monotonic()
     folder = choose_folder(out)
-    from toolkit.train.quiet import prepare_environment  # noqa: PLC0415 - before torch
+    from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415 - before torch
 
     # A model this small gains nothing from more threads, and loses minutes where cores are shared.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

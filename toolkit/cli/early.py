@@ -37,8 +37,8 @@ def listening_early() -> Iterator[None]:
     """Raises StoppedError for a signal in the block. Of several ranks none does: their launcher
     tells of the signal once.
     """
+    from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals  # noqa: PLC0415 - as above
     from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only here
-    from toolkit.train.signals import Abandoned, StopSignals  # noqa: PLC0415 - as above
 
     if "RANK" in os.environ:
         follow_launcher()

@@ -33,12 +33,12 @@ def export(
     run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None, trust_remote_code: bool
 ) -> None:
     """Write RUN's adapter (PEFT, safetensors) to DIR, or a checkpoint of plain transformers."""
-    from toolkit.train.quiet import prepare_environment, quiet  # noqa: PLC0415 - with the others
+    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
     if dtype != "auto" and not merge:
         raise click.UsageError("--dtype is for --merge")
     prepare_environment()
-    from toolkit.train.finished import export_run, open_run  # noqa: PLC0415 - loads torch
+    from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
     with quiet(debug=debug_asked()):

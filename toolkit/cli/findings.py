@@ -57,7 +57,7 @@ class Printer:
 
 class Text(Printer):
     def show(self, found: Finding) -> None:
-        from toolkit.config.render import render_text  # noqa: PLC0415 - only for a finding
+        from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a finding
 
         if colours_on():
             click.echo(
@@ -78,7 +78,7 @@ class Text(Printer):
 
 class Github(Printer):
     def show(self, found: Finding) -> None:
-        from toolkit.config.render import render_github  # noqa: PLC0415
+        from toolkit.config.finding_output import render_github  # noqa: PLC0415
 
         click.echo(render_github([found]))
 
@@ -99,12 +99,12 @@ class Collected(Printer):
 
 class Json(Collected):
     def show(self, found: Finding) -> None:
-        from toolkit.config.render import to_json  # noqa: PLC0415
+        from toolkit.config.finding_output import to_json  # noqa: PLC0415
 
         self.kept.append(to_json(found))
 
     def end(self, names: list[str]) -> None:
-        from toolkit.config.render import report  # noqa: PLC0415
+        from toolkit.config.finding_output import report  # noqa: PLC0415
 
         self.dump(report(names, self.kept))
 

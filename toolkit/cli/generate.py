@@ -50,11 +50,11 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Ask the policy that RUN trained for completions of PROMPTS; "-" reads one a line from
     stdin.
     """
-    from toolkit.train.quiet import prepare_environment, quiet  # noqa: PLC0415 - with the others
+    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
     as_json, texts = options.pop("as_json"), _texts(prompts)
     prepare_environment()
-    from toolkit.train.finished import complete, open_run  # noqa: PLC0415 - loads torch
+    from toolkit.train.checkpointing.trained_run import complete, open_run  # noqa: PLC0415 - loads torch
 
     trusted = options.pop("trust_remote_code")
     found = open_run(run, step=options.pop("checkpoint"), trust_remote_code=trusted)

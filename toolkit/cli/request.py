@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from toolkit.config.document import Document
-    from toolkit.config.model import RunConfig
     from toolkit.config.resolved import Situation
+    from toolkit.config.run_config import RunConfig
     from toolkit.gpu.checks import CheckContext, CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
 

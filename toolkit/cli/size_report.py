@@ -9,7 +9,7 @@ from toolkit.base.units import GIB, format_bytes, format_parameters
 from toolkit.cli.render import paragraph, styled, table, terminal_width
 
 if TYPE_CHECKING:
-    from toolkit.config.model import LoraSection, ModelSection, RunConfig
+    from toolkit.config.run_config import LoraSection, ModelSection, RunConfig
     from toolkit.sizing import SizingResult
     from toolkit.sizing.terms import Term
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.config.model import ModelSection, RunConfig
+from toolkit.config.run_config import ModelSection, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ from toolkit.config.layers import parse
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 PLAIN = ("auto", '"auto"', "'auto'")
 WRITABLE = {

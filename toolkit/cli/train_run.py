@@ -16,7 +16,7 @@ from toolkit.base.errors import ToolkitError
 from toolkit.cli.exits import debug_asked
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 FIRST_SPEAKS_S = 5.0
 
@@ -119,7 +119,7 @@ def _load(run_file: str, overrides: list[str], world_size: int) -> RunConfig:
 
 
 def _show(config: RunConfig, world_size: int) -> None:
-    from toolkit.train.folder import as_mapping  # noqa: PLC0415
+    from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
     from toolkit.train.preflight import preflight  # noqa: PLC0415
 
     ready = preflight(config, world_size=world_size, judge=False)
@@ -127,13 +127,13 @@ def _show(config: RunConfig, world_size: int) -> None:
 
 
 def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
-    from toolkit.train.quiet import prepare_environment  # noqa: PLC0415
+    from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
     from toolkit.base.defect import working_on  # noqa: PLC0415
-    from toolkit.train.folder import as_mapping  # noqa: PLC0415
-    from toolkit.train.parts import Options  # noqa: PLC0415 - imports torch
+    from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
     from toolkit.train.run import run  # noqa: PLC0415
+    from toolkit.train.run_context import Options  # noqa: PLC0415 - imports torch
 
     working_on(Path(config.runtime.output_dir), lambda: as_mapping(config))
     run(config, Options(evaluate=evaluate, debug=debug))

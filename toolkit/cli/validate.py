@@ -125,7 +125,7 @@ def _rewrite(name: str, request: _Request) -> None:
     from toolkit.base.paths import rewrite_file  # noqa: PLC0415
     from toolkit.cli.exits import writing  # noqa: PLC0415
     from toolkit.config.fix import fix_source  # noqa: PLC0415
-    from toolkit.config.read import Unreadable, read_source  # noqa: PLC0415
+    from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
 
     if name == "-":
         raise InputError("--fix cannot rewrite standard input", fix="name the file")

@@ -1,7 +1,7 @@
 """The run file: load with positions, validate, judge, freeze.
 
 ``load_run(path, overrides)`` is what the trainer and the sizer call; names are loaded on first
-use, so that ``toolkit.config.model`` alone costs no YAML parser.
+use, so that ``toolkit.config.run_config`` alone costs no YAML parser.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document
     from toolkit.config.finding import Finding
     from toolkit.config.layers import load_document
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
     from toolkit.config.schemas import find_schema
     from toolkit.config.validate import Validation, check_instance, load_run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.model_facts import ADAPTER_CONFIG, read_json
-from toolkit.config.paths import resolve
+from toolkit.config.run_paths import resolve
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.adapter_facts import inherited
-from toolkit.config.model import (
+from toolkit.config.run_config import (
     DatasetSection,
     LoraSection,
     ModelSection,
@@ -17,7 +17,7 @@ from toolkit.config.model import (
     RunConfig,
     RuntimeSection,
 )
-from toolkit.config.paths import local_path
+from toolkit.config.run_paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

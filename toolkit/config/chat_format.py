@@ -19,7 +19,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.base.hub import cached_model
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"

@@ -26,7 +26,7 @@ from toolkit.base.data_files import (
     path_fault,
 )
 from toolkit.base.errors import InputError, first_line
-from toolkit.config.paths import ARCHIVES, resolve
+from toolkit.config.run_paths import ARCHIVES, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

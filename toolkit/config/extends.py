@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.files import kind_fault, os_fault
 from toolkit.config.finding import Finding, Fix, Severity, error_finding
-from toolkit.config.read import FORMATS
+from toolkit.config.text_reader import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

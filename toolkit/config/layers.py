@@ -9,8 +9,8 @@ from toolkit.config.bounds import MAX_LAYERS
 from toolkit.config.document import Document, Mark, Node, Source
 from toolkit.config.extends import check_chain, content_fault, place_fault, real_path, told
 from toolkit.config.finding import Finding, Severity
-from toolkit.config.load import parse_yaml
-from toolkit.config.read import Unreadable, failed, read_source
+from toolkit.config.text_reader import Unreadable, failed, read_source
+from toolkit.config.yaml_reader import parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base import files
 from toolkit.base.errors import InputError
 from toolkit.base.hub import cached_model
-from toolkit.config.paths import exists, resolve
-from toolkit.config.targets import has_experts, text_part
+from toolkit.config.lora_targets import has_experts, text_part
+from toolkit.config.run_paths import exists, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path

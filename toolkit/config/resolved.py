@@ -18,7 +18,7 @@ from toolkit.config.chat_format import chosen
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from toolkit.config.model import Dtype, RunConfig
+    from toolkit.config.run_config import Dtype, RunConfig
 
 Engine = Literal["vllm", "transformers", "maybe"]
 """``maybe`` is vLLM where the run trains on a GPU and vLLM is installed, else transformers."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact
 from toolkit.base.version import __version__
-from toolkit.config.render import end_column
+from toolkit.config.finding_output import end_column
 from toolkit.config.rules import all_rules
 
 if TYPE_CHECKING:

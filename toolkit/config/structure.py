@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from toolkit.config.bounds import MAX_SUGGESTIONS
 from toolkit.config.document import KeyPath, Node, dotted
-from toolkit.config.faults import Fault, fits_type, value_fault
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import beyond_64_bits
+from toolkit.config.schema_violation import Fault, fits_type, value_fault
 from toolkit.config.wording import show, spell
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import dotted
 from toolkit.config.finding import Fix, rename
+from toolkit.config.key_moves import at, is_valid, move, schema_of
 from toolkit.config.migration import MOVED, converted
-from toolkit.config.moves import at, is_valid, move, schema_of
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:

@@ -13,17 +13,17 @@ from toolkit.config.bounds import MAX_FINDINGS
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
-from toolkit.config.read import UNREADABLE
 from toolkit.config.rules import Run, Situation, judging_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.structure import check_structure
+from toolkit.config.text_reader import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from toolkit.config.document import Document
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def accepted(document: Document, situation: Situation | None = None) -> RunConfi
 
 def refusal(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
     """The error that ends a command whose run file has these findings."""
-    from toolkit.config.render import render_text  # noqa: PLC0415 - only for a fault
+    from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a fault
 
     if document.readable:
         return ConfigError("the run file is refused\n" + render_text(findings))

@@ -21,8 +21,8 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
-from toolkit.engine.places import find_places
-from toolkit.engine.weights import rename_mapper
+from toolkit.engine.live_weights import rename_mapper
+from toolkit.engine.lora_slots import find_places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

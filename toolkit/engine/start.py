@@ -18,16 +18,16 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
 from toolkit.base.launcher import world_size
-from toolkit.config.features import cpu_engine_problem, stored_format
-from toolkit.config.targets import has_experts
-from toolkit.engine import experts, loader, sleep
-from toolkit.engine.live import Engine
-from toolkit.engine.ranks import join_group
-from toolkit.engine.seams import device_type
-from toolkit.engine.symptoms import explain
+from toolkit.config.lora_targets import has_experts
+from toolkit.config.supported_features import cpu_engine_problem, stored_format
+from toolkit.engine import experts, sleep, weight_loader
+from toolkit.engine.engine import Engine
+from toolkit.engine.process_group import join_group
+from toolkit.engine.vllm_errors import explain
+from toolkit.engine.vllm_internals import device_type
 
 if TYPE_CHECKING:
-    from toolkit.engine.options import EngineOptions
+    from toolkit.engine.engine_options import EngineOptions
 
 
 _started: weakref.ref[Engine] | None = None
@@ -42,7 +42,7 @@ def start(options: EngineOptions) -> Engine:
         make_room()
     device = device_type()
     config = check_model(options, device)
-    loader.register()
+    weight_loader.register()
     sleep.register()
     arguments = options.to_vllm("cuda" if device == "cuda" else "cpu")
     if device == "cuda" and options.share_weights and has_experts(config.to_dict()):

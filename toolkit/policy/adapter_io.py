@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from toolkit.base import disk
 from toolkit.base.errors import ConfigValueError, InputError
 from toolkit.base.paths import set_mode
-from toolkit.policy.checkpoint import ADAPTER_CONFIG
 from toolkit.policy.fingerprint import marks_of
+from toolkit.policy.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

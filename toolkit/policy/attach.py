@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from toolkit.policy.adapter_io import save_lora
-from toolkit.policy.generate import fast_generate, load_lora
+from toolkit.policy.fast_generate import fast_generate, load_lora
 
 CARRIED = (
     "toolkit_engine",

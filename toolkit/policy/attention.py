@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.config.features import attention_lacks, attention_problem
 from toolkit.config.libraries import model_type
+from toolkit.config.supported_features import attention_lacks, attention_problem
 
 
 def choose_attention(

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.config.ranks import LEGAL_RANKS, smallest_rank
-from toolkit.engine.load import open_engine
-from toolkit.engine.options import EngineOptions
-from toolkit.policy.arguments import ENGINE_EXTRA, WHERE
+from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
+from toolkit.engine.engine_options import EngineOptions
+from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
+from toolkit.policy.load_arguments import ENGINE_EXTRA, WHERE
 
 if TYPE_CHECKING:
-    from toolkit.policy.checkpoint import Checkpoint
-    from toolkit.policy.request import LoadRequest
+    from toolkit.policy.load_request import LoadRequest
+    from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
 
 OWN = (
@@ -55,7 +55,7 @@ def load_on_engine(
     try:
         if not engine.options.share_weights:
             return load_base(checkpoint, request), engine
-        from toolkit.policy.views import shared_model  # noqa: PLC0415 - imports vLLM's side
+        from toolkit.policy.shared_weights import shared_model  # noqa: PLC0415 - imports vLLM's side
 
         model = shared_model(engine, attn_implementation=request.attn_implementation)
         note_checkpoint(model, checkpoint.folder)

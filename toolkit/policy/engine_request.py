@@ -12,15 +12,15 @@ from toolkit.base.errors import (
     ToolkitWarning,
     UnsupportedError,
 )
-from toolkit.config.features import ENGINE_EXCLUDES
-from toolkit.config.ranks import LEGAL_RANKS
-from toolkit.engine.base import vllm_available
-from toolkit.policy.arguments import ENGINE_DEFAULTS, WHERE
+from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.supported_features import ENGINE_EXCLUDES
+from toolkit.engine.rollout_engine import vllm_available
+from toolkit.policy.load_arguments import ENGINE_DEFAULTS, WHERE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from toolkit.policy.request import LoadRequest
+    from toolkit.policy.load_request import LoadRequest
 
 COUNTS = (
     "max_num_seqs",

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from toolkit.base.errors import InputError
-from toolkit.policy.checkpoint import Checkpoint
+from toolkit.policy.model_files import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

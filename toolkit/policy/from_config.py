@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from toolkit.config.resolved import engine_of, resolve_run
-from toolkit.policy.request import LoadRequest, check_request
-from toolkit.policy.situation import situation
+from toolkit.policy.load_request import LoadRequest, check_request
+from toolkit.policy.machine_facts import situation
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 MODEL_FIELDS = (
     "model_name",

@@ -21,18 +21,18 @@ from toolkit.base.errors import (
 )
 from toolkit.base.launcher import local_rank
 from toolkit.base.own_memory import own_weights
-from toolkit.config.features import architecture_problem, stored_problem
 from toolkit.config.libraries import ModelType, model_type
 from toolkit.config.resolved import dtype_of
-from toolkit.policy.arguments import WHERE
+from toolkit.config.supported_features import architecture_problem, stored_problem
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import note_checkpoint
+from toolkit.policy.load_arguments import WHERE
+from toolkit.policy.machine_facts import situation
 from toolkit.policy.positions import set_positions
-from toolkit.policy.situation import situation
 
 if TYPE_CHECKING:
-    from toolkit.policy.checkpoint import Checkpoint
-    from toolkit.policy.request import LoadRequest
+    from toolkit.policy.load_request import LoadRequest
+    from toolkit.policy.model_files import Checkpoint
 
 
 def check_quantization(request: LoadRequest) -> None:

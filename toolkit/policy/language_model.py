@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
-from toolkit.policy.arguments import WHERE as LOAD_WHERE
-from toolkit.policy.arguments import check_checkpointing, refuse_unknown
+from toolkit.policy.adapted_layers import default_for, told_default
 from toolkit.policy.attach import attach
-from toolkit.policy.checkpointing import (
+from toolkit.policy.from_config import request_of
+from toolkit.policy.gradient_checkpointing import (
     apply_checkpointing,
     pause_checkpointing,
     resume_checkpointing,
 )
-from toolkit.policy.from_config import request_of
-from toolkit.policy.loading import load, read_tokenizer, tell_engine
+from toolkit.policy.load_arguments import WHERE as LOAD_WHERE
+from toolkit.policy.load_arguments import check_checkpointing, refuse_unknown
+from toolkit.policy.load_request import check_request
 from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
-from toolkit.policy.request import check_request
+from toolkit.policy.lora_settings import WHERE, LoraSettings
+from toolkit.policy.model_loading import load, read_tokenizer, tell_engine
 from toolkit.policy.saved_adapter import read_adapter, same_start
-from toolkit.policy.settings import WHERE, LoraSettings
-from toolkit.policy.targets import default_for, told_default
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_KWARGS = (

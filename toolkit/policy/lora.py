@@ -31,9 +31,9 @@ from toolkit.base.errors import (
     UnsupportedError,
     first_line,
 )
-from toolkit.policy.checkpoint import ADAPTER_CONFIG
+from toolkit.policy.adapted_layers import experts_of, refuse_experts
 from toolkit.policy.lora_layer import use_fast_layers
-from toolkit.policy.settings import (
+from toolkit.policy.lora_settings import (
     WHERE,
     LoraSettings,
     check_layers,
@@ -42,7 +42,7 @@ from toolkit.policy.settings import (
     check_targets,
     check_with_engine,
 )
-from toolkit.policy.targets import experts_of, refuse_experts
+from toolkit.policy.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
-from toolkit.policy.arguments import WHERE
+from toolkit.policy.load_arguments import WHERE
 
 if TYPE_CHECKING:
-    from toolkit.policy.request import LoadRequest
+    from toolkit.policy.load_request import LoadRequest
 
 
 def set_positions(config: Any, request: LoadRequest, name: str) -> None:

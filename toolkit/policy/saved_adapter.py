@@ -11,9 +11,8 @@ import torch
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
 from toolkit.base.files import check_folder
-from toolkit.config.targets import pattern_fault, pattern_value
+from toolkit.config.lora_targets import pattern_fault, pattern_value
 from toolkit.policy.adapter_io import BASE_FILE, base_name
-from toolkit.policy.checkpoint import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.fingerprint import is_base_of, marks_of
 from toolkit.policy.lora import (
     DIFFERING,
@@ -25,14 +24,15 @@ from toolkit.policy.lora import (
     set_adapter_tensors,
     settings_of,
 )
+from toolkit.policy.lora_settings import check_settings, check_targets
+from toolkit.policy.model_files import ADAPTER_CONFIG, Checkpoint
 from toolkit.policy.read_tensors import read_tensors
-from toolkit.policy.settings import check_settings, check_targets
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from toolkit.policy.settings import LoraSettings
+    from toolkit.policy.lora_settings import LoraSettings
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

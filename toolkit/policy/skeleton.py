@@ -11,14 +11,14 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from toolkit.base.errors import DefectError, UnsupportedError
-from toolkit.engine.weights import uses_transformers_backend
+from toolkit.engine.live_weights import uses_transformers_backend
 from toolkit.policy.attention import choose_attention
-from toolkit.policy.names import FALLBACK, WHY_SHARE
+from toolkit.policy.weight_names import FALLBACK, WHY_SHARE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from toolkit.engine.live import Engine
+    from toolkit.engine.engine import Engine
 
 
 def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:

@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 from toolkit.sizing.device import Device
-from toolkit.sizing.model import ModelSpec
+from toolkit.sizing.model_blocks import ModelSpec
 from toolkit.sizing.result import SizingResult
 from toolkit.sizing.solve import resolve, solve
 from toolkit.sizing.spec import read_spec

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.sizing import lora
+from toolkit.sizing import lora_bytes
 
 if TYPE_CHECKING:
-    from toolkit.sizing.model import Block, ModelSpec
-    from toolkit.sizing.trainer import StepPlan
+    from toolkit.sizing.model_blocks import Block, ModelSpec
+    from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
 
 MASTER_BYTES = 4  # policy/lora.py keeps adapters in float32, their gradients too
@@ -49,7 +49,7 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
     norms = block.vectors // hidden
     total = 4 * hidden * norms
     groups: set[tuple[str, int]] = set()
-    for linear in lora.adapted(spec, block, work.targets):
+    for linear in lora_bytes.adapted(spec, block, work.targets):
         total += width * work.rank
         if casts:
             total += width * linear.in_features
@@ -124,7 +124,7 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     inner = 4 * spec.hidden_size
     if down is not None:
         inner = down.in_features * block.uses(down)
-    targeted = down is not None and lora.targeted(down, work.targets)
+    targeted = down is not None and lora_bytes.targeted(down, work.targets)
     if step.packed:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
         mlp = 3 * step.compute_bytes * inner

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from toolkit.config.ranks import LEGAL_RANKS
-from toolkit.sizing import engine as engines
-from toolkit.sizing import kv, lora
+from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.sizing import engine_bytes as engines
+from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.fit import RETURNED_SHARE
-from toolkit.sizing.pace import training_seconds
 from toolkit.sizing.result import (
     Choice,
     EnginePart,
@@ -19,8 +18,9 @@ from toolkit.sizing.result import (
     SizingResult,
     TrainerPart,
 )
+from toolkit.sizing.step_time import training_seconds
 from toolkit.sizing.terms import Term, total
-from toolkit.sizing.trainer import compute_bytes
+from toolkit.sizing.trainer_bytes import compute_bytes
 
 if TYPE_CHECKING:
     from toolkit.sizing.device import Device
@@ -137,7 +137,7 @@ def _model(case: Case, fit: Fit) -> ModelPart:
         parameters=spec.parameters,
         trainable_parameters=case.work.adapter_parameters(spec),
         weight_bytes=weights,
-        kv_bytes_per_token=kv.bytes_per_token(spec, engines.kv_element_bytes(plan)),
+        kv_bytes_per_token=kv_bytes.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
         dtype=plan.dtype,
         quantization=how if (how := _format(case)) != plan.dtype else None,
@@ -173,7 +173,7 @@ def _notes(case: Case) -> list[str]:
 def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
     sizes = {term.term: term.bytes for term in fit.terms}
     plan = case.plan
-    everywhere = lora.engine_elements(case.spec, plan.max_lora_rank, plan.max_loras)
+    everywhere = lora_bytes.engine_elements(case.spec, plan.max_lora_rank, plan.max_loras)
     uses = case.work.uses_engine
     ranks = LEGAL_RANKS if uses else ()
     return EnginePart(

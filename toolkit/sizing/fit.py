@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.base.units import MIB
-from toolkit.sizing import engine as engines
-from toolkit.sizing.memory import available_bytes
-from toolkit.sizing.rollout import transformers_terms
+from toolkit.sizing import engine_bytes as engines
+from toolkit.sizing.hf_rollout import transformers_terms
+from toolkit.sizing.host_memory import available_bytes
 from toolkit.sizing.terms import Term, total
-from toolkit.sizing.trainer import trainer_terms
+from toolkit.sizing.trainer_bytes import trainer_terms
 
 if TYPE_CHECKING:
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
     from toolkit.sizing.device import Device
-    from toolkit.sizing.model import ModelSpec
-    from toolkit.sizing.plan import EnginePlan
-    from toolkit.sizing.trainer import StepPlan
+    from toolkit.sizing.engine_plan import EnginePlan
+    from toolkit.sizing.model_blocks import ModelSpec
+    from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
 
 # Stated margins: what the estimates may be off, and what the caching allocator holds beyond what is
-# in use. With expandable segments (policy/allocator.py) that is a page here and there.
+# in use. With expandable segments (policy/cuda_allocator.py) that is a page here and there.
 STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
 EXPERT_MARGIN = 0.10  # routed tokens are unevenly spread, and no measurement holds their count

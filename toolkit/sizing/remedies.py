@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT, build_problem
 from toolkit.base.units import format_bytes
-from toolkit.config.ranks import LEGAL_RANKS
+from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.gpu.cards import CARDS
-from toolkit.sizing.batch import ACCUMULATION, MICRO, divisors
 from toolkit.sizing.device import Device
-from toolkit.sizing.lora import legal_rank
+from toolkit.sizing.lora_bytes import legal_rank
+from toolkit.sizing.micro_batch import ACCUMULATION, MICRO, divisors
 from toolkit.sizing.result import Remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Protocol
 
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
     from toolkit.sizing.fit import Case, Fit
 
     class Attempt(Protocol):

@@ -14,9 +14,9 @@ from toolkit.base.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
     from toolkit.sizing.terms import Term
-    from toolkit.sizing.trainer import Checkpointing
+    from toolkit.sizing.trainer_bytes import Checkpointing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

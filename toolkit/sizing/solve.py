@@ -13,27 +13,27 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError
 from toolkit.config.resolved import resolve_run
 from toolkit.sizing.assemble import assemble
-from toolkit.sizing.batch import divisors
 from toolkit.sizing.device import situation_of
-from toolkit.sizing.engine import kv_sequence_bytes
+from toolkit.sizing.engine_bytes import kv_sequence_bytes
+from toolkit.sizing.engine_plan import plan_engine
 from toolkit.sizing.fit import Case, evaluate
-from toolkit.sizing.pace import training_seconds
-from toolkit.sizing.plan import plan_engine
+from toolkit.sizing.micro_batch import divisors
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.trainer import StepPlan, compute_bytes, is_packed
+from toolkit.sizing.step_time import training_seconds
+from toolkit.sizing.trainer_bytes import StepPlan, compute_bytes, is_packed
 from toolkit.sizing.workload import read_workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from toolkit.config.model import RunConfig
+    from toolkit.config.run_config import RunConfig
     from toolkit.sizing.device import Device
+    from toolkit.sizing.engine_plan import EnginePlan
     from toolkit.sizing.fit import Fit
-    from toolkit.sizing.model import ModelSpec
-    from toolkit.sizing.plan import EnginePlan
+    from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.result import SizingResult
-    from toolkit.sizing.trainer import Checkpointing
+    from toolkit.sizing.trainer_bytes import Checkpointing
     from toolkit.sizing.workload import Workload
 
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError, UnsupportedError
 from toolkit.base.files import read_json
-from toolkit.config.features import is_multimodal, stored_format
-from toolkit.config.targets import default_targets
+from toolkit.config.lora_targets import default_targets
+from toolkit.config.supported_features import is_multimodal, stored_format
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.fields import Fields
 from toolkit.sizing.headers import read_stored
-from toolkit.sizing.model import DTYPE_BYTES, ModelSpec
-from toolkit.sizing.quant import Quantization, parse_quantization
-from toolkit.sizing.source import find_model
+from toolkit.sizing.model_blocks import DTYPE_BYTES, ModelSpec
+from toolkit.sizing.model_source import find_model
 from toolkit.sizing.unknown import shape_from_headers
+from toolkit.sizing.weight_formats import Quantization, parse_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

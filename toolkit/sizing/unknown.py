@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import UnsupportedError
 from toolkit.sizing.families.common import Shape, kv_cache, read_heads
 from toolkit.sizing.families.rope import rope_tables
-from toolkit.sizing.model import Block, Linear
+from toolkit.sizing.model_blocks import Block, Linear
 
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
     from toolkit.sizing.headers import StoredTensor, StoredWeights
-    from toolkit.sizing.model import Cache
+    from toolkit.sizing.model_blocks import Cache
 
 _LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks|layer)\.(\d{1,4})\.(.+)$")
 _EMBEDDING = re.compile(

@@ -7,14 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit.sizing import lora
-from toolkit.sizing.batch import TRL_DEFAULTS, batch_of, count
+from toolkit.sizing import lora_bytes
+from toolkit.sizing.micro_batch import TRL_DEFAULTS, batch_of, count
 
 if TYPE_CHECKING:
-    from toolkit.config.model import LoraSection
     from toolkit.config.resolved import ResolvedRun
+    from toolkit.config.run_config import LoraSection
     from toolkit.sizing.device import Device
-    from toolkit.sizing.model import ModelSpec
+    from toolkit.sizing.model_blocks import ModelSpec
 
 # Bytes of optimizer state a trainable parameter (torch.optim, bitsandbytes).
 OPTIMIZER_BYTES = {
@@ -43,7 +43,7 @@ class Workload:
     rank: int
     base_rank: int
     targets: tuple[str, ...] | str
-    layout: lora.Layout
+    layout: lora_bytes.Layout
     optimizer: str
     optimizer_bytes: float
     uses_engine: bool
@@ -51,7 +51,7 @@ class Workload:
 
     def adapter_parameters(self, spec: ModelSpec) -> int:
         """Trainable parameters of the adapter on ``spec``."""
-        return lora.adapter_parameters(spec, self.base_rank, self.targets, self.layout)
+        return lora_bytes.adapter_parameters(spec, self.base_rank, self.targets, self.layout)
 
 
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
@@ -88,10 +88,10 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
     )
 
 
-def layout_of(section: LoraSection) -> lora.Layout:
+def layout_of(section: LoraSection) -> lora_bytes.Layout:
     """What the ``lora`` section says of single modules and layers."""
     layers = section.layers_to_transform
-    return lora.Layout(
+    return lora_bytes.Layout(
         exclude=section.exclude_modules,
         rank_pattern=tuple(section.rank_pattern.items()),
         layers=(layers,) if isinstance(layers, int) else layers,

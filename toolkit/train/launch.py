@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import StoppedError
-from toolkit.train.signals import SIGNALS, end_listeners, heard
+from toolkit.train.checkpointing.stop_signals import SIGNALS, end_listeners, heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

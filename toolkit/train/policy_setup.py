@@ -12,8 +12,8 @@ import torch
 from toolkit.base.errors import ConfigError
 from toolkit.policy.attach import attach
 from toolkit.policy.base_sums import AT_LOAD
-from toolkit.policy.loading import tell_engine
 from toolkit.policy.lora import refuse_unserved, widen_adapter
+from toolkit.policy.model_loading import tell_engine
 from toolkit.train.base_check import BaseCheck, refuse_untrainable
 from toolkit.train.grpo_config import follow_dtype, use_one_gpu
 

@@ -26,12 +26,12 @@ from toolkit.sizing.solve import resolve
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from toolkit.config.model import RunConfig
     from toolkit.config.resolved import ResolvedRun
+    from toolkit.config.run_config import RunConfig
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
     from toolkit.sizing.result import SizingResult
-    from toolkit.train.ranks import Peers
+    from toolkit.train.process_control import Peers
 
 # In the order in which one of several decides, which is that of gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}

@@ -12,38 +12,47 @@ from transformers import PrinterCallback, ProgressCallback
 from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.policy.language_model import load_policy, policy_tokenizer
-from toolkit.train import batch, branch, chats, checkpoint, faults, folder, resume, rollback
-from toolkit.train.arguments import grpo_config, make_reproducible, require_packages
-from toolkit.train.data import load_data
-from toolkit.train.evaluate import evaluate, evaluates
-from toolkit.train.home import Home
-from toolkit.train.memory import measured
-from toolkit.train.metrics import Journal, Recorder
-from toolkit.train.parts import Options, Parts, finish, introduce
+from toolkit.train.checkpointing import (
+    branch,
+    checkpoint,
+    micro_batch_record,
+    rollback,
+    run_directory,
+    trainer_state,
+)
+from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
+from toolkit.train.checkpointing.state_files import changed
+from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.data import chat_record
+from toolkit.train.data.dataset import load_data
+from toolkit.train.logging_setup import quiet
 from toolkit.train.preflight import preflight
-from toolkit.train.progress import Progress
-from toolkit.train.quiet import quiet
-from toolkit.train.ranks import Peers, is_first_rank, is_gone, join, world_size
+from toolkit.train.process_control import Peers, is_first_rank, is_gone, join, world_size
+from toolkit.train.report.memory_peaks import measured
+from toolkit.train.report.metrics_log import Journal, Recorder
+from toolkit.train.report.progress import Progress
+from toolkit.train.report.reward_watch import Watch
 from toolkit.train.rewards import load_rewards
-from toolkit.train.sampling import find_engine
-from toolkit.train.signals import Abandoned, StopSignals
-from toolkit.train.state import changed
+from toolkit.train.rollout.evaluate import evaluate, evaluates
+from toolkit.train.rollout.sampler import find_engine
+from toolkit.train.run_context import Options, RunContext, finish, introduce
+from toolkit.train.step import step_errors
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
-from toolkit.train.watch import Watch
+from toolkit.train.trl_arguments import grpo_config, make_reproducible, require_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.model import RunConfig
-    from toolkit.train.evaluate import Evaluation
+    from toolkit.config.run_config import RunConfig
+    from toolkit.train.rollout.evaluate import Evaluation
 
 
-class Company(NamedTuple):
-    """Who else has a say in when this process ends; ``home`` is None but on the first rank."""
+class ProcessControl(NamedTuple):
+    """What can end this process; ``run_dir_watch`` is None except on the first rank."""
 
     signals: StopSignals
     peers: Peers | None
-    home: Home | None = None
+    run_dir_watch: RunDirWatch | None = None
 
 
 def run(config: RunConfig, options: Options | None = None) -> Path:
@@ -64,7 +73,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
             signals.end()
             raise _stopped(config, str(cut), begun=False) from None
         try:
-            _run(config, run_dir, options, Company(signals, peers))
+            _run(config, run_dir, options, ProcessControl(signals, peers))
         except Exception as error:
             if peers is None:
                 raise
@@ -73,52 +82,52 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     return run_dir
 
 
-def _run(config: RunConfig, run_dir: Path, options: Options, company: Company) -> None:
+def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessControl) -> None:
     begun = list[bool]()
     try:
-        with _home(run_dir) as home:
-            _begin(config, run_dir, options, company._replace(home=home), begun)
+        with _watched_run_dir(run_dir) as run_dir_watch:
+            _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
     except Abandoned as cut:
-        company.signals.end()
+        control.signals.end()
         raise _stopped(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
-        known = faults.translate(error, str(run_dir), config)
-        if known is None or known is error or (company.peers is not None and is_gone(error)):
+        known = step_errors.translate(error, str(run_dir), config)
+        if known is None or known is error or (control.peers is not None and is_gone(error)):
             raise
         raise known from error
 
 
 @contextmanager
-def _home(run_dir: Path) -> Iterator[Home | None]:
+def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
     """The run folder, held by the first rank. What goes wrong because it is not in its place any
     more is told as that.
     """
     if not is_first_rank():
         yield None
         return
-    with folder.held(run_dir), Home(run_dir) as home:
+    with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
         try:
-            yield home
+            yield run_dir_watch
         except Exception as error:
-            if home.in_place() or isinstance(error, ToolkitError):
+            if run_dir_watch.in_place() or isinstance(error, ToolkitError):
                 raise
-            raise home.fault() from error
+            raise run_dir_watch.fault() from error
 
 
 def _begin(
-    config: RunConfig, run_dir: Path, options: Options, company: Company, begun: list[bool]
+    config: RunConfig, run_dir: Path, options: Options, control: ProcessControl, begun: list[bool]
 ) -> None:
-    found, passed = _checkpoint(config, run_dir, company.peers)
+    found, passed = _checkpoint(config, run_dir, control.peers)
     if is_first_rank():
         for line in passed:
             options.out.write(f"passed over {line}\n")
     if found is not None:
         checkpoint.refuse_other_world(found, world_size())
-    as_begun = chats.kept(batch.kept(config, found), found)
-    parts = prepare(as_begun, run_dir, company.peers)
-    config = chats.settled(batch.settled(config, parts.config), parts.config)
-    _refuse_changes(config, parts, found)
-    _train(parts, config, found, options, company, begun)
+    as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
+    context = prepare(as_begun, run_dir, control.peers)
+    config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
+    _refuse_changes(config, context, found)
+    _train(context, config, found, options, control, begun)
 
 
 def _checkpoint(
@@ -140,7 +149,7 @@ def _checkpoint(
     return None if found is None else Path(found), passed
 
 
-def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Parts:
+def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> RunContext:
     """Check the node, size, load data, rewards and policy; config.json and preflight.json are
     written.
     """
@@ -154,7 +163,7 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
     tokenizer = policy_tokenizer(resolved)
     resolved = chat_format.resolve(resolved, chat_format.usable(tokenizer.chat_template))
     if is_first_rank():
-        folder.write_config(run_dir, resolved)
+        run_directory.write_config(run_dir, resolved)
     # What is wrong with data or rewards is found before the engine starts.
     data = load_data(
         resolved.dataset,
@@ -162,22 +171,22 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Par
         max_prompt_length=resolved.grpo.get("max_prompt_length"),
         template=resolved.grpo.get("chat_template_kwargs"),
     )
-    batch.refuse_too_few(resolved, len(data.train), world_size())
+    micro_batch_record.refuse_too_few(resolved, len(data.train), world_size())
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
     model, tokenizer = load_policy(resolved, tokenizer)
     reports = {"train": data.report.train, "eval": data.report.eval}
     digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
-    return Parts(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
+    return RunContext(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
 
 
-def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None:
+def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
     """A checkpoint goes on with the run that it is of."""
     if found is None:
         return
-    now = folder.fingerprint(config, parts.digests)
-    then = chats.recorded(checkpoint.read_state(found, "run", dict), found)
-    if then[chats.KEY] is None:
-        then[chats.KEY] = now[chats.KEY]
+    now = run_directory.fingerprint(config, context.digests)
+    then = chat_record.recorded(checkpoint.read_state(found, "run", dict), found)
+    if then[chat_record.KEY] is None:
+        then[chat_record.KEY] = now[chat_record.KEY]
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
@@ -190,56 +199,56 @@ def _refuse_changes(config: RunConfig, parts: Parts, found: Path | None) -> None
         )
 
 
-def build_trainer(parts: Parts, config: RunConfig) -> GRPOTrainer:
-    """Our trainer on the parts, with nothing of upstream's printing left in it."""
+def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
+    """Our trainer on the parts of the run, with nothing of upstream's printing left in it."""
     arguments = grpo_config(
-        parts.config, parts.run_dir, GRPOConfig, has_eval=parts.data.eval is not None
+        context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
     arguments.padding_free = config.runtime.padding_free
     trainer = GRPOTrainer(
-        model=parts.model,
-        reward_funcs=parts.rewards.functions,
+        model=context.model,
+        reward_funcs=context.rewards.functions,
         args=arguments,
-        train_dataset=parts.data.train,
-        eval_dataset=parts.data.eval,
-        processing_class=parts.tokenizer,
+        train_dataset=context.data.train,
+        eval_dataset=context.data.eval,
+        processing_class=context.tokenizer,
     )
     for kind in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(kind)
-    trainer.fingerprint = folder.fingerprint(config, parts.digests)
+    trainer.fingerprint = run_directory.fingerprint(config, context.digests)
     trainer.keep_last, trainer.keep_best = config.runtime.keep_last, config.runtime.keep_best
     trainer.max_bad_steps = config.runtime.max_bad_steps
     return trainer
 
 
 def _train(
-    parts: Parts,
+    context: RunContext,
     config: RunConfig,
     found: Path | None,
     options: Options,
-    company: Company,
+    control: ProcessControl,
     begun: list[bool],
 ) -> None:
-    signals, peers, home = company
-    trainer = build_trainer(parts, config)
+    signals, peers, run_dir_watch = control
+    trainer = build_trainer(context, config)
     first = is_first_rank()
     if first:
-        introduce(parts, trainer.args.seed, found, options)
-    before = _evaluate(parts, options, adapter=False)
+        introduce(context, trainer.args.seed, found, options)
+    before = _evaluate(context, options, adapter=False)
     if peers is not None:
         peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
-    trainer.signals, trainer.home = signals, home
+    trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if found is not None:
-        resume.check(trainer, found)  # before anything is moved
+        trainer_state.check(trainer, found)  # before anything is moved
     total = total_steps(trainer)
-    with signals.at_steps(), measured(trainer, parts.run_dir):
+    with signals.at_steps(), measured(trainer, context.run_dir):
         try:
-            if home is not None:
-                _open_journal(trainer, parts, found, options, home)
+            if run_dir_watch is not None:
+                _open_journal(trainer, context, found, options, run_dir_watch)
             begun.append(True)
-            if found is not None and resume.step_of(found) >= total:
+            if found is not None and trainer_state.step_of(found) >= total:
                 # It had ended, and transformers would add a step.
-                resume.load_policy(trainer, found)
+                trainer_state.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
                 _refuse_unfinished(trainer, total)
@@ -249,36 +258,40 @@ def _train(
         finally:
             if trainer.journal is not None:
                 trainer.journal.close()
-    _refuse_lost(trainer, home, peers)
+    _refuse_lost(trainer, run_dir_watch, peers)
     # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
     if signals.received is not None and (peers is None or trainer.stopping):
         raise _stopped(config, signals.received, begun=True)
     if first:
-        after = _evaluate(parts, options, adapter=True)
-        finish(parts, before, after, options.out, base=trainer.base_check)
+        after = _evaluate(context, options, adapter=True)
+        finish(context, before, after, options.out, base=trainer.base_check)
     if peers is not None:
-        engine = find_engine(parts.model)
+        engine = find_engine(context.model)
         if engine is not None:
             engine.close()  # its groups are made out of the one that goes now
         peers.leave()  # not before the first has written: a launcher takes an end for the end
 
 
 def _open_journal(
-    trainer: GRPOTrainer, parts: Parts, found: Path | None, options: Options, home: Home
+    trainer: GRPOTrainer,
+    context: RunContext,
+    found: Path | None,
+    options: Options,
+    run_dir_watch: RunDirWatch,
 ) -> None:
     """The branch and the logs of the run, as the checkpoint ``found`` knows them."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal does not cut what is moved
-    start = rollback.begin(parts.run_dir, found)
+    start = rollback.begin(context.run_dir, found)
     trainer.signals.unshield()
     for line in start.notes:
         options.out.write(f"{line}\n")
     trainer.branch = start.branch
-    trainer.journal = home.journal = journal = Journal(parts.run_dir, start.positions)
-    every = parts.config.grpo.get("logging_steps")
+    trainer.journal = run_dir_watch.journal = journal = Journal(context.run_dir, start.positions)
+    every = context.config.grpo.get("logging_steps")
     progress = Progress(options.out, total_steps(trainer), every)
-    keep = parts.config.runtime.log_completions
-    watch = Watch(parts.run_dir, progress.keep)
+    keep = context.config.runtime.log_completions
+    watch = Watch(context.run_dir, progress.keep)
     trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
 
 
@@ -299,17 +312,19 @@ def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
     )
 
 
-def _refuse_lost(trainer: GRPOTrainer, home: Home | None, peers: Peers | None) -> None:
+def _refuse_lost(
+    trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
+) -> None:
     """What is written from here on would not be found, or is in somebody else's folder.
 
     Raises:
         ConfigError: the run folder was removed, moved or replaced; the same one on every rank.
     """
     if not trainer.lost:
-        if home is not None and not home.in_place():
-            raise home.fault()
+        if run_dir_watch is not None and not run_dir_watch.in_place():
+            raise run_dir_watch.fault()
         return
-    fault = None if home is None else home.fault()
+    fault = None if run_dir_watch is None else run_dir_watch.fault()
     if peers is not None:  # whichever of them tells it
         mine = None if fault is None else [fault.message, fault.where, fault.fix]
         message, where, fix = peers.exchange("lost", mine)[0]
@@ -345,17 +360,17 @@ def total_steps(trainer: GRPOTrainer) -> int:
     return steps
 
 
-def _evaluate(parts: Parts, options: Options, *, adapter: bool) -> Evaluation | None:
-    if parts.data.eval is None or not is_first_rank():
+def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:
+    if context.data.eval is None or not is_first_rank():
         return None
-    if not evaluates(parts.config, options.evaluate):
+    if not evaluates(context.config, options.evaluate):
         return None
     return evaluate(
-        parts.model,
-        parts.tokenizer,
-        parts.data.eval,
-        parts.rewards,
-        max_tokens=parts.config.grpo.get("max_completion_length", 256),
+        context.model,
+        context.tokenizer,
+        context.data.eval,
+        context.rewards,
+        max_tokens=context.config.grpo.get("max_completion_length", 256),
         adapter=adapter,
-        template=parts.config.grpo.get("chat_template_kwargs"),
+        template=context.config.grpo.get("chat_template_kwargs"),
     )

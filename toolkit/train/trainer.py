@@ -17,24 +17,26 @@ import torch
 import trl
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.engine.rollout import check_prompts, request_seed
+from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
-from toolkit.train import correction, policy_setup, sampling
-from toolkit.train.attempts import Attempt, drop_step, loss_in_parts
+from toolkit.train import policy_setup
 from toolkit.train.base_check import BaseCheck
+from toolkit.train.checkpointing.resumable_trainer import Resumable
 from toolkit.train.grpo_config import GRPOConfig, default_config
-from toolkit.train.packed_pass import Scope
-from toolkit.train.packed_steps import PackedSteps
-from toolkit.train.resumable import Resumable
-from toolkit.train.rows import Rows
-from toolkit.train.sampling import EngineGeneration, Timers, find_engine
+from toolkit.train.rollout import sampler
+from toolkit.train.rollout.completion_index import Rows
+from toolkit.train.rollout.sampler import EngineGeneration, Timers, find_engine
+from toolkit.train.step import importance_sampling
+from toolkit.train.step.packed_pass import Scope
+from toolkit.train.step.packed_steps import PackedSteps
+from toolkit.train.step.step_retry import Attempt, drop_step, loss_in_parts
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.train.memory import PhasePeaks
+    from toolkit.train.report.memory_peaks import PhasePeaks
 
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
@@ -66,7 +68,7 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
         del given["self"]
         engine = find_engine(model)
         config = given["args"] = given.get("args") or default_config(model)
-        sampling.check_keywords(model, config, tools=bool(given.get("tools")))
+        sampler.check_keywords(model, config, tools=bool(given.get("tools")))
         policy_setup.prepare(model, engine, config, given.get("peft_config"))
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)
@@ -116,10 +118,12 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
         return timers
 
     @property
-    def disagreement(self) -> correction.Disagreement:
+    def disagreement(self) -> importance_sampling.Disagreement:
         """Engine against trainer, of training or of evaluation, whichever is under way."""
-        both: dict[bool, correction.Disagreement] = self.__dict__.setdefault("_disagreement", {})
-        return both.setdefault(self.model.training, correction.Disagreement())
+        both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
+            "_disagreement", {}
+        )
+        return both.setdefault(self.model.training, importance_sampling.Disagreement())
 
     @property
     def rows(self) -> Rows:
@@ -142,12 +146,12 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
             longest = getattr(self.accelerator.unwrap_model(self.model), "max_seq_length", None)
             if longest is not None:
                 check_prompts(prompt_ids, self.max_completion_length, longest)
-            own = sampling.ModelGeneration(self)
+            own = sampler.ModelGeneration(self)
             if own.can(images, multimodal_fields):
                 return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
             seed, rows = self.rows.call(prompt_ids)
             device = getattr(getattr(self, "accelerator", None), "device", None)
-            with sampling.seeded(request_seed(seed, rows[0]), device):
+            with sampler.seeded(request_seed(seed, rows[0]), device):
                 drawn = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
             self.rows.drawn(rows, prompt_ids, drawn[0])
             return drawn
@@ -160,7 +164,7 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
     # --- the extra forward, left out where the training forward gives the same numbers
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        if not correction.old_logps_are_redundant(self) or find_engine(self.model) is None:
+        if not importance_sampling.old_logps_are_redundant(self) or find_engine(self.model) is None:
             return super()._generate_and_score_completions(inputs)
         self.vllm_importance_sampling_correction = False
         try:
@@ -173,7 +177,7 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
         self._observed = inputs = dict(inputs)
         try:
             if "sampling_per_token_logps" in inputs and "old_per_token_logps" in inputs:
-                correction.observe_old(self, inputs)
+                importance_sampling.observe_old(self, inputs)
             return super()._compute_loss(model, inputs)
         finally:
             self._observed, self._scope = None, Scope()
@@ -185,7 +189,7 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
         output = self.scores(model, *args, **kwargs)
         inputs = self._observed or {}
         if "sampling_per_token_logps" in inputs and "old_per_token_logps" not in inputs:
-            correction.observe(self, output[0], inputs, self._scope.skipped)
+            importance_sampling.observe(self, output[0], inputs, self._scope.skipped)
         return output
 
     # --- faults inside a step
@@ -247,7 +251,7 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
-        correction.warn_of_collapse(self)
+        importance_sampling.warn_of_collapse(self)
         super().log(logs, start_time)
         if self.signals is not None:
             # It grows with every step and is copied at each; the logs hold all of it.

@@ -8,7 +8,7 @@ import sys
 from click.testing import CliRunner
 
 from toolkit.cli.bench import bench
-from toolkit.train.bench.settings import ARMS
+from toolkit.train.bench.arm_settings import ARMS
 from toolkit.train.bench.shapes import SHAPES
 
 

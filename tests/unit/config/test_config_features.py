@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.features import (
+from toolkit.config.libraries import model_type
+from toolkit.config.supported_features import (
     attention_lacks,
     cpu_engine_problem,
     layers_beyond,
     stored_format,
     stored_problem,
 )
-from toolkit.config.libraries import model_type
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}

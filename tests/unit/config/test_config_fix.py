@@ -8,9 +8,9 @@ import pytest
 
 from toolkit.config.document import Source
 from toolkit.config.fix import Repair, fix_source
+from toolkit.config.key_moves import schema_of
 from toolkit.config.layers import assemble
 from toolkit.config.migration import CONVERSIONS, MOVED
-from toolkit.config.moves import schema_of
 from toolkit.config.rules import Situation
 from toolkit.config.validate import validate
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.model import ModelSection, RunConfig, RuntimeSection
 from toolkit.config.resolved import DeviceFacts, Situation, engine_of, resolve_run, vllm_here
+from toolkit.config.run_config import ModelSection, RunConfig, RuntimeSection
 
 CPU = DeviceFacts("no GPU", None)
 OLD, NEW, SILENT = (DeviceFacts("card", c) for c in ((7, 5), (9, 0), (0, 0)))

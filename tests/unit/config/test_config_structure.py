@@ -112,11 +112,12 @@ def test_every_key_is_described() -> None:
 def test_defaults_are_those_of_the_config() -> None:
     import dataclasses
 
-    from toolkit.config import model
+    from toolkit.config import run_config
 
     sections = {
-        "model": model.ModelSection, "lora": model.LoraSection, "dataset": model.DatasetSection,
-        "runtime": model.RuntimeSection,
+        "model": run_config.ModelSection, "lora": run_config.LoraSection, 
+        "dataset": run_config.DatasetSection,
+        "runtime": run_config.RuntimeSection,
     }  # fmt: skip
     for section, kind in sections.items():
         properties = SCHEMA["properties"][section]["properties"]

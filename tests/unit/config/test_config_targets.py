@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.config.model import SEVEN_PROJECTIONS
-from toolkit.config.targets import ATTENTION, SLOTS, default_targets, expert_targets, has_experts
+from toolkit.config.lora_targets import (
+    ATTENTION,
+    SLOTS,
+    default_targets,
+    expert_targets,
+    has_experts,
+)
+from toolkit.config.run_config import SEVEN_PROJECTIONS
 
 DENSE = {"model_type": "llama"}
 QWEN = {"model_type": "qwen3_moe", "num_experts": 128}

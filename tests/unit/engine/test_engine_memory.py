@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from toolkit.engine.memory import account, asleep_bytes
+from toolkit.engine.engine_memory import account, asleep_bytes
 
 COMMON = {
     "model_runner": SimpleNamespace(model_memory_usage=3_000),

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from toolkit.base.errors import ConfigError, ConfigValueError, MissingExtraError, UnsupportedError
-from toolkit.engine import load
-from toolkit.engine.options import LOADER, EngineOptions
+from toolkit.engine import open_engine
+from toolkit.engine.engine_options import LOADER, EngineOptions
 
 
 def test_what_is_set_is_told_and_the_rest_left_to_vllm() -> None:
@@ -77,7 +77,7 @@ def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch)
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)  # and restore what was, afterwards
-    load.prepare_environment()
+    open_engine.prepare_environment()
     import os
 
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
@@ -85,21 +85,23 @@ def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch)
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ConfigError, match="another process") as caught:
-        load.prepare_environment()
+        open_engine.prepare_environment()
     assert caught.value.fix == "unset VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "vllm_available", lambda: False)
+    monkeypatch.setattr(open_engine, "vllm_available", lambda: False)
     with pytest.raises(MissingExtraError, match="vLLM") as caught:
-        load.open_engine(EngineOptions(model="m"))
+        open_engine.open_engine(EngineOptions(model="m"))
     assert "grpo-toolkit[cuda]" in str(caught.value.fix)
 
 
 def test_options_rollout_and_load_import_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys, toolkit.engine.base, toolkit.engine.options, toolkit.engine.rollout,"
-        " toolkit.engine.load; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+        "import sys, toolkit.engine.rollout_engine, toolkit.engine.engine_options,"
+        " toolkit.engine.rollout_request,"
+        " toolkit.engine.open_engine;"
+        " print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

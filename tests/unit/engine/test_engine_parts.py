@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.engine.parts import Part, in_parts, is_out_of_memory
-from toolkit.engine.rollout import Rollout
+from toolkit.engine.oom_backoff import Part, in_parts, is_out_of_memory
+from toolkit.engine.rollout_request import Rollout
 
 
 def rows_of(part: Part) -> list[int]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.base.errors import ConfigError, ConfigValueError, NodeError, RetryError
-from toolkit.engine.rollout import (
+from toolkit.engine.rollout_request import (
     SEED_LIMIT,
     Rollout,
     Sampling,
@@ -15,7 +15,7 @@ from toolkit.engine.rollout import (
     derive_seed,
     request_seed,
 )
-from toolkit.engine.symptoms import explain
+from toolkit.engine.vllm_errors import explain
 
 
 @given(st.integers(0, 2**62), st.integers(0, 10_000))

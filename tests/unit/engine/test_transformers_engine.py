@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
-from toolkit.engine.base import RolloutEngine
-from toolkit.engine.rollout import Sampling
-from toolkit.engine.transformers_engine import TransformersEngine
+from toolkit.engine.hf_engine import TransformersEngine
+from toolkit.engine.rollout_engine import RolloutEngine
+from toolkit.engine.rollout_request import Sampling
 
 PROMPTS = [[4, 5, 6], [7]]
 
@@ -142,7 +142,7 @@ def test_a_completion_is_drawn_by_its_row_whoever_draws_it(engine: TransformersE
 
 
 def test_draws_follow_the_probabilities() -> None:
-    from toolkit.engine.draws import RowDraws
+    from toolkit.engine.hf_sampling import RowDraws
 
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     rows = 4000

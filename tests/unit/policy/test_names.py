@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.policy.names import Slice, Sources, plan_views, stored_names
+from toolkit.policy.weight_names import Slice, Sources, plan_views, stored_names
 
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 

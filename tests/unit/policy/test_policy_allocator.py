@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from toolkit.base.allocator import VARIABLES, WANTED
-from toolkit.policy.allocator import VIRTUAL_MEMORY, use_expandable_segments
+from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY, use_expandable_segments
 
 
 class Driver:

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from toolkit.base.errors import InputError
-from toolkit.policy import checkpoint
-from toolkit.policy.checkpoint import find_checkpoint
+from toolkit.policy import model_files
+from toolkit.policy.model_files import find_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ def test_a_hub_id_becomes_one_snapshots_folder(
         asked.update(arguments, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(model_files, "snapshot_download", download)
     found = find_checkpoint("org/model", revision="abc", token="hf_x")
     assert (found.name, found.folder) == ("org/model", tmp_path)
     assert (asked["name"], asked["revision"], asked["token"]) == ("org/model", "abc", "hf_x")
@@ -43,7 +43,7 @@ def test_what_the_hub_refuses_is_told_without_the_token(
     def download(name: str, **arguments: Any) -> str:
         raise error
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(model_files, "snapshot_download", download)
     with pytest.raises(InputError, match="the hub gave no such model") as caught:
         find_checkpoint("org/model", token="hf_secret")
     assert str(error) in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.policy import checkpointing
+from toolkit.policy import gradient_checkpointing
 from toolkit.policy.language_model import FastLanguageModel
 
 
@@ -75,7 +75,7 @@ class Recorder:
 
 def test_offloading_survives_a_trainer_that_forgets_it() -> None:
     model = Recorder()
-    checkpointing.apply_checkpointing(model, "unsloth", max_seq_length=8)
+    gradient_checkpointing.apply_checkpointing(model, "unsloth", max_seq_length=8)
     model.gradient_checkpointing_enable({"use_reentrant": False})  # as TRL does after a rollout
     model.gradient_checkpointing_enable({"use_reentrant": False, "offload": True})
     assert model.calls == [({"use_reentrant": False}, 1, True)] * 3
@@ -83,7 +83,7 @@ def test_offloading_survives_a_trainer_that_forgets_it() -> None:
 
 def test_without_it_nothing_is_offloaded_unless_asked() -> None:
     model = Recorder()
-    checkpointing.apply_checkpointing(model, True, max_seq_length=8)
+    gradient_checkpointing.apply_checkpointing(model, True, max_seq_length=8)
     model.gradient_checkpointing_enable({"use_reentrant": False, "every_n_layers": 2})
     assert model.calls == [
         ({"use_reentrant": False}, 1, False),
@@ -98,24 +98,24 @@ def test_auto_goes_by_free_memory(
     monkeypatch: pytest.MonkeyPatch, free_bytes: int, mode: Any
 ) -> None:
     """8 sequences of 1000 tokens, 32 layers of 1000 bfloat16 values: 0.5 GB of hidden states."""
-    monkeypatch.setattr(checkpointing, "free_memory_bytes", lambda device: free_bytes)
+    monkeypatch.setattr(gradient_checkpointing, "free_memory_bytes", lambda device: free_bytes)
     config = SimpleNamespace(hidden_size=1000, num_hidden_layers=32, max_position_embeddings=9)
     config.get_text_config = lambda: config
     model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert checkpointing.choose_mode(model, max_seq_length=1000) == mode
+    assert gradient_checkpointing.choose_mode(model, max_seq_length=1000) == mode
 
 
 def test_auto_on_a_tiny_model_needs_none(adapted: Any) -> None:
     assert not adapted(use_gradient_checkpointing="auto").is_gradient_checkpointing
-    assert checkpointing.free_memory_bytes(torch.device("cpu")) > 1 << 20
+    assert gradient_checkpointing.free_memory_bytes(torch.device("cpu")) > 1 << 20
 
 
 def test_a_model_that_has_none_is_said() -> None:
     model = Recorder()
     model.supports_gradient_checkpointing = False
     with pytest.raises(UnsupportedError, match="Recorder has no gradient checkpointing"):
-        checkpointing.apply_checkpointing(model, True, max_seq_length=8)
-    checkpointing.apply_checkpointing(model, False, max_seq_length=8)
+        gradient_checkpointing.apply_checkpointing(model, True, max_seq_length=8)
+    gradient_checkpointing.apply_checkpointing(model, False, max_seq_length=8)
     assert model.calls == [("off", 0, False)]
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from toolkit.base.errors import ConfigError, ConfigValueError, UnsupportedError
-from toolkit.policy.checkpoint import find_checkpoint
-from toolkit.policy.export import merge_adapter, stored_dtype, write_adapter
-from toolkit.policy.request import check_request
+from toolkit.policy.load_request import check_request
+from toolkit.policy.merged_export import merge_adapter, stored_dtype, write_adapter
+from toolkit.policy.model_files import find_checkpoint
 from toolkit.policy.saved_adapter import read_adapter
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
-from toolkit.engine.rollout import Sampling
-from toolkit.policy.prompts import read_sampling
+from toolkit.engine.rollout_request import Sampling
+from toolkit.policy.generation_prompts import read_sampling
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.policy.checkpoint import Checkpoint
+from toolkit.policy.model_files import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

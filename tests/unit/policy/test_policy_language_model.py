@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from toolkit.base.errors import ConfigValueError, InputError
-from toolkit.config.model import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
 from toolkit.policy.from_config import choose_engine, request_of
 from toolkit.policy.language_model import FastLanguageModel, load_policy
 from toolkit.policy.lora import adapter_tensors
@@ -149,15 +149,15 @@ def test_which_engine_when_all_is_auto(config: RunConfig, monkeypatch: pytest.Mo
     assert choose_engine(asked) == "transformers"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("toolkit.policy.situation.vllm_available", lambda: True)
+    monkeypatch.setattr("toolkit.policy.machine_facts.vllm_available", lambda: True)
     assert choose_engine(asked) == "vllm"
 
 
 def test_engine_options_of_a_run_file_reach_the_engine(
     config: RunConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit.policy.checkpoint import find_checkpoint
     from toolkit.policy.engine_model import engine_options
+    from toolkit.policy.model_files import find_checkpoint
 
     monkeypatch.setattr("toolkit.policy.engine_request.vllm_available", lambda: True)
     section = replace(

@@ -8,7 +8,7 @@ import pytest
 from transformers import Phi3Config
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.policy.views import refuse_two_ropes
+from toolkit.policy.shared_weights import refuse_two_ropes
 
 LONGROPE = {
     "rope_type": "longrope",

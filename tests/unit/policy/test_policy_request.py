@@ -14,9 +14,9 @@ from toolkit.base.errors import (
     MissingExtraError,
     UnsupportedError,
 )
-from toolkit.policy import engine_request, request
-from toolkit.policy.arguments import ENGINE_DEFAULTS, REFUSED
-from toolkit.policy.request import check_request
+from toolkit.policy import engine_request, load_request
+from toolkit.policy.load_arguments import ENGINE_DEFAULTS, REFUSED
+from toolkit.policy.load_request import check_request
 
 PLAIN = {"model_name": "m", "load_in_4bit": False}
 SIGNATURE = {
@@ -61,7 +61,7 @@ def test_every_parameter_is_in_one_table() -> None:
     from toolkit.policy.language_model import FastLanguageModel
 
     named = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
-    fields = set(request.LoadRequest.__dataclass_fields__) - {"engine"}
+    fields = set(load_request.LoadRequest.__dataclass_fields__) - {"engine"}
     special = {"use_exact_model_name", "text_only", "float32_mixed_precision"}
     assert named <= fields | set(ENGINE_DEFAULTS) | set(REFUSED) | special
 

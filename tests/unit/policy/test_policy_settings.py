@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError
-from toolkit.config.model import LoraSection
-from toolkit.policy.settings import (
+from toolkit.config.run_config import LoraSection
+from toolkit.policy.lora_settings import (
     LoraSettings,
     check_layers,
     check_saved,

@@ -81,7 +81,7 @@ def test_what_is_not_written_comes_from_the_adapter(first: Path) -> None:
 
 
 def test_the_run_is_recorded_with_the_adapters_settings(first: Path, tmp_path: Path) -> None:
-    from toolkit.train.folder import write_config
+    from toolkit.train.checkpointing.run_directory import write_config
 
     config = read(first, "adapter_path: adapter")
     assert load_run(write_config(tmp_path, config)).lora == config.lora

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ToolkitWarning, UnsupportedError
+from toolkit.policy.adapted_layers import default_for
 from toolkit.policy.language_model import SEVEN, FastLanguageModel
 from toolkit.policy.lora import add_lora
-from toolkit.policy.settings import LoraSettings
-from toolkit.policy.targets import default_for
+from toolkit.policy.lora_settings import LoraSettings
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from toolkit.base.errors import MissingExtraError, UnsupportedError
-from toolkit.policy import quant
-from toolkit.policy.names import Slice
+from toolkit.policy import bnb_layers
+from toolkit.policy.weight_names import Slice
 
 
 class State:
@@ -41,16 +41,16 @@ def packed(*rows: int, columns: int = 64, **rest: Any) -> torch.Tensor:
 
 
 def test_logical_shape_is_that_of_the_weight() -> None:
-    assert quant.logical_shape(packed(8, 2, 2)) == (12, 64)
-    assert quant.logical_shape(torch.empty(3, 5)) == (3, 5)
-    assert not quant.is_packed(torch.empty(3, 5))
+    assert bnb_layers.logical_shape(packed(8, 2, 2)) == (12, 64)
+    assert bnb_layers.logical_shape(torch.empty(3, 5)) == (3, 5)
+    assert not bnb_layers.is_packed(torch.empty(3, 5))
 
 
 def test_find_parts_takes_whole_parts_only() -> None:
-    assert quant.find_parts([8, 2, 2], 8, 2) == range(1, 2)
-    assert quant.find_parts([8, 2, 2], 8, 4) == range(1, 3)
+    assert bnb_layers.find_parts([8, 2, 2], 8, 2) == range(1, 2)
+    assert bnb_layers.find_parts([8, 2, 2], 8, 4) == range(1, 3)
     with pytest.raises(UnsupportedError, match="whole 4-bit parts"):
-        quant.find_parts([8, 2, 2], 9, 2)
+        bnb_layers.find_parts([8, 2, 2], 9, 2)
 
 
 def test_replace_linear_hands_over_a_view_and_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,35 +60,35 @@ def test_replace_linear_hands_over_a_view_and_its_state(monkeypatch: pytest.Monk
         taken.append((data, state))
         return torch.nn.Identity()
 
-    monkeypatch.setattr(quant, "linear_4bit", stand_in)
+    monkeypatch.setattr(bnb_layers, "linear_4bit", stand_in)
     model = torch.nn.ModuleDict({"v": torch.nn.Linear(64, 2)})
     bias = model["v"].bias
     source = packed(8, 2, 2)
-    quant.replace_linear(model, "v", source, Slice("qkv", 10, 2))
+    bnb_layers.replace_linear(model, "v", source, Slice("qkv", 10, 2))
     (data, state) = taken[0]
     assert data.data_ptr() == source.data_ptr() + 10 * 32
     assert data.shape == (64, 1)
     assert state is source.bnb_quant_state[2]
     assert model["v"].bias is bias
     with pytest.raises(UnsupportedError, match="Embedding, not a linear"):
-        quant.replace_linear(
+        bnb_layers.replace_linear(
             torch.nn.ModuleDict({"v": torch.nn.Embedding(2, 2)}), "v", source, Slice("qkv", 0, 8)
         )
 
 
 def test_states_side_by_side_become_one() -> None:
     source = packed(8, 4)
-    joined = quant.join_states(quant.ordered_states(source), "gate_up_proj")
+    joined = bnb_layers.join_states(bnb_layers.ordered_states(source), "gate_up_proj")
     assert tuple(joined.shape) == (12, 64)
     assert joined.absmax.tolist() == [0.0] * 8 + [1.0] * 4
 
 
 def test_states_that_differ_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="nested"):
-        quant.join_states(quant.ordered_states(packed(8, nested=True)), "x")
+        bnb_layers.join_states(bnb_layers.ordered_states(packed(8, nested=True)), "x")
     a, b = packed(8), packed(8, blocksize=128)
     with pytest.raises(UnsupportedError, match="not quantized alike"):
-        quant.join_states([*quant.ordered_states(a), *quant.ordered_states(b)], "x")
+        bnb_layers.join_states([*bnb_layers.ordered_states(a), *bnb_layers.ordered_states(b)], "x")
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,13 +96,13 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
-    state = quant.ordered_states(packed(8))[0]
+    state = bnb_layers.ordered_states(packed(8))[0]
     with pytest.raises(MissingExtraError, match="bitsandbytes") as caught:
-        quant.linear_4bit(torch.zeros(256, 1, dtype=torch.uint8), state)
+        bnb_layers.linear_4bit(torch.zeros(256, 1, dtype=torch.uint8), state)
     assert "grpo-toolkit[cuda]" in str(caught.value.fix)
 
 
 def test_peft_is_told_that_layers_are_4bit() -> None:
     model = torch.nn.Linear(2, 2)
-    quant.mark_4bit(model)
+    bnb_layers.mark_4bit(model)
     assert model.is_loaded_in_4bit is True

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.model import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
 from toolkit.gpu import cards
 from toolkit.sizing import Device
 from toolkit.sizing.spec import spec_from_values

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from toolkit.base.errors import ConfigError
 from toolkit.sizing import solve
-from toolkit.sizing.batch import CPU_TOKENS, batch_of, divisors
+from toolkit.sizing.micro_batch import CPU_TOKENS, batch_of, divisors
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 AUTO = {

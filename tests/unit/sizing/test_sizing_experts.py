@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from toolkit.config.targets import ATTENTION
-from toolkit.sizing import lora, solve
+from toolkit.config.lora_targets import ATTENTION
+from toolkit.sizing import lora_bytes, solve
 
 QWEN, MIXTRAL, DEEPSEEK = (
     "Qwen/Qwen3-30B-A3B",
@@ -44,7 +44,7 @@ def test_every_name_is_a_layer_of_the_model(spec_of, name, targets):
     assert spec.targets == targets
     leaves = {linear.leaf for block in spec.blocks for linear in block.linears}
     assert set(targets) <= leaves
-    assert lora.adapter_parameters(spec, 8, targets) > 0
+    assert lora_bytes.adapter_parameters(spec, 8, targets) > 0
 
 
 def test_every_shape_has_what_auto_names(spec_of, shape):
@@ -52,4 +52,4 @@ def test_every_shape_has_what_auto_names(spec_of, shape):
     spec = spec_of(shape["id"])
     leaves = {linear.leaf for block in spec.blocks for linear in block.linears}
     assert set(spec.targets) <= leaves
-    assert not lora.expert_targets(spec, spec.targets)
+    assert not lora_bytes.expert_targets(spec, spec.targets)

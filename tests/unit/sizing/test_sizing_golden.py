@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from toolkit.config.model import SEVEN_PROJECTIONS
-from toolkit.sizing import kv, lora
+from toolkit.config.run_config import SEVEN_PROJECTIONS
+from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.weights import weight_bytes
+from toolkit.sizing.weight_bytes import weight_bytes
 
 
 def test_the_table_is_large_enough(all_shapes):
@@ -19,10 +19,10 @@ def test_each_term_is_as_written(shape):
     dtype = "float16" if spec.dtype == "float16" else "bfloat16"
     assert spec.parameters == shape["parameters"]
     assert weight_bytes(spec, dtype, spec.quantization) == shape["weight_bytes"]
-    assert kv.bytes_per_token(spec, 2) == shape["kv_bytes_per_token"]
-    assert kv.sequence_bytes(spec, 4096, 2, batched_tokens=2048) == shape["kv_4096"]
-    assert lora.engine_elements(spec, 64, 1) * 2 == shape["lora_bytes_64"]
-    assert lora.adapter_parameters(spec, 16, SEVEN_PROJECTIONS) == shape["adapter_16"]
+    assert kv_bytes.bytes_per_token(spec, 2) == shape["kv_bytes_per_token"]
+    assert kv_bytes.sequence_bytes(spec, 4096, 2, batched_tokens=2048) == shape["kv_4096"]
+    assert lora_bytes.engine_elements(spec, 64, 1) * 2 == shape["lora_bytes_64"]
+    assert lora_bytes.adapter_parameters(spec, 16, SEVEN_PROJECTIONS) == shape["adapter_16"]
 
 
 # Sizes of the weight files on the hub, in GB (10**9), as their pages show them.
@@ -56,14 +56,14 @@ def test_weight_bytes_are_those_of_the_published_files(spec_of, name):
     ],
 )
 def test_kv_bytes_a_token_by_hand(spec_of, name, by_hand):
-    assert kv.bytes_per_token(spec_of(name), 2) == by_hand
+    assert kv_bytes.bytes_per_token(spec_of(name), 2) == by_hand
 
 
 def test_windows_cap_long_sequences(spec_of):
     """Gemma 3: 52 of 62 layers keep 1024 tokens (and a block), whatever the length."""
     spec = spec_of("google/gemma-3-27b-it")
-    short, long = (kv.sequence_bytes(spec, length, 2) for length in (16384, 32768))
-    full = kv.bytes_per_token(spec, 2) * 16384
+    short, long = (kv_bytes.sequence_bytes(spec, length, 2) for length in (16384, 32768))
+    full = kv_bytes.bytes_per_token(spec, 2) * 16384
     assert long - short == 10 * 2 * 16 * 128 * 2 * 16384
     assert short < 0.25 * full
 
@@ -73,7 +73,7 @@ def test_expert_slots_are_counted(spec_of):
     spec = spec_of("Qwen/Qwen3-30B-A3B")
     experts = 48 * 128 * 3 * 32 * (2048 + 768) * 2
     assert experts / 2**30 == pytest.approx(3.1, abs=0.05)
-    assert lora.engine_elements(spec, 32, 1) * 2 - experts < 0.1 * experts
+    assert lora_bytes.engine_elements(spec, 32, 1) * 2 - experts < 0.1 * experts
 
 
 def test_the_spec_survives_json(shape):

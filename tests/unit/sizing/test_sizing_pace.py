@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.pace import active_parameters, training_seconds
 from toolkit.sizing.solve import best_case
+from toolkit.sizing.step_time import active_parameters, training_seconds
 
 if TYPE_CHECKING:
     from toolkit.sizing.fit import Case

@@ -5,17 +5,17 @@ import json
 import pytest
 
 from toolkit.base.errors import InputError
-from toolkit.config.model import SEVEN_PROJECTIONS
 from toolkit.config.resolved import resolve_run
-from toolkit.sizing import lora, solve
+from toolkit.config.run_config import SEVEN_PROJECTIONS
+from toolkit.sizing import lora_bytes, solve
 from toolkit.sizing.calibrate import calibrate, compare
 from toolkit.sizing.device import situation_of
-from toolkit.sizing.engine import capture_sizes
-from toolkit.sizing.memory import available_bytes
-from toolkit.sizing.model import Linear
-from toolkit.sizing.plan import plan_engine
-from toolkit.sizing.quant import NF4_ON_LOAD, Quantization, parse_quantization
-from toolkit.sizing.weights import padded_vocab, weight_bytes
+from toolkit.sizing.engine_bytes import capture_sizes
+from toolkit.sizing.engine_plan import plan_engine
+from toolkit.sizing.host_memory import available_bytes
+from toolkit.sizing.model_blocks import Linear
+from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
+from toolkit.sizing.weight_formats import NF4_ON_LOAD, Quantization, parse_quantization
 from toolkit.sizing.workload import optimizer_bytes, read_workload
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
@@ -91,14 +91,14 @@ def test_modules_that_are_skipped():
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), r".*\.(q_proj|v_proj)"])
 def test_adapter_parameters(spec_of, targets):
     """r x (in + out) a module: 16 layers, q 2048 x 2048, v 2048 x 512."""
-    found = lora.adapter_parameters(spec_of(ONE_B), 8, targets)
+    found = lora_bytes.adapter_parameters(spec_of(ONE_B), 8, targets)
     assert found == 16 * 8 * ((2048 + 2048) + (2048 + 512))
 
 
 def test_experts_are_no_target():
-    assert not lora.targeted(Linear("mlp.experts.up_proj", 4, 4, copies=8), SEVEN_PROJECTIONS)
-    assert lora.targeted(Linear("mlp.up_proj", 4, 4), SEVEN_PROJECTIONS)
-    assert lora.targeted(Linear("mlp.up_proj", 4, 4), "all-linear")
+    assert not lora_bytes.targeted(Linear("mlp.experts.up_proj", 4, 4, copies=8), SEVEN_PROJECTIONS)
+    assert lora_bytes.targeted(Linear("mlp.up_proj", 4, 4), SEVEN_PROJECTIONS)
+    assert lora_bytes.targeted(Linear("mlp.up_proj", 4, 4), "all-linear")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.rewards.policy import AsyncGuardedReward, Policy, guard
+from toolkit.train.rewards.error_policy import AsyncGuardedReward, Policy, guard
 
 if TYPE_CHECKING:
     from pathlib import Path

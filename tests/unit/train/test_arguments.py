@@ -14,11 +14,11 @@ from trainer_helpers import arguments as trl_arguments
 from toolkit.base.errors import MissingExtraError
 from toolkit.config import load_run
 from toolkit.config.resolved import resolve_run
-from toolkit.policy.checkpointing import apply_checkpointing
-from toolkit.policy.situation import situation
-from toolkit.train.arguments import grpo_config, require_packages
+from toolkit.policy.gradient_checkpointing import apply_checkpointing
+from toolkit.policy.machine_facts import situation
 from toolkit.train.demo import make_tokenizer
 from toolkit.train.trainer import GRPOTrainer
+from toolkit.train.trl_arguments import grpo_config, require_packages
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,14 +10,14 @@ import pytest
 
 from toolkit.gpu.cards import find
 from toolkit.sizing import Device, read_spec
-from toolkit.train.bench import plan
-from toolkit.train.bench.settings import Settings
+from toolkit.train.bench import bench_plan
+from toolkit.train.bench.arm_settings import Settings
 from toolkit.train.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from toolkit.sizing.model import ModelSpec
+    from toolkit.sizing.model_blocks import ModelSpec
 
 CONFIG = {
     **SHAPES["llama-1b"].config,
@@ -44,10 +44,10 @@ def _device(name: str) -> Device:
 def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, batch: int) -> None:
     device, given = _device(card), Settings(model="m", per_device_batch=batch)
     by_hand = replace(given, ours_batch=batch, ours_checkpointing=True, ours_sleep=False)
-    filled = plan.fill(given, spec, device)
-    ours, theirs = plan.size(filled, spec, device), plan.size(by_hand, spec, device)
-    assert ours.peaks.torch_bytes <= plan.peers_bytes(given, spec, device)
-    assert plan.peers_bytes(given, spec, device) <= theirs.peaks.torch_bytes
+    filled = bench_plan.fill(given, spec, device)
+    ours, theirs = bench_plan.size(filled, spec, device), bench_plan.size(by_hand, spec, device)
+    assert ours.peaks.torch_bytes <= bench_plan.peers_bytes(given, spec, device)
+    assert bench_plan.peers_bytes(given, spec, device) <= theirs.peaks.torch_bytes
     assert ours.trainer.step_s_estimate < theirs.trainer.step_s_estimate
     assert filled.ours_batch is not None
     assert filled.ours_batch > batch  # fewer and larger ones: the sleeping cache makes room
@@ -56,6 +56,6 @@ def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, bat
 
 def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpec) -> None:
     written = Settings(model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False)
-    assert plan.fill(written, spec, _device("h100")) == written
-    plain = plan.fill(Settings(model="m"), spec, None)
+    assert bench_plan.fill(written, spec, _device("h100")) == written
+    plain = bench_plan.fill(Settings(model="m"), spec, None)
     assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache awake"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.train.bench.arm_settings import Settings
 from toolkit.train.bench.arms import prompts, reward_odd
-from toolkit.train.bench.settings import Settings
 from toolkit.train.bench.shapes import make_checkpoint
 
 if TYPE_CHECKING:

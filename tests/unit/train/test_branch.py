@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.train import branch, checkpoint, rollback
-from toolkit.train.branch import Branch
-from toolkit.train.metrics import LOGS, Journal
+from toolkit.train.checkpointing import branch, checkpoint, rollback
+from toolkit.train.checkpointing.branch import Branch
+from toolkit.train.report.metrics_log import LOGS, Journal
 
 
 def write(run_dir, step, line=None, journal=None, **state):

@@ -10,8 +10,8 @@ import pytest
 
 from toolkit.base.errors import ConfigError
 from toolkit.config.chat_format import resolve
-from toolkit.config.model import DatasetSection, ModelSection, RunConfig
-from toolkit.train import chats
+from toolkit.config.run_config import DatasetSection, ModelSection, RunConfig
+from toolkit.train.data import chat_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,15 +48,15 @@ def test_a_checkpoint_is_resumed_in_its_format(
     tmp_path: Path, then: dict[str, Any], completion: dict[str, Any] | None, kept: bool | str
 ) -> None:
     found = checkpoint(tmp_path, then, completion)
-    assert chats.kept(config(), found).dataset.chat == kept
-    assert chats.recorded(then, found)[chats.KEY] == (None if kept == "auto" else kept)
-    assert chats.kept(config(chat=True), found).dataset.chat is True  # what is written stays
+    assert chat_record.kept(config(), found).dataset.chat == kept
+    assert chat_record.recorded(then, found)[chat_record.KEY] == (None if kept == "auto" else kept)
+    assert chat_record.kept(config(chat=True), found).dataset.chat is True  # what is written stays
 
 
 def test_what_is_recorded_is_the_resolved_format() -> None:
     resolved = resolve(config(), True)
     assert resolved.dataset.chat is True
-    assert chats.settled(config(), resolved).dataset.chat is True
+    assert chat_record.settled(config(), resolved).dataset.chat is True
     assert resolve(config(), None).dataset.chat == "auto"
     assert resolve(config(), False).dataset.chat is False
     assert resolve(config(chat=False), True).dataset.chat is False

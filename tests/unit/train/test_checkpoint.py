@@ -8,7 +8,7 @@ import os
 import pytest
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.train import branch, checkpoint
+from toolkit.train.checkpointing import branch, checkpoint
 
 FILES = {"a.json": b'{"x": 1}\n', "t.safetensors": bytes(range(256)) * 3, "empty.json": b""}
 

@@ -12,9 +12,9 @@ import pytest
 from data_helpers import make_tokenizer, user
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.config.model import DatasetSection
-from toolkit.train import data_source
-from toolkit.train.data import load_data
+from toolkit.config.run_config import DatasetSection
+from toolkit.train.data import dataset_source
+from toolkit.train.data.dataset import load_data
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "train.jsonl") -> str:
@@ -240,7 +240,7 @@ def test_what_the_hub_can_say(monkeypatch, error: Exception, message: str, code:
         raise error
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(data_source.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(dataset_source.datasets, "load_dataset", load_dataset)
     with pytest.raises(Exception, match=message) as caught:
         load("somebody/nothing")
     assert caught.value.exit_code == code
@@ -254,7 +254,7 @@ def test_a_dataset_from_the_hub_is_hashed_by_its_rows(monkeypatch: pytest.Monkey
         seen.update(options, path=path)
         return made
 
-    monkeypatch.setattr(data_source.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(dataset_source.datasets, "load_dataset", load_dataset)
     data = load("org/name", name="main", revision="abc", split="train[:5]")
     assert seen == {"path": "org/name", "name": "main", "split": "train[:5]", "revision": "abc"}
     assert data.train["answer"][:] == [1, 2]

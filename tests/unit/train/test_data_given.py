@@ -16,11 +16,11 @@ from pyarrow import parquet
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.config.data_facts import _read
-from toolkit.config.model import DatasetSection
-from toolkit.train.data import load_data
-from toolkit.train.data_read import read_file
+from toolkit.config.run_config import DatasetSection
+from toolkit.train.data.dataset import load_data
+from toolkit.train.data.row_reader import read_file
 from toolkit.train.rewards.builtin import ExactMatch, NumericMatch
-from toolkit.train.rewards.policy import Policy, guard
+from toolkit.train.rewards.error_policy import Policy, guard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -295,6 +295,6 @@ def test_data_that_changes_while_it_is_read_is_refused(
         file.write_bytes(lines([{"q": "w1", "a": 1}, {"q": "w2", "a": 2}]))
         return rows
 
-    monkeypatch.setattr("toolkit.train.data_source.read_file", read_and_change)
+    monkeypatch.setattr("toolkit.train.data.dataset_source.read_file", read_and_change)
     with pytest.raises(InputError, match="the data changed while it was read"):
         load(path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.base.errors import ConfigError
-from toolkit.train import data_prompts
+from toolkit.train.data import prompt_format
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from toolkit.train import data_prompts
 )
 def test_bad_prompts_name_the_row(prompts: list[Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"data row .*column 'q' .*{message}"):
-        data_prompts.check_prompts(prompts, "q", lambda index: f"data row {index + 1}")
+        prompt_format.check_prompts(prompts, "q", lambda index: f"data row {index + 1}")
 
 
 @pytest.mark.parametrize(
@@ -40,19 +40,19 @@ def test_bad_prompts_name_the_row(prompts: list[Any], message: str) -> None:
     ],
 )
 def test_good_prompts(prompts: list[Any], is_chat: bool) -> None:
-    assert data_prompts.check_prompts(prompts, "q", str) is is_chat
+    assert prompt_format.check_prompts(prompts, "q", str) is is_chat
 
 
 @pytest.mark.parametrize("prompt", [None, "", " \n", [], [user("")], [user(None)]])
 def test_empty_prompts(prompt: Any) -> None:
-    assert data_prompts.is_empty(prompt)
-    assert not data_prompts.is_empty("x")
-    assert not data_prompts.is_empty([user("x")])
+    assert prompt_format.is_empty(prompt)
+    assert not prompt_format.is_empty("x")
+    assert not prompt_format.is_empty([user("x")])
 
 
 def test_the_chat_format_and_a_system_prompt() -> None:
     system = {"role": "system", "content": "S"}
-    put = data_prompts.formatted
+    put = prompt_format.formatted
     assert put("q", None, chat=False) == "q"
     assert put("q", None, chat=True) == [user("q")]
     assert put("q", "S", chat=True) == [system, user("q")]
@@ -69,29 +69,29 @@ def test_tokens_are_counted_with_the_arguments_of_the_template() -> None:
         "<assistant>", "<assistant>{{ more }}"
     )
     arguments = {"more": "w1 w2"}
-    longer = data_prompts.length_of(tokenizer, [user("w3 w4")], arguments)
-    assert longer == data_prompts.length_of(tokenizer, [user("w3 w4")]) + 2
-    cut = data_prompts.truncate(tokenizer, [user("w3 w4")], longer - 1, arguments)
+    longer = prompt_format.length_of(tokenizer, [user("w3 w4")], arguments)
+    assert longer == prompt_format.length_of(tokenizer, [user("w3 w4")]) + 2
+    cut = prompt_format.truncate(tokenizer, [user("w3 w4")], longer - 1, arguments)
     assert cut == [user("w4")]
-    ids = data_prompts.token_ids([[user("w3")], [user("w3 w4")]], tokenizer, arguments)
+    ids = prompt_format.token_ids([[user("w3")], [user("w3 w4")]], tokenizer, arguments)
     assert [len(row) for row in ids] == [longer - 1, longer]
 
 
 def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
-        data_prompts.check_template(make_tokenizer(), [user("x")], "q")
+        prompt_format.check_template(make_tokenizer(), [user("x")], "q")
     late = [user("x"), {"role": "system", "content": "y"}]
     with pytest.raises(ConfigError, match="refuses the prompts: system must come first"):
-        data_prompts.check_template(make_tokenizer(chat=True), late, "q")
+        prompt_format.check_template(make_tokenizer(chat=True), late, "q")
 
 
 def test_a_text_loses_its_first_tokens() -> None:
     tokenizer = make_tokenizer()
     text = " ".join(f"w{number}" for number in range(10))
-    assert data_prompts.truncate(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
-    assert data_prompts.truncate(tokenizer, text, 11) == text
+    assert prompt_format.truncate(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
+    assert prompt_format.truncate(tokenizer, text, 11) == text
     with pytest.raises(ConfigError, match=r"max_prompt_length 1: the special tokens alone have 1"):
-        data_prompts.truncate(tokenizer, text, 1)
+        prompt_format.truncate(tokenizer, text, 1)
 
 
 def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
@@ -102,22 +102,22 @@ def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
         {"role": "assistant", "content": "w6 w7"},
         user("w8 w9"),
     ]
-    whole = data_prompts.length_of(tokenizer, chat)
+    whole = prompt_format.length_of(tokenizer, chat)
     assert whole == 2 + 3 + 2 + 2 + 2 * 4 + 1
-    shorter = data_prompts.truncate(tokenizer, chat, whole - 4)
+    shorter = prompt_format.truncate(tokenizer, chat, whole - 4)
     assert [message["content"] for message in shorter] == ["w1 w2", "", "w7", "w8 w9"]
     assert chat[1]["content"] == "w3 w4 w5"
     with pytest.raises(ConfigError, match="system prompt and template alone have 11 tokens"):
-        data_prompts.truncate(tokenizer, chat, 5)
+        prompt_format.truncate(tokenizer, chat, 5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="abc .0123\nw<>/s\u00e9", min_size=1, max_size=60), st.integers(2, 20))
 def test_what_is_cut_fits_and_is_the_end(text: str, limit: int) -> None:
     tokenizer = make_tokenizer()
-    if data_prompts.length_of(tokenizer, text) <= limit:
+    if prompt_format.length_of(tokenizer, text) <= limit:
         return
-    cut = data_prompts.truncate(tokenizer, text, limit)
-    assert data_prompts.length_of(tokenizer, cut) <= limit
+    cut = prompt_format.truncate(tokenizer, text, limit)
+    assert prompt_format.length_of(tokenizer, cut) <= limit
     assert text.endswith(cut)
     assert cut

@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from toolkit.base.archives import ARCHIVE_SUFFIXES
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.config.paths import is_path_only
-from toolkit.train.data_read import READERS, read_file
+from toolkit.config.run_paths import is_path_only
+from toolkit.train.data.row_reader import READERS, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path

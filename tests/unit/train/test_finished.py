@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
-from toolkit.train import checkpoint
-from toolkit.train.finished import open_run, trained_on_chats, with_engine
+from toolkit.train.checkpointing import checkpoint
+from toolkit.train.checkpointing.trained_run import open_run, trained_on_chats, with_engine
 
 if TYPE_CHECKING:
     from pathlib import Path

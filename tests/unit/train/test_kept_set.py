@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from toolkit.train.kept_set import Distribution, Places, Texts, kept, score
+from toolkit.train.step.kept_set import Distribution, Places, Texts, kept, score
 
 ROWS, LENGTH, VOCAB, START = 3, 12, 40, 4
 

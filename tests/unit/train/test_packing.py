@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from toolkit.train.packing import Row, even_packs, split_rows, tokens_of
+from toolkit.train.step.packing import Row, even_packs, split_rows, tokens_of
 
 
 def batch(seed: int, groups: int = 5, members: int = 4, longest: int = 60) -> list[Row]:

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from toolkit.base.errors import ToolkitWarning
-from toolkit.train.quiet import LOUD, quiet
+from toolkit.train.logging_setup import LOUD, quiet
 
 
 def speak() -> None:
@@ -18,8 +18,8 @@ def speak() -> None:
     warnings.warn("padding with '</s>'", ToolkitWarning, stacklevel=1)
     warnings.warn("padding with '</s>'", ToolkitWarning, stacklevel=1)
     logging.getLogger("trl.trainer").warning("trl's")
-    logging.getLogger("toolkit.train.faults").warning("rollout: out of memory with %d", 8)
-    logging.getLogger("toolkit.train.faults").info("not this")
+    logging.getLogger("toolkit.train.step.step_errors").warning("rollout: out of memory with %d", 8)
+    logging.getLogger("toolkit.train.step.step_errors").info("not this")
 
 
 def test_only_what_we_say_is_said(capsys):

@@ -9,8 +9,8 @@ import pytest
 from torch.distributed import HashStore
 
 from toolkit.base.errors import ConfigError, NodeError, RetryError, StoppedError
-from toolkit.train import ranks
-from toolkit.train.ranks import PeerFailed, Peers, gone, is_gone, join
+from toolkit.train import process_control
+from toolkit.train.process_control import PeerFailed, Peers, gone, is_gone, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +23,8 @@ LOST = RuntimeError(
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "ANSWER_S", 0.3)
-    monkeypatch.setattr(ranks, "LISTEN_S", 0.02)
+    monkeypatch.setattr(process_control, "ANSWER_S", 0.3)
+    monkeypatch.setattr(process_control, "LISTEN_S", 0.02)
 
 
 def together(*parts: Callable[[Peers], Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ConfigError, MissingExtraError
-from toolkit.config.model import ModelSection, RewardFunction, RewardSection, RunConfig
+from toolkit.config.run_config import ModelSection, RewardFunction, RewardSection, RunConfig
 from toolkit.train.rewards import BUILTINS, load_rewards
 from toolkit.train.rewards.text import inside_tag, text_of
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from toolkit.base.limits import OutOfTime, call_within
+from toolkit.base.time_limits import OutOfTime, call_within
 from toolkit.train.rewards.loop import LoopThread
 
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.train.rewards.numbers import Number, answer_in, last_boxed, numbers_in, same, to_number
+from toolkit.train.rewards.number_parsing import (
+    Number,
+    answer_in,
+    last_boxed,
+    numbers_in,
+    same,
+    to_number,
+)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 from rewards_helpers import COMPLETIONS, each, run, saved
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.rewards import policy as policy_module
+from toolkit.train.rewards import error_policy as policy_module
 from toolkit.train.rewards.attempt import is_async
-from toolkit.train.rewards.policy import Policy, guard
+from toolkit.train.rewards.error_policy import Policy, guard
 
 
 def divide() -> float:

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from toolkit.base.limits import OutOfTime, call_within
-from toolkit.train.signals import Abandoned, StopSignals
+from toolkit.base.time_limits import OutOfTime, call_within
+from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
 
 
 def terminated_and_then(seconds: float) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.model import (
+from toolkit.config.run_config import (
     ModelSection,
     RewardFunction,
     RewardSection,

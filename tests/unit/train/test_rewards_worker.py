@@ -19,17 +19,17 @@ import torch
 from transformers import TrainerState
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.model import (
+from toolkit.config.run_config import (
     ModelSection,
     RewardFunction,
     RewardSection,
     RunConfig,
     RuntimeSection,
 )
+from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.policy import AsyncGuardedReward, Policy, guard
+from toolkit.train.rewards.error_policy import AsyncGuardedReward, Policy, guard
 from toolkit.train.rewards.remote import RemoteReward
-from toolkit.train.signals import Abandoned, StopSignals
 
 HOSTILE = Path(__file__).with_name("hostile_rewards.py")
 COMPLETIONS = ["a", "bad", "c"]
@@ -256,7 +256,7 @@ def test_a_signal_to_the_run_cuts_the_wait(tmp_path: Path) -> None:
 RUN = """
 import sys, threading, time
 from pathlib import Path
-from toolkit.config.model import *
+from toolkit.config.run_config import *
 from toolkit.train.rewards import load_rewards
 folder = Path(sys.argv[1])
 config = RunConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from toolkit.train.rows import Rows
+from toolkit.train.rollout.completion_index import Rows
 
 
 def trainer(rank: int = 0, ranks: int = 1, *, steps: int = 1, **more: Any) -> Any:

@@ -13,9 +13,10 @@ import torch
 from trainer_helpers import history, make_trainer
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning
-from toolkit.engine.draws import draw
-from toolkit.train import kept_set, sampling
-from toolkit.train.sampling import ModelGeneration
+from toolkit.engine.hf_sampling import draw
+from toolkit.train.rollout import sampler
+from toolkit.train.rollout.sampler import ModelGeneration
+from toolkit.train.step import kept_set
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "fixtures"))
 from tiny_llama import make_tokenizer
@@ -49,7 +50,7 @@ def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name:
         scores.extend(drawn[1])
         return drawn
 
-    monkeypatch.setattr(sampling, "draw", listening)
+    monkeypatch.setattr(sampler, "draw", listening)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 100)
     trainer.rows.begin(len(PROMPTS))
     completions = ModelGeneration(trainer).generate(PROMPTS)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from toolkit.train.signals import SIGNALS, Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import SIGNALS, Abandoned, StopSignals
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from toolkit.config.model import ModelSection, RunConfig
-from toolkit.train import batch
+from toolkit.config.run_config import ModelSection, RunConfig
+from toolkit.train.checkpointing import micro_batch_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,15 +32,15 @@ def checkpoint(folder: Path, **grpo: Any) -> Path:
 
 
 def cut(config: RunConfig) -> tuple[Any, Any]:
-    return tuple(config.grpo[key] for key in batch.KEYS)
+    return tuple(config.grpo[key] for key in micro_batch_record.KEYS)
 
 
 def test_what_a_checkpoint_was_made_with_stays(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    assert cut(batch.kept(config(), found)) == (4, 8)
-    assert cut(batch.kept(config(), None)) == ("auto", "auto")
+    assert cut(micro_batch_record.kept(config(), found)) == (4, 8)
+    assert cut(micro_batch_record.kept(config(), None)) == ("auto", "auto")
     written = config(per_device_train_batch_size=16, gradient_accumulation_steps=2)
-    assert batch.kept(written, found) is written
+    assert micro_batch_record.kept(written, found) is written
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_another_generation_batch_is_not_cut_in_the_old_way(
     tmp_path: Path, grpo: dict[str, int]
 ) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    assert cut(batch.kept(config(**grpo), found)) == ("auto", "auto")
+    assert cut(micro_batch_record.kept(config(**grpo), found)) == ("auto", "auto")
 
 
 def test_a_checkpoint_without_numbers_leaves_the_choice_open(tmp_path: Path) -> None:
-    assert cut(batch.kept(config(), checkpoint(tmp_path))) == ("auto", "auto")
+    assert cut(micro_batch_record.kept(config(), checkpoint(tmp_path))) == ("auto", "auto")
 
 
 def test_what_is_recorded_are_the_numbers() -> None:
     resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
-    assert cut(batch.settled(config(), resolved)) == (8, 4)
-    assert batch.settled(resolved, config()) is resolved
+    assert cut(micro_batch_record.settled(config(), resolved)) == (8, 4)
+    assert micro_batch_record.settled(resolved, config()) is resolved

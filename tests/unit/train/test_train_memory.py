@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from toolkit.sizing.calibrate import MEASURED_AS, PEAKS, calibrate
-from toolkit.train import memory
-from toolkit.train.memory import PhasePeaks
+from toolkit.train.report import memory_peaks
+from toolkit.train.report.memory_peaks import PhasePeaks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,7 +182,7 @@ def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", [None, SimpleNamespace(), SimpleNamespace(llm=object())])
 def test_on_the_cpu_nothing_is_measured(tmp_path: Path, engine: object) -> None:
     trainer = SimpleNamespace(vllm_generation=SimpleNamespace(engine=engine))
-    with memory.measured(trainer, tmp_path), memory.rollout_phase(trainer, Card()):
+    with memory_peaks.measured(trainer, tmp_path), memory_peaks.rollout_phase(trainer, Card()):
         assert trainer.peaks is None
     assert list(tmp_path.iterdir()) == []
 
@@ -191,12 +191,12 @@ def test_a_run_that_fails_leaves_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = Card()
-    monkeypatch.setattr(memory, "watch", lambda engine: PhasePeaks(card, ACCOUNT))
+    monkeypatch.setattr(memory_peaks, "watch", lambda engine: PhasePeaks(card, ACCOUNT))
     trainer = SimpleNamespace(lost=None)
 
     def train() -> None:
-        with memory.measured(trainer, tmp_path):
-            with memory.rollout_phase(trainer, card):
+        with memory_peaks.measured(trainer, tmp_path):
+            with memory_peaks.rollout_phase(trainer, card):
                 card.take(GIB)
             card.take(9 * GIB)
             raise RuntimeError("out of memory")

@@ -11,8 +11,8 @@ import re
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.metrics import LOGS, Journal, plain, row_of
-from toolkit.train.progress import Progress, step_line
+from toolkit.train.report.metrics_log import LOGS, Journal, plain, row_of
+from toolkit.train.report.progress import Progress, step_line
 
 TIMINGS = {"tokens_per_s": 1234.0, "step_s": 0.5}
 

@@ -15,7 +15,7 @@ from trainer_helpers import make_trainer
 
 from toolkit.base.errors import ConfigError, NodeError
 from toolkit.base.paths import write_file
-from toolkit.train import faults
+from toolkit.train.step import step_errors
 from toolkit.train.trainer import GRPOTrainer
 
 
@@ -77,7 +77,7 @@ def test_memory_that_never_suffices_is_given_up_on(tmp_path):
     with pytest.raises(torch.OutOfMemoryError) as refused:
         trainer.train()
     assert trainer._split == 8  # one row a part
-    told = faults.translate(refused.value, "here")
+    told = step_errors.translate(refused.value, "here")
     assert isinstance(told, ConfigError)
     assert "per_device_train_batch_size" in told.fix
 
@@ -159,7 +159,7 @@ def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
     ],
 )
 def test_known_faults_have_an_exit_code_and_a_fix(error, kind, code):
-    told = faults.translate(error, "runs/x")
+    told = step_errors.translate(error, "runs/x")
     assert type(told) is kind
     assert told.exit_code == code
     assert told.fix
@@ -167,14 +167,14 @@ def test_known_faults_have_an_exit_code_and_a_fix(error, kind, code):
 
 
 def test_a_defect_is_not_dressed_up():
-    assert faults.translate(KeyError("x"), "here") is None
-    assert faults.translate(RuntimeError("shapes do not match"), "here") is None
+    assert step_errors.translate(KeyError("x"), "here") is None
+    assert step_errors.translate(RuntimeError("shapes do not match"), "here") is None
 
 
 def test_a_folder_where_a_file_is_to_be_written_is_named(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(IsADirectoryError) as raised:
         write_file(tmp_path / "x", "text")
-    told = faults.translate(raised.value, "here")
+    told = step_errors.translate(raised.value, "here")
     assert isinstance(told, ConfigError)
     assert told.where == str(tmp_path / "x")

@@ -12,7 +12,7 @@ import torch
 from trainer_helpers import ROWS, adapter_digest, history, make_trainer
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.train import checkpoint, resume, state
+from toolkit.train.checkpointing import checkpoint, state_files, trainer_state
 
 CASES = {
     "plain": ({}, [2, 4]),
@@ -83,9 +83,9 @@ def edited(**values):
 
 
 def load_all(trainer, folder):
-    resume.check(trainer, folder)
-    resume.load_progress(trainer, folder)
-    resume.load_generators(trainer, folder)
+    trainer_state.check(trainer, folder)
+    trainer_state.load_progress(trainer, folder)
+    trainer_state.load_generators(trainer, folder)
 
 
 def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
@@ -137,12 +137,12 @@ def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
 )
 def test_an_adapter_from_elsewhere_is_refused_with_the_difference(tmp_path, change, difference):
     trainer = make_trainer(tmp_path)
-    parameters = state.trainable(trainer.model)
+    parameters = state_files.trainable(trainer.model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     stored = {name: p.detach().clone() + 1 for name, p in parameters.items()}
     change(stored)
     with pytest.raises(ConfigError) as refused:
-        state.copy_into(parameters, stored, "here")
+        state_files.copy_into(parameters, stored, "here")
     assert difference in refused.value.message
     assert all(torch.equal(before[name], p) for name, p in parameters.items())
 
@@ -180,23 +180,23 @@ def test_the_adapter_of_a_checkpoint_is_one_that_peft_loads(tmp_path):
 
 
 def test_every_generator_is_put_back():
-    described, tensors = state.generators()
+    described, tensors = state_files.generators()
     described = json.loads(json.dumps(described))
     drawn = [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()]
-    state.restore_generators(described, tensors)
+    state_files.restore_generators(described, tensors)
     assert [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()] == drawn
 
 
 def test_flatten_gives_back_what_it_was_given():
     value = {"a": [1, 2.5, None, (True, "x")], 3: {"t": torch.arange(6).reshape(2, 3)}}
     tensors: dict[str, torch.Tensor] = {}
-    described = json.loads(json.dumps(state.flatten(value, tensors, "v")))
-    back = state.unflatten(described, tensors)
+    described = json.loads(json.dumps(state_files.flatten(value, tensors, "v")))
+    back = state_files.unflatten(described, tensors)
     assert back["a"] == value["a"]
     assert type(back["a"][3]) is tuple
     assert torch.equal(back[3]["t"], value[3]["t"])
     with pytest.raises(NotImplementedError, match="cannot be stored without pickle: set"):
-        state.flatten({"s": {1}}, {}, "v")
+        state_files.flatten({"s": {1}}, {}, "v")
 
 
 def test_the_best_checkpoints_are_kept(tmp_path):
@@ -208,7 +208,7 @@ def test_the_best_checkpoints_are_kept(tmp_path):
     assert set(checkpoint.list_steps(tmp_path)) >= {6}
     assert len(checkpoint.list_steps(tmp_path)) <= 3
     assert max(rewards, key=lambda step: rewards[step]) in checkpoint.list_steps(tmp_path)
-    assert set(resume.best_steps(tmp_path, 2)) <= {*best, *checkpoint.list_steps(tmp_path)}
+    assert set(trainer_state.best_steps(tmp_path, 2)) <= {*best, *checkpoint.list_steps(tmp_path)}
 
 
 def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
@@ -219,7 +219,7 @@ def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
     cut = make_trainer(
         tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
     )
-    from toolkit.train.signals import Abandoned, StopSignals
+    from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
 
     cut.signals = StopSignals()
     cut._metrics["eval"]

@@ -11,8 +11,8 @@ from trainer_helpers import ROWS, make_trainer
 
 from toolkit.base.errors import ConfigError
 from toolkit.config.rules.evaluation import METRICS, SOMETIMES
-from toolkit.train import faults
-from toolkit.train.upstream import OURS
+from toolkit.train.step import step_errors
+from toolkit.train.upstream_errors import OURS
 
 
 def run_of(**grpo: Any) -> Any:
@@ -49,14 +49,16 @@ def test_what_upstream_refuses_is_about_the_keys_that_were_written(tmp_path, nam
     rows = ROWS[:4] if "eval_strategy" in grpo else None
     with pytest.raises(Exception) as raised:  # noqa: PT011 - of whatever class upstream chooses
         make_trainer(tmp_path, eval_rows=rows, **grpo).train()
-    told = faults.translate(raised.value, "runs/x", run_of(**grpo))
+    told = step_errors.translate(raised.value, "runs/x", run_of(**grpo))
     assert isinstance(told, ConfigError)
     assert told.where == "run.yaml"
     assert words in told.message
     first = next(iter(grpo)) if name != "metric" else "metric_for_best_model"
     assert f"grpo.{first} is {grpo[first]!r}" in told.message
     assert "`envcheck explain grpo." in told.fix
-    assert faults.translate(raised.value, "runs/x", run_of(beta=0.0)) is None, "no key of its own"
+    assert step_errors.translate(raised.value, "runs/x", run_of(beta=0.0)) is None, (
+        "no key of its own"
+    )
 
 
 def test_our_own_code_under_upstream_stays_a_defect() -> None:
@@ -73,10 +75,10 @@ def test_our_own_code_under_upstream_stays_a_defect() -> None:
     with pytest.raises(KeyError) as raised:
         torch.optim.lr_scheduler.LambdaLR(optimizer, ours)
     config = run_of(lr_scheduler_type="linear", learning_rate=1e-6)
-    assert faults.translate(raised.value, "runs/x", config) is None
+    assert step_errors.translate(raised.value, "runs/x", config) is None
     with pytest.raises(KeyError) as raised:
         torch.optim.lr_scheduler.LambdaLR(optimizer, not_ours)
-    assert faults.translate(raised.value, "runs/x", config) is not None
+    assert step_errors.translate(raised.value, "runs/x", config) is not None
 
 
 @pytest.mark.parametrize("engine", [False, True])

@@ -12,7 +12,7 @@ import pytest
 from toolkit.cli.train_run import Processes
 from toolkit.gpu import snapshot
 from toolkit.gpu.snapshot_json import node_from_json
-from toolkit.train.parts import unused_gpus
+from toolkit.train.run_context import unused_gpus
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.watch import COUNT, LIMIT, Watch
+from toolkit.train.report.reward_watch import COUNT, LIMIT, Watch
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
-from toolkit.engine.transformers_engine import TransformersEngine
+from toolkit.engine.hf_engine import TransformersEngine
 from toolkit.policy.lora import add_lora
-from toolkit.policy.settings import LoraSettings
+from toolkit.policy.lora_settings import LoraSettings
 from toolkit.train.demo import make_model, make_tokenizer
 from toolkit.train.trainer import GRPOTrainer
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.symptoms import numbers
 from toolkit.base.symptoms.symptom import entry
-from toolkit.base.xids import FATAL_XIDS, USER_XIDS
+from toolkit.base.xid_table import FATAL_XIDS, USER_XIDS
 
 if TYPE_CHECKING:
     import re

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-from toolkit.config.rules.base import RULES, Rule
 from toolkit.config.rules.run import DeviceFacts, Run, Situation
+from toolkit.config.rules.violation import RULES, Rule
 
 __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "judging_rules"]
 

@@ -6,7 +6,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.rules.arithmetic import multiple_from, nearest_divisor
-from toolkit.config.rules.base import Fault, Unjudged, rule
+from toolkit.config.rules.violation import Fault, Unjudged, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from toolkit.config.batch_cut import CUT_MATTERS
 from toolkit.config.finding import Fix
 from toolkit.config.rules.arithmetic import multiple_from
-from toolkit.config.rules.base import Fault, rule
 from toolkit.config.rules.batch import ACCUMULATION, GROUP, MICRO, SIZE, STEPS
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ from toolkit.config.chat_format import (
 from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.model_facts import folder_fault, is_adapter
-from toolkit.config.paths import exists, is_path_only, resolve
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.run_paths import exists, is_path_only, resolve
 from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:

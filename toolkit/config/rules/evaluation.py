@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Severity
 from toolkit.config.reward_table import metric_names
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.base import Fault, rule
-from toolkit.config.targets import MLP, default_targets, expert_targets
+from toolkit.config.lora_targets import MLP, default_targets, expert_targets
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

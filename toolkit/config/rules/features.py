@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.features import (
+from toolkit.config.finding import Fix, Severity
+from toolkit.config.libraries import model_type, package_folder
+from toolkit.config.resolved import dtype_of
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.supported_features import (
     UNTRAINED,
     attention_lacks,
     attention_problem,
@@ -12,16 +16,12 @@ from toolkit.config.features import (
     flag_problems,
     float16_problem,
 )
-from toolkit.config.finding import Fix, Severity
-from toolkit.config.libraries import model_type, package_folder
-from toolkit.config.resolved import dtype_of
-from toolkit.config.rules.base import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.features import Problem
     from toolkit.config.rules.run import Run
+    from toolkit.config.supported_features import Problem
 
 _ATTENTION = "model.attn_implementation"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.sampling_keywords import NAMES, judge, not_reproduced, what_follows
 
 if TYPE_CHECKING:

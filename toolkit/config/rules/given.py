@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from toolkit.config.data_facts import data_of
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import LEFT_OUT
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

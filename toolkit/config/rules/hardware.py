@@ -13,7 +13,7 @@ from toolkit.base.capability import (
 )
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import package_folder
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from toolkit.config.chat_format import chosen
 from toolkit.config.data_facts import data_of
 from toolkit.config.finding import Fix, Severity
+from toolkit.config.key_moves import drop, move
 from toolkit.config.migration import MOVED, converted
-from toolkit.config.moves import drop, move
-from toolkit.config.rules.base import Fault, rule
 from toolkit.config.rules.evaluation import FOLLOWERS, has_evaluation_data
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING
 
-from toolkit.config.features import ENGINE_EXCLUDES
 from toolkit.config.finding import Severity
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.supported_features import ENGINE_EXCLUDES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import known
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.lora_targets import pattern_fault
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.suggest import nearest
-from toolkit.config.targets import pattern_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

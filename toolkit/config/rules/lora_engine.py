@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.features import REWRITING_INITS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known
-from toolkit.config.ranks import smallest_rank
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.lora_ranks import smallest_rank
 from toolkit.config.rules.training import NO_HEAD, adapts_head
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.supported_features import REWRITING_INITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

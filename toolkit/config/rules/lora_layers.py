@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.features import DATA_INITS, layers_beyond
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.lora_targets import SLOTS
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.suggest import nearest
-from toolkit.config.targets import SLOTS
+from toolkit.config.supported_features import DATA_INITS, layers_beyond
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

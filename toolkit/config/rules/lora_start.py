@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.adapter_facts import INHERITED, read_adapter
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.paths import exists, resolve
-from toolkit.config.rules.base import Fault, rule
-from toolkit.config.targets import is_excluded, pattern_fault, pattern_value
+from toolkit.config.lora_targets import is_excluded, pattern_fault, pattern_value
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.run_paths import exists, resolve
 from toolkit.config.wording import show
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
         return []
     assert run.model is not None
     if targets == "auto":
-        from toolkit.config.targets import default_targets  # noqa: PLC0415 - with a model alone
+        from toolkit.config.lora_targets import default_targets  # noqa: PLC0415 - with a model alone
 
         targets = default_targets(run.model.config)
     if isinstance(targets, str):

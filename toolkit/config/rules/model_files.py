@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.vllm_models import vllm_lists
-from toolkit.config.features import architecture_problem, stored_format, stored_problem
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type
 from toolkit.config.model_facts import ADAPTER_CONFIG, is_adapter, read_json
-from toolkit.config.paths import exists, resolve
-from toolkit.config.rules.base import Fault, rule
 from toolkit.config.rules.features import fault_of
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.run_paths import exists, resolve
+from toolkit.config.supported_features import architecture_problem, stored_format, stored_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.suggest import nearest
-from toolkit.config.upstream import OPTIMIZERS, TARGETED, installed
+from toolkit.config.trl_names import OPTIMIZERS, TARGETED, installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

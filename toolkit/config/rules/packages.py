@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.suggest import nearest
-from toolkit.config.upstream import NO_TRACKER, TARGETED, TRACKERS, installed, needed_packages
+from toolkit.config.trl_names import NO_TRACKER, TARGETED, TRACKERS, installed, needed_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,6 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from toolkit.config.data_facts import data_of
-from toolkit.config.rules.base import Fault, rule
 from toolkit.config.rules.batch import (
     ACCUMULATION,
     GROUP,
@@ -16,6 +15,7 @@ from toolkit.config.rules.batch import (
     generation_batch,
     micro_batch,
 )
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

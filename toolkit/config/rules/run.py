@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.document import Document, KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, rename
 from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
-from toolkit.config.rules.base import Fault, Rule, Unjudged
+from toolkit.config.rules.violation import Fault, Rule, Unjudged
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show, spell
 

@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from toolkit.config.document import Node
-from toolkit.config.paths import exists, resolve
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.run_paths import exists, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

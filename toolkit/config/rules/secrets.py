@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.secrets import find_secret, is_secret_key
 from toolkit.config.finding import Fix
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit.config.bounds import MAX_ALIASED, MAX_BYTES, MAX_DEPTH, MAX_FINDINGS, MAX_NODES
 from toolkit.config.finding import Severity
-from toolkit.config.rules.base import RULES, Rule
+from toolkit.config.rules.violation import RULES, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.rules.base import Fault
     from toolkit.config.rules.run import Run
+    from toolkit.config.rules.violation import Fault
 
 
 class Told(NamedTuple):

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.capability import BFLOAT16
 from toolkit.config.finding import Fix
-from toolkit.config.rules.base import Fault, rule
 from toolkit.config.rules.hardware import lacks
+from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.suggest import nearest
-from toolkit.config.upstream import (
+from toolkit.config.trl_names import (
     ACCELERATOR,
     BATCHING,
     CACHES,

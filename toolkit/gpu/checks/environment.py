@@ -24,7 +24,7 @@ def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def _rigid(variables: Mapping[str, str]) -> list[str]:
     """Settings of torch's allocator that leave out what training sets where there are none
-    (policy/allocator.py), and what sizes count on.
+    (policy/cuda_allocator.py), and what sizes count on.
     """
     written = {name: variables[name] for name in VARIABLES if variables.get(name)}
     return [

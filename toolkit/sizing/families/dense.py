@@ -20,7 +20,7 @@ from toolkit.sizing.families.common import (
     layer_kinds,
     read_heads,
 )
-from toolkit.sizing.model import Block, Linear
+from toolkit.sizing.model_blocks import Block, Linear
 
 if TYPE_CHECKING:
     from toolkit.sizing.families.common import Heads, Shape

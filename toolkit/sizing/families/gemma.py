@@ -18,7 +18,7 @@ from toolkit.sizing.families.common import (
 )
 from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.fields import Fields
-from toolkit.sizing.model import Block
+from toolkit.sizing.model_blocks import Block
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,7 +19,7 @@ from toolkit.sizing.families.common import (
 from toolkit.sizing.families.moe import experts
 from toolkit.sizing.families.rope import rope_tables, rotary_columns
 from toolkit.sizing.fields import MAX_EXPERTS
-from toolkit.sizing.model import Block, Cache, Linear
+from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields

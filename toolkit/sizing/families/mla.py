@@ -10,7 +10,7 @@ from toolkit.sizing.families.common import Shape, blocks_by_kind, gated_mlp, lay
 from toolkit.sizing.families.moe import experts
 from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.fields import MAX_EXPERTS, MAX_LAYERS
-from toolkit.sizing.model import Block, Cache, Linear
+from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields

@@ -18,7 +18,7 @@ from toolkit.sizing.families.common import (
 )
 from toolkit.sizing.families.rope import rope_tables, rotary_columns
 from toolkit.sizing.fields import MAX_EXPERTS
-from toolkit.sizing.model import Block, Linear
+from toolkit.sizing.model_blocks import Block, Linear
 
 if TYPE_CHECKING:
     from toolkit.sizing.families.common import Shape

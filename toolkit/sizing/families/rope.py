@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.model import RopeTable
+from toolkit.sizing.model_blocks import RopeTable
 
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields

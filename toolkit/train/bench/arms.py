@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.base.errors import first_line
-from toolkit.train.bench.settings import TARGETS, Result, Settings
+from toolkit.train.bench.arm_settings import TARGETS, Result, Settings
 
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
@@ -86,7 +86,7 @@ def _trl(settings: Settings) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy
 
     from toolkit.policy.lora import to_peft  # noqa: PLC0415 - heavy
-    from toolkit.policy.settings import LoraSettings  # noqa: PLC0415 - heavy
+    from toolkit.policy.lora_settings import LoraSettings  # noqa: PLC0415 - heavy
     from toolkit.train.trainer import GRPOTrainer  # noqa: PLC0415 - heavy
 
     os.environ.setdefault("MASTER_ADDR", "localhost")

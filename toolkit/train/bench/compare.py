@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.units import format_bytes
-from toolkit.train.bench.settings import ARMS, Result, Settings
+from toolkit.train.bench.arm_settings import ARMS, Result, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

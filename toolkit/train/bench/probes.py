@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from toolkit.train.bench.settings import Result
+    from toolkit.train.bench.arm_settings import Result
 
 
 def clock() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.paths import write_file
-from toolkit.train.report.files import read_run
+from toolkit.train.report.log_files import read_run
 from toolkit.train.report.page import render
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.units import GIB
 from toolkit.train.report.chart import Chart, Line
-from toolkit.train.report.files import column, number
+from toolkit.train.report.log_files import column, number
 
 if TYPE_CHECKING:
-    from toolkit.train.report.files import RunFiles
+    from toolkit.train.report.log_files import RunFiles
     from toolkit.train.report.scale import Values
 
 MAX_REWARDS = 6

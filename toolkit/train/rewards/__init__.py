@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.config.reward_table import metric_names
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
 from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
-from toolkit.train.rewards.policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
 from toolkit.train.rewards.remote import RemoteMathVerify, RemoteReward
 from toolkit.train.rewards.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from toolkit.config.model import RewardFunction, RunConfig
+    from toolkit.config.run_config import RewardFunction, RunConfig
 
 __all__ = ["BUILTINS", "GuardedReward", "Rewards", "load_rewards"]
 

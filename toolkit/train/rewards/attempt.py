@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ToolkitError
-from toolkit.base.limits import OutOfTime, call_within
+from toolkit.base.time_limits import OutOfTime, call_within
+from toolkit.train.checkpointing.stop_signals import Abandoned
 from toolkit.train.rewards.returned import Misbehaved, Trouble, checked, raised
-from toolkit.train.signals import Abandoned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.rewards.numbers import answer_in, same, to_number
+from toolkit.train.rewards.number_parsing import answer_in, same, to_number
 from toolkit.train.rewards.text import column_of, inside_tag, text_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from toolkit.base.limits import OutOfTime
+from toolkit.base.time_limits import OutOfTime
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -16,14 +16,14 @@ from toolkit.train.rewards.builtin import (
     RegexMatch,
 )
 from toolkit.train.rewards.mathverify import MathVerify
-from toolkit.train.rewards.options import build
+from toolkit.train.rewards.reward_options import build
 from toolkit.train.rewards.user import load_function, missing_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from toolkit.config.model import RewardFunction
+    from toolkit.config.run_config import RewardFunction
 
 BUILTINS: dict[str, type[Any]] = {
     kind.name: kind

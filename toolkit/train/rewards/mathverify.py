@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from toolkit.base.errors import MissingExtraError
-from toolkit.base.limits import OutOfTime, call_within
+from toolkit.base.time_limits import OutOfTime, call_within
 from toolkit.train.rewards.builtin import Compared, Score
 
 

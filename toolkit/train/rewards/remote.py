@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitError
-from toolkit.base.limits import OutOfTime
+from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch
 from toolkit.train.rewards.returned import Misbehaved, Trouble

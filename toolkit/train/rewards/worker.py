@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from toolkit.base.errors import ToolkitError
 from toolkit.base.secrets import protect_output
-from toolkit.config.model import RewardFunction
-from toolkit.train.quiet import keep_upstream_quiet
+from toolkit.config.run_config import RewardFunction
+from toolkit.train.logging_setup import keep_upstream_quiet
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, attempt, is_async
 from toolkit.train.rewards.logged import number, shortened

@@ -19,7 +19,7 @@ from typing import Any
 
 from toolkit.base import errors
 from toolkit.base.errors import ToolkitError
-from toolkit.base.limits import OutOfTime
+from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import wire
 
 START = (

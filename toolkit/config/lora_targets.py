@@ -1,0 +1,119 @@
+"""Which layers carry an adapter: the default of a model, and what the names mean on a mixture of
+experts.
+
+The engine's adapter slots are on linear layers; vLLM's slots on routed experts take gigabytes (3.1
+GiB at rank 32 on Qwen3-30B-A3B) and are not published to. So where nothing is written, a mixture of
+experts is adapted at its attention.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from toolkit.config.run_config import SEVEN_PROJECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_Value = TypeVar("_Value")
+ATTENTION = SEVEN_PROJECTIONS[:4]
+MLP = SEVEN_PROJECTIONS[4:]
+# The layers that the engine gives slots to unless asked otherwise, under vLLM's own names (q_b_proj
+# is the query of multi-head latent attention). Left to itself vLLM also wraps embeddings, the head
+# and experts, which costs memory and time at every token.
+SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
+# Checkpoints whose own layers are fused (transformers 5.17).
+FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+LONGEST_PATTERN, MOST_GROUPS = 1000, 10
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Families whose experts PEFT reaches under the names of the MLP (transformers' conversion
+# "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
+EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json, or a Hugging Face config as a dict, is of a mixture of experts.
+
+    One expert is none: dense models of such families say so (Hunyuan, Jamba). Some count the
+    experts of each layer, in a list.
+    """
+    text = text_part(config)
+    return any(_most(text.get(name)) > 1 for name in EXPERTS)
+
+
+def _most(counts: Any) -> int:
+    """The largest integer in ``counts``, which is one or a list of them; else 0."""
+    listed = counts if isinstance(counts, list) else [counts]
+    return max((count for count in listed if isinstance(count, int)), default=0)
+
+
+def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What ``lora.target_modules: auto`` means for the model of this config.json: the projections
+    of attention and MLP; of a mixture of experts those of attention.
+
+    With latent attention (DeepSeek) these are the query's and the output's: keys and values are
+    folded into the engine's attention kernel.
+    """
+    text = text_part(config)
+    if not has_experts(text):
+        return FUSED.get(str(text.get("model_type")), SEVEN_PROJECTIONS)
+    if text.get("kv_lora_rank"):
+        return ("q_b_proj" if text.get("q_lora_rank") else "q_proj", "o_proj")
+    return ATTENTION
+
+
+def pattern_fault(text: str) -> str | None:
+    """Why a text is no regular expression that is used here; None where it is one."""
+    if len(text) > LONGEST_PATTERN:
+        return f"longer than {LONGEST_PATTERN} characters"
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"not a regular expression: {error}"
+    if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= MOST_GROUPS:
+        return "a repetition inside a repetition could take for ever"
+    return None
+
+
+def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
+    """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that is the end of
+    its name, or matches it as a regular expression (PEFT 0.21.2, ``get_pattern_key``).
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
+    """Whether ``exclude_modules`` names a module, as PEFT does."""
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in exclude)
+
+
+def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
+    """Which of gate_proj, up_proj, down_proj PEFT moves to the stacked experts of this family.
+
+    These names then stop meaning the modules of dense and shared layers.
+    """
+    if model_type not in EXPERT_CONVERTED:
+        return frozenset()
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return frozenset(MLP)
+        if pattern_fault(targets) is not None:
+            return frozenset()
+        path = "model.layers.0.mlp.experts."
+        return frozenset(name for name in MLP if re.fullmatch(targets, path + name))
+    ends = {target.rpartition(".")[2] for target in targets}
+    return frozenset(name for name in MLP if name in ends)

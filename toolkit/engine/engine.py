@@ -1,0 +1,247 @@
+"""A started engine: what the rest of the toolkit holds in its hand."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from vllm.lora.request import LoRARequest
+
+from toolkit.base.errors import ConfigError, ConfigValueError, ToolkitError
+from toolkit.engine import token_generation as generation
+from toolkit.engine.adapter import AdapterSlots
+from toolkit.engine.oom_backoff import Part, in_parts
+from toolkit.engine.rollout_request import check_prompts
+from toolkit.engine.sleep import KvSleep
+from toolkit.engine.vllm_errors import START_AGAIN, closed, died, explain
+from toolkit.engine.vllm_internals import drop_requests, open_internals, shut_down
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from vllm import LLM
+
+    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.engine.engine_options import EngineOptions
+    from toolkit.engine.rollout_request import Rollout, Sampling
+
+IN_MEMORY = "in-memory"  # a LoRARequest wants a path even for an adapter that is in its slot
+FILE_IDS_FROM = 1000  # adapters from files are numbered from here on, published ones from 1
+
+
+class Engine:
+    """vLLM in this process. Made by ``engine.load.open_engine``; a context manager; satisfies
+    ``base.RolloutEngine``.
+    """
+
+    reads: Reads = "vllm"
+
+    def __init__(self, llm: LLM, options: EngineOptions, *, owns_process_group: bool) -> None:
+        self._llm: LLM | None = llm
+        self.options = options
+        self._owns_process_group = owns_process_group
+        internals = open_internals(llm)
+        self._module: nn.Module | None = internals.module
+        slots = internals.slots
+        self._adapters = (
+            None if slots is None else AdapterSlots(slots, internals.module, options.max_lora_rank)
+        )
+        self._sleep = KvSleep(llm) if options.sleep else None
+        self._files: dict[str, LoRARequest] = {}
+        self._published: dict[str, Any] = {}
+        self._versions: dict[str, int] = {}
+        self._dead: ToolkitError | None = None
+        self._most_at_once: int | None = None
+
+    @property
+    def llm(self) -> LLM:
+        """The ``vllm.LLM`` itself.
+
+        Raises:
+            ConfigError: the engine is closed.
+        """
+        if self._llm is None:
+            raise closed()
+        return self._llm
+
+    @property
+    def module(self) -> nn.Module:
+        """The live vLLM module, whose parameters the trainer borrows."""
+        if self._module is None:
+            raise closed()
+        return self._module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of the computation."""
+        found: torch.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
+        return found
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and completion together, in tokens."""
+        return int(self.llm.llm_engine.vllm_config.model_config.max_model_len)
+
+    @property
+    def closed(self) -> bool:
+        """True after ``close``."""
+        return self._llm is None
+
+    def publish(self, peft_model: Any, name: str = "default") -> None:
+        """Put adapter ``name`` of a PEFT model, as it is now, into its slot, and forget cached
+        prefixes of the old one.
+
+        Nothing of the model is changed: scaling is applied to what is copied. Casts to the engine's
+        dtype.
+
+        Raises:
+            ConfigValueError: no such adapter, or its rank is above ``max_lora_rank``.
+            UnsupportedError: the engine has no slot for a layer of it.
+        """
+        self._check_alive()
+        if self._adapters is None:
+            raise ConfigError(
+                "it has no LoRA slots", where="engine", fix="open it with enable_lora"
+            )
+        self._adapters.publish(peft_model, name)
+        self._published[name] = peft_model
+        self._versions[name] = self._versions.get(name, 0) + 1
+        self.llm.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        adapter: bool | str = True,
+        rows: Sequence[int] | None = None,
+    ) -> Rollout:
+        """``sampling.n`` completions of each prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: how to draw.
+            seed: with the row of a completion it decides all that is drawn for it
+                (``rollout.derive_seed``).
+            rows: the row of each prompt's first completion, where the call is a part of a batch.
+            adapter: True samples from the adapter published last as ``"default"`` (the base model
+                before any publish), a name from that one, False from the base model.
+
+        Raises:
+            ConfigValueError: sampling options that vLLM refuses, prompts that do not fit.
+            NodeError, RetryError, ConfigError: the engine died; the message says which check
+                explains it. Where memory ran out, only after a single sequence did not fit.
+        """
+        self._check_alive()
+        check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        self.wake()
+        request = self._request(adapter)
+        if rows is None:
+            rows = range(0, len(prompts) * sampling.n, sampling.n)
+
+        def draw(part: Part) -> Rollout:
+            wanted = sampling if part.n == sampling.n else replace(sampling, n=part.n)
+            return generation.generate(self.llm, part.prompts, wanted, seed, request, part.rows)
+
+        try:
+            rollout, self._most_at_once = in_parts(
+                draw,
+                Part(prompts, rows, sampling.n),
+                self._most_at_once,
+                at_once=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
+                recover=lambda: drop_requests(self.llm),
+            )
+        except ToolkitError:
+            raise
+        except Exception as problem:
+            self._dead = explain(problem, "the rollout failed", START_AGAIN)
+            raise self._dead from problem
+        except BaseException:  # interrupted: the next call is not to be answered with this one's
+            drop_requests(self.llm)
+            raise
+        return rollout
+
+    def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
+        """``vllm.LLM.generate`` itself, with what it takes and returns."""
+        self._check_alive()
+        self.wake()
+        return generation.vllm_generate(self.llm, inputs, sampling_params, **keywords)
+
+    def lora_request(self, name: str = "default") -> LoRARequest:
+        """A request for a published adapter, for calls of ``llm.generate`` by hand."""
+        self._check_alive()
+        if self._adapters is None or name not in self._adapters.ids:
+            raise ConfigValueError(
+                f"no adapter {name!r} has been published", where="engine", fix="publish it first"
+            )
+        if not self._adapters.is_active(name):  # an adapter from a file took its slot
+            self.publish(self._published[name], name)
+        # vLLM keys cached prefixes by this name: what an older state of the adapter computed is
+        # never found, even should a cache not have been empty enough to be reset.
+        version = f"{name}@{self._versions[name]}"
+        return LoRARequest(version, self._adapters.ids[name], IN_MEMORY)
+
+    def load_lora(self, folder: str) -> LoRARequest:
+        """A request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads it on first
+        use.
+        """
+        self._check_alive()
+        if folder not in self._files:
+            self._files[folder] = LoRARequest(folder, FILE_IDS_FROM + len(self._files), folder)
+        return self._files[folder]
+
+    def sleep(self) -> None:
+        """Release the KV cache, if the engine was built with ``sleep``; weights and slots stay
+        where they are.
+        """
+        if self._sleep is not None:
+            self._sleep.sleep()
+
+    def wake(self) -> None:
+        """Take the KV cache again. Does nothing when awake."""
+        if self._sleep is not None:
+            self._sleep.wake()
+
+    def close(self) -> None:
+        """Shut the engine down and release its memory. A second call does nothing.
+
+        A model that borrows its weights must be dropped as well before they can be freed.
+        """
+        if self._llm is None:
+            return
+        llm, self._llm, self._module = self._llm, None, None
+        if self._sleep is not None:
+            self._sleep.wake_for_close()
+        if self._adapters is not None:
+            self._adapters.forget()
+        self._adapters = self._sleep = None
+        self._published.clear()
+        shut_down(llm, keep_process_group=not self._owns_process_group)
+        del llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _check_alive(self) -> None:
+        if self.closed:
+            raise closed()
+        if self._dead is not None:
+            raise died(self._dead)
+
+    def _request(self, adapter: bool | str) -> LoRARequest | None:
+        if adapter is False or self._adapters is None:
+            return None
+        name = "default" if adapter is True else adapter
+        if adapter is True and name not in self._adapters.ids:
+            return None
+        return self.lora_request(name)

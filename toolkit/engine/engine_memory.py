@@ -1,0 +1,57 @@
+"""What vLLM says of its own memory, in the terms of sizing, and what the sleeping cache holds back.
+
+Read at vLLM 0.25.1 and 0.31.0 (``v1/worker/gpu_worker.py``, ``determine_available_memory``).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from toolkit.engine.vllm_internals import device_type, open_worker
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def engine_memory(llm: LLM) -> dict[str, int]:
+    """Bytes by term, as vLLM's worker measured them while it started; empty on the CPU.
+
+    ``engine.loaded`` is weights, LoRA slots and tables; a term that is not measured (a KV cache of
+    a written size is not profiled) is left out.
+    """
+    if device_type() != "cuda":
+        return {}
+    return account(open_worker(llm))
+
+
+def account(worker: Any) -> dict[str, int]:
+    """The terms of one worker."""
+
+    def read(name: str) -> int:
+        return int(getattr(worker, name, 0) or 0)
+
+    loaded = int(worker.model_runner.model_memory_usage)
+    graphs, activations = read("cudagraph_memory_estimate"), read("peak_activation_memory")
+    runtime = read("non_torch_memory")
+    if hasattr(worker, "total_consumed"):  # 0.31: one total, and the graphs among the activations
+        runtime = read("total_consumed") - loaded
+        activations -= graphs
+    found = {
+        "engine.loaded": loaded,
+        "engine.activations": activations,
+        "engine.runtime": runtime,
+        "engine.cuda_graphs": graphs,
+        "engine.kv": read("available_kv_cache_memory_bytes"),
+    }
+    return {term: nbytes for term, nbytes in found.items() if nbytes > 0}
+
+
+def asleep_bytes() -> int:
+    """Bytes that torch counts as allocated and that are not mapped now: the sleeping KV cache."""
+    # Never imported here: it wants the CUDA runtime, and no cache sleeps that it has not mapped.
+    cumem = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = None if cumem is None else cumem.CuMemAllocator.instance
+    if allocator is None:
+        return 0
+    return sum(int(data.handle[1]) for data in allocator.pointer_to_data.values() if data.is_asleep)

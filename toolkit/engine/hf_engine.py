@@ -1,0 +1,214 @@
+"""Hugging Face generation behind the face of ``engine.base.RolloutEngine``: no vLLM, the trainer's
+own model.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError, first_line
+from toolkit.config.sampling_keywords import unknown
+from toolkit.engine.hf_sampling import StopAt, cut, draw
+from toolkit.engine.rollout_request import Rollout, check_prompts, request_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.engine.rollout_request import Sampling
+
+WHERE = "sampling"
+
+
+class TransformersEngine:
+    """Samples from ``model`` (transformers or PEFT) as it is at that moment; there is nothing to
+    publish.
+
+    ``end_ids`` are the token ids that end a completion, ``pad_id`` fills the left of a batch;
+    ``max_model_len`` (tokens, prompt and completion together) None asks the model's config.
+    """
+
+    reads: Reads = "transformers"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pad_id: int,
+        end_ids: Collection[int],
+        max_model_len: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model = model
+        self._pad_id, self._end_ids, self._tokenizer = pad_id, sorted(end_ids), tokenizer
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_model_len = max_model_len or longest or 2**31
+
+    def publish(self, peft_model: Any, name: str = "default") -> None:
+        """Nothing to do: the model that is trained is the model that samples.
+
+        Raises:
+            ConfigValueError: ``peft_model`` is another model.
+        """
+        if peft_model is not self.model:
+            raise ConfigValueError(f"adapter {name!r} is on another model", where="publish")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        adapter: bool | str = True,
+        rows: Sequence[int] | None = None,
+    ) -> Rollout:
+        """``sampling.n`` completions of each prompt (token ids), each drawn from ``seed`` and its
+        row alone; ``rows`` as in ``base.RolloutEngine``.
+
+        Log-probabilities are those of the distribution sampled from: after temperature, top-k,
+        top-p, min-p and penalties. ``adapter`` False samples from the base. The caller's generators
+        and the model's training mode are left as they were.
+
+        Raises:
+            ConfigValueError: prompts that do not fit, or values that transformers refuses.
+            ConfigTypeError: an ``extra`` keyword that transformers does not know.
+            UnsupportedError: structured outputs, which need the vLLM engine.
+        """
+        check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        if not prompts:
+            none_asked = sampling.logprobs is None
+            return Rollout([], [], None if none_asked else [], None if none_asked else [])
+        config, stop = self._config(sampling)
+        more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
+        rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
+        seeds = [request_seed(seed, row + k) for row in rows for k in range(sampling.n)]
+        plain = adapter or not hasattr(self.model, "disable_adapter")
+        base = nullcontext() if plain else self.model.disable_adapter()
+        with base:
+            try:
+                sampled_BT, scores = draw(self.model, prompts, config, seeds, more)
+            except ValueError as error:
+                raise _refused(error) from error
+        ends = {*self._end_ids, *sampling.stop_token_ids}
+        return _collect(prompts, cut(sampled_BT, ends, stop), sampled_BT, scores, sampling)
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to release: the model is its owner's."""
+
+    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopAt | None]:
+        """transformers' form of ``sampling``, and what stops at its stop strings."""
+        if sampling.structured_outputs_regex is not None or "structured_outputs" in sampling.extra:
+            raise UnsupportedError(
+                "structured outputs need the vLLM engine",
+                where=WHERE,
+                fix="load with fast_inference=True, or leave them out",
+            )
+        extra = dict(sampling.extra)
+        stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
+        for name in extra:
+            problem = unknown(name, self.reads)
+            if problem is not None:
+                raise ConfigTypeError(problem.message, where=WHERE, fix=problem.fix)
+        _check_ranges(sampling)
+        greedy = sampling.temperature == 0.0
+        draw: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+        if not greedy:
+            draw = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": max(sampling.top_k, 0),  # vLLM writes "off" as -1 or 0
+                "min_p": sampling.min_p or None,
+            }
+        keywords = {
+            **draw,
+            "repetition_penalty": sampling.repetition_penalty,
+            "num_return_sequences": sampling.n,
+            "max_new_tokens": sampling.max_tokens,
+            "eos_token_id": sorted({*self._end_ids, *sampling.stop_token_ids}),
+            "pad_token_id": self._pad_id,
+            "return_dict_in_generate": True,
+            "output_scores": sampling.logprobs is not None,
+        }
+        try:
+            config = GenerationConfig(**{**keywords, **extra})
+        except ValueError as error:
+            raise _refused(error) from error
+        return config, StopAt(self._tokenizer, stop) if stop else None
+
+
+def _collect(
+    prompts: Sequence[Sequence[int]],
+    completions: list[list[int]],
+    sampled_BT: torch.Tensor,
+    scores: Sequence[torch.Tensor],
+    sampling: Sampling,
+) -> Rollout:
+    """What was generated, each completion up to and with the token that ended it."""
+    repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
+    if sampling.logprobs is None:
+        return Rollout(repeated, completions, None, None)
+    lengths = [len(row) for row in completions]
+    values, tokens = _logprobs(scores, sampled_BT, sampling.logprobs)
+    return Rollout(
+        repeated,
+        completions,
+        [row[:size] for row, size in zip(values, lengths, strict=True)],
+        [row[:size] for row, size in zip(tokens, lengths, strict=True)],
+    )
+
+
+def _refused(error: ValueError) -> ConfigValueError:
+    return ConfigValueError(
+        f"transformers refuses the sampling options: {first_line(error)}", where=WHERE
+    )
+
+
+def _check_ranges(sampling: Sampling) -> None:
+    """Refuse what transformers would take and not apply (it leaves a top_p of 7 out, for one)."""
+    good = {
+        "temperature": sampling.temperature >= 0,
+        "top_p": 0 < sampling.top_p <= 1,
+        "top_k": sampling.top_k >= -1,
+        "min_p": sampling.min_p is None or 0 <= sampling.min_p <= 1,
+        "repetition_penalty": sampling.repetition_penalty > 0,
+    }
+    for name, fine in good.items():
+        if not fine:
+            raise ConfigValueError(f"{name}={getattr(sampling, name)} is out of range", where=WHERE)
+
+
+def _logprobs(
+    scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
+) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
+    """(log-probabilities, token ids), each [sequence][position][rank], most likely first.
+
+    ``scores`` are T tensors (B, V), processed logits. With ``count`` 0 only the sampled token's;
+    else the ``count`` most likely, and the sampled one wherever it ranks.
+    """
+    values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
+    tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]
+    for position, logits_BV in enumerate(scores):
+        logps_BV = torch.log_softmax(logits_BV.float(), -1)
+        own_B1 = sampled_BT[:, position : position + 1]
+        own = logps_BV.gather(1, own_B1)[:, 0].tolist()
+        top = torch.topk(logps_BV, count, dim=-1) if count else None
+        for row, token in enumerate(own_B1[:, 0].tolist()):
+            found: dict[int, float] = {}
+            if top is not None:
+                ids = top.indices[row].tolist()
+                found = dict(zip(ids, top.values[row].tolist(), strict=True))
+            found.setdefault(token, own[row])
+            values[row].append(list(found.values()))
+            tokens[row].append(list(found))
+    return values, tokens

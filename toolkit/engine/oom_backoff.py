@@ -1,0 +1,119 @@
+"""A rollout in parts: where memory runs out, fewer sequences at a time and the same completions.
+
+A completion is drawn by its seed and its row (``rollout.request_seed``), whatever else is drawn
+with it. So a call that did not fit is made again in halves, and nothing but time is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+from toolkit.engine.rollout_request import Rollout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+_OOM = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for torch's own class, and for the texts of allocators that raise RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OOM.search(str(error)))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some completions of a batch: ``n`` of each of ``prompts``, the first of them row
+    ``rows[i]``.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    rows: Sequence[int]
+    n: int
+
+    @property
+    def size(self) -> int:
+        """Completions."""
+        return len(self.prompts) * self.n
+
+    def halves(self) -> tuple[Part, Part]:
+        """Prompts apart, or the completions of the one prompt; in order."""
+        if len(self.prompts) > 1:
+            middle = len(self.prompts) // 2
+            first = Part(self.prompts[:middle], self.rows[:middle], self.n)
+            return first, Part(self.prompts[middle:], self.rows[middle:], self.n)
+        middle = self.n // 2
+        (row,) = self.rows
+        rest = Part(self.prompts, [row + middle], self.n - middle)
+        return Part(self.prompts, [row], middle), rest
+
+    def fit(self, most: int | None) -> list[Part]:
+        """Parts of at most ``most`` completions, in order; None is no limit."""
+        if most is None or self.size <= max(most, 1):
+            return [self]
+        return [part for half in self.halves() for part in half.fit(most)]
+
+
+def in_parts(
+    draw: Callable[[Part], Rollout],
+    whole: Part,
+    most: int | None,
+    *,
+    at_once: int,
+    recover: Callable[[], None],
+) -> tuple[Rollout, int | None]:
+    """(``whole`` drawn, the number of completions at a time that has been found to fit).
+
+    ``at_once`` is how many sequences the engine runs at a time, whatever it is given. ``recover``
+    makes the engine whole after a call that failed. An error that is not about memory, or about the
+    memory of a single completion, is passed on.
+    """
+    waiting, done = whole.fit(most), []
+    while waiting:
+        part = waiting.pop(0)
+        try:
+            done.append(draw(part))
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if part.size < 2 or not is_out_of_memory(error):
+                raise
+            failure = str(error).strip().partition("\n")[0][:300]
+        # Outside the handler: the traceback holds the tensors that did not fit.
+        tried = min(part.size, at_once)
+        most = tried // 2
+        logger.warning(
+            "rollout: out of memory with %d sequences, %d at a time from here on (%s)",
+            tried,
+            most,
+            failure,
+        )
+        recover()
+        waiting = [smaller for left in (part, *waiting) for smaller in left.fit(most)]
+    return _joined(done), most
+
+
+def _joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """One after the other."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    logprobs = [r.logprobs for r in rollouts if r.logprobs is not None]
+    tokens = [r.logprob_token_ids for r in rollouts if r.logprob_token_ids is not None]
+    scored = len(logprobs) == len(rollouts)
+    return Rollout(
+        list(chain.from_iterable(r.prompt_ids for r in rollouts)),
+        list(chain.from_iterable(r.completion_ids for r in rollouts)),
+        list(chain.from_iterable(logprobs)) if scored else None,
+        list(chain.from_iterable(tokens)) if scored else None,
+    )

@@ -1,0 +1,200 @@
+"""Token ids in, token ids and log-probabilities out, with as little Python per token as vLLM
+allows.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from toolkit.base.errors import ConfigError, ConfigValueError
+from toolkit.config.sampling_keywords import unknown
+from toolkit.engine.rollout_request import Rollout, request_seed
+from toolkit.engine.vllm_internals import drop_requests
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vllm import LLM
+    from vllm.logprobs import FlatLogprobs
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+
+    from toolkit.engine.rollout_request import Sampling
+
+REFUSALS = (TypeError, ValueError, VLLMValidationError)
+"""How vLLM says that a request is at fault; VLLMValidationError is no ValueError from 0.31."""
+
+GIVEN_UP = frozenset({"abort", "error"})
+"""Finish reasons of a request that failed by itself, e.g. on a grammar that does not compile."""
+
+
+def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    """vLLM's own form of ``sampling``.
+
+    Raises:
+        ConfigValueError: vLLM refuses a value or does not know a keyword of ``sampling.extra``.
+    """
+    for name in sampling.extra:
+        problem = unknown(name, "vllm")
+        if problem is not None:
+            raise ConfigValueError(problem.message, where="sampling options", fix=problem.fix)
+    keywords: dict[str, Any] = {
+        "n": sampling.n,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0 if sampling.min_p is None else sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logprobs": sampling.logprobs,
+        "seed": seed,
+        "detokenize": False,
+        # One flat list a sequence instead of a dict of objects a token.
+        "flat_logprobs": True,
+    }
+    if sampling.stop_token_ids:
+        keywords["stop_token_ids"] = list(sampling.stop_token_ids)
+    keywords |= dict(sampling.extra)
+    if keywords.get("stop") or keywords.get("bad_words"):
+        keywords["detokenize"] = True  # vLLM matches stop strings on text
+    structured = keywords.get("structured_outputs")
+    bias = keywords.get("logit_bias")
+    try:
+        if isinstance(bias, dict):  # token ids; the keys of a run file are texts
+            keywords["logit_bias"] = {int(token): value for token, value in bias.items()}
+        if sampling.structured_outputs_regex is not None:
+            keywords["structured_outputs"] = StructuredOutputsParams(
+                regex=sampling.structured_outputs_regex
+            )
+        elif isinstance(structured, dict):
+            keywords["structured_outputs"] = StructuredOutputsParams(**structured)
+        return SamplingParams(**keywords)
+    except REFUSALS as problem:
+        raise ConfigValueError(
+            f"vLLM refuses the sampling options: {problem}",
+            where="sampling options",
+        ) from problem
+
+
+@contextmanager
+def judging(llm: LLM) -> Iterator[None]:
+    """Around a call of ``llm.generate``: what vLLM refuses of a request becomes one of our errors.
+
+    Raises:
+        ConfigValueError: vLLM checks each request as it comes in, and drops those before it. What
+            is raised with requests in the engine comes from a step, and is passed on.
+    """
+    try:
+        yield
+    except REFUSALS as problem:
+        if llm.llm_engine.has_unfinished_requests():
+            raise
+        raise ConfigValueError(
+            f"vLLM refuses the request: {problem}",
+            where="sampling options",
+            fix="change what vLLM names (of a run file grpo.generation_kwargs or"
+            " grpo.vllm_structured_outputs_regex)",
+        ) from problem
+
+
+def generate(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+    lora: LoRARequest | None,
+    rows: Sequence[int],
+) -> Rollout:
+    """``sampling.n`` completions of each prompt; ``rows`` as in ``base.RolloutEngine``.
+
+    Each prompt is one request with n completions, so its prefix is computed once, and has a seed of
+    its own: what is drawn does not hang on what ran before, nor on how requests share a batch.
+    """
+    requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    params = [
+        sampling_params(sampling, request_seed(seed, row))
+        for _, row in zip(prompts, rows, strict=True)
+    ]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    outputs: Sequence[RequestOutput] = []
+    # vLLM draws from torch's global generators as well: the trainer's stay as they were.
+    with judging(llm), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        if requests:
+            outputs = llm.generate(requests, params, lora_request=lora, use_tqdm=False)
+    return collect(prompts, outputs)
+
+
+def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
+    """``llm.generate`` as it is. Whatever cuts it short leaves no request behind.
+
+    Raises:
+        ConfigValueError: vLLM refuses the request.
+    """
+    try:
+        with judging(llm):
+            return llm.generate(inputs, sampling_params, **keywords)
+    except BaseException:
+        drop_requests(llm)
+        raise
+
+
+def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
+    """vLLM's outputs in TRL's layout.
+
+    Raises:
+        ConfigError: vLLM gave up on one of them.
+    """
+    prompt_ids: list[list[int]] = []
+    completion_ids: list[list[int]] = []
+    logprobs: list[list[list[float | None]]] | None = []
+    token_ids: list[list[list[int]]] | None = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        for completion in output.outputs:
+            if completion.finish_reason in GIVEN_UP:
+                raise ConfigError(
+                    f"vLLM gave up on a completion ({completion.finish_reason})",
+                    where="rollout",
+                    fix=(
+                        "check vllm_structured_outputs_regex and generation_kwargs;"
+                        " vLLM's log says more"
+                    ),
+                )
+            prompt_ids.append(list(prompt))
+            completion_ids.append(list(completion.token_ids))
+            if completion.logprobs is None:
+                logprobs = token_ids = None
+            elif logprobs is not None and token_ids is not None:
+                values, tokens = unpack(completion.logprobs)
+                logprobs.append(values)
+                token_ids.append(tokens)
+    return Rollout(prompt_ids, completion_ids, logprobs, token_ids)
+
+
+def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
+    """One sequence's log-probabilities and their tokens, [position][rank], most likely first.
+
+    vLLM puts the sampled token first and then the k most likely, which may hold it again: as TRL
+    does, it is kept once, in the place of its rank.
+    """
+    size = len(flat.logprobs)
+    if size == len(flat.start_indices):  # one a position, the usual case: no sorting, no objects
+        return (
+            [[None if math.isnan(value) else value] for value in flat.logprobs],
+            [[token] for token in flat.token_ids],
+        )
+    values: list[list[float | None]] = []
+    tokens: list[list[int]] = []
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        last = {flat.token_ids[i]: i for i in range(start, end)}
+        order = sorted(last.values(), key=lambda i: flat.ranks[i] or 0)
+        values.append([None if math.isnan(flat.logprobs[i]) else flat.logprobs[i] for i in order])
+        tokens.append([flat.token_ids[i] for i in order])
+    return values, tokens

@@ -1,0 +1,67 @@
+"""Our model loader, registered through vLLM's own ``register_model_loader``.
+
+It reads checkpoints as vLLM's default loader does, and two things more:
+
+* on a CPU it asks each linear layer to keep its weight as loaded. vLLM would otherwise prepack it
+  for its matrix kernel and drop the original, and nothing could then look at it
+  (``_cpu_skip_gemm_dispatch``, read at vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
+* it notes the name of every tensor that it read, so that ``policy.views`` can refuse a checkpoint
+  with tensors that no parameter of the model holds, and a few values of each parameter as loaded,
+  so that one that vLLM rewrites afterwards for a kernel of its own (experts on a CPU) is told from
+  one that can be shared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from toolkit.base.own_memory import own_weights
+from toolkit.engine.engine_options import LOADER
+from toolkit.engine.live_weights import AS_LOADED, READ_NAMES, plain_parameters, sample
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    import torch
+    from torch import nn
+    from vllm.config import ModelConfig
+    from vllm.config.load import LoadConfig
+
+
+class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
+    """vLLM's default loader, leaving weights in a form that a second model can view."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        load_config.load_format = "auto"
+        super().__init__(load_config)
+        self._names: set[str] = set()
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Read the checkpoint into ``model``."""
+        for module in model.modules():
+            if isinstance(module, LinearBase):
+                module._cpu_skip_gemm_dispatch = True
+        super().load_weights(model, model_config)
+        own_weights(model)
+        setattr(model, READ_NAMES, frozenset(self._names))
+        samples = {name: sample(tensor) for name, tensor in plain_parameters(model).items()}
+        setattr(model, AS_LOADED, samples)
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Every (name, tensor) of the checkpoint, the names noted in passing."""
+        for name, tensor in super().get_all_weights(model_config, model):
+            self._names.add(name)
+            yield name, tensor
+
+
+def register() -> None:
+    """Make the loader known to vLLM under ``options.LOADER``. A second call replaces it by
+    itself.
+    """
+    register_model_loader(LOADER)(SharedWeightsLoader)

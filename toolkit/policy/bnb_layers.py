@@ -1,0 +1,176 @@
+"""4-bit weights that the engine and the trainer share: bitsandbytes layers over the engine's packed
+shards.
+
+vLLM (read at 0.25.1) keeps the weights of a fused layer as one packed tensor (n, 1) of uint8, two
+NF4 values a byte, with ``bnb_shard_offsets`` (start of each part, in bytes) and ``bnb_quant_state``
+{part: QuantState}, whose absmax has been un-nested. Each part is thus a whole 4-bit weight of its
+own: ``Linear4bit`` (read at bitsandbytes 0.50.2) over that slice and that state computes what the
+engine computes, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import MissingExtraError, UnsupportedError
+from toolkit.policy.weight_names import FALLBACK, WHY_SHARE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from toolkit.policy.weight_names import Slice
+
+STATES = "bnb_quant_state"
+OFFSETS = "bnb_shard_offsets"
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """True for a 4-bit weight of the engine."""
+    return isinstance(getattr(tensor, STATES, None), dict)
+
+
+def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape (out, in) of the weight that is packed in ``tensor``; its own shape if it is not
+    packed.
+    """
+    if not is_packed(tensor):
+        return tuple(tensor.shape)
+    states = ordered_states(tensor)
+    return (
+        sum(int(state.shape[0]) for state in states),
+        *(int(size) for size in states[0].shape[1:]),
+    )
+
+
+def ordered_states(tensor: torch.Tensor) -> list[Any]:
+    """The quantization states of the parts, in their order."""
+    states: Mapping[int, Any] = getattr(tensor, STATES)
+    return [states[index] for index in sorted(states)]
+
+
+def find_parts(rows: Sequence[int], start: int, count: int) -> range:
+    """The parts that make up rows ``start`` to ``start + count``, given the rows of each part.
+
+    Raises:
+        UnsupportedError: the cut falls inside a part.
+    """
+    edges = [0]
+    for part in rows:
+        edges.append(edges[-1] + part)
+    if start not in edges or start + count not in edges:
+        raise UnsupportedError(
+            f"rows {start} to {start + count} are not whole 4-bit parts (edges {edges})",
+            where=WHY_SHARE,
+            fix=FALLBACK,
+        )
+    return range(edges.index(start), edges.index(start + count))
+
+
+def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
+    """Put a 4-bit layer over ``part`` of the engine's packed ``tensor`` in the place of the linear
+    layer ``path``.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+        UnsupportedError: the layer is not an ordinary linear one, or the states are nested or
+            differ.
+    """
+    old = model.get_submodule(path)
+    if type(old) is not torch.nn.Linear:
+        raise UnsupportedError(
+            f"{path} is a {type(old).__name__}, not a linear layer", where=WHY_SHARE, fix=FALLBACK
+        )
+    states = ordered_states(tensor)
+    chosen = find_parts([int(state.shape[0]) for state in states], part.start, part.rows)
+    offsets = [int(offset) for offset in getattr(tensor, OFFSETS)]
+    packed = tensor.data[offsets[chosen.start] : offsets[chosen.stop]]
+    state = join_states([states[index] for index in chosen], path)
+    layer = linear_4bit(packed, state)
+    layer.train(old.training)
+    if old.bias is not None:
+        # A parameter of its own: bound like every other one, before or after.
+        layer.register_parameter("bias", old.bias)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def join_states(states: Sequence[Any], where: str) -> Any:
+    """One state for parts that lie side by side: theirs if it is one, else one whose absmax are
+    theirs in a row.
+
+    Raises:
+        UnsupportedError: nested states, or parts that were not quantized alike.
+    """
+    first = states[0]
+    if any(state.nested for state in states):
+        raise UnsupportedError(
+            f"{where}: nested quantization statistics", where=WHY_SHARE, fix=FALLBACK
+        )
+    if len(states) == 1:
+        return first
+    kinds = {
+        (state.blocksize, state.quant_type, state.dtype, tuple(state.shape[1:])) for state in states
+    }
+    sizes = [state.shape[0] * state.shape[1] for state in states]
+    if len(kinds) != 1 or any(size % first.blocksize for size in sizes):
+        raise UnsupportedError(
+            f"{where}: its parts are not quantized alike", where=WHY_SHARE, fix=FALLBACK
+        )
+    return type(first)(
+        absmax=torch.cat([state.absmax for state in states]),
+        shape=torch.Size((sum(state.shape[0] for state in states), *first.shape[1:])),
+        code=first.code,
+        blocksize=first.blocksize,
+        quant_type=first.quant_type,
+        dtype=first.dtype,
+    )
+
+
+def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
+    """A frozen ``bitsandbytes.nn.Linear4bit`` over ``packed`` (n, 1) uint8, which stays where it
+    is.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415 - only for 4-bit
+    except ImportError as problem:
+        raise MissingExtraError(
+            "load_in_4bit needs bitsandbytes",
+            where="model.load_in_4bit",
+            fix="pip install 'grpo-toolkit[cuda]'",
+        ) from problem
+    rows, columns = (int(size) for size in state.shape)
+    layer: nn.Module = Linear4bit(
+        columns,
+        rows,
+        bias=False,
+        compute_dtype=torch.bfloat16,  # what vLLM computes 4-bit layers in, whatever they came from
+        compress_statistics=False,
+        quant_type=state.quant_type,
+        device="meta",
+    )
+    layer.weight = Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=False,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+        module=layer,
+        bnb_quantized=True,
+    )
+    layer.quant_state = state
+    return layer
+
+
+def mark_4bit(model: nn.Module) -> None:
+    """Tell PEFT that the linear layers are 4-bit ones, by the attribute that it and TRL look at."""
+    # nn.Module types every attribute as a tensor or a module.
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]

@@ -1,0 +1,113 @@
+"""A chat template under limits: it is a program that came with the checkpoint.
+
+transformers renders it in jinja's sandbox, which keeps it from the process but not from running
+for ever or making a text of any size. Here a rendering has limited time and memory, and its text a
+limited size, before any of it is tokenized. It is cut in this process, by an alarm and a limit of
+the address space: a chat takes a tenth of a millisecond, and there may be a million of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.time_limits import OutOfTime, call_within, memory_within
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TIME_S = 10.0
+EACH_S = 0.1  # more for each chat of a batch
+MEMORY_BYTES = 1 << 30
+LONGEST = 1_000_000  # characters that a template may add ...
+TIMES = 20  # ... and how often it may repeat what it is given
+
+
+def limit_template(tokenizer: Any) -> Any:
+    """``tokenizer``, whose ``apply_chat_template`` raises ConfigError where the template takes more
+    than that.
+    """
+    tokenizer.apply_chat_template = _LimitedTemplate(tokenizer)
+    return tokenizer
+
+
+class _LimitedTemplate:
+    """An attribute of one tokenizer; copied and pickled with it, as a bound function is not."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _apply(self._tokenizer, args, kwargs)
+
+
+def _apply(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``apply_chat_template`` of transformers 5.17: the text first, then its tokens."""
+    upstream = type(tokenizer).apply_chat_template
+    values = {**_defaults(upstream), **kwargs}
+    if len(args) > 1:
+        values.update(inspect.signature(upstream).bind(tokenizer, *args).arguments)
+    if not values["tokenize"] or values["return_assistant_tokens_mask"]:
+        return _limited(tokenizer, args, kwargs)
+    text = _limited(tokenizer, args, {**kwargs, "tokenize": False})
+    encoded = tokenizer(
+        text,
+        padding=values["padding"],
+        truncation=values["truncation"],
+        max_length=values["max_length"],
+        add_special_tokens=False,
+        return_tensors=values["return_tensors"],
+        **(values["tokenizer_kwargs"] or {}),
+    )
+    return encoded if values["return_dict"] else encoded["input_ids"]
+
+
+@lru_cache
+def _defaults(upstream: Callable[..., Any]) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(upstream).parameters.items()}
+
+
+def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    upstream = type(tokenizer).apply_chat_template
+    characters, chats = _size([args, kwargs]), 1
+    chat = args[0] if args else kwargs.get("conversation")
+    if isinstance(chat, list | tuple) and chat and isinstance(chat[0], list | tuple):
+        chats = len(chat)
+    seconds = TIME_S + EACH_S * chats
+    most = LONGEST * chats + TIMES * characters
+    try:
+        with memory_within(MEMORY_BYTES + 4 * most):
+            made = call_within(seconds, lambda: upstream(tokenizer, *args, **kwargs))
+    except OutOfTime:
+        raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None
+    except (MemoryError, OverflowError) as error:
+        raise _too_much(
+            tokenizer, f"needs too much ({type(error).__name__}; it may use 1 GiB)"
+        ) from None
+    size = _size(made) if isinstance(made, str | list) else 0
+    if size > most:
+        what = f"makes {size} characters of a chat with {characters} (at most {most})"
+        raise _too_much(tokenizer, what)
+    return made
+
+
+def _too_much(tokenizer: Any, what: str) -> ConfigError:
+    return ConfigError(
+        f"the chat template of this tokenizer {what}",
+        where=str(tokenizer.name_or_path) or None,
+        fix="put another chat_template.jinja (or chat_template in tokenizer_config.json) into the"
+        " model's folder, or take the model from where you trust it",
+    )
+
+
+def _size(value: Any) -> int:
+    """Characters of the texts in a tree."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_size(key) + _size(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return 0

@@ -1,0 +1,237 @@
+"""What goes into ``fast_generate`` and what comes out, the same on both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.engine.rollout_request import Sampling
+from toolkit.policy.load_arguments import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from toolkit.engine.rollout_request import Rollout
+
+WHERE = "fast_generate"
+
+NEUTRAL = (
+    "n",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop_token_ids",
+    "stop",
+    "logprobs",
+    "seed",
+)
+"""Options that both engines take, under vLLM's names."""
+
+VLLM_ONLY = ("use_tqdm", "priority", "tokenization_kwargs")
+
+HUGGING_FACE = {
+    "max_new_tokens": "max_tokens",
+    "do_sample": "temperature (0 is greedy)",
+    "input_ids": "prompts, as lists of token ids",
+    "inputs": "prompts, as lists of token ids",
+    "attention_mask": "prompts without padding",
+    "num_return_sequences": "n",
+    "generation_config": "sampling_params",
+    "stopping_criteria": "stop or stop_token_ids",
+    "eos_token_id": "stop_token_ids",
+    "pad_token_id": None,
+    "num_beams": None,
+    "use_cache": None,
+    "streamer": None,
+    "logits_processor": None,
+}
+"""Arguments of transformers' generate, with what serves instead in the options of both engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion; the names are those of vLLM's CompletionOutput. ``logprobs`` as in
+    ``Rollout``.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[list[float | None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One prompt's completions; the names are those of vLLM's RequestOutput."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+
+
+def is_vllms(params: Any) -> bool:
+    """True for vLLM's own SamplingParams, or a list of them."""
+    first = params[0] if isinstance(params, (list, tuple)) and params else params
+    return type(first).__module__.partition(".")[0] == "vllm"
+
+
+def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tuple[Sampling, int]:
+    """The options of both engines, and the seed: without one, it comes from torch's global
+    generator.
+
+    Raises:
+        ConfigTypeError: an argument that this engine (``engine``: vLLM's) does not take.
+    """
+    if is_vllms(params):
+        raise ConfigTypeError(
+            "sampling_params is vLLM's SamplingParams, and no vLLM engine is attached",
+            where=WHERE,
+            fix="pass max_tokens=..., temperature=... by name, or load with fast_inference=True",
+        )
+    if params is not None and not isinstance(params, (Mapping, Sampling)):
+        raise ConfigTypeError(
+            f"sampling_params is a {type(params).__name__}",
+            where=WHERE,
+            fix="pass a mapping, a Sampling, or with an engine vLLM's SamplingParams",
+        )
+    given = dict(params) if isinstance(params, Mapping) else {}
+    for name, value in kwargs.items():
+        if name in given:
+            raise ConfigTypeError(f"{name} is given twice", where=WHERE)
+        given[name] = value
+    for name in given:
+        if name not in NEUTRAL:
+            _refuse(name, engine=engine)
+    seed, stop = given.pop("seed", None), given.pop("stop", None)
+    if "stop_token_ids" in given:
+        given["stop_token_ids"] = tuple(given["stop_token_ids"] or ())
+    sampling = params if isinstance(params, Sampling) else Sampling(logprobs=None)
+    sampling = replace(sampling, **given)
+    if stop:
+        sampling = replace(sampling, extra={**sampling.extra, "stop": stop})
+    return sampling, int(torch.randint(2**62, (1,))) if seed is None else int(seed)
+
+
+def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords that vLLM's generate does not take beside its SamplingParams."""
+    for name in kwargs:
+        if name in NEUTRAL:
+            raise ConfigTypeError(
+                f"{name!r} is given beside vLLM's SamplingParams",
+                where=WHERE,
+                fix=f"set it there: SamplingParams({name}=...)",
+            )
+        if name not in VLLM_ONLY:
+            _refuse(name, engine=True)
+
+
+def _refuse(name: str, *, engine: bool) -> None:
+    """Raise for an argument that is not in NEUTRAL, saying which engine takes it, if one does."""
+    if name in VLLM_ONLY and not engine:
+        raise ConfigTypeError(
+            f"{name!r} is an argument of the vLLM engine, and none is attached",
+            where=WHERE,
+            fix="leave it out, or load with fast_inference=True",
+        )
+    if name in HUGGING_FACE:
+        instead = HUGGING_FACE[name]
+        raise ConfigTypeError(
+            f"{name!r} is an argument of Hugging Face's generate"
+            + (", and a vLLM engine is attached" if engine else " and goes with input_ids=..."),
+            where=WHERE,
+            fix=f"use {instead}" if instead else "leave it out",
+        )
+    hint = nearest(name, (*NEUTRAL, *VLLM_ONLY, *HUGGING_FACE))
+    raise ConfigTypeError(f"unknown argument {name!r}{hint}", where=WHERE)
+
+
+def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
+    """(texts, token ids) of one prompt or a list; a text is None where ids were given.
+
+    Texts are tokenized with the tokenizer's own special tokens, as vLLM does.
+
+    Raises:
+        ConfigTypeError: something that is neither text nor token ids.
+    """
+    many = isinstance(prompts, Sequence) and not isinstance(prompts, str) and not _is_ids(prompts)
+    texts: list[str | None] = []
+    ids: list[list[int]] = []
+    for index, prompt in enumerate(prompts if many else [prompts]):
+        value = prompt
+        if isinstance(value, Mapping):
+            value = value.get("prompt_token_ids", value.get("prompt"))
+        if isinstance(value, str):
+            texts.append(value)
+            ids.append([int(token) for token in tokenizer(value)["input_ids"]])
+        elif _is_ids(value):
+            texts.append(None)
+            ids.append([int(token) for token in value])
+        else:
+            raise ConfigTypeError(
+                f"prompt {index} is a {type(prompt).__name__}, neither text nor token ids",
+                where=WHERE,
+                fix='pass text, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...};'
+                " for a chat, apply the tokenizer's chat template first",
+            )
+    return texts, ids
+
+
+def _is_ids(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        return False
+    return all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+
+
+def answers(
+    tokenizer: Any,
+    texts: Sequence[str | None],
+    rollout: Rollout,
+    sampling: Sampling,
+    ends: Collection[int],
+) -> list[Answer]:
+    """``rollout`` as one answer a prompt; ``ends`` are the token ids that end a completion."""
+    found = []
+    for place, text in enumerate(texts):
+        rows = range(place * sampling.n, (place + 1) * sampling.n)
+        outputs = [
+            _completion(tokenizer, rollout, row, row - rows.start, sampling, ends) for row in rows
+        ]
+        found.append(Answer(text, rollout.prompt_ids[rows.start], outputs))
+    return found
+
+
+def _completion(  # the parts of one row
+    tokenizer: Any,
+    rollout: Rollout,
+    row: int,
+    index: int,
+    sampling: Sampling,
+    ends: Collection[int],
+) -> Completion:
+    ids = rollout.completion_ids[row]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    stop = sampling.extra.get("stop") or ()
+    for word in [stop] if isinstance(stop, str) else stop:
+        text = text.partition(word)[0]
+    ended = bool(ids) and (ids[-1] in ends or ids[-1] in sampling.stop_token_ids)
+    reason = "stop" if ended or len(ids) < sampling.max_tokens else "length"
+    logprobs = None if rollout.logprobs is None else rollout.logprobs[row]
+    return Completion(index, text, ids, reason, logprobs)
+
+
+def check_request(request: Any, kind: type) -> None:
+    """Refuse a ``lora_request`` that ``load_lora`` did not give."""
+    if not isinstance(request, kind):
+        raise ConfigValueError(
+            f"lora_request is a {type(request).__name__}",
+            where=WHERE,
+            fix="pass what model.load_lora(folder) gave, or None for the base model",
+        )

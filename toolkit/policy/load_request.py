@@ -1,0 +1,174 @@
+"""One call of ``FastLanguageModel.from_pretrained`` as a checked value; a wrong call fails here, in
+milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import (
+    ConfigTypeError,
+    ConfigValueError,
+    UnsupportedError,
+)
+from toolkit.config.supported_features import flag_problems
+from toolkit.policy.engine_request import check_engine, warn_engine_only
+from toolkit.policy.load_arguments import (
+    DTYPES,
+    ENGINE_DEFAULTS,
+    LOAD_FLAGS,
+    REFUSED,
+    WHERE,
+    check_checkpointing,
+    refuse_unknown,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """A checked call of ``from_pretrained``. Lengths are in tokens; ``engine`` holds what only an
+    engine reads.
+    """
+
+    model_name: str
+    max_seq_length: int | None = 2048
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    load_in_16bit: bool = False
+    full_finetuning: bool = False
+    token: str | bool | None = field(default=None, repr=False)
+    device_map: Any = "sequential"
+    rope_scaling: Mapping[str, Any] | None = None
+    fix_tokenizer: bool = True
+    trust_remote_code: bool = False
+    use_gradient_checkpointing: bool | str = "unsloth"
+    resize_model_vocab: int | None = None
+    revision: str | None = None
+    fast_inference: bool = False
+    random_state: int = 3407
+    attn_implementation: str | None = None
+    use_safetensors: bool = True
+    engine: Mapping[str, Any] = field(default_factory=lambda: ENGINE_DEFAULTS)
+
+
+def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
+    """Check one call's arguments (by name, each with its value) and return it as a value.
+
+    Raises:
+        ConfigTypeError: a keyword that is not known, or a value of the wrong type.
+        ConfigValueError: a value or a combination that is refused.
+        UnsupportedError: a request that is understood and cannot be served.
+        MissingExtraError: ``fast_inference`` without vLLM.
+    """
+    known = {*LoadRequest.__dataclass_fields__, *ENGINE_DEFAULTS, *REFUSED, *_SPECIAL} - {"engine"}
+    refuse_unknown(arguments, known, WHERE)
+    values = dict(arguments)
+    for name, (nothing, why, fix) in REFUSED.items():
+        given = values.pop(name, nothing)
+        if given != nothing and given is not None:
+            raise UnsupportedError(f"{name}={given!r}: {why}", where=WHERE, fix=fix)
+    _honour_special(values)
+    engine = {name: values.pop(name, default) for name, default in ENGINE_DEFAULTS.items()}
+    if values.get("use_safetensors") is None:
+        values.pop("use_safetensors", None)
+    values["dtype"] = _dtype_name(values.get("dtype"))
+    request = LoadRequest(**values, engine=MappingProxyType(engine))
+    _check_types(request)
+    _check_flags(request)
+    if request.fast_inference:
+        check_engine(request)
+    else:
+        warn_engine_only(engine)
+    return request
+
+
+_SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
+
+
+def _honour_special(values: dict[str, Any]) -> None:
+    """Parameters that are met already, or that another one expresses.
+
+    Names are never mapped, only text models are loaded, and float32 mixed precision is a dtype.
+    """
+    for name in ("use_exact_model_name", "text_only"):
+        value = values.pop(name, False)
+        if not isinstance(value, bool):
+            raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
+    mixed = values.pop("float32_mixed_precision", None)
+    if mixed not in (None, True, False):
+        raise ConfigTypeError(
+            f"float32_mixed_precision={mixed!r} must be True, False or None", where=WHERE
+        )
+    if mixed:
+        if _dtype_name(values.get("dtype")) not in ("auto", "float32") or values.get(
+            "load_in_16bit"
+        ):
+            raise ConfigValueError(
+                "float32_mixed_precision=True keeps float32 weights, and another dtype is given",
+                where=WHERE,
+                fix="leave dtype and load_in_16bit out, or float32_mixed_precision",
+            )
+        values["dtype"] = "float32"
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigValueError(
+            f"dtype={dtype!r} is not one of {', '.join(DTYPES)}",
+            where=WHERE,
+            fix="use dtype=None to let the device decide",
+        )
+    return name
+
+
+def _check_types(request: LoadRequest) -> None:
+    """Refuse values of the wrong type; ``max_seq_length`` is in tokens."""
+    if not request.model_name:
+        raise ConfigValueError("model_name is empty", where=WHERE, fix="name a folder or a hub id")
+    for name in (
+        *LOAD_FLAGS[:3],
+        "full_finetuning",
+        "fix_tokenizer",
+        "trust_remote_code",
+        "fast_inference",
+    ):
+        if not isinstance(getattr(request, name), bool):
+            raise ConfigTypeError(
+                f"{name}={getattr(request, name)!r} must be True or False", where=WHERE
+            )
+    for name in ("max_seq_length", "resize_model_vocab"):
+        value = getattr(request, name)
+        if value is not None and (type(value) is not int or value <= 0):
+            raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
+    if type(request.random_state) is not int:
+        raise ConfigTypeError(
+            f"random_state={request.random_state!r} must be an integer", where=WHERE
+        )
+    check_checkpointing(request.use_gradient_checkpointing, WHERE)
+
+
+def _check_flags(request: LoadRequest) -> None:
+    """At most one ``load_in_*``; none of the quantized ones with full fine-tuning."""
+    chosen = [name for name in LOAD_FLAGS[:3] if getattr(request, name)]
+    hint = "load_in_4bit is True by default: pass load_in_4bit=False"
+    if len(chosen) > 1:
+        raise ConfigValueError(
+            f"{' and '.join(chosen)} exclude each other",
+            where=WHERE,
+            fix=f"set one of them; {hint}",
+        )
+    for problem in flag_problems(
+        load_in_4bit=request.load_in_4bit,
+        load_in_8bit=request.load_in_8bit,
+        load_in_16bit=request.load_in_16bit,
+        full_finetuning=request.full_finetuning,
+        dtype=request.dtype,
+    ):
+        raise ConfigValueError(problem.message, where=WHERE, fix=problem.advice)

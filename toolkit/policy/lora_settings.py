@@ -1,0 +1,300 @@
+"""What an adapter is asked to be, and the refusals that need no PEFT: get_peft_model's table."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import (
+    ConfigTypeError,
+    ConfigValueError,
+    ToolkitWarning,
+    UnsupportedError,
+)
+from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.run_config import SEVEN_PROJECTIONS
+from toolkit.config.supported_features import REWRITING_INITS, layers_beyond
+from toolkit.policy.load_arguments import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from toolkit.config.run_config import LoraSection
+
+WHERE = "get_peft_model"
+EMBEDDINGS = ("embed_tokens", "lm_head")
+INITS = (
+    "gaussian",
+    "orthogonal",
+    "mica",
+    "eva",
+    "olora",
+    "pissa",
+    "corda",
+    "loftq",
+    "lora_ga",
+)
+"""PEFT's names for init_lora_weights beside True and False; ``pissa_niter_N`` too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """An adapter: W + s B A with A (r, in) and B (out, r).
+
+    The scaling s is alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with ``use_rslora`` (arXiv
+    2312.03732).
+    """
+
+    r: int = 16
+    target_modules: tuple[str, ...] | str = SEVEN_PROJECTIONS
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    random_state: int = 3407
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, Any] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] | None = None
+    trainable_token_indices: Any = None
+
+    @classmethod
+    def from_section(cls, section: LoraSection) -> LoraSettings:
+        """The settings of a run file's ``lora`` section."""
+        known = {f.name for f in fields(cls)}
+        names = [f.name for f in fields(section) if f.name in known]
+        values = {name: getattr(section, name) for name in names}
+        for name in ("rank_pattern", "alpha_pattern"):
+            values[name] = values[name] or None  # nothing, in PEFT's words
+        return cls(**values)
+
+    @property
+    def scaling(self) -> float:
+        """alpha/r, or alpha/sqrt(r) with use_rslora."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def check_settings(settings: LoraSettings) -> None:
+    """Refuse values that no model could take.
+
+    Raises:
+        ConfigTypeError: r or another number of the wrong type. ConfigValueError: any other refusal.
+    """
+    r: object = settings.r
+    if type(r) is not int:
+        raise ConfigTypeError(
+            f"r={r!r} must be an integer, and it is a {type(r).__name__}", where=WHERE
+        )
+    if settings.r <= 0:
+        raise ConfigValueError(f"r={r} must be larger than 0", where=WHERE)
+    alpha: Any = settings.lora_alpha
+    dropout: Any = settings.lora_dropout
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ConfigTypeError(f"lora_alpha={alpha!r} must be a number", where=WHERE)
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigValueError(f"lora_alpha={alpha} must be larger than 0", where=WHERE)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ConfigValueError(f"lora_dropout={dropout!r} must lie in [0, 1)", where=WHERE)
+    seed: object = settings.random_state
+    if type(seed) is not int:
+        raise ConfigTypeError(
+            f"random_state={settings.random_state!r} must be an integer", where=WHERE
+        )
+    if settings.bias not in ("none", "all", "lora_only"):
+        raise ConfigValueError(
+            f'bias={settings.bias!r} must be "none", "all" or "lora_only"', where=WHERE
+        )
+    _check_init(settings)
+    _check_layers(settings)
+    _check_patterns(settings)
+
+
+def _check_init(settings: LoraSettings) -> None:
+    init: Any = settings.init_lora_weights
+    if not isinstance(init, bool) and not (
+        isinstance(init, str) and (init in INITS or re.fullmatch(r"pissa_niter_\d+", init))
+    ):
+        hint = nearest(init, INITS) if isinstance(init, str) else ""
+        raise ConfigValueError(
+            f"init_lora_weights={init!r} is none of True, False, {', '.join(INITS)}{hint}",
+            where=WHERE,
+        )
+    if settings.loftq_config and init != "loftq":
+        raise ConfigValueError(
+            'loftq_config has no effect without init_lora_weights="loftq"',
+            where=WHERE,
+            fix="leave one of them out, or set both",
+        )
+
+
+def _check_patterns(settings: LoraSettings) -> None:
+    for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        pattern: Any = getattr(settings, name) or {}
+        if not hasattr(pattern, "items"):
+            raise ConfigTypeError(f"{name}={pattern!r} must map names to numbers", where=WHERE)
+        for key, value in pattern.items():
+            number = type(value) is int or (least == 0 and isinstance(value, float))
+            if not number or value < least or value == 0 or not math.isfinite(value):
+                raise ConfigValueError(
+                    f"{name}: {key!r} is {value!r}, and"
+                    f" {'an integer' if least else 'a number'} above 0 is wanted",
+                    where=WHERE,
+                )
+            try:
+                re.compile(str(key))
+            except re.error as error:
+                raise ConfigValueError(
+                    f"{name}: {key!r} is no valid pattern: {error}", where=WHERE
+                ) from error
+
+
+def _check_layers(settings: LoraSettings) -> None:
+    layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
+    if layers and isinstance(settings.target_modules, str):
+        raise ConfigValueError(
+            "layers_to_transform and layers_pattern do not go with target_modules given as text",
+            where=WHERE,
+            fix="list the target modules by name",
+        )
+    if settings.layers_pattern is not None and settings.layers_to_transform is None:
+        raise ConfigValueError("layers_pattern needs layers_to_transform", where=WHERE)
+
+
+def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
+    """Refuse what an engine on the model cannot sample from. ``max_lora_rank`` is the engine's.
+
+    Raises:
+        ConfigValueError: a rank above the engine's slots. UnsupportedError: anything else.
+    """
+    largest = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
+    if largest > max_lora_rank:
+        legal = [rank for rank in LEGAL_RANKS if rank >= largest]
+        named = f"r={settings.r}" if largest == settings.r else f"rank_pattern's {largest}"
+        raise ConfigValueError(
+            f"{named} is above max_lora_rank={max_lora_rank}, with which the engine was loaded",
+            where=WHERE,
+            fix=f"load with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
+            if legal
+            else f"vLLM serves no rank above {LEGAL_RANKS[-1]}: use r={max_lora_rank} or less",
+        )
+    embeddings = sorted(set(_names(settings.target_modules)) & set(EMBEDDINGS))
+    reasons = {
+        f"modules_to_save={_list(settings.modules_to_save)}": settings.modules_to_save,
+        f"training {', '.join(embeddings)}": embeddings,
+        f"bias={settings.bias!r}": settings.bias != "none",
+        "DoRA (use_dora=True)": settings.use_dora,
+        "lora_bias=True": settings.lora_bias,
+        "target_parameters": settings.target_parameters,
+        "trainable_token_indices": settings.trainable_token_indices,
+    }
+    for what, asked in reasons.items():
+        if asked:
+            raise UnsupportedError(
+                f"{what}: the engine's LoRA slots cannot hold it, so it would not be sampled from",
+                where=WHERE,
+                fix="leave it out, or load with fast_inference=False",
+            )
+    init = settings.init_lora_weights
+    if isinstance(init, str) and init.startswith(REWRITING_INITS):
+        raise UnsupportedError(
+            f"init_lora_weights={init!r} rewrites base weights, which engine and trainer share",
+            where=WHERE,
+            fix='use init_lora_weights=True or "gaussian", or load with fast_inference=False',
+        )
+    if settings.lora_dropout:
+        warnings.warn(
+            f"lora_dropout={settings.lora_dropout}: the engine samples without dropout, so its"
+            " log-probabilities differ from the trainer's",
+            ToolkitWarning,
+            stacklevel=5,
+        )
+
+
+def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
+    """Every target must name a module of the model, by whole name or by its last parts.
+
+    Raises:
+        ConfigValueError: it does not; the message names the nearest that the model has.
+    """
+    names = [name for name in module_names if name]
+    targets = settings.target_modules
+    if isinstance(targets, str):
+        if targets != "all-linear" and not _matches(targets, names):
+            raise ConfigValueError(
+                f"target_modules={targets!r}: this pattern matches no module of the model",
+                where=WHERE,
+            )
+        return
+    if not targets and not settings.target_parameters:
+        raise ConfigValueError("target_modules is empty", where=WHERE)
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            leaves = {name.rsplit(".", 1)[-1] for name in names} - {""}
+            raise ConfigValueError(
+                f"target_modules: the model has no module {target!r}{nearest(target, leaves)}",
+                where=WHERE,
+                fix="name linear layers of the model, for instance "
+                + ", ".join(sorted(leaf for leaf in leaves if leaf.endswith("_proj")) or ["..."]),
+            )
+
+
+def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
+    """Every name of modules_to_save is a part of a module's name: PEFT passes over any other.
+
+    Raises:
+        ConfigValueError: naming the one that is not, and the nearest.
+    """
+    names = list(module_names) if settings.modules_to_save else []
+    for name in settings.modules_to_save or ():
+        if not any(f".{name}." in f".{module}." for module in names):
+            leaves = {module.rsplit(".", 1)[-1] for module in names} - {""}
+            raise ConfigValueError(
+                f"modules_to_save: the model has no module {name!r}{nearest(name, leaves)}",
+                where=WHERE,
+                fix="correct its name or leave it out",
+            )
+
+
+def check_layers(settings: LoraSettings, count: int | None) -> None:
+    """Refuse layers that a model of ``count`` layers does not have: PEFT passes over them.
+
+    Raises:
+        ConfigValueError: naming them.
+    """
+    beyond = layers_beyond(settings.layers_to_transform, count)
+    if beyond:
+        raise ConfigValueError(
+            f"layers_to_transform: {', '.join(map(str, beyond))} not among the {count} layers of"
+            " the model, which are counted from 0",
+            where=WHERE,
+            fix="name layers that the model has",
+        )
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise ConfigValueError(
+            f"target_modules={pattern!r} is no valid pattern: {error}", where=WHERE
+        ) from error
+
+
+def _names(targets: tuple[str, ...] | str) -> tuple[str, ...]:
+    if isinstance(targets, str):
+        return tuple(name for name in EMBEDDINGS if name in targets)
+    return tuple(target.rsplit(".", 1)[-1] for target in targets)
+
+
+def _list(names: Iterable[str] | None) -> list[str]:
+    return list(names or ())

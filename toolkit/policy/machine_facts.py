@@ -1,0 +1,17 @@
+"""What torch sees of this machine, as the plain values that ``config.resolved`` decides by."""
+
+from __future__ import annotations
+
+import torch
+
+from toolkit.config.resolved import DeviceFacts, Situation
+from toolkit.engine.rollout_engine import vllm_available
+
+
+def situation() -> Situation:
+    """This process's device, and whether vLLM is installed."""
+    device = DeviceFacts("no GPU", None)
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        device = DeviceFacts("GPU", (major, minor))
+    return Situation(device=device, vllm=vllm_available())

@@ -1,0 +1,158 @@
+"""Merged weights: W + s B A of each adapted layer, rounded once, as a checkpoint of plain
+transformers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.base.paths import set_modes
+from toolkit.policy.adapter_io import BASE_FILE, beside
+from toolkit.policy.hf_model import load_base
+from toolkit.policy.load_arguments import DTYPES
+from toolkit.policy.lora import merge
+from toolkit.policy.lora_settings import EMBEDDINGS
+from toolkit.policy.model_files import ADAPTER_CONFIG
+from toolkit.policy.saved_adapter import WEIGHTS, put_saved
+from toolkit.policy.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from toolkit.policy.load_request import LoadRequest
+    from toolkit.policy.model_files import Checkpoint
+    from toolkit.policy.saved_adapter import Adapter
+
+WHERE = "export"
+
+
+def merge_adapter(
+    checkpoint: Checkpoint, adapter: Adapter, request: LoadRequest, to: Path, *, dtype: str = "auto"
+) -> Path:
+    """Write the base ``checkpoint`` with ``adapter`` merged into it, and its tokenizer, to ``to``.
+
+    ``dtype`` "auto" is the checkpoint's own. The sum is computed in float32 and rounded once to it:
+    in float32 the logits are those of base and adapter up to the order of the sums (1e-5 or so); in
+    bfloat16 a small update is lost where it is below half a unit of the weight's last place.
+    A base that was trained in 4 bits is merged as the checkpoint stores it.
+
+    Raises:
+        ConfigValueError: ``to`` is not empty, or the adapter is another base's.
+        UnsupportedError: the adapter is on embeddings or head, and the two are tied.
+        InputError: something cannot be read or written.
+    """
+    if dtype not in DTYPES:
+        raise ConfigValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", where=WHERE)
+    check_empty(to)
+    plain = replace(
+        request,
+        dtype=stored_dtype(checkpoint) if dtype == "auto" else dtype,
+        load_in_4bit=False,
+        load_in_8bit=False,
+        load_in_16bit=False,
+        fast_inference=False,
+        device_map="cpu",
+    )
+    base = load_base(checkpoint, plain)
+    _check_ties(base, adapter)
+    # A 4-bit base had no fingerprint, so a mismatch shows in names and shapes there.
+    model = merge(put_saved(base, adapter))
+    tokenizer = load_tokenizer(
+        checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
+    )
+    with into(to) as work:
+        model.save_pretrained(str(work))
+        tokenizer.save_pretrained(str(work))
+    return to
+
+
+def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
+    """Write a model of which every weight was trained, and its tokenizer, to ``to``, in place of
+    what was there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with beside(to) as work:
+        model.save_pretrained(str(work))
+        tokenizer.save_pretrained(str(work))
+        set_modes(work)
+        if to.exists():
+            shutil.rmtree(to)
+        work.rename(to)
+    return to
+
+
+def _check_ties(base: Any, adapter: Adapter) -> None:
+    """Refuse to merge into one of two places that share a tensor: the other would change as
+    well.
+    """
+    touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
+    if touched and base.config.tie_word_embeddings:
+        raise UnsupportedError(
+            f"the adapter changes {touched[0]}, and the embeddings and head of this model are one"
+            " tensor",
+            where=str(adapter.folder),
+            fix="export the adapter without --merge",
+        )
+
+
+def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
+    """Write ``adapter``, as it was read and checked, and the tokenizer of its base to ``to``.
+
+    Raises:
+        ConfigValueError: ``to`` is not empty. InputError: something cannot be read or written.
+    """
+    check_empty(to)
+    tokenizer = load_tokenizer(checkpoint.folder, max_seq_length=None)
+    with into(to) as work:
+        tokenizer.save_pretrained(str(work))
+        for name in (ADAPTER_CONFIG, WEIGHTS, BASE_FILE, "README.md"):
+            if (adapter.folder / name).is_file():
+                shutil.copyfile(adapter.folder / name, work / name)
+    return to
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that config.json names, ``float32`` if it names none that weights are merged in."""
+    values: dict[str, Any] = checkpoint.read_json("config.json")
+    name = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    return (
+        name
+        if name in DTYPES and isinstance(getattr(torch, name, None), torch.dtype)
+        else "float32"
+    )
+
+
+def check_empty(to: Path) -> None:
+    """Refuse a target that holds something, or is a file.
+
+    Raises:
+        ConfigValueError: it does.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigValueError(
+            "is not empty" if to.is_dir() else "is a file",
+            where=str(to),
+            fix="name a folder that does not exist yet",
+        )
+
+
+@contextmanager
+def into(to: Path) -> Iterator[Path]:
+    """A folder beside ``to`` that becomes it when everything is written; 0644 files, 0755 folder,
+    less the umask.
+    """
+    with beside(to) as work:
+        yield work
+        set_modes(work)
+        if to.exists():
+            to.rmdir()
+        work.rename(to)

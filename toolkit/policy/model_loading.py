@@ -1,0 +1,146 @@
+"""From a checked request to a model and a tokenizer, with or without an engine, with or without an
+adapter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError, ToolkitError
+from toolkit.policy.attach import attach
+from toolkit.policy.cuda_allocator import use_expandable_segments
+from toolkit.policy.gradient_checkpointing import apply_checkpointing
+from toolkit.policy.hf_model import check_quantization, load_base
+from toolkit.policy.model_files import find_checkpoint
+from toolkit.policy.saved_adapter import put_saved, read_adapter
+from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from toolkit.policy.load_request import LoadRequest
+    from toolkit.policy.model_files import Checkpoint
+    from toolkit.policy.saved_adapter import Adapter
+
+
+def load(
+    request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of ``request``; an adapter's folder gives its base with the adapter on it.
+
+    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it. What
+    ``read_tokenizer`` gave is not read again.
+
+    Raises:
+        InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
+    """
+    check_quantization(request)
+    use_expandable_segments()
+    base, adapter = _locate(request, adapter_folder)
+    if request.fast_inference:
+        from toolkit.policy.engine_model import load_on_engine  # noqa: PLC0415 - vLLM is optional
+
+        model, engine = load_on_engine(base, request, adapter)
+    else:
+        model, engine = load_base(base, request), None
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(base, adapter, request)
+    return _finish(model, engine, base, request, adapter, tokenizer)
+
+
+def read_tokenizer(request: LoadRequest) -> Any:
+    """The tokenizer that ``load`` would give, without the model: for lengths and templates.
+
+    Its padding is not settled, which hangs on the model. Raises InputError.
+    """
+    return _tokenizer_of(*_locate(request), request)
+
+
+def _locate(
+    request: LoadRequest, adapter_folder: Path | None = None
+) -> tuple[Checkpoint, Adapter | None]:
+    found = _find(request, request.model_name)
+    if adapter_folder is not None:
+        return found, read_adapter(adapter_folder)
+    if not found.is_adapter:
+        return found, None
+    adapter = read_adapter(found.folder)
+    return _base_of(request, adapter), adapter
+
+
+def _find(request: LoadRequest, name: str) -> Checkpoint:
+    pickle = not request.use_safetensors
+    return find_checkpoint(name, revision=request.revision, token=request.token, pickle=pickle)
+
+
+def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
+    """The checkpoint that ``adapter`` was trained on, as its config names it."""
+    name = adapter.config.base_model_name_or_path
+    if not name:
+        raise InputError(
+            "adapter_config.json does not name its base model", where=str(adapter.folder)
+        )
+    revision = getattr(adapter.config, "revision", None)
+    return _find(replace(request, revision=revision), str(name))
+
+
+def _finish(
+    model: Any,
+    engine: Any,
+    base: Checkpoint,
+    request: LoadRequest,
+    adapter: Adapter | None,
+    tokenizer: Any,
+) -> tuple[Any, Any]:
+    """Name the model, settle the padding, put the adapter on it, bind the methods."""
+    # transformers remembers the snapshot's folder; adapters must record what the user called it.
+    model.name_or_path = model.config._name_or_path = base.name
+    if request.fix_tokenizer:
+        fix_tokenizer(tokenizer, model)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = request.max_seq_length or longest
+    attach(
+        model,
+        toolkit_engine=engine,
+        # Not held: what the engine frees when it is closed must not wait for the model.
+        vllm_engine=None if engine is None else weakref.proxy(engine.llm),
+        max_seq_length=length,
+        toolkit_tokenizer=tokenizer,
+        toolkit_full_finetuning=request.full_finetuning,
+        toolkit_resized=request.resize_model_vocab is not None,
+    )
+    mode = request.use_gradient_checkpointing
+    if adapter is not None:
+        model = attach(tell_engine(put_saved(model, adapter)), like=model)
+        model.train()
+    if adapter is not None or request.full_finetuning:
+        apply_checkpointing(model, mode, max_seq_length=length)
+    return model, tokenizer
+
+
+def tell_engine(peft_model: Any) -> Any:
+    """Publish a new adapter to the engine on its model, if there is one, so that a layer which the
+    engine cannot adapt is refused now and not in the first rollout. Returns ``peft_model``.
+
+    Raises:
+        UnsupportedError, ConfigValueError: it cannot be; the adapter is taken off again.
+    """
+    engine = getattr(peft_model, "toolkit_engine", None)
+    if engine is not None:
+        try:
+            engine.publish(peft_model)
+        except ToolkitError:
+            peft_model.unload()
+            raise
+    return peft_model
+
+
+def _tokenizer_of(base: Checkpoint, adapter: Adapter | None, request: LoadRequest) -> Any:
+    own = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
+    return load_tokenizer(
+        adapter.folder if adapter and own else base.folder,
+        max_seq_length=request.max_seq_length,
+        trust_remote_code=request.trust_remote_code,
+    )

@@ -1,0 +1,243 @@
+"""A Hugging Face model over the engine's tensors: built on the meta device, then every parameter
+bound to a view.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
+from toolkit.engine.live_weights import borrow, engine_name
+from toolkit.engine.rollout_request import Sampling
+from toolkit.policy.base_sums import AT_LOAD, base_sums
+from toolkit.policy.bnb_layers import is_packed, logical_shape, mark_4bit, replace_linear
+from toolkit.policy.skeleton import empty_model
+from toolkit.policy.weight_names import FALLBACK, WHY_SHARE, Sources, plan_views, stored_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from toolkit.engine.engine import Engine
+    from toolkit.engine.live_weights import LiveWeights
+    from toolkit.policy.weight_names import Slice
+
+SPOT_TOKENS = 8
+SPOT_TOLERANCE = {torch.float32: 1e-3}
+SPOT_TOLERANCE_HALF = 0.5
+"""Largest difference, in nats, between the engine's and the model's log-probability of a token that
+still counts as rounding.
+"""
+
+
+def shared_model(
+    engine: Engine, *, attn_implementation: str | None = None, check: bool = True
+) -> PreTrainedModel:
+    """The engine's model as a Hugging Face model that owns no weights of its own.
+
+    Every parameter is a view of a live tensor of the engine, frozen (``requires_grad`` False);
+    buffers (rotary tables) are its own. Checked: every parameter is bound, to engine storage, with
+    its own shape and dtype; the checkpoint had no tensor that the model has not; and the
+    log-probabilities of a few tokens agree with the engine's (``check``).
+
+    The model must not outlive the engine by much: its memory is freed when both are gone.
+
+    Args:
+        engine: a running engine.
+        attn_implementation: Hugging Face's, None for the model's default.
+        check: compare log-probabilities on a few tokens.
+
+    Raises:
+        UnsupportedError: something cannot be shared; the message says what.
+    """
+    if not engine.options.share_weights:
+        raise UnsupportedError(
+            "the engine was opened with share_weights: false",
+            where=WHY_SHARE,
+            fix="load the trainer's model by itself",
+        )
+    model = empty_model(engine, attn_implementation)
+    refuse_two_ropes(engine, model)
+    live = borrow(engine.module)
+    refuse_unfit(model, live)
+    bind(model, live, engine)
+    assert_borrowed(model, live)
+    model.eval()
+    if check:
+        spot_check(engine, model)
+    setattr(model, AT_LOAD, base_sums(model))
+    return model
+
+
+def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
+    """Refuse LongRoPE (Phi-3) above its original length: vLLM 0.25 to 0.31 then takes the long
+    factors for every sequence, Hugging Face for the longer ones alone.
+
+    Raises:
+        UnsupportedError: naming max_seq_length.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and engine.options.max_model_len > original:
+        raise UnsupportedError(
+            f"{engine.options.max_model_len} is more than {original}: above it vLLM uses the long "
+            f"rope factors of {type(model).__name__} for every sequence, the trainer for long ones "
+            "alone",
+            where="model.max_seq_length",
+            fix=f"max_seq_length: {original}, or set fast_inference: false",
+        )
+
+
+def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
+    """Refuse a checkpoint with tensors that the model has no parameter for, or without one that it
+    needs. vLLM itself may take the first and leaves the memory of the second as it found it.
+
+    Names that Hugging Face ignores as well pass.
+
+    Raises:
+        UnsupportedError: naming the tensors.
+    """
+    if not live.read_names:
+        return  # another loader than ours has read it
+    prefix = f"{model.base_model_prefix}."
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    own = stored_names(shapes, live.read_names)
+    known = own | {name.removeprefix(prefix) for name in own}
+    ignored = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"\.rotary_emb\.inv_freq$",
+    ]
+    pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
+    refuse("has tensors that the model has not", live.read_names - known, pattern, model)
+    found = live.read_names | {prefix + name for name in live.read_names}
+    for group in tied_names(model):
+        if group & found:
+            found |= group
+    refuse("lacks tensors of the model", own - found, pattern, model)
+
+
+def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
+    """Raise if any of ``names`` is not to be ignored.
+
+    Raises:
+        UnsupportedError: naming the first five.
+    """
+    bad = sorted(name for name in names if not ignored.search(name))
+    if bad:
+        more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
+        raise UnsupportedError(
+            f"the checkpoint {what} ({type(model).__name__}): {', '.join(bad[:5])}{more}",
+            where="model.model_name",
+            fix="use a complete checkpoint, made for this architecture",
+        )
+
+
+def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
+    """Replace every parameter of ``model`` by a frozen view of a live tensor."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    sources = Sources(
+        shapes={name: logical_shape(tensor) for name, tensor in live.parameters.items()},
+        packed=live.packed,
+        padded=live.padded,
+        rewritten=live.rewritten,
+    )
+    plan = plan_views(
+        wanted, tied_names(model), sources, lambda name: engine_name(engine.module, name)
+    )
+    made: dict[Slice, nn.Parameter] = {}
+    for name, part in plan.items():
+        path, _, attribute = name.rpartition(".")
+        source = live.parameters[part.source]
+        if is_packed(source):
+            replace_linear(model, path, source, part)
+            mark_4bit(model)
+            continue
+        owner = model.get_submodule(path)
+        tensor = source.detach()[part.start : part.start + part.rows]
+        expected = getattr(owner, attribute).dtype
+        if tensor.dtype != expected:
+            raise UnsupportedError(
+                f"{name} is {expected} in the model and {tensor.dtype} in the engine",
+                where=WHY_SHARE,
+                fix=FALLBACK,
+            )
+        # One Parameter a slice, so that tied names stay one object.
+        view = made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
+        setattr(owner, attribute, view)
+
+
+def tied_names(model: nn.Module) -> list[frozenset[str]]:
+    """Groups of parameter names that are one and the same parameter."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return [frozenset(names) for names in groups.values() if len(names) > 1]
+
+
+def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
+    """Every parameter lies in the engine's storage.
+
+    Raises:
+        DefectError: one does not.
+    """
+    storages = {tensor.untyped_storage().data_ptr() for tensor in live.parameters.values()}
+    own = [
+        name
+        for name, p in model.named_parameters()
+        if p.untyped_storage().data_ptr() not in storages
+    ]
+    if own:
+        raise DefectError(f"these parameters are not the engine's: {', '.join(own[:5])}")
+
+
+def spot_check(engine: Engine, model: PreTrainedModel) -> float:
+    """The largest difference between the engine's and the model's log-probability on a few greedy
+    tokens, in nats.
+
+    Raises:
+        UnsupportedError: it is more than rounding, so the two compute different functions.
+        ConfigValueError: what the model computes is no number.
+    """
+    device = next(model.parameters()).device
+    prompt = [
+        1 + 7 * i % (model.config.get_text_config().vocab_size - 1) for i in range(SPOT_TOKENS)
+    ]
+    rollout = engine.generate(
+        [prompt], Sampling(max_tokens=SPOT_TOKENS, temperature=0.0), seed=0, adapter=False
+    )
+    if rollout.logprobs is None:
+        raise DefectError("the engine gave no log-probabilities")
+    told = torch.tensor(
+        [[value or 0.0 for value in position] for position in rollout.logprobs[0]], device=device
+    )[:, 0]
+    tokens = torch.tensor([prompt + rollout.completion_ids[0]], device=device)
+    with torch.no_grad():
+        logits = model(tokens).logits[0, len(prompt) - 1 : -1].float()
+    # Greedy log-probabilities of the engine are those of the untouched distribution.
+    ours = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    if not bool(ours.isfinite().all()):
+        raise ConfigValueError(
+            "its logits are not finite: NaN or infinity in its weights, or more than "
+            f"{str(engine.dtype).removeprefix('torch.')} holds",
+            where=engine.options.model,
+            fix="copy the checkpoint again; where dtype is float16, use bfloat16 or float32",
+        )
+    gap = float((ours - told).abs().max())
+    limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
+    if engine.options.float8_kv_cache:
+        # The engine's keys and values are rounded, whatever its dtype.
+        limit = SPOT_TOLERANCE_HALF
+    if not gap <= limit:
+        raise UnsupportedError(
+            f"the engine and the Hugging Face model differ by {gap:.3g} nats on the"
+            f" same weights (at most {limit:g} is rounding):"
+            f" vLLM computes {type(model).__name__} differently here",
+            where=WHY_SHARE,
+            fix="set fast_inference: false, and report the model",
+        )
+    return gap

@@ -1,0 +1,166 @@
+"""What the engine takes beside weights, LoRA and KV: activations of its profiling run, the
+sampler, CUDA graphs, its runtime.
+
+Read at vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``): everything here is
+inside gpu_memory_utilization x total, and what is left is the KV cache. Activations and sampler
+are returned to the allocator after profiling, so the training phase of the same process can use
+them; the rest stays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.units import MIB
+from toolkit.sizing import kv_bytes, lora_bytes
+from toolkit.sizing.model_blocks import DTYPE_BYTES
+from toolkit.sizing.terms import Term
+from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
+
+if TYPE_CHECKING:
+    from toolkit.sizing.engine_plan import EnginePlan
+    from toolkit.sizing.model_blocks import ModelSpec
+    from toolkit.sizing.weight_formats import Quantization
+
+# cuBLAS workspaces, the attention backend's buffers and Triton's: outside torch's allocator or in
+# small persistent tensors.
+RUNTIME_BYTES = 192 * MIB
+# One captured graph of one layer (driver structures and its private pool), from published start-up
+# logs of 1B to 8B models: 67 sizes x 32 layers take 0.5 to 0.6 GiB.
+GRAPH_LAYER_BYTES = 256 * 1024
+# Bytes a logit of a sampler's temporaries: bf16 logits, their fp32 copy, log-probabilities,
+# probabilities and the exponential noise (v1/sample/sampler.py and ops/topk_topp_sampler.py).
+SAMPLER_BYTES = 18
+
+
+def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
+    """Every term but KV."""
+    width = DTYPE_BYTES[plan.dtype]
+    # Over several GPUs each holds its share; A of a LoRA slot is whole on all of them, B is split.
+    weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True) // plan.tensor_parallel
+    how = plan.quantization.method if plan.quantization else plan.dtype
+    how = "as stored" if spec.weights_by_headers else how
+    terms = [
+        Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
+        Term(
+            "engine.lora",
+            slot_bytes(spec, plan, plan.max_lora_rank),
+            f"vLLM slot buffers, {plan.max_loras} x rank {plan.max_lora_rank} on the projections",
+        ),
+        Term(
+            "engine.rope_tables",
+            sum(table.nbytes(width) for table in spec.rope_tables),
+            f"cosines and sines of {' and '.join(str(t.rows) for t in spec.rope_tables)} positions",
+        ),
+    ]
+    if plan.on_gpu:
+        terms += [
+            Term("engine.runtime", RUNTIME_BYTES, "cuBLAS and attention workspaces, estimated"),
+            Term(
+                "engine.cuda_graphs",
+                graph_bytes(spec, plan),
+                f"{len(capture_sizes(plan))} sizes x {spec.layers} layers, estimated"
+                if not plan.enforce_eager
+                else "none: enforce_eager",
+            ),
+        ]
+    forward = forward_bytes(spec, plan)
+    sampler = sampler_bytes(spec, plan)
+    terms.append(
+        Term(
+            "engine.activations",
+            max(forward, sampler),
+            f"{'forward' if forward >= sampler else 'sampler'}: "
+            f"{plan.max_num_batched_tokens} tokens, {plan.max_num_seqs} sequences",
+            "rollout",
+        )
+    )
+    return terms
+
+
+def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
+    """LoRA buffers of the engine as this toolkit opens it, at ``rank``."""
+    elements = lora_bytes.engine_elements(spec, rank, plan.max_loras, plan.lora_modules)
+    return elements * DTYPE_BYTES[plan.dtype]
+
+
+def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
+    """Peak of one compiled forward of max_num_batched_tokens tokens: the wider of attention and
+    MLP of one layer.
+    """
+    width = DTYPE_BYTES[plan.dtype]
+    widest = 0
+    for block in spec.blocks:
+        attention = sum(
+            linear.out_features
+            for linear in block.linears
+            if "attn" in linear.name and linear.in_features == spec.hidden_size
+        )
+        attention = 2 * attention + spec.heads * spec.head_dim
+        gate_up = 0
+        for linear in block.linears:
+            if "attn" in linear.name or linear.leaf in ("down_proj", "gate", "router"):
+                continue
+            gate_up += linear.out_features * block.uses(linear)
+        routed = block.active_experts * spec.hidden_size
+        widest = max(widest, attention, gate_up + gate_up // 2 + routed)
+    per_token = (widest + 3 * spec.hidden_size) * width
+    return plan.max_num_batched_tokens * per_token + _dequantized(spec, plan.quantization)
+
+
+def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
+    """bitsandbytes unpacks one fused weight to 16 bits for a batch of more than a few tokens."""
+    if quantization is None or quantization.method != "bnb-nf4":
+        return 0
+    largest = 0
+    for block in spec.blocks:
+        pair = [linear for linear in block.linears if linear.leaf in ("gate_proj", "up_proj")]
+        largest = max(
+            largest,
+            sum(linear.out_features * linear.in_features for linear in pair),
+            *(linear.out_features * linear.in_features for linear in block.linears),
+        )
+    return 2 * largest
+
+
+def sampler_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
+    """Peak of the sampler's warm-up with max_num_seqs sequences, the hidden states of the forward
+    still alive.
+    """
+    hidden = plan.max_num_batched_tokens * spec.hidden_size * DTYPE_BYTES[plan.dtype]
+    sequences = min(plan.max_num_seqs, plan.max_num_batched_tokens)
+    return hidden + sequences * padded_vocab(spec.vocab_size) * SAMPLER_BYTES
+
+
+def capture_sizes(plan: EnginePlan) -> list[int]:
+    """The batch sizes for which graphs are captured (vllm/config/vllm.py
+    ``_set_cudagraph_sizes``).
+    """
+    largest = min(plan.max_num_seqs * 2, 512, plan.max_num_batched_tokens)
+    sizes = [size for size in (1, 2, 4) if size <= largest]
+    sizes += range(8, min(largest + 1, 256), 8)
+    sizes += range(256, largest + 1, 16)
+    return sizes
+
+
+def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
+    """Memory that graph capture keeps."""
+    if plan.enforce_eager:
+        return 0
+    return len(capture_sizes(plan)) * spec.layers * GRAPH_LAYER_BYTES + 64 * MIB
+
+
+def kv_element_bytes(plan: EnginePlan) -> int:
+    return 1 if plan.float8_kv_cache else DTYPE_BYTES[plan.dtype]
+
+
+def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
+    """KV of one sequence as the engine allocates it."""
+    whole = kv_bytes.sequence_bytes(
+        spec,
+        tokens,
+        kv_element_bytes(plan),
+        block_tokens=plan.block_tokens,
+        batched_tokens=plan.max_num_batched_tokens,
+    )
+    return whole // plan.tensor_parallel

@@ -1,0 +1,93 @@
+"""What an engine is to be built with, each "auto" given its candidate: the input of every engine
+term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.sizing import lora_bytes
+from toolkit.sizing.weight_bytes import format_on_load
+
+if TYPE_CHECKING:
+    from toolkit.config.run_config import RunConfig
+    from toolkit.sizing.device import Device
+    from toolkit.sizing.model_blocks import ModelSpec
+    from toolkit.sizing.weight_formats import Quantization
+    from toolkit.sizing.workload import Workload
+
+MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more only costs sampler and graph memory
+BATCHED_TOKENS = 8192
+GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens of a KV block (vllm/platforms/{cuda,cpu}.py)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """Engine settings with every "auto" decided."""
+
+    on_gpu: bool
+    dtype: str
+    quantization: Quantization | None
+    max_lora_rank: int
+    max_loras: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enforce_eager: bool
+    float8_kv_cache: bool
+    sleep: bool
+    share_weights: bool
+    block_tokens: int
+    lora_modules: tuple[str, ...]
+    tensor_parallel: int = 1
+
+    def with_sleep(self, sleep: bool) -> EnginePlan:
+        return replace(self, sleep=sleep)
+
+
+def plan_engine(
+    config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
+) -> EnginePlan:
+    """The candidate for ``config`` (resolved: its dtype is known): written values as they are, the
+    rest by the workload. Raises ConfigError on an illegal rank.
+    """
+    model = config.model
+    if model.max_num_seqs == "auto":
+        evaluated = config.grpo.get("per_device_eval_batch_size", 1)
+        wanted = max(work.rollouts, evaluated if isinstance(evaluated, int) else 1)
+        sequences = min(wanted, MAX_SEQUENCES)
+    else:
+        sequences = model.max_num_seqs
+    if model.max_num_batched_tokens == "auto":
+        # One step of the scheduler need not hold more than all prompts and completions together,
+        # and must hold one of each. Prompts that may not be cut go through whole.
+        needed = max(sequences * work.sequence, model.max_seq_length, 256)
+        least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
+        batched = max(min(BATCHED_TOKENS, needed), least)
+    else:
+        batched = model.max_num_batched_tokens
+    rank = model.max_lora_rank
+    if rank == "auto":
+        # Any rank can be trained where no engine has slots for it.
+        rank = lora_bytes.legal_rank(
+            work.rank if work.uses_engine else min(work.rank, LEGAL_RANKS[-1])
+        )
+    return EnginePlan(
+        on_gpu=device is not None,
+        dtype=model.dtype,
+        quantization=format_on_load(spec, model),
+        max_lora_rank=rank,
+        max_loras=model.max_loras,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=batched,
+        max_model_len=model.max_seq_length,
+        enforce_eager=model.enforce_eager or device is None,
+        float8_kv_cache=model.float8_kv_cache,
+        sleep=model.enable_sleep_mode is True,
+        share_weights=model.share_weights,
+        block_tokens=CPU_BLOCK if device is None else GPU_BLOCK,
+        lora_modules=lora_bytes.slot_modules(work.targets),
+        tensor_parallel=max(model.tensor_parallel_size, 1),
+    )

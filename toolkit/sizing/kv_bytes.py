@@ -1,0 +1,73 @@
+"""What the engine's KV cache takes: a token, a sequence, all sequences.
+
+Held to vLLM's own KVCacheSpec (page_size_bytes / block_size and max_memory_usage_bytes) by
+tests/contract/test_sizing_engine.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.sizing.model_blocks import Cache, ModelSpec
+
+STATES = 2
+BLOCK_TOKENS = 16  # vLLM's default block on CUDA; the CPU engine's is 128
+
+
+def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
+    """KV bytes that one more token adds while every window is open."""
+    return sum(block.count * _token_bytes(block.cache, element_bytes) for block in spec.blocks)
+
+
+def sequence_bytes(
+    spec: ModelSpec,
+    tokens: int,
+    element_bytes: int,
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+    batched_tokens: int = 0,
+) -> int:
+    """KV bytes of one sequence of ``tokens``, rounded up to blocks.
+
+    A sliding layer keeps its window, the tokens of the step in flight (``batched_tokens``) and one
+    more block (SlidingWindowSpec.max_memory_usage_bytes).
+    """
+    return sum(
+        layers * _layer_bytes(cache, tokens, element_bytes, block_tokens, batched_tokens)
+        for cache, layers in padded_layers(spec).items()
+    )
+
+
+def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
+    """Layers by what they keep, padded as the engine pads them.
+
+    Layers of different kinds share pools of pages, so they are put into groups of equal size: that
+    of the rarest kind, or of the commonest where it is less than 1.5 times as common
+    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
+    """
+    counts: Counter[Cache] = Counter()
+    for block in spec.blocks:
+        counts[block.cache] += block.count
+    least, most = min(counts.values()), max(counts.values())
+    size = most if most < 1.5 * least else least
+    return {cache: -(-count // size) * size for cache, count in counts.items()}
+
+
+def _token_bytes(cache: Cache, element_bytes: int) -> int:
+    return (cache.key_elements + cache.value_elements) * element_bytes
+
+
+def _layer_bytes(
+    cache: Cache, tokens: int, element_bytes: int, block_tokens: int, batched_tokens: int
+) -> int:
+    if cache.kind == "linear":
+        # Two states a sequence while prefixes are cached (MambaSpec, mode "align"), never in 8
+        # bits.
+        return STATES * cache.state_elements * max(element_bytes, 2)
+    page = _token_bytes(cache, element_bytes) * block_tokens
+    if cache.window is not None:
+        kept = min(cache.window - 1 + batched_tokens, tokens)
+        return (-(-kept // block_tokens) + 1) * page
+    return -(-tokens // block_tokens) * page

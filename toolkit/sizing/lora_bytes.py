@@ -1,0 +1,188 @@
+"""LoRA: the engine's slot buffers at max_lora_rank, and the adapter under training at r.
+
+vLLM gives layers buffers of max_loras slots (vllm/lora/layers/*.py, ``create_lora_weights``):
+every linear layer, the experts and, in some models, embeddings and head; or those that it is asked
+for, as this toolkit's engine asks for the projections. Held to its allocation to the byte by
+tests/contract/test_sizing_engine.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError
+from toolkit.config import lora_targets as names
+from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
+from toolkit.config.lora_targets import SLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from toolkit.sizing.model_blocks import Block, Linear, ModelSpec
+
+FUSED = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"),
+)
+
+
+def legal_rank(rank: int) -> int:
+    """The smallest legal max_lora_rank holding ``rank``. Raises ConfigError above the largest."""
+    if legal := smallest_rank(rank):
+        return legal
+    raise ConfigError(
+        f"lora.r {rank} is above {LEGAL_RANKS[-1]}, the largest rank that the engine serves",
+        where="lora.r",
+        fix=f"lower lora.r to {LEGAL_RANKS[-1]} or less",
+    )
+
+
+def engine_elements(
+    spec: ModelSpec, rank: int, slots: int, modules: Collection[str] | None = None
+) -> int:
+    """Elements of the engine's LoRA buffers.
+
+    ``modules`` are the last names of the layers that get slots (vLLM's lora_target_modules); None
+    is vLLM's own default: every linear layer, the experts, and the tables that a model names.
+    """
+    total = 0
+    for block in spec.blocks:
+        total += block.count * sum(
+            _slot_elements(linear, rank)
+            for linear in block.linears
+            if modules is None or _has_slots(linear, modules)
+        )
+    # VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r); LogitsProcessorWithLoRA: A (r,
+    # hidden), B (vocab, r).
+    tables = len(spec.lora_tables) if modules is None else 0
+    total += tables * rank * (spec.vocab_size + spec.hidden_size)
+    return slots * total
+
+
+def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
+    """The layers that this toolkit's engine gives slots to: all that may be trained on it."""
+    return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
+
+
+def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
+    """Fused layers get all their slices as soon as one is asked for (``is_in_target_modules``)."""
+    if linear.copies > 1:
+        return "experts" in modules
+    fused = next((group for group in FUSED if linear.leaf in group), (linear.leaf,))
+    return any(name in modules for name in fused)
+
+
+def _slot_elements(linear: Linear, rank: int) -> int:
+    return linear.copies * rank * (linear.in_features + linear.out_features)
+
+
+def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
+    """Which of gate_proj, up_proj, down_proj mean this model's stacked experts."""
+    return names.expert_targets(spec.family, targets)
+
+
+def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
+    """Whether PEFT adapts this module: by leaf name or dotted end, or by full-match regex.
+
+    Stacked experts are no modules: see ``expert_targets``.
+    """
+    if linear.copies > 1:
+        return False
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return linear.leaf != "conv1d"
+        return re.fullmatch(targets, f"model.layers.0.{linear.name}") is not None
+    return any(linear.name == target or linear.name.endswith("." + target) for target in targets)
+
+
+def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> list[Linear]:
+    """The modules of ``block`` that carry an adapter."""
+    moved = expert_targets(spec, targets)
+    return [
+        linear for linear in block.linears if targeted(linear, targets) and linear.leaf not in moved
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What differs from layer to layer: modules and layers without an adapter, and other ranks."""
+
+    exclude: tuple[str, ...] | str | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers are alike."""
+        return not (self.exclude or self.rank_pattern or self.layers is not None)
+
+    def rank(self, module: str, layer: int, rank: int) -> int:
+        """The rank of a module of a layer, 0 where it carries no adapter."""
+        if self.layers is not None and layer not in self.layers:
+            return 0
+        name = f"model.layers.{layer}.{module}"
+        if names.is_excluded(self.exclude, name):
+            return 0
+        return names.pattern_value(dict(self.rank_pattern), name, rank)
+
+
+PLAIN = Layout()
+
+
+@cache
+def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, ...]:
+    """The rank of ``module`` in each layer of the model."""
+    return tuple(layout.rank(module, layer, rank) for layer in range(layers))
+
+
+def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
+    """Ranks of ``linear`` summed over the layers of ``block``. Where a model has several kinds of
+    layers, which is which is not known here: each counts with the largest rank of all.
+    """
+    if layout.plain:
+        return block.count * rank
+    found = ranks_of(layout, linear.name, spec.layers, rank)
+    return sum(found) if len(spec.blocks) == 1 else block.count * max(found)
+
+
+def adapter_parameters(
+    spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: Layout = PLAIN
+) -> int:
+    """Trainable parameters of the adapter: r x (in + out) a targeted module (arXiv 2106.09685).
+
+    Experts: A is (E r, in) and B is (out, E r); the fused gate and up have twice the rank.
+    """
+    moved = expert_targets(spec, targets)
+    total = 0
+    for block in spec.blocks:
+        total += sum(
+            _rank_sum(spec, block, linear, rank, layout)
+            * (linear.in_features + linear.out_features)
+            for linear in adapted(spec, block, targets)
+        )
+        one = 0
+        for linear in block.linears:
+            if linear.copies == 1 or linear.leaf not in moved:
+                continue
+            if linear.leaf == "down_proj":
+                one += linear.copies * rank * (linear.in_features + linear.out_features)
+            elif linear.leaf == "up_proj":
+                fused = linear.in_features + 2 * linear.out_features
+                one += linear.copies * 2 * rank * fused
+        total += block.count * one
+    return total
+
+
+def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
+    """Elements of one layer's adapted expert weights: PEFT forms their whole update at once."""
+    moved = expert_targets(spec, targets)
+    return max(
+        sum(
+            linear.weights for linear in block.linears if linear.copies > 1 and linear.leaf in moved
+        )
+        for block in spec.blocks
+    )

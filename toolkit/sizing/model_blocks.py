@@ -1,0 +1,146 @@
+"""What a model is made of, as far as memory goes: blocks of linear maps, vectors, and what each
+block caches for a token.
+
+Everything else (parameters, weight bytes under a quantization, KV bytes, LoRA buffers,
+activations) is arithmetic on these values, so one description of an architecture serves every term
+and a test on one term guards the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.config.run_config import SEVEN_PROJECTIONS
+
+if TYPE_CHECKING:
+    from toolkit.sizing.headers import StoredWeights
+    from toolkit.sizing.weight_formats import Quantization
+
+AttentionKind = Literal["full", "sliding", "mla", "linear", "none"]
+# How the trainer computes attention scores: a fused kernel keeps none, "eager" a matrix a head,
+# "capped" (soft-capping, which Hugging Face's fused default leaves out) one more.
+Scores = Literal["fused", "eager", "capped"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``copies`` matrices of (out_features, in_features), with a bias of out_features each where
+    ``bias``.
+
+    ``name`` is the dotted path inside the block under Hugging Face's names; routed experts are one
+    Linear with copies > 1.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+    copies: int = 1
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def weights(self) -> int:
+        return self.copies * self.out_features * self.in_features
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + (self.copies * self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """What one block keeps: per token (full, sliding, mla), or one state per sequence (linear)."""
+
+    kind: AttentionKind
+    key_elements: int = 0  # per token, all KV heads
+    value_elements: int = 0
+    window: int | None = None  # tokens; None = unlimited
+    state_elements: int = 0  # per sequence, linear attention only
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Cosines and sines of ``rows`` positions, ``columns`` of each, in the engine's dtype unless
+    ``float32``.
+    """
+
+    rows: int
+    columns: int
+    float32: bool = False
+
+    def nbytes(self, element_bytes: int) -> int:
+        return self.rows * self.columns * (4 if self.float32 else element_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """``count`` identical layers. ``vectors`` are the parameters that are no linear map (norms,
+    sinks, convolutions).
+    """
+
+    count: int
+    linears: tuple[Linear, ...]
+    vectors: int
+    cache: Cache
+    active_experts: int = 0
+
+    def uses(self, linear: Linear) -> int:
+        """How many of the copies of ``linear`` one token goes through."""
+        return self.active_experts if linear.copies > 1 else 1
+
+    @property
+    def parameters(self) -> int:
+        return self.count * (sum(linear.parameters for linear in self.linears) + self.vectors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A model as config.json (and, where present, the safetensors headers) describes it."""
+
+    name: str
+    architecture: str
+    family: str
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    head_dim: int
+    max_position: int
+    dtype: str
+    tied: bool
+    blocks: tuple[Block, ...]
+    final_vectors: int
+    extra_parameters: int = 0  # a vision tower and its projector
+    head_bias: bool = False
+    quantization: Quantization | None = None
+    stored: StoredWeights | None = None
+    weights_by_headers: bool = False  # a weight format that is not known: as large as its files
+    margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
+    lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
+    rope_tables: tuple[RopeTable, ...] = ()
+    scores: Scores = "fused"
+    targets: tuple[str, ...] = SEVEN_PROJECTIONS  # what lora.target_modules auto means
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def layers(self) -> int:
+        return sum(block.count for block in self.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """Every parameter once: a tied head is the embedding."""
+        embeddings = self.vocab_size * self.hidden_size
+        head = 0 if self.tied else embeddings
+        bias = self.vocab_size if self.head_bias else 0
+        return (
+            embeddings
+            + head
+            + bias
+            + self.final_vectors
+            + self.extra_parameters
+            + sum(block.parameters for block in self.blocks)
+        )

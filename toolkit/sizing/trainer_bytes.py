@@ -1,0 +1,131 @@
+"""What the trainer takes: the adapter and its states for good, gradients, activations and the head
+during a step.
+
+Read at transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL scores completions with a fused head
+(trl/kernels/chunked_logprob.py): no (batch, length, vocabulary) tensor exists, only tiles of 4096
+tokens x 32768 entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.sizing import lora_bytes
+from toolkit.sizing.activations import MASTER_BYTES, activations
+from toolkit.sizing.model_blocks import DTYPE_BYTES
+from toolkit.sizing.terms import Term
+from toolkit.sizing.weight_bytes import weight_bytes
+
+if TYPE_CHECKING:
+    from toolkit.sizing.engine_plan import EnginePlan
+    from toolkit.sizing.model_blocks import ModelSpec
+    from toolkit.sizing.weight_formats import Quantization
+    from toolkit.sizing.workload import Workload
+
+Checkpointing = bool | Literal["unsloth"]
+HEAD_TOKENS = 4096  # TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py
+HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How a training step is done."""
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
+    compute_bytes: int
+    own_weights: bool
+    packed: bool = False  # the base's layers are bitsandbytes', and PEFT's own around them
+    world_size: int = 1
+
+
+def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
+    """Every term of the trainer; those of phase "always" are there during rollouts too."""
+    count = work.adapter_parameters(spec)
+    states = work.optimizer_bytes
+    terms = []
+    if step.own_weights:
+        own = weight_bytes(spec, plan.dtype, plan.quantization)
+        terms.append(Term("trainer.weights", own, "the trainer's own model"))
+    terms += [
+        Term(
+            "trainer.adapter",
+            count * MASTER_BYTES,
+            f"{count:,} parameters of {MASTER_BYTES} bytes, r = {work.rank}",
+        ),
+        Term("trainer.optimizer", int(count * states), f"{states:g} bytes a parameter"),
+    ]
+    saved, layer, moving = activations(spec, work, step)
+    head = head_bytes(spec, work, step)
+    gradients, beyond = count * MASTER_BYTES, ""
+    if step.accumulation == 1:
+        # They come into being layer by layer while the saved tensors of those layers go.
+        gradients, beyond = max(0, gradients - saved), ", beyond the activations that go meanwhile"
+    if step.world_size > 1:
+        gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
+    names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
+    mode = names[step.checkpointing]
+    shape = f"{step.micro_batch} x {work.sequence} tokens, {mode}"
+    terms += [
+        Term(
+            "trainer.gradients",
+            gradients,
+            f"{MASTER_BYTES} bytes a parameter{beyond}",
+            "training",
+        ),
+        Term("trainer.activations", saved + layer + moving, shape, "training"),
+        Term(
+            "trainer.head",
+            max(0, head - layer - moving if step.checkpointing else head - moving),
+            f"fused head, {step.micro_batch * work.completion} rows, beyond the activations",
+            "training",
+        ),
+    ]
+    if delta := lora_bytes.expert_delta_elements(spec, work.targets):
+        layers = 1 if step.checkpointing else spec.layers
+        nbytes = delta * (MASTER_BYTES + layers * step.compute_bytes)
+        terms.append(
+            Term("trainer.expert_updates", nbytes, "PEFT forms W + BA of all experts", "training")
+        )
+    if step.packed:
+        unpacked = dequantized_bytes(spec, plan)
+        terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
+        if step.compute_bytes < MASTER_BYTES:
+            copies = count * step.compute_bytes
+            what = f"autocast's copy of the adapter, {step.compute_bytes} bytes a parameter"
+            terms.append(Term("trainer.adapter_copies", copies, what, "training"))
+    return terms
+
+
+def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+    """Peak of TRL's fused head: one tile, the scored hidden states, their float32 gradient and its
+    16-bit copy.
+    """
+    rows = step.micro_batch * min(work.completion, work.sequence)
+    width = step.compute_bytes
+    tile = min(rows, HEAD_TOKENS) * HEAD_COLUMNS * width
+    hidden = rows * spec.hidden_size * (width + 4 + width)
+    final_norm = step.micro_batch * work.sequence * spec.hidden_size * (4 + width)
+    return tile + hidden + final_norm
+
+
+def is_packed(quantization: Quantization | None) -> bool:
+    """True for a base that bitsandbytes packs, here or in its files."""
+    return quantization is not None and quantization.method.startswith("bnb")
+
+
+def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
+    """The largest weight of a packed base, unpacked for one product."""
+    largest = max(
+        linear.out_features * linear.in_features
+        for block in spec.blocks
+        for linear in block.linears
+    )
+    return largest * DTYPE_BYTES[plan.dtype]
+
+
+def compute_bytes(dtype: str) -> int:
+    """Bytes of an activation under autocast."""
+    return DTYPE_BYTES[dtype]

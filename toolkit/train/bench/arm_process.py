@@ -1,0 +1,82 @@
+"""The whole benchmark: checkpoint, floor, arms, figures."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from typing import TYPE_CHECKING, Any
+
+from toolkit.gpu.devices import select
+from toolkit.gpu.snapshot import take
+from toolkit.sizing import Device, read_spec
+from toolkit.train.bench import bench_plan, compare
+from toolkit.train.bench.floor import Card, Work, floor_seconds, measure_card
+from toolkit.train.bench.shapes import make_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from toolkit.sizing.result import ModelPart
+    from toolkit.train.bench.arm_settings import Settings
+
+
+def bench(
+    shape: str,
+    settings: Settings,
+    arms: Sequence[str],
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    limit_s: float,
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """Returns the report (also at ``folder/bench.json``, after each arm) and the table's rows.
+
+    The checkpoint is made, and the card measured, in processes of their own: this one must hold no
+    device memory while the arms run.
+    """
+    say(f"making a random {shape} checkpoint in {settings.model}")
+    card = _apart(_prepare, shape, settings.model)
+    spec, device = read_spec(settings.model), _device()
+    settings = bench_plan.fill(settings, spec, device)
+    say(f"ours: {settings.ours_plan}")
+    floor = floor_seconds(_work(settings, bench_plan.size(settings, spec, device).model), card)
+    report, results = {}, []
+    gpu = device is not None
+    for results in compare.compare(settings, arms, folder, say, limit_s=limit_s, gpu=gpu):
+        report = compare.report(settings, results, floor, card.name)
+        (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report, compare.table(results, floor)
+
+
+def _prepare(shape: str, model: str) -> Card:
+    from pathlib import Path  # noqa: PLC0415 - runs in the other process
+
+    make_checkpoint(shape, Path(model))
+    return measure_card()
+
+
+def _apart(function: Callable[..., Card], *arguments: str) -> Card:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _device() -> Device | None:
+    """The card as NVML tells it; None without one."""
+    snapshot = take()
+    gpu = select(snapshot)
+    return None if gpu is None else Device.from_node(snapshot, gpu)
+
+
+def _work(settings: Settings, model: ModelPart) -> Work:
+    """One step of the model as it is loaded."""
+    return Work(
+        parameters=model.parameters,
+        weight_bytes=model.weight_bytes,
+        kv_bytes_per_token=model.kv_bytes_per_token,
+        prompts=settings.prompts,
+        sequences=settings.sequences,
+        prompt_tokens=settings.prompt_tokens,
+        decode_steps=settings.decode_steps,
+        usual_tokens=settings.usual_tokens,
+    )

@@ -1,0 +1,109 @@
+"""Micro-batch, checkpointing and KV sleep of our arm: what sizing makes of the peers' memory.
+
+The peers are given a micro-batch and gradient checkpointing by hand. Ours asks the sizer, as a run
+with "auto" does, but within the memory that sizing predicts for the leaner of them, which moves
+its checkpoints to the host: the comparison is of time at no more memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.sizing import solve
+
+if TYPE_CHECKING:
+    from toolkit.sizing import Device, SizingResult
+    from toolkit.sizing.model_blocks import ModelSpec
+    from toolkit.sizing.trainer_bytes import Checkpointing
+    from toolkit.train.bench.arm_settings import Settings
+
+
+def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
+    """``settings`` with every ``ours_`` field that is None filled.
+
+    Of the cuts whose peak is within the peers', the one that sizing takes for the fastest. Without
+    a GPU, or where none is within, ours is theirs.
+    """
+    by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
+    if device is None:
+        return by_hand
+    limit = peers_bytes(settings, spec, device)
+    micros = [n for n in range(settings.sequences, 0, -1) if settings.sequences % n == 0]
+    best, fastest = by_hand, math.inf
+    for cut in product(micros, (False, True), (False, True)):
+        candidate = _filled(settings, *cut)
+        sized = size(candidate, spec, device)
+        within = sized.feasible and sized.peaks.torch_bytes <= limit
+        if within and sized.trainer.step_s_estimate < fastest:
+            best, fastest = candidate, sized.trainer.step_s_estimate
+    return best
+
+
+def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
+    """Predicted peak of the peers' setting with one copy of the weights, the cache awake, and
+    checkpoints moved to the host, as Unsloth does.
+    """
+    theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
+    return size(theirs, spec, device, checkpointing="unsloth").peaks.torch_bytes
+
+
+def _filled(settings: Settings, micro: int, checkpointing: bool, sleep: bool) -> Settings:
+    """What was written by hand stays."""
+    return replace(
+        settings,
+        ours_batch=settings.ours_batch or micro,
+        ours_checkpointing=_first(settings.ours_checkpointing, checkpointing),
+        ours_sleep=_first(settings.ours_sleep, sleep),
+    )
+
+
+def _first(written: bool | None, chosen: bool) -> bool:
+    return chosen if written is None else written
+
+
+def size(
+    settings: Settings,
+    spec: ModelSpec,
+    device: Device | None,
+    *,
+    checkpointing: Checkpointing | None = None,
+) -> SizingResult:
+    """Our arm's run as sizing sees it; ``checkpointing`` in place of what ``settings`` say."""
+    batch = settings.ours_batch or settings.per_device_batch
+    if checkpointing is None:
+        checkpointing = settings.ours_checkpointing is True
+    return solve(
+        RunConfig(
+            model=ModelSection(
+                model_name=settings.model,
+                max_seq_length=settings.max_seq_length,
+                load_in_4bit=settings.load_in_4bit,
+                max_lora_rank=settings.r,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                enable_sleep_mode=settings.ours_sleep is True,
+                fast_inference=True,
+            ),
+            lora=LoraSection(
+                r=settings.r,
+                lora_alpha=settings.r,
+                use_gradient_checkpointing=checkpointing,
+            ),
+            grpo=MappingProxyType(
+                {
+                    "per_device_train_batch_size": batch,
+                    "gradient_accumulation_steps": max(1, settings.sequences // batch),
+                    "num_generations": settings.num_generations,
+                    "max_prompt_length": settings.prompt_tokens,
+                    "max_completion_length": settings.completion_tokens,
+                }
+            ),
+            runtime=RuntimeSection(engine="vllm"),
+        ),
+        spec,
+        device,
+    )

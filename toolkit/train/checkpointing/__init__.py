@@ -1,0 +1,1 @@
+"""The run folder: checkpoints, branches, resume, and stopping on purpose."""

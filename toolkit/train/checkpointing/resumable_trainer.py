@@ -1,0 +1,254 @@
+"""Stopping, saving and going on: the half of the trainer that makes a run survive.
+
+What is stored lies in ``resume``; these are the seams of transformers 5.17 that call it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+
+from toolkit.train.checkpointing import rollback, trainer_state
+from toolkit.train.checkpointing.branch import Branch, choose, rotate
+from toolkit.train.checkpointing.checkpoint import list_steps
+from toolkit.train.step import step_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
+    from toolkit.train.checkpointing.stop_signals import StopSignals
+    from toolkit.train.report.metrics_log import Journal
+
+
+LOST = 1 << 10
+"""Among the signals that the ranks tell each other: the run folder is not what it was."""
+
+
+class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable types
+    """A Trainer that stores its whole state.
+
+    ``journal``, ``run_dir_watch`` and ``signals`` belong to the run and are set by it.
+    """
+
+    run_dir_watch: RunDirWatch | None = None
+    journal: Journal | None = None
+    signals: StopSignals | None = None
+    fingerprint: Mapping[str, Any] = {}
+    keep_last: int | None = None
+    keep_best: int = 0
+    pending_evaluation: bool = False
+    stopping: bool = False
+    lost: bool = False
+    source: Path | None = None
+    _branch: Branch | None = None
+    _place: Path | None = None
+    snapshot: trainer_state.Snapshot | None = None
+    _saved_step: int = -1
+    _epochs_done: int = 0
+
+    def _any_rank(self, flag: int) -> int:
+        """The largest flag of all ranks."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        mine = torch.tensor([int(flag)], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+    @property
+    def branch(self) -> Branch:
+        """The branch that checkpoints are written on."""
+        if self._branch is None:
+            self._branch = Branch()
+        return self._branch
+
+    @branch.setter
+    def branch(self, branch: Branch) -> None:
+        self._branch = branch
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run folder lies: in its place, or where it was moved to."""
+        return self._place or Path(self.args.output_dir)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; ``resume_from_checkpoint=True`` takes the latest checkpoint that is sound."""
+        run_dir = Path(self.args.output_dir)
+        if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
+            folder, passed = choose(run_dir, "must")
+            for line in passed:
+                step_errors.logger.warning("passed over %s", line)
+            resume_from_checkpoint = str(folder)
+        if self.signals is None and self._stores_adapter():
+            self._begin_branch(run_dir, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin_branch(self, run_dir: Path, found: Any) -> None:
+        """Where a script trains, and no run has settled it."""
+        source = Path(found) if isinstance(found, (str, Path)) else None
+        if source is not None and not trainer_state.is_ours(source):
+            source = None
+        elif source is not None:
+            trainer_state.check(self, source)  # before anything is moved
+        if self.accelerator.is_main_process and run_dir.is_dir():
+            start = rollback.begin(run_dir, source, with_logs=False)
+            for line in start.notes:
+                step_errors.logger.warning("%s", line)
+            self.branch = start.branch
+        self.accelerator.wait_for_everyone()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        flag = 0 if self.signals is None else self._any_rank(self._asked())
+        if self.signals is not None and flag:
+            self._stop(flag)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.signals is not None:
+            self.snapshot = trainer_state.take(self)
+            alone = self.accelerator.num_processes == 1
+            if alone and self.signals.number and self._saved_step == self.state.global_step:
+                # It came while the checkpoint was written: there is nothing to wait for.
+                self.stopping = self.control.should_training_stop = True
+                self.signals.end()
+            self.signals.unshield()
+
+    def _asked(self) -> int:
+        """A signal, or LOST, or 0."""
+        assert self.signals is not None
+        return (
+            LOST
+            if self.run_dir_watch is not None and not self.run_dir_watch.is_whole()
+            else self.signals.number
+        )
+
+    def _stop(self, flag: int) -> None:
+        """Save, and train no more; every rank calls it with the same ``flag``."""
+        assert self.signals is not None
+        if flag == LOST:
+            self.lost = True
+            self._find_place()
+        else:
+            self.signals.agree(flag)
+            self.stopping = True
+        self.signals.end()
+        self.control.should_save = not self.lost or self._place is not None
+        self.control.should_training_stop = True
+
+    def _find_place(self) -> None:
+        """Where the run folder was moved to, as the first rank sees it."""
+        found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        self._place = found[0]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.signals is None:
+            return super()._evaluate(*args, **kwargs)
+        # Evaluation can be cut: what follows the step is saved with the evaluation still to do.
+        self.snapshot = trainer_state.take(self, pending_evaluation=True)
+        self.signals.unshield()
+        metrics = super()._evaluate(*args, **kwargs)
+        self.signals.shield()
+        self.pending_evaluation = False
+        return metrics
+
+    def _stores_adapter(self) -> bool:
+        """True where a checkpoint is ours; full fine-tuning, DeepSpeed and FSDP keep HF's."""
+        adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return adapted and not self._sharded()
+
+    def _sharded(self) -> bool:
+        """True where no process holds the whole model."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def save_last(self) -> None:
+        """Where a step was cut: the checkpoint of the state before it. For one process."""
+        if self.run_dir_watch is not None and not self.run_dir_watch.is_whole():
+            self.lost = True
+            self._find_place()
+        if self.snapshot is None or (self.lost and self._place is None):
+            return
+        if self.snapshot.hf_state.global_step > 0:
+            self.save_snapshot(self.snapshot)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self._stores_adapter():
+            super()._save_checkpoint(model, trial)
+        else:
+            self.save_snapshot(trainer_state.take(self))
+
+    def save_snapshot(self, snapshot: trainer_state.Snapshot) -> None:
+        """Write the checkpoint of a snapshot, unless it is written, and remove those that need not
+        be kept; every rank calls it.
+        """
+        step = snapshot.hf_state.global_step
+        if self._saved_step == step:
+            return
+        trainer_state.save(self, snapshot, self.run_dir)
+        self._saved_step = step
+        if self.accelerator.is_main_process:
+            self._rotate(self.run_dir, step)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, run_dir: Path, written: int) -> None:
+        """Never what was written last, what the run goes on from, or where its branch begins."""
+        keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
+        kept = {
+            written,
+            self.branch.root,
+            *trainer_state.best_steps(run_dir, self.keep_best, self.branch),
+        }
+        if self.source is not None:
+            kept.add(trainer_state.step_of(self.source) if self.source.is_dir() else None)
+        if self.args.load_best_model_at_end:
+            kept.add(self.state.best_global_step)
+        steps = [step for step in kept if step is not None]
+        rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', which at a limit of 1 removes all but the best: what is removed is settled
+        by ``_rotate``.
+        """
+        limit = self.args.save_total_limit
+        if self._stores_adapter():
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not trainer_state.is_ours(folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        trainer_state.check(self, folder)
+        trainer_state.load_policy(self, folder)
+        self._epochs_done = trainer_state.epochs_done(folder)
+        self.source = folder
+        if folder.resolve().parent == Path(self.args.output_dir).resolve():
+            self._saved_step = trainer_state.step_of(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not trainer_state.is_ours(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            trainer_state.load_progress(self, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called once, after the first batch has been fetched: a pending evaluation runs here."""
+        if checkpoint is None or not trainer_state.is_ours(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
+            return
+        trainer_state.load_generators(self, Path(checkpoint))
+        if self.pending_evaluation:
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, its generator brought to the resumed epoch (it draws one order an epoch)."""
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self._epochs_done if self.shuffle_dataset else 0):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler

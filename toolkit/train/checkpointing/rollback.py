@@ -1,0 +1,189 @@
+"""Where a run goes on: on its branch, or on a new one that leaves what came after aside.
+
+Nothing of the other branch is removed. Its later checkpoints, its logs and its results are renamed
+or copied into ``abandoned-<n>`` of the run folder; from there it can be resumed by path. A kill at
+any point leaves a folder that the same command, or ``resume: auto``, goes on from: what is to be
+kept is copied first, then the new branch is recorded, then later checkpoints are moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError
+from toolkit.base.files import open_bytes
+from toolkit.base.paths import FOLDER_MODE, sync_folder, write_file
+from toolkit.train.checkpointing import branch as branches
+from toolkit.train.checkpointing import checkpoint
+from toolkit.train.report.metrics_log import LOGS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from toolkit.train.checkpointing.branch import Branch
+
+RESULTS = ("adapter", "model", "evaluation.json", "report.html")
+"""What a run leaves at its end: of a branch that was left, it is no result of this one."""
+RECORD = "abandoned.json"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run goes on: its branch, the bytes to keep of each log, and what a person is to
+    know.
+    """
+
+    branch: Branch
+    positions: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Log:
+    """A log as a checkpoint knows it: ``source`` holds its first ``keep`` bytes, if any does."""
+
+    name: str
+    keep: int
+    source: Path | None
+
+
+def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start:
+    """Settle the branch of a run that goes on from ``found`` (None: from nothing) in ``run_dir``.
+
+    Called by the process that writes, once nothing can be refused any more. Raises OSError.
+    """
+    if found is None:
+        branch = branches.Branch()
+        branches.record(run_dir, branch)
+        return Start(branch)
+    before = branches.current(run_dir)
+    branch = _branch_from(run_dir, found, before)
+    left = branches.left_behind(run_dir, before, branch)
+    logs = [_log(run_dir, found, name) for name in LOGS] if with_logs else []
+    foreign = [log for log in logs if log.source != run_dir / log.name]
+    notes = list[str]()
+    if branch != before or left or any((run_dir / log.name).exists() for log in foreign):
+        aside = _keep_aside(run_dir, before, found, logs, left)
+        branches.record(run_dir, branch)
+        for step in left:
+            checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
+        if left:
+            moved = ", ".join(f"checkpoint-{step}" for step in sorted(left))
+            notes.append(f"moved to {aside}: {moved}, later than {found}")
+    elif not (run_dir / branches.RECORD).exists():
+        branches.record(run_dir, branch)
+    for log in foreign:
+        _put_back(run_dir / log.name, log)
+        if log.source is None and log.keep:
+            notes.append(f"{log.name} is not the one that {found} knows, and begins anew")
+    return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
+
+
+def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
+    """``before`` where ``found`` is its end; else a new branch."""
+    lineage, step = branches.of_checkpoint(found)
+    if step is None:
+        step = checkpoint.step_named(found.resolve().name) or 0
+    here = found.resolve().parent == run_dir.resolve()
+    later = [one for one in branches.own_steps(run_dir, before) if one > step]
+    if here and before.holds(lineage.name, step) and not later:
+        return before
+    return lineage.fork(step)
+
+
+def _log(run_dir: Path, found: Path, name: str) -> _Log:
+    """Which file holds what ``found`` knows of a log: the run's own, or the one beside ``found``
+    (of an abandoned branch, or of another run folder).
+    """
+    positions = checkpoint.read_state(found, "positions", dict)
+    state = checkpoint.read_json(found, checkpoint.STATE)
+    keep = max(0, int(positions.get(name, 0)))
+    digest = state.get("log_sha256", {}).get(name)
+    beside = found.resolve().parent
+    own = run_dir / name
+    if digest is None:  # written by an earlier release
+        here = beside == run_dir.resolve() and own.is_file() and own.stat().st_size >= keep
+        return _Log(name, keep, own if here else None)
+    sources = (own, beside / name)
+    return _Log(name, keep, next((s for s in sources if prefix(s, keep) == digest), None))
+
+
+def prefix(file: Path, length: int) -> str | None:
+    """sha256 of the first ``length`` bytes; None where there are fewer."""
+    digest = hashlib.sha256()
+    if length == 0:
+        return digest.hexdigest()
+    try:
+        with open_bytes(file) as handle:
+            while length and (part := handle.read(min(CHUNK, length))):
+                digest.update(part)
+                length -= len(part)
+    except (InputError, OSError):
+        return None
+    return None if length else digest.hexdigest()
+
+
+def _keep_aside(
+    run_dir: Path, before: Branch, found: Path, logs: list[_Log], left: list[int]
+) -> Path:
+    """The folder for what is left: the logs copied, the results moved. The folder of a rollback
+    that was killed before it was recorded is used again.
+    """
+    aside = checkpoint.next_aside(run_dir)
+    sizes = {log.name: _size(run_dir / log.name) for log in logs}
+    known = {log.name: log.keep if log.source == run_dir / log.name else 0 for log in logs}
+    cut = any(sizes[name] > length for name, length in known.items())
+    results = [name for name in RESULTS if (run_dir / name).exists()]
+    if not (left or cut or results):
+        return aside
+    described = {"branch": before.to_json(), "resumed_from": str(found.resolve()), "logs": sizes}
+    newest = checkpoint.newest_aside(run_dir)
+    if newest is not None and _recorded(newest) == described:
+        aside = newest
+    else:
+        partial = run_dir / f".{aside.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=FOLDER_MODE)
+        for log in logs if cut or left else ():
+            if sizes[log.name]:
+                shutil.copyfile(run_dir / log.name, partial / log.name)
+        write_file(partial / RECORD, json.dumps(described, indent=1) + "\n", durable=True)
+        partial.rename(aside)
+    for name in results:
+        (run_dir / name).rename(aside / name)
+    sync_folder(aside)
+    return aside
+
+
+def _put_back(own: Path, log: _Log) -> None:
+    """Make ``own`` the log that the checkpoint knows; empty where no file holds it."""
+    if log.source is None:
+        if own.exists():
+            write_file(own, b"")
+        return
+    if log.keep == 0:
+        return
+    temporary = own.with_name(f".{own.name}.partial")
+    with log.source.open("rb") as source, temporary.open("wb") as target:
+        left = log.keep
+        while left and (part := source.read(min(CHUNK, left))):
+            target.write(part)
+            left -= len(part)
+    temporary.replace(own)
+
+
+def _recorded(aside: Path) -> Any:
+    try:
+        return json.loads((aside / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0

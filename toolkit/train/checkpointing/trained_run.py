@@ -1,0 +1,204 @@
+"""A run folder, read back: its policy for generation, its adapter or merged weights for others."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
+from toolkit.config import chat_format
+from toolkit.config.build import build_config
+from toolkit.config.layers import load_document
+from toolkit.train.data.chat_record import was_chat
+
+if TYPE_CHECKING:
+    from toolkit.config.run_config import RunConfig
+
+EngineName = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """``config`` as it was resolved; ``adapter`` is the finished one, ``checkpoint`` one to read
+    instead.
+    """
+
+    folder: Path
+    config: RunConfig
+    adapter: Path | None
+    checkpoint: Path | None
+
+
+def open_run(
+    folder: Path, *, step: int | None = None, trust_remote_code: bool = False
+) -> FinishedRun:
+    """The run in ``folder``: its finished adapter, or ``checkpoint-<step>``, or its latest sound
+    one.
+
+    The run file's rules are not judged again: data that has moved since does not matter here.
+    A folder may come from somebody else: code of its model runs only with ``trust_remote_code``.
+
+    Raises:
+        InputError: it is no run folder. ConfigValueError: it has nothing to generate with, or its
+            config.json asks for code that the caller did not allow.
+    """
+    from toolkit.train.checkpointing import branch, checkpoint  # noqa: PLC0415 - light start
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            "is no run folder: config.json is missing",
+            where=str(folder),
+            fix="name the output_dir of a run of `toolkit train`",
+        )
+    document = load_document(path)
+    try:
+        if not document.readable or not document.whole:
+            raise ValueError(document.findings[0].message)
+        config = build_config(document)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"is no resolved run: {error}", where=str(path)) from error
+    if config.model.full_finetuning:
+        raise UnsupportedError(
+            "the run trained every weight, and has no adapter",
+            where=str(folder),
+            fix=f"load {folder / 'model'} as a model",
+        )
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise ConfigValueError(
+            "model.trust_remote_code is true there, so loading the model runs code that comes"
+            f" with {config.model.model_name}",
+            where=str(path),
+            fix="read that code, then allow it with --trust-remote-code",
+        )
+    finished = folder / "adapter"
+    if step is None and (finished / "adapter_config.json").is_file():
+        return FinishedRun(folder, config, finished, None)
+    found = checkpoint.place(folder, step) if step is not None else branch.latest(folder)[0]
+    if found is not None and found.is_dir() and checkpoint.is_sound(found):
+        return FinishedRun(folder, config, None, found)
+    raise ConfigValueError(
+        "has no sound checkpoint and no finished adapter yet"
+        if step is None
+        else f"has no sound checkpoint-{step}",
+        where=str(folder),
+        fix="let the run write one, or name another with --checkpoint",
+    )
+
+
+def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") -> tuple[Any, Any]:
+    """(model with the trained adapter, tokenizer), ready for ``fast_generate``, in evaluation mode.
+
+    Raises:
+        What ``policy.loading.load`` raises.
+    """
+    from toolkit.policy.from_config import request_of  # noqa: PLC0415 - loads torch
+    from toolkit.policy.language_model import FastLanguageModel, load_policy  # noqa: PLC0415
+    from toolkit.policy.model_loading import load  # noqa: PLC0415
+
+    config = with_engine(run.config, engine)
+    if run.adapter is not None:
+        model, tokenizer = load(request_of(config), run.adapter)
+    else:
+        assert run.checkpoint is not None
+        model, tokenizer = load_policy(config)
+        read_checkpoint(model, run.checkpoint)
+    return FastLanguageModel.for_inference(model), tokenizer
+
+
+def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
+    """``config`` on ``engine``, for generation alone: no checkpointing, and "auto" left to the
+    engine. What it started from does not matter any more.
+    """
+    return replace(
+        config,
+        runtime=replace(config.runtime, engine=engine),
+        lora=replace(config.lora, use_gradient_checkpointing=False, adapter_path=None),
+    )
+
+
+def read_checkpoint(model: Any, folder: Path) -> None:
+    """The adapter of the training checkpoint in ``folder`` into ``model``, in place."""
+    from toolkit.policy.read_tensors import read_tensors  # noqa: PLC0415 - loads torch
+    from toolkit.train.checkpointing.state_files import copy_into, trainable  # noqa: PLC0415
+    from toolkit.train.checkpointing.trainer_state import ADAPTER  # noqa: PLC0415
+
+    copy_into(trainable(model), read_tensors(folder / ADAPTER), str(folder))
+
+
+def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
+    """Write the run's adapter to ``to``, or with ``merge`` the base with it merged in.
+
+    An adapter is PEFT's folder, with the tokenizer; merged weights load with plain transformers.
+
+    Raises:
+        ConfigValueError: ``to`` is not empty. InputError: it cannot be written.
+    """
+    from toolkit.policy.from_config import request_of  # noqa: PLC0415
+    from toolkit.policy.merged_export import check_empty, merge_adapter, write_adapter  # noqa: PLC0415
+    from toolkit.policy.model_files import find_checkpoint  # noqa: PLC0415 - loads torch
+    from toolkit.policy.saved_adapter import read_adapter  # noqa: PLC0415
+
+    check_empty(to)
+    config = with_engine(run.config, "transformers")
+    base = find_checkpoint(config.model.model_name, revision=config.model.revision)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = run.adapter
+        if folder is None:
+            model, _ = load_run_policy(run)
+            folder = model.save_lora(Path(scratch) / "adapter")
+        adapter = read_adapter(folder)
+        if merge:
+            return merge_adapter(base, adapter, request_of(config), to, dtype=dtype)
+        return write_adapter(base, adapter, to)
+
+
+def complete(
+    run: FinishedRun,
+    prompts: list[str],
+    *,
+    chat: bool | None = None,
+    base: bool = False,
+    engine: EngineName = "transformers",
+    **options: Any,
+) -> list[list[str]]:
+    """Completions of each prompt, as text. ``base`` leaves the adapter out.
+
+    ``chat`` makes a prompt a user's message under the run's system prompt, by the tokenizer's
+    template; None does what the run did with its data. ``options`` are those of ``fast_generate``.
+
+    Raises:
+        ConfigValueError: ``chat`` without a chat template, or prompts that do not fit.
+    """
+    from toolkit.train.data.prompt_format import formatted, token_ids  # noqa: PLC0415 - loads torch
+
+    model, tokenizer = load_run_policy(run, engine=engine)
+    has_template = chat_format.usable(tokenizer.chat_template)
+    if chat is None:
+        chat = trained_on_chats(run, has_template=has_template)
+    if chat and not has_template:
+        raise ConfigValueError(
+            "the tokenizer has no chat template", where=str(run.folder), fix="use --plain"
+        )
+    given = [formatted(prompt, run.config.dataset.system, chat=chat) for prompt in prompts]
+    ids = token_ids(given, tokenizer, run.config.grpo.get("chat_template_kwargs"))
+    try:
+        chosen = {"lora_request": None} if base else {}
+        answers = model.fast_generate(ids, **options, **chosen)
+        return [[output.text for output in answer.outputs] for answer in answers]
+    finally:
+        if model.toolkit_engine is not None:
+            model.toolkit_engine.close()
+
+
+def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
+    """Whether the run's prompts were chats: by config.json, or for a run of a version that did not
+    record it, by its first completion, or by its system prompt.
+    """
+    recorded = run.config.dataset.chat
+    if isinstance(recorded, bool):
+        return recorded
+    was = was_chat(run.folder)
+    return (has_template and run.config.dataset.system is not None) if was is None else was

@@ -1,0 +1,301 @@
+"""Everything a run needs to go on as if it had never stopped, taken from a trainer and put back.
+
+HF's Trainer stores weights, optimizer and generators, TRL nothing of its own: the micro-step
+counter, the buffered rollouts with their log-probabilities, and the order of later epochs are lost
+(read in trl 1.16, transformers 5.17). All of them are here. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from transformers import TrainerState
+
+from toolkit.base import disk
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
+from toolkit.base.files import MAX_DATA_BYTES
+from toolkit.base.paths import write_file
+from toolkit.base.version import __version__
+from toolkit.policy.read_tensors import read_tensors
+from toolkit.train.checkpointing import checkpoint
+from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
+from toolkit.train.checkpointing.checkpoint import STATE
+from toolkit.train.checkpointing.state_files import (
+    Tensors,
+    copy_into,
+    flatten,
+    generators,
+    restore_generators,
+    trainable,
+    unflatten,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+
+    from toolkit.train.checkpointing.branch import Branch
+
+OPTIMIZER = "optimizer.safetensors"
+ADAPTER = "adapter_model.safetensors"
+COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
+
+
+@dataclass
+class Snapshot:
+    """What changes while a step is under way, as it was when the step before had ended."""
+
+    hf_state: Any
+    counters: dict[str, Any]
+    buffered: Any
+    described: dict[str, Any]
+    tensors: Tensors
+    positions: dict[str, int] = field(default_factory=dict)
+    log_sha256: dict[str, str] = field(default_factory=dict)
+    pending_evaluation: bool = False
+
+
+def take(trainer: Any, *, pending_evaluation: bool = False) -> Snapshot:
+    """A snapshot of ``trainer``. Cheap: rollouts are referred to, not copied."""
+    described, tensors = generators()
+    state = copy.copy(trainer.state)
+    state.log_history = list(state.log_history)
+    state.total_flos += trainer.current_flos
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    # Rollouts that the next step will not read again are not worth their bytes.
+    spent = trainer._step % generate_every == 0
+    return Snapshot(
+        hf_state=state,
+        counters={name: getattr(trainer, name) for name in COUNTERS},
+        buffered=None if spent else trainer._buffered_inputs,
+        described=described,
+        tensors=tensors,
+        positions=trainer.journal.positions() if trainer.journal is not None else {},
+        log_sha256=trainer.journal.digests() if trainer.journal is not None else {},
+        pending_evaluation=pending_evaluation,
+    )
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """The adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), the same bytes
+    for the same values.
+    """
+    adapter = model.active_adapter
+    config = model.peft_config[adapter]
+    config.save_pretrained(str(folder))
+    described = json.loads((folder / "adapter_config.json").read_text())
+    for key, value in described.items():
+        # PEFT writes sets in the order of their hashes.
+        described[key] = (
+            sorted(value) if isinstance(value, list) and key != "rank_pattern" else value
+        )
+    described["inference_mode"] = True
+    write_file(
+        folder / "adapter_config.json", json.dumps(described, indent=2, sort_keys=True) + "\n"
+    )
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    save_file(tensors, str(folder / ADAPTER), metadata={"format": "pt"})
+
+
+def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
+    """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
+    first rank.
+
+    Raises:
+        ToolkitError: the disk failed or is full, with the bytes that the checkpoint takes.
+    """
+    accelerator = trainer.accelerator
+    step = snapshot.hf_state.global_step
+    partial = checkpoint.partial_place(run_dir, step)
+    try:
+        if accelerator.is_main_process:
+            if trainer.journal is not None:
+                trainer.journal.sync()  # a checkpoint must not know more than the logs hold
+            checkpoint.begin(run_dir, step)
+            save_adapter(accelerator.unwrap_model(trainer.model), partial)
+            _save_shared(trainer, snapshot, partial)
+        accelerator.wait_for_everyone()
+        _save_rank(snapshot, partial, accelerator.process_index)
+        accelerator.wait_for_everyone()
+        folder = checkpoint.commit(partial, step) if accelerator.is_main_process else None
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)  # first: what is free is told
+        known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
+        if known is None or known is error:
+            raise
+        raise known from error
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _size_of(trainer: Any, snapshot: Snapshot) -> int:
+    """About how many bytes a checkpoint takes: its tensors, of all ranks."""
+    tensors: Tensors = {}
+    flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
+    shared = [
+        *tensors.values(),
+        *trainable(trainer.accelerator.unwrap_model(trainer.model)).values(),
+    ]
+    own: Tensors = dict(snapshot.tensors)
+    flatten(snapshot.buffered, own, "buffered")
+    processes: int = trainer.accelerator.num_processes
+    return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
+
+
+def _save_shared(trainer: Any, snapshot: Snapshot, folder: Path) -> None:
+    snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
+    tensors: Tensors = {}
+    optimizer = flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
+    save_file(tensors, str(folder / OPTIMIZER))
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    described = {
+        "toolkit": __version__,
+        "run": dict(trainer.fingerprint),
+        "branch": trainer.branch.to_json(),
+        "world_size": trainer.accelerator.num_processes,
+        "counters": snapshot.counters,
+        "positions": snapshot.positions,
+        "log_sha256": snapshot.log_sha256,
+        "pending_evaluation": snapshot.pending_evaluation,
+        "score": score(snapshot.hf_state),
+        "optimizer": optimizer,
+        "scheduler": flatten(trainer.lr_scheduler.state_dict(), {}, "scheduler"),
+        "scaler": None if scaler is None else flatten(scaler.state_dict(), {}, "scaler"),
+    }
+    write_file(folder / STATE, json.dumps(described, indent=1) + "\n")
+
+
+def _save_rank(snapshot: Snapshot, folder: Path, rank: int) -> None:
+    tensors = dict(snapshot.tensors)
+    described = {
+        "generators": snapshot.described,
+        "buffered": flatten(snapshot.buffered, tensors, "buffered"),
+    }
+    save_file(tensors, str(folder / f"rank-{rank}.safetensors"))
+    write_file(folder / f"rank-{rank}.json", json.dumps(described) + "\n")
+
+
+def check(trainer: Any, folder: Path) -> None:
+    """Refuse a checkpoint that is torn, of another world size, or of another run. Loads nothing.
+
+    Raises:
+        ConfigError: naming the fault or the difference.
+    """
+    if found := checkpoint.faults(folder):
+        raise ConfigError(
+            f"not a sound checkpoint: {'; '.join(found)}",
+            where=str(folder),
+            fix="name an earlier one, or set runtime.resume: auto to use the latest sound one",
+        )
+    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes)
+    with _usable(folder):
+        # transformers reads it once more, and takes its rows for what it wrote.
+        TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
+
+
+def load_policy(trainer: Any, folder: Path) -> None:
+    """The adapter of a checkpoint into the model under training, in place."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    copy_into(trainable(model), _read_tensors(folder / ADAPTER), str(folder))
+
+
+def load_progress(trainer: Any, folder: Path) -> None:
+    """Optimizer, scheduler, counters and buffered rollouts of a checkpoint. Raises InputError."""
+    with _usable(folder):
+        described = checkpoint.read_json(folder, STATE)
+        tensors = _read_tensors(folder / OPTIMIZER)
+        _inner(trainer.optimizer).load_state_dict(unflatten(described["optimizer"], tensors))
+        trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is not None and described["scaler"] is not None:
+            scaler.load_state_dict(unflatten(described["scaler"], {}))
+        for name in COUNTERS:
+            setattr(trainer, name, described["counters"][name])
+        rank, rank_tensors = _read_rank(trainer, folder)
+        device = trainer.accelerator.device
+        trainer._buffered_inputs = unflatten(rank["buffered"], rank_tensors, device)
+        trainer.pending_evaluation = described["pending_evaluation"]
+
+
+def load_generators(trainer: Any, folder: Path) -> None:
+    """Of this rank. Raises InputError."""
+    with _usable(folder):
+        rank, tensors = _read_rank(trainer, folder)
+        restore_generators(rank["generators"], tensors)
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Checksums are right and content is not: somebody else wrote it, or another release."""
+    try:
+        yield
+    except ToolkitError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"the state in the checkpoint cannot be used: {type(error).__name__}:"
+            f" {first_line(error)}",
+            where=str(folder),
+            fix="resume from another checkpoint, or begin another run with --output-dir",
+        ) from error
+
+
+def is_ours(folder: Path) -> bool:
+    """True for a checkpoint of ours, torn ones too; False for one of plain transformers."""
+    ours = (checkpoint.CHECKSUMS, STATE)
+    return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
+
+
+def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[int]:
+    """The steps of the ``count`` checkpoints with the highest score, of those that count."""
+    scored = []
+    for step in own_steps(run_dir, branch) if count > 0 else []:
+        score = checkpoint.read_json(checkpoint.place(run_dir, step), STATE).get("score")
+        if score is not None:
+            scored.append((score, step))
+    return [step for _, step in sorted(scored, reverse=True)[:count]]
+
+
+def score(state: Any) -> float | None:
+    """The last reward that was logged, of evaluation where there is one."""
+    for name in ("eval_reward", "reward"):
+        for row in reversed(state.log_history):
+            if row.get(name) is not None:
+                return float(row[name])
+    return None
+
+
+def epochs_done(folder: Path) -> int:
+    """Whole passes over the data before this checkpoint."""
+    with _usable(folder):
+        return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint holds."""
+    with _usable(folder):
+        return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
+
+
+def _read_rank(trainer: Any, folder: Path) -> tuple[Any, Tensors]:
+    rank = trainer.accelerator.process_index
+    tensors = _read_tensors(folder / f"rank-{rank}.safetensors")
+    return checkpoint.read_json(folder, f"rank-{rank}.json"), tensors
+
+
+def _read_tensors(file: Path) -> Tensors:
+    return read_tensors(file, limit=MAX_DATA_BYTES)
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found

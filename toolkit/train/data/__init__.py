@@ -1,0 +1,1 @@
+"""From the dataset section of a run file to prompts that the trainer takes."""

@@ -1,0 +1,64 @@
+"""The chat format of a run stays the same when the run is resumed or asked afterwards.
+
+A checkpoint and config.json record ``dataset.chat`` as true or false. Those of versions before
+``dataset.chat`` do not: then a text was a chat only under ``dataset.system``, over a tokenizer with
+a chat template. What such a run did is read from the first completion that it wrote down.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from toolkit.train.checkpointing import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from toolkit.config.run_config import RunConfig
+
+KEY = "dataset.chat"
+
+
+def kept(config: RunConfig, found: Path | None) -> RunConfig:
+    """``config`` with the format of the checkpoint ``found`` in place of auto."""
+    if found is None or config.dataset.chat != "auto":
+        return config
+    then = recorded(checkpoint.read_state(found, "run", dict), found)
+    return config if then[KEY] is None else _with(config, then[KEY])
+
+
+def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
+    """``config`` as written but for the format, which is ``resolved``'s: what a checkpoint
+    records.
+    """
+    return _with(config, resolved.dataset.chat)
+
+
+def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
+    """The fingerprint ``then`` of the checkpoint ``found`` with the format in it; None where auto
+    has the same meaning today.
+    """
+    if then.get(KEY) is not None:
+        return dict(then)
+    was = was_chat(found.parent)
+    if was is None:
+        was = None if then.get("dataset.system") else False
+    return {**then, KEY: was}
+
+
+def was_chat(run_dir: Path) -> bool | None:
+    """Whether the prompts of a run were chats, by the first completion that it wrote down; None
+    where it wrote none.
+    """
+    try:
+        with (run_dir / "completions.jsonl").open(encoding="utf-8") as file:
+            return isinstance(json.loads(file.readline())["prompt"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _with(config: RunConfig, chat: Any) -> RunConfig:
+    return replace(config, dataset=replace(config.dataset, chat=chat))

@@ -1,0 +1,252 @@
+"""From the dataset section of a run file to what the trainer takes: prompts, columns, and
+counts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.base.errors import ConfigError, ToolkitError
+from toolkit.config import chat_format
+from toolkit.config.data_facts import NO_DATA
+from toolkit.train.data import data_checks, prompt_format
+from toolkit.train.data.arrow_columns import as_dataset
+from toolkit.train.data.dataset_source import read_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import datasets
+    import pyarrow as pa
+
+    from toolkit.config.run_config import DatasetSection
+    from toolkit.train.data.arrow_columns import Rows
+    from toolkit.train.data.prompt_format import TemplateArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitReport:
+    """What was found in one split; ``digest`` is for the manifest, the counts are for people.
+    ``wrapped``: the chats were texts, and dataset.chat made messages of them.
+    """
+
+    source: str
+    digest: str
+    rows: int
+    used: int
+    chat: bool
+    wrapped: bool
+    empty: int
+    duplicates: int
+    truncated: int
+    longest_tokens: int | None
+    columns: tuple[str, ...]
+    no_answer: int = 0
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it; the first line is a summary, the others are oddities."""
+        kind = "chats" if self.chat else "plain prompts"
+        summary = f"{self.used} {kind} from {self.source}"
+        if self.wrapped:
+            summary += ", each text a user message of the chat template (dataset.chat)"
+        found = [summary]
+        if self.empty:
+            found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
+        if self.duplicates:
+            found.append(f"{self.duplicates} prompts repeat an earlier one (kept)")
+        if self.truncated:
+            found.append(
+                f"{self.truncated} prompts were longer than grpo.max_prompt_length and lost their "
+                f"beginning (the longest had {self.longest_tokens} tokens)"
+            )
+        return [*found, *self.notes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """The reports of both splits."""
+
+    train: SplitReport
+    eval: SplitReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: plain values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For a person, the held-out split named as such."""
+        held_out = [f"held out: {line}" for line in self.eval.lines()] if self.eval else []
+        return [*self.train.lines(), *held_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), ``answer`` where
+    one was named, and every other column of the source, which the trainer passes to the rewards.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    report: DataReport
+
+
+def load_data(
+    section: DatasetSection,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None = None,
+    template: TemplateArguments = None,
+) -> Data:
+    """Read, check and prepare the training split, and the held-out one where the section names it.
+
+    ``max_prompt_length`` is in tokens, special tokens and template included; longer prompts lose
+    their beginning. ``template`` is ``grpo.chat_template_kwargs``.
+
+    Raises ConfigError for what the user must change, InputError for what cannot be read, RetryError
+    where the hub does not answer.
+    """
+    if section.path is None:
+        raise ConfigError(NO_DATA, where="dataset.path")
+    rendering = Rendering(tokenizer, max_prompt_length, template)
+    with _about("dataset.path"):
+        source = (section.path, section.split, section.limit)
+        train, train_report = _split(section, rendering, source)
+    if section.eval_path is None and section.eval_split is None:
+        return Data(train=train, eval=None, report=DataReport(train=train_report))
+    held_out = (
+        section.eval_path or section.path,
+        section.eval_split or section.split,
+        section.eval_limit,
+    )
+    with _about("dataset.eval_path" if section.eval_path is not None else "dataset.eval_split"):
+        evaluated, eval_report = _split(section, rendering, held_out)
+    report = DataReport(train=train_report, eval=eval_report)
+    return Data(train=train, eval=evaluated, report=report)
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Errors say which key of the run file names the data."""
+    try:
+        yield
+    except ToolkitError as error:
+        error.where = f"{key}: {error.where}" if error.where else key
+        raise
+
+
+class Rendering(NamedTuple):
+    """How prompts become tokens."""
+
+    tokenizer: Any
+    max_prompt_length: int | None
+    template: TemplateArguments
+
+
+def _split(
+    section: DatasetSection, rendering: Rendering, where: tuple[str, str, int | None]
+) -> tuple[datasets.Dataset, SplitReport]:
+    path, split, limit = where
+    rows, digest = read_source(
+        path, split=split, name=section.name, revision=section.revision, limit=limit
+    )
+    if not len(rows.table):
+        raise ConfigError("the dataset is empty: it has no rows", where=path)
+    for key in ("prompt", "answer"):
+        _check_column(rows.table, path, key, getattr(section, key))
+    found, read_as = data_checks.prompts_in(rows.table[section.prompt].to_pylist())
+    is_chat = prompt_format.check_prompts(found, section.prompt, rows.place)
+    kept = [index for index, prompt in enumerate(found) if not prompt_format.is_empty(prompt)]
+    if not kept:
+        raise ConfigError(f"column {section.prompt!r} is empty in every row", where=path)
+    chat = chat_format.chosen(
+        section.chat, chat_format.usable(getattr(rendering.tokenizer, "chat_template", None))
+    )
+    if is_chat and section.chat is False:
+        raise ConfigError(
+            chat_format.NOT_CHATS.format(column=repr(section.prompt)),
+            where=path,
+            fix=chat_format.NOT_CHATS_FIX,
+        )
+    prompts = [
+        prompt_format.formatted(found[index], section.system, chat=bool(chat)) for index in kept
+    ]
+    prompts = data_checks.shortened(rendering.tokenizer, prompts, rendering.max_prompt_length)
+    if isinstance(prompts[0], list):
+        prompt_format.check_template(
+            rendering.tokenizer, prompts[0], section.prompt, rendering.template
+        )
+    prompts, truncated, longest = _truncated(rendering, prompts)
+    table, notes, missing = _columns(rows, kept, section, prompts, path)
+    report = SplitReport(
+        source=path,
+        digest=digest,
+        rows=len(found),
+        used=len(prompts),
+        chat=isinstance(prompts[0], list),
+        wrapped=isinstance(prompts[0], list) and not is_chat,
+        empty=len(found) - len(kept),
+        duplicates=len(prompts) - len({json.dumps(prompt, sort_keys=True) for prompt in prompts}),
+        truncated=truncated,
+        longest_tokens=longest,
+        columns=tuple(table.column_names),
+        no_answer=missing,
+        notes=(*read_as, *data_checks.answer_note(missing, len(kept)), *notes),
+    )
+    return as_dataset(table, "prompt" if isinstance(prompts[0], list) else None), report
+
+
+def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> None:
+    if name is None or name in table.column_names:
+        return
+    near = difflib.get_close_matches(name, table.column_names, n=1)
+    raise ConfigError(
+        f"dataset.{key} names the column {name!r}, and there is none; "
+        f"the columns are {', '.join(table.column_names)}",
+        where=path,
+        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of them",
+    )
+
+
+def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
+    """The prompts at most so many tokens long, how many were cut, and the longest before."""
+    tokenizer, limit, template = rendering
+    if limit is None:
+        return prompts, 0, None
+    lengths = [prompt_format.length_of(tokenizer, prompt, template) for prompt in prompts]
+    cut = [
+        prompt_format.truncate(tokenizer, prompt, limit, template) if length > limit else prompt
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    return cut, sum(length > limit for length in lengths), max(lengths)
+
+
+def _columns(
+    rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
+) -> tuple[pa.Table, list[str], int]:
+    """The kept rows with ``prompt`` and ``answer``; notes on columns that had to give way; how
+    many answers are missing.
+    """
+    table = rows.table.take(kept)
+    new: dict[str, Any] = {"prompt": prompts}
+    missing = 0
+    if section.answer:
+        answers, missing = data_checks.answers_in(table[section.answer], section.answer, path)
+        new["answer"] = answers
+    notes = [
+        f"the column {name!r} gives way to dataset.{name}, which is {getattr(section, name)!r}"
+        for name in new
+        if name in table.column_names and getattr(section, name) != name
+    ]
+    used = [name for name in (section.prompt, section.answer) if name]
+    taken = data_checks.left_out(table.column_names, used)
+    notes += [f"the column {name!r} is left out: {why}" for name, why in taken.items()]
+    taken |= data_checks.left_out(table.column_names, ())
+    table = table.drop_columns([*taken, *(name for name in new if name in table.column_names)])
+    for name, values in new.items():
+        table = table.append_column(name, [values] if isinstance(values, list) else values)
+    return table, notes, missing

@@ -1,0 +1,181 @@
+"""Where prompts come from: a file, a folder that datasets saved, or the hub; and what it hashes
+to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from toolkit.base.data_files import data_kind, path_fault
+from toolkit.base.errors import ConfigError, InputError, RetryError, first_line
+from toolkit.base.files import (
+    FIX_COPY,
+    MAX_DATA_BYTES,
+    check_folder,
+    open_bytes,
+    open_regular,
+    read_object,
+    unusable,
+)
+from toolkit.base.paths import safe_join
+from toolkit.config.run_paths import is_path_only
+from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, checked, in_memory
+from toolkit.train.data.row_reader import read_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_CHUNK_BYTES = 1 << 20
+
+
+def read_source(
+    path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
+) -> tuple[Rows, str]:
+    """The first ``limit`` rows, and the digest of the source for the manifest.
+
+    ``sha256:...`` is over the bytes of a file, over the data files of a saved folder, or over the
+    rows that came from the hub. Raises InputError, ConfigError, or RetryError where the hub does
+    not answer.
+    """
+    local = Path(path).expanduser()
+    if fault := path_fault(local) if os.path.lexists(local) else None:
+        raise unusable(path, fault, fix=FIX_COPY)
+    if local.is_dir():
+        return _read_folder(local, split, limit)
+    if local.exists() or is_path_only(path):
+        if split != "train":
+            raise ConfigError(
+                f"is a file, which has no splits, and the split {split!r} was asked for",
+                where=path,
+                fix="name the other file in dataset.eval_path, and no split",
+            )
+        before = _identity([local])
+        rows = read_file(local, limit)
+        return rows, _digest_files([local], before)
+    return _read_hub(path, split, name, revision, limit)
+
+
+def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = _list_in(folder / "dataset_dict.json", "splits")
+        if split not in splits:
+            raise ConfigError(
+                f"has no split {split!r}",
+                where=str(folder),
+                fix=f"dataset.split: one of {', '.join(map(str, splits))}",
+            )
+        folder = safe_join(folder, split, what="a split")
+    if not (folder / "state.json").is_file():
+        inside = sorted(item.name for item in folder.iterdir() if data_kind(item))
+        raise ConfigError(
+            "is a folder, and not one that datasets' save_to_disk made",
+            where=str(folder),
+            fix=f"name a file in it: {', '.join(inside[:8])}" if inside else None,
+        )
+    files = [_data_file(folder, entry) for entry in _list_in(folder / "state.json", "_data_files")]
+    check_folder(folder)
+    for file in files:
+        with open_regular(file, limit=MAX_DATA_BYTES):
+            pass
+    before = _identity(files)
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+        table = _table(dataset, limit)
+    except (*ARROW_ERRORS, OSError, AttributeError) as error:
+        raise InputError(
+            f"the saved dataset cannot be read: {first_line(error)}", where=str(folder)
+        ) from error
+    rows = checked(Rows(table, lambda index: f"{folder} row {index + 1}"), folder)
+    return rows, _digest_files(files, before)
+
+
+def _list_in(path: Path, key: str) -> list[Any]:
+    value = read_object(path).get(key) or []
+    if not isinstance(value, list):
+        raise unusable(path, f"has no list of {key}")
+    return value
+
+
+def _data_file(folder: Path, entry: Any) -> Path:
+    """A data file that state.json names: it must lie in the folder."""
+    name = entry.get("filename") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise InputError("names no data file", where=str(folder / "state.json"))
+    return safe_join(folder, name, what="a data file in state.json")
+
+
+def _read_hub(
+    path: str, split: str, name: str | None, revision: str | None, limit: int | None
+) -> tuple[Rows, str]:
+    """From the hub or its cache. datasets >= 4 runs no code of a dataset's."""
+    try:
+        dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)
+    except ConnectionError as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        kind = ConfigError if offline else RetryError
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer"
+        raise kind(
+            f"dataset {path!r} is no file or folder here, it is not in the cache, and {why}",
+            fix="a path starts with ./ or /; a hub dataset can be fetched on a machine with a "
+            "network and kept with save_to_disk",
+        ) from error
+    except FileNotFoundError as error:  # DatasetNotFoundError is one
+        raise ConfigError(
+            f"dataset {path!r} is no file or folder here and no dataset on the hub that this "
+            f"account can see ({first_line(error)})",
+        ) from error
+    except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
+        raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
+    table = _table(dataset, limit)
+    rows = checked(Rows(table, lambda index: f"{path} row {index + 1}"), Path(path))
+    return rows, _digest_rows(table)
+
+
+def _table(dataset: Any, limit: int | None) -> pa.Table:
+    """The first ``limit`` rows, in memory: datasets maps the files of a saved folder and of the
+    cache, which may change during the run.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    return in_memory(dataset.with_format("arrow")[:count])
+
+
+def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
+    """What tells that a file is still the same one, for each that is there."""
+    found = []
+    for path in sorted(paths):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
+    """sha256 over the bytes of the files, in the order of their names. Raises InputError where a
+    file is no longer what it was ``before`` it was read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open_bytes(path, limit=MAX_DATA_BYTES) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    if _identity(paths) != before:
+        raise InputError(
+            "the data changed while it was read",
+            where=", ".join(str(path) for path in paths[:3]),
+            fix="start again once nothing writes to it",
+        )
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _digest_rows(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for row in table.to_pylist():
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,233 @@
+"""Data files as Arrow tables, with the place of every row for messages.
+
+JSONL and JSON are read here and not by pandas or pyarrow, whose errors name no line. Values keep
+the types they have in the file; CSV has texts only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from toolkit.base.archives import is_archive, unpack
+from toolkit.base.data_files import (
+    MAX_JSON_DATA_BYTES,
+    data_kind,
+    data_lines,
+    decoded,
+    names_fault,
+    no_kind,
+    open_data,
+)
+from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
+from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
+from toolkit.base.units import format_bytes
+from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MAX_ROWS = 50_000_000  # a Parquet file of kilobytes can state any number of equal rows
+
+
+def read_file(path: Path, limit: int | None = None) -> Rows:
+    """The first ``limit`` rows of a file, by its suffix; nothing stays mapped.
+
+    Raises InputError where the file is missing, unreadable, no regular file or broken (with the
+    line), ConfigError where its columns do not hold one type each, or the suffix is unknown.
+    """
+    if is_archive(path):
+        return _read_archive(path, limit)
+    kind = data_kind(path)
+    if kind is None:
+        what, fix = no_kind(path)
+        raise ConfigError(what, where=str(path), fix=fix)
+    if not path.exists() and not path.is_symlink():
+        raise InputError("there is no such file", where=str(path), fix=_nearest(path))
+    try:
+        with open_data(path, limit=LIMITS.get(kind.suffix, MAX_DATA_BYTES)) as file:
+            return checked(READERS[kind.suffix](file, path, limit), path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+
+def _read_jsonl(file: IO[bytes], path: Path, limit: int | None) -> Rows:
+    rows: list[Any] = []
+    lines: list[int] = []
+    for number, text in data_lines(file, path):
+        if limit is not None and len(rows) >= limit:
+            break
+        if not text.strip():
+            continue
+        where = f"{path}:{number}"
+        row = _parse(text, where)
+        if not isinstance(row, dict):
+            broken(where, f"a line must be a JSON object, not {kind_of(row)}")
+        rows.append(row)
+        lines.append(number)
+    return from_rows(rows, lambda index: f"{path}:{lines[index]}")
+
+
+def _read_json(file: IO[bytes], path: Path, limit: int | None) -> Rows:
+    raw = file.read(MAX_JSON_DATA_BYTES + 1)
+    if len(raw) > MAX_JSON_DATA_BYTES:
+        broken(str(path), f"unpacks to more than {format_bytes(MAX_JSON_DATA_BYTES)}")
+    value = _parse(decoded(raw.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
+    if isinstance(value, dict):
+        value = value.get("data")
+    if not isinstance(value, list):
+        broken(str(path), 'must be a list of objects, or {"data": [...]} with such a list')
+    for index, row in enumerate(value):
+        if not isinstance(row, dict):
+            broken(f"{path} row {index + 1}", f"must be a JSON object, not {kind_of(row)}")
+    return from_rows(value[:limit], lambda index: f"{path} row {index + 1}")
+
+
+def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
+    old_limit = csv.field_size_limit(MAX_LINE_BYTES)
+    lines: list[int] = []
+    rows: list[dict[str, str]] = []
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        reader = csv.reader(
+            _bounded(text, path),
+            delimiter="\t" if ".tsv" in path.name.lower() else ",",
+            strict=True,
+        )
+        header = next(reader, [])
+        if fault := names_fault(header):
+            broken(f"{path}:1", fault)
+        for fields in reader:
+            if limit is not None and len(rows) >= limit:
+                break
+            if fields and len(fields) != len(header):
+                what = f"has {len(fields)} fields where the header has {len(header)}"
+                broken(f"{path}:{reader.line_num}", what)
+            if fields:
+                rows.append(dict(zip(header, fields, strict=True)))
+                lines.append(reader.line_num)
+    except csv.Error as error:
+        broken(f"{path}:{reader.line_num}", str(error))
+    except UnicodeDecodeError as error:
+        broken(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}")
+    finally:
+        csv.field_size_limit(old_limit)
+        text.detach()
+    return from_rows(rows, lambda index: f"{path}:{lines[index]}", header)
+
+
+def _is_tsv(path: Path) -> bool:
+    kind = data_kind(path)
+    return kind is not None and kind.suffix == ".tsv"
+
+
+def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    number = blank = 0
+    while line := text.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        blank += line.isspace()
+        if blank > MAX_BLANK_LINES:
+            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            broken(f"{path}:{number}", what)
+        if len(line) > MAX_LINE_BYTES:
+            what = f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this is no data file"
+            broken(f"{path}:{number}", what)
+        yield line
+
+
+def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
+    try:
+        opened = parquet.ParquetFile(file)
+        rows, taken = opened.metadata.num_rows, []
+        wanted = rows if limit is None else min(limit, rows)
+        if wanted > MAX_ROWS:
+            broken(str(path), f"has {rows} rows; {MAX_ROWS} is the most that is read")
+        count = 0
+        for batch in opened.iter_batches() if wanted else ():
+            taken.append(batch)
+            count += len(batch)
+            if count >= wanted:
+                break
+        table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
+    except (*ARROW_ERRORS, OSError) as error:
+        broken(str(path), f"is no readable Parquet file: {first_line(error)}")
+    return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
+
+
+def _read_arrow(file: IO[bytes], path: Path, limit: int | None) -> Rows:
+    try:
+        try:
+            table = pa.ipc.open_stream(file).read_all()
+        except pa.ArrowInvalid:
+            file.seek(0)
+            table = pa.ipc.open_file(file).read_all()
+    except (*ARROW_ERRORS, OSError) as error:
+        broken(str(path), f"is no readable Arrow file: {first_line(error)}")
+    return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
+
+
+READERS: dict[str, Callable[[IO[bytes], Path, int | None], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+LIMITS = {".json": MAX_JSON_DATA_BYTES}
+
+
+def _read_archive(path: Path, limit: int | None) -> Rows:
+    """The one data file in an archive; its name is shown as ``archive/member``."""
+    with tempfile.TemporaryDirectory(prefix="toolkit-data-") as temporary:
+        folder = unpack(path, Path(temporary) / "data")
+        files = [
+            file
+            for file in sorted(folder.rglob("*"))
+            if data_kind(file) is not None and file.is_file()
+        ]
+        if len(files) != 1:
+            raise ConfigError(
+                f"holds {len(files)} data files, not one",
+                where=str(path),
+                fix="unpack it and name the file",
+            )
+        try:
+            rows = read_file(files[0], limit)
+        except ToolkitError as error:
+            error.where = (error.where or "").replace(str(folder), str(path))
+            raise
+        places = [rows.place(i).replace(str(folder), str(path)) for i in range(len(rows.table))]
+    return Rows(rows.table, lambda index: places[index])
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        at = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
+        broken(at, f"is not JSON: {error.msg}")
+    except RecursionError:
+        broken(where, "is nested too deeply")
+    except ValueError as error:
+        broken(where, f"is not JSON: {error}")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _nearest(path: Path) -> str | None:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder} either"
+    there = sorted(item.name for item in folder.iterdir() if data_kind(item))
+    return f"data files in {folder}: {', '.join(there[:8])}" if there else None

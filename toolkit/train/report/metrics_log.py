@@ -1,0 +1,279 @@
+"""What a run writes while it runs: metrics.jsonl, timings.jsonl and completions.jsonl.
+
+metrics.jsonl and completions.jsonl hold only what the seed decides, so that a run that was killed
+and resumed ends with the bytes of one that was not; wall clock and memory are in timings.jsonl.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import resource
+import stat
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.paths import FILE_MODE
+from toolkit.train.cuda import cuda_in_use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from toolkit.train.report.reward_watch import Watch
+
+LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
+LEADING = (
+    "step",
+    "reward",
+    "reward_std",
+    "loss",
+    "kl",
+    "entropy",
+    "completion_length",
+    "grad_norm",
+    "learning_rate",
+)
+RENAMED = {"completions/mean_length": "completion_length"}
+WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
+PHASES = ("rollout_s", "publish_s", "reward_s")
+
+
+class Journal:
+    """The run's logs, appended to in order, each cut back to where a checkpoint knows it to be."""
+
+    def __init__(self, run_dir: Path, positions: Mapping[str, int] | None = None) -> None:
+        """Open the logs. ``positions``: bytes to keep of each; without any, begin empty. Raises
+        OSError.
+        """
+        self._run_dir = run_dir
+        self._handles: dict[str, int] = {}
+        self._missing: list[str] = []
+        self._read: dict[str, hashlib._Hash] = {}
+        self._sizes: dict[str, int] = {}
+        for name in LOGS:
+            handle = _open_log(run_dir / name)
+            keep = (positions or {}).get(name, 0)
+            if os.fstat(handle).st_size > keep:
+                os.ftruncate(handle, keep)
+            self._handles[name] = handle
+            with open(handle, "rb", closefd=False) as file:
+                self._read[name] = hashlib.file_digest(file, "sha256")
+            self._sizes[name] = os.fstat(handle).st_size
+
+    def write(self, name: str, row: Mapping[str, Any]) -> None:
+        """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises
+        OSError.
+        """
+        # A reward may name a metric with half of a character.
+        line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode(errors="replace")
+        written = os.write(self._handles[name], line)
+        self._sizes[name] += written
+        if written < len(line):  # a disk that fills up writes a part and fails on the rest
+            self._sizes[name] += os.write(self._handles[name], line[written:])
+        self._read[name].update(line)
+
+    def sync(self) -> None:
+        """What has been written is on the disk when this returns. Raises OSError."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+
+    def positions(self) -> dict[str, int]:
+        """Bytes in each log."""
+        return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of each log: what tells this run's from another's of the same length."""
+        return {name: digest.hexdigest() for name, digest in self._read.items()}
+
+    def missing(self) -> list[str]:
+        """The logs that are not what was written (deleted, moved, replaced, cut, added to)."""
+        if self._handles:
+            found = self._handles.items()
+            self._missing = [name for name, handle in found if not self._in_place(name, handle)]
+        return self._missing
+
+    def _in_place(self, name: str, handle: int) -> bool:
+        try:
+            opened = os.fstat(handle)
+            whole = opened.st_size == self._sizes[name]
+            return whole and os.path.samestat(opened, (self._run_dir / name).stat())
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        self.missing()  # what it says from then on
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+
+def _open_log(path: Path) -> int:
+    """A log to append to, made if need be. A pipe would stop the run when it is full, and a link
+    may lead to a file of somebody else, which would be cut. Raises OSError.
+
+    Raises:
+        ConfigError: something else lies there.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, FILE_MODE)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        handle = -1
+    if handle >= 0 and stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    if handle >= 0:
+        os.close(handle)
+    raise ConfigError(
+        "a log of the run is to be written there, and what lies there is no regular file",
+        where=str(path),
+        fix="remove it, or begin another run with --output-dir",
+    )
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON: what is not a finite number is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl from what the trainer logged: our names first, then every other by
+    name.
+    """
+    found = {"step": step}
+    for key, value in logs.items():
+        evaluation = key.startswith("eval_")
+        name = key.removeprefix("eval_")
+        if name in WALL_CLOCK:
+            continue
+        name = RENAMED.get(name, name)
+        found[f"eval/{name}" if evaluation else name] = value
+    leading = {name: found.pop(name) for name in LEADING if name in found}
+    return leading | {name: found[name] for name in sorted(found)}
+
+
+def peak_memory_bytes(trainer: Any = None) -> int:
+    """Of the GPU where one is used, else of this process (resident)."""
+    peaks = getattr(trainer, "peaks", None)
+    if peaks is not None:  # torch's own peak begins anew with each phase
+        return int(peaks.so_far())
+    if cuda_in_use():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
+    """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None);
+    ``watch`` sees each metrics row before it is written.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        journal: Journal,
+        on_row: Callable[[dict[str, Any], dict[str, Any] | None], None],
+        *,
+        completions: bool,
+        watch: Watch | None = None,
+    ) -> None:
+        self.watch = watch
+        self.trainer, self.journal, self.on_row = trainer, journal, on_row
+        self.completions = completions
+        self.begin = self.last = monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Loading is not part of the first step's time."""
+        del args, state, control, kwargs
+        self.last = monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """A row for a step or an evaluation; the summary at the end of training is no step."""
+        del args, control, kwargs
+        if "train_runtime" in logs:
+            return
+        row = plain(row_of(state.global_step, logs))
+        if row.get("skipped"):
+            row["loss"] = None  # transformers logs 0 for a loss that is no number
+        if self.watch is not None:
+            self.watch.see(row)
+        self.journal.write("metrics.jsonl", row)
+        timings = None
+        if "loss" in logs:
+            timings = self._timings(row)
+            self.journal.write("timings.jsonl", timings)
+            if self.completions and "reward" in row:
+                self._write_completions(state.global_step)
+        self.on_row(row, timings)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluation is not part of the next step's time."""
+        del args, state, control, kwargs
+        self.trainer.timers.take()
+        self.last = monotonic()
+
+    def _timings(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        now = monotonic()
+        step_s, self.last = now - self.last, now
+        phases = dict.fromkeys(PHASES, 0.0) | self.trainer.timers.take()
+        phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
+        tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
+        return {
+            "step": row["step"],
+            "time_s": round(now - self.begin, 4),
+            "step_s": round(step_s, 4),
+            "train_s": round(max(0.0, step_s - sum(phases.values())), 4),
+            **{name: round(value, 4) for name, value in phases.items()},
+            "tokens_per_s": round(tokens / step_s, 1) if step_s > 0 else 0.0,
+            "peak_memory_bytes": peak_memory_bytes(self.trainer),
+        }
+
+    def _write_completions(self, step: int) -> None:
+        logs, weights = self.trainer._logs, self.trainer.reward_weights.tolist()
+        names = list(logs["rewards"])
+        for index, prompt in enumerate(logs["prompt"]):
+            rewards = {name: plain(logs["rewards"][name][index]) for name in names}
+            scored = [
+                (w, r) for w, r in zip(weights, rewards.values(), strict=True) if r is not None
+            ]
+            self.journal.write(
+                "completions.jsonl",
+                {
+                    "step": step,
+                    "prompt": prompt,
+                    "completion": logs["completion"][index],
+                    "reward": sum(w * r for w, r in scored) if scored else None,
+                    "rewards": rewards,
+                    "advantage": logs["advantages"][index],
+                    **_extra(logs, index),
+                },
+            )
+
+
+def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What rewards gave to ``log_extra`` for a completion, under ``extra``; a column of another
+    length belongs to no completion and is left out.
+    """
+    count = len(logs["prompt"])
+    found = {
+        str(name): values[index]
+        for name, values in (logs.get("extra") or {}).items()
+        if len(values) == count
+    }
+    return {"extra": found} if found else {}

@@ -1,0 +1,95 @@
+"""Which completion of the whole batch is being drawn, so that its seed hangs on that alone.
+
+The seed of a completion comes from (run seed, generation, turn, row): ``row`` counts over all
+ranks, in the order in which the sampler deals the prompts. It does not hang on the rank, nor on how
+a generation is cut into micro-batches: two ranks draw what one draws with twice the batch. And a
+run that was resumed draws what the undisturbed run drew.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.engine.rollout_request import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EVALUATION = 1 << 20
+"""Turns in evaluation count from here: they never draw what training draws."""
+
+
+class Rows:
+    """Numbers what ``trainer`` draws. It needs nothing of our trainer's ``__init__``: TRL's tests
+    build trainers with ``object.__new__``.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._key: tuple[str, int] | None = None
+        self._done = 0
+        self._turn = 0
+        self._numbers: list[int] | None = None
+        self._texts: list[list[int]] = []
+
+    def begin(self, count: int) -> None:
+        """A batch of ``count`` prompt rows on this rank; all ranks have as many."""
+        mode, key = self._now()
+        if self._key != (mode, key):
+            self._key, self._done = (mode, key), 0
+        accelerator = getattr(self.trainer, "accelerator", None)
+        first = self._done + count * getattr(accelerator, "process_index", 0)
+        self._done += count * getattr(accelerator, "num_processes", 1)
+        self._numbers, self._turn, self._texts = list(range(first, first + count)), -1, []
+
+    def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
+        """(seed, row of each prompt) of the next call that samples."""
+        if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):
+            self.begin(len(prompts))
+        self._turn += 1
+        assert self._numbers is not None
+        numbers = self._find(prompts) if self._texts else self._numbers
+        mode, key = self._now()
+        turn = self._turn + (EVALUATION if mode == "eval" else 0)
+        return derive_seed(getattr(_of(self.trainer, "args"), "seed", 0), key, turn), numbers
+
+    def drawn(
+        self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
+    ) -> None:
+        """What was drawn; with tools, the next turn is about some of these rows."""
+        if not getattr(self.trainer, "tools", None):
+            self._numbers = None
+            return
+        self._numbers = numbers
+        self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+
+    def _now(self) -> tuple[str, int]:
+        """Training counts generations, evaluation the step that it comes after."""
+        model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
+        if not getattr(model, "training", True):
+            return "eval", getattr(_of(self.trainer, "state"), "global_step", 0)
+        micro_steps = getattr(args, "steps_per_generation", None) or 1
+        every = micro_steps * (getattr(self.trainer, "num_iterations", None) or 1)
+        return "train", getattr(self.trainer, "_step", 0) // every
+
+    def _find(self, prompts: Sequence[list[int]]) -> list[int]:
+        """The rows that go on in a turn of the tool loop, which does not say which they are: in
+        order, each begins with what its row held. One that was cut short is taken by its place.
+        """
+        assert self._numbers is not None
+        found, place = [], 0
+        for left, prompt in enumerate(prompts):
+            last = len(self._texts) - (len(prompts) - left)
+            text = (t for t in range(place, last + 1) if _begins(prompt, self._texts[t]))
+            place = next(text, min(place, last))
+            found.append(self._numbers[place])
+            place += 1
+        return found
+
+
+def _begins(prompt: list[int], text: list[int]) -> bool:
+    return prompt[: len(text)] == text
+
+
+def _of(trainer: Any, name: str) -> Any:
+    return getattr(trainer, name, None)

@@ -1,0 +1,141 @@
+"""Greedy evaluation on held-out prompts: every reward's mean, with and without the adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from toolkit.engine.hf_engine import TransformersEngine
+from toolkit.engine.rollout_request import Sampling
+from toolkit.train.data.prompt_format import token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.config.run_config import RunConfig
+    from toolkit.train.data.prompt_format import TemplateArguments
+    from toolkit.train.rewards import Rewards
+
+BATCH = 250
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Means over ``count`` held-out prompts, one completion each, greedy; a mean is over the
+    completions that were scored, and None where none was.
+    """
+
+    count: int
+    reward: float | None
+    rewards: dict[str, float | None]
+    length: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As in evaluation.json."""
+        return {
+            "count": self.count,
+            "reward": self.reward,
+            "rewards": self.rewards,
+            "completion_length": self.length,
+        }
+
+
+def engine_of(model: Any, tokenizer: Any) -> Any:
+    """The engine on the model, or Hugging Face generation with the same face."""
+    engine = getattr(model, "toolkit_engine", None)
+    if engine is not None:
+        return engine
+    declared = model.generation_config.eos_token_id
+    ends = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id}
+    return TransformersEngine(
+        model,
+        pad_id=tokenizer.pad_token_id,
+        end_ids={end for end in ends if end is not None},
+        tokenizer=tokenizer,
+    )
+
+
+def evaluates(config: RunConfig, asked: bool | None) -> bool:
+    """Whether held-out prompts are answered before the first step and after the last.
+
+    As ``--evaluate`` or ``--no-evaluate`` says. Without either: where ``grpo.eval_strategy`` is not
+    written, so that held-out data that is given is used.
+    """
+    if asked is not None:
+        return asked
+    given = config.dataset.eval_path is not None or config.dataset.eval_split is not None
+    return given and "eval_strategy" not in config.grpo
+
+
+def plan(config: RunConfig, asked: bool | None) -> str:
+    """When the held-out prompts are evaluated, for the first lines of the output."""
+    strategy = config.grpo.get("eval_strategy", "no")
+    when = []
+    if evaluates(config, asked):
+        when.append("before the first step and after the last, one greedy completion each")
+    if strategy == "steps":
+        when.append(f"every {config.grpo.get('eval_steps') or 1} steps")
+    elif strategy == "epoch":
+        when.append("at the end of each epoch")
+    if not when:
+        return "not evaluated (grpo.eval_strategy is no)" if asked is None else "not evaluated"
+    how = " (grpo.eval_strategy: steps evaluates during training)" if strategy == "no" else ""
+    return "evaluated " + ", and ".join(when) + how
+
+
+def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are rendered
+    model: Any,
+    tokenizer: Any,
+    dataset: Any,
+    rewards: Rewards,
+    *,
+    max_tokens: int,
+    adapter: bool,
+    template: TemplateArguments = None,
+) -> Evaluation:
+    """One greedy completion a row of ``dataset``; ``adapter`` False judges the base model.
+    ``template`` is ``grpo.chat_template_kwargs``.
+    """
+    engine = engine_of(model, tokenizer)
+    if adapter:
+        engine.publish(model)
+    sampling = Sampling(temperature=0.0, max_tokens=max_tokens, logprobs=None)
+    scores: list[list[float | None]] = [[] for _ in rewards.functions]
+    tokens = 0
+    for start in range(0, len(dataset), BATCH):
+        rows = dataset[start : min(start + BATCH, len(dataset))]
+        prompts = rows.pop("prompt")
+        ids = token_ids(prompts, tokenizer, template)
+        completion_ids = engine.generate(ids, sampling, seed=0, adapter=adapter).completion_ids
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        chat = isinstance(prompts[0], list)
+        completions = [[{"role": "assistant", "content": t}] for t in texts] if chat else texts
+        tokens += sum(map(len, completion_ids))
+        for values, function in zip(scores, rewards.functions, strict=True):
+            values += function.score(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **rows
+            )
+    totals = [_total(row, rewards.weights) for row in zip(*scores, strict=True)]
+    return Evaluation(
+        count=len(dataset),
+        reward=_mean(totals),
+        rewards={
+            function.__name__: _mean(values)
+            for function, values in zip(rewards.functions, scores, strict=True)
+        },
+        length=tokens / max(1, len(dataset)),
+    )
+
+
+def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """The reward of one completion as TRL adds it up: over the functions that scored it."""
+    scored = [
+        weight * value for weight, value in zip(weights, row, strict=True) if value is not None
+    ]
+    return sum(scored) if scored else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what was scored; None where nothing was."""
+    scored = [value for value in values if value is not None]
+    return sum(scored) / len(scored) if scored else None

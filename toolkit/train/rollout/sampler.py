@@ -1,0 +1,277 @@
+"""Where completions come from: the engine on the model, or Hugging Face generation on the model
+itself. Both draw each completion from a seed of its own (``rows``), where TRL draws from the
+process's global generator, so that a completion would hang on whatever ran before.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from time import perf_counter
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteriaList
+
+from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
+from toolkit.config.sampling_keywords import judge, not_reproduced, what_follows
+from toolkit.engine.hf_sampling import StopAt, cut, draw, draws_by_row
+from toolkit.engine.oom_backoff import Part, in_parts
+from toolkit.engine.rollout_request import Rollout, Sampling, request_seed
+from toolkit.train.report.memory_peaks import rollout_phase
+from toolkit.train.step.kept_set import Distribution
+from toolkit.train.step.step_errors import release_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import GenerationConfig
+
+    from toolkit.config.sampling_keywords import Engine
+    from toolkit.engine.rollout_engine import RolloutEngine
+
+
+class Timers:
+    """Seconds spent, by phase name, since the last ``take``."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time that the block takes towards ``phase``."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        """What has been counted, and begin again."""
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+
+def find_engine(model: Any) -> RolloutEngine | None:
+    """The engine that ``FastLanguageModel`` put on the model, through PEFT's and other wrappers."""
+    for _ in range(4):
+        engine = getattr(model, "toolkit_engine", None)
+        if engine is not None:
+            return engine  # type: ignore[no-any-return]  # an attribute of a module has no type
+        inner = getattr(model, "base_model", None) or getattr(model, "model", None)
+        if inner is None or inner is model:
+            return None
+        model = inner
+    return None
+
+
+def reads(model: Any, config: Any) -> Engine:
+    """Whose sampling keywords a trainer of ``model`` under ``config`` passes on."""
+    engine = find_engine(model)
+    if engine is not None:
+        return engine.reads
+    return "vllm" if getattr(config, "use_vllm", False) else "transformers"
+
+
+def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
+    """Refuse ``generation_kwargs`` that the sampler of ``model`` would not read, with the words
+    that a run file gets. Where completions have no importance weights, warn of those that training
+    does not follow; with an engine, ``correction.warn_of_collapse`` does it when it matters.
+
+    Raises:
+        ConfigValueError: for the first such keyword.
+    """
+    keywords, engine = getattr(config, "generation_kwargs", None) or {}, reads(model, config)
+    for name, value in keywords.items():
+        problem = judge(name, value, engine, turns=tools)
+        if problem is not None:
+            raise ConfigValueError(
+                problem.message, where=f"grpo.generation_kwargs.{name}", fix=problem.fix
+            )
+        if tools and name in ("presence_penalty", "frequency_penalty"):
+            raise ConfigValueError(
+                f"{name} counts the tokens of one turn, and training sees all turns as one",
+                where=f"grpo.generation_kwargs.{name}",
+                fix="leave it out, or use repetition_penalty, which counts all tokens",
+            )
+    biased = list(not_reproduced(keywords, engine))
+    if biased and engine == "transformers" and find_engine(model) is None:
+        warnings.warn(
+            f"generation_kwargs: training does not follow {', '.join(biased)}:"
+            f" {what_follows(engine)}",
+            ToolkitWarning,
+            stacklevel=3,
+        )
+
+
+def distribution(trainer: Any) -> Distribution:
+    """What the trainer's completions are drawn from, as far as the training pass can tell."""
+    args = getattr(trainer, "args", None)
+    extra = getattr(args, "generation_kwargs", None) or {}
+    return Distribution(
+        temperature=getattr(trainer, "temperature", 1.0),
+        top_p=getattr(trainer, "top_p", 1.0),
+        top_k=getattr(trainer, "top_k", 0),
+        min_p=getattr(trainer, "min_p", None) or 0.0,
+        repetition_penalty=getattr(trainer, "repetition_penalty", 1.0),
+        presence_penalty=extra.get("presence_penalty", 0.0),
+        frequency_penalty=extra.get("frequency_penalty", 0.0),
+        min_p_first=reads(getattr(trainer, "model", None), args) == "vllm",
+    )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
+    """Inside, torch's generators start from ``seed``; outside, they are as if nothing had been
+    drawn.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
+class EngineGeneration:
+    """What TRL 1.16 calls ``vllm_generation``: ``sync_weights()`` and ``generate(...)``, here on an
+    engine in this process.
+
+    The engine already holds the base weights, so syncing publishes the adapter and nothing else.
+    """
+
+    def __init__(self, trainer: Any, engine: RolloutEngine) -> None:
+        self.trainer, self.engine = trainer, engine
+
+    @property
+    def llm(self) -> Any:
+        """Where TRL's tool loop reads the longest sequence: ``llm.llm_engine.model_config``."""
+        config = SimpleNamespace(max_model_len=getattr(self.engine, "max_model_len", None))
+        return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
+
+    def sync_weights(self) -> None:
+        """Make the adapter under training what the engine samples from."""
+        with self.trainer.timers("publish_s"):
+            self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[Any] | None,
+        num_generations: int,
+        profiler: Any = None,
+    ) -> tuple[Any, Any, Any, Any]:
+        """One completion for each row of ``prompts`` (token ids; equal neighbours are one prompt's
+        generations).
+
+        Returns ``(prompt_ids, completion_ids, logprobs, logprob_token_ids)`` in TRL's layout, a row
+        a prompt row.
+
+        Raises:
+            UnsupportedError: images.
+        """
+        if images is not None and any(images):
+            raise UnsupportedError(
+                "the engine samples text only", where="dataset", fix="leave images out"
+            )
+        seed, rows = self.trainer.rows.call(prompts)
+        count = group_size(prompts, num_generations)
+        with profiler or nullcontext(), rollout_phase(self.trainer, self.engine):
+            rollout: Rollout = self.engine.generate(
+                prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
+            )
+        self.trainer.rows.drawn(rows, prompts, rollout.completion_ids)
+        # Where the run was sized for it, the KV cache's memory is now the trainer's.
+        self.engine.sleep()
+        return rollout.as_tuple()
+
+    def sampling(self, n: int) -> Sampling:
+        """The trainer's sampling options, as they are now."""
+        trainer = self.trainer
+        return Sampling(
+            n=n,
+            max_tokens=trainer.max_completion_length,
+            temperature=trainer.temperature,
+            top_p=trainer.top_p,
+            top_k=trainer.top_k,
+            min_p=trainer.min_p,
+            repetition_penalty=trainer.repetition_penalty,
+            structured_outputs_regex=trainer.args.vllm_structured_outputs_regex,
+            logprobs=0,
+            extra=dict(trainer.args.generation_kwargs or {}),
+        )
+
+
+def group_size(prompts: list[list[int]], num_generations: int) -> int:
+    """How many equal neighbours make a group, the same everywhere: ``num_generations``, or 1 where
+    groups are cut or mixed.
+
+    A group that is one request computes its prompt once. A rank may hold half a group, and a tool
+    turn makes neighbours differ.
+    """
+    if num_generations < 2 or len(prompts) % num_generations:
+        return 1
+    for start in range(0, len(prompts), num_generations):
+        group = prompts[start : start + num_generations]
+        if any(ids != group[0] for ids in group[1:]):
+            return 1
+    return num_generations
+
+
+class ModelGeneration:
+    """Completions from the model itself, under TRL's generation config; in halves where memory runs
+    out.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def can(self, images: Any, multimodal_fields: Any) -> bool:
+        """False for what is left to TRL: images, beams, continuous batching, sharded models."""
+        trainer = self.trainer
+        sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
+            trainer, "is_deepspeed_enabled", False
+        )
+        elsewhere = sharded or getattr(trainer, "use_transformers_continuous_batching", False)
+        config = getattr(trainer, "generation_config", None)
+        if images is not None or multimodal_fields or elsewhere or config is None:
+            return False
+        return draws_by_row(config)
+
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        """One completion for each prompt (token ids)."""
+        trainer = self.trainer
+        seed, rows = trainer.rows.call(prompts)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        config, strings = self._config()
+
+        def run(part: Part) -> Rollout:
+            seeds = [request_seed(seed, row) for row in part.rows]
+            stop = StopAt(trainer._tokenizer, strings) if strings else None
+            more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
+            sampled_BT, _ = draw(model, part.prompts, config, seeds, more)
+            ids = cut(sampled_BT, trainer.eos_token_ids, stop)
+            return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
+
+        kept = trainer.__dict__
+        rollout, kept["_most_at_once"] = in_parts(
+            run,
+            Part(prompts, rows, n=1),
+            kept.get("_most_at_once"),
+            at_once=len(prompts),
+            recover=release_memory,
+        )
+        trainer.rows.drawn(rows, prompts, rollout.completion_ids)
+        return rollout.completion_ids
+
+    def _config(self) -> tuple[GenerationConfig, Any]:
+        """TRL's generation config with values that transformers takes (floats, and 0 for no top-k),
+        and the stop strings, for which ``generate`` would want a tokenizer.
+        """
+        config = copy.deepcopy(self.trainer.generation_config)
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            setattr(config, name, float(getattr(config, name)))
+        config.top_k = max(config.top_k or 0, 0)
+        strings, config.stop_strings = config.stop_strings, None
+        return config, strings

@@ -1,0 +1,145 @@
+"""What a run is made of, what it says before it starts, and what it leaves when it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from toolkit.base.paths import write_file
+from toolkit.base.units import format_bytes, format_parameters
+from toolkit.gpu import devices
+from toolkit.policy.adapter_io import save_lora
+from toolkit.policy.from_config import choose_engine
+from toolkit.policy.merged_export import write_model
+from toolkit.train.process_control import world_size
+from toolkit.train.report import manifest, write_report
+from toolkit.train.report.progress import number
+from toolkit.train.rollout.evaluate import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from toolkit.config.run_config import RunConfig
+    from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+    from toolkit.train.data.dataset import Data
+    from toolkit.train.preflight import Preflight
+    from toolkit.train.rewards import Rewards
+    from toolkit.train.rollout.evaluate import Evaluation
+
+
+FREE_SHARE = 0.9
+"""Of a GPU's memory, where nobody else computes on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How the run talks and what it does besides training. ``evaluate`` None: as the run file says
+    (``train.evaluate.evaluates``).
+    """
+
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    evaluate: bool | None = None
+    debug: bool = False
+
+
+@dataclass(slots=True)
+class RunContext:
+    """What a run is made of, once everything that can be refused has been."""
+
+    config: RunConfig
+    run_dir: Path
+    preflight: Preflight
+    model: Any
+    tokenizer: Any
+    data: Data
+    rewards: Rewards
+    digests: dict[str, str]
+
+
+def introduce(context: RunContext, seed: int, found: Path | None, options: Options) -> None:
+    """Say what runs, before it does; write the manifest."""
+    config, sizing = context.config, context.preflight.sizing
+    seeds = {"grpo.seed": seed, "lora.random_state": config.lora.random_state}
+    manifest.write_manifest(
+        context.run_dir,
+        seeds=seeds,
+        data=context.digests,
+        world_size=world_size(),
+        source=config.source,
+        snapshot=context.preflight.snapshot,
+    )
+    place = context.preflight.device.name if context.preflight.device else "CPU"
+    trained = f"{format_parameters(sizing.model.trainable_parameters)} parameters"
+    lines = [
+        f"model    {config.model.model_name}"
+        f" ({format_parameters(sizing.model.parameters)} parameters,"
+        f" {format_bytes(sizing.model.weight_bytes)})",
+        "adapter  none: every weight is trained"
+        if config.model.full_finetuning
+        else f"adapter  r {config.lora.r}, {trained}",
+        f"engine   {choose_engine(config)} on {place}"
+        + (f", {world_size()} processes" if world_size() > 1 else ""),
+        *(f"gpus     {line}" for line in unused_gpus(context.preflight.snapshot)),
+        *(f"data     {line}" for line in context.data.report.lines()),
+        f"folder   {context.run_dir}",
+    ]
+    if context.data.eval is not None:
+        lines.insert(-1, f"held out {plan(config, options.evaluate)}")
+    if found is not None:
+        lines.append(f"resume   {found}")
+    options.out.write("\n".join(lines) + "\n")
+    options.out.flush()
+
+
+def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
+    """What a run in one process says of the other GPUs that it could use; nothing without any."""
+    seen = devices.visible(snapshot).devices
+    if world_size() > 1 or len(seen) < 2:
+        return []
+    free = sum(map(is_free, seen[1:]))
+    line = f"trains on GPU 0 of {len(seen)} visible ones, {free} of the others free"
+    if free == len(seen) - 1:
+        return [f"{line}; --nproc-per-node auto trains on all {len(seen)}"]
+    if free:
+        how = "name free ones in CUDA_VISIBLE_DEVICES and add --nproc-per-node auto"
+        return [f"{line}; to use several, {how}"]
+    return [line]
+
+
+def is_free(gpu: GpuSnapshot) -> bool:
+    """True if nearly all of its memory is."""
+    free, total = gpu.free_bytes, gpu.total_bytes
+    return bool(free is not None and total and free >= FREE_SHARE * total)
+
+
+def finish(
+    context: RunContext,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    out: TextIO,
+    base: Mapping[str, Any] | None = None,
+) -> None:
+    """The adapter (with full fine-tuning the model), the evaluation and the report, and where they
+    lie. ``base`` (what the trainer
+    found of the base weights) goes into the manifest.
+    """
+    if base is not None:
+        manifest.add(context.run_dir, base=dict(base))
+    if context.config.model.full_finetuning:
+        trained = (
+            f"model    {write_model(context.model, context.tokenizer, context.run_dir / 'model')}"
+        )
+    else:
+        trained = f"adapter  {save_lora(context.model, context.run_dir / 'adapter')}"
+    if before is not None and after is not None:
+        described = {"before": before.to_json(), "after": after.to_json()}
+        write_file(context.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
+        for name, value in after.rewards.items():
+            then, now = (number(one, ".3f") for one in (before.rewards[name], value))
+            out.write(f"held out {name} {then} -> {now} ({after.count} prompts)\n")
+    report = write_report(context.run_dir)
+    out.write(f"{trained}\nreport   {report}\n")
+    out.flush()

@@ -1,0 +1,193 @@
+"""How far the sampler and the trainer disagree, and the importance weights that make up for it.
+
+TRL 1.16 runs the trainer once more over every batch only to learn the log-probabilities that the
+sampled policy had. Where one generation feeds one optimizer step and nothing is dropped out, the
+training forward computes those very numbers, so that run is left out and the weights are computed
+from the training forward. The formulas are TRL's (``vllm_importance_sampling_mode``;
+https://fengyao.notion.site/off-policy-rl for the token form); tests/contract holds both paths
+equal.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import ToolkitWarning
+from toolkit.config.sampling_keywords import not_reproduced
+from toolkit.train.rollout.sampler import reads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+class Disagreement:
+    """Running totals over the micro-batches of a logging window, kept on the device: one
+    synchronisation a window.
+    """
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None  # (4): gap sum, gap count, ratio sum, ratio count
+        self.extremes: torch.Tensor | None = None  # (3): largest gap, largest ratio, largest -ratio
+
+    def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None:
+        """``gap``: |engine - trainer| in nats, one a scored token, flat. ``ratio``: importance
+        weights, flat, or None.
+        """
+        ratio = gap.new_empty(0) if ratio is None else ratio
+        sums = torch.stack(
+            [gap.sum(), gap.new_tensor(gap.numel()), ratio.sum(), gap.new_tensor(ratio.numel())]
+        )
+        floor = gap.new_tensor([-math.inf])  # so that nothing has a largest, too
+        extremes = torch.stack([torch.cat([x, floor]).max() for x in (gap, ratio, -ratio)])
+        if self.sums is None or self.extremes is None:
+            self.sums, self.extremes = sums.double(), extremes
+        else:
+            self.sums, self.extremes = self.sums + sums, torch.maximum(self.extremes, extremes)
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The window's metrics over all ranks (a collective call), and begin again: ours, and TRL's
+        own where weights were used.
+        """
+        if self.sums is None or self.extremes is None:
+            return {}
+        sums = accelerator.gather(self.sums.unsqueeze(0)).sum(dim=0).tolist()
+        extremes = accelerator.gather(self.extremes.unsqueeze(0)).amax(dim=0).tolist()
+        self.sums = self.extremes = None
+        mean, largest = sums[0] / max(sums[1], 1), max(extremes[0], 0.0)
+        metrics = {"sampling/logp_gap_mean": mean, "sampling/logp_gap_max": largest}
+        if sums[3]:
+            metrics |= {
+                "sampling/sampling_logp_difference/mean": mean,
+                "sampling/sampling_logp_difference/max": largest,
+                "sampling/importance_sampling_ratio/min": -extremes[2],
+                "sampling/importance_sampling_ratio/mean": sums[2] / sums[3],
+                "sampling/importance_sampling_ratio/max": extremes[1],
+            }
+        return metrics
+
+
+def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """(B, T): 1 where the model itself sampled the token."""
+    mask: torch.Tensor = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if inputs.get("tool_mask") is not None else mask
+
+
+def gaps(
+    logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens the
+    engine could not score are left out, and those that are not ``computed`` (B, T, bool).
+    """
+    delta: torch.Tensor = (logps - inputs["sampling_per_token_logps"]).abs()
+    computed = loss_mask(inputs).bool() if computed is None else computed
+    return delta[computed & ~torch.isnan(delta)]
+
+
+def importance_ratio(trainer: Any, logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """exp(trainer - engine), truncated or masked as TRL's four modes do: (B, T), or (B, 1) for the
+    sequence modes.
+    """
+    mode = trainer.vllm_importance_sampling_mode
+    difference = (logps - inputs["sampling_per_token_logps"]) * loss_mask(inputs)
+    difference = torch.nan_to_num(difference, nan=0.0)
+    if mode.startswith("sequence_"):
+        difference = difference.sum(dim=-1, keepdim=True)
+    ratio = torch.exp(difference)
+    low, high = trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max
+    if mode.endswith("_truncate"):
+        return torch.clamp(ratio, min=low, max=high)
+    outside = (ratio < (-math.inf if low is None else low)) | (
+        ratio > (math.inf if high is None else high)
+    )
+    return ratio.masked_fill(outside, 0.0)
+
+
+def old_logps_are_redundant(trainer: Any) -> bool:
+    """True where the training forward yields what the extra forward would: aligned steps, weights
+    on, nothing dropped out.
+    """
+    if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
+        return False
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    if trainer.args.gradient_accumulation_steps % generate_every:
+        return False
+    return not trainer.model.training or not has_dropout(trainer.model)
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """True if any layer would drop something while training."""
+    rates = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    config = getattr(model, "config", None)
+    return any(rate > 0 for rate in rates) or bool(getattr(config, "attention_dropout", 0.0))
+
+
+def observe(
+    trainer: Any, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
+) -> None:
+    """Record the gap of one micro-batch from its training forward, and give ``inputs`` the weights
+    that TRL's loss reads. ``skipped``: rows that the forward left out; no figure is of them.
+    """
+    logps = logps.detach()
+    ratio = None
+    rows_B = torch.ones(len(logps), dtype=torch.bool, device=logps.device)
+    rows_B[sorted(skipped)] = False
+    computed = loss_mask(inputs).bool() & rows_B[:, None]
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        ratio = importance_ratio(trainer, logps, inputs)
+        inputs["importance_sampling_ratio"] = ratio
+        if not trainer.vllm_importance_sampling_mode.startswith("sequence_"):
+            ratio = ratio[computed]
+        else:
+            ratio = ratio[rows_B]
+        ratio = ratio.flatten()
+    trainer.disagreement.add(gaps(logps, inputs, computed), ratio)
+
+
+def observe_old(trainer: Any, inputs: Mapping[str, Any]) -> None:
+    """Record the gap of one micro-batch whose old log-probabilities TRL computed itself when it was
+    drawn, maybe some steps ago; TRL logs its own weights then.
+    """
+    trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
+
+
+RATIO = "sampling/importance_sampling_ratio/mean"
+COLLAPSED = 0.1
+"""A mean importance weight below which a tenth of the gradient is left."""
+
+
+def warn_of_collapse(trainer: Any) -> None:
+    """Warn once, on the first rank, where the weights of a logging window leave next to nothing of
+    the gradient.
+    """
+    means = trainer._metrics["train"].get(RATIO) if trainer.model.training else None
+    if not means or trainer._collapse_told or not trainer.accelerator.is_main_process:
+        return
+    mean = sum(means) / len(means)
+    if mean >= COLLAPSED:
+        return
+    trainer._collapse_told = True
+    warnings.warn(
+        f"the mean importance weight is {mean:.2g}, so little of the gradient is left: the engine"
+        f" samples from another distribution than the one that is trained. {_remedy(trainer)}",
+        ToolkitWarning,
+        stacklevel=2,
+    )
+
+
+def _remedy(trainer: Any) -> str:
+    """What to change, for the options that are set."""
+    names = list(
+        not_reproduced(trainer.args.generation_kwargs or {}, reads(trainer.model, trainer.args))
+    )
+    if trainer.args.vllm_structured_outputs_regex is not None:
+        names.append("vllm_structured_outputs_regex")
+    if names:
+        return f"Leave out {', '.join(names)}, which the training pass cannot follow"
+    return (
+        "Completions may be too old (lower num_iterations or steps_per_generation), or engine and"
+        " trainer compute too differently (see sampling/logp_gap_mean)"
+    )

@@ -1,0 +1,193 @@
+"""Whether a trainer may score packs, and scoring them in the layout that TRL's loss reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from toolkit.engine.oom_backoff import is_out_of_memory
+from toolkit.policy import packed_attention
+from toolkit.train.step import packing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from toolkit.policy.packed_attention import PackedLayout
+    from toolkit.train.step.packing import Row
+
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Layers whose only mixing of tokens is their attention function."""
+_FAR = 0.25  # a difference from the padded pass, as a share of what a missing prompt would make
+_ROUNDING = 1e-4  # nats
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What of a batch the loss needs. ``skipped``: numbers of rows whose terms of the loss are 0;
+    ``scored_BT``: False on tokens that no loss looks at; None is all.
+    """
+
+    skipped: frozenset[int] = frozenset()
+    scored_BT: torch.Tensor | None = None
+
+
+def base_of(model: Any) -> Any:
+    """The causal language model inside wrappers of DDP and PEFT."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def router_loss(model: Any) -> bool:
+    """Whether the model's own config asks for a router's loss (as TRL 1.16 reads it)."""
+    config = base_of(model).config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", 0.0)
+    return hasattr(config, "output_router_logits") and weight != 0.0
+
+
+def refusal(model: Any) -> str | None:
+    """Why packs cannot be scored on this model, as far as its class and config tell."""
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} is not a transformers model"
+    config = model.config.get_text_config()
+    plain = str(config._attn_implementation).removeprefix(packed_attention.PREFIX)
+    if plain not in packed_attention.PLAIN:
+        return f"attn_implementation is {plain}"
+    if not model._can_set_attn_implementation():
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if others:
+        return f"the model has layers of type {', '.join(sorted(others))}"
+    return None
+
+
+def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
+    """Put packed attention on ``model`` (no wrapper), compare it once with ``padded``, which is
+    TRL's pass, and return why it cannot be used, or None. The answer stays with the model.
+    """
+    known: str | None
+    if "toolkit_packed_refusal" in model.__dict__:
+        known = model.__dict__["toolkit_packed_refusal"]
+        return known
+    reason = refusal(model)
+    if reason is None:
+        config = model.config.get_text_config()
+        packed_attention.register()
+        model.set_attn_implementation(packed_attention.PREFIX + config._attn_implementation)
+        reason = _differs(model, padded)
+    model.__dict__["toolkit_packed_refusal"] = reason
+    return reason
+
+
+def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(ids, mask, completion width): two prompts, the first with two completions."""
+    prompts, completions, widths = (5, 5, 3), (4, 2, 3), (5, 4)
+    ids = torch.zeros(3, sum(widths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    tokens = (torch.arange(100) * 7919 + 13) % vocabulary
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        begin = widths[0] - prompt
+        first = 0 if row < 2 else 20
+        ids[row, begin : widths[0]] = tokens[first : first + prompt]
+        at = 40 + 10 * row
+        ids[row, widths[0] : widths[0] + completion] = tokens[at : at + completion]
+        mask[row, begin : widths[0] + completion] = 1
+    return ids.to(device), mask.to(device), widths[1]
+
+
+@torch.no_grad()
+def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
+    """Compare a small batch both ways. A wrong function differs about as much as completions
+    without their prompts do; rounding does not come near.
+    """
+    training = model.training
+    model.eval()
+    try:
+        ids, mask, width = _probe_batch(model.config.get_text_config().vocab_size, model.device)
+        rows = packing.read_rows(ids, mask, width)
+        wanted = mask[:, -width:].bool()
+        theirs = padded(model, ids, mask, width)[0]
+        alone = [row._replace(prompt=row.prompt[-1:]) for row in rows]
+        without, _ = _logps(model, alone, ids[:, -width:], wanted)
+        ours, layout = _logps(model, rows, ids[:, -width:], wanted)
+        missing = _missing_windows(model, layout)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        return f"the model does not take a pack ({type(problem).__name__}: {problem})"
+    finally:
+        model.train(training)
+    distance = float((ours - theirs)[wanted].abs().max())
+    effect = float((without - theirs)[wanted].abs().max())
+    if distance > max(_ROUNDING, _FAR * effect):
+        return f"log-probabilities of a pack differ by {distance:.2g} nats from a padded batch's"
+    return missing
+
+
+def _logps(
+    model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, wanted_BT: torch.Tensor
+) -> tuple[torch.Tensor, PackedLayout]:
+    """Log-probabilities (B, T) by one pack, and its layout, which knows the windows asked for."""
+    pack = packing.build_pack(rows, completions_BT, wanted_BT)
+    assert pack is not None
+    shape = (completions_BT.shape[0], completions_BT.shape[1])
+    logps = packing.scatter(packing.forward(model, pack).log_probs, pack, shape)
+    return logps, pack.layout
+
+
+def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
+    """Why packs lose a sliding window: a layer that makes it by its mask alone, and does not hand
+    it to the attention function.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        expected = list(kinds).count("sliding_attention")
+    else:
+        used = getattr(config, "use_sliding_window", True)
+        window = getattr(config, "sliding_window", None)
+        expected = config.num_hidden_layers if used and window is not None else 0
+    found = sum(window is not None for window in layout.windows.values())
+    if found >= expected:
+        return None
+    return f"{expected - found} layers with a sliding window do not tell their attention function"
+
+
+def score(
+    model: Any,
+    batch: tuple[torch.Tensor, torch.Tensor, int],
+    scope: Scope,
+    limit: int | None,
+    *,
+    own_head: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Log-probabilities and entropies (B, T) of ``batch`` (``input_ids``, ``attention_mask``,
+    completion width), 0 where nothing is scored. ``limit``: tokens of one pass, where no gradient
+    is needed; None is one pass for all. ``own_head``: ``sampled_head`` is on the model. None where
+    there is nothing to score.
+    """
+    input_ids, attention_mask, width = batch
+    completions = input_ids[:, -width:]
+    wanted = attention_mask[:, -width:].bool()
+    if scope.scored_BT is not None:
+        wanted = wanted & scope.scored_BT.bool()
+    rows = [
+        row
+        for row in packing.read_rows(input_ids, attention_mask, width)
+        if row.number not in scope.skipped
+    ]
+    parts = [rows] if limit is None else packing.split_rows(rows, limit)
+    shape = (input_ids.shape[0], width)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part in parts:
+        pack = packing.build_pack(part, completions, wanted)
+        if pack is not None:
+            output = packing.forward(model, pack, batch if own_head else None)
+            logps = packing.scatter(output.log_probs, pack, shape)
+            found.append((logps, packing.scatter(output.entropy, pack, shape)))
+    if not found:
+        return None
+    logps, entropies = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+    return logps, entropies

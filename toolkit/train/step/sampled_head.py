@@ -1,0 +1,192 @@
+"""The model's head under the distribution that was sampled from, in place of TRL's fused one.
+
+TRL 1.16 calls ``model(..., labels=labels, fused_lm_head=True)`` and reads ``log_probs``,
+``entropy`` and ``aux_loss`` (``trl.trainer.utils.add_fused_lm_head``). Its head knows a
+temperature and no more. Where tokens are dropped or penalized while sampling, the forward of the
+model is ours for the length of such a call: the same backbone, then the head in chunks of tokens
+whose logits are computed again in the backward pass, so that no (tokens, vocabulary) tensor stays.
+"""
+
+from __future__ import annotations
+
+import types
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from toolkit.policy.packed_attention import KEYWORD
+from toolkit.train.rollout import sampler
+from toolkit.train.step import kept_set
+from toolkit.train.step.kept_set import Distribution, Places, Scored, Texts
+from toolkit.train.step.packing import BATCH, PaddedBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class HeadOutput(NamedTuple):
+    """What TRL reads of ``FusedCausalLMOutput``; both tensors (B, L - 1), 0 where not scored, and
+    (1, N) for a pack.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    aux_loss: torch.Tensor | None
+
+
+@contextmanager
+def scoring(trainer: Any, model: Any) -> Iterator[None]:
+    """Inside, TRL scores ``model`` (policy or reference, wrapped or not) under the distribution
+    that the trainer's completions are drawn from. Nothing changes where that is TRL's own.
+
+    The reference is scored with the same settings on its own logits, so the KL term compares two
+    policies as they would be sampled, and is 0 where the two are one. A token that the reference
+    would have dropped counts as kept: its log-ratio stays finite.
+    """
+    distribution = sampler.distribution(trainer)
+    if distribution.plain:
+        yield
+        return
+    model = trainer.accelerator.unwrap_model(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # TRL has put a forward of its own on the instance.
+    own, before = "forward" in vars(base), base.forward
+
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any
+    ) -> Any:
+        if not fused_lm_head:
+            return before(*args, labels=labels, **kwargs)
+        if KEYWORD in kwargs:
+            return _forward_pack(self, distribution, kwargs)
+        return _forward(self, distribution, args, kwargs, labels)
+
+    base.forward = types.MethodType(forward, base)
+    try:
+        yield
+    finally:
+        if own:
+            base.forward = before
+        else:
+            del base.forward
+
+
+def _forward(
+    model: Any, distribution: Distribution, args: Any, kwargs: dict[str, Any], labels: torch.Tensor
+) -> HeadOutput:
+    """The backbone, and the head where the next token's label is not -100."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    outputs = model.base_model(*args, **kwargs, use_cache=False)
+    hidden_BLH = outputs.last_hidden_state[:, :-1]
+    labels = labels[:, 1:].to(hidden_BLH.device)
+    wanted = labels != -100
+    rows_N, before_N = wanted.nonzero(as_tuple=True)
+    texts = None
+    if distribution.penalizes:
+        ids = kwargs["input_ids"].to(hidden_BLH.device)
+        real = kwargs["attention_mask"].to(hidden_BLH.device).bool()
+        starts_B = wanted.int().argmax(1) + 1
+        texts = Texts(ids, real, starts_B, model.get_output_embeddings().weight.shape[0])
+    head = Head(model, distribution, texts)
+    scored = head.score(hidden_BLH[wanted], labels[wanted], rows_N, before_N + 1)
+    # masked_scatter keeps the result a function of the model where nothing is scored, too.
+    zeros = hidden_BLH.new_zeros(wanted.shape, dtype=torch.float32)
+    logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
+    return HeadOutput(logps, entropy, _router_loss(config, outputs, kwargs))
+
+
+def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
+    """The same over a pack, whose labels lie at the tokens that predict them: both (1, N)."""
+    labels_1N = kwargs.pop("shift_labels")
+    batch: PaddedBatch = kwargs.pop(BATCH)
+    hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
+    wanted = labels_1N != -100
+    texts = None
+    if distribution.penalizes:
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        starts_B = torch.full_like(batch.ids_BL[:, 0], batch.ids_BL.shape[1] - batch.width)
+        texts = Texts(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
+    head = Head(model, distribution, texts)
+    rows_M, places_M = batch.rows_M, batch.places_M
+    scored = head.score(hidden_1NH[wanted], labels_1N[wanted], rows_M, places_M)
+    zeros = hidden_1NH.new_zeros(wanted.shape, dtype=torch.float32)
+    logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
+    return HeadOutput(logps, entropy, None)
+
+
+class Head:
+    """The output layer of ``model`` (no PEFT wrapper) on hidden states, a chunk of tokens at a
+    time.
+    """
+
+    def __init__(self, model: Any, distribution: Distribution, texts: Texts | None) -> None:
+        self.layer = model.get_output_embeddings()
+        self.distribution, self.texts = distribution, texts
+        config = model.config.get_text_config()
+        self.scale, self.cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+
+    def score(
+        self,
+        hidden_NH: torch.Tensor,
+        tokens_N: torch.Tensor,
+        rows_N: torch.Tensor,
+        places_N: torch.Tensor,
+    ) -> Scored:
+        """``kept_set.score`` of all tokens; gradients flow into the hidden states and the head."""
+        size = max(1, kept_set.CHUNK_ELEMENTS // self.layer.weight.shape[0])
+        parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, places_N)]
+        done = [
+            Scored(*checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
+            for chunk in zip(*parts, strict=True)
+        ]
+        return Scored(
+            torch.cat([one.logps for one in done]), torch.cat([one.entropy for one in done])
+        )
+
+    def _chunk(
+        self,
+        hidden_NH: torch.Tensor,
+        tokens_N: torch.Tensor,
+        rows_N: torch.Tensor,
+        places_N: torch.Tensor,
+    ) -> Scored:
+        logits_NV = self.layer(hidden_NH)
+        if self.scale != 1:
+            logits_NV = logits_NV * self.scale
+        if self.cap is not None:
+            logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
+        places = None if self.texts is None else Places(self.texts, rows_N, places_N)
+        return kept_set.score(logits_NV, tokens_N, self.distribution, places)
+
+
+def logit_scale(config: Any) -> float:
+    """What the model multiplies its logits by, under the names that TRL 1.16 reads."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    value = getattr(config, "logits_scaling", None)
+    if value is None:
+        return 1.0
+    return float(value) if config.model_type == "hyperclovax" else 1 / float(value)
+
+
+def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The load-balancing loss of a mixture of experts, where it is asked for."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import (  # noqa: PLC0415 - rarely needed
+        load_balancing_loss_func,
+    )
+
+    loss: torch.Tensor = load_balancing_loss_func(
+        outputs.router_logits,
+        config.num_experts,
+        config.num_experts_per_tok,
+        kwargs.get("attention_mask"),
+    )
+    return loss

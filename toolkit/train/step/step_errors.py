@@ -1,0 +1,96 @@
+"""Faults inside a step: memory that runs out, numbers that are none, a GPU that goes away.
+
+What can be retried with the same gradient is retried, in halves; what cannot is told in one line
+with the exit code that a scheduler can act on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from toolkit.base import disk
+from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
+from toolkit.base.symptoms.errors import AGAIN, explained
+from toolkit.engine.oom_backoff import is_out_of_memory
+from toolkit.train.cuda import cuda_in_use
+from toolkit.train.upstream_errors import config_fault
+
+if TYPE_CHECKING:
+    from toolkit.config.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+# CUDA's own words for hardware that has failed (driver API errors 46, 214, 719 and 999 among them).
+_LOST = re.compile(
+    r"CUDA(?: driver)? error:? .*(?:uncorrectable|ECC|unspecified launch failure|unknown error"
+    r"|devices? unavailable|hardware|no CUDA-capable device|device not ready|NVLink|lost)"
+    r"|GPU is lost|fallen off the bus|NCCL error.*(?:unhandled cuda error|remote process exited)",
+    re.I | re.S,
+)
+
+
+def release_memory() -> None:
+    """Give cached blocks back, so that a smaller request finds room."""
+    if cuda_in_use():
+        torch.cuda.empty_cache()
+
+
+def translate(error: Exception, where: str, config: RunConfig | None = None) -> ToolkitError | None:
+    """The error that a person and a scheduler can act on, or None if it is not known here, and so
+    a defect of ours. What upstream raises while it acts on keys of ``config`` is about those keys
+    (train/upstream_errors).
+    """
+    if isinstance(error, ToolkitError):
+        return error
+    said = f"{type(error).__name__}: {first_line(error)}"
+    if (full := disk.translate(error, where)) is not None:
+        return full
+    if isinstance(error, IsADirectoryError):  # write_file's, which renames onto it
+        return ConfigError(
+            "a file of the run is to be written there, and a folder lies there",
+            where=str(error.filename2 or error.filename or where),
+            fix="move the folder away, or name another --output-dir",
+        )
+    if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
+        return ConfigError(
+            f"the Hugging Face Hub: {said}",
+            where=where,
+            fix="check the network and `hf auth whoami`, or leave out what the run file asks of the"
+            " Hub (grpo.log_completions_hub_repo)",
+        )
+    known = explained(error, "the run failed", AGAIN)
+    if known is not None and known.exit_code == RetryError.exit_code:
+        return known
+    if is_out_of_memory(error):
+        return ConfigError(
+            f"out of memory, in the smallest parts that keep the gradient: {said}",
+            where=where,
+            fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length"
+            " (envcheck size prices both), then start the same command again: it resumes",
+        )
+    if "parameters that were not used in producing loss" in str(error):
+        return ConfigError(
+            "several processes train parameters of which some had no part in the loss",
+            where=where,
+            fix="set grpo.ddp_find_unused_parameters: true, or name fewer lora.target_modules",
+        )
+    if "does not have a deterministic implementation" in str(error):
+        return ConfigError(
+            f"a kernel of this run has no deterministic form: {said}",
+            where=where,
+            fix="leave out grpo.full_determinism; runtime.reproducible takes deterministic kernels"
+            " where there are any",
+        )
+    if _LOST.search(f"{type(error).__name__}: {error}"):
+        return NodeError(
+            f"the GPU failed under the run: {said}",
+            where=where,
+            fix="run `envcheck check` on this node, and start the same command on another:"
+            " it resumes from the last checkpoint",
+        )
+    ours = None if config is None else config_fault(error, config.grpo, config.source or where)
+    return ours or known
