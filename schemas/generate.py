@@ -1,4 +1,5 @@
-"""Write the grpo part of run.schema.json from the installed TRL's GRPOConfig: ``just schemas``.
+"""Write two parts of run.schema.json: ``just schemas``. The grpo section comes from the installed
+TRL's GRPOConfig, the engine options of the model section from ``config.engine_settings``.
 
 Types, defaults and texts are TRL's own (dataclass fields, docstrings); ranges, units and
 examples, and the fields that a run file may not set, stand in grpo.overlay.json. ``--check``
@@ -17,6 +18,9 @@ import types
 import typing
 from pathlib import Path
 from typing import Any
+
+from toolkit.config.engine_settings import schema_properties
+from toolkit.config.run_config import ModelSection
 
 FOLDER = Path(__file__).parent
 SAYS_ITSELF = {"True": "yes", "False": "no", "None": "as the library has it"}
@@ -214,6 +218,11 @@ def render() -> str:
     """run.schema.json as it should be."""
     schema = json.loads((FOLDER / "run.schema.json").read_text(encoding="utf-8"))
     schema["properties"]["grpo"] = grpo_section()
+    model = schema["properties"]["model"]["properties"]
+    engine = schema_properties()
+    for name in set(model) - {item.name for item in dataclasses.fields(ModelSection)}:
+        del model[name]
+    model.update(engine)
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -225,7 +234,8 @@ def main() -> int:
         return 0
     if "--check" in sys.argv[1:]:
         sys.stderr.write(
-            "schemas/run.schema.json is not what the installed TRL gives: run `just schemas`\n"
+            "schemas/run.schema.json differs from the installed TRL or from config/engine_settings:"
+            " run `just schemas`\n"
         )
         return 1
     path.write_text(wanted, encoding="utf-8")

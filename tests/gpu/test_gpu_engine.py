@@ -114,7 +114,7 @@ def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
     from toolkit.engine.rollout_request import Sampling
 
     sampling = Sampling(n=4, max_tokens=16)
-    with open_gpu(sleep=True) as engine:
+    with open_gpu(enable_sleep_mode=True) as engine:
         policy = adapted(engine)
         engine.publish(policy)
         first = engine.generate([[5, 6, 7]], sampling, seed=1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.units import GIB, format_bytes, format_parameters
 from toolkit.cli.render import paragraph, styled, table, terminal_width
+from toolkit.config.engine_settings import SIZED
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import LoraSection, ModelSection, RunConfig
@@ -111,7 +112,7 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]
     if choice.fast_inference:
-        names = ["max_lora_rank", "max_num_seqs", "max_num_batched_tokens", "enable_sleep_mode"]
+        names = [name for name in SIZED if name != "gpu_memory_utilization"]  # has its own rows
         rows += [_row(f"model.{name}", getattr(choice, name), config.model) for name in names]
     rows.append(_row("model.dtype", choice.dtype, config.model))
     rows.append(_row("model.fast_inference", choice.fast_inference, config.model))

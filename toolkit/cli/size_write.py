@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import rewrite_file
 from toolkit.cli.exits import writing
+from toolkit.config.engine_settings import SIZED
 from toolkit.config.layers import parse
 
 if TYPE_CHECKING:
@@ -19,15 +20,7 @@ if TYPE_CHECKING:
 
 PLAIN = ("auto", '"auto"', "'auto'")
 WRITABLE = {
-    "model": (
-        "max_lora_rank",
-        "gpu_memory_utilization",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "enable_sleep_mode",
-        "fast_inference",
-        "dtype",
-    ),
+    "model": (*SIZED, "fast_inference", "dtype"),
     "lora": ("use_gradient_checkpointing", "target_modules"),
     "grpo": ("per_device_train_batch_size", "gradient_accumulation_steps"),
 }

@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from toolkit.config.engine_settings import Auto, EngineSettings
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Auto = Literal["auto"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSection:
+class ModelSection(EngineSettings):
     """What is loaded, and the engine on it."""
 
     model_name: str
@@ -33,23 +34,9 @@ class ModelSection:
     load_in_fp8: bool = False
     full_finetuning: bool = False
     fast_inference: bool | Auto = "auto"
-    share_weights: bool = True
-    max_lora_rank: int | Auto = "auto"
-    gpu_memory_utilization: float | Auto = "auto"
-    float8_kv_cache: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
-    max_num_seqs: int | Auto = "auto"
-    max_num_batched_tokens: int | Auto = "auto"
-    kv_cache_bytes: int | Auto | None = "auto"
-    max_loras: int = 1
-    max_cpu_loras: int | None = None
-    enforce_eager: bool = False
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    enable_sleep_mode: bool | Auto = "auto"
-    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class Engine:
         self._adapters = (
             None if slots is None else AdapterSlots(slots, internals.module, options.max_lora_rank)
         )
-        self._sleep = KvSleep(llm) if options.sleep else None
+        self._sleep = KvSleep(llm) if options.enable_sleep_mode is True else None
         self._files: dict[str, LoRARequest] = {}
         self._published: dict[str, Any] = {}
         self._versions: dict[str, int] = {}

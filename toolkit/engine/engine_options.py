@@ -1,6 +1,4 @@
-"""What an engine is built with: our names for the few of vLLM's engine arguments that a run may
-set.
-"""
+"""What an engine is built with, and the arguments of ``vllm.LLM`` that follow from it."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.config.engine_settings import API_OPTIONS, ApiEngineSettings
 from toolkit.config.lora_targets import SLOTS as LAYERS_WITH_SLOTS
 
 if TYPE_CHECKING:
@@ -33,13 +32,13 @@ OWNED = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """Everything that starts an engine.
+class EngineOptions(ApiEngineSettings):
+    """Everything that starts an engine: what a user may set, and what the toolkit decides.
 
     Lengths are in tokens, memory in bytes, ``gpu_memory_utilization`` is a share of the card's
-    total memory. None means that vLLM decides. ``extra`` takes any other vLLM engine argument under
-    vLLM's own name. ``lora_target_modules`` are the layers that get adapter slots, by
-    their last name; None gives one to every layer that vLLM can.
+    total memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM engine
+    argument under vLLM's own name. ``lora_target_modules`` are the layers that get adapter slots,
+    by their last name; None gives one to every layer that vLLM can.
     """
 
     model: str
@@ -48,22 +47,11 @@ class EngineOptions:
     dtype: str = "auto"
     enable_lora: bool = True
     max_lora_rank: int = 16
-    max_loras: int = 1
-    max_cpu_loras: int | None = None
     lora_target_modules: tuple[str, ...] | None = LAYERS_WITH_SLOTS
-    gpu_memory_utilization: float | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    enforce_eager: bool = False
-    enable_prefix_caching: bool = True
-    float8_kv_cache: bool = False
+    enable_chunked_prefill: bool | None = None
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     seed: int = 0
-    sleep: bool = False
-    kv_cache_bytes: int | None = None
-    share_weights: bool = True
-    tensor_parallel_size: int = 1
     skip_tokenizer_init: bool = False
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -114,40 +102,38 @@ class EngineOptions:
             "tokenizer_revision": self.revision,
             "max_model_len": self.max_model_len,
             "dtype": self.dtype,
-            "gpu_memory_utilization": self.gpu_memory_utilization if device == "cuda" else None,
-            "kv_cache_memory_bytes": self.kv_cache_bytes,
-            "max_num_seqs": self.max_num_seqs,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
-            "enforce_eager": self.enforce_eager or device == "cpu",
-            "enable_prefix_caching": self.enable_prefix_caching,
-            "kv_cache_dtype": "fp8" if self.float8_kv_cache else None,
             "seed": self.seed,
-            "tensor_parallel_size": self.tensor_parallel_size,
             "skip_tokenizer_init": self.skip_tokenizer_init,
             # Log-probabilities after temperature, top-k, top-p, min-p and penalties: those of the
             # distribution sampled from.
             "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            **self._settings(device),
         }
+        arguments["enforce_eager"] = self.enforce_eager or device == "cpu"
         if self.enable_lora:
-            arguments |= {
-                "enable_lora": True,
-                "max_lora_rank": self.max_lora_rank,
-                "max_loras": self.max_loras,
-                "max_cpu_loras": self.max_cpu_loras,
-                "lora_target_modules": list(self.lora_target_modules or ()) or None,
-            }
-        if device == "cuda" and not arguments["enforce_eager"]:
+            arguments["enable_lora"] = True
+            arguments["lora_target_modules"] = list(self.lora_target_modules or ()) or None
+        if device == "cuda" and not arguments["enforce_eager"] and self.compilation_config is None:
             arguments["compilation_config"] = dict(GRAPHS_ONLY)
-        if self.sleep and device == "cuda":
-            arguments["enable_sleep_mode"] = True
         if self.load_in_4bit:
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         elif self.share_weights:
             arguments["load_format"] = LOADER
         arguments |= self.extra
         return {name: value for name, value in arguments.items() if value is not None}
+
+    def _settings(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+        """What a user may set, under vLLM's names; None where vLLM decides."""
+        arguments = {}
+        for name, option in API_OPTIONS.items():
+            unused = (option.on_gpu and device == "cpu") or (
+                option.with_lora and not self.enable_lora
+            )
+            value = getattr(self, name)
+            if option.vllm is not None and not unused and value != "auto":
+                arguments[option.vllm] = option.values.get(value, value) if option.values else value
+        return arguments
 
 
 GRAPHS_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}

@@ -13,26 +13,13 @@ from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
-from toolkit.policy.load_arguments import ENGINE_EXTRA, WHERE
+from toolkit.policy.load_arguments import WHERE
 
 if TYPE_CHECKING:
+    from toolkit.config.engine_settings import Auto
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
-
-OWN = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_cpu_loras",
-    "kv_cache_bytes",
-    "max_loras",
-    "enforce_eager",
-    "enable_prefix_caching",
-    "float8_kv_cache",
-    "share_weights",
-    "tensor_parallel_size",
-)
-"""EngineOptions of the same name; "auto" leaves them to vLLM."""
 
 DEFAULT_RANK = 64
 """max_lora_rank "auto" without an adapter to read it from: the drop-in API's default."""
@@ -69,20 +56,16 @@ def engine_options(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None = None
 ) -> EngineOptions:
     """What the engine of ``request`` is built with. Lengths in tokens, memory in bytes."""
-    given = request.engine
-    own: dict[str, Any] = {name: None if given[name] == "auto" else given[name] for name in OWN}
-    extra = {name: given[name] for name in ENGINE_EXTRA if given[name] is not None}
+    given = dict(request.engine)
+    given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
+    given["gpu_memory_utilization"] = _share(given["gpu_memory_utilization"])
     return EngineOptions(
         model=str(checkpoint.folder),
         max_model_len=request.max_seq_length,
         dtype=str(choose_dtype(request)).removeprefix("torch."),
         load_in_4bit=request.load_in_4bit,
-        max_lora_rank=_rank(given["max_lora_rank"], adapter),
-        gpu_memory_utilization=_share(given["gpu_memory_utilization"]),
-        sleep=given["enable_sleep_mode"] is True,
         seed=request.random_state,
-        extra=extra,
-        **own,
+        **given,
     )
 
 
@@ -102,7 +85,7 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     )
 
 
-def _share(asked: Any) -> float | None:
+def _share(asked: Any) -> float | Auto:
     """gpu_memory_utilization; "auto" is half of what is free now, the other half being the
     trainer's.
 
@@ -111,6 +94,6 @@ def _share(asked: Any) -> float | None:
     if asked != "auto":
         return float(asked)
     if not torch.cuda.is_available():
-        return None
+        return "auto"
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     return max(round(free_bytes / total_bytes / 2, 2), 0.01)

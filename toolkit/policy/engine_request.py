@@ -12,6 +12,7 @@ from toolkit.base.errors import (
     ToolkitWarning,
     UnsupportedError,
 )
+from toolkit.config.engine_settings import API_OPTIONS
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.config.supported_features import ENGINE_EXCLUDES
 from toolkit.engine.rollout_engine import vllm_available
@@ -22,24 +23,6 @@ if TYPE_CHECKING:
 
     from toolkit.policy.load_request import LoadRequest
 
-COUNTS = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_loras",
-    "max_cpu_loras",
-    "kv_cache_bytes",
-    "tensor_parallel_size",
-    "block_size",
-)
-SWITCHES = (
-    "enforce_eager",
-    "enable_prefix_caching",
-    "enable_chunked_prefill",
-    "enable_sleep_mode",
-    "float8_kv_cache",
-    "share_weights",
-    "disable_log_stats",
-)
 OPEN = (None, "auto")
 """Values that leave an option to vLLM, or to the sizer of a run file."""
 
@@ -94,13 +77,14 @@ def check_engine(request: LoadRequest) -> None:
 
 def _check_values(engine: Mapping[str, Any]) -> None:
     """vLLM takes some wrong values and others for what they are not: a text for a switch is on."""
-    for name in COUNTS:
+    for name, option in API_OPTIONS.items():
         value = engine[name]
-        if value not in OPEN and (type(value) is not int or value <= 0):
+        if value in OPEN:
+            continue
+        if option.kind == "count" and (type(value) is not int or value <= 0):
             raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
-    for name in SWITCHES:
-        if engine[name] not in OPEN and not isinstance(engine[name], bool):
-            raise ConfigTypeError(f"{name}={engine[name]!r} must be True or False", where=WHERE)
+        if option.kind == "switch" and not isinstance(value, bool):
+            raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
 
 
 def _next_rank(asked: Any) -> str:

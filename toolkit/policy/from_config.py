@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.resolved import engine_of, resolve_run
 from toolkit.policy.load_request import LoadRequest, check_request
 from toolkit.policy.machine_facts import situation
@@ -24,21 +25,6 @@ MODEL_FIELDS = (
     "trust_remote_code",
     "attn_implementation",
 )
-ENGINE_FIELDS = (
-    "gpu_memory_utilization",
-    "float8_kv_cache",
-    "max_lora_rank",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_loras",
-    "max_cpu_loras",
-    "enforce_eager",
-    "enable_prefix_caching",
-    "enable_sleep_mode",
-    "kv_cache_bytes",
-    "share_weights",
-    "tensor_parallel_size",
-)
 
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
@@ -56,11 +42,10 @@ def request_of(config: RunConfig) -> LoadRequest:
     """
     run = resolve_run(config, situation())
     config, engine = run.config, run.engine == "vllm"
-    names = MODEL_FIELDS + (ENGINE_FIELDS if engine else ())
+    names = MODEL_FIELDS + (tuple(OPTIONS) if engine else ())
     values = {name: getattr(config.model, name) for name in names}
-    if engine and not config.model.enable_chunked_prefill:
-        # True is vLLM's own choice, which it does not make for every model.
-        values["enable_chunked_prefill"] = False
+    if engine and config.model.enable_chunked_prefill:
+        values["enable_chunked_prefill"] = None  # vLLM's own choice: not every model can
     return check_request(
         {
             **values,

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.config.engine_settings import API_OPTIONS
 from toolkit.config.supported_features import UNTRAINED
 
 if TYPE_CHECKING:
@@ -22,37 +23,9 @@ LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
 CHECKPOINTING = (True, False, "unsloth", "auto")
 
 ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "gpu_memory_utilization": 0.5,
-        "max_lora_rank": 64,
-        "float8_kv_cache": False,
-        "disable_log_stats": True,
-        "max_num_seqs": None,
-        "max_num_batched_tokens": None,
-        "max_loras": 1,
-        "max_cpu_loras": None,
-        "enforce_eager": False,
-        "enable_prefix_caching": True,
-        "enable_sleep_mode": False,
-        "kv_cache_bytes": None,
-        "share_weights": True,
-        "tensor_parallel_size": 1,
-        "enable_chunked_prefill": None,
-        "max_logprobs": None,
-        "block_size": None,
-        "compilation_config": None,
-    }
+    {name: option.api for name, option in API_OPTIONS.items()}
 )
 """What only an engine reads, with the value that means "not asked for"."""
-
-ENGINE_EXTRA = (
-    "disable_log_stats",
-    "enable_chunked_prefill",
-    "max_logprobs",
-    "block_size",
-    "compilation_config",
-)
-"""Engine arguments handed to vLLM under their own name."""
 
 REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {

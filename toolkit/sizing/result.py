@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.units import format_bytes
+from toolkit.config.engine_settings import SIZED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -228,18 +229,9 @@ class SizingResult:
         model = config.model
         filled: dict[str, Any] = {
             name: getattr(choice, name)
-            for name in (
-                "max_lora_rank",
-                "max_num_seqs",
-                "max_num_batched_tokens",
-                "enable_sleep_mode",
-                "fast_inference",
-                "dtype",
-            )
-            if getattr(model, name) == "auto"
+            for name in (*SIZED, "fast_inference", "dtype")
+            if getattr(model, name) == "auto" and getattr(choice, name) is not None
         }
-        if model.gpu_memory_utilization == "auto" and choice.gpu_memory_utilization is not None:
-            filled["gpu_memory_utilization"] = choice.gpu_memory_utilization
         if model.kv_cache_bytes == "auto":
             filled["kv_cache_bytes"] = choice.kv_cache_bytes
         lora = config.lora

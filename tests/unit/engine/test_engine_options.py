@@ -32,7 +32,7 @@ def test_what_is_set_is_told_and_the_rest_left_to_vllm() -> None:
     ("changes", "key", "value"),
     [
         ({"float8_kv_cache": True}, "kv_cache_dtype", "fp8"),
-        ({"sleep": True}, "enable_sleep_mode", True),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode", True),
         ({"load_in_4bit": True}, "quantization", "bitsandbytes"),
         ({"kv_cache_bytes": 5}, "kv_cache_memory_bytes", 5),
         ({"extra": {"swap_space": 1}}, "swap_space", 1),
@@ -47,7 +47,7 @@ def test_a_gpu_gets_graphs_without_compiling_unless_told_otherwise() -> None:
     assert told == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     assert "compilation_config" not in EngineOptions(model="m").to_vllm("cpu")
     assert "compilation_config" not in EngineOptions(model="m", enforce_eager=True).to_vllm("cuda")
-    chosen = EngineOptions(model="m", extra={"compilation_config": {"mode": 3}}).to_vllm("cuda")
+    chosen = EngineOptions(model="m", compilation_config={"mode": 3}).to_vllm("cuda")
     assert chosen["compilation_config"] == {"mode": 3}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.chat_format import chosen
 from toolkit.config.data_facts import data_of
+from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.key_moves import drop, move
 from toolkit.config.migration import MOVED, converted
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-# Keys that only the vLLM engine reads.
-_ENGINE_ONLY = (
-    "share_weights", "max_lora_rank", "gpu_memory_utilization", "float8_kv_cache", "max_num_seqs",
-    "max_num_batched_tokens", "kv_cache_bytes", "max_loras", "max_cpu_loras", "enforce_eager",
-    "enable_prefix_caching", "enable_sleep_mode", "enable_chunked_prefill", "tensor_parallel_size",
-)  # fmt: skip
 _ENGINE_ONLY_GRPO = ("vllm_structured_outputs_regex",)
 # Keys that only Hugging Face generation reads.
 _TRANSFORMERS_ONLY = (
@@ -150,7 +145,7 @@ def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
         why = f"{run.operand(key)}, and only the vLLM engine reads it"
-        yield from ((f"model.{name}", why) for name in _ENGINE_ONLY)
+        yield from ((f"model.{name}", why) for name in OPTIONS)
         yield from ((f"grpo.{name}", why) for name in _ENGINE_ONLY_GRPO)
     elif run.engine == "vllm":
         why = "the vLLM engine generates, and only transformers reads it"

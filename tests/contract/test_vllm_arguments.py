@@ -1,0 +1,17 @@
+"""vLLM has every engine argument that an option of ours is passed under."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from toolkit.config.engine_settings import API_OPTIONS
+
+pytestmark = pytest.mark.contract
+
+
+def test_vllm_has_every_argument() -> None:
+    arguments = pytest.importorskip("vllm.engine.arg_utils").EngineArgs
+    known = {item.name for item in dataclasses.fields(arguments)}
+    assert {option.vllm for option in API_OPTIONS.values() if option.vllm} <= known

@@ -1,0 +1,39 @@
+"""One record per engine option: run file, drop-in API, schema and vLLM's arguments follow it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+
+from toolkit import FastLanguageModel
+from toolkit.config import find_schema
+from toolkit.config.engine_settings import API_OPTIONS, OPTIONS, schema_properties
+from toolkit.config.run_config import ModelSection
+from toolkit.engine.engine_options import EngineOptions
+
+MODEL = find_schema("run")["properties"]["model"]["properties"]
+
+
+def test_the_schema_and_the_run_file_have_every_option() -> None:
+    assert {name: MODEL[name] for name in OPTIONS} == schema_properties()
+    assert set(OPTIONS) < {item.name for item in dataclasses.fields(ModelSection)}
+    assert set(MODEL) == {item.name for item in dataclasses.fields(ModelSection)}
+
+
+@pytest.mark.parametrize("name", API_OPTIONS)
+def test_an_option_is_taken_by_from_pretrained(name: str) -> None:
+    parameters = inspect.signature(FastLanguageModel.from_pretrained).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    assert name in parameters or takes_any
+
+
+@pytest.mark.parametrize("name", [name for name, option in API_OPTIONS.items() if option.vllm])
+def test_an_option_reaches_vllm(name: str) -> None:
+    option = API_OPTIONS[name]
+    value = {"switch": True, "count": 3, "share": 0.25, "rank": 32, "any": 7}[option.kind]
+    options = EngineOptions(model="m", share_weights=False, **{name: value})
+    told = options.to_vllm("cuda")
+    assert told[option.vllm] == (option.values.get(value, value) if option.values else value)
+    assert (option.vllm in options.to_vllm("cpu")) is (not option.on_gpu)
