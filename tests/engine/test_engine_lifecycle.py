@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
-from toolkit.base.own_memory import mapped_files
+from toolkit.base.mapped_files import mapped_files
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.shared_weights import shared_model

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.base.units import GIB
+from toolkit.base.formatting import GIB
 from toolkit.sizing.calibrate import Row
 
 HERE = Path(__file__).parent

@@ -17,10 +17,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.base.files import open_bytes
+from toolkit.base.formatting import GIB, MIB, format_bytes
 from toolkit.base.packed import FIX, READ_BYTES, UNPACKING_ERRORS, most_bytes
 from toolkit.base.paths import FILE_MODE, make_folder, safe_join
 from toolkit.base.tar_stream import tar_members
-from toolkit.base.units import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

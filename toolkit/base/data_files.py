@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_DATA_BYTES, kind_fault, lines_of, open_bytes, os_fault
+from toolkit.base.formatting import GIB, MIB
 from toolkit.base.packed import Unpacked
-from toolkit.base.units import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

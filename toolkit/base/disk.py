@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from toolkit.base.visible import visible
+from toolkit.base.formatting import visible
 
 EXIT_CODES: dict[int, str] = {
     0: "ok",

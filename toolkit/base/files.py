@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
-from toolkit.base.units import GIB, MIB, format_bytes
+from toolkit.base.formatting import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

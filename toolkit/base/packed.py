@@ -10,7 +10,7 @@ import zlib
 from typing import IO, TYPE_CHECKING, Any
 
 from toolkit.base.files import unusable
-from toolkit.base.units import MIB, format_bytes
+from toolkit.base.formatting import MIB, format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

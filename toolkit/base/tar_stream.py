@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.files import unusable
+from toolkit.base.formatting import MIB, format_bytes
 from toolkit.base.packed import READ_BYTES, Unpacked, source_of
-from toolkit.base.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

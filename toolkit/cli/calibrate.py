@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 from toolkit.cli.render import table
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolkit.base.units import plural
+from toolkit.base.formatting import plural
 from toolkit.cli.exits import writing
 from toolkit.cli.render import paragraph, styled, verdict_word
 

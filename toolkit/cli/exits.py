@@ -15,10 +15,10 @@ import click
 
 from toolkit.base import disk
 from toolkit.base.errors import DefectError, InputError, ToolkitError
+from toolkit.base.formatting import visible
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
 from toolkit.base.streams import open_missing, settle
-from toolkit.base.visible import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from toolkit.cli.exits import debug_asked
-from toolkit.cli.run_folder import TRUST
+from toolkit.cli.request import TRUST
 
 
 @click.command("export")

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from toolkit.base.formatting import plural, visible
 from toolkit.base.secrets import redact
-from toolkit.base.units import plural
-from toolkit.base.visible import visible
 from toolkit.cli.render import colours_on, styled
 from toolkit.config.finding import Severity
 

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from toolkit.base.errors import InputError
-from toolkit.base.visible import visible
+from toolkit.base.formatting import visible
 from toolkit.cli.exits import debug_asked
-from toolkit.cli.run_folder import TRUST
+from toolkit.cli.request import TRUST
 
 
 @click.command("generate")

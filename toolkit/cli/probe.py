@@ -116,7 +116,7 @@ def text_of(snapshot: NodeSnapshot) -> str:
 def _row(
     snapshot: NodeSnapshot, gpu: GpuSnapshot, order: dict[tuple[int | None, int], str]
 ) -> list[str]:
-    from toolkit.base.units import format_bytes  # noqa: PLC0415 - as above
+    from toolkit.base.formatting import format_bytes  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import memory_of  # noqa: PLC0415 - as above
 
     memory = None if gpu.lost else memory_of(snapshot, gpu)

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base import launcher
+import click
+
+from toolkit.base import process_environment
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_bytes
+from toolkit.base.formatting import GIB, KIB, MIB
 from toolkit.base.hub import hub_home
-from toolkit.base.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
     from toolkit.gpu.checks import CheckContext, CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
+
+TRUST = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Allow the code that comes with the model, where the run did.",
+)
+
 
 _AT_LEAST = re.compile(r"(cc|free|driver)\s*>=\s*([0-9]{1,9}(?:\.[0-9]{1,9})*)\s*([a-z]*)")
 _UNITS = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 1e3, "mb": 1e6, "gb": 1e9}
@@ -84,14 +93,14 @@ def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
     from toolkit.config.validate import accepted  # noqa: PLC0415 - as above
 
     document = load_document(path, overrides)
-    return document, accepted(document, Situation(world_size=launcher.world_size()))
+    return document, accepted(document, Situation(world_size=process_environment.world_size()))
 
 
 def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
     from toolkit.sizing.device import situation_here  # noqa: PLC0415 - only for a run file
 
-    index = launcher.local_rank() if gpu_index is None else gpu_index
-    return situation_here(snapshot, gpu_index=index, world_size=launcher.world_size())
+    index = process_environment.local_rank() if gpu_index is None else gpu_index
+    return situation_here(snapshot, gpu_index=index, world_size=process_environment.world_size())
 
 
 def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
 
     return {
         **resolve_run(run, situation).needs(),
-        "world_size": launcher.local_world_size(),
+        "world_size": process_environment.local_world_size(),
         "sizer_model_types": tuple(FAMILIES),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import GIB, format_bytes, format_parameters
+from toolkit.base.formatting import GIB, format_bytes, format_parameters
 from toolkit.cli.render import paragraph, styled, table, terminal_width
 from toolkit.config.engine_settings import SIZED
 

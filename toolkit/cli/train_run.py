@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolkit.base import launcher
+from toolkit.base import process_environment
 from toolkit.base.errors import ToolkitError
 from toolkit.cli.exits import debug_asked
 
@@ -86,7 +86,7 @@ def train(  # noqa: PLR0913 - one parameter an option
     debug = debug or debug_asked()
     if processes is not None and "RANK" in os.environ:
         raise click.UsageError("--nproc-per-node inside torchrun or srun, which start processes")
-    world_size = processes or launcher.world_size()
+    world_size = processes or process_environment.world_size()
     config = _load(run_file, [*overrides, *named], world_size)
     if dry_run:
         _show(config, world_size)
@@ -114,7 +114,7 @@ def _load(run_file: str, overrides: list[str], world_size: int) -> RunConfig:
         return load_run(run_file, overrides, world_size=world_size)
     except ToolkitError:
         # torchrun ends all when the first process ends, which tells this for all of them.
-        time.sleep(FIRST_SPEAKS_S if launcher.rank() else 0.0)
+        time.sleep(FIRST_SPEAKS_S if process_environment.rank() else 0.0)
         raise
 
 

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.config.scalars import read_core, read_legacy
 from toolkit.config.wording import describe, kind_of, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from toolkit.config.document import Node
+
+
+def coerce(
+    text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
+) -> tuple[Any, ...]:
+    """The likeliest value that ``text`` could stand for and that ``schema`` takes; empty if there
+    is none.
+    """
+    stripped = text.strip()
+    candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
+    candidates += [int(value) for value in candidates if isinstance(value, float) and _whole(value)]
+    for value in candidates:
+        if (
+            value is None
+            or isinstance(value, str)
+            or (isinstance(value, float) and not math.isfinite(value))
+        ):
+            continue
+        if any(fault(value, branch) is None for branch in schema.get("x-either", [schema])):
+            return (value,)
+    return ()
+
+
+def _whole(value: float) -> bool:
+    return math.isfinite(value) and value.is_integer()
 
 
 class Fault(NamedTuple):
@@ -69,7 +96,7 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
         return Fault("KEY006", f"null is no value here: {wanted} is wanted")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
-        from toolkit.config.coerce import coerce  # noqa: PLC0415 - only for a fault
+        from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a fault
 
         fixes = coerce(value, schema, value_fault)
     elif (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from toolkit.base.launcher import rank, world_size
+from toolkit.base.process_environment import rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
-from toolkit.base.launcher import world_size
+from toolkit.base.process_environment import world_size
 from toolkit.config.lora_targets import has_experts
 from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from toolkit.base.own_memory import own_weights
+from toolkit.base.mapped_files import own_weights
 from toolkit.engine.engine_options import LOADER
 from toolkit.engine.live_weights import AS_LOADED, READ_NAMES, plain_parameters, sample
 

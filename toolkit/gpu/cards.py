@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import GIB, MIB
+from toolkit.base.formatting import GIB, MIB
 from toolkit.gpu import card_table
 
 

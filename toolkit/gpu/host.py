@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base import allocator
+from toolkit.base import process_environment
 from toolkit.gpu.cgroup import read_cgroup
 from toolkit.gpu.driver_files import ROOT, asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of
@@ -39,7 +39,7 @@ VARIABLES = (
     "NVIDIA_DRIVER_CAPABILITIES",
     "NVIDIA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
-    *allocator.VARIABLES,
+    *process_environment.VARIABLES,
     "PYTORCH_NO_CUDA_MEMORY_CACHING",
     "SLURM_GPUS_ON_NODE",
     "SLURM_JOB_GPUS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from toolkit.base.units import plural
+from toolkit.base.formatting import plural
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot

@@ -13,15 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load
 
 from toolkit.base import disk
-from toolkit.base.errors import ConfigValueError, InputError
+from toolkit.base.errors import ConfigValueError, InputError, first_line
+from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
 from toolkit.policy.fingerprint import marks_of
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
+
+
+def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file of at most ``limit`` bytes. Raises InputError."""
+    try:
+        tensors: dict[str, torch.Tensor] = load(read_bytes(file, limit=limit))
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"the file cannot be read as safetensors: {first_line(error)}",
+            where=str(file),
+            fix=FIX_AGAIN,
+        ) from error
+    return tensors
+
 
 BASE_FILE = "base.json"
 """Beside PEFT's files: what the base was, so that an adapter is not put on another one."""

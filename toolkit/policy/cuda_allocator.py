@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from toolkit.base.allocator import VARIABLES, WANTED
+from toolkit.base.process_environment import VARIABLES, WANTED
 
 VIRTUAL_MEMORY = 102
 """CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of cuda.h; absent on some virtual

@@ -19,8 +19,8 @@ from toolkit.base.errors import (
     UnsupportedError,
     first_line,
 )
-from toolkit.base.launcher import local_rank
-from toolkit.base.own_memory import own_weights
+from toolkit.base.mapped_files import own_weights
+from toolkit.base.process_environment import local_rank
 from toolkit.config.libraries import ModelType, model_type
 from toolkit.config.resolved import dtype_of
 from toolkit.config.supported_features import architecture_problem, stored_problem

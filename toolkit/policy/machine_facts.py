@@ -8,6 +8,12 @@ from toolkit.config.resolved import DeviceFacts, Situation
 from toolkit.engine.rollout_engine import vllm_available
 
 
+def cuda_in_use() -> bool:
+    """True if torch has a CUDA context here. Asking makes none."""
+    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped upstream
+    return bool(torch.cuda.is_available() and ready)
+
+
 def situation() -> Situation:
     """This process's device, and whether vLLM is installed."""
     device = DeviceFacts("no GPU", None)

@@ -12,7 +12,7 @@ import torch
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
 from toolkit.base.files import check_folder
 from toolkit.config.lora_targets import pattern_fault, pattern_value
-from toolkit.policy.adapter_io import BASE_FILE, base_name
+from toolkit.policy.adapter_io import BASE_FILE, base_name, read_tensors
 from toolkit.policy.fingerprint import is_base_of, marks_of
 from toolkit.policy.lora import (
     DIFFERING,
@@ -26,7 +26,6 @@ from toolkit.policy.lora import (
 )
 from toolkit.policy.lora_settings import check_settings, check_targets
 from toolkit.policy.model_files import ADAPTER_CONFIG, Checkpoint
-from toolkit.policy.read_tensors import read_tensors
 
 if TYPE_CHECKING:
     import os

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import MIB
+from toolkit.base.formatting import MIB
 from toolkit.config.resolved import DeviceFacts, Situation, vllm_here
 from toolkit.gpu.devices import memory_of, visible
 

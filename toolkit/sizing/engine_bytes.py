@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import MIB
+from toolkit.base.formatting import MIB
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
 from toolkit.sizing.terms import Term

@@ -16,10 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import MIB
+from toolkit.base.formatting import MIB
+from toolkit.gpu.cgroup import read_cgroup
+from toolkit.gpu.driver_files import ROOT
+from toolkit.gpu.host import read_memory
 from toolkit.sizing import engine_bytes as engines
-from toolkit.sizing.hf_rollout import transformers_terms
-from toolkit.sizing.host_memory import available_bytes
+from toolkit.sizing import kv_bytes
+from toolkit.sizing.model_blocks import DTYPE_BYTES
 from toolkit.sizing.terms import Term, total
 from toolkit.sizing.trainer_bytes import trainer_terms
 
@@ -30,6 +33,49 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
+
+UNKNOWN_HOST = 4 << 30  # what is assumed where the host does not tell
+
+
+def available_bytes() -> int:
+    """Bytes that can still be allocated."""
+    memory = read_memory().value
+    found = UNKNOWN_HOST if memory is None else memory["available"]
+    try:
+        group = read_cgroup(ROOT)
+    except (OSError, ValueError):
+        return found  # no control groups here
+    limit, used = group["memory_limit"], group["memory_used"]
+    return found if limit is None else min(found, max(int(limit) - int(used or 0), 0))
+
+
+# float32 logits, scores, sorted copies and probabilities of one position in generation/utils.py
+# ``_sample``.
+LOGIT_BYTES = 24
+
+
+def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
+    """KV of all rollouts at once (twice while a layer's cache grows by concatenation), and the
+    sampling temporaries.
+    """
+    width = DTYPE_BYTES[plan.dtype]
+    sequence = kv_bytes.sequence_bytes(spec, work.sequence, width, block_tokens=1)
+    growing = 2 * kv_bytes.bytes_per_token(spec, width) * work.sequence // max(spec.layers, 1)
+    return [
+        Term(
+            "rollout.kv",
+            work.rollouts * (sequence + growing),
+            f"{work.rollouts} x {work.sequence} tokens in transformers' cache",
+            "rollout",
+        ),
+        Term(
+            "rollout.logits",
+            work.rollouts * spec.vocab_size * LOGIT_BYTES,
+            f"{work.rollouts} rows of {spec.vocab_size} logits",
+            "rollout",
+        ),
+    ]
+
 
 # Stated margins: what the estimates may be off, and what the caching allocator holds beyond what is
 # in use. With expandable segments (policy/cuda_allocator.py) that is a page here and there.

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT, build_problem
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.gpu.cards import CARDS
 from toolkit.sizing.device import Device

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 from toolkit.config.engine_settings import SIZED
 
 if TYPE_CHECKING:

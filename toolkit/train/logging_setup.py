@@ -9,8 +9,8 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from toolkit.base.bus_error import report_bus_errors
 from toolkit.base.errors import ToolkitWarning
+from toolkit.base.mapped_files import report_bus_errors
 from toolkit.train.report.progress import rewrites
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base import launcher
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
+from toolkit.base.process_environment import local_rank, local_world_size
 from toolkit.base.secrets import redact_tree
 from toolkit.config import chat_format
 from toolkit.config.resolved import resolve_run
@@ -77,11 +77,11 @@ def preflight(
         model=config.model.model_name,
         revision=config.model.revision,
     )
-    here = situation_here(snapshot, gpu_index=launcher.local_rank(), world_size=world_size)
+    here = situation_here(snapshot, gpu_index=local_rank(), world_size=world_size)
     checks = tuple(run_checks(snapshot, context_of(resolve_run(config, here), snapshot)))
     if judge:
         refuse(checks)
-    gpu = devices.select(snapshot, launcher.local_rank() if snapshot.gpus else None)
+    gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     others = [device] if peers is None else _devices_of_all(device, peers)
     device = smallest(others)
@@ -129,9 +129,9 @@ def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckC
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
         **run.needs(),
-        world_size=launcher.local_world_size(),
+        world_size=local_world_size(),
         # One card too few is told by a check; there is no such card to look at then.
-        gpu_index=launcher.local_rank() if launcher.local_rank() < seen else None,
+        gpu_index=local_rank() if local_rank() < seen else None,
         sizer_model_types=tuple(FAMILIES),
     )
 

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
-from toolkit.base.launcher import rank, world_size
+from toolkit.base.process_environment import rank, world_size
 from toolkit.engine.process_group import TIMEOUT_S, join_group
 
 if TYPE_CHECKING:

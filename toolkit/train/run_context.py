@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
+from toolkit.base.formatting import format_bytes, format_parameters
 from toolkit.base.paths import write_file
-from toolkit.base.units import format_bytes, format_parameters
 from toolkit.gpu import devices
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.from_config import choose_engine

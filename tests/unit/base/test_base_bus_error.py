@@ -6,14 +6,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from toolkit.base.bus_error import TEXT
+from toolkit.base.mapped_files import TEXT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 READ = """
 import mmap, os, sys, threading
-from toolkit.base.bus_error import report_bus_errors
+from toolkit.base.mapped_files import report_bus_errors
 report_bus_errors()
 report_bus_errors()
 with open(sys.argv[1], "r+b") as file:

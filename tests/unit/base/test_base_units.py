@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.base.units import GIB, format_bytes, format_duration, format_parameters, plural
+from toolkit.base.formatting import GIB, format_bytes, format_duration, format_parameters, plural
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.base.visible import visible
+from toolkit.base.formatting import visible
 
 
 @pytest.mark.parametrize(

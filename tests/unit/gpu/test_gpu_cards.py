@@ -6,7 +6,7 @@ import pytest
 
 from toolkit.base.capability import build_problem, torch_list
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import GIB, MIB
+from toolkit.base.formatting import GIB, MIB
 from toolkit.gpu import cards
 from toolkit.sizing import Device
 

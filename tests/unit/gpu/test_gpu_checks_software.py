@@ -8,7 +8,7 @@ import pytest
 from check_helpers import snapshot_of, verdict
 
 from toolkit.gpu.checks import CheckContext, catalogue
-from toolkit.gpu.checks.requirement import satisfies
+from toolkit.gpu.checks.software import satisfies
 from toolkit.gpu.reading import NOT_ASKED
 
 

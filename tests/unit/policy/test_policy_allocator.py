@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.base.allocator import VARIABLES, WANTED
+from toolkit.base.process_environment import VARIABLES, WANTED
 from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY, use_expandable_segments
 
 

@@ -10,9 +10,9 @@ import torch
 from tiny_llama import make_tiny
 
 from toolkit.base.errors import InputError
-from toolkit.base.own_memory import mapped_files, own_weights
+from toolkit.base.mapped_files import mapped_files, own_weights
+from toolkit.policy.adapter_io import read_tensors
 from toolkit.policy.language_model import FastLanguageModel
-from toolkit.policy.read_tensors import read_tensors
 from toolkit.policy.saved_adapter import read_adapter
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import GIB
+from toolkit.base.formatting import GIB
 from toolkit.sizing import Device, read_spec, resolve, solve
 
 ONE_B = "meta-llama/Llama-3.2-1B-Instruct"

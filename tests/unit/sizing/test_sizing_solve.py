@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import GIB
+from toolkit.base.formatting import GIB
 from toolkit.sizing import solve
 from toolkit.sizing.terms import total
 

@@ -12,7 +12,7 @@ from toolkit.sizing.calibrate import calibrate, compare
 from toolkit.sizing.device import situation_of
 from toolkit.sizing.engine_bytes import capture_sizes
 from toolkit.sizing.engine_plan import plan_engine
-from toolkit.sizing.host_memory import available_bytes
+from toolkit.sizing.fit import available_bytes
 from toolkit.sizing.model_blocks import Linear
 from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
 from toolkit.sizing.weight_formats import NF4_ON_LOAD, Quantization, parse_quantization

@@ -11,7 +11,7 @@ import pytest
 from toolkit.base.errors import ConfigError, MissingExtraError
 from toolkit.config.run_config import ModelSection, RewardFunction, RewardSection, RunConfig
 from toolkit.train.rewards import BUILTINS, load_rewards
-from toolkit.train.rewards.text import inside_tag, text_of
+from toolkit.train.rewards.builtin import inside_tag, text_of
 
 
 def score(name: str, completion: Any, answer: Any = "x", **options: Any) -> float | None:

@@ -6,12 +6,38 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.symptoms import numbers
 from toolkit.base.symptoms.symptom import entry
-from toolkit.base.xid_table import FATAL_XIDS, USER_XIDS
 
 if TYPE_CHECKING:
     import re
 
     from toolkit.base.symptoms.symptom import Symptom
+
+FATAL_XIDS: dict[int, str] = {
+    46: "the GPU stopped processing",
+    48: "double-bit ECC error",
+    61: "internal micro-controller breakpoint",
+    62: "internal micro-controller halt",
+    64: "a row remap or page retirement failed",
+    74: "NVLink error",
+    79: "the GPU has fallen off the bus",
+    94: "contained memory error",
+    95: "uncontained memory error",
+    119: "the GPU's system processor does not answer",
+    120: "the GPU's system processor failed",
+    121: "C2C link error",
+    136: "link training failed",
+    140: "unrecovered ECC error",
+    143: "the GPU did not initialise",
+}
+USER_XIDS: dict[int, str] = {
+    13: "graphics engine exception",
+    31: "memory page fault",
+    32: "corrupted push buffer",
+    43: "the GPU stopped a channel",
+    45: "preemptive cleanup",
+    68: "video processor exception",
+    69: "graphics engine class error",
+}
 
 
 def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import plural
+from toolkit.base.formatting import plural
 from toolkit.gpu.checks.check import (
     Check,
     CheckContext,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.allocator import VARIABLES, WANTED, expands
+from toolkit.base.process_environment import VARIABLES, WANTED, expands
 from toolkit.gpu.checks.check import CheckContext, Outcome, ok, warn
 
 if TYPE_CHECKING:

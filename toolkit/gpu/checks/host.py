@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import GIB, MIB, format_bytes
+from toolkit.base.formatting import GIB, MIB, format_bytes
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 from toolkit.gpu.checks.environment import env
 from toolkit.gpu.needs import gpu_needed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import MIB, format_bytes
+from toolkit.base.formatting import MIB, format_bytes
 from toolkit.gpu.checks.check import (
     Check,
     CheckContext,

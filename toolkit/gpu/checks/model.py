@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import format_bytes, plural
+from toolkit.base.formatting import format_bytes, plural
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 
 if TYPE_CHECKING:

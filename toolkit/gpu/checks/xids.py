@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import format_duration
-from toolkit.base.xid_table import FATAL_XIDS, USER_XIDS
+from toolkit.base.formatting import format_duration
+from toolkit.base.symptoms.devices import FATAL_XIDS, USER_XIDS
 from toolkit.gpu.checks.check import CheckContext, Outcome, fail, judged_cards, ok, unknown, warn
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 from toolkit.train.bench.arm_settings import ARMS, Result, Settings
 
 if TYPE_CHECKING:

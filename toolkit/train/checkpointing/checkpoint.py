@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from toolkit.base import files as regular
 from toolkit.base.errors import ConfigError, InputError, first_line
+from toolkit.base.formatting import GIB
 from toolkit.base.paths import FOLDER_MODE, make_folder, sync_folder, write_file
-from toolkit.base.units import GIB
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"

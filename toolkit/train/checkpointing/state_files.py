@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from toolkit.base.errors import ConfigError, UnsupportedError
-from toolkit.train.cuda import cuda_in_use
+from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

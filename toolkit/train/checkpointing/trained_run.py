@@ -121,7 +121,7 @@ def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
 
 def read_checkpoint(model: Any, folder: Path) -> None:
     """The adapter of the training checkpoint in ``folder`` into ``model``, in place."""
-    from toolkit.policy.read_tensors import read_tensors  # noqa: PLC0415 - loads torch
+    from toolkit.policy.adapter_io import read_tensors  # noqa: PLC0415 - loads torch
     from toolkit.train.checkpointing.state_files import copy_into, trainable  # noqa: PLC0415
     from toolkit.train.checkpointing.trainer_state import ADAPTER  # noqa: PLC0415
 

@@ -22,7 +22,7 @@ from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_lin
 from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
-from toolkit.policy.read_tensors import read_tensors
+from toolkit.policy.adapter_io import read_tensors
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
 from toolkit.train.checkpointing.checkpoint import STATE

@@ -11,7 +11,7 @@ from pyarrow import compute
 
 from toolkit.base.data_files import chat_in
 from toolkit.base.errors import ConfigError
-from toolkit.base.units import plural
+from toolkit.base.formatting import plural
 from toolkit.config.reward_table import LEFT_OUT
 from toolkit.train.data.arrow_columns import without_nulls
 

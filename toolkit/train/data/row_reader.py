@@ -28,7 +28,7 @@ from toolkit.base.data_files import (
 )
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows, kind_of
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import GIB
+from toolkit.base.formatting import GIB
 from toolkit.train.report.chart import Chart, Line
 from toolkit.train.report.log_files import column, number
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import format_bytes, format_duration
+from toolkit.base.formatting import format_bytes, format_duration
 from toolkit.train.report.log_files import column, number, section
 from toolkit.train.report.markup import flat, fold, table, text
 from toolkit.train.report.scale import mean, show

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.formatting import visible
 from toolkit.base.secrets import redact
-from toolkit.base.visible import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from toolkit.base.paths import write_file
-from toolkit.train.cuda import cuda_in_use
+from toolkit.policy.machine_facts import cuda_in_use
 from toolkit.train.process_control import is_first_rank
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import FILE_MODE
-from toolkit.train.cuda import cuda_in_use
+from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

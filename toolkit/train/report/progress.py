@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.units import format_duration
+from toolkit.base.formatting import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

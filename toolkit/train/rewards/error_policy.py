@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import append_line, make_folder
 from toolkit.base.secrets import redact
-from toolkit.train.rewards.attempt import Batch, attempt, drop, is_async
+from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, drop, is_async
 from toolkit.train.rewards.logged import safely_logged, saveable
-from toolkit.train.rewards.loop import LoopThread
 from toolkit.train.rewards.remote import RemoteReward
 from toolkit.train.rewards.returned import Misbehaved, Trouble
 

@@ -12,8 +12,7 @@ import traceback
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.base.units import plural
-from toolkit.base.visible import visible
+from toolkit.base.formatting import plural, visible
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score

@@ -31,9 +31,8 @@ from toolkit.base.secrets import protect_output
 from toolkit.config.run_config import RewardFunction
 from toolkit.train.logging_setup import keep_upstream_quiet
 from toolkit.train.rewards import wire
-from toolkit.train.rewards.attempt import Batch, attempt, is_async
+from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
 from toolkit.train.rewards.logged import number, shortened
-from toolkit.train.rewards.loop import LoopThread
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.returned import Misbehaved, Trouble, raised
 

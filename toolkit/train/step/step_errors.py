@@ -16,7 +16,7 @@ from toolkit.base import disk
 from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
 from toolkit.base.symptoms.errors import AGAIN, explained
 from toolkit.engine.oom_backoff import is_out_of_memory
-from toolkit.train.cuda import cuda_in_use
+from toolkit.policy.machine_facts import cuda_in_use
 from toolkit.train.upstream_errors import config_fault
 
 if TYPE_CHECKING:

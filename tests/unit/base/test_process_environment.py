@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.base import launcher
+from toolkit.base import process_environment as environment
 from toolkit.base.errors import InputError
 
 
 def test_what_torchrun_says() -> None:
     job = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "LOCAL_RANK": "1"}
-    assert (launcher.world_size(job), launcher.local_world_size(job)) == (8, 4)
-    assert (launcher.rank(job), launcher.local_rank(job)) == (5, 1)
-    assert launcher.local_world_size({"WORLD_SIZE": "2"}) == 2
+    assert (environment.world_size(job), environment.local_world_size(job)) == (
+        8,
+        4,
+    )
+    assert (environment.rank(job), environment.local_rank(job)) == (5, 1)
+    assert environment.local_world_size({"WORLD_SIZE": "2"}) == 2
 
 
 @pytest.mark.parametrize("nothing", [{}, {"WORLD_SIZE": "", "RANK": ""}])
 def test_a_process_that_nothing_was_said_to_is_alone(nothing: dict[str, str]) -> None:
-    assert launcher.world_size(nothing) == launcher.local_world_size(nothing) == 1
-    assert launcher.rank(nothing) == launcher.local_rank(nothing) == 0
+    assert environment.world_size(nothing) == environment.local_world_size(nothing) == 1
+    assert environment.rank(nothing) == environment.local_rank(nothing) == 0
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5", "99999999"])
 def test_what_is_no_number_of_processes_is_refused(value: str) -> None:
-    for count in (launcher.world_size, launcher.local_world_size):
+    for count in (environment.world_size, environment.local_world_size):
         with pytest.raises(InputError, match=f"WORLD_SIZE={value} is no number from 1 on"):
             count({"WORLD_SIZE": value})

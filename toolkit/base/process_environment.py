@@ -1,5 +1,5 @@
-"""Which process of how many this is: what torchrun, or a batch file in its place, says in the
-environment. A process that nothing was said to is the only one.
+"""Environment variables that other programs set for this process: its rank and the world size
+(torchrun's names), and torch's CUDA allocator. Without these variables the world size is 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ from toolkit.base.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch's variable, and its older name."""
+WANTED = "expandable_segments:True"
+
+
+def expands(setting: str) -> bool:
+    """Whether a value of these variables has what is wanted, however it is spelled."""
+    return WANTED.lower() in setting.lower().replace(" ", "")
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:

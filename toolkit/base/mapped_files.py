@@ -1,15 +1,50 @@
-"""Weights in memory of this process's own, not mapped from the user's files.
+"""Memory-mapped files: weights are copied out of them, and a bus error ends the process cleanly.
 
-safetensors maps a file into memory, and on a CPU loaders keep tensors that lie in the map. A file
-that is cut short or written over in place during the run would then end the process (SIGBUS) or
-change the base without a word. What is kept is therefore copied out of such maps. torch is not
-imported here: a model's tensors are asked themselves.
+safetensors maps a file into memory, and on a CPU loaders keep tensors that lie in the map. If the
+file is truncated or overwritten in place during the run, the process ends with SIGBUS, or the base
+changes silently. So tensors are copied out of such maps. torch is not imported here: the methods
+of the model's own tensors are used. For files that stay mapped, ``report_bus_errors`` prints one
+line and ends the process with exit code 2.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from bisect import bisect_right
 from typing import Any
+
+from toolkit.base.errors import InputError
+
+TEXT = (
+    "error: a file that was mapped into memory is no longer there in full (SIGBUS): a model or "
+    "data file was cut short during the run, or its disk failed; restore it and start again, the "
+    "run resumes from its last checkpoint\n"
+)
+_LINE = TEXT.encode()
+_kept: list[Any] = []  # the C function, which must outlive this module's callers
+
+
+def _end(_number: int) -> None:
+    os.write(2, _LINE)
+    os._exit(InputError.exit_code)
+
+
+def report_bus_errors() -> None:
+    """From now on a bus error ends this process with one line and exit code 2. A second call does
+    nothing, and neither does one where somebody else handles the signal.
+    """
+    if _kept or signal.getsignal(signal.SIGBUS) is not signal.SIG_DFL:
+        return
+    import ctypes  # noqa: PLC0415 - only where a run begins
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    library.signal.restype = ctypes.c_void_p
+    library.signal(int(signal.SIGBUS), ctypes.cast(handler, ctypes.c_void_p))
+    _kept.append(handler)
+
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
