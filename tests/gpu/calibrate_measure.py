@@ -107,8 +107,8 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
         torch.cuda.empty_cache()
         peaks.begin()
     trainer.train()
-    if trainer._split > 1:  # the trainer survives by cutting the micro-batch: not as sized
-        raise MemoryError(f"the micro-batch was cut in {trainer._split} parts")
+    if trainer.least_parts > 1:  # the trainer survives by cutting the micro-batch: not as sized
+        raise MemoryError(f"the micro-batch was cut in {trainer.least_parts} parts")
     if peaks is None:
         return {}
     peaks.end_training()

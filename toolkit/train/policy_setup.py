@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,10 @@ from toolkit.policy.lora import refuse_unserved, widen_adapter
 from toolkit.policy.model_loading import tell_engine
 from toolkit.train.base_check import BaseCheck, refuse_untrainable
 from toolkit.train.grpo_config import follow_dtype, use_one_gpu
+
+if TYPE_CHECKING:
+    from toolkit.train.trainer_seam import TrainerSeam
+
 
 WHERE = "GRPOTrainer"
 
@@ -42,7 +46,7 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
         follow_dtype(config, own or _dtype_of(model), engine=own is not None)
 
 
-def settle(trainer: Any, model: Any, engine: Any, *, fresh: bool) -> None:
+def settle(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
     """Once TRL has built its trainer: the adapter is float32 and the engine knows it. ``fresh``:
     TRL has just put it on ``model``.
 

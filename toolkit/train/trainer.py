@@ -30,6 +30,7 @@ from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import Scope
 from toolkit.train.step.packed_steps import PackedSteps
 from toolkit.train.step.step_retry import Attempt, drop_step, loss_in_parts
+from toolkit.train.trainer_seam import TrlState
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
-class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
+class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """trl.GRPOTrainer with rollouts from the engine on the model, where there is one."""
 
     max_bad_steps: int = 3
@@ -50,7 +51,7 @@ class GRPOTrainer(Resumable, PackedSteps, trl.GRPOTrainer):  # type: ignore[misc
     base_check: dict[str, Any] | None = None
     _attempt: Attempt | None = None
     _bad_loss: bool = False
-    _collapse_told: bool = False
+    collapse_reported: bool = False
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:

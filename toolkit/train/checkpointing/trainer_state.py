@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
     from toolkit.train.checkpointing.branch import Branch
+    from toolkit.train.trainer_seam import TrainerSeam
 
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter_model.safetensors"
@@ -63,7 +64,7 @@ class Snapshot:
     pending_evaluation: bool = False
 
 
-def take(trainer: Any, *, pending_evaluation: bool = False) -> Snapshot:
+def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
     """A snapshot of ``trainer``. Cheap: rollouts are referred to, not copied."""
     described, tensors = generators()
     state = copy.copy(trainer.state)
@@ -71,11 +72,11 @@ def take(trainer: Any, *, pending_evaluation: bool = False) -> Snapshot:
     state.total_flos += trainer.current_flos
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     # Rollouts that the next step will not read again are not worth their bytes.
-    spent = trainer._step % generate_every == 0
+    spent = trainer.micro_steps % generate_every == 0
     return Snapshot(
         hf_state=state,
         counters={name: getattr(trainer, name) for name in COUNTERS},
-        buffered=None if spent else trainer._buffered_inputs,
+        buffered=None if spent else trainer.rollout_buffer,
         described=described,
         tensors=tensors,
         positions=trainer.journal.positions() if trainer.journal is not None else {},
@@ -105,7 +106,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     save_file(tensors, str(folder / ADAPTER), metadata={"format": "pt"})
 
 
-def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
+def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None:
     """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
     first rank.
 
@@ -136,7 +137,7 @@ def save(trainer: Any, snapshot: Snapshot, run_dir: Path) -> Path | None:
     return folder
 
 
-def _size_of(trainer: Any, snapshot: Snapshot) -> int:
+def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
     """About how many bytes a checkpoint takes: its tensors, of all ranks."""
     tensors: Tensors = {}
     flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
@@ -150,7 +151,7 @@ def _size_of(trainer: Any, snapshot: Snapshot) -> int:
     return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
 
 
-def _save_shared(trainer: Any, snapshot: Snapshot, folder: Path) -> None:
+def _save_shared(trainer: TrainerSeam, snapshot: Snapshot, folder: Path) -> None:
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
     tensors: Tensors = {}
     optimizer = flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
@@ -183,7 +184,7 @@ def _save_rank(snapshot: Snapshot, folder: Path, rank: int) -> None:
     write_file(folder / f"rank-{rank}.json", json.dumps(described) + "\n")
 
 
-def check(trainer: Any, folder: Path) -> None:
+def check(trainer: TrainerSeam, folder: Path) -> None:
     """Refuse a checkpoint that is torn, of another world size, or of another run. Loads nothing.
 
     Raises:
@@ -201,13 +202,13 @@ def check(trainer: Any, folder: Path) -> None:
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
 
 
-def load_policy(trainer: Any, folder: Path) -> None:
+def load_policy(trainer: TrainerSeam, folder: Path) -> None:
     """The adapter of a checkpoint into the model under training, in place."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     copy_into(trainable(model), _read_tensors(folder / ADAPTER), str(folder))
 
 
-def load_progress(trainer: Any, folder: Path) -> None:
+def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     """Optimizer, scheduler, counters and buffered rollouts of a checkpoint. Raises InputError."""
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
@@ -221,11 +222,11 @@ def load_progress(trainer: Any, folder: Path) -> None:
             setattr(trainer, name, described["counters"][name])
         rank, rank_tensors = _read_rank(trainer, folder)
         device = trainer.accelerator.device
-        trainer._buffered_inputs = unflatten(rank["buffered"], rank_tensors, device)
+        trainer.rollout_buffer = unflatten(rank["buffered"], rank_tensors, device)
         trainer.pending_evaluation = described["pending_evaluation"]
 
 
-def load_generators(trainer: Any, folder: Path) -> None:
+def load_generators(trainer: TrainerSeam, folder: Path) -> None:
     """Of this rank. Raises InputError."""
     with _usable(folder):
         rank, tensors = _read_rank(trainer, folder)
@@ -285,7 +286,7 @@ def step_of(folder: Path) -> int:
         return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
 
 
-def _read_rank(trainer: Any, folder: Path) -> tuple[Any, Tensors]:
+def _read_rank(trainer: TrainerSeam, folder: Path) -> tuple[Any, Tensors]:
     rank = trainer.accelerator.process_index
     tensors = _read_tensors(folder / f"rank-{rank}.safetensors")
     return checkpoint.read_json(folder, f"rank-{rank}.json"), tensors

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from toolkit.engine.rollout_engine import RolloutEngine
+    from toolkit.train.trainer_seam import TrainerSeam
 
 NAME = "memory.json"
 
@@ -162,14 +163,14 @@ def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
     return PhasePeaks(CudaStatistics(asleep_bytes), engine_memory(llm))
 
 
-def rollout_phase(trainer: Any, engine: RolloutEngine) -> AbstractContextManager[None]:
+def rollout_phase(trainer: TrainerSeam, engine: RolloutEngine) -> AbstractContextManager[None]:
     """Around a rollout of ``trainer``; measured inside ``measured``."""
     peaks: PhasePeaks | None = getattr(trainer, "peaks", None)
     return nullcontext() if peaks is None else peaks.sampling(engine)
 
 
 @contextmanager
-def measured(trainer: Any, run_dir: Path) -> Iterator[None]:
+def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     """Around training: memory.json of the first rank, where there is something to tell."""
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
     trainer.peaks = peaks = watch(engine) if is_first_rank() else None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from toolkit.train.report.reward_watch import Watch
+    from toolkit.train.trainer_seam import TrainerSeam
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
 LEADING = (
@@ -169,7 +170,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     return leading | {name: found[name] for name in sorted(found)}
 
 
-def peak_memory_bytes(trainer: Any = None) -> int:
+def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
     """Of the GPU where one is used, else of this process (resident)."""
     peaks = getattr(trainer, "peaks", None)
     if peaks is not None:  # torch's own peak begins anew with each phase
@@ -186,7 +187,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: TrainerSeam,
         journal: Journal,
         on_row: Callable[[dict[str, Any], dict[str, Any] | None], None],
         *,
@@ -245,7 +246,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         }
 
     def _write_completions(self, step: int) -> None:
-        logs, weights = self.trainer._logs, self.trainer.reward_weights.tolist()
+        logs, weights = self.trainer.completion_log, self.trainer.reward_weights.tolist()
         names = list(logs["rewards"])
         for index, prompt in enumerate(logs["prompt"]):
             rewards = {name: plain(logs["rewards"][name][index]) for name in names}

@@ -15,6 +15,8 @@ from toolkit.engine.rollout_request import derive_seed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from toolkit.train.trainer_seam import TrainerSeam
+
 EVALUATION = 1 << 20
 """Turns in evaluation count from here: they never draw what training draws."""
 
@@ -24,7 +26,7 @@ class Rows:
     build trainers with ``object.__new__``.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
         self._key: tuple[str, int] | None = None
         self._done = 0
@@ -91,5 +93,5 @@ def _begins(prompt: list[int], text: list[int]) -> bool:
     return prompt[: len(text)] == text
 
 
-def _of(trainer: Any, name: str) -> Any:
+def _of(trainer: TrainerSeam, name: str) -> Any:
     return getattr(trainer, name, None)

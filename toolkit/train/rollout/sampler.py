@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.sampling_keywords import Engine
     from toolkit.engine.rollout_engine import RolloutEngine
+    from toolkit.train.trainer_seam import TrainerSeam
 
 
 class Timers:
@@ -107,7 +108,7 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
         )
 
 
-def distribution(trainer: Any) -> Distribution:
+def distribution(trainer: TrainerSeam) -> Distribution:
     """What the trainer's completions are drawn from, as far as the training pass can tell."""
     args = getattr(trainer, "args", None)
     extra = getattr(args, "generation_kwargs", None) or {}
@@ -141,7 +142,7 @@ class EngineGeneration:
     The engine already holds the base weights, so syncing publishes the adapter and nothing else.
     """
 
-    def __init__(self, trainer: Any, engine: RolloutEngine) -> None:
+    def __init__(self, trainer: TrainerSeam, engine: RolloutEngine) -> None:
         self.trainer, self.engine = trainer, engine
 
     @property
@@ -224,7 +225,7 @@ class ModelGeneration:
     out.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
     def can(self, images: Any, multimodal_fields: Any) -> bool:
@@ -248,7 +249,7 @@ class ModelGeneration:
 
         def run(part: Part) -> Rollout:
             seeds = [request_seed(seed, row) for row in part.rows]
-            stop = StopAt(trainer._tokenizer, strings) if strings else None
+            stop = StopAt(trainer.text_tokenizer, strings) if strings else None
             more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
             sampled_BT, _ = draw(model, part.prompts, config, seeds, more)
             ids = cut(sampled_BT, trainer.eos_token_ids, stop)

@@ -23,6 +23,8 @@ from toolkit.train.rollout.sampler import reads
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from toolkit.train.trainer_seam import TrainerSeam
+
 
 class Disagreement:
     """Running totals over the micro-batches of a logging window, kept on the device: one
@@ -87,7 +89,9 @@ def gaps(
     return delta[computed & ~torch.isnan(delta)]
 
 
-def importance_ratio(trainer: Any, logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+def importance_ratio(
+    trainer: TrainerSeam, logps: torch.Tensor, inputs: Mapping[str, Any]
+) -> torch.Tensor:
     """exp(trainer - engine), truncated or masked as TRL's four modes do: (B, T), or (B, 1) for the
     sequence modes.
     """
@@ -106,7 +110,7 @@ def importance_ratio(trainer: Any, logps: torch.Tensor, inputs: Mapping[str, Any
     return ratio.masked_fill(outside, 0.0)
 
 
-def old_logps_are_redundant(trainer: Any) -> bool:
+def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
     """True where the training forward yields what the extra forward would: aligned steps, weights
     on, nothing dropped out.
     """
@@ -126,7 +130,7 @@ def has_dropout(model: torch.nn.Module) -> bool:
 
 
 def observe(
-    trainer: Any, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
+    trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
 ) -> None:
     """Record the gap of one micro-batch from its training forward, and give ``inputs`` the weights
     that TRL's loss reads. ``skipped``: rows that the forward left out; no figure is of them.
@@ -147,7 +151,7 @@ def observe(
     trainer.disagreement.add(gaps(logps, inputs, computed), ratio)
 
 
-def observe_old(trainer: Any, inputs: Mapping[str, Any]) -> None:
+def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
     """Record the gap of one micro-batch whose old log-probabilities TRL computed itself when it was
     drawn, maybe some steps ago; TRL logs its own weights then.
     """
@@ -159,17 +163,17 @@ COLLAPSED = 0.1
 """A mean importance weight below which a tenth of the gradient is left."""
 
 
-def warn_of_collapse(trainer: Any) -> None:
+def warn_of_collapse(trainer: TrainerSeam) -> None:
     """Warn once, on the first rank, where the weights of a logging window leave next to nothing of
     the gradient.
     """
-    means = trainer._metrics["train"].get(RATIO) if trainer.model.training else None
-    if not means or trainer._collapse_told or not trainer.accelerator.is_main_process:
+    means = trainer.train_metric_values.get(RATIO) if trainer.model.training else None
+    if not means or trainer.collapse_reported or not trainer.accelerator.is_main_process:
         return
     mean = sum(means) / len(means)
     if mean >= COLLAPSED:
         return
-    trainer._collapse_told = True
+    trainer.collapse_reported = True
     warnings.warn(
         f"the mean importance weight is {mean:.2g}, so little of the gradient is left: the engine"
         f" samples from another distribution than the one that is trained. {_remedy(trainer)}",
@@ -178,7 +182,7 @@ def warn_of_collapse(trainer: Any) -> None:
     )
 
 
-def _remedy(trainer: Any) -> str:
+def _remedy(trainer: TrainerSeam) -> str:
     """What to change, for the options that are set."""
     names = list(
         not_reproduced(trainer.args.generation_kwargs or {}, reads(trainer.model, trainer.args))

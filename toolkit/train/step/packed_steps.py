@@ -36,7 +36,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     micro_rows: int | None = None
     parts: int = 1
     """In how many the last micro-batch was cut."""
-    _split: int = 1
+    least_parts: int = 1
     _scope: Scope = Scope()
     _entropy: torch.Tensor | None = None
     _observed: dict[str, Any] | None = None
@@ -73,7 +73,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         rows = self.rows_to_pack(inputs)
         if rows is None:
             micro = self.micro_rows or size
-            number = min(size, max(-(-size // micro), self._split))
+            number = min(size, max(-(-size // micro), self.least_parts))
             self.parts = number
             return list(torch.arange(size).tensor_split(number))
         dead = self._rows_without_loss(inputs)
@@ -81,7 +81,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         limit = self._token_limit(inputs) or max(packing.tokens_of(live), 1)
         if self.accelerator.num_processes > 1:
             return self._equal_parts(rows, dead, limit)
-        number = max(len(packing.split_rows(live, limit)), min(self._split, len(live)))
+        number = max(len(packing.split_rows(live, limit)), min(self.least_parts, len(live)))
         self.parts = number
         parts = [[row.number for row in pack] for pack in packing.even_packs(live, number) if pack]
         parts[0].extend(sorted(dead))
@@ -98,7 +98,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             return all(packing.tokens_of(chunk) <= limit for chunk in live)
 
         number = next((n for n in range(1, len(rows)) if fits(n)), len(rows))
-        self.parts = number = self._any_rank(max(number, min(self._split, len(rows))))
+        self.parts = number = self._any_rank(max(number, min(self.least_parts, len(rows))))
         order = torch.tensor([row.number for row in ordered])
         return list(order.tensor_split(number))
 

@@ -25,6 +25,8 @@ from toolkit.train.step.packing import BATCH, PaddedBatch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.train.trainer_seam import TrainerSeam
+
 
 class HeadOutput(NamedTuple):
     """What TRL reads of ``FusedCausalLMOutput``; both tensors (B, L - 1), 0 where not scored, and
@@ -37,7 +39,7 @@ class HeadOutput(NamedTuple):
 
 
 @contextmanager
-def scoring(trainer: Any, model: Any) -> Iterator[None]:
+def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     """Inside, TRL scores ``model`` (policy or reference, wrapped or not) under the distribution
     that the trainer's completions are drawn from. Nothing changes where that is TRL's own.
 

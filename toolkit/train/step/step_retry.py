@@ -18,6 +18,8 @@ from toolkit.train.step.step_errors import logger, release_memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from toolkit.train.trainer_seam import TrainerSeam
+
 MAX_SPLIT = 64
 """A micro-batch is cut into at most this many parts before memory is given up on."""
 
@@ -25,7 +27,7 @@ MAX_SPLIT = 64
 class Attempt:
     """One micro-step that may have to be made again: its inputs, and how to undo half of it."""
 
-    def __init__(self, trainer: Any, model: Any) -> None:
+    def __init__(self, trainer: TrainerSeam, model: Any) -> None:
         self.trainer, self.model = trainer, model
         self.inputs: Any = None
         self._gradients = [None if p.grad is None else p.grad.clone() for p in _trained(model)]
@@ -34,7 +36,7 @@ class Attempt:
     def prepared(self, inputs: Any) -> None:
         """The rollouts are there: what comes now can be made again."""
         self.inputs = inputs
-        self._marks = {name: len(found) for name, found in self.trainer._metrics["train"].items()}
+        self._marks = {name: len(found) for name, found in self.trainer.train_metric_values.items()}
 
     def run(self, step: Callable[[], Any]) -> Any:
         """``step()``, and again with twice the parts while memory runs out and parts are left."""
@@ -46,10 +48,10 @@ class Attempt:
                     raise
                 failure = first_line(error)
             self._undo()
-            self.trainer._split = 2 * self._parts()
+            self.trainer.least_parts = 2 * self._parts()
             logger.warning(
                 "training step: out of memory, the micro-batch is cut in %d from here on (%s)",
-                self.trainer._split,
+                self.trainer.least_parts,
                 failure,
             )
 
@@ -63,18 +65,18 @@ class Attempt:
 
     def _parts(self) -> int:
         """In how many parts the micro-batch was tried."""
-        return int(max(self.trainer._split, self.trainer.parts))
+        return int(max(self.trainer.least_parts, self.trainer.parts))
 
     def _undo(self) -> None:
         for parameter, gradient in zip(_trained(self.model), self._gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
-        for name, found in self.trainer._metrics["train"].items():
+        for name, found in self.trainer.train_metric_values.items():
             del found[self._marks.get(name, 0) :]
         release_memory()
 
 
 def loss_in_parts(
-    trainer: Any,
+    trainer: TrainerSeam,
     model: Any,
     inputs: dict[str, Any],
     parts: list[torch.Tensor],
@@ -102,9 +104,9 @@ def loss_in_parts(
 class PartMetrics:
     """What TRL notes for each part of a micro-batch, put together at the end."""
 
-    def __init__(self, trainer: Any, tokens: list[torch.Tensor]) -> None:
+    def __init__(self, trainer: TrainerSeam, tokens: list[torch.Tensor]) -> None:
         """``tokens``: how many tokens of each part the loss looks at."""
-        self.found = trainer._metrics["train" if trainer.model.training else "eval"]
+        self.found = trainer.metric_values
         self.marks = {name: len(values) for name, values in self.found.items()}
         counts = torch.stack(tokens).double()
         if trainer.accelerator.num_processes > 1:
@@ -134,7 +136,7 @@ def _together(name: str, values: list[float], weights: list[float]) -> float:
     return sum(value * weight for value, weight in known) / total
 
 
-def drop_step(trainer: Any, model: Any) -> None:
+def drop_step(trainer: TrainerSeam, model: Any) -> None:
     """Loss or gradient is not a number: leave the weights as they are, count, and stop at the
     limit.
 
@@ -144,7 +146,7 @@ def drop_step(trainer: Any, model: Any) -> None:
     trainer.bad_steps += 1
     model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
     step = trainer.state.global_step + 1
-    trainer._metrics["train"]["skipped"].append(1.0)
+    trainer.train_metric_values["skipped"].append(1.0)
     logger.warning(
         "step %d: loss or gradient is not finite, skipped (%d in a row)", step, trainer.bad_steps
     )
@@ -160,10 +162,10 @@ def drop_step(trainer: Any, model: Any) -> None:
     )
 
 
-def save_batch(trainer: Any, step: int) -> Path:
+def save_batch(trainer: TrainerSeam, step: int) -> Path:
     """The rollouts under training, as safetensors in the run folder."""
     tensors: dict[str, torch.Tensor] = {}
-    flatten(trainer._buffered_inputs, tensors, "rollouts")
+    flatten(trainer.rollout_buffer, tensors, "rollouts")
     rank = trainer.accelerator.process_index
     path = Path(trainer.args.output_dir) / f"bad-step-{step}-rank-{rank}.safetensors"
     save_file(tensors, str(path))
@@ -175,7 +177,7 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
 
 
 def split_weights(
-    trainer: Any, inputs: dict[str, Any], parts: list[torch.Tensor]
+    trainer: TrainerSeam, inputs: dict[str, Any], parts: list[torch.Tensor]
 ) -> list[tuple[Any, float]]:
     """``inputs`` cut into ``parts`` along the batch, each with the weight that keeps the gradient.
 
@@ -186,7 +188,7 @@ def split_weights(
     Raises:
         RuntimeError: an option that looks at the whole micro-batch at once cannot be cut.
     """
-    whole_batch = trainer.top_entropy_quantile < 1.0 or trainer._entropy_bonus_enabled
+    whole_batch = trainer.top_entropy_quantile < 1.0 or trainer.has_entropy_bonus
     if whole_batch or trainer.aux_loss_enabled or inputs.get("pixel_values") is not None:
         raise RuntimeError(
             "out of memory, and the micro-batch cannot be cut: top_entropy_quantile, an entropy"

@@ -1,0 +1,156 @@
+"""What the files of ``train`` may use of the trainer, and the only place that knows TRL's private
+names.
+
+``TrainerSeam`` lists it as a type. ``TrlState`` gives the private attributes of TRL 1.16 and
+transformers 5.17 that the run needs public names (tests/contract/test_trl_seams.py holds them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from toolkit.train.checkpointing.branch import Branch
+    from toolkit.train.checkpointing.stop_signals import StopSignals
+    from toolkit.train.report.memory_peaks import PhasePeaks
+    from toolkit.train.report.metrics_log import Journal
+    from toolkit.train.rollout.completion_index import Rows
+    from toolkit.train.rollout.sampler import Timers
+    from toolkit.train.step.importance_sampling import Disagreement
+
+
+class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable types
+    """TRL's private state under public names."""
+
+    @property
+    def metric_values(self) -> dict[str, list[float]]:
+        """Metric name -> its values since the last log row, of training or of evaluation."""
+        found: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
+        return found
+
+    @property
+    def train_metric_values(self) -> dict[str, list[float]]:
+        """Metric name -> its values since the last log row of training."""
+        found: dict[str, list[float]] = self._metrics["train"]
+        return found
+
+    @property
+    def completion_log(self) -> Mapping[str, Any]:
+        """Prompts, completions, rewards and advantages of the last generation."""
+        found: Mapping[str, Any] = self._logs
+        return found
+
+    @property
+    def rollout_buffer(self) -> Any:
+        """The micro-batches that the last generation left for steps to come, or None."""
+        return self._buffered_inputs
+
+    @rollout_buffer.setter
+    def rollout_buffer(self, inputs: Any) -> None:
+        self._buffered_inputs = inputs
+
+    @property
+    def micro_steps(self) -> int:
+        """How many micro-batches were trained on since the start."""
+        return int(self._step)
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizer, also where the processing class is a processor."""
+        return self._tokenizer
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has a term of its own for the entropy."""
+        return bool(self._entropy_bonus_enabled)
+
+
+class TrainerSeam(Protocol):
+    """What other files may use of the trainer.
+
+    Names without a comment are TRL's or transformers' own public attributes.
+    """
+
+    accelerator: Any
+    args: Any
+    model: Any
+    state: Any
+    optimizer: Any
+    lr_scheduler: Any
+    current_flos: float
+    reward_weights: torch.Tensor
+    num_iterations: int
+    loss_type: str
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float | None
+    repetition_penalty: float
+    max_completion_length: int
+    generation_config: Any
+    eos_token_ids: Any
+    top_entropy_quantile: float
+    aux_loss_enabled: bool
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    use_vllm: bool
+    vllm_generation: Any
+    vllm_importance_sampling_correction: bool
+    vllm_importance_sampling_mode: str
+    vllm_importance_sampling_clip_min: float | None
+    vllm_importance_sampling_clip_max: float | None
+
+    # TrlState: TRL's private state
+    @property
+    def metric_values(self) -> dict[str, list[float]]: ...
+    @property
+    def train_metric_values(self) -> dict[str, list[float]]: ...
+    @property
+    def completion_log(self) -> Mapping[str, Any]: ...
+    @property
+    def micro_steps(self) -> int: ...
+    @property
+    def text_tokenizer(self) -> Any: ...
+    @property
+    def has_entropy_bonus(self) -> bool: ...
+
+    rollout_buffer: Any
+
+    # checkpointing/resumable_trainer
+    signals: StopSignals | None
+    journal: Journal | None
+    fingerprint: Mapping[str, Any]
+    branch: Branch
+    lost: bool
+    pending_evaluation: bool
+    stopping: bool
+
+    @property
+    def run_dir(self) -> Path: ...
+
+    # step: packs, retries and dropped steps
+    parts: int
+    least_parts: int
+    bad_steps: int
+    max_bad_steps: int
+    collapse_reported: bool
+
+    # The trainer's own: rollouts and figures.
+    peaks: PhasePeaks | None
+
+    @property
+    def timers(self) -> Timers: ...
+    @property
+    def rows(self) -> Rows: ...
+    @property
+    def disagreement(self) -> Disagreement: ...
+    def get_train_dataloader(self) -> Any: ...
+    def add_callback(self, callback: Any) -> None: ...
+    def remove_callback(self, callback: Any) -> None: ...
