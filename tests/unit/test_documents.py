@@ -1,0 +1,57 @@
+"""The documents name files, modules and functions that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = "base|cli|config|engine|gpu|policy|sizing|train"
+PATHS = re.compile(
+    rf"(?<![\w/.])(?:toolkit/)?((?:{PACKAGES})(?:/\w+)+)(\.py)?(?:\.([A-Za-z_]\w*))?"
+)
+DOCUMENTS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md"]
+
+
+def missing(text: str) -> list[str]:
+    """Paths below toolkit/ in ``text`` that are neither a file nor a folder, or lack the name."""
+    found = []
+    for path, suffix, name in PATHS.findall(text):
+        place = ROOT / "toolkit" / path
+        module = place.with_suffix(".py")
+        if not (place.is_dir() and not suffix) and not module.is_file():
+            found.append(path + suffix)
+        elif (
+            name
+            and name != "py"
+            and not re.search(
+                rf"\b{name}\b",
+                (module if module.is_file() else place / "__init__.py").read_text(encoding="utf-8"),
+            )
+        ):
+            found.append(f"{path}.{name}")
+    return [path for path in found if path not in UPSTREAM]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_names_what_exists(name: str) -> None:
+    assert missing((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES.split("|"))
+def test_a_docstring_or_comment_names_what_exists(package: str) -> None:
+    found = {}
+    for file in sorted((ROOT / "toolkit" / package).rglob("*.py")):
+        text = "\n".join(
+            line for line in file.read_text(encoding="utf-8").split("\n") if "import" not in line
+        )
+        if gone := missing(text):
+            found[str(file.relative_to(ROOT))] = gone
+    assert found == {}
+
+
+def test_the_check_finds_a_missing_file_and_a_missing_name() -> None:
+    text = "see engine/no_such_file.py, config/resolved.no_such_name and train/step/packing"
+    assert missing(text) == ["engine/no_such_file.py", "config/resolved.no_such_name"]
