@@ -12,6 +12,7 @@ PACKAGES = "base|cli|config|engine|gpu|policy|sizing|train"
 PATHS = re.compile(
     rf"(?<![\w/.])(?:toolkit/)?((?:{PACKAGES})(?:/\w+)+)(\.py)?(?:\.([A-Za-z_]\w*))?"
 )
+UPSTREAM = {"config/lora.py"}  # a file of vLLM's that config/libraries reads
 DOCUMENTS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md"]
 
 
