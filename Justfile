@@ -100,5 +100,17 @@ fuzz COUNT="100000" OTHERS="20000": setup
 calibrate *ARGS:
     {{ if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" } }} tests/gpu/calibrate_matrix.py {{ARGS}}
 
+# The documentation at http://127.0.0.1:8000, rebuilt when a page changes.
+docs: setup
+    NO_MKDOCS_2_WARNING=1 mkdocs serve
+
+# Build the documentation into site/; a broken link or a missing page is an error.
+docs-build: setup
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
+# Make the pictures and outputs that the documentation shows again (needs Chromium; a minute).
+docs-pictures: setup
+    {{python}} docs/pictures.py
+
 # What `.ci/run` does: ten minutes of tests, a quarter of an hour of images.
-ci: lint test image-test
+ci: lint docs-build test image-test

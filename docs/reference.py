@@ -1,0 +1,226 @@
+"""The reference pages of the documentation, made from what `envcheck explain` prints.
+
+mkdocs calls ``on_files``; a test calls ``pages``. A rule, a check, a key, an exit code and a
+symptom each have a page of their own, so that a finding can point there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import EXIT_CODES
+from toolkit.base.symptoms import SYMPTOMS, TEXTS
+from toolkit.config.explain import SECTIONS, about_key, all_keys
+from toolkit.config.rules import all_rules
+from toolkit.gpu.checks import catalogue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from toolkit.base.symptoms import Symptom
+    from toolkit.config.rules import Rule
+    from toolkit.gpu.checks import Check
+
+FOLDER = "reference"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """The hook of mkdocs: adds the generated pages to the documentation."""
+    from mkdocs.structure.files import File  # noqa: PLC0415 - the test needs no mkdocs
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def pages() -> dict[str, str]:
+    """Path below docs/ -> the page in Markdown."""
+    return dict(_pages())
+
+
+def _pages() -> Iterator[tuple[str, str]]:
+    rules, checks = (
+        sorted(all_rules().values(), key=lambda rule: rule.id),
+        list(catalogue().values()),
+    )
+    keys = dict(all_keys())
+    yield _place("rules/index"), _list_of_rules(rules)
+    yield from ((_place(f"rules/{rule.id}"), _rule(rule)) for rule in rules)
+    yield _place("checks/index"), _list_of_checks(checks)
+    yield from ((_place(f"checks/{check.id}"), _check(check)) for check in checks)
+    yield _place("keys/index"), _list_of_keys(keys)
+    yield from ((_place(f"keys/{key_name(name)}"), _key(name, keys[name])) for name in keys)
+    yield _place("exit-codes/index"), _list_of_codes()
+    yield from ((_place(f"exit-codes/{code}"), _code(code)) for code in EXIT_CODES)
+    yield _place("symptoms/index"), _list_of_symptoms()
+    yield from ((_place(f"symptoms/{symptom.id}"), _symptom(symptom)) for symptom in SYMPTOMS)
+
+
+def _place(name: str) -> str:
+    return f"{FOLDER}/{name}.md"
+
+
+def key_name(key: str) -> str:
+    """A key as the name of a file: ``reward.functions[].name`` is ``reward.functions.name``."""
+    return key.replace("[]", "")
+
+
+def _text(text: str) -> str:
+    """Plain text as Markdown that shows the same characters."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
+
+
+def _code_block(text: str, language: str = "text") -> str:
+    return f"```{language}\n{text}\n```\n"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _rule_link(name: str) -> str:
+    return f"[{name}](../rules/{name}.md)"
+
+
+def _key_link(name: str) -> str:
+    return f"[`{name}`](../keys/{key_name(name)}.md)"
+
+
+def _check_link(name: str) -> str:
+    return f"[`{name}`](../checks/{name}.md)"
+
+
+def _rule(rule: Rule) -> str:
+    why = f"\n{_text(rule.why)}\n" if rule.why else ""
+    known = dict(all_keys())
+    keys = [_key_link(key) if key in known else f"`{key}`" for key in rule.keys]
+    return (
+        f"# {rule.id}\n\n**{_text(rule.summary)}** ({rule.severity})\n{why}\n"
+        f"## Example of what it finds\n\n{_code_block(rule.example, 'yaml')}\n"
+        f"## Fix\n\n{_code_block(rule.fix)}\n"
+        + (f"## Keys\n\n{_bullets(keys)}\n" if keys else "")
+        + f"In a terminal: `envcheck explain {rule.id}`.\n"
+    )
+
+
+def _list_of_rules(rules: list[Rule]) -> str:
+    rows = "".join(f"| [{r.id}]({r.id}.md) | {r.severity} | {_text(r.summary)} |\n" for r in rules)
+    return (
+        "# Rules\n\nWhat `envcheck validate` checks in a run file. An error stops a run; a warning"
+        f" does not.\n\n| rule | severity | what it finds |\n| --- | --- | --- |\n{rows}"
+    )
+
+
+def _check(check: Check) -> str:
+    return (
+        f"# {check.id}\n\n**{_text(check.title)}**\n\n{_text(check.why)}\n\n## Fix\n\n"
+        f"{_text(check.remedy)}\n\nOnly this check: `envcheck check --only {check.id}`. In a"
+        f" terminal: `envcheck explain {check.id}`.\n"
+    )
+
+
+def _list_of_checks(checks: list[Check]) -> str:
+    rows = "".join(f"| [`{c.id}`]({c.id}.md) | {_text(c.title)} |\n" for c in checks)
+    return (
+        "# Checks\n\nWhat `envcheck check` checks on a node. A verdict is ok, warn, fail or"
+        f" unknown.\n\n| check | what must be true |\n| --- | --- |\n{rows}"
+    )
+
+
+def _key(name: str, schema: dict[str, Any]) -> str:
+    lines = about_key(name, schema).split("\n")
+    rules = [rule for rule in all_rules().values() if name in rule.keys]
+    body = "\n".join(lines[1:])
+    body = body.split("\n\nRules:\n")[0].rstrip()
+    listed = _bullets(f"{_rule_link(rule.id)}: {_text(rule.summary)}" for rule in rules)
+    return (
+        f"# {_text(name)}\n\n{_code_block(_dedent(body))}\n"
+        + (f"## Rules about it\n\n{listed}\n" if rules else "")
+        + f"In a terminal: `envcheck explain {name}`.\n"
+    )
+
+
+def _dedent(text: str) -> str:
+    return re.sub(r"^  ", "", text, flags=re.MULTILINE)
+
+
+def _list_of_keys(keys: dict[str, dict[str, Any]]) -> str:
+    text = "# Keys\n\nEvery key of a run file, by section.\n"
+    for section in ("extends", *SECTIONS):
+        text += f"\n## {section}\n\n| key | meaning |\n| --- | --- |\n"
+        for name, schema in keys.items():
+            if name.partition(".")[0] == section and "x-refused" not in schema:
+                first = schema["description"].split(". ")[0].rstrip(".")
+                text += f"| [`{name}`]({key_name(name)}.md) | {_text(first)} |\n"
+    refused = [name for name, schema in keys.items() if "x-refused" in schema]
+    links = ", ".join(f"[`{name}`]({key_name(name)}.md)" for name in refused)
+    why = "Fields of TRL's GRPOConfig that the toolkit sets"
+    return f"{text}\n## Not in a run file\n\n{why}: {links}.\n"
+
+
+def _code(code: int) -> str:
+    symptoms = [one for one in SYMPTOMS if one.exit_code == code]
+    listed = _bullets(f"[{_text(one.title)}](../symptoms/{one.id}.md)" for one in symptoms)
+    return f"# Exit code {code}\n\n**{_text(EXIT_CODES[code])}**\n\n{_ACTIONS[code]}\n" + (
+        f"\n## Symptoms with this code\n\n{listed}" if symptoms else ""
+    )
+
+
+_CODES = tuple(EXIT_CODES.items())
+_ACTIONS = {
+    0: "Nothing to do.",
+    1: "Change the run file or the request: the message names the key and a fix. A scheduler must"
+    " not retry: the same file fails again on every node.",
+    2: "The command line is wrong, or a file cannot be read. A scheduler must not retry.",
+    3: "The node is bad: the driver, a card or its memory. Take the node out of service and start"
+    " the job elsewhere.",
+    4: "Something that changes by itself is in the way, such as another process that holds GPU"
+    " memory. Start the job again later, on any node.",
+    5: "A value could not be read, so there is no verdict. With `--strict` this is a failure.",
+    70: "The toolkit has a defect. The message names a report file: attach it to an issue.",
+    75: "The run was stopped on purpose (a signal, a time limit) and wrote a checkpoint. Start the"
+    " same command again: it resumes.",
+}
+
+
+def _list_of_codes() -> str:
+    rows = "".join(
+        f"| [{code}]({code}.md) | {_text(text)} |\n" for code, text in EXIT_CODES.items()
+    )
+    return (
+        "# Exit codes\n\nAll commands use the same codes, so that a scheduler can act on them."
+        f"\n\n| code | meaning |\n| --- | --- |\n{rows}"
+    )
+
+
+def _symptom(symptom: Symptom) -> str:
+    texts = "\n".join(TEXTS[symptom.id])
+    return (
+        f"# {_text(symptom.title)}\n\n## What to do\n\n{_text(symptom.remedy)}\n\n"
+        f"Exit code [{symptom.exit_code}](../exit-codes/{symptom.exit_code}.md). Found before the"
+        f" start by {_finders(symptom.check)}.\n\n## Texts that mean it\n\n"
+        "`{n}` is a number, `{w}` a word, `{..}` any text.\n\n" + _code_block(texts)
+    )
+
+
+def _finders(check: str) -> str:
+    """Links to the rules and checks that a symptom names."""
+    links = []
+    for name in check.split(", "):
+        if name in all_rules():
+            links.append(_rule_link(name))
+        elif name in catalogue():
+            links.append(_check_link(name))
+        else:
+            links.append(f"`envcheck {name}`")
+    return ", ".join(links)
+
+
+def _list_of_symptoms() -> str:
+    rows = "".join(f"| [{_text(one.title)}]({one.id}.md) | {one.exit_code} |\n" for one in SYMPTOMS)
+    return (
+        "# Symptoms\n\nError texts that people meet, with their cause and the remedy. Paste a log"
+        " into `envcheck explain -` to have it looked up.\n\n| symptom | exit code |\n| --- | --- |"
+        f"\n{rows}"
+    )
