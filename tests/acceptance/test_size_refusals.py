@@ -86,9 +86,9 @@ def test_calibrate(tmp_path, model):
     (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": peak}))
     text = call("calibrate", folder).stdout
     assert "+0.0%" in text
-    assert "within the stated bound" in text
+    assert "within the predicted bound" in text
     above = sizing["peaks"]["bound_bytes"] + 1
     (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": above}))
-    assert "above the stated bound" in call("calibrate", folder, code=1).stdout
+    assert "above the predicted bound" in call("calibrate", folder, code=1).stdout
     rows = json.loads(call("calibrate", folder, "--json", code=1).stdout)["rows"]
     assert {"peak.torch", "engine.kv"} <= {row["term"] for row in rows}

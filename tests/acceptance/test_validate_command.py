@@ -150,7 +150,7 @@ def test_what_if_world_size_and_card(tmp_path: Path) -> None:
     done = envcheck("validate", run, "--gpu", "none")
     assert (done.returncode, "there is no GPU" in done.stdout) == (1, True)
     done = envcheck("validate", run, "--gpu", "no-such-card")
-    assert (done.returncode, "no card named" in done.stderr) == (1, True)
+    assert (done.returncode, "unknown card" in done.stderr) == (1, True)
 
 
 def test_a_share_outside_the_sized_interval_is_refused_for_the_card(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_the_explain_command() -> None:
     assert "caught by: envcheck" in run(cli, ["explain", "-"], input=pasted).output
     unknown = run(cli, ["explain", "-"], input="all is well")
     assert isinstance(unknown.exception, UnestablishedError)
-    assert "no error that is known" in str(unknown.exception)
+    assert "no known error found" in str(unknown.exception)
     assert "a check of envcheck check" in run(cli, ["explain", "memory.free"]).output
     wrong = run(cli, ["explain", "num_generation"])
     assert wrong.exit_code == 1

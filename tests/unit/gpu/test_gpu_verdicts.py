@@ -55,7 +55,7 @@ def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
     desktop = replace(snapshot.gpus[0], name=of("NVIDIA GeForce RTX 5090"))
     told = verdict(replace(snapshot, gpus=(desktop,)), "driver.cuda")
     assert "TOOLKIT_CUDA_COMPAT" not in str(told.remedy)
-    assert "for data-centre cards, which this is not" in str(told.remedy)
+    assert "is only for data-centre cards, and this is not one" in str(told.remedy)
 
 
 def test_integrated_memory_follows_the_host() -> None:

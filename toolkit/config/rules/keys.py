@@ -70,7 +70,7 @@ INERT = {
     "grpo.prediction_loss_only": "GRPO evaluates with rewards and has no compute_metrics",
     "grpo.eval_do_concat_batches": "GRPO evaluates with rewards and has no compute_metrics",
     "grpo.logging_first_step": "metrics are written every step",
-    "grpo.num_completions_to_print": "completions are not printed; completions.jsonl has all of them",
+    "grpo.num_completions_to_print": "completions are not printed; completions.jsonl has them all",
     "grpo.train_sampling_strategy": "GRPO uses its own group sampler; see shuffle_dataset",
     "grpo.length_column_name": "GRPO uses its own group sampler",
     "grpo.data_seed": "GRPO draws prompts with grpo.seed",
