@@ -98,7 +98,7 @@ def test_a_family_that_there_is_not_names_the_near_ones() -> None:
 @pytest.mark.parametrize(
     ("card", "says"),
     [
-        ("v100", "starts at 7.5"), ("p100", "starts at 7.5"), ("t4g", "aarch64 starts at 8.0"),
+        ("v100", "needs at least 7.5"), ("p100", "starts at 7.5"), ("t4g", "aarch64 needs at least 8.0"),
         ("t4", None), ("thor", None), ("gb10", None), ("orin", None), ("b300", None),
         ("gh200", None), ("5090", None),
     ],
@@ -111,7 +111,7 @@ def test_the_locked_builds_have_code_for_a_card(card: str, says: str | None) -> 
 
 
 def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> None:
-    assert "11.0: torch for CUDA 13.0 on x86_64 has 7.5, 8.0" in str(
+    assert "11.0: torch for CUDA 13.0 on x86_64 supports 7.5, 8.0" in str(
         build_problem((11, 0), machine="x86_64")
     )
     assert "on aarch64 has 8.0, 9.0" in str(build_problem((7, 5), machine="aarch64", vllm=False))

@@ -227,7 +227,7 @@ def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
     ):
         result = verdict(with_shm("h100x8-small-shm", small), "host.shm", several)
         assert (result.verdict, result.blame) == ("fail", "user")
-        assert "job over 2 cards share it and need 512.0 MiB" in result.evidence
+        assert "job on 2 cards share it and need 512.0 MiB" in result.evidence
         assert result.remedy is not None
         assert "--shm-size" in result.remedy
         assert verdict(with_shm("h100x8-small-shm", enough), "host.shm", several).verdict == "ok"

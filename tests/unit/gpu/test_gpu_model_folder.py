@@ -70,7 +70,7 @@ def test_links_to_nothing_and_loops_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "check", "text"),
     [
-        (lambda f: (f / "config.json").unlink(), "model.config", "config.json is not there"),
+        (lambda f: (f / "config.json").unlink(), "model.config", "config.json does not exist"),
         (lambda f: (f / "config.json").write_text('{"a'), "model.config", "read as JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "model.config", "not an object"),
         (lambda f: (f / "config.json").write_text("{}"), "model.config", "no architecture"),
@@ -107,7 +107,7 @@ def test_a_config_of_gigabytes_is_not_read(tmp_path: Path) -> None:
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     folder = model(tmp_path, shards=0)
     (folder / "model.safetensors.index.json").unlink()
-    assert "holds no weights" in judge(folder)["model.weights"].evidence
+    assert "contains no weights" in judge(folder)["model.weights"].evidence
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ ASKED = CheckContext(configured=True, gpu_memory_utilization=0.85)
     ("node", "check", "context", "evidence"),
     [
         ("rtx4090-display", "memory.free", ASKED, "the display (pid 9000001 4.40 GiB, pid"),
-        ("rtx4090-display", "memory.tenant", CheckContext(), "held by the display: pid 9000001"),
-        ("rtx4090-wsl", "memory.tenant", CheckContext(), "held by Windows and its programs"),
+        ("rtx4090-display", "memory.tenant", CheckContext(), "used by the display: pid 9000001"),
+        ("rtx4090-wsl", "memory.tenant", CheckContext(), "used by Windows and its programs"),
         (
             "rtx4090-wsl",
             "memory.free",

@@ -70,7 +70,7 @@ def test_a_name_that_is_none(name):
 
 
 def test_a_folder_without_config(tmp_path):
-    with pytest.raises(InputError, match=r"no config\.json"):
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
         read_spec(str(tmp_path))
 
 

@@ -23,8 +23,8 @@ def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _rigid(variables: Mapping[str, str]) -> list[str]:
-    """Settings of torch's allocator that leave out what training sets where there are none
-    (policy/cuda_allocator.py), and what sizes count on.
+    """Allocator settings that lack expandable segments. Training sets them if nothing is set
+    (policy/cuda_allocator.py), and the sizer assumes them.
     """
     written = {name: variables[name] for name in VARIABLES if variables.get(name)}
     return [

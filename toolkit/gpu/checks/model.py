@@ -105,7 +105,9 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
     if knows.value is False and context.engine == "vllm":
         return fail("user", f"the installed vLLM does not support {names[0]}")
     if knows.value is False:
-        return warn(f"the installed vLLM does not support {names[0]}: only engine transformers works")
+        return warn(
+            f"the installed vLLM does not support {names[0]}: only engine transformers works"
+        )
     kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
     if known is not None and kind not in known:
         return warn(
