@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TRUST = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Allow the code that comes with the model, where the run did.",
+    help="Allow the code of the model's checkpoint, if the run did.",
 )
 
 

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """The likeliest value that ``text`` could stand for and that ``schema`` takes; empty if there
-    is none.
-    """
+    """The most likely value that ``text`` means and ``schema`` accepts; empty if there is none."""
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
     candidates += [int(value) for value in candidates if isinstance(value, float) and _whole(value)]

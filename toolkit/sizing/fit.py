@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
 
-UNKNOWN_HOST = 4 << 30  # what is assumed where the host does not tell
+UNKNOWN_HOST = 4 << 30  # assumed if the host does not report it
 
 
 def available_bytes() -> int:
@@ -81,13 +81,15 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
 # in use. With expandable segments (policy/cuda_allocator.py) that is a page here and there.
 STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
-EXPERT_MARGIN = 0.10  # tokens are routed unevenly to experts, and no measurement bounds their number
+# tokens are routed unevenly to experts, and no measurement bounds their number
+EXPERT_MARGIN = 0.10
 # The engine frees its activations to the allocator after its profiling run, and the training step
 # reuses them. Compiled, they are smaller than the bound in u_min; this fraction counts as reusable.
 RETURNED_SHARE = 0.5
 ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
 CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
-CPU_SHARE = 0.8  # fraction of the available memory; the rest is for data, tokenizer and other processes
+# fraction of the available memory; the rest is for data, tokenizer and other processes
+CPU_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +191,10 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
     if case.plan.sleep:
         # The cache is mapped again while torch still reserves memory of the last step.
         pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
-        name = "free memory - context - what the trainer keeps and torch still reserves (rollout phase)"
+        name = (
+            "free memory - context - what the trainer keeps and torch still reserves "
+            "(rollout phase)"
+        )
         ends[name] = room - kept - pieces
         # Memory missing while the cache sleeps is missing at every u, so the interval is empty by
         # that amount.
@@ -238,7 +243,7 @@ def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
 
 
 def _fit_alone(case: Case, terms: list[Term]) -> Fit:
-    """No engine: the trainer's own model, and transformers' generate."""
+    """No engine: the trainer's separate model, and transformers' generate."""
     device = case.device
     need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))
     if device is not None:

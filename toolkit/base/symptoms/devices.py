@@ -22,7 +22,7 @@ FATAL_XIDS: dict[int, str] = {
     79: "the GPU has fallen off the bus",
     94: "contained memory error",
     95: "uncontained memory error",
-    119: "the GPU's system processor does not answer",
+    119: "the GPU's system processor does not respond",
     120: "the GPU's system processor failed",
     121: "C2C link error",
     136: "link training failed",

