@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.config.rules import all_rules
 from toolkit.config.schemas import find_schema
-from toolkit.config.suggest import nearest
 from toolkit.config.wording import describe, show
 
 if TYPE_CHECKING:

@@ -121,7 +121,7 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
         return Fault(
             "KEY006", f"null is not allowed here: must be one of {', '.join(map(show, legal))}"
         )
-    from toolkit.config.suggest import nearest  # noqa: PLC0415 - only for a fault
+    from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a fault
 
     close = (
         nearest(value, [one for one in legal if isinstance(one, str)])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import SequenceMatcher, get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import near
 from toolkit.config.document import dotted
 from toolkit.config.finding import Fix, rename
 from toolkit.config.key_moves import at, is_valid, move, schema_of
@@ -12,39 +12,7 @@ from toolkit.config.migration import MOVED, converted
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from toolkit.config.document import KeyPath, Node
-
-_LONGEST = 80
-_AS_LIKELY = 0.02  # two words whose similarity differs by less are equally likely
-
-
-def near(word: str, words: Sequence[str]) -> list[str]:
-    """The words that ``word`` may be a misspelling of: the most similar one, or several that are
-    equally similar.
-    """
-    if len(word) > _LONGEST:
-        return []
-    folded = {one.lower().replace("-", "_"): one for one in words}
-    asked = word.lower().replace("-", "_")
-    if asked in folded:
-        return [folded[asked]]
-    close = get_close_matches(asked, list(folded), n=3, cutoff=0.7)
-    if not close:
-        return []
-    ratios = [SequenceMatcher(None, one, asked).ratio() for one in close]
-    return [
-        folded[one]
-        for one, ratio in zip(close, ratios, strict=True)
-        if ratio > ratios[0] - _AS_LIKELY
-    ]
-
-
-def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The word that ``word`` is most likely a misspelling of; None if two are equally likely."""
-    close = near(word, words)
-    return close[0] if len(close) == 1 else None
 
 
 def key_advice(

@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB, MIB
 from toolkit.gpu import card_table
@@ -135,7 +135,7 @@ def _unknown(name: str, where: str) -> ConfigError:
                 fix="name an NVIDIA card, or a plain size with its compute capability "
                 "(24GiB:8.9), or use --cpu",
             )
-    near = difflib.get_close_matches(_key(name), _BY_KEY, n=3, cutoff=0.4)
+    near = did_you_mean.near(_key(name), _BY_KEY, cutoff=0.4, within=1)
     hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
     known = ", ".join(card.aliases[0] for card in CARDS)
     size = "; or give its memory: 24GiB, or 24GiB:8.9 with the compute capability"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.envcheck import cli
 from toolkit.config import find_schema
@@ -17,7 +18,6 @@ from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.arithmetic import divisors_from, multiple_from, nearest_divisor
-from toolkit.config.suggest import nearest
 from toolkit.config.validate import validate
 
 

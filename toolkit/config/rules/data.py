@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.chat_format import (
     CHATS_WITHOUT_TEMPLATE,
     CHATS_WITHOUT_TEMPLATE_FIX,
@@ -17,7 +18,6 @@ from toolkit.config.finding import Fix, Severity
 from toolkit.config.model_facts import folder_fault, is_adapter
 from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.run_paths import exists, is_path_only, resolve
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

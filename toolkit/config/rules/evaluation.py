@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
 from toolkit.config.reward_table import metric_names
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import known
 from toolkit.config.lora_targets import pattern_fault
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.code import Found, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
 from toolkit.config.rules.violation import Fault, Unjudged, rule
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

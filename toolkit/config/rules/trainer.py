@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.capability import BFLOAT16
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix
 from toolkit.config.rules.hardware import lacks
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 from toolkit.config.trl_names import (
     ACCELERATOR,
     BATCHING,

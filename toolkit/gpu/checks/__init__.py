@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import InputError
 from toolkit.gpu.checks.check import Check, CheckContext, CheckResult, context_from_json
 from toolkit.gpu.checks.devices import CHECKS as DEVICES
@@ -53,7 +53,7 @@ def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
     kept, left = set(only), set(skip)
     for entry in sorted(kept | left):
         if entry not in checks and entry not in families:
-            near = difflib.get_close_matches(entry, [*families, *checks], n=3, cutoff=0.5)
+            near = did_you_mean.near(entry, [*families, *checks], cutoff=0.5, within=1)
             fix = f"did you mean {', '.join(near)}? " if near else ""
             names = ", ".join(sorted(families))
             raise InputError(f"no check named {entry!r}", fix=f"{fix}families: {names}")
