@@ -2,7 +2,7 @@
 TRL's GRPOConfig, the engine options of the model section from ``config.engine_settings``.
 
 Types, defaults and texts are TRL's own (dataclass fields, docstrings); ranges, units and
-examples, and the fields that a run file may not set, stand in grpo.overlay.json. ``--check``
+examples, and the fields that a run file may not set, are in grpo.overlay.json. ``--check``
 writes nothing and fails when the file would change.
 """
 
@@ -65,8 +65,8 @@ def grpo_section() -> dict[str, Any]:
 
 
 def max_prompt_length() -> dict[str, Any]:
-    """The one key that is ours: TRL dropped it in 0.28, and a prompt that does not fit has to be
-    cut somewhere.
+    """The one key that TRL does not have: TRL removed it in 0.28, but too long prompts must
+    be truncated.
     """
     return {
         "title": "Max prompt length",
@@ -81,7 +81,7 @@ def max_prompt_length() -> dict[str, Any]:
 
 
 def docstrings(config: type) -> dict[str, str]:
-    """What the docstrings of a config and its bases say on each field, the most derived first."""
+    """The docstring text of each field of a config and its bases, the most derived first."""
     texts: dict[str, str] = {}
     for base in config.__mro__:
         for match in PARAMETER.finditer((inspect.getdoc(base) or "") + "\n"):
@@ -145,7 +145,7 @@ def one_field(
 
 
 def choices_of(text: str) -> tuple[list[tuple[Any, str]], str]:
-    """The values that a docstring lists as bullets, with what it says on each; and the rest."""
+    """The values that a docstring lists as bullets, each with its text; and the rest."""
     found: list[tuple[list[Any], list[str]]] = []
     rest: list[str] = []
     for line in text.split("\n"):
@@ -210,7 +210,7 @@ def enum_of(hint: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """A default as JSON has it."""
+    """A default as a JSON value."""
     return value.value if isinstance(value, enum.Enum) else value
 
 
@@ -227,7 +227,7 @@ def render() -> str:
 
 
 def main() -> int:
-    """Write the schema; with --check only say whether it is up to date."""
+    """Write the schema; with --check only report whether it is up to date."""
     path = FOLDER / "run.schema.json"
     wanted = render()
     if path.read_text(encoding="utf-8") == wanted:

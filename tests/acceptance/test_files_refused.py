@@ -16,7 +16,7 @@ TOOLKIT = Path(sys.executable).with_name("toolkit")
 KINDS = {
     "pipe": "a pipe, not a regular file",
     "device": "a device, not a regular file",
-    "loop": "its links lead to each other in a circle",
+    "loop": "its links form a loop",
 }
 
 

@@ -213,7 +213,7 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
         (("export", "RUN"), 2, "Missing option '--to'"),
         (("export", "RUN", "--to", "RUN"), 1, "is not empty"),
         (("export", "RUN", "--to", "/proc/x"), 2, "cannot be written"),
-        (("export", "RUN", "--to", "OUT", "--dtype", "bfloat16"), 2, "--dtype is for --merge"),
+        (("export", "RUN", "--to", "OUT", "--dtype", "bfloat16"), 2, "--dtype needs --merge"),
     ],
 )
 def test_refused_in_a_line_or_two(

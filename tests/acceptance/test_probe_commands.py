@@ -36,7 +36,7 @@ def test_each_reason_for_no_gpu_has_words_of_its_own(tmp_path: Path) -> None:
         "driver-not-loaded": "kernel module is not loaded",
         "driver-mismatch": "do not match",
         "no-permission": "refuses this user",
-        "serves-none": "serves none of them",
+        "serves-none": "reports none of them",
         "docker-not-passed-in": "--gpus all",
         "kubernetes-not-passed-in": "nvidia.com/gpu: 1",
     }
@@ -119,9 +119,9 @@ def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["check", "--only", "helth"], "did you mean health"),
-        (["check", "--require", "cc>=nine"], "in no known form"),
-        (["check", "--require", "free>=1.2.3GiB"], "in no known form"),
-        (["check", "--require", "driver>=..."], "in no known form"),
+        (["check", "--require", "cc>=nine"], "has an unknown form"),
+        (["check", "--require", "free>=1.2.3GiB"], "has an unknown form"),
+        (["check", "--require", "driver>=..."], "has an unknown form"),
         (["check", "--prometheus", "absent/node.prom"], "absent/node.prom: cannot be written: No"),
         (["record", "/proc/node.record.json"], "cannot be written"),
         (["check", "--config", "absent.yaml"], "does not exist"),

@@ -214,7 +214,7 @@ def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp
     process.out = None
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert err == "warning: stdout is lost (Broken pipe); the run goes on without it\n"
+    assert err == "warning: stdout is lost (Broken pipe); the run continues without it\n"
     assert world.digests(run_dir) == expected
 
 
@@ -241,7 +241,7 @@ def test_streams_that_take_nothing(run_file, expected, tmp_path, streams):
         said = (tmp_path / "err.txt").read_text()
         assert (
             said
-            == "warning: stdout is lost (No space left on device); the run goes on without it\n"
+            == "warning: stdout is lost (No space left on device); the run continues without it\n"
         )
     assert world.digests(run_dir) == expected
 

@@ -28,10 +28,10 @@ def model(tmp_path):
         (["{model}", "--gpu", "h200", "--cpu"], 2, "exclude"),
         (["{model}", "--write", "--gpu", "h200"], 2, "needs a run file"),
         (["{model}", "--set", "lora.rank=3"], 1, "lora.rank"),
-        (["{model}", "--set", "lora.r=x"], 1, "an integer is wanted"),
+        (["{model}", "--set", "lora.r=x"], 1, "must be an integer"),
         (["{model}", "--set", "lora"], 1, "an override is key=value"),
         (["{model}", "--set", "lora.target_modules='('"], 1, "not a regular expression"),
-        (["{model}", "--set", "lora.use_gradient_checkpointing=maybe"], 1, "maybe is none of"),
+        (["{model}", "--set", "lora.use_gradient_checkpointing=maybe"], 1, "maybe is not one of"),
         (["no/such/folder/at/all"], 2, "no folder"),
         (["nobody/Nothing"], 2, "nor in the cache"),
         (["{model}", "--gpu", "h200", "--set", "lora.r=1000"], 1, "512"),
@@ -86,9 +86,9 @@ def test_calibrate(tmp_path, model):
     (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": peak}))
     text = call("calibrate", folder).stdout
     assert "+0.0%" in text
-    assert "within the stated bound" in text
+    assert "within the predicted bound" in text
     above = sizing["peaks"]["bound_bytes"] + 1
     (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": above}))
-    assert "above the stated bound" in call("calibrate", folder, code=1).stdout
+    assert "above the predicted bound" in call("calibrate", folder, code=1).stdout
     rows = json.loads(call("calibrate", folder, "--json", code=1).stdout)["rows"]
     assert {"peak.torch", "engine.kv"} <= {row["term"] for row in rows}

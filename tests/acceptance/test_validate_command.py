@@ -117,7 +117,7 @@ def test_overrides_are_judged_and_named(tmp_path: Path) -> None:
     run.write_text(GOOD, "utf-8")
     done = envcheck("validate", run, "--set", "lora.r=0", "--set", "reward.functions.0.weight=high")
     assert done.returncode == 1
-    assert "--set lora.r=0: error[LORA001] lora.r: 0 is no rank" in done.stdout
+    assert "--set lora.r=0: error[LORA001] lora.r: 0 is not a valid rank" in done.stdout
     assert "--set reward.functions.0.weight=high: error[KEY003]" in done.stdout
     assert "(--set)" in envcheck("validate", run, "--set", "grpo.max_completion_length=900",
                                  "--set", "grpo.max_prompt_length=900").stdout  # fmt: skip
@@ -150,7 +150,7 @@ def test_what_if_world_size_and_card(tmp_path: Path) -> None:
     done = envcheck("validate", run, "--gpu", "none")
     assert (done.returncode, "there is no GPU" in done.stdout) == (1, True)
     done = envcheck("validate", run, "--gpu", "no-such-card")
-    assert (done.returncode, "no card named" in done.stderr) == (1, True)
+    assert (done.returncode, "unknown card" in done.stderr) == (1, True)
 
 
 def test_a_share_outside_the_sized_interval_is_refused_for_the_card(tmp_path: Path) -> None:

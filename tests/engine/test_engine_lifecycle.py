@@ -158,7 +158,7 @@ BAD = {
     "extra": "no module or parameter named 'layers.1.self_attn.q_norm'",
     "shape": "Attempted to load weight",
     "NaN": "logits are not finite: NaN or infinity in its weights, or more than float32 holds",
-    "cut short": "did not start: The model's weights are missing, cut short",
+    "cut short": "did not start: The model's weights are missing, truncated",
 }
 
 

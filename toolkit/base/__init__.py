@@ -1,1 +1,3 @@
-"""What everything else stands on: errors with exit codes, units. Imports nothing of ours."""
+"""The lowest layer: errors with exit codes, units, file access. It imports no other package of the
+toolkit.
+"""

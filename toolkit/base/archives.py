@@ -1,9 +1,9 @@
 """Unpack an archive from someone else: members stay inside, links and devices are refused, size is
 bounded.
 
-tarfile's and zipfile's own extractors clean some names silently and follow what they must; here
-nothing is repaired: an archive is read twice, and one bad member in the first pass refuses the
-whole before anything has been written. What macOS adds beside files is ignored.
+tarfile's and zipfile's own extractors silently clean some names and follow some links. Here nothing
+is repaired: an archive is read twice, and one bad member in the first pass refuses the whole
+archive before anything is written. Extra files that macOS adds are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
 MAX_MEMBERS = 100_000
-MAX_DIRECTORY_BYTES = 16 * MIB  # what a zip file says of its members
+MAX_DIRECTORY_BYTES = 16 * MIB  # the headers of a zip file's members
 _ENCRYPTED = 1  # a bit of a zip member's flags
 UNREADABLE = (
     *UNPACKING_ERRORS,
@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """By name: what ``unpack`` reads."""
+    """Whether the name is that of an archive that ``unpack`` reads."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
@@ -63,10 +63,10 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     """Unpack a zip or tar file into the folder ``into``, which must be empty or absent; return
     ``into``.
 
-    Raises ConfigError for a member that leads outside, is a link or a device, comes twice, or
-    makes the whole larger than ``limit_bytes`` (counted while reading: the sizes in the headers
-    are not believed); InputError if unreadable. Errors are about the archive and its members,
-    never about ``into``, which the user may not know of.
+    Raises ConfigError for a member that leads outside, is a link or a device, occurs twice, or
+    makes the total larger than ``limit_bytes`` (counted while reading, because the sizes in the
+    headers may be wrong); InputError if unreadable. Errors name the archive and its members, never
+    ``into``, which the user may not know.
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
@@ -91,7 +91,7 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
 
 
 def _unreadable(archive: Path, error: Exception) -> InputError:
-    why = "its headers contain each other" if isinstance(error, RecursionError) else error
+    why = "its headers are nested in a loop" if isinstance(error, RecursionError) else error
     return InputError(f"not a readable archive: {why}", where=str(archive))
 
 
@@ -144,7 +144,7 @@ def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
 
 @contextmanager
 def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
-    """The members in their order; the content of each is read before the next is asked for."""
+    """The members in their order. The content of each must be read before the next is requested."""
     file.seek(0)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(_Capped(archive, file)) as zipped:
@@ -155,7 +155,9 @@ def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Itera
 
 
 class _Capped:
-    """A file of which never much is read at once: zipfile takes a directory of any stated size."""
+    """A file that limits the size of one read, because zipfile accepts a directory of any stated
+    size.
+    """
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:
         self.archive, self.file = archive, file
@@ -166,14 +168,14 @@ class _Capped:
     def read(self, count: int = -1) -> bytes:
         if count > MAX_DIRECTORY_BYTES:
             raise ConfigError(
-                f"has a directory of {count} bytes; {MAX_DIRECTORY_BYTES} is the most",
+                f"has a directory of {count} bytes; the limit is {MAX_DIRECTORY_BYTES}",
                 where=str(self.archive),
             )
         return self.file.read(count)
 
 
 def _is_extra(name: str) -> bool:
-    """What the archivers of macOS add, and the folder that is packed itself (./)."""
+    """Extra members that macOS archivers add, and the entry of the packed folder itself (./)."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return (
         (not parts and name != "")
@@ -194,7 +196,7 @@ def _zip_members(archive: Path, zipped: zipfile.ZipFile, limit_bytes: int) -> It
 
 
 def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
-    # The file type in the upper bits of a Unix mode; 0 if made elsewhere.
+    # The file type in the upper bits of a Unix mode; 0 if the archive was made on another system.
     kind = info.external_attr >> 28
     if kind not in (0, 0o4, 0o10):
         raise _not_a_file(archive, info.filename)

@@ -1,7 +1,7 @@
 """Which files are data, and how their bytes are read: for the validator and for training alike.
 
-A suffix says what a file is. ``.gz`` behind one that names a text is unpacked while reading, within
-bounds on what comes out of it.
+The suffix gives the type of a file. A text file with an additional ``.gz`` is unpacked while
+reading, with a limit on the unpacked size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TABLES = (".parquet", ".arrow")
 PACKED = ".gz"
 FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
 MAX_COLUMNS = 2_000
-MAX_JSON_DATA_BYTES = GIB  # held whole, unlike lines
+MAX_JSON_DATA_BYTES = GIB  # read as a whole, not line by line
 OTHER_PACKERS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
     ".lzma": "unlzma", ".br": "brotli -d",
@@ -33,14 +33,16 @@ OTHER_PACKERS = {
 
 
 class Kind(NamedTuple):
-    """What a name says: ``suffix`` of the data itself, and whether it is packed (.gz)."""
+    """The type of a data file by its name: the ``suffix`` of the data itself, and whether it is
+    packed (.gz).
+    """
 
     suffix: str
     packed: bool
 
 
 def data_kind(path: Path) -> Kind | None:
-    """The kind of a data file by its name; None for what is not read as one."""
+    """The kind of a data file by its name; None if it is not a data file."""
     name = path.name.lower()
     packed = name.endswith(PACKED)
     suffix = Path(name.removesuffix(PACKED) if packed else name).suffix
@@ -49,18 +51,16 @@ def data_kind(path: Path) -> Kind | None:
 
 
 def no_kind(path: Path) -> tuple[str, str]:
-    """(what, fix) for a file whose name is that of no data file."""
+    """(what, fix) for a file whose name is not that of a data file."""
     suffix = path.suffix.lower()
-    what = f"is not a kind of data file that is read here: {suffix or 'no suffix'!r}"
+    what = f"is not a supported type of data file: {suffix or 'no suffix'!r}"
     if suffix in OTHER_PACKERS:
         return what, f"unpack it ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
     return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
 
 
 def path_fault(path: Path) -> str | None:
-    """Why what is at ``path`` cannot be read as a file, in words; None where it can, or is a
-    folder.
-    """
+    """Why ``path`` cannot be read as a file, in words; None if it can, or if it is a folder."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -85,8 +85,8 @@ def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]
 
 
 def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line; a byte-order mark is left out. Raises InputError for a line
-    that is too long or not UTF-8.
+    """(number, text) of each line; a byte-order mark is removed. Raises InputError for a line that
+    is too long or not UTF-8.
     """
     for number, raw in enumerate(lines_of(file, path), start=1):
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -99,11 +99,13 @@ def decoded(raw: bytes, where: str) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
-        raise InputError(what, where=where, fix="mend or remove it") from None
+        raise InputError(what, where=where, fix="correct or remove it") from None
 
 
 def chat_in(text: str) -> list[dict[str, Any]] | None:
-    """The chat that a text is in JSON, a list of {role, content}; None where it is none."""
+    """The chat that a text contains as JSON, a list of {role, content}; None if it does not contain
+    one.
+    """
     if '"role"' not in text or not text.lstrip().startswith("["):
         return None
     try:
@@ -119,7 +121,9 @@ def chat_in(text: str) -> list[dict[str, Any]] | None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether every text in a JSON value is one: JSON can spell half of a character."""
+    """Whether every string in a JSON value is valid text: JSON can contain half of a character (a
+    lone surrogate).
+    """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -128,13 +132,13 @@ def is_text(value: Any) -> bool:
 
 
 def names_fault(names: Iterable[str]) -> str | None:
-    """What is wrong with the names of columns, in words."""
+    """What is wrong with column names, in words."""
     seen: set[str] = set()
     for name in names:
         if not is_text(name):
-            return f"the column name {name!a} holds half of a character (a lone surrogate)"
+            return f"the column name {name!a} contains half of a character (a lone surrogate)"
         if "\0" in name:
-            return f"the column name {name!r} holds a NUL character"
+            return f"the column name {name!r} contains a NUL character"
         if name in seen:
             return f"two columns have the same name, {name!r}"
         seen.add(name)

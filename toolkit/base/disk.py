@@ -1,8 +1,8 @@
-"""What a disk says when it fails, whichever library passes it on, as an error with an exit code.
+"""Turn a disk failure, from whichever library, into an error with an exit code.
 
-OSError carries a number; Rust (safetensors, tokenizers) writes "(os error 28)" into its text, Arrow
-"[errno 28]", and torch's archive writer gives no number at all, but chains the error or leaves a
-disk on which nothing is free.
+OSError has a number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into the
+message, Arrow "[errno 28]". torch's archive writer gives no number, but it chains the original
+error or leaves a full disk.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 FAILED = (errno.EIO,)
 MOUNTS = Path("/proc/self/mountinfo")
 LEAST_FREE = 1 << 20
-"""A file system with less free is full, where a writer does not say why it failed."""
+"""If a writer does not say why it failed, a file system with less free space than this counts as
+full.
+"""
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.I)
 _WORDS = {
     "no space left on device": errno.ENOSPC,
     "disk quota exceeded": errno.EDQUOT,
     "read-only file system": errno.EROFS,
 }
-# torch 2.11 and 2.13, of torch.save; the second where the file ends before what was written.
+# torch 2.11 and 2.13, of torch.save; the second means that the file is shorter than what was
+# written.
 _WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. unexpected pos")
 
 
 def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, str | None] | None:
-    """(errno, file name where one is told) of a disk's failure in ``error`` or in what it was made
-    of; None where there is none. ``near`` is what was written to, for writers that say too little.
+    """(errno, file name if known) of a disk failure in ``error`` or its causes; None if there is
+    none. ``near`` is the path that was written to, for writers that report no details.
     """
     seen = set[int]()
     silent = False
@@ -45,7 +48,7 @@ def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, 
             return number, name if isinstance(name, str) else None
         writer = bool(_WRITERS.search(str(error)))
         silent = silent or writer
-        # What was handled before says nothing of the failure, but where a writer closes its file.
+        # An error that was already handled is not a cause, except while a writer closes its file.
         error = error.__cause__ or (error.__context__ if writer else None)
     if silent and near is not None:
         free = free_bytes(near)
@@ -71,13 +74,13 @@ def translate(
     where: str | Path,
     *,
     needed: int | None = None,
-    kept: str = "; the last checkpoint is whole",
+    kept: str = "; the last checkpoint is intact",
 ) -> ToolkitError | None:
-    """The error that a person and a scheduler can act on; None where no disk failed.
+    """The error to report; None if no disk failed.
 
-    ``where`` is what was written to, unless the error names a file; ``needed``: the bytes that were
-    to be written; ``kept``: what is not lost. A full or closed file system is the user's to change
-    (1), one that fails is the node's (3).
+    ``where`` is the path that was written to, unless the error names a file. ``needed`` is the
+    number of bytes to write. ``kept`` says what is not lost. A full or read-only file system has
+    exit code 1 (the user must act), a failing one exit code 3 (the node is bad).
     """
     found = reason(error, Path(where))
     if found is None:
@@ -90,11 +93,14 @@ def translate(
         return ConfigError(
             f"the disk is full ({said}){_account(Path(place), number, needed, name)}{kept}",
             where=f"{place}{system}",
-            fix="free space or name another runtime.output_dir, then start the same command again",
+            fix=(
+                "free some space or set another runtime.output_dir, then start the same "
+                "command again"
+            ),
         )
     if number in CLOSED:
         return ConfigError(
-            f"cannot write: {said}", where=f"{place}{system}", fix="name another runtime.output_dir"
+            f"cannot write: {said}", where=f"{place}{system}", fix="set another runtime.output_dir"
         )
     return NodeError(
         f"the disk failed: {said} ({type(error).__name__}: {first_line(error)})",
@@ -105,8 +111,8 @@ def translate(
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """``translate`` for a command that knows no more than the error: a disk that is full, closed or
-    broken, and no file that may not be read.
+    """``translate`` for a command that has only the error. It covers a full, read-only or failing
+    disk, but not a file without read permission.
     """
     found = reason(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):
@@ -115,7 +121,7 @@ def failed(error: Exception) -> ToolkitError | None:
 
 
 def _account(place: Path, number: int, needed: int | None, name: str | None) -> str:
-    """What was needed, what is free, and what is missing."""
+    """The needed, free and missing space."""
     free = None if number == errno.EDQUOT else free_bytes(place)
     wanted = "" if needed is None else f"{format_bytes(needed)} needed"
     if free is None:
@@ -124,24 +130,26 @@ def _account(place: Path, number: int, needed: int | None, name: str | None) -> 
     if needed is not None and needed > free:
         parts.append(f"{format_bytes(needed - free)} missing")
     elif name is None and free >= LEAST_FREE:
-        parts.append("the file is not named: look at /tmp, /dev/shm and the caches too")
+        parts.append("the error does not name the file: check /tmp, /dev/shm and the caches too")
     return f": {', '.join(parts)}"
 
 
 def free_bytes(path: Path) -> int | None:
-    """Free for this user on the file system of ``path`` (or of the folder above that exists)."""
+    """Free bytes for this user on the file system of ``path`` (or of its nearest existing
+    parent).
+    """
     try:
         found = os.statvfs(_existing(path))
     except OSError:
         return None
-    if found.f_blocks == 0:  # a file system that does not count
+    if found.f_blocks == 0:  # a file system that does not report its free space
         return None
     blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
     return blocks * found.f_frsize
 
 
 def file_system(path: Path) -> str:
-    """`` (file system /data, ext4)`` of ``path``; empty where the kernel does not tell."""
+    """`` (file system /data, ext4)`` of ``path``; empty if the kernel does not report it."""
     try:
         real = str(_existing(path).resolve())
         lines = MOUNTS.read_text(errors="replace").splitlines()
@@ -154,7 +162,8 @@ def file_system(path: Path) -> str:
             continue
         mount = _unescaped(fields[4])
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best[0]):  # of two at one place the later one covers
+        # of two mounts at one path the later one is visible
+        if inside and len(mount) >= len(best[0]):
             best = mount, line.partition(" - ")[2].split(" ")[0]
     return f" (file system {best[0]}, {best[1]})" if best[0] else ""
 

@@ -1,9 +1,9 @@
 """One family of errors, each with the exit code that schedulers act on.
 
-An error is for a person: what went wrong, where, and what to do. The command line prints it as one
+An error tells the user what went wrong, where, and what to do. The command line prints it as one
 block and never as a traceback; ``--debug`` shows the traceback. The drop-in API raises the
 subclasses that are also a ``ValueError``, ``TypeError``, ``NotImplementedError`` or
-``ImportError``, so code written for the original keeps working.
+``ImportError``, so code that catches the original's errors still works.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ EXIT_CODES: dict[int, str] = {
     1: "the user must change the config or the request",
     2: "usage, or input that cannot be read",
     3: "this node is bad",
-    4: "try again later: a tenant holds memory, a race",
+    4: "try again later: another process holds memory, or a race",
     5: "could not be established",
-    70: "a defect of ours: please report it",
-    75: "stopped on purpose with a checkpoint: requeue me",
+    70: "a defect of the toolkit: please report it",
+    75: "stopped on purpose with a checkpoint: requeue the job",
 }
 
 
@@ -34,7 +34,7 @@ class ToolkitError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        # Where may be a name that someone else chose: a terminal must not obey it.
+        # ``where`` may be a name from an untrusted source, so control characters are made visible.
         head = f"{visible(self.where)}: {self.message}" if self.where else self.message
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
@@ -54,11 +54,11 @@ class ConfigTypeError(ConfigError, TypeError):
 
 
 class UnsupportedError(ConfigError, NotImplementedError):
-    """A request that is understood and cannot be served."""
+    """A request that is understood but not supported."""
 
 
 class MissingExtraError(ConfigError, ImportError):
-    """A package is missing; ``fix`` names the extra that brings it."""
+    """A package is missing; ``fix`` names the extra that installs it."""
 
 
 class InputError(ToolkitError):
@@ -80,7 +80,7 @@ class RetryError(ToolkitError):
 
 
 class UnestablishedError(ToolkitError):
-    """What is asked could not be established: neither good nor bad."""
+    """The answer could not be established."""
 
     exit_code = 5
 
@@ -92,15 +92,15 @@ class StoppedError(ToolkitError):
 
 
 class DefectError(ToolkitError):
-    """An invariant of ours broke."""
+    """An internal invariant of the toolkit was violated."""
 
     exit_code = 70
 
 
 def first_line(error: BaseException, *, longest: int = 300) -> str:
-    """What an error of another library says, in one line of at most ``longest`` characters; its
-    class's name where it says nothing (``MemoryError()``). pydantic's own messages, where it is
-    one of its errors: their text begins with a count.
+    """The message of another library's error in one line of at most ``longest`` characters; the
+    name of its class if the message is empty (``MemoryError()``). For a pydantic error, its single
+    messages, because its text begins with a count.
     """
     judged = getattr(error, "errors", None)
     if callable(judged) and "validation error" in str(error):
@@ -111,4 +111,6 @@ def first_line(error: BaseException, *, longest: int = 300) -> str:
 
 
 class ToolkitWarning(UserWarning):
-    """A choice of ours, or one without effect, that a person should know of; nothing failed."""
+    """Something the user should know although nothing failed: a choice that the toolkit made, or a
+    setting without effect.
+    """

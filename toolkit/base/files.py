@@ -1,8 +1,8 @@
-"""The one way to read a file of the user's: a regular file of bounded size, in bounded time.
+"""The only way to read a user's file: a regular file of limited size, in limited time.
 
-A path in a run file, a model's folder or an archive may lead to a pipe that nobody writes to, to a
-device without end, to a loop of links, or to a file far too large for what it should be. Each is
-an ``InputError`` here, with the same words for every command.
+A path in a run file, a model's folder or an archive may lead to a pipe without a writer, an endless
+device, a loop of links, or a file that is far too large. Each raises ``InputError`` with the same
+message in every command.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_DATA_BYTES = 64 * GIB
 MAX_LINE_BYTES = 256 * MIB  # one row of a data file
 MAX_BLANK_LINES = 1_000_000
 MAX_FOLDER_FILES = 20_000
-FIX_AGAIN = "get the file again: it is cut short, or is not what its name says"
-FIX_COPY = "put the file itself there, as a regular file"
+FIX_AGAIN = "get the file again: it is truncated, or is not what its name says"
+FIX_COPY = "put a regular file at this path"
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -41,7 +41,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def unusable(path: str | Path, what: str, *, fix: str | None = FIX_AGAIN) -> InputError:
-    """The error for a file that cannot be used, worded alike everywhere."""
+    """The error for a file that cannot be used, with the same wording everywhere."""
     return InputError(f"the file {what}", where=str(path), fix=fix)
 
 
@@ -55,7 +55,7 @@ def kind_fault(mode: int) -> str | None:
 def os_fault(error: OSError | ValueError) -> str:
     """Why a file cannot be opened, in a few words."""
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
-        return "cannot be opened: its links lead to each other in a circle"
+        return "cannot be opened: its links form a loop"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return f"cannot be opened: {reason}"
 
@@ -64,12 +64,12 @@ def os_fault(error: OSError | ValueError) -> str:
 def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[int, int]]:
     """``(descriptor, size in bytes)`` of a regular file of at most ``limit`` bytes.
 
-    Opening never waits. Raises InputError for what cannot be opened, is not a regular file, or is
-    larger.
+    Opening never blocks. Raises InputError if the file cannot be opened, is not a regular file, or
+    is larger.
     """
     descriptor = -1
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever.
+        # O_NONBLOCK: opening a pipe without a writer would otherwise block for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         status = os.fstat(descriptor)
     except (OSError, ValueError) as error:
@@ -80,7 +80,7 @@ def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tupl
         if fault := kind_fault(status.st_mode):
             raise unusable(path, fault, fix=FIX_COPY)
         if limit is not None and status.st_size > limit:
-            raise unusable(path, f"has {status.st_size} bytes; {limit} is the most that is read")
+            raise unusable(path, f"has {status.st_size} bytes; the limit is {limit}")
         yield descriptor, status.st_size
     finally:
         os.close(descriptor)
@@ -103,7 +103,7 @@ def read_bytes(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
 
 
 def read_exactly(descriptor: int, count: int, path: str | Path) -> bytes:
-    """The next ``count`` bytes, or fewer where the file ends. Raises InputError."""
+    """The next ``count`` bytes, or fewer at the end of the file. Raises InputError."""
     chunks: list[bytes] = []
     try:
         while count and (chunk := os.read(descriptor, min(count, _CHUNK_BYTES))):
@@ -115,7 +115,7 @@ def read_exactly(descriptor: int, count: int, path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> str:
-    """A UTF-8 text, a byte-order mark left out. Raises InputError."""
+    """A UTF-8 text without its byte-order mark. Raises InputError."""
     try:
         return read_bytes(path, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,12 +123,12 @@ def read_text(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON file of at most ``limit`` bytes. Raises InputError for anything that is none."""
+    """A JSON file of at most ``limit`` bytes. Raises InputError for anything else."""
     return parse_json(read_bytes(path, limit=limit), path)
 
 
 def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError."""
+    """A JSON file that contains an object. Raises InputError."""
     value = read_json(path, limit=limit)
     if not isinstance(value, dict):
         raise unusable(path, "is not a JSON object")
@@ -136,8 +136,8 @@ def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, A
 
 
 def parse_json(raw: bytes, path: str | Path) -> Any:
-    """JSON from bytes; duplicate keys, too deep nesting, NaN, numbers of thousands of digits and
-    undecodable bytes are InputErrors.
+    """JSON from bytes. Raises InputError for duplicate keys, too deep nesting, NaN, numbers of
+    thousands of digits and undecodable bytes.
     """
     try:
         return json.loads(
@@ -158,36 +158,36 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no JSON number")
+    raise ValueError(f"it contains {name}, which is not a JSON number")
 
 
 def lines_of(
     file: IO[bytes], path: str | Path, *, longest: int = MAX_LINE_BYTES
 ) -> Iterator[bytes]:
-    """The lines of a binary file; one of more than ``longest`` bytes is an InputError, found
-    before it is held whole.
+    """The lines of a binary file. A line of more than ``longest`` bytes raises InputError before it
+    is read completely.
     """
     number = blank = 0
     while line := file.readline(longest + 1):
         number += 1
         blank += line in (b"\n", b"\r\n")
         if blank > MAX_BLANK_LINES:
-            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            what = f"more than {MAX_BLANK_LINES} lines are blank: this is not a data file"
             raise InputError(what, where=f"{path}:{number}")
         if len(line) > longest:
             raise InputError(
-                f"a line is longer than {format_bytes(longest)}: this is no data file",
+                f"a line is longer than {format_bytes(longest)}: this is not a data file",
                 where=f"{path}:{number}",
             )
         yield line
 
 
 def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """``(name, what is wrong)`` of every entry of a folder that a library which opens it would
-    wait for or never finish: pipes, devices, sockets, circles of links. Folders are left alone, and
-    so are links to nothing, which libraries take for absent files.
+    """``(name, what is wrong)`` of every entry of a folder that could block a library that opens
+    it: pipes, devices, sockets, loops of links.
 
-    Raises InputError where the folder cannot be listed or holds too many files.
+    Folders are skipped, and so are broken links, which libraries treat as missing files. Raises
+    InputError if the folder cannot be listed or has too many files.
     """
     try:
         with os.scandir(folder) as entries:
@@ -197,7 +197,7 @@ def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
             f"the folder cannot be read: {error.strerror}", where=str(folder)
         ) from error
     if len(listed) > MAX_FOLDER_FILES:
-        raise InputError(f"the folder holds more than {MAX_FOLDER_FILES} files", where=str(folder))
+        raise InputError(f"the folder has more than {MAX_FOLDER_FILES} files", where=str(folder))
     for entry in listed:
         try:
             mode = entry.stat().st_mode
@@ -211,8 +211,8 @@ def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that a library is about to read if it holds an ``irregular_files``. Raises
-    InputError.
+    """Refuse a folder that a library is about to read if ``irregular_files`` finds an entry in it.
+    Raises InputError.
     """
     for name, fault in irregular_files(folder):
         raise unusable(Path(folder) / name, fault, fix=FIX_COPY)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 
-# Controls but tab and line feed (a terminal obeys them), zero-width and direction characters
-# (they hide or turn the text around them), and what is no character at all.
+# Control characters except tab and line feed (they control a terminal), zero-width and direction
+# characters (they hide or reverse text), and code points that are not characters.
 _UNSEEN = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff\ufff9-\uffff]"
@@ -16,7 +16,9 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """``text`` with such characters by their number: ``[U+202E]``. Lines and tabs stay."""
+    """``text`` with such characters replaced by their number: ``[U+202E]``. Line feeds and tabs
+    stay.
+    """
     return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 

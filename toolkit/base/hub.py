@@ -1,6 +1,6 @@
-"""Where models of the Hugging Face hub lie on this machine, as huggingface_hub looks for them.
+"""Where models of the Hugging Face hub are on this machine, by the rules of huggingface_hub.
 
-The network is never asked. Read by rules, checks and commands, which must not differ on it.
+The network is never used. Rules, checks and commands share this module, so that they agree.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def hub_home(environ: Mapping[str, str]) -> Path:
-    """Where the hub's library keeps its files: HF_HOME, else huggingface/ of the user's caches."""
+    """The folder of huggingface_hub's files: HF_HOME, else huggingface/ in the user's cache
+    folder.
+    """
     caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser()
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """The folder of its cached models: HF_HUB_CACHE, else hub/ of its home."""
+    """The folder of its cached models: HF_HUB_CACHE, else hub/ in its home."""
     return Path(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub").expanduser()
 
 
 def cached_model(name: str, revision: str | None, environ: Mapping[str, str]) -> Path | None:
     """The snapshot folder of a model in the cache, at a branch, a tag or a commit (None: main);
-    None where it is not there, or where ``name`` or ``revision`` is none of the hub's.
+    None if it is not cached, or if ``name`` or ``revision`` is not valid on the hub.
     """
     if not MODEL_ID.fullmatch(name) or ".." in name:
         return None

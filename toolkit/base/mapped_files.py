@@ -17,12 +17,12 @@ from typing import Any
 from toolkit.base.errors import InputError
 
 TEXT = (
-    "error: a file that was mapped into memory is no longer there in full (SIGBUS): a model or "
-    "data file was cut short during the run, or its disk failed; restore it and start again, the "
-    "run resumes from its last checkpoint\n"
+    "error: part of a file that is mapped into memory no longer exists (SIGBUS): a model or "
+    "data file was truncated during the run, or its disk failed; restore the file and start "
+    "again, the run resumes from its last checkpoint\n"
 )
 _LINE = TEXT.encode()
-_kept: list[Any] = []  # the C function, which must outlive this module's callers
+_kept: list[Any] = []  # keeps a reference to the C function, which must not be freed
 
 
 def _end(_number: int) -> None:
@@ -31,8 +31,8 @@ def _end(_number: int) -> None:
 
 
 def report_bus_errors() -> None:
-    """From now on a bus error ends this process with one line and exit code 2. A second call does
-    nothing, and neither does one where somebody else handles the signal.
+    """From now on a bus error ends this process with one line and exit code 2. Does nothing if it
+    was called before or if other code handles the signal.
     """
     if _kept or signal.getsignal(signal.SIGBUS) is not signal.SIG_DFL:
         return
@@ -50,8 +50,8 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def mapped_files() -> list[tuple[int, int, str]]:
-    """``(start, end, path)`` of every file of weights that is mapped into this process, sorted;
-    empty where the system does not tell.
+    """``(start, end, path)`` of every weights file that is mapped into this process, sorted; empty
+    if the system does not report mappings.
     """
     found: list[tuple[int, int, str]] = []
     try:
@@ -67,7 +67,7 @@ def mapped_files() -> list[tuple[int, int, str]]:
 
 
 def _is_weights(path: str) -> bool:
-    """Whether a mapping is of a file of weights. A hub snapshot links to blobs, whose names are
+    """Whether a mapping is of a weights file. A hub snapshot links to blobs, whose names are
     digests without a suffix.
     """
     plain = path.removesuffix(" (deleted)")
@@ -75,8 +75,8 @@ def _is_weights(path: str) -> bool:
 
 
 def own_weights(model: Any) -> int:
-    """Copy every parameter and buffer of ``model`` that lies in a mapped file into memory of its
-    own, in place; return how many bytes were copied. Tied tensors stay tied.
+    """Copy every parameter and buffer of ``model`` that is in a mapped file into separate memory,
+    in place; return how many bytes were copied. Tied tensors stay tied.
     """
     maps = mapped_files()
     starts = [start for start, _, _ in maps]

@@ -1,5 +1,5 @@
-"""What comes out of a packed stream (gzip, bzip2, xz), counted: a bomb is refused while it is
-unpacked, not after.
+"""Count the bytes that come out of a packed stream (gzip, bzip2, xz), so that a decompression bomb
+is refused while it is unpacked.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from toolkit.base.formatting import MIB, format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_RATIO = 200  # bytes out of one byte of a packed file ...
-RATIO_FREE_BYTES = 64 * MIB  # ... once so many have come
+MAX_RATIO = 200  # unpacked bytes per packed byte ...
+RATIO_FREE_BYTES = 64 * MIB  # ... checked after this many bytes
 XZ_MEMORY_BYTES = 256 * MIB
 READ_BYTES = MIB // 4
-FIX = "unpack it, and look at what it is"
+FIX = "unpack it and check its content"
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """How many bytes may come out of so many packed ones, ``limit`` at most."""
+    """How many bytes may come out of this many packed bytes, at most ``limit``."""
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 
 def source_of(file: IO[bytes]) -> IO[bytes] | None:
-    """The unpacked stream of a file by its first bytes; None where it is not packed."""
+    """The unpacked stream of a file, by its first bytes; None if it is not packed."""
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
@@ -44,7 +44,7 @@ def source_of(file: IO[bytes]) -> IO[bytes] | None:
 
 
 class _Xz:
-    """lzma's own file class has no limit on memory, and a header may ask for gigabytes."""
+    """lzma's own file class has no memory limit, and a header may request gigabytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -70,8 +70,8 @@ class _Xz:
 
 
 class Unpacked(io.RawIOBase):
-    """The bytes of ``source``, which unpacks ``file``: at most ``limit`` of them, and no more for
-    each packed byte than ``MAX_RATIO``. Raises InputError while reading.
+    """The bytes of ``source``, which unpacks ``file``: at most ``limit`` bytes, and at most
+    ``MAX_RATIO`` per packed byte. Raises InputError while reading.
     """
 
     def __init__(self, path: Path, file: IO[bytes], source: Any, limit: int) -> None:

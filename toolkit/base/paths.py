@@ -1,8 +1,8 @@
-"""Paths that stay where they belong, and files that are never more open than 0644 (folders: 0755).
+"""Paths that cannot leave their folder, and files with mode 0644 at most (folders: 0755).
 
-Names that come from a file (an index of weights, the state of a saved dataset, a member of an
-archive) are joined with ``safe_join``; what we write goes through ``make_folder``, ``write_file``
-and ``append_line``, and a file of the user's that is changed through ``rewrite_file``.
+Names from a file (a weights index, the state of a saved dataset, a member of an archive) are joined
+with ``safe_join``. The toolkit writes with ``make_folder``, ``write_file`` and ``append_line``, and
+changes a user's file with ``rewrite_file``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FOLDER_MODE = 0o755
 
 
 def tighten_umask() -> int:
-    """Take group's and others' write permission from all that this process makes from now on;
-    return the old umask.
+    """Remove write permission for group and others from all files that this process creates from
+    now on; return the old umask.
 
-    Libraries (safetensors, transformers, datasets) write with 0666 and leave the rest to the
-    umask, which clusters often set to 0. A stricter umask of the user's is kept.
+    Libraries (safetensors, transformers, datasets) write with 0666 and rely on the umask, which
+    clusters often set to 0. A stricter umask is kept.
     """
     old = os.umask(0o022)
     os.umask(old | 0o022)
@@ -38,12 +38,11 @@ def safe_join(
     where: Path | None = None,
     links: bool = False,
 ) -> Path:
-    """``root / name``, where ``name`` was written by someone else: it must not lead outside
-    ``root``.
+    """``root / name`` for a ``name`` from an untrusted source: it must not lead outside ``root``.
 
-    Raises ConfigError at ``where`` (``root``, unless the name comes from another place) for an
-    absolute path, a drive, ``..``, a NUL or an empty name, and for a link that leads outside,
-    unless ``links`` allows those (the hub's cache is made of them).
+    Raises ConfigError at ``where`` (default ``root``) for an absolute path, a drive, ``..``, a NUL
+    or an empty name. Also for a link that leads outside, unless ``links`` allows it (the hub cache
+    consists of links).
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
@@ -51,7 +50,7 @@ def safe_join(
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
             where=str(where or root),
-            fix="this was damaged or made to do harm: get it again from where you trust it",
+            fix="the file is damaged or malicious: get it again from a source that you trust",
         )
     path = root / pure
     if not links and not path.resolve().is_relative_to(root.resolve()):
@@ -64,7 +63,9 @@ def safe_join(
 
 
 def make_folder(path: Path) -> Path:
-    """Make ``path`` and its parents, 0755 at most under any umask; what exists keeps its mode."""
+    """Make ``path`` and its parents with mode 0755 at most, under any umask. Existing folders keep
+    their mode.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
@@ -77,8 +78,8 @@ def write_file(
     """Replace ``path`` by ``content`` in one step: a reader sees the old file or the new one,
     never half of it.
 
-    Mode 0644, or ``mode``, less the umask. With ``durable``, file and folder are on the disk when
-    this returns. Raises OSError.
+    The mode is 0644 or ``mode``, minus the umask. With ``durable``, file and folder are on the disk
+    when this returns. Raises OSError.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
@@ -99,13 +100,13 @@ def write_file(
 
 
 def rewrite_file(path: Path, content: str) -> None:
-    """Replace the content of a file of the user's: its mode stays, and what is a link stays one.
-    Raises OSError.
+    """Replace the content of a user's file. Its mode stays, and a link stays a link. Raises
+    OSError.
     """
     place = path.resolve()
     mode = stat.S_IMODE(place.stat().st_mode)
     write_file(place, content, mode=mode)
-    place.chmod(mode)  # with what the umask took
+    place.chmod(mode)  # restores what the umask removed
 
 
 def append_line(path: Path, line: str) -> None:
@@ -121,21 +122,21 @@ def append_line(path: Path, line: str) -> None:
 
 
 def set_mode(path: Path) -> None:
-    """0644 (a folder: 0755) less the umask, for what a library made with modes of its own. Raises
-    OSError.
+    """Set 0644 (a folder: 0755) minus the umask, for files that a library created with other modes.
+    Raises OSError.
     """
     mode = FOLDER_MODE if path.is_dir() else FILE_MODE
     path.chmod(mode & ~_umask())
 
 
 def set_modes(folder: Path) -> None:
-    """``set_mode`` of a folder and all that is in it. Raises OSError."""
+    """``set_mode`` for a folder and everything in it. Raises OSError."""
     for path in (*folder.rglob("*"), folder):
         set_mode(path)
 
 
 def _umask() -> int:
-    """Of this process, which only a system without /proc has to be changed for."""
+    """The umask of this process. Only without /proc must it be changed to read it."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("\nUmask:")[2].split()[0], 8)
@@ -146,7 +147,7 @@ def _umask() -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk (a rename alone is not)."""
+    """Wait until the names in a folder are on the disk (after a rename alone they may not be)."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

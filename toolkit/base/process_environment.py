@@ -19,39 +19,41 @@ WANTED = "expandable_segments:True"
 
 
 def expands(setting: str) -> bool:
-    """Whether a value of these variables has what is wanted, however it is spelled."""
+    """Whether a value of these variables contains the needed setting, in any spelling."""
     return WANTED.lower() in setting.lower().replace(" ", "")
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """Processes of the whole run. Raises InputError for what is no number of processes."""
+    """The number of processes of the whole run. Raises InputError for an invalid number."""
     return _number(environ, "WORLD_SIZE", least=1)
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """Processes of this run on this node; all of them where only their number is said. Raises
-    InputError.
+    """The number of processes of this run on this node; all of them if only the world size is set.
+    Raises InputError.
     """
     name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
     return _number(environ, name, least=1)
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this process among all. Raises InputError."""
+    """The rank of this process among all processes. Raises InputError."""
     return _number(environ, "RANK", least=0)
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this process on its node, and so of its GPU. Raises InputError."""
+    """The rank of this process on its node, which is also the index of its GPU. Raises
+    InputError.
+    """
     return _number(environ, "LOCAL_RANK", least=0)
 
 
 def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
-    """A variable's value; where it is not set, the least that there is."""
+    """A variable's value; the smallest valid value if it is not set."""
     text = environ.get(name) or str(least)
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < least:
         raise InputError(
-            f"{name}={text} is no number from {least} on",
+            f"{name}={text} must be a whole number of at least {least}",
             where="the environment",
             fix=f"start the run with torchrun or --nproc-per-node, or unset {name}",
         )

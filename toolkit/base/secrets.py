@@ -1,9 +1,8 @@
-"""Find tokens and keys, and keep them out of all that is printed or written.
+"""Find tokens and keys, and keep them out of everything that is printed or written.
 
-Two nets: what a secret looks like (the published prefixes of the services that people use here),
-and what this process knows to be one (the values of environment variables with telling names).
-``protect_output`` puts both under stdout, stderr and every log record; what is written to disk
-goes through ``redact`` and ``redact_tree``.
+Two methods find a secret: its form (the published prefixes of common services), and its value (the
+values of environment variables whose names suggest a secret). ``protect_output`` applies both to
+stdout, stderr and every log record. Files go through ``redact`` and ``redact_tree``.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 REDACTED = "[redacted]"
 _STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")
 
-# name -> pattern. Group "keep", where there is one, stays: it says what was there.
+# name -> pattern. The text of a group "keep" stays, to show what was redacted.
 PATTERNS: dict[str, re.Pattern[str]] = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -49,8 +48,8 @@ PATTERNS: dict[str, re.Pattern[str]] = {
     }.items()
 }
 
-# The last words of a key that holds a secret. Plain "token" must stand alone or after a service's
-# name: pad_token, eos_token and max_tokens are no secrets.
+# The last words of a key that holds a secret. Plain "token" counts only alone or after a service's
+# name: pad_token, eos_token and max_tokens are not secrets.
 _SECRET_KEY = re.compile(
     r"^token$|(?:^|[_.\-])(?:api[_-]?key|access[_-]?key(?:[_-]id)?|secret(?:[_-]?key)?"
     r"|private[_-]?key|client[_-]?secret|passw(?:or)?d|passphrase|credentials?|authorization"
@@ -62,29 +61,27 @@ _SECRET_VARIABLE = re.compile(
     r"|COOKIE|CONNECTION_STRING|ACCESS_?KEY_ID|KEY_BASE64|WEBHOOK_URL|DOCKER_AUTH_CONFIG)$"
     r"|(?:_KEY|_PWD|APIKEY|PASSW(?:OR)?D)$"
 )
-# The password of a user in any variable that holds a URL, DATABASE_URL and http_proxy among them.
+# A password in any variable that contains a URL, such as DATABASE_URL or http_proxy.
 _USER_INFO = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:([^\s/]+)@")
-# Shorter values of a variable ("1", "none", "secret") would blot out ordinary words.
+# Shorter values of a variable ("1", "none", "secret") would redact ordinary words.
 _SHORTEST_VALUE = 8
 
 
 def is_secret_key(name: str) -> bool:
-    """Whether a key of a config, or a variable, is named like one that holds a secret
-    (``hub_token``, ``api_key``).
-    """
+    """Whether the name of a key or variable suggests a secret (``hub_token``, ``api_key``)."""
     return bool(_SECRET_KEY.search(name) or _SECRET_VARIABLE.search(name))
 
 
 def find_secret(text: str) -> str | None:
-    """The kind of the first secret that ``text`` shows ("Hugging Face token"), by its form; None
-    if it shows none.
+    """The kind of the first secret in ``text`` ("Hugging Face token"), by its form; None if there
+    is none.
     """
     return next((kind for kind, pattern in PATTERNS.items() if pattern.search(text)), None)
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """``text`` with every secret replaced by ``[redacted: what it was]``; ``environ`` defaults to
-    this process's.
+    """``text`` with every secret replaced by ``[redacted: kind]``; ``environ`` defaults to that of
+    this process.
     """
     known = _known_here() if environ is None else _known_values(frozenset(environ.items()))
     for name, value in known:
@@ -116,10 +113,11 @@ def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
 
 
 def protect_output() -> Callable[[], None]:
-    """From here on no secret reaches stdout, stderr or a log record of this process, in threads
-    and in what runs at its exit as well; what is returned takes the protection away again.
+    """From now on no secret reaches stdout, stderr or a log record of this process, including
+    threads and exit handlers.
 
-    Code that writes to the file descriptors past Python's streams is not covered.
+    Call the returned function to remove the protection. Code that writes directly to the file
+    descriptors is not covered.
     """
     streams = {name: getattr(sys, name) for name in _STREAMS}
     old_factory = logging.getLogRecordFactory()
@@ -144,9 +142,9 @@ def protect_output() -> Callable[[], None]:
 
 
 class _Redacting:
-    """A text stream that passes on what it is given without secrets, ``buffer`` too.
+    """A text stream that removes secrets from what is written to it and to its ``buffer``.
 
-    Everything else is the stream's own.
+    All other attributes are those of the stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -169,7 +167,7 @@ class _Redacting:
 
 
 class _RedactingBytes:
-    """The same for the bytes under a text stream (click writes there in a C locale)."""
+    """The same for the binary buffer of a text stream (click writes to it in a C locale)."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -190,15 +188,17 @@ def _message(record: logging.LogRecord) -> str:
         try:
             return f"{record.msg} {record.args}"
         except Exception:  # noqa: BLE001 - the argument's own code
-            return f"{type(record.msg).__name__} that cannot be shown"
+            return f"{type(record.msg).__name__} that cannot be displayed"
 
 
-_seen: dict[str, str] = {}  # secret -> variable, of this process's environment so far
+_seen: dict[str, str] = {}  # secret -> variable, of this process's environment until now
 _order: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
 
 
 def _known_here() -> tuple[tuple[str, str], ...]:
-    """Of this process, also those that have been taken out of its environment since."""
+    """The secrets of this process, including variables that were removed from its environment
+    later.
+    """
     global _order
     environ = frozenset(os.environ.items())
     if environ != _order[0]:
@@ -210,7 +210,7 @@ def _known_here() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=4)
 def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """(variable, value) of the environment's secrets, in each form in which they are printed,
+    """(variable, value) of the environment's secrets, in every form in which they may be printed,
     longest first.
     """
     found: dict[str, str] = {}
@@ -224,8 +224,8 @@ def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str],
 
 
 def _is_path(value: str) -> bool:
-    """Whether a variable names the file of a secret (``/run/secrets/token``). A secret may begin
-    with "/" too, as base64 does: a path exists, or the folder that it is to be made in does.
+    """Whether a variable contains the path of a secret's file (``/run/secrets/token``). A secret
+    can begin with "/" too (base64), so the value counts as a path only if it or its folder exists.
     """
     if not value.startswith("/") or "\0" in value:
         return False
@@ -240,7 +240,9 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """A secret as it is, and as ``repr`` (also of bytes, and twice), JSON and URLs write it."""
+    """A secret unchanged, and as ``repr`` (also of bytes, and applied twice), JSON and URLs write
+    it.
+    """
     once = _quoted(secret)
     forms = [
         secret,
@@ -260,7 +262,8 @@ def _quoted(text: str) -> list[str]:
     for quote_it in (repr, ascii):
         found += [
             quote_it(text)[1:-1],
-            quote_it(f"{text}'\"")[1:-4],  # in a longer text with both quotes one is escaped
-            quote_it(f"{text}'")[1:-2],  # in one with a single quote alone none is
+            # in a longer text with both quote characters one is escaped
+            quote_it(f"{text}'\"")[1:-4],
+            quote_it(f"{text}'")[1:-2],  # in a text with only single quotes none is
         ]
     return found

@@ -1,7 +1,8 @@
-"""Standard output and error of a process that has more to do than to be read.
+"""Keep a run alive when its standard output or error is lost.
 
-The reader may go away (``| head``, a log shipper that died), the disk under a redirected stream may
-be full, the terminal may close, and a stream may be closed from the start. A run goes on without.
+The reader may end (``| head``, a log shipper that died), the disk under a redirected stream may be
+full, the terminal may close, or a stream may be closed from the start. The run continues without
+it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ STANDARD = 3
 
 
 def open_missing() -> None:
-    """Give a closed stdin, stdout or stderr (``>&-``) the null device: the next file to be opened
-    would take its number, and whatever prints would write into that file.
+    """Connect a closed stdin, stdout or stderr (``>&-``) to the null device. Otherwise the next
+    opened file would get its number, and prints would go into that file.
     """
     for number in range(STANDARD):
         try:
@@ -36,8 +37,8 @@ def open_missing() -> None:
 
 @contextmanager
 def outliving() -> Iterator[None]:
-    """While this is open, a stdout or stderr that takes nothing any more is no error: it is said
-    once on the other one, and what follows is dropped.
+    """Inside this context a failing stdout or stderr is not an error. One warning goes to the other
+    stream, and further output is dropped.
     """
     before = sys.stdout, sys.stderr
     err = Outliving(before[1], "stderr", None)
@@ -50,8 +51,8 @@ def outliving() -> Iterator[None]:
 
 
 class Outliving:
-    """A text stream that fails once and is the null device from then on. ``told``: where that is
-    said. Everything else is the stream's own.
+    """A text stream that is replaced by the null device after its first failure. ``told`` is the
+    stream for the warning. All other attributes are those of the stream.
     """
 
     def __init__(self, stream: TextIO, name: str, told: Outliving | None) -> None:
@@ -86,7 +87,7 @@ class Outliving:
         if self._told is not None:
             said = getattr(error, "strerror", None) or str(error)
             self._told.write(
-                f"warning: {self._name} is lost ({said}); the run goes on without it\n"
+                f"warning: {self._name} is lost ({said}); the run continues without it\n"
             )
             self._told.flush()
 
@@ -95,8 +96,8 @@ class Outliving:
 
 
 def discard(stream: TextIO) -> None:
-    """Make the null device of what is under ``stream``: what it still holds goes there, at the
-    latest at the end of the process, which would otherwise change the exit code (to 120).
+    """Connect the descriptor of ``stream`` to the null device. Buffered output then goes there;
+    otherwise its failure at the end of the process would change the exit code (to 120).
     """
     with suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()
@@ -108,7 +109,7 @@ def discard(stream: TextIO) -> None:
 
 
 def settle() -> None:
-    """At the end of a process: what the streams still hold is written, or dropped."""
+    """At the end of a process: write or drop what the streams still buffer."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,7 +1,7 @@
-"""The members of a tar file, read once from front to back, within bounds.
+"""The members of a tar file, read once from front to back, with limits.
 
-tarfile reads a header of any stated size into memory, follows headers that lead backwards, and
-unpacks whatever lies between two of them. So it gets a stream that does none of this.
+tarfile reads a header of any stated size into memory, follows headers that point backwards, and
+unpacks whatever is between two headers. So it gets a stream that prevents this.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MAX_HEADERS_BYTES = 256 * MIB  # of all
 
 
 class Forward:
-    """What tarfile reads from: only forwards, never much at once."""
+    """The stream that tarfile reads from: it reads only forwards, and limits the size of one
+    read.
+    """
 
     def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
         self.path = path
@@ -44,7 +46,7 @@ class Forward:
     def read(self, count: int) -> bytes:
         """A header, or a piece of a member's data."""
         if not 0 <= count <= MAX_HEADER_BYTES:
-            what = f"has a header of {count} bytes; {MAX_HEADER_BYTES} is the most"
+            what = f"has a header of {count} bytes; the limit is {MAX_HEADER_BYTES}"
             raise ConfigError(what, where=str(self.path))
         data = self.source.read(count)
         self.at += len(data)
@@ -56,7 +58,7 @@ class Forward:
 
     def seek(self, position: int) -> None:
         if position < self.at:
-            raise unusable(self.path, "has a header that leads backwards")
+            raise unusable(self.path, "has a header that points backwards")
         if self.plain:
             self.source.seek(position)
             self.at = position
@@ -71,8 +73,8 @@ class Forward:
 def tar_members(
     path: Path, file: IO[bytes], limit: int
 ) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    """Each member with its content (None of all but plain files), to be read before the next.
-    Raises tarfile.TarError, RecursionError, InputError or ConfigError.
+    """Each member with its content (None except for regular files), which must be read before the
+    next member. Raises tarfile.TarError, RecursionError, InputError or ConfigError.
     """
     stream = Forward(path, file, limit)
     with tarfile.TarFile(fileobj=stream, mode="r", errorlevel=2) as tar:  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""Call code that may never end, for a limited time and with limited memory.
+"""Call code that may never end, with a limit on time and memory.
 
-A thread cannot be cut: a loop continues to take the interpreter's time, and a pattern that
-backtracks without end holds the interpreter lock, so that no other thread can notice. A timer
-signal in the main thread cuts loops, sleeps, sockets, locks and patterns, and leaves nothing
-behind. So that is what is used in a main thread, and elsewhere a daemon thread that is left to
-itself when its time is up. Neither cuts native code that never returns to Python, nor code that
-catches everything in a loop: for those, rewards of the user's run in a process that is killed
+A thread cannot be stopped: a loop continues to use the interpreter's time, and a pattern that
+backtracks without end holds the interpreter lock, so no other thread can act. A timer signal in the
+main thread interrupts loops, sleeps, sockets, locks and patterns, and leaves no thread behind. So
+the main thread uses the signal. Other threads use a daemon thread that is abandoned when its time
+is over. Neither stops native code that never returns to Python, nor code that catches every
+exception in a loop. For these, the user's rewards run in a process that can be killed
 (train/rewards/worker).
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 T = TypeVar("T")
-_AGAIN_S = 1.0  # the alarm repeats: code that swallows one is cut by a later one
+_AGAIN_S = 1.0  # the alarm repeats, so code that catches one is stopped by a later one
 
 
 class OutOfTime(Exception):
@@ -52,7 +52,7 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     def on_alarm(signum: int, frame: FrameType | None) -> None:
         left = deadline - time.monotonic()
         if left > 0:
-            # Not ours: a signal that came inside the call has set the run's alarm.
+            # Not this module's alarm: a signal handler set it during the call.
             signal.setitimer(signal.ITIMER_REAL, left, _AGAIN_S)
             if callable(old_handler):
                 old_handler(signum, frame)
@@ -64,7 +64,7 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     old_left, old_interval = signal.getitimer(signal.ITIMER_REAL)
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)  # may ring at once
+            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)  # may fire immediately
             return call()
         finally:
             armed = False
@@ -74,9 +74,9 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
         armed = False
         left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
         if left and interval != _AGAIN_S and callable(old_handler):
-            # The run's, set inside the call: it continues to count.
+            # The run's alarm, set during the call: it continues.
             old_left, old_interval = left, interval
-        elif old_left:  # a limit around this one goes on counting
+        elif old_left:  # an outer limit continues to count
             old_left = max(old_left - (time.monotonic() - started), 1e-3)
         signal.signal(signal.SIGALRM, old_handler or signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, old_left, old_interval)
@@ -99,15 +99,16 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
 
 @contextmanager
 def memory_within(more_bytes: int) -> Iterator[None]:
-    """In the block this process may take ``more_bytes`` more than it has: MemoryError beyond.
+    """Inside the block this process may allocate at most ``more_bytes`` more; beyond that
+    MemoryError is raised.
 
-    It holds for all threads, so the block is short and no other thread is at work in it.
+    The limit applies to all threads, so keep the block short and run no other thread in it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         has = _address_space()
     except OSError:
-        yield  # no /proc: time alone is limited
+        yield  # without /proc only the time is limited
         return
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([has + more_bytes, *limits]), hard))
@@ -118,7 +119,7 @@ def memory_within(more_bytes: int) -> Iterator[None]:
 
 
 def _address_space() -> int:
-    """Bytes of this process's. Raises OSError without /proc."""
+    """Bytes of this process's address space. Raises OSError without /proc."""
     handle = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return int(os.read(handle, 64).split(maxsplit=1)[0]) * resource.getpagesize()

@@ -1,3 +1,3 @@
-"""The version, below everything: reports of the light floor carry it."""
+"""The version. It is in the lowest layer because reports of all layers contain it."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Which architectures the installed vLLM has: its registry, read as text."""
+"""The architectures that the installed vLLM supports: its registry, read as text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ REGISTRY = "vllm/model_executor/models/registry.py"
 
 
 def vllm_lists(architectures: Iterable[str]) -> bool | None:
-    """Whether vLLM's registry names one of ``architectures``; None where vLLM is not installed.
+    """Whether vLLM's registry names one of ``architectures``; None if vLLM is not installed. vLLM
+    is not imported.
 
-    vLLM is not imported. Raises OSError where the registry cannot be read.
+    Raises OSError if the registry cannot be read.
     """
     places = (Path(entry, REGISTRY) for entry in sys.path if entry)
     registry = next((path for path in places if path.is_file()), None)

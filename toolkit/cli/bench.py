@@ -1,4 +1,6 @@
-"""``toolkit bench``: our step beside TRL's colocate mode and Unsloth's, on random real shapes."""
+"""``toolkit bench``: the toolkit's step compared with TRL's colocate mode and Unsloth, on random
+weights of real shapes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import click
 
 from toolkit.base.errors import ConfigError
 
-# Tables alone: torch comes with bench.run.
+# Only tables: bench.run imports torch.
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.shapes import SHAPES
 
@@ -17,24 +19,46 @@ from toolkit.train.bench.shapes import SHAPES
 @click.command("bench")
 @click.option("--shape", type=click.Choice(tuple(SHAPES)), default="llama-1b", show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True)
-@click.option("--arms", default=",".join(ARMS), show_default=True, help="In this order.")
+@click.option(
+    "--arms", default=",".join(ARMS), show_default=True, help="Comma-separated, run in this order."
+)
 @click.option("--workload", type=click.Choice(tuple(WORKLOADS)), default="even", show_default=True)
 @click.option("--rank", "r", type=click.IntRange(min=1))
 @click.option("--prompts", type=click.IntRange(min=1))
 @click.option("--num-generations", type=click.IntRange(min=2))
 @click.option("--prompt-tokens", type=click.IntRange(min=1))
-@click.option("--completion-tokens", type=click.IntRange(min=1), help="At most, or exactly.")
-@click.option("--mean-tokens", type=click.IntRange(min=1), help="Geometric lengths of this mean.")
+@click.option(
+    "--completion-tokens",
+    type=click.IntRange(min=1),
+    help="Maximum completion length, or the exact one.",
+)
+@click.option(
+    "--mean-tokens",
+    type=click.IntRange(min=1),
+    help="Draw geometric completion lengths with this mean.",
+)
 @click.option("--max-seq-length", type=click.IntRange(min=1))
-@click.option("--per-device-batch", type=click.IntRange(min=1), help="The peers' micro-batch.")
-@click.option("--ours-batch", type=click.IntRange(min=1), help="Our micro-batch.")
+@click.option(
+    "--per-device-batch", type=click.IntRange(min=1), help="Micro-batch of TRL and Unsloth."
+)
+@click.option("--ours-batch", type=click.IntRange(min=1), help="Micro-batch of the toolkit.")
 @click.option("--ours-checkpointing/--ours-no-checkpointing", default=None)
-@click.option("--ours-sleep/--ours-no-sleep", default=None, help="KV cache, while training.")
+@click.option(
+    "--ours-sleep/--ours-no-sleep", default=None, help="Let the KV cache sleep while training."
+)
 @click.option("--gpu-memory-utilization", type=float)
 @click.option("--load-in-4bit/--load-in-16bit", default=None)
-@click.option("--limit-s", type=float, default=900, show_default=True, help="Seconds for each arm.")
+@click.option(
+    "--limit-s",
+    type=float,
+    default=900,
+    show_default=True,
+    help="Time limit in seconds for each arm.",
+)
 @click.option("--models", default="bench/models", show_default=True, help="Made checkpoints.")
-@click.option("--out", default="bench/out", show_default=True, help="Logs and bench.json.")
+@click.option(
+    "--out", default="bench/out", show_default=True, help="Folder for logs and bench.json."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def bench(
     *,
@@ -46,11 +70,11 @@ def bench(
     as_json: bool,
     **options: object,
 ) -> None:
-    """Measure load, step time, memory, log-probability gap and what changed in the base.
+    """Measure load time, step time, memory, log-probability gap and changes of the base.
 
-    Every arm trains the same random checkpoint on the same prompts in a process of its own. Without
-    a GPU only `--shape tiny` is worth its time. What `--ours-...` leaves open the sizer chooses,
-    within the memory of `--per-device-batch` with checkpointing.
+    Every arm trains the same random checkpoint on the same prompts in its own process. Without a
+    GPU use only `--shape tiny`. The sizer chooses what no `--ours-...` option sets, within the
+    memory of `--per-device-batch` with checkpointing.
 
     \b
     even          8 prompts of 64 tokens x 8 completions of 256
@@ -70,10 +94,11 @@ def bench(
     workload = str(options.pop("workload"))
     written = {name: value for name, value in options.items() if value is not None}
     values: dict[str, object] = {**WORKLOADS[workload], **written}
-    settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]  # click gave the types
+    # click gave the types
+    settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]
     if settings.sequences % settings.per_device_batch:
         raise ConfigError(
-            f"{settings.sequences} completions a step do not divide by --per-device-batch "
+            f"{settings.sequences} completions per step are not a multiple of --per-device-batch "
             f"{settings.per_device_batch}",
             fix="choose a --per-device-batch that divides --prompts x --num-generations",
         )

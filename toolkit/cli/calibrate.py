@@ -1,4 +1,6 @@
-"""``envcheck calibrate``: a run's measured memory beside what sizing predicted, term by term."""
+"""``envcheck calibrate``: compare a run's measured memory with the prediction of the sizer, term by
+term.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 def calibrate(run: Path, as_json: bool) -> None:
     """Compare the measured peaks of a run folder with the prediction.
 
-    Exit code 1 where a peak is above the stated bound: sizing was wrong, please report it.
+    Exit code 1 if a peak is above the predicted bound: the sizer was wrong, please report it.
     """
     from toolkit.sizing.calibrate import calibrate as compare_run  # noqa: PLC0415 - after parsing
 
@@ -33,15 +35,15 @@ def calibrate(run: Path, as_json: bool) -> None:
 
 
 def text_of(found: Calibration) -> str:
-    """The table, and the verdict under it."""
+    """The table, followed by the verdict."""
     rows = [_row(row) for row in found.rows]
     lines = [table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
     if not found.measured:
         lines.append("not measured: the run was not on a GPU")
     elif found.above_bound:
-        lines.append(f"above the stated bound of {format_bytes(found.bound)}")
+        lines.append(f"above the predicted bound of {format_bytes(found.bound)}")
     else:
-        lines.append(f"within the stated bound of {format_bytes(found.bound)}")
+        lines.append(f"within the predicted bound of {format_bytes(found.bound)}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""``envcheck check``: judge this node for a job, or for itself."""
+"""``envcheck check``: check this node for a job, or its health alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what a job asks of the node; ``check`` and ``record`` share them."""
+    """The options that describe what a job requires of the node. ``check`` and ``record`` share
+    them.
+    """
     options = (
         click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             metavar="RUN.YAML",
-            help="Judge for this run file.",
+            help="Check the node for this run file.",
         ),
         click.option(
             "--set",
@@ -48,8 +50,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="FILE",
             help="Compare packages with a requirements file of == pins.",
         ),
-        click.option("--only", multiple=True, metavar="CHECK", help="A family or an id."),
-        click.option("--skip", multiple=True, metavar="CHECK", help="A family or an id."),
+        click.option(
+            "--only", multiple=True, metavar="CHECK", help="A family of checks or the id of one."
+        ),
+        click.option(
+            "--skip", multiple=True, metavar="CHECK", help="A family of checks or the id of one."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -58,16 +64,20 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @request_options
-@click.option("--node", is_flag=True, help="Judge the node's health only (a scheduler's prolog).")
-@click.option("--strict", is_flag=True, help="What cannot be established is a failure (exit 5).")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object (report.schema.json).")
+@click.option(
+    "--node", is_flag=True, help="Check only the node's health (for a scheduler's prolog)."
+)
+@click.option(
+    "--strict", is_flag=True, help="Treat a check that cannot be completed as a failure (exit 5)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (report.schema.json).")
 @click.option(
     "--prometheus",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Also write metrics for node_exporter's textfile collector.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="List what is well too.")
+@click.option("-v", "--verbose", is_flag=True, help="List passed checks too.")
 def check(
     node: bool,
     strict: bool,
@@ -76,11 +86,12 @@ def check(
     verbose: bool,
     **request: Any,
 ) -> None:
-    """Check that this node can run the job. Reads only; needs no privilege.
+    """Check that this node can run the job.
 
-    Exit codes: 0 it can; 1 the config or the request must change; 3 this node is bad; 4 try
-    again later; 5 something could not be established, under --strict. With --node only a bad
-    node fails (3), never a user's mistake. Without a GPU a run that needs none passes.
+    Only reads; needs no privileges. Exit codes: 0 the node can run the job; 1 the config or the
+    request must change; 3 this node is bad; 4 try again later; 5 (with --strict) something could
+    not be established. With --node only a bad node fails (3), never a user's mistake. A run that
+    needs no GPU passes on a node without one.
     """
     from toolkit.base.paths import write_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
@@ -103,7 +114,7 @@ def check(
 def text_of(
     results: Sequence[CheckResult], context: CheckContext, *, verbose: bool, strict: bool = False
 ) -> str:
-    """One paragraph a finding with its remedy, then what is well, then the count."""
+    """One paragraph per finding with its remedy, then the passed checks, then the count."""
     from toolkit.gpu.checks import catalogue, exit_code  # noqa: PLC0415 - as above
 
     order = {"fail": 0, "unknown": 1, "warn": 2, "ok": 3}
@@ -114,7 +125,7 @@ def text_of(
             continue
         first = f"{verdict_word(result.verdict)} {result.id:<{width}}  "
         indent = " " * (7 + 1 + width + 2)
-        # The escape codes of a coloured word take no columns.
+        # The escape codes of a coloured word have no width.
         text = paragraph(result.evidence, first=" " * len(indent), indent=indent).lstrip()
         lines.append(first + text)
         if result.remedy:
@@ -130,7 +141,7 @@ def text_of(
         if counts[verdict]
     )
     left = len(catalogue()) - len(results)
-    summary += f" ({left} not chosen or with nothing to judge here)" if left else ""
+    summary += f" ({left} not selected or not applicable here)" if left else ""
     lines.append(styled(f"{summary}. {MEANING[code]}", "red" if code else "green", bold=True))
     return "\n".join(lines)
 
@@ -138,7 +149,7 @@ def text_of(
 MEANING = {
     0: "Ready.",
     1: "Change the config or the request (exit 1).",
-    3: "This node is bad; another may work (exit 3).",
+    3: "This node is bad; another node may work (exit 3).",
     4: "Try again later (exit 4).",
-    5: "Not all could be established, and --strict asks for it (exit 5).",
+    5: "Some checks could not be completed, and --strict requires all (exit 5).",
 }

@@ -1,4 +1,4 @@
-"""``toolkit demo``: a model and data made on the spot, then what a user would do with their own."""
+"""``toolkit demo``: create a small model and data, then run the commands that a user would run."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ REWARD = "exact_match"
     show_default=True,
     help="What samples.",
 )
-@click.option("--out", metavar="DIR", help="Where all is written (runs/demo, or the next free).")
+@click.option(
+    "--out", metavar="DIR", help="Folder for all files (default: runs/demo, or the next free name)."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--debug", is_flag=True, help="Show tracebacks and what upstream libraries say.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
 def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
-    """Teach a small model half of addition, then let GRPO find the rest from rewards.
+    """Pretrain a small model on half of addition, then let GRPO learn the rest from rewards.
 
-    Makes a character-level Llama, data and a run file, then runs envcheck check, size and validate
-    and toolkit train on them, and judges 500 held-out problems before and after.
+    Creates a character-level Llama, data and a run file. Then runs envcheck check, size and
+    validate and toolkit train on them, and evaluates 500 held-out problems before and after
+    training.
     """
     begin = monotonic()
     folder = choose_folder(out)
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415 - before torch
 
-    # A model this small gains nothing from more threads, and loses minutes where cores are shared.
+    # So small a model does not get faster with more threads, and loses minutes if cores are shared.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare_environment()
     from toolkit.train.demo import make_world  # noqa: PLC0415 - imports torch
@@ -51,7 +54,7 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
         world = make_world(folder, engine=engine, seed=seed, say=click.echo)
     except OSError as problem:
         raise ConfigError(
-            f"cannot be written: {problem.strerror}", where=str(folder), fix="name another --out"
+            f"cannot be written: {problem.strerror}", where=str(folder), fix="choose another --out"
         ) from problem
     click.echo(f"model, data and run file written in {world.taught_s:.0f} s")
     run_file = str(world.run_file)
@@ -64,16 +67,16 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
 
 
 def choose_folder(out: str | None) -> Path:
-    """``--out``, which must be new or empty; else the first free of runs/demo, runs/demo-2, ...
+    """``--out``, which must be new or empty; else the first free name of runs/demo, runs/demo-2,
+    ...
 
-    Raises:
-        ConfigError: the folder holds something.
+    Raises ConfigError if the folder is not empty.
     """
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
-                "is not an empty folder", where=out, fix="name one that does not exist yet"
+                "is not an empty folder", where=out, fix="choose a folder that does not exist yet"
             )
         return folder
     number = 1
@@ -83,7 +86,9 @@ def choose_folder(out: str | None) -> Path:
 
 
 def step(program: str, arguments: Sequence[str]) -> None:
-    """Run a command as a user would type it, in this process; leave with its exit code."""
+    """Run a command as a user would type it, in this process. Exit with its exit code if it
+    fails.
+    """
     from toolkit.cli import envcheck, train  # noqa: PLC0415 - train imports this table's module
 
     click.echo(f"\n$ {program} {' '.join(arguments)}")
@@ -97,12 +102,12 @@ def step(program: str, arguments: Sequence[str]) -> None:
 
 
 def finish(folder: Path, *, seconds: float) -> None:
-    """Say where everything lies; the last line is the result."""
+    """Print where everything is; the last line is the result."""
     result = json.loads((folder / "run" / "evaluation.json").read_text())
     before, after = result["before"], result["after"]
     run_file, run = folder / "run.yaml", folder / "run"
     if after["count"] != before["count"]:
-        raise DefectError("the evaluations before and after judged different problems")
+        raise DefectError("the evaluations before and after used different problems")
     click.echo(
         f"\nmodel     {folder / 'model'}\n"
         f"data      {folder / 'train.jsonl'}, {folder / 'eval.jsonl'}\n"

@@ -1,7 +1,8 @@
-"""Signals before a run listens to them itself: they end it with the code of a run that was stopped.
+"""Handle signals before the run installs its own handlers: they end the process with the exit code
+of a stopped run.
 
-The command line, the run file and the imports take seconds, in which a preempted job is to be told
-apart from a failed one.
+Reading the command line, the run file and the imports takes seconds. A job that is preempted in
+this time must not look like a failed one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class StoppableGroup(LazyGroup):
-    """Its command ``train`` may be stopped from the first look at the command line on, and needs
-    nobody who reads what it prints.
+    """The command ``train`` can be stopped as soon as its command line is read, and continues if
+    its output is lost.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,8 +35,8 @@ class StoppableGroup(LazyGroup):
 
 @contextmanager
 def listening_early() -> Iterator[None]:
-    """Raises StoppedError for a signal in the block. Of several ranks none does: their launcher
-    tells of the signal once.
+    """Raises StoppedError for a signal inside the block. With several ranks no rank does, because
+    their launcher reports the signal once.
     """
     from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals  # noqa: PLC0415 - as above
     from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only here
@@ -51,8 +52,9 @@ def listening_early() -> Iterator[None]:
                 yield
             finally:
                 if early.received is not None or early.ended:
-                    early.ignore()  # what is still to be said is said, and the exit code stays
-    except (Abandoned, ImportError):  # compiled modules turn what is raised in them into the latter
+                    early.ignore()  # remaining output is still printed, and the exit code stays
+    # compiled modules turn an exception raised in them into the latter
+    except (Abandoned, ImportError):
         if early.received is None:
             raise
         raise stopped_early(early.received) from None

@@ -15,14 +15,14 @@ COMMANDS = {
     "probe": ("toolkit.cli.probe:probe", "Show this node's GPUs as NVML sees them."),
     "check": ("toolkit.cli.check:check", "Check that this node can run the job."),
     "size": ("toolkit.cli.size:size", "Size gpu_memory_utilization, max_lora_rank and batches."),
-    "validate": ("toolkit.cli.validate:validate", "Find every fault in a run file."),
+    "validate": ("toolkit.cli.validate:validate", "Find every error in a run file."),
     "schema": ("toolkit.cli.schema:schema", "Print a JSON Schema that editors understand."),
     "explain": (
         "toolkit.cli.explain:explain",
         "Explain a rule, a check, a config key, or a pasted traceback.",
     ),
     "record": ("toolkit.cli.record:record", "Write a redacted snapshot of this node."),
-    "replay": ("toolkit.cli.record:replay", "Judge a recorded snapshot as if on its node."),
+    "replay": ("toolkit.cli.record:replay", "Check a recorded snapshot as if on its node."),
     "calibrate": (
         "toolkit.cli.calibrate:calibrate",
         "Compare a run's measured peaks with the prediction.",
@@ -39,7 +39,7 @@ COMMANDS = {
 @click.version_option(__version__, prog_name="envcheck")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Find what would fail before a GPU-second is spent."""
+    """Find errors before any GPU time is used."""
     del debug  # read from argv by command_main, so that it covers errors at import too
 
 

@@ -1,4 +1,4 @@
-"""From an error to what a person reads and a scheduler acts on.
+"""Turn an error into a message for the user and an exit code for the scheduler.
 
 Every command runs inside ``guarded``.
 """
@@ -31,8 +31,8 @@ INTERRUPTED = 130
 def guarded(*, debug: bool = False) -> Iterator[None]:
     """Turn a ToolkitError into one block on stderr and its exit code.
 
-    An error of upstream that is known (base.symptoms) is explained. Anything else is a defect of
-    ours (70), of which a report is written. ``debug`` shows the traceback as well.
+    A known upstream error (base.symptoms) is explained. Any other error is a defect of the toolkit
+    (70), and a report is written. ``debug`` also shows the traceback.
     """
     try:
         yield
@@ -50,8 +50,8 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """End quietly where the user (Ctrl-C) or the reader of our output (`envcheck probe | head`)
-    went away. click would make "Aborted!" and 1 of both.
+    """End quietly if the user pressed Ctrl-C or the reader of the output ended (`envcheck probe |
+    head`). click would print "Aborted!" and exit with 1 in both cases.
     """
     try:
         yield
@@ -65,58 +65,58 @@ def left_alone() -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around the writing of a file that was asked for. Raises InputError where it cannot be."""
+    """Wrap the writing of a requested file. Raises InputError if it cannot be written."""
     try:
         yield
     except OSError as error:
         raise InputError(
             f"cannot be written: {error.strerror}",
             where=str(path),
-            fix="name a file in a folder that exists and that you may write to",
+            fix="name a file in an existing folder that you can write to",
         ) from None
 
 
 def debug_asked() -> bool:
-    """Whether tracebacks, and what upstream libraries say, are to be shown: by ``--debug``, before
-    or behind the command's name, or TOOLKIT_DEBUG=1.
+    """Whether to show tracebacks and the output of upstream libraries: with ``--debug``, before or
+    after the command's name, or TOOLKIT_DEBUG=1.
     """
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
 
 
 def _known(error: Exception) -> ToolkitError | None:
-    """What a disk or a library refused, in our words."""
+    """A failure of a disk or a known upstream failure, as a toolkit error."""
     from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
 
     return disk.failed(error) or explained(error, "the command failed")
 
 
 def _defect(error: Exception) -> str:
-    """What is printed of a defect of ours, once its report is written."""
+    """The text printed for a defect of the toolkit after its report was written."""
     from toolkit.base.defect import write_report  # noqa: PLC0415 - only for a defect
 
     said = error.message if isinstance(error, ToolkitError) else str(error)
     place = write_report(error)
     what = f"internal error: {type(error).__name__}: {said}\n  this is a defect of the toolkit"
     if place is None:
-        return f"{what}\n  fix: run again with --debug and attach what it prints to an issue"
+        return f"{what}\n  fix: run again with --debug and attach the output to an issue"
     return (
-        f"{what}; the report is in {place}\n"
-        "  fix: attach that file to an issue: it has versions, run and traceback, and no secrets"
+        f"{what}; the report is in {place}\n  fix: attach that file to an issue: it contains "
+        "versions, run and traceback, but no secrets"
     )
 
 
 def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    with suppress(OSError):  # nobody reads stderr any more; the code says it
-        click.echo(visible(text), err=True)  # a name in it may be somebody else's
+    with suppress(OSError):  # stderr is closed, so only the exit code reports it
+        click.echo(visible(text), err=True)  # it may contain a name from an untrusted source
     sys.exit(code)
 
 
 def command_main(group: click.Group) -> Callable[[], None]:
     """The console-script entry of a group: usage errors exit 2, the rest is ``guarded``.
 
-    From here on no secret is printed, and no file is made that others may write.
+    From here on no secret is printed, and no file is created that others can write to.
     """
 
     def main() -> None:

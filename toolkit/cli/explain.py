@@ -19,14 +19,14 @@ MAX_PASTED = 256 << 20
 @click.command("explain")
 @click.argument("what", nargs=-1, required=True, metavar="ID|KEY|exit-codes|rules|-")
 def explain(what: tuple[str, ...]) -> None:
-    """Say what a rule or a check looks for, why, and what to do; or what a key takes.
+    """Explain what a rule or a check looks for, why, and what to do, or which values a key accepts.
 
     \b
         envcheck explain GRPO001            a rule of envcheck validate
         envcheck explain num_generations    a key of a run file
         envcheck explain exit-codes         what the exit codes mean
         envcheck explain rules              all rules
-        envcheck explain - < error.txt      the check that would have caught a traceback
+        envcheck explain - < error.txt      the check that finds the cause of a traceback
     """
     click.echo("\n\n".join(_one(word) for word in what))
 
@@ -64,10 +64,9 @@ def _check(word: str) -> str | None:
 
 
 def _pasted(text: str) -> str:
-    """Every symptom in a traceback, with the check that would have caught it and the remedy.
+    """Every symptom in a traceback, with the check that finds it beforehand and the remedy.
 
-    Raises:
-        UnestablishedError: none is known.
+    Raises UnestablishedError if no known error is found.
     """
     from toolkit.base.symptoms import match  # noqa: PLC0415 - only for a traceback
 
@@ -78,13 +77,13 @@ def _pasted(text: str) -> str:
 
 
 def _not_known(text: str) -> UnestablishedError:
-    """No symptom: the nearest ones, for a person to compare."""
+    """No symptom found: show the nearest ones for comparison."""
     from toolkit.base.symptoms import nearest  # noqa: PLC0415 - only for a traceback
 
     near = [f"{symptom.title} ({symptom.check})" for symptom in nearest(text)]
-    told = "; the nearest that is known:\n  " + "\n  ".join(near) if near else ""
+    told = "; the nearest known errors:\n  " + "\n  ".join(near) if near else ""
     return UnestablishedError(
-        f"no error that is known here is in this text{told}",
+        f"no known error found{told}",
         where="explain -",
         fix="envcheck check --config run.yaml, and envcheck size run.yaml",
     )

@@ -25,18 +25,23 @@ from toolkit.cli.request import TRUST
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
-    help="Of merged weights; auto is the base checkpoint's.",
+    help="Format of the merged weights; auto is the base checkpoint's format.",
 )
-@click.option("--checkpoint", type=int, metavar="STEP", help="Of checkpoint-STEP, not the end.")
+@click.option(
+    "--checkpoint",
+    type=int,
+    metavar="STEP",
+    help="Export checkpoint-STEP instead of the final adapter.",
+)
 @TRUST
 def export(
     run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None, trust_remote_code: bool
 ) -> None:
-    """Write RUN's adapter (PEFT, safetensors) to DIR, or a checkpoint of plain transformers."""
+    """Write RUN's adapter (PEFT, safetensors) to DIR, or with --merge a transformers checkpoint."""
     from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
     if dtype != "auto" and not merge:
-        raise click.UsageError("--dtype is for --merge")
+        raise click.UsageError("--dtype needs --merge")
     prepare_environment()
     from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
 

@@ -1,4 +1,6 @@
-"""How ``envcheck validate`` prints findings, one class a format; each counts them too."""
+"""Print the findings of ``envcheck validate``: one class per format. Each class also counts
+them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "place": None}
 
 
 class Printer:
-    """Counts findings; a kind of printer shows them."""
+    """Count findings; subclasses print them."""
 
     def __init__(self) -> None:
         self.errors = self.warnings = 0
@@ -46,7 +48,7 @@ class Printer:
 
     @property
     def exit_code(self) -> int:
-        """The worst of all files."""
+        """The worst exit code of all files."""
         if self.unreadable:
             return 2
         if self.errors:
@@ -86,7 +88,7 @@ class Github(Printer):
 
 
 class Collected(Printer):
-    """JSON and SARIF are one value, printed at the end."""
+    """JSON and SARIF are one document, printed at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +132,7 @@ PRINTERS: dict[str, type[Printer]] = {
 
 
 def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
-    """What --fix says it did: each edit as old -> new, with its line before any edit."""
+    """Print what --fix did: each edit as old -> new, with its line before any edit."""
     for edit in repair.applied:
         text = f"{name}:{edit.line}: {edit.old} -> {edit.new} ({edit.rule})"
         yield redact(visible(text))
@@ -138,8 +140,8 @@ def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
 
 
 def choice_lines(repair: Repair) -> Iterator[str]:
-    """What --fix left alone because there is more than one way out."""
+    """Print the findings that --fix left unchanged because they have more than one fix."""
     for found in repair.choices:
         ways = " or ".join(fix.text for fix in found.fixes)
-        text = f"{found.place}: {found.rule} is left as it is, choose one: {ways}"
+        text = f"{found.place}: {found.rule} is not fixed, choose one of: {ways}"
         yield redact(visible(text))

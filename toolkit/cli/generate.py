@@ -31,12 +31,17 @@ from toolkit.cli.request import TRUST
     "-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="A prompt."
 )
 @click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--checkpoint", type=int, metavar="STEP", help="Of checkpoint-STEP, not the end.")
-@click.option("--base", is_flag=True, help="From the base model, without the adapter.")
+@click.option(
+    "--checkpoint",
+    type=int,
+    metavar="STEP",
+    help="Use checkpoint-STEP instead of the final adapter.",
+)
+@click.option("--base", is_flag=True, help="Use the base model without the adapter.")
 @click.option(
     "--chat/--plain",
     default=None,
-    help="Put the prompt through the chat template, or not. Default: as the run did.",
+    help="Apply the chat template to the prompt, or not. Default: as in the run.",
 )
 @click.option(
     "--engine",
@@ -45,10 +50,10 @@ from toolkit.cli.request import TRUST
     show_default=True,
 )
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt.")
 def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
-    """Ask the policy that RUN trained for completions of PROMPTS; "-" reads one a line from
-    stdin.
+    """Generate completions of PROMPTS with the policy that RUN trained; "-" reads one prompt per
+    line from stdin.
     """
     from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
@@ -72,7 +77,7 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
 
 def shown(text: str) -> str:
-    """What a model wrote, as is into a pipe; a terminal must not be made to obey it."""
+    """The model's text: unchanged into a pipe, without control characters on a terminal."""
     return visible(text) if sys.stdout.isatty() else text
 
 
@@ -82,5 +87,7 @@ def _texts(prompts: tuple[str, ...]) -> list[str]:
     for prompt in prompts:
         texts += [line.rstrip("\n") for line in sys.stdin] if prompt == "-" else [prompt]
     if not any(texts):
-        raise InputError("no prompt", where="PROMPTS", fix='give one, or lines on stdin with "-"')
+        raise InputError(
+            "no prompt", where="PROMPTS", fix='give a prompt, or "-" and prompts on stdin'
+        )
     return [text for text in texts if text]

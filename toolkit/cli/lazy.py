@@ -1,4 +1,4 @@
-"""A click group whose commands are imported when they are run: ``--help`` stays fast and light."""
+"""A click group that imports a command only when it runs, so that ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; who leaves in the middle of it is told nothing of click's."""
+        """Run the command. If it is interrupted, print none of click's messages."""
         with left_alone():
             return super().invoke(ctx)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--json",
     "as_json",
     is_flag=True,
-    help="One JSON object (report.schema.json); one a line with --watch.",
+    help="Print one JSON object (report.schema.json); with --watch one per line.",
 )
 @click.option(
     "--prometheus",
@@ -30,23 +30,26 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Also write metrics for node_exporter's textfile collector.",
 )
-@click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Repeat until Ctrl-C.")
 @click.option(
     "--interval",
     type=click.FloatRange(min=0.1),
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Between two looks of --watch.",
+    help="Seconds between two readings with --watch.",
 )
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End --watch after N looks.")
+@click.option(
+    "--count", type=click.IntRange(min=1), metavar="N", help="End --watch after N readings."
+)
 def probe(
     as_json: bool, prometheus: Path | None, watch: bool, interval: float, count: int | None
 ) -> None:
     """Show this node's GPUs as NVML sees them.
 
-    Exit code 0 with a GPU (a lost card spoils its row only), 3 without one; the text says whether
-    there is no GPU, no driver, a driver that does not match its library, or no permission.
+    Exit code 0 with a GPU (a lost card affects only its own row), 3 without one. The text says
+    whether the GPU, the driver or the permission is missing, or the driver does not match its
+    library.
     """
     from toolkit.gpu.report import NO_GPU_EXIT  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
@@ -72,7 +75,7 @@ def probe(
 def show(
     snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
 ) -> None:
-    """One look, in the form that was asked for; ``one_line`` is for JSON that is streamed."""
+    """One reading in the requested format; ``one_line`` is for streamed JSON."""
     from toolkit.base.paths import write_file  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
@@ -87,7 +90,7 @@ def show(
 
 
 def text_of(snapshot: NodeSnapshot) -> str:
-    """The table for people, or why there is none."""
+    """The table for people, or the reason why there is none."""
     from toolkit.gpu.checks.driver import cuda_of  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import visible  # noqa: PLC0415 - as above
     from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
@@ -136,7 +139,7 @@ def _row(
 
 
 def state_of(gpu: GpuSnapshot) -> str:
-    """The card's worst trouble in a few words, else ``ok``; ``envcheck check`` says more."""
+    """The card's worst problem in a few words, else ``ok``; ``envcheck check`` shows more."""
     from toolkit.gpu.checks.health import FABRIC_NOT_READY  # noqa: PLC0415 - as above
     from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above

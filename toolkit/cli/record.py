@@ -1,4 +1,4 @@
-"""``envcheck record`` and ``replay``: a node in a file, judged anywhere."""
+"""``envcheck record`` and ``replay``: record a node in a file and check it on another machine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @request_options
 def record(file: Path, **request: Any) -> None:
-    """Write a redacted snapshot of this node: every raw answer, for a bug report.
+    """Write a redacted snapshot of this node with all raw readings, for a bug report.
 
-    UUIDs are replaced by others, pids by small numbers; names of processes, users and hosts are
-    left out. Of the environment only the variables that checks read are kept.
+    UUIDs are replaced by others and pids by small numbers. Names of processes, users and hosts are
+    removed. Only environment variables that checks read are kept.
     """
     from toolkit.base.paths import write_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
@@ -36,19 +36,22 @@ def record(file: Path, **request: Any) -> None:
     with writing(file):
         write_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
     click.echo(
-        f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}; redacted. "
-        f"Read it before you send it; `envcheck replay {file}` judges it anywhere."
+        f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}; "
+        f"redacted. Read it before you send it; `envcheck replay {file}` checks it on any "
+        "machine."
     )
 
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--node", is_flag=True, help="Judge the node's health only.")
-@click.option("--strict", is_flag=True, help="What cannot be established is a failure (exit 5).")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object (report.schema.json).")
-@click.option("-v", "--verbose", is_flag=True, help="List what is well too.")
+@click.option("--node", is_flag=True, help="Check only the node's health.")
+@click.option(
+    "--strict", is_flag=True, help="Treat a check that cannot be completed as a failure (exit 5)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (report.schema.json).")
+@click.option("-v", "--verbose", is_flag=True, help="List passed checks too.")
 def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -> None:
-    """Judge a recorded snapshot as if on its node. Exits as `check` would there."""
+    """Check a recorded snapshot as if on its node. The exit code is the one of `check` there."""
     from dataclasses import replace  # noqa: PLC0415 - after the arguments are parsed
 
     from toolkit.gpu.checks import run_checks  # noqa: PLC0415 - as above
@@ -77,13 +80,13 @@ def _read(file: Path) -> Any:
     faults = check_instance(data, "report") if isinstance(data, dict) else ["$: not an object"]
     if faults:
         raise InputError(
-            f"{file} is not a recording: {faults[0][:300]}", fix="record one: envcheck record FILE"
+            f"{file} is not a recording: {faults[0][:300]}", fix="create one: envcheck record FILE"
         )
     return data
 
 
 def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
-    """Where this version judges otherwise than the one that recorded."""
+    """Where the verdicts of this version differ from the recorded ones."""
     now = {result.id: result.verdict for result in results}
     both = verdicts.keys() & now.keys()
     changed = [
@@ -93,4 +96,4 @@ def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
     ]
     if not changed:
         return f"as recorded: {plural(len(both), 'verdict')} compared"
-    return "judged otherwise when it was recorded:\n  " + "\n  ".join(changed)
+    return "verdicts that differ from the recording:\n  " + "\n  ".join(changed)

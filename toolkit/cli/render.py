@@ -1,7 +1,7 @@
-"""Printing that all commands share: tables that fit the terminal, colours only where they help.
+"""Output functions that all commands share: tables that fit the terminal, and colours.
 
-Colour is used on a terminal, and not where NO_COLOR is set (https://no-color.org) or output goes
-to a file or a pipe. No meaning is carried by colour alone.
+Colours are used on a terminal, but not if NO_COLOR is set (https://no-color.org) or the output is a
+file or a pipe. Colour never carries meaning alone.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "magenta"}
 
 
 def colours_on() -> bool:
-    """Whether standard output takes colours and its reader wants them."""
+    """Whether standard output supports colours and the user wants them."""
     return not os.environ.get("NO_COLOR") and sys.stdout.isatty()
 
 
 def styled(text: str, colour: str | None = None, *, bold: bool = False) -> str:
-    """The text in a colour, or as it is where colours are off."""
+    """The text in a colour, or unchanged if colours are off."""
     if not colours_on() or not (colour or bold):
         return text
     return click.style(text, fg=colour, bold=bold or None)
 
 
 def verdict_word(verdict: str) -> str:
-    """A verdict in its colour, padded to the longest."""
+    """A verdict in its colour, padded to the length of the longest."""
     return styled(f"{verdict:<7}", COLOURS.get(verdict), bold=verdict == "fail")
 
 
 def terminal_width() -> int:
-    """Columns to fill: the terminal's, or COLUMNS; never below 80."""
+    """The width in columns: the terminal's, or COLUMNS; at least 80."""
     return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
 
 
@@ -49,13 +49,13 @@ def table(
 ) -> str:
     """Aligned columns, two spaces apart; ``right`` lists the columns aligned right.
 
-    Where the terminal is too narrow, the widest column but the first is wrapped, not cut.
+    If the terminal is too narrow, the widest column except the first is wrapped, not truncated.
     """
     cells = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     excess = sum(widths) + 2 * (len(widths) - 1) - terminal_width()
     if excess > 0:
-        # The first column holds the names, which are to be copied.
+        # The first column has names, which users copy.
         widest = max(range(len(widths))[1:] or [0], key=widths.__getitem__)
         widths[widest] = max(8, widths[widest] - excess)
     head, *lines = [line for row in cells for line in _lines(row, widths, right)]

@@ -1,4 +1,4 @@
-"""From a command line and a run file to what the checks judge: a snapshot and a context."""
+"""Turn a command line and a run file into the input of the checks: a snapshot and a context."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TRUST = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Allow the code that comes with the model, where the run did.",
+    help="Allow the code of the model's checkpoint, if the run did.",
 )
 
 
@@ -47,9 +47,8 @@ def examine(
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
     """Read this node and run the chosen checks (``only``, ``skip``) for the job.
 
-    Raises:
-        ConfigError: the run file has faults.
-        InputError: an unreadable file, an unknown check, a requirement in no known form.
+    Raises: ConfigError: the run file has errors. InputError: an unreadable file, an unknown check,
+    or a requirement in an unknown form.
     """
     from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
         CheckContext,
@@ -59,13 +58,13 @@ def examine(
     )
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after parsing
 
-    choose(**choice)  # a misspelt name is said before anything is read
+    choose(**choice)  # report a misspelt name before anything is read
     values = requirements(require)
     if lock is not None:
         values["lock"] = read_lock(lock)
     document = run = None
     if overrides and config is None:
-        raise InputError("--set changes a run file, and there is none", fix="add --config RUN.yaml")
+        raise InputError("--set changes a run file, but there is none", fix="add --config RUN.yaml")
     if config is not None:
         document, run = _load(config, overrides)
     model, revision = (run.model.model_name, run.model.revision) if run else (None, None)
@@ -81,13 +80,13 @@ def examine(
     if document is not None and not exit_code(results, node=node):
         from toolkit.config.validate import accepted  # noqa: PLC0415 - only for a run file
 
-        # Only now: on a node that is bad, its missing GPU is no fault of the run file.
+        # Only now, because on a bad node a missing GPU is not an error of the run file.
         accepted(document, situation)
     return snapshot, context, results
 
 
 def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
-    """The run file and the run that it is, whatever the device. Raises as ``accepted``."""
+    """The run file and its resolved run, for any device. Raises as ``accepted``."""
     from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
     from toolkit.config.validate import accepted  # noqa: PLC0415 - as above
@@ -104,7 +103,7 @@ def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
 
 
 def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
-    """What a run file asks of the node it is started on, as plain values of CheckContext."""
+    """What a run file requires of its node, as plain values of CheckContext."""
     from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - only for a run file
     from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
 
@@ -129,8 +128,7 @@ def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path
 def requirements(texts: Sequence[str]) -> dict[str, Any]:
     """``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB``, ``driver>=580`` as context values.
 
-    Raises:
-        InputError: in none of these forms (a card is looked up in the table of cards).
+    Raises InputError for any other form (a card is looked up in the table of cards).
     """
     from toolkit.gpu import cards  # noqa: PLC0415 - after parsing
 
@@ -159,18 +157,17 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def unknown_form(text: str) -> InputError:
-    """What a requirement that cannot be read is answered with."""
+    """The error for a requirement in an unknown form."""
     return InputError(
-        f"--require {text!r} is in no known form",
+        f"--require {text!r} has an unknown form",
         fix="N, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
     )
 
 
 def read_lock(path: Path) -> dict[str, str]:
-    """The ``name==version`` lines of a requirements file; hashes and markers are left aside.
+    """The ``name==version`` lines of a requirements file; hashes and markers are ignored.
 
-    Raises:
-        InputError: it has none.
+    Raises InputError if there is no such line.
     """
     pins = {}
     for line in read_bytes(path).decode(errors="replace").splitlines():
@@ -178,12 +175,14 @@ def read_lock(path: Path) -> dict[str, str]:
         if found:
             pins[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]
     if not pins:
-        raise InputError(f"{path} has no name==version line", fix="give a lock of requirements")
+        raise InputError(
+            f"{path} has no name==version line", fix="give a requirements file with == pins"
+        )
     return pins
 
 
 def with_locked_packages(snapshot: NodeSnapshot, lock: Any) -> NodeSnapshot:
-    """The snapshot with the versions of every locked package, and not only of the usual ones."""
+    """The snapshot with the versions of all locked packages, not only of the usual ones."""
     from dataclasses import replace  # noqa: PLC0415 - only with --lock
 
     from toolkit.gpu.reading import of  # noqa: PLC0415 - only with --lock

@@ -1,4 +1,4 @@
-"""From arguments to run files: files as they are, folders, patterns, standard input."""
+"""Find the run files of the arguments: files, folders, patterns, standard input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def expand(arguments: tuple[str, ...]) -> Iterator[str]:
-    """Run files of the arguments: a file as it is, a folder's and a pattern's sorted.
+    """The run files of the arguments.
 
-    Raises InputError for a folder or a pattern without any.
+    Those of a folder or a pattern are sorted. Raises InputError for a folder or a pattern without
+    run files.
     """
     for argument in arguments:
         if argument == "-":
@@ -23,7 +24,9 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
         elif os.path.isdir(argument):
             found = sorted(_in_folder(argument))
             if not found:
-                raise InputError("holds no run file", where=argument, fix="*.yaml, *.toml, *.json")
+                raise InputError(
+                    "contains no run file", where=argument, fix="*.yaml, *.toml, *.json"
+                )
             yield from found
         elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
             import glob  # noqa: PLC0415 - most shells have expanded it
@@ -39,7 +42,7 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
 
 
 def _in_folder(folder: str) -> Iterator[str]:
-    """YAML and TOML files, and JSON files with a model section (others are data)."""
+    """YAML and TOML files, and JSON files with a model section (other JSON files are data)."""
     for parent, folders, files in os.walk(folder):
         folders[:] = [one for one in folders if not one.startswith(".")]
         for file in files:

@@ -1,4 +1,6 @@
-"""``envcheck schema``: print a JSON Schema of ours, for editors and for other validators."""
+"""``envcheck schema``: print one of the toolkit's JSON Schemas, for editors and other
+validators.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from toolkit.config.schemas import schema_names, schema_path
 
 @click.command("schema")
 @click.argument("name", default="run", metavar="[NAME]")
-@click.option("--path", "only_path", is_flag=True, help="Print where the file lies instead.")
-@click.option("--list", "only_names", is_flag=True, help="Print the names that there are.")
+@click.option("--path", "only_path", is_flag=True, help="Print the path of the file instead.")
+@click.option("--list", "only_names", is_flag=True, help="Print the names of all schemas.")
 def schema(name: str, only_path: bool, only_names: bool) -> None:
-    """Print the JSON Schema NAME (run, unless named otherwise; draft 2020-12).
+    """Print the JSON Schema NAME (default: run; draft 2020-12).
 
     Editors with a YAML language server complete and check a run file that starts with
 

@@ -17,32 +17,34 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("target", metavar="RUN.YAML|MODEL")
-@click.option("--gpu", metavar="NAME", help="A card that need not be here (h200, 4090, ...).")
+@click.option("--gpu", metavar="NAME", help="Size for this card (h200, 4090, ...), present or not.")
 @click.option("--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's number.")
-@click.option("--cpu", is_flag=True, help="Size for the CPU, whatever is here.")
+@click.option("--cpu", is_flag=True, help="Size for the CPU, even if there is a GPU.")
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A value instead of the run file's, or for a MODEL (lora.r=64). Repeatable.",
+    help="Change a value of the run file, or set one for a MODEL (lora.r=64). Repeatable.",
 )
 @click.option(
     "--world-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Processes of the run, one on each GPU.",
+    help="Number of processes of the run, one per GPU.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--write", is_flag=True, help='Put the values into the run file in place of "auto".')
+@click.option(
+    "--write", is_flag=True, help='Write the chosen values into the run file in place of "auto".'
+)
 def size(
     target: str, *, gpu: str | None, gpu_index: int | None, cpu: bool, as_json: bool, **rest: object
 ) -> None:
     """Size a run file, or a model (a folder, a config.json or a cached hub id).
 
-    Reads config.json and safetensors headers only. Exit code 0 where the run fits, 1 where it does
-    not (what each change would free is listed), 2 where a file cannot be read.
+    Reads config.json and safetensors headers only. Exit code 0 if the run fits, 1 if it does not
+    (with a list of what each change would free), 2 if a file cannot be read.
     """
     from toolkit.cli.size_report import text_of  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
@@ -54,7 +56,7 @@ def size(
     assert isinstance(overrides, tuple)
     assert isinstance(world, int)
     if sum((gpu is not None, gpu_index is not None, cpu)) > 1:
-        raise click.UsageError("--gpu, --gpu-index and --cpu exclude each other.")
+        raise click.UsageError("--gpu, --gpu-index and --cpu are mutually exclusive.")
     device = None if cpu else choose_device(gpu, gpu_index)
     situation = situation_of(device, world) if device else Situation(world_size=world)
     config, document = read_target(target, overrides, situation)
@@ -74,11 +76,10 @@ def size(
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
-    """The card named, or the one here; None where there is none (the CPU is sized then, and where
-    there is a GPU that cannot be used, it is said why).
+    """The named card, or the card of this node.
 
-    Raises:
-        ConfigError: no card of that name, or no such index.
+    None without a card: then the CPU is sized, and if there is a GPU that cannot be used, the
+    reason is printed. Raises ConfigError for an unknown card or index.
     """
     from toolkit.base.errors import ConfigError  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu import cards  # noqa: PLC0415 - after the arguments are parsed
@@ -97,7 +98,9 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
     why = state.text if not snapshot.gpus else visible(snapshot).problem or "CUDA sees no GPU"
     if gpu_index is not None:
         raise ConfigError(
-            f"GPU {gpu_index} was asked for: {why}", where="--gpu-index", fix=state.remedy or None
+            f"GPU {gpu_index} was requested, but {why}",
+            where="--gpu-index",
+            fix=state.remedy or None,
         )
     if state.kind != "none":
         click.echo(f"note: {why}: sized for the CPU", err=True)
@@ -105,7 +108,7 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
 
 
 def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
-    """Leave with 1 where the run does not fit, or a written utilization cannot be."""
+    """Exit with 1 if the run does not fit, or if the written utilization is not possible."""
     if not result.feasible:
         if not quiet:
             click.echo(f"error: {result.error()}", err=True)

@@ -1,4 +1,4 @@
-"""What ``envcheck size`` prints for people: the interval, the choice, the budget and its bar."""
+"""The text output of ``envcheck size``: the interval, the choice, the budget and its bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.terms import Term
 
 WHEN = {"always": "always", "rollout": "rollouts", "training": "training"}
-# (letter of the bar, what it stands for, beginnings of the terms' names); the first match counts.
+# (letter of the bar, its meaning, beginnings of the terms' names); the first match counts.
 LETTERS = (
     ("C", "context", ("context",)),
     ("W", "weights", ("engine.weights", "trainer.weights")),
@@ -40,8 +40,10 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
     if result.remedies:
         lines = [f"  {remedy}" for remedy in result.remedies]
         enough = any(remedy.enough for remedy in result.remedies)
-        order = "what is enough first, then" if enough else "none is enough by itself;"
-        head = f"what each change would free, {order} the least harm first:"
+        order = (
+            "first changes that are enough alone, then" if enough else "no single change is enough;"
+        )
+        head = f"what each change would free ({order} the least harmful first):"
         parts.append("\n".join([head, *lines]))
     return "\n\n".join(part for part in parts if part)
 
@@ -51,10 +53,12 @@ def _head(result: SizingResult) -> str:
     held = f"{model.quantization or model.dtype} {format_bytes(model.weight_bytes)}"
     lines = [
         f"model   {model.name} ({model.architecture}): {format_parameters(model.parameters)} "
-        f"parameters, {held}, KV {format_bytes(model.kv_bytes_per_token)} a token",
+        f"parameters, {held}, KV {format_bytes(model.kv_bytes_per_token)} per token",
     ]
     if model.margin:
-        lines.append(f"margin  not known exactly: {model.margin:.0%} more is kept free for it")
+        lines.append(
+            f"margin  the model is not known exactly: {model.margin:.0%} more is kept free"
+        )
     if result.device is None:
         lines.append("device  the CPU (--gpu NAME sizes for a card)")
     else:
@@ -73,7 +77,7 @@ def _interval(result: SizingResult, config: RunConfig) -> str:
     if interval.min is None or interval.max is None:
         if result.feasible:
             most = format_bytes(result.peaks.bound_bytes)
-            return f"fits: at most {most} are needed; the largest term is {interval.binding_min}"
+            return f"fits: needs at most {most}; the largest term is {interval.binding_min}"
         missing = format_bytes(result.short_bytes)
         return styled(f"does not fit: {missing} are missing", "red", bold=True)
     if not result.feasible:
@@ -151,7 +155,7 @@ def _budget(result: SizingResult) -> str:
 
 
 def _bars(result: SizingResult) -> str:
-    """One bar a phase, as wide as the terminal; a letter is a share of the card."""
+    """One bar per phase, as wide as the terminal; a letter is a share of the card."""
     if result.device is None:
         return ""
     whole = int(result.device["cuda_total_bytes"])
@@ -193,8 +197,8 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
 
 
 def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
-    """Letters of the bar: in proportion, at least one for what there is, and together ``most``; the
-    largest give way to the small ones.
+    """The number of letters per part of the bar: in proportion, at least one for each part, and
+    ``most`` in total. The largest parts are shortened first.
     """
     total = sum(sizes.values())
     shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}

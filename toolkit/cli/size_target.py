@@ -1,4 +1,4 @@
-"""What ``envcheck size`` is pointed at: a run file, or a model with the defaults of a run."""
+"""The target of ``envcheck size``: a run file, or a model with the defaults of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from toolkit.config.resolved import Situation
 
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
-# A fault in these sections changes no size: a data set that is not on this machine stops nothing.
+# Errors in these sections do not change the size, so a missing data set does not stop sizing.
 UNSIZED = ("dataset", "reward")
 OF_THE_CARD = ("HW001", "LOAD002", "LOAD004", "LOAD005")
 STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
@@ -24,12 +24,10 @@ STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 def read_target(
     target: str, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document | None]:
-    """The run to size, and its document where it is a run file.
+    """The run to size, and its document if it is a run file.
 
-    Raises:
-        ConfigError: the run file has faults (those of data and rewards aside), or an
-            override is none.
-        InputError: it cannot be read.
+    Raises: ConfigError: the run file has errors (except in data and rewards), or an override is
+    invalid. InputError: it cannot be read.
     """
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
@@ -70,8 +68,8 @@ def _of_run_file(
 
 
 def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
-    """A run of ``model`` with every default, and what ``overrides`` say: they are judged as in a
-    run file; of the defaults only what the card cannot do.
+    """A run of ``model`` with all defaults and ``overrides``. Overrides are validated like a run
+    file. Defaults are only checked for what the card does not support.
     """
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))

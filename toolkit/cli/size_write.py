@@ -1,5 +1,5 @@
-"""``envcheck size --write``: the choice in place of each written "auto", everything else
-untouched.
+"""``envcheck size --write``: replace each written "auto" by the chosen value and change nothing
+else.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ WRITABLE = {
 
 
 def write_choice(document: Document, resolved: RunConfig) -> str:
-    """Rewrite the run file and say what was put where.
+    """Rewrite the run file and report what was written where.
 
     Comments, order, quoting of other values and line ends stay: only the characters of each
     "auto" are replaced.
 
-    Raises:
-        ConfigError: the document has no file of its own (standard input), or other values would
-            change with those of "auto".
+    Raises ConfigError if the document is not a file (standard input), or if other values would
+    change too.
     """
     source = document.source
     if source.path is None:
@@ -53,7 +52,7 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
                 continue
             start, end, spelled = node.mark.start, node.mark.end, _spelled(value, node)
             if node.source is not source:
-                left.append(f"it stands in {node.source.name}: {section}.{name}: {spelled}")
+                left.append(f"it is in {node.source.name}: {section}.{name}: {spelled}")
             elif source.text[start:end] not in PLAIN:
                 left.append(f"it is an alias, an anchor or a block: {section}.{name}: {spelled}")
             else:
@@ -64,16 +63,16 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
         text = text[:start] + spelled + text[end:]
     if parse(replace(source, text=text)).root.to_plain() != expected:
         raise ConfigError(
-            "the values cannot be written without a change of others",
+            "the values cannot be written without changing other values",
             where=source.name,
-            fix="write them by hand, in place of what is shared between keys",
+            fix="write them yourself, in place of the values that keys share",
         )
     if edits:
         with writing(source.path):
             rewrite_file(source.path, source.bom + text)
     lines = [f"{source.name}: {name}: {spelled}" for _, _, spelled, name in sorted(edits)]
     lines += [f"not written, {line}" for line in left]
-    return "\n".join(lines) or f'{source.name}: no "auto" is written there'
+    return "\n".join(lines) or f'{source.name}: contains no "auto"'
 
 
 def _spelled(value: Any, node: Node) -> str:

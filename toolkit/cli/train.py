@@ -11,8 +11,11 @@ from toolkit.cli.lazy import HELP
 
 COMMANDS = {
     "train": ("toolkit.cli.train_run:train", "Train a run file, from pre-flight to report."),
-    "demo": ("toolkit.cli.demo:demo", "Make a small model and data, and do the whole job on them."),
-    "generate": ("toolkit.cli.generate:generate", "Ask a trained run for completions."),
+    "demo": (
+        "toolkit.cli.demo:demo",
+        "Create a small model and data, and run all commands on them.",
+    ),
+    "generate": ("toolkit.cli.generate:generate", "Generate completions with a trained run."),
     "export": ("toolkit.cli.export:export", "Write a run's adapter, or merged weights."),
     "bench": ("toolkit.cli.bench:bench", "Measure step time and memory against TRL and Unsloth."),
 }
@@ -27,7 +30,7 @@ COMMANDS = {
 @click.version_option(__version__, prog_name="toolkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """GRPO with LoRA on a model that has a vLLM engine on it."""
+    """Fine-tune a language model with GRPO and LoRA, with vLLM generating on the same GPU."""
     del debug  # read from argv by command_main, so that it covers errors at import too
 
 

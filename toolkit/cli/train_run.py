@@ -22,10 +22,10 @@ FIRST_SPEAKS_S = 5.0
 
 
 class Processes(click.IntRange):
-    """A number of processes, or ``auto``: one for each GPU that CUDA sees, one without a GPU."""
+    """A number of processes, or ``auto``: one per visible GPU, or one without a GPU."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number. Raises click.UsageError for what is none."""
+        """The number. Raises click.UsageError for an invalid one."""
         if value != "auto":
             return int(super().convert(value, param, ctx))
         from toolkit.gpu import devices  # noqa: PLC0415 - only here
@@ -43,24 +43,24 @@ class Processes(click.IntRange):
     metavar="KEY=VALUE",
     help="Change a key of the run file. Repeatable.",
 )
-@click.option("--output-dir", metavar="DIR", help="Instead of runtime.output_dir.")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Instead of grpo.max_steps.")
-@click.option("--resume", metavar="auto|must|never|DIR", help="Instead of runtime.resume.")
+@click.option("--output-dir", metavar="DIR", help="Override runtime.output_dir.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Override grpo.max_steps.")
+@click.option("--resume", metavar="auto|must|never|DIR", help="Override runtime.resume.")
 @click.option(
     "--evaluate/--no-evaluate",
     default=None,
-    help="Judge held-out prompts, greedy, before and after. Default: where there are held-out"
-    " prompts and no grpo.eval_strategy.",
+    help="Evaluate held-out prompts with greedy decoding before and after training. Default: on "
+         "if there are held-out prompts and no grpo.eval_strategy.",
 )
 @click.option(
     "--nproc-per-node",
     "processes",
     type=Processes(min=1),
     metavar="N|auto",
-    help="Train on N GPUs of this node, or on all that are visible, a process each.",
+    help="Train on N GPUs of this node, or on all visible ones, with one process per GPU.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
-@click.option("--debug", is_flag=True, help="Show tracebacks and what upstream libraries say.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
 def train(  # noqa: PLR0913 - one parameter an option
     run_file: str,
     overrides: tuple[str, ...],
@@ -85,7 +85,8 @@ def train(  # noqa: PLR0913 - one parameter an option
     named = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     debug = debug or debug_asked()
     if processes is not None and "RANK" in os.environ:
-        raise click.UsageError("--nproc-per-node inside torchrun or srun, which start processes")
+        raise click.UsageError("--nproc-per-node cannot be used inside torchrun or srun, "
+                               "which start the processes themselves")
     world_size = processes or process_environment.world_size()
     config = _load(run_file, [*overrides, *named], world_size)
     if dry_run:
@@ -113,7 +114,7 @@ def _load(run_file: str, overrides: list[str], world_size: int) -> RunConfig:
     try:
         return load_run(run_file, overrides, world_size=world_size)
     except ToolkitError:
-        # torchrun ends all when the first process ends, which tells this for all of them.
+        # torchrun ends all processes when the first one ends, and that one reports it.
         time.sleep(FIRST_SPEAKS_S if process_environment.rank() else 0.0)
         raise
 

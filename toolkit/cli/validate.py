@@ -1,4 +1,6 @@
-"""``envcheck validate``: every fault of run files, with its place, the arithmetic and the fix."""
+"""``envcheck validate``: every error in run files, with its position, the arithmetic and the
+fix.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,16 @@ class _Request:
     type=click.Choice(list(PRINTERS)),
     default="text",
     show_default=True,
-    help="How findings are printed.",
+    help="Output format of the findings.",
 )
-@click.option("--strict", is_flag=True, help="Warnings refuse the run too.")
+@click.option("--strict", is_flag=True, help="Treat warnings as errors.")
 @click.option(
     "--fix",
     is_flag=True,
-    help="Rewrite a value or a key where that is the only way out, and print each edit.",
+    help=(
+        "Apply fixes that rewrite a value or a key and are the only possible fix, and print "
+        "each edit."
+    ),
 )
 @click.option(
     "--set",
@@ -62,19 +67,19 @@ class _Request:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Judge for that many processes (what torchrun starts).",
+    help="Validate for this number of processes (as torchrun starts them).",
 )
 @click.option(
     "--gpu",
     metavar="NAME|none",
-    help="Judge for this card (h200, a100-40, t4 ...), or for a machine without one.",
+    help="Validate for this card (h200, a100-40, t4 ...), or for a machine without one.",
 )
 def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
-    """Find every fault in run files (YAML, JSON, TOML; folders, globs; - is standard input).
+    """Find every error in run files (YAML, JSON, TOML; folders, globs; - is standard input).
 
-    Nothing is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change;
-    2: a file cannot be read; 5: only under --strict, something could not be established here.
-    `envcheck explain RULE` explains a finding.
+    Nothing is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change; 2:
+    a file cannot be read; 5 (only with --strict): something could not be checked here. `envcheck
+    explain RULE` explains a finding.
     """
     request = _request(options)
     printer = PRINTERS[form]()
@@ -132,7 +137,7 @@ def _rewrite(name: str, request: _Request) -> None:
     try:
         source = read_source(name)
     except Unreadable:
-        return  # told when it is judged
+        return  # reported when it is validated
     repair = fix_source(source, request.overrides, request.situation)
     if repair.source.text != source.text:
         with writing(Path(name)):
@@ -146,7 +151,9 @@ def _rewrite(name: str, request: _Request) -> None:
 def _outside_interval(
     document: Document, outcome: Validation, request: _Request
 ) -> Iterator[Finding]:
-    """LOAD008 for the card of --gpu: whether the written share is inside what sizing finds."""
+    """LOAD008 for the card of --gpu: whether the written utilization is in the range that the sizer
+    finds.
+    """
     node = document.node(("model", "gpu_memory_utilization"))
     if outcome.config is None or node is None or not isinstance(node.value, float):
         return
@@ -163,7 +170,7 @@ def _outside_interval(
             free, spec, Device.from_card(request.card), world_size=request.situation.world_size
         )
     except ToolkitError:
-        return  # the model is not here (MODEL001), or nothing fits: envcheck size tells that
+        return  # the model is missing (MODEL001) or nothing fits: envcheck size reports that
     low, high = sized.interval.min, sized.interval.max
     if low is None or high is None or low <= node.value <= high:
         return

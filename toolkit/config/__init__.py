@@ -1,7 +1,7 @@
 """The run file: load with positions, validate, judge, freeze.
 
 ``load_run(path, overrides)`` is what the trainer and the sizer call; names are loaded on first
-use, so that ``toolkit.config.run_config`` alone costs no YAML parser.
+use, so importing only ``toolkit.config.run_config`` does not load a YAML parser.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the adapter of ``lora.adapter_path`` says of itself, read from its adapter_config.json."""
+"""Facts of the adapter of ``lora.adapter_path``, read from its adapter_config.json."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ INHERITED = (
     "layers_to_transform", "layers_pattern", "exclude_modules", "rank_pattern", "alpha_pattern",
     "modules_to_save",
 )  # fmt: skip
-"""Keys of the ``lora`` section that an adapter brings with it."""
+"""Keys of the ``lora`` section that an adapter sets."""
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """The adapter_config.json of a folder; None where there is none that can be read."""
+    """The adapter_config.json of a folder; None if it is missing or unreadable."""
     values = read_json(folder / ADAPTER_CONFIG)
     return values if isinstance(values, dict) else None
 

@@ -1,4 +1,4 @@
-"""Losses that depend on how a batch is cut into micro-batches."""
+"""Losses that depend on how a batch is split into micro-batches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ CUT_MATTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "router_aux_loss_coef": _weighs,
     }
 )
-"""Fields of TRL 1.16's GRPOConfig, and the values with which the loss looks at one micro-batch at a
-time: a mean over its tokens, a quantile, a bonus or a router's loss of its own.
+"""Fields of TRL 1.16's GRPOConfig, and the values with which the loss is computed per micro-batch:
+a mean over its tokens, a quantile, a bonus or a router loss.
 """

@@ -1,5 +1,5 @@
-"""From validated nodes to the frozen RunConfig, with relative paths resolved against the file
-that they are written in.
+"""From validated nodes to the frozen RunConfig, with relative paths resolved against the file that
+contains them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
 
 _FLOATS = ("lora_dropout", "timeout_s")
-# Keys that may name a file or a folder. Those of output_dir and resume always do; the others only
-# when one is there.
+# Keys that may name a file or a folder. output_dir and resume always name a path; the others only
+# if that path exists.
 _PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path")
 
 
 def build_config(document: Document) -> RunConfig:
-    """The run as values. The document must have no error."""
+    """The run as frozen values. The document must have no errors."""
     root = document.root
     sections = {
         name: _section(root.value.get(name))
@@ -76,7 +76,7 @@ def _value(key: str, node: Node) -> Any:
 
 
 def freeze(value: Any) -> Any:
-    """Lists as tuples and mappings as read-only views, all the way down."""
+    """Lists as tuples and mappings as read-only views, at every level."""
     if isinstance(value, dict):
         frozen: Mapping[str, Any] = MappingProxyType(
             {key: freeze(below) for key, below in value.items()}

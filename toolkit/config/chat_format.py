@@ -1,10 +1,10 @@
 """Whether prompts that are plain text become user messages: ``dataset.chat``, resolved.
 
-``auto`` is true where the tokenizer has a chat template, which is how such a model was taught to
-read a question. Messages in the prompt column are chats in any case. ``dataset.system`` does not
-decide: without messages it is text before the prompt.
+``auto`` is true if the tokenizer has a chat template, because such a model was trained on that
+format. Messages in the prompt column are always chats. ``dataset.system`` does not matter here:
+without messages it is text before the prompt.
 
-The fact "has a chat template" is decided in ``usable`` alone, for a template read from files here
+The fact "has a chat template" is decided only in ``usable``, both for a template read from files
 and for one of a loaded tokenizer.
 """
 
@@ -26,18 +26,18 @@ MORE_TEMPLATES = "additional_chat_templates"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _OTHER_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-NO_TEMPLATE = "the tokenizer of {model} has no chat template, and dataset.chat is true"
+NO_TEMPLATE = "the tokenizer of {model} has no chat template, but dataset.chat is true"
 NO_TEMPLATE_FIX = "dataset.chat: false, or a model with a chat template (an instruct model)"
-NOT_CHATS = "column {column} holds messages, which are chats, and dataset.chat is false"
+NOT_CHATS = "column {column} holds messages, which are chats, but dataset.chat is false"
 NOT_CHATS_FIX = "dataset.chat: auto, or a column that holds text"
-CHATS_WITHOUT_TEMPLATE = "column {column} holds chats, and this tokenizer has no chat template"
+CHATS_WITHOUT_TEMPLATE = "column {column} holds chats, but this tokenizer has no chat template"
 CHATS_WITHOUT_TEMPLATE_FIX = (
     "use plain prompts, or a model with a chat template (an instruct model)"
 )
 
 
 def usable(template: Any) -> bool:
-    """Whether a tokenizer's ``chat_template`` renders chats: a text, or several of which one is the
+    """Whether a tokenizer's ``chat_template`` renders chats: one template, or several with a
     default. ``template`` is the attribute of a tokenizer, or the value in tokenizer_config.json.
     """
     if isinstance(template, str):
@@ -51,8 +51,8 @@ def usable(template: Any) -> bool:
 
 
 def template_in(folder: Path) -> bool | None:
-    """Whether the tokenizer in ``folder`` has a chat template, by the files that transformers 5.17
-    reads and in its order; None where there is no tokenizer.
+    """Whether the tokenizer in ``folder`` has a chat template, judged by the files that
+    transformers 5.17 reads, in its order; None if there is no tokenizer.
     """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only when a rule asks
 
@@ -70,8 +70,8 @@ def template_in(folder: Path) -> bool | None:
 
 
 def template_of(model_name: str, revision: str | None = None) -> bool | None:
-    """``template_in`` of a model folder, or of its snapshot in the hub's cache; None where neither
-    is on this machine. Nothing is downloaded.
+    """``template_in`` of a model folder, or of its snapshot in the hub cache; None if neither is on
+    this machine. Nothing is downloaded.
     """
     folder = Path(model_name)
     if not (folder / "config.json").is_file():
@@ -83,15 +83,14 @@ def template_of(model_name: str, revision: str | None = None) -> bool | None:
 
 
 def chosen(chat: bool | str, template: bool | None) -> bool | None:
-    """``dataset.chat`` with auto filled; None where the tokenizer is not at hand."""
+    """``dataset.chat`` with auto resolved; None if the tokenizer is not available."""
     return chat if isinstance(chat, bool) else template
 
 
 def resolve(config: RunConfig, template: bool | None) -> RunConfig:
-    """``config`` with ``dataset.chat`` true or false; it stays auto where ``template`` is None.
+    """``config`` with ``dataset.chat`` true or false; it stays auto if ``template`` is None.
 
-    Raises:
-        ConfigError: chat is true, and the tokenizer has no chat template.
+    Raises ConfigError if chat is true but the tokenizer has no chat template.
     """
     if config.dataset.chat is True and template is False:
         raise ConfigError(
@@ -113,7 +112,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _has_text(path: Path) -> bool:
-    """Whether a file is there and not empty; it is not opened."""
+    """Whether a file exists and is not empty. The file is not opened."""
     try:
         return path.is_file() and path.stat().st_size > 0
     except OSError:

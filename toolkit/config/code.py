@@ -1,5 +1,5 @@
-"""A user's function by ``module:name``: found and read as source, never imported, for importing
-runs it.
+"""A user's function by ``module:name``: found and read as source. It is never imported, because
+importing would run it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ MAX_SOURCE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the source says. ``parameters`` None: it is there, but not as a plain ``def``."""
+    """A function as its source defines it. ``parameters`` is None if the name exists but is not a
+    plain ``def``.
+    """
 
     name: str
     problem: str | None = None
-    unknown: bool = False  # the problem is that it is not here, not that it is wrong
+    unknown: bool = False  # the module is missing on this machine, not wrong
     parameters: tuple[str, ...] | None = None
     needed: tuple[str, ...] = ()
     takes_anything: bool = False
@@ -38,17 +40,19 @@ class Found:
 
 
 def is_allowed(module: str, allow_code: Iterable[str]) -> bool:
-    """Whether ``module`` is one that ``runtime.allow_code`` names, or inside a package that is."""
+    """Whether ``runtime.allow_code`` names ``module`` or a package that contains it."""
     return any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code)
 
 
 def find_function(module: str, name: str, folder: Path) -> Found:
-    """Function ``name`` of ``module``, looked for beside the run file and then on the Python
-    path.
-    """
+    """Function ``name`` of ``module``, searched next to the run file, then on the Python path."""
     file = module_file(module, folder)
     if file is None:
-        return Found(name, f"there is no module {module} here or on the Python path", unknown=True)
+        return Found(
+            name,
+            f"module {module} is neither next to the run file nor on the Python path",
+            unknown=True,
+        )
     if file.suffix != ".py":
         return Found(name)
     try:
@@ -96,7 +100,7 @@ def _in_tree(tree: ast.Module, name: str, file: Path) -> Found:
             return Found(name)
         return Found(name, f"{file} has no function {name}")
     if function.decorator_list:
-        return Found(name)  # what a decorator makes of it cannot be read here
+        return Found(name)  # the effect of a decorator cannot be read from the source
     return _signature(function)
 
 

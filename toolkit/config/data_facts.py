@@ -1,8 +1,8 @@
-"""What a data set's own files say that rules need: its columns, and how many prompts are empty or
+"""Facts of a data set's files that rules need: its columns, and how many prompts are empty or
 repeated.
 
-JSONL, JSON and CSV are read up to a bound; of Parquet files and saved folders only the columns
-are told. A hub data set is not looked into.
+JSONL, JSON and CSV are read up to a limit. Of Parquet files and saved folders only the columns are
+read. Hub data sets are not read.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 50_000
 MAX_SCAN_BYTES = 4 << 20
-NO_DATA = "there is no data set: there are no prompts to train on"
+NO_DATA = "no data set is set, so there are no prompts to train on"
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """``columns`` None: not told by this kind. Counts are over the rows that were looked at."""
+    """``columns`` is None if this kind of data does not give them. Counts cover the rows that were
+    read.
+    """
 
     path: Path
     columns: tuple[str, ...] | None = None
@@ -50,17 +52,17 @@ class DataFacts:
     repeated: int = 0
     unanswered: int = 0  # rows whose answer is null
     chats: int = 0  # prompts that are chats written as JSON text
-    whole: bool = True  # all rows were looked at
+    whole: bool = True  # all rows were read
     problem: str | None = None
-    messages: bool | None = None  # the prompts are lists of messages (else texts)
+    messages: bool | None = None  # whether the prompts are lists of messages (else texts)
 
 
 class _Unscanned(Exception):
-    """There is more in the file than is looked at here, so that nothing is known of it."""
+    """Raised when the file is larger than the reading limit, so that nothing is known about it."""
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:
-    """The facts of dataset.path or dataset.eval_path; None when nothing is there."""
+    """The facts of dataset.path or dataset.eval_path; None if the path does not exist."""
     node = document.node(("dataset", key))
     if node is None or not isinstance(node.value, str):
         return None
@@ -76,7 +78,7 @@ def data_of(document: Document, key: str) -> DataFacts | None:
 
 
 def _leads_nowhere(path: Path) -> bool:
-    """A link to what is not here: on the machine that the run is meant for it may be."""
+    """A broken link. Its target may exist on the machine that the run is meant for."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -128,7 +130,7 @@ def _facts(path: Path, columns: tuple[str, str | None], split: str) -> DataFacts
 
             names = parquet_columns(file)
             if names is None and not is_parquet(file):
-                return DataFacts(path, problem="is no Parquet file, or is cut short")
+                return DataFacts(path, problem="is not a Parquet file, or is truncated")
             if fault := names_fault(names or ()):
                 return DataFacts(path, problem=fault)
             return DataFacts(path, names, whole=False)
@@ -190,7 +192,7 @@ def _has_text(prompt: str | list[Any]) -> bool:
 
 
 def _rows(file: IO[bytes], path: Path, suffix: str) -> Iterator[dict[str, Any] | None]:
-    """The rows of a text file, and None where there are more than are looked at."""
+    """The rows of a text file, then None if the file has more rows than the reading limit."""
     if suffix in (".csv", ".tsv"):
         return _csv_rows(file, "\t" if suffix == ".tsv" else ",")
     return _json_rows(file) if suffix == ".json" else _jsonl_rows(file, path)
@@ -216,7 +218,7 @@ def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[dict[str, Any] | None]:
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
         if _HALF in text.lower() and not is_text(row):
-            raise ValueError(f"line {number} holds half of a character (a lone surrogate)")
+            raise ValueError(f"line {number} contains half of a character (a lone surrogate)")
         yield row
 
 
@@ -228,7 +230,7 @@ def _parse(text: str) -> Any:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _reason(error: ValueError) -> str:
@@ -243,9 +245,9 @@ def _json_rows(file: IO[bytes]) -> Iterator[dict[str, Any] | None]:
     value = _parse(raw.decode("utf-8-sig"))
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError('is no list of objects, and no {"data": [...]} with such a list')
+        raise ValueError('must be a list of objects, or {"data": [...]} with such a list')
     if not is_text(rows):
-        raise ValueError("holds half of a character (a lone surrogate)")
+        raise ValueError("contains half of a character (a lone surrogate)")
     yield from rows
 
 
@@ -259,7 +261,7 @@ def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any] | None
             raise ValueError(fault)
         for fields in reader:
             if fields and len(fields) != len(header) and not cut:
-                what = f"has {len(fields)} fields where the header has {len(header)}"
+                what = f"has {len(fields)} fields, but the header has {len(header)}"
                 raise ValueError(f"line {reader.line_num} {what}")
             if fields:
                 yield dict(zip(header, fields, strict=False))
@@ -283,7 +285,7 @@ def _bounded(text: io.TextIOWrapper, cut: list[bool]) -> Iterator[str]:
 
 
 def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
-    """The columns of a folder that datasets' save_to_disk made."""
+    """The columns of a folder that datasets' save_to_disk wrote."""
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - rarely needed
 
     if (folder / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""A run file as nodes that know where they stand: what loading makes and what validation reads.
+"""A run file as nodes with positions: loading creates them and validation reads them.
 
 Positions are 1-based lines and columns in characters, as editors count them; offsets are 0-based
 into ``Source.text``.
@@ -21,11 +21,11 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A text that nodes come from: a file, standard input, or one ``--set`` override."""
+    """A source text: a file, standard input, or one ``--set`` override."""
 
     name: str  # as findings show it
     text: str
-    folder: Path  # what a relative path written here is relative to
+    folder: Path  # the folder that relative paths in this text are relative to
     path: Path | None = None  # the file itself; None for standard input and overrides
     format: str = "yaml"
     bom: str = ""  # kept for --fix
@@ -42,13 +42,13 @@ class Source:
 
     @cached_property
     def lines(self) -> list[str]:
-        """The lines without their ends; split where YAML, JSON and TOML count lines."""
+        """The lines without line ends, split where YAML, JSON and TOML count lines."""
         return self.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where a scalar, key or collection stands in its source."""
+    """The position of a scalar, key or collection in its source."""
 
     line: int
     column: int
@@ -57,7 +57,7 @@ class Mark:
 
 
 class StopReading(Exception):
-    """Reading a text cannot go on; carries the finding that says why."""
+    """Raised when reading a text cannot continue; carries the finding that says why."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.message)
@@ -65,7 +65,7 @@ class StopReading(Exception):
 
 
 class Node:
-    """A value with its place. ``value`` is a scalar, a list of nodes, or a dict of nodes."""
+    """A value with its position. ``value`` is a scalar, a list of nodes, or a dict of nodes."""
 
     __slots__ = ("key", "mark", "note", "plain", "source", "value")
 
@@ -74,9 +74,9 @@ class Node:
         self.mark = mark
         self.source = source
         self.plain = plain  # a plain YAML scalar, whose type comes from its spelling
-        self.key: Mark | None = None  # the key's own place, when this is a value in a mapping
+        self.key: Mark | None = None  # the key's position, if this is a value in a mapping
         self.note: Finding | None = (
-            None  # what YAML 1.1 would read here, told unless a graver finding is
+            None  # what YAML 1.1 would read here; reported unless a worse finding is
         )
 
     def to_plain(self) -> Any:
@@ -89,7 +89,7 @@ class Node:
         return value
 
     def walk(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
-        """Every node below and this one, with its path, in the order written."""
+        """This node and every node below it, with its path, in source order."""
         yield path, self
         if isinstance(self.value, dict):
             for key, child in self.value.items():
@@ -100,7 +100,7 @@ class Node:
 
 
 def empty(source: Source) -> Node:
-    """A root with nothing in it."""
+    """An empty root node."""
     return Node({}, Mark(1, 1, 0, 0), source)
 
 
@@ -111,11 +111,11 @@ class Document:
     source: Source
     root: Node
     findings: list[Finding] = field(default_factory=list)
-    readable: bool = True  # False: the bytes could not be had at all (exit code 2)
-    whole: bool = True  # False: reading stopped early, so that what is missing means nothing
+    readable: bool = True  # False: the file could not be read at all (exit code 2)
+    whole: bool = True  # False: reading stopped early, so missing keys mean nothing
 
     def node(self, path: KeyPath) -> Node | None:
-        """The node at ``path``, or None where nothing is written."""
+        """The node at ``path``, or None if it is not written."""
         node: Node | None = self.root
         for part in path:
             value = node.value if node is not None else None

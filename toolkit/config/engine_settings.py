@@ -75,8 +75,8 @@ class EngineSettings:
         "auto",
         "rank",
         api=64,
-        description="The largest adapter rank that the engine has room for. vLLM allows these"
-        " values only; auto takes the smallest that holds lora.r.",
+        description="The largest adapter rank that the engine can load. vLLM allows only these "
+        "values; auto chooses the smallest that is at least lora.r.",
         vllm="max_lora_rank",
         auto="the smallest legal rank that is at least lora.r",
         examples=("auto", 16, 64),
@@ -89,10 +89,10 @@ class EngineSettings:
         "auto",
         "share",
         api=0.5,
-        description="The part of the GPU's memory that the engine may fill with weights and KV"
-        " cache. auto is sized from the model and the card.",
+        description="The fraction of the GPU's memory that the engine may use for weights and "
+        "KV cache. auto: chosen from the model, the card and the trainer's memory.",
         vllm="gpu_memory_utilization",
-        auto="sized from the model, the card and what the trainer needs",
+        auto="chosen from the model, the card and the trainer's memory",
         examples=("auto", 0.5, 0.6),
         unit="fraction of the card",
         rule="LOAD008",
@@ -103,8 +103,8 @@ class EngineSettings:
         False,
         "switch",
         api=False,
-        description="Keep the KV cache in 8-bit floating point: twice the tokens, needs compute"
-        " capability 8.0 (8.9 for native speed).",
+        description="Store the KV cache in 8-bit floating point. It holds twice the tokens and "
+        "needs compute capability 8.0 (8.9 for native speed).",
         vllm="kv_cache_dtype",
         values=MappingProxyType({True: "fp8", False: None}),
         examples=(False,),
@@ -113,9 +113,9 @@ class EngineSettings:
         "auto",
         "count",
         api=None,
-        description="How many sequences the engine decodes at a time.",
+        description="The maximum number of sequences that the engine decodes at a time.",
         vllm="max_num_seqs",
-        auto="sized from the KV cache and the batch",
+        auto="chosen from the KV cache and the batch",
         examples=("auto", 64),
         unit="sequences",
         sized=True,
@@ -124,9 +124,9 @@ class EngineSettings:
         "auto",
         "count",
         api=None,
-        description="How many tokens the engine processes in one step.",
+        description="The maximum number of tokens that the engine processes in one step.",
         vllm="max_num_batched_tokens",
-        auto="sized; vLLM's own choice where that is best",
+        auto="chosen by the sizer; vLLM's own choice if that is best",
         examples=("auto", 8192),
         unit="tokens",
         sized=True,
@@ -135,10 +135,10 @@ class EngineSettings:
         "auto",
         "count",
         api=None,
-        description="How much memory the KV cache of an engine on the CPU takes. auto: what the"
-        " rollouts of this run need. On a GPU gpu_memory_utilization decides.",
+        description="Memory of the KV cache of a CPU engine, in bytes. auto: what the rollouts "
+        "of this run need. On a GPU gpu_memory_utilization decides.",
         vllm="kv_cache_memory_bytes",
-        auto="sized from the sequences and lengths of this run",
+        auto="chosen from the sequences and lengths of this run",
         examples=("auto", 1 << 30),
         unit="bytes",
     )
@@ -146,7 +146,7 @@ class EngineSettings:
         1,
         "count",
         api=1,
-        description="How many adapters the engine holds at a time. Training needs one.",
+        description="The number of adapters that the engine holds at a time. Training needs one.",
         vllm="max_loras",
         examples=(1,),
         unit="adapters",
@@ -156,7 +156,7 @@ class EngineSettings:
         None,
         "count",
         api=None,
-        description="How many adapters are kept in main memory; null is as many as max_loras.",
+        description="The number of adapters kept in main memory; null means max_loras.",
         vllm="max_cpu_loras",
         examples=(None, 2),
         unit="adapters",
@@ -175,8 +175,8 @@ class EngineSettings:
         True,
         "switch",
         api=True,
-        description="Share the KV cache of equal prompt prefixes; what makes many completions a"
-        " prompt cheap.",
+        description="Share the KV cache of equal prompt prefixes. This makes many completions "
+        "per prompt cheap.",
         vllm="enable_prefix_caching",
         examples=(True,),
     )
@@ -184,8 +184,8 @@ class EngineSettings:
         True,
         "switch",
         api=None,
-        description="Let the engine cut a long prompt into several steps. Without it"
-        " max_num_batched_tokens must hold a whole prompt.",
+        description="Let the engine split a long prompt into several steps. Without it "
+        "max_num_batched_tokens must be at least as long as a prompt.",
         vllm="enable_chunked_prefill",
         examples=(True, False),
     )
@@ -193,11 +193,11 @@ class EngineSettings:
         "auto",
         "switch",
         api=False,
-        description="Free the KV cache's memory while training. auto: when sizing says that it"
-        " pays.",
+        description="Free the KV cache's memory while training. auto: if the sizer estimates "
+        "that it helps.",
         vllm="enable_sleep_mode",
         values=MappingProxyType({False: None}),
-        auto="when sizing says that it pays",
+        auto="if the sizer estimates that it helps",
         examples=("auto", True, False),
         on_gpu=True,
         sized=True,
@@ -206,7 +206,7 @@ class EngineSettings:
         1,
         "count",
         api=1,
-        description="Over how many GPUs the engine splits one model.",
+        description="The number of GPUs over which the engine splits one model.",
         vllm="tensor_parallel_size",
         examples=(1, 2),
         unit="GPUs",

@@ -1,13 +1,13 @@
-"""What a rule, a key or an exit code means: what, why, an example, and the fix."""
+"""The meaning of a rule, a key or an exit code: what, why, an example, and the fix."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.config.rules import all_rules
 from toolkit.config.schemas import find_schema
-from toolkit.config.suggest import nearest
 from toolkit.config.wording import describe, show
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ def explain(asked: str) -> str | None:
 
 
 def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
-    """The error for a word that is explained nowhere, with the nearest that is."""
+    """The error for a word without an explanation, with the nearest word that has one."""
     names = [*all_rules(), *(name for name, _ in all_keys()), *more, "exit-codes", "rules"]
     names += [name.rpartition(".")[2] for name, _ in all_keys()]
     close = nearest(asked, names)
-    fix = f"did you mean {close}?" if close else "envcheck explain rules lists the rules"
-    return InputError(f"nothing is called {asked!r} here", fix=fix)
+    fix = f"did you mean {close}?" if close else "`envcheck explain rules` lists the rules"
+    return InputError(f"there is no rule, key or topic named {asked!r}", fix=fix)
 
 
 def exit_codes() -> str:
@@ -62,7 +62,7 @@ def rule_list() -> str:
 
 
 def about_rule(rule: Rule) -> str:
-    """A rule at full length."""
+    """The full text of a rule."""
     lines = [f"{rule.id} ({rule.severity})", f"  {rule.summary}"]
     if rule.why:
         lines += ["", *_wrapped(rule.why)]
@@ -99,7 +99,7 @@ def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def about_keys(asked: str) -> str | None:
-    """A key; several, when its last part is in several sections."""
+    """The explanation of a key; of several keys if its last part occurs in several sections."""
     found = [(name, schema) for name, schema in all_keys() if name == asked]
     if not found:
         found = [(name, schema) for name, schema in all_keys() if name.rpartition(".")[2] == asked]
@@ -118,7 +118,7 @@ def about_key(name: str, schema: dict[str, Any]) -> str:
         if "default" in schema:
             lines.append(f"  default:  {show(schema['default'])}")
         else:
-            lines.append("  default:  none, it must be written")
+            lines.append("  default:  none, the key is required")
         if "x-unit" in schema:
             lines.append(f"  unit:     {schema['x-unit']}")
         if schema.get("examples"):

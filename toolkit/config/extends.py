@@ -1,9 +1,9 @@
 """What ``extends`` may name: a run file below the folder of the run file that is loaded, or below a
 folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
 
-A run file from someone else must not show lines of other files (``extends: /etc/shadow``). So where
-a base lies is asked before it is read, with every link followed; and of a base that is no run file
-nothing is shown but where it is broken.
+A run file from someone else must not show lines of other files (``extends: /etc/shadow``). So the
+location of a base is checked before it is read, with every link resolved. If a base is not a run
+file, only the position of the problem is shown.
 """
 
 from __future__ import annotations
@@ -32,26 +32,31 @@ def told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
 
 
 def allowed_folders(root: Path) -> list[Path]:
-    """Where bases may lie: below the run file's folder, and what the user's environment allows."""
+    """The folders that may contain bases: the run file's folder, and those that the user's
+    environment allows.
+    """
     texts = os.environ.get(VARIABLE, "").split(os.pathsep)
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
 def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
-    """Why the base at ``path`` (links followed) is not read; None where it may be."""
+    """Why the base at ``path`` (links resolved) is not read; None if it may be read."""
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
         return told(
             "DOC016",
             node,
             f"extends: {node.value} is outside of the run file's folder {root.resolve()}",
-            Fix(f"put the base below that folder, or allow its own: {VARIABLE}={path.parent}"),
+            Fix(
+                "move the base below that folder, or allow the base's folder: "
+                f"{VARIABLE}={path.parent}"
+            ),
         )
     if path.suffix.lower() not in FORMATS:
         ends = ", ".join(FORMATS)
         return told(
             "DOC017",
             node,
-            f"extends: {node.value} is no run file: its name ends in none of {ends}",
+            f"extends: {node.value} is not a run file: its name must end in one of {ends}",
             Fix("extends: base.yaml"),
         )
     try:
@@ -64,26 +69,26 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
 
 
 def content_fault(base: Document, node: Node) -> Finding | None:
-    """Why what was read at ``extends`` is no run file, without showing any of it."""
+    """Why the text read for ``extends`` is not a run file, without showing any of it."""
     broken = [found for found in base.findings if found.severity is Severity.ERROR]
     if not base.whole:
         mark = broken[0].mark if broken else None
         where = f" (line {mark.line}, column {mark.column})" if mark else ""
         what = f"cannot be read as a mapping of keys{where}"
     elif base.root.value and not any(section in base.root.value for section in SECTIONS):
-        what = f"has none of a run file's sections ({', '.join(SECTIONS[:-2])})"
+        what = f"has no section of a run file ({', '.join(SECTIONS[:-2])})"
     else:
         return None
     return told(
         "DOC017",
         node,
-        f"extends: {node.value} is no run file: it {what}",
-        Fix("name a run file; envcheck validate shows what is wrong in the base itself"),
+        f"extends: {node.value} is not a run file: it {what}",
+        Fix("name a run file; `envcheck validate` on the base shows what is wrong in it"),
     )
 
 
 def real_path(node: Node) -> Path | None:
-    """Where ``extends`` leads, every link followed; None for a circle of links."""
+    """The path that ``extends`` names, with every link resolved; None for a loop of links."""
     try:
         return Path(node.source.folder, node.value).resolve(strict=False)
     except (OSError, RuntimeError, ValueError):
@@ -91,7 +96,7 @@ def real_path(node: Node) -> Path | None:
 
 
 def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
-    """The way around, where a base extends itself or the chain is too long."""
+    """The chain of files, if a base extends itself or the chain is too long."""
     if path in [seen.resolve() for seen in chain] or len(chain) >= most:
         return " -> ".join(seen.name for seen in [*chain, path])
     return None

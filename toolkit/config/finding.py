@@ -1,4 +1,4 @@
-"""What validation tells: a finding with its place, the arithmetic and the fix."""
+"""The result of validation: a finding with its place, the arithmetic and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Severity(StrEnum):
-    """An error refuses the run; a warning does not, unless under --strict."""
+    """An error refuses the run. A warning refuses it only with --strict."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -28,14 +28,14 @@ class Edit:
 
 
 def rename(source: Source, key: Mark, name: str) -> Edit:
-    """The edit that gives a key another name."""
+    """The edit that renames a key."""
     return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One way out, as text; ``edits`` are there when rewriting scalars and keys does it.
-    ``moved`` is what --fix prints as old and new where the edits do not say it themselves.
+    """One possible fix as text, with ``edits`` if rewriting scalars and keys is enough. ``moved``
+    is what --fix prints as old and new if the edits do not show it.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Fix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One fault, with everything that a person or a program needs to act on it."""
+    """One fault, with everything that a person or a program needs to fix it."""
 
     rule: str
     severity: Severity
@@ -56,7 +56,7 @@ class Finding:
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[Node, ...] = ()  # the other operands
-    unknown: bool = False  # not a fault but something that could not be looked into here
+    unknown: bool = False  # not a fault but something that could not be checked on this machine
 
     @property
     def place(self) -> str:
@@ -67,14 +67,14 @@ class Finding:
         return f"{name}:{self.mark.line}:{self.mark.column}"
 
     def as_error(self) -> Finding:
-        """The same finding, refusing the run (--strict)."""
+        """The same finding as an error (--strict)."""
         return replace(self, severity=Severity.ERROR)
 
 
 def error_finding(
     rule: str, message: str, source: Source, mark: Mark | None = None, *fixes: Fix
 ) -> Finding:
-    """What reading a text finds wrong, at a place of it, or with all of it."""
+    """A fault found while reading a text, at one position or in the whole text."""
     return Finding(
         rule=rule,
         severity=Severity.ERROR,

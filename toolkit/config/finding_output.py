@@ -1,4 +1,4 @@
-"""Findings as people read them, as GitHub annotates them, and as JSON."""
+"""Findings as text for people, as GitHub annotations, and as JSON."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def _plain(text: str, _role: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Text without characters that a terminal would act on."""
+    """Text without characters that control a terminal."""
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown_line(source: Source, mark: Mark) -> str:
-    """The source line of a mark: secrets hidden, and cut around the column where it is long."""
+    """The source line of a mark, with secrets hidden. A long line is cut around the column."""
     line = source.lines[mark.line - 1]
     start = mark.start - (mark.column - 1)
-    # Cut twice: wide enough that no token is cut before it is looked for, then to what is shown.
+    # Cut twice: first wide enough to keep every possible secret whole for redaction, then to the
+    # shown width.
     low = max(0, min(mark.column - _MARGIN, len(line) - 2 * _MARGIN))
     line, start = line[low : low + 2 * _MARGIN], start + low
     for hidden in sorted(source.hidden, key=lambda one: one.start, reverse=True):
@@ -44,7 +45,7 @@ def shown_line(source: Source, mark: Mark) -> str:
             line = line[: max(first, 0)] + _HIDDEN + line[last:]
     line = _harmless(line.replace("\t", "    ") if line.startswith("\t") else line)
     if len(line) <= _WIDEST and low == 0:
-        return line  # what is shown as a whole is redacted with all else
+        return line  # texts that are shown whole are redacted with the rest
     line = redact(line)
     column = min(mark.column - low, len(line))
     first = max(0, min(column - _WIDEST // 2, len(line) - _WIDEST))
@@ -75,7 +76,7 @@ def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
 
 
 def render_github(findings: Sequence[Finding]) -> str:
-    """One workflow command a finding (docs.github.com, workflow commands for actions)."""
+    """One workflow command per finding (docs.github.com, workflow commands for actions)."""
     return "\n".join(_annotation(found) for found in findings)
 
 
@@ -99,7 +100,7 @@ def _escape(text: str, also: str = "") -> str:
 
 
 def to_json(found: Finding) -> dict[str, Any]:
-    """One finding as findings.schema.json has it."""
+    """One finding in the form of findings.schema.json."""
     mark = found.mark
     return {
         "rule": found.rule,
@@ -136,7 +137,7 @@ def end_column(mark: Mark) -> int:
 
 
 def report(files: Sequence[str], findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The whole of ``--format json``."""
+    """The complete output of ``--format json``."""
     severities = [found["severity"] for found in findings]
     return {
         "schema": "urn:grpo-toolkit:schema:findings:1",

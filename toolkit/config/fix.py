@@ -1,5 +1,5 @@
-"""Apply fixes: only scalars and keys that a finding names are rewritten or moved; comments and
-order stay. What is a choice is left to a person.
+"""Apply fixes. Only scalars and keys that a finding names are rewritten or moved; comments and
+order stay. If there is a choice, the user makes it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from toolkit.config.finding import Edit, Finding, Fix
     from toolkit.config.rules import Situation
 
-# Characters that may be judged again in search of fixes: hundreds of tries for a usual run file,
-# a few for a huge one, a second or two for any.
+# How many characters may be validated again in search of fixes. This allows hundreds of tries for a
+# usual run file and a few for a huge one, within one or two seconds.
 MAX_JUDGED = 600_000
 _KEY = re.compile(r"""["'\w.-]+[ \t]*[:=][ \t]*$""")
-OVERHEAD = 500  # what judging costs besides, in characters
+OVERHEAD = 500  # the fixed cost of one validation, in characters
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """An edit that was made: ``line`` is that of the text as it was before any edit."""
+    """An edit that was made. ``line`` is the line in the text before any edit."""
 
     rule: str
     line: int
@@ -37,7 +37,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The text with every fix in it, what was done, and the findings that leave a choice."""
+    """The text with all fixes, the edits made, and the findings that leave a choice."""
 
     source: Source
     applied: tuple[Applied, ...]
@@ -45,10 +45,10 @@ class Repair:
 
 
 def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
-    """Apply every fix that is the only way out of its finding and rewrites this text alone.
+    """Apply every fix that is the only one of its finding and changes only this text.
 
-    Fixes are tried one finding at a time: what a fix would only trade for another finding stays as
-    it is. Where a finding offers several ways out, none is taken.
+    Fixes are tried one finding at a time. A fix that would only cause a different finding is not
+    applied. If a finding offers several fixes, none is applied.
     """
     return _Fixer(overrides, situation).run(source)
 
@@ -60,7 +60,8 @@ class _Fixer:
 
     def run(self, source: Source) -> Repair:
         applied: list[Applied] = []
-        lines = list(range(1, len(source.lines) + 1))  # of the first text, for each line of today
+        # the line of the first text for each current line
+        lines = list(range(1, len(source.lines) + 1))
         now = self.judge(source)
         while True:
             for found in now.findings:
@@ -80,7 +81,7 @@ class _Fixer:
     def improved(
         self, source: Source, found: Finding, now: Validation
     ) -> tuple[Source, Validation] | None:
-        """The text after the fix of ``found``, if it is the only one and helps."""
+        """The text after the fix of ``found``, if that is its only fix and it helps."""
         if len(found.fixes) != 1 or self.left < 0:
             return None
         edits = found.fixes[0].edits
@@ -88,7 +89,7 @@ class _Fixer:
             return None
         candidate = replace(source, text=apply(source.text, edits), hidden=[])
         after = self.judge(candidate)
-        # A value that no rule could lean on may show another fault once it is mended.
+        # A value that no rule could use may cause another finding once it is fixed.
         allowed = len(now.findings) - (0 if found.rule.startswith("KEY") else 1)
         if len(after.findings) <= allowed and not _same(found, after):
             return candidate, after
@@ -103,7 +104,7 @@ def _same(found: Finding, after: Validation) -> bool:
 
 
 def _choices(source: Source, now: Validation) -> tuple[Finding, ...]:
-    """The findings that could be mended here in more than one way."""
+    """The findings that have more than one possible fix in this text."""
     return tuple(
         found
         for found in now.findings
@@ -126,7 +127,7 @@ def _told(found: Finding, lines: list[int]) -> list[Applied]:
 
 
 def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
-    """What an edit replaces and what it writes, a value with the key before it."""
+    """The old and new text of an edit; for a value, with its key."""
     before = text[text.rfind("\n", 0, edit.start) + 1 : edit.start]
     key = _KEY.search(before)
     name = key[0] if key else ""
@@ -134,7 +135,9 @@ def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
 
 
 def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
-    """The first line of each line after ``edits``; a new one has that of the line that it is at."""
+    """For each line after ``edits``, its line in the first text. An inserted line has that of the
+    line where it was inserted.
+    """
     after = list(lines)
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
         at = min(text.count("\n", 0, edit.start), len(after) - 1)
@@ -144,7 +147,7 @@ def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]
 
 
 def apply(text: str, edits: Sequence[Edit]) -> str:
-    """``text`` with edits made from the end, so that offsets stay true."""
+    """``text`` with the edits made from the end, so that offsets stay valid."""
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]
     return text

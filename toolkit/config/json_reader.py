@@ -1,5 +1,5 @@
-"""JSON to nodes with places (RFC 8259): what the standard library reads, and where each value
-stands.
+"""JSON to nodes with places (RFC 8259): what the standard library reads, plus the position of each
+value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Places:
 
 
 def parse_json(source: Source) -> Document:
-    """A JSON text as nodes; the first syntax error ends the reading and is a finding."""
+    """A JSON text as nodes. The first syntax error stops reading and becomes a finding."""
     reader = _Reader(source)
     document = Document(source, empty(source), reader.findings)
     try:
@@ -61,7 +61,7 @@ class _Reader:
         return error_finding(rule, message, self.source, mark, *([Fix(fix)] if fix else []))
 
     def space(self) -> str:
-        """Skip white space; the character that is next, or nothing at the end."""
+        """Skip white space; return the next character, or an empty string at the end."""
         found = _SPACE.match(self.text, self.at)
         self.at = found.end() if found else self.at
         return self.text[self.at : self.at + 1]
@@ -70,7 +70,7 @@ class _Reader:
         self.space()
         node = self.value(0)
         if self.space():
-            raise self.fault("JSON syntax: there is more after the value")
+            raise self.fault("JSON syntax: unexpected text after the value")
         return node
 
     def value(self, depth: int) -> Node:
@@ -94,7 +94,9 @@ class _Reader:
     def string(self) -> str:
         found = _STRING.match(self.text, self.at)
         if found is None:
-            raise self.fault("JSON syntax: the text that starts here has no end, or a bad escape")
+            raise self.fault(
+                "JSON syntax: the string that starts here has no end or an invalid escape"
+            )
         self.at = found.end()
         text = json.loads(found.group())
         assert isinstance(text, str)
@@ -107,10 +109,13 @@ class _Reader:
                 return value
         foreign = _FOREIGN.match(self.text, self.at)
         if foreign:
-            raise self.fault(f"{foreign.group()} is no number for a run", rule="DOC006")
+            raise self.fault(
+                f"{foreign.group()} is not allowed in a run file: numbers must be finite",
+                rule="DOC006",
+            )
         found = _NUMBER.match(self.text, self.at)
         if found is None:
-            raise self.fault("JSON syntax: a value is wanted here")
+            raise self.fault("JSON syntax: expected a value here")
         text = found.group()
         long = is_long_integer(text)
         if len(text) > MAX_DIGITS and not long:
@@ -147,11 +152,11 @@ class _Reader:
             self.space()
             start = self.at
             if self.text[start : start + 1] != '"':
-                raise self.fault("JSON syntax: a key in double quotes is wanted here")
+                raise self.fault("JSON syntax: expected a key in double quotes here")
             key = self.string()
             mark = self.places.mark(start, self.at)
             if self.space() != ":":
-                raise self.fault("JSON syntax: a colon is wanted after the key")
+                raise self.fault("JSON syntax: expected a colon after the key")
             self.at += 1
             self.space()
             node = self.value(depth + 1)
@@ -175,8 +180,8 @@ class _Reader:
         """After an item: True at a comma, False at the closing bracket."""
         following = self.space()
         if following not in (",", closing) or not following:
-            raise self.fault(f"JSON syntax: a comma or {closing} is wanted here")
+            raise self.fault(f"JSON syntax: expected a comma or {closing} here")
         self.at += 1
         if following == "," and self.space() == closing:
-            raise self.fault(f"JSON syntax: no comma before {closing}")
+            raise self.fault(f"JSON syntax: a comma before {closing} is not allowed")
         return following == ","

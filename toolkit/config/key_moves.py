@@ -1,7 +1,7 @@
-"""Edits that move a key to another section, or take it out, in YAML, JSON and TOML.
+"""Edits that move a key to another section, or remove it, in YAML, JSON and TOML.
 
-Only keys with a scalar on one line are moved, and only text that is surely understood is touched:
-where it is not, there is no edit, and the finding says in words what to do.
+Only keys with a scalar on one line are moved, and only in text with a known layout. Otherwise there
+is no edit, and the finding says in words what to do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COMMENT = re.compile(r"[ \t]*(#.*)?")
 
 
 def schema_of(path: KeyPath) -> dict[str, Any] | None:
-    """The schema of a key that a run file may hold; None for one that is unknown or refused."""
+    """The schema of a key that a run file may contain; None for an unknown or refused key."""
     schema: dict[str, Any] | None = find_schema("run")
     for part in path:
         schema = None if schema is None else schema.get("properties", {}).get(part)
@@ -30,7 +30,7 @@ def schema_of(path: KeyPath) -> dict[str, Any] | None:
 
 
 def is_valid(node: Node, schema: dict[str, Any]) -> bool:
-    """Whether the value of ``node`` may stand under a key of this schema."""
+    """Whether the value of ``node`` is valid for a key with this schema."""
     outcome = check_structure(node, schema)
     return not outcome.bad and all(found.rule == "DOC007" for found in outcome.findings)
 
@@ -44,7 +44,7 @@ def at(root: Node, path: KeyPath) -> Node | None:
 
 
 def drop(root: Node, old: KeyPath) -> Fix:
-    """The fix that takes a key out."""
+    """The fix that removes a key."""
     node = at(root, old)
     edit = None if node is None else _removal(root, old, node)
     if node is None or edit is None:
@@ -55,7 +55,7 @@ def drop(root: Node, old: KeyPath) -> Fix:
 def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
     """The fix that writes ``value`` at the dotted key ``to`` in place of the key ``old``.
 
-    There are no edits where ``to`` is written already with another value, or may not hold this one.
+    There are no edits if ``to`` is already written with another value, or does not accept this one.
     """
     node, new = at(root, old), tuple(to.split("."))
     spelling = spell(value, "yaml")
@@ -70,8 +70,8 @@ def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
         same = type(there.value) is type(value) and there.value == value
         edit = _removal(root, old, node) if same else None
         if edit is None:
-            return Fix(f"use {to}, which is written already" if not same else "remove it")
-        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} says it)"))
+            return Fix(f"use {to}, which is already written" if not same else "remove it")
+        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} already says it)"))
     if old[:-1] == new[:-1]:
         edits = _in_place(node, new, value)
     else:
@@ -87,7 +87,7 @@ def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
 
 
 def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """Another name, and another value where it changes, at the same place."""
+    """Rename the key in place, and change its value if needed."""
     if node.key is None or node.source.is_override:
         return ()
     edits = [rename(node.source, node.key, str(new[-1]))]
@@ -98,13 +98,13 @@ def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
 
 
 def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
-    """The edit that takes out a key with its scalar."""
+    """The edit that removes a key with its scalar."""
     source, key, parent = node.source, node.key, at(root, path[:-1])
     one_line = key is not None and key.line == node.mark.line and "\n" not in _written(node)
     if source.is_override or key is None or parent is None or not one_line:
         return None
     if isinstance(node.value, (dict, list)) or len(_own(parent, source)) < 2:
-        return None  # what is left would be a section with nothing in it
+        return None  # an empty section would be left
     if _is_flow(parent):
         return _flow_removal(node)
     start, end, before, after = _line(source.text, key.start, node.mark.end)
@@ -114,7 +114,7 @@ def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
 
 
 def _flow_removal(node: Node) -> Edit | None:
-    """Out of {a: 1, b: 2}, with one of the commas beside it."""
+    """Remove from {a: 1, b: 2}, with one of the adjacent commas."""
     assert node.key is not None
     text, start, end = node.source.text, node.key.start, node.mark.end
     behind = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
@@ -127,7 +127,7 @@ def _flow_removal(node: Node) -> Edit | None:
 
 
 def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """The edit that writes a key into its section of the same text, or begins the section."""
+    """The edit that writes a key into its section of the same text, or creates the section."""
     source = node.source
     section, name = at(root, new[:-1]), str(new[-1])
     if source.is_override or len(new) != 2:
@@ -148,7 +148,7 @@ def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, 
             return ()
         return (Edit(source, start, start, f"{before}{line}{newline}"),)
     if section is not None and section.source is source:
-        return ()  # an empty section, or one that is no mapping
+        return ()  # an empty section, or one that is not a mapping
     return _new_section(root, source, str(new[0]), pair, line)
 
 
@@ -175,7 +175,7 @@ def _new_section(
 
 
 def _comment(node: Node) -> str:
-    """The comment behind a key that has a line of its own: it moves with the key."""
+    """The comment after a key that has its own line. It moves with the key."""
     if node.key is None:
         return ""
     _, _, before, after = _line(node.source.text, node.key.start, node.mark.end)
@@ -184,7 +184,7 @@ def _comment(node: Node) -> str:
 
 
 def _own(mapping: Node, source: Source) -> list[Node]:
-    """The entries that stand in this text, in the order written."""
+    """The entries of this text, in source order."""
     if not isinstance(mapping.value, dict):
         return []
     entries = [one for one in mapping.value.values() if one.source is source and one.key]
@@ -205,8 +205,8 @@ def _newline(source: Source) -> str:
 
 
 def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
-    """The line of characters ``start`` to ``end``: where it begins and where the next one does,
-    and what stands on it before and after them.
+    """The line of characters ``start`` to ``end``: where it begins, where the next line begins, and
+    the text on it before and after those characters.
     """
     begin = text.rfind("\n", 0, start) + 1
     stop = text.find("\n", end)

@@ -1,4 +1,6 @@
-"""A whole run file: its own text over what it extends, and the ``--set`` overrides over that."""
+"""A complete run file: its own text merged over the files that it extends, and the ``--set``
+overrides over both.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """The document at ``path`` (``-`` is standard input); never raises for what is in it."""
+    """The document at ``path`` (``-`` is standard input). Problems in the text become findings,
+    never exceptions.
+    """
     try:
         source = read_source(path)
     except Unreadable as error:
@@ -26,7 +30,7 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
-    """A text with what it extends below it and the overrides over it."""
+    """A text merged over the files that it extends, with the overrides on top."""
     document = parse(source)
     _extend(document, [source.path] if source.path else [], source.folder)
     for text in overrides:
@@ -35,7 +39,7 @@ def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
 
 
 def parse(source: Source) -> Document:
-    """One text as a document, by its format."""
+    """One text parsed in its format."""
     if source.format == "json":
         from toolkit.config.json_reader import parse_json  # noqa: PLC0415 - most run files are YAML
 
@@ -56,8 +60,8 @@ def parse(source: Source) -> Document:
 
 
 def _extend(document: Document, chain: list[Path], root: Path) -> None:
-    """Lay ``document`` over what its ``extends`` names, and that over what it names in turn. All
-    of it lies below ``root`` or where the user allows.
+    """Merge ``document`` over the file that its ``extends`` names, and that one over its own base
+    in turn. All files must be below ``root`` or a folder that the user allows.
     """
     node = document.root.value.pop("extends", None)
     if node is None:
@@ -74,14 +78,16 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
 
 
 def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
-    """The document that ``extends`` names, or what is wrong with it."""
+    """The document that ``extends`` names, or a finding that says what is wrong with it."""
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
-        return told("DOC011", node, "extends: the path of one run file is wanted")
+        return told("DOC011", node, "extends: must be the path of one run file")
     path = real_path(node)
     if path is None:
-        return told("DOC011", node, f"extends: {node.value} cannot be opened: a circle of links")
+        return told(
+            "DOC011", node, f"extends: {node.value} cannot be opened: its links form a loop"
+        )
     if around := check_chain(path, chain, MAX_LAYERS):
-        return told("DOC011", node, f"extends goes round in a circle: {around}")
+        return told("DOC011", node, f"extends forms a loop: {around}")
     if fault := place_fault(path, node, root):
         return fault
     try:
@@ -92,13 +98,15 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
 
 
 def _shown(path: Path, node: Node) -> Path:
-    """The base as findings name it: beside the file that names it, if that was given relative."""
+    """The base as findings show it: relative if the file that names it was given as a relative
+    path.
+    """
     return Path(node.source.name).parent / node.value if node.source.path else path
 
 
 def merge(below: Node, above: Node) -> Node:
-    """``above`` laid over ``below``: mappings merge, everything else is replaced. Nodes keep
-    their places.
+    """``above`` merged over ``below``: mappings are merged, everything else is replaced. Nodes keep
+    their positions.
     """
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
@@ -132,7 +140,9 @@ def _override(document: Document, text: str) -> None:
 
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
-    """Set ``value`` at ``keys``, making mappings on the way; returns what is in the way."""
+    """Set ``value`` at ``keys``, creating mappings where needed. Returns an error text if an
+    existing value blocks the path.
+    """
     node = root
     for depth, key in enumerate(keys):
         holder: Any = node.value

@@ -1,8 +1,8 @@
-"""Legal values that belong to a library: from the installed one's source, from a recorded table
-where it is not installed.
+"""Legal values that a library defines: from its installed source, or from a recorded table if it is
+not installed.
 
-The sources are read as text and never imported (vLLM alone would cost seconds and a GPU context).
-A contract test compares the table with what is installed.
+The sources are read as text and never imported (importing vLLM would take seconds and create a GPU
+context). A contract test compares the table with what is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Known(NamedTuple):
-    """The values, and where they are from: ``vLLM installed here`` or ``vLLM 0.31.0``."""
+    """The values and their origin: ``vLLM installed here`` or ``vLLM 0.31.0``."""
 
     values: tuple[Any, ...]
     origin: str
@@ -40,7 +40,7 @@ RECORDED: dict[str, Known] = {
     ),
 }  # fmt: skip
 
-# package, file inside it, name for people, where in the text the values stand
+# package, file inside it, name for people, pattern that finds the values in the text
 _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
     "lora_ranks": (
         "vllm",
@@ -72,7 +72,9 @@ def known(which: str) -> Known:
 
 
 def installed(which: str) -> Known | None:
-    """What the installed library says; None when it is not installed or says it in another way."""
+    """The values in the installed library's source; None if it is not installed or its source has a
+    different form.
+    """
     package, file, name, pattern = _SOURCES[which]
     folder = package_folder(package)
     if folder is None:
@@ -88,12 +90,12 @@ def installed(which: str) -> Known | None:
     else:
         values = tuple(ast.literal_eval(found[1]))
     if which == "lora_inits" and "lora_ga" not in values:
-        values = (*values, "lora_ga")  # taken by PEFT, left out of its own annotation
+        values = (*values, "lora_ga")  # accepted by PEFT but missing in its annotation
     return Known(values, f"the {name} installed here")
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers makes of a model_type; None is not known."""
+    """What the installed transformers supports for a model_type; None is unknown."""
 
     known: bool | None = None
     causal: bool | None = None
@@ -102,8 +104,8 @@ class ModelType(NamedTuple):
 
 @cache
 def model_type(name: str) -> ModelType:
-    """Whether transformers has the type, has it as a causal language model, and which attention
-    ("sdpa", "flash", "flex") that has. Read from its sources at 5.17.
+    """Whether transformers has the type, whether it has it as a causal language model, and which
+    attention ("sdpa", "flash", "flex") that model supports. Read from its sources at 5.17.
     """
     folder = package_folder("transformers")
     try:
@@ -123,7 +125,7 @@ def model_type(name: str) -> ModelType:
 
 
 def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
-    """Whether the model's module says that it has them; nothing where there is no such module."""
+    """Which of them the model's module says it has; empty if there is no such module."""
     special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
     moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)
     module = moved[1] if moved else name.replace("-", "_")

@@ -1,5 +1,5 @@
-"""The ranks that vLLM has adapter slots for, as recorded (0.25.1 to 0.31.0; tests/contract holds
-them to what is installed).
+"""The ranks for which vLLM has LoRA slots, as recorded (0.25.1 to 0.31.0; tests/contract compares
+them with the installed version).
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ LEGAL_RANKS: tuple[int, ...] = RECORDED["lora_ranks"].values
 
 
 def smallest_rank(rank: int, legal: Iterable[int] = LEGAL_RANKS) -> int | None:
-    """The smallest of them that holds an adapter of ``rank``; None above the largest."""
+    """The smallest of them that is at least ``rank``; None if ``rank`` is above the largest."""
     return min((one for one in legal if one >= rank), default=None)

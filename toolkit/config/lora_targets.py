@@ -1,9 +1,9 @@
-"""Which layers carry an adapter: the default of a model, and what the names mean on a mixture of
+"""Which layers get an adapter: the default of a model, and what the names mean on a mixture of
 experts.
 
-The engine's adapter slots are on linear layers; vLLM's slots on routed experts take gigabytes (3.1
-GiB at rank 32 on Qwen3-30B-A3B) and are not published to. So where nothing is written, a mixture of
-experts is adapted at its attention.
+The engine's LoRA slots are on linear layers. vLLM's slots on routed experts take gigabytes (3.1 GiB
+at rank 32 on Qwen3-30B-A3B), and adapters are not published to them. So the default for a mixture
+of experts is its attention.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 ATTENTION = SEVEN_PROJECTIONS[:4]
 MLP = SEVEN_PROJECTIONS[4:]
-# The layers that the engine gives slots to unless asked otherwise, under vLLM's own names (q_b_proj
-# is the query of multi-head latent attention). Left to itself vLLM also wraps embeddings, the head
-# and experts, which costs memory and time at every token.
+# The layers that get LoRA slots in the engine by default, under vLLM's names (q_b_proj is the query
+# of multi-head latent attention). Without this list vLLM also wraps embeddings, the head and
+# experts, which costs memory and time at every token.
 SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
 # Checkpoints whose own layers are fused (transformers 5.17).
 FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
 LONGEST_PATTERN, MOST_GROUPS = 1000, 10
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# Families whose experts PEFT reaches under the names of the MLP (transformers' conversion
+# Families whose experts PEFT adapts under the names of the MLP (transformers' conversion
 # "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
 EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
 
@@ -41,25 +41,25 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether a config.json, or a Hugging Face config as a dict, is of a mixture of experts.
 
-    One expert is none: dense models of such families say so (Hunyuan, Jamba). Some count the
-    experts of each layer, in a list.
+    A count of one is not a mixture: dense models of such families have it (Hunyuan, Jamba). Some
+    configs list the count of each layer.
     """
     text = text_part(config)
     return any(_most(text.get(name)) > 1 for name in EXPERTS)
 
 
 def _most(counts: Any) -> int:
-    """The largest integer in ``counts``, which is one or a list of them; else 0."""
+    """The largest integer in ``counts``, which is an integer or a list of integers; else 0."""
     listed = counts if isinstance(counts, list) else [counts]
     return max((count for count in listed if isinstance(count, int)), default=0)
 
 
 def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What ``lora.target_modules: auto`` means for the model of this config.json: the projections
-    of attention and MLP; of a mixture of experts those of attention.
+    of attention and MLP, or only of attention for a mixture of experts.
 
-    With latent attention (DeepSeek) these are the query's and the output's: keys and values are
-    folded into the engine's attention kernel.
+    With latent attention (DeepSeek) it is the query and output projections, because keys and values
+    are folded into the engine's attention kernel.
     """
     text = text_part(config)
     if not has_experts(text):
@@ -70,7 +70,7 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def pattern_fault(text: str) -> str | None:
-    """Why a text is no regular expression that is used here; None where it is one."""
+    """Why a text is not usable as a regular expression; None if it is."""
     if len(text) > LONGEST_PATTERN:
         return f"longer than {LONGEST_PATTERN} characters"
     try:
@@ -78,13 +78,14 @@ def pattern_fault(text: str) -> str | None:
     except (re.error, RecursionError, OverflowError) as error:
         return f"not a regular expression: {error}"
     if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= MOST_GROUPS:
-        return "a repetition inside a repetition could take for ever"
+        return "a repetition inside a repetition could take very long"
     return None
 
 
 def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    """What ``rank_pattern`` or ``alpha_pattern`` says of a module: the first key that is the end of
-    its name, or matches it as a regular expression (PEFT 0.21.2, ``get_pattern_key``).
+    """The value that ``rank_pattern`` or ``alpha_pattern`` has for a module: that of the first key
+    that equals the end of its name or matches it as a regular expression (PEFT 0.21.2,
+    ``get_pattern_key``).
     """
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -93,7 +94,7 @@ def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -
 
 
 def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
-    """Whether ``exclude_modules`` names a module, as PEFT does."""
+    """Whether ``exclude_modules`` names a module, by PEFT's rules."""
     if not exclude:
         return False
     if isinstance(exclude, str):
@@ -104,7 +105,7 @@ def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
     """Which of gate_proj, up_proj, down_proj PEFT moves to the stacked experts of this family.
 
-    These names then stop meaning the modules of dense and shared layers.
+    These names then no longer mean the modules of dense and shared layers.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()

@@ -1,4 +1,4 @@
-"""What older TRL, Unsloth, PEFT and transformers called a key, and what became of it."""
+"""Old keys of TRL, Unsloth, PEFT and transformers, and what replaced them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
-    """``to`` is today's dotted key (None: gone); a rename in place when both are in one section."""
+    """``to`` is the current dotted key (None: removed). If both are in one section, it is a rename
+    in place.
+    """
 
     to: str | None
     since: str
@@ -14,17 +16,17 @@ class Moved(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What became of the key."""
+        """What replaced the key."""
         if self.to is None:
             return f"{self.since} had it: {self.told}" if self.told else f"{self.since} had it"
-        return f"{self.since} called it so: it is {self.to}" + (
+        return f"this is its name in {self.since}; here it is {self.to}" + (
             f"; {self.told}" if self.told else ""
         )
 
 
 MOVED: dict[str, Moved] = {
     "grpo.warmup_ratio": Moved(
-        "grpo.warmup_steps", "transformers 4", "warmup_steps below 1 is a part of the run"
+        "grpo.warmup_steps", "transformers 4", "warmup_steps below 1 is a fraction of the run"
     ),
     "grpo.evaluation_strategy": Moved("grpo.eval_strategy", "older transformers", ""),
     "grpo.per_gpu_train_batch_size": Moved(
@@ -36,14 +38,14 @@ MOVED: dict[str, Moved] = {
     "grpo.no_cuda": Moved(
         None,
         "older transformers",
-        "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+        "a GPU is used if there is one; CUDA_VISIBLE_DEVICES= hides it",
     ),
     "grpo.group_by_length": Moved(
-        None, "transformers 4", "GRPO draws groups of prompts with a sampler of its own"
+        None, "transformers 4", "GRPO uses its own sampler of prompt groups"
     ),
     "grpo.logging_dir": Moved(None, "transformers 4", "the run folder holds all logs"),
     "grpo.overwrite_output_dir": Moved(
-        None, "transformers 4", "no run writes over another: name a new runtime.output_dir"
+        None, "transformers 4", "a run never overwrites another: set a new runtime.output_dir"
     ),
     "grpo.save_safetensors": Moved(None, "transformers 4", "safetensors is the only format"),
     "grpo.max_new_tokens": Moved("grpo.max_completion_length", "older TRL", ""),
@@ -57,18 +59,22 @@ MOVED: dict[str, Moved] = {
     ),
     "grpo.wandb_log_unique_prompts": Moved("grpo.log_unique_prompts", "older TRL", ""),
     "grpo.kl_coef": Moved("grpo.beta", "older TRL", "the KL coefficient is called beta"),
-    "grpo.max_seq_length": Moved("model.max_seq_length", "older TRL", "it belongs to the model"),
-    "grpo.max_length": Moved("model.max_seq_length", "older TRL", "it belongs to the model"),
+    "grpo.max_seq_length": Moved(
+        "model.max_seq_length", "older TRL", "it is a key of the model section"
+    ),
+    "grpo.max_length": Moved(
+        "model.max_seq_length", "older TRL", "it is a key of the model section"
+    ),
     "grpo.dataset_text_field": Moved("dataset.prompt", "older TRL", "GRPO reads a prompt column"),
-    "grpo.peft_config": Moved("lora", "TRL's trainer", "the adapter is described in lora"),
+    "grpo.peft_config": Moved("lora", "TRL's trainer", "the lora section describes the adapter"),
     "grpo.unsloth_num_chunks": Moved(
         None, "Unsloth", "log-probabilities are always computed in chunks here"
     ),
     "grpo.unsloth_grpo_mini_batch": Moved(
-        None, "Unsloth", "the micro-batch is sized, or per_device_train_batch_size"
+        None, "Unsloth", "the sizer chooses the micro-batch, or per_device_train_batch_size sets it"
     ),
     "grpo.vllm_sampling_params": Moved(
-        None, "Unsloth", "temperature, top_p, top_k, min_p and generation_kwargs do it"
+        None, "Unsloth", "use temperature, top_p, top_k, min_p and generation_kwargs"
     ),
     "model.max_seq_len": Moved("model.max_seq_length", "Unsloth", ""),
     "model.torch_dtype": Moved("model.dtype", "transformers 4", ""),
@@ -88,10 +94,10 @@ MOVED: dict[str, Moved] = {
 
 
 class Conversion(NamedTuple):
-    """What an old key becomes with its meaning kept: a value at ``to``, or nothing.
+    """What replaces an old key with the same meaning: a value at ``to``, or nothing.
 
-    ``values`` None keeps every value as it is; values that are not in it cannot be converted.
-    ``drop``: with these the key says what is so anyway.
+    ``values`` None keeps every value; otherwise values that it does not contain cannot be
+    converted. With a value in ``drop`` the key only repeats the default and can be removed.
     """
 
     to: str | None = None
@@ -120,14 +126,14 @@ CONVERSIONS: dict[str, Conversion] = {
     "model.device_map": Conversion(drop=("auto",)),
     "lora.task_type": Conversion(drop=("CAUSAL_LM",)),
 }
-"""What --fix may do with an old key. A key of ``MOVED`` that is not here keeps its value under its
-new name.
+"""What --fix may do with an old key. A key of ``MOVED`` that is missing here keeps its value under
+its new name.
 """
 
 
 def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
-    """The key and the value of today; (None, None) where the key is to go; None where only a person
-    can say what was meant.
+    """The current key and value; (None, None) if the key must be removed; None if only the user can
+    say what was meant.
     """
     conversion = CONVERSIONS.get(old)
     if conversion is None:

@@ -1,5 +1,5 @@
-"""What a model's own files say that rules need: read from config.json and the names of its
-weights, without torch.
+"""Facts of a model that rules need, read from config.json and the names of its weights, without
+torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's config.json, and the folder that it lies in."""
+    """A model's config.json and its folder."""
 
     folder: Path
     config: dict[str, Any]
 
     @property
     def source(self) -> str:
-        """Where the facts are from."""
+        """The file that the facts come from."""
         return str(self.folder / "config.json")
 
     @cached_property
@@ -65,7 +65,9 @@ class ModelFacts:
 
     @property
     def longrope_original(self) -> int | None:
-        """Tokens from which on LongRoPE takes its long factors; None where it is not used."""
+        """The length in tokens above which LongRoPE uses its long factors; None without
+        LongRoPE.
+        """
         scaling = self.text.get("rope_parameters") or self.text.get("rope_scaling")
         if not isinstance(scaling, dict):
             return None
@@ -86,12 +88,14 @@ class ModelFacts:
 
     @property
     def experts(self) -> bool:
-        """Whether it is a mixture of experts."""
+        """Whether the model is a mixture of experts."""
         return has_experts(self.text)
 
     @property
     def tied(self) -> bool | None:
-        """Whether lm_head is the embedding; None where neither config nor weights say it."""
+        """Whether lm_head is tied to the embedding; None if neither the config nor the weights show
+        it.
+        """
         said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         if isinstance(said, bool):
             return said
@@ -99,7 +103,7 @@ class ModelFacts:
 
     @cached_property
     def modules(self) -> frozenset[str] | None:
-        """Full names of the modules that own a weight; None when no weights are at hand."""
+        """Full names of the modules that own a weight; None if the weights are not available."""
         names = _weight_names(self.folder)
         if names is None:
             return None
@@ -107,7 +111,7 @@ class ModelFacts:
 
 
 def read_model(node: Node, revision: str | None) -> ModelFacts | None:
-    """The facts of the model that ``node`` names: a folder, or a snapshot in the hub's cache."""
+    """The facts of the model that ``node`` names: a folder, or a snapshot in the hub cache."""
     folder = resolve(node.value, node)
     if not exists(f"{folder}/config.json"):
         cached = cached_model(node.value, revision, os.environ)
@@ -119,7 +123,7 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """What in a model's folder no loader could read in bounded time, in words; None for nothing."""
+    """Why a loader could not read a model's folder in bounded time, in words; None if it could."""
     try:
         for name, fault in files.irregular_files(folder):
             return f"{name} {fault}"
@@ -129,12 +133,12 @@ def folder_fault(folder: Path) -> str | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no model."""
+    """Whether a folder holds an adapter and not a model."""
     return exists(folder / ADAPTER_CONFIG) and not exists(folder / "config.json")
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file within bounds; None when there is none or it is not JSON."""
+    """A JSON file of limited size; None if it is missing or not JSON."""
     try:
         return files.read_json(path)
     except InputError:

@@ -1,5 +1,5 @@
-"""The column names of a Parquet file, from its footer alone (parquet.thrift, compact protocol);
-no pyarrow.
+"""The column names of a Parquet file, from its footer only (parquet.thrift, compact protocol),
+without pyarrow.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _DEEPEST = 32
 
 
 def is_parquet(file: IO[bytes]) -> bool:
-    """Whether the file ends as a Parquet file does."""
+    """Whether the file ends like a Parquet file."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 4, 0))
     return file.read(4) == MAGIC
 
 
 def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
-    """The top-level columns; None when the file is no Parquet file."""
+    """The top-level columns; None if the file is not a Parquet file."""
     try:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 8, 0))
@@ -52,7 +52,7 @@ def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
 
 
 class _Thrift:
-    """Thrift's compact protocol, as far as a footer needs it."""
+    """The part of Thrift's compact protocol that a footer needs."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -100,7 +100,7 @@ class _Thrift:
             return self.items(depth)
         if kind == _STRUCT:
             return self.struct(depth)
-        raise ValueError(f"a value of kind {kind}")  # a map: no footer has one
+        raise ValueError(f"a value of kind {kind}")  # a map: footers have none
 
     def items(self, depth: int) -> list[Any]:
         head = self.byte()

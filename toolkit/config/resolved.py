@@ -1,9 +1,9 @@
-"""What a run is, decided once: engine, dtype, processes, device, the adapter's layers, and what
-the node must have.
+"""Decide what a run is, once: engine, dtype, processes, device, the adapter's layers, and what the
+node must have.
 
-``validate``, ``check``, ``size``, ``train`` and the drop-in API all ask here. What is known of the
-machine comes in as plain values (``Situation``): this module looks at nothing. A value that is
-written is never changed, so resolving twice gives the same.
+``validate``, ``check``, ``size``, ``train`` and the drop-in API all use this module. Facts of the
+machine come in as plain values (``Situation``); this module reads nothing itself. A written value
+is never changed, so resolving twice gives the same result.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import Dtype, RunConfig
 
 Engine = Literal["vllm", "transformers", "maybe"]
-"""``maybe`` is vLLM where the run trains on a GPU and vLLM is installed, else transformers."""
+"""``maybe`` is vLLM if the run trains on a GPU and vLLM is installed, else transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What the decisions ask of a card; ``compute_capability`` None is a machine without a GPU, and
-    (0, 0) a card that does not tell. ``machine`` is that of a card that is not here, for which the
-    locked builds are judged; of one that is here envcheck check judges the installed ones.
+    """The facts of a card that the decisions need. ``compute_capability`` None means no GPU, and
+    (0, 0) a card that does not report it. ``machine`` is set for a card that is not in this
+    machine; for it the locked builds are checked. For a card in this machine `envcheck check`
+    checks the installed builds.
     """
 
     name: str
@@ -40,8 +41,9 @@ class DeviceFacts:
 class Situation:
     """What is known besides the run file.
 
-    ``world_size`` is how many processes train. ``device`` None is not known. ``vllm`` says whether
-    vLLM is installed where the run trains; None is not known, and on a GPU it is taken to be.
+    ``world_size`` is the number of training processes. ``device`` None is unknown. ``vllm`` says
+    whether vLLM is installed on the machine that trains. None is unknown, and on a GPU it counts as
+    installed.
     """
 
     world_size: int = 1
@@ -51,11 +53,11 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRun:
-    """``config`` has engine, dtype and the adapter's layers filled as far as they are known.
+    """``config`` has engine, dtype and the adapter's layers filled in as far as they are known.
 
-    ``dtype`` and ``targets`` are "auto" where the machine or the model is not known. ``chat`` says
-    whether plain prompts become user messages (``config.chat_format``); None is not known.
-    ``asked_dtype`` is the format that the file itself asks for, else "auto".
+    ``dtype`` and ``targets`` stay "auto" if the machine or the model is unknown. ``chat`` says
+    whether plain prompts become user messages (``config.chat_format``); None is unknown.
+    ``asked_dtype`` is the format that the run file sets, else "auto".
     """
 
     config: RunConfig
@@ -68,10 +70,11 @@ class ResolvedRun:
     chat: bool | None = None
 
     def needs(self) -> dict[str, Any]:
-        """What the run asks of its node, under the names of ``gpu``'s ``CheckContext``.
+        """What the run requires of its node, under the names of ``gpu``'s ``CheckContext``.
 
-        ``config`` and ``gpu`` do not know each other: who has both carries these over. What only
-        vLLM reads is not asked for where vLLM does not run; None is what sizing will choose.
+        ``config`` and ``gpu`` do not import each other, so the caller passes these values on.
+        Requirements of vLLM are left out if vLLM does not run. None means that sizing will choose
+        the value.
         """
         model = self.config.model
         vllm = self.engine != "transformers"
@@ -98,7 +101,7 @@ def resolve_run(
     template: bool | None = None,
 ) -> ResolvedRun:
     """Decide what ``config`` leaves open. ``targets`` are the default layers of the model
-    (``config.targets.default_targets``), where it is at hand; ``template`` says whether its
+    (``config.targets.default_targets``), if it is available. ``template`` says whether its
     tokenizer has a chat template.
     """
     model, grpo = config.model, config.grpo
@@ -126,8 +129,8 @@ def resolve_run(
 
 
 def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
-    """Who generates: ``runtime.engine`` where it is written, else ``model.fast_inference``, else
-    vLLM on a GPU where it is installed.
+    """The engine that generates: ``runtime.engine`` if written, else ``model.fast_inference``, else
+    vLLM if there is a GPU and vLLM is installed.
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"
@@ -147,12 +150,13 @@ def dtype_of(
     grpo: Mapping[str, Any] | None = None,
     load_in_16bit: bool = False,
 ) -> str:
-    """What weights are held in and what the trainer computes in, where ``model.dtype`` is "auto".
+    """The format of the weights and of the trainer's computations if ``model.dtype`` is "auto".
 
-    What ``grpo.bf16`` or ``grpo.fp16`` asks for, as the engine samples in the format that the
-    trainer computes in. Else bfloat16 on a GPU that has it (compute capability 8.0), float16 on an
-    older one, and float32 on a CPU, whatever the checkpoint stores: there it is the fast and exact
-    one. ``load_in_16bit`` is bfloat16 on a CPU. "auto" where the device is not known.
+    It is the format that ``grpo.bf16`` or ``grpo.fp16`` sets, because engine and trainer must use
+    the same one. Otherwise it is bfloat16 on a GPU that supports it (compute capability 8.0),
+    float16 on an older GPU, and float32 on a CPU, whatever the checkpoint stores: on a CPU float32
+    is both fast and exact. ``load_in_16bit`` on a CPU means bfloat16. The result is "auto" if the
+    device is unknown.
     """
     if dtype != "auto":
         return dtype
@@ -166,13 +170,13 @@ def dtype_of(
         return "bfloat16" if load_in_16bit else "float32"
     if asked.get("fp16"):
         return "float16"
-    # (0, 0): the card does not tell; cards that old are rare.
+    # (0, 0): the card does not report it; cards that old are rare.
     return "bfloat16" if capability >= BFLOAT16 or capability == (0, 0) else "float16"
 
 
 def vllm_here() -> bool | None:
-    """Whether runs of this installation have vLLM. None for the light commands alone, without
-    torch: what trains is installed elsewhere.
+    """Whether this installation has vLLM. None if torch is missing: then only the light commands
+    are installed, and training happens in another installation.
     """
     if find_spec("vllm") is not None:
         return True

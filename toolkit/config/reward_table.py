@@ -1,5 +1,5 @@
-"""The built-in rewards and their options, as ``toolkit.train.rewards`` has them (a test holds
-them together), and what every reward is called with.
+"""The built-in rewards and their options, as ``toolkit.train.rewards`` has them (a test compares
+them), and the arguments that every reward receives.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "math_verify": {"column": False, "tag": False, "seconds_each": False},
 }
 
-# What TRL 1.16 hands to every reward beside the columns of the data set, which cannot have these
-# names (GRPOTrainer._calculate_rewards) ...
+# The arguments that TRL 1.16 passes to every reward besides the columns of the data set. Columns
+# cannot have these names (GRPOTrainer._calculate_rewards) ...
 PASSED_ALWAYS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
 # Columns that never reach a reward, and why.
 LEFT_OUT = {
-    **dict.fromkeys(PASSED_ALWAYS, "rewards get another thing as {name}"),
-    **dict.fromkeys(("image", "images"), "the trainer takes it for pictures, and trains on text"),
-    "completion": "the trainer writes completions of its own",
+    **dict.fromkeys(PASSED_ALWAYS, "rewards receive something else as {name}"),
+    **dict.fromkeys(("image", "images"), "the trainer reads it as images, but it trains on text"),
+    "completion": "the trainer uses this name for its own completions",
 }
-# What is passed where the run has environments.
+# Passed if the run has environments.
 PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
 
 
 def metric_names(names: list[str]) -> list[str]:
-    """The names that reward functions have in metrics: the function's own, told apart where two
+    """The names that reward functions have in metrics: the function's own name, made unique if two
     are the same.
     """
     short = [name.rpartition(":")[2] for name in names]

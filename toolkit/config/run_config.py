@@ -1,9 +1,8 @@
-"""The validated run file as frozen values. The trainer gets this very object; there is no second
-parse.
+"""The validated run file as frozen values.
 
-``"auto"`` is a value here; ``toolkit.sizing`` fills it, and what has been filled is what
-config.json of the run records. Names and defaults are those of the drop-in API, of PEFT and of
-TRL's GRPOConfig.
+The trainer gets this object; there is no second parse. ``"auto"`` is a value here.
+``toolkit.sizing`` replaces it, and the run's config.json records the result. Names and defaults are
+those of the drop-in API, of PEFT and of TRL's GRPOConfig.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection(EngineSettings):
-    """What is loaded, and the engine on it."""
+    """The model to load, and its engine."""
 
     model_name: str
     max_seq_length: int = 2048
@@ -41,10 +40,10 @@ class ModelSection(EngineSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSection:
-    """The adapter under training; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
+    """The adapter that is trained; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
 
     ``target_modules`` "auto" is ``config.targets.default_targets`` of the model. ``adapter_path``
-    is the adapter that training starts from; what was not written is then its own.
+    is the adapter that training starts from. Keys that are not written then come from that adapter.
     """
 
     r: int = 16
@@ -73,9 +72,8 @@ class LoraSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
-    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None
-    is refused, for there is nothing to train on. ``chat`` "auto" is filled by
-    ``config.chat_format``.
+    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None is
+    refused, because there is nothing to train on. ``config.chat_format`` resolves ``chat`` "auto".
     """
 
     path: str | None = None
@@ -105,7 +103,7 @@ class RewardFunction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSection:
-    """The rewards, and what is done when one misbehaves."""
+    """The rewards, and what happens if one fails."""
 
     functions: tuple[RewardFunction, ...] = ()
     on_error: Literal["fail", "none"] = "fail"
@@ -115,7 +113,7 @@ class RewardSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSection:
-    """Where and how the run lives."""
+    """The run folder, the engine, and how the run resumes."""
 
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     output_dir: str = "runs/run"

@@ -1,9 +1,9 @@
-"""What a path in a run file points at.
+"""Resolve the paths in a run file.
 
-A relative path is relative to the folder of the file that it is written in; one given with
-``--set``, or in a run file on standard input, to the working folder. ``~`` is the home folder.
-``model_name``, ``path`` and ``eval_path`` may also be a hub id: they are taken as a path when
-something is there, or when they can be nothing else.
+A relative path is relative to the folder of the file that contains it. With ``--set``, or in a run
+file on standard input, it is relative to the working folder. ``~`` is the home folder.
+``model_name``, ``path`` and ``eval_path`` may also be a hub id. They are read as a path if that
+path exists, or if the text cannot be a hub id.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolkit.config.document import Node
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-# What base/archives reads (a test holds them together; importing that is slow).
+# The file types that base/archives reads (importing it is slow; a test compares the two lists).
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
 _WORDS = {"resume": ("auto", "never", "must")}
@@ -27,7 +27,7 @@ _ALWAYS = ("output_dir", "resume", "adapter_path")
 
 
 def resolve(text: str, node: Node) -> Path:
-    """``text`` as an absolute path, seen from the file that ``node`` stands in."""
+    """``text`` as an absolute path, relative to the file that contains ``node``."""
     return Path(_absolute(text, node))
 
 
@@ -37,7 +37,7 @@ def _absolute(text: str, node: Node) -> str:
 
 
 def exists(path: Path | str) -> bool:
-    """Whether something is at ``path``; a name that no file system takes is not there."""
+    """Whether ``path`` exists. A name that no file system accepts does not exist."""
     try:
         return os.path.exists(path)
     except (OSError, ValueError):
@@ -54,8 +54,8 @@ def is_path_only(text: str) -> bool:
 
 
 def local_path(key: str, node: Node) -> str:
-    """The value of a key that may name a path: absolute if it does, as written if it is a hub id
-    or a word.
+    """The value of a key that may name a path: absolute if it is a path, unchanged if it is a hub
+    id or a word.
     """
     text = str(node.value)
     if text in _WORDS.get(key, ()):

@@ -1,9 +1,9 @@
-"""Every sampling keyword of both engines: what it takes, what it does to the policy, and which
-field of GRPOConfig says the same.
+"""Every sampling keyword of both engines: what it accepts, how it changes the policy, and which
+field of GRPOConfig has the same meaning.
 
-The one table behind the rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines,
-so that all refuse the same keywords with the same words. A contract test compares it with the
-fields of vLLM's SamplingParams and transformers' GenerationConfig.
+The rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines all use this table, so
+all refuse the same keywords with the same message. A contract test compares it with the fields of
+vLLM's SamplingParams and transformers' GenerationConfig.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit.config.suggest import nearest
+from toolkit.base.did_you_mean import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,11 +23,11 @@ NAMES: dict[Engine, str] = {"vllm": "vLLM", "transformers": "Hugging Face genera
 
 
 class Effect(StrEnum):
-    """What a keyword does to the distribution that is sampled from."""
+    """How a keyword changes the distribution that is sampled from."""
 
     NONE = "none"
     REPRODUCED = "reproduced"
-    """The training pass applies it as well: sampled policy and trained policy are one."""
+    """The training pass applies it too: the sampled policy is the trained policy."""
     NOT_REPRODUCED = "not reproduced"
     """The training pass scores the distribution without it."""
 
@@ -38,15 +38,15 @@ class Keyword:
 
     name: str
     takes: str
-    """What a value must be, for people: ``a whole number, at least 0``."""
+    """What a value must be, in words: ``a whole number, at least 0``."""
     accepts: Callable[[Any], bool]
     effect: Effect = Effect.NONE
     field: str | None = None
-    """The field of GRPOConfig that says the same."""
+    """The field of GRPOConfig with the same meaning."""
     owned: str | None = None
-    """Why the toolkit sets it."""
+    """Why the toolkit sets it itself."""
     unused: str | None = None
-    """Why it would change nothing, or could not work."""
+    """Why it would have no effect or could not work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _between(low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
 
 _ANY = ("a value", _any)
 _FLAG = ("true or false", _flag)
-_TEXTS = ("a text or a list of texts", _texts)
+_TEXTS = ("a string or a list of strings", _texts)
 _TOKENS = ("a list of token ids", _tokens)
 _MAPPING = ("a mapping", lambda value: hasattr(value, "items") or hasattr(value, "regex"))
 _FACTOR = ("a number above 0", lambda value: _number(value) and value > 0)
@@ -186,26 +186,29 @@ _VLLM: dict[str, Keyword] = {
         skip_reading_prefix_cache=_FLAG,
     ),
     **_owned(
-        n="num_generations says how many completions a prompt has",
-        seed="each completion has a seed of its own, from the run's",
-        logprobs="TRL takes the most likely token's for the sampled one's where there are more",
-        detokenize="tokens are decoded where a stop string needs it",
-        flat_logprobs="rollouts are read in this layout",
-        output_kind="rollouts are read when they are whole",
-        skip_clone="each request has parameters of its own",
+        n="num_generations sets the number of completions per prompt",
+        seed="each completion has its own seed, derived from the run's",
+        logprobs=(
+            "with more than one, TRL would use the most likely token's log-probability for "
+            "the sampled token"
+        ),
+        detokenize="tokens are decoded if a stop string needs it",
+        flat_logprobs="the toolkit reads rollouts in this layout",
+        output_kind="the toolkit reads rollouts only when they are complete",
+        skip_clone="each request has its own parameters",
         output_text_buffer_length="vLLM computes it from the stop strings",
     ),
     **_unused(
-        "rollouts are read as token ids, and it changes their text alone",
+        "the toolkit reads rollouts as token ids, and this changes only their text",
         "skip_special_tokens spaces_between_special_tokens include_stop_str_in_output",
     ),
     **_unused(
-        "of log-probabilities, the sampled tokens' alone are read",
+        "the toolkit reads only the log-probabilities of the sampled tokens",
         "prompt_logprobs prompt_logprob_token_ids prompt_logprob_start logprob_token_ids",
     ),
-    **_unused("rollouts are read when they are whole", "stream_interval"),
+    **_unused("the toolkit reads rollouts only when they are complete", "stream_interval"),
     **_unused("the engine is built without a watermark", "watermarking"),
-    **_unused("it takes an object of vLLM's own", "repetition_detection"),
+    **_unused("its value must be a vLLM object", "repetition_detection"),
     **_unused(
         "it is for debugging vLLM, not for training",
         "routed_experts_prompt_start trace_decode_token_ids",
@@ -250,23 +253,23 @@ _TRANSFORMERS: dict[str, Keyword] = {
         renormalize_logits=_FLAG,
     ),
     **_owned(
-        num_return_sequences="num_generations says how many completions a prompt has",
-        do_sample="training draws its completions",
-        max_length="max_completion_length counts the tokens of a completion",
-        pad_token_id="it is the tokenizer's",
-        bos_token_id="it is the tokenizer's",
-        eos_token_id="the ends of a completion are the tokenizer's and the model's",
-        return_dict_in_generate="rollouts are read in one layout",
-        output_scores="rollouts are read in one layout",
-        output_logits="rollouts are read in one layout",
-        output_attentions="rollouts are read in one layout",
-        output_hidden_states="rollouts are read in one layout",
+        num_return_sequences="num_generations sets the number of completions per prompt",
+        do_sample="training samples its completions",
+        max_length="max_completion_length sets the limit in tokens",
+        pad_token_id="it comes from the tokenizer",
+        bos_token_id="it comes from the tokenizer",
+        eos_token_id="the end tokens come from the tokenizer and the model",
+        return_dict_in_generate="the toolkit reads rollouts in one fixed layout",
+        output_scores="the toolkit reads rollouts in one fixed layout",
+        output_logits="the toolkit reads rollouts in one fixed layout",
+        output_attentions="the toolkit reads rollouts in one fixed layout",
+        output_hidden_states="the toolkit reads rollouts in one fixed layout",
         disable_compile="TRL generates without torch.compile",
         compile_config="TRL generates without torch.compile",
-        continuous_batching_config="use_transformers_continuous_batching says it",
+        continuous_batching_config="use_transformers_continuous_batching sets it",
     ),
     **_unused(
-        "completions are drawn, not searched for with beams",
+        "completions are sampled, not found by beam search",
         "num_beams num_beam_groups length_penalty early_stopping diversity_penalty constraints"
         " force_words_ids penalty_alpha dola_layers low_memory",
     ),
@@ -277,11 +280,11 @@ _TRANSFORMERS: dict[str, Keyword] = {
         " assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight",
     ),
     **_unused(
-        "it is for models with an encoder",
+        "it is only for models with an encoder",
         "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id",
     ),
     **_unused("rollouts use transformers' own cache", "cache_config max_cache_len"),
-    **_unused("prompts are token ids when they are generated from", "token_healing"),
+    **_unused("generation receives prompts as token ids", "token_healing"),
 }  # fmt: skip
 
 KEYWORDS: Mapping[Engine, Mapping[str, Keyword]] = {"vllm": _VLLM, "transformers": _TRANSFORMERS}
@@ -303,23 +306,22 @@ _TWINS = (
 
 
 def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
-    """Why ``name: value`` cannot be among the ``generation_kwargs`` of a training with ``engine``;
-    None where it can. With ``turns`` (tools), a limit of one turn is no duplicate of
+    """Why ``name: value`` is refused in the ``generation_kwargs`` of a training run with
+    ``engine``; None if it is accepted. With ``turns`` (tools), a limit per turn does not duplicate
     ``max_completion_length``.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:
         return _unknown(name, engine)
     if keyword.owned is not None:
-        return Problem(
-            "owned", f"{name} is set by the toolkit: {keyword.owned}", f"leave {name} out"
-        )
+        return Problem("owned", f"{name} is set by the toolkit: {keyword.owned}", f"remove {name}")
     if keyword.unused is not None:
-        return Problem("unread", f"{name} has no use here: {keyword.unused}", f"leave {name} out")
+        return Problem("unread", f"{name} has no effect here: {keyword.unused}", f"remove {name}")
     if keyword.field is not None and not (turns and keyword.field == _COMPLETION[0]):
         return Problem(
             "field",
-            f"{name} is a second word for grpo.{keyword.field}, and training reads that key alone",
+            f"{name} has the same meaning as grpo.{keyword.field}, and training reads only "
+            "that key",
             f"write grpo.{keyword.field} instead",
         )
     if not keyword.accepts(value):
@@ -328,7 +330,7 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
 
 
 def unknown(name: str, engine: Engine) -> Problem | None:
-    """Why ``engine`` does not read ``name`` at all; None where it does, or the toolkit for it."""
+    """Why ``engine`` does not read ``name`` at all; None if the engine or the toolkit reads it."""
     return None if name in KEYWORDS[engine] else _unknown(name, engine)
 
 
@@ -344,16 +346,16 @@ def _unknown(name: str, engine: Engine) -> Problem:
             found = KEYWORDS[engine][twin]
             if found.owned is None and found.unused is None:
                 return Problem("unread", message, f"{NAMES[engine]} has {twin}", twin)
-        return Problem("unread", message, f"leave {name} out")
-    message = f"{name} is no sampling keyword of {NAMES[engine]}"
+        return Problem("unread", message, f"remove {name}")
+    message = f"{name} is not a sampling keyword of {NAMES[engine]}"
     close = nearest(name, list(KEYWORDS[engine])) or nearest(name, list(KEYWORDS[other]))
     if close is None:
-        return Problem("unread", message, f"leave {name} out")
+        return Problem("unread", message, f"remove {name}")
     keyword = KEYWORDS[engine].get(close) or KEYWORDS[other][close]
     if keyword.field is not None:
         return Problem("unread", message, f"did you mean grpo.{keyword.field} ({close})?")
     if close not in KEYWORDS[engine] or keyword.owned or keyword.unused:
-        return Problem("unread", message, f"leave {name} out")
+        return Problem("unread", message, f"remove {name}")
     return Problem("unread", message, f"did you mean {close}?", close)
 
 
@@ -363,8 +365,8 @@ def _shown(value: Any) -> str:
 
 
 def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]:
-    """Those of ``keywords`` that change the distribution in a way that the training pass does not
-    follow.
+    """The ``keywords`` that change the distribution in a way that the training pass does not
+    reproduce.
     """
     for name in keywords:
         keyword = KEYWORDS[engine].get(name)
@@ -373,14 +375,14 @@ def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]
 
 
 def what_follows(engine: Engine) -> str:
-    """What it means for training that the sampled policy is not the trained one."""
+    """What it means for training if the sampled policy differs from the trained one."""
     if engine == "vllm":
         return (
-            "the engine's log-probabilities are of a narrowed distribution, training scores the"
-            " one without it: each importance weight carries the probability that was cut away,"
-            " and over a long completion the product may reach 0"
+            "the engine's log-probabilities are those of the restricted distribution, but "
+            "training scores the unrestricted one. Each importance weight includes the "
+            "probability that was cut off, and over a long completion their product may reach 0"
         )
     return (
-        "completions come from a narrowed distribution, training scores the one without it, and"
-        " without an engine no importance weight makes up for the difference"
+        "completions are sampled from the restricted distribution, but training scores the "
+        "unrestricted one. Without the vLLM engine no importance weight corrects the difference"
     )

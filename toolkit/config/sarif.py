@@ -75,7 +75,8 @@ def _artifact(source: Source | None) -> dict[str, str]:
 
 
 def _location(source: Source | None, mark: Mark | None) -> dict[str, Any]:
-    region = {"startLine": 1}  # code scanning wants one, also where the whole file is meant
+    # code scanning requires a line, even if the finding is about the whole file
+    region = {"startLine": 1}
     if mark is not None:
         region = {"startLine": mark.line, "startColumn": mark.column}
         if source is not None and "\n" not in source.text[mark.start : mark.end]:

@@ -1,8 +1,8 @@
 """How a plain YAML scalar is read: by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
 
-Ours is YAML 1.2 core (yaml.org/spec/1.2.2, 10.3.2). Many readers still follow YAML 1.1
-(yaml.org/type; PyYAML among them), and a value that the two read differently is a trap: ``5e-6``
-is text to one and a number to the other.
+Run files are YAML 1.2 core (yaml.org/spec/1.2.2, 10.3.2). Many readers, such as PyYAML, still
+follow YAML 1.1 (yaml.org/type). A value that the two read differently is a trap: ``5e-6`` is text
+in 1.1 and a number in 1.2.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TIME_11 = re.compile(
 
 
 LARGEST_INT = 2**63 - 1
-TOO_LARGE = 2**64  # stands for an integer that is longer than is read
+TOO_LARGE = 2**64  # marks an integer that is too long to be read
 _SHOWN_DIGITS = 30
 
 
@@ -67,13 +67,13 @@ def too_large(text: str) -> str:
     """The message for an integer that does not fit into 64 bits, as it was written."""
     shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
     return (
-        f"{shown} ({len(text)} characters) does not fit into 64 bits: an integer is from "
+        f"{shown} ({len(text)} characters) does not fit into 64 bits: an integer must be from "
         f"{-LARGEST_INT - 1} to {LARGEST_INT}"
     )
 
 
 def is_long_integer(text: str) -> bool:
-    """Whether a plain scalar is an integer of more digits than are turned into a number."""
+    """Whether a plain scalar is an integer with more digits than the limit for conversion."""
     return len(text) > MAX_DIGITS and _LONG.fullmatch(text) is not None
 
 
@@ -100,8 +100,8 @@ def read_core(text: str) -> Any:
 
 
 def read_legacy(text: str) -> tuple[str, Any]:
-    """What YAML 1.1 makes of a plain scalar: the kind's name for people, and the value where it
-    is cheap to tell.
+    """What YAML 1.1 reads for a plain scalar: the name of the type for people, and the value if it
+    is cheap to compute.
     """
     if text in _WORDS_11:
         value = _WORDS_11[text]
@@ -151,7 +151,7 @@ def _base_60(text: str) -> float:
 
 
 def differs(text: str, core: Any) -> str | None:
-    """What YAML 1.1 reads where that is not ``core``; None where the two agree."""
+    """What YAML 1.1 reads if it differs from ``core``; None if the two agree."""
     if isinstance(core, str):
         first = text[0]
         if not (first.isdigit() or first in "+-.=<") and text not in _WORDS_11:
@@ -165,7 +165,7 @@ def differs(text: str, core: Any) -> str | None:
 
 
 def plain_spelling(value: Any) -> str:
-    """A scalar spelled so that YAML 1.1 and 1.2, and a person, read the same."""
+    """A scalar written so that YAML 1.1, YAML 1.2 and people read the same value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -186,7 +186,7 @@ _SAFE_TEXT = re.compile(r"[A-Za-z_./][A-Za-z0-9_./ -]*(?<! )")
 
 
 def quote_if_needed(text: str) -> str:
-    """Text as a plain scalar where every reader takes it as text, double-quoted otherwise."""
+    """Text as a plain scalar if every reader reads it as text, otherwise in double quotes."""
     if (
         _SAFE_TEXT.fullmatch(text)
         and isinstance(read_core(text), str)

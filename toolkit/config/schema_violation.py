@@ -1,4 +1,4 @@
-"""What is wrong with one value under one schema, in words, and what could be written instead."""
+"""Describe in words why one value violates one schema, and what could be written instead."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """The likeliest value that ``text`` could stand for and that ``schema`` takes; empty if there
-    is none.
-    """
+    """The most likely value that ``text`` means and ``schema`` accepts; empty if there is none."""
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
     candidates += [int(value) for value in candidates if isinstance(value, float) and _whole(value)]
@@ -42,7 +40,7 @@ def _whole(value: float) -> bool:
 
 
 class Fault(NamedTuple):
-    """A rule id, the sentence after the key, values to write instead, and further lines."""
+    """A rule id, the sentence that follows the key, replacement values, and further lines."""
 
     rule: str
     message: str
@@ -76,7 +74,7 @@ _PYTHON: dict[str, type] = {
 
 
 def value_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
-    """What is wrong with this value itself, not with what is below it."""
+    """What is wrong with this value itself, without the values below it."""
     if "x-either" in schema or ("type" in schema and not fits_type(value, schema)):
         return _type_fault(value, schema)
     if "enum" in schema or "const" in schema:
@@ -93,7 +91,7 @@ def value_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
 def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
     wanted = describe(schema)
     if value is None:
-        return Fault("KEY006", f"null is no value here: {wanted} is wanted")
+        return Fault("KEY006", f"null is not allowed here: must be {wanted}")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
         from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a fault
@@ -112,7 +110,7 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
         fixes = (bool(value),)
     elif not isinstance(value, (dict, list)) and fits_type("", schema):
         fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
-    return Fault("KEY003", f"{show(value)} is {kind_of(value)}; {wanted} is wanted", fixes)
+    return Fault("KEY003", f"{show(value)} is {kind_of(value)}; must be {wanted}", fixes)
 
 
 def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
@@ -121,9 +119,9 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
         return None
     if value is None:
         return Fault(
-            "KEY006", f"null is no value here: one of {', '.join(map(show, legal))} is wanted"
+            "KEY006", f"null is not allowed here: must be one of {', '.join(map(show, legal))}"
         )
-    from toolkit.config.suggest import nearest  # noqa: PLC0415 - only for a fault
+    from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a fault
 
     close = (
         nearest(value, [one for one in legal if isinstance(one, str)])
@@ -132,7 +130,7 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
     )
     return Fault(
         "KEY004",
-        f"{show(value)} is none of {', '.join(map(show, legal))}",
+        f"{show(value)} is not one of {', '.join(map(show, legal))}",
         (close,) if close else (),
     )
 
@@ -141,7 +139,7 @@ def _range_fault(value: float, schema: dict[str, Any]) -> Fault | None:
     for keyword, holds, words in _LIMITS:
         limit = schema.get(keyword)
         if limit is not None and not holds(value, limit):
-            told = f"{show(value)} is out of range: {words} {show(limit)}"
+            told = f"{show(value)} is out of range: must be {words} {show(limit)}"
             return Fault("KEY005", told)  # the limit is a guess at what was meant
     return None
 
@@ -156,7 +154,7 @@ _LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
 
 def _text_fault(value: str, schema: dict[str, Any]) -> Fault | None:
     if len(value) < schema.get("minLength", 0):
-        return Fault("KEY005", "the text is empty")
+        return Fault("KEY005", "the string is empty")
     pattern = schema.get("pattern")
     if pattern is not None and not _compiled(pattern).search(value):
         return Fault("KEY004", f"{show(value)} does not have the form {pattern}")
@@ -176,6 +174,6 @@ def _list_fault(value: list[Node], schema: dict[str, Any]) -> Fault | None:
         for node in value:
             item = repr(node.to_plain())
             if item in seen:
-                return Fault("KEY005", f"{show(node.to_plain())} stands in the list twice")
+                return Fault("KEY005", f"{show(node.to_plain())} occurs twice in the list")
             seen.add(item)
     return None

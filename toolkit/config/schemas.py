@@ -1,5 +1,5 @@
-"""Find a JSON Schema of ours: in a checkout under schemas/, in an installed package under
-toolkit/schemas/.
+"""Find one of the project's JSON Schemas: in a checkout under schemas/, in an installed package
+under toolkit/schemas/.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _FOLDERS = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "
 
 
 def schema_path(name: str) -> Path:
-    """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...); InputError for a name
-    that is none.
+    """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...); InputError for an
+    unknown name.
     """
     for folder in _FOLDERS:
         path = folder / f"{name}.schema.json"

@@ -1,10 +1,11 @@
-"""A document against a JSON Schema, with places: unknown keys, types, legal values, ranges.
+"""Check a document against a JSON Schema and report positions: unknown keys, types, legal values,
+ranges.
 
-This reads the part of JSON Schema that run.schema.json uses (a test holds the schema to it, and
-another compares the verdicts with the jsonschema library's on generated instances). The library
-itself is not used here for two reasons: it says "is not valid under any of the given schemas" where
-a person needs one sentence, and its import costs from 60 ms up to a second, by what else is
-installed. Where it differs on purpose: 8.0 is no integer here.
+This reads the part of JSON Schema that run.schema.json uses (one test checks that the schema uses
+nothing else, and another compares the verdicts with the jsonschema library on generated instances).
+The library itself is not used here for two reasons: it says "is not valid under any of the given
+schemas" which does not help a user, and its import takes 60 ms to one second, depending on what
+else is installed. One difference is on purpose: 8.0 is not an integer here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from toolkit.config.wording import show, spell
 
 
 class Outcome(NamedTuple):
-    """What the walk found, and the paths whose values no rule may lean on."""
+    """The findings, and the paths whose values no rule may use."""
 
     findings: list[Finding]
     bad: set[KeyPath]
@@ -43,17 +44,17 @@ class _Walk:
 
     def visit(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         if "x-refused" in schema:
-            return  # rule KEY007 tells it
+            return  # rule KEY007 reports it
         branches = schema.get("anyOf")
         if branches is not None:
             schema = _branch(node.value, branches) | {
                 k: v for k, v in schema.items() if k != "anyOf"
             }
         if isinstance(node.value, float) and not math.isfinite(node.value):
-            self.bad.add(path)  # told while loading (DOC006)
+            self.bad.add(path)  # reported while loading (DOC006)
             return
         if beyond_64_bits(node.value):
-            self.bad.add(path)  # told while loading (DOC015)
+            self.bad.add(path)  # reported while loading (DOC015)
             return
         fault = value_fault(node.value, schema)
         if fault is not None:
@@ -91,7 +92,7 @@ class _Walk:
             self.visit(child, items, (*path, index))
 
     def anything(self, node: Node, path: KeyPath) -> None:
-        """A value that the schema leaves open: only what YAML itself makes doubtful is told."""
+        """A value that the schema does not restrict: only ambiguous YAML is reported."""
         for _, below in node.walk(path):
             if below.note is not None:
                 self.findings.append(below.note)
@@ -120,13 +121,13 @@ class _Walk:
 
 def _advice(schema: dict[str, Any], fault: Fault) -> tuple[Fix, ...]:
     if fault.rule == "KEY006" and "default" in schema:
-        return (Fix(f"leave the key out for the default {show(schema['default'])}"),)
+        return (Fix(f"remove the key to get the default {show(schema['default'])}"),)
     return ()
 
 
 def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
-    """The branch of an anyOf to hold a value to: one it fits, else one of its type, else all of
-    them named together.
+    """The branch of an anyOf to check a value against: one that it matches, else one of its type,
+    else a description of all branches.
     """
     for branch in branches:
         if value_fault(value, branch) is None:
@@ -148,7 +149,7 @@ def unknown_key(node: Node, path: KeyPath, properties: dict[str, Any], root: Nod
     return Finding(
         rule="KEY001",
         severity=Severity.ERROR,
-        message=f"{dotted(path)}: there is no such key",
+        message=f"{dotted(path)}: unknown key",
         path=path,
         source=node.source,
         mark=node.key,

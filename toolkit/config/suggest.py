@@ -1,10 +1,10 @@
-"""Did you mean: the nearest legal word, and where a key that was looked for here really lives."""
+"""Did you mean: the nearest legal word, and the section that a misplaced key belongs to."""
 
 from __future__ import annotations
 
-from difflib import SequenceMatcher, get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import near
 from toolkit.config.document import dotted
 from toolkit.config.finding import Fix, rename
 from toolkit.config.key_moves import at, is_valid, move, schema_of
@@ -12,46 +12,14 @@ from toolkit.config.migration import MOVED, converted
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from toolkit.config.document import KeyPath, Node
-
-_LONGEST = 80
-_AS_LIKELY = 0.02  # two words whose likeness differs by less are as likely
-
-
-def near(word: str, words: Sequence[str]) -> list[str]:
-    """The words that ``word`` may be a slip of, the likeliest first: one, or several that are as
-    likely as each other.
-    """
-    if len(word) > _LONGEST:
-        return []
-    folded = {one.lower().replace("-", "_"): one for one in words}
-    asked = word.lower().replace("-", "_")
-    if asked in folded:
-        return [folded[asked]]
-    close = get_close_matches(asked, list(folded), n=3, cutoff=0.7)
-    if not close:
-        return []
-    ratios = [SequenceMatcher(None, one, asked).ratio() for one in close]
-    return [
-        folded[one]
-        for one, ratio in zip(close, ratios, strict=True)
-        if ratio > ratios[0] - _AS_LIKELY
-    ]
-
-
-def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The word that ``word`` is most likely a slip of; None where two are as likely."""
-    close = near(word, words)
-    return close[0] if len(close) == 1 else None
 
 
 def key_advice(
     path: KeyPath, node: Node, properties: dict[str, Any], root: Node
 ) -> tuple[tuple[str, ...], tuple[Fix, ...]]:
-    """Notes and fixes for an unknown key. A fix has an edit only where the value is valid for the
-    new key, and nothing is written there.
+    """Notes and fixes for an unknown key. A fix has an edit only if the value is valid for the new
+    key and that key is not yet written.
     """
     key, parent = str(path[-1]), path[:-1]
     other = _elsewhere(path, node, root)
@@ -66,7 +34,7 @@ def key_advice(
     if len(siblings) <= 12:
         named = [name for name in siblings if name.isidentifier()]
         return ("known here: " + ", ".join(named),), ()
-    return (), (Fix(f"envcheck explain {dotted(parent)} lists the keys"),)
+    return (), (Fix(f"`envcheck explain {dotted(parent)}` lists the keys"),)
 
 
 def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
@@ -78,15 +46,15 @@ def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
 def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], root: Node) -> Fix:
     text = f"did you mean {name}?"
     if at(root, (*path[:-1], name)) is not None:
-        return Fix(f"{text} It is written already")
+        return Fix(f"{text} It is already written")
     if node.key is None or node.source.is_override or not is_valid(node, schema):
         return Fix(text)
     return Fix(text, (rename(node.source, node.key, name),))
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """The fixes for a key that belongs to another section, under this name or under that of today;
-    None where no section has it.
+    """The fixes for a key that belongs to another section, under this name or its current name;
+    None if no section has it.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [
@@ -108,7 +76,7 @@ def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
     if not places:
         return None
     if len(places) > 1 or any(isinstance(part, int) for part in path):
-        return (Fix(f"it belongs elsewhere: {' or '.join(places)}"),)
+        return (Fix(f"it belongs in another section: {' or '.join(places)}"),)
     ((to, value),) = places.items()
     fix = move(root, path, to, value)
-    return (Fix(f"it belongs elsewhere: {to}", fix.edits, fix.moved),)
+    return (Fix(f"it belongs in another section: {to}", fix.edits, fix.moved),)

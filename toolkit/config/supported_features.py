@@ -1,7 +1,7 @@
 """What is supported: stored weight formats, load_in_* flags, architectures, attention, inits.
 
 One table for rules (a finding with its line), sizer (a note), loader, engine and drop-in API (a
-refusal). A function here takes plain values and returns the ``Problem``, or None.
+refusal). Each function takes plain values and returns a ``Problem`` or None.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What cannot be served: the key of the run file, why, and values that would do (key, value).
+    """What is not supported: the key of the run file, why, and values that would work (key, value).
 
-    ``hint`` is what to do where no value alone does it.
+    ``hint`` says what to do if no single value is enough.
     """
 
     key: str
@@ -29,15 +29,15 @@ class Problem:
 
     @property
     def advice(self) -> str:
-        """All that would help, in the words of the drop-in API."""
+        """All possible fixes, in the terms of the drop-in API."""
         values = [f"{key.rpartition('.')[2]}={value!r}" for key, value in self.fixes]
         return ", or ".join([*values, *([self.hint] if self.hint else [])])
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A format that checkpoints are stored in. ``flag`` is the load_in_* that trains on it, None
-    where nothing does; ``engine`` says whether the vLLM engine shares it.
+    """A storage format of checkpoints. ``flag`` is the load_in_* flag that trains on it, or None if
+    it is not supported. ``engine`` says whether the vLLM engine can share it.
     """
 
     name: str
@@ -57,16 +57,16 @@ STORED = {
 }
 
 UNTRAINED = {
-    "load_in_fp8": "8-bit floating-point weights cannot be trained against here",
+    "load_in_fp8": "training on 8-bit floating-point weights is not supported",
 }
-"""Flags of the drop-in API that are refused whatever else is asked for."""
+"""Flags of the drop-in API that are always refused."""
 
 ENGINE_EXCLUDES = {
-    "trust_remote_code": "layers from outside cannot be checked against vLLM's",
+    "trust_remote_code": "layers from checkpoint code cannot be checked against vLLM's",
     "load_in_8bit": "vLLM's and bitsandbytes' 8-bit weights differ, so they cannot be shared",
-    "full_finetuning": "only an adapter is trained on weights that the engine holds",
+    "full_finetuning": "the engine shares the base weights, so only an adapter can be trained",
 }
-"""Flags that do not go with the vLLM engine, and why."""
+"""Flags that the vLLM engine excludes, and why."""
 
 MULTIMODAL = frozenset(
     (
@@ -74,16 +74,16 @@ MULTIMODAL = frozenset(
         "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
     )
 )  # fmt: skip
-"""Causal model types whose language model is a part (transformers 5.17); others say so by a
-text_config.
+"""Causal model types that contain a language model as one part (transformers 5.17). Others show it
+by a text_config.
 """
 
 ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
 )  # fmt: skip
-"""transformers' attention functions (5.17). With ``paged|`` before it, one is for continuous
-batching, which sets it itself: a training pass refuses it.
+"""transformers' attention functions (5.17). A name with the prefix ``paged|`` is for continuous
+batching, which sets it itself. The training pass refuses it.
 """
 
 ATTENTION_PACKAGES = {
@@ -93,26 +93,28 @@ ATTENTION_PACKAGES = {
 }
 
 DROPS_SOFTCAP = frozenset(("sdpa",))
-"""Hugging Face's default takes ``softcap`` among its keywords and computes without it, in silence
-(``sdpa_attention_forward``, read at transformers 5.17; held by tests/contract).
+"""Hugging Face's default accepts ``softcap`` as a keyword but silently ignores it
+(``sdpa_attention_forward``, transformers 5.17; checked in tests/contract).
 """
 
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Inits that change the base weights, or need a pass over data with weights of the trainer's
-own.
+"""Initializations that change the base weights, or need a pass over data with separate trainer
+weights.
 """
 
 DATA_INITS = {
-    "corda": "it needs a pass over data before the adapter is made",
-    "eva": "it needs a pass over data before the adapter is made; without one A stays random",
-    "lora_ga": "it needs gradients over data before the adapter is made; without them A is random",
-    "loftq": "it needs a loftq_config, which a run file does not have",
+    "corda": "it needs a pass over data before the adapter is created",
+    "eva": "it needs a pass over data before the adapter is created; without one A stays random",
+    "lora_ga": (
+        "it needs gradients over data before the adapter is created; without them A is random"
+    ),
+    "loftq": "it needs a loftq_config, which a run file cannot set",
 }
-"""Inits that a run file cannot give what they need."""
+"""Initializations whose inputs a run file cannot provide."""
 
 NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
-"""Model types that vLLM 0.31 does not run in float16, as they overflow there
-(config/run_config.py, ``_FLOAT16_NOT_SUPPORTED_MODELS``).
+"""Model types that vLLM 0.31 does not run in float16, because they overflow (config/run_config.py,
+``_FLOAT16_NOT_SUPPORTED_MODELS``).
 """
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -137,7 +139,7 @@ def stored_format(config: Mapping[str, Any]) -> Stored | None:
 def stored_problem(
     config: Mapping[str, Any], *, load_in_4bit: bool, load_in_8bit: bool, engine: bool
 ) -> Problem | None:
-    """Whether a checkpoint that is stored quantized is trained with these flags."""
+    """Why a quantized checkpoint cannot be trained with these flags; None if it can."""
     stored = stored_format(config)
     if stored is None:
         return None
@@ -145,20 +147,20 @@ def stored_problem(
     if stored.flag is None:
         return Problem(
             "model.model_name",
-            f"{told}, and no adapter is trained on that",
+            f"{told}; training an adapter on it is not supported",
             hint="name the checkpoint in 16 bits (load_in_4bit quantizes it while it is loaded)",
         )
     if engine and not stored.engine:
         return Problem(
             "model.model_name",
-            f"{told}, which the vLLM engine does not share",
+            f"{told}, which the vLLM engine cannot share",
             hint="name the checkpoint in 16 bits, or use runtime.engine: transformers",
         )
     asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
     if not asked.pop(stored.flag):
         return Problem(
             f"model.{stored.flag}",
-            f"{told}, and {stored.flag} is false",
+            f"{told}, but {stored.flag} is false",
             fixes=((f"model.{stored.flag}", True),),
             hint="name the checkpoint in 16 bits",
         )
@@ -178,8 +180,8 @@ def flag_problems(
     full_finetuning: bool,
     dtype: str,
 ) -> list[Problem]:
-    """What is wrong with flags that are on together; that one format alone is chosen is told
-    elsewhere.
+    """What is wrong with flags that are true together. A separate rule checks that only one format
+    is chosen.
     """
     found = []
     for name, on in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
@@ -187,8 +189,8 @@ def flag_problems(
             found.append(
                 Problem(
                     f"model.{name}",
-                    f"full_finetuning and {name} exclude each other: quantized weights have no"
-                    " gradient",
+                    f"full_finetuning and {name} are mutually exclusive: quantized weights have "
+                    "no gradient",
                     fixes=((f"model.{name}", False), ("model.full_finetuning", False)),
                 )
             )
@@ -196,7 +198,7 @@ def flag_problems(
         found.append(
             Problem(
                 "model.load_in_16bit",
-                "load_in_16bit and dtype float32 exclude each other",
+                "load_in_16bit and dtype float32 are mutually exclusive",
                 fixes=(("model.load_in_16bit", False), ("model.dtype", "auto")),
             )
         )
@@ -204,23 +206,23 @@ def flag_problems(
 
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
-    """Whether the language model is a part of the model of this config.json."""
+    """Whether the language model is only a part of the model of this config.json."""
     return isinstance(config.get("text_config"), dict) or config.get("model_type") in MULTIMODAL
 
 
 def architecture_problem(
     config: Mapping[str, Any], *, trust_remote_code: bool, known: bool | None, causal: bool | None
 ) -> Problem | None:
-    """Whether the model of this config.json is one that is trained.
+    """Why the model of this config.json cannot be trained; None if it can.
 
     ``known`` and ``causal`` say whether the installed transformers has its model_type, and has it
-    as a causal language model; None where that is not known.
+    as a causal language model; None is unknown.
     """
     kind, own_code = config.get("model_type"), isinstance(config.get("auto_map"), dict)
     if is_multimodal(config):
         return Problem(
             "model.model_name",
-            f"{kind!r} is a multimodal model, and only text models are trained",
+            f"{kind!r} is a multimodal model; only text models are supported",
             hint="use the text-only checkpoint of the family",
         )
     if own_code and trust_remote_code:
@@ -228,8 +230,8 @@ def architecture_problem(
     if known is False and own_code:
         return Problem(
             "model.trust_remote_code",
-            f"the model type {kind!r} is not in the installed transformers: the checkpoint brings"
-            " code of its own, and trust_remote_code is false",
+            f"the model type {kind!r} is not in the installed transformers: the checkpoint has "
+            "its own code, but trust_remote_code is false",
             fixes=(("model.trust_remote_code", True),),
             hint="use a model of the installed transformers",
         )
@@ -237,12 +239,12 @@ def architecture_problem(
         return Problem(
             "model.model_name",
             f"the installed transformers does not know the model type {kind!r}",
-            hint="correct model_type in config.json, or use a model that it knows",
+            hint="correct model_type in config.json, or use a model that transformers knows",
         )
     if causal is False:
         return Problem(
             "model.model_name",
-            f"{kind!r} is no causal language model in the installed transformers",
+            f"{kind!r} is not a causal language model in the installed transformers",
             hint="name a model that generates text from left to right",
         )
     return None
@@ -251,10 +253,10 @@ def architecture_problem(
 def attention_problem(
     asked: str | None, *, softcap: float | None, supports: Mapping[str, bool], trusted: bool
 ) -> Problem | None:
-    """Whether ``attn_implementation`` is one, and computes what the model is.
+    """Why ``attn_implementation`` cannot be used for the model; None if it can.
 
-    ``softcap`` is the model's attn_logit_softcapping. ``supports`` says of "sdpa", "flash" and
-    "flex" whether the model has them, as far as it is known.
+    ``softcap`` is the model's attn_logit_softcapping. ``supports`` says for "sdpa", "flash" and
+    "flex" whether the model has them, if known.
     """
     key = "model.attn_implementation"
     if asked is None:
@@ -265,28 +267,29 @@ def attention_problem(
             if trusted
             else Problem(
                 key,
-                f"attn_implementation={asked!r} is code from the hub: trust_remote_code is off",
+                f"attn_implementation={asked!r} is code from the hub, but trust_remote_code "
+                "is false",
                 fixes=((key, None),),
             )
         )
     if asked.startswith("paged|") and (name := asked.removeprefix("paged|")) in ATTENTIONS:
         return Problem(
             key,
-            f"attn_implementation={asked!r} is for continuous batching alone, and training cannot"
-            " use it",
+            f"attn_implementation={asked!r} is only for continuous batching; training cannot use "
+            "it",
             fixes=((key, name),),
         )
     if asked not in ATTENTIONS:
         return Problem(
             key,
-            f"attn_implementation={asked!r} is none of {', '.join(ATTENTIONS)}",
+            f"attn_implementation={asked!r} is not one of {', '.join(ATTENTIONS)}",
             fixes=((key, None),),
         )
     if softcap is not None and asked in DROPS_SOFTCAP:
         return Problem(
             key,
-            f"attn_implementation={asked!r} leaves out the model's attn_logit_softcapping"
-            f" ({softcap:g})",
+            f"attn_implementation={asked!r} ignores the model's attn_logit_softcapping "
+            f"({softcap:g})",
             fixes=((key, None), (key, "eager"), (key, "flex_attention")),
         )
     kind = next((part for part in ("sdpa", "flash", "flex") if asked.startswith(part)), "eager")
@@ -300,7 +303,9 @@ def attention_problem(
 def attention_lacks(
     asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
 ) -> Problem | None:
-    """What the machine lacks for a flash attention. ``installed`` is about its package."""
+    """What the machine lacks for flash attention. ``installed`` says whether its package is
+    installed.
+    """
     key, name = "model.attn_implementation", asked or ""
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
@@ -308,7 +313,7 @@ def attention_lacks(
     if not on_gpu:
         lacks = "it needs a GPU"
     elif dtype == "float32":
-        lacks = "it computes in 16 bits, and the model is in float32"
+        lacks = "it computes in 16 bits, but the model is in float32"
     elif not installed:
         lacks = f"its package {package.partition('.')[0]} is not installed"
     else:
@@ -317,14 +322,14 @@ def attention_lacks(
 
 
 def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
-    """Whether vLLM on a CPU runs the model of this config.json."""
+    """Why vLLM on a CPU cannot run the model of this config.json; None if it can."""
     text = text_part(config)
     size = head_size(text)
     if size is not None and size not in CPU_HEAD_SIZES:
         return Problem(
             "model.model_name",
-            f"its attention heads have size {size}, and vLLM's CPU attention has"
-            f" {', '.join(map(str, CPU_HEAD_SIZES))}",
+            f"its attention heads have size {size}, but vLLM's CPU attention supports only "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}",
             fixes=(("runtime.engine", "transformers"),),
         )
     activation = text.get("hidden_act", "silu")
@@ -333,26 +338,26 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
         what = "experts with biases" if kind == "gpt_oss" else f"experts with {activation}"
         return Problem(
             "model.model_name",
-            f"{what} and LoRA run on a GPU only in vLLM",
+            f"vLLM runs {what} with LoRA only on a GPU",
             fixes=(("runtime.engine", "transformers"),),
         )
     return None
 
 
 def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
-    """Whether vLLM runs the model of this config.json in ``dtype``."""
+    """Why vLLM cannot run the model of this config.json in ``dtype``; None if it can."""
     kind = config.get("model_type")
     if dtype != "float16" or kind not in NO_FLOAT16:
         return None
     return Problem(
         "model.dtype",
-        f"{kind} overflows in float16, and vLLM does not start with it",
+        f"{kind} overflows in float16, so vLLM refuses to start",
         fixes=(("model.dtype", "bfloat16"), ("runtime.engine", "transformers")),
     )
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:
-    """Values of an attention head; None where it is not known, or attention is latent."""
+    """The size of an attention head; None if unknown or attention is latent."""
     if text.get("kv_lora_rank"):
         return None
     size, hidden, heads = (text.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -364,7 +369,7 @@ def head_size(text: Mapping[str, Any]) -> int | None:
 
 
 def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:
-    """Those of ``layers_to_transform`` that a model of ``count`` layers does not have."""
+    """The items of ``layers_to_transform`` that a model of ``count`` layers does not have."""
     if count is None or layers is None:
         return ()
     listed = (layers,) if isinstance(layers, int) else tuple(layers)

@@ -1,4 +1,4 @@
-"""Bytes to text: what can be had within bounds, or a finding that says why not."""
+"""Read the bytes of a run file as text within limits, or return a finding that says why not."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _MARKS = (
 
 
 class Unreadable(StopReading):
-    """No text could be had."""
+    """Raised when no text could be read."""
 
 
 def read_source(path: str | Path, *, real: Path | None = None) -> Source:
-    """The text of a run file, ``-`` for standard input; raises Unreadable. ``real`` is where it is
-    read, if that is another path than the one to show.
+    """The text of a run file, ``-`` for standard input; raises Unreadable. ``real`` is the path
+    that is read, if it differs from the path to show.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
@@ -52,18 +52,18 @@ def read_source(path: str | Path, *, real: Path | None = None) -> Source:
 
 
 def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
-    """The finding for a file that gives no text."""
+    """The finding for a file that cannot be read."""
     return error_finding(UNREADABLE, message, source, None, *fixes)
 
 
 def failed(finding: Finding) -> Document:
-    """A document of nothing but the reason why there is none."""
+    """An empty document with the finding that says why it is empty."""
     source = finding.source or Source("run file", "", Path.cwd())
     return Document(source, empty(source), [finding], readable=False)
 
 
 def _read_file(source: Source, file: Path) -> bytes:
-    # Not blocking: opening a named pipe that nobody writes to would wait for ever.
+    # Open without blocking: a named pipe without a writer would block for ever.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = os.fstat(descriptor)
@@ -79,7 +79,9 @@ def _read_file(source: Source, file: Path) -> bytes:
 
 
 def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
-    """At most MAX_BYTES from a descriptor; ``wait_s`` bounds a pipe, None waits for the writer."""
+    """At most MAX_BYTES from a descriptor; ``wait_s`` limits the wait for a pipe; None waits until
+    the writer closes it.
+    """
     chunks: list[bytes] = []
     total = 0
     deadline = None if wait_s is None else time.monotonic() + wait_s
@@ -88,7 +90,7 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
                 raise Unreadable(
-                    unreadable(source, f"nothing came from this pipe within {wait_s} s")
+                    unreadable(source, f"no data came from this pipe within {wait_s} s")
                 )
         try:
             chunk = os.read(descriptor, 1 << 16)
@@ -98,14 +100,16 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
             return b"".join(chunks)
         chunks.append(chunk)
         total += len(chunk)
-    raise Unreadable(unreadable(source, f"is more than {MAX_BYTES} bytes; a run file is not"))
+    raise Unreadable(
+        unreadable(source, f"has more than {MAX_BYTES} bytes, the limit of a run file")
+    )
 
 
 def _decode(source: Source, data: bytes) -> Source:
     for mark, name in _MARKS:
         if data.startswith(mark):
             raise Unreadable(
-                unreadable(source, f"is {name}; a run file is UTF-8", Fix("save it as UTF-8"))
+                unreadable(source, f"is {name}; a run file must be UTF-8", Fix("save it as UTF-8"))
             )
     bom = "\ufeff" if data.startswith(codecs.BOM_UTF8) else ""
     try:

@@ -1,8 +1,8 @@
-"""TOML to nodes with places: the standard library reads the values, a scan beside it finds where
-they stand.
+"""TOML to nodes with positions: the standard library reads the values, and a separate scan finds
+their positions.
 
-The scan may assume valid TOML, because tomllib has read the text before. What it cannot place
-(nothing that we know of) stands at the start of the file.
+The scan may assume valid TOML, because tomllib has already read the text. A value that the scan
+cannot find (none is known) gets the position of the start of the file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from toolkit.config.scalars import beyond_64_bits, too_large
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
-MAX_MARKS = 20_000  # values and tables: tomllib is slow, and is not asked to read more
-MAX_PARTS = 2_000  # dots in one key: tomllib takes quadratic time for them
+MAX_MARKS = 20_000  # limit of values and tables, because tomllib is slow
+MAX_PARTS = 2_000  # limit of dots in one key, because tomllib needs quadratic time for them
 
 
 def parse_toml(source: Source) -> Document:
-    """A TOML text as nodes; a syntax error is one finding."""
+    """A TOML text as nodes; a syntax error becomes one finding."""
     document = Document(source, empty(source))
     try:
         document.root = _read(source, document)
@@ -47,9 +47,9 @@ def parse_toml(source: Source) -> Document:
 def _read(source: Source, document: Document) -> Node:
     text = source.text.replace("\r\n", "\n")
     if any(line.count(".") > MAX_PARTS for line in text.splitlines()):
-        raise _TooMuch("a key of so many parts is no run file's")
+        raise _TooMuch("a key has too many parts for a run file")
     if sum(map(text.count, ",=[{")) > MAX_MARKS:
-        raise _TooMuch("so many values are no run file's")
+        raise _TooMuch("too many values for a run file")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
@@ -64,15 +64,16 @@ def _read(source: Source, document: Document) -> Node:
 
 
 class _TooMuch(Exception):
-    """More than a run file needs."""
+    """Raised when the text has more than a run file needs."""
 
 
 _DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
 
 
 def _long_integer(source: Source) -> StopReading:
-    """The finding for an integer of thousands of digits, which tomllib raises on; the first such
-    run of digits is the one, unless a text before it holds another.
+    """The finding for an integer of thousands of digits, on which tomllib raises. Its position is
+    that of the first such sequence of digits, which may be wrong if a string before it contains
+    one.
     """
     found = _DIGITS.search(source.text)
     span = found.span() if found else (0, 0)
@@ -97,7 +98,7 @@ def _syntax(source: Source, message: str) -> Finding:
 
 
 class _Builder:
-    """Values and places together."""
+    """Combine values and positions."""
 
     def __init__(
         self, source: Source, document: Document, places: dict[KeyPath, tuple[Mark, Mark]]
@@ -117,7 +118,7 @@ class _Builder:
         if beyond_64_bits(value):
             self.document.findings.append(_too_large(self.source, mark))
         if isinstance(value, float) and not math.isfinite(value):
-            message = f"{value} is no number for a run"
+            message = f"{value} is not allowed in a run file: numbers must be finite"
             self.document.findings.append(error_finding("DOC006", message, self.source, mark))
         return node
 
@@ -127,5 +128,6 @@ class _Builder:
         if isinstance(value, list):
             return [self.node(child, (*path, index)) for index, child in enumerate(value)]
         if isinstance(value, (datetime.date, datetime.time)):
-            return value.isoformat()  # no key of a run file takes a date: it is judged as text
+            # no key of a run file accepts a date, so it is checked as text
+            return value.isoformat()
         return value

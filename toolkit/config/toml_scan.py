@@ -1,4 +1,4 @@
-"""Where keys and values stand in a TOML text that is known to be valid."""
+"""Positions of keys and values in a TOML text that is known to be valid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _WORD = re.compile(r"[^\s,#\]}]+(?: [0-9][^\s,#\]}]*)?")
 
 
 def scan(text: str) -> Iterator[tuple[KeyPath, Span, Span]]:
-    """Each value's path, the span of its key, and its own; tables have their header's spans."""
+    """Each value's path, the span of its key, and the span of the value. Tables have the spans of
+    their header.
+    """
     return _Scan(text).run()
 
 
@@ -106,7 +108,7 @@ class _Scan:
         else:
             self.skip(_WORD)
         if self.at == start:
-            self.at = len(self.text)  # never stand still
+            self.at = len(self.text)  # always advance
         yield path, key, (start, self.at)
         yield from below
 

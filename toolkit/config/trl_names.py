@@ -1,7 +1,9 @@
-"""What upstream's trainer takes by name: schedules, optimizers, trackers, and their packages.
+"""Values that the upstream trainer accepts by name: schedules, optimizers, trackers, and their
+packages.
 
-Recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file is judged without
-importing them; tests/contract/test_config_upstream.py compares the tables with what is installed.
+Recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file is validated without
+importing them. tests/contract/test_config_upstream.py compares the tables with the installed
+versions.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Schedule(NamedTuple):
-    """The keywords of a schedule beyond what the trainer passes itself."""
+    """The keywords of a schedule besides those that the trainer passes itself."""
 
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -23,12 +25,12 @@ class Schedule(NamedTuple):
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """All keywords, the needed ones first."""
+        """All keywords, the required ones first."""
         return (*self.needed, *self.optional)
 
 
 PASSED_BY_THE_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-"""Keywords of schedules that a run file cannot give: the trainer does, or a resumed run would."""
+"""Keywords of schedules that a run file cannot set, because the trainer or resuming sets them."""
 
 _MIN_LR = ("num_cycles", "min_lr", "min_lr_rate")
 _PLATEAU = (
@@ -58,7 +60,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("min", "max"),
     "threshold_mode": ("rel", "abs"),
 }
-"""Keywords of schedules that are one of a few words. All others are numbers, or true and false."""
+"""Keywords of schedules whose value is one of a few words. All others are numbers or booleans."""
 SWITCHES = ("verbose", "smooth")
 WHOLE = (
     "num_decay_steps", "num_stable_steps", "timescale", "patience", "cooldown", "warmup",
@@ -67,7 +69,7 @@ WHOLE = (
 
 
 class Package(NamedTuple):
-    """A package that a key needs: the module that shows it, and what installs it."""
+    """A package that a key needs: the module whose presence shows it, and the name to install."""
 
     modules: tuple[str, ...]  # any of them
     install: str
@@ -137,7 +139,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     name: optimizer for optimizer, names in _FAMILIES for name in names.split()
 }
 TARGETED = ("galore", "apollo")
-"""Optimizers of these families take optim_target_modules; no other reads it."""
+"""Only optimizers of these families read optim_target_modules."""
 
 TRACKERS: dict[str, Package | None] = {
     "azure_ml": Package(("azureml",), "azureml-core"),
@@ -153,9 +155,9 @@ TRACKERS: dict[str, Package | None] = {
     "flyte": Package(("flytekit",), "flytekit"),
     "dvclive": Package(("dvclive",), "dvclive"),
     "swanlab": Package(("swanlab",), "swanlab"),
-    "kubeflow": None,  # speaks to its server, without a package
+    "kubeflow": None,  # needs no package: it talks to its server directly
 }
-"""report_to: trackers by the name that transformers has for them."""
+"""report_to: trackers under their transformers names."""
 NO_TRACKER = ("none", "all")
 LIGER = Package(("liger_kernel",), "liger-kernel")
 
@@ -171,7 +173,7 @@ ACCELERATOR: dict[str, type | tuple[type, ...]] = {
 """The keys of accelerator_config with their types (transformers' AcceleratorConfig)."""
 DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
-"""cache_implementation, less the names that transformers keeps for older code."""
+"""cache_implementation, without the names that transformers keeps for older code."""
 QUANTIZED_CACHE = Package(("optimum.quanto",), "optimum-quanto")
 BATCHING = (
     "block_size", "num_blocks", "max_batch_tokens", "max_memory_percent", "max_requests_per_batch",
@@ -189,7 +191,7 @@ COMPILERS = (
     "fx2trt", "onnxrt", "tensorrt", "aot_torchxla_trace_once", "torchxla_trace_once", "tvm",
     "hpu_backend", "neuron",
 )  # fmt: skip
-"""torch_compile_backend: what accelerate takes, beside no."""
+"""torch_compile_backend: what accelerate accepts, except "no"."""
 COMPILE_MODES = (
     "default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune",
 )  # fmt: skip
@@ -203,12 +205,14 @@ ROUTERS = frozenset(
         "qwen3_next", "qwen3_omni_moe_talker_text", "qwen3_omni_moe_text", "qwen4_exp_text", "zaya",
     )
 )  # fmt: skip
-"""Families (model_type) that return their router's logits, which the auxiliary loss is made of."""
+"""Families (model_type) that return their router's logits, from which the auxiliary loss is
+computed.
+"""
 
 
 @cache
 def installed(package: Package) -> bool:
-    """Whether one of its modules is there. Nothing is imported."""
+    """Whether one of its modules is installed. Nothing is imported."""
     return any(_is_there(module) for module in package.modules)
 
 

@@ -1,4 +1,4 @@
-"""Judge a document: structure, then every rule; and hand the very same document on as a frozen
+"""Validate a document: first its structure, then every rule. The same document becomes the frozen
 RunConfig.
 """
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validation:
-    """All findings in the order of their places, overrides last."""
+    """All findings in the order of their positions, overrides last."""
 
     findings: tuple[Finding, ...]
     document: Document
 
     @property
     def ok(self) -> bool:
-        """Whether nothing refuses the run."""
+        """Whether no finding refuses the run."""
         return all(found.severity is not Severity.ERROR for found in self.findings)
 
     @cached_property
     def config(self) -> RunConfig | None:
-        """The run that was judged, frozen; None when it is refused."""
+        """The validated run, frozen; None if it is refused."""
         return build_config(self.document) if self.ok else None
 
 
 def validate(document: Document, situation: Situation | None = None) -> Validation:
-    """Judge a loaded document; ``situation`` is the world size and the card."""
+    """Validate a loaded document; ``situation`` is the world size and the card."""
     findings = list(document.findings)
     if document.readable and document.whole:
         outcome = check_structure(document.root, find_schema("run"))
@@ -63,11 +63,11 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:
-    """At most MAX_FINDINGS, and one that counts the others."""
+    """At most MAX_FINDINGS findings, and one more that counts the rest."""
     if len(findings) <= MAX_FINDINGS:
         return findings
     last = findings[MAX_FINDINGS]
-    more = f"there are {len(findings) - MAX_FINDINGS} more findings from here on"
+    more = f"{len(findings) - MAX_FINDINGS} more findings are not shown"
     counted = replace(
         last, rule="DOC009", severity=Severity.ERROR, message=more, path=(), notes=(), fixes=()
     )
@@ -79,7 +79,7 @@ _BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
 
 
 def _order(found: Finding) -> tuple[bool, str, int, int, str]:
-    """By place, the overrides last."""
+    """Sort by position, the overrides last."""
     source, mark = found.source, found.mark
     is_override = source is not None and source.is_override
     line, column = (mark.line, mark.column) if mark else (0, 0)
@@ -89,8 +89,8 @@ def _order(found: Finding) -> tuple[bool, str, int, int, str]:
 def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
     """The run file at ``path`` with ``key=value`` overrides, validated.
 
-    Raises InputError when it cannot be read, and ConfigError, whose message holds every finding,
-    when something in it is wrong.
+    Raises InputError if the file cannot be read, and ConfigError with all findings if something in
+    it is wrong.
     """
     return accepted(load_document(path, overrides), Situation(world_size=world_size))
 
@@ -104,7 +104,7 @@ def accepted(document: Document, situation: Situation | None = None) -> RunConfi
 
 
 def refusal(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
-    """The error that ends a command whose run file has these findings."""
+    """The error for a command whose run file has these findings."""
     from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a fault
 
     if document.readable:
@@ -115,12 +115,12 @@ def refusal(document: Document, findings: Sequence[Finding]) -> InputError | Con
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:
-    """What the jsonschema library finds wrong with a JSON value under one of our schemas; empty
-    when it is valid.
+    """What the jsonschema library finds wrong with a JSON value under one of the project's schemas;
+    empty if it is valid.
     """
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - from 60 ms to a second
     from referencing import Registry  # noqa: PLC0415 - comes with it
 
-    # A registry of its own: the library would otherwise fetch a $ref that it does not know.
+    # Use an own registry, because the library would otherwise fetch an unknown $ref.
     validator = Draft202012Validator(find_schema(schema_name), registry=Registry())
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(instance)]

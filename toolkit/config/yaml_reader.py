@@ -1,9 +1,9 @@
-"""YAML to nodes with places; the only module that imports PyYAML. ``layers`` assembles whole run
+"""YAML to nodes with positions; the only module that imports PyYAML. ``layers`` assembles whole run
 files from it.
 
-YAML is read through libyaml's events and not through ``compose``: compose recurses in C, and a
-file of 100,000 brackets would end the process with a segmentation fault. Every bound below is far
-from what a run file needs and keeps any input within a second.
+YAML is read through libyaml's events and not through ``compose``: compose recurses in C, and a file
+of 100,000 brackets would end the process with a segmentation fault. Every limit below is far above
+what a run file needs, and keeps the reading time of any input below one second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ except ImportError:  # PyYAML without libyaml: the same events, slower
 
 
 def parse_yaml(source: Source) -> Document:
-    """The first document of a YAML text as nodes; faults become findings."""
+    """The first document of a YAML text as nodes; errors become findings."""
     document = Document(source, empty(source))
     builder = _Builder(source, document.findings)
     try:
@@ -53,14 +53,15 @@ _NODES = (yaml.ScalarEvent, yaml.AliasEvent, *_STARTS)
 
 
 class _Builder:
-    """Events to nodes, with its own stack."""
+    """Build nodes from events, with an explicit stack."""
 
     def __init__(self, source: Source, findings: list[Finding]) -> None:
         self.source = source
         self.findings = findings
         self.anchors: dict[str, Node] = {}
-        self.stack: list[Node] = []  # the collections that are open
-        self.keys: list[tuple[str, Mark] | None] = []  # beside each, the key that waits for a value
+        self.stack: list[Node] = []  # the open collections
+        # for each of them, the key that has no value yet
+        self.keys: list[tuple[str, Mark] | None] = []
         self.root: Node | None = None
         self.count = self.aliased = 0
 
@@ -80,7 +81,7 @@ class _Builder:
                 elif kind in _ENDS:
                     self.close(event)
                 elif kind is yaml.DocumentStartEvent and self.root is not None:
-                    message = "a second YAML document: a run file is one document"
+                    message = "a second YAML document: a run file has only one"
                     self.tell("DOC005", _mark(event), message, "share settings with extends:")
                     break
         except yaml.MarkedYAMLError as error:
@@ -120,7 +121,7 @@ class _Builder:
             return self.alias(str(event.anchor), mark)
         if event.tag not in (None, "!"):
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            message = f"the tag {tag}: a run file takes no tags"
+            message = f"the tag {tag}: a run file must not use YAML tags"
             self.tell("DOC003", mark, message, "remove the tag")
         if kind is yaml.ScalarEvent:
             node = Node(event.value, mark, self.source, plain=not event.style)
@@ -134,13 +135,13 @@ class _Builder:
         return node
 
     def resolve(self, node: Node, text: str) -> None:
-        """Give a plain scalar its value, and a note where YAML 1.1 would give it another."""
+        """Set the value of a plain scalar, and a note if YAML 1.1 would read a different value."""
         node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):
             self.tell("DOC015", node.mark, too_large(text), "write a smaller number")
             return
         if isinstance(value, float) and not math.isfinite(value):
-            message = f"{text} is no number for a run"
+            message = f"{text} is not allowed in a run file: numbers must be finite"
             self.tell("DOC006", node.mark, message, "write a finite number")
             return
         other = differs(text, value)
@@ -161,14 +162,14 @@ class _Builder:
     def alias(self, anchor: str, mark: Mark) -> Node:
         target = self.anchors.get(anchor)
         if target is None:
-            message = f"YAML syntax: there is no anchor &{anchor} above"
+            message = f"YAML syntax: no anchor &{anchor} is defined above"
             raise StopReading(self.finding("DOC001", mark, message))
         if any(target is node for node in self.stack):
             raise StopReading(self.finding("DOC009", mark, f"*{anchor} contains itself"))
         return self.copy(target, mark)
 
     def copy(self, target: Node, mark: Mark) -> Node:
-        """An alias' own nodes; they count, so that a bomb of aliases ends early."""
+        """The nodes of an alias. They are counted, so that an alias bomb is stopped early."""
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
             raise StopReading(self.finding("DOC009", mark, TOO_ALIASED))
@@ -181,7 +182,7 @@ class _Builder:
         return copy
 
     def place(self, node: Node, event: Any) -> None:
-        """Put a node into the collection that is open, as an item, a key or a value."""
+        """Add a node to the open collection as an item, a key or a value."""
         holder = self.stack[-1].value
         if isinstance(holder, list):
             holder.append(node)
@@ -201,7 +202,7 @@ class _Builder:
         holder[name] = node
 
     def key(self, node: Node, event: Any) -> tuple[str, Mark]:
-        """A key's name; one that is none gets a name that nothing else has (and a finding)."""
+        """A key's name. An invalid key gets a unique name and a finding."""
         nameless = f"\0{node.mark.start}"
         if not isinstance(event, yaml.ScalarEvent):
             self.tell("DOC010", node.mark, "a key must be a plain name", "write a name")
@@ -220,7 +221,7 @@ class _Builder:
         lines = self.source.lines
         line = lines[mark.line - 1] if mark.line <= len(lines) else ""
         if "\t" in line[: mark.column]:
-            message = "a tab indents this line: YAML takes spaces only"
+            message = "a tab indents this line: YAML allows only spaces"
             return self.finding("DOC004", mark, message, Fix("indent with spaces"))
         found = self.finding("DOC001", mark, f"YAML syntax: {error.problem or 'not YAML'}")
         if error.context and error.context_mark:

@@ -1,4 +1,5 @@
-"""What this node is: GPUs through NVML, the host, the installed software. Values, checks, reports.
+"""Facts about this node: GPUs through NVML, the host, the installed software.
 
-Everything here reads and nothing changes: no persistence mode, no CUDA context, no privilege.
+Values, checks, reports. This package only reads: it changes no settings, creates no CUDA context
+and needs no privileges.
 """

@@ -1,23 +1,23 @@
-"""The cards that are known by name, and the slices of those that have MIG.
+"""The cards known by name, and the MIG slices of those that support MIG.
 
 ``nvml`` is the total that ``nvidia-smi`` prints, in MiB. ``cuda`` is the total that CUDA sees
-(``cudaMemGetInfo``, and what torch prints as "total capacity"), in GiB: it is below NVML's, as the
-driver keeps a part for itself. Sources:
+(``cudaMemGetInfo``, and what torch prints as "total capacity"), in GiB: it is below NVML's total,
+because the driver reserves a part. Sources:
 
 - ``read``: both read on the card.
 - ``torch``: ``cuda`` as torch prints it in public logs (the smallest seen), ``nvml`` as
   ``nvidia-smi`` does.
-- ``reported``: the same, as commonly reported; the log itself was not looked up for this table.
+- ``reported``: the same, as commonly reported; no log was checked for this table.
 - ``alike``: ``nvml`` as ``nvidia-smi`` prints it, ``cuda`` as on the card of the same chip and
   memory in this table.
 - ``computed``: ``nvml`` as ``nvidia-smi`` prints it in public logs, or the data sheet's size;
-  ``cuda`` is less what the driver keeps on cards of that size (the most seen): 500 MiB up to 36
-  GiB, 690 MiB up to 100 GiB, 1000 MiB above.
-- ``host``: integrated memory: a part of the host's.
+  ``cuda`` is less by what the driver reserves on cards of that size (the largest value seen): 500
+  MiB up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above.
+- ``host``: integrated memory, which is a part of the host's memory.
 
 The ``gib`` of a slice is what ``nvidia-smi mig -lgip`` prints in public logs and in NVIDIA's MIG
-guide; ``computed`` ones are the smallest share of the card that a published slice of as many
-eighths has.
+guide; a ``computed`` one is the smallest share of the card that a published slice with the same
+number of eighths has.
 """
 
 from __future__ import annotations

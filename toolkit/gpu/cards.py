@@ -1,13 +1,13 @@
-"""Cards that may not be here: what ``--gpu h200``, ``--gpu h100:3g.40gb`` and ``--gpu 24GiB:8.9``
-stand for, and which cards ``--require`` means.
+"""Cards by name, present or not: the meaning of ``--gpu h200``, ``--gpu h100:3g.40gb`` and ``--gpu
+24GiB:8.9``, and the cards that ``--require`` accepts.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB, MIB
 from toolkit.gpu import card_table
@@ -15,8 +15,9 @@ from toolkit.gpu import card_table
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One model of card, or one MIG slice of it. ``total_bytes`` is NVML's, ``cuda_bytes`` what
-    CUDA sees; ``source`` is one of card_table's; ``machine`` aarch64 where no other has it.
+    """One model of card, or one MIG slice of it. ``total_bytes`` is NVML's total, ``cuda_bytes``
+    the total that CUDA sees. ``source`` is a source of card_table. ``machine`` is aarch64 for cards
+    that exist only there.
     """
 
     name: str
@@ -45,9 +46,11 @@ ARCHITECTURES = {
 """Families by compute capability, for --require."""
 
 ASSUMED_CAPABILITY = (8, 0)
-"""Of a plain size: the lowest that has every number format here."""
+"""The compute capability for a plain size: the lowest that supports every number format of the
+toolkit.
+"""
 
-# What the driver keeps, at most, of cards up to so many MiB (card_table says of which).
+# The most that the driver reserves on cards up to this many MiB (see card_table).
 _RESERVED = ((36 << 10, 500), (100 << 10, 690), (1 << 30, 1000))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(gib|gb|g|mib)(?::(\d+)\.(\d))?")
 _OTHERS = (
@@ -102,8 +105,7 @@ def find(name: str, *, where: str = "--gpu") -> Card:
     """The card of that name or alias, ``CARD:PROFILE`` (``h100:3g.40gb``, a MIG slice), or a plain
     size, ``24GiB`` or ``24GiB:8.9`` with the compute capability.
 
-    Raises:
-        ConfigError: at ``where``, no such card or profile; the fix names the nearest.
+    Raises ConfigError at ``where`` for an unknown card or profile; the fix names the nearest.
     """
     if plain := _SIZE.fullmatch(name.strip().lower()):
         return _plain(plain)
@@ -115,11 +117,11 @@ def find(name: str, *, where: str = "--gpu") -> Card:
 
 
 def _plain(found: re.Match[str]) -> Card:
-    """A card of a size: all of it is CUDA's."""
+    """A card of a given size, all of it usable by CUDA."""
     size = int(float(found[1]) * (MIB if found[2] == "mib" else GIB))
     capability = (int(found[3]), int(found[4])) if found[3] else ASSUMED_CAPABILITY
     unit = "MiB" if found[2] == "mib" else "GiB"
-    taken = "" if found[3] else ", taken as capability {}.{}".format(*capability)
+    taken = "" if found[3] else ", assumed capability {}.{}".format(*capability)
     return Card(f"a card of {found[1]} {unit}{taken}", size, size, capability, "given")
 
 
@@ -127,18 +129,18 @@ def _unknown(name: str, where: str) -> ConfigError:
     for maker, pattern in _OTHERS:
         if re.fullmatch(pattern, _key(name)):
             return ConfigError(
-                f"{name!r} is a device of {maker}, and this toolkit supports NVIDIA cards (CUDA) "
-                "and CPUs",
+                f"{name!r} is a device of {maker}, but this toolkit supports only NVIDIA cards "
+                "(CUDA) and CPUs",
                 where=where,
                 fix="name an NVIDIA card, or a plain size with its compute capability "
                 "(24GiB:8.9), or use --cpu",
             )
-    near = difflib.get_close_matches(_key(name), _BY_KEY, n=3, cutoff=0.4)
+    near = did_you_mean.near(_key(name), _BY_KEY, cutoff=0.4, within=1)
     hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
     known = ", ".join(card.aliases[0] for card in CARDS)
     size = "; or give its memory: 24GiB, or 24GiB:8.9 with the compute capability"
     fix = f"did you mean {hint}? Known: {known}" if hint else f"known cards: {known}"
-    return ConfigError(f"no card named {name!r} in the table", where=where, fix=fix + size)
+    return ConfigError(f"unknown card {name!r}", where=where, fix=fix + size)
 
 
 def _slice(card: Card, profile: str, where: str) -> Card:
@@ -159,15 +161,14 @@ def _slice(card: Card, profile: str, where: str) -> Card:
 
 
 def of_name(name: str) -> Card | None:
-    """The card that NVML calls so; None where the table does not have it."""
+    """The card with this NVML name; None if the table does not have it."""
     return _BY_KEY.get(_key(name))
 
 
 def check_family(wanted: str, *, where: str = "--require") -> None:
     """Whether ``wanted`` is a card, a family of cards (``a100``, ``rtx-40``) or an architecture.
 
-    Raises:
-        ConfigError: at ``where``, it is none.
+    Raises ConfigError at ``where`` for anything else.
     """
     if wanted.lower() in ARCHITECTURES:
         return
@@ -176,9 +177,10 @@ def check_family(wanted: str, *, where: str = "--require") -> None:
 
 
 def is_of(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
-    """Whether the card ``name`` is one of ``wanted``: every word of it is a word of the name
-    (``h100`` is every H100, ``a100-80gb`` both of that size), a series of GeForce (``rtx-40``), an
-    architecture (``hopper``), or the card of the table by another of its names.
+    """Whether the card ``name`` is one of ``wanted``: every word of ``wanted`` is a word of the
+    name (``h100`` matches every H100, ``a100-80gb`` both cards of that size), or ``wanted`` is a
+    GeForce series (``rtx-40``), an architecture (``hopper``), or another name of the card in the
+    table.
     """
     text = wanted.strip().lower()
     if text in ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""Limits of the control group that this process is in: what the job may use, versions 1 and 2."""
+"""Limits of this process's control group (versions 1 and 2): what the job may use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NO_LIMIT = 1 << 60
 def read_cgroup(root: Path) -> dict[str, Any]:
     """{version, memory_limit, memory_used, cpu_limit}: bytes and CPUs, None for no limit.
 
-    A limit of any parent group binds too, so the smallest on the way up counts.
+    The limits of all parent groups apply too, so the smallest one is returned.
 
     Raises:
-        OSError: no cgroup file system here.
-        ValueError: files in a form that is not known.
+        OSError: there is no cgroup file system.
+        ValueError: files in an unknown form.
     """
     groups = _groups(root)
     base = root / "sys/fs/cgroup"
@@ -53,7 +53,7 @@ def _groups(root: Path) -> dict[str, str]:
 def _chain(base: Path, group: str) -> list[Path]:
     """The group's folder and its parents up to ``base``.
 
-    In a container the path may be the host's, which is not there: then ``base`` is the group.
+    In a container the path may be that of the host and not exist; then ``base`` is the group.
     """
     folder = base / group.lstrip("/")
     if ".." in group.split("/") or not folder.is_dir():
@@ -67,13 +67,13 @@ def _chain(base: Path, group: str) -> list[Path]:
 def _number(path: Path) -> int | None:
     try:
         text = path.read_text(encoding="ascii").strip()
-    except FileNotFoundError:  # the root group has no such file, and no limit
+    except FileNotFoundError:  # the root group has no such file and no limit
         return None
     return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
 
 
 def _used(folder: Path, name: str, prefix: str = "") -> int | None:
-    """Bytes in use without the page cache: the kernel gives that back before it kills anyone."""
+    """Bytes in use without the page cache, which the kernel frees before it kills a process."""
     used = _number(folder / name)
     if used is None:
         return None

@@ -1,7 +1,7 @@
-"""Which card is which: CUDA's numbers (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER) to NVML's rows.
+"""Map CUDA's device numbers (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER) to NVML's cards.
 
-Follows the CUDA programming guide: a list of indices or of UUIDs (a unique prefix is enough), the
-first entry that names nothing ends the list, and of MIG slices CUDA uses one.
+Follows the CUDA programming guide: a list of indices or of UUIDs (a unique prefix is enough). The
+first unknown entry ends the list, and CUDA uses only one MIG slice.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Memory:
 def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
     """All answering cards in CUDA's own order, before CUDA_VISIBLE_DEVICES.
 
-    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts by speed with a rule of its own. Equal cards
-    keep the bus order; for unequal ones this guesses by capability and memory, and the check
-    ``devices.order`` says that it is a guess.
+    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts by speed with an undocumented rule. Equal cards
+    keep the bus order. For unequal cards this function guesses by capability and memory, and the
+    check ``devices.order`` reports that it is a guess.
     """
     answering = [gpu for gpu in snapshot.gpus if not gpu.lost]
     by_bus = sorted(answering, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
@@ -60,7 +60,7 @@ def mixed(snapshot: NodeSnapshot) -> bool:
 
 
 def visible(snapshot: NodeSnapshot) -> Visible:
-    """The devices that CUDA will see, slices in place of cards in MIG mode."""
+    """The devices that CUDA will see; for cards in MIG mode, their slices."""
     cards = cuda_order(snapshot)
     wanted = snapshot.environment.get(VISIBLE)
     if wanted is None:
@@ -72,7 +72,9 @@ def visible(snapshot: NodeSnapshot) -> Visible:
         device = _named(entry, cards)
         if device is None:
             what = f"{entry!r} in {VISIBLE}={wanted!r}" if entry else f"{VISIBLE} is empty"
-            reason = f"{what} names no GPU here; CUDA ignores it and all that follow it"
+            reason = (
+                f"{what} does not name a GPU of this node; CUDA ignores it and all entries after it"
+            )
             return _with_slices(tuple(chosen), reason if entry else f"{what}: CUDA sees no GPU")
         if device in chosen:
             return Visible((), f"{VISIBLE}={wanted!r} names {device.label} twice: CUDA sees no GPU")
@@ -102,7 +104,7 @@ def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
 
 
 def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
-    """In MIG mode a card is only reachable through a slice, and CUDA uses exactly one."""
+    """In MIG mode a card can only be used through a slice, and CUDA uses exactly one."""
     slices = [device if device.parent is not None else device.slices[:1] for device in devices]
     first = next((part for part in slices if part), None)
     if first is not None:
@@ -113,22 +115,21 @@ def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -
 
 
 def in_mig_mode(gpu: GpuSnapshot) -> bool:
-    """Whether the card is cut into slices (possibly none yet)."""
+    """Whether the card is in MIG mode (possibly without slices)."""
     return bool(gpu.mig_mode.value and gpu.mig_mode.value[0] == 1)
 
 
 def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | None:
-    """The device that CUDA numbers ``index`` (0 for None); None where CUDA will see no GPU.
+    """The device that CUDA numbers ``index`` (0 for None); None if CUDA will see no GPU.
 
-    Raises:
-        ConfigError: CUDA sees GPUs, and fewer than ``index`` asks for.
+    Raises ConfigError if CUDA sees GPUs, but too few for ``index``.
     """
     seen = visible(snapshot)
     if not seen.devices:
         return None
     if (index or 0) >= len(seen.devices) or (index or 0) < 0:
         raise ConfigError(
-            f"GPU {index} was asked for and CUDA sees {len(seen.devices)} here"
+            f"GPU {index} was requested, but CUDA sees {len(seen.devices)} on this node"
             + (f" ({seen.problem})" if seen.problem else ""),
             where="--gpu-index",
             fix="indices count from 0 in CUDA's order, after CUDA_VISIBLE_DEVICES",
@@ -137,9 +138,10 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
 
 
 def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
-    """What CUDA can use of a device; on integrated memory, what the host has available.
+    """The memory of a device that CUDA can use; with integrated memory, the available memory of the
+    host.
 
-    NVML answers "not supported" for memory on GB10 and Jetson: the CPU's memory is the GPU's.
+    On GB10 and Jetson, where CPU and GPU share memory, NVML reports "not supported".
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
         return Memory(gpu.total_bytes, gpu.free_bytes)
@@ -150,14 +152,16 @@ def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
 
 
 def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
-    """The whole card of a slice; a card is its own. Health is the card's, memory the slice's."""
+    """The whole card of a slice; for a card, the card itself. Health belongs to the card, memory to
+    the slice.
+    """
     if gpu.parent is None:
         return gpu
     return next(card for card in snapshot.gpus if card.index == gpu.parent)
 
 
 def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
-    """The node's machine (x86_64, aarch64); in a recording without it, that of the card."""
+    """The node's machine type (x86_64, aarch64); in a recording without it, the one of the card."""
     if snapshot.software.machine.value:
         return snapshot.software.machine.value
     card = cards.of_name(card_of(snapshot, gpu).name.value or "")

@@ -1,7 +1,8 @@
-"""What the file system says about the driver: which libcuda wins, device nodes, the kernel's log.
+"""Facts about the driver from the file system: which libcuda is loaded, device nodes, the kernel's
+log.
 
-Nothing is loaded: a library's version is read from its file name, and the loader's cache is read
-as bytes. Paths are taken under ``root`` so that tests can lay out a node of their own.
+Nothing is loaded: a library's version is read from its file name, and the loader's cache is read as
+bytes. Paths are relative to ``root`` so that tests can create their own node.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any
 
 
 def asked(question: Callable[[], Any]) -> Reading[Any]:
-    """The outcome of a question to the file system; a missing file is "not supported"."""
+    """The outcome of reading the file system; a missing file is "not supported"."""
     try:
         return of(question())
     except FileNotFoundError as error:
-        return unsupported(f"{error.filename}: not there")
+        return unsupported(f"{error.filename}: does not exist")
     except (OSError, ValueError) as error:
         return failed(getattr(error, "strerror", None) or str(error))
 
@@ -58,12 +59,12 @@ def kernel_module(root: Path = ROOT) -> str:
     text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     found = re.search(r"(?:Kernel Module|for \S+)\s+(\d+\.\d+(?:\.\d+)?)", text)
     if found is None:
-        raise ValueError("/proc/driver/nvidia/version in an unknown form")
+        raise ValueError("/proc/driver/nvidia/version has an unknown form")
     return found[1]
 
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
-    """Every libcuda.so.1 in the loader's own order (the first wins), with where it was found."""
+    """Every libcuda.so.1 in the loader's order (the first is loaded), and where it was found."""
     found: dict[Path, dict[str, Any]] = {}
     for path, target, source in shared_library("libcuda.so.1", environ, root):
         version = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", target.name)
@@ -75,8 +76,8 @@ def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any
 def shared_library(
     name: str, environ: Mapping[str, str], root: Path = ROOT
 ) -> Iterator[tuple[Path, Path, str]]:
-    """Every file of this name where the loader looks, in its order: path, file behind its links,
-    and what led there.
+    """Every file of this name on the loader's search path, in its order: path, resolved file, and
+    the source of the path.
     """
     places = [
         ("LD_LIBRARY_PATH", Path(folder))
@@ -105,7 +106,7 @@ def _cached(name: str, root: Path) -> list[Path]:
 
 
 def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
-    """The NVIDIA device files, and whether this user may open each for reading and writing."""
+    """The NVIDIA device files, and whether this user can open each for reading and writing."""
     names = [
         name
         for name in os.listdir(root / "dev")
@@ -118,7 +119,7 @@ def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
 
 
 def pci_gpus(root: Path = ROOT) -> int:
-    """NVIDIA display controllers on the PCI bus, whether or not a driver serves them."""
+    """NVIDIA display controllers on the PCI bus, with or without a driver."""
     count = 0
     for device in (root / "sys/bus/pci/devices").iterdir():
         try:
@@ -131,13 +132,13 @@ def pci_gpus(root: Path = ROOT) -> int:
 
 
 def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
-    """Whether the multi-process service stands between CUDA and the card."""
+    """Whether the multi-process service (MPS) is between CUDA and the card."""
     pipe = environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # CUDA's default
     return (root / pipe.lstrip("/") / "control").exists()
 
 
 def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
-    """XID and SXID events since boot: number, bus id, and age in seconds where it is known."""
+    """XID and SXID events since boot: number, bus id, and age in seconds if known."""
     try:
         return of(_events(root / "dev/kmsg"))
     except OSError as error:
@@ -155,7 +156,7 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
 
 
 def _events(kmsg: Path) -> list[dict[str, Any]]:
-    """The ring buffer, one record a read, until it would block; bounded in time."""
+    """The ring buffer, one record per read, until it would block; limited in time."""
     descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
     events, until = [], time.monotonic() + _LOG_SECONDS
     now_us = time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6
@@ -166,7 +167,8 @@ def _events(kmsg: Path) -> list[dict[str, Any]]:
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno == errno.EPIPE:  # the record was overwritten: the next one is there
+                # the record was overwritten: continue with the next one
+                if error.errno == errno.EPIPE:
                     continue
                 raise
             if not record:
@@ -184,7 +186,7 @@ def _events(kmsg: Path) -> list[dict[str, Any]]:
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    if "Non-fatal" in line:  # NVSwitch writes those too, and mends them itself
+    if "Non-fatal" in line:  # NVSwitch writes those too, but corrects them itself
         return None
     for kind, pattern in (("xid", _XID), ("sxid", _SXID)):
         found = pattern.search(line)

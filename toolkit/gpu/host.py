@@ -1,8 +1,8 @@
-"""The host as the job will feel it: limits of its cgroup and not the machine's totals, disks,
+"""The host as the job will see it: the limits of its cgroup instead of the machine's totals, disks,
 clock.
 
-Read-only: writability is asked of the kernel (``access``) and never tried. Paths are taken under
-``root`` so that tests can lay out a host of their own.
+Read-only: the kernel is asked whether a folder is writable (``access``), nothing is written. Paths
+are relative to ``root`` so that tests can create their own host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-# The variables that checks read. Nothing else of the environment is kept: it holds secrets.
+# The variables that checks read. No other variables are kept, because the environment contains
+# secrets.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
@@ -70,12 +71,12 @@ class HostSnapshot:
 
 
 def relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that checks read, and no other."""
+    """Only the variables that checks read."""
     return {name: environ[name] for name in VARIABLES if name in environ}
 
 
 def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROOT) -> HostSnapshot:
-    """Everything about the host, each answer on its own."""
+    """All facts about the host, each read separately."""
     return HostSnapshot(
         place=asked(lambda: place(environ, root)),
         memory=read_memory(root),
@@ -90,7 +91,7 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
 
 
 def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
-    """Bytes of main memory, in all and available without swapping."""
+    """Bytes of main memory: total, and available without swapping."""
     return asked(lambda: _memory(root))
 
 
@@ -108,7 +109,7 @@ def _space(path: Path) -> dict[str, int]:
 
 
 def disk(role: str, path: Path) -> dict[str, Any]:
-    """The file system that a folder is on, or will be on once it is made."""
+    """The file system that a folder is on, or will be on once it is created."""
     existing = path.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -133,7 +134,9 @@ def _limits() -> dict[str, int | None]:
 
 
 def clock() -> Reading[dict[str, Any]]:
-    """Now, and whether the kernel's clock is kept in step (``adjtimex`` with nothing to set)."""
+    """The current time, and whether the kernel's clock is synchronized (``adjtimex`` with nothing
+    to set).
+    """
     now = time.time()
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "adjtimex"):
@@ -145,7 +148,7 @@ def clock() -> Reading[dict[str, Any]]:
 
 
 def _user(environ: Mapping[str, str]) -> Reading[str]:
-    """The account name; torch and triton ask for it and fail where the uid has none."""
+    """The account name. torch and triton need it and fail if the uid has none."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environ.get(name):
             return of("from the environment")
@@ -157,7 +160,9 @@ def _user(environ: Mapping[str, str]) -> Reading[str]:
 
 
 def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
-    """Container engine, orchestrator, scheduler and WSL, by the marks that each leaves."""
+    """Container engine, orchestrator, scheduler and WSL, recognised by their files and
+    variables.
+    """
     container = None
     if "APPTAINER_CONTAINER" in environ or "SINGULARITY_CONTAINER" in environ:
         container = "apptainer"

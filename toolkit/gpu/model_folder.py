@@ -1,8 +1,8 @@
 """The model's files before anything loads them: local folder or cached hub snapshot, complete or
 not.
 
-Plain JSON and directory listings; sizes are bounded, links are followed once and loops are found.
-What the model is (parameters, shapes) is sizing's; this says whether its files are all there.
+Reads only JSON and directory listings. Sizes are limited, links are followed once and loops are
+detected. This module checks that the files are complete; parameters and shapes belong to the sizer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ModelSnapshot:
 def read(
     name: str, revision: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> ModelSnapshot:
-    """Look at a model by folder or by hub id; never asks the network."""
+    """Read the files of a model, by folder or hub id. Never uses the network."""
     location = asked(lambda: locate(name, revision, environ))
     place = location.value
     if place is None or place["kind"] == "hub":
@@ -65,10 +65,9 @@ def read(
 
 
 def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Where the model's files are.
+    """The location of the model's files.
 
-    Raises:
-        OSError: a path that does not exist or is no folder.
+    Raises OSError for a path that does not exist or is not a folder.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -84,10 +83,9 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """A JSON file of bounded size.
+    """A JSON file of limited size.
 
-    Raises:
-        OSError: it is not there. ValueError: it cannot be read, with the reason in words.
+    Raises OSError if it does not exist, and ValueError with the reason if it cannot be read.
     """
     if not path.is_symlink() and not path.exists():
         raise FileNotFoundError(2, "no such file", str(path))
@@ -108,7 +106,7 @@ def _files(folder: Path) -> dict[str, Any]:
         names.append(entry.name)
         try:
             status = entry.stat()
-        except OSError:  # a link to nothing, or a loop of links
+        except OSError:  # a broken link, or a loop of links
             dangling.append(entry.name)
             continue
         size = status.st_size
@@ -146,7 +144,7 @@ def _config(folder: Path) -> Reading[dict[str, Any]]:
     try:
         data = _load(folder / "config.json")
     except FileNotFoundError:
-        return failed("config.json is not there")
+        return failed("config.json does not exist")
     except (OSError, ValueError) as error:
         return failed(str(error)[:200])
     if not isinstance(data, dict):

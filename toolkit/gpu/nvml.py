@@ -1,8 +1,8 @@
-"""NVML, asked one question at a time. The only module that imports pynvml.
+"""Read NVML, one query at a time.
 
-Every answer is a ``Reading``; a card that is lost spoils its own row. Nothing is set: no
-persistence mode, no clocks. ``nvmlSystemGetCudaDriverVersion`` is not asked, because it opens
-libcuda; the driver's version says which CUDA it can run.
+The only module that imports pynvml. Every result is a ``Reading``; a lost card affects only its own
+row. Nothing is set: no persistence mode, no clocks. ``nvmlSystemGetCudaDriverVersion`` is not
+called, because it opens libcuda; the driver's version shows which CUDA it can run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from toolkit.gpu.reading import Reading, failed, of, unsupported
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# A driver in trouble can block a query for ever (processes in state D). This is far above a
-# healthy node's time (8 cards without persistence mode need some seconds to wake up).
+# A failing driver can block a query for ever (processes in state D). This limit is far above the
+# time of a healthy node (8 cards without persistence mode need some seconds to initialize).
 DEADLINE_S = 30.0
 
 # NOT_SUPPORTED, FUNCTION_NOT_FOUND, VGPU_ECC_NOT_SUPPORTED, ARGUMENT_VERSION_MISMATCH, DEPRECATED
@@ -27,12 +27,12 @@ _UNSUPPORTED_CODES = {3, 13, 22, 25, 26}
 GPU_IS_LOST = 15
 MAX_NVLINKS = 18
 
-Answers = dict[str, Any]  # a Reading[Any] by the name of its field
+Answers = dict[str, Any]  # field name -> Reading[Any]
 
 
 @dataclass
 class NvmlAnswers:
-    """What NVML said: ``start`` is whether it started at all, and ``gpus`` a row a card.
+    """NVML's results: ``start`` is whether it started at all, and ``gpus`` has one row per card.
 
     A row is ``{field of GpuSnapshot: Reading}``; its ``slices`` are rows of MIG devices.
     """
@@ -46,10 +46,10 @@ class NvmlAnswers:
 
 
 def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
-    """Ask one question and keep its outcome.
+    """Run one query and keep its outcome.
 
-    Newer pynvml raises NVMLLibraryMismatchError, no NVMLError, where the driver is older than the
-    call: that too is "not supported".
+    If the driver is older than the call, newer pynvml raises NVMLLibraryMismatchError, which is not
+    an NVMLError; that also counts as "not supported".
     """
     try:
         return of(query(*arguments))
@@ -60,11 +60,11 @@ def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
         kind = unsupported if code in _UNSUPPORTED_CODES else failed
         return kind(str(error), code)
     except UnicodeDecodeError:
-        return failed("an answer that is not text")
+        return failed("a result that is not text")
 
 
 def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
-    """All of NVML's answers about this node; a hanging driver is an answer too, after a while."""
+    """All NVML results for this node. A hanging driver is reported after a time limit."""
     results: list[NvmlAnswers] = []
     worker = threading.Thread(target=lambda: results.append(_read()), name="nvml", daemon=True)
     worker.start()
@@ -72,9 +72,9 @@ def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
     if results:
         return results[0]
     silence: Reading[str] = failed(
-        f"NVML did not answer within {deadline_s:g} s"
+        f"NVML did not respond within {deadline_s:g} s"
         if worker.is_alive()
-        else "NVML could not be asked"
+        else "NVML could not be queried"
     )
     return NvmlAnswers(start=silence, driver_version=silence)
 
@@ -112,7 +112,7 @@ def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
         lost: Reading[Any] = Reading(None, handle.reason, handle.unsupported, handle.code)
         return {"state": lost}, []
     row = {name: ask(nvml, query, nvml, handle.value) for name, query in GPU_QUERIES}
-    # A card that fell off the bus keeps its handle and fails every question with the same code.
+    # A card that fell off the bus keeps its handle and fails every query with the same code.
     first_loss = next((answer for answer in row.values() if answer.code == GPU_IS_LOST), None)
     row["state"] = first_loss if first_loss is not None else of("ok")
     row["nvlinks"] = _nvlinks(nvml, handle.value)
@@ -122,7 +122,7 @@ def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
 
 
 def _slices(nvml: Any, parent: Any) -> list[Answers]:
-    """The MIG devices of a card; numbers may have gaps, and end where NVML says not found."""
+    """The MIG devices of a card. Numbers may have gaps and end when NVML returns "not found"."""
     rows = []
     most = ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
     for index in range(most):
@@ -135,7 +135,7 @@ def _slices(nvml: Any, parent: Any) -> list[Answers]:
 
 
 def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
-    """1 or 0 a link, up to the first that the card does not have."""
+    """1 or 0 per link, up to the first link that the card does not have."""
     states: list[int] = []
     for link in range(MAX_NVLINKS):
         state = ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
@@ -146,7 +146,7 @@ def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
 
 
 def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
-    """What the driver asks for: 0 nothing, 1 reset, 2 reboot, 3 and 4 drain (driver >= 570)."""
+    """What the driver requests: 0 nothing, 1 reset, 2 reboot, 3 and 4 drain (driver >= 570)."""
     answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
     if answer.value is None:
         return answer
@@ -157,7 +157,7 @@ def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
 
 
 def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
-    """``[i, j, status]`` of reads over P2P for every pair; status 0 is OK."""
+    """``[i, j, status]`` of P2P reads for every pair of cards; status 0 is OK."""
     if len(handles) < 2:
         return unsupported("fewer than two GPUs")
     pairs = []

@@ -1,8 +1,8 @@
-"""The questions that NVML is asked about a card: the field of ``GpuSnapshot`` and how to ask.
+"""The NVML queries about a card: the field of ``GpuSnapshot`` and the call.
 
 A query gets the pynvml module and a device handle and returns plain values (what JSON can hold).
-It lets NVMLError through; ``nvml.ask`` keeps it. Units are NVML's own: MiB never, bytes; mW; MHz;
-degrees Celsius.
+NVMLError passes through; ``nvml.ask`` records it. Units are those of NVML: bytes (never MiB), mW,
+MHz, degrees Celsius.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SLOWDOWN = 1
 
 
 def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
-    """The first of the queries that this driver has; older drivers lack the newer call."""
+    """The first query that this driver supports; older drivers lack the newer call."""
     for query in queries[:-1]:
         try:
             return query()
@@ -38,7 +38,7 @@ def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
 
 
 def memory(nvml: Any, handle: Any) -> dict[str, Any]:
-    """Bytes. Version 2 tells what the driver reserves apart; version 1 counts it as used."""
+    """Bytes. Version 2 reports what the driver reserves separately; version 1 counts it as used."""
 
     def version_2() -> dict[str, Any]:
         info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
@@ -65,9 +65,9 @@ def memory(nvml: Any, handle: Any) -> dict[str, Any]:
 
 
 def processes(nvml: Any, handle: Any) -> list[dict[str, Any]]:
-    """Who holds memory: pid, bytes (None where hidden), kind, and whether it is this process.
+    """Who uses memory: pid, bytes (None if hidden), kind, and whether it is this process.
 
-    In a pid namespace the list is empty or its pids mean nothing here: then ``name`` is None.
+    In a pid namespace the list is empty or its pids are not valid here; then ``name`` is None.
     """
     kinds = (
         ("compute", "nvmlDeviceGetComputeRunningProcesses"),
@@ -124,7 +124,7 @@ def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
 
 
 def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
-    """Rows of memory that were replaced (Ampere and later)."""
+    """Memory rows that were remapped (Ampere and later)."""
     correctable, uncorrectable, pending, failure = nvml.nvmlDeviceGetRemappedRows(handle)
     return {
         "correctable": int(correctable),
@@ -135,7 +135,9 @@ def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
-    """Pages of memory that were retired (before Ampere): after many single, or one double error."""
+    """Memory pages that were retired (before Ampere) after many single-bit errors or one double-bit
+    error.
+    """
     return {
         "single_bit": len(nvml.nvmlDeviceGetRetiredPages(handle, 0)),
         "double_bit": len(nvml.nvmlDeviceGetRetiredPages(handle, 1)),
@@ -144,7 +146,9 @@ def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def pcie(nvml: Any, handle: Any) -> dict[str, int]:
-    """Link now and at best; an idle card lowers its generation to save power, not its width."""
+    """Current and best PCIe link. An idle card lowers the generation to save power, but not the
+    width.
+    """
     return {
         "generation": int(nvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
         "max_generation": int(nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
@@ -154,7 +158,7 @@ def pcie(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def clocks(nvml: Any, handle: Any) -> dict[str, int]:
-    """MHz, now and at most."""
+    """Current and maximum clocks in MHz."""
     return {
         "sm": int(nvml.nvmlDeviceGetClockInfo(handle, _SM)),
         "max_sm": int(nvml.nvmlDeviceGetMaxClockInfo(handle, _SM)),
@@ -164,7 +168,7 @@ def clocks(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def clock_reasons(nvml: Any, handle: Any) -> int:
-    """The bit mask of what holds the clocks down; drivers before 535 call it throttle reasons."""
+    """The bit mask of reasons for lowered clocks; drivers before 535 call it throttle reasons."""
     return int(
         first_of(
             nvml,
@@ -175,7 +179,7 @@ def clock_reasons(nvml: Any, handle: Any) -> int:
 
 
 def temperature(nvml: Any, handle: Any) -> int:
-    """Degrees Celsius of the GPU."""
+    """Temperature of the GPU in degrees Celsius."""
     return int(
         first_of(
             nvml,

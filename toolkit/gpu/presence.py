@@ -1,4 +1,6 @@
-"""No GPU, no driver, a mismatch, no permission, silence: each told apart and in its own words."""
+"""Why there is no usable GPU: no card, no driver, a version mismatch, no permission, or no
+response. Each has its own text.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What stands between this process and a GPU; ``text`` says it, ``remedy`` what to do."""
+    """Why this process cannot use a GPU: ``text`` says why, ``remedy`` what to do."""
 
     kind: Kind
     text: str
@@ -32,7 +34,7 @@ _PASS_IN = {
     "apptainer": "run apptainer with --nv",
 }
 _KUBERNETES = "give the pod resources.limits: {nvidia.com/gpu: 1}"
-_SLURM = "ask Slurm for one, e.g. --gpus=1"
+_SLURM = "request one from Slurm, e.g. --gpus=1"
 _ELSEWHERE = "use a machine with an NVIDIA GPU"
 
 
@@ -54,54 +56,55 @@ def presence(snapshot: NodeSnapshot) -> Presence:
     if start.code == _NO_PERMISSION:
         return Presence(
             "no permission",
-            "the driver refuses this user: the NVIDIA device files may not be opened",
-            "let this user open /dev/nvidia* (their group or mode), or the container's device rule",
+            "the driver refuses this user: it cannot open the NVIDIA device files",
+            "give this user access to /dev/nvidia* (their group or mode), or correct the "
+            "container's device rule",
         )
     if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.known:
         return _absent(snapshot, cards, how)
     if start.code is None:
         return Presence(
             "silent",
-            f"the driver does not answer: {start.reason}",
-            "look at the kernel's log for XID errors and reboot the node",
+            f"the driver does not respond: {start.reason}",
+            "check the kernel's log for XID errors and reboot the node",
         )
     return Presence(
         "broken",
         f"NVML does not start: {start.reason} (code {start.code})",
-        "look at the kernel's log (dmesg, NVRM) and reset or reboot the node",
+        "check the kernel's log (dmesg, NVRM) and reset or reboot the node",
     )
 
 
 def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
-    """No library, no kernel module, or no card: what the PCI bus shows decides."""
+    """No library, no kernel module, or no card: the PCI bus shows which."""
     start = snapshot.driver.nvml
     if not cards:
-        seen = "" if cards == 0 else " as far as can be seen (the PCI bus could not be read)"
-        return Presence("none", f"no NVIDIA GPU here{seen}", how)
+        seen = "" if cards == 0 else " as far as known (the PCI bus could not be read)"
+        return Presence("none", f"no NVIDIA GPU on this node{seen}", how)
     many = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
     if start.code == _NO_LIBRARY:
         if how != _ELSEWHERE:
-            return Presence("not passed in", f"{many}, and none was passed in here", how)
+            return Presence("not passed in", f"{many}, but none was passed in", how)
         return Presence(
             "no driver",
-            f"{many}, and no NVIDIA driver: libnvidia-ml.so.1 is not installed",
+            f"{many}, but no NVIDIA driver: libnvidia-ml.so.1 is not installed",
             "install the NVIDIA driver (580 or newer for CUDA 13)",
         )
     if start.code == _DRIVER_NOT_LOADED:
         return Presence(
             "no driver",
-            f"{many}, and the driver's kernel module is not loaded",
+            f"{many}, but the driver's kernel module is not loaded",
             "load it (`modprobe nvidia`), or reinstall the driver for the running kernel",
         )
     return Presence(
         "broken",
-        f"{many}, and the driver serves none of them",
-        "look at the kernel's log (dmesg, NVRM) and reset or reboot the node",
+        f"{many}, but the driver reports none of them",
+        "check the kernel's log (dmesg, NVRM) and reset or reboot the node",
     )
 
 
 def how_to_pass_in(snapshot: NodeSnapshot) -> str:
-    """What this place needs to hand a GPU to a job."""
+    """What this environment needs to give a job a GPU."""
     place = snapshot.host.place.value or {}
     if place.get("kubernetes"):
         return _KUBERNETES

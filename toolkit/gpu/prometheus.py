@@ -1,4 +1,4 @@
-"""Prometheus' text format, for node_exporter's textfile collector; the unknown is left out."""
+"""Prometheus' text format, for node_exporter's textfile collector. Unknown values are left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _part(reading: Reading[Any], key: str) -> float | None:
 # name -> (help, value of a card)
 _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
     "utilization_ratio": (
-        "Share of time in which a kernel ran.",
+        "Fraction of time in which a kernel ran.",
         lambda gpu: _scaled(gpu.utilization_percent, 100),
     ),
     "temperature_celsius": ("Temperature.", lambda gpu: gpu.temperature_c.value),
@@ -35,7 +35,7 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
         lambda gpu: gpu.ecc_uncorrected.value,
     ),
     "row_remap_pending": (
-        "1 if a row remap waits for a reset.",
+        "1 if a row remap is pending until a reset.",
         lambda gpu: _part(gpu.remapped_rows, "pending"),
     ),
     "row_remap_failed": (
@@ -46,7 +46,10 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
         "0 none, 1 not started, 2 in progress, 3 ready.",
         lambda gpu: _part(gpu.fabric, "state"),
     ),
-    "clock_event_reasons": ("Bit mask of NVML.", lambda gpu: gpu.clock_reasons.value),
+    "clock_event_reasons": (
+        "NVML bit mask of reasons for lowered clocks.",
+        lambda gpu: gpu.clock_reasons.value,
+    ),
     "pcie_link_width": ("Lanes of the PCIe link.", lambda gpu: _part(gpu.pcie, "width")),
 }
 

@@ -1,6 +1,6 @@
-"""One question, one small value, three outcomes: a value, not supported here, or failed.
+"""The result of one query: a value, not supported, or failed.
 
-An unknown is never a pass: whoever reads ``value`` must say what its absence means.
+Unknown is never a pass: code that reads ``value`` must handle its absence.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[T_co]):
-    """``value`` where the question was answered, else ``reason`` and, from NVML, its ``code``.
+    """``value`` if the query succeeded, else ``reason`` and, from NVML, its ``code``.
 
-    ``unsupported`` tells an answer that this hardware or driver does not give (fine on many cards)
-    from one that should have come and did not.
+    ``unsupported`` is true if this hardware or driver does not provide the value (normal on many
+    cards), and false if the query should have worked but failed.
     """
 
     value: T_co | None = None
@@ -32,7 +32,7 @@ class Reading(Generic[T_co]):
 
     @property
     def failed(self) -> bool:
-        """Whether an answer should have come and did not."""
+        """Whether the query should have worked but failed."""
         return self.reason is not None and not self.unsupported
 
     def to_json(self) -> dict[str, Any]:
@@ -44,17 +44,17 @@ class Reading(Generic[T_co]):
 
 
 def of(value: T) -> Reading[T]:
-    """A question that was answered."""
+    """A query that succeeded."""
     return Reading(value=value)
 
 
 def unsupported(reason: str, code: int | None = None) -> Reading[Any]:
-    """A question that has no answer here."""
+    """A query that is not supported here."""
     return Reading(reason=reason, unsupported=True, code=code)
 
 
 def failed(reason: str, code: int | None = None) -> Reading[Any]:
-    """A question whose answer did not come."""
+    """A query that failed."""
     return Reading(reason=reason, code=code)
 
 
@@ -62,11 +62,7 @@ NOT_ASKED: Reading[Any] = failed("not asked")
 
 
 def from_json(answer: Any) -> Reading[Any]:
-    """The inverse of ``Reading.to_json``.
-
-    Raises:
-        ValueError: the object is not a reading.
-    """
+    """The inverse of ``Reading.to_json``. Raises ValueError if the object is not a reading."""
     if isinstance(answer, dict):
         code = answer.get("code")
         if "value" in answer:

@@ -1,7 +1,8 @@
-"""A node in a file, for a bug report: every raw answer, and nothing that names a person or a host.
+"""A node in a file, for a bug report: all raw readings, without names of persons or hosts.
 
-UUIDs become others that still tell cards apart, pids become small numbers; names of processes,
-users and hosts go. The environment was an allow-list to begin with.
+UUIDs are replaced by others that still distinguish cards, and pids by small numbers. Names of
+processes, users and hosts are removed. The environment contains only allowed variables from the
+start.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _DROPPED = {"SLURM_JOB_ID": "1"}
 def recording(
     snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
 ) -> dict[str, Any]:
-    """The file's object, redacted; ``verdicts`` are what was found, for ``replay`` to compare."""
+    """The content of the file, redacted. ``replay`` compares its result with ``verdicts``."""
     data: dict[str, Any] = {
         "schema": SCHEMA_ID,
         "kind": "record",
@@ -51,7 +52,7 @@ def recording(
     return redacted
 
 
-# A lock file is the user's own and is not kept, so its check has nothing to judge in a replay.
+# The user's lock file is not kept, so a replay cannot check against it.
 _LOCK = "software.lock"
 
 
@@ -67,7 +68,7 @@ def _names_here() -> dict[str, str]:
 
 
 def redact(data: Any, names: dict[str, str]) -> Any:
-    """The same object with every text scrubbed and every process made anonymous."""
+    """The same object with every text redacted and every process anonymous."""
     pids: dict[int, int] = {}
     salt = os.urandom(16)
 
@@ -103,18 +104,18 @@ def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
         if name.startswith("/"):
             text = re.sub(rf"{re.escape(name)}(?=/|$|[:;,\s])", mark, text)
         else:
-            # A host may stand there with a domain that gethostname does not tell.
+            # A text may contain the host with a domain that gethostname does not return.
             domain = r"(?:\.[\w-]+)*" if mark == "HOST" else ""
             text = re.sub(rf"(?<![\w.-]){re.escape(name)}{domain}(?![\w.-])", mark, text)
     return text
 
 
 def _other(uuid: str, salt: bytes) -> str:
-    """Another UUID, digit for digit: each digit is turned by an amount that hangs on the digits
-    before it, so different cards stay different and a prefix stays a prefix (CUDA_VISIBLE_DEVICES
-    may hold one).
+    """Replace a UUID digit by digit: each digit is shifted by an amount that depends on the digits
+    before it.
 
-    The salt is thrown away, so that nobody finds the card by trying digits.
+    So different cards stay different and a prefix stays a prefix (CUDA_VISIBLE_DEVICES may contain
+    one). The salt is discarded, so that nobody can recover the UUID by trying digits.
     """
     turned = []
     for position, digit in enumerate(uuid):
@@ -124,19 +125,18 @@ def _other(uuid: str, salt: bytes) -> str:
 
 
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
-    """What ``recording`` wrote: the node, what was asked of it, and the verdicts then.
+    """Read what ``recording`` wrote: the node, its requirements, and the recorded verdicts.
 
-    Raises:
-        InputError: not a recording of this format.
+    Raises InputError if it is not a recording of this format.
     """
     try:
         if not isinstance(data, dict) or data.get("kind") != "record":
-            raise ValueError("no object with kind: record")
+            raise ValueError("must be an object with kind: record")
         verdicts = data.get("verdicts", {})
         if not isinstance(verdicts, dict):
-            raise ValueError("verdicts is not an object")
+            raise ValueError("verdicts must be an object")
         return node_from_json(data["node"]), context_from_json(data.get("context", {})), verdicts
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"not a recording: {error}", fix="record one with `envcheck record FILE`"
+            f"not a recording: {error}", fix="create one with `envcheck record FILE`"
         ) from None

@@ -24,7 +24,7 @@ NO_GPU_EXIT = NodeError.exit_code
 
 
 def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:
-    """What is here, without a judgement. Exit code 0 with a GPU, 3 without."""
+    """The node without verdicts. Exit code 0 with a GPU, 3 without."""
     code = 0 if snapshot.gpus else NO_GPU_EXIT
     return {**_head("probe", code), **_node(snapshot)}
 
@@ -37,8 +37,9 @@ def check_report(
     node: bool = False,
     run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What is here and every check's answer; ``run`` is what a run adds for its
-    preflight.json: ``device`` (the card that it is sized for, None is the CPU) and ``sizing``."""
+    """The node and every check's result. ``run`` is what a run adds for its preflight.json:
+    ``device`` (the card that it is sized for; None is the CPU) and ``sizing``.
+    """
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
     report = {
@@ -58,7 +59,7 @@ def overall(results: Sequence[CheckResult]) -> str:
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """The current time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -1,7 +1,7 @@
-"""A node as values: what ``take`` read, what ``record`` writes, what every check judges.
+"""A node as values: ``take`` reads it, ``record`` writes it, and checks use it.
 
-``GpuSnapshot`` and ``NodeSnapshot`` hold ``Reading``s only, so that a snapshot of another node
-(or of a broken one) is the same kind of thing as this node's.
+``GpuSnapshot`` and ``NodeSnapshot`` contain only ``Reading``s, so a snapshot of another node (or of
+a broken one) has the same type.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class GpuSnapshot:
 
     @property
     def total_bytes(self) -> int | None:
-        """Memory of the card or slice as NVML reports it; None where it does not."""
+        """Memory of the card or slice as reported by NVML; None if not reported."""
         return None if self.memory.value is None else int(self.memory.value["total"])
 
     @property
     def free_bytes(self) -> int | None:
-        """Free memory as NVML reports it; None where it does not."""
+        """Free memory as reported by NVML; None if not reported."""
         return None if self.memory.value is None else int(self.memory.value["free"])
 
     @property
@@ -82,20 +82,21 @@ class GpuSnapshot:
 
     @property
     def lost(self) -> bool:
-        """Whether the card does not answer."""
+        """Whether the card does not respond."""
         return not self.state.known
 
     @property
     def label(self) -> str:
-        """How messages name it: ``GPU 3`` or ``GPU 3 MIG 1``."""
+        """Its name in messages: ``GPU 3`` or ``GPU 3 MIG 1``."""
         return f"GPU {self.index}" if self.parent is None else f"GPU {self.parent} MIG {self.index}"
 
 
 @dataclass(frozen=True, slots=True)
 class DriverSnapshot:
-    """``nvml`` is NVML's version, or why it did not start; ``version`` the driver's.
+    """``nvml`` is NVML's version, or why it did not start; ``version`` is the driver's.
 
-    ``p2p`` is [i, j, status] a pair of cards (0 is OK). The rest is of ``driver_files``.
+    ``p2p`` is [i, j, status] per pair of cards (0 is OK). The other fields come from
+    ``driver_files``.
     """
 
     nvml: Reading[str] = NOT_ASKED
@@ -128,13 +129,12 @@ def take(
     revision: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> NodeSnapshot:
-    """Read this node: NVML, the host and the installed software. Writes nothing, needs no right.
+    """Read this node: NVML, the host and the installed software. Writes nothing and needs no
+    privileges.
 
-    Args:
-        paths: folders whose disks matter, by role (``output_dir``, ``HF_HOME`` ...); a folder that
-            does not exist yet stands for its nearest parent that does.
-        model: folder or hub id of a model whose files matter, and its ``revision``.
-        environ: instead of ``os.environ``.
+    Args: paths: folders whose disks matter, by role (``output_dir``, ``HF_HOME`` ...); for a folder
+    that does not exist yet, its nearest existing parent is used. model: folder or hub id of a model
+    whose files matter, and its ``revision``. environ: instead of ``os.environ``.
     """
     variables = os.environ if environ is None else environ
     driver, gpus = _ask_nvml()

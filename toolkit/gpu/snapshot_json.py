@@ -39,7 +39,7 @@ _NOT_READINGS = {"index", "parent", "slices"}
 
 
 def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
-    """A card and its slices as plain objects; questions that were not asked are left out."""
+    """A card and its slices as plain objects; queries that were not made are left out."""
     readings = {
         item.name: getattr(gpu, item.name).to_json()
         for item in fields(gpu)
@@ -51,8 +51,7 @@ def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
 def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
     """The fields of ``kind`` that ``data`` has.
 
-    Raises:
-        ValueError: ``data`` is not an object of readings.
+    Raises ValueError if ``data`` is not an object of readings.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{kind.__name__}: not an object")
@@ -61,16 +60,12 @@ def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
 
 
 def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:
-    """The inverse of ``gpu_to_json``.
-
-    Raises:
-        ValueError: not a recorded card.
-    """
+    """The inverse of ``gpu_to_json``. Raises ValueError if it is not a recorded card."""
     readings = readings_from_json(GpuSnapshot, data)
     number = data.get("index", index)
     parts: Sequence[Any] = data.get("slices", [])
     if not isinstance(number, int) or not isinstance(parts, list):
-        raise ValueError("a GPU has an integer index and a list of slices")
+        raise ValueError("a GPU must have an integer index and a list of slices")
     slices = tuple(gpu_from_json(part, number, position) for position, part in enumerate(parts))
     return GpuSnapshot(index=number, parent=parent, slices=slices, **readings)
 
@@ -78,14 +73,13 @@ def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSn
 def node_from_json(data: Any) -> NodeSnapshot:
     """The inverse of ``node_to_json``.
 
-    Raises:
-        ValueError: not a recorded node, or one of a newer format.
+    Raises ValueError if it is not a recorded node, or has a newer format.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a snapshot of format {FORMAT}")
     rows, environment = data.get("gpus", []), data.get("environment", {})
     if not isinstance(rows, list) or not isinstance(environment, dict):
-        raise ValueError("gpus is a list and environment an object")
+        raise ValueError("gpus must be a list and environment an object")
     return NodeSnapshot(
         driver=DriverSnapshot(**readings_from_json(DriverSnapshot, data.get("driver"))),
         gpus=tuple(gpu_from_json(row, index=position) for position, row in enumerate(rows)),

@@ -1,4 +1,4 @@
-"""What is installed, read from package metadata and files: nothing of it is imported."""
+"""The installed software, read from package metadata and files. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolkit.gpu.reading import NOT_ASKED, Reading
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Packages whose versions decide whether a run works; `--lock` compares every line of a lock.
+# Packages whose versions decide whether a run works; `--lock` compares every line of a lock file.
 PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -35,9 +35,9 @@ OURS = "grpo-toolkit"
 @dataclass(frozen=True, slots=True)
 class SoftwareSnapshot:
     """``machine`` is x86_64, aarch64 ...; ``packages`` name -> version (None: not installed);
-    ``pins`` {name, requires, installed} of our own metadata; ``torch_cuda`` the CUDA that torch was
-    built for, None for a CPU build; ``libnuma`` where the loader finds that library, None where it
-    does not.
+    ``pins`` {name, requires, installed} of the toolkit's metadata; ``torch_cuda`` the CUDA that
+    torch was built for, None for a CPU build; ``libnuma`` the path where the loader finds that
+    library, else None.
     """
 
     python: Reading[str] = NOT_ASKED
@@ -61,7 +61,7 @@ def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a distribution, None where it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms
 
     try:
@@ -71,9 +71,7 @@ def version_of(name: str) -> str | None:
 
 
 def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
-    """Where the loader finds libnuma.so.1: beside this Python (conda's finds its own), or as any
-    library.
-    """
+    """The path of libnuma.so.1: next to this Python (for conda), or on the usual search path."""
     own = Path(sys.base_prefix, "lib", "libnuma.so.1")
     if own.is_file():
         return str(own)
@@ -81,11 +79,7 @@ def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
 
 
 def _torch_cuda() -> str | None:
-    """``13.0``, or None for a CPU build.
-
-    Raises:
-        FileNotFoundError: torch is not installed.
-    """
+    """``13.0``, or None for a CPU build. Raises FileNotFoundError if torch is not installed."""
     path = on_import_path("torch/version.py")
     if path is None:
         raise FileNotFoundError(2, "not installed", "torch")
@@ -95,17 +89,16 @@ def _torch_cuda() -> str | None:
 
 
 def on_import_path(name: str) -> Path | None:
-    """A file of an importable package, found without importing it; None where there is none."""
+    """A file of an importable package, found without importing it; None if it does not exist."""
     return next(
         (path for entry in sys.path if entry and (path := Path(entry, name)).is_file()), None
     )
 
 
 def _pins() -> list[dict[str, Any]]:
-    """What our own metadata asks for, beside what is installed.
+    """What the toolkit's metadata requires, with what is installed.
 
-    Raises:
-        FileNotFoundError: run from a checkout that is not installed.
+    Raises FileNotFoundError in a checkout that is not installed.
     """
     from importlib.metadata import PackageNotFoundError, requires  # noqa: PLC0415 - as above
 

@@ -6,10 +6,10 @@ The tables say which is which; ``policy.request`` applies them before anything i
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import near
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.engine_settings import API_OPTIONS
 from toolkit.config.supported_features import UNTRAINED
@@ -51,7 +51,7 @@ REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known name nearest to ``name``, or nothing."""
-    match = get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    match = near(name, sorted(known), cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 

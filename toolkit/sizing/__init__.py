@@ -1,8 +1,7 @@
-"""How much memory a run needs, from config.json and safetensors headers alone. Never imports
-torch.
+"""How much memory a run needs, computed only from config.json and safetensors headers.
 
-``resolve(config, device)`` is what training calls: it reads the model, solves, and fills every
-"auto".
+Never imports torch. Training calls ``resolve(config, device)``: it reads the model, solves, and
+replaces every "auto".
 """
 
 from __future__ import annotations

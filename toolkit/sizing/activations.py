@@ -1,7 +1,7 @@
 """Activations of a training step, counted tensor by tensor as autograd saves them.
 
-Read at transformers 5.17 and PEFT 0.21.2; tests/contract/test_sizing_activations.py holds the count
-to what they really save.
+Read at transformers 5.17 and PEFT 0.21.2; tests/contract/test_sizing_activations.py compares the
+count with what they really save.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
 
-MASTER_BYTES = 4  # policy/lora.py keeps adapters in float32, their gradients too
+MASTER_BYTES = 4  # policy/lora.py keeps adapters and their gradients in float32
 
 
 def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """Bytes of activations at the worst moment of a forward and backward pass, head aside."""
+    """Peak bytes of activations in a forward and backward pass, without the head."""
     return sum(activations(spec, work, step))
 
 
 def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
     """(bytes that all layers keep, bytes of the one layer being recomputed, temporaries of that
-    layer's backward).
+    layer's backward pass).
     """
     tokens = step.micro_batch * work.sequence
     widest = max(_saved_per_token(block, spec, work, step) for block in spec.blocks)
@@ -64,8 +64,9 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
 
 
 def _casts(work: Workload, step: StepPlan) -> bool:
-    """Whether PEFT's own forward runs: it casts each adapted input up, and autocast casts it down
-    again, a copy for each module. policy/lora_layer.py, which does not, leaves dropout to it.
+    """Whether PEFT's own forward pass runs. It casts each adapted input up and autocast casts it
+    down again, which makes one copy per module. policy/lora_layer.py avoids this, but uses PEFT's
+    pass for dropout.
     """
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
@@ -89,8 +90,8 @@ def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -
 
 
 def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
-    """The score matrices of a token that an attention without a fused kernel keeps: the softmax in
-    float32, what multiplies the values, and under a cap the tanh.
+    """The score matrices per token that attention without a fused kernel keeps: the softmax in
+    float32, the factor of the values, and with soft-capping the tanh.
     """
     if spec.scores == "fused":
         return 0
@@ -114,7 +115,7 @@ def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
 def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """Temporaries of one layer's backward: gradients of the MLP's inner tensors.
 
-    They are float32 where PEFT cast an adapted input up. The hidden gradient is there twice.
+    They are float32 where PEFT cast an adapted input up. The hidden gradient exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -131,15 +132,15 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     elif step.compute_bytes == MASTER_BYTES:
         mlp = 2 * step.compute_bytes * inner
     else:
-        # Three gradients; an adapted down projection lets its saved input go before the third.
+        # Three gradients; an adapted down projection frees its saved input before the third.
         copies = (4 if _casts(work, step) else 2) if targeted else 3
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
     return max(mlp, _scores_moving(block, spec, work, step))
 
 
 def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The same of the score matrices: their gradients in float32 and half as much again, when what
-    the MLP saved has gone.
+    """The same for the score matrices: 1.5 times their gradients in float32, after the tensors
+    saved by the MLP are freed.
     """
     if spec.scores == "fused":
         return 0

@@ -1,4 +1,4 @@
-"""From a candidate and its fit to the SizingResult: parts, choice, peaks, and the whole budget."""
+"""Build the SizingResult of a candidate and its fit: parts, choice, peaks, and the whole budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Case, Fit
     from toolkit.sizing.result import Remedy
 
-STEPS = 1000  # the interval and the choice are told to 0.001
+STEPS = 1000  # the interval and the choice are rounded to 0.001
 
 
 def assemble(
@@ -59,7 +59,7 @@ def assemble(
 
 
 def _interval(case: Case, fit: Fit) -> tuple[Interval, float | None]:
-    """The interval rounded inwards, and the choice: the written value, else the upper end."""
+    """The interval, rounded inwards, and the choice: the written value, else the upper end."""
     if case.device is None or not case.work.uses_engine:
         return Interval(
             min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
@@ -105,9 +105,9 @@ def _device(device: Device | None) -> dict[str, object] | None:
 
 
 def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
-    """What torch's allocator should show at most in each phase, without margins.
+    """The predicted peak of torch's allocator in each phase, without margins.
 
-    The context and the engine's runtime are outside of it.
+    It does not include the CUDA context and the engine's runtime.
     """
     counted = [
         term
@@ -147,7 +147,7 @@ def _model(case: Case, fit: Fit) -> ModelPart:
 
 
 def _format(case: Case) -> str:
-    """How the weights lie in memory, in a word."""
+    """How the weights are stored in memory, as one word."""
     if case.spec.weights_by_headers:
         return "as stored"
     return case.plan.quantization.method if case.plan.quantization else case.plan.dtype
@@ -158,8 +158,8 @@ def _notes(case: Case) -> list[str]:
     experts = any(block.active_experts for block in case.spec.blocks)
     if experts and case.work.targets == case.spec.targets:
         notes.append(
-            f"a mixture of experts: the adapter lies on {', '.join(case.spec.targets)}, where the "
-            "engine has slots for it"
+            f"a mixture of experts: the adapter is on {', '.join(case.spec.targets)}, for which "
+            "the engine has LoRA slots"
         )
     if not case.work.adapter_parameters(case.spec):
         notes.append("lora.target_modules names no layer of this model: no adapter is counted")

@@ -1,7 +1,7 @@
-"""Predicted against measured: what a run's files say about the numbers that sizing gave it.
+"""Compare predicted with measured memory, using the files of a run.
 
-``preflight.json`` holds the prediction, ``timings.jsonl`` the peak of torch's allocator after each
-step, and ``memory.json``, where there is one, the engine's own account of its memory.
+``preflight.json`` has the prediction, ``timings.jsonl`` the peak of torch's allocator after each
+step, and ``memory.json``, if it exists, the engine's report of its memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_TIMINGS_BYTES = 64 << 20
-# What the engine reports as one number, and the terms of the budget that it stands for.
+# A number that the engine reports, and the terms of the budget that it covers.
 MEASURED_AS = {
     "engine.loaded": ("engine.weights", "engine.lora", "engine.rope_tables"),
     "engine.activations": ("engine.activations",),
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def off(self) -> float | None:
-        """Predicted over measured, less one: positive where the prediction is above."""
+        """Predicted / measured - 1: positive if the prediction is higher."""
         if not self.measured:
             return None
         return self.predicted / self.measured - 1
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All rows, and the stated bound of torch's peak."""
+    """All rows, and the predicted bound of torch's peak."""
 
     rows: tuple[Row, ...]
     bound: int
@@ -78,7 +78,7 @@ class Calibration:
 
     @property
     def above_bound(self) -> bool:
-        """Whether a measured peak is above what sizing said it could be at most."""
+        """Whether a measured peak is above the predicted bound."""
         return any(
             row.measured is not None and row.measured > self.bound
             for row in self.rows
@@ -95,10 +95,10 @@ class Calibration:
 
 
 def calibrate(run_dir: Path) -> Calibration:
-    """Compare the files of a run folder. Raises InputError where there is no prediction."""
+    """Compare the files of a run folder. Raises InputError if there is no prediction."""
     if not (run_dir / "preflight.json").is_file():
         raise InputError(
-            "it has no preflight.json, so it is no folder of a run",
+            "it has no preflight.json, so it is not a run folder",
             where=str(run_dir),
             fix="give runtime.output_dir of a run",
         )
@@ -106,15 +106,15 @@ def calibrate(run_dir: Path) -> Calibration:
     sizing = written.get("sizing") if isinstance(written, dict) else None
     if not isinstance(sizing, dict):
         raise InputError(
-            "there is no sizing in it",
+            "it contains no sizing",
             where=str(run_dir / "preflight.json"),
-            fix="give the folder of a run that this version made",
+            fix="give the folder of a run of this version",
         )
     measured: dict[str, Any] = {}
     if (run_dir / "memory.json").is_file():
         found = read_json(run_dir / "memory.json")
         measured = found if isinstance(found, dict) else {}
-    # On the CPU the timings hold the process's resident memory, which nothing predicts.
+    # On the CPU the timings contain the process's resident memory, which has no prediction.
     if sizing.get("device") and (peak := _torch_peak(run_dir / "timings.jsonl")):
         measured.setdefault("peak.torch", peak)
     return compare(sizing, measured)
@@ -123,7 +123,7 @@ def calibrate(run_dir: Path) -> Calibration:
 def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibration:
     """Rows for every term that can be measured. ``sizing`` is ``SizingResult.to_json()``.
 
-    Raises InputError where it lacks the parts.
+    Raises InputError if parts are missing.
     """
     try:
         predicted = {line["term"]: int(line["bytes"]) for line in sizing["budget"]}
@@ -146,7 +146,7 @@ def _bytes(value: Any) -> int | None:
 
 
 def _torch_peak(path: Path) -> int | None:
-    """The largest peak of the timings; None where none is written (no GPU)."""
+    """The largest peak of the timings; None if there is none (no GPU)."""
     if not path.is_file() or path.stat().st_size > MAX_TIMINGS_BYTES:
         return None
     largest = 0
@@ -155,7 +155,7 @@ def _torch_peak(path: Path) -> int | None:
             try:
                 row = json.loads(line)
             except ValueError:
-                continue  # a line cut off by a crash
+                continue  # a line truncated by a crash
             if isinstance(row, dict):
                 largest = max(largest, _bytes(row.get("peak_memory_bytes")) or 0)
     return largest or None

@@ -1,4 +1,4 @@
-"""The card that is sized for: here (a GpuSnapshot) or not (a Card of the table)."""
+"""The card to size for: a card of this node (GpuSnapshot) or of the table (Card)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from toolkit.gpu.cards import Card
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# What a process's CUDA context takes outside torch's allocator, libraries loaded on first use
-# included: 682 MiB on an H100 (driver 580, torch 2.11, CUDA 13).
+# Memory of a process's CUDA context outside torch's allocator, including libraries loaded on first
+# use: 682 MiB on an H100 (driver 580, torch 2.11, CUDA 13).
 CONTEXT_BYTES = 682 * MIB
-# NVML's total counts what the driver keeps for itself; cudaMemGetInfo's total, which vLLM
-# multiplies by gpu_memory_utilization, does not. Seen on H100 and H200: 0.4 to 0.6 % of the card.
+# NVML's total includes what the driver reserves; cudaMemGetInfo's total, which vLLM multiplies by
+# gpu_memory_utilization, does not. On H100 and H200 the difference is 0.4 to 0.6 % of the card.
 RESERVED_SHARE = 0.0055
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One card. ``total_bytes`` and ``free_bytes`` are NVML's; ``cuda_total_bytes`` is what vLLM
-    takes its share of.
+    """One card. ``total_bytes`` and ``free_bytes`` are NVML's; ``cuda_total_bytes`` is the total
+    that gpu_memory_utilization is a fraction of.
     """
 
     name: str
@@ -59,7 +59,8 @@ class Device:
 
     @classmethod
     def from_node(cls, snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Device:
-        """The device ``gpu`` of a node; on integrated memory, what the host has available.
+        """The device ``gpu`` of a node; with integrated memory, its memory is what the host has
+        available.
 
         A MIG slice is sized by its own memory, not by its card's. Raises ConfigError as below.
         """
@@ -76,8 +77,8 @@ class Device:
 
     @classmethod
     def from_snapshot(cls, gpu: GpuSnapshot) -> Device:
-        """The card as it is now, tenants included. Raises ConfigError where NVML does not tell its
-        memory.
+        """The card in its current state, including memory used by other processes. Raises
+        ConfigError if NVML does not report its memory.
         """
         total, free = gpu.total_bytes, gpu.free_bytes
         if total is None or free is None:
@@ -98,8 +99,8 @@ class Device:
 
 
 def situation_of(device: Device | None, world_size: int = 1) -> Situation:
-    """The situation of a run on ``device`` (None is the CPU). A card that is not here is taken to
-    be on a machine that has vLLM.
+    """The situation of a run on ``device`` (None is the CPU). For a card that is not in this node,
+    vLLM counts as installed.
     """
     here = device is None or device.here
     facts = DeviceFacts("no GPU", None)

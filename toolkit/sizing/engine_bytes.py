@@ -1,10 +1,10 @@
-"""What the engine takes beside weights, LoRA and KV: activations of its profiling run, the
-sampler, CUDA graphs, its runtime.
+"""Memory of the engine besides weights, LoRA and KV: activations of its profiling run, the sampler,
+CUDA graphs, its runtime.
 
-Read at vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``): everything here is
-inside gpu_memory_utilization x total, and what is left is the KV cache. Activations and sampler
-are returned to the allocator after profiling, so the training phase of the same process can use
-them; the rest stays.
+Read at vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``): all of this is part of
+gpu_memory_utilization x total, and the rest is the KV cache. Activations and sampler are returned
+to the allocator after profiling, so the training phase of the same process can use them; the rest
+stays.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.weight_formats import Quantization
 
-# cuBLAS workspaces, the attention backend's buffers and Triton's: outside torch's allocator or in
-# small persistent tensors.
+# cuBLAS workspaces, the attention backend's buffers and Triton's buffers: outside torch's allocator
+# or in small persistent tensors.
 RUNTIME_BYTES = 192 * MIB
 # One captured graph of one layer (driver structures and its private pool), from published start-up
 # logs of 1B to 8B models: 67 sizes x 32 layers take 0.5 to 0.6 GiB.
 GRAPH_LAYER_BYTES = 256 * 1024
-# Bytes a logit of a sampler's temporaries: bf16 logits, their fp32 copy, log-probabilities,
+# Bytes per logit of the sampler's temporaries: bf16 logits, their fp32 copy, log-probabilities,
 # probabilities and the exponential noise (v1/sample/sampler.py and ops/topk_topp_sampler.py).
 SAMPLER_BYTES = 18
 
 
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
-    """Every term but KV."""
+    """Every term except KV."""
     width = DTYPE_BYTES[plan.dtype]
-    # Over several GPUs each holds its share; A of a LoRA slot is whole on all of them, B is split.
+    # With several GPUs each holds its share. A of a LoRA slot is complete on all of them; B is
+    # split.
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True) // plan.tensor_parallel
     how = plan.quantization.method if plan.quantization else plan.dtype
     how = "as stored" if spec.weights_by_headers else how
@@ -79,14 +80,14 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
 
 
 def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
-    """LoRA buffers of the engine as this toolkit opens it, at ``rank``."""
+    """LoRA buffers of the engine at ``rank``, with the toolkit's settings."""
     elements = lora_bytes.engine_elements(spec, rank, plan.max_loras, plan.lora_modules)
     return elements * DTYPE_BYTES[plan.dtype]
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """Peak of one compiled forward of max_num_batched_tokens tokens: the wider of attention and
-    MLP of one layer.
+    """Peak of one compiled forward pass of max_num_batched_tokens tokens: the larger of attention
+    and MLP of one layer.
     """
     width = DTYPE_BYTES[plan.dtype]
     widest = 0
@@ -124,8 +125,8 @@ def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
 
 
 def sampler_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """Peak of the sampler's warm-up with max_num_seqs sequences, the hidden states of the forward
-    still alive.
+    """Peak of the sampler's warm-up with max_num_seqs sequences, while the hidden states of the
+    forward pass still exist.
     """
     hidden = plan.max_num_batched_tokens * spec.hidden_size * DTYPE_BYTES[plan.dtype]
     sequences = min(plan.max_num_seqs, plan.max_num_batched_tokens)

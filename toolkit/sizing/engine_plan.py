@@ -1,6 +1,4 @@
-"""What an engine is to be built with, each "auto" given its candidate: the input of every engine
-term.
-"""
+"""The settings of an engine, with a candidate for each "auto": the input of every engine term."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
     from toolkit.sizing.workload import Workload
 
-MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more only costs sampler and graph memory
+MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more costs only sampler and graph memory
 BATCHED_TOKENS = 8192
 GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens of a KV block (vllm/platforms/{cuda,cpu}.py)
 
@@ -50,8 +48,8 @@ class EnginePlan:
 def plan_engine(
     config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
 ) -> EnginePlan:
-    """The candidate for ``config`` (resolved: its dtype is known): written values as they are, the
-    rest by the workload. Raises ConfigError on an illegal rank.
+    """The candidate for ``config`` (resolved: its dtype is known): written values unchanged, the
+    rest from the workload. Raises ConfigError on an illegal rank.
     """
     model = config.model
     if model.max_num_seqs == "auto":
@@ -61,8 +59,8 @@ def plan_engine(
     else:
         sequences = model.max_num_seqs
     if model.max_num_batched_tokens == "auto":
-        # One step of the scheduler need not hold more than all prompts and completions together,
-        # and must hold one of each. Prompts that may not be cut go through whole.
+        # A scheduler step never needs more tokens than all prompts and completions together, but at
+        # least one of each. Without chunked prefill a whole prompt must fit.
         needed = max(sequences * work.sequence, model.max_seq_length, 256)
         least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
         batched = max(min(BATCHED_TOKENS, needed), least)
@@ -70,7 +68,7 @@ def plan_engine(
         batched = model.max_num_batched_tokens
     rank = model.max_lora_rank
     if rank == "auto":
-        # Any rank can be trained where no engine has slots for it.
+        # Without an engine, any rank can be trained.
         rank = lora_bytes.legal_rank(
             work.rank if work.uses_engine else min(work.rank, LEGAL_RANKS[-1])
         )

@@ -1,9 +1,9 @@
-"""Typed reads from a config.json that somebody else wrote: every value is checked and bounded
-before arithmetic is done on it.
+"""Typed reads from an untrusted config.json: every value is checked and limited before it is used
+in arithmetic.
 
-A size that is missing, of another type, negative or absurd (a vocabulary of 2**60) is an
-``InputError`` that names the file and the key, so that a hostile or truncated file costs a finding
-and never time or memory.
+A missing size, or one with a wrong type, a negative or an absurd value (a vocabulary of 2**60)
+raises ``InputError`` with the file and the key. So a hostile or truncated file causes an error
+message, but never costs time or memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from toolkit.base.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# No dimension of a real model comes near this; products of three of them still fit what a card
-# could ever hold.
+# Far above every dimension of a real model, so products of dimensions stay in a safe range.
 MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 14
@@ -25,20 +24,22 @@ _MISSING = object()
 
 
 class Fields:
-    """A view of one mapping of config.json; ``where`` is what error messages call it."""
+    """A view of one mapping of config.json; ``where`` is its name in error messages."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values = values
         self.where = where
 
     def has(self, key: str) -> bool:
-        """Whether the key is there with a value (null counts as absent, as in transformers)."""
+        """Whether the key has a value (null counts as absent, as in transformers)."""
         return self.values.get(key) is not None
 
     def integer(
         self, *keys: str, default: Any = _MISSING, low: int = 1, high: int = MAX_DIMENSION
     ) -> int:
-        """The first of ``keys`` that is there, as an int within [low, high]. Raises InputError."""
+        """The first of ``keys`` that has a value, as an int within [low, high]. Raises
+        InputError.
+        """
         for key in keys:
             value = self.values.get(key)
             if value is None:
@@ -56,7 +57,7 @@ class Fields:
         return default
 
     def number(self, key: str, *, default: float, low: float, high: float) -> float:
-        """A number within [low, high]; null and absence give the default. Raises InputError."""
+        """A number within [low, high]; the default if null or absent. Raises InputError."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -67,7 +68,7 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """A boolean; null and absence give the default. Raises InputError."""
+        """A boolean; the default if null or absent. Raises InputError."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -76,12 +77,12 @@ class Fields:
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """A text, or the default. Raises InputError."""
+        """A string, or the default. Raises InputError."""
         value = self.values.get(key)
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self._bad(key, f"must be a text, not {_short(value)}")
+            raise self._bad(key, f"must be a string, not {_short(value)}")
         return value
 
     def section(self, key: str) -> Fields | None:
@@ -102,7 +103,7 @@ class Fields:
             raise self._bad(key, f"must be a list, not {_short(value)}")
         for member in value:
             if not isinstance(member, kind) or isinstance(member, bool):
-                raise self._bad(key, f"holds {_short(member)}, not {kind.__name__}")
+                raise self._bad(key, f"contains {_short(member)}, not {kind.__name__}")
         return tuple(value)
 
     def _bad(self, key: str, what: str) -> InputError:

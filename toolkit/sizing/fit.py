@@ -1,14 +1,14 @@
-"""One candidate (an engine plan and a step plan) against one card: its terms, and where they leave
-gpu_memory_utilization.
+"""Fit one candidate (an engine plan and a step plan) on one card: its terms, and the possible range
+of gpu_memory_utilization.
 
 u_min = (weights + LoRA + tables + runtime + graphs + activations + KV of one sequence) / total
-u_max is the largest u with which both phases fit into what is free:
+u_max is the largest u with which both phases fit into the free memory:
 
     rollouts  context + u x total + what the trainer keeps
     training  context + u x total - activations given back + what the trainer keeps + a step
 
-With KV sleep the second is without the cache, and so the same at every u; the first then has the
-step's margin, for what torch keeps of it in pieces.
+With KV sleep the second line has no cache, so it is the same at every u. The first line then
+includes the step's margin, for memory that stays reserved by torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
 
-UNKNOWN_HOST = 4 << 30  # what is assumed where the host does not tell
+UNKNOWN_HOST = 4 << 30  # assumed if the host does not report it
 
 
 def available_bytes() -> int:
@@ -81,18 +81,20 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
 # in use. With expandable segments (policy/cuda_allocator.py) that is a page here and there.
 STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
-EXPERT_MARGIN = 0.10  # routed tokens are unevenly spread, and no measurement holds their count
-# The engine's activations go back to the allocator after its profiling run, and the training step
-# uses them. Compiled, they are less than the bound that u_min needs; this much is counted on.
+# tokens are routed unevenly to experts, and no measurement bounds their number
+EXPERT_MARGIN = 0.10
+# The engine frees its activations to the allocator after its profiling run, and the training step
+# reuses them. Compiled, they are smaller than the bound in u_min; this fraction counts as reusable.
 RETURNED_SHARE = 0.5
 ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
 CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
-CPU_SHARE = 0.8  # of the available memory; the rest is for data, tokenizer and everybody else
+# fraction of the available memory; the rest is for data, tokenizer and other processes
+CPU_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Everything that one evaluation needs."""
+    """All inputs of one evaluation."""
 
     config: RunConfig
     spec: ModelSpec
@@ -123,7 +125,7 @@ class Fit:
 
     @property
     def holds_rollout(self) -> bool:
-        """Whether it fits, with the KV cache of every sequence of a rollout at once."""
+        """Whether it fits with a KV cache for all sequences of a rollout at once."""
         return self.short <= 0 and self.most - self.least >= self.wanted - self.sequence
 
 
@@ -185,15 +187,19 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
         "the card": device.cuda_total_bytes,
     }
     least = fixed + one
-    missing = least - room  # awake: at most what is missing for u_min
+    missing = least - room  # awake: at most the amount missing for u_min
     if case.plan.sleep:
-        # The cache is mapped again beside pieces of the last step that torch could not give back.
+        # The cache is mapped again while torch still reserves memory of the last step.
         pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
-        name = "free memory - context - what the trainer keeps, in pieces (rollout phase)"
+        name = (
+            "free memory - context - what the trainer keeps and torch still reserves "
+            "(rollout phase)"
+        )
         ends[name] = room - kept - pieces
-        # What is missing asleep is missing at every u: the interval is then empty by that much.
+        # Memory missing while the cache sleeps is missing at every u, so the interval is empty by
+        # that amount.
         missing = fixed - given_back + kept + step - room
-        name = f"a training step beside the sleeping engine ({_largest(others, 'training')})"
+        name = f"a training step while the KV cache sleeps ({_largest(others, 'training')})"
         ends |= {name: least - missing} if missing > 0 else {}
     else:
         name = f"free memory - context - a training step ({_largest(others, 'training')})"
@@ -214,7 +220,7 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
 
 
 def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
-    """The CPU engine: no share of a card, but a KV cache of a stated size."""
+    """The CPU engine: its KV cache has a set size, not a fraction of a card."""
     one = engines.kv_sequence_bytes(case.spec, case.plan, case.plan.max_model_len)
     wanted = _wanted(case)
     cache = max(one, min(2 * wanted, CPU_KV_MOST), CPU_KV_LEAST)
@@ -228,7 +234,7 @@ def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
         least=need,
         most=room,
         binding_min=_largest(terms, "always", "training"),
-        binding_max=f"{CPU_SHARE:.0%} of the host memory that is available",
+        binding_max=f"{CPU_SHARE:.0%} of the available host memory",
         short=need - room,
         sequence=one,
         wanted=one,
@@ -237,7 +243,7 @@ def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
 
 
 def _fit_alone(case: Case, terms: list[Term]) -> Fit:
-    """No engine: the trainer's own model, and transformers' generate."""
+    """No engine: the trainer's separate model, and transformers' generate."""
     device = case.device
     need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))
     if device is not None:
@@ -245,7 +251,7 @@ def _fit_alone(case: Case, terms: list[Term]) -> Fit:
     else:
         room, of = (
             int(available_bytes() * CPU_SHARE),
-            f"{CPU_SHARE:.0%} of the host memory that is available",
+            f"{CPU_SHARE:.0%} of the available host memory",
         )
     return Fit(
         terms=tuple(terms),
@@ -260,7 +266,7 @@ def _fit_alone(case: Case, terms: list[Term]) -> Fit:
 
 
 def _wanted(case: Case) -> int:
-    """KV of all sequences that the engine runs at once, at the length that the run gives them."""
+    """KV of all sequences that the engine runs at once, at the length of the run."""
     sequences = min(case.plan.max_num_seqs, case.work.rollouts)
     length = min(case.work.sequence, case.plan.max_model_len)
     return sequences * engines.kv_sequence_bytes(case.spec, case.plan, length)

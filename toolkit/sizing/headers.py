@@ -1,9 +1,9 @@
 """safetensors headers, read without safetensors and without trusting them.
 
 The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of
-JSON mapping each tensor's name to its dtype, shape and data offsets. A file may lie about every
-one of these; a lie is an ``InputError``, found in bounded time and memory and without reading any
-weight.
+JSON mapping each tensor's name to its dtype, shape and data offsets. A file may be wrong about each
+of these. Every wrong value raises ``InputError``, in limited time and memory and without reading
+any weight.
 """
 
 from __future__ import annotations
@@ -57,16 +57,15 @@ class StoredWeights:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises InputError where the header is not what the
-    format says.
-    """
+    """The tensors of one safetensors file. Raises InputError if the header violates the format."""
     with open_regular(path) as (descriptor, size):
         if size < 8:
             raise _bad(path, f"is {size} bytes long, too short for a header")
         length = int.from_bytes(read_exactly(descriptor, 8, path), "little")
         if length > MAX_HEADER_BYTES:
             raise _bad(
-                path, f"says that its header is {length} bytes long; {MAX_HEADER_BYTES} is the most"
+                path,
+                f"says that its header is {length} bytes long; the limit is {MAX_HEADER_BYTES}",
             )
         if 8 + length > size:
             raise _bad(path, f"ends inside its header ({size} bytes, header {length})")
@@ -105,9 +104,9 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, int]:
     if bits is None:
         raise _bad(path, f"has an unknown dtype {str(dtype)[:20]!r} at {where}")
     if not _naturals(shape) or len(shape) > 8:
-        raise _bad(path, f"has a bad shape at {where}")
+        raise _bad(path, f"has an invalid shape at {where}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad(path, f"has bad data offsets at {where}")
+        raise _bad(path, f"has invalid data offsets at {where}")
     tensor = StoredTensor(str(dtype), tuple(shape), offsets[1] - offsets[0])
     if tensor.elements * bits != tensor.nbytes * 8:
         raise _bad(path, f"has a shape and data offsets that disagree at {where}")
@@ -122,7 +121,7 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
 
 
 def read_stored(folder: Path) -> StoredWeights | None:
-    """The headers of every shard in ``folder``; None where it holds no safetensors. Raises
+    """The headers of every shard in ``folder``; None if it contains no safetensors. Raises
     InputError.
     """
     files = _shards(folder)
@@ -132,7 +131,7 @@ def read_stored(folder: Path) -> StoredWeights | None:
     for file in files:
         found = read_header(file)
         if twice := next((name for name in found if name in tensors), None):
-            raise _bad(file, f"holds {twice[:80]!r}, which another shard holds too")
+            raise _bad(file, f"contains {twice[:80]!r}, which another shard contains too")
         tensors.update(found)
     return StoredWeights(
         files=len(files),
@@ -161,16 +160,16 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _plain_names(names: Iterable[Any], index: Path) -> list[str]:
-    """The distinct shard names; a name that leads out of the folder is refused."""
+    """The distinct shard names; a name that points outside the folder is refused."""
     distinct = list(dict.fromkeys(name if isinstance(name, str) else "" for name in names))
     for name in distinct:
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
             raise _bad(index, f"names a shard outside its folder: {name[:80]!r}")
     if len(distinct) > MAX_SHARDS:
-        raise _bad(index, f"names {len(distinct)} shards; {MAX_SHARDS} is the most")
+        raise _bad(index, f"names {len(distinct)} shards; the limit is {MAX_SHARDS}")
     return sorted(distinct)
 
 
 def _bad(path: Path, what: str, *, fix: str | None = FIX) -> InputError:
-    """The error for a checkpoint's file that is not what the format says."""
+    """The error for a checkpoint file that violates the format."""
     return unusable(path, what, fix=fix)

@@ -1,7 +1,6 @@
-"""What the engine's KV cache takes: a token, a sequence, all sequences.
-
-Held to vLLM's own KVCacheSpec (page_size_bytes / block_size and max_memory_usage_bytes) by
-tests/contract/test_sizing_engine.py.
+"""Memory of the engine's KV cache: per token, per sequence, for all sequences.
+tests/contract/test_sizing_engine.py compares it with vLLM's KVCacheSpec (page_size_bytes /
+block_size and max_memory_usage_bytes).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ BLOCK_TOKENS = 16  # vLLM's default block on CUDA; the CPU engine's is 128
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
-    """KV bytes that one more token adds while every window is open."""
+    """KV bytes that one more token adds while no sliding window is full."""
     return sum(block.count * _token_bytes(block.cache, element_bytes) for block in spec.blocks)
 
 
@@ -41,7 +40,7 @@ def sequence_bytes(
 
 
 def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
-    """Layers by what they keep, padded as the engine pads them.
+    """Layers grouped by what they cache, padded like in the engine.
 
     Layers of different kinds share pools of pages, so they are put into groups of equal size: that
     of the rarest kind, or of the commonest where it is less than 1.5 times as common
@@ -63,8 +62,7 @@ def _layer_bytes(
     cache: Cache, tokens: int, element_bytes: int, block_tokens: int, batched_tokens: int
 ) -> int:
     if cache.kind == "linear":
-        # Two states a sequence while prefixes are cached (MambaSpec, mode "align"), never in 8
-        # bits.
+        # Two states per sequence with prefix caching (MambaSpec, mode "align"), never in 8 bits.
         return STATES * cache.state_elements * max(element_bytes, 2)
     page = _token_bytes(cache, element_bytes) * block_tokens
     if cache.window is not None:

@@ -1,9 +1,9 @@
-"""LoRA: the engine's slot buffers at max_lora_rank, and the adapter under training at r.
+"""LoRA: the engine's slot buffers at max_lora_rank, and the trained adapter at r.
 
-vLLM gives layers buffers of max_loras slots (vllm/lora/layers/*.py, ``create_lora_weights``):
-every linear layer, the experts and, in some models, embeddings and head; or those that it is asked
-for, as this toolkit's engine asks for the projections. Held to its allocation to the byte by
-tests/contract/test_sizing_engine.py.
+vLLM gives layers buffers of max_loras slots (vllm/lora/layers/*.py, ``create_lora_weights``): every
+linear layer, the experts and, in some models, embeddings and head. A list of modules restricts
+this, and the toolkit's engine restricts it to the projections. tests/contract/test_sizing_engine.py
+checks that the bytes match vLLM's allocation exactly.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ FUSED = (
 
 
 def legal_rank(rank: int) -> int:
-    """The smallest legal max_lora_rank holding ``rank``. Raises ConfigError above the largest."""
+    """The smallest legal max_lora_rank of at least ``rank``. Raises ConfigError above the
+    largest.
+    """
     if legal := smallest_rank(rank):
         return legal
     raise ConfigError(
-        f"lora.r {rank} is above {LEGAL_RANKS[-1]}, the largest rank that the engine serves",
+        f"lora.r {rank} is above {LEGAL_RANKS[-1]}, the largest rank that the engine supports",
         where="lora.r",
         fix=f"lower lora.r to {LEGAL_RANKS[-1]} or less",
     )
@@ -47,7 +49,8 @@ def engine_elements(
     """Elements of the engine's LoRA buffers.
 
     ``modules`` are the last names of the layers that get slots (vLLM's lora_target_modules); None
-    is vLLM's own default: every linear layer, the experts, and the tables that a model names.
+    is vLLM's own default: every linear layer, the experts, and the embedding tables that a model
+    lists.
     """
     total = 0
     for block in spec.blocks:
@@ -64,12 +67,14 @@ def engine_elements(
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The layers that this toolkit's engine gives slots to: all that may be trained on it."""
+    """The layers that get slots in the toolkit's engine: all layers that can be trained with it."""
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
-    """Fused layers get all their slices as soon as one is asked for (``is_in_target_modules``)."""
+    """Fused layers get slots for all their slices if one is requested
+    (``is_in_target_modules``).
+    """
     if linear.copies > 1:
         return "experts" in modules
     fused = next((group for group in FUSED if linear.leaf in group), (linear.leaf,))
@@ -88,7 +93,7 @@ def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset
 def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
     """Whether PEFT adapts this module: by leaf name or dotted end, or by full-match regex.
 
-    Stacked experts are no modules: see ``expert_targets``.
+    Stacked experts are not modules: see ``expert_targets``.
     """
     if linear.copies > 1:
         return False
@@ -100,7 +105,7 @@ def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
 
 
 def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> list[Linear]:
-    """The modules of ``block`` that carry an adapter."""
+    """The modules of ``block`` that have an adapter."""
     moved = expert_targets(spec, targets)
     return [
         linear for linear in block.linears if targeted(linear, targets) and linear.leaf not in moved
@@ -109,7 +114,7 @@ def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> li
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What differs from layer to layer: modules and layers without an adapter, and other ranks."""
+    """What differs between layers: modules and layers without an adapter, and different ranks."""
 
     exclude: tuple[str, ...] | str | None = None
     rank_pattern: tuple[tuple[str, int], ...] = ()
@@ -117,11 +122,11 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """Whether all layers are alike."""
+        """Whether all layers are equal."""
         return not (self.exclude or self.rank_pattern or self.layers is not None)
 
     def rank(self, module: str, layer: int, rank: int) -> int:
-        """The rank of a module of a layer, 0 where it carries no adapter."""
+        """The rank of a module of a layer; 0 if it has no adapter."""
         if self.layers is not None and layer not in self.layers:
             return 0
         name = f"model.layers.{layer}.{module}"
@@ -140,8 +145,8 @@ def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, 
 
 
 def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
-    """Ranks of ``linear`` summed over the layers of ``block``. Where a model has several kinds of
-    layers, which is which is not known here: each counts with the largest rank of all.
+    """Ranks of ``linear`` summed over the layers of ``block``. If a model has several kinds of
+    layers, their order is unknown here, so each counts with the largest rank.
     """
     if layout.plain:
         return block.count * rank
@@ -152,7 +157,7 @@ def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: 
 def adapter_parameters(
     spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: Layout = PLAIN
 ) -> int:
-    """Trainable parameters of the adapter: r x (in + out) a targeted module (arXiv 2106.09685).
+    """Trainable parameters of the adapter: r x (in + out) per targeted module (arXiv 2106.09685).
 
     Experts: A is (E r, in) and B is (out, E r); the fused gate and up have twice the rank.
     """
@@ -178,7 +183,7 @@ def adapter_parameters(
 
 
 def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
-    """Elements of one layer's adapted expert weights: PEFT forms their whole update at once."""
+    """Elements of one layer's adapted expert weights: PEFT computes their whole update at once."""
     moved = expert_targets(spec, targets)
     return max(
         sum(

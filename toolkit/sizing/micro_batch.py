@@ -1,8 +1,8 @@
 """Micro-batch x accumulation of one process: as written, or the candidates for "auto".
 
-With ``auto`` a generation batch is one optimizer step, whichever way it is cut: a micro-batch is a
-divisor of the completions of one process, and accumulation is what is left. The gradient is the
-same for every cut (rule GRPO029 refuses the losses for which it is not).
+With ``auto`` a generation batch is one optimizer step, however it is split: the micro-batch divides
+the completions of one process, and accumulation is the quotient. The gradient is the same for every
+split (rule GRPO029 refuses losses for which it is not).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 GENERATION = "generation_batch_size"
-# trl.GRPOConfig 1.16; held by tests/contract/test_sizing_upstream.py.
+# trl.GRPOConfig 1.16; checked by tests/contract/test_sizing_upstream.py.
 TRL_DEFAULTS: Mapping[str, Any] = {
     MICRO: 8,
     ACCUMULATION: 1,
@@ -26,14 +26,15 @@ TRL_DEFAULTS: Mapping[str, Any] = {
     "beta": 0.0,
     "optim": "adamw_torch_fused",
 }
-# On a CPU the choice must not hang on what memory is free: up to this many tokens a micro-batch.
+# On a CPU the choice must not depend on the free memory, so a micro-batch has at most this many
+# tokens.
 CPU_TOKENS = 1 << 15
 MOST = 1 << 24
 
 
 def is_auto(grpo: Mapping[str, Any]) -> bool:
-    """Whether the cut is left to sizing. Raises ConfigError where only half of it is, or what is to
-    be cut is not said.
+    """Whether the sizer chooses the split. Raises ConfigError if only one of the two keys is auto,
+    or if the number of completions is not set.
     """
     keys = (MICRO, ACCUMULATION)
     autos = [key for key in keys if grpo.get(key) == "auto"]
@@ -42,13 +43,13 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
     if len(autos) == 1:
         other = next(key for key in keys if key not in autos)
         raise ConfigError(
-            f"{autos[0]} is auto and {other} is not",
+            f"{autos[0]} is auto, but {other} is not",
             where=f"grpo.{other}",
             fix=f"{other}: auto",
         )
     if grpo.get(GENERATION) is None:
         raise ConfigError(
-            f"{MICRO} is auto, and nothing says how many completions a step has",
+            f"{MICRO} is auto, but no key gives the number of completions per step",
             where=f"grpo.{GENERATION}",
             fix=f"{GENERATION}: 64, a multiple of num_generations",
         )
@@ -58,10 +59,11 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
 def batch_of(
     grpo: Mapping[str, Any], sequence: int, *, on_cpu: bool, world_size: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """(candidates for the micro-batch, the largest first; accumulation of the first; completions of
-    one generation) of one process. ``sequence``: tokens of a prompt with its completion.
+    """For one process: (candidates for the micro-batch, the largest first; accumulation of the
+    first; completions of one generation).
 
-    Raises ConfigError for numbers that no run can have.
+    ``sequence`` is the number of tokens of a prompt with its completion. Raises ConfigError for
+    impossible numbers.
     """
     world = max(world_size, 1)
     if not is_auto(grpo):
@@ -75,7 +77,7 @@ def batch_of(
     whole = count(grpo, GENERATION)
     if whole % world:
         raise ConfigError(
-            f"{whole} completions cannot be shared evenly by {world} processes",
+            f"{whole} completions cannot be divided evenly among {world} processes",
             where=f"grpo.{GENERATION}",
             fix=f"{GENERATION}: {-(-whole // world) * world}",
         )
@@ -87,18 +89,18 @@ def batch_of(
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    """Of a number above 0, falling."""
+    """The divisors of a number above 0, in descending order."""
     small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
     return tuple(sorted({*small, *(number // one for one in small)}, reverse=True))
 
 
 def count(grpo: Mapping[str, Any], key: str) -> int:
-    """The number under ``key``, TRL's default where there is none. Raises ConfigError for what is
-    no number from 1 on.
+    """The number under ``key``, or TRL's default. Raises ConfigError unless it is a number of at
+    least 1.
     """
     value = grpo.get(key)
     if value is None:
         value = TRL_DEFAULTS.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-        raise ConfigError(f"{value!r} is no integer from 1 to {MOST}", where=f"grpo.{key}")
+        raise ConfigError(f"{value!r} must be an integer from 1 to {MOST}", where=f"grpo.{key}")
     return value

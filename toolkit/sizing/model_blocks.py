@@ -1,9 +1,9 @@
-"""What a model is made of, as far as memory goes: blocks of linear maps, vectors, and what each
-block caches for a token.
+"""The parts of a model that matter for memory: blocks of linear maps, vectors, and what each block
+caches per token.
 
-Everything else (parameters, weight bytes under a quantization, KV bytes, LoRA buffers,
-activations) is arithmetic on these values, so one description of an architecture serves every term
-and a test on one term guards the others.
+Everything else (parameters, weight bytes under a quantization, KV bytes, LoRA buffers, activations)
+is arithmetic on these values, so every term uses the same description of an architecture, and a
+test of one term also protects the others.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
 
 AttentionKind = Literal["full", "sliding", "mla", "linear", "none"]
-# How the trainer computes attention scores: a fused kernel keeps none, "eager" a matrix a head,
-# "capped" (soft-capping, which Hugging Face's fused default leaves out) one more.
+# How the trainer computes attention scores: a fused kernel keeps none, "eager" keeps one matrix per
+# head, and "capped" (soft-capping, which Hugging Face's fused default ignores) one more.
 Scores = Literal["fused", "eager", "capped"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``copies`` matrices of (out_features, in_features), with a bias of out_features each where
+    """``copies`` matrices of (out_features, in_features), each with a bias of out_features if
     ``bias``.
 
     ``name`` is the dotted path inside the block under Hugging Face's names; routed experts are one
@@ -79,8 +79,8 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """``count`` identical layers. ``vectors`` are the parameters that are no linear map (norms,
-    sinks, convolutions).
+    """``count`` identical layers. ``vectors`` is the number of parameters outside linear maps
+    (norms, sinks, convolutions).
     """
 
     count: int
@@ -100,7 +100,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A model as config.json (and, where present, the safetensors headers) describes it."""
+    """A model as described by config.json (and the safetensors headers, if present)."""
 
     name: str
     architecture: str
@@ -118,9 +118,9 @@ class ModelSpec:
     head_bias: bool = False
     quantization: Quantization | None = None
     stored: StoredWeights | None = None
-    weights_by_headers: bool = False  # a weight format that is not known: as large as its files
-    margin: float = 0.0  # of the weight and KV terms: 0 where the architecture is known
-    lora_tables: tuple[str, ...] = ()  # of embedding and head, those with LoRA slots in the engine
+    weights_by_headers: bool = False  # an unknown weight format, as large as its files
+    margin: float = 0.0  # margin of the weight and KV terms: 0 if the architecture is known
+    lora_tables: tuple[str, ...] = ()  # embedding and head, if they have LoRA slots in the engine
     rope_tables: tuple[RopeTable, ...] = ()
     scores: Scores = "fused"
     targets: tuple[str, ...] = SEVEN_PROJECTIONS  # what lora.target_modules auto means
@@ -132,7 +132,7 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Every parameter once: a tied head is the embedding."""
+        """The number of parameters; a tied head counts only as the embedding."""
         embeddings = self.vocab_size * self.hidden_size
         head = 0 if self.tied else embeddings
         bias = self.vocab_size if self.head_bias else 0

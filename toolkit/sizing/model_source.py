@@ -1,5 +1,5 @@
-"""Where a model's files lie: a folder, a config.json, or a snapshot in the Hugging Face cache.
-Nothing is downloaded.
+"""The location of a model's files: a folder, a config.json, or a snapshot in the Hugging Face
+cache. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """``folder`` holds the weights (None if only a config.json was given); ``config`` is the
+    """``folder`` contains the weights (None if only a config.json was given); ``config`` is the
     config.json.
     """
 
@@ -28,9 +28,9 @@ class ModelFiles:
 
 
 def find_model(name: str, revision: str | None = None) -> ModelFiles:
-    """Find the files of ``name``. Raises InputError that says where it was looked for."""
+    """Find the files of ``name``. Raises InputError with the places that were searched."""
     if not name or "\0" in name:
-        raise InputError("the model's name is empty or holds a null byte", fix="name a model")
+        raise InputError("the model's name is empty or contains a null byte", fix="name a model")
     path = Path(name).expanduser()
     if path.name == "config.json" or (path.suffix == ".json" and path.is_file()):
         return ModelFiles(path.parent if path.name == "config.json" else None, path, None)
@@ -38,7 +38,7 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
         return _in_folder(path, None)
     if not _HUB_ID.fullmatch(name):
         raise InputError(
-            f"there is no folder {name!r}, and it is no hub id",
+            f"{name!r} is neither an existing folder nor a valid hub id",
             fix="give a folder with config.json, or ORGANISATION/NAME",
         )
     return _in_cache(name, revision)
@@ -50,7 +50,7 @@ def _in_cache(name: str, revision: str | None) -> ModelFiles:
         raise InputError(
             f"{name} (revision {revision or 'main'}) is neither a folder nor in the cache"
             f" {hub_cache(os.environ)}",
-            fix=f"hf download {name}, or set HF_HOME to the cache that has it",
+            fix=f"hf download {name}, or set HF_HOME to the cache that contains it",
         )
     return _in_folder(snapshot, snapshot.name)
 
@@ -68,10 +68,10 @@ def _in_folder(folder: Path, revision: str | None) -> ModelFiles:
             )
         found = find_model(base)
         if (found.config.parent / "adapter_config.json").is_file() and not found.config.is_file():
-            raise InputError("an adapter's base is an adapter", where=str(folder))
+            raise InputError("the base of an adapter is itself an adapter", where=str(folder))
         return found
     if not config.exists():
         raise InputError(
-            "there is no config.json", where=str(folder), fix="give the model's own folder"
+            "config.json does not exist", where=str(folder), fix="give the model's own folder"
         )
     return ModelFiles(folder, config, revision)

@@ -1,8 +1,8 @@
-"""What would make a run fit: changes ordered by the harm that they do, then by the bytes that they
-free, each tried by itself; where none is enough, the least harmful of them together.
+"""Changes that make a run fit, ordered by their harm and then by the bytes that they free.
 
-Offered is what the rules accept on the card (base.capability). ``settings`` are the values to
-write, so that a remedy can be applied as it is.
+Each is tried alone; if none is enough, the least harmful ones are combined. Only changes that the
+rules accept for the card are offered (base.capability). ``settings`` are the values to write, so
+that a remedy can be applied directly.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Case, Fit
 
     class Attempt(Protocol):
-        """The best case of a changed run: on the same card or another, on as many cards or more."""
+        """The best case of a changed run: on the same card or another, on the same number of cards
+        or more.
+        """
 
         def __call__(
             self, config: RunConfig, world_size: int = ..., device: Device | None = ...
         ) -> tuple[Case, Fit]: ...
 
 
-# What a change costs, the least harm first.
+# The cost of a change, the least harm first.
 NOTHING, TIME, PRECISION, ADAPTER, LENGTH, HARDWARE = range(6)
 HARM = {
     NOTHING: "loses nothing",
@@ -46,14 +48,14 @@ HARM = {
     LENGTH: "shorter texts",
     HARDWARE: "more hardware",
 }
-_SHORTEST = 128  # completions and prompts are not cut below it
+_SHORTEST = 128  # completions and prompts are not shortened below it
 _MOST_STEPS = 40
-_UNKNOWN_PROMPT = 1024  # kept for prompts whose length is not stated
+_UNKNOWN_PROMPT = 1024  # reserved for prompts of unknown length
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """Values to write (dotted keys), in the words of a person, and their harm."""
+    """Values to write (dotted keys), their text for people, and their harm."""
 
     harm: int
     text: str
@@ -72,8 +74,9 @@ class _Change:
 
 
 def remedies_for(config: RunConfig, case: Case, short: int, attempt: Attempt) -> tuple[Remedy, ...]:
-    """Changes of ``config`` that free something. First what is enough (alone, or together), then
-    the rest; each by harm and then by bytes. ``attempt`` gives the best case of a changed run.
+    """Changes of ``config`` that free memory. First those that are enough (alone or combined), then
+    the rest; each group sorted by harm and then by bytes. ``attempt`` gives the best case of a
+    changed run.
     """
     found = []
     for change in _changes(case):
@@ -101,8 +104,8 @@ def _remedy(change: _Change, short: int, left: int) -> Remedy:
 
 
 def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
-    """The least harmful changes one after the other until the run fits, less those that turn out
-    not to be needed. None where all of them are not enough, or where one is.
+    """The least harmful changes, added one after the other until the run fits, without those that
+    are not needed in the end. None if even all together are not enough, or if a single one is.
     """
     taken: dict[str, Any] = {}
     changed, harms = config, dict[str, int]()
@@ -131,7 +134,7 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 
 def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Keys that only go together, the most recent (and so most harmful) first."""
+    """Keys that must change together, the most recent (and so most harmful) first."""
     batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
     lengths = ("model.max_seq_length", "grpo.max_completion_length", "grpo.max_prompt_length")
@@ -141,7 +144,7 @@ def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _next_step(config: RunConfig, case: Case, fit: Fit, attempt: Attempt) -> _Change | None:
-    """Of the changes with the least harm that free something the one that frees most."""
+    """The least harmful change that frees memory; of several, the one that frees most."""
     by_harm: dict[int, list[_Change]] = {}
     for change in _changes(case):
         by_harm.setdefault(change.harm, []).append(change)
@@ -250,8 +253,8 @@ def _has(case: Case, needed: tuple[int, int]) -> bool:
 
 
 def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """Two cards of this kind, each with half of the micro-batch: the steps stay what they are. (One
-    model over two cards needs a second copy of the weights, and saves nothing.)
+    """Two cards of this kind, each with half of the micro-batch, so the steps do not change.
+    (Splitting one model over two cards needs a second copy of the weights and saves nothing.)
     """
     micro, accumulation = case.step.micro_batch, case.step.accumulation
     if case.device is None or case.step.world_size > 1 or micro % 2:
@@ -268,7 +271,7 @@ def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
 
 
 def _larger_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """The smallest card of the table that holds the run as it is."""
+    """The smallest card of the table on which the unchanged run fits."""
     if case.device is None:
         return []
     larger = sorted(
@@ -290,5 +293,5 @@ def _larger_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
     card = larger[place]
     left = attempt(config, device=Device.from_card(card))[1].short
     size = format_bytes(card.cuda_bytes)
-    change = _Change(HARDWARE, f"a larger card, from {card.aliases[0]} on ({size})")
+    change = _Change(HARDWARE, f"a larger card: {card.aliases[0]} or more ({size})")
     return [replace(_remedy(change, short, left), card=card.aliases[0])]

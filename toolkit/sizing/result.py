@@ -1,5 +1,5 @@
-"""What sizing found: the interval, the choice, the whole budget, and the run file with every
-"auto" filled.
+"""The result of sizing: the interval, the choice, the whole budget, and the run file with every
+"auto" replaced.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class EnginePart:
     """Facts of the engine as it would be built.
 
     ``lora_bytes`` is vLLM's own allocation, with slots on every layer that it can adapt (experts,
-    embeddings and head too); ``lora_slots_bytes`` is what this toolkit's engine takes, which asks
-    for slots on the projections alone. ``ranks`` prices each legal max_lora_rank in the latter.
+    embeddings and head too); ``lora_slots_bytes`` is the allocation of the toolkit's engine, which
+    has slots only on the projections. ``ranks`` gives the latter for each legal max_lora_rank.
     """
 
     lora_bytes: int
@@ -59,9 +59,10 @@ class EnginePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerPart:
-    """``resident_bytes`` stay during rollouts; ``step_bytes`` come and go with a micro-batch.
+    """``resident_bytes`` stay during rollouts; ``step_bytes`` exist only during a micro-batch.
 
-    ``step_s_estimate`` ranks ways of doing a step without its rollouts (``pace``): no promise.
+    ``step_s_estimate`` (``pace``) is a rough time of a step without rollouts, only for ranking
+    candidates.
     """
 
     resident_bytes: int
@@ -72,7 +73,7 @@ class TrainerPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peaks:
-    """Predicted peaks of torch's allocator by phase, and the stated bound (with the margins)."""
+    """Predicted peaks of torch's allocator per phase, and the upper bound (with margins)."""
 
     rollout_bytes: int
     training_bytes: int
@@ -82,7 +83,7 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """gpu_memory_utilization may be in [min, max]; each end with the term that binds it. None
+    """The range [min, max] of gpu_memory_utilization, with the term that limits each end. None
     without a GPU.
     """
 
@@ -119,9 +120,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change (or several together), what it frees, whether that is enough, and what it costs:
+    """A change (or several combined), what it frees, whether that is enough, and what it costs:
     ``harm`` counts from 0 (nothing is lost). ``settings`` are the keys and values to write;
-    ``world_size`` and ``card`` the cards that it needs, where they are others.
+    ``world_size`` and ``card`` are the cards that it needs, if different.
     """
 
     change: str
@@ -141,8 +142,8 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingResult:
-    """The answer of ``solve``. ``budget`` lists every term; ``short_bytes`` is what is missing (0
-    where it fits).
+    """The result of ``solve``. ``budget`` lists every term; ``short_bytes`` is the missing memory
+    (0 if it fits).
     """
 
     device: Mapping[str, Any] | None
@@ -187,7 +188,9 @@ class SizingResult:
         }
 
     def error(self) -> ConfigError:
-        """What an empty interval says: what is missing, what binds, and the priced list."""
+        """The error for an empty interval: the missing memory, the limiting terms, and the list of
+        changes.
+        """
         name = self.device["name"] if self.device else "this host"
         listed = "\n       ".join(str(remedy) for remedy in self.remedies)
         return ConfigError(
@@ -198,26 +201,26 @@ class SizingResult:
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """What is wrong with a written gpu_memory_utilization: outside the interval, margins
-        aside.
+        """What is wrong with a written gpu_memory_utilization that is outside the interval
+        (ignoring margins).
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin
         if written == "auto" or low is None or high is None or low <= written <= high:
             return None
         bound, why = (
-            (f"below {low}, the least", interval.binding_min)
+            (f"below {low}, the minimum", interval.binding_min)
             if written < low
-            else (f"above {high}, the most", interval.binding_max)
+            else (f"above {high}, the maximum", interval.binding_max)
         )
         return ConfigError(
-            f"{written} is {bound} that this run can have here ({why})",
+            f"{written} is {bound} for this run on this device ({why})",
             where="model.gpu_memory_utilization",
             fix=f"write a value from {interval.min} to {interval.max}, or auto",
         )
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """``config`` with every "auto" filled; raises ConfigError where the run does not fit.
+        """``config`` with every "auto" replaced; raises ConfigError if the run does not fit.
 
         gpu_memory_utilization stays "auto" without a GPU: it is not used there.
         """

@@ -1,5 +1,5 @@
-"""``solve``: from a run file, a model and a card to the interval of gpu_memory_utilization, the
-choice, and the budget.
+"""``solve`` computes the interval of gpu_memory_utilization, the choice and the budget of a run
+file, a model and a card.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 def solve(
     config: RunConfig, spec: ModelSpec, device: Device | None, *, world_size: int = 1
 ) -> SizingResult:
-    """Size the run; ``device`` None is the CPU. An empty interval is a result with ``feasible``
-    False and priced remedies.
+    """Size the run; ``device`` None is the CPU.
 
-    Raises ConfigError for numbers that no run can have (a rank above the engine's largest).
+    If the interval is empty, the result has ``feasible`` False and a list of remedies. Raises
+    ConfigError for impossible numbers (a rank above the engine's largest).
     """
     case, fit = best_case(config, spec, device, world_size)
     if fit.short <= 0:
@@ -61,8 +61,8 @@ def solve(
 def resolve(
     config: RunConfig, device: Device | None, *, world_size: int = 1
 ) -> tuple[RunConfig, SizingResult]:
-    """Read the model, solve, and fill every "auto". Raises ConfigError with the priced list where
-    the run does not fit.
+    """Read the model, solve, and replace every "auto". Raises ConfigError with the list of remedies
+    if the run does not fit.
     """
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world_size)
@@ -72,12 +72,12 @@ def resolve(
 def best_case(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Case, Fit]:
-    """Of the candidates that suit (``Fit.holds_rollout``, and what is written) the one with the
-    fastest training step; else, of the smallest micro-batch, the one that fits with the widest
-    interval; else the nearest to fitting.
+    """Of the suitable candidates (``Fit.holds_rollout``, and consistent with written values), the
+    one with the fastest training step.
 
-    Candidates are the ways of keeping a step (with and without checkpointing, with and without KV
-    sleep), each with the largest micro-batch that suits.
+    If none is suitable: with the smallest micro-batch, the one that fits with the widest interval,
+    else the one that is closest to fitting. Candidates vary checkpointing and KV sleep, each with
+    its largest suitable micro-batch.
     """
     run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
     config = run.config
@@ -101,11 +101,11 @@ def best_case(
 
 
 def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:
-    """Refuse a written KV cache that does not hold one sequence: vLLM does not start with it."""
+    """Refuse a written KV cache that is too small for one sequence: vLLM would not start."""
     written = config.model.kv_cache_bytes
     if not work.uses_engine or not isinstance(written, int):
         return
-    # vLLM keeps one block empty (BlockPool's null block).
+    # vLLM reserves one empty block (BlockPool's null block).
     lengths = (plan.max_model_len, 1)
     least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
     if written < least:
@@ -120,7 +120,7 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
 def _largest(
     way: Callable[[int], tuple[Case, Fit]], micros: tuple[int, ...]
 ) -> tuple[Case, Fit] | None:
-    """The first of ``micros``, which fall, that suits."""
+    """The first suitable one of ``micros``, which are in descending order."""
     pairs: dict[int, tuple[Case, Fit]] = {}
 
     def suits(micro: int) -> bool:
@@ -129,13 +129,14 @@ def _largest(
 
     if suits(micros[0]):
         return pairs[micros[0]]
-    # A smaller one of the rest never needs more. The first, which takes no accumulation, may.
+    # Among the rest, a smaller one never needs more memory. The first needs no accumulation, so it
+    # may need less than the next.
     place = bisect_left(micros, True, lo=1, key=suits)
     return pairs[micros[place]] if place < len(micros) else None
 
 
 def _suits(case: Case, fit: Fit) -> bool:
-    """Whether the run fits, the whole rollout in its KV cache, at the utilization as written."""
+    """Whether the run fits at the written utilization, with the whole rollout in its KV cache."""
     written = case.config.model.gpu_memory_utilization
     if written == "auto" or case.device is None or not case.work.uses_engine:
         return fit.holds_rollout
@@ -168,9 +169,10 @@ def _step(
 
 
 def _largest_micro_batch(case: Case) -> int:
-    """The largest micro-batch that cuts the generation batch as it is evenly; 0 if not even 1 fits.
+    """The largest micro-batch that fits and divides the generation batch evenly; 0 if not even 1
+    fits.
 
-    What fits holds every sequence of a rollout in the KV cache, as the choice does.
+    As for the choice, the KV cache must hold all sequences of a rollout.
     """
 
     def fits(micro: int) -> bool:

@@ -1,5 +1,5 @@
-"""``read_spec``: a ModelSpec from config.json and safetensors headers alone. No torch, no
-download, no weight is read.
+"""``read_spec``: a ModelSpec from only config.json and safetensors headers. It needs no torch,
+downloads nothing and reads no weights.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from toolkit.sizing.families.common import Shape
     from toolkit.sizing.headers import StoredWeights
 
-# What a config.json that this sizer does not know costs in trust: its terms get this much more.
+# The additional margin of all terms for an unknown architecture.
 UNKNOWN_MARGIN = 0.10
-UNTRAINED = "sized, but cannot be trained here"
+UNTRAINED = "sized, but training it is not supported"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
     """Read the model at a folder, a config.json, or a cached hub id.
 
-    Raises InputError where files are missing or broken, UnsupportedError where the architecture is
-    unknown and there are no weights to size it from.
+    Raises InputError if files are missing or broken, and UnsupportedError if the architecture is
+    unknown and there are no headers to size it from.
     """
     files = find_model(model, revision)
     values = read_json(files.config)
@@ -51,8 +51,8 @@ def spec_from_values(
     where: str = "config.json",
     stored: StoredWeights | None = None,
 ) -> ModelSpec:
-    """A ModelSpec from the mapping of a config.json and, where there are any, its headers. Raises
-    as ``read_spec`` does.
+    """A ModelSpec from the mapping of a config.json and its headers, if any. Raises as
+    ``read_spec`` does.
     """
     fields = Fields(values, where)
     model_type = fields.text("model_type") or ""
@@ -63,17 +63,17 @@ def spec_from_values(
     notes: list[str] = []
     margin = 0.0
     if isinstance(quantization, str):
-        notes.append(f"weight format {quantization!r} is not known: sized by its headers")
+        notes.append(f"unknown weight format {quantization!r}: sized from its headers")
         margin = UNKNOWN_MARGIN
         if stored is None:
             raise UnsupportedError(
-                f"weight format {quantization!r} is not known and there are no headers",
+                f"unknown weight format {quantization!r}, and there are no headers",
                 where=where,
                 fix="give a folder with the safetensors files",
             )
     elif quantization is not None and quantization.method == "mxfp4":
         # To 128 x 256 by Marlin, which is 9 % more of gpt-oss's 2880 x 2880, to 64 by Triton.
-        notes.append("MXFP4 experts are padded as the kernel that vLLM picks on the card wants it")
+        notes.append("MXFP4 experts are padded as vLLM's kernel for the card requires")
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
     if stored_in is not None and stored_in.flag is None:
@@ -82,7 +82,7 @@ def spec_from_values(
         notes.append(f"{UNTRAINED}: a multimodal model, of which the language model is counted")
     if family is None:
         shape = _unknown(fields, stored, model_type, architectures)
-        notes.append(f"architecture {model_type!r} is not known: sized from its headers")
+        notes.append(f"unknown architecture {model_type!r}: sized from its headers")
         margin = UNKNOWN_MARGIN
     else:
         shape = family(fields)
@@ -123,7 +123,7 @@ def _unknown(
             f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known "
             "to the sizer, and there are no safetensors headers to size it from",
             where=fields.where,
-            fix=f"give a folder that holds the weights too; known: {known}",
+            fix=f"give a folder that also contains the weights; known: {known}",
         )
     inner = fields.section("text_config")
     return shape_from_headers(inner or fields, stored)
@@ -136,12 +136,12 @@ def _dtype(fields: Fields) -> str:
         written = inner.text("dtype") or inner.text("torch_dtype")
     name = (written or "float32").removeprefix("torch.")
     if name not in DTYPE_BYTES:
-        raise InputError(f"dtype {name!r} is not known", where=fields.where)
+        raise InputError(f"unknown dtype {name!r}", where=fields.where)
     return name
 
 
 def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
-    """A sentence where unquantized headers hold another number of values than the config."""
+    """A note if unquantized headers have a different number of values than the config."""
     if stored is None or quantization is not None:
         return []
     spec = ModelSpec(
@@ -165,6 +165,6 @@ def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -
         return []
     share = stored.elements / max(spec.parameters, 1) - 1
     return [
-        f"the headers hold {stored.elements:,} values, "
-        f"the config says {spec.parameters:,} ({share:+.1%})"
+        f"the headers have {stored.elements:,} values, but the config gives {spec.parameters:,} "
+        f"({share:+.1%})"
     ]

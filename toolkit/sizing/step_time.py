@@ -1,13 +1,13 @@
-"""How long a training step takes, roughly: enough to rank the ways of cutting and keeping it.
+"""A rough estimate of the time of a training step, to rank candidates (micro-batch, checkpointing,
+KV sleep).
 
-A micro-batch takes the longer of what the card computes and what the host needs to launch it. Both
-rates were read on one H100 with an 8B Llama, 64 sequences of 320 tokens a step:
+A micro-batch takes the larger of the card's compute time and the host's launch time.
+Both rates were measured on one H100 with an 8B Llama and 64 sequences of 320 tokens per step:
 
     micro-batch    8 plain   16 plain   32, 64 with checkpointing
     seconds        2.46      1.82       2.31, 2.29
 
-A slower card is busy sooner, so there the larger micro-batch of a pair wins by less than is
-thought.
+A slower card is fully used earlier, so there a larger micro-batch gains less than estimated.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ LAYER_S = 0.0096
 RECOMPUTED = 1.4
 """The same with the second forward pass of checkpointing, as a factor."""
 OPERATIONS_S = 4.0e14
-"""Operations a second in bfloat16, everything between the matrix products included."""
+"""Operations per second in bfloat16, including the time between matrix products."""
 SLEEP_S = 0.25
-"""Releasing the KV cache and mapping it again, with the memory of a step that torch gives back."""
+"""Time to release the KV cache and map it again, with the memory of a step that torch frees."""
 
 
 def training_seconds(case: Case) -> float:
-    """Seconds of one optimizer step without its rollouts, what sleep adds included."""
+    """Seconds of one optimizer step without its rollouts, including the time for KV sleep."""
     step = case.step
     again = bool(step.checkpointing)
     host = case.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
-    # Forward and backward to the activations, 2 operations a parameter and token each.
+    # Forward pass and backward pass to the activations: 2 operations per parameter and token each.
     operations = (6 if again else 4) * active_parameters(case.spec)
     device = operations * step.micro_batch * case.work.sequence / OPERATIONS_S
     return step.accumulation * max(host, device) + SLEEP_S * case.plan.sleep
 
 
 def active_parameters(spec: ModelSpec) -> int:
-    """Of the linear maps that one token goes through, the head's included."""
+    """Parameters of the linear maps that one token passes through, including the head."""
     total = spec.hidden_size * spec.vocab_size
     for block in spec.blocks:
         for linear in block.linears:

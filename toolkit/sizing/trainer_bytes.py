@@ -1,5 +1,5 @@
-"""What the trainer takes: the adapter and its states for good, gradients, activations and the head
-during a step.
+"""Memory of the trainer: the adapter and its optimizer states permanently; gradients, activations
+and the head during a step.
 
 Read at transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL scores completions with a fused head
 (trl/kernels/chunked_logprob.py): no (batch, length, vocabulary) tensor exists, only tiles of 4096
@@ -37,32 +37,35 @@ class StepPlan:
     checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
     compute_bytes: int
     own_weights: bool
-    packed: bool = False  # the base's layers are bitsandbytes', and PEFT's own around them
+    packed: bool = False  # the base has bitsandbytes layers, with PEFT's layers around them
     world_size: int = 1
 
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
-    """Every term of the trainer; those of phase "always" are there during rollouts too."""
+    """Every term of the trainer; those of phase "always" exist during rollouts too."""
     count = work.adapter_parameters(spec)
     states = work.optimizer_bytes
     terms = []
     if step.own_weights:
         own = weight_bytes(spec, plan.dtype, plan.quantization)
-        terms.append(Term("trainer.weights", own, "the trainer's own model"))
+        terms.append(Term("trainer.weights", own, "the trainer's separate model"))
     terms += [
         Term(
             "trainer.adapter",
             count * MASTER_BYTES,
             f"{count:,} parameters of {MASTER_BYTES} bytes, r = {work.rank}",
         ),
-        Term("trainer.optimizer", int(count * states), f"{states:g} bytes a parameter"),
+        Term("trainer.optimizer", int(count * states), f"{states:g} bytes per parameter"),
     ]
     saved, layer, moving = activations(spec, work, step)
     head = head_bytes(spec, work, step)
     gradients, beyond = count * MASTER_BYTES, ""
     if step.accumulation == 1:
-        # They come into being layer by layer while the saved tensors of those layers go.
-        gradients, beyond = max(0, gradients - saved), ", beyond the activations that go meanwhile"
+        # Gradients are created layer by layer while the saved tensors of those layers are freed.
+        gradients, beyond = (
+            max(0, gradients - saved),
+            ", beyond the activations that are freed meanwhile",
+        )
     if step.world_size > 1:
         gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
@@ -72,7 +75,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.gradients",
             gradients,
-            f"{MASTER_BYTES} bytes a parameter{beyond}",
+            f"{MASTER_BYTES} bytes per parameter{beyond}",
             "training",
         ),
         Term("trainer.activations", saved + layer + moving, shape, "training"),
@@ -87,14 +90,16 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         layers = 1 if step.checkpointing else spec.layers
         nbytes = delta * (MASTER_BYTES + layers * step.compute_bytes)
         terms.append(
-            Term("trainer.expert_updates", nbytes, "PEFT forms W + BA of all experts", "training")
+            Term(
+                "trainer.expert_updates", nbytes, "PEFT computes W + BA of all experts", "training"
+            )
         )
     if step.packed:
         unpacked = dequantized_bytes(spec, plan)
         terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
         if step.compute_bytes < MASTER_BYTES:
             copies = count * step.compute_bytes
-            what = f"autocast's copy of the adapter, {step.compute_bytes} bytes a parameter"
+            what = f"autocast's copy of the adapter, {step.compute_bytes} bytes per parameter"
             terms.append(Term("trainer.adapter_copies", copies, what, "training"))
     return terms
 
@@ -112,12 +117,12 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def is_packed(quantization: Quantization | None) -> bool:
-    """True for a base that bitsandbytes packs, here or in its files."""
+    """True if bitsandbytes quantizes the base, at loading or already in its files."""
     return quantization is not None and quantization.method.startswith("bnb")
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The largest weight of a packed base, unpacked for one product."""
+    """The largest weight of a quantized base, unpacked for one product."""
     largest = max(
         linear.out_features * linear.in_features
         for block in spec.blocks

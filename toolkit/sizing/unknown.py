@@ -1,5 +1,5 @@
-"""An architecture that nobody taught us, sized from its headers: matrices by name and layer,
-attention from the usual keys.
+"""Size an unknown architecture from its headers: matrices by name and layer, attention from the
+usual keys.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     """
     if missing := [key for key in NEEDED if not fields.has(key)]:
         raise UnsupportedError(
-            f"the architecture is not known and its config.json lacks {', '.join(missing)}",
+            f"the architecture is unknown, and its config.json has no {', '.join(missing)}",
             where=fields.where,
-            fix="write the values under these names into a copy of config.json, or size by hand",
+            fix="write the values under these names into a copy of config.json",
         )
     heads = read_heads(fields)
     layers: dict[int, dict[str, StoredTensor]] = defaultdict(dict)

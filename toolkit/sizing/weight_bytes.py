@@ -1,4 +1,4 @@
-"""Bytes of the weights: as the engine holds them, and as a trainer of its own would."""
+"""Bytes of the weights: in the engine, and in a separate trainer model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def weight_bytes(
     if spec.weights_by_headers and spec.stored is not None:
         return spec.stored.nbytes
     if engine and quantization is not None and quantization.nested:
-        # vLLM's bitsandbytes loader undoes the second quantization of the block scales.
+        # vLLM's bitsandbytes loader reverts the second quantization of the block scales.
         quantization = replace(quantization, nested=False)
     width = DTYPE_BYTES[dtype]
     vocab = padded_vocab(spec.vocab_size) if engine else spec.vocab_size
@@ -56,8 +56,9 @@ def weight_bytes(
 
 
 def _unpacked_latent_bytes(block: Block, width: int, quantization: Quantization) -> int:
-    """Latent attention keeps W_UK and W_UV, the halves of kv_b_proj, unpacked beside a quantized
-    one; of a plain one they are views (vllm/model_executor/layers/attention/mla_attention.py).
+    """Latent attention keeps W_UK and W_UV, the halves of kv_b_proj, unpacked in addition to a
+    quantized kv_b_proj; of an unquantized one they are views
+    (vllm/model_executor/layers/attention/mla_attention.py).
     """
     return sum(
         linear.weights * width
@@ -82,7 +83,7 @@ def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None)
 
 
 def _stays(linear: Linear, quantization: Quantization) -> bool:
-    """Routers and convolutions stay in 16 bits; MXFP4 packs the experts alone."""
+    """Routers and convolutions stay in 16 bits; MXFP4 quantizes only the experts."""
     if linear.leaf in ("gate", "router", "shared_expert_gate", "conv1d"):
         return True
     if quantization.method == "mxfp4" and linear.copies == 1:

@@ -1,4 +1,4 @@
-"""How many bytes a weight takes under each stored or requested format, metadata included.
+"""Bytes of a weight in each stored or requested format, including metadata.
 
 Sources: bitsandbytes functional.quantize_4bit (blocks of 64, one float32 absmax each; double
 quantization: uint8 absmax plus one float32 per 256 blocks and 16 + 256 code floats per tensor);
@@ -30,7 +30,7 @@ def _ceil(count: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A weight format. ``skipped`` holds name fragments of modules that stay in the model's own
+    """A weight format. ``skipped`` has name fragments of modules that stay in the model's own
     dtype.
     """
 
@@ -91,8 +91,8 @@ FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "e
 def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | str | None:
     """``quantization_config`` of a config.json.
 
-    Returns None where there is none, and the method's name (a text) where it is one that is not
-    known here: the caller then sizes from the safetensors headers.
+    Returns None if there is none, and the method's name (a string) if it is unknown: the caller
+    then sizes from the safetensors headers.
     """
     if values is None:
         return None
@@ -125,7 +125,9 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
 
 
 def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
-    """One group with float or integer 8-bit weights is sized; anything else goes by the headers."""
+    """Supports one group with float or integer 8-bit weights; anything else is sized from the
+    headers.
+    """
     groups = fields.section("config_groups")
     if groups is None or len(groups.values) != 1:
         return None
@@ -143,7 +145,7 @@ def _skipped(fields: Fields) -> tuple[str, ...]:
     named: list[str] = []
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers"):
         named += [name for name in fields.items(key, str) or () if not name.startswith("re:")]
-    # The head and the embeddings stay as they are in every format above unless a checkpoint says
-    # otherwise.
+    # The head and the embeddings are not quantized in any of these formats, unless a checkpoint
+    # says so.
     named += ["lm_head", "embed_tokens"]
     return tuple(dict.fromkeys(name.replace("model.layers.*.", "") for name in named))

@@ -1,6 +1,4 @@
-"""The run file as the numbers that memory depends on, with the defaults of TRL 1.16's GRPOConfig
-where it is silent.
-"""
+"""The numbers of a run file on which memory depends, with the defaults of TRL 1.16's GRPOConfig."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.device import Device
     from toolkit.sizing.model_blocks import ModelSpec
 
-# Bytes of optimizer state a trainable parameter (torch.optim, bitsandbytes).
+# Bytes of optimizer state per trainable parameter (torch.optim, bitsandbytes).
 OPTIMIZER_BYTES = {
     "adamw": 8, "adam": 8, "sgd": 0, "adafactor": 0.1, "lion": 4, "rmsprop": 4, "adagrad": 4,
     "adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1, "lion_8bit": 1.1,
@@ -27,9 +25,9 @@ OPTIMIZER_BYTES = {
 class Workload:
     """One process's share of a step. Lengths in tokens; a micro-batch is one forward pass.
 
-    ``micro_batches`` are the candidates, the largest first: one, unless the run file leaves the
-    choice open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it. ``rank`` is
-    the largest of the adapter, ``base_rank`` that of modules which ``layout`` does not name.
+    ``micro_batches`` are the candidates, the largest first. There is only one unless the choice is
+    open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it. ``rank`` is the
+    largest rank of the adapter, ``base_rank`` that of modules which ``layout`` does not name.
     """
 
     micro_batch: int
@@ -55,7 +53,7 @@ class Workload:
 
 
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
-    """The numbers of ``run``. Raises ConfigError for a number that is none or below 1."""
+    """The numbers of ``run``. Raises ConfigError for a value that is not a number of at least 1."""
     config, world_size = run.config, run.world_size
     grpo = config.grpo
     completion = count(grpo, "max_completion_length")
@@ -89,7 +87,7 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
 
 
 def layout_of(section: LoraSection) -> lora_bytes.Layout:
-    """What the ``lora`` section says of single modules and layers."""
+    """The settings of the ``lora`` section for single modules and layers."""
     layers = section.layers_to_transform
     return lora_bytes.Layout(
         exclude=section.exclude_modules,
@@ -99,8 +97,8 @@ def layout_of(section: LoraSection) -> lora_bytes.Layout:
 
 
 def optimizer_bytes(name: str) -> float:
-    """State bytes a trainable parameter; the longest known name that ``name`` starts with, AdamW's
-    8 for what is not known.
+    """State bytes per trainable parameter, from the longest known name that ``name`` starts with;
+    AdamW's 8 if unknown.
     """
     known = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
     if "8bit" in name and not any("8bit" in key for key in known):

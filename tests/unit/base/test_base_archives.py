@@ -197,7 +197,7 @@ def test_a_header_of_gigabytes_is_refused_at_once(
             file.write(start)
             file.truncate(2 << 30)
     begin = time.monotonic()
-    with pytest.raises(ConfigError, match="has a header of 2147483648 bytes; 1048576 is the most"):
+    with pytest.raises(ConfigError, match="has a header of 2147483648 bytes; the limit is 1048576"):
         unpack(archive, tmp_path / "into")
     assert time.monotonic() - begin < 5
     assert not (tmp_path / "into").exists()
@@ -207,7 +207,7 @@ def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "a.tar"
     one = _header("x", tarfile.XHDTYPE, 512) + b"11 path=ab\n".ljust(512, b"\0")
     archive.write_bytes(one * 5000)
-    with pytest.raises(InputError, match="its headers contain each other"):
+    with pytest.raises(InputError, match="its headers are nested in a loop"):
         unpack(archive, tmp_path / "into")
 
 
@@ -271,5 +271,5 @@ def test_an_archive_that_is_no_file(tmp_path: Path, what: str) -> None:
         os.mkfifo(path)
     else:
         path.symlink_to("/dev/zero" if what == "device" else path)
-    with pytest.raises(InputError, match=r"not a regular file|in a circle"):
+    with pytest.raises(InputError, match=r"not a regular file|form a loop"):
         unpack(path, tmp_path / "into")

@@ -27,5 +27,5 @@ def test_a_process_that_nothing_was_said_to_is_alone(nothing: dict[str, str]) ->
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5", "99999999"])
 def test_what_is_no_number_of_processes_is_refused(value: str) -> None:
     for count in (environment.world_size, environment.local_world_size):
-        with pytest.raises(InputError, match=f"WORLD_SIZE={value} is no number from 1 on"):
+        with pytest.raises(InputError, match=f"WORLD_SIZE={value} must be a whole number"):
             count({"WORLD_SIZE": value})

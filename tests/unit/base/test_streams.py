@@ -27,8 +27,8 @@ sys.exit(75)
 @pytest.mark.parametrize(
     ("streams", "told"),
     [
-        ("| true", "warning: stdout is lost (Broken pipe); the run goes on without it\nsaid\n"),
-        (">/dev/full", "warning: stdout is lost (No space left on device); the run goes on"),
+        ("| true", "warning: stdout is lost (Broken pipe); the run continues without it\nsaid\n"),
+        (">/dev/full", "warning: stdout is lost (No space left on device); the run continues"),
         (">&-", "said\n"),
         (">/dev/null 2>/dev/full", ""),
         ("2>&1 | true", ""),

@@ -41,7 +41,7 @@ def test_without_a_run_folder_the_report_is_in_the_current_one(
     assert f"this is a defect of the toolkit; the report is in {report}" in told
     text = report.read_text()
     assert f"{type(error).__name__}: {error}" in text
-    assert "none was loaded" in text
+    assert "no run was loaded" in text
     assert stat.S_IMODE(report.stat().st_mode) == 0o644 & ~_umask()
 
 
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch, c
     monkeypatch.setattr(tempfile, "tempdir", str(there_too))
     code, told = ended(KeyError("x"), capsys)
     assert code == 70
-    assert "run again with --debug and attach what it prints" in told
+    assert "run again with --debug and attach the output" in told
 
 
 def test_what_is_not_a_defect_leaves_no_report(tmp_path, monkeypatch, capsys) -> None:

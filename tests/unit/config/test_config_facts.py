@@ -71,7 +71,7 @@ def test_chats_count_as_prompts(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"prompt": 1}\n{', "line 2 is not JSON"),
         ("b.jsonl", b"[1]\n", "line 1 is not a JSON object"),
-        ("c.json", b'{"rows": []}', "is no list of objects"),
+        ("c.json", b'{"rows": []}', "must be a list of objects"),
         ("d.jsonl", b"\xff\xfe", "is not UTF-8 text"),
         ("e.jsonl", b"", "has no rows"),
         ("f.json", b"[" * 100_000, ""),

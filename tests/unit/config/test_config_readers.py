@@ -216,4 +216,4 @@ def test_a_bomb_of_aliases_is_told_apart() -> None:
     ten = "a: &a [" + "x, " * 10 + "]\n"
     assert read(ten + "b: [" + "*a, " * 400 + "]\n", "yaml").findings == []
     (found,) = read(ten + "b: [" + "*a, " * 500 + "]\n", "yaml").findings
-    assert found.message == "aliases stand for more than 5000 values"
+    assert found.message == "aliases expand to more than 5000 values"

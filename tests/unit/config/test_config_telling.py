@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.envcheck import cli
 from toolkit.config import find_schema
@@ -17,7 +18,6 @@ from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.arithmetic import divisors_from, multiple_from, nearest_divisor
-from toolkit.config.suggest import nearest
 from toolkit.config.validate import validate
 
 
@@ -103,7 +103,7 @@ def test_the_explain_command() -> None:
     assert "caught by: envcheck" in run(cli, ["explain", "-"], input=pasted).output
     unknown = run(cli, ["explain", "-"], input="all is well")
     assert isinstance(unknown.exception, UnestablishedError)
-    assert "no error that is known" in str(unknown.exception)
+    assert "no known error found" in str(unknown.exception)
     assert "a check of envcheck check" in run(cli, ["explain", "memory.free"]).output
     wrong = run(cli, ["explain", "num_generation"])
     assert wrong.exit_code == 1

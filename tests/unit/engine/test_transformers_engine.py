@@ -112,7 +112,7 @@ def test_what_it_cannot_do_is_said(engine: TransformersEngine) -> None:
     with pytest.raises(UnsupportedError, match="structured outputs need the vLLM engine"):
         engine.generate(PROMPTS, Sampling(structured_outputs_regex="a"), seed=0)
     with pytest.raises(
-        ConfigTypeError, match=r"bad_wordz is no sampling keyword.*\n.*bad_words_ids"
+        ConfigTypeError, match=r"bad_wordz is not a sampling keyword.*\n.*bad_words_ids"
     ):
         engine.generate(PROMPTS, Sampling(extra={"bad_wordz": []}), seed=0)
     with pytest.raises(ConfigValueError, match=r"top_p=7.0 is out of range"):

@@ -184,14 +184,14 @@ def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
 
 def test_hidden_holders_are_said_to_be_hidden() -> None:
     result = verdict(snapshot_of("h200-pid-namespace"), "memory.tenant")
-    assert result.evidence == "GPU 0: 3.20 GiB held by others: hidden processes"
+    assert result.evidence == "GPU 0: 3.20 GiB used by others: hidden processes"
 
 
 def test_a_silent_driver_is_a_bad_node() -> None:
     snapshot = snapshot_of("cpu")
     silent = replace(
         snapshot.driver,
-        nvml=replace(snapshot.driver.nvml, code=None, reason="NVML did not answer within 30 s"),
+        nvml=replace(snapshot.driver.nvml, code=None, reason="NVML did not respond within 30 s"),
     )
     result = verdict(replace(snapshot, driver=silent), "driver.present")
     assert (result.verdict, result.blame) == ("fail", "node")
@@ -227,7 +227,7 @@ def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
     ):
         result = verdict(with_shm("h100x8-small-shm", small), "host.shm", several)
         assert (result.verdict, result.blame) == ("fail", "user")
-        assert "job over 2 cards share it and need 512.0 MiB" in result.evidence
+        assert "job on 2 cards share it and need 512.0 MiB" in result.evidence
         assert result.remedy is not None
         assert "--shm-size" in result.remedy
         assert verdict(with_shm("h100x8-small-shm", enough), "host.shm", several).verdict == "ok"

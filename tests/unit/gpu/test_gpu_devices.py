@@ -97,7 +97,7 @@ def test_select_without_a_gpu_and_beyond_the_last() -> None:
     hidden = node("h100x8-healthy", CUDA_VISIBLE_DEVICES="")
     assert select(hidden) is None
     assert select(hidden, 0) is None
-    with pytest.raises(ConfigError, match="CUDA sees 2 here"):
+    with pytest.raises(ConfigError, match="CUDA sees 2 on this node"):
         select(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="4,5"), 2)
 
 

@@ -19,8 +19,8 @@ ASKED = CheckContext(configured=True, gpu_memory_utilization=0.85)
     ("node", "check", "context", "evidence"),
     [
         ("rtx4090-display", "memory.free", ASKED, "the display (pid 9000001 4.40 GiB, pid"),
-        ("rtx4090-display", "memory.tenant", CheckContext(), "held by the display: pid 9000001"),
-        ("rtx4090-wsl", "memory.tenant", CheckContext(), "held by Windows and its programs"),
+        ("rtx4090-display", "memory.tenant", CheckContext(), "used by the display: pid 9000001"),
+        ("rtx4090-wsl", "memory.tenant", CheckContext(), "used by Windows and its programs"),
         (
             "rtx4090-wsl",
             "memory.free",
@@ -55,7 +55,7 @@ def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
     desktop = replace(snapshot.gpus[0], name=of("NVIDIA GeForce RTX 5090"))
     told = verdict(replace(snapshot, gpus=(desktop,)), "driver.cuda")
     assert "TOOLKIT_CUDA_COMPAT" not in str(told.remedy)
-    assert "for data-centre cards, which this is not" in str(told.remedy)
+    assert "is only for data-centre cards, and this is not one" in str(told.remedy)
 
 
 def test_integrated_memory_follows_the_host() -> None:

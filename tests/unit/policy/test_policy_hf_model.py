@@ -224,13 +224,13 @@ def test_other_stored_formats_are_refused_whatever_the_flags(
     load: Any, copy: Path, method: str
 ) -> None:
     _edit(copy, quantization_config={"quant_method": method})
-    with pytest.raises(UnsupportedError, match="no adapter is trained on that"):
+    with pytest.raises(UnsupportedError, match="training an adapter on it is not supported"):
         load(copy)
 
 
 def test_an_encoder_is_refused(load: Any, copy: Path) -> None:
     _edit(copy, model_type="t5")
-    with pytest.raises(UnsupportedError, match="'t5' is no causal language model"):
+    with pytest.raises(UnsupportedError, match="'t5' is not a causal language model"):
         load(copy)
 
 

@@ -74,7 +74,7 @@ def test_checkpointing_is_left_out_where_the_batch_fits_without(spec_of, card, r
 def test_the_processes_share_the_batch(spec_of, card, run):
     result = solve(run(AUTO), spec_of(ONE_B), card("h200"), world_size=4)
     assert cut(result) == (16, 1)
-    with pytest.raises(ConfigError, match="cannot be shared evenly by 3"):
+    with pytest.raises(ConfigError, match="cannot be divided evenly among 3"):
         solve(run(AUTO), spec_of(ONE_B), card("h200"), world_size=3)
 
 

@@ -86,11 +86,11 @@ def test_a_multimodal_config_is_sized_by_its_language_model():
     whole = {"model_type": "qwen3_5", "text_config": QWEN, "vision_config": {}}
     spec = spec_from_values(whole, name="m")
     assert spec.parameters == spec_from_values(QWEN, name="m").parameters
-    assert any(note.startswith("sized, but cannot be trained here: ") for note in spec.notes)
+    assert any(note.startswith("sized, but training it is not supported: ") for note in spec.notes)
 
 
 def test_a_pattern_with_an_unknown_letter_is_refused():
     from toolkit.base.errors import InputError
 
-    with pytest.raises(InputError, match="the kinds of layers are not known: X"):
+    with pytest.raises(InputError, match="unknown kinds of layers: X"):
         spec_from_values({**NEMOTRON, "hybrid_override_pattern": "MX*"}, name="m")

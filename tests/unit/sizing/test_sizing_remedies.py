@@ -126,6 +126,6 @@ def test_a_context_far_above_the_need_is_the_first_to_go(spec_of: Any, card: Any
 def test_cards_are_the_last_resort(refused: list[Any]) -> None:
     told = [one for *_, result in refused for one in result.remedies if one.card]
     assert told
-    assert all(one.enough and "a larger card, from" in one.change for one in told)
+    assert all(one.enough and "a larger card:" in one.change for one in told)
     two = [one for *_, result in refused for one in result.remedies if one.world_size]
     assert all("a second card" in one.change for one in two)

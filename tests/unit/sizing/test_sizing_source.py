@@ -70,7 +70,7 @@ def test_a_name_that_is_none(name):
 
 
 def test_a_folder_without_config(tmp_path):
-    with pytest.raises(InputError, match=r"no config\.json"):
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
         read_spec(str(tmp_path))
 
 
@@ -117,7 +117,7 @@ def test_an_unknown_architecture_is_sized_from_its_headers(tmp_path):
     assert spec.margin == UNKNOWN_MARGIN
     assert spec.tied  # there is no head of its own in the headers
     assert spec.layers == 2
-    assert any("not known" in note for note in spec.notes)
+    assert any("unknown architecture" in note for note in spec.notes)
     novel(tmp_path, sliding_window=0)  # as transformers 5 writes "none" for some
     assert read_spec(str(tmp_path)).blocks[0].cache.window is None
 
@@ -139,7 +139,7 @@ def test_an_unknown_architecture_without_weights(tmp_path):
 def test_headers_that_disagree_are_told(tmp_path, all_shapes):
     (tmp_path / "config.json").write_text(json.dumps(all_shapes[ID]["config"]))
     safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [10, 10]})
-    assert any("headers hold 100 values" in note for note in read_spec(str(tmp_path)).notes)
+    assert any("headers have 100 values" in note for note in read_spec(str(tmp_path)).notes)
 
 
 def test_an_unknown_weight_format_needs_headers():
@@ -178,4 +178,4 @@ def test_an_unknown_weight_format_is_as_large_as_its_files(tmp_path, all_shapes,
     assert result.model.weight_bytes == 20000
     assert result.model.quantization == "as stored"
     assert result.model.margin == UNKNOWN_MARGIN
-    assert any("'strange' is not known" in note for note in result.model.notes)
+    assert any("unknown weight format 'strange'" in note for note in result.model.notes)

@@ -191,7 +191,7 @@ def test_a_cpu_run_is_not_measured(run_dir):
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"sizing": {"budget": [], "peaks": {}}}', "{"])
 def test_calibrate_without_a_prediction(tmp_path, text):
-    with pytest.raises(InputError, match="no folder of a run"):
+    with pytest.raises(InputError, match="not a run folder"):
         calibrate(tmp_path)
     (tmp_path / "preflight.json").write_text(text)
     with pytest.raises(InputError):

@@ -63,6 +63,6 @@ def test_what_is_recorded_is_the_resolved_format() -> None:
 
 
 def test_chats_without_a_template_are_refused() -> None:
-    text = "the tokenizer of m has no chat template, and dataset.chat is true"
+    text = "the tokenizer of m has no chat template, but dataset.chat is true"
     with pytest.raises(ConfigError, match=text):
         resolve(replace(config(chat=True)), False)

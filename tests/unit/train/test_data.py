@@ -175,7 +175,7 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
         ({"prompt": "qq"}, "fix: dataset.prompt: q"),
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
         ({"eval_split": "test"}, "is a file, which has no splits, and the split 'test'"),
-        ({"path": None}, "there is no data set: there are no prompts to train on"),
+        ({"path": None}, "no data set is set, so there are no prompts to train on"),
     ],
 )
 def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str) -> None:
@@ -208,7 +208,7 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     assert data.report.train.notes == (
         "the column 'prompt' gives way to dataset.prompt, which is 'q'",
         "the column 'answer' gives way to dataset.answer, which is 'a'",
-        "the column 'completions' is left out: rewards get another thing as completions",
+        "the column 'completions' is left out: rewards receive something else as completions",
     )
 
 

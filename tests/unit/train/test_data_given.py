@@ -59,9 +59,9 @@ def test_gzip_is_read(tmp_path: Path, suffix: str) -> None:
 def test_other_packers_are_refused_by_both(tmp_path: Path, suffix: str, tool: str) -> None:
     path = tmp_path / f"d.jsonl{suffix}"
     path.write_bytes(b"x")
-    with pytest.raises(ConfigError, match=f"not a kind of data file[\\s\\S]*{tool}"):
+    with pytest.raises(ConfigError, match=f"not a supported type of data file[\\s\\S]*{tool}"):
         read_file(path)
-    assert "is not a kind of data file" in str(problem(path))
+    assert "is not a supported type of data file" in str(problem(path))
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data.txt", "data", "data.pkl", "data.pt"])
 def test_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"not a kind of data file[\s\S]*\.jsonl"):
+    with pytest.raises(ConfigError, match=r"not a supported type of data file[\s\S]*\.jsonl"):
         read_file(write(tmp_path, name, ""))
 
 

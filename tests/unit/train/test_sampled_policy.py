@@ -114,12 +114,18 @@ def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kwargs", "text"),
     [
-        ({"max_new_token": 30}, r"max_new_token is no sampling keyword.*\n.*max_completion_length"),
+        (
+            {"max_new_token": 30},
+            r"max_new_token is not a sampling keyword.*\n.*max_completion_length",
+        ),
         ({"stop": ["a"]}, r"Hugging Face generation does not read it\n.*has stop_strings"),
         ({"presence_penalty": 1.0}, r"does not read it\n.*leave presence_penalty out"),
-        ({"max_new_tokens": 5}, "max_new_tokens is a second word for grpo.max_completion_length"),
+        (
+            {"max_new_tokens": 5},
+            "max_new_tokens has the same meaning as grpo.max_completion_length",
+        ),
         ({"typical_p": 1.5}, "1.5 is not a number above 0 and at most 1"),
-        ({"num_beams": 4}, "not searched for with beams"),
+        ({"num_beams": 4}, "not found by beam search"),
     ],
 )
 def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, text: str) -> None:

@@ -1,10 +1,9 @@
-"""The error texts that people paste most, each with the check that would have caught it and what to
+"""The most common error texts, each with the check that finds the problem beforehand and what to
 do.
 
-``match`` reads a traceback or a log. ``envcheck explain -`` prints what it finds, and an error of
-upstream inside a ``toolkit`` command is explained in these words. The texts are those of vLLM 0.8
-to 0.31, torch 2.6 to 2.13, the driver, NCCL, containers and Slurm; a changed wording upstream shows
-in tests/contract.
+``match`` searches a traceback or a log. ``envcheck explain -`` prints the result, and ``toolkit``
+commands explain upstream errors with it. The texts are those of vLLM 0.8 to 0.31, torch 2.6 to
+2.13, the driver, NCCL, containers and Slurm. tests/contract fails if upstream changes a text.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SYMPTOMS", "TEXTS", "Symptom", "match", "nearest"]
 
-# Most specific first: what another text explains better comes after that one.
+# Most specific first: a general text comes after the more specific ones.
 _ENTRIES: tuple[Entry, ...] = (
     *memory.ENTRIES,
     *driver.ENTRIES,
@@ -33,16 +32,17 @@ SYMPTOMS: tuple[Symptom, ...] = tuple(entry.symptom for entry in _ENTRIES)
 TEXTS: dict[str, tuple[str, ...]] = {
     entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ENTRIES
 }
-LONGEST_CUT = 100_000  # a text with breaks inside words was copied from a screen
-_ALIKE = 0.5  # of a known text's words
+LONGEST_CUT = 100_000  # line breaks inside words come from text copied from a screen
+_ALIKE = 0.5  # share of a known text's words
 _NEAREST = 3
 
 
 def match(text: str) -> list[Symptom]:
-    """The known failures in a pasted traceback or log, most specific first; empty if none is.
+    """The known failures in a pasted traceback or log, most specific first; empty if there are
+    none.
 
-    Colours, log prefixes, ranks that write at once and line breaks, also inside a word, are looked
-    through.
+    Ignores colours, log prefixes, mixed output of several ranks, and line breaks, also inside a
+    word.
     """
     wrapped, joined = streams(condensed(text))
     forms = [(one, one.lower()) for one in (wrapped, joined[-LONGEST_CUT:])]
@@ -59,8 +59,8 @@ def match(text: str) -> list[Symptom]:
 
 
 def nearest(text: str) -> list[Symptom]:
-    """For a text that is not known: the symptoms whose texts share most words with its lines that
-    tell of an error, best first; at most three.
+    """For a text without a known error: at most three symptoms whose texts share the most words
+    with its error lines, best first.
     """
     lines = [words_of(line) for line in telling_lines(condensed(text))]
     scores: dict[Symptom, float] = {}

@@ -1,4 +1,4 @@
-"""Texts about which cards a job gets, and how they do."""
+"""Texts about the cards that a job gets, and their health."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FATAL_XIDS: dict[int, str] = {
     79: "the GPU has fallen off the bus",
     94: "contained memory error",
     95: "uncontained memory error",
-    119: "the GPU's system processor does not answer",
+    119: "the GPU's system processor does not respond",
     120: "the GPU's system processor failed",
     121: "C2C link error",
     136: "link training failed",
@@ -41,16 +41,16 @@ USER_XIDS: dict[int, str] = {
 
 
 def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Whose fault the number is."""
+    """Who must act on this XID number."""
     del around
     number = int(hit.group(2).rstrip("."))
     if number in FATAL_XIDS:
         return symptom.but(title=f"XID {number}: {FATAL_XIDS[number]}")
     if number in USER_XIDS:
         return symptom.but(
-            title=f"XID {number}: {USER_XIDS[number]}, as a rule a fault of the program",
-            remedy="run it with CUDA_LAUNCH_BLOCKING=1 to find the kernel; where other programs "
-            "show it on the same card too, the node is bad",
+            title=f"XID {number}: {USER_XIDS[number]}, usually a fault of the program",
+            remedy="run it with CUDA_LAUNCH_BLOCKING=1 to find the kernel; if other programs "
+            "also show it on this card, the node is bad",
             exit_code=1,
         )
     return symptom.but(
@@ -61,14 +61,14 @@ def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 _SLOWED = (
-    "the run is slower than the card: look at cooling, power supply and power limit of the node "
-    "(`envcheck check --only speed`)"
+    "the run is slower than the card allows: check cooling, power supply and power limit of the "
+    "node (`envcheck check --only speed`)"
 )
 
 ENTRIES = (
     entry(
         "gpu-lost",
-        "A GPU does not answer any more",
+        "A GPU no longer responds",
         "health.lost",
         "drain the node and power-cycle it; the other GPUs of the node are not safe to use either",
         3,
@@ -94,7 +94,7 @@ ENTRIES = (
     ),
     entry(
         "rows",
-        "Memory rows of the card wait to be replaced, or could not be",
+        "Memory rows of the card must be remapped, or remapping failed",
         "health.rows",
         "reset the GPU or reboot the node; after a failed remap have the card replaced",
         3,
@@ -106,7 +106,7 @@ ENTRIES = (
     ),
     entry(
         "pages",
-        "Memory pages of the card wait to be retired",
+        "Memory pages of the card are pending retirement",
         "health.pages",
         "reset the GPU or reboot the node",
         3,
@@ -117,9 +117,10 @@ ENTRIES = (
     ),
     entry(
         "recovery",
-        "The driver asks for a reset of the card",
+        "The driver requests a reset of the card",
         "health.recovery",
-        "drain the node, reset the GPU (`nvidia-smi --gpu-reset`) or reboot, as the text says",
+        "drain the node, reset the GPU (`nvidia-smi --gpu-reset`) or reboot, whichever the "
+        "text says",
         3,
         "GPU recovery action changed from",
         "GPU requires reset",
@@ -148,7 +149,7 @@ ENTRIES = (
     ),
     entry(
         "mps",
-        "The MPS daemon does not serve this process",
+        "The MPS daemon does not accept this process",
         "health.mps",
         "restart the MPS daemon on the node as the same user, or unset CUDA_MPS_PIPE_DIRECTORY",
         3,
@@ -198,9 +199,9 @@ ENTRIES = (
     ),
     entry(
         "slurm",
-        "The Slurm job does not hold the GPUs that it uses",
+        "The Slurm job was not given the GPUs that it uses",
         "place.slurm",
-        "ask for GPUs in the job (--gres=gpu:N or --gpus=N), and start the step with srun",
+        "request GPUs for the job (--gres=gpu:N or --gpus=N), and start the step with srun",
         1,
         "CUDA_VISIBLE_DEVICES=NoDevFiles",
         "Unable to create step for job {n}: Requested node configuration is not available",
@@ -209,16 +210,16 @@ ENTRIES = (
     ),
     entry(
         "card-kind",
-        "No node has the card or the number of cards that the job asks for",
+        "No node has the card or the number of cards that the job requests",
         "devices.kind, devices.count",
-        "ask for a card and a number that the cluster has (sinfo -o %G, kubectl describe node)",
+        "request a card and a number that the cluster has (sinfo -o %G, kubectl describe node)",
         1,
         "Insufficient nvidia.com/gpu",
         "Batch job submission failed: Requested node configuration is not available",
     ),
     entry(
         "too-few-gpus",
-        "There are fewer GPUs than the job wants",
+        "There are fewer GPUs than the job needs",
         "devices.count",
         "start as many processes as there are GPUs, or give the job more GPUs",
         1,
@@ -231,7 +232,7 @@ ENTRIES = (
     ),
     entry(
         "ordinal",
-        "A process asked for a GPU number that is not here",
+        "A process asked for a GPU index that does not exist",
         "devices.count, devices.index",
         "start at most as many processes as CUDA_VISIBLE_DEVICES names GPUs (`envcheck probe` "
         "lists "
@@ -244,9 +245,10 @@ ENTRIES = (
     ),
     entry(
         "mig-slice",
-        "The card is in MIG mode and the job has no slice of it",
+        "The card is in MIG mode, but the job has no slice of it",
         "devices.mig",
-        "make a slice (`nvidia-smi mig -cgi PROFILE -C`) and name its UUID in CUDA_VISIBLE_DEVICES",
+        "create a slice (`nvidia-smi mig -cgi PROFILE -C`) and name its UUID in "
+        "CUDA_VISIBLE_DEVICES",
         1,
         "No MIG devices found",
         "No MIG-enabled devices found",
@@ -258,8 +260,8 @@ ENTRIES = (
         "no-gpu",
         "CUDA sees no GPU",
         "devices.visible",
-        "look at CUDA_VISIBLE_DEVICES (empty, -1 or a number that is not here hides all), at the "
-        "job's request for GPUs, and at `envcheck probe`",
+        "check CUDA_VISIBLE_DEVICES (empty, -1 or a missing index hides all GPUs), the job's "
+        "request for GPUs, and `envcheck probe`",
         1,
         "No CUDA GPUs are available",
         "no CUDA-capable device is detected",
@@ -269,7 +271,7 @@ ENTRIES = (
     ),
     entry(
         "device-order",
-        "CUDA counts the cards otherwise than nvidia-smi",
+        "CUDA numbers the cards differently from nvidia-smi",
         "devices.order",
         "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
         1,
@@ -278,9 +280,9 @@ ENTRIES = (
     ),
     entry(
         "unlike-cards",
-        "Cards of different kinds work together",
+        "The job uses cards of different kinds",
         "devices.alike",
-        "name cards of one kind in CUDA_VISIBLE_DEVICES; the smallest decides what all can do",
+        "list cards of one kind in CUDA_VISIBLE_DEVICES; the smallest card limits all others",
         1,
         "There is an imbalance between your GPUs",
         "GPUs have different compute capabilities",
@@ -307,7 +309,7 @@ ENTRIES = (
         "NVLink is down",
         "nvlinkState: inactive",
     ),
-    entry("throttled", "The card holds its clocks down", "speed.throttle", _SLOWED, 3,
+    entry("throttled", "The card has lowered its clocks", "speed.throttle", _SLOWED, 3,
           "HW Slowdown : Active", "clocks_event_reasons.hw_slowdown, Active"),
     entry("hot", "The card is too hot", "speed.temperature", _SLOWED, 3,
           "HW Thermal Slowdown : Active", "SW Thermal Slowdown : Active",
@@ -322,9 +324,8 @@ ENTRIES = (
         "launch-failure",
         "A kernel read or wrote outside its memory, or the card failed",
         "health.xid",
-        "look at the kernel's log (`envcheck check --only health` reads XIDs): a fatal XID means a "
-        "bad "
-        "node; without one run again with CUDA_LAUNCH_BLOCKING=1",
+        "check the kernel's log (`envcheck check --only health` reads XIDs). A fatal XID means "
+        "a bad node; without one run again with CUDA_LAUNCH_BLOCKING=1",
         3,
         "an illegal memory access was encountered",
         "CUDA error: unspecified launch failure",

@@ -1,4 +1,4 @@
-"""Texts about the driver, its libraries and the container's way to it."""
+"""Texts about the driver, its libraries and the container's access to it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ ENTRIES = (
     ),
     entry(
         "cuda-803",
-        "CUDA error 803: libcuda.so.1 and the kernel module do not fit together",
+        "CUDA error 803: libcuda.so.1 and the kernel module have different versions",
         "driver.libcuda",
-        "another libcuda than the driver's is found first: take compat or stubs folders out of "
+        "a libcuda that is not the driver's is found first: remove compat or stubs folders from "
         "LD_LIBRARY_PATH, or reload the driver after its update",
         3,
         "error 803:",
@@ -48,7 +48,7 @@ ENTRIES = (
     ),
     entry(
         "cuda-804",
-        "CUDA error 804: forward compatibility was tried on a card that does not have it",
+        "CUDA error 804: forward compatibility was tried on a card that does not support it",
         "driver.compat",
         "remove the cuda-compat folder from LD_LIBRARY_PATH, and use a CUDA that the driver itself "
         "supports",
@@ -62,12 +62,11 @@ ENTRIES = (
     ),
     entry(
         "container-requirement",
-        "The image asks for a newer CUDA or driver than the node has",
+        "The image requires a newer CUDA or driver than the node has",
         "driver.cuda, driver.required",
-        "use a node with a newer driver, or an image with an older CUDA; on data centre cards the "
-        "container's cuda-compat folder also serves (NVIDIA_DISABLE_REQUIRE=1, then `envcheck "
-        "check "
-        "--only driver`)",
+        "use a node with a newer driver, or an image with an older CUDA; on data centre cards "
+        "the container's cuda-compat folder also works (NVIDIA_DISABLE_REQUIRE=1, then "
+        "`envcheck check --only driver`)",
         3,
         "unsatisfied condition: cuda",
         "unsatisfied condition: driver",
@@ -78,8 +77,8 @@ ENTRIES = (
         "driver-too-old",
         "The driver is too old for the CUDA of the installed torch",
         "driver.cuda",
-        "use a node with a newer driver, or the torch build of an older CUDA; on data centre cards "
-        "the cuda-compat folder in LD_LIBRARY_PATH also serves",
+        "use a node with a newer driver, or the torch build of an older CUDA; on data centre "
+        "cards the cuda-compat folder in LD_LIBRARY_PATH also works",
         3,
         "NVIDIA driver on your system is too old",
         "CUDA driver version is insufficient for CUDA runtime version",
@@ -90,7 +89,7 @@ ENTRIES = (
     ),
     entry(
         "libcuda-missing",
-        "The driver's library libcuda.so.1 is not here",
+        "The driver's library libcuda.so.1 is missing",
         "driver.libcuda, place.capabilities",
         "start the container with --gpus all and NVIDIA_DRIVER_CAPABILITIES=compute,utility; on a "
         "bare node install the driver",
@@ -104,11 +103,10 @@ ENTRIES = (
     ),
     entry(
         "wsl-driver",
-        "WSL does not reach the driver of Windows",
+        "WSL cannot reach the Windows driver",
         "place.wsl",
-        "install no Linux driver in WSL: update the driver of Windows, run `wsl --shutdown`, and "
-        "let "
-        "/usr/lib/wsl/lib come first",
+        "do not install a Linux driver in WSL: update the Windows driver, run `wsl --shutdown`, "
+        "and put /usr/lib/wsl/lib first in LD_LIBRARY_PATH",
         3,
         "GPU access blocked by the operating system",
         "/usr/lib/wsl/lib/libcuda.so.1 is not a symbolic link",
@@ -136,7 +134,7 @@ ENTRIES = (
     ),
     entry(
         "capabilities-missing",
-        "The container runtime does not hand out what NVIDIA_DRIVER_CAPABILITIES asks for",
+        "The container runtime does not provide what NVIDIA_DRIVER_CAPABILITIES requests",
         "place.capabilities",
         "set NVIDIA_DRIVER_CAPABILITIES=compute,utility",
         1,
@@ -145,10 +143,10 @@ ENTRIES = (
     ),
     entry(
         "device-files",
-        "The device files of the GPU are not open to this process",
+        "This process has no access to the device files of the GPU",
         "driver.nodes",
-        "give the container the /dev/nvidia* files again (it loses them when systemd reloads its "
-        "cgroup: start it again, or use CDI); on the node run nvidia-modprobe and look at the "
+        "give the container the /dev/nvidia* files again (it loses them when systemd reloads "
+        "its cgroup: start it again, or use CDI); on the node run nvidia-modprobe and check the "
         "group of /dev/nvidia*",
         3,
         "Failed to initialize NVML: Unknown Error",
@@ -180,9 +178,8 @@ ENTRIES = (
         "cuda-unknown",
         "CUDA error 999: the driver could not be started in this process",
         "driver.nodes, health.lost",
-        "load nvidia_uvm (`nvidia-modprobe -u -c 0`) and look for a GPU that is lost; after a "
-        "suspend "
-        "unload and load nvidia_uvm, or reboot the node",
+        "load nvidia_uvm (`nvidia-modprobe -u -c 0`) and check for a lost GPU; after a suspend "
+        "unload and reload nvidia_uvm, or reboot the node",
         3,
         "CUDA unknown error - this may be due to an incorrectly set up environment",
         "error 999:",

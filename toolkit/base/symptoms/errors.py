@@ -1,4 +1,4 @@
-"""An exception of upstream as one of our errors, in the words of its symptom."""
+"""Turn an upstream exception into a toolkit error with the texts of its symptom."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ AGAIN = "then start the same command again: it resumes from the last checkpoint"
 
 
 def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
-    """``problem`` as an error with the exit code and the remedy of the symptom that it shows; None
-    where it shows none. ``again`` is what to do after the remedy.
+    """``problem`` as an error with the exit code and the remedy of its symptom; None if it shows no
+    known symptom. ``again`` says what to do after the remedy.
     """
     for error in chain(problem):
         for symptom in match(f"{type(error).__name__}: {error}"):

@@ -1,4 +1,4 @@
-"""Texts about the machine around the cards."""
+"""Texts about the host: memory, disks, limits, clock, CPUs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ENTRIES = (
         "host-memory",
         "The host's main memory, or the job's share of it, ran out",
         "host.memory",
-        "ask for more host memory (--mem, --memory, resources.limits.memory), or use fewer loader "
-        "workers and no offload; `envcheck check` prints what is needed",
+        "request more host memory (--mem, --memory, resources.limits.memory), or use fewer "
+        "loader workers and no offload; `envcheck check` prints what is needed",
         1,
         "Detected {n} oom_kill event",
         "Detected {n} oom-kill event",
@@ -68,7 +68,7 @@ ENTRIES = (
         "disk-full",
         "A disk is full",
         "host.disk",
-        "free space, or point HF_HOME, TMPDIR and runtime.output_dir to a folder with room "
+        "free space, or set HF_HOME, TMPDIR and runtime.output_dir to a folder with free space "
         "(`envcheck check --only host` prints what is free)",
         1,
         "[Errno 28] No space left on device",
@@ -83,7 +83,7 @@ ENTRIES = (
         "not-writable",
         "A folder cannot be written",
         "host.writable",
-        "point HF_HOME, TMPDIR and runtime.output_dir to folders that this account may write",
+        "set HF_HOME, TMPDIR and runtime.output_dir to folders that this account can write to",
         1,
         "[Errno 30] Read-only file system",
         "[Errno 13] Permission denied: '",
@@ -94,7 +94,7 @@ ENTRIES = (
         "clock",
         "The node's clock is wrong",
         "host.clock",
-        "have the node's clock set (chrony, NTP), or use another node",
+        "ask the administrator to set the node's clock (chrony, NTP), or use another node",
         3,
         "certificate is not yet valid",
         "RequestTimeTooSkewed",
@@ -105,9 +105,8 @@ ENTRIES = (
         "user",
         "The account has no name in this container",
         "host.user",
-        "set USER and HOME, add the account to /etc/passwd, or start the container as a user that "
-        "it "
-        "knows",
+        "set USER and HOME, add the account to /etc/passwd, or start the container as a user "
+        "that exists in it",
         1,
         "getpwuid(): uid not found",
         "I have no name!",
@@ -115,9 +114,9 @@ ENTRIES = (
     ),
     entry(
         "cpus",
-        "There are fewer CPUs than the run's processes want",
+        "There are fewer CPUs than the run's processes need",
         "host.cpus",
-        "ask for more CPUs (--cpus-per-task, --cpus), or set fewer dataloader_num_workers and "
+        "request more CPUs (--cpus-per-task, --cpus), or set fewer dataloader_num_workers and "
         "reward.max_workers",
         1,
         "Our suggested max number of worker in current system is {n}",

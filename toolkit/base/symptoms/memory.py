@@ -18,7 +18,7 @@ ENTRIES = (
     ),
     entry(
         "free-below-request",
-        "Less memory is free than gpu_memory_utilization asks for",
+        "Less memory is free than gpu_memory_utilization requests",
         "memory.free",
         "another process holds memory: wait for it or end it (`envcheck probe` names it), or lower "
         "gpu_memory_utilization to interval.max of `envcheck size run.yaml`",
@@ -31,8 +31,7 @@ ENTRIES = (
         "One sequence of max_seq_length does not fit in the KV cache",
         "size: interval.min",
         "lower max_seq_length, raise gpu_memory_utilization, or use float8_kv_cache; `envcheck "
-        "size "
-        "run.yaml` prices each",
+        "size run.yaml` shows what each saves",
         1,
         "To serve at least one request with the model's max seq len",
         "To serve at least one request with the models's max seq len",  # releases up to 0.11
@@ -42,8 +41,7 @@ ENTRIES = (
     ),
     entry(
         "lora-rank",
-        "The adapter's rank is above what the engine was built for, or is not a rank that vLLM "
-        "builds",
+        "The adapter's rank is above max_lora_rank, or vLLM does not support it",
         "LORA002, LORA003",
         "set max_lora_rank to auto, or to the next of 1, 8, 16, 32, 64, 128, 256, 320, 512 that is "
         "at least lora.r",
@@ -81,8 +79,8 @@ ENTRIES = (
         "CUDA ran out of memory",
         "size: trainer peak at the longest completion",
         "lower gpu_memory_utilization, per_device_train_batch_size or max_completion_length, or "
-        "turn gradient checkpointing on; `envcheck size run.yaml` prices each. In the first "
-        "seconds of a run it may be a tenant: `envcheck probe`",
+        "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves. In the "
+        "first seconds of a run another process may hold memory: `envcheck probe` shows it",
         1,
         "CUDA out of memory",
         "CUDA error: out of memory",
@@ -109,8 +107,8 @@ ENTRIES = (
         "neighbour-moved",
         "Another process freed or took GPU memory while the engine was measuring",
         "memory.tenant",
-        "start again; if it comes back, find the neighbour with `envcheck probe` and use the card "
-        "alone",
+        "start again; if it recurs, find the other process with `envcheck probe` and use the "
+        "card exclusively",
         4,
         "Error in memory profiling. Initial free memory",
         "Error in memory profiling.Initial free memory",
@@ -118,10 +116,10 @@ ENTRIES = (
     ),
     entry(
         "expandable-segments",
-        "This vLLM release cannot do expandable_segments beside its sleep mode",
+        "This vLLM release does not support expandable_segments together with its sleep mode",
         "software.pins",
-        "install the vLLM of the lock files, which can; or set PYTORCH_CUDA_ALLOC_CONF and "
-        "PYTORCH_ALLOC_CONF to expandable_segments:False, or turn KV sleep off",
+        "install the vLLM of the lock files, which supports it; or set PYTORCH_CUDA_ALLOC_CONF "
+        "and PYTORCH_ALLOC_CONF to expandable_segments:False, or turn KV sleep off",
         1,
         "Expandable segments are not compatible with memory pool",
     ),
@@ -138,11 +136,11 @@ ENTRIES = (
     ),
     entry(
         "memory-not-told",
-        "The driver does not tell this card's memory (integrated memory, or a vGPU without the "
-        "right)",
+        "The driver does not report this card's memory (integrated memory, or a vGPU without "
+        "permission)",
         "memory.readable",
-        "state the free memory with --free, or size for the card by name with --gpu; on integrated "
-        "memory the host's free memory counts",
+        "give the free memory with --free, or size for the card by name with --gpu; with "
+        "integrated memory the host's free memory counts",
         5,
         "nvmlDeviceGetMemoryInfo{..}Not Supported",
         "Memory-Usage : Not Supported",

@@ -8,10 +8,10 @@ from toolkit.base.symptoms.symptom import entry
 ENTRIES = (
     entry(
         "model-length",
-        "max_seq_length is above what the model was made for",
+        "max_seq_length is above the model's maximum length",
         "LEN002",
-        "set max_seq_length to at most the model's own length (max_position_embeddings in its "
-        "config.json)",
+        "set max_seq_length to at most the model's maximum length (max_position_embeddings in "
+        "its config.json)",
         1,
         "User-specified max_model_len ({n}) is greater than the derived max_model_len",
         "Token indices sequence length is longer than the specified maximum sequence length",
@@ -24,8 +24,8 @@ ENTRIES = (
         "gated",
         "The model is gated, private or does not exist for this account",
         "model.location",
-        "accept the model's terms on its page and give a token of that account (HF_TOKEN, `hf auth "
-        "login`), or name a folder on this machine",
+        "accept the model's terms on its page and provide a token of that account (HF_TOKEN, "
+        "`hf auth login`), or name a folder on this machine",
         1,
         "Cannot access gated repo",
         "GatedRepoError",
@@ -39,9 +39,9 @@ ENTRIES = (
     ),
     entry(
         "hub-busy",
-        "The Hugging Face Hub refuses for now",
+        "The Hugging Face Hub is refusing requests temporarily",
         "model.location",
-        "wait and start again; fetch the model once and name its folder where many jobs start",
+        "wait and start again; if many jobs start, download the model once and use its folder",
         4,
         "429 Client Error: Too Many Requests",
         "503 Server Error{..}huggingface.co",
@@ -52,9 +52,8 @@ ENTRIES = (
         "hub-offline",
         "The model is not on this machine and the Hub cannot be reached",
         "model.location",
-        "fetch it where there is a network (`hf download NAME`), share HF_HOME, or name the "
-        "folder; "
-        "unset HF_HUB_OFFLINE where there is one",
+        "download it on a machine with network access (`hf download NAME`), share HF_HOME, or "
+        "name the folder; with network access unset HF_HUB_OFFLINE",
         1,
         "We couldn't connect to 'https://huggingface.co'",
         "outgoing traffic has been disabled",
@@ -68,11 +67,10 @@ ENTRIES = (
     ),
     entry(
         "model-weights",
-        "The model's weights are missing, cut short or of another architecture",
+        "The model's weights are missing, truncated or of a different architecture",
         "model.weights",
-        "fetch the model again (`hf download NAME --force-download`; a file of some hundred bytes "
-        "is a "
-        "Git LFS pointer), or use a complete checkpoint made for this architecture",
+        "download the model again (`hf download NAME --force-download`; a file of some hundred "
+        "bytes is a Git LFS pointer), or use a complete checkpoint made for this architecture",
         1,
         "There is no module or parameter named",
         "Attempted to load weight",
@@ -89,7 +87,7 @@ ENTRIES = (
         "model-config",
         "The model's config.json is missing or cannot be read",
         "model.config",
-        "name the folder that holds config.json, and fetch it again if it is damaged",
+        "name the folder that contains config.json, and download it again if it is damaged",
         1,
         "does not appear to have a file named config.json",
         "It looks like the config file at '{w}' is not a valid JSON file",
@@ -101,7 +99,8 @@ ENTRIES = (
         "tokenizer",
         "The model has no tokenizer that can be loaded",
         "model.tokenizer",
-        "name a folder with tokenizer.json (or tokenizer.model and sentencepiece), fetched whole",
+        "name a completely downloaded folder with tokenizer.json (or tokenizer.model and "
+        "sentencepiece)",
         1,
         "Can't load tokenizer for",
         "Couldn't instantiate the backend tokenizer",
@@ -121,7 +120,7 @@ ENTRIES = (
         "architecture",
         "The installed vLLM or transformers does not know this model",
         "model.architecture",
-        "use a model that it knows, or the release of vLLM and transformers that added it",
+        "use a supported model, or a release of vLLM and transformers that supports it",
         1,
         "Model architectures [{w}] are not supported for now",
         "are not supported for now. Supported architectures",

@@ -1,4 +1,4 @@
-"""What the numbers in an error text say: who holds the memory, what is missing, what fits."""
+"""Read the numbers in an error text: who holds the memory, what is missing, what fits."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def floor_share(value: float) -> float:
 
 
 def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """torch's own account of an allocation that failed: a tenant, the allocator or a run that is
-    too large, by how much.
+    """Read torch's message about a failed allocation: whether another process, the allocator or too
+    large a run caused it, and by how much.
     """
     del hit
     said = around[:_RAISED_LATEST]
@@ -55,25 +55,26 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     unused = _gib(_UNUSED, said) or 0.0
     if unused >= max(_ALLOCATOR_SHARE * total, tried - free):
         return symptom.but(
-            title=f"CUDA ran out of memory beside {unused:.2f} GiB in unused pieces",
+            title=f"CUDA ran out of memory although {unused:.2f} GiB are reserved in unused pieces",
             check="host.env",
-            remedy="set PYTORCH_ALLOC_CONF=expandable_segments:True, and PYTORCH_CUDA_ALLOC_CONF "
-            "likewise, or leave both unset: `toolkit train` then sets them. "
-            f"{unused:.2f} GiB are reserved and unallocated, {tried:.2f} GiB were asked for",
+            remedy="set PYTORCH_ALLOC_CONF=expandable_segments:True, and "
+            "PYTORCH_CUDA_ALLOC_CONF likewise, or leave both unset: `toolkit train` then "
+            f"sets them. {unused:.2f} GiB are reserved but unallocated; {tried:.2f} GiB "
+            "were requested",
         )
     if tried >= total:
         return symptom.but(
             title=f"One tensor of {tried:.2f} GiB is larger than the card ({total:.2f} GiB)",
             remedy="lower per_device_train_batch_size, max_completion_length or "
-            "max_num_batched_tokens; `envcheck size run.yaml` prices each",
+            "max_num_batched_tokens; `envcheck size run.yaml` shows what each saves",
         )
     short = tried - free
     share = math.ceil(short / total * 100) / 100
     return symptom.but(
         title=f"CUDA ran out of memory: {short:.2f} GiB of {total:.2f} GiB are missing",
         remedy=f"set gpu_memory_utilization lower by at least {share:.2f} ({short:.2f} GiB of "
-        f"{total:.2f}), or lower per_device_train_batch_size or max_completion_length, or turn "
-        "gradient checkpointing on; `envcheck size run.yaml` prices each",
+        f"{total:.2f}), or lower per_device_train_batch_size or max_completion_length, or "
+        "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves",
     )
 
 
@@ -89,8 +90,8 @@ def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
 
 
 def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Free and total: the largest utilization that fits. A card that is nearly empty has no tenant,
-    and waiting would not help.
+    """Read free and total memory: the largest utilization that fits. On a nearly empty card no
+    other process holds memory, so waiting would not help.
     """
     del hit
     amounts = re.search(r"\(\s*([\d.]+)\s*/\s*([\d.]+)\s*GiB\)", around[:300])
@@ -105,14 +106,14 @@ def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
             "(`envcheck size run.yaml` says whether that is enough)"
         )
     return symptom.but(
-        remedy="the card is empty and the request is above what it has: set "
+        remedy="the card is empty, but the request is larger than the card: set "
         f"gpu_memory_utilization to at most {fits:.2f}, or to auto",
         exit_code=1,
     )
 
 
 def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """What vLLM computed: the longest sequence, and the cache that is missing."""
+    """Read what vLLM computed: the longest sequence, and the missing cache."""
     del hit
     said = around[:900]
     longest = re.search(r"estimated maximum model length is (\d+)", said, re.I) or re.search(
@@ -132,13 +133,13 @@ def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom
     if not steps:
         return symptom
     return symptom.but(
-        remedy=f"{', or '.join(steps)}, or use float8_kv_cache; `envcheck size run.yaml` prices "
-        "each"
+        remedy=f"{', or '.join(steps)}, or use float8_kv_cache; `envcheck size run.yaml` shows "
+        "what each saves"
     )
 
 
 def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """The rank of the adapter: the smallest legal max_lora_rank that holds it."""
+    """Read the rank of the adapter: the smallest legal max_lora_rank that is at least that."""
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     fits = next((one for one in _NEXT_RANKS if numbers and one >= numbers[0]), None)
@@ -148,7 +149,7 @@ def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Half of the dummy requests of the warm-up."""
+    """Propose half of the dummy requests of the warm-up."""
     del around
     half = max(1, int(float(hit.group(1))) // 2)
     return symptom.but(
@@ -158,7 +159,7 @@ def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Sympto
 
 
 def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """The model's own length, where the text states it."""
+    """Read the model's maximum length, if the text states it."""
     del hit
     longest = re.search(
         r"(?:max_position_embeddings|derived_max_model_len|max_model_len|maximum context length is"
@@ -172,7 +173,7 @@ def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Needed and present compute capability, as 8.9 or as 89."""
+    """Read the required and the actual compute capability, written as 8.9 or 89."""
     del hit
     numbers = re.search(
         r"capability(?: of at least)?:? (\d+\.?\d*)\b.{0,80}?capability:? (\d+\.?\d*)",
@@ -184,7 +185,7 @@ def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     need, have = (one.rstrip(".") for one in numbers.groups())
     need, have = (one if "." in one else f"{one[:-1]}.{one[-1]}" for one in (need, have))
     return symptom.but(
-        title=f"{symptom.title}: {need} is needed, the card has {have}",
+        title=f"{symptom.title}: {need} is required, but the card has {have}",
     )
 
 
@@ -198,29 +199,29 @@ def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
         have = f"{number // 1000}.{number % 1000 // 10}"
         return symptom.but(title=f"{symptom.title} (the driver supports CUDA {have})")
     if needed:
-        return symptom.but(title=f"{symptom.title} (CUDA {needed[1]} is needed)")
+        return symptom.but(title=f"{symptom.title} (CUDA {needed[1]} is required)")
     return symptom
 
 
 def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """The size of the segment that NCCL could not make."""
+    """Read the size of the segment that NCCL could not create."""
     del hit
     size = re.search(r"\(size (\d+)\)", around[:400])
     if size is None:
         return symptom
     return symptom.but(
-        title=f"{symptom.title} (a segment of {int(size[1]) / 2**20:.1f} MiB was asked for)"
+        title=f"{symptom.title} (a segment of {int(size[1]) / 2**20:.1f} MiB was requested)"
     )
 
 
 def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Asked for and present."""
+    """Read the requested and the available number."""
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     if len(numbers) < 2:
         return symptom
     asked, have = numbers[:2]
     return symptom.but(
-        remedy=f"ask for {have} processes or a tensor_parallel_size of at most {have}, or give the "
-        f"job {asked} GPUs (CUDA_VISIBLE_DEVICES, --gpus, --gres)"
+        remedy=f"start {have} processes or use a tensor_parallel_size of at most {have}, or give "
+        f"the job {asked} GPUs (CUDA_VISIBLE_DEVICES, --gpus, --gres)"
     )

@@ -1,5 +1,5 @@
-"""From a pasted log to text that can be searched: short enough, without colours, prefixes and line
-breaks, each rank's lines together.
+"""Turn a pasted log into text that can be searched: short enough, without colours, prefixes and
+line breaks, with the lines of each rank together.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 import re
 
 LONGEST_TEXT = 400_000
-"""A longer log is cut down to its telling lines and its end before it is searched."""
+"""A longer log is reduced to its error lines and its end before the search."""
 
 _END = 60_000
 _AROUND = 300
 _MOST_HITS = 400  # of one word, from the start and from the end
-# Parts of words, so that either case of the first letter is found by an exact search.
+# Parts of words without their first letter, so that an exact search finds both cases.
 _TELLING = (
     "rror", "RROR", "GPU", "memory", "pport", "CUDA_", "ailed", "AILED", "annot", "No ", "is not",
     "ould not", "ouldn't", "Active", "ailure", "not found", "undefined symbol", "Xid", "mismatch",
@@ -21,7 +21,7 @@ _TELLING = (
     "unresolvable", "symbolic link", "arning", "enied", "xception", "remapper", "Insuff",
 )  # fmt: skip
 
-# What terminals, loggers, launchers and mail put around a line; none of it is the message.
+# Prefixes and suffixes that terminals, loggers, launchers and mail add to a line.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
 _PREFIX = re.compile(
     r"[ \t]*(?:(?:>|[│┃|](?=\s)|\[rank\d{1,4}\]:|\([^()\n]{1,80}\bpid=\d{1,9}\)|"
@@ -34,9 +34,7 @@ _FRAME = " \t\r│┃"  # at the end of a line
 
 
 def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
-    """``text``, or of a long one the lines that tell of errors, with their surroundings, and its
-    end.
-    """
+    """``text``; for a long text its error lines with context, and its end."""
     if len(text) <= longest:
         return text
     spans = sorted((max(0, at - _AROUND), at + _AROUND) for at in _hits(text))
@@ -71,7 +69,7 @@ def _hits(text: str) -> set[int]:
 
 
 def _ends(text: str, longest: int) -> str:
-    """Both ends of what is still too long: the first error and the last."""
+    """Both ends of a text that is still too long: the first and the last error."""
     if len(text) <= longest:
         return text
     half = longest // 2
@@ -79,8 +77,8 @@ def _ends(text: str, longest: int) -> str:
 
 
 def streams(text: str) -> tuple[str, str]:
-    """``text`` without what surrounds its lines, each rank's lines together: once with a space
-    for a line break, and once with none.
+    """``text`` without prefixes and suffixes, with the lines of each rank together: once with line
+    breaks as spaces, and once without them.
     """
     if "\x1b" in text:
         text = _ESCAPES.sub("", text)
@@ -96,7 +94,7 @@ def streams(text: str) -> tuple[str, str]:
 
 
 def telling_lines(text: str, most: int = 80) -> list[str]:
-    """The last lines with a word that tells of an error; the last lines at all where none has."""
+    """The last lines with an error word; if there are none, the last lines."""
     lines = [line for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
     return (telling or lines)[-most:]

@@ -1,4 +1,4 @@
-"""Texts about what is installed, and what a card can do."""
+"""Texts about the installed software, and what a card supports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from toolkit.base.symptoms.symptom import entry
 ENTRIES = (
     entry(
         "bfloat16",
-        "The card has no bfloat16",
+        "The card does not support bfloat16",
         "software.features, LOAD005",
         "set model.dtype: auto (float16 on such a card), and grpo.bf16: false",
         1,
@@ -34,7 +34,7 @@ ENTRIES = (
     ),
     entry(
         "float8-cache",
-        "The card cannot keep the KV cache in 8 bits",
+        "The card does not support an 8-bit KV cache",
         "LOAD004",
         "set float8_kv_cache: false",
         1,
@@ -46,10 +46,10 @@ ENTRIES = (
     ),
     entry(
         "no-kernel-image",
-        "The installed torch or vLLM has no code for this card",
+        "The installed torch or vLLM does not support this card",
         "software.arch",
         "install the build for this card's compute capability (`envcheck check --only software` "
-        "names both)",
+        "shows both)",
         1,
         "no kernel image is available for execution",
         "with CUDA capability sm_{n} is not compatible with the current PyTorch",
@@ -59,11 +59,10 @@ ENTRIES = (
     ),
     entry(
         "build-tools",
-        "A kernel is compiled at run time and a tool for it is missing",
+        "A kernel must be compiled at run time, but a tool for it is missing",
         "software.engine",
         "install what the text names (ninja, a C compiler, Python's headers, the CUDA toolkit's "
-        "ptxas "
-        "and nvcc of torch's CUDA); the containers of this project have them",
+        "ptxas and nvcc of torch's CUDA); the containers of this project contain them",
         1,
         "Ninja is required to load C++ extensions",
         "No such file or directory: 'ninja'",
@@ -79,7 +78,7 @@ ENTRIES = (
     ),
     entry(
         "no-device-type",
-        "vLLM found no device: this is a build for other hardware, or no driver is seen",
+        "vLLM found no device: the build is for other hardware, or no driver was found",
         "driver.present, software.engine",
         "run `envcheck check --only driver,software`: install the vLLM build of this machine "
         "(extra "
@@ -92,7 +91,7 @@ ENTRIES = (
         "no-vllm",
         "A package that the run needs is not installed",
         "software.engine",
-        "install the extra that brings it (`uv sync --extra cuda`), or set runtime.engine: "
+        "install the extra that contains it (`uv sync --extra cuda`), or set runtime.engine: "
         "transformers",
         1,
         "No module named 'vllm'",
@@ -119,9 +118,8 @@ ENTRIES = (
         "broken-pins",
         "Packages of different builds were mixed",
         "software.pins, software.lock",
-        "install the lock file as it is: `uv sync --locked` (or `pip install -r locks/*.txt`) in a "
-        "new "
-        "environment",
+        "install the lock file unchanged: `uv sync --locked` (or `pip install -r locks/*.txt`) "
+        "in a new environment",
         1,
         "vllm/_C.abi3.so: undefined symbol",
         "vllm/_C{..}.so: undefined symbol",

@@ -1,4 +1,4 @@
-"""What a known failure is, and the small language in which its texts are written."""
+"""The classes of a known failure, and the small pattern language of its texts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _PARTS = {
     "{....}": r".{0,4000}?",
 }
 _SPLIT = re.compile(r"(\{(?:n|w|\.\.|\.\.\.\.)\})")
-NEAR, FAR = 700, 5000  # characters read on either side of a text's longest literal part
-_MOST_PLACES = 12  # of them looked at from the start, and as many from the end
+NEAR, FAR = 700, 5000  # characters searched on either side of a text's longest literal part
+_MOST_PLACES = 12  # occurrences checked from the start, and the same number from the end
 
 
 @dataclass(frozen=True, slots=True)
 class Symptom:
-    """One known failure: ``check`` names the checks, the rules or the part of ``envcheck size``
-    that find it before a GPU-second is spent.
+    """One known failure.
 
-    ``exit_code`` is the one of ``base.errors.EXIT_CODES`` that fits who must act.
+    ``check`` names the checks, the rules or the part of ``envcheck size`` that find it before any
+    GPU time is used. ``exit_code`` is one of ``base.errors.EXIT_CODES`` and shows who must act.
     """
 
     id: str
@@ -36,7 +36,7 @@ class Symptom:
     exit_code: int
 
     def but(self, **values: str | int) -> Symptom:
-        """This symptom with what the numbers of a text say."""
+        """This symptom with details from the numbers in a text."""
         return replace(self, **values)  # type: ignore[arg-type]
 
 
@@ -44,7 +44,7 @@ class Text:
     """One upstream text. ``{n}`` is a number, ``{w}`` a word, ``{..}`` up to 300 characters and
     ``{....}`` up to 4000; everything else is literal, in any case.
 
-    ``anchor`` is the longest literal part: where it does not occur nothing else is looked at.
+    ``anchor`` is the longest literal part. If it does not occur, nothing else is searched.
     """
 
     def __init__(self, text: str) -> None:
@@ -56,7 +56,7 @@ class Text:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Compiled where the anchor was found, so that a start costs nothing."""
+        """Compiled only after the anchor was found, so that imports stay fast."""
         joined = "".join(
             _PARTS[part] if part in _PARTS else re.escape(part) for part in self._parts
         )
@@ -82,7 +82,7 @@ def words_of(text: str) -> frozenset[str]:
 
 
 def places(text: str, wanted: str) -> list[int]:
-    """Where ``wanted`` is found: the first dozen places and the last."""
+    """The positions of ``wanted``: the first and the last dozen."""
     found: list[int] = []
     at = text.find(wanted)
     while at >= 0 and len(found) < _MOST_PLACES:
@@ -99,7 +99,7 @@ def places(text: str, wanted: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A symptom with its texts. ``read`` makes the answer of the numbers in the text; ``unless``
+    """A symptom with its texts. ``read`` adds details from the numbers in the text. ``unless``
     names symptoms that explain the same text better.
     """
 
@@ -109,7 +109,7 @@ class Entry:
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
-        """What the first of the texts that occurs says."""
+        """The symptom of the first text that occurs."""
         for one in self.texts:
             if found := one.find(text, lowered):
                 return self.read(self.symptom, *found) if self.read else self.symptom
@@ -126,6 +126,6 @@ def entry(  # noqa: PLR0913 - a row of a table
     read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None,
     unless: tuple[str, ...] = (),
 ) -> Entry:
-    """An entry of the tables."""
+    """One entry of the tables."""
     symptom = Symptom(symptom_id, title, check, remedy, exit_code)
     return Entry(symptom, tuple(Text(text) for text in texts), read, frozenset(unless))

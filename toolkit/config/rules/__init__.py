@@ -1,4 +1,4 @@
-"""Every rule on a run file, by theme; one small function each."""
+"""Every rule on a run file, by topic. Each rule is one small function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _THEMES = (
 
 @cache
 def all_rules() -> dict[str, Rule]:
-    """The rules by id, in the order of their themes."""
+    """The rules by id, in the order of their topics."""
     for theme in _THEMES:
         import_module(f"toolkit.config.rules.{theme}")
     return RULES
@@ -28,7 +28,7 @@ def all_rules() -> dict[str, Rule]:
 
 @cache
 def judging_rules() -> tuple[Rule, ...]:
-    """The rules that look at a run themselves: not those that loading and the schema tell."""
+    """The rules that judge a run directly, without those that loading and the schema report."""
     from toolkit.config.rules.structural import TOLD  # noqa: PLC0415 - after all themes
 
     return tuple(rule for name, rule in all_rules().items() if name not in TOLD)

@@ -1,4 +1,4 @@
-"""Batches and groups: what TRL's GRPOConfig and trainer ask of the batch arithmetic."""
+"""Batches and groups: what TRL's GRPOConfig and trainer require of the batch sizes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ GROUP = "grpo.num_generations"
 
 
 def micro_batch(run: Run) -> int:
-    """per_device_train_batch_size as a number; what needs one keeps quiet where it is auto."""
+    """per_device_train_batch_size as a number. Raises Unjudged if it is auto."""
     micro = run.value(MICRO)
     if not isinstance(micro, int) or run.value(ACCUMULATION) == "auto":
-        raise Unjudged  # GRPO028 tells what auto needs
+        raise Unjudged  # GRPO028 reports what auto requires
     return micro
 
 
@@ -50,8 +50,8 @@ def whole_groups(run: Run) -> Iterator[Fault]:
 
     A generation batch is per_device_train_batch_size x world size x steps_per_generation
     (gradient_accumulation_steps when that is not set) completions, or generation_batch_size. It
-    must hold whole groups: advantages compare the completions of one prompt with each other.
-    Completions count, not prompts, and every process of the world counts.
+    must hold whole groups: advantages compare the completions of one prompt with each other. The
+    batch is counted in completions, not prompts, over all processes.
     """
     group = run.value(GROUP)
     if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
@@ -83,7 +83,9 @@ def whole_groups(run: Run) -> Iterator[Fault]:
 
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
-    """The completions of one generation, its formula, and the key that is easiest to change."""
+    """The number of completions of one generation, its formula, and the key that is easiest to
+    change.
+    """
     size = run.value(SIZE)
     if size is not None:
         return size, run.operand(SIZE), SIZE
@@ -101,8 +103,8 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
 def at_least_two(run: Run) -> Iterator[Fault]:
     """num_generations is at least 2.
 
-    The advantage of a completion is its reward against the mean of its group: a group of one has
-    advantage 0 and teaches nothing.
+    The advantage of a completion is its reward against the mean of its group: a group of one always
+    has advantage 0, so the model learns nothing.
     """
     node = run.node(GROUP)
     if node is None or type(node.value) is not int or node.value >= 2:
@@ -113,7 +115,7 @@ def at_least_two(run: Run) -> Iterator[Fault]:
         batch = 8
     yield Fault(
         GROUP,
-        f"{node.value} completions a prompt cannot be compared with each other",
+        f"{node.value} completion per prompt cannot be compared with others; GRPO needs at least 2",
         fixes=(run.to(GROUP, nearest_divisor(batch, 8) or 2),),
     )
 
@@ -125,7 +127,7 @@ def at_least_two(run: Run) -> Iterator[Fault]:
     fix="keep one of the two",
 )
 def size_or_steps(run: Run) -> Iterator[Fault]:
-    """generation_batch_size and steps_per_generation exclude each other.
+    """generation_batch_size and steps_per_generation are mutually exclusive.
 
     Each determines the other: size = per_device_train_batch_size x world size x steps.
     """
@@ -156,8 +158,8 @@ grpo:
 def whole_steps(run: Run) -> Iterator[Fault]:
     """generation_batch_size is a multiple of per_device_train_batch_size x world size.
 
-    A generation is used up in whole micro-batches on every process. An auto micro-batch can be
-    any part of what one process has, so that a multiple of the world size is enough.
+    Every process trains on a generation in whole micro-batches. An auto micro-batch can divide the
+    share of one process in any way, so a multiple of the world size is enough.
     """
     size, micro = run.value(SIZE), run.value(MICRO)
     if size is None or run.value(STEPS) is not None:
@@ -170,7 +172,7 @@ def whole_steps(run: Run) -> Iterator[Fault]:
     what = "world size" if micro == "auto" else "global micro-batch"
     yield Fault(
         SIZE,
-        f"{size} is no multiple of the {what} {per_step}",
+        f"{size} is not a multiple of the {what} {per_step}",
         notes=(
             f"{run.operand(MICRO)}; {world(run)}"
             if micro == "auto"
@@ -196,8 +198,8 @@ grpo:
 def whole_eval_groups(run: Run) -> Iterator[Fault]:
     """num_generations_eval divides the evaluation batch of all processes.
 
-    Without num_generations_eval, num_generations counts; only when eval_strategy or eval_on_start
-    evaluates at all.
+    Without num_generations_eval, num_generations is used. The rule applies only if eval_strategy or
+    eval_on_start turns evaluation on.
     """
     if run.value("grpo.eval_strategy") == "no" and not run.ask("grpo.eval_on_start"):
         return
@@ -216,7 +218,7 @@ def whole_eval_groups(run: Run) -> Iterator[Fault]:
         fixes.append(run.to("grpo.num_generations_eval", smaller))
     yield Fault(
         size_key,
-        f"{group} generations a prompt do not divide the evaluation batch {batch}",
+        f"{group} generations per prompt do not divide the evaluation batch {batch}",
         notes=(f"batch = {run.operand(size_key)} x {world(run)}; group = {run.operand(key)}",),
         fixes=tuple(fixes),
         related=(key,),
@@ -233,11 +235,12 @@ def no_sequence_parallelism(run: Run) -> Iterator[Fault]:
     """Sequence and context parallelism are refused.
 
     GRPO builds the model's inputs inside the trainer, after generation, where the batch can no
-    longer be split along the sequence. Several GPUs work data-parallel, started by torchrun.
+    longer be split along the sequence. To use several GPUs, start data-parallel processes with
+    torchrun.
     """
     if run.node("grpo.parallelism_config") is not None:
         yield Fault(
             "grpo.parallelism_config",
-            "GRPO cannot split sequences over processes",
+            "GRPO cannot split sequences across processes",
             on_key=True,
         )

@@ -1,4 +1,6 @@
-"""A micro-batch that sizing chooses: what it needs, and where the choice would be felt."""
+"""An auto micro-batch, whose size the sizer chooses: what it requires, and which losses depend on
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 ROUTER = "grpo.router_aux_loss_coef"
-USUAL, USUAL_MICRO = 64, 8  # completions of a step, and of a micro-batch
+USUAL, USUAL_MICRO = 64, 8  # completions per step, and per micro-batch
 
 
 @rule(
@@ -28,13 +30,13 @@ USUAL, USUAL_MICRO = 64, 8  # completions of a step, and of a micro-batch
 def no_shrinking_batch(run: Run) -> Iterator[Fault]:
     """auto_find_batch_size is refused.
 
-    It halves the batch on an out-of-memory error, and then the batch no longer holds whole groups.
-    envcheck size finds a batch that fits before the run starts.
+    It halves the batch on an out-of-memory error, so the batch no longer holds whole groups.
+    `envcheck size` finds a batch that fits before the run starts.
     """
     if run.value("grpo.auto_find_batch_size"):
         yield Fault(
             "grpo.auto_find_batch_size",
-            "a batch that shrinks on its own does not hold whole groups",
+            "a batch that is halved automatically no longer holds whole groups",
             fixes=(run.to("grpo.auto_find_batch_size", False),),
         )
 
@@ -48,10 +50,10 @@ def no_shrinking_batch(run: Run) -> Iterator[Fault]:
 def auto_is_whole(run: Run) -> Iterator[Fault]:
     """An auto micro-batch needs auto accumulation and a generation_batch_size.
 
-    The generation batch is one optimizer step, and sizing cuts it: into as few micro-batches as the
-    card's memory allows. So both factors are auto, generation_batch_size says how many completions
-    are cut, and steps_per_generation, which counts micro-batches, is left out. num_iterations
-    counts optimizer steps on the same generation, as ever.
+    The generation batch is one optimizer step. The sizer splits it into as few micro-batches as the
+    card's memory allows. So both factors must be auto, and generation_batch_size gives the number
+    of completions to split. steps_per_generation counts micro-batches, so it must be left out.
+    num_iterations still counts optimizer steps on the same generation.
     """
     autos = [key for key in (MICRO, ACCUMULATION) if run.value(key) == "auto"]
     if not autos:
@@ -75,7 +77,7 @@ def auto_is_whole(run: Run) -> Iterator[Fault]:
     if run.value(STEPS) is not None:
         yield Fault(
             STEPS,
-            "it counts micro-batches, whose size is auto",
+            "it counts micro-batches, and their size is auto",
             notes=(run.operand(MICRO),),
             fixes=(run.to(STEPS, None) if run.value(SIZE) is not None else _in_place(run, size),),
             related=(MICRO,),
@@ -83,14 +85,14 @@ def auto_is_whole(run: Run) -> Iterator[Fault]:
     elif run.value(SIZE) is None:
         yield Fault(
             MICRO,
-            "auto, and nothing says how many completions a step has",
+            "auto, but no key gives the number of completions per step",
             notes=(run.operand(SIZE),),
             fixes=(run.to(SIZE, size),),
         )
 
 
 def _in_place(run: Run, size: int) -> Fix:
-    """generation_batch_size where steps_per_generation stands."""
+    """generation_batch_size in place of steps_per_generation."""
     node = run.node(STEPS)
     assert node is not None
     name = SIZE.rpartition(".")[2]
@@ -112,12 +114,12 @@ grpo:
     fix="loss_type: dapo, or numbers in place of auto",
 )
 def cut_changes_nothing(run: Run) -> Iterator[Fault]:
-    """An auto micro-batch goes with a loss that does not hang on it.
+    """An auto micro-batch needs a loss that does not depend on the micro-batch size.
 
-    bnpo averages over the tokens of each micro-batch; an entropy bonus, top_entropy_quantile below
-    1 and a router loss look at one micro-batch at a time. With these another card, with another
-    micro-batch, would train something else: write the number. For the other losses the cut changes
-    nothing but rounding.
+    bnpo averages over the tokens of each micro-batch. An entropy bonus, top_entropy_quantile below
+    1 and a router loss are also computed per micro-batch. With these, a card with a different
+    micro-batch would train a different model: write the number instead. For all other losses the
+    split changes only rounding.
     """
     if run.value(MICRO) != "auto":
         return
@@ -133,7 +135,7 @@ def cut_changes_nothing(run: Run) -> Iterator[Fault]:
     if clashes:
         yield Fault(
             MICRO,
-            "auto, and the loss would hang on which micro-batch is chosen",
+            "auto, and this loss depends on the micro-batch size that is chosen",
             notes=("; ".join(told),),
             fixes=tuple(fixes),
             related=tuple(clashes),
@@ -141,7 +143,7 @@ def cut_changes_nothing(run: Run) -> Iterator[Fault]:
 
 
 def _numbers(run: Run) -> Fix:
-    """The fix that writes a cut of the generation batch."""
+    """The fix that writes a split of the generation batch."""
     size = run.value(SIZE)
     own = size // run.world_size if size and size % run.world_size == 0 else USUAL
     micro = next(one for one in range(USUAL_MICRO, 0, -1) if own % one == 0)
@@ -152,7 +154,9 @@ def _numbers(run: Run) -> Fix:
 
 
 def _router_loss(run: Run) -> float:
-    """The weight of the router's loss that a model at hand declares; 0 where there is none."""
+    """The router loss weight that the model's config declares; 0 if the config is not available or
+    declares none.
+    """
     if run.model is None or not run.model.experts:
         return 0.0
     declared = run.model.text.get("router_aux_loss_coef")

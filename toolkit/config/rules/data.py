@@ -1,9 +1,12 @@
-"""What the run file points at: the model's and the data's files, as far as they are here."""
+"""The files that the run file names: those of the model and the data, if they are on this
+machine.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.chat_format import (
     CHATS_WITHOUT_TEMPLATE,
     CHATS_WITHOUT_TEMPLATE_FIX,
@@ -15,7 +18,6 @@ from toolkit.config.finding import Fix, Severity
 from toolkit.config.model_facts import folder_fault, is_adapter
 from toolkit.config.rules.violation import Fault, rule
 from toolkit.config.run_paths import exists, is_path_only, resolve
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +41,7 @@ def _written_text(run: Run, key: str) -> str | None:
 def columns_exist(run: Run) -> Iterator[Fault]:
     """The data set has the columns that prompt and answer name.
 
-    JSONL, JSON, CSV, Parquet files and saved folders are looked into when they are here.
+    JSONL, JSON, CSV, Parquet files and saved folders are read if they are on this machine.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -67,10 +69,10 @@ def columns_exist(run: Run) -> Iterator[Fault]:
     severity=Severity.WARNING,
 )
 def prompts_are_there(run: Run) -> Iterator[Fault]:
-    """No prompt is empty or stands twice.
+    """No prompt is empty or repeated.
 
-    Rows with an empty prompt are left out of training; a repeated prompt counts twice. Both are
-    counted here, over the first rows of a large file.
+    Training skips rows with an empty prompt; a repeated prompt has double weight. In a large file
+    only the first rows are checked.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -94,8 +96,8 @@ def prompts_are_there(run: Run) -> Iterator[Fault]:
 def data_is_here(run: Run) -> Iterator[Fault]:
     """The data set is on this machine and can be read.
 
-    A missing file is a warning, for the run may be meant for another machine (an error under
-    --strict); a file that is here and broken is an error. Hub ids are not looked up.
+    A missing file is a warning, because the run may be meant for another machine (with --strict it
+    is an error). A file that exists but is broken is an error. Hub ids are not looked up.
     """
     for which in _PATHS:
         key = f"dataset.{which}"
@@ -110,7 +112,7 @@ def data_is_here(run: Run) -> Iterator[Fault]:
             yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
         elif not exists(path):
             where = (
-                f"there is no {path}" if is_path_only(text) else f"{text} is not on this machine"
+                f"{path} does not exist" if is_path_only(text) else f"{text} is not on this machine"
             )
             yield Fault(
                 key, f"{where}: its columns are not checked", unknown=not is_path_only(text)
@@ -124,9 +126,9 @@ def data_is_here(run: Run) -> Iterator[Fault]:
     fix="eval_path: test.jsonl",
 )
 def files_have_no_splits(run: Run) -> Iterator[Fault]:
-    """A split is named of a saved folder or a hub data set only.
+    """split names a split of a saved folder or of a hub data set.
 
-    A single file is one split, called train.
+    A single file has one split, called train.
     """
     for which, key in (("path", "split"), ("eval_path", "eval_split")):
         data: DataFacts | None = data_of(run.document, which)
@@ -138,7 +140,7 @@ def files_have_no_splits(run: Run) -> Iterator[Fault]:
         yield Fault(
             f"dataset.{key}",
             f"{data.path.name} is a file, which has no split {name}",
-            fixes=(Fix("name the other file in dataset.eval_path, and no split"),),
+            fixes=(Fix("name the evaluation file in dataset.eval_path and remove the split"),),
         )
 
 
@@ -151,7 +153,7 @@ def files_have_no_splits(run: Run) -> Iterator[Fault]:
 def evaluation_has_data(run: Run) -> Iterator[Fault]:
     """eval_strategy needs dataset.eval_path or dataset.eval_split.
 
-    Otherwise there is nothing to evaluate on.
+    Without them there is no data to evaluate on.
     """
     strategy = run.value("grpo.eval_strategy")
     if strategy == "no":
@@ -159,7 +161,7 @@ def evaluation_has_data(run: Run) -> Iterator[Fault]:
     if run.value("dataset.eval_path") is None and run.value("dataset.eval_split") is None:
         yield Fault(
             "grpo.eval_strategy",
-            f"{strategy}, and there is no data to evaluate on",
+            f"{strategy}, but there is no data to evaluate on",
             notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
             fixes=(run.to("grpo.eval_strategy", "no"),),
         )
@@ -174,8 +176,9 @@ def evaluation_has_data(run: Run) -> Iterator[Fault]:
 def chats_need_a_template(run: Run) -> Iterator[Fault]:
     """dataset.chat: true needs a tokenizer with a chat template.
 
-    The template turns messages into the text that the model was taught to read. auto makes user
-    messages of text prompts where there is one, and leaves them plain where there is none.
+    The template turns messages into the text format that the model was trained on. auto turns text
+    prompts into user messages if the tokenizer has a template, and leaves them as plain text
+    otherwise.
     """
     if run.value("dataset.chat") is not True or run.chat_template is not False:
         return
@@ -201,16 +204,16 @@ def chats_need_a_template(run: Run) -> Iterator[Fault]:
 def system_is_a_message(run: Run) -> Iterator[Fault]:
     """A system prompt is a message, and dataset.chat: false makes no messages.
 
-    The text of dataset.system then is put before each prompt with an empty line between, which is
-    right for a base model. A model that has a chat template was not taught to read it there.
+    The text of dataset.system is then put before each prompt, followed by an empty line. This is
+    right for a base model. A model with a chat template was not trained on this format.
     """
     if run.value("dataset.chat") is not False or not run.value("dataset.system"):
         return
     if run.chat_template is False:
-        return  # plain text is all that this model reads
+        return  # this model reads only plain text
     yield Fault(
         "dataset.system",
-        "it is put before each prompt as plain text, for dataset.chat is false",
+        "it is put before each prompt as plain text, because dataset.chat is false",
         notes=(run.operand("dataset.chat"),),
         fixes=(run.to("dataset.chat", "auto"), Fix("leave dataset.system out")),
         related=("dataset.chat",),
@@ -226,8 +229,8 @@ def system_is_a_message(run: Run) -> Iterator[Fault]:
 def messages_are_chats(run: Run) -> Iterator[Fault]:
     """Prompts that are lists of messages need dataset.chat to be auto or true, and a chat template.
 
-    The messages have roles, which only a template can write down. JSONL and JSON files are looked
-    into when they are here.
+    Messages have roles, and only a template can turn roles into text. JSONL and JSON files are read
+    if they are on this machine.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -262,7 +265,7 @@ def messages_are_chats(run: Run) -> Iterator[Fault]:
 def there_is_a_data_set(run: Run) -> Iterator[Fault]:
     """There is a data set to train on.
 
-    Every completion answers a prompt of it, whatever grpo.max_steps says.
+    Every completion answers one of its prompts, so a run needs it whatever grpo.max_steps is.
     """
     if run.value("dataset.path") is None:
         yield Fault(
@@ -284,9 +287,9 @@ def there_is_a_data_set(run: Run) -> Iterator[Fault]:
 def model_is_here(run: Run) -> Iterator[Fault]:
     """The model is on this machine.
 
-    A folder with config.json, or a snapshot in the hub's cache. When it is not here, lengths, heads
-    and target modules cannot be checked: a warning (an error under --strict). A folder with a pipe,
-    a device or a circle of links in it cannot be loaded: an error.
+    It is a folder with config.json, or a snapshot in the hub cache. If it is missing, lengths,
+    heads and target modules cannot be checked: a warning (with --strict an error). A folder that
+    contains a pipe, a device or a loop of links cannot be loaded: an error.
     """
     text = _written_text(run, "model.model_name")
     if text is None:
@@ -300,13 +303,15 @@ def model_is_here(run: Run) -> Iterator[Fault]:
         )
         return
     if run.model is not None or is_adapter(path):
-        return  # MODEL003 tells of an adapter
+        return  # MODEL003 reports an adapter
     if exists(path):
-        what = "has no readable config.json" if path.is_dir() else "is no folder with a checkpoint"
+        what = (
+            "has no readable config.json" if path.is_dir() else "is not a folder with a checkpoint"
+        )
         yield Fault("model.model_name", f"{path} {what}", severity=Severity.ERROR)
     else:
         local = is_path_only(text)
-        where = f"there is no {path}" if local else f"{text} is not on this machine"
+        where = f"{path} does not exist" if local else f"{text} is not on this machine"
         yield Fault(
             "model.model_name",
             f"{where}: lengths, heads and target modules are not checked",

@@ -1,13 +1,13 @@
-"""Evaluation under training: its data, its metrics, and what is chosen by them."""
+"""Evaluation during training: its data, its metrics, and what depends on them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
 from toolkit.config.reward_table import metric_names
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,7 @@ METRIC = "grpo.metric_for_best_model"
 _STRATEGY, _SAVE, _BEST = "grpo.eval_strategy", "grpo.save_strategy", "grpo.load_best_model_at_end"
 _ON_START, _SCHEDULER = "grpo.eval_on_start", "grpo.lr_scheduler_type"
 FOLLOWERS = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow the metric."""
+"""Learning rate schedules that depend on the metric."""
 METRICS = (
     "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "num_tokens",
     "completions/mean_length", "completions/min_length", "completions/max_length",
@@ -27,7 +27,7 @@ METRICS = (
     "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
     "clip_ratio/region_mean", "runtime", "samples_per_second", "steps_per_second",
 )  # fmt: skip
-"""What every evaluation of GRPO gives, beside the rewards and what user code logs."""
+"""Metrics of every GRPO evaluation, besides the rewards and what user code logs."""
 SOMETIMES = (
     "kl", "aux_loss", "entropy_coef", "policy_loss", "cispo_clip_ratio", "vespo/phi_seq_mean",
     "sampling/logp_gap_mean", "sampling/logp_gap_max", "sampling/sampling_logp_difference/mean",
@@ -35,7 +35,7 @@ SOMETIMES = (
     "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max",
     "tools/call_frequency", "tools/failure_frequency", "epoch", "model_preparation_time",
 )  # fmt: skip
-"""Metrics that are there with some losses, options or engines."""
+"""Metrics that exist only with some losses, options or engines."""
 # Names of metrics.jsonl that differ from the trainer's.
 _OURS = {"completion_length": "completions/mean_length"}
 
@@ -54,9 +54,10 @@ def has_evaluation_data(run: Run) -> bool:
 def best_metric_exists(run: Run) -> Iterator[Fault]:
     """metric_for_best_model is a metric of the evaluation.
 
-    transformers looks it up after each evaluation, and fails where it is not there. GRPO has
-    reward, reward_std, loss, rewards/NAME/mean of each reward function and others, with or without
-    eval_ before them. Functions of your own can log more (log_metric): then this is a warning.
+    transformers looks it up after each evaluation and fails if it is missing. GRPO has reward,
+    reward_std, loss, rewards/NAME/mean of each reward function and others, with or without the
+    prefix eval_. Your own reward functions can log more (log_metric); with such functions this is a
+    warning.
     """
     metric = run.value(METRIC)
     if not metric or run.ask(_STRATEGY) == "no":
@@ -70,10 +71,10 @@ def best_metric_exists(run: Run) -> Iterator[Fault]:
     close = _OURS.get(plain) or (plain if plain in known else nearest(plain, known)) or "reward"
     yield Fault(
         METRIC,
-        f"an evaluation has no metric {metric}",
+        f"the evaluation has no metric {metric}",
         notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
         fixes=(run.to(METRIC, close),),
-        # A name of metrics.jsonl (eval/reward) is a slip, whatever rewards may log.
+        # A name from metrics.jsonl (eval/reward) is wrong here, whatever the rewards log.
         severity=None if only_ours or name != plain else Severity.WARNING,
     )
 
@@ -87,15 +88,16 @@ def best_metric_exists(run: Run) -> Iterator[Fault]:
 def best_has_a_metric(run: Run) -> Iterator[Fault]:
     """save_strategy: best needs eval_strategy and metric_for_best_model.
 
-    A checkpoint is the best by a metric of an evaluation. Without evaluations none is ever saved.
-    load_best_model_at_end has loss where no metric is named, which says little in GRPO.
+    An evaluation metric decides which checkpoint is the best. Without evaluations no checkpoint is
+    ever saved. load_best_model_at_end uses loss if no metric is named, and the GRPO loss says
+    little about quality.
     """
     if run.value(_SAVE) != "best":
         return
     if run.value(_STRATEGY) == "no":
         yield Fault(
             _SAVE,
-            "best, and nothing is evaluated: no checkpoint would be saved",
+            "best, but there are no evaluations: no checkpoint would be saved",
             notes=(run.operand(_STRATEGY),),
             fixes=(run.to(_SAVE, "steps"),),
             related=(_STRATEGY,),
@@ -111,7 +113,7 @@ def best_has_a_metric(run: Run) -> Iterator[Fault]:
 
 
 def _rewards(run: Run) -> tuple[list[str], bool]:
-    """The names of the reward functions in metrics, and whether all are built in."""
+    """The names of the reward functions in the metrics, and whether all of them are built in."""
     node = run.node("reward.functions")
     items = node.value if node is not None and isinstance(node.value, list) else []
     given = [item.value.get("name") for item in items if isinstance(item.value, dict)]
@@ -120,7 +122,7 @@ def _rewards(run: Run) -> tuple[list[str], bool]:
 
 
 def _follows(run: Run) -> bool:
-    """Whether the schedule follows a metric: then there is one by default."""
+    """Whether the schedule depends on a metric. Then there is a default metric."""
     return run.ask(_SCHEDULER) in FOLLOWERS
 
 
@@ -133,7 +135,7 @@ def _follows(run: Run) -> bool:
 def first_evaluation_has_data(run: Run) -> Iterator[Fault]:
     """eval_on_start needs dataset.eval_path or dataset.eval_split.
 
-    Otherwise there is nothing to evaluate on.
+    Without them there is no data to evaluate on.
     """
     if run.value(_ON_START) and not has_evaluation_data(run):
         yield Fault(

@@ -1,4 +1,4 @@
-"""The adapter on a mixture of experts."""
+"""LoRA on a mixture-of-experts model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ lora:
     fix="target_modules: auto",
 )
 def experts_have_no_slots(run: Run) -> Iterator[Fault]:
-    """With the engine, no adapter lies on routed experts.
+    """With the vLLM engine, routed experts cannot have an adapter.
 
-    On Qwen3-MoE and DeepSeek, gate_proj, up_proj and down_proj mean the experts to PEFT, and the
-    engine is not given slots there: they would take gigabytes. auto adapts the attention of a
-    mixture of experts. Without the engine experts can be trained. Judged when the model is at hand.
+    On Qwen3-MoE and DeepSeek, PEFT applies gate_proj, up_proj and down_proj to the experts. The
+    engine reserves no LoRA slots there, because they would take gigabytes. auto adapts the
+    attention of a mixture-of-experts model. Without the engine experts can be trained. Checked when
+    the model is on this machine.
     """
     if run.engine == "transformers" or run.model is None or run.ask("model.full_finetuning"):
         return
@@ -46,7 +47,7 @@ def experts_have_no_slots(run: Run) -> Iterator[Fault]:
         names = ", ".join(name for name in MLP if name in found)
         yield Fault(
             _TARGETS,
-            f"{names} are the experts of this model, and the engine has no slots for them",
+            f"{names} are the experts of this model, and the engine has no LoRA slots for them",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
                 Fix(f"target_modules: [{', '.join(default_targets(run.model.config))}]"),

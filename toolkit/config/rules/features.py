@@ -1,4 +1,6 @@
-"""What the loader would refuse, from the table of supported features: flags, attention, machine."""
+"""Settings that the loader would refuse, from the table of supported features: flags, attention,
+machine.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _ATTENTION = "model.attn_implementation"
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> Fault:
-    """A problem of the table as a fault, with what is written and fixes that can be applied."""
+    """A problem from the table as a fault, with the written values and fixes that can be
+    applied.
+    """
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
         fixes += (Fix(problem.hint),)
@@ -49,7 +53,8 @@ def fault_of(
 def fp8_is_not_trained(run: Run) -> Iterator[Fault]:
     """load_in_fp8 is false.
 
-    Nothing here trains an adapter on 8-bit floating-point weights. load_in_4bit is smaller still.
+    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit needs even
+    less memory.
     """
     if run.value("model.load_in_fp8"):
         yield Fault(
@@ -66,9 +71,9 @@ def fp8_is_not_trained(run: Run) -> Iterator[Fault]:
     fix="load_in_16bit: false",
 )
 def flags_go_together(run: Run) -> Iterator[Fault]:
-    """load_in_16bit goes without dtype float32, and full_finetuning without quantized weights.
+    """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
-    A weight is in 16 bits or in 32; a weight that is packed in 4 or 8 bits has no gradient.
+    A weight has 16 bits or 32. A weight that is quantized to 4 or 8 bits has no gradient.
     """
     names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
     values = {name: run.ask(f"model.{name}") for name in names}
@@ -87,10 +92,11 @@ def flags_go_together(run: Run) -> Iterator[Fault]:
     fix="attn_implementation: flash_attention_2",
 )
 def attention_is_one(run: Run) -> Iterator[Fault]:
-    """attn_implementation is one of transformers' names, and computes what the model is.
+    """attn_implementation is a transformers name and computes the model's attention correctly.
 
-    Some models have no sdpa or flex attention (gpt-oss has sinks), and sdpa drops the soft cap of
-    Gemma 2. The model is judged when it is at hand. Names with a slash are code from the hub.
+    Some models have no sdpa or flex attention (gpt-oss has sinks), and sdpa ignores the soft cap of
+    Gemma 2. The model is checked when it is on this machine. Names with a slash are code from the
+    hub.
     """
     asked = run.value(_ATTENTION)
     config = run.model.text if run.model is not None else {}
@@ -114,7 +120,7 @@ def attention_is_one(run: Run) -> Iterator[Fault]:
 def attention_has_its_machine(run: Run) -> Iterator[Fault]:
     """flash_attention_N needs a GPU, a 16-bit dtype and its package.
 
-    Judged with --gpu; the package is looked for where the run is to train (envcheck check).
+    Checked with --gpu. `envcheck check` looks for the package on the machine that trains.
     """
     device = run.situation.device
     if device is None:
@@ -140,13 +146,13 @@ def attention_has_its_machine(run: Run) -> Iterator[Fault]:
 def float16_needs_a_card(run: Run) -> Iterator[Fault]:
     """fp16 needs a GPU.
 
-    The loss of a float16 computation is scaled on a GPU alone. Judged with --gpu.
+    Loss scaling, which float16 needs, works only on a GPU. Checked with --gpu.
     """
     device = run.situation.device
     if device is not None and device.compute_capability is None and run.value("grpo.fp16"):
         yield Fault(
             "grpo.fp16",
-            "float16 cannot be computed in: there is no GPU",
+            "float16 cannot be used: there is no GPU",
             fixes=(run.to("grpo.fp16", False),),
         )
 
@@ -161,9 +167,10 @@ runtime: {engine: vllm}
     fix="runtime.engine: transformers",
 )
 def cpu_engine_has_the_model(run: Run) -> Iterator[Fault]:
-    """Without a GPU, vLLM has an attention kernel for the model's head size, and its experts.
+    """Without a GPU, vLLM must have CPU kernels for the model's attention head size and for its
+    experts.
 
-    Judged with --gpu none, when the model is at hand.
+    Checked with --gpu none, when the model is on this machine.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or run.model is None:
@@ -180,9 +187,9 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[Fault]:
     fix="dtype: bfloat16",
 )
 def engine_has_the_format(run: Run) -> Iterator[Fault]:
-    """With the engine, the model is one that vLLM runs in float16, where that is the format.
+    """With the vLLM engine, dtype float16 needs a model that vLLM runs in float16.
 
-    Gemma 2 and 3 and GLM-4 overflow in it. Judged when the model is at hand.
+    Gemma 2 and 3 and GLM-4 overflow in float16. Checked when the model is on this machine.
     """
     if run.model is None or run.engine != "vllm":
         return

@@ -1,4 +1,4 @@
-"""The number format of the trainer beside that of the engine."""
+"""The number format of the trainer compared with that of the engine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FORMATS = {"grpo.bf16": "bfloat16", "grpo.fp16": "float16"}
 def one_format_with_the_engine(run: Run) -> Iterator[Fault]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
-    A float32 engine beside a bfloat16 trainer makes two policies of one: their log-probabilities
-    differ by 3e-3 to 6e-3 nats a token instead of 1e-6. Without the engine the model that trains
-    also samples, in one format. Two different 16-bit formats are GRPO023's.
+    A float32 engine with a bfloat16 trainer samples a slightly different policy than it trains: the
+    log-probabilities differ by 3e-3 to 6e-3 nats per token instead of 1e-6. Without the engine the
+    trained model also samples, in one format. GRPO023 covers two different 16-bit formats.
     """
     if run.engine != "vllm" or run.ask("model.dtype") != "float32":
         return
@@ -33,7 +33,7 @@ def one_format_with_the_engine(run: Run) -> Iterator[Fault]:
         if run.ask(key):
             yield Fault(
                 key,
-                f"the trainer would compute in {name}, and the engine samples in float32",
+                f"the trainer would compute in {name}, but the engine samples in float32",
                 notes=(run.operand("model.dtype"), run.operand("runtime.engine")),
                 fixes=(run.to(key, False), run.to("model.dtype", name)),
                 related=("model.dtype",),

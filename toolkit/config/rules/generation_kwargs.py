@@ -1,4 +1,4 @@
-"""Sampling keywords: what the engine of the run does with each of ``grpo.generation_kwargs``."""
+"""Sampling keywords: what the run's engine does with each key of ``grpo.generation_kwargs``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEYS = f"{_KWARGS} runtime.engine model.fast_inference"
 
 
 def _written(run: Run) -> Mapping[str, Node]:
-    """The keywords, less those with a value that is faulty in itself."""
+    """The keywords, without those whose value is already invalid by itself."""
     node = run.node(_KWARGS)
     if node is None or not isinstance(node.value, dict) or not run.written(_KWARGS):
         return {}
@@ -39,18 +39,18 @@ def _written(run: Run) -> Mapping[str, Node]:
 
 
 def _finite(value: Any) -> bool:
-    """False for the numbers that rule DOC006 refuses."""
+    """False for numbers that rule DOC006 refuses."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """Those that may generate, the one that is used where it is installed first."""
+    """The engines that may generate. The one that is used if it is installed comes first."""
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 
 
 def _faults(run: Run, kind: str) -> Iterator[Fault]:
-    """Keywords whose first problem is of ``kind``. What one of two possible engines takes is a
-    warning.
+    """Keywords whose first problem is of ``kind``. If one of two possible engines accepts the
+    keyword, it is a warning.
     """
     engines = _engines(run)
     for name, node in _written(run).items():
@@ -60,7 +60,7 @@ def _faults(run: Run, kind: str) -> Iterator[Fault]:
             continue
         engine, problem = problems[0]
         certain = len(problems) == len(engines)
-        notes = () if certain else (f"so it is where {NAMES[engine]} generates; {_CHOOSE}",)
+        notes = () if certain else (f"this applies if {NAMES[engine]} generates; {_CHOOSE}",)
         yield Fault(
             f"{_KWARGS}.{name}",
             problem.message,
@@ -71,12 +71,12 @@ def _faults(run: Run, kind: str) -> Iterator[Fault]:
         )
 
 
-_CHOOSE = "runtime.engine says which it is"
+_CHOOSE = "set runtime.engine to choose one"
 
 
 def _fix(run: Run, node: Node, problem: Problem) -> Fix:
-    """The fix of ``problem``; a slip of the pen whose value is good for the word that was meant can
-    be mended by --fix.
+    """The fix of ``problem``. --fix can correct a misspelled keyword if its value is valid for the
+    keyword that was meant.
     """
     meant = problem.meant
     if meant is None or any(judge(meant, node.to_plain(), one) for one in _engines(run)):
@@ -93,10 +93,10 @@ def _fix(run: Run, node: Node, problem: Problem) -> Fix:
     fix="leave seed out of generation_kwargs",
 )
 def owned_keywords(run: Run) -> Iterator[Fault]:
-    """generation_kwargs leaves out what the toolkit sets itself.
+    """generation_kwargs must not contain what the toolkit sets itself.
 
-    Seeds are derived for each completion, the number of completions is num_generations, and what
-    an engine returns is read in one layout.
+    The toolkit derives a seed for each completion, takes the number of completions from
+    num_generations, and reads the engine's output in one fixed layout.
     """
     yield from _faults(run, "owned")
 
@@ -108,10 +108,10 @@ def owned_keywords(run: Run) -> Iterator[Fault]:
     fix="generation_kwargs: {stop: [END]}",
 )
 def read_keywords(run: Run) -> Iterator[Fault]:
-    """Every keyword of generation_kwargs is read by the engine of the run.
+    """The run's engine reads every keyword of generation_kwargs. vLLM and Hugging Face generation
+    have different keywords.
 
-    vLLM and Hugging Face generation have keywords of their own. One that is not read would change
-    nothing, or end the run after the model is loaded.
+    An unknown keyword would have no effect, or would end the run after the model is loaded.
     """
     yield from _faults(run, "unread")
 
@@ -123,11 +123,11 @@ def read_keywords(run: Run) -> Iterator[Fault]:
     fix="temperature: 0.7, as a key of grpo",
 )
 def doubled_keywords(run: Run) -> Iterator[Fault]:
-    """generation_kwargs leaves out what is a key of grpo itself.
+    """generation_kwargs must not repeat keys of grpo.
 
     The training pass and the sizer read grpo.temperature, grpo.top_p and max_completion_length. A
-    second word for one of them would change the sampler alone, and another policy would be trained
-    than is sampled.
+    value here would change only the sampler, and the run would train a different policy than it
+    samples.
     """
     yield from _faults(run, "field")
 
@@ -139,9 +139,10 @@ def doubled_keywords(run: Run) -> Iterator[Fault]:
     fix="generation_kwargs: {presence_penalty: 2.0}",
 )
 def keyword_values(run: Run) -> Iterator[Fault]:
-    """The values of generation_kwargs have the type and the range that the engine takes.
+    """The values of generation_kwargs have the type and range that the engine accepts.
 
-    Some are refused after the model is loaded, others are left out without a message.
+    The engine refuses some wrong values only after the model is loaded, and silently ignores
+    others.
     """
     yield from _faults(run, "value")
 
@@ -154,30 +155,32 @@ def keyword_values(run: Run) -> Iterator[Fault]:
     severity=Severity.WARNING,
 )
 def followed_keywords(run: Run) -> Iterator[Fault]:
-    """The training pass can follow what is done to the distribution while sampling.
-
+    """The training pass can reproduce every change that sampling makes to the distribution.
     temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and frequency_penalty are
-    applied in training too. Where tokens are banned, forced or biased in other ways, the importance
-    weights carry the difference; over long completions they may reach 0, and the gradient with
-    them.
+    applied in training too.
+
+    If tokens are banned, forced or biased in other ways, importance weights correct for the
+    difference. Over long completions these weights, and with them the gradient, may reach 0.
     """
     engine = _engines(run)[0]
     for name in not_reproduced(_written(run), engine):
         if judge(name, _written(run)[name].to_plain(), engine) is None:
             yield Fault(
                 f"{_KWARGS}.{name}",
-                "training does not follow it",
+                "the training pass does not reproduce it",
                 notes=(what_follows(engine),),
-                fixes=(Fix(f"leave {name} out, and let the reward judge it"),),
+                fixes=(Fix(f"remove {name}, and let a reward score it instead"),),
                 on_key=True,
             )
     there = run.engine != "transformers" and run.value(_REGEX) is not None
     if there and _no_automaton(run) is None:  # GRPO064
         yield Fault(
             _REGEX,
-            "training does not follow it",
+            "the training pass does not reproduce it",
             notes=(what_follows("vllm"),),
-            fixes=(Fix("leave it out, and reward the format (functions: [{name: regex_match}])"),),
+            fixes=(
+                Fix("remove it, and reward the format instead (functions: [{name: regex_match}])"),
+            ),
         )
 
 
@@ -188,10 +191,10 @@ def followed_keywords(run: Run) -> Iterator[Fault]:
     fix="vllm_structured_outputs_regex: ab",
 )
 def regex_is_an_automaton(run: Run) -> Iterator[Fault]:
-    """vllm_structured_outputs_regex is a regular expression that vLLM can follow token by token.
+    """vllm_structured_outputs_regex is a regular expression that vLLM can apply token by token.
 
-    It is made into an automaton, which has no look-around and no back-references. vLLM refuses
-    them in the first step, after the model has loaded.
+    vLLM compiles it to an automaton, which supports neither look-around nor back-references. vLLM
+    would refuse them in the first step, after the model has loaded.
     """
     wrong = _no_automaton(run)
     if wrong is not None:
@@ -203,10 +206,10 @@ def _no_automaton(run: Run) -> str | None:
     if run.engine == "transformers" or not isinstance(text, str):
         return None
     if _NO_AUTOMATON.search(text):
-        return "vLLM has no look-around and no back-references in it"
+        return "vLLM supports neither look-around nor back-references"
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        # The syntax of vLLM's grammars is not Python's: only what is wrong in both is told.
+        # vLLM's syntax differs from Python's: only what is wrong in both is reported.
         return f"not a regular expression: {error}" if str(error).startswith(_BROKEN) else None
     return None

@@ -1,5 +1,5 @@
-"""What stands in the data set and will not be used as it seems: columns that the trainer does not
-pass on, answers that are missing, chats written as text.
+"""Data that will not be used as it seems: columns that the trainer does not pass on, missing
+answers, chats written as text.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _PATHS = ("path", "eval_path")
     severity=Severity.WARNING,
 )
 def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
-    """No column has a name that means something else to the trainer.
+    """No column has a name that the trainer reserves.
 
-    Such a column is left out of training: rewards do not get it. A column that dataset.prompt or
-    dataset.answer names is used under that name and is no fault.
+    Such a column is dropped and rewards do not receive it. A column that dataset.prompt or
+    dataset.answer names is used under that name and is allowed.
     """
     used = {run.value("dataset.prompt"), run.value("dataset.answer")}
     for which in _PATHS:
@@ -41,7 +41,7 @@ def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
                 why = LEFT_OUT[name].format(name=name)
                 yield Fault(
                     f"dataset.{which}",
-                    f"{data.path.name} has a column {name}, which is left out: {why}",
+                    f"{data.path.name} has a column {name}, which is dropped: {why}",
                     fixes=(Fix(f"rename the column, for instance to {name}_column"),),
                 )
 
@@ -56,8 +56,8 @@ def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
 def answers_are_there(run: Run) -> Iterator[Fault]:
     """No answer is null.
 
-    Rewards that compare with the answer leave such a row out, so that nothing is learnt from it. An
-    error where every row is one.
+    Rewards that compare with the answer skip such a row, so training learns nothing from it. If
+    every answer is null, it is an error.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -78,14 +78,14 @@ def answers_are_there(run: Run) -> Iterator[Fault]:
     "DATA022",
     "dataset.path dataset.eval_path dataset.prompt",
     example='dataset:\n  path: train.jsonl  # some prompts are \'[{"role": "user", ...}]\'',
-    fix="write every prompt as a chat, or none",
+    fix="write either all prompts or none as a chat",
     severity=Severity.WARNING,
 )
 def chats_are_all_or_none(run: Run) -> Iterator[Fault]:
-    """Prompts that are chats written as JSON text are so in every row.
+    """If any prompt is a chat written as JSON text, all prompts are.
 
-    Then they are read as chats. Where some are and some are not, all are taken as plain texts, and
-    the model is shown JSON.
+    Then they are read as chats. If only some are, all prompts are read as plain text, and the model
+    sees the JSON.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -93,8 +93,8 @@ def chats_are_all_or_none(run: Run) -> Iterator[Fault]:
             continue
         yield Fault(
             f"dataset.{which}",
-            f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats written"
-            " as JSON text, the others are not: all are taken as plain texts",
+            f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats "
+            "written as JSON text, the others are not: all are read as plain text",
             related=("dataset.prompt",),
-            fixes=(Fix("write every prompt as a list of {role, content} messages, or none"),),
+            fixes=(Fix("write either all prompts or none as a list of {role, content} messages"),),
         )

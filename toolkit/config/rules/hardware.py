@@ -1,4 +1,4 @@
-"""What a card must have; judged for the card of --gpu NAME, or for none."""
+"""What a GPU must support, checked for the card of --gpu NAME or for --gpu none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def lacks(run: Run, needed: tuple[int, int]) -> str | None:
-    """Why the card does not have ``needed``; None when it has, or no card is named."""
+    """Why the card does not meet ``needed``; None if it does or no card is named."""
     device = run.situation.device
     if device is None:
         return None
@@ -31,21 +31,21 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
     if device.compute_capability >= needed:
         return None
     have = ".".join(map(str, device.compute_capability))
-    return f"{device.name} has compute capability {have}, and {needed[0]}.{needed[1]} is needed"
+    return f"{device.name} has compute capability {have}, but {needed[0]}.{needed[1]} is required"
 
 
 @rule(
     "HW001",
     "runtime.engine",
     example="runtime:\n  engine: vllm  # with --gpu v100",
-    fix="use a card that the builds have code for (envcheck validate --gpu NAME)",
+    fix="use a card that the builds support (check with envcheck validate --gpu NAME)",
 )
 def builds_have_code(run: Run) -> Iterator[Fault]:
-    """The locked builds of torch and vLLM have code for the card.
+    """The locked builds of torch and vLLM support the card.
 
-    They are built for CUDA 13, which begins at compute capability 7.5; torch's build for aarch64
-    begins at 8.0 (a T4G has 7.5). Judged with --gpu for a card that need not be here; `envcheck
-    check` judges what is installed.
+    They are built for CUDA 13, which supports compute capability 7.5 and above; torch's aarch64
+    build supports 8.0 and above (a T4G has 7.5). --gpu checks any card, present or not; `envcheck
+    check` checks what is installed.
     """
     device = run.situation.device
     if device is None or not device.compute_capability or device.machine is None:
@@ -65,7 +65,7 @@ def builds_have_code(run: Run) -> Iterator[Fault]:
 def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
     """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0.
 
-    The kernels of bitsandbytes run on GPUs from Volta on. Judged with --gpu.
+    The kernels of bitsandbytes run on Volta GPUs and newer. Checked with --gpu.
     """
     for bits in (4, 8):
         key = f"model.load_in_{bits}bit"
@@ -77,7 +77,7 @@ def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
                 key, f"{bits}-bit weights cannot be used: {why}", fixes=(run.to(key, False),)
             )
         elif run.situation.device is not None and package_folder("bitsandbytes") is None:
-            # Where the run is to train, a package that is missing ends it.
+            # On the machine that trains, a missing package would end the run.
             here = run.situation.vllm is not None
             yield Fault(
                 key,
@@ -96,16 +96,16 @@ def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
 def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
     """float8_kv_cache needs compute capability 8.0, and 8.9 to be fast.
 
-    Ampere stores the cache in 8 bits and converts it for every use; Ada and Hopper compute with it.
-    Judged with --gpu.
+    Ampere stores the cache in 8 bits and converts it at every use; Ada and Hopper compute in 8
+    bits. Checked with --gpu.
     """
     if not run.value("model.float8_kv_cache") or run.engine == "transformers":
-        return  # KEY008: nothing reads it
+        return  # nothing reads it (KEY008 reports that)
     why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
     if why or slow:
         yield Fault(
             "model.float8_kv_cache",
-            f"an 8-bit cache cannot be used: {why}" if why else f"converted for every use: {slow}",
+            f"an 8-bit cache cannot be used: {why}" if why else f"converted at every use: {slow}",
             fixes=(run.to("model.float8_kv_cache", False),),
             severity=Severity.ERROR if why else Severity.WARNING,
         )
@@ -120,7 +120,8 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
 def bfloat16_needs_a_card(run: Run) -> Iterator[Fault]:
     """bfloat16 needs compute capability 8.0 (or a CPU).
 
-    Cards before Ampere have float16 only. dtype: auto takes what the card has. Judged with --gpu.
+    Cards before Ampere support only float16. dtype: auto chooses a format that the card supports.
+    Checked with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is None:

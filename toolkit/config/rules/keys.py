@@ -1,4 +1,4 @@
-"""Keys themselves: which a run file may not set, which have no effect, which have moved."""
+"""Keys that a run file may not set, keys without effect, and keys that were renamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TRANSFORMERS_ONLY = (
     "cache_implementation", "use_transformers_continuous_batching",
     "transformers_continuous_batching_config",
 )  # fmt: skip
-# key, the key that switches it on, the value that does (None: any that is set)
+# key, the key that turns it on, the value that turns it on (None: any value)
 _SWITCHED = (
     ("grpo.eval_steps", "grpo.eval_strategy", "steps"),
     ("grpo.save_steps", "grpo.save_strategy", "steps"),
@@ -51,31 +51,30 @@ _SWITCHED = (
         True,
     ),
 )
-# Fields that the trainer sets itself, whatever is written.
+# Fields that the trainer sets itself, whatever the run file has.
 FORCED = {
     "grpo.logging_strategy": "metrics are written every step",
     "grpo.logging_steps": "metrics are written every step",
     "grpo.disable_tqdm": "the run prints its own progress",
-    "grpo.use_cpu": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "grpo.use_cpu": "a GPU is used if there is one; CUDA_VISIBLE_DEVICES= hides it",
     "grpo.include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts the tokens",
-    "grpo.include_for_metrics": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.include_for_metrics": "GRPO evaluates with rewards and has no compute_metrics",
     "grpo.remove_unused_columns": "rewards get every column of the data set",
-    "grpo.ddp_backend": "processes meet over NCCL where there is a GPU, else over gloo",
+    "grpo.ddp_backend": "processes communicate over NCCL with a GPU, else over gloo",
 }
 # Fields that nothing in GRPO reads.
 INERT = {
     "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
     "grpo.label_names": "the loss of GRPO has no labels",
-    "grpo.batch_eval_metrics": "GRPO evaluates by rewards and has no compute_metrics",
-    "grpo.prediction_loss_only": "GRPO evaluates by rewards and has no compute_metrics",
-    "grpo.eval_do_concat_batches": "GRPO evaluates by rewards and has no compute_metrics",
+    "grpo.batch_eval_metrics": "GRPO evaluates with rewards and has no compute_metrics",
+    "grpo.prediction_loss_only": "GRPO evaluates with rewards and has no compute_metrics",
+    "grpo.eval_do_concat_batches": "GRPO evaluates with rewards and has no compute_metrics",
     "grpo.logging_first_step": "metrics are written every step",
-    "grpo.num_completions_to_print": "none are printed; completions.jsonl has all of them",
-    "grpo.train_sampling_strategy": "GRPO draws groups with a sampler of its own; see"
-    " shuffle_dataset",
-    "grpo.length_column_name": "GRPO draws groups with a sampler of its own",
+    "grpo.num_completions_to_print": "completions are not printed; completions.jsonl has them all",
+    "grpo.train_sampling_strategy": "GRPO uses its own group sampler; see shuffle_dataset",
+    "grpo.length_column_name": "GRPO uses its own group sampler",
     "grpo.data_seed": "GRPO draws prompts with grpo.seed",
-    "grpo.max_tool_calling_iterations": "a run file has no tools",
+    "grpo.max_tool_calling_iterations": "run files do not support tools",
     "grpo.restore_callback_states_from_checkpoint": "a resumed run restores all of its state",
     "grpo.average_tokens_across_devices": "the loss of GRPO counts tokens over all devices itself",
 }
@@ -98,8 +97,8 @@ _REFUSED_ELSEWHERE = ("parallelism_config",)
 def not_in_a_run_file(run: Run) -> Iterator[Fault]:
     """Some fields of GRPOConfig are set by the toolkit itself, or are refused.
 
-    The engine, the run folder, resuming and how the model is loaded have keys of their own; a
-    second place for the same thing would have to lose silently.
+    The engine, the run folder, resuming and model loading have their own keys. If a second key set
+    the same thing, one of the two would be silently ignored.
     """
     grpo = run.node("grpo")
     if grpo is None or not isinstance(grpo.value, dict):
@@ -126,10 +125,10 @@ def not_in_a_run_file(run: Run) -> Iterator[Fault]:
     severity=Severity.WARNING,
 )
 def keys_without_effect(run: Run) -> Iterator[Fault]:
-    """A key that is set is read by something.
+    """Every key that is set has an effect.
 
-    LoRA keys do nothing under full_finetuning, engine keys nothing with engine: transformers, and
-    some keys wait for another that is off. A key that does nothing looks as if it did.
+    LoRA keys have no effect with full_finetuning, engine keys have none with engine: transformers,
+    and some keys need another key to be on. A key without effect misleads the reader.
     """
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
@@ -141,14 +140,14 @@ def keys_without_effect(run: Run) -> Iterator[Fault]:
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Keys that nothing reads with this engine, written or not, with the reason."""
+    """Keys that this engine does not read, written or not, with the reason."""
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
-        why = f"{run.operand(key)}, and only the vLLM engine reads it"
+        why = f"{run.operand(key)}, but only the vLLM engine reads it"
         yield from ((f"model.{name}", why) for name in OPTIONS)
         yield from ((f"grpo.{name}", why) for name in _ENGINE_ONLY_GRPO)
     elif run.engine == "vllm":
-        why = "the vLLM engine generates, and only transformers reads it"
+        why = "the vLLM engine generates, but only transformers reads it"
         yield from ((f"grpo.{name}", why) for name in _TRANSFORMERS_ONLY)
 
 
@@ -164,7 +163,10 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         data_of(run.document, key) for key in ("path", "eval_path") if run.ask(f"dataset.{key}")
     ):
         for name in ("name", "revision"):
-            yield f"dataset.{name}", "only a hub data set has it, and the data is in local files"
+            yield (
+                f"dataset.{name}",
+                "it applies only to a hub data set, but the data is in local files",
+            )
     texts = not any(
         data is not None and data.messages
         for data in (data_of(run.document, key) for key in ("path", "eval_path"))
@@ -181,15 +183,15 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
-    """Keys of an evaluation that the run does not have, or by whose metric nothing is chosen."""
+    """Evaluation keys of a run without evaluation, and metric keys that decide nothing."""
     evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
     if not evaluated and not has_evaluation_data(run):
-        why = f"nothing is evaluated: {run.operand('grpo.eval_strategy')}"
+        why = f"evaluation is off: {run.operand('grpo.eval_strategy')}"
         yield from ((f"grpo.{name}", why) for name in _EVALUATION)
     follows = run.ask("grpo.lr_scheduler_type") in FOLLOWERS
     best = run.ask("grpo.save_strategy") == "best" or run.ask("grpo.load_best_model_at_end")
     if not best and not follows:
-        why = f"nothing is chosen by it: {run.operand('grpo.save_strategy')}"
+        why = f"no checkpoint is chosen by it: {run.operand('grpo.save_strategy')}"
         yield "grpo.metric_for_best_model", why
         yield "grpo.greater_is_better", why
     elif run.ask("grpo.metric_for_best_model") is None:
@@ -214,9 +216,9 @@ def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     fix="max_completion_length: 256",
 )
 def older_names(run: Run) -> Iterator[Fault]:
-    """Keys of older TRL, Unsloth and PEFT versions have a name or a place of today.
+    """Keys of older TRL, Unsloth and PEFT versions use their current name.
 
-    They are not read under their old names: the finding says what became of each.
+    Old names are not read. The finding says what replaced each of them.
     """
     for old, moved in MOVED.items():
         node = run.node(old)
@@ -231,7 +233,7 @@ def older_names(run: Run) -> Iterator[Fault]:
 
 
 def _today(run: Run, old: str, use: str | None) -> Fix:
-    """The fix for a key of the past: an edit where its meaning is kept by one, else advice."""
+    """The fix for an old key: an edit if a current key has the same meaning, else advice."""
     path = tuple(old.split("."))
     node = run.document.node(path)
     assert node is not None

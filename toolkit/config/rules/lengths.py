@@ -1,4 +1,4 @@
-"""What has to fit into the context."""
+"""Lengths that must fit into the context."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ grpo:
 def prompt_and_completion_fit(run: Run) -> Iterator[Fault]:
     """max_prompt_length + max_completion_length is at most max_seq_length.
 
-    The engine holds max_seq_length tokens a sequence. Without max_prompt_length, a prompt may take
-    what the completion leaves, which must be at least one token. TRL dropped max_prompt_length in
-    0.28; here prompts are cut to it from the left, and the run says how many were.
+    The engine holds max_seq_length tokens per sequence. Without max_prompt_length, a prompt may use
+    all tokens that the completion leaves; at least one must be left. TRL removed max_prompt_length
+    in 0.28. Here longer prompts are truncated from the left, and the run reports how many.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     needed = (prompt or 1) + completion
@@ -84,11 +84,11 @@ grpo:
     fix="max_seq_length: 1024",
 )
 def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
-    """max_seq_length is not many times what prompt and completion take.
+    """max_seq_length is not much larger than prompt and completion together.
 
-    The engine keeps KV cache for at least one sequence of max_seq_length, and plans its tables and
-    its prompt passes for it; more than max_prompt_length + max_completion_length is never used.
-    Warned of above 4 times. Judged where max_prompt_length is written.
+    The engine reserves KV cache for at least one sequence of max_seq_length, and sizes its tables
+    and prompt passes for it. It never uses more than max_prompt_length + max_completion_length.
+    Above 4 times that, this is a warning. Checked if max_prompt_length is written.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     if not prompt or run.engine == "transformers" or not run.written(_CONTEXT):
@@ -97,8 +97,8 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
     if context > MANY_TIMES * needed:
         yield Fault(
             _CONTEXT,
-            f"{context} is {context // needed} times what the run uses: cache and tables for the"
-            " rest are never used",
+            f"{context} is {context // needed} times the length that the run uses: it reserves "
+            "cache and tables that are never used",
             notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
             fixes=(run.to(_CONTEXT, needed),),
             related=(_PROMPT, _COMPLETION),
@@ -113,10 +113,10 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
     fix="max_seq_length: 8192",
 )
 def within_the_model(run: Run) -> Iterator[Fault]:
-    """max_seq_length is at most the length that the model was made for.
+    """max_seq_length is at most the model's maximum length.
 
-    The limit is max_position_embeddings of the model's config.json (and what its rope scaling makes
-    of it). Judged when the model is at hand.
+    The limit is max_position_embeddings in the model's config.json, extended by its rope scaling.
+    Checked when the model is on this machine.
     """
     model = run.model
     if model is None or model.max_length is None:
@@ -125,7 +125,7 @@ def within_the_model(run: Run) -> Iterator[Fault]:
     if context > model.max_length:
         yield Fault(
             _CONTEXT,
-            f"{context} is more than the {model.max_length} tokens of this model",
+            f"{context} is more than this model's maximum of {model.max_length} tokens",
             notes=(f"{model.max_length_from} in {model.source}",),
             fixes=(run.to(_CONTEXT, model.max_length),),
             related=("model.model_name",),
@@ -144,11 +144,12 @@ runtime: {engine: vllm}
     fix="max_seq_length: 4096, or runtime.engine: transformers",
 )
 def one_rope_for_all_lengths(run: Run) -> Iterator[Fault]:
-    """With the engine, LongRoPE (Phi-3) is used up to its original length.
+    """With the vLLM engine, max_seq_length of a LongRoPE model (Phi-3) is at most its original
+    length.
 
-    Above original_max_position_embeddings vLLM turns every sequence by the long factors, and the
-    trainer those alone that are longer: what is sampled would not be what is trained. Judged when
-    the model is at hand.
+    Above original_max_position_embeddings vLLM uses the long factors for every sequence, but the
+    trainer uses them only for sequences that are longer. The run would sample a different policy
+    than it trains. Checked when the model is on this machine.
     """
     model = run.model
     if run.engine == "transformers" or model is None or model.longrope_original is None:
@@ -158,8 +159,8 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[Fault]:
     if context > original:
         yield Fault(
             _CONTEXT,
-            f"{context} is more than {original}: above it vLLM uses long rope factors for every "
-            "sequence, the trainer for long ones alone",
+            f"{context} is more than {original}: above it vLLM uses the long rope factors for "
+            "every sequence, the trainer only for long sequences",
             notes=(f"original_max_position_embeddings in {model.source}",),
             fixes=(run.to(_CONTEXT, original), run.to("runtime.engine", "transformers")),
             related=("model.model_name",),

@@ -1,4 +1,4 @@
-"""How the model is loaded, and what the engine asks of that."""
+"""How the model is loaded, and what the engine requires."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHARE = "model.gpu_memory_utilization"
 def one_format(run: Run) -> Iterator[Fault]:
     """At most one of load_in_4bit, load_in_8bit and load_in_16bit is true.
 
-    A weight is kept in one format.
+    Weights are kept in one format.
     """
     chosen = [name for name in _FORMATS if run.ask(f"model.{name}")]
     if len(chosen) > 1:
@@ -52,10 +52,10 @@ def one_format(run: Run) -> Iterator[Fault]:
     fix="fast_inference: false",
 )
 def engine_conditions(run: Run) -> Iterator[Fault]:
-    """fast_inference goes without trust_remote_code, full_finetuning and load_in_8bit.
+    """fast_inference excludes trust_remote_code, full_finetuning and load_in_8bit.
 
-    The engine runs its own code for a model, not the checkpoint's; it holds the base that the
-    trainer shares, which must not change; and it has no 8-bit bitsandbytes kernels for LoRA.
+    The engine runs its own model code, not the checkpoint's. It shares the base weights with the
+    trainer, so they must not change. It has no 8-bit bitsandbytes kernels for LoRA.
     """
     if run.engine == "transformers":
         return
@@ -82,8 +82,8 @@ def engine_conditions(run: Run) -> Iterator[Fault]:
 def heads_and_world_divide(run: Run) -> Iterator[Fault]:
     """tensor_parallel_size divides the model's attention heads, and the world size.
 
-    Each GPU of an engine holds whole heads, and each engine whole processes. Heads are judged when
-    the model is at hand; the world size is --world-size.
+    Each GPU of an engine holds whole attention heads, and each engine belongs to a whole number of
+    processes. Heads are checked when the model is on this machine; the world size is --world-size.
     """
     key = "model.tensor_parallel_size"
     split = run.value(key)
@@ -100,7 +100,7 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
         yield Fault(
             key,
             f"{split} does not divide the world size {run.world_size}",
-            notes=("the world size is what torchrun starts; --world-size says it here",),
+            notes=("torchrun sets the world size; give it here with --world-size",),
             fixes=(run.to(key, 1),),
         )
 
@@ -114,8 +114,8 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
 def one_process_holds_the_model(run: Run) -> Iterator[Fault]:
     """tensor_parallel_size above 1 needs share_weights: false.
 
-    An engine that shares its weights with the trainer holds the whole model in one process. More
-    GPUs then work data-parallel: one engine a GPU, started by torchrun.
+    An engine that shares its weights with the trainer holds the whole model in one process. To use
+    more GPUs, start data-parallel processes with torchrun: one engine per GPU.
     """
     split = run.value("model.tensor_parallel_size")
     if split > 1 and run.value("model.share_weights") and run.engine == "vllm":
@@ -140,8 +140,8 @@ def one_process_holds_the_model(run: Run) -> Iterator[Fault]:
 def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
     """max_num_batched_tokens is at least max_num_seqs, and max_seq_length without chunked prefill.
 
-    Decoding takes one token of each sequence in a step. A prompt that may not be cut into chunks
-    must go through in one step.
+    A decoding step processes one token of each sequence. Without chunked prefill a whole prompt
+    must fit into one step.
     """
     tokens, sequences = run.value(_TOKENS), run.value(_SEQUENCES)
     if tokens == "auto":
@@ -149,7 +149,7 @@ def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
     if sequences != "auto" and tokens < sequences:
         yield Fault(
             _TOKENS,
-            f"{tokens} tokens a step are too few for {sequences} sequences at a time",
+            f"{tokens} tokens per step are too few for {sequences} sequences at a time",
             notes=(f"{run.operand(_TOKENS)} < {run.operand(_SEQUENCES)}",),
             fixes=(run.to(_TOKENS, sequences), run.to(_SEQUENCES, tokens)),
             related=(_SEQUENCES,),
@@ -158,8 +158,8 @@ def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
     if not run.value(_CHUNKED) and tokens < length:
         yield Fault(
             _TOKENS,
-            f"{tokens} tokens a step are less than max_seq_length {length}",
-            notes=(f"{run.operand(_CHUNKED)}: a prompt must go through in one step",),
+            f"{tokens} tokens per step are fewer than max_seq_length {length}",
+            notes=(f"{run.operand(_CHUNKED)}: a whole prompt must fit into one step",),
             fixes=(run.to(_TOKENS, length), run.to(_CHUNKED, True)),
             related=(_CHUNKED, "model.max_seq_length"),
         )
@@ -172,10 +172,11 @@ def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
     fix="gpu_memory_utilization: auto",
 )
 def a_part_of_the_card(run: Run) -> Iterator[Fault]:
-    """gpu_memory_utilization is above 0 and below 1, and inside what sizing finds for the card.
+    """gpu_memory_utilization is above 0 and below 1, and in the range that the sizer finds for the
+    card.
 
-    It is the part of the card that vLLM may fill. The interval is judged with --gpu NAME, when the
-    model is at hand; envcheck size shows the whole budget.
+    It is the fraction of the card's memory that vLLM may use. The range is checked with --gpu NAME
+    when the model is on this machine; `envcheck size` shows the whole budget.
     """
     node = run.node(_SHARE)
     if node is None or type(node.value) not in (int, float) or 0 < node.value < 1:
@@ -185,7 +186,7 @@ def a_part_of_the_card(run: Run) -> Iterator[Fault]:
     likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # per cent
     yield Fault(
         _SHARE,
-        f"{node.value} is no part of a card: more than 0 and less than 1 is wanted",
+        f"{node.value} is out of range: it must be a fraction above 0 and below 1",
         fixes=(run.to(_SHARE, likely),),
     )
 
@@ -199,7 +200,8 @@ def a_part_of_the_card(run: Run) -> Iterator[Fault]:
 def engine_and_fast_inference_agree(run: Run) -> Iterator[Fault]:
     """runtime.engine and model.fast_inference do not contradict each other.
 
-    fast_inference is the drop-in API's word for an engine on the model; runtime.engine names it.
+    fast_inference is the drop-in API's name for using the vLLM engine; runtime.engine chooses the
+    engine by name.
     """
     engine, fast = run.value(_ENGINE), run.value(_FAST)
     wanted = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))

@@ -1,15 +1,15 @@
-"""The adapter on its own: PEFT's conditions."""
+"""The adapter without the engine: what PEFT requires."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import known
 from toolkit.config.lora_targets import pattern_fault
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,9 @@ def positive_rank(run: Run) -> Iterator[Fault]:
     """
     node = run.node(_R)
     if node is not None and type(node.value) is int and node.value <= 0:
-        yield Fault(_R, f"{node.value} is no rank: more than 0 is wanted", fixes=(run.to(_R, 16),))
+        yield Fault(
+            _R, f"{node.value} is not a valid rank: it must be above 0", fixes=(run.to(_R, 16),)
+        )
 
 
 @rule(
@@ -47,8 +49,8 @@ lora:
 def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
     """LoftQ starts from a base that is not quantized.
 
-    It quantizes the base itself, and sets the adapter to what quantization lost; from a quantized
-    base nothing is left to compare with.
+    LoftQ quantizes the base itself and initializes the adapter with the quantization error. A base
+    that is already quantized has no original weights to compare with.
     """
     if run.value(_INIT) != "loftq":
         return
@@ -63,7 +65,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
     if reason:
         yield Fault(
             _INIT,
-            "loftq quantizes the base itself, and this base is quantized already",
+            "loftq quantizes the base itself, but this base is already quantized",
             notes=(reason,),
             fixes=(run.to(_INIT, True),),
             related=("model.load_in_4bit", "model.load_in_8bit"),
@@ -74,8 +76,8 @@ def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
 def known_init(run: Run) -> Iterator[Fault]:
     """init_lora_weights is one of PEFT's values.
 
-    true (B = 0), false (random), or a method by name. pissa_niter_N takes a number of iterations.
-    The names are read from the installed PEFT.
+    The values are true (B = 0), false (random), or the name of a method. pissa_niter_N takes N
+    iterations. The names are read from the installed PEFT.
     """
     value = run.value(_INIT)
     if isinstance(value, bool):
@@ -87,7 +89,7 @@ def known_init(run: Run) -> Iterator[Fault]:
     close = nearest(value, names)
     yield Fault(
         _INIT,
-        f"{value} is no initialization of {legal.origin}",
+        f"{value} is not an initialization of {legal.origin}",
         notes=(f"known: true, false, {', '.join(names)}, pissa_niter_16",),
         fixes=(run.to(_INIT, close or True),),
     )
@@ -102,9 +104,9 @@ def known_init(run: Run) -> Iterator[Fault]:
 def targets_exist(run: Run) -> Iterator[Fault]:
     """target_modules is a valid regular expression, or names that the model has.
 
-    A list matches the ends of module names; a text is one regular expression for whole names, or
-    all-linear. auto takes the projections of the model. The names are compared with the model's
-    weights when they are at hand.
+    A list item matches the end of a module name. A string is one regular expression for whole
+    names, or all-linear. auto chooses the model's projections. The names are compared with the
+    model's weights when they are on this machine.
     """
     targets = run.value(_TARGETS)
     if targets == "auto":
@@ -138,7 +140,7 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
         return
     modules = run.model.modules if run.model is not None else None
     if wrong is not None or not modules:
-        return  # an expression that could take for ever is not tried here
+        return  # expressions that could take very long are not tried here
     inside = {module.rpartition(".")[0] for module in modules}
     norms = {module for module in modules if module.lower().endswith("norm")}
     left_out = run.ask("lora.exclude_modules") is not None
@@ -146,7 +148,7 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
         if re.fullmatch(text, module):
             yield Fault(
                 _TARGETS,
-                f"it matches {module}, which is no linear layer, and PEFT refuses that",
+                f"it matches {module}, which is not a linear layer; PEFT would refuse it",
                 notes=("the expression must match whole names, for instance .*\\.q_proj",),
             )
             return
@@ -165,7 +167,7 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
     fix="layers_to_transform: [0, 1]",
 )
 def layers_go_together(run: Run) -> Iterator[Fault]:
-    """layers_pattern needs layers_to_transform, and neither goes with target_modules as text.
+    """layers_pattern needs layers_to_transform, and neither works with target_modules as a string.
 
     A regular expression in target_modules chooses the layers itself.
     """
@@ -175,7 +177,8 @@ def layers_go_together(run: Run) -> Iterator[Fault]:
             if value is not None:
                 yield Fault(
                     f"lora.{key}",
-                    "cannot be used when target_modules is text, which chooses the layers itself",
+                    "cannot be used when target_modules is a string, which chooses the layers "
+                    "itself",
                     notes=(run.operand(_TARGETS),),
                     fixes=(run.to(f"lora.{key}", None),),
                     related=(_TARGETS,),
@@ -199,13 +202,14 @@ def layers_go_together(run: Run) -> Iterator[Fault]:
 def dropout_differs(run: Run) -> Iterator[Fault]:
     """lora_dropout is 0.
 
-    With dropout the trainer's log-probabilities are not those of the policy that the engine sampled
-    from, the old log-probabilities have to be computed once more, and each step is slower.
+    With dropout the trainer's log-probabilities differ from those of the policy that the engine
+    sampled from. The old log-probabilities must be computed again, so each step is slower.
     """
     dropout = run.value("lora.lora_dropout")
     if dropout:
         yield Fault(
             "lora.lora_dropout",
-            f"{dropout} makes steps slower, and trainer and engine disagree",
+            f"{dropout} makes steps slower, and the trainer's log-probabilities differ from "
+            "the engine's",
             fixes=(run.to("lora.lora_dropout", 0.0),),
         )

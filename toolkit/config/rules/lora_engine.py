@@ -1,4 +1,4 @@
-"""The adapter inside the engine: what vLLM has room for and can follow."""
+"""The adapter in the engine: what vLLM supports."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ _TARGETS = "lora.target_modules"
 def legal_room(run: Run) -> Iterator[Fault]:
     """max_lora_rank is one of the ranks that vLLM has kernels for.
 
-    vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512 only (read from the installed vLLM where
-    there is one). auto takes the smallest that holds lora.r; a written value is never changed.
+    vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512 (read from the installed vLLM, if
+    any). auto chooses the smallest of these that is at least lora.r. A written value is never
+    changed.
     """
     node = run.node(_ROOM)
     if node is None or run.engine == "transformers" or type(node.value) is not int:
@@ -43,7 +44,7 @@ def legal_room(run: Run) -> Iterator[Fault]:
     up = smallest_rank(max(node.value, 1), legal.values) or max(legal.values)
     yield Fault(
         _ROOM,
-        f"{node.value} is no rank of {legal.origin}",
+        f"{node.value} is not a rank of {legal.origin}",
         notes=(f"legal: auto, {', '.join(map(str, legal.values))}",),
         fixes=(run.to(_ROOM, up),),
     )
@@ -58,8 +59,8 @@ def legal_room(run: Run) -> Iterator[Fault]:
 def rank_fits(run: Run) -> Iterator[Fault]:
     """lora.r, and each rank of lora.rank_pattern, is at most max_lora_rank.
 
-    The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule the
-    error comes from inside vLLM, in the first step, after everything is loaded.
+    The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule vLLM
+    would fail in the first step, after everything is loaded.
     """
     if run.engine == "transformers":
         return
@@ -90,7 +91,7 @@ def rank_fits(run: Run) -> Iterator[Fault]:
 
 
 def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
-    """Each rank that is asked for: its place, how it reads in arithmetic, and its value."""
+    """Each requested rank: its place, its text for arithmetic, and its value."""
     yield ("lora", "r"), run.operand(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():
         at = ("lora", "rank_pattern", key)
@@ -112,12 +113,12 @@ def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
     fix="use_dora: false, or runtime.engine: transformers",
 )
 def engine_can_follow(run: Run) -> Iterator[Fault]:
-    """With the engine, the adapter is plain LoRA on linear layers.
+    """With the vLLM engine, the adapter is plain LoRA on linear layers. vLLM does not support
+    trained biases, DoRA or modules_to_save.
 
-    vLLM has no trained biases, no DoRA and no modules_to_save; an adapter on embed_tokens or
-    lm_head is not served, and one on kv_b_proj is ignored by latent attention (DeepSeek); and an
-    initialization that rewrites the base (PiSSA, OLoRA, CorDA, LoftQ, EVA, LoRA-GA) would
-    change the weights that engine and trainer share.
+    It does not support an adapter on embed_tokens or lm_head. Its latent attention (DeepSeek)
+    ignores an adapter on kv_b_proj. An initialization that rewrites the base (PiSSA, OLoRA, CorDA,
+    LoftQ, EVA, LoRA-GA) would change the weights that engine and trainer share.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):
         return
@@ -137,22 +138,26 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     if bias != "none":
         yield (
             "lora.bias",
-            f"vLLM cannot follow trained biases ({bias})",
+            f"vLLM does not support trained biases ({bias})",
             run.to("lora.bias", "none"),
         )
     if run.ask("lora.use_dora"):
-        yield "lora.use_dora", "vLLM has no DoRA", run.to("lora.use_dora", False)
+        yield "lora.use_dora", "vLLM does not support DoRA", run.to("lora.use_dora", False)
     if run.ask("lora.modules_to_save"):
-        wrong = "vLLM cannot follow modules that are trained whole"
+        wrong = "vLLM does not support modules that are fully trained"
         yield "lora.modules_to_save", wrong, Fix("remove modules_to_save")
     targets = run.ask(_TARGETS)
     if "embed_tokens" in targets:
-        yield _TARGETS, "vLLM serves no adapter on embed_tokens", Fix("remove embed_tokens")
+        yield (
+            _TARGETS,
+            "vLLM does not support an adapter on embed_tokens",
+            Fix("remove embed_tokens"),
+        )
     if "kv_b_proj" in targets:
         wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
         yield _TARGETS, wrong, Fix("remove kv_b_proj")
     if adapts_head(run) and not _head_told_elsewhere(run):
-        yield _TARGETS, "vLLM serves no adapter on lm_head", NO_HEAD
+        yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
     if isinstance(init, str) and init.startswith(REWRITING_INITS):
         told = init == "loftq" and run.ask("model.load_in_4bit")
@@ -162,7 +167,7 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
 
 
 def _head_told_elsewhere(run: Run) -> bool:
-    """GRPO013 and GRPO014 tell of an adapter on lm_head."""
+    """GRPO013 and GRPO014 report an adapter on lm_head."""
     return bool(run.ask("grpo.use_liger_kernel") or run.ask("grpo.cast_lm_head_to_fp32"))
 
 
@@ -173,10 +178,10 @@ def _head_told_elsewhere(run: Run) -> bool:
     fix="remove lm_head from target_modules",
 )
 def head_is_never_trained(run: Run) -> Iterator[Fault]:
-    """No adapter lies on lm_head.
+    """lm_head cannot have an adapter.
 
-    TRL computes log-probabilities from lm_head.weight directly; an adapter on it would be ignored
-    and never trained. TRL refuses it, after the model has loaded.
+    TRL computes log-probabilities from lm_head.weight directly, so an adapter on it would be
+    ignored and never trained. TRL would refuse it after the model has loaded.
     """
     if run.engine == "transformers" and adapts_head(run) and not _head_told_elsewhere(run):
         yield Fault(_TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,))
@@ -191,7 +196,7 @@ def head_is_never_trained(run: Run) -> Iterator[Fault]:
 def cpu_holds_at_least(run: Run) -> Iterator[Fault]:
     """max_cpu_loras is at least max_loras.
 
-    What is on the GPU is also kept in main memory.
+    Every adapter on the GPU is also kept in main memory.
     """
     cpu, gpu = run.value("model.max_cpu_loras"), run.value("model.max_loras")
     if cpu is not None and cpu < gpu:

@@ -1,13 +1,13 @@
-"""Where the adapter lies: layers that the model has, modules that can carry one, slots."""
+"""Where the adapter is: existing layers, modules that can have an adapter, engine slots."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import SLOTS
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 from toolkit.config.supported_features import DATA_INITS, layers_beyond
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ _INIT = "lora.init_lora_weights"
 def layers_are_there(run: Run) -> Iterator[Fault]:
     """layers_to_transform names layers that the model has.
 
-    Layers are counted from 0. PEFT passes over one that is not there, and the adapter would be
-    smaller than written. Judged when the model is at hand.
+    Layers are counted from 0. PEFT silently skips a layer that does not exist, so the adapter would
+    be smaller than written. Checked when the model is on this machine.
     """
     layers = run.value(_LAYERS)
     count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
@@ -58,15 +58,15 @@ def layers_are_there(run: Run) -> Iterator[Fault]:
     fix="init_lora_weights: true",
 )
 def init_has_what_it_needs(run: Run) -> Iterator[Fault]:
-    """init_lora_weights needs nothing that a run file cannot give.
+    """init_lora_weights is a method that a run file can configure completely.
 
-    CorDA, EVA and LoRA-GA look at data before the adapter is made, and LoftQ has settings of its
-    own; PEFT refuses without them, or starts from random values.
+    CorDA, EVA and LoRA-GA need data before the adapter is created, and LoftQ needs its own
+    settings. Without these PEFT refuses the method or starts from random values.
     """
     init = run.value(_INIT)
     why = DATA_INITS.get(init) if isinstance(init, str) else None
     if why is None or run.engine != "transformers":
-        return  # LORA004 tells it for the engine
+        return  # LORA004 reports it for the engine
     if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
         return  # LORA005
     yield Fault(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
@@ -79,10 +79,10 @@ def init_has_what_it_needs(run: Run) -> Iterator[Fault]:
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
 def targets_have_slots(run: Run) -> Iterator[Fault]:
-    """With the engine, every target is a layer that the engine has adapter slots for.
+    """With the vLLM engine, every target is a layer for which the engine has LoRA slots.
 
-    These are the projections of attention and MLP; slots for all linear layers would cost memory
-    and time at every token. Embeddings and lm_head are told by LORA004, experts by LORA013.
+    These are the projections of attention and MLP. Slots for all linear layers would cost memory,
+    and time at every token. LORA004 reports embeddings and lm_head, LORA013 experts.
     """
     targets = run.value(_TARGETS)
     if run.engine == "transformers" or isinstance(targets, str):
@@ -96,7 +96,7 @@ def targets_have_slots(run: Run) -> Iterator[Fault]:
             continue
         yield Fault(
             ("lora", "target_modules", index) if written else "lora.adapter_path",
-            f"the vLLM engine has no adapter slots for {leaf}",
+            f"the vLLM engine has no LoRA slots for {leaf}",
             notes=(f"it has them for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
             fixes=(
                 *((Fix(f"remove {name}"),) if written else ()),
@@ -107,7 +107,7 @@ def targets_have_slots(run: Run) -> Iterator[Fault]:
 
 
 def _there(run: Run, leaf: str) -> bool:
-    """Whether the model may have such a module: LORA007 tells of one that it has not."""
+    """Whether the model may have such a module. LORA007 reports modules that do not exist."""
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
         return False  # LORA028
@@ -123,8 +123,8 @@ def _there(run: Run, leaf: str) -> bool:
 def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
     """layers_pattern names the list of layers inside the model.
 
-    It is the part of a module's name before the number of the layer. Judged when the model's
-    weights are at hand.
+    It is the part of a module's name before the layer number. Checked when the model's weights are
+    on this machine.
     """
     pattern = run.value(_PATTERN)
     modules = run.model.modules if run.model is not None else None
@@ -153,10 +153,11 @@ def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
     fix="modules_to_save: [lm_head]",
 )
 def saved_modules_are_there(run: Run) -> Iterator[Fault]:
-    """modules_to_save names modules that the model has, and none that carries an adapter.
+    """modules_to_save names existing modules without an adapter.
 
-    PEFT passes over a name that it does not find, and the module would not be trained; a module
-    that is trained whole gets no adapter. Judged when the model's weights are at hand.
+    PEFT silently skips a name that it does not find, so that module would not be trained. A fully
+    trained module cannot also have an adapter. Checked when the model's weights are on this
+    machine.
     """
     named = run.value("lora.modules_to_save")
     modules = run.model.modules if run.model is not None else None
@@ -179,7 +180,7 @@ def saved_modules_are_there(run: Run) -> Iterator[Fault]:
         elif name in adapted:
             yield Fault(
                 at,
-                f"{name} is trained whole here, and target_modules puts an adapter on it",
+                f"{name} would be fully trained and also get an adapter from target_modules",
                 notes=(run.operand(_TARGETS),),
                 fixes=(Fix(f"remove {name} from one of them"),),
             )
@@ -194,8 +195,8 @@ def saved_modules_are_there(run: Run) -> Iterator[Fault]:
 def targets_are_matrices(run: Run) -> Iterator[Fault]:
     """target_modules names no norm.
 
-    The adapter is a product of two matrices beside a weight that is one; the weight of a norm is a
-    vector, and PEFT refuses it after the model has loaded.
+    An adapter is a product of two matrices that is added to a weight matrix. The weight of a norm
+    is a vector. PEFT would refuse it after the model has loaded.
     """
     targets = run.value(_TARGETS)
     if isinstance(targets, str):
@@ -204,6 +205,6 @@ def targets_are_matrices(run: Run) -> Iterator[Fault]:
         if str(name).lower().endswith("norm") and run.written(_TARGETS):
             yield Fault(
                 ("lora", "target_modules", index),
-                f"{name} is a norm, whose weight is a vector: no adapter lies on it",
+                f"{name} is a norm, whose weight is a vector: it cannot have an adapter",
                 fixes=(Fix(f"remove {name}"),),
             )

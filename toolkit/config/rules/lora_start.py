@@ -1,4 +1,6 @@
-"""The adapter layer by layer: other ranks, other alphas, none at all; and the one to start from."""
+"""The adapter layer by layer (different ranks and alphas, excluded modules), and the adapter to
+start from.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,11 @@ WEIGHTS = "adapter_model.safetensors"
     fix="remove r, or r: 8",
 )
 def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
-    """adapter_path is the folder of a LoRA adapter, and what is written beside it agrees with it.
+    """adapter_path is the folder of a LoRA adapter, and the other written lora keys match it.
 
-    Keys of the lora section that are not written come from the adapter. One that is written and
-    differs would be another adapter, which its tensors do not fit. That the base is the one that it
-    was trained on is checked when both are loaded.
+    Keys of the lora section that are not written come from the adapter. A written key with a
+    different value would need different tensors. When both are loaded, the run checks that the
+    adapter was trained on this base.
     """
     node = run.node(_PATH)
     if node is None or run.value(_PATH) is None:
@@ -41,11 +43,13 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
     values = read_adapter(folder)
     if values is None or not exists(folder / WEIGHTS):
         lacks = "adapter_config.json" if values is None else WEIGHTS
-        what = f"has no {lacks} that can be read" if exists(folder) else "is not there"
-        yield Fault(_PATH, f"{folder} {what}: the folder of an adapter is wanted")
+        what = f"has no readable {lacks}" if exists(folder) else "does not exist"
+        yield Fault(_PATH, f"{folder} {what}: adapter_path must be the folder of an adapter")
         return
     if values.get("peft_type") != "LORA":
-        yield Fault(_PATH, f"its peft_type is {values.get('peft_type')}, and LORA alone is trained")
+        yield Fault(
+            _PATH, f"its peft_type is {values.get('peft_type')}, but only LORA is supported"
+        )
         return
     init = "lora.init_lora_weights"
     if run.value(init) is not True:
@@ -66,7 +70,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
         if _comparable(ours, name) != _comparable(theirs, name):
             yield Fault(
                 key,
-                f"{show(ours)} here, and the adapter that the run starts from has {show(theirs)}",
+                f"{show(ours)} here, but the adapter that the run starts from has {show(theirs)}",
                 notes=(run.operand(_PATH),),
                 fixes=(Fix(f"remove {name}: it comes from the adapter"),),
                 related=(_PATH,),
@@ -74,7 +78,9 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
 
 
 def _comparable(value: Any, name: str) -> Any:
-    """Names in no order, numbers of one kind, and what is not said as PEFT's default."""
+    """The value in a form that can be compared: names unordered, numbers of one type, missing
+    values as PEFT's default.
+    """
     if isinstance(value, (list, tuple)):
         return sorted(map(str, value))
     if value is None or value == "auto":
@@ -91,10 +97,10 @@ def _comparable(value: Any, name: str) -> Any:
     fix="rank_pattern: {q_proj: 8}",
 )
 def patterns_name_layers(run: Run) -> Iterator[Fault]:
-    """A key of rank_pattern or alpha_pattern is the end of an adapted module's name, or matches it.
+    """A key of rank_pattern or alpha_pattern matches an adapted module's name or the end of it.
 
-    A key is a regular expression. One that matches nothing would change nothing. The names are
-    compared with the model's weights when they are at hand.
+    A key is a regular expression. A key that matches nothing would have no effect. The names are
+    compared with the model's weights when they are on this machine.
     """
     modules = _adapted(run)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -105,7 +111,7 @@ def patterns_name_layers(run: Run) -> Iterator[Fault]:
             elif modules and not any(pattern_value({key: True}, one, False) for one in modules):
                 yield Fault(
                     ("lora", name, key),
-                    f"{key} names no module that carries an adapter",
+                    f"{key} does not match any module that has an adapter",
                     notes=(run.operand("lora.target_modules"),),
                     on_key=True,
                 )
@@ -118,10 +124,10 @@ def patterns_name_layers(run: Run) -> Iterator[Fault]:
     fix="exclude_modules: [layers.0.self_attn.q_proj]",
 )
 def something_is_left(run: Run) -> Iterator[Fault]:
-    """exclude_modules leaves a module out, and leaves some.
+    """exclude_modules excludes at least one target module, but not all.
 
-    A list matches the ends of module names; a text is one regular expression for whole names. The
-    names are compared with the model's weights when they are at hand.
+    A list item matches the end of a module name; a string is one regular expression for whole
+    names. The names are compared with the model's weights when they are on this machine.
     """
     exclude = run.value(_EXCLUDE)
     if exclude is None:
@@ -137,22 +143,22 @@ def something_is_left(run: Run) -> Iterator[Fault]:
     if not left:
         yield Fault(
             _EXCLUDE,
-            f"it leaves out all {len(modules)} modules that target_modules names",
+            f"it excludes all {len(modules)} modules that target_modules names",
             notes=(run.operand("lora.target_modules"),),
             fixes=(run.to(_EXCLUDE, None),),
         )
     elif len(left) == len(modules):
         yield Fault(
             _EXCLUDE,
-            "it leaves out none of the modules that target_modules names",
+            "it excludes none of the modules that target_modules names",
             notes=(run.operand("lora.target_modules"),),
             severity=Severity.WARNING,
         )
 
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
-    """Modules of the model that the adapter lies on, as far as the names say; [] where no weights
-    are at hand or the targets are a regular expression.
+    """Modules of the model that get the adapter, judged by their names; [] if the weights are not
+    on this machine or the targets are a regular expression.
     """
     targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None

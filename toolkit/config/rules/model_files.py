@@ -1,4 +1,4 @@
-"""The model's own files: whether it is one that is trained, and by this engine."""
+"""The model's files: whether the model is supported, also by this engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAME = "model.model_name"
 
 
 def _folder(run: Run) -> Path | None:
-    """The folder that model_name names, None where it is none."""
+    """The folder that model_name names; None if it does not name a folder."""
     node = run.node(_NAME)
     if node is None or not isinstance(node.value, str):
         return None
@@ -40,12 +40,12 @@ def _folder(run: Run) -> Path | None:
 def revisions_are_the_hubs(run: Run) -> Iterator[Fault]:
     """revision is for a hub id.
 
-    A folder has one state; the loader refuses a revision of it.
+    A local folder has no revisions, and the loader refuses one.
     """
     if run.value("model.revision") is not None and _folder(run) is not None:
         yield Fault(
             "model.revision",
-            "is for hub ids, and the model is a folder",
+            "is for hub ids, but the model is a folder",
             notes=(run.operand(_NAME),),
             fixes=(run.to("model.revision", None),),
         )
@@ -71,7 +71,7 @@ def adapters_are_no_models(run: Run) -> Iterator[Fault]:
     base = base if isinstance(base, str) and base else "the base model"
     yield Fault(
         _NAME,
-        f"is the folder of an adapter of {base}, and not a model",
+        f"is the folder of an adapter of {base}, not a model",
         notes=(str(folder / ADAPTER_CONFIG),),
         fixes=(Fix(f"model_name: {base}, and lora.adapter_path: {written} to start from it"),),
     )
@@ -86,7 +86,7 @@ def adapters_are_no_models(run: Run) -> Iterator[Fault]:
 def weights_are_safetensors(run: Run) -> Iterator[Fault]:
     """The folder of a model holds safetensors files.
 
-    A pickle (*.bin) can run code when it is read, and a run file cannot allow that.
+    A pickle (*.bin) can run code when it is read, and no key of a run file can allow that.
     """
     folder = _folder(run)
     if folder is None or not exists(folder / "config.json"):
@@ -107,10 +107,11 @@ def weights_are_safetensors(run: Run) -> Iterator[Fault]:
     fix="model_name: a text-only checkpoint",
 )
 def trained_architecture(run: Run) -> Iterator[Fault]:
-    """The model is a causal language model for text alone, in transformers or with code of its own.
+    """The model is a causal language model for text only, known to transformers or with its own
+    code.
 
-    Multimodal models and encoders are refused by the loader. A checkpoint with code of its own
-    needs trust_remote_code. Judged when the model is at hand, by the installed transformers.
+    The loader refuses multimodal models and encoders. A checkpoint with its own code needs
+    trust_remote_code. Checked with the installed transformers when the model is on this machine.
     """
     if run.model is None:
         return
@@ -135,10 +136,11 @@ def trained_architecture(run: Run) -> Iterator[Fault]:
     fix="model_name: the checkpoint in 16 bits",
 )
 def trained_format(run: Run) -> Iterator[Fault]:
-    """A checkpoint that is stored quantized is a bitsandbytes one, and its flag is on.
+    """A quantized checkpoint is a bitsandbytes checkpoint, and its load_in flag is true.
 
-    No adapter is trained on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors here; 8-bit bitsandbytes
-    weights are trained without the vLLM engine. Judged when the model is at hand.
+    Training on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors weights is not supported. 8-bit
+    bitsandbytes weights are supported without the vLLM engine. Checked when the model is on this
+    machine.
     """
     if run.model is None or stored_format(run.model.config) is None:
         return
@@ -159,9 +161,9 @@ def trained_format(run: Run) -> Iterator[Fault]:
     fix="runtime.engine: transformers",
 )
 def engine_has_the_architecture(run: Run) -> Iterator[Fault]:
-    """With the engine, the installed vLLM lists the model's architecture.
+    """With the vLLM engine, the installed vLLM supports the model's architecture.
 
-    Judged when the model is at hand and vLLM is installed.
+    Checked when the model is on this machine and vLLM is installed.
     """
     if run.engine == "transformers" or run.model is None:
         return
@@ -175,7 +177,7 @@ def engine_has_the_architecture(run: Run) -> Iterator[Fault]:
     if listed is False:
         yield Fault(
             _NAME,
-            f"the installed vLLM does not list {', '.join(map(str, names))}",
+            f"the installed vLLM does not support {', '.join(map(str, names))}",
             notes=(f"architectures in {run.model.source}; {run.operand('runtime.engine')}",),
             fixes=(run.to("runtime.engine", "transformers"),),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,

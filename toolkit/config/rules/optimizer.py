@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 from toolkit.config.trl_names import OPTIMIZERS, TARGETED, installed
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _WORDS = (
     "momentum_dtype", "variance_dtype", "compensation_buffer_dtype", "bf16_stochastic_round",
     "kahan_sum", "decouple_lr",
 )  # fmt: skip
-"""Options that are no numbers."""
+"""Options that are not numbers."""
 
 
 @rule(
@@ -33,10 +33,11 @@ _WORDS = (
     fix="optim: adamw_torch_fused, or optim_target_modules: all-linear",
 )
 def optimizer_has_targets(run: Run) -> Iterator[Fault]:
-    """GaLore and APOLLO need optim_target_modules; layer by layer they need one micro-batch a step.
+    """GaLore and APOLLO need optim_target_modules; their layerwise forms also need one micro-batch
+    per step.
 
-    They project the gradients of the modules that are named. The layerwise ones step inside the
-    backward pass, so that gradients cannot be added up over micro-batches or processes.
+    They project the gradients of the named modules. The layerwise forms update weights inside the
+    backward pass, so gradients cannot be summed over micro-batches or processes.
     """
     optim = run.value(OPTIM)
     if not str(optim).startswith(TARGETED):
@@ -62,7 +63,7 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
     if run.value(ACCUMULATION) != 1:
         yield Fault(
             ACCUMULATION,
-            f"{optim} steps inside the backward pass and cannot accumulate",
+            f"{optim} updates weights inside the backward pass and cannot accumulate gradients",
             notes=(run.operand(ACCUMULATION),),
             fixes=(run.to(ACCUMULATION, 1),),
             related=(OPTIM,),
@@ -83,10 +84,10 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
     fix='optim_args: "momentum=0.9"',
 )
 def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
-    """optim_args is name=value pairs, with commas between, that the optimizer reads.
+    """optim_args is a list of name=value pairs, separated by commas, that the optimizer reads.
 
-    A pair that the optimizer does not read is passed over by transformers. The learning rate, the
-    betas, epsilon and the weight decay of AdamW have keys of their own.
+    transformers silently ignores pairs that the optimizer does not read. The learning rate and
+    AdamW's betas, epsilon and weight decay have their own keys.
     """
     text, optim = run.value(ARGS), run.value(OPTIM)
     if not text or optim not in OPTIMIZERS:
@@ -96,14 +97,16 @@ def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
     for pair in str(text).replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
         if not (name and equals and value) or "=" in value:
-            yield Fault(ARGS, f"{pair!r} is no name=value", fixes=(_args(run, given),))
+            yield Fault(ARGS, f"{pair!r} is not a name=value pair", fixes=(_args(run, given),))
             return
         given[name] = value
     for name, value in given.items():
         if name not in options:
             yield _unread(run, optim, options, given, name)
         elif name not in _WORDS and not _is_number(value):
-            yield Fault(ARGS, f"{name} is a number from 0, got {value!r}", related=(OPTIM,))
+            yield Fault(
+                ARGS, f"{name} must be a number of at least 0, got {value!r}", related=(OPTIM,)
+            )
     nesterov = given.get("nesterov", "").lower() in ("true", "1", "yes")
     if optim == "sgd" and nesterov and float(given.get("momentum", "0") or 0) == 0:
         yield Fault(
@@ -134,7 +137,7 @@ def _args(run: Run, pairs: dict[str, str]) -> Fix:
 
 
 def _is_number(text: str) -> bool:
-    """Whether ``text`` is a number from 0."""
+    """Whether ``text`` is a number of at least 0."""
     try:
         return 0 <= float(text) < math.inf
     except ValueError:
@@ -151,7 +154,7 @@ def _is_number(text: str) -> bool:
 def targets_are_read(run: Run) -> Iterator[Fault]:
     """optim_target_modules is for GaLore and APOLLO.
 
-    No other optimizer looks at it.
+    No other optimizer reads it.
     """
     if run.value(TARGETS) in (None, "", []) or str(run.value(OPTIM)).startswith(TARGETED):
         return

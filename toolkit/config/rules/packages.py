@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 from toolkit.config.trl_names import NO_TRACKER, TARGETED, TRACKERS, installed, needed_packages
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
 def trackers_are_known(run: Run) -> Iterator[Fault]:
     """report_to names trackers that transformers knows.
 
-    One, a list of them, all (those that are installed), or none. The run's own metrics.jsonl and
-    report.html are written in any case.
+    The value is one tracker, a list of them, all (the installed ones) or none. The run always
+    writes its own metrics.jsonl and report.html.
     """
     named = _written_trackers(run)
     for index, (name, node) in enumerate(named):
@@ -47,13 +47,15 @@ def trackers_are_known(run: Run) -> Iterator[Fault]:
         is_item = run.node(REPORT) is not node
         place = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
         if name in NO_TRACKER:
-            yield Fault(place, f"{name} cannot be one of several", fixes=(Fix("remove it"),))
+            yield Fault(
+                place, f"{name} cannot be combined with other trackers", fixes=(Fix("remove it"),)
+            )
             continue
         close = nearest(name, (*TRACKERS, *NO_TRACKER))
         fix = run.replace(node, close) if close else run.to(REPORT, "none")
         yield Fault(
             place,
-            f"there is no tracker {name}",
+            f"{name} is not a tracker that transformers knows",
             notes=(f"known: {', '.join((*TRACKERS, *NO_TRACKER))}",),
             fixes=(Fix(f"report_to: {close}" if close else fix.text, fix.edits),),
         )
@@ -69,11 +71,11 @@ def trackers_are_known(run: Run) -> Iterator[Fault]:
 def packages_are_installed(run: Run) -> Iterator[Fault]:
     """The packages that report_to, optim and cache_implementation need are installed.
 
-    A warning, for the run may be meant for another machine (an error under --strict); training
-    refuses before the engine starts.
+    A missing package is a warning, because the run may be meant for another machine (with --strict
+    it is an error). Training refuses it before the engine starts.
     """
     trackers = tuple(name for name, _ in _written_trackers(run))
-    # GRPO013 tells of Liger, and GRPO035 of optimizers with targets.
+    # GRPO013 reports Liger, and GRPO035 optimizers with targets.
     needed = needed_packages(
         trackers,
         run.ask("grpo.optim"),

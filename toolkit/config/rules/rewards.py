@@ -1,14 +1,14 @@
-"""Rewards: that there are some, that they exist, and that they can be called as TRL calls them."""
+"""Reward functions: at least one is set, all exist, and TRL can call them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.code import Found, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
 from toolkit.config.rules.violation import Fault, Unjudged, rule
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,10 +52,10 @@ reward:
     fix="one weight for each function",
 )
 def one_weight_each(run: Run) -> Iterator[Fault]:
-    """There is one finite weight for each reward function, written in one place.
+    """Each reward function has one finite weight, written in one place.
 
-    A weight stands at its function (reward.functions[].weight); TRL's list grpo.reward_weights is
-    taken as well, when it has as many items and no function has a weight of its own.
+    The weight is a key of its function (reward.functions[].weight). TRL's list grpo.reward_weights
+    is also accepted if it has one item per function and no function has its own weight.
     """
     weights = run.value(_WEIGHTS)
     if weights is None:
@@ -72,8 +72,8 @@ def one_weight_each(run: Run) -> Iterator[Fault]:
     elif own is not None:
         yield Fault(
             _WEIGHTS,
-            "weights are written at the functions too",
-            notes=(f"reward.functions[{own[2]}] has a weight of its own",),
+            "the functions have weights too",
+            notes=(f"reward.functions[{own[2]}] has its own weight",),
             fixes=(run.to(_WEIGHTS, None),),
             related=(_FUNCTIONS,),
         )
@@ -88,12 +88,12 @@ def one_weight_each(run: Run) -> Iterator[Fault]:
 def some_reward(run: Run) -> Iterator[Fault]:
     """There is at least one reward function.
 
-    GRPO learns from nothing but rewards.
+    GRPO learns only from rewards.
     """
     if not run.written(_FUNCTIONS) or run.value(_FUNCTIONS) == []:
         yield Fault(
             _FUNCTIONS,
-            "there is no reward: nothing would be learned",
+            "there is no reward function: the run would learn nothing",
             fixes=(Fix("functions: [{name: exact_match}]"),),
             related=("reward",),
         )
@@ -106,10 +106,10 @@ def some_reward(run: Run) -> Iterator[Fault]:
     fix="name: exact_match",
 )
 def reward_exists(run: Run) -> Iterator[Fault]:
-    """A reward is built in, or module:function of a module that runtime.allow_code lets in.
+    """A reward is built in, or is module:function in a module that runtime.allow_code allows.
 
-    The module is looked for beside the run file and on the Python path. Its source is read; it is
-    not imported. One that is not here is a warning (an error under --strict).
+    The module is searched next to the run file and on the Python path. Its source is read, not
+    imported. A missing module is a warning (with --strict an error).
     """
     for path, _, name in _named(run):
         text = name.value
@@ -120,7 +120,7 @@ def reward_exists(run: Run) -> Iterator[Fault]:
             continue
         module, _, function = text.partition(":")
         if not _identifiers(module) or not function.isidentifier():
-            yield Fault(at, f"{text} is no module:function")
+            yield Fault(at, f"{text} must have the form module:function")
             continue
         if not _allowed(run, module):
             top = module.partition(".")[0]
@@ -141,7 +141,7 @@ def _no_such(run: Run, at: KeyPath, name: Node) -> Fault:
     close = nearest(name.value, list(BUILTIN_OPTIONS))
     fixes = (run.replace(name, close),) if close else ()
     known = f"built in: {', '.join(BUILTIN_OPTIONS)}; your own: module:function"
-    return Fault(at, f"there is no reward {name.value}", notes=(known,), fixes=fixes)
+    return Fault(at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes)
 
 
 def _identifiers(module: str) -> bool:
@@ -153,7 +153,7 @@ def _allowed(run: Run, module: str) -> bool:
 
 
 def _function(run: Run, name: Node) -> Found | None:
-    """The source of a user's function, when it is allowed and here."""
+    """The source of a user's function, if it is allowed and on this machine."""
     module, colon, function = str(name.value).partition(":")
     if not colon or not _identifiers(module) or not _allowed(run, module):
         return None
@@ -170,8 +170,9 @@ def _function(run: Run, name: Node) -> Found | None:
 def reward_can_be_called(run: Run) -> Iterator[Fault]:
     """A reward function takes (prompts, completions, **columns).
 
-    TRL calls it with keywords: prompts, completions, completion_ids, trainer_state and more, and
-    every further column of the data set. It must take them all, and need nothing else.
+    TRL calls it with keyword arguments: prompts, completions, completion_ids, trainer_state and
+    more, and every other column of the data set. The function must accept all of them and must not
+    require any other.
     """
     for path, members, name in _named(run):
         found = _function(run, name)
@@ -183,7 +184,8 @@ def reward_can_be_called(run: Run) -> Iterator[Fault]:
         if not found.takes_anything:
             yield Fault(
                 at,
-                f"{found.shown} takes no **columns, and TRL passes more than it names",
+                f"{found.shown} does not accept **columns, but TRL passes more arguments than "
+                "it names",
                 fixes=(Fix(f"def {found.name}(prompts, completions, **columns)"),),
             )
             continue
@@ -194,7 +196,8 @@ def reward_can_be_called(run: Run) -> Iterator[Fault]:
                 continue
             yield Fault(
                 at,
-                f"{found.shown} needs {parameter}, which no column or option is called",
+                f"{found.shown} requires the argument {parameter}, but no column or option "
+                "has this name",
                 notes=(f"columns: {', '.join(sorted(columns))}",),
             )
 
@@ -213,9 +216,9 @@ def _columns(run: Run) -> set[str] | None:
     fix="options: {pattern: 'a+'}",
 )
 def known_options(run: Run) -> Iterator[Fault]:
-    """The options of a built-in reward are ones that it has.
+    """A built-in reward has every option that is set for it.
 
-    Options of one's own functions are passed on as keyword arguments.
+    Options of your own functions are passed to them as keyword arguments.
     """
     for path, members, name in _named(run):
         known = BUILTIN_OPTIONS.get(name.value)
@@ -254,18 +257,18 @@ reward:
     severity=Severity.WARNING,
 )
 def a_hang_ends(run: Run) -> Iterator[Fault]:
-    """A function that is called in the process that trains has a time limit.
+    """A function that runs in the training process has a time limit.
 
-    With reward.isolate a signal ends the wait for a function that hangs. In the process that trains
-    only the limit does: such a function may swallow the signal's exception as it swallows others.
+    With reward.isolate a signal can stop waiting for a function that hangs. In the training process
+    only the time limit can, because such a function may swallow the signal's exception.
     """
     if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
         return
     if any(":" in name.value for *_, name in _named(run)):
         yield Fault(
             "reward.timeout_s",
-            "nothing ends a reward that hangs",
-            notes=("reward.isolate is false: it is called in the process that trains",),
+            "nothing stops a reward function that hangs",
+            notes=("reward.isolate is false: the function runs in the training process",),
             fixes=(run.to("reward.timeout_s", 600),),
             related=("reward.isolate",),
         )

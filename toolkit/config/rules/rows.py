@@ -1,4 +1,6 @@
-"""Rows of the data set against the prompts of one generation batch, and the length of the run."""
+"""The number of data rows compared with the prompts of one generation batch, and the length of the
+run.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,10 @@ grpo:
 def rows_fill_a_generation(run: Run) -> Iterator[Fault]:
     """The data set has rows for at least one generation batch.
 
-    A generation batch takes (completions / num_generations) prompts of all processes, each a row of
-    its own, and TRL leaves out what does not fill one. With fewer rows nothing is trained. Rows
-    without a prompt do not count. Judged where the rows can be counted, or dataset.limit is set.
+    A generation batch needs (completions / num_generations) prompts over all processes, each from a
+    different row. TRL drops rows that do not fill a generation batch. With fewer rows nothing is
+    trained. Rows without a prompt do not count. Checked if the rows can be counted or dataset.limit
+    is set.
     """
     if run.value(_PATH) is None:
         return
@@ -68,7 +71,7 @@ def rows_fill_a_generation(run: Run) -> Iterator[Fault]:
 
 
 def _rows(run: Run) -> tuple[int | None, str]:
-    """How many rows are trained on at most, and what says so; None where that is open."""
+    """The maximum number of rows to train on, and where it comes from; None if unknown."""
     limit = run.value(_LIMIT)
     data = data_of(run.document, "path")
     if data is None or not data.rows or not data.whole:
@@ -80,7 +83,7 @@ def _rows(run: Run) -> tuple[int | None, str]:
 
 
 def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> tuple[Fix, ...]:
-    """A smaller batch that the rows fill, and more rows where a limit holds them back."""
+    """A smaller batch that the rows fill, and more rows if dataset.limit is too low."""
     fixes = []
     group = run.value(GROUP)
     if factor == SIZE:
@@ -103,7 +106,7 @@ def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> t
 
 
 def _largest(step: int, most: int, group: int) -> int:
-    """The largest multiple of ``step`` up to ``most`` that holds whole groups; 0: there is none."""
+    """The largest multiple of ``step`` up to ``most`` that holds whole groups; 0 if none exists."""
     both = lcm(step, group)
     return most // both * both
 
@@ -115,9 +118,9 @@ def _largest(step: int, most: int, group: int) -> int:
     fix="num_train_epochs: 1.0",
 )
 def run_has_a_length(run: Run) -> Iterator[Fault]:
-    """num_train_epochs is above 0 where max_steps does not say how long the run is.
+    """num_train_epochs is above 0 unless max_steps sets the length of the run.
 
-    A run of no epochs ends without a step.
+    A run of 0 epochs ends without a step.
     """
     epochs, steps = run.value("grpo.num_train_epochs"), run.value("grpo.max_steps")
     if epochs == 0 and steps <= 0:

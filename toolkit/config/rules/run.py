@@ -1,4 +1,6 @@
-"""What a rule sees: written values, defaults, places, and what is at hand."""
+"""The input of a rule: written values, defaults, places, and facts of model and data if
+available.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def _parts(path: str) -> KeyPath:
 
 
 class Run:
-    """A document as rules see it. Keys are dotted: ``grpo.num_generations``."""
+    """A document in the form that rules use. Keys are dotted: ``grpo.num_generations``."""
 
     def __init__(self, document: Document, bad: set[KeyPath], situation: Situation) -> None:
         self.document = document
@@ -44,25 +46,25 @@ class Run:
 
     @property
     def world_size(self) -> int:
-        """How many processes train."""
+        """The number of training processes."""
         return self.situation.world_size
 
     def node(self, path: str) -> Node | None:
-        """The node of a key, None where it is not written."""
+        """The node of a key; None if the key is not written."""
         if path not in self._nodes:
             self._nodes[path] = self.document.node(_parts(path))
         return self._nodes[path]
 
     def written(self, path: str) -> bool:
-        """Whether a key is written, with a value that rules may lean on."""
+        """Whether a key is written with a value that rules can use."""
         parts = _parts(path)
         if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
             raise Unjudged
         return self.node(path) is not None
 
     def value(self, path: str) -> Any:
-        """The value of a key as plain data. Where it is not written, what the adapter that the run
-        starts from says of it, else its default.
+        """The value of a key as plain data. If the key is not written: the value of the adapter
+        that the run starts from, else the default.
         """
         if not self.written(path):
             name = path.removeprefix("lora.")
@@ -77,7 +79,7 @@ class Run:
         return node.value
 
     def mapping(self, path: str) -> dict[str, Any]:
-        """The value of a key that is a mapping, as plain data; {} where it is none."""
+        """The value of a key that is a mapping, as plain data; {} if it is not a mapping."""
         self.value(path)
         parts = _parts(path)
         if any(bad[: len(parts)] == parts for bad in self.bad):
@@ -87,8 +89,8 @@ class Run:
         return dict(value) if isinstance(value, dict) else {}
 
     def ask(self, path: str) -> Any:
-        """``value``, or the default where the written one is faulty itself: for a rule of several
-        independent parts, one of which must not silence the others.
+        """Like ``value``, but the default if the written value is invalid by itself. For a rule
+        with several independent parts, so that one invalid value does not disable the other parts.
         """
         try:
             return self.value(path)
@@ -110,7 +112,7 @@ class Run:
         return line if node.source is self.document.source else f"{node.source.name} {line}"
 
     def to(self, path: str, value: Any) -> Fix:
-        """The fix that writes ``value`` at ``path``; it can be applied when the key is written."""
+        """The fix that writes ``value`` at ``path``. It can be applied if the key is written."""
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
             return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
@@ -125,20 +127,20 @@ class Run:
         return Fix(spelling, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
 
     def rename(self, node: Node, name: str) -> Fix:
-        """The fix that gives the key of ``node`` another name."""
+        """The fix that renames the key of ``node``."""
         if node.key is None or node.source.is_override:
-            return Fix(f"call it {name}")
-        return Fix(f"call it {name}", (rename(node.source, node.key, name),))
+            return Fix(f"rename it to {name}")
+        return Fix(f"rename it to {name}", (rename(node.source, node.key, name),))
 
     @cached_property
     def engine(self) -> Engine:
-        """Who generates (``config.resolved``)."""
+        """The engine that generates (``config.resolved``)."""
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
         return engine_of(engine, fast, self.situation)
 
     @cached_property
     def adapter(self) -> dict[str, Any]:
-        """What the adapter of ``lora.adapter_path`` brings with it; nothing where there is none."""
+        """The facts of the adapter of ``lora.adapter_path``; empty if there is none."""
         from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only when a rule asks
 
         node = self.node("lora.adapter_path")
@@ -146,7 +148,7 @@ class Run:
 
     @cached_property
     def model(self) -> ModelFacts | None:
-        """What the model's own config says, when it is at hand."""
+        """The facts of the model's own config, if it is available."""
         from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only when a rule asks
 
         node = self.node("model.model_name")
@@ -157,7 +159,9 @@ class Run:
 
     @cached_property
     def chat_template(self) -> bool | None:
-        """Whether the model's tokenizer has a chat template; None where it is not at hand."""
+        """Whether the model's tokenizer has a chat template; None if the tokenizer is not
+        available.
+        """
         from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only when a rule asks
 
         return None if self.model is None else template_in(self.model.folder)
@@ -183,7 +187,9 @@ class Run:
         )
 
     def _shown(self, path: KeyPath, related: tuple[str, ...]) -> Node:
-        """The node to point at: the fault's own, else a written operand, the section, the file."""
+        """The node to report: the fault's own, else a written operand, else the section, else the
+        file.
+        """
         for candidate in (path, *(_parts(one) for one in related), path[:1]):
             node = self.document.node(candidate)
             if node is not None:

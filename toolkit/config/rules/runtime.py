@@ -1,4 +1,4 @@
-"""Where a run lives."""
+"""The run folder, and resuming from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _OUTPUT = "runtime.output_dir"
 def output_is_free(run: Run) -> Iterator[Fault]:
     """With resume: never, output_dir is empty.
 
-    A new run would write over the old one. With resume: auto it goes on where the old one stopped.
+    A new run would overwrite the old one. With resume: auto the run continues where the old one
+    stopped.
     """
     if run.value(_RESUME) != "never":
         return
@@ -50,7 +51,7 @@ def output_is_free(run: Run) -> Iterator[Fault]:
     fix="resume: auto",
 )
 def something_to_resume(run: Run) -> Iterator[Fault]:
-    """With resume: must or a checkpoint's folder, there is something to go on from."""
+    """With resume: must or a checkpoint's folder, there is a checkpoint to resume from."""
     resume = run.value(_RESUME)
     if resume in ("auto", "never"):
         return
@@ -59,7 +60,7 @@ def something_to_resume(run: Run) -> Iterator[Fault]:
         if not any(one.startswith("checkpoint-") for one in _names(folder)):
             yield Fault(
                 _RESUME,
-                f"there is no checkpoint in {folder} to go on from",
+                f"there is no checkpoint in {folder} to resume from",
                 notes=(run.operand(_OUTPUT),),
                 fixes=(run.to(_RESUME, "auto"),),
             )
@@ -70,7 +71,7 @@ def something_to_resume(run: Run) -> Iterator[Fault]:
     if not path.is_dir():
         yield Fault(
             _RESUME,
-            f"{resume} is none of auto, never, must, and no checkpoint folder",
+            f"{resume} is neither auto, never or must, nor a checkpoint folder",
             fixes=(run.to(_RESUME, "auto"),),
         )
 

@@ -1,4 +1,4 @@
-"""How completions are drawn, and how the draw is corrected for."""
+"""How completions are sampled, and how importance sampling corrects for the sampler."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ _RANGES: dict[str, tuple[str, Any, Any]] = {
 def clip_order(run: Run) -> Iterator[Fault]:
     """vllm_importance_sampling_clip_min is below clip_max.
 
-    Importance ratios are kept inside [clip_min, clip_max]; an empty interval keeps none.
+    Importance ratios are limited to [clip_min, clip_max]; an empty interval would keep none of
+    them.
     """
     low, high = run.value(_MIN), run.value(_MAX)
     if low is None or high is None or low < high:
@@ -65,14 +66,14 @@ grpo:
 def truncation_needs_a_bound(run: Run) -> Iterator[Fault]:
     """A *_truncate importance-sampling mode has clip_min or clip_max.
 
-    Truncation to no interval is no truncation.
+    Truncation without a bound has no effect.
     """
     if not run.value(_CORRECTION) or not str(run.value(_MODE)).endswith("_truncate"):
         return
     if run.value(_MIN) is None and run.value(_MAX) is None:
         yield Fault(
             _MODE,
-            f"{run.value(_MODE)} needs a bound, and both are null",
+            f"{run.value(_MODE)} needs at least one bound, but both are null",
             notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
             fixes=(run.to(_MAX, 3.0),),
             related=(_MAX, _MIN),
@@ -86,10 +87,10 @@ def truncation_needs_a_bound(run: Run) -> Iterator[Fault]:
     fix="vllm_importance_sampling_mode: token_truncate",
 )
 def vespo_per_token(run: Run) -> Iterator[Fault]:
-    """loss_type vespo goes with a token mode of importance sampling.
+    """loss_type vespo needs a token mode of importance sampling.
 
-    VESPO weighs whole sequences itself; the correction of the engine's log-probabilities must then
-    be one ratio a token. The default mode is sequence_mask.
+    VESPO weights whole sequences itself, so the correction of the engine's log-probabilities must
+    be one ratio per token. The default mode is sequence_mask.
     """
     if run.value("grpo.loss_type") != "vespo" or not run.value(_CORRECTION):
         return
@@ -113,16 +114,16 @@ def vespo_per_token(run: Run) -> Iterator[Fault]:
     severity=Severity.WARNING,
 )
 def sequence_level_losses(run: Run) -> Iterator[Fault]:
-    """Sequence-level ratios go with a loss that averages over sequences.
+    """Sequence-level ratios need a loss that averages over sequences.
 
-    With importance_sampling_level: sequence, the losses bnpo, dr_grpo, dapo and cispo sum over
-    tokens, and so weigh each sequence by its length. GSPO (arXiv 2507.18071) is loss_type: grpo.
+    The losses bnpo, dr_grpo, dapo and cispo sum over tokens, so with importance_sampling_level:
+    sequence they weight each sequence by its length. GSPO (arXiv 2507.18071) is loss_type: grpo.
     """
     loss = run.value("grpo.loss_type")
     if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
         yield Fault(
             _LEVEL,
-            f"sequence with loss_type {loss} weighs each sequence by its length",
+            f"sequence with loss_type {loss} weights each sequence by its length",
             notes=(run.operand("grpo.loss_type"),),
             fixes=(run.to("grpo.loss_type", "grpo"), run.to(_LEVEL, "token")),
             related=("grpo.loss_type",),
@@ -157,8 +158,8 @@ def no_greedy_training(run: Run) -> Iterator[Fault]:
 def sampling_ranges(run: Run) -> Iterator[Fault]:
     """temperature, top_p, top_k and min_p are in range.
 
-    temperature 0 to 2; top_p above 0 and at most 1; top_k at least -1, where 0 and -1 keep all
-    tokens; min_p 0 to 1.
+    temperature is 0 to 2. top_p is above 0 and at most 1. top_k is at least -1, and 0 and -1 keep
+    all tokens. min_p is 0 to 1.
     """
     for key, (wanted, holds, nearest) in _RANGES.items():
         node = run.node(key)
@@ -168,6 +169,6 @@ def sampling_ranges(run: Run) -> Iterator[Fault]:
             continue
         yield Fault(
             key,
-            f"{node.value} is out of range: {wanted}",
+            f"{node.value} is out of range: must be {wanted}",
             fixes=(run.to(key, nearest(node.value)),),
         )

@@ -1,4 +1,6 @@
-"""When the run evaluates, saves and slows down: what transformers' TrainingArguments asks."""
+"""When the run evaluates, saves and changes its learning rate: what transformers' TrainingArguments
+requires.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ _EVAL, _SAVE = "grpo.eval_strategy", "grpo.save_strategy"
 _EVAL_STEPS, _SAVE_STEPS = "grpo.eval_steps", "grpo.save_steps"
 _BEST = "grpo.load_best_model_at_end"
 _SCHEDULER = "grpo.lr_scheduler_type"
-_PARTS_OF_A_MILLION = 1_000_000  # transformers compares parts of a run so
+_PARTS_OF_A_MILLION = 1_000_000  # transformers compares fractions of a run this way
 
 
 @rule(
@@ -25,17 +27,17 @@ _PARTS_OF_A_MILLION = 1_000_000  # transformers compares parts of a run so
     fix="fp16: false",
 )
 def one_half_precision(run: Run) -> Iterator[Fault]:
-    """bf16 and fp16 exclude each other, and so do bf16_full_eval and fp16_full_eval.
+    """bf16 and fp16 are mutually exclusive, and so are bf16_full_eval and fp16_full_eval.
 
-    A computation is in one format. model.dtype: auto takes the one that the card has, or float16
-    where fp16 is true; a 16-bit model.dtype is what the engine samples in, and the trainer computes
-    in the same.
+    A computation has one format. model.dtype: auto chooses the format that the card supports, or
+    float16 if fp16 is true. The engine samples in a 16-bit model.dtype, so the trainer must compute
+    in the same format.
     """
     for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
         if run.ask(half) and run.ask("model.dtype") == weights:
             yield Fault(
                 half,
-                f"the trainer would compute in another format than the engine: {weights}",
+                f"the trainer would compute in a different format than the engine: {weights}",
                 notes=(run.operand("model.dtype"),),
                 fixes=(run.to(half, False), run.to("model.dtype", "auto")),
                 related=("model.dtype",),
@@ -61,17 +63,17 @@ def one_half_precision(run: Run) -> Iterator[Fault]:
 def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
     """load_best_model_at_end is for full fine-tuning, and needs every checkpoint to be evaluated.
 
-    With LoRA a run ends with its last adapter: runtime.keep_best keeps the best checkpoints beside
-    it, and toolkit export --checkpoint writes one of them. With full fine-tuning, eval_strategy and
-    save_strategy are the same (or save_strategy is best), and with steps, save_steps is a multiple
-    of eval_steps.
+    A LoRA run ends with its last adapter. runtime.keep_best keeps the best checkpoints too, and
+    `toolkit export --checkpoint` exports one of them. With full fine-tuning, eval_strategy and
+    save_strategy must be the same (or save_strategy is best). If both are steps, save_steps must be
+    a multiple of eval_steps.
     """
     if not run.value(_BEST):
         return
     if not run.ask("model.full_finetuning"):
         yield Fault(
             _BEST,
-            "a run with LoRA ends with its last adapter: nothing would be loaded",
+            "a LoRA run ends with its last adapter: no checkpoint would be loaded",
             notes=("runtime.keep_best: 1 keeps the best checkpoint; toolkit export --checkpoint",),
             fixes=(run.to(_BEST, False),),
         )
@@ -89,7 +91,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
             related=(_EVAL, _SAVE),
         )
         return
-    # transformers takes logging_steps, which is 1 here, where eval_steps is not set.
+    # Without eval_steps transformers uses logging_steps, which is 1 here.
     save, every = run.value(_SAVE_STEPS), run.value(_EVAL_STEPS) or 1
     if run.value(_EVAL) != "steps" or save % every == 0:
         return
@@ -98,7 +100,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
         return
     yield Fault(
         _SAVE_STEPS,
-        f"{save} is no multiple of eval_steps {every}",
+        f"{save} is not a multiple of eval_steps {every}",
         notes=(f"{run.operand(_EVAL_STEPS)}; {run.operand(_BEST)}",),
         fixes=(run.to(_SAVE_STEPS, every), run.to(_EVAL_STEPS, save)),
         related=(_EVAL_STEPS, _BEST),
@@ -114,13 +116,14 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
 def plateau_needs_evaluation(run: Run) -> Iterator[Fault]:
     """lr_scheduler_type reduce_lr_on_plateau and greedy need eval_strategy.
 
-    They follow the evaluation, and without one they have nothing to follow.
+    They change the learning rate by an evaluation metric, so without evaluations they have no
+    input.
     """
     kind = run.value(_SCHEDULER)
     if kind in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
         yield Fault(
             _SCHEDULER,
-            f"{kind} follows the evaluation, and there is none",
+            f"{kind} needs evaluations, but there are none",
             notes=(run.operand(_EVAL),),
             fixes=(run.to(_SCHEDULER, "linear"),),
             related=(_EVAL,),
@@ -136,13 +139,13 @@ def plateau_needs_evaluation(run: Run) -> Iterator[Fault]:
 def prefetch_needs_workers(run: Run) -> Iterator[Fault]:
     """dataloader_prefetch_factor needs dataloader_num_workers above 0.
 
-    Only another process can load ahead.
+    Only a worker process can load data ahead.
     """
     factor = run.value("grpo.dataloader_prefetch_factor")
     if factor is not None and run.value("grpo.dataloader_num_workers") == 0:
         yield Fault(
             "grpo.dataloader_prefetch_factor",
-            "nothing loads ahead without a worker",
+            "without a worker process no data is loaded ahead",
             notes=(run.operand("grpo.dataloader_num_workers"),),
             fixes=(
                 run.to("grpo.dataloader_num_workers", 1),
@@ -159,16 +162,16 @@ def prefetch_needs_workers(run: Run) -> Iterator[Fault]:
     fix="save_steps: 10",
 )
 def whole_steps_above_one(run: Run) -> Iterator[Fault]:
-    """eval_steps and save_steps are whole numbers, or parts of the run below 1.
+    """eval_steps and save_steps are whole numbers, or fractions of the run below 1.
 
-    0.1 is every tenth of the run; 10.5 steps there are not, and every 0 steps is never.
+    0.1 means every tenth of the run. 10.5 steps are not possible, and every 0 steps means never.
     """
     for key, strategy in ((_EVAL_STEPS, _EVAL), (_SAVE_STEPS, _SAVE)):
         steps = run.ask(key)
         if steps is None or run.ask(strategy) != "steps":
             continue
         if steps > 1 and steps != int(steps):
-            yield Fault(key, f"{steps} is no number of steps", fixes=(run.to(key, int(steps)),))
+            yield Fault(key, f"{steps} is not a number of steps", fixes=(run.to(key, int(steps)),))
         elif steps == 0 and key == _SAVE_STEPS:
             off = run.to(strategy, "no")
-            yield Fault(key, "every 0 steps is never", fixes=(run.to(key, 500), off))
+            yield Fault(key, "every 0 steps means never", fixes=(run.to(key, 500), off))

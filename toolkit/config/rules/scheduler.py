@@ -1,12 +1,12 @@
-"""The schedule of the learning rate: what its function takes."""
+"""The learning rate schedule: which keywords its function accepts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 from toolkit.config.trl_names import (
     CHOICES,
     PASSED_BY_THE_TRAINER,
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 TYPE, KWARGS, RATE = "grpo.lr_scheduler_type", "grpo.lr_scheduler_kwargs", "grpo.learning_rate"
 _EXAMPLES = {"num_decay_steps": 100, "min_lr_rate": 0.1}
-_LR_END = 1e-7  # what a polynomial schedule ends at, where lr_end is not given
-_GREEDY_MIN_LR = 1e-3  # what greedy keeps above, where min_lr is not given
+_LR_END = 1e-7  # the final rate of a polynomial schedule without lr_end
+_GREEDY_MIN_LR = 1e-3  # the lowest rate of greedy without min_lr
 
 
 def _given(run: Run) -> dict[str, Node] | None:
-    """The keywords that are written; None where lr_scheduler_kwargs is faulty itself."""
+    """The written keywords; None if lr_scheduler_kwargs is invalid by itself."""
     node = run.node(KWARGS)
     if node is None or node.value is None:
         return {}
@@ -87,10 +87,10 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
     fix="lr_scheduler_kwargs: {num_cycles: 2}",
 )
 def schedule_knows_its_keywords(run: Run) -> Iterator[Fault]:
-    """lr_scheduler_kwargs holds keywords of the schedule, with values that it takes.
+    """lr_scheduler_kwargs contains keywords of the schedule, with valid values.
 
-    Each lr_scheduler_type has keywords of its own; the number of steps and the warm-up are the
-    trainer's to pass. linear takes none. constant and constant_with_warmup never look at them.
+    Each lr_scheduler_type has different keywords. The trainer passes the number of steps and the
+    warm-up. linear accepts no keywords; constant and constant_with_warmup ignore them.
     """
     found, given = _schedule(run), _given(run)
     if found is None or not given:
@@ -117,7 +117,7 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[Fault]:
 
 
 def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> Fault:
-    """A keyword that the schedule does not have, or that the trainer passes."""
+    """A keyword that the schedule does not have or that the trainer passes."""
     fixes: tuple[Fix, ...] = (Fix("remove it"),)
     known = ", ".join(schedule.keywords) or "none"
     message = f"{kind} has no keyword {name}; it takes: {known}"
@@ -138,7 +138,7 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
 
 
 def _wanted(name: str, node: Node) -> str | None:
-    """What the keyword takes, where its value is none of that."""
+    """What the keyword accepts, if its value is not valid."""
     value: Any = node.value
     if name in CHOICES:
         return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"
@@ -147,14 +147,14 @@ def _wanted(name: str, node: Node) -> str | None:
     if name in WHOLE:
         least = 1 if name in ("timescale", "window_size") else 0
         fits = type(value) is int and value >= least
-        return None if fits else f"a whole number from {least} for {name}"
+        return None if fits else f"a whole number of at least {least} for {name}"
     if name in ("min_lr", "max_lr") and isinstance(value, list):
-        return None  # one for each group of parameters
+        return None  # one for each parameter group
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"a number for {name}"
     if name == "factor" and not 0 < value < 1:
         return "a factor above 0 and below 1"
-    return None if value >= 0 else f"a number from 0 for {name}"
+    return None if value >= 0 else f"a number of at least 0 for {name}"
 
 
 @rule(
@@ -164,11 +164,11 @@ def _wanted(name: str, node: Node) -> str | None:
     fix="learning_rate: 1.0e-6",
 )
 def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
-    """The schedule's lowest rate lies below learning_rate.
+    """The schedule's lowest rate is below learning_rate.
 
-    polynomial ends at lr_end (1e-7 where it is not given) and refuses one that is not below
-    learning_rate. A min_lr above learning_rate makes the other schedules rise; greedy has 0.001
-    where it is not given, far above what GRPO uses, and jumps there at its first change.
+    polynomial ends at lr_end (default 1e-7) and refuses an lr_end that is not below learning_rate.
+    With min_lr above learning_rate the other schedules increase the rate. greedy's default min_lr
+    is 0.001, far above the rates that GRPO uses, and its first change would jump to it.
     """
     found, given = _schedule(run), _given(run)
     if found is None or given is None:
@@ -184,7 +184,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
     origin = run.origin(given.get(name))
     yield Fault(
         RATE,
-        f"{rate} is not above {name} {lowest} of {kind}",
+        f"{rate} must be above {name} {lowest} of {kind}",
         notes=(f"{run.operand(RATE)}; {name} {lowest} ({origin})",),
         fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
         related=(KWARGS, TYPE),
@@ -200,10 +200,11 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
     severity=Severity.WARNING,
 )
 def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
-    """The warm-up ends within the run, and warmup_stable_decay has room for its decay.
+    """The warm-up ends within the run, and the decay steps of warmup_stable_decay fit after it.
 
-    A warm-up of max_steps or more never reaches learning_rate. From 1 on warmup_steps counts steps,
-    below 1 it is a part of the run. Judged where max_steps says how long the run is.
+    With a warm-up of max_steps or more the run never reaches learning_rate. warmup_steps of 1 or
+    more counts steps; below 1 it is a fraction of the run. Checked if max_steps sets the length of
+    the run.
     """
     steps, warmup, given = run.value("grpo.max_steps"), run.value("grpo.warmup_steps"), _given(run)
     if steps <= 1 or given is None:
@@ -211,7 +212,8 @@ def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
     if warmup >= steps:
         yield Fault(
             "grpo.warmup_steps",
-            f"{warmup} steps of warm-up, and the run has {steps}: learning_rate is never reached",
+            f"{warmup} warm-up steps, but the run has only {steps} steps: it never reaches "
+            "learning_rate",
             notes=(run.operand("grpo.max_steps"),),
             fixes=(run.to("grpo.warmup_steps", steps // 10),),
             related=("grpo.max_steps",),
@@ -224,7 +226,7 @@ def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
     if before + decay.value > steps:
         yield Fault(
             ("grpo", "lr_scheduler_kwargs", "num_decay_steps"),
-            f"{decay.value} steps of decay do not fit behind the warm-up",
+            f"{decay.value} decay steps do not fit after the warm-up",
             notes=(f"{before} + {decay.value} > {run.operand('grpo.max_steps')}",),
             fixes=(run.replace(decay, int(steps - before)),),
             related=("grpo.max_steps",),

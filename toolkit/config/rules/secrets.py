@@ -1,4 +1,4 @@
-"""Secrets do not belong into a run file: it is copied into the run folder, and shared."""
+"""No secrets in a run file, because it is copied into the run folder and shared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WHERE = {
 
 
 def _secret_in(value: object) -> str | None:
-    """The kind of secret that a text shows; short ones only hide in a URL."""
+    """The kind of secret that a text contains. Short secrets are recognised only inside a URL."""
     if not isinstance(value, str) or (len(value) < SHORTEST and "://" not in value):
         return None
     return find_secret(value)
@@ -34,11 +34,11 @@ def _secret_in(value: object) -> str | None:
     fix="export HF_TOKEN in the shell",
 )
 def no_secrets(run: Run) -> Iterator[Fault]:
-    """No token, key or password is written in a run file.
+    """A run file contains no token, key or password.
 
-    Known by the key's name or by the form of the value. A run file is copied into the run folder
-    and passed around; a secret is read from the environment or the login of its own tool. The
-    value is never printed.
+    Secrets are recognised by the key's name or by the form of the value. A run file is copied into
+    the run folder and shared. Put a secret into the environment, or use the login of its own tool.
+    The value is never printed.
     """
     for path, node in run.document.root.walk():
         name = path[-1] if path else ""
@@ -48,9 +48,9 @@ def no_secrets(run: Run) -> Iterator[Fault]:
             found = _secret_in(node.value)
             if found is None:
                 continue
-            kind = f"a {found} is written here"
+            kind = f"the value contains a {found}"
         node.source.hide(node.mark)
         tool = "wandb" if "wandb" in f"{kind}{name}".lower() else "hf"
         known = "token" in kind.lower() or tool == "wandb"
         fix = _WHERE[tool] if known else "read it from the environment"
-        yield Fault(path, f"{kind}, and a run file is no place for it", fixes=(Fix(fix),))
+        yield Fault(path, f"{kind}; a run file must not contain secrets", fixes=(Fix(fix),))

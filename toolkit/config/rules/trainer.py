@@ -1,14 +1,14 @@
-"""Keys that transformers' trainer, accelerate and torch read: what they take and need."""
+"""Keys that transformers' trainer, accelerate and torch read: what they accept and require."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from toolkit.base.capability import BFLOAT16
+from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix
 from toolkit.config.rules.hardware import lacks
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.suggest import nearest
 from toolkit.config.trl_names import (
     ACCELERATOR,
     BATCHING,
@@ -45,8 +45,8 @@ grpo:
 def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
     """router_aux_loss_coef above 0 needs a mixture of experts that returns its router's logits.
 
-    The auxiliary loss balances the experts, and is made of these logits. Judged when the model is
-    at hand.
+    The auxiliary loss balances the experts and is computed from these logits. Checked when the
+    model is on this machine.
     """
     coefficient = run.value(ROUTER)
     if not coefficient or run.model is None:
@@ -57,7 +57,7 @@ def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
     what = "does not return its router's logits" if run.model.experts else "has no experts"
     yield Fault(
         ROUTER,
-        f"there is no auxiliary loss to weight: {family} {what}",
+        f"this model has no auxiliary loss to weight: {family} {what}",
         notes=(f"from {run.model.source}",),
         fixes=(run.to(ROUTER, None),),
         related=("model.model_name",),
@@ -73,7 +73,7 @@ def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
 def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
     """dataloader_persistent_workers and dataloader_multiprocessing_context need workers.
 
-    They say how the processes of dataloader_num_workers live; torch refuses them where it is 0.
+    They configure the worker processes of dataloader_num_workers; torch refuses them if it is 0.
     """
     if run.value(WORKERS) != 0:
         return
@@ -82,7 +82,7 @@ def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
         if run.ask(key) != off:
             yield Fault(
                 key,
-                "there are no workers that it could be about",
+                "it has no effect without worker processes",
                 notes=(run.operand(WORKERS),),
                 fixes=(run.to(key, off), run.to(WORKERS, 1)),
                 related=(WORKERS,),
@@ -96,11 +96,11 @@ def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
     fix="remove accelerator_config",
 )
 def accelerator_config_fits(run: Run) -> Iterator[Fault]:
-    """accelerator_config has keys that accelerate knows, and none that breaks the groups.
+    """accelerator_config has keys that accelerate knows, except those that break the groups.
 
-    split_batches would cut the batch that TRL has already cut; dispatch_batches sends tensors from
-    the first process, and GRPO's batches are texts; use_configured_state wants an accelerator that
-    exists before. gradient_accumulation_kwargs.num_steps is gradient_accumulation_steps.
+    split_batches would split the batch that TRL has already split. dispatch_batches sends tensors
+    from the first process, but GRPO's batches are texts. use_configured_state needs an existing
+    accelerator. For gradient_accumulation_kwargs.num_steps set gradient_accumulation_steps.
     """
     node = run.node(ACCELERATE)
     if node is None or not isinstance(node.value, dict):
@@ -110,21 +110,21 @@ def accelerator_config_fits(run: Run) -> Iterator[Fault]:
         if name not in ACCELERATOR:
             yield _unknown_member(run, place, name, member)
         elif not isinstance(member.value, ACCELERATOR[name]):
-            yield Fault(place, f"is true or false, got {member.value!r}")
+            yield Fault(place, f"must be true or false, got {member.value!r}")
         elif member.value is True and name in _REFUSED:
             yield Fault(place, _REFUSED[name], fixes=(run.replace(member, False),))
         elif name == "gradient_accumulation_kwargs" and member.value:
             yield Fault(
                 place,
-                "the trainer accumulates by itself: grpo.gradient_accumulation_steps",
+                "the trainer accumulates gradients itself: set grpo.gradient_accumulation_steps",
                 fixes=(Fix("remove it"),),
             )
 
 
 _REFUSED = {
-    "split_batches": "would cut batches that are cut already, and groups with them",
-    "dispatch_batches": "sends tensors between processes, and GRPO's batches are texts",
-    "use_configured_state": "needs an accelerator that exists already, and a run has none",
+    "split_batches": "would split batches that are already split, and break up groups",
+    "dispatch_batches": "sends tensors between processes, but GRPO's batches are texts",
+    "use_configured_state": "needs an existing accelerator, but a run has none",
 }
 
 
@@ -146,7 +146,7 @@ def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -
     fix="debug: underflow_overflow",
 )
 def debug_options_are_known(run: Run) -> Iterator[Fault]:
-    """debug is underflow_overflow, or nothing.
+    """debug is underflow_overflow or empty.
 
     transformers' other option, tpu_metrics_debug, is for TPUs.
     """
@@ -161,7 +161,7 @@ def debug_options_are_known(run: Run) -> Iterator[Fault]:
         for word in words:
             if word == DEBUG[0]:
                 continue
-            what = "is for TPUs" if word == DEBUG[1] else "is no debug option"
+            what = "is for TPUs" if word == DEBUG[1] else "is not a debug option"
             meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
             known = run.replace(one, DEBUG[0]) if is_item else run.to("grpo.debug", DEBUG[0])
             fix = known if meant else Fix("remove it")
@@ -177,7 +177,7 @@ def debug_options_are_known(run: Run) -> Iterator[Fault]:
 def compiler_is_known(run: Run) -> Iterator[Fault]:
     """torch_compile_backend and torch_compile_mode are names that accelerate and torch know.
 
-    Either of them switches torch_compile on. Modes belong to inductor.
+    Either of them turns torch_compile on. Only inductor has modes.
     """
     for key, known in ((_BACKEND, COMPILERS), (_MODE, COMPILE_MODES)):
         name = run.ask(key)
@@ -185,7 +185,7 @@ def compiler_is_known(run: Run) -> Iterator[Fault]:
             continue
         yield Fault(
             key,
-            f"{name} is none of {', '.join(known)}",
+            f"{name} is not one of {', '.join(known)}",
             fixes=(run.to(key, nearest(str(name), known)),),
         )
     backend = run.ask(_BACKEND)
@@ -208,7 +208,7 @@ def compiler_is_known(run: Run) -> Iterator[Fault]:
 def tf32_needs_a_card(run: Run) -> Iterator[Fault]:
     """tf32 needs compute capability 8.0.
 
-    TensorFloat-32 is a format of NVIDIA GPUs from Ampere on. Judged with --gpu.
+    TensorFloat-32 is a format of Ampere GPUs and newer. Checked with --gpu.
     """
     why = lacks(run, BFLOAT16) if run.value("grpo.tf32") else None
     if why:
@@ -224,7 +224,7 @@ def tf32_needs_a_card(run: Run) -> Iterator[Fault]:
 def cache_is_known(run: Run) -> Iterator[Fault]:
     """cache_implementation is one of transformers' caches; offloaded ones need a GPU.
 
-    It is read where Hugging Face generates (runtime.engine: transformers). The GPU is judged with
+    It is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked with
     --gpu.
     """
     key = "grpo.cache_implementation"
@@ -235,7 +235,7 @@ def cache_is_known(run: Run) -> Iterator[Fault]:
         close = nearest(str(name), CACHES)
         yield Fault(
             key,
-            f"there is no cache {name}",
+            f"{name} is not a cache of transformers",
             notes=(f"known: {', '.join(CACHES)}",),
             fixes=(run.to(key, close),),
         )
@@ -258,7 +258,7 @@ grpo:
 def batching_keys_are_known(run: Run) -> Iterator[Fault]:
     """transformers_continuous_batching_config has keys of transformers' ContinuousBatchingConfig.
 
-    An unknown one would end the run as the trainer is made.
+    An unknown key would end the run when the trainer is created.
     """
     name = "transformers_continuous_batching_config"
     node = run.node(f"grpo.{name}")
@@ -270,7 +270,7 @@ def batching_keys_are_known(run: Run) -> Iterator[Fault]:
         close = nearest(key, BATCHING)
         yield Fault(
             ("grpo", name, key),
-            f"there is no key {key}",
+            f"{key} is not one of its keys",
             notes=(f"known: {', '.join(BATCHING)}",),
             fixes=(run.rename(member, close) if close else Fix("remove it"),),
             on_key=True,

@@ -1,4 +1,4 @@
-"""Losses, references, schedules: what TRL's trainer asks beyond the batch."""
+"""Losses, reference models, schedules: what TRL's trainer requires besides the batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOWEST, FASTEST = 1e-7, 1.0
 
 
 def adapts_head(run: Run) -> bool:
-    """Whether the adapter is written to lie on lm_head too."""
+    """Whether the run file puts an adapter on lm_head."""
     return not run.ask("model.full_finetuning") and "lm_head" in run.ask(_TARGETS)
 
 
@@ -33,13 +33,13 @@ def adapts_head(run: Run) -> bool:
 def repo_needs_logging(run: Run) -> Iterator[Fault]:
     """log_completions_hub_repo needs log_completions.
 
-    Nothing is uploaded to the repository unless completions are logged.
+    Completions are uploaded to the repository only if they are logged.
     """
     repo = run.value("grpo.log_completions_hub_repo")
     if repo is not None and not run.value("grpo.log_completions"):
         yield Fault(
             "grpo.log_completions_hub_repo",
-            "nothing is logged to it while log_completions is false",
+            "no completions are uploaded while log_completions is false",
             notes=(run.operand("grpo.log_completions"),),
             fixes=(run.to("grpo.log_completions", True),),
             related=("grpo.log_completions",),
@@ -54,11 +54,12 @@ def repo_needs_logging(run: Run) -> Iterator[Fault]:
     fix="use_liger_kernel: false",
 )
 def liger_limits(run: Run) -> Iterator[Fault]:
-    """Liger is installed, and goes without entropy terms, off-policy masking and adapted lm_head.
+    """use_liger_kernel needs Liger, and excludes entropy terms, off-policy masking and an adapted
+    lm_head.
 
-    Liger's fused loss never makes the logits, so that what is computed from them (the entropy
-    bonus, top_entropy_quantile below 1, off_policy_mask_threshold) and an adapter on lm_head are
-    out of its reach. TRL deprecates use_liger_kernel: its own loss is chunked now.
+    Liger's fused loss never creates the logits. So it cannot compute what depends on them (the
+    entropy bonus, top_entropy_quantile below 1, off_policy_mask_threshold), and it cannot use an
+    adapter on lm_head. TRL deprecates use_liger_kernel, because its own loss is chunked now.
     """
     if not run.ask(_LIGER):
         return
@@ -108,25 +109,25 @@ def _plain(run: Run, key: str) -> object:
     fix="remove lm_head from target_modules",
 )
 def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
-    """cast_lm_head_to_fp32 goes without an adapter on lm_head, and with weights that are not tied.
+    """cast_lm_head_to_fp32 excludes an adapter on lm_head, and weights that are tied.
 
-    The cast replaces lm_head by its float32 self; an adapter on it would be lost. Where lm_head is
-    the embedding, TRL 1.16 looks for that one in a place that a model with an adapter does not
-    have. Judged when the model is at hand.
+    The cast replaces lm_head by a float32 copy, so an adapter on it would be lost. If lm_head is
+    tied to the embedding, TRL 1.16 looks for the embedding under a name that a model with an
+    adapter does not have. Checked when the model is on this machine.
     """
     if not run.value("grpo.cast_lm_head_to_fp32"):
         return
     if run.model is not None and run.model.tied and not run.ask("model.full_finetuning"):
         yield Fault(
             "grpo.cast_lm_head_to_fp32",
-            "TRL cannot cast an lm_head that is tied to the embedding, beside an adapter",
+            "with an adapter, TRL cannot cast an lm_head that is tied to the embedding",
             notes=(f"tie_word_embeddings in {run.model.source}",),
             fixes=(run.to("grpo.cast_lm_head_to_fp32", False),),
         )
     elif adapts_head(run):
         yield Fault(
             "grpo.cast_lm_head_to_fp32",
-            "lm_head cannot be cast while an adapter lies on it",
+            "lm_head cannot be cast while it has an adapter",
             notes=(run.operand(_TARGETS),),
             fixes=(NO_HEAD,),
             related=(_TARGETS,),
@@ -143,14 +144,14 @@ def sync_needs_reference(run: Run) -> Iterator[Fault]:
     """sync_ref_model needs beta above 0 and full fine-tuning.
 
     With beta 0 there is no reference model. With LoRA the reference is the base with the adapter
-    switched off, so that there is no second model to synchronize.
+    turned off, so there is no second model to synchronize.
     """
     if not run.value("grpo.sync_ref_model"):
         return
     full, beta = run.value("model.full_finetuning"), run.value("grpo.beta")
     if full and beta > 0:
         return
-    reason = "beta is 0: there is no reference model" if full else "LoRA keeps no reference model"
+    reason = "beta is 0: there is no reference model" if full else "LoRA has no reference model"
     yield Fault(
         "grpo.sync_ref_model",
         f"{reason} to synchronize",
@@ -167,16 +168,16 @@ def sync_needs_reference(run: Run) -> Iterator[Fault]:
     fix="warmup_steps: 0.1",
 )
 def one_warmup(run: Run) -> Iterator[Fault]:
-    """warmup_steps and warmup_ratio exclude each other.
+    """warmup_steps and warmup_ratio are mutually exclusive.
 
-    transformers 5 has warmup_steps alone: from 1 on it counts steps, below 1 it is a part of the
-    run, which is what warmup_ratio was.
+    transformers 5 has only warmup_steps: 1 or more counts steps, and below 1 it is a fraction of
+    the run, as warmup_ratio was.
     """
     ratio = run.node("grpo.warmup_ratio")
     if ratio is not None and run.written("grpo.warmup_steps"):
         yield Fault(
             "grpo.warmup_ratio",
-            "warmup_steps is set too, and only one of them can be",
+            "warmup_steps is set too, but only one of them can be set",
             notes=(run.operand("grpo.warmup_steps"),),
             related=("grpo.warmup_steps",),
             on_key=True,
@@ -193,14 +194,14 @@ def one_warmup(run: Run) -> Iterator[Fault]:
 def plausible_learning_rate(run: Run) -> Iterator[Fault]:
     """learning_rate is between 1e-7 and 1.
 
-    Below, LoRA hardly moves in thousands of steps; above, it diverges. Both are nearly always a
-    slip of the exponent. Usual for GRPO with LoRA is 1e-6 to 5e-5.
+    Below this range LoRA hardly changes in thousands of steps; above it, training diverges. Nearly
+    always the exponent is mistyped. Usual for GRPO with LoRA is 1e-6 to 5e-5.
     """
     rate = run.value("grpo.learning_rate")
     if not SLOWEST <= rate <= FASTEST:
         which = "below 1e-7" if rate < SLOWEST else "above 1"
         yield Fault(
             "grpo.learning_rate",
-            f"{rate} is {which}: a slip of the exponent?",
+            f"{rate} is {which}: is the exponent right?",
             fixes=(run.to("grpo.learning_rate", 1e-6),),
         )

@@ -1,4 +1,4 @@
-"""What a rule is: a function with an id, texts for people, and the faults that it yields."""
+"""A rule is a function with an id, texts for people, and the faults that it yields."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Fault:
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[str, ...] = ()
-    on_key: bool = False  # the key itself is the fault, not its value
-    severity: Severity | None = None  # where it is not the rule's own
+    on_key: bool = False  # the key is wrong, not its value
+    severity: Severity | None = None  # if it differs from the rule's own
     unknown: bool = False
 
 
 class Unjudged(Exception):
-    """An operand is faulty itself, and has been told of: the rule keeps quiet."""
+    """Raised when an operand is invalid and already reported. The rule then reports nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ def rule(
     def register(
         check: Callable[[Run], Iterator[Fault]],
     ) -> Callable[[Run], Iterator[Fault]]:
-        summary, _, why = (check.__doc__ or "").strip().partition("\n")
+        summary, _, why = (check.__doc__ or "").strip().partition("\n\n")
         assert name not in RULES
         assert summary
         RULES[name] = Rule(
             id=name,
             severity=severity,
             keys=tuple(keys.split()),
-            summary=summary.strip(),
+            summary=" ".join(summary.split()),
             why=" ".join(why.split()),
             example=example.strip("\n"),
             fix=fix,

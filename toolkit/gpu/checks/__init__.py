@@ -1,10 +1,10 @@
-"""All checks, and what runs a choice of them."""
+"""All checks, and the function that runs selected ones."""
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import InputError
 from toolkit.gpu.checks.check import Check, CheckContext, CheckResult, context_from_json
 from toolkit.gpu.checks.devices import CHECKS as DEVICES
@@ -44,17 +44,16 @@ def catalogue() -> dict[str, Check]:
 
 
 def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
-    """The checks that ``only`` and ``skip`` leave; each entry is a family or an id.
+    """The checks that ``only`` and ``skip`` select; each entry is a family or an id.
 
-    Raises:
-        InputError: an entry is neither.
+    Raises InputError for any other entry.
     """
     checks = catalogue()
     families = {check.family for check in checks.values()}
     kept, left = set(only), set(skip)
     for entry in sorted(kept | left):
         if entry not in checks and entry not in families:
-            near = difflib.get_close_matches(entry, [*families, *checks], n=3, cutoff=0.5)
+            near = did_you_mean.near(entry, [*families, *checks], cutoff=0.5, within=1)
             fix = f"did you mean {', '.join(near)}? " if near else ""
             names = ", ".join(sorted(families))
             raise InputError(f"no check named {entry!r}", fix=f"{fix}families: {names}")
@@ -72,7 +71,7 @@ def run_checks(
     only: Iterable[str] = (),
     skip: Iterable[str] = (),
 ) -> list[CheckResult]:
-    """Judge a snapshot. Checks that do not apply here are left out of the answer."""
+    """Run the checks on a snapshot. Checks that do not apply are left out of the result."""
     asked = context or CheckContext()
     checks = [check for check in choose(only, skip) if check.about_node or not asked.node]
     results = [check.result(snapshot, asked) for check in checks]
@@ -82,9 +81,10 @@ def run_checks(
 def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: bool = False) -> int:
     """Who must act, as one of ``base.errors.EXIT_CODES``.
 
-    A bad node (3) comes before a fault of the user (1), because the first can cause the second
-    (seven of eight cards answer; eight were asked for). Under ``node`` only a bad node counts, so
-    that a scheduler's prolog drains no node for a job's mistake or for a process that is leaving.
+    A bad node (3) takes precedence over a user error (1), because the first can cause the second
+    (eight cards requested, but only seven respond). With ``node`` only a bad node counts, so that a
+    scheduler's prolog does not drain a node because of a job's mistake or a process that is just
+    ending.
     """
     blames = {result.blame for result in results if result.verdict == "fail"}
     for blame, code in (("node", 3), ("user", 1), ("retry", 4)):

@@ -1,4 +1,4 @@
-"""What a check is: a small function from a snapshot and a context to an outcome, with its texts."""
+"""A check is a small function from a snapshot and a context to an outcome, with its texts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ Blame = Literal["user", "node", "retry"]
 _SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "unknown": 2, "fail": 3}
 
 
-# What is not known is not known to be broken either, so the check's own remedy would mislead.
-ASK_AGAIN = "run it again, with more rights if a file is closed; --skip it if it does not matter"
+# An unknown result does not mean that something is broken, so the check's own remedy would mislead.
+ASK_AGAIN = (
+    "run the check again, with more rights if a file is not readable; use --skip if the "
+    "check does not matter"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckContext:
-    """What the job asks of the node, as plain values; all defaults mean "nothing is asked".
+    """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    ``configured`` says that the values come from a run file, so that what is not asked is not
-    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means
-    auto. ``world_size`` counts this node's processes. ``node`` judges every card of the node
-    and leaves the job out. ``lock`` maps a package to its locked version. ``sizer_model_types`` are
-    the ``model_type`` values that sizing knows exactly.
+    ``configured`` says that the values come from a run file, so whatever is not required is not
+    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
+    ``world_size`` counts this node's processes. ``node`` checks every card of the node and ignores
+    the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
+    ``model_type`` values that the sizer knows exactly.
     """
 
     configured: bool = False
@@ -56,13 +59,13 @@ class CheckContext:
 
     @property
     def gpus_wanted(self) -> int:
-        """Cards of this node that the job uses. The engine splits a model over the trainer's own
-        ranks, so the larger of the two counts and not their product.
+        """Cards of this node that the job uses. The engine splits a model over the trainer's ranks,
+        so the number is the larger of the two, not their product.
         """
         return max(self.required_gpus, self.world_size, self.tensor_parallel_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The values that differ from the default; a recorded snapshot keeps them."""
+        """The values that differ from the default, for a recorded snapshot."""
         changed = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -76,13 +79,12 @@ def _plain(value: Any) -> Any:
 
 
 def context_from_json(data: Any) -> CheckContext:
-    """The inverse of ``CheckContext.to_json``; unknown names are refused.
+    """The inverse of ``CheckContext.to_json``.
 
-    Raises:
-        ValueError: not a recorded context.
+    Raises ValueError for unknown names or if it is not a recorded context.
     """
     if not isinstance(data, dict):
-        raise ValueError("the context is an object")
+        raise ValueError("the context must be an object")
     known = {item.name for item in fields(CheckContext)}
     if set(data) - known:
         raise ValueError(f"unknown in the context: {', '.join(sorted(set(data) - known))}")
@@ -94,7 +96,9 @@ def context_from_json(data: Any) -> CheckContext:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a check saw. ``remedy`` in place of the check's own where this case has a better one."""
+    """The outcome of a check. ``remedy`` replaces the check's own remedy if this case has a better
+    one.
+    """
 
     verdict: Verdict
     evidence: str
@@ -104,7 +108,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of the answer. ``remedy`` and ``blame`` are None where nothing is wrong."""
+    """One line of the result. ``remedy`` and ``blame`` are None if nothing is wrong."""
 
     id: str
     verdict: Verdict
@@ -113,16 +117,16 @@ class CheckResult:
     blame: Blame | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As in report.schema.json."""
+        """The form of report.schema.json."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """``run`` answers None where the check does not apply (no GPU, no run file, no model).
+    """``run`` returns None if the check does not apply (no GPU, no run file, no model).
 
-    ``why`` and ``remedy`` are what ``envcheck explain ID`` prints. ``about_node`` marks what
-    ``--node`` judges: the node's own health, whoever uses it.
+    ``envcheck explain ID`` prints ``why`` and ``remedy``. ``about_node`` marks the checks of
+    ``--node``: the node's own health, independent of any job.
     """
 
     id: str
@@ -138,7 +142,7 @@ class Check:
         return self.id.partition(".")[0]
 
     def result(self, snapshot: NodeSnapshot, context: CheckContext) -> CheckResult | None:
-        """Run it; a remedy and a blame are only kept where something is wrong or unknown."""
+        """Run the check. Remedy and blame are kept only if something is wrong or unknown."""
         outcome = self.run(snapshot, context)
         if outcome is None:
             return None
@@ -147,7 +151,7 @@ class Check:
         usual = ASK_AGAIN if outcome.verdict == "unknown" else self.remedy
         remedy = outcome.remedy or usual
         blame = outcome.blame if outcome.verdict == "fail" else None
-        assert outcome.verdict != "fail" or blame, f"{self.id}: a failure is somebody's to mend"
+        assert outcome.verdict != "fail" or blame, f"{self.id}: a failure must say who must act"
         return CheckResult(self.id, outcome.verdict, outcome.evidence, remedy, blame)
 
 
@@ -160,17 +164,17 @@ def checks_of(rows: tuple[Row, ...], about_node: tuple[str, ...] = ()) -> tuple[
 
 
 def ok(evidence: str) -> Outcome:
-    """As it should be."""
+    """Everything is as it should be."""
     return Outcome("ok", evidence)
 
 
 def warn(evidence: str, remedy: str | None = None) -> Outcome:
-    """The run will work, worse than it could."""
+    """The run will work, but not as well as it could."""
     return Outcome("warn", evidence, remedy=remedy)
 
 
 def fail(blame: Blame, evidence: str, remedy: str | None = None) -> Outcome:
-    """The run will not work here; ``blame`` says whose it is to mend."""
+    """The run will not work here; ``blame`` says who must act."""
     return Outcome("fail", evidence, blame, remedy)
 
 
@@ -180,15 +184,17 @@ def unknown(evidence: str, remedy: str | None = None) -> Outcome:
 
 
 def unread(reading: Reading[Any], what: str) -> Outcome | None:
-    """Not supported: nothing to judge. Failed: unknown, and never a pass."""
+    """If it is not supported, there is nothing to check. If reading failed, the result is unknown,
+    never a pass.
+    """
     return None if reading.unsupported else unknown(f"{what} not read: {reading.reason}")
 
 
 def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """The cards and slices that the job would use; under ``node``, every card.
+    """The cards and slices that the job would use; with ``node``, every card.
 
-    Where CUDA_VISIBLE_DEVICES and --gpu-index choose nothing, a lost card is judged too: CUDA
-    counts without it, and the job would get another card than it thinks.
+    If neither CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, lost cards are checked too: CUDA
+    does not count them, so the job would get a different card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):
@@ -200,7 +206,9 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
 
 
 def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """The whole cards under ``judged``: health is a card's, also where a job has a slice of it."""
+    """The whole cards of the devices in ``judged``: health belongs to the card, even if the job has
+    only a slice of it.
+    """
     cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
     return tuple({card.index: card for card in cards}.values())
 
@@ -208,8 +216,8 @@ def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnap
 def each(
     gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
 ) -> Outcome | None:
-    """One outcome for all cards: the worst, with every card that has it. Lost cards are left out:
-    ``health.lost`` names them.
+    """One outcome for all cards: the worst, with every card that has it. Lost cards are skipped,
+    because ``health.lost`` reports them.
     """
     seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]
     outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]
@@ -234,7 +242,7 @@ def _names(gpus: list[GpuSnapshot], of: int) -> str:
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
-    """``580.159.04`` and ``2.13.0+cpu`` as numbers, for comparing; text after them is left out."""
+    """``580.159.04`` and ``2.13.0+cpu`` as numbers for comparison; text after them is ignored."""
     numbers = []
     for part in text.split("+")[0].split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]

@@ -1,4 +1,4 @@
-"""Which cards CUDA will number: CUDA_VISIBLE_DEVICES, order, MIG slices, and how many there are."""
+"""The cards that CUDA will see: CUDA_VISIBLE_DEVICES, order, MIG slices, and their number."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 # vLLM turns entries of CUDA_VISIBLE_DEVICES into numbers. 0.20.1 still fails on UUIDs (issue
-# 41848); 0.25.1 and 0.31 ask NVML for the index (vllm/platforms/cuda.py, read there).
+# 41848); 0.25.1 and 0.31 ask NVML for the index (vllm/platforms/cuda.py).
 VLLM_READS_UUIDS = (0, 25)
 
 
 def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """CUDA_VISIBLE_DEVICES names cards that are here."""
+    """CUDA_VISIBLE_DEVICES names existing cards."""
     if not snapshot.gpus:
         return None
     seen = visible_devices(snapshot)
@@ -44,7 +44,7 @@ def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """As many cards as the job wants."""
+    """There are as many cards as the job needs."""
     wanted = context.gpus_wanted
     if not snapshot.gpus or (wanted <= 1 and context.required_gpus == 0):
         return None
@@ -52,12 +52,14 @@ def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if seen < wanted:
         lost = [gpu.label for gpu in snapshot.gpus if gpu.lost]
         because = f" ({', '.join(lost)} lost)" if lost else ""
-        return fail("node" if lost else "user", f"{wanted} GPUs wanted, {seen} visible{because}")
-    return ok(f"{seen} visible, {wanted} wanted")
+        return fail(
+            "node" if lost else "user", f"{wanted} GPUs needed, but {seen} visible{because}"
+        )
+    return ok(f"{seen} visible, {wanted} needed")
 
 
 def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card that --gpu-index asks for."""
+    """The card that --gpu-index selects exists."""
     if context.gpu_index is None or not snapshot.gpus:
         return None
     seen, asked = visible_devices(snapshot).devices, f"--gpu-index {context.gpu_index}"
@@ -68,7 +70,7 @@ def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card and the compute capability that --require asks for."""
+    """The card has the name and the compute capability that --require demands."""
     gpus = [gpu for gpu in judged_cards(snapshot, context) if not gpu.lost]
     if not gpus or not (context.required_card or context.required_capability):
         return None
@@ -77,13 +79,13 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if wanted_card and not any(
         cards.is_of(wanted_card, gpu.name.value or "", gpu.capability) for gpu in gpus
     ):
-        return fail("user", f"{wanted_card} wanted, here: {', '.join(sorted(names))}")
+        return fail("user", f"{wanted_card} required, but found: {', '.join(sorted(names))}")
     least = context.required_capability
     low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
     if least and low:
         has = ".".join(map(str, low[0].capability or ())) or "unknown"
         wanted = ".".join(map(str, least))
-        return fail("user", f"{low[0].label}: compute capability {has}, {wanted} wanted")
+        return fail("user", f"{low[0].label}: compute capability {has}, but {wanted} required")
     return ok(", ".join(sorted(names)))
 
 
@@ -97,22 +99,22 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
     if "MIG-" in entries:
         return warn(
-            f"vLLM {installed} takes the memory of a MIG device from NVML by index: it may show "
-            "the whole card's",
+            f"vLLM {installed} reads the memory of a MIG device from NVML by index: it may get "
+            "that of the whole card",
             "set gpu_memory_utilization from `envcheck size`, which uses the slice's own memory",
         )
     return ok(f"vLLM {installed} reads UUIDs")
 
 
 def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """CUDA's numbers are NVML's, or it is said that they may not be."""
+    """CUDA numbers the cards like NVML, or the check warns that it may not."""
     if len(snapshot.gpus) < 2:
         return None
     by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
     if by_bus or not mixed(snapshot):
         return ok("cards in the order of the PCI bus")
     guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
-    return warn(f"cards of different kinds and no {ORDER}: CUDA sorts by speed, likely {guess}")
+    return warn(f"cards of different kinds and no {ORDER}: CUDA sorts by speed, probably {guess}")
 
 
 def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -122,17 +124,21 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     empty = [gpu for gpu in cut if not gpu.slices]
     if len(empty) == len(snapshot.gpus):
-        return fail("node", f"{empty[0].label} is in MIG mode and has no slice: CUDA sees nothing")
+        return fail(
+            "node", f"{empty[0].label} is in MIG mode but has no slice: CUDA sees no device"
+        )
     if context.gpus_wanted > 1:
-        return fail("user", f"{context.gpus_wanted} GPUs wanted; CUDA uses one MIG slice a process")
+        return fail(
+            "user", f"{context.gpus_wanted} GPUs needed, but CUDA uses one MIG slice per process"
+        )
     if empty:
-        return warn(f"{empty[0].label} is in MIG mode and has no slice: CUDA leaves it out")
+        return warn(f"{empty[0].label} is in MIG mode but has no slice: CUDA ignores it")
     names = [f"{part.label} ({part.name.value})" for gpu in cut for part in gpu.slices]
     return ok("slices: " + ", ".join(names))
 
 
 def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Cards that work together are of one kind."""
+    """All cards of the job are of one kind."""
     seen = visible_devices(snapshot).devices[: context.gpus_wanted]
     if context.gpus_wanted < 2 or len(seen) < 2:
         return None
@@ -145,37 +151,37 @@ def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 CHECKS = (
     Check(
         "devices.visible",
-        "CUDA_VISIBLE_DEVICES names cards that are here",
-        "CUDA reads the list up to the first entry that names nothing and ignores the rest, "
-        "silently: a job then runs on fewer cards, or finds no GPU.",
+        "CUDA_VISIBLE_DEVICES names existing cards",
+        "CUDA reads the list up to the first unknown entry and silently ignores the rest. A job "
+        "then runs on fewer cards or finds no GPU.",
         "write indices that exist, UUIDs as `envcheck probe` shows them, or unset the variable",
         visible,
     ),
     Check(
         "devices.count",
-        "There are as many GPUs as the job wants",
-        "Counted after CUDA_VISIBLE_DEVICES, lost cards left out; asked for with --require N or "
-        "by world size and tensor_parallel_size.",
-        "ask the scheduler for more GPUs, or lower tensor_parallel_size",
+        "There are as many GPUs as the job needs",
+        "GPUs are counted after CUDA_VISIBLE_DEVICES and without lost cards. The required "
+        "number comes from --require N, or from world size and tensor_parallel_size.",
+        "request more GPUs from the scheduler, or lower tensor_parallel_size",
         count,
     ),
     Check(
         "devices.index",
-        "--gpu-index names a card",
+        "--gpu-index names an existing card",
         "Indices are CUDA's, after CUDA_VISIBLE_DEVICES.",
         "use an index below the number of visible GPUs",
         index,
     ),
     Check(
         "devices.kind",
-        "The card is the one that was asked for",
-        "Asked for with --require h200 or --require 'cc>=9.0'.",
+        "The card is the required one",
+        "Required with --require h200 or --require 'cc>=9.0'.",
         "use a node with that card",
         kind,
     ),
     Check(
         "devices.uuid",
-        "vLLM reads CUDA_VISIBLE_DEVICES as it is written",
+        "vLLM understands the form of CUDA_VISIBLE_DEVICES",
         "vLLM up to at least 0.20.1 fails on UUIDs (invalid literal for int()); 0.25.1 and "
         "later ask NVML for the index.",
         "write the index of the GPU instead of its UUID, or install vllm 0.25.1",
@@ -183,24 +189,24 @@ CHECKS = (
     ),
     Check(
         "devices.order",
-        "CUDA's numbers are those of nvidia-smi",
-        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA numbers unequal cards by speed, nvidia-smi by "
-        "bus: a job pinned to 'GPU 1' lands on another card.",
+        "CUDA numbers the cards like nvidia-smi",
+        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA numbers unequal cards by speed, nvidia-smi "
+        "by bus: a job pinned to 'GPU 1' runs on a different card.",
         "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
         order,
     ),
     Check(
         "devices.mig",
         "A card in MIG mode has a slice for the job",
-        "A card in MIG mode without slices is no CUDA device, and a process can use one slice "
-        "only: tensor parallelism over slices does not work.",
+        "A card in MIG mode without slices is not a CUDA device. A process can use only one "
+        "slice, so tensor parallelism over slices does not work.",
         "create a slice (`nvidia-smi mig -cgi PROFILE -C`), or ask for a whole card",
         mig,
     ),
     Check(
         "devices.alike",
-        "Cards that work together are of one kind",
-        "In a job over several cards the smallest memory and the slowest card bind.",
+        "All cards of the job are of one kind",
+        "A job on several cards is limited by the smallest memory and the slowest card.",
         "choose equal cards with CUDA_VISIBLE_DEVICES",
         alike,
     ),

@@ -1,6 +1,7 @@
-"""Driver and runtime: is there one, which libcuda wins, does it run the CUDA that torch wants.
+"""Driver and runtime: whether there is a driver, which libcuda is loaded, and whether it runs the
+CUDA that torch needs.
 
-Errors 802, 803 and 804 of CUDA are told here without making a CUDA context.
+The causes of CUDA errors 802, 803 and 804 are found without creating a CUDA context.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from toolkit.gpu.presence import presence
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# Oldest driver branch for a CUDA major release (NVIDIA's CUDA Compatibility guide): within a
-# major, newer minors run on it by the minor-version rule.
+# Oldest driver branch for a CUDA major release (NVIDIA's CUDA Compatibility guide): within a major
+# release, newer minor releases run on it too.
 MINIMUM_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
-# Driver branch -> the CUDA that it ships with, newest first.
+# Driver branch -> the CUDA version that it supports, newest first.
 SHIPPED_CUDA = (
     (595, "13.2"),
     (590, "13.1"),
@@ -51,25 +52,26 @@ SHIPPED_CUDA = (
 
 
 def cuda_of(driver: str) -> str | None:
-    """The CUDA that a driver ships with, from its branch."""
+    """The CUDA version that a driver supports, from its branch."""
     branch = version_tuple(driver)[:1]
     return next((cuda for least, cuda in SHIPPED_CUDA if branch >= (least,)), None)
 
 
 def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
-    """NVML starts and serves a card."""
+    """NVML starts and reports a card."""
     found = presence(snapshot)
     if found.kind == "gpus":
         version = snapshot.driver.version.value or "of unknown version"
-        return ok(f"driver {version} serves {plural(len(snapshot.gpus), 'GPU')}")
+        return ok(f"driver {version} reports {plural(len(snapshot.gpus), 'GPU')}")
     needed = gpu_needed(snapshot, context)
     if needed:
         blame = "user" if found.kind in ("none", "not passed in") else "node"
-        return fail(blame, f"{found.text}; {needed}", found.remedy)  # type: ignore[arg-type]  # mypy widens the conditional literal
+        # mypy widens the conditional literal
+        return fail(blame, f"{found.text}; {needed}", found.remedy)  # type: ignore[arg-type]
     if found.kind == "none":
         return ok(f"{found.text}: a CPU run")
     if context.configured or found.kind == "not passed in":
-        return warn(f"{found.text}; a CPU run does without", found.remedy)
+        return warn(f"{found.text}; a CPU run needs none", found.remedy)
     return fail("node", found.text, found.remedy)
 
 
@@ -79,12 +81,14 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if not snapshot.gpus or wanted is None:
         return None
     if driver is None:
-        return unknown(f"torch wants CUDA {wanted}; the driver did not tell its version")
+        return unknown(f"torch needs CUDA {wanted}; the driver's version is unknown")
     major = version_tuple(wanted)[0]
     least = MINIMUM_DRIVER.get(major)
     if least is None:
-        return unknown(f"torch was built for CUDA {wanted}, whose oldest driver is not known here")
-    # A newer libcuda than the driver's own (the cuda-compat package) raises what it can run.
+        return unknown(
+            f"torch was built for CUDA {wanted}, whose minimum driver is not in the table"
+        )
+    # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
     if version_tuple(driver) >= version_tuple(least):
         return ok(f"driver {driver} (CUDA {cuda_of(driver)}) runs torch's CUDA {wanted}")
@@ -99,17 +103,19 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
-    """What to do about an old driver; forward compatibility only where the cards have it."""
+    """What to do about an old driver; forward compatibility only if the cards support it."""
     newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
     if any(_no_compat(gpu) for gpu in snapshot.gpus):
-        return f"{newer}; forward compatibility is for data-centre cards, which this is not"
+        return f"{newer}; forward compatibility is only for data-centre cards, and this is not one"
     package = f"cuda-compat-{wanted.replace('.', '-')}"
     switch = "set TOOLKIT_CUDA_COMPAT=1 in this project's container"
-    return f"{newer}; or use forward compatibility: {switch}, elsewhere install {package}"
+    return f"{newer}; or use forward compatibility: {switch}, or elsewhere install {package}"
 
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
-    """Cards for desktops have no forward compatibility, nor does integrated memory."""
+    """Whether the card supports forward compatibility: desktop cards and those with integrated
+    memory do not.
+    """
     name = gpu.name.value or ""
     return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))
 
@@ -120,18 +126,20 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return None
     found = snapshot.driver.libcuda.value
     if found is None:
-        return unknown(f"the loader's path could not be read: {snapshot.driver.libcuda.reason}")
+        return unknown(
+            f"the library search path could not be read: {snapshot.driver.libcuda.reason}"
+        )
     if not found:
         return fail(
             "user" if _contained(snapshot) else "node",
-            "NVML works and no libcuda.so.1 is on the loader's path: CUDA cannot start",
+            "NVML works, but libcuda.so.1 is not on the library search path: CUDA cannot start",
             "pass the compute capability into the container "
             "(NVIDIA_DRIVER_CAPABILITIES=compute,utility), or install the driver's CUDA library",
         )
     first, module = found[0], snapshot.driver.kernel_module.value
     where = f"{first['path']} ({first['source']})"
     if "/stubs/" in first["path"]:
-        return fail("user", f"{where} is a stub for linking: CUDA finds no driver through it")
+        return fail("user", f"{where} is a stub for linking only: CUDA finds no driver through it")
     module = module or snapshot.driver.version.value
     if first["version"] is None or module is None:
         place = snapshot.host.place.value or {}
@@ -139,11 +147,13 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if first["version"] == module:
         return ok(f"{where} is the driver's own, {module}")
     if version_tuple(first["version"]) > version_tuple(module) and "compat" in first["path"]:
-        return ok(f"{where} is a forward-compatibility {first['version']} over driver {module}")
+        return ok(
+            f"{where} is the forward-compatibility library {first['version']} over driver {module}"
+        )
     return fail(
         "user" if first["source"] == "LD_LIBRARY_PATH" else "node",
-        f"{where} is of driver {first['version']} and the kernel module of {module}: "
-        "CUDA error 803",
+        f"{where} is of driver {first['version']}, but the kernel module is of {module}: CUDA "
+        "error 803",
     )
 
 
@@ -160,14 +170,14 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if consumer:
         return fail(
             "user",
-            f"{first['path']} asks for forward compatibility and "
-            f"{consumer[0].label} ({consumer[0].name.value}) does not have it: CUDA error 804",
+            f"{first['path']} needs forward compatibility, but {consumer[0].label} "
+            f"({consumer[0].name.value}) does not support it: CUDA error 804",
         )
     return ok(f"forward compatibility {version} on data-centre cards")
 
 
 def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The device files that CUDA opens are here and may be opened."""
+    """The device files that CUDA opens exist and can be opened."""
     if not snapshot.gpus:
         return None
     found = snapshot.driver.device_nodes
@@ -181,20 +191,21 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     missing = [path for path in wanted if path not in usable]
     blame = "user" if _contained(snapshot) else "node"
     if missing:
-        return fail(blame, f"missing: {', '.join(missing)}; CUDA cannot start without")  # type: ignore[arg-type]  # mypy widens the conditional literal
+        # mypy widens the conditional literal
+        return fail(blame, f"missing: {', '.join(missing)}; CUDA cannot start without them")  # type: ignore[arg-type]
     shut = [path for path in wanted if not usable[path]]
     if shut:
-        return fail("node", f"not open to this user: {', '.join(shut)}")
-    return ok(f"{len(wanted)} device files are open to this user")
+        return fail("node", f"this user may not open: {', '.join(shut)}")
+    return ok(f"this user can open all {len(wanted)} device files")
 
 
 def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The driver that --require asks for."""
+    """The driver is at least the one that --require demands."""
     if not context.required_driver:
         return None
     driver = snapshot.driver.version.value
     if driver is None:
-        return fail("user", f"driver {context.required_driver} was asked for and there is none")
+        return fail("user", f"driver {context.required_driver} is required, but there is no driver")
     if version_tuple(driver) < version_tuple(context.required_driver):
         return fail("node", f"driver {driver} is older than the required {context.required_driver}")
     return ok(f"driver {driver}, at least {context.required_driver} as required")
@@ -208,9 +219,9 @@ def _contained(snapshot: NodeSnapshot) -> bool:
 CHECKS = (
     Check(
         "driver.present",
-        "The NVIDIA driver is there and serves a GPU",
-        "No driver, a half-finished driver update and a container without its GPUs all end in "
-        "the same 'no CUDA-capable device'; NVML tells them apart.",
+        "The NVIDIA driver is present and reports a GPU",
+        "A missing driver, an unfinished driver update and a container without GPUs all cause "
+        "the same error 'no CUDA-capable device'. NVML distinguishes them.",
         "install or reload the driver, or pass the GPU into the container",
         present,
         about_node=True,
@@ -218,40 +229,41 @@ CHECKS = (
     Check(
         "driver.cuda",
         "The driver runs the CUDA that torch was built for",
-        "CUDA 13.x needs a driver of at least 580, CUDA 12.x one of 525; within a major release "
-        "newer minors run on older drivers, except for code that is compiled at run time.",
+        "CUDA 13.x needs a driver of at least 580, CUDA 12.x one of 525; within a major "
+        "release, newer minor releases run on older drivers, except for code that is compiled "
+        "at run time.",
         "update the driver, use a node with a newer one, or install torch for an older CUDA",
         cuda,
     ),
     Check(
         "driver.libcuda",
-        "The libcuda.so.1 that wins is the driver's own",
-        "Another libcuda that is found first (an image's compat folder, a stub, a leftover of an "
-        "update) fails CUDA's start with error 803 while NVML still works.",
-        "take the folder out of LD_LIBRARY_PATH, or reload the driver after its update",
+        "The loaded libcuda.so.1 is the driver's own",
+        "If a different libcuda is found first (an image's compat folder, a stub, a leftover of "
+        "an update), CUDA fails to start with error 803 while NVML still works.",
+        "remove the folder from LD_LIBRARY_PATH, or reload the driver after its update",
         libcuda,
     ),
     Check(
         "driver.compat",
-        "Forward compatibility fits the cards",
-        "The cuda-compat package lets newer CUDA run on older drivers on data-centre cards only; "
-        "on others CUDA's start fails with error 804.",
+        "The cards support forward compatibility, if it is used",
+        "The cuda-compat package lets newer CUDA run on older drivers on data-centre cards "
+        "only; on other cards CUDA fails to start with error 804.",
         "remove the compat folder from LD_LIBRARY_PATH",
         compat,
     ),
     Check(
         "driver.nodes",
-        "The device files are there and open",
-        "NVML needs /dev/nvidiactl only; CUDA also opens /dev/nvidia-uvm and the card's own file, "
-        "so a node can list its GPUs and still run nothing.",
+        "The device files exist and can be opened",
+        "NVML needs only /dev/nvidiactl. CUDA also opens /dev/nvidia-uvm and the card's own "
+        "file, so a node can list its GPUs and still run nothing on them.",
         "load nvidia-uvm (`nvidia-modprobe -u -c 0`), or pass all device files into the container",
         nodes,
         about_node=True,
     ),
     Check(
         "driver.required",
-        "The driver is the one that --require asks for",
-        "Asked for with `--require driver>=VERSION`.",
+        "The driver is at least the required one",
+        "Required with `--require driver>=VERSION`.",
         "use a node with a newer driver",
         required,
     ),

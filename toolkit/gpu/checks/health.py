@@ -1,4 +1,4 @@
-"""Health of the card: errors in its memory, its fabric, what the kernel's log says about it."""
+"""Health of the card: memory errors, the NVSwitch fabric, and the kernel's log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RETIRED_PAGES_LIMIT = 60  # NVIDIA replaces a card at 64 retired pages
 _RECOVERY = {
     1: "a GPU reset",
     2: "a reboot of the node",
-    3: "a drain of its peers",
+    3: "a drain of its peer cards",
     4: "a drain, then a reset",
     5: "a recovery of the IMEX domain",
     6: "a bus reset",
@@ -39,14 +39,14 @@ _UNHEALTHY, _LIMITED = 2, 3
 
 
 def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every card answers."""
+    """Every card responds."""
     cards = judged_cards(snapshot, context)
     gone = [gpu for gpu in cards if gpu.lost]
     if not cards:
         return None
     if gone:
         return fail("node", "; ".join(f"{gpu.label}: {gpu.state.reason}" for gpu in gone))
-    return ok(f"{len(cards)} of {len(cards)} answer")
+    return ok(f"{len(cards)} of {len(cards)} respond")
 
 
 def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -54,7 +54,9 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         if gpu.ecc_mode.value == 0:
-            return warn("ECC is off: memory errors go unseen", "nvidia-smi -e 1 (by the owner)")
+            return warn(
+                "ECC is off: memory errors are not detected", "nvidia-smi -e 1 (by the owner)"
+            )
         errors = gpu.ecc_uncorrected
         if errors.value is None:
             return unread(errors, "ECC errors")
@@ -68,7 +70,7 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No row of memory waits to be replaced, and none could not be."""
+    """No memory row is pending remapping, and none failed to remap."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.remapped_rows.value
@@ -85,7 +87,7 @@ def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No page of memory waits for retirement (cards before Ampere)."""
+    """No memory page is pending retirement (cards before Ampere)."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.retired_pages.value
@@ -102,7 +104,7 @@ def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The driver asks for no reset or reboot."""
+    """The driver does not request a reset or reboot."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         action = gpu.recovery_action
@@ -110,14 +112,16 @@ def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return unread(action, "recovery action")
         if action.value:
             what = _RECOVERY.get(action.value, f"action {action.value}")
-            return fail("node", f"the driver asks for {what}")
-        return ok("the driver asks for no recovery")
+            return fail("node", f"the driver requests {what}")
+        return ok("the driver requests no recovery")
 
     return each(judged_cards(snapshot, context), look)
 
 
 def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The NVSwitch fabric is ready; without it CUDA's start fails with 802, also on one card."""
+    """The NVSwitch fabric is ready; without it CUDA fails to start with error 802, even on one
+    card.
+    """
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.fabric.value
@@ -143,77 +147,78 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 _ROWS = (
     (
         "health.lost",
-        "Every GPU answers",
-        "A card that fell off the bus (XID 79) fails every question; CUDA may still start on the "
-        "others, with other numbers.",
-        "reset or reboot the node; if it comes back, check power and seating",
+        "Every GPU responds",
+        "A card that fell off the bus (XID 79) fails every query. CUDA may still start on the "
+        "other cards, with different numbers.",
+        "reset or reboot the node; if it recurs, check power and seating",
         lost,
     ),
     (
         "health.ecc",
         "No uncorrected memory error",
-        "An uncorrected ECC error ends the process that met it, and the next one soon after.",
-        "reset the GPU (`nvidia-smi -r` by the owner) and drain the node if it comes back",
+        "An uncorrected ECC error ends the process that hits it, and soon the next one.",
+        "reset the GPU (`nvidia-smi -r` by the owner) and drain the node if it recurs",
         ecc,
     ),
     (
         "health.rows",
         "No row remap is pending or failed",
-        "Ampere and later replace bad rows of memory; the replacement takes effect at a reset, "
-        "and until then the bad row is in use.",
+        "Ampere and newer cards remap bad memory rows. The remapping takes effect at a reset; "
+        "until then the bad row is in use.",
         "reset the GPU with no process on it, then check again",
         rows,
     ),
     (
         "health.pages",
         "No page retirement is pending",
-        "Cards before Ampere retire bad pages at a reset; at 64 the card is to be replaced.",
+        "Cards before Ampere retire bad pages at a reset. A card with 64 retired pages must "
+        "be replaced.",
         "reset the GPU with no process on it, then check again",
         pages,
     ),
     (
         "health.recovery",
-        "The driver asks for no recovery",
-        "Drivers from 570 say themselves whether a card needs a reset or the node a reboot.",
-        "do what the driver asks, with no process on the card",
+        "The driver requests no recovery",
+        "Drivers from 570 on report whether a card needs a reset or the node a reboot.",
+        "do what the driver requests, with no process on the card",
         recovery,
     ),
     (
         "health.xid",
-        "The kernel's log holds no XID of a bad card",
-        "XID and SXID lines are the driver's own reports of faults. Some are a program's fault "
-        "(13, 31, 43, 45), others the card's (48, 64, 74, 79, 94, 95, 119, 120 ...).",
-        "drain the node and follow NVIDIA's XID catalogue; reading the log needs the right to it",
+        "The kernel's log has no XID of a bad card",
+        "XID and SXID lines are the driver's own reports of faults. Some are caused by a "
+        "program (13, 31, 43, 45), others by the card (48, 64, 74, 79, 94, 95, 119, 120 ...).",
+        "drain the node and follow NVIDIA's XID catalogue; reading the log needs permission",
         xid,
     ),
     (
         "health.fabric",
         "The NVSwitch fabric is ready",
-        "On HGX boards CUDA does not start until nvidia-fabricmanager has set the fabric up, not "
-        "even on one card: error 802, system not yet initialized.",
-        "start nvidia-fabricmanager, of exactly the driver's version",
+        "On HGX boards CUDA does not start, even on one card, until nvidia-fabricmanager has "
+        "set up the fabric: error 802, system not yet initialized.",
+        "start nvidia-fabricmanager of exactly the driver's version",
         fabric,
     ),
     (
         "health.persistence",
         "Persistence mode is on",
-        "Without it the driver unloads its state with the last process, and each start costs "
-        "seconds a card. This tool never sets it.",
+        "Without it the driver unloads its state when the last process ends, so each start "
+        "takes seconds per card. This tool never sets it.",
         "run nvidia-persistenced (the node's owner)",
         persistence,
     ),
     (
         "health.compute_mode",
-        "The compute mode lets the job in",
-        "'Prohibited' refuses every CUDA context; 'exclusive process' all but one.",
+        "The compute mode allows the job",
+        "'Prohibited' refuses every CUDA context; 'exclusive process' allows only one.",
         "nvidia-smi -c 0 (the node's owner)",
         compute_mode,
     ),
     (
         "health.mps",
         "No MPS daemon limits the job",
-        "Under MPS the daemon's limits on memory and threads apply, and one client's fault can "
-        "end the others.",
+        "With MPS the daemon's limits on memory and threads apply, and an error of one client "
+        "can end the others.",
         "stop it (`echo quit | nvidia-cuda-mps-control`) or leave CUDA_MPS_PIPE_DIRECTORY unset",
         mps,
     ),

@@ -1,4 +1,4 @@
-"""The host around the card: shared memory, limits, disks, clock, account, environment."""
+"""The host: shared memory, limits, disks, clock, account, environment."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SHM_WANTED, SHM_LEAST = GIB, 512 * MIB
 FILES_WANTED, MEMLOCK_WANTED = 4096, 64 * MIB
 DISK_WANTED, DISK_LEAST, INODES_LEAST = 10 * GIB, GIB, 1000
 MEMORY_LEAST = 2 * GIB
-# This check was written then; an earlier clock is wrong, and TLS and caches go wrong with it.
+# The date when this check was written. An earlier clock is wrong and breaks TLS and caches.
 WRITTEN = 1_790_000_000
 
 
 def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """/dev/shm has room for what the processes of a job over several cards hand each other.
+    """/dev/shm has enough space for the data that the processes of a job on several cards exchange.
 
     NCCL takes about 10 MiB of it for each channel to a neighbour (nccl issue 342: 64 MB are not
-    enough for four cards), and every group of vLLM's ranks a ring of 24 MiB (shm_broadcast, vLLM
-    0.25 and 0.31). One process uses none: the engine runs inside it, and GRPO's data are texts.
-    Ranks on CPUs talk over sockets.
+    enough for four cards), and every group of vLLM ranks uses a ring buffer of 24 MiB
+    (shm_broadcast, vLLM 0.25 and 0.31). A single process uses none: the engine runs inside it, and
+    GRPO's data are texts. Ranks on CPUs communicate over sockets.
     """
     space = snapshot.host.shm
     if space.value is None:
@@ -37,19 +37,19 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if context.gpus_wanted > 1 and on_cards and space.value["free"] < SHM_LEAST:
         return fail(
             "user",
-            f"{text}; the processes of a job over {context.gpus_wanted} cards share it and need "
+            f"{text}; the processes of a job on {context.gpus_wanted} cards share it and need "
             f"{format_bytes(SHM_LEAST)}",
         )
     if space.value["free"] >= SHM_WANTED:
         return ok(text)
-    # A semaphore of Python's takes a page of it, all the same.
+    # Even so, a Python semaphore needs one page of it.
     if context.configured and context.gpus_wanted == 1 and space.value["free"] >= MIB:
-        return ok(f"{text}; a job of one process does not use it")
+        return ok(f"{text}; a job with one process does not use it")
     return warn(text)
 
 
 def available_memory(snapshot: NodeSnapshot) -> int | None:
-    """Bytes of main memory for this job: the host's, or less where its cgroup is limited."""
+    """Bytes of main memory for this job: the host's, or less if its cgroup has a limit."""
     memory, cgroup = snapshot.host.memory.value, snapshot.host.cgroup.value or {}
     if memory is None:
         return None
@@ -59,7 +59,7 @@ def available_memory(snapshot: NodeSnapshot) -> int | None:
 
 
 def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Main memory is enough to load the model through, within the cgroup's limit."""
+    """Main memory, within the cgroup's limit, is enough to load the model."""
     free = available_memory(snapshot)
     if free is None:
         return unknown(f"main memory: {snapshot.host.memory.reason}")
@@ -69,26 +69,27 @@ def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     weights = int((snapshot.model.files.value or {}).get("weight_bytes", 0))
     if free < MEMORY_LEAST:
         return fail("user" if limit else "retry", text)
-    # On a card the weights pass through the page cache; on the CPU they stay, float32 at worst.
+    # With a GPU the weights pass through the page cache. On the CPU they stay in memory, as float32
+    # in the worst case.
     needed = weights if snapshot.gpus else 2 * weights
     if needed and free < needed + MEMORY_LEAST:
-        return warn(f"{text}; the model's weights are {format_bytes(weights)}")
+        return warn(f"{text}; the model's weights need {format_bytes(weights)}")
     return ok(text)
 
 
 def cpus(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The job has CPUs for the engine, the trainer and the rewards."""
+    """The job has enough CPUs for the engine, the trainer and the rewards."""
     count = snapshot.host.cpus.value
     if count is None:
         return unknown(f"CPUs: {snapshot.host.cpus.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("cpu_limit")
     usable = min(count, limit) if limit else count
     text = f"{usable:g} CPUs" + (f" (cgroup limit; {count} on the host)" if limit else "")
-    return ok(text) if usable >= 2 else warn(f"{text}: rollouts are bound by the host")
+    return ok(text) if usable >= 2 else warn(f"{text}: the host limits the speed of rollouts")
 
 
 def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Open files and locked memory are not held too low."""
+    """The limits on open files and locked memory are not too low."""
     values = snapshot.host.limits.value
     if values is None:
         return unknown(f"limits: {snapshot.host.limits.reason}")
@@ -110,7 +111,7 @@ def _disks(snapshot: NodeSnapshot) -> list[dict[str, Any]] | Outcome | None:
 
 
 def disk(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The folders of output and caches have room and inodes."""
+    """The output and cache folders have free space and inodes."""
     found = _disks(snapshot)
     if not isinstance(found, list):
         return found
@@ -132,7 +133,7 @@ def disk(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The folders of output and caches can be written."""
+    """The output and cache folders are writable."""
     found = _disks(snapshot)
     if not isinstance(found, list):
         return found
@@ -140,27 +141,27 @@ def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if not shut:
         return ok("writable: " + ", ".join(entry["role"] for entry in found))
     text = "not writable: " + ", ".join(f"{one['role']} {one['path']}" for one in shut)
-    # A read-only hub cache is fine for a model that is in it already.
+    # A read-only hub cache is enough for a model that it already contains.
     kind = (snapshot.model.location.value or {}).get("kind")
     if {entry["role"] for entry in shut} == {"HF_HOME"} and kind in ("folder", "cache"):
-        return warn(f"{text} (the model is complete without)")
+        return warn(f"{text} (not needed: the model is complete)")
     return fail("user", text)
 
 
 def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The clock is right enough for TLS, caches and the order of files."""
+    """The clock is accurate enough for TLS, caches and the order of files."""
     state = snapshot.host.clock.value
     if state is None:
         return unknown(f"clock: {snapshot.host.clock.reason}")
     if state["now"] < WRITTEN:
         return fail("node", "the clock is years behind")
     if not state["synchronised"]:
-        return warn("the kernel's clock is not kept in step (no NTP)")
-    return ok("kept in step")
+        return warn("the kernel's clock is not synchronized (no NTP)")
+    return ok("synchronized")
 
 
 def user(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The account has a name: torch's and triton's caches are named after it."""
+    """The account has a name, which torch and triton use for their cache folders."""
     name = snapshot.host.user
     if name.known:
         return ok(f"account name {name.value}")
@@ -170,70 +171,72 @@ def user(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 _ROWS = (
     (
         "host.shm",
-        "/dev/shm has room",
-        "Containers get 64 MiB by default; with several cards, NCCL and vLLM's ranks share memory "
-        'through it and die of a bus error or "No space left on device" when it is full.',
+        "/dev/shm has enough space",
+        "Containers get 64 MiB by default. With several cards, NCCL and vLLM's ranks share memory "
+        "through it. When it is full, they fail with a bus error or 'No space left on device'.",
         "docker run --shm-size 8g (or --ipc host); Kubernetes: an emptyDir of medium Memory",
         shm,
     ),
     (
         "host.memory",
-        "Main memory within the cgroup's limit is enough",
-        "The limit of the job counts, not the host's total; above it the kernel kills the job "
-        "with no message of its own.",
-        "ask for more memory (--mem in Slurm, resources.limits.memory in Kubernetes)",
+        "Main memory, within the cgroup's limit, is enough",
+        "The job's limit counts, not the host's total. Above it the kernel kills the job "
+        "without a message.",
+        "request more memory (--mem in Slurm, resources.limits.memory in Kubernetes)",
         memory,
     ),
     (
         "host.cpus",
-        "There are CPUs for engine, trainer and rewards",
-        "A small model's decode step is bound by the host; one CPU halves it.",
-        "ask for more CPUs (--cpus-per-task)",
+        "There are enough CPUs for engine, trainer and rewards",
+        "The host limits the speed of a small model's decode step; a single CPU halves it.",
+        "request more CPUs (--cpus-per-task)",
         cpus,
     ),
     (
         "host.limits",
         "Limits on open files and locked memory are not low",
-        "Weights in many shards and data workers need open files; collectives over several "
+        "Weights in many shards and data workers need many open files. Collectives over several "
         "cards lock memory.",
         "raise them with ulimit, or docker run --ulimit nofile=65536 --ulimit memlock=-1",
         limits,
     ),
     (
         "host.disk",
-        "Output and cache folders have room and inodes",
-        "A checkpoint that cannot be written ends the run at its most expensive moment.",
-        "free some space, or point output_dir, HF_HOME and VLLM_CACHE_ROOT elsewhere",
+        "Output and cache folders have free space and inodes",
+        "If a checkpoint cannot be written, the run ends and its last steps are lost.",
+        "free some space, or set output_dir, HF_HOME and VLLM_CACHE_ROOT to other folders",
         disk,
     ),
     (
         "host.writable",
-        "Output and cache folders can be written",
-        "Read-only images and foreign users leave HF_HOME, Triton's and vLLM's caches closed; "
-        "each is found out minutes into a start.",
-        "point output_dir, HF_HOME, TRITON_CACHE_DIR and VLLM_CACHE_ROOT at folders of yours",
+        "Output and cache folders are writable",
+        "In read-only images or under a different user, HF_HOME and the caches of Triton and "
+        "vLLM may not be writable. Without this check that shows only minutes after the start.",
+        "set output_dir, HF_HOME, TRITON_CACHE_DIR and VLLM_CACHE_ROOT to folders that you "
+        "can write to",
         writable,
     ),
     (
         "host.clock",
         "The clock is right",
-        "A clock that is off fails TLS, and confuses caches and logs.",
+        "A wrong clock breaks TLS and confuses caches and logs.",
         "start chrony or systemd-timesyncd (the node's owner)",
         clock,
     ),
     (
         "host.env",
         "No environment variable harms the run",
-        "An allocator without expandable segments loses memory in pieces, CUDA_LAUNCH_BLOCKING "
-        "makes every kernel wait, a preloaded library changes everything.",
-        "unset the variable that is named",
+        "An allocator without expandable segments loses memory to fragmentation. "
+        "CUDA_LAUNCH_BLOCKING makes every kernel wait. A preloaded library can change any "
+        "behaviour.",
+        "unset the named variable",
         env,
     ),
     (
         "host.user",
         "The account has a name",
-        "torch and triton call getpass.getuser(), which fails for a uid without an account, as "
-        "in containers that run under an arbitrary uid.",
+        "torch and triton call getpass.getuser(), which fails for a uid without an account. "
+        "Containers often run under such a uid.",
         "set USER to any name",
         user,
     ),

@@ -1,4 +1,4 @@
-"""Memory of the card: what is free, who holds the rest, and whether the job's share is there."""
+"""Memory of the card: how much is free, who uses the rest, and whether the job's share is free."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
 # An empty card still shows some MiB (driver, display, a persistence daemon's context).
 NEGLIGIBLE_BYTES = 700 * MIB
-TENANT_SHARE = 0.2  # of the card: above it a job sized for the card does not fit
-DISPLAY_SHARE = 0.5  # of what others hold: then the card draws, and waiting does not help
+TENANT_SHARE = 0.2  # fraction of the card: above it a job sized for the whole card does not fit
+# fraction of the memory used by others: above it the card drives a display, and waiting does not
+# help
+DISPLAY_SHARE = 0.5
 DISPLAY = "the display"
 # A CUDA context and cuBLAS of the job itself, before it allocates a byte (measured on an H100).
 CONTEXT_BYTES = 600 * MIB
 
 
 def held_by_others(gpu: GpuSnapshot) -> int | None:
-    """Bytes in use by other processes. Version 1 of the call counts the driver's share as used."""
+    """Bytes in use by other processes. Version 1 of the call counts the driver's reserved memory as
+    used.
+    """
     memory = gpu.memory.value
     if memory is None:
         return None
@@ -42,8 +46,8 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
 
 
 def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
-    """Who draws on the card, where that holds most of what others hold: a desktop, or Windows under
-    WSL. None otherwise. That memory does not come free by waiting.
+    """The display user of the card, if it uses most of the memory that others use: a desktop, or
+    Windows with WSL; else None. Waiting does not free this memory.
     """
     held = held_by_others(gpu) or 0
     if held <= NEGLIGIBLE_BYTES:
@@ -59,7 +63,7 @@ def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
 
 
 def share_that_fits(gpu: GpuSnapshot) -> float:
-    """The largest gpu_memory_utilization beside what is held now, rounded down."""
+    """The largest gpu_memory_utilization that fits with the memory used now, rounded down."""
     memory = gpu.memory.value or {}
     total = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
     room = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
@@ -67,15 +71,15 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
 
 
 def beside_display(gpu: GpuSnapshot) -> str:
-    """What to do where a display holds memory."""
+    """What to do if a display uses memory."""
     return (
-        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size says"
-        " whether that is enough), close programs that draw, or let another card draw"
+        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size says "
+        "whether that is enough), close graphical programs, or use another card for the display"
     )
 
 
 def holders(gpu: GpuSnapshot) -> str:
-    """Who holds it, by pid; in a pid namespace the list is empty or its numbers are the host's."""
+    """Who uses memory, by pid. In a pid namespace the list is empty or has the host's pids."""
     others: list[dict[str, Any]] = [p for p in gpu.processes.value or [] if not p["mine"]]
     if not others:
         return "hidden processes"
@@ -89,7 +93,7 @@ def holders(gpu: GpuSnapshot) -> str:
 
 
 def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card tells its memory."""
+    """The card reports its memory."""
 
     def look(gpu: GpuSnapshot) -> Outcome:
         memory = memory_of(snapshot, gpu)
@@ -106,7 +110,7 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """What the job asks of the card is free."""
+    """The memory that the job needs is free."""
     share, least = context.gpu_memory_utilization, context.required_free_bytes
     if share is None and not least:
         return None
@@ -117,11 +121,11 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return unknown(f"memory not reported: {gpu.memory.reason}")
         wanted = max(least, int((share or 0) * memory.total_bytes))
         what = f"gpu_memory_utilization {share:g}" if share else "--require"
-        amount = f"{format_bytes(wanted)} wanted ({what}), {format_bytes(memory.free_bytes)} free"
+        amount = f"{format_bytes(wanted)} needed ({what}), {format_bytes(memory.free_bytes)} free"
         if wanted <= memory.free_bytes:
             return ok(amount)
         if wanted > memory.total_bytes - CONTEXT_BYTES:
-            return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: never fits")
+            return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: it can never fit")
         if who := display(snapshot, gpu):
             hold = "holds" if who == DISPLAY else "hold"
             text = f"{amount}; {who} ({holders(gpu)}) {hold} the rest"
@@ -136,18 +140,18 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Nobody else holds a large part of the card."""
+    """No other process uses a large part of the card."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         held, total = held_by_others(gpu), gpu.total_bytes
         if held is None or not total:
             return None  # integrated memory, or memory.readable says why
         if held <= NEGLIGIBLE_BYTES:
-            return ok("no other process holds memory")
-        evidence = f"{format_bytes(held)} held by others: {holders(gpu)}"
+            return ok("no other process uses memory")
+        evidence = f"{format_bytes(held)} used by others: {holders(gpu)}"
         large = held / total >= TENANT_SHARE and context.gpu_memory_utilization is None
         if who := display(snapshot, gpu):
-            evidence = f"{format_bytes(held)} held by {who}: {holders(gpu)}"
+            evidence = f"{format_bytes(held)} used by {who}: {holders(gpu)}"
             remedy = beside_display(gpu)
             return fail("user", evidence, remedy) if large else warn(evidence, remedy)
         return fail("retry", evidence) if large else warn(evidence)
@@ -158,25 +162,25 @@ def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 CHECKS = (
     Check(
         "memory.readable",
-        "The card tells its memory",
-        "Sizing needs the total and what is free. On GB10 and Jetson NVML answers 'not "
-        "supported' and the host's available memory counts.",
-        "state the memory by hand: `envcheck size --gpu CARD`",
+        "The card reports its memory",
+        "The sizer needs the total and the free memory. On GB10 and Jetson NVML reports 'not "
+        "supported', and the host's available memory is used.",
+        "give the card yourself: `envcheck size --gpu CARD`",
         readable,
     ),
     Check(
         "memory.free",
-        "What the job asks of the card is free",
-        "vLLM refuses to start where less is free than gpu_memory_utilization x total.",
+        "The memory that the job needs is free",
+        "vLLM refuses to start if less memory is free than gpu_memory_utilization x total.",
         "lower gpu_memory_utilization or set it to auto; or wait for the other process",
         free,
     ),
     Check(
         "memory.tenant",
-        "No other process holds much of the card",
-        "A neighbour that frees or takes memory while vLLM measures makes its start fail, and "
-        "one that grows later ends the run. In a container its pid can be invisible.",
-        "wait for the process or end it, or choose another card with CUDA_VISIBLE_DEVICES",
+        "No other process uses much of the card",
+        "If another process frees or allocates memory while vLLM measures, vLLM fails to start. "
+        "If it grows later, the run ends. In a container its pid may be invisible.",
+        "wait for the process to end, or end it, or choose another card with CUDA_VISIBLE_DEVICES",
         tenant,
     ),
 )

@@ -1,4 +1,4 @@
-"""The model's files: all there, readable, of a kind that sizing and vLLM know."""
+"""The model's files: complete, readable, and supported by the sizer and vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
-    """Where the model's files are, if they are here and the job has a model."""
+    """The location of the model's files, if the job has a model and it is on this machine."""
     if context.model is None:
         return None
     place = snapshot.model.location.value
@@ -22,7 +22,7 @@ def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
 
 
 def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The model is a folder, is in the cache, or can be fetched."""
+    """The model is a folder, is in the cache, or can be downloaded."""
     if context.model is None:
         return None
     place = snapshot.model.location
@@ -33,14 +33,14 @@ def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return ok(f"{place.value['kind']} {place.value['path']}")
     offline = [n for n in _OFFLINE if snapshot.environment.get(n, "0").lower() not in ("", "0")]
     revision = f" at {context.revision}" if context.revision else ""
-    text = f"{context.model}{revision} is not in the hub's cache"
+    text = f"{context.model}{revision} is not in the hub cache"
     if offline:
-        return fail("user", f"{text} and {offline[0]} is set")
-    return warn(f"{text}: the run will fetch it")
+        return fail("user", f"{text}, and {offline[0]} is set")
+    return warn(f"{text}: the run will download it")
 
 
 def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every shard of the index is there, and no link leads to nothing."""
+    """Every shard of the index exists, and no link is broken."""
     path = _place(snapshot, context)
     if path is None:
         return None
@@ -50,8 +50,8 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     state = files.value
     for names, what in (
         (state["missing_shards"], f"missing, named by {state['index']}"),
-        (state["dangling"], "links to nothing"),
-        (state["unreadable"], "may not be read"),
+        (state["dangling"], "broken links"),
+        (state["unreadable"], "not readable"),
         (
             state.get("irregular", []),
             "pipes or devices, not regular files",
@@ -62,12 +62,12 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             return fail("user", f"{path}: {', '.join(names[:3])}{more}: {what}")
     if not state["weights"]:
-        return fail("user", f"{path} holds no weights")
+        return fail("user", f"{path} contains no weights")
     return ok(f"{plural(state['weights'], 'file')}, {format_bytes(state['weight_bytes'])}")
 
 
 def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """config.json can be read and names an architecture."""
+    """config.json is readable and names an architecture."""
     path = _place(snapshot, context)
     if path is None:
         return None
@@ -77,7 +77,7 @@ def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not found.value["architectures"]:
         return fail("user", f"{path}/config.json names no architecture")
     if found.value["needs_code"]:
-        return warn(f"{found.value['architectures'][0]} may need code of the model's author")
+        return warn(f"{found.value['architectures'][0]} may need the code of the model's author")
     return ok(", ".join(found.value["architectures"]))
 
 
@@ -90,12 +90,12 @@ def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if found.value is None:
         return unknown(f"{path}: {found.reason}")
     if not found.value:
-        return fail("user", f"{path} holds no tokenizer (tokenizer.json, tokenizer.model ...)")
+        return fail("user", f"{path} contains no tokenizer (tokenizer.json, tokenizer.model ...)")
     return ok(", ".join(found.value))
 
 
 def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Sizing and the installed vLLM know the architecture."""
+    """The sizer and the installed vLLM support the architecture."""
     if _place(snapshot, context) is None or snapshot.model.config.value is None:
         return None
     names = snapshot.model.config.value["architectures"]
@@ -103,53 +103,58 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
         return None
     knows = snapshot.model.vllm_knows
     if knows.value is False and context.engine == "vllm":
-        return fail("user", f"the installed vLLM does not list {names[0]}")
+        return fail("user", f"the installed vLLM does not support {names[0]}")
     if knows.value is False:
-        return warn(f"the installed vLLM does not list {names[0]}: engine transformers only")
+        return warn(
+            f"the installed vLLM does not support {names[0]}: only engine transformers works"
+        )
     kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
     if known is not None and kind not in known:
         return warn(
-            f"{kind or names[0]} is not known to sizing: it is sized with a wider margin",
-            "leave more room, or run `envcheck calibrate` on a short run",
+            f"the sizer does not know {kind or names[0]} and uses a larger margin",
+            "leave more memory free, or run `envcheck calibrate` on a short run",
         )
-    return ok(f"{names[0]}: known" + ("" if knows.known else " to sizing; vLLM is not installed"))
+    return ok(
+        f"{names[0]}: known" + ("" if knows.known else " to the sizer; vLLM is not installed")
+    )
 
 
 _ROWS = (
     (
         "model.location",
-        "The model is here or can be fetched",
-        "A hub id is looked for in the cache first; offline it must be there already.",
+        "The model is on this machine or can be downloaded",
+        "A hub id is first searched in the cache. Offline it must already be there.",
         "download it first (`hf download MODEL`), or correct model_name and revision",
         location,
     ),
     (
         "model.weights",
-        "All weights are there",
-        "An interrupted download leaves an index whose shards are missing, or links to nothing; "
-        "loading then fails after minutes.",
+        "All weights are present",
+        "After an interrupted download, shards are missing or links are broken. Loading then fails "
+        "only after minutes.",
         "download the model again (`hf download MODEL`), or copy the missing files",
         weights,
     ),
     (
         "model.config",
-        "config.json can be read",
+        "config.json is readable",
         "Everything about the model's shape comes from it.",
-        "take config.json from the model's page again",
+        "download config.json from the model's page again",
         config,
     ),
     (
         "model.tokenizer",
         "There is a tokenizer",
         "Prompts cannot be encoded without one.",
-        "copy the tokenizer's files of the base model into the folder",
+        "copy the tokenizer files of the base model into the folder",
         tokenizer,
     ),
     (
         "model.architecture",
-        "Sizing and vLLM know the architecture",
-        "vLLM runs the architectures of its registry; sizing is exact for those that it knows.",
-        "use runtime.engine: transformers, or a model of a listed architecture",
+        "The sizer and vLLM support the architecture",
+        "vLLM runs the architectures of its registry. The sizer is exact only for those that "
+        "it knows.",
+        "use runtime.engine: transformers, or a model of a supported architecture",
         architecture,
     ),
 )

@@ -1,4 +1,4 @@
-"""Modes of the card that its owner sets: persistence, who may compute, MPS."""
+"""Modes of the card that its owner sets: persistence, compute mode, MPS."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def persistence(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
         mode = gpu.persistence_mode
         if mode.value is None:
             return unread(mode, "persistence mode")
-        return ok("on") if mode.value else warn("off: each start waits for the card to wake up")
+        return ok("on") if mode.value else warn("off: each start waits for the card to initialize")
 
     return each(judged_cards(snapshot, context), look)
 
 
 def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Processes may make CUDA contexts on the card."""
+    """Processes can create CUDA contexts on the card."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         mode = gpu.compute_mode
@@ -42,21 +42,27 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
             return unread(mode, "compute mode")
         others = [p for p in gpu.processes.value or [] if not p["mine"] and p["kind"] == "compute"]
         if mode.value == _PROHIBITED:
-            return fail("node", "compute mode is 'prohibited': no CUDA context can be made")
+            return fail("node", "compute mode is 'prohibited': no CUDA context can be created")
         if mode.value == _EXCLUSIVE and others:
-            return fail("retry", f"exclusive, and pid {others[0]['pid']} has it", "wait for it")
+            return fail(
+                "retry", f"exclusive, and pid {others[0]['pid']} uses it", "wait for it to end"
+            )
         if mode.value == _EXCLUSIVE:
-            return warn("exclusive: one process only, so the engine must run in the trainer's")
+            return warn(
+                "exclusive: only one process, so the engine must run in the trainer's process"
+            )
         return ok("shared (default)")
 
     return each(judged_cards(snapshot, context), look)
 
 
 def mps(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """No MPS server stands between the job and the card."""
+    """No MPS server is between the job and the card."""
     running = snapshot.driver.mps
     if not snapshot.gpus or running.value is None:
         return None if not snapshot.gpus else unread(running, "MPS")
     if running.value:
-        return warn("an MPS control daemon runs: its memory and thread limits bind the job")
+        return warn(
+            "an MPS control daemon is running: its memory and thread limits apply to the job"
+        )
     return ok("no MPS daemon")

@@ -1,4 +1,6 @@
-"""Where this runs: container, Kubernetes, Slurm, WSL, and whether GPUs were passed in."""
+"""The environment of the process (container, Kubernetes, Slurm, WSL), and whether it has access to
+GPUs.
+"""
 
 from __future__ import annotations
 
@@ -27,78 +29,79 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return ok(f"{name}, with {plural(len(snapshot.gpus), 'GPU')}")
     reason = gpu_needed(snapshot, context)
     if presence(snapshot).kind not in ("none", "not passed in"):
-        return None  # driver.present says what is wrong
+        return None  # driver.present reports what is wrong
     if reason:
         return fail("user", f"{name} without a GPU; {reason}", how_to_pass_in(snapshot))
     return ok(f"{name}, without a GPU: a CPU run")
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The container runtime was told to bring CUDA's library in."""
+    """The container runtime was asked to provide CUDA's library."""
     value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
     if value is None or not snapshot.gpus:
         return None
     if {"all", "compute"} & {part.strip() for part in value.lower().split(",")}:
         return ok(f"NVIDIA_DRIVER_CAPABILITIES={value}")
-    return fail("user", f"NVIDIA_DRIVER_CAPABILITIES={value} leaves compute out: no libcuda")
+    return fail("user", f"NVIDIA_DRIVER_CAPABILITIES={value} does not include compute: no libcuda")
 
 
 def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The Slurm job holds as many GPUs as it wants, and sees those that it holds."""
+    """The Slurm job has as many GPUs as it needs, and CUDA sees all of them."""
     place, variables = snapshot.host.place.value or {}, snapshot.environment
     if not place.get("slurm"):
         return None
     given = variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_JOB_GPUS")
     if given is None:
         reason = gpu_needed(snapshot, context)
-        text = "this Slurm job holds no GPU"
+        text = "this Slurm job has no GPU"
         return fail("user", f"{text}; {reason}") if reason else ok(text)
     count = int(given) if given.isdecimal() else len(given.split(","))
     seen = len(visible(snapshot).devices)
     if seen != count:
-        return warn(f"Slurm gave {plural(count, 'GPU')} and CUDA sees {seen}")
-    return ok(f"Slurm gave {plural(count, 'GPU')}")
+        return warn(f"Slurm assigned {plural(count, 'GPU')}, but CUDA sees {seen}")
+    return ok(f"Slurm assigned {plural(count, 'GPU')}")
 
 
 def wsl(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Under WSL the driver is the one of Windows."""
+    """With WSL, the driver is the Windows driver."""
     place = snapshot.host.place.value or {}
     if not place.get("wsl"):
         return None
     module = snapshot.driver.kernel_module
     if module.known:
-        return warn("a Linux NVIDIA driver is installed inside WSL and hides that of Windows")
-    return ok("WSL, with the driver of Windows")
+        return warn("a Linux NVIDIA driver is installed inside WSL and hides the Windows driver")
+    return ok("WSL, with the Windows driver")
 
 
 _ROWS = (
     (
         "place.runtime",
-        "The container got its GPUs",
-        "A container sees no GPU unless it is asked for: --gpus all (Docker), --device "
+        "The container has its GPUs",
+        "A container sees a GPU only if it was started with one: --gpus all (Docker), --device "
         "nvidia.com/gpu=all (Podman), --nv (Apptainer), nvidia.com/gpu limits (Kubernetes).",
-        "pass the GPU in",
+        "start the container with the GPU",
         runtime,
     ),
     (
         "place.capabilities",
-        "The container got CUDA's library",
-        "The NVIDIA runtime brings in what NVIDIA_DRIVER_CAPABILITIES names; without 'compute' "
-        "NVML works and CUDA does not.",
+        "The container has CUDA's library",
+        "The NVIDIA runtime provides what NVIDIA_DRIVER_CAPABILITIES names. Without 'compute' "
+        "NVML works but CUDA does not.",
         "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
         capabilities,
     ),
     (
         "place.slurm",
-        "The Slurm job holds its GPUs",
-        "Slurm hands out GPUs on request (--gpus) and names them in CUDA_VISIBLE_DEVICES.",
-        "ask with --gpus=N, and leave CUDA_VISIBLE_DEVICES to Slurm",
+        "The Slurm job has its GPUs",
+        "Slurm assigns GPUs on request (--gpus) and lists them in CUDA_VISIBLE_DEVICES.",
+        "request them with --gpus=N, and do not set CUDA_VISIBLE_DEVICES yourself",
         slurm,
     ),
     (
         "place.wsl",
-        "WSL uses the driver of Windows",
-        "A Linux driver installed inside WSL hides the one that works.",
+        "WSL uses the Windows driver",
+        "A Linux driver installed inside WSL hides the Windows driver, which is the one that "
+        "works.",
         "remove the Linux driver inside WSL",
         wsl,
     ),

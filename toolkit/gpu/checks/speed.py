@@ -1,4 +1,4 @@
-"""What makes a healthy card slow: heat, power, a narrow PCIe link, links between cards."""
+"""Causes of a slow but healthy card: heat, power, a narrow PCIe link, links between cards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from toolkit.gpu.checks.check import (
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# Bits of nvmlClocksEventReason* that mean trouble; idle, the power cap of a busy card and clocks
-# set by the owner do not.
+# Bits of nvmlClocksEventReason* that mean a problem. Idle, the power cap of a busy card and clocks
+# set by the owner are not problems.
 TROUBLE = {
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
@@ -33,7 +33,7 @@ _P2P_OK = 0
 
 
 def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Nothing holds the clocks down."""
+    """Nothing lowers the clocks."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         mask = gpu.clock_reasons
@@ -65,7 +65,7 @@ def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card is cooler than where it slows itself down."""
+    """The card is below its slowdown temperature."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         now, limit = gpu.temperature_c.value, gpu.slowdown_c.value
@@ -80,7 +80,7 @@ def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
 
 
 def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The PCIe link is as wide as it can be, and under load as fast."""
+    """The PCIe link has its full width, and its full speed under load."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         link = gpu.pcie.value
@@ -90,7 +90,7 @@ def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         text += f" of {link['max_generation']}"
         if 0 < link["width"] < link["max_width"]:
             return warn(f"the link is narrow: {text}")
-        # Below P0 the card lowers the generation to save power, and raises it with work.
+        # Below P0 the card lowers the PCIe generation to save power, and raises it under load.
         busy = gpu.performance_state.value == 0 and (gpu.utilization_percent.value or 0) > 0
         if busy and link["generation"] < link["max_generation"]:
             return warn(f"the link is slow under load: {text}")
@@ -117,7 +117,7 @@ def nvlink(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Cards that work together can read each other's memory."""
+    """The cards of a job can read each other's memory."""
     if context.gpus_wanted < 2 or len(snapshot.gpus) < 2:
         return None
     pairs = snapshot.driver.p2p
@@ -133,42 +133,42 @@ def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 _ROWS = (
     (
         "speed.throttle",
-        "Nothing holds the clocks down",
-        "Heat, a power brake or a failing supply halve the clocks with no error anywhere.",
-        "look at cooling and power supply of the node; use another meanwhile",
+        "Nothing lowers the clocks",
+        "Heat, a power brake or a failing power supply can halve the clocks without any error.",
+        "check cooling and power supply of the node; use another node meanwhile",
         throttle,
     ),
     (
         "speed.power",
         "The power limit is the card's usual one",
-        "A lowered limit is often left behind by an experiment and costs speed under load.",
+        "A lowered limit often remains from an experiment and reduces speed under load.",
         "nvidia-smi -pl DEFAULT (the node's owner)",
         power,
     ),
     (
         "speed.temperature",
-        "The card is cooler than where it slows down",
+        "The card is below its slowdown temperature",
         "At its slowdown temperature a card halves its clocks.",
-        "look at the cooling; use another node meanwhile",
+        "check the cooling; use another node meanwhile",
         temperature,
     ),
     (
         "speed.pcie",
         "The PCIe link is at its full width",
-        "A badly seated card negotiates fewer lanes: loading weights and host copies slow down.",
+        "A badly seated card uses fewer lanes, which slows down loading weights and host copies.",
         "reseat the card, check the slot's lanes and the BIOS (the node's owner)",
         pcie,
     ),
     (
         "speed.nvlink",
         "All NVLinks are up",
-        "A link that is down slows every collective of a job over several cards.",
+        "A link that is down slows down every collective of a job on several cards.",
         "check the bridge or the NVSwitch trays; reset the node (its owner)",
         nvlink,
     ),
     (
         "speed.p2p",
-        "Cards that work together read each other's memory",
+        "The cards of a job can read each other's memory",
         "Without peer access NCCL copies through the host.",
         "check the topology (`nvidia-smi topo -m`), IOMMU and ACS settings",
         p2p,

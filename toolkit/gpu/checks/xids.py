@@ -1,4 +1,4 @@
-"""The kernel's log: what its XID and SXID lines say about the cards."""
+"""The kernel's log: the XID and SXID events of the cards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECENT_S = 3600
 
 
 def about(event: dict[str, Any]) -> str:
-    """In words what an event of the kernel's log means."""
+    """The meaning of an event of the kernel's log, in words."""
     if event["kind"] == "sxid":
         return "NVSwitch fault"
     number = event["number"]
@@ -23,27 +23,25 @@ def about(event: dict[str, Any]) -> str:
 
 
 def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The kernel's log holds no XID that means a bad card."""
+    """The kernel's log has no XID that means a bad card."""
     if not snapshot.gpus:
         return None
     events = snapshot.driver.kernel_log.value
     if events is None:
-        return unknown(
-            f"the kernel's log is not readable here: {snapshot.driver.kernel_log.reason}"
-        )
+        return unknown(f"the kernel's log is not readable: {snapshot.driver.kernel_log.reason}")
     buses = {_bus(gpu.pci_bus_id.value or "") for gpu in judged_cards(snapshot, context)}
     ours = [event for event in events if event["kind"] == "sxid" or _bus(event["bus"]) in buses]
     bad = [e for e in ours if e["kind"] == "sxid" or e["number"] in FATAL_XIDS]
     if not bad:
         seen = sorted({event["number"] for event in ours if event["number"] in USER_XIDS})
-        of_programs = f" (XID {', '.join(map(str, seen))}: faults of programs)" if seen else ""
+        of_programs = f" (XID {', '.join(map(str, seen))}: caused by programs)" if seen else ""
         return ok(f"no XID of a bad card since boot{of_programs}")
     worst = min(bad, key=lambda event: event["age_s"] if event["age_s"] is not None else 0)
     text = f"{worst['kind'].upper()} {worst['number']} on {worst['bus']}: {about(worst)}"
     if worst["age_s"] is None:
         return fail("node", text)
     text += f", {format_duration(worst['age_s'])} ago"
-    # The card answers now; an event of long ago may have been mended by a reset since.
+    # The card responds now; an old event may have been cleared by a reset since.
     return fail("node", text) if worst["age_s"] <= RECENT_S else warn(text)
 
 

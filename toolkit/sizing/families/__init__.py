@@ -1,5 +1,5 @@
-"""From a config.json to blocks, one small function an architecture family; ``FAMILIES`` maps
-model_type to it.
+"""Turn a config.json into blocks, with one small function per architecture family. ``FAMILIES``
+maps model_type to it.
 """
 
 from __future__ import annotations

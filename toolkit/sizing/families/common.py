@@ -1,5 +1,5 @@
-"""What the families share: attention and MLP linears, layer kinds, and the value that each family
-function returns.
+"""Shared code of the families: attention and MLP linears, layer kinds, and the value that each
+family function returns.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Heads:
 
 
 def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
-    """Heads with the defaults that transformers gives: kv heads = heads, head_dim = hidden //
-    heads unless written.
+    """Heads with the defaults of transformers: kv heads = heads, head_dim = hidden // heads unless
+    written.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -75,7 +75,7 @@ def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
         head_dim = default_head_dim
     if head_dim < 1 or heads % kv_heads:
         raise InputError(
-            f"{heads} heads, {kv_heads} KV heads and hidden size {hidden} do not fit together",
+            f"{heads} heads, {kv_heads} KV heads and hidden size {hidden} are inconsistent",
             where=fields.where,
             fix="check num_attention_heads, num_key_value_heads and head_dim",
         )
@@ -117,7 +117,7 @@ def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...
         raise InputError(
             f"layer_types has {len(written)} entries for {count} layers",
             where=fields.where,
-            fix="take the model's own config.json",
+            fix="use the model's own config.json",
         )
     return written[:count]
 

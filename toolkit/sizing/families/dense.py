@@ -1,8 +1,8 @@
-"""Dense decoders: Llama and what copies it, Mistral, Qwen2/2.5, Qwen3, SmolLM, Granite, OLMo 2/3,
+"""Dense decoders: Llama and its copies, Mistral, Qwen2/2.5, Qwen3, SmolLM, Granite, OLMo 2/3,
 Phi-3/4.
 
-Read from the configuration and modeling classes of transformers 5.17; parameter counts are held to
-them by tests/contract/test_sizing_parameters.py.
+Read from the configuration and modeling classes of transformers 5.17;
+tests/contract/test_sizing_parameters.py compares the parameter counts with them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def smollm3(fields: Fields) -> Shape:
 
 
 def mistral(fields: Fields) -> Shape:
-    """Mistral: no biases; every layer slides where sliding_window is written."""
+    """Mistral: no biases; every layer uses a sliding window if sliding_window is set."""
     heads = read_heads(fields)
     window = fields.integer("sliding_window", default=0, low=0) or None
     linears = attention(heads) + gated_mlp(heads.hidden, fields.integer("intermediate_size"))
@@ -103,7 +103,9 @@ def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> 
 
 
 def qwen2(fields: Fields) -> Shape:
-    """Qwen2 and 2.5, DeepSeek distills of Qwen: biases on q, k and v whatever the config says."""
+    """Qwen2 and 2.5, DeepSeek distills of Qwen: always has biases on q, k and v, whatever the
+    config says.
+    """
     heads = read_heads(fields)
     linears = attention(heads, qkv_bias=True)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
@@ -112,7 +114,7 @@ def qwen2(fields: Fields) -> Shape:
 
 
 def qwen3(fields: Fields) -> Shape:
-    """Qwen3: head_dim of its own (128 by default), a norm on each query and key head."""
+    """Qwen3: separate head_dim (128 by default), a norm on each query and key head."""
     heads = read_heads(fields, default_head_dim=128)
     bias = fields.flag("attention_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
@@ -167,6 +169,6 @@ def phi3(fields: Fields) -> Shape:
     ]
     window = fields.integer("sliding_window", default=0, low=0) or None
     if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
-        window = None  # a window as long as the context is none
+        window = None  # a window as long as the context has no effect
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=4096)

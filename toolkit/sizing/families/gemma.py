@@ -1,5 +1,5 @@
-"""Gemma 2 and 3: four norms a layer, sliding and full layers mixed; Gemma 3 has many class
-defaults that files leave out.
+"""Gemma 2 and 3: four norms per layer, sliding and full layers mixed. Gemma 3 has many class
+defaults that config files omit.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
 
 
 def gemma2(fields: Fields) -> Shape:
-    """Gemma 2: every other layer slides, and scores are capped unless the file says null."""
+    """Gemma 2: every other layer uses a sliding window, and scores are soft-capped unless the
+    config has null.
+    """
     full = _with_defaults(fields, GEMMA2_DEFAULTS)
     capped = fields.values.get("attn_logit_softcapping", 50.0) is not None
     return _gemma(full, pattern=2, head_norms=False, capped=capped)
@@ -104,13 +106,13 @@ def gemma3(fields: Fields) -> Shape:
     text = fields.section("text_config")
     if text is None:
         raise InputError(
-            "text_config is missing", where=fields.where, fix="take the model's own config.json"
+            "text_config is missing", where=fields.where, fix="use the model's own config.json"
         )
     shape = gemma3_text(text)
     vision = fields.section("vision_config") or Fields({}, fields.where)
     tower = _siglip(vision)
     projector = vision.integer("hidden_size", default=768) * (shape.hidden + 1)
-    # The outer config decides the tie, as transformers reads it.
+    # As in transformers, the outer config decides whether embeddings are tied.
     tied = fields.flag("tie_word_embeddings", shape.tied)
     return Shape(
         hidden=shape.hidden,
@@ -123,7 +125,7 @@ def gemma3(fields: Fields) -> Shape:
         final_vectors=shape.final_vectors,
         extra_parameters=tower + projector,
         rope_tables=shape.rope_tables,
-        notes=("the vision tower is counted and not sized for images",),
+        notes=("the vision tower's weights are counted, but not the memory for images",),
     )
 
 

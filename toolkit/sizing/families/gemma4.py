@@ -1,5 +1,5 @@
-"""Gemma 4: full layers with larger heads (and keys that are the values), layers that share the
-cache of an earlier one, an embedding for each layer, experts beside the MLP.
+"""Gemma 4: full layers with larger heads (whose keys are also the values), layers that share the
+cache of an earlier one, an embedding per layer, experts in addition to the MLP.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def gemma4(fields: Fields) -> Shape:
-    """Gemma 4's language model (transformers' Gemma4TextConfig), alone or as a text_config; towers
+    """Gemma 4's language model (transformers' Gemma4TextConfig), alone or as a text_config. Towers
     for images and sound are not counted.
     """
     text = fields.section("text_config") or fields
@@ -88,7 +88,7 @@ def _text(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, heads: Heads, *, alone: bool, values: bool
 ) -> tuple[list[Linear], int]:
-    """Projections and head norms; a layer that shares a cache has queries alone."""
+    """Projections and head norms. A layer that shares a cache has only queries."""
     bias = fields.flag("attention_bias", False)
     linears = [Linear("self_attn.q_proj", heads.query, heads.hidden, bias)]
     if alone:
@@ -100,7 +100,7 @@ def _attention(
 
 
 def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Linear], int, int]:
-    """The MLP, and the experts beside it: linears, vectors and active experts."""
+    """The MLP and the experts: linears, vectors and active experts."""
     double = 2 if shared and fields.flag("use_double_wide_mlp", False) else 1
     linears = gated_mlp(hidden, double * fields.integer("intermediate_size", default=9216))
     if not fields.flag("enable_moe_block", False):
@@ -117,7 +117,7 @@ def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Li
 
 
 def _layer_inputs(fields: Fields, hidden: int, inputs: int, layers: int) -> int:
-    """Parameters of the embedding that each layer has a part of, and of its projection."""
+    """Parameters of the per-layer embedding and of its projection."""
     if not inputs:
         return 0
     vocab = fields.integer("vocab_size_per_layer_input", default=262144)

@@ -1,5 +1,5 @@
-"""Qwen3-Next and Qwen3.5 / 3.6: three gated delta-net layers (one state a sequence) for each layer
-of full attention; experts in all of them, or in none.
+"""Qwen3-Next and Qwen3.5 / 3.6: three gated delta-net layers (one state per sequence) for each full
+attention layer; either all layers have experts or none.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from toolkit.sizing.model_blocks import Block, Cache, Linear
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
-STATES_NOTE = "linear attention keeps one state a sequence: KV bytes a token count the rest"
+STATES_NOTE = (
+    "linear attention keeps one state per sequence: KV bytes per token count only the other layers"
+)
 
 
 def qwen3_next(fields: Fields) -> Shape:
-    """Qwen3-Next (transformers' Qwen3NextConfig); q_proj makes the output gate too."""
+    """Qwen3-Next (transformers' Qwen3NextConfig); q_proj also computes the output gate."""
     return _hybrid(fields, _sparse(fields, experts_default=512, active_default=10), fused=True)
 
 
@@ -50,14 +52,14 @@ def qwen3_5_moe(fields: Fields) -> Shape:
 
 
 def _tied_by(fields: Fields, shape: Shape) -> Shape:
-    """The outer config decides the tie, as transformers reads it."""
+    """As in transformers, the outer config decides whether embeddings are tied."""
     return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
 
 
 def _sparse(
     fields: Fields, *, experts_default: int, active_default: int
 ) -> tuple[list[Linear], int]:
-    """Routed experts with a shared one behind a gate, and how many of them a token uses."""
+    """Routed experts with a gated shared expert, and how many of them a token uses."""
     hidden = fields.integer("hidden_size")
     count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)
@@ -141,6 +143,6 @@ def _delta_net(fields: Fields, hidden: int, *, fused: bool) -> tuple[list[Linear
         Linear("linear_attn.conv1d", convolved, kernel),
     ]
     vectors = 2 * value_heads + value_dim
-    # Engine state a sequence: the recurrent matrix and the convolution's last kernel - 1 inputs.
+    # Engine state per sequence: the recurrent matrix and the convolution's last kernel - 1 inputs.
     state = value_heads * key_dim * value_dim + convolved * (kernel - 1)
     return linears, vectors, Cache(kind="linear", state_elements=state)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def deepseek(fields: Fields) -> Shape:
     """DeepSeek V2, V2-Lite (q_lora_rank null: one plain query projection), V3 and R1.
 
-    The correction bias of V3's router is a buffer in transformers, and in no parameter count.
+    The correction bias of V3's router is a buffer in transformers, so no parameter count includes
+    it.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -33,8 +34,7 @@ def deepseek(fields: Fields) -> Shape:
     shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
     first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
     step = fields.integer("moe_layer_freq", default=1)
-    # One latent and one rotary key a token, whatever the number of heads; nothing is kept for the
-    # values.
+    # One latent and one rotary key per token, for any number of heads; values are not cached.
     cache = Cache(kind="mla", key_elements=latent + rope)
 
     def make(kind: str, count: int) -> Block:
@@ -73,7 +73,7 @@ def deepseek(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, hidden: int, heads: int, sizes: tuple[int, int, int, int]
 ) -> tuple[list[Linear], int]:
-    """The projections of latent attention, and the parameters of a layer's norms."""
+    """The projections of latent attention, and the norm parameters of a layer."""
     nope, rope, latent, value = sizes
     bias = fields.flag("attention_bias", False)
     query_rank = fields.integer("q_lora_rank", default=0, low=0)

@@ -122,7 +122,7 @@ def glm4_moe(fields: Fields) -> Shape:
 
 
 def gpt_oss(fields: Fields) -> Shape:
-    """gpt-oss: biases everywhere, one attention sink a head, alternating windows, experts with
+    """gpt-oss: biases everywhere, one attention sink per head, alternating windows, experts with
     biases.
     """
     heads = read_heads(fields, default_head_dim=64)
@@ -152,7 +152,7 @@ def gpt_oss(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    # The sinks: transformers has no fused kernel for them.
+    # transformers has no fused kernel for sinks.
     shape = decoder(fields, heads, blocks, max_position=32768)
     tables = tuple(replace(table, float32=True) for table in shape.rope_tables)
     return replace(shape, scores="eager", rope_tables=tables)

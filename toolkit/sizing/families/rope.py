@@ -1,8 +1,7 @@
-"""The engine's tables of cosines and sines: one for each kind of rotary embedding in a model.
+"""The engine's tables of cosines and sines: one per kind of rotary embedding in a model.
 
-Their rows are all positions that a kind can reach, whatever max_seq_length is
-(vllm/model_executor/layers/rotary_embedding; held to its tables by
-tests/contract/test_sizing_engine.py).
+They have one row per possible position, whatever max_seq_length is
+(vllm/model_executor/layers/rotary_embedding; checked by tests/contract/test_sizing_engine.py).
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from toolkit.sizing.model_blocks import RopeTable
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
-MAX_FACTOR = 4096  # of a scaling; published ones are below 100
+MAX_FACTOR = 4096  # limit of a scaling factor; published ones are below 100
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def rope_tables(
     fields: Fields, columns: int, max_position: int, *, local: bool = False
 ) -> tuple[RopeTable, ...]:
-    """The tables of a model whose scaling stands under rope_parameters (transformers 5) or
-    rope_scaling. ``local``: sliding layers have a table of their own, unscaled.
+    """The tables of a model whose scaling is under rope_parameters (transformers 5) or
+    rope_scaling. ``local``: sliding layers have their own unscaled table.
     """
     scaling = _scaling(fields)
     by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
@@ -58,5 +57,5 @@ def _rows(scaling: Fields | None, fields: Fields, max_position: int) -> int:
         return int(max_position * factor)
     if kind in ("yarn", "deepseek_yarn"):
         return int(original * factor)
-    # LongRoPE lays the short table before the long one.
+    # LongRoPE stores the short table before the long one.
     return original + max_position if kind == "longrope" else max_position

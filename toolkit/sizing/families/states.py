@@ -1,5 +1,5 @@
-"""Hybrids whose other layers are short convolutions (LFM2) or Mamba 2 (Nemotron-H): one state a
-sequence in place of a cache.
+"""Hybrids with attention and short convolutions (LFM2) or Mamba 2 (Nemotron-H): these layers have
+one state per sequence instead of a cache.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
     wrong = sorted(set(kinds) - set(_PATTERN.values()))
     if not kinds or wrong or len(kinds) > MAX_LAYERS:
         raise InputError(
-            f"the kinds of layers are not known: {', '.join(wrong) or 'none is written'}",
+            f"unknown kinds of layers: {', '.join(wrong) or 'none is written'}",
             where=fields.where,
             fix="layers_block_type, or hybrid_override_pattern of M, *, - and E",
         )

@@ -4,12 +4,12 @@ counts.
 
 from __future__ import annotations
 
-import difflib
 import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.config.data_facts import NO_DATA
@@ -203,7 +203,7 @@ def _split(
 def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> None:
     if name is None or name in table.column_names:
         return
-    near = difflib.get_close_matches(name, table.column_names, n=1)
+    near = did_you_mean.near(name, table.column_names, cutoff=0.6)
     raise ConfigError(
         f"dataset.{key} names the column {name!r}, and there is none; "
         f"the columns are {', '.join(table.column_names)}",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import MISSING, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.train.rewards.builtin import (
     Compared,
@@ -42,7 +42,7 @@ def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
     types = {field.name: str(field.type) for field in fields(kind)}
     for option, value in options.items():
         if option not in types:
-            near = difflib.get_close_matches(option, types, n=1)
+            near = did_you_mean.near(option, types, cutoff=0.6)
             raise ConfigError(
                 f"reward {name} has no option {option!r}",
                 fix=f"did you mean {near[0]}?" if near else f"it has: {', '.join(types)}",
@@ -102,7 +102,7 @@ def make_function(
 def _kind(name: str) -> type[Any]:
     if name in BUILTINS:
         return BUILTINS[name]
-    near = difflib.get_close_matches(name, BUILTINS, n=1)
+    near = did_you_mean.near(name, BUILTINS, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
         f"there is no reward {name!r}",

@@ -8,7 +8,6 @@ run file first and then where Python looks; the folder itself never goes on ``sy
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -17,6 +16,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.config.code import is_allowed
 from toolkit.config.reward_table import PASSED_BY_TRL
@@ -121,7 +121,7 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
 
 def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
     there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-    near = difflib.get_close_matches(attribute, there, n=1)
+    near = did_you_mean.near(attribute, there, cutoff=0.6)
     what = "is not a function" if hasattr(module, attribute) else "does not exist"
     return ConfigError(
         f"reward {name}: {attribute} {what} in {module.__name__}",
