@@ -50,7 +50,7 @@ class Processes(click.IntRange):
     "--evaluate/--no-evaluate",
     default=None,
     help="Evaluate held-out prompts with greedy decoding before and after training. Default: on "
-         "if there are held-out prompts and no grpo.eval_strategy.",
+    "if there are held-out prompts and no grpo.eval_strategy.",
 )
 @click.option(
     "--nproc-per-node",
@@ -85,8 +85,10 @@ def train(  # noqa: PLR0913 - one parameter an option
     named = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     debug = debug or debug_asked()
     if processes is not None and "RANK" in os.environ:
-        raise click.UsageError("--nproc-per-node cannot be used inside torchrun or srun, "
-                               "which start the processes themselves")
+        raise click.UsageError(
+            "--nproc-per-node cannot be used inside torchrun or srun, "
+            "which start the processes themselves"
+        )
     world_size = processes or process_environment.world_size()
     config = _load(run_file, [*overrides, *named], world_size)
     if dry_run:

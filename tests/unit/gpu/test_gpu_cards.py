@@ -114,6 +114,7 @@ def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> N
     assert "11.0: torch for CUDA 13.0 on x86_64 supports 7.5, 8.0" in str(
         build_problem((11, 0), machine="x86_64")
     )
-    assert "on aarch64 supports 8.0, 9.0" in str(build_problem((7, 5), machine="aarch64", vllm=False))
+    problem = str(build_problem((7, 5), machine="aarch64", vllm=False))
+    assert "on aarch64 supports 8.0, 9.0" in problem
     assert torch_list("99.0", "x86_64") is None
     assert build_problem((9, 0), machine="x86_64", cuda="99.0") is None
