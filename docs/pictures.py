@@ -6,12 +6,14 @@ the example of sizing.md. Needs Chromium (Debian's package ``chromium``).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "pictures"
@@ -23,7 +25,7 @@ def command(*words: str, cwd: Path = DOCS.parent) -> str:
     """The output of one of our commands, as a terminal of 100 columns shows it."""
     environ = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *words],
+        [str(Path(sys.executable).with_name(words[0])), *words[1:]],
         cwd=cwd,
         env=environ,
         stdout=subprocess.PIPE,
@@ -34,7 +36,70 @@ def command(*words: str, cwd: Path = DOCS.parent) -> str:
 
 def sizing_output() -> str:
     """What sizing.md shows: ``envcheck size run.yaml --gpu h100`` in docs/sizing."""
-    return command("toolkit.cli.envcheck", "size", "run.yaml", "--gpu", "h100", cwd=SIZING)
+    text = command("envcheck", "size", "run.yaml", "--gpu", "h100", cwd=SIZING)
+    return text.replace(f"{SIZING}/", "")
+
+
+def sizing_json() -> dict[str, Any]:
+    """The same as values."""
+    words = ("size", "run.yaml", "--gpu", "h100", "--json")
+    found: dict[str, Any] = json.loads(command("envcheck", *words, cwd=SIZING))
+    return found
+
+
+COLOURS = {
+    "weights": "#2563eb", "LoRA slots": "#7c3aed", "KV cache": "#0d9488",
+    "activations of a rollout": "#f59e0b", "rest of the engine": "#94a3b8",
+    "adapter and optimizer": "#db2777", "training step": "#dc2626",
+    "context and margins": "#64748b",
+}  # fmt: skip
+PARTS = (
+    ("weights", ("engine.weights",)),
+    ("LoRA slots", ("engine.lora",)),
+    ("KV cache", ("engine.kv",)),
+    ("activations of a rollout", ("engine.activations",)),
+    ("rest of the engine", ("engine.",)),
+    ("adapter and optimizer", ("trainer.adapter", "trainer.optimizer")),
+    ("training step", ("trainer.",)),
+    ("context and margins", ("",)),
+)
+
+
+def size_drawing(found: dict[str, Any]) -> str:
+    """The budget of ``envcheck size --json`` as two bars, in SVG."""
+    total = found["device"]["cuda_total_bytes"]
+    bars, y = [], 26
+    for phase, skip in (("rollouts", "training"), ("training", "rollout")):
+        sums = dict.fromkeys(COLOURS, 0)
+        for term in found["budget"]:
+            if term["phase"] != skip:
+                name = next(n for n, starts in PARTS if term["term"].startswith(starts))
+                sums[name] += term["bytes"]
+        bars.append(f'<text x="6" y="{y + 20}">{phase}</text>')
+        x = 80.0
+        for name, size in sums.items():
+            width = 600 * size / total
+            bars.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="30"'
+                f' fill="{COLOURS[name]}"><title>{name}: {size / 2**30:.1f} GiB</title></rect>'
+            )
+            x += width
+        bars.append(
+            f'<rect x="80" y="{y}" width="600" height="30" fill="none" stroke="#94a3b8"/>'
+            f'<text x="690" y="{y + 20}">{sum(sums.values()) / 2**30:.1f} GiB</text>'
+        )
+        y += 44
+    y += 8
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        x, row = 80 + 230 * (index % 3), y + 22 * (index // 3)
+        bars.append(f'<rect x="{x}" y="{row}" width="12" height="12" fill="{colour}"/>')
+        bars.append(f'<text x="{x + 18}" y="{row + 11}">{name}</text>')
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 200" font-family="sans-serif"'
+        ' font-size="14" fill="#64748b">'
+    )
+    title = f'<text x="80" y="14">of {total / 2**30:.1f} GiB on the card</text>'
+    return "\n".join([head, title, *bars, "</svg>", ""])
 
 
 def shoot(page: Path, picture: Path, width: int, *, dark: bool = False, height: int = 900) -> None:
@@ -56,9 +121,15 @@ def shoot(page: Path, picture: Path, width: int, *, dark: bool = False, height: 
 
 
 def main() -> None:
-    """Write docs/sizing/output.txt, docs/pictures/demo.txt and the screenshots of the report."""
+    """Write docs/sizing/output.txt, the drawing of it, demo.txt and the screenshots of the report.
+
+    With the argument ``size`` only the first two, which takes a second.
+    """
     PICTURES.mkdir(exist_ok=True)
     (SIZING / "output.txt").write_text(sizing_output(), encoding="utf-8")
+    (PICTURES / "size.svg").write_text(size_drawing(sizing_json()), encoding="utf-8")
+    if sys.argv[1:] == ["size"]:
+        return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
         text = command("toolkit", "demo", "--out", str(out)).replace(str(out), "runs/demo")

@@ -13,7 +13,10 @@ PATHS = re.compile(
     rf"(?<![\w/.])(?:toolkit/)?((?:{PACKAGES})(?:/\w+)+)(\.py)?(?:\.([A-Za-z_]\w*))?"
 )
 UPSTREAM = {"config/lora.py"}  # a file of vLLM's that config/libraries reads
-DOCUMENTS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md"]
+DOCUMENTS = [
+    "ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
+]  # fmt: skip
 
 
 def missing(text: str) -> list[str]:

@@ -1,0 +1,90 @@
+"""Every rule, check, key, exit code and symptom has its page, and every page belongs to one."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.base.errors import EXIT_CODES
+from toolkit.base.symptoms import SYMPTOMS
+from toolkit.config.explain import all_keys
+from toolkit.config.rules import all_rules
+from toolkit.gpu.checks import catalogue
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def load(name: str) -> Any:
+    """A module of docs/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    made: dict[str, str] = load("reference").pages()
+    return made
+
+
+def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> None:
+    wanted = {
+        "rules": set(all_rules()),
+        "checks": set(catalogue()),
+        "keys": {name.replace("[]", "") for name, _ in all_keys()},
+        "exit-codes": {str(code) for code in EXIT_CODES},
+        "symptoms": {symptom.id for symptom in SYMPTOMS},
+    }
+    found: dict[str, set[str]] = {}
+    for path in pages:
+        _, kind, name = path.removesuffix(".md").split("/")
+        found.setdefault(kind, set()).add(name)
+    assert {kind: names - {"index"} for kind, names in found.items()} == wanted
+    assert all("index" in names for names in found.values())
+
+
+def test_every_link_between_pages_has_a_target(pages: dict[str, str]) -> None:
+    for path, text in pages.items():
+        folder = Path(path).parent
+        for target in re.findall(r"\]\(([^)#]+\.md)\)", text):
+            parts: list[str] = []
+            for part in (folder / target).parts:
+                parts = parts[:-1] if part == ".." else [*parts, part]
+            assert "/".join(parts) in pages, f"{path} links to {target}"
+
+
+def test_a_rule_page_has_what_explain_prints(pages: dict[str, str]) -> None:
+    rule = all_rules()["GRPO001"]
+    page = pages["reference/rules/GRPO001.md"]
+    assert rule.example in page
+    assert rule.fix in page
+    assert "../keys/" in page
+
+
+def test_the_sizing_page_shows_the_current_output() -> None:
+    shown = (DOCS / "sizing" / "output.txt").read_text(encoding="utf-8")
+    current = load("pictures").sizing_output()
+    assert current.split() == shown.split(), "run `just docs-pictures size`"
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_strictly(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "reference" / "rules" / "GRPO001" / "index.html").is_file()
