@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -88,3 +90,26 @@ def test_the_documentation_builds_strictly(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference" / "rules" / "GRPO001" / "index.html").is_file()
+
+
+def test_findings_point_to_their_page(tmp_path: Path, pages: dict[str, str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {model_name: x/y}\ngrpo: {num_generations: 1}\n")
+    environ = {**os.environ, "TOOLKIT_DOCS_URL": "https://docs.example.org/toolkit/"}
+    command = [Path(sys.executable).with_name("envcheck"), "validate", file]
+
+    def output(form: str, environ: dict[str, str]) -> str:
+        words = [*command, "--format", form]
+        return subprocess.run(
+            words, env=environ, capture_output=True, text=True, check=False
+        ).stdout
+
+    text = output("text", environ)
+    linked = set(re.findall(r"see: https://docs\.example\.org/toolkit/(\S+)/$", text, re.MULTILINE))
+    assert linked
+    assert {f"{place}.md" for place in linked} <= set(pages)
+    rules = json.loads(output("sarif", environ))["runs"][0]["tool"]["driver"]["rules"]
+    assert all(rule["helpUri"].endswith(f"/reference/rules/{rule['id']}/") for rule in rules)
+    without = {name: value for name, value in os.environ.items() if name != "TOOLKIT_DOCS_URL"}
+    assert "see: " not in output("text", without)
+    assert "helpUri" not in output("sarif", without)

@@ -79,7 +79,8 @@ def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
 
     Nothing is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change; 2:
     a file cannot be read; 5 (only with --strict): something could not be checked here. `envcheck
-    explain RULE` explains a finding.
+    explain RULE` explains a finding; with TOOLKIT_DOCS_URL set, each finding names its page in the
+    documentation, and SARIF has it as helpUri.
     """
     request = _request(options)
     printer = PRINTERS[form]()

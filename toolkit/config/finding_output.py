@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,25 @@ from toolkit.config.document import dotted
 from toolkit.config.finding import Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from toolkit.config.document import Mark, Source
     from toolkit.config.finding import Finding
 
 VERSION = 1
+DOCS_VARIABLE = "TOOLKIT_DOCS_URL"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _WIDEST = 140
 _MARGIN = 600
 _HIDDEN = "[hidden]"
+
+
+def rule_page(rule: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The page of a rule in the documentation; None if ``TOOLKIT_DOCS_URL`` does not say where the
+    documentation is (the address of its front page).
+    """
+    base = environ.get(DOCS_VARIABLE, "").rstrip("/")
+    return f"{base}/reference/rules/{rule}/" if base else None
 
 
 def _plain(text: str, _role: str) -> str:
@@ -72,6 +82,8 @@ def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
     lines += [f"  {_harmless(note)}" for note in found.notes]
     if found.fixes:
         lines.append("  fix: " + "   or   ".join(_harmless(fix.text) for fix in found.fixes))
+    if page := rule_page(found.rule):
+        lines.append(f"  see: {_harmless(page)}")
     return redact("\n".join(lines))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact
 from toolkit.base.version import __version__
-from toolkit.config.finding_output import end_column
+from toolkit.config.finding_output import end_column, rule_page
 from toolkit.config.rules import all_rules
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
                                 "fullDescription": {"text": rule.why or rule.summary},
                                 "help": {"text": f"envcheck explain {rule.id}\nfix: {rule.fix}"},
                                 "defaultConfiguration": {"level": str(rule.severity)},
+                                **_help_uri(rule.id),
                             }
                             for rule in rules
                         ],
@@ -49,6 +50,11 @@ def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _help_uri(rule: str) -> dict[str, str]:
+    page = rule_page(rule)
+    return {} if page is None else {"helpUri": page}
 
 
 def result(found: Finding) -> dict[str, Any]:
