@@ -57,6 +57,8 @@ class Printer:
 
 
 class Text(Printer):
+    """Findings for people, with colours on a terminal."""
+
     def show(self, found: Finding) -> None:
         from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a finding
 
@@ -78,6 +80,8 @@ class Text(Printer):
 
 
 class Github(Printer):
+    """Findings as annotations of GitHub actions."""
+
     def show(self, found: Finding) -> None:
         from toolkit.config.finding_output import render_github  # noqa: PLC0415
 
@@ -99,6 +103,8 @@ class Collected(Printer):
 
 
 class Json(Collected):
+    """All findings as one JSON object."""
+
     def show(self, found: Finding) -> None:
         from toolkit.config.finding_output import to_json  # noqa: PLC0415
 
@@ -111,6 +117,8 @@ class Json(Collected):
 
 
 class Sarif(Collected):
+    """All findings as one SARIF log."""
+
     def show(self, found: Finding) -> None:
         from toolkit.config.sarif import result  # noqa: PLC0415
 

@@ -49,6 +49,7 @@ class Fault(NamedTuple):
 
 
 def fits_type(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether the type of ``value`` is one that ``schema`` allows, whatever its bounds."""
     kinds = schema.get("type")
     if kinds is None:
         legal = [schema["const"]] if "const" in schema else schema.get("enum", [])

@@ -112,5 +112,6 @@ def _sort_config(path: Path) -> None:
 
 
 def base_name(model: Any) -> str | None:
+    """The name or folder that the base was loaded from, or None."""
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None

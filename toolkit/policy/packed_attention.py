@@ -125,7 +125,7 @@ class PackedLayout:
         return self._batches
 
     @property
-    def order_N(self) -> torch.Tensor:
+    def order_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
         """Where each token of the pack lies among the padded queries of all batches."""
         assert self.batches
         assert self._order_N is not None

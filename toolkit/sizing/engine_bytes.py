@@ -152,6 +152,7 @@ def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def kv_element_bytes(plan: EnginePlan) -> int:
+    """Bytes of one number in the KV cache."""
     return 1 if plan.float8_kv_cache else DTYPE_BYTES[plan.dtype]
 
 

@@ -254,6 +254,7 @@ def _has(case: Case, needed: tuple[int, int]) -> bool:
 
 def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
     """Two cards of this kind, each with half of the micro-batch, so the steps do not change.
+
     (Splitting one model over two cards needs a second copy of the weights and saves nothing.)
     """
     micro, accumulation = case.step.micro_batch, case.step.accumulation

@@ -92,6 +92,7 @@ class World:
 
 
 def answer(problem: Problem) -> str:
+    """The right answer."""
     return str(sum(problem))
 
 
@@ -102,6 +103,7 @@ def forgetful(problem: Problem) -> str:
 
 
 def question(problem: Problem) -> str:
+    """The prompt of a problem."""
     return f"{problem[0]}+{problem[1]}="
 
 

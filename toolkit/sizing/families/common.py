@@ -102,6 +102,7 @@ def gated_mlp(hidden: int, inner: int, *, bias: bool = False, prefix: str = "mlp
 
 
 def layer_count(fields: Fields) -> int:
+    """``num_hidden_layers``. Raises InputError if it is not an integer within bounds."""
     return fields.integer("num_hidden_layers", high=MAX_LAYERS)
 
 
@@ -123,6 +124,7 @@ def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...
 
 
 def kv_cache(heads: Heads, window: int | None = None) -> Cache:
+    """What an attention layer caches per token; ``window`` in tokens, None for all of them."""
     return Cache(
         kind="full" if window is None else "sliding",
         key_elements=heads.key,

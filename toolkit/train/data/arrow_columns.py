@@ -152,10 +152,12 @@ def _first_misfit(values: list[Any]) -> int:
 
 
 def broken(where: str, what: str) -> NoReturn:
+    """Raise InputError for a data file that is not what its name says."""
     raise InputError(what, where=where, fix="mend or remove it")
 
 
 def kind_of(value: Any) -> str:
+    """The kind of a JSON value in words, for messages."""
     words = {
         dict: "an object",
         list: "a list",
