@@ -120,6 +120,8 @@ class RuntimeSection:
     resume: Literal["auto", "never", "must"] | str = "auto"
     reproducible: bool = True
     padding_free: bool = True
+    pack_tokens: int | Auto = "auto"
+    fused_kernels: bool | Auto = "auto"
     allow_code: tuple[str, ...] = ()
     allow_changed: tuple[str, ...] = ()
     keep_last: int = 2

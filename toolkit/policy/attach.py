@@ -15,6 +15,7 @@ CARRIED = (
     "toolkit_tokenizer",
     "toolkit_full_finetuning",
     "toolkit_resized",
+    "toolkit_fused",
 )
 """Attributes handed from a model to the PEFT model around it."""
 

@@ -52,5 +52,9 @@ def request_of(config: RunConfig) -> LoadRequest:
             "fast_inference": engine,
             "random_state": config.lora.random_state,
             "use_gradient_checkpointing": config.lora.use_gradient_checkpointing,
+            # TRL's own switch puts Liger's layers on the model itself.
+            "fused_kernels": config.runtime.fused_kernels
+            if not config.grpo.get("use_liger_kernel")
+            else False,
         }
     )

