@@ -112,6 +112,7 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
             if config.grpo.get("per_device_train_batch_size") == "auto"
             else f"largest that fits: {choice.largest_micro_batch or 'none'}",
         ],
+        *_packs(result, config),
         _row("lora.target_modules", _names(choice.target_modules), config.lora),
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]
@@ -123,6 +124,29 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
     if choice.kv_cache_bytes is not None:
         rows.append(["KV cache of the CPU engine", format_bytes(choice.kv_cache_bytes), ""])
     return table(["choice", "value", ""], rows)
+
+
+def _packs(result: SizingResult, config: RunConfig) -> list[list[str]]:
+    packs = result.trainer.packs
+    if packs is None:
+        return []
+    written = config.runtime.pack_tokens
+    return [
+        [
+            "runtime.pack_tokens",
+            f"{packs.pack_tokens:,}",
+            "written"
+            if written != "auto"
+            else "chosen"
+            if result.choice.pack_tokens is not None
+            else "the micro-batch at its longest",
+        ],
+        [
+            "training passes of a step",
+            f"{packs.passes} at full length, {packs.passes_half} at half",
+            f"{packs.step_tokens:,} tokens, padded {packs.padded_tokens:,}",
+        ],
+    ]
 
 
 def _row(name: str, value: object, section: ModelSection | LoraSection) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from toolkit.base.errors import ConfigValueError, MissingExtraError, first_line
-from toolkit.engine.parts import is_out_of_memory
+from toolkit.engine.oom_backoff import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

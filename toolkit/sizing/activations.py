@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.sizing import lora_bytes
+from toolkit.sizing.packs import pass_of
 
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Block, ModelSpec
+    from toolkit.sizing.packs import Pass
     from toolkit.sizing.trainer_bytes import StepPlan
     from toolkit.sizing.workload import Workload
 
@@ -27,18 +29,28 @@ def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, i
     """(bytes that all layers keep, bytes of the one layer being recomputed, temporaries of that
     layer's backward pass).
     """
-    tokens = step.micro_batch * work.sequence
-    widest = max(_saved_per_token(block, spec, work, step) for block in spec.blocks)
-    moving = tokens * max(_moving_per_token(block, spec, work, step) for block in spec.blocks)
+    one = pass_of(work, step)
+    tokens = one.tokens
+
+    def saved(block: Block) -> int:
+        keys = _keys_saved(block, spec, one, step)
+        return tokens * _saved_per_token(block, spec, work, step) + keys
+
+    moving = max(
+        max(
+            tokens * _moving_per_token(block, spec, work, step),
+            _keys_moving(block, spec, one, step),
+        )
+        for block in spec.blocks
+    )
     if step.checkpointing:
         kept = 0 if step.checkpointing == "unsloth" else spec.layers
-        return tokens * spec.hidden_size * step.compute_bytes * kept, tokens * widest, moving
-    kept_bytes = sum(
-        block.count * _saved_per_token(block, spec, work, step) for block in spec.blocks
-    )
+        widest = max(saved(block) for block in spec.blocks)
+        return tokens * spec.hidden_size * step.compute_bytes * kept, widest, moving
+    kept_bytes = sum(block.count * saved(block) for block in spec.blocks)
     adapter = work.adapter_parameters(spec)
     casts = adapter * step.compute_bytes if _casts(work, step) else 0
-    return tokens * kept_bytes + casts, 0, moving
+    return kept_bytes + casts, 0, moving
 
 
 def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
@@ -47,7 +59,8 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
     casts = _casts(work, step)
     hidden = spec.hidden_size
     norms = block.vectors // hidden
-    total = 4 * hidden * norms
+    # A fused norm keeps its input as it came and one number of each token.
+    total = (width * hidden + 4) * norms if step.fused else 4 * hidden * norms
     groups: set[tuple[str, int]] = set()
     for linear in lora_bytes.adapted(spec, block, work.targets):
         total += width * work.rank
@@ -58,9 +71,9 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
         if work.dropout:
             total += (1 + MASTER_BYTES) * linear.in_features
     total += sum(width * features for _, features in groups)
-    total += _attention_saved(block, spec, width, work.sequence)
+    total += _attention_saved(block, spec, step, work.sequence)
     total += _scores_saved(spec, width, work.sequence)
-    return total + _mlp_saved(block, spec, width)
+    return total + _mlp_saved(block, spec, step)
 
 
 def _casts(work: Workload, step: StepPlan) -> bool:
@@ -71,16 +84,53 @@ def _casts(work: Workload, step: StepPlan) -> bool:
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
-def _attention_saved(block: Block, spec: ModelSpec, width: int, sequence: int) -> int:
+def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
+    """Whether packs go through ``varlen_attn`` (policy/packed_attention.can_use_kernel)."""
+    half = step.compute_bytes < MASTER_BYTES
+    return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
+
+
+def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
+    """Keys and values that a layer keeps for packs, laid out segment by segment: with the kernel as
+    they are, else repeated for their queries, in batches that may be a quarter padding.
+    """
+    if step.pack_tokens is None:
+        return 0
+    elements = block.cache.key_elements + block.cache.value_elements
+    if _by_kernel(spec, step):
+        return one.keys * elements * step.compute_bytes
+    repeated = 2 * spec.heads * spec.head_dim
+    # One copy of each token is counted beside the queries.
+    return int(1.25 * (one.keys - one.tokens) * repeated) * step.compute_bytes
+
+
+def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
+    """Temporaries of attention's backward over packs: the gradients of all keys and values, and
+    their sums over the segments in float32, when what the MLP saved has gone.
+    """
+    if step.pack_tokens is None:
+        return 0
+    elements = block.cache.key_elements + block.cache.value_elements
+    query = spec.heads * spec.head_dim
+    gradients = one.keys * elements * step.compute_bytes
+    sums = one.tokens * (MASTER_BYTES * block.cache.key_elements + step.compute_bytes * query)
+    return gradients + sums - one.tokens * _mlp_saved(block, spec, step)
+
+
+def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: int) -> int:
     """sdpa keeps q, k, v (repeated for grouped queries), the output, the log-sum-exp, and the mask
     as a bias of its dtype.
     """
+    width = step.compute_bytes
     if block.cache.kind == "linear":
         return 12 * width * spec.hidden_size
     query = spec.heads * spec.head_dim
     out = next((linear.in_features for linear in block.linears if linear.leaf == "o_proj"), query)
     norms = block.vectors % spec.hidden_size
-    head_norms = 4 * (query + block.cache.key_elements) if norms else 0
+    norm_bytes = width if step.fused else 4
+    head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
+    if _by_kernel(spec, step):  # keys and values are counted by key, and there is no mask
+        return width * (query + out) + 4 * spec.heads + head_norms
     # One KV head is broadcast without a copy; several are repeated for their queries.
     keys, values = query, out
     if block.cache.kind != "mla" and block.cache.key_elements == spec.head_dim:
@@ -100,13 +150,16 @@ def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
     return spec.heads * sequence * (MASTER_BYTES + weights + capped)
 
 
-def _mlp_saved(block: Block, spec: ModelSpec, width: int) -> int:
-    """The gate, its activation and the up projection, for each active expert."""
-    total = 0
+def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
+    """The gate, its activation and the up projection, for each active expert. A fused MLP computes
+    the activation again.
+    """
+    total, width = 0, step.compute_bytes
     for linear in block.linears:
         if linear.leaf == "down_proj":
             copies = block.uses(linear)
-            total += 3 * width * linear.in_features * copies
+            tensors = 2 if _fused_mlp(block, step) else 3
+            total += tensors * width * linear.in_features * copies
             if linear.copies > 1:
                 total += 2 * width * spec.hidden_size * copies
     return total
@@ -126,14 +179,16 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     if down is not None:
         inner = down.in_features * block.uses(down)
     targeted = down is not None and lora_bytes.targeted(down, work.targets)
+    # A fused MLP writes two of the gradients over what it saved.
+    less = 1 if _fused_mlp(block, step) else 0
     if step.packed:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
-        mlp = 3 * step.compute_bytes * inner
+        mlp = (3 - less) * step.compute_bytes * inner
     elif step.compute_bytes == MASTER_BYTES:
         mlp = 2 * step.compute_bytes * inner
     else:
         # Three gradients; an adapted down projection frees its saved input before the third.
-        copies = (4 if _casts(work, step) else 2) if targeted else 3
+        copies = ((4 if _casts(work, step) else 2) if targeted else 3) - less
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
     return max(mlp, _scores_moving(block, spec, work, step))
 
@@ -145,4 +200,10 @@ def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan
     if spec.scores == "fused":
         return 0
     gradients = spec.heads * work.sequence * (MASTER_BYTES + step.compute_bytes // 2)
-    return gradients - _mlp_saved(block, spec, step.compute_bytes)
+    return gradients - _mlp_saved(block, spec, step)
+
+
+def _fused_mlp(block: Block, step: StepPlan) -> bool:
+    """Whether a kernel is on the MLP: a gate and an up projection of their own, no experts."""
+    leaves = {linear.leaf for linear in block.linears if linear.copies == 1}
+    return step.fused and not block.active_experts and {"gate_proj", "up_proj"} <= leaves

@@ -9,11 +9,14 @@ from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.sizing import engine_bytes as engines
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.fit import RETURNED_SHARE
+from toolkit.sizing.micro_batch import is_auto
+from toolkit.sizing.packs import passes, step_tokens
 from toolkit.sizing.result import (
     Choice,
     EnginePart,
     Interval,
     ModelPart,
+    PackPart,
     Peaks,
     SizingResult,
     TrainerPart,
@@ -31,9 +34,16 @@ STEPS = 1000  # the interval and the choice are rounded to 0.001
 
 
 def assemble(
-    case: Case, fit: Fit, *, largest: int, remedies: tuple[Remedy, ...] = ()
+    case: Case,
+    fit: Fit,
+    *,
+    largest: int,
+    remedies: tuple[Remedy, ...] = (),
+    longest: int | None = None,
 ) -> SizingResult:
-    """The result of ``case``; ``largest`` is the largest micro-batch that fits."""
+    """The result of ``case``; ``largest`` is the largest micro-batch that fits, ``longest`` the
+    longest sequence (``longest.longest_that_fits``).
+    """
     interval, utilization = _interval(case, fit)
     kv_bytes = _kv_bytes(case, fit, utilization)
     terms = list(fit.terms)
@@ -55,6 +65,7 @@ def assemble(
         terms=tuple(terms),
         remedies=remedies,
         short_bytes=fit.short,
+        longest_sequence=longest,
     )
 
 
@@ -197,6 +208,20 @@ def _trainer(case: Case, fit: Fit) -> TrainerPart:
         step_bytes=step,
         peak_bytes=resident + step,
         step_s_estimate=round(training_seconds(case), 3),
+        packs=_packs(case),
+    )
+
+
+def _packs(case: Case) -> PackPart | None:
+    budget, work = case.step.pack_tokens, case.work
+    if budget is None:
+        return None
+    return PackPart(
+        pack_tokens=budget,
+        step_tokens=step_tokens(work, budget),
+        padded_tokens=work.rollouts * work.sequence,
+        passes=passes(work, budget),
+        passes_half=passes(work, budget, share=0.5),
     )
 
 
@@ -215,4 +240,6 @@ def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Ch
         fast_inference=case.work.uses_engine,
         kv_cache_bytes=fit.kv,
         target_modules=case.work.targets,
+        # Where rows are written, they bound a pass, at the width of what was sampled.
+        pack_tokens=case.step.pack_tokens if is_auto(case.config.grpo) else None,
     )

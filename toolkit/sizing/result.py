@@ -58,6 +58,20 @@ class EnginePart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackPart:
+    """Training on packs: ``pack_tokens`` is the most that one pass has. ``step_tokens`` and
+    ``passes`` are a step's where every sequence has its longest length, ``passes_half`` where
+    completions have half of it on average; ``padded_tokens`` are what padded rows would be.
+    """
+
+    pack_tokens: int
+    step_tokens: int
+    padded_tokens: int
+    passes: int
+    passes_half: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerPart:
     """``resident_bytes`` stay during rollouts; ``step_bytes`` exist only during a micro-batch.
 
@@ -69,6 +83,7 @@ class TrainerPart:
     step_bytes: int
     peak_bytes: int
     step_s_estimate: float
+    packs: PackPart | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +131,7 @@ class Choice:
     fast_inference: bool
     kv_cache_bytes: int | None
     target_modules: tuple[str, ...] | str
+    pack_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,7 @@ class SizingResult:
     terms: tuple[Term, ...]
     remedies: tuple[Remedy, ...] = ()
     short_bytes: int = 0
+    longest_sequence: int | None = None
 
     @property
     def feasible(self) -> bool:
@@ -182,6 +199,7 @@ class SizingResult:
             "interval": asdict(self.interval),
             "choice": asdict(self.choice),
             "budget": self.budget,
+            "longest_sequence": self.longest_sequence,
             "remedies": [
                 {**asdict(remedy), "settings": dict(remedy.settings)} for remedy in self.remedies
             ],
@@ -195,9 +213,22 @@ class SizingResult:
         listed = "\n       ".join(str(remedy) for remedy in self.remedies)
         return ConfigError(
             f"the run does not fit on {name}: {format_bytes(self.short_bytes)} are missing "
-            f"(least: {self.interval.binding_min}; most: {self.interval.binding_max})",
+            f"(least: {self.interval.binding_min}; most: {self.interval.binding_max})"
+            + self.too_long,
             where="gpu_memory_utilization",
             fix=listed or "use a card with more memory",
+        )
+
+    @property
+    def too_long(self) -> str:
+        """What is said of a single sequence that does not fit, with the length that does."""
+        if self.longest_sequence is None:
+            return ""
+        if self.longest_sequence == 0:
+            return "; not even a short sequence fits by itself"
+        return (
+            "; a single sequence of model.max_seq_length does not fit, one of"
+            f" {self.longest_sequence:,} tokens (prompt and completion) does"
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
@@ -242,10 +273,17 @@ class SizingResult:
             lora = replace(lora, use_gradient_checkpointing=choice.gradient_checkpointing)
         if lora.target_modules == "auto":
             lora = replace(lora, target_modules=choice.target_modules)
+        runtime = config.runtime
+        if runtime.pack_tokens == "auto" and choice.pack_tokens is not None:
+            runtime = replace(runtime, pack_tokens=choice.pack_tokens)
         grpo = {
             key: getattr(choice, key) if value == "auto" and hasattr(choice, key) else value
             for key, value in config.grpo.items()
         }
         return replace(
-            config, model=replace(model, **filled), lora=lora, grpo=MappingProxyType(grpo)
+            config,
+            model=replace(model, **filled),
+            lora=lora,
+            grpo=MappingProxyType(grpo),
+            runtime=runtime,
         )

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.config.resolved import resolve_run
+from toolkit.config.trl_names import LIGER, installed
 from toolkit.sizing.assemble import assemble
 from toolkit.sizing.device import situation_of
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
 from toolkit.sizing.fit import Case, evaluate
+from toolkit.sizing.longest import longest_that_fits
 from toolkit.sizing.micro_batch import divisors
+from toolkit.sizing.packs import budgets, passes, uses_packs, whole_tokens
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
 from toolkit.sizing.step_time import training_seconds
@@ -55,7 +58,9 @@ def solve(
         return best_case(config, spec, device, world_size)
 
     remedies = remedies_for(config, case, fit.short, attempt)
-    return assemble(case, fit, largest=_largest_micro_batch(case), remedies=remedies)
+    longest = longest_that_fits(config, case, lambda one: attempt(one)[1])
+    largest = _largest_micro_batch(case)
+    return assemble(case, fit, largest=largest, remedies=remedies, longest=longest)
 
 
 def resolve(
@@ -85,19 +90,41 @@ def best_case(
     plan = plan_engine(config, spec, work, device)
     _check_cache(config, spec, work, plan)
 
-    def judge(chosen: EnginePlan, mode: Checkpointing, micro: int) -> tuple[Case, Fit]:
+    packed = uses_packs(config, spec)
+    tokens = budgets(config, work, on_cpu=device is None) if packed else None
+    fused = fuses(config, device)
+
+    def judge(chosen: EnginePlan, mode: Checkpointing, size: int) -> tuple[Case, Fit]:
+        micro, most = size, size * work.sequence
+        if tokens is not None:  # ``size`` is a number of tokens
+            fitting = [one for one in work.micro_batches if one * work.sequence <= size]
+            micro, most = fitting[0] if fitting else work.micro_batches[-1], size
         step = _step(work, chosen, mode, micro, world_size)
+        if packed:
+            most = min(most, max(whole_tokens(work), work.sequence))
+            step = replace(step, pack_tokens=most, passes=passes(work, most))
+        step = replace(step, fused=fused, on_gpu=device is not None)
         case = Case(config=config, spec=spec, device=device, work=work, plan=chosen, step=step)
         return case, evaluate(case)
 
     ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]
-    found = [_largest(way, work.micro_batches) for way in ways]
+    sizes = work.micro_batches if tokens is None else tokens
+    found = [_largest(way, sizes) for way in ways]
     if suiting := [pair for pair in found if pair is not None]:
         return min(suiting, key=lambda pair: training_seconds(pair[0]))
-    smallest = [way(work.micro_batches[-1]) for way in ways]
+    smallest = [way(sizes[-1]) for way in ways]
     if fitting := [pair for pair in smallest if pair[1].short <= 0]:
         return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
     return min(smallest, key=lambda pair: pair[1].short)
+
+
+def fuses(config: RunConfig, device: Device | None) -> bool:
+    """Whether fused kernels will be on the model. For a card that is not here liger-kernel is taken
+    to be installed: it is part of the cuda extra.
+    """
+    if device is None or config.runtime.fused_kernels is False:
+        return False
+    return installed(LIGER) if device.here else True
 
 
 def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:
@@ -178,6 +205,9 @@ def _largest_micro_batch(case: Case) -> int:
     def fits(micro: int) -> bool:
         accumulation = max(case.work.accumulation * case.work.micro_batch // micro, 1)
         step = replace(case.step, micro_batch=micro, accumulation=accumulation)
+        if step.pack_tokens is not None:
+            most = min(micro * case.work.sequence, max(whole_tokens(case.work), case.work.sequence))
+            step = replace(step, pack_tokens=most, passes=passes(case.work, most))
         return evaluate(replace(case, step=step)).holds_rollout
 
     micros = divisors(case.work.rollouts)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.sizing.packs import step_tokens
+
 if TYPE_CHECKING:
     from toolkit.sizing.fit import Case
     from toolkit.sizing.model_blocks import ModelSpec
@@ -35,8 +37,11 @@ def training_seconds(case: Case) -> float:
     host = case.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
     # Forward pass and backward pass to the activations: 2 operations per parameter and token each.
     operations = (6 if again else 4) * active_parameters(case.spec)
-    device = operations * step.micro_batch * case.work.sequence / OPERATIONS_S
-    return step.accumulation * max(host, device) + SLEEP_S * case.plan.sleep
+    tokens = float(step.micro_batch * case.work.sequence)
+    if step.pack_tokens is not None:
+        tokens = step_tokens(case.work, step.pack_tokens) / step.pieces
+    device = operations * tokens / OPERATIONS_S
+    return step.pieces * max(host, device) + SLEEP_S * case.plan.sleep
 
 
 def active_parameters(spec: ModelSpec) -> int:

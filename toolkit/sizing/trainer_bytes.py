@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from toolkit.sizing import lora_bytes
 from toolkit.sizing.activations import MASTER_BYTES, activations
 from toolkit.sizing.model_blocks import DTYPE_BYTES
+from toolkit.sizing.packs import pass_of
 from toolkit.sizing.terms import Term
 from toolkit.sizing.weight_bytes import weight_bytes
 
@@ -30,7 +31,12 @@ HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """How a training step is done."""
+    """How a training step is done.
+
+    ``pack_tokens``: the most tokens of a pass over packs; None is padded rows, ``micro_batch`` at a
+    time. ``passes``: forward and backward passes of a step, ``accumulation`` where it is None.
+    ``fused``: the kernels of policy/fused_kernels are on the model's layers.
+    """
 
     micro_batch: int
     accumulation: int
@@ -39,6 +45,15 @@ class StepPlan:
     own_weights: bool
     packed: bool = False  # the base has bitsandbytes layers, with PEFT's layers around them
     world_size: int = 1
+    pack_tokens: int | None = None
+    passes: int | None = None
+    fused: bool = False
+    on_gpu: bool = False
+
+    @property
+    def pieces(self) -> int:
+        """Passes of a step."""
+        return self.accumulation if self.passes is None else self.passes
 
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
@@ -60,7 +75,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     saved, layer, moving = activations(spec, work, step)
     head = head_bytes(spec, work, step)
     gradients, beyond = count * MASTER_BYTES, ""
-    if step.accumulation == 1:
+    if step.pieces == 1:
         # Gradients are created layer by layer while the saved tensors of those layers are freed.
         gradients, beyond = (
             max(0, gradients - saved),
@@ -70,7 +85,11 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
-    shape = f"{step.micro_batch} x {work.sequence} tokens, {mode}"
+    one = pass_of(work, step)
+    size = f"{step.micro_batch} x {work.sequence} tokens"
+    if step.pack_tokens is not None:
+        size = f"packs of {one.tokens:,} tokens that read {one.keys:,} keys"
+    shape = f"{size}, {mode}" + (", fused kernels" if step.fused else "")
     terms += [
         Term(
             "trainer.gradients",
@@ -82,7 +101,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head, {step.micro_batch * work.completion} rows, beyond the activations",
+            f"fused head, {one.scored} rows, beyond the activations",
             "training",
         ),
     ]
@@ -108,11 +127,12 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """Peak of TRL's fused head: one tile, the scored hidden states, their float32 gradient and its
     16-bit copy.
     """
-    rows = step.micro_batch * min(work.completion, work.sequence)
+    one = pass_of(work, step)
+    rows = one.scored
     width = step.compute_bytes
     tile = min(rows, HEAD_TOKENS) * HEAD_COLUMNS * width
     hidden = rows * spec.hidden_size * (width + 4 + width)
-    final_norm = step.micro_batch * work.sequence * spec.hidden_size * (4 + width)
+    final_norm = one.tokens * spec.hidden_size * ((width if step.fused else 4) + width)
     return tile + hidden + final_norm
 
 

@@ -51,6 +51,9 @@ def run():
         if "targets" in values:
             lora["target_modules"] = values.pop("targets")
         runtime = {"engine": values.pop("engine", "vllm")}
+        for key in ("padding_free", "fused_kernels", "pack_tokens"):
+            if key in values:
+                runtime[key] = values.pop(key)
         model = {"model_name": "any", "max_seq_length": 1024, **values}
         defaults = {"max_completion_length": 512, "max_prompt_length": 512}
         return RunConfig(

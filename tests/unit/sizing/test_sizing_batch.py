@@ -30,41 +30,46 @@ def cut(result):
 def test_a_large_card_takes_the_whole_batch_at_once(spec_of, card, run):
     short = {**AUTO, "max_prompt_length": 256, "max_completion_length": 256}
     result = solve(run(short), spec_of(ONE_B), card("h200"))
-    assert cut(result) == (64, 1)
     assert result.choice.gradient_checkpointing is False
     assert result.feasible
+    # 8 prompts once, and 64 completions: one pass, where padded rows would be 32,768 tokens.
+    assert result.choice.pack_tokens == 8 * 256 + 64 * 256
+    assert (result.trainer.packs.passes, result.trainer.packs.padded_tokens) == (1, 32768)
+    assert cut(result) == (32, 2)  # rows of no more tokens, where a model cannot take packs
 
 
 def test_a_small_card_takes_it_in_pieces(spec_of, card, run):
-    config = run(AUTO, checkpointing=True)
+    config = run({**AUTO, "generation_batch_size": 256}, checkpointing=True, max_num_seqs=32)
     small, large = (solve(config, spec_of(EIGHT_B), card(name)) for name in ("l40s", "h200"))
-    assert cut(large)[0] > cut(small)[0] >= 1
+    assert large.choice.pack_tokens > small.choice.pack_tokens >= 1024
     for result in (small, large):
-        assert cut(result)[0] * cut(result)[1] == 64
+        assert cut(result)[0] * cut(result)[1] == 256
         assert result.engine.kv_bytes >= result.engine.kv_wanted_bytes
 
 
 def test_the_next_larger_one_does_not_fit(spec_of, card, run):
     """As written numbers, the choice fits and twice as much does not hold the rollout any more."""
-    config = run(AUTO, checkpointing=True, enable_sleep_mode=False)
+    many = {**AUTO, "generation_batch_size": 256}
+    config = run(many, checkpointing=True, enable_sleep_mode=False, max_num_seqs=32)
     chosen = solve(config, spec_of(EIGHT_B), card("l40s"))
     micro, accumulation = cut(chosen)
     assert micro < 64
 
-    def written(micro, accumulation):
-        grpo = {**AUTO, "per_device_train_batch_size": micro}
+    def written(tokens):
+        grpo = {**many, "per_device_train_batch_size": micro}
         grpo["gradient_accumulation_steps"] = accumulation
-        values = {"checkpointing": True, "enable_sleep_mode": False}
+        values = {"checkpointing": True, "enable_sleep_mode": False, "max_num_seqs": 32}
+        values["pack_tokens"] = tokens
         return solve(run(grpo, **values), spec_of(EIGHT_B), card("l40s"))
 
-    same = written(micro, accumulation)
+    same = written(chosen.choice.pack_tokens)
     assert same.interval == chosen.interval
-    more = written(2 * micro, accumulation // 2)
+    more = written(2 * chosen.choice.pack_tokens)
     assert not more.feasible or more.engine.kv_bytes < more.engine.kv_wanted_bytes
 
 
 def test_checkpointing_is_left_out_where_the_batch_fits_without(spec_of, card, run):
-    config = run({**AUTO, "generation_batch_size": 16})
+    config = run({**AUTO, "generation_batch_size": 16}, padding_free=False, fused_kernels=False)
     assert solve(config, spec_of(ONE_B), card("h200")).choice.gradient_checkpointing is False
     tight = solve(config, spec_of(ONE_B), card("l4"))
     assert tight.choice.gradient_checkpointing is True
@@ -73,7 +78,8 @@ def test_checkpointing_is_left_out_where_the_batch_fits_without(spec_of, card, r
 
 def test_the_processes_share_the_batch(spec_of, card, run):
     result = solve(run(AUTO), spec_of(ONE_B), card("h200"), world_size=4)
-    assert cut(result) == (16, 1)
+    assert cut(result) == (8, 2)
+    assert result.choice.pack_tokens == 2 * 512 + 16 * 512
     with pytest.raises(ConfigError, match="cannot be divided evenly among 3"):
         solve(run(AUTO), spec_of(ONE_B), card("h200"), world_size=3)
 
@@ -85,7 +91,7 @@ def test_a_written_utilization_is_kept(spec_of, card, run):
     most = free.interval.max
     held = replace(config, model=replace(config.model, gpu_memory_utilization=most + 0.2))
     result = solve(held, spec_of(ONE_B), card("4090"))
-    assert cut(result)[0] < cut(free)[0]
+    assert result.choice.pack_tokens < free.choice.pack_tokens
     assert result.apply(held).model.gpu_memory_utilization == most + 0.2
 
 
@@ -94,7 +100,8 @@ def test_it_is_filled_in_and_nothing_else_of_grpo_is(spec_of, card, run):
     filled = solve(config, spec_of(ONE_B), card("h200")).apply(config)
     changed = {key for key in filled.grpo if filled.grpo[key] != config.grpo[key]}
     assert changed == {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    assert filled.grpo["per_device_train_batch_size"] == 64
+    assert filled.grpo["per_device_train_batch_size"] == 32
+    assert filled.runtime.pack_tokens == 8 * 512 + 64 * 512
 
 
 @pytest.mark.parametrize("available", [64 << 30, 1 << 40])

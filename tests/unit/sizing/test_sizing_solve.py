@@ -10,6 +10,7 @@ from toolkit.sizing import solve
 from toolkit.sizing.terms import total
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+PADDED = {"padding_free": False, "fused_kernels": False}  # the larger step
 
 
 def term(result, name):
@@ -62,7 +63,7 @@ def test_sharing_saves_one_copy_of_the_weights(spec_of, card, run):
 
 def test_sleep_frees_the_cache_for_the_step(spec_of, card, run):
     """Asleep, a step does not bind u: the two phases are sized apart."""
-    values = {"checkpointing": True, "max_seq_length": 4096}
+    values = {"checkpointing": True, "max_seq_length": 4096, **PADDED}
     grpo = {"max_completion_length": 2048, "max_prompt_length": 2048}
     awake = solve(run(grpo, enable_sleep_mode=False, **values), spec_of(EIGHT_B), card("h100"))
     asleep = solve(run(grpo, enable_sleep_mode=True, **values), spec_of(EIGHT_B), card("h100"))
@@ -74,7 +75,7 @@ def test_sleep_frees_the_cache_for_the_step(spec_of, card, run):
 def test_sleep_is_chosen_where_nothing_else_fits(spec_of, card, run):
     grpo = {"max_completion_length": 1024, "max_prompt_length": 1024, "num_generations": 8}
     values = {"max_seq_length": 2048, "load_in_4bit": True, "r": 64, "checkpointing": True}
-    config = run(grpo, **values)
+    config = run(grpo, **values, **PADDED)
     fits = solve(config, spec_of(EIGHT_B), card("h100"))
     assert fits.choice.enable_sleep_mode is False
     tight = replace(card("4090"), free_bytes=19 * GIB)
@@ -84,7 +85,7 @@ def test_sleep_is_chosen_where_nothing_else_fits(spec_of, card, run):
 
 
 def test_checkpointing_is_chosen_by_memory(spec_of, card, run):
-    config = run({"per_device_train_batch_size": 16}, checkpointing="auto")
+    config = run({"per_device_train_batch_size": 16}, checkpointing="auto", **PADDED)
     assert solve(config, spec_of(ONE_B), card("h200")).choice.gradient_checkpointing is False
     assert solve(config, spec_of(ONE_B), card("4090")).choice.gradient_checkpointing is True
 
@@ -151,7 +152,7 @@ def test_an_empty_interval_is_priced(spec_of, card, run):
 def test_a_remedy_that_is_enough_is_first(spec_of, card, run):
     config = run(
         {"max_completion_length": 2048, "max_prompt_length": 2048},
-        max_seq_length=4096, r=64, load_in_4bit=True,
+        max_seq_length=4096, r=64, load_in_4bit=True, **PADDED,
     )  # fmt: skip
     first = solve(config, spec_of(EIGHT_B), card("4090")).remedies[0]
     assert first.enough

@@ -9,6 +9,7 @@ import pytest
 
 from toolkit.config.run_config import ModelSection, RunConfig
 from toolkit.train.checkpointing import micro_batch_record
+from toolkit.train.checkpointing.run_directory import fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,3 +66,18 @@ def test_what_is_recorded_are_the_numbers() -> None:
     resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert cut(micro_batch_record.settled(config(), resolved)) == (8, 4)
     assert micro_batch_record.settled(resolved, config()) is resolved
+
+
+def test_the_tokens_of_a_pass_stay_as_the_checkpoint_has_them(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
+    # A version before pack_tokens was cut by rows; so is what resumes it.
+    assert micro_batch_record.kept(config(), found).runtime.pack_tokens == "auto"
+    state = json.loads((tmp_path / "state.json").read_text())
+    state["run"]["runtime.pack_tokens"] = 5000
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    kept = micro_batch_record.kept(config(), found)
+    assert kept.runtime.pack_tokens == 5000
+    assert fingerprint(kept, {})["runtime.pack_tokens"] == 5000
+    assert "runtime.pack_tokens" not in fingerprint(config(), {})
+    assert micro_batch_record.settled(config(), kept).runtime.pack_tokens == 5000
+    assert micro_batch_record.settled(kept, config()) is kept

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError
 from toolkit.sizing.micro_batch import ACCUMULATION, GENERATION, MICRO, batch_of, count, is_auto
 from toolkit.train.checkpointing import checkpoint
+from toolkit.train.checkpointing.run_directory import PACK_TOKENS
 from toolkit.train.process_control import world_size
 
 if TYPE_CHECKING:
@@ -35,15 +36,20 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     then = checkpoint.read_state(found, "run", dict)
     cut = {key: then.get(f"grpo.{key}") for key in KEYS}
     micro, accumulation = cut[MICRO], cut[ACCUMULATION]
+    # A checkpoint of a version without it was cut by rows, and so it is cut from here on.
+    tokens = then.get(PACK_TOKENS, config.runtime.pack_tokens)
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
     whole = micro * accumulation * world_size()
-    return _with(config, cut) if whole == config.grpo.get(GENERATION) else config
+    same = whole == config.grpo.get(GENERATION)
+    return _with(config, cut, tokens) if same else config
 
 
 def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """``config`` as written but for the cut, which is ``resolved``'s: what a checkpoint records."""
-    return _with(config, resolved.grpo) if is_auto(config.grpo) else config
+    if not is_auto(config.grpo):
+        return config
+    return _with(config, resolved.grpo, resolved.runtime.pack_tokens)
 
 
 def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
@@ -69,6 +75,7 @@ def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
     )
 
 
-def _with(config: RunConfig, cut: Mapping[str, Any]) -> RunConfig:
+def _with(config: RunConfig, cut: Mapping[str, Any], tokens: Any) -> RunConfig:
     grpo = {**config.grpo, **{key: cut[key] for key in KEYS}}
-    return replace(config, grpo=MappingProxyType(grpo))
+    runtime = replace(config.runtime, pack_tokens=tokens)
+    return replace(config, grpo=MappingProxyType(grpo), runtime=runtime)

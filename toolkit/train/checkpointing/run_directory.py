@@ -38,6 +38,9 @@ FREE_TO_CHANGE = (
 """What a resumed run may change without saying so: it changes no number that the run computes."""
 
 
+PACK_TOKENS = "runtime.pack_tokens"
+
+
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[Path]:
     """The folder, made if need be, while no other process writes to it.
@@ -87,7 +90,11 @@ def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
     """What a resumed run must have in common with the one it resumes, one dotted key a value."""
     flat = {f"data.{name}": digest for name, digest in data.items()}
     _flatten(as_mapping(config), "", flat)
-    return {
+    tokens = flat[PACK_TOKENS]
+    kept = (
+        {} if tokens == "auto" else {PACK_TOKENS: tokens}
+    )  # it decides in which order sums are made
+    return kept | {
         key: value
         for key, value in flat.items()
         if not any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)

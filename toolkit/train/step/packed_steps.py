@@ -29,11 +29,12 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     """A GRPO trainer that scores packs; ``padding_free`` False in its arguments keeps TRL's pass.
 
     ``micro_rows``: rows of a micro-batch as they were asked for, where several of them were made
-    one (``merge_micro_batches``); they bound the tokens of one pass.
+    one (``merge_micro_batches``); they bound the tokens of one pass where ``pack_tokens`` does not.
     """
 
     padding_free: bool = True
     micro_rows: int | None = None
+    pack_tokens: int | None = None
     parts: int = 1
     """In how many the last micro-batch was cut."""
     least_parts: int = 1
@@ -103,11 +104,23 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return list(order.tensor_split(number))
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:
-        """Tokens of one pass: those of the micro-batch that was asked for, at its widest."""
+        """Tokens of one pass: ``pack_tokens``, else those of the micro-batch that was asked for, at
+        its widest.
+        """
         if self.micro_rows is None:
             return None
+        if self.pack_tokens is not None:
+            return self.pack_tokens
         width = inputs["prompt_ids"].shape[1] + self.max_completion_length
         return int(self.micro_rows * width)
+
+    def _pass_limit(self, batch_size: int | None, width: int) -> int | None:
+        """Tokens of one pass without a gradient over ``batch_size`` rows of ``width``."""
+        if batch_size is None:
+            return None
+        if self.micro_rows is None:
+            return batch_size * width
+        return self.pack_tokens or min(batch_size, self.micro_rows) * width
 
     def rows_to_pack(self, inputs: Mapping[str, Any]) -> list[Row] | None:
         """The rows of a batch that can be a pack, or None."""
@@ -180,7 +193,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         )
         found = None
         if plain and self._packed_refusal(model) is None:
-            limit = None if batch_size is None else batch_size * input_ids.shape[1]
+            limit = self._pass_limit(batch_size, input_ids.shape[1])
             batch = (input_ids, attention_mask, logits_to_keep)
             own_head = not sampler.distribution(self).plain
             with self.accelerator.autocast(), scoring(self, model):

@@ -1,0 +1,150 @@
+"""Training on packs: what a pass takes, by hand; the budget; a sequence that is too long."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.cli.size_report import text_of
+from toolkit.sizing import solve
+from toolkit.sizing.packs import uses_packs
+
+EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
+AUTO = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
+LONG = {
+    **AUTO, "generation_batch_size": 8, "max_prompt_length": 16384, "max_completion_length": 2048,
+}  # fmt: skip
+CONTEXT = {"max_seq_length": 18432, "load_in_4bit": True, "r": 32, "checkpointing": True}
+
+
+def term(result, name):
+    return next(one for one in result.terms if one.term == name)
+
+
+def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run):
+    """16,384 + 8 x 2,048 tokens, where eight rows are 147,456."""
+    result = solve(run(LONG, **CONTEXT), spec_of(EIGHT_B), card("h100"))
+    packs = result.trainer.packs
+    assert (packs.pack_tokens, packs.step_tokens, packs.passes) == (32768, 32768, 1)
+    assert packs.padded_tokens == 147456
+    assert result.choice.per_device_train_batch_size == 1  # where a model cannot take packs
+    rows = solve(run(LONG, **CONTEXT, padding_free=False), spec_of(EIGHT_B), card("h100"))
+    assert rows.trainer.packs is None
+    assert result.trainer.step_s_estimate < 0.5 * rows.trainer.step_s_estimate
+    text = " ".join(text_of(result, run(LONG, **CONTEXT)).split())
+    assert "runtime.pack_tokens 32,768 chosen" in text
+    assert "training passes of a step 1 at full length, 1 at half 32,768 tokens, padded" in text
+
+
+def test_what_a_pass_keeps_by_hand(spec_of, card, run):
+    """8B with checkpointing: a hidden state of each token and layer, and one layer's own tensors,
+    in which each completion has the keys of its prompt.
+    """
+    values = {**CONTEXT, "load_in_4bit": False, "fused_kernels": True, "r": 16}
+    result = solve(run(LONG, **values), spec_of(EIGHT_B), card("h200"))
+    tokens, keys = 32768, 32768 + 8 * 16384
+    hidden, inner, kv, query, r = 4096, 14336, 1024, 4096, 16
+    kept = 32 * tokens * hidden * 2
+    norms = 2 * (2 * hidden + 4)
+    inputs = 2 * (hidden + hidden + inner) + 2 * 7 * r  # q k v; gate up; down; the ranks
+    attention = 2 * (query + query) + 4 * 32
+    layer = tokens * (norms + inputs + attention + 2 * 2 * inner) + keys * 2 * (kv + kv)
+    moving = tokens * (2 * inner + 4 * hidden)
+    found = term(result, "trainer.activations")
+    assert found.bytes == kept + layer + moving
+    assert "packs of 32,768 tokens that read 163,840 keys, checkpointing, fused" in found.source
+
+
+def test_fused_kernels_save_memory(spec_of, card, run):
+    sizes = [
+        solve(
+            run(LONG, **CONTEXT, fused_kernels=fused, pack_tokens=20000), spec_of(EIGHT_B),
+            card("h200"),
+        ).trainer.step_bytes
+        for fused in ("auto", False)
+    ]  # fmt: skip
+    assert sizes[0] < 0.92 * sizes[1]
+
+
+def test_a_small_card_takes_more_passes(spec_of, card, run):
+    grpo = {**AUTO, "generation_batch_size": 256}
+    small, large = (
+        solve(
+            run(grpo, checkpointing=True, max_num_seqs=32), spec_of(EIGHT_B), card(name)
+        ).trainer.packs
+        for name in ("l40s", "h200")
+    )
+    assert large.passes < small.passes
+    assert 1024 <= small.pack_tokens < large.pack_tokens
+    assert small.passes_half <= small.passes
+
+
+def test_a_written_budget_is_kept_and_holds_a_sequence(spec_of, card, run):
+    grpo = {**AUTO, "generation_batch_size": 64}
+    written = solve(run(grpo, pack_tokens=5000), spec_of(ONE_B), card("h200"))
+    assert written.choice.pack_tokens == 5000
+    least = solve(run(grpo, pack_tokens=10), spec_of(ONE_B), card("h200"))
+    assert least.choice.pack_tokens == 1024
+    assert least.trainer.packs.passes == 64
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}
+    by_rows = solve(run(rows), spec_of(ONE_B), card("h200"))
+    assert by_rows.choice.pack_tokens is None  # the rows bound it, at the width of what is sampled
+    assert by_rows.trainer.packs.pack_tokens == 4096
+
+
+@pytest.mark.parametrize("available", [64 << 30, 1 << 40])
+def test_on_the_cpu_free_memory_has_no_say(monkeypatch, spec_of, run, available):
+    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: available)
+    grpo = {**AUTO, "generation_batch_size": 64}
+    result = solve(run(grpo, engine="transformers"), spec_of(ONE_B), None)
+    assert result.choice.pack_tokens == 32768
+
+
+def test_a_sequence_that_cannot_fit_is_told_with_the_length_that_does(spec_of, card, run):
+    config = run(LONG, **{**CONTEXT, "load_in_4bit": False})
+    result = solve(config, spec_of(EIGHT_B), card("4090"))
+    longest = result.longest_sequence
+    assert not result.feasible
+    assert 0 < longest < 18432
+    with pytest.raises(ConfigError, match=f"one of {longest:,} tokens"):
+        result.apply(config)
+    assert json.loads(json.dumps(result.to_json()))["longest_sequence"] == longest
+    prompt = longest // 2
+    shorter = {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8,
+        "max_prompt_length": prompt, "max_completion_length": min(2048, longest - prompt),
+    }  # fmt: skip
+    values = {**CONTEXT, "load_in_4bit": False, "max_seq_length": longest}
+    assert solve(run(shorter, **values), spec_of(EIGHT_B), card("4090")).feasible
+
+
+def test_a_model_that_cannot_fit_at_all_is_told(spec_of, card, run):
+    result = solve(run(LONG, **{**CONTEXT, "load_in_4bit": False}), spec_of(EIGHT_B), card("t4"))
+    assert result.longest_sequence == 0
+    assert "not even a short sequence" in result.error().message
+
+
+@pytest.mark.parametrize(
+    ("grpo", "values", "model"),
+    [
+        ({"loss_type": "bnpo"}, {}, ONE_B),
+        ({}, {"padding_free": False}, ONE_B),
+        ({}, {"attn_implementation": "flash_attention_2"}, ONE_B),
+        ({}, {}, "Qwen/Qwen3-30B-A3B"),
+        ({}, {}, "Qwen/Qwen3-Next-80B-A3B-Thinking"),
+        ({}, {}, "deepseek-ai/DeepSeek-V3"),
+    ],
+)
+def test_where_rows_are_counted(spec_of, run, grpo, values, model):
+    assert uses_packs(run(), spec_of(ONE_B))
+    assert not uses_packs(run(grpo, **values), spec_of(model))
+
+
+def test_groups_over_several_processes(spec_of, card, run):
+    """A group of 12 over 3 processes of 8 rows each begins anywhere: two prompts in a pass."""
+    grpo = {**AUTO, "generation_batch_size": 24, "num_generations": 12}
+    result = solve(run(grpo), spec_of(ONE_B), card("h200"), world_size=3)
+    assert result.choice.pack_tokens == 2 * 512 + 8 * 512
+    assert result.trainer.packs.passes == 1
