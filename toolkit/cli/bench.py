@@ -42,6 +42,7 @@ from toolkit.train.bench.shapes import SHAPES
     "--per-device-batch", type=click.IntRange(min=1), help="Micro-batch of TRL and Unsloth."
 )
 @click.option("--ours-batch", type=click.IntRange(min=1), help="Micro-batch of the toolkit.")
+@click.option("--ours-tokens", type=click.IntRange(min=1), help="Tokens of one training pass.")
 @click.option("--ours-checkpointing/--ours-no-checkpointing", default=None)
 @click.option(
     "--ours-sleep/--ours-no-sleep", default=None, help="Let the KV cache sleep while training."

@@ -1,8 +1,8 @@
 """Training passes over packs: how many tokens one has at most, and how many passes a step takes.
 
-A pack holds the completions of one pass and each of their prompts once (train/step/packing). Its size is
-bounded by a number of tokens, not of rows, so a group of long sequences shares its prompt where the
-tokens fit. Lengths here are the longest that the run file allows: the worst case.
+A pack holds the completions of one pass and each of their prompts once (train/step/packing). Its
+size is bounded by a number of tokens, not of rows, so a group of long sequences shares its prompt
+where the tokens fit. Lengths here are the longest that the run file allows: the worst case.
 """
 
 from __future__ import annotations

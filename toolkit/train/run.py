@@ -217,7 +217,7 @@ def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
         trainer.remove_callback(kind)
     trainer.fingerprint = run_directory.fingerprint(config, context.digests)
     trainer.keep_last, trainer.keep_best = config.runtime.keep_last, config.runtime.keep_best
-    tokens = parts.config.runtime.pack_tokens
+    tokens = context.config.runtime.pack_tokens
     trainer.pack_tokens = tokens if isinstance(tokens, int) else None
     trainer.max_bad_steps = config.runtime.max_bad_steps
     return trainer

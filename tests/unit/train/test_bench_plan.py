@@ -11,7 +11,7 @@ import pytest
 from toolkit.gpu.cards import find
 from toolkit.sizing import Device, read_spec
 from toolkit.train.bench import bench_plan
-from toolkit.train.bench.arm_settings import Settings
+from toolkit.train.bench.arm_settings import WORKLOADS, Settings
 from toolkit.train.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -50,8 +50,16 @@ def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, bat
     assert bench_plan.peers_bytes(given, spec, device) <= theirs.peaks.torch_bytes
     assert ours.trainer.step_s_estimate < theirs.trainer.step_s_estimate
     assert filled.ours_batch is not None
-    assert filled.ours_batch > batch  # fewer and larger ones: the sleeping cache makes room
+    assert filled.ours_tokens is not None
+    assert filled.ours_tokens > batch * 320  # fewer and larger ones: the sleeping cache makes room
     assert filled.sequences % filled.ours_batch == 0
+
+
+def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> None:
+    given = Settings(model="m", **WORKLOADS["long-context"])
+    filled = bench_plan.fill(given, spec, _device("h100"))
+    assert filled.ours_tokens == 16384 + 8 * 2048
+    assert "passes of at most 32,768 tokens" in filled.ours_plan
 
 
 def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpec) -> None:

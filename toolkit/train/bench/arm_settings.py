@@ -42,8 +42,9 @@ class Settings:
     With ``mean_tokens`` completions have geometric lengths of that mean, ``completion_tokens`` at
     most; without it all have ``completion_tokens``.
 
-    The ``ours_`` fields are the micro-batch, checkpointing and KV sleep of our arm; None is for
-    ``plan.fill``. The optimizer step sees the same completions, so the work is the same.
+    The ``ours_`` fields are the micro-batch, the tokens of a pass, checkpointing and KV sleep of
+    our arm; None is for ``plan.fill``. A written ``ours_batch`` bounds a pass by its rows. The
+    optimizer step sees the same completions, so the work is the same.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Settings:
     per_device_batch: int = 16
     gradient_checkpointing: bool = True
     ours_batch: int | None = None
+    ours_tokens: int | None = None
     ours_checkpointing: bool | None = None
     ours_sleep: bool | None = None
     gpu_memory_utilization: float = 0.3
@@ -69,6 +71,11 @@ class Settings:
     def sequences(self) -> int:
         """Completions in one optimizer step."""
         return self.prompts * self.num_generations
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.completion_tokens
 
     @property
     def usual_tokens(self) -> float:
@@ -91,7 +98,10 @@ class Settings:
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
         sleep = "KV cache asleep while training" if self.ours_sleep else "KV cache awake"
-        return f"micro-batch {batch} x {self.sequences // batch}, {checkpointing}, {sleep}"
+        size = f"micro-batch {batch} x {self.sequences // batch}"
+        if self.ours_tokens is not None:
+            size = f"passes of at most {self.ours_tokens:,} tokens"
+        return f"{size}, {checkpointing}, {sleep}"
 
     @property
     def accumulation(self) -> int:

@@ -50,13 +50,15 @@ def _ours(settings: Settings) -> Any:
     arguments = _arguments(
         _grpo_config(GRPOTrainer), settings, batch, gradient_checkpointing=checkpointing
     )
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward_odd,
         args=arguments,
         train_dataset=prompts(settings),
         processing_class=tokenizer,
     )
+    trainer.pack_tokens = settings.ours_tokens
+    return trainer
 
 
 def _unsloth(settings: Settings) -> Any:

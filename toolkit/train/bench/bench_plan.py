@@ -33,10 +33,11 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
     if device is None:
         return by_hand
     limit = peers_bytes(settings, spec, device)
-    micros = [n for n in range(settings.sequences, 0, -1) if settings.sequences % n == 0]
     best, fastest = by_hand, math.inf
-    for cut in product(micros, (False, True), (False, True)):
-        candidate = _filled(settings, *cut)
+    for tokens, *kept in product(_budgets(settings), (False, True), (False, True)):
+        rows = max(1, tokens // settings.sequence_tokens)
+        micro = next(n for n in range(rows, 0, -1) if settings.sequences % n == 0)
+        candidate = _filled(settings, micro, *kept, tokens=tokens)
         sized = size(candidate, spec, device)
         within = sized.feasible and sized.peaks.torch_bytes <= limit
         if within and sized.trainer.step_s_estimate < fastest:
@@ -49,13 +50,31 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
     checkpoints moved to the host, as Unsloth does.
     """
     theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
-    return size(theirs, spec, device, checkpointing="unsloth").peaks.torch_bytes
+    sized = size(theirs, spec, device, checkpointing="unsloth", padded=True)
+    return sized.peaks.torch_bytes
 
 
-def _filled(settings: Settings, micro: int, checkpointing: bool, sleep: bool) -> Settings:
+def _budgets(settings: Settings) -> list[int]:
+    """Candidates for the tokens of a pass, the largest first: the whole step at its longest, its
+    parts, down to one sequence. What was written by hand stays.
+    """
+    one = settings.sequence_tokens
+    if settings.ours_batch is not None:
+        return [settings.ours_batch * one]
+    if settings.ours_tokens is not None:
+        return [settings.ours_tokens]
+    whole = settings.prompts * settings.prompt_tokens
+    whole += settings.sequences * settings.completion_tokens
+    return [max(one, whole // parts) for parts in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)]
+
+
+def _filled(
+    settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
+) -> Settings:
     """What was written by hand stays."""
     return replace(
         settings,
+        ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
         ours_batch=settings.ours_batch or micro,
         ours_checkpointing=_first(settings.ours_checkpointing, checkpointing),
         ours_sleep=_first(settings.ours_sleep, sleep),
@@ -72,8 +91,11 @@ def size(
     device: Device | None,
     *,
     checkpointing: Checkpointing | None = None,
+    padded: bool = False,
 ) -> SizingResult:
-    """Our arm's run as sizing sees it; ``checkpointing`` in place of what ``settings`` say."""
+    """Our arm's run as sizing sees it; ``checkpointing`` in place of what ``settings`` say.
+    ``padded``: on padded rows with plain layers, as TRL has them.
+    """
     batch = settings.ours_batch or settings.per_device_batch
     if checkpointing is None:
         checkpointing = settings.ours_checkpointing is True
@@ -102,7 +124,12 @@ def size(
                     "max_completion_length": settings.completion_tokens,
                 }
             ),
-            runtime=RuntimeSection(engine="vllm"),
+            runtime=RuntimeSection(
+                engine="vllm",
+                padding_free=not padded,
+                pack_tokens="auto" if padded else settings.ours_tokens or "auto",
+                fused_kernels=False if padded else "auto",
+            ),
         ),
         spec,
         device,

@@ -29,7 +29,10 @@ _SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
     (
         "Groups without a signal",
         "share of groups where every completion got the same reward",
-        [("share", ("frac_reward_zero_std",))],
+        [
+            ("share", ("frac_reward_zero_std",)),
+            ("completions that training left out", ("packing/skipped_rows",)),
+        ],
     ),
     ("Cut off at the limit", "share of completions", [("share", ("completions/clipped_ratio",))]),
     ("Gradient norm", "before clipping", [("norm", ("grad_norm",))]),

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from toolkit.train.step.packing import Row
 
 
+SKIPPED = "packing/skipped_rows"
+"""The metric: the share of completions without a term of the loss, which no pass computes."""
+
+
 class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """A GRPO trainer that scores packs; ``padding_free`` False in its arguments keeps TRL's pass.
 
@@ -38,6 +42,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     parts: int = 1
     """In how many the last micro-batch was cut."""
     least_parts: int = 1
+    _left_out: tuple[int, int] = (0, 1)
     _scope: Scope = Scope()
     _entropy: torch.Tensor | None = None
     _observed: dict[str, Any] | None = None
@@ -72,12 +77,14 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """
         size = inputs["completion_ids"].shape[0]
         rows = self.rows_to_pack(inputs)
+        self._left_out = (0, size)
         if rows is None:
             micro = self.micro_rows or size
             number = min(size, max(-(-size // micro), self.least_parts))
             self.parts = number
             return list(torch.arange(size).tensor_split(number))
         dead = self._rows_without_loss(inputs)
+        self._left_out = (len(dead), size)
         live = [row for row in rows if row.number not in dead]
         limit = self._token_limit(inputs) or max(packing.tokens_of(live), 1)
         if self.accelerator.num_processes > 1:
@@ -221,7 +228,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         mask = loss_mask(inputs).clone()
         mask[skipped] = 0
         if self._entropy is not None:
-            self._entropy += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
+            self._entropy[:2] += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
         if not skipped:
             return scores
         neutral = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
@@ -234,16 +241,20 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     @contextmanager
     def own_entropy(self) -> Iterator[None]:
         """Around the loss of a micro-batch: the entropy that TRL notes becomes the mean over all
-        tokens that were computed, of all parts and ranks.
+        tokens that were computed, of all parts and ranks. ``SKIPPED`` is the share of the rows, of
+        all ranks, that were left out.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:
             yield
             return
-        self._entropy = torch.zeros(2, device=self.accelerator.device)
+        self._entropy = torch.zeros(4, device=self.accelerator.device)
+        self._entropy[2:] += torch.tensor(self._left_out, device=self._entropy.device)
         try:
             yield
-            total, count = self.accelerator.reduce(self._entropy, reduction="sum").tolist()
+            sums = self.accelerator.reduce(self._entropy, reduction="sum").tolist()
+            total, count, left_out, rows = sums
+            self._metrics["train"][SKIPPED].append(left_out / max(rows, 1))
             noted = self._metrics["train"].get("entropy")
             if noted and count:
                 noted[-1] = total / count
