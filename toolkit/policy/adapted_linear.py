@@ -13,10 +13,13 @@ Letters: T rows (tokens), I in, O out, R rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def adapted_linear(
@@ -34,6 +37,28 @@ def adapted_linear(
     """
     out: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, weight_OI, bias_O, a_RI, b_OR, scaling
+    )
+    return out
+
+
+class PackedBase(Protocol):
+    """A frozen layer whose weight is packed, and unpacked for one product at a time."""
+
+    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """(T, O): x W^T + bias, in the dtype of ``x_TI``."""
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """(O, I): the weight, made for this call."""
+
+
+def adapted_packed(
+    x: torch.Tensor, base: PackedBase, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """``adapted_linear`` over a packed base. The weight is unpacked once in the forward and once in
+    the backward pass; neither copy is kept.
+    """
+    out: torch.Tensor = _AdaptedPacked.apply(  # type: ignore[no-untyped-call]  # untyped upstream
+        x, base, a_RI, b_OR, scaling
     )
     return out
 
@@ -62,14 +87,56 @@ class _AdaptedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TI, weight_OI, a_RI, b_OR, hidden_TR = ctx.saved_tensors
-        grad_TO = grad.reshape(-1, grad.shape[-1])
-        grad_hidden_TR = (grad_TO @ b_OR.to(grad.dtype)).mul_(ctx.scaling)
-        grad_a = grad_b = grad_x = None
-        if ctx.needs_input_grad[3]:
-            grad_a = (grad_hidden_TR.T @ x_TI).to(a_RI.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_b = (grad_TO.T @ hidden_TR).to(b_OR.dtype).mul_(ctx.scaling)
-        if ctx.needs_input_grad[0]:
-            grad_TI = grad_TO @ weight_OI
-            grad_x = grad_TI.addmm_(grad_hidden_TR, a_RI.to(grad.dtype)).view(ctx.shape)
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+        grad_x, grad_a, grad_b = _gradients(
+            ctx, grad, (x_TI, a_RI, b_OR, hidden_TR), lambda _: weight_OI, needs
+        )
         return grad_x, None, None, grad_a, grad_b, None
+
+
+class _AdaptedPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        base: PackedBase,
+        a_RI: torch.Tensor,
+        b_OR: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        hidden_TR = x_TI @ a_RI.to(x.dtype).T
+        out_TO = base.product(x_TI)
+        out_TO.addmm_(hidden_TR, b_OR.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x_TI, a_RI, b_OR, hidden_TR)
+        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
+        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        grad_x, grad_a, grad_b = _gradients(ctx, grad, ctx.saved_tensors, ctx.base.unpacked, needs)
+        return grad_x, None, grad_a, grad_b, None
+
+
+def _gradients(
+    ctx: Any,
+    grad: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
+    weight: Callable[[torch.dtype], torch.Tensor],
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of input, A and B, where they are needed (``needs``, in this order)."""
+    x_TI, a_RI, b_OR, hidden_TR = saved
+    grad_TO = grad.reshape(-1, grad.shape[-1])
+    grad_hidden_TR = (grad_TO @ b_OR.to(grad.dtype)).mul_(ctx.scaling)
+    grad_a = grad_b = grad_x = None
+    if needs[1]:
+        grad_a = (grad_hidden_TR.T @ x_TI).to(a_RI.dtype)
+    if needs[2]:
+        grad_b = (grad_TO.T @ hidden_TR).to(b_OR.dtype).mul_(ctx.scaling)
+    if needs[0]:
+        grad_TI = grad_TO @ weight(grad.dtype)
+        grad_x = grad_TI.addmm_(grad_hidden_TR, a_RI.to(grad.dtype)).view(ctx.shape)
+    return grad_x, grad_a, grad_b

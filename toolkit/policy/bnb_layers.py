@@ -10,7 +10,7 @@ engine computes, and nothing is copied.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -168,6 +168,40 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
     )
     layer.quant_state = state
     return layer
+
+
+class FourBitBase(NamedTuple):
+    """A frozen ``Linear4bit`` as the base of an adapted layer (``adapted_linear.PackedBase``)."""
+
+    layer: Any
+
+    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """(T, O) as ``Linear4bit`` computes it in the dtype of ``x_TI``."""
+        from bitsandbytes import matmul_4bit  # noqa: PLC0415 - only for 4-bit
+
+        weight, bias = self.layer.weight, self.layer.bias
+        bias = None if bias is None else bias.to(x_TI.dtype)
+        out: torch.Tensor = matmul_4bit(x_TI, weight, bias=bias, quant_state=weight.quant_state)
+        return out
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """(O, I)."""
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
+
+        weight = self.layer.weight
+        found: torch.Tensor = dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
+        return found.to(dtype)
+
+
+def four_bit_dtype(layer: Any) -> torch.dtype | None:
+    """The dtype that a ``Linear4bit`` computes in; None for any other layer, and for one whose
+    weight is not packed yet.
+    """
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if type(layer).__name__ != "Linear4bit" or state is None:
+        return None
+    found: torch.dtype | None = layer.compute_dtype
+    return found
 
 
 def mark_4bit(model: nn.Module) -> None:

@@ -6,21 +6,34 @@ parameters, saving and merging stay PEFT's.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from toolkit.policy.adapted_linear import adapted_linear
+from toolkit.policy.adapted_linear import adapted_linear, adapted_packed
+from toolkit.policy.quant import FourBitBase, four_bit_dtype
 
 
-class LoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that strict mode can use
-    """``peft.tuners.lora.Linear``, faster and with less memory under autocast.
+class FastForward(nn.Module):
+    """The forward of a layer of PEFT, faster and with less memory under autocast.
 
     That is the case that training is: a frozen layer in the dtype of autocast, one plain adapter in
-    another dtype. Everything else goes to PEFT's forward.
+    another dtype. Everything else goes to PEFT's forward, that of the next class.
     """
+
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    scaling: Any
+    disable_adapters: Any
+    merged: Any
+    active_adapters: Any
+    lora_variant: Any
+    lora_bias: Any
+    lora_dropout: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., out) of ``x`` (..., in)."""
@@ -30,6 +43,8 @@ class LoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that stri
             return out
         base = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if four_bit_dtype(base) is not None:
+            return adapted_packed(x, FourBitBase(base), a, b, self.scaling[name])
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
@@ -45,12 +60,35 @@ class LoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that stri
     def _as_under_autocast(self, x: torch.Tensor, name: str) -> bool:
         """True if autocast would compute base layer and adapter in the dtype of ``x``."""
         device, weight = x.device.type, self.base_layer.weight
+        computed = four_bit_dtype(self.base_layer) or weight.dtype
         return (
             torch.is_autocast_enabled(device)
-            and x.dtype == weight.dtype == torch.get_autocast_dtype(device)
+            and x.dtype == computed == torch.get_autocast_dtype(device)
             and self.lora_A[name].weight.dtype != x.dtype
             and not weight.requires_grad
         )
+
+
+class LoraLinear(FastForward, Linear):  # type: ignore[misc]  # PEFT ships no types that strict mode can use
+    """``peft.tuners.lora.Linear`` with the faster forward."""
+
+
+@cache
+def _four_bit_class() -> Any:
+    """``peft.tuners.lora.bnb.Linear4bit``, which is there with bitsandbytes, with the same."""
+    from peft.tuners.lora.bnb import Linear4bit  # noqa: PLC0415 - only with bitsandbytes
+
+    return type("LoraLinear4bit", (FastForward, Linear4bit), {"__doc__": Linear4bit.__doc__})
+
+
+def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwargs: Any) -> Any:
+    """Made as PEFT 0.21.2 makes its own (``dispatch_bnb_4bit``)."""
+    own = {
+        "compute_dtype": base.compute_dtype,
+        "compress_statistics": base.weight.compress_statistics,
+        "quant_type": base.weight.quant_type,
+    }
+    return _four_bit_class()(target, adapter_name, config=config, **{**kwargs, **own})
 
 
 def use_fast_layers(config: Any) -> Any:
@@ -59,12 +97,15 @@ def use_fast_layers(config: Any) -> Any:
     return config
 
 
-def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> LoraLinear | None:
-    """PEFT's factory of a layer: ours for a plain linear layer, None for its own choice.
+def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
+    """PEFT's factory of a layer: ours for a plain or a 4-bit linear layer, None for its own choice.
 
-    Subclasses are others' (bitsandbytes), and so is what a hook of accelerate moves about.
+    Other subclasses are others', and so is what a hook of accelerate moves about.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if four_bit_dtype(base) is not None and kwargs.get("loaded_in_4bit"):
+        hooked = hasattr(base, "_hf_hook") or kwargs.get("parameter_name") is not None
+        return None if hooked else _four_bit_layer(target, base, adapter_name, config, kwargs)
     plain = type(base) is nn.Linear and not hasattr(base, "_hf_hook")
     if not plain or kwargs.get("parameter_name") is not None:
         return None
