@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from toolkit.policy.adapted_linear import adapted_linear, adapted_packed
-from toolkit.policy.quant import FourBitBase, four_bit_dtype
+from toolkit.policy.bnb_layers import FourBitBase, four_bit_dtype
 
 
 class FastForward(nn.Module):

@@ -71,7 +71,12 @@ def trainer(request, tmp_path_factory):
     made = GRPOTrainer(
         model=model,
         reward_funcs=ones,
-        args=arguments(folder, max_completion_length=WIDTH),
+        args=arguments(
+            folder,
+            max_completion_length=WIDTH,
+            # The loss of a router looks at whole micro-batches, which stay padded.
+            router_aux_loss_coef=0.0 if "moe" in family else None,
+        ),
         train_dataset=Dataset.from_list([{"prompt": "t4 t5"}] * 8),
         processing_class=families.tokenizer(),
     )
