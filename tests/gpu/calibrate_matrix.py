@@ -33,23 +33,30 @@ ENGINE_LIMIT_S = 240
 
 @dataclass(frozen=True)
 class Run:
-    """One training shape: adapter rank, whole length in tokens, micro-batch, checkpointing."""
+    """One training shape: adapter rank, whole length in tokens, micro-batch, checkpointing, and the
+    part of the length that is the prompt. With ``tokens`` a step has ``rows`` completions of one
+    prompt, in packs of at most that many tokens.
+    """
 
     r: int
     length: int
     micro: int
     checkpointing: bool
+    prompt: int = 64
+    rows: int | None = None
+    tokens: int | None = None
 
     @property
     def name(self) -> str:
         mode = "ckpt" if self.checkpointing else "plain"
-        return f"r{self.r} len{self.length} micro{self.micro} {mode}"
+        packs = "" if self.tokens is None else f" {self.rows} rows in packs of {self.tokens}"
+        return f"r{self.r} len{self.length} micro{self.micro} {mode}{packs}"
 
 
 @dataclass(frozen=True)
 class EngineCase:
     """One engine: checkpoint shape, weights, largest rank and length, eager or with CUDA graphs,
-    and whether its KV cache sleeps while the trainer works.
+    whether its KV cache sleeps while the trainer works, and whether layers have fused kernels.
     """
 
     name: str
@@ -60,6 +67,7 @@ class EngineCase:
     eager: bool
     runs: tuple[Run, ...]
     sleep: bool = False
+    fused: bool = True
 
 
 ENGINES = (
@@ -120,9 +128,55 @@ ENGINES = (
         (Run(64, 4096, 8, False), Run(16, 4096, 4, False)),
         sleep=True,
     ),
+    # A prompt once for its completions, whole groups and cut ones.
+    EngineCase(
+        "1b-packs",
+        "llama-1b",
+        False,
+        64,
+        1280,
+        True,
+        (
+            Run(64, 1280, 1, False, 1024, 32, 9216),
+            Run(64, 1280, 1, False, 1024, 32, 5120),
+            Run(64, 1280, 1, True, 1024, 32, 9216),
+        ),
+    ),
+    EngineCase(
+        "8b-4bit-long",
+        "llama-8b",
+        True,
+        32,
+        18432,
+        True,
+        (
+            Run(32, 18432, 1, True, 16384, 8, 32768),
+            Run(32, 18432, 1, True, 16384, 8, 20480),
+        ),
+        sleep=True,
+    ),
+    # The model's own layers, without fused kernels.
+    EngineCase(
+        "1b-unfused",
+        "llama-1b",
+        False,
+        64,
+        1024,
+        True,
+        (Run(64, 1024, 8, False), Run(64, 1024, 8, True)),
+        fused=False,
+    ),
 )
 DRY = (
-    EngineCase("tiny", "tiny", False, 8, 128, True, (Run(8, 128, 2, True), Run(8, 64, 2, False))),
+    EngineCase(
+        "tiny",
+        "tiny",
+        False,
+        8,
+        128,
+        True,
+        (Run(8, 128, 2, True), Run(8, 64, 2, False), Run(8, 128, 1, True, 64, 4, 200)),
+    ),
 )
 
 

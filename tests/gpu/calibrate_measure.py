@@ -101,6 +101,8 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
         processing_class=tokenizer,
         reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
     )
+    tokens = config.runtime.pack_tokens
+    trainer.pack_tokens = tokens if isinstance(tokens, int) else None
     peaks = PhasePeaks(CudaStatistics(asleep_bytes)) if cuda else None
     trainer.vllm_generation = FullLength(trainer, model.toolkit_engine, peaks)
     if peaks is not None:

@@ -24,17 +24,17 @@ from toolkit.config.run_config import (
 from toolkit.sizing import Device, SizingResult, read_spec, solve
 from toolkit.sizing.calibrate import MEASURED_AS
 
-PROMPT = 64
-
 
 def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunConfig:
     """The run file of one run of the matrix."""
-    batch = max(run["micro"], 2)
+    batch = run["rows"] or max(run["micro"], 2)
     grpo = {
         "per_device_train_batch_size": run["micro"],
         "gradient_accumulation_steps": batch // run["micro"],
         "num_generations": batch,
-        "max_prompt_length": min(PROMPT, run["length"] // 2),
+        "max_prompt_length": min(run["prompt"], run["length"] // 2)
+        if run["tokens"] is None
+        else run["prompt"],
     }
     grpo["max_completion_length"] = run["length"] - grpo["max_prompt_length"]
     return RunConfig(
@@ -53,7 +53,11 @@ def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunCo
             r=run["r"], lora_alpha=run["r"], use_gradient_checkpointing=run["checkpointing"]
         ),
         grpo=MappingProxyType(grpo),
-        runtime=RuntimeSection(engine="vllm"),
+        runtime=RuntimeSection(
+            engine="vllm",
+            pack_tokens=run["tokens"] or "auto",
+            fused_kernels="auto" if case["fused"] else False,
+        ),
     )
 
 
@@ -72,6 +76,7 @@ def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
         gpu_memory_utilization=choice.gpu_memory_utilization or 0.5,
         enforce_eager=case["eager"],
         enable_sleep_mode=case["sleep"],
+        fused_kernels="auto" if case["fused"] else False,
         max_num_seqs=choice.max_num_seqs,
         max_num_batched_tokens=choice.max_num_batched_tokens,
         **more,

@@ -90,3 +90,48 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except OSError:
         return []
+
+
+@rule(
+    "GRPO065",
+    "runtime.pack_tokens runtime.padding_free",
+    example="runtime:\n  pack_tokens: 32768\n  padding_free: false",
+    fix="padding_free: true",
+)
+def pack_tokens_need_packs(run: Run) -> Iterator[Fault]:
+    """pack_tokens needs padding_free.
+
+    Padded batches are cut by rows, per_device_train_batch_size at a time: a number of tokens would
+    have no effect.
+    """
+    if run.value("runtime.pack_tokens") == "auto" or run.value("runtime.padding_free"):
+        return
+    yield Fault(
+        "runtime.pack_tokens",
+        "it has no effect on padded batches, which are cut by rows",
+        notes=(run.operand("runtime.padding_free"),),
+        fixes=(run.to("runtime.pack_tokens", "auto"),),
+        related=("runtime.padding_free",),
+    )
+
+
+@rule(
+    "GRPO066",
+    "runtime.fused_kernels grpo.use_liger_kernel",
+    example="runtime:\n  fused_kernels: true\ngrpo:\n  use_liger_kernel: true",
+    fix="use_liger_kernel: false",
+)
+def one_liger(run: Run) -> Iterator[Fault]:
+    """fused_kernels: true and use_liger_kernel: true exclude each other.
+
+    Both put liger-kernel on the model. fused_kernels compares each kernel with the layer that it
+    replaces; use_liger_kernel is TRL's own switch, and with fused_kernels: auto it is followed.
+    """
+    if run.value("runtime.fused_kernels") is True and run.value("grpo.use_liger_kernel"):
+        yield Fault(
+            "grpo.use_liger_kernel",
+            "fused_kernels is true too, and only one of them can be",
+            notes=(run.operand("runtime.fused_kernels"),),
+            fixes=(run.to("grpo.use_liger_kernel", False),),
+            related=("runtime.fused_kernels",),
+        )
