@@ -9,12 +9,16 @@ releases the allocations that the allocator tagged ``kv_cache`` and no others.
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm import LLM
 
 NAME = "toolkit_kv"
@@ -90,6 +94,33 @@ def map_tag(tag: str) -> None:
     for data in asleep:
         create_and_map(data.handle)
         data.is_asleep = False
+
+
+@contextmanager
+def tagged_pool(tag: str) -> Iterator[None]:
+    """Tensors that are made inside can be released and mapped by ``tag``; whether the engine was
+    built with ``enable_sleep_mode`` does not matter. One pool a tag.
+    """
+    allocator, _, _ = _allocator()
+    with allocator.use_memory_pool(tag=tag):
+        yield
+
+
+def drop_pool(tag: str) -> None:
+    """Free what is left of the pool of ``tag``, whose tensors are gone: vLLM keeps pools for the
+    process, and counts what is in them before it loads another model.
+
+    torch's pool must go before the allocator that it points to (``CuMemAllocator.release_pools``).
+    """
+    allocator, _, _ = _allocator()
+    entry = allocator.allocator_and_pools.pop(tag, None)
+    if entry is None:
+        return
+    pool, keeps_alive = entry
+    del entry, pool
+    gc.collect()
+    torch.cuda.empty_cache()
+    del keeps_alive
 
 
 def _allocator() -> tuple[Any, Any, Any]:

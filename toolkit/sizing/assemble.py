@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from toolkit.base.formatting import format_bytes
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.sizing import engine_bytes as engines
 from toolkit.sizing import kv_bytes, lora_bytes
+from toolkit.sizing.dequantized import all_copies, room_for_copies
 from toolkit.sizing.fit import RETURNED_SHARE
 from toolkit.sizing.result import (
     Choice,
@@ -119,7 +121,8 @@ def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
     rollout = always + kv_bytes + total(counted, "rollout")
     training = always + kv_bytes - asleep + total(counted, "training")
     margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
-    margin += int(total(counted, "rollout") * (1 - RETURNED_SHARE))
+    activations = total(counted, "rollout") - case.plan.dequantized
+    margin += int(activations * (1 - RETURNED_SHARE))
     return Peaks(
         rollout_bytes=rollout,
         training_bytes=training,
@@ -142,7 +145,7 @@ def _model(case: Case, fit: Fit) -> ModelPart:
         dtype=plan.dtype,
         quantization=how if (how := _format(case)) != plan.dtype else None,
         margin=spec.margin,
-        notes=(*spec.notes, *_notes(case)),
+        notes=(*spec.notes, *_notes(case, fit)),
     )
 
 
@@ -153,8 +156,20 @@ def _format(case: Case) -> str:
     return case.plan.quantization.method if case.plan.quantization else case.plan.dtype
 
 
-def _notes(case: Case) -> list[str]:
+def _notes(case: Case, fit: Fit) -> list[str]:
     notes = []
+    copies, whole = case.plan.dequantized, all_copies(case.spec, case.plan)
+    if (
+        case.work.uses_engine
+        and case.config.model.dequantized_rollouts == "auto"
+        and copies < whole
+    ):
+        left = room_for_copies(case, fit) + copies
+        notes.append(
+            f"4-bit weights: 16-bit copies for the rollouts would take {format_bytes(whole)}, and "
+            f"{format_bytes(max(left, 0))} are left beside the KV cache; "
+            + (f"{format_bytes(copies)} of them are made" if copies else "none are made")
+        )
     experts = any(block.active_experts for block in case.spec.blocks)
     if experts and case.work.targets == case.spec.targets:
         notes.append(
@@ -200,6 +215,14 @@ def _trainer(case: Case, fit: Fit) -> TrainerPart:
     )
 
 
+def _dequantized(case: Case) -> bool | int:
+    """The value of model.dequantized_rollouts: all (True), the largest layers in so many bytes, or
+    none.
+    """
+    copies = case.plan.dequantized
+    return copies if 0 < copies < all_copies(case.spec, case.plan) else copies > 0
+
+
 def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Choice:
     return Choice(
         gpu_memory_utilization=utilization,
@@ -214,5 +237,6 @@ def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Ch
         dtype=case.plan.dtype,
         fast_inference=case.work.uses_engine,
         kv_cache_bytes=fit.kv,
+        dequantized_rollouts=_dequantized(case),
         target_modules=case.work.targets,
     )

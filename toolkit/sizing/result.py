@@ -115,6 +115,7 @@ class Choice:
     dtype: str
     fast_inference: bool
     kv_cache_bytes: int | None
+    dequantized_rollouts: bool | int
     target_modules: tuple[str, ...] | str
 
 

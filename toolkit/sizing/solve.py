@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError
 from toolkit.config.resolved import resolve_run
 from toolkit.sizing.assemble import assemble
+from toolkit.sizing.dequantized import best_copies, written_copies
 from toolkit.sizing.device import situation_of
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
@@ -20,7 +21,7 @@ from toolkit.sizing.fit import Case, evaluate
 from toolkit.sizing.micro_batch import divisors
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.step_time import training_seconds
+from toolkit.sizing.step_time import added_seconds, training_seconds
 from toolkit.sizing.trainer_bytes import StepPlan, compute_bytes, is_packed
 from toolkit.sizing.workload import read_workload
 
@@ -83,6 +84,8 @@ def best_case(
     config = run.config
     work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
+    if work.uses_engine:
+        plan = plan.with_copies(written_copies(config, spec, plan))
     _check_cache(config, spec, work, plan)
 
     def judge(chosen: EnginePlan, mode: Checkpointing, micro: int) -> tuple[Case, Fit]:
@@ -92,12 +95,24 @@ def best_case(
 
     ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]
     found = [_largest(way, work.micro_batches) for way in ways]
-    if suiting := [pair for pair in found if pair is not None]:
-        return min(suiting, key=lambda pair: training_seconds(pair[0]))
+    if suiting := [_with_copies(*pair) for pair in found if pair is not None]:
+        return min(suiting, key=lambda pair: training_seconds(pair[0]) + added_seconds(pair[0]))
     smallest = [way(work.micro_batches[-1]) for way in ways]
     if fitting := [pair for pair in smallest if pair[1].short <= 0]:
         return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
     return min(smallest, key=lambda pair: pair[1].short)
+
+
+def _with_copies(case: Case, fit: Fit) -> tuple[Case, Fit]:
+    """``case`` with the copies of 4-bit weights that fit, where the run file leaves that open."""
+    if case.config.model.dequantized_rollouts != "auto" or not case.work.uses_engine:
+        return case, fit
+    copies = best_copies(case, fit)
+    if not copies:
+        return case, fit
+    tried = replace(case, plan=case.plan.with_copies(copies))
+    new = evaluate(tried)
+    return (tried, new) if _suits(tried, new) else (case, fit)
 
 
 def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:

@@ -182,14 +182,50 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
     )
 
 
-def _remedy(trainer: TrainerSeam) -> str:
-    """What to change, for the options that are set."""
-    names = list(
-        not_reproduced(trainer.args.generation_kwargs or {}, reads(trainer.model, trainer.args))
+GAP = "sampling/logp_gap_mean"
+GAP_LIMITS = {torch.float32: 0.02}
+GAP_LIMIT_HALF = 0.3
+"""Largest mean |engine - trainer| in nats that can be rounding: 1e-6 is usual in float32, 0.02 to
+0.07 with 16-bit and 4-bit weights."""
+
+
+def warn_of_gap(trainer: Any) -> None:
+    """Warn once, on the first rank, where the gap of a logging window is more than rounding: what
+    is sampled is then not the policy that is trained (the base without its adapter, for one).
+
+    Quiet where ``warn_of_collapse`` has spoken, or where sampling options say why.
+    """
+    means = trainer._metrics["train"].get(GAP) if trainer.model.training else None
+    if not means or trainer._gap_told or trainer._collapse_told:
+        return
+    engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
+    limit = GAP_LIMITS.get(getattr(engine, "dtype", None), GAP_LIMIT_HALF)
+    mean = sum(means) / len(means)
+    if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
+        return
+    trainer._gap_told = True
+    warnings.warn(
+        f"{GAP} is {mean:.2g} nats, and at most {limit:g} is rounding: the completions are not"
+        " sampled from the policy that is trained, as if the engine sampled without the adapter."
+        " Stop the run and report it with its run file; if the figure is as large from the first"
+        " step on, compare with fast_inference: false",
+        ToolkitWarning,
+        stacklevel=2,
     )
-    if trainer.args.vllm_structured_outputs_regex is not None:
+
+
+def _unfollowed(trainer: Any) -> list[str]:
+    """Options that are set and that the training pass cannot follow."""
+    args = trainer.args
+    names = list(not_reproduced(args.generation_kwargs or {}, reads(trainer.model, args)))
+    if args.vllm_structured_outputs_regex is not None:
         names.append("vllm_structured_outputs_regex")
-    if names:
+    return names
+
+
+def _remedy(trainer: Any) -> str:
+    """What to change, for the options that are set."""
+    if names := _unfollowed(trainer):
         return f"Leave out {', '.join(names)}, which the training pass cannot follow"
     return (
         "Completions may be too old (lower num_iterations or steps_per_generation), or engine and"
