@@ -83,9 +83,10 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             continue
         if option.kind == "count" and (type(value) is not int or value <= 0):
             raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
-        if option.kind == "amount" and (type(value) not in (bool, int) or value < 0):
+        whole = type(value) is int and value > 0
+        if option.kind == "amount" and not (isinstance(value, bool) or whole):
             raise ConfigTypeError(
-                f"{name}={value!r} must be True, False, or a number above 0", where=WHERE
+                f"{name}={value!r} must be True, False, or an integer above 0", where=WHERE
             )
         if option.kind == "switch" and not isinstance(value, bool):
             raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
