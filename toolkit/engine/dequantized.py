@@ -37,6 +37,8 @@ COPIES = "_toolkit_dequantized"
 """Attribute that ``attach`` leaves on the model: its ``Copies``."""
 COMPUTE_DTYPE = torch.bfloat16
 """What vLLM computes 4-bit layers in, whatever the dtype of the activations is."""
+SPARE_BYTES = 1 << 30
+"""Free memory beside the copies with which torch keeps the memory of the trainer's step."""
 AUTO_SHARE = 0.5
 """``auto`` without a sizer: of the engine's memory beside the weights, the share for the copies.
 The rest is the KV cache."""
@@ -154,7 +156,7 @@ class Copies:
 
     def _map(self) -> None:
         if self._on_gpu:
-            sleep.map_tag(TAG)
+            sleep.map_tag(TAG, SPARE_BYTES)
             return
         for copy in self._tensors:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())

@@ -79,15 +79,17 @@ def release_tag(tag: str) -> None:
             data.is_asleep = True
 
 
-def map_tag(tag: str) -> None:
+def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     """Map memory at the addresses of every released allocation tagged ``tag``; its contents are
-    undefined.
+    undefined. torch keeps its cache where ``spare_bytes`` are left beside it.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
         data for data in allocator.pointer_to_data.values() if data.tag == tag and data.is_asleep
     ]
-    if asleep:
+    needed = sum(int(data.handle[1]) for data in asleep)
+    enough = spare_bytes is not None and torch.cuda.mem_get_info()[0] >= needed + spare_bytes
+    if asleep and not enough:
         # The trainer's step has left its activations' memory in torch's cache. Kept there, the card
         # would have to hold both, which is what sleeping is to avoid.
         torch.cuda.empty_cache()

@@ -183,8 +183,7 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
 
 
 GAP = "sampling/logp_gap_mean"
-GAP_LIMITS = {torch.float32: 0.02}
-GAP_LIMIT_HALF = 0.3
+GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
 """Largest mean |engine - trainer| in nats that can be rounding: 1e-6 is usual in float32, 0.02 to
 0.07 with 16-bit and 4-bit weights."""
 
@@ -199,7 +198,8 @@ def warn_of_gap(trainer: Any) -> None:
     if not means or trainer._gap_told or trainer._collapse_told:
         return
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
-    limit = GAP_LIMITS.get(getattr(engine, "dtype", None), GAP_LIMIT_HALF)
+    exact = getattr(engine, "dtype", None) is torch.float32
+    limit = GAP_LIMIT if exact else GAP_LIMIT_HALF
     mean = sum(means) / len(means)
     if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
         return
