@@ -40,8 +40,9 @@ COMPUTE_DTYPE = torch.bfloat16
 SPARE_BYTES = 1 << 30
 """Free memory beside the copies with which torch keeps the memory of the trainer's step."""
 AUTO_SHARE = 0.5
-"""``auto`` without a sizer: of the engine's memory beside the weights, the share for the copies.
-The rest is the KV cache."""
+LEAST_BESIDE_BYTES = 3 << 30
+"""``auto`` without a sizer: of the engine's memory beside the weights the share for the copies, and
+what it leaves at least for the KV cache and activations."""
 
 
 def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
@@ -252,12 +253,13 @@ def attach(
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Bytes that ``auto`` gives the copies where no sizer has decided: ``AUTO_SHARE`` of what the
-    engine may take beside its weights and a KV cache of a written size.
+    """Bytes that ``auto`` gives the copies where no sizer has decided: part of what the engine may
+    take beside its weights and a KV cache of a written size.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()
     held = sum(tensor.nbytes for tensor in model.parameters())
     written = getattr(cache, "kv_cache_memory_bytes", None)
     left = free - written if written else int(cache.gpu_memory_utilization * total) - held
-    return max(0, int(min(left, free) * AUTO_SHARE))
+    left = min(left, free)
+    return max(0, min(int(left * AUTO_SHARE), left - LEAST_BESIDE_BYTES))

@@ -156,20 +156,22 @@ def _format(case: Case) -> str:
     return case.plan.quantization.method if case.plan.quantization else case.plan.dtype
 
 
-def _notes(case: Case, fit: Fit) -> list[str]:
-    notes = []
+def _copies_note(case: Case, fit: Fit) -> str | None:
+    """What becomes of the copies of 4-bit weights where not all of them are made by themselves."""
     copies, whole = case.plan.dequantized, all_copies(case.spec, case.plan)
-    if (
-        case.work.uses_engine
-        and case.config.model.dequantized_rollouts == "auto"
-        and copies < whole
-    ):
-        left = room_for_copies(case, fit) + copies
-        notes.append(
-            f"4-bit weights: 16-bit copies for the rollouts would take {format_bytes(whole)}, and "
-            f"{format_bytes(max(left, 0))} are left beside the KV cache; "
-            + (f"{format_bytes(copies)} of them are made" if copies else "none are made")
-        )
+    left_open = case.config.model.dequantized_rollouts == "auto" and case.work.uses_engine
+    if not left_open or copies >= whole:
+        return None
+    left = room_for_copies(case, fit) + copies
+    made = f"{format_bytes(copies)} of them are made" if copies else "none are made"
+    return (
+        f"4-bit weights: 16-bit copies for the rollouts would take {format_bytes(whole)}, and "
+        f"{format_bytes(max(left, 0))} are left beside the KV cache; {made}"
+    )
+
+
+def _notes(case: Case, fit: Fit) -> list[str]:
+    notes = [note] if (note := _copies_note(case, fit)) is not None else []
     experts = any(block.active_experts for block in case.spec.blocks)
     if experts and case.work.targets == case.spec.targets:
         notes.append(
@@ -200,6 +202,8 @@ def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
         kv_sequence_bytes=fit.sequence,
         kv_wanted_bytes=fit.wanted,
         kv_bytes=kv_bytes,
+        copies_bytes=plan.dequantized,
+        copies_note=_copies_note(case, fit),
         ranks=tuple((rank, engines.slot_bytes(case.spec, plan, rank)) for rank in ranks),
     )
 
