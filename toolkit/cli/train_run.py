@@ -145,7 +145,7 @@ def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
 
 
 def _read_weights_ahead(config: RunConfig) -> None:
-    """Let the disk work while the libraries are imported. What cannot be found is told later."""
+    """Let the disk work while the libraries are imported. What is missing is reported later."""
     from toolkit.base.read_ahead import read_ahead  # noqa: PLC0415
     from toolkit.sizing.fit import available_bytes  # noqa: PLC0415
     from toolkit.sizing.model_source import find_model  # noqa: PLC0415

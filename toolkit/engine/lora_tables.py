@@ -1,8 +1,8 @@
-"""Tables of tuned configurations for vLLM's LoRA kernels, by card: which one a run uses.
+"""Tables of tuned configurations for vLLM's LoRA kernels, by card: the one that is used.
 
 vLLM reads ``CARD_SHRINK.json``, ``CARD_EXPAND_TRUE.json`` and ``CARD_EXPAND_FALSE.json`` from
 VLLM_TUNED_CONFIG_FOLDER, CARD being the device's name (``lora/ops/triton_ops/utils.py``, 0.25.1). A
-table of ours is one file with all three and the vLLM version that it was measured with
+table of the toolkit is one file with all three and the vLLM version that it was measured with
 (``engine.lora_tune`` writes it): its kernels may mean something else in another version, so it is
 ignored there. Tables that come with the package are in ``tuned/``, one for each class of cards;
 TOOLKIT_LORA_TABLE names another one, or is ``off``. A folder that the user has set for vLLM stays.
@@ -55,8 +55,8 @@ def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
 
 
 def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | None:
-    """Have vLLM read the table for ``card``; the folder that it is told of, None where there is no
-    table to use. Says once why one is ignored.
+    """Have vLLM read the table for ``card``; the folder that it reads, None where there is no
+    table to use. Warns once of a table that is ignored.
 
     Raises:
         InputError: TOOLKIT_LORA_TABLE names a file that is no table.
@@ -92,7 +92,7 @@ def read_table(path: Path) -> dict[str, Any]:
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)
     if not good or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
         raise InputError(
-            f"it is no table of LoRA kernels: vllm, {', '.join(OPS)} are wanted",
+            f"it is no table of LoRA kernels: vllm, {', '.join(OPS)} must be in it",
             where=str(path),
             fix=f"make one with `toolkit tune`, or {TABLE_VARIABLE}=off",
         )

@@ -1,4 +1,4 @@
-"""Measure configurations of vLLM's LoRA kernels on the card at hand, and make a table of the best.
+"""Measure configurations of vLLM's LoRA kernels on this machine's card, and make a table of the best.
 
 For each kernel, number of fused slices, shape and batch the configuration is improved one value at
 a time, beginning with vLLM's own choice; what is not faster is not taken, and what computes
@@ -150,7 +150,7 @@ class Tuner:
 def tune_card(
     shapes: Iterable[Shape], seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float]:
-    """The table for the card at hand, and the sum of all cases before and after, in seconds.
+    """The table for this machine's card, and the sum of all cases before and after, in seconds.
 
     Raises:
         NodeError: there is no CUDA GPU.

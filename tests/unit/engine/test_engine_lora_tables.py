@@ -1,4 +1,4 @@
-"""Which table of tuned LoRA kernels vLLM is told of."""
+"""Which table of tuned LoRA kernels vLLM reads."""
 
 from __future__ import annotations
 
