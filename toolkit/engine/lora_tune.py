@@ -1,4 +1,4 @@
-"""Measure configurations of vLLM's LoRA kernels on this machine's card, and make a table of the best.
+"""Measure configurations of vLLM's LoRA kernels on this card, and make a table of the fastest.
 
 For each kernel, number of fused slices, shape and batch the configuration is improved one value at
 a time, beginning with vLLM's own choice; what is not faster is not taken, and what computes
