@@ -138,6 +138,7 @@ def test_too_little_memory_is_told_and_the_next_rollout_works(
     assert draw(engine, adapter) == as_packed
 
 
+@pytest.mark.slow
 def test_the_largest_layers_first(llama_folder: Path, adapter: Any, as_packed: Any) -> None:
     probe = {}
     with stand_in_4bit.open_packed(options(llama_folder), 200_000) as engine:
