@@ -51,8 +51,8 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     base_check: dict[str, Any] | None = None
     _attempt: Attempt | None = None
     _bad_loss: bool = False
-    _collapse_told: bool = False
-    _gap_told: bool = False
+    collapse_reported: bool = False
+    gap_reported: bool = False
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:

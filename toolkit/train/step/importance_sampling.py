@@ -188,14 +188,14 @@ GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
 0.07 with 16-bit and 4-bit weights."""
 
 
-def warn_of_gap(trainer: Any) -> None:
+def warn_of_gap(trainer: TrainerSeam) -> None:
     """Warn once, on the first rank, where the gap of a logging window is more than rounding: what
     is sampled is then not the policy that is trained (the base without its adapter, for one).
 
     Quiet where ``warn_of_collapse`` has spoken, or where sampling options say why.
     """
-    means = trainer._metrics["train"].get(GAP) if trainer.model.training else None
-    if not means or trainer._gap_told or trainer._collapse_told:
+    means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
+    if not means or trainer.gap_reported or trainer.collapse_reported:
         return
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
     exact = getattr(engine, "dtype", None) is torch.float32
@@ -203,7 +203,7 @@ def warn_of_gap(trainer: Any) -> None:
     mean = sum(means) / len(means)
     if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
         return
-    trainer._gap_told = True
+    trainer.gap_reported = True
     warnings.warn(
         f"{GAP} is {mean:.2g} nats, and at most {limit:g} is rounding: the completions are not"
         " sampled from the policy that is trained, as if the engine sampled without the adapter."
@@ -214,7 +214,7 @@ def warn_of_gap(trainer: Any) -> None:
     )
 
 
-def _unfollowed(trainer: Any) -> list[str]:
+def _unfollowed(trainer: TrainerSeam) -> list[str]:
     """Options that are set and that the training pass cannot follow."""
     args = trainer.args
     names = list(not_reproduced(args.generation_kwargs or {}, reads(trainer.model, args)))
@@ -223,7 +223,7 @@ def _unfollowed(trainer: Any) -> list[str]:
     return names
 
 
-def _remedy(trainer: Any) -> str:
+def _remedy(trainer: TrainerSeam) -> str:
     """What to change, for the options that are set."""
     if names := _unfollowed(trainer):
         return f"Leave out {', '.join(names)}, which the training pass cannot follow"
