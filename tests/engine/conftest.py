@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "max_num_batched_tokens": 512,
     "kv_cache_bytes": 1 << 26,
     # vLLM's own on a CPU is 128 tokens, as long as everything here: no prefix would be cached.
-    "extra": {"block_size": 32},
+    "block_size": 32,
 }
 
 

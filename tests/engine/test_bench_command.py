@@ -27,11 +27,13 @@ def _bench(folder: Path, *more: str) -> str:
 
 
 def test_figures_and_arms_from_before(tmp_path: Path) -> None:
-    _bench(tmp_path, "--arms", "ours")
+    shown = _bench(tmp_path, "--arms", "ours", "--profile")
+    for text in ("start and first step", "import vLLM", "decode step", "training step", "host"):
+        assert text in shown
     log = tmp_path / "out" / "ours.log"
     before = log.stat().st_mtime_ns
     # What the others lack beside a CPU torch is said in their columns; ours stays from before.
-    shown = _bench(tmp_path, "--arms", "trl,unsloth")
+    shown = _bench(tmp_path, "--arms", "trl,unsloth", "--profile")
     assert log.stat().st_mtime_ns == before
     assert shown.splitlines()[2].split() == ["ours", "trl", "unsloth"]
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
@@ -45,6 +47,16 @@ def test_figures_and_arms_from_before(tmp_path: Path) -> None:
     assert (ours["base_changed"], ours["base_total"]) == (0, 20)  # tied weights are one
     assert ours["step_over_floor"] > 1
     assert ours["peak_device_bytes"] is None
+    assert ours["profile"]["decode_step"]["steps"] == 32
+    for step in ("decode_step", "training_step"):
+        account = ours["profile"][step]
+        assert account["kinds"]["matrix products"]["calls"] >= 1
+        assert 0 < account["busy_s"] <= account["wall_s"] * 1.01
+        assert account["host_s"] == pytest.approx(account["wall_s"] - account["busy_s"])
+    started = ours["profile"]["start_s"]
+    assert {"import torch", "import vLLM", "first rollout", "warm-up of the engine"} <= set(started)
+    assert all(seconds >= 0 for seconds in started.values())
+    assert sum(started.values()) == pytest.approx(ours["load_s"] + ours["step_s"][0], rel=0.1)
 
 
 def test_an_arm_that_takes_too_long_is_stopped(tmp_path: Path) -> None:

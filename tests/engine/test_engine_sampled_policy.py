@@ -98,6 +98,27 @@ def test_weights_that_collapse_are_told_once(loaded, tmp_path) -> None:
     assert "Leave out allowed_token_ids, which the training pass cannot follow" in ours[0]
 
 
+def test_rollouts_without_the_adapter_are_told(loaded, tmp_path, monkeypatch) -> None:
+    """The base in place of the policy, as in an engine that was not told of the adapter: the gap
+    that is logged at every step shows it, and the run says so once.
+    """
+
+    def gaps(folder: Path) -> list[float]:
+        with training.adapted(loaded[0], init_lora_weights=False) as policy:
+            trainer = training.make_trainer(policy, loaded[1], folder, max_steps=2)
+            trainer.train()
+            return [row["sampling/logp_gap_mean"] for row in training.steps(trainer)]
+
+    assert max(gaps(tmp_path / "published")) < TOLERANCE  # a warning would be an error
+    engine = loaded[0].toolkit_engine
+    asked = engine._request
+    monkeypatch.setattr(engine, "_request", lambda _: asked(False))
+    with pytest.warns(ToolkitWarning, match="as if the engine sampled without the adapter") as told:
+        base = gaps(tmp_path / "base")
+    assert min(base) > 0.02 > 1000 * TOLERANCE
+    assert len([one for one in told if issubclass(one.category, ToolkitWarning)]) == 1
+
+
 def test_penalties_of_one_turn_are_refused_with_tools(loaded, tmp_path) -> None:
     kwargs, more = {"presence_penalty": 0.5}, {"tools": [len]}
     with (

@@ -145,3 +145,57 @@ def test_4bit_layers_share_the_packed_weights(open_gpu: Callable[..., Engine]) -
         loss.backward()
         trained = [p for p in policy.parameters() if p.requires_grad]
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained)
+
+
+@pytest.mark.parametrize("wanted", [True, 3 << 20])
+@pytest.mark.parametrize("sleep", [False, True])
+def test_rollouts_over_copies_of_4bit_weights(
+    open_gpu: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, wanted: Any, sleep: bool
+) -> None:
+    """Through captured graphs: memory that is the trainer's between two rollouts, the same tokens
+    after each, and a gap that is not larger than without copies; in two engines of one process.
+    """
+    pytest.importorskip("bitsandbytes")
+    from toolkit.base.errors import ConfigError
+    from toolkit.engine.dequantized import COPIES, packed_layers
+    from toolkit.engine.rollout_request import Sampling
+
+    prompts, sampling = [list(range(3, 40)), list(range(9, 25))], Sampling(n=4, max_tokens=32)
+    with open_gpu(load_in_4bit=True, dequantized_rollouts=False) as engine:
+        assert getattr(engine.module, COPIES, None) is None
+        policy = adapted(engine)
+        engine.publish(policy)
+        packed, gap = engine.generate(prompts, sampling, seed=1), mean_gap(engine, policy)
+        del policy
+    with open_gpu(
+        load_in_4bit=True, dequantized_rollouts=wanted, enable_sleep_mode=sleep
+    ) as engine:
+        copies = getattr(engine.module, COPIES)
+        layers = len(packed_layers(engine.module))
+        assert len(copies._packed) == layers if wanted is True else 0 < len(copies._packed) < layers
+        assert wanted is True or copies.nbytes <= wanted
+        policy = adapted(engine)
+        engine.publish(policy)
+        first = engine.generate(prompts, sampling, seed=1)
+        addresses = [tensor.data_ptr() for tensor in copies._tensors]
+        torch.cuda.empty_cache()
+        awake = torch.cuda.mem_get_info()[0]
+        for _ in range(3):
+            engine.sleep()
+            torch.cuda.empty_cache()
+            assert torch.cuda.mem_get_info()[0] - awake >= copies.nbytes // 2
+            loss = policy(torch.arange(3, 60, device="cuda")[None]).logits.float().square().mean()
+            loss.backward()  # the trainer works on the packed weights meanwhile
+            engine.publish(policy)
+            again = engine.generate(prompts, sampling, seed=1)
+            assert again.completion_ids == first.completion_ids
+        assert [tensor.data_ptr() for tensor in copies._tensors] == addresses
+        assert mean_gap(engine, policy) <= 1.25 * gap + 2e-3
+        # Another kernel where a batch has one row, so a near tie may fall the other way.
+        pairs = zip(packed.completion_ids, first.completion_ids, strict=True)
+        assert sum(a[:4] == b[:4] for a, b in pairs) >= len(prompts) * sampling.n // 2
+        total = torch.cuda.mem_get_info()[1]
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, total))
+        with pytest.raises(ConfigError, match="16-bit copies") as caught:
+            copies.refuse_too_many()
+        assert "dequantized_rollouts" in str(caught.value.where)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,9 @@ from toolkit.base.errors import ConfigError
 # Only tables: bench.run imports torch.
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 @click.command("bench")
@@ -49,6 +53,7 @@ from toolkit.train.bench.shapes import SHAPES
 )
 @click.option("--gpu-memory-utilization", type=float)
 @click.option("--load-in-4bit/--load-in-16bit", default=None)
+@click.option("--profile", is_flag=True, help="Also print where the toolkit's time goes.")
 @click.option(
     "--limit-s",
     type=float,
@@ -117,9 +122,28 @@ def bench(
     click.echo(
         f"\n{report['card']}, {shape}, {workload}, floor {report['floor_s']['step']:.3f} s a step"
     )
+    _echo(rows)
+    for arm in report["arms"]:
+        if arm["profile"]:
+            _echo_profile(arm["profile"])
+    click.echo(f"\nreport: {folder / 'bench.json'}")
+
+
+def _echo(rows: Sequence[Sequence[str]]) -> None:
+    """Columns, the first to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         click.echo("  ".join(cells))
-    click.echo(f"\nreport: {folder / 'bench.json'}")
+
+
+def _echo_profile(profile: Mapping[str, Any]) -> None:
+    """The three accounts of our arm."""
+    from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
+
+    click.echo()
+    _echo(start_account.table_of(profile["start_s"]))
+    for name in ("decode_step", "training_step"):
+        click.echo()
+        _echo(kernel_account.table_of(name.replace("_", " "), profile[name]))

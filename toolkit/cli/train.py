@@ -1,4 +1,4 @@
-"""``toolkit``: train, demo, generate, export, bench."""
+"""``toolkit``: train, demo, generate, export, tune, bench."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     ),
     "generate": ("toolkit.cli.generate:generate", "Generate completions with a trained run."),
     "export": ("toolkit.cli.export:export", "Write a run's adapter, or merged weights."),
+    "tune": ("toolkit.cli.tune:tune", "Tune the engine's LoRA kernels on this card."),
     "bench": ("toolkit.cli.bench:bench", "Measure step time and memory against TRL and Unsloth."),
 }
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,7 @@ def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
+    _read_weights_ahead(config)
     from toolkit.base.defect import working_on  # noqa: PLC0415
     from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
     from toolkit.train.run import run  # noqa: PLC0415
@@ -140,3 +142,15 @@ def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
 
     working_on(Path(config.runtime.output_dir), lambda: as_mapping(config))
     run(config, Options(evaluate=evaluate, debug=debug))
+
+
+def _read_weights_ahead(config: RunConfig) -> None:
+    """Let the disk work while the libraries are imported. What is missing is reported later."""
+    from toolkit.base.read_ahead import read_ahead  # noqa: PLC0415
+    from toolkit.sizing.fit import available_bytes  # noqa: PLC0415
+    from toolkit.sizing.model_source import find_model  # noqa: PLC0415
+
+    with suppress(ToolkitError, OSError):
+        files = find_model(config.model.model_name, config.model.revision)
+        if files.folder is not None:
+            read_ahead(files.folder, available_bytes())

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Auto = Literal["auto"]
-Kind = Literal["switch", "count", "share", "rank", "any"]
-"""switch: true or false; count: an integer above 0; share: a number between 0 and 1; rank: one of
-vLLM's adapter ranks; any: vLLM checks it."""
+Kind = Literal["switch", "count", "amount", "share", "rank", "any"]
+"""switch: true or false; count: an integer above 0; amount: true or false, or an integer above 0;
+share: a number between 0 and 1; rank: one of vLLM's adapter ranks; any: vLLM checks it."""
 
 
 class Option(NamedTuple):
@@ -141,6 +141,21 @@ class EngineSettings:
         auto="chosen from the sequences and lengths of this run",
         examples=("auto", 1 << 30),
         unit="bytes",
+    )
+    dequantized_rollouts: bool | int | Auto = _option(
+        "auto",
+        "amount",
+        api="auto",
+        description="Sample from 16-bit copies of 4-bit weights: they are made when a rollout"
+        " begins, and their memory is released when it ends. The same values are multiplied, and a"
+        " decode step takes half the time or less. true: all 4-bit weights; a number: the largest"
+        " in so many bytes; false: none.",
+        auto="as many as fit beside the KV cache of a whole rollout",
+        examples=("auto", True, False),
+        unit="bytes",
+        rule="LOAD040",
+        on_gpu=True,
+        sized=True,
     )
     max_loras: int = _option(
         1,
@@ -266,6 +281,9 @@ def _legal_values(option: Option) -> dict[str, Any]:
         "count": {"type": "integer", "minimum": 1},
         "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     }
+    if option.kind == "amount":
+        auto = {"const": "auto", "description": option.auto}
+        return {"anyOf": [shapes["switch"], shapes["count"], auto]}
     shape = shapes[option.kind]
     if option.nullable:
         shape = {**shape, "type": [shape["type"], "null"]}

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from toolkit.base.errors import ConfigError, ConfigValueError, ToolkitError
 from toolkit.engine import token_generation as generation
 from toolkit.engine.adapter import AdapterSlots
+from toolkit.engine.dequantized import COPIES
 from toolkit.engine.oom_backoff import Part, in_parts
 from toolkit.engine.rollout_request import check_prompts
 from toolkit.engine.sleep import KvSleep
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.engine.dequantized import Copies
     from toolkit.engine.engine_options import EngineOptions
     from toolkit.engine.rollout_request import Rollout, Sampling
 
@@ -50,6 +52,7 @@ class Engine:
             None if slots is None else AdapterSlots(slots, internals.module, options.max_lora_rank)
         )
         self._sleep = KvSleep(llm) if options.enable_sleep_mode is True else None
+        self._copies: Copies | None = getattr(internals.module, COPIES, None)
         self._files: dict[str, LoRARequest] = {}
         self._published: dict[str, Any] = {}
         self._versions: dict[str, int] = {}
@@ -195,16 +198,30 @@ class Engine:
         return self._files[folder]
 
     def sleep(self) -> None:
-        """Release the KV cache, if the engine was built with ``sleep``; weights and slots stay
-        where they are.
+        """Release the KV cache, if the engine was built with ``sleep``, and the 16-bit copies of
+        4-bit weights; weights and slots stay where they are.
         """
+        if self._copies is not None:
+            self._copies.release()
         if self._sleep is not None:
             self._sleep.sleep()
 
     def wake(self) -> None:
-        """Take the KV cache again. Does nothing when awake."""
+        """Take the KV cache and the copies again. Does nothing when awake.
+
+        Raises:
+            RetryError, NodeError, ConfigError: the memory is not there; the message names the check
+                that explains it.
+        """
         if self._sleep is not None:
             self._sleep.wake()
+        if self._copies is None:
+            return
+        try:
+            self._copies.fill()
+        except (RuntimeError, MemoryError) as problem:
+            what = "the 4-bit weights could not be dequantized for a rollout"
+            raise explain(problem, what, START_AGAIN) from problem
 
     def close(self) -> None:
         """Shut the engine down and release its memory. A second call does nothing.
@@ -216,9 +233,11 @@ class Engine:
         llm, self._llm, self._module = self._llm, None, None
         if self._sleep is not None:
             self._sleep.wake_for_close()
+        if self._copies is not None:
+            self._copies.close()
         if self._adapters is not None:
             self._adapters.forget()
-        self._adapters = self._sleep = None
+        self._adapters = self._sleep = self._copies = None
         self._published.clear()
         shut_down(llm, keep_process_group=not self._owns_process_group)
         del llm

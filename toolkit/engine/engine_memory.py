@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from toolkit.engine.vllm_internals import device_type, open_worker
+from toolkit.engine.dequantized import COPIES
+from toolkit.engine.vllm_internals import device_type, open_internals, open_worker
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -22,7 +23,14 @@ def engine_memory(llm: LLM) -> dict[str, int]:
     """
     if device_type() != "cuda":
         return {}
-    return account(open_worker(llm))
+    found = account(open_worker(llm))
+    copies = getattr(open_internals(llm).module, COPIES, None)
+    if copies is not None:
+        # They are made in the profiling run, so vLLM counts them among its activations.
+        found["engine.dequantized"] = copies.nbytes
+        if "engine.activations" in found:
+            found["engine.activations"] = max(1, found["engine.activations"] - copies.nbytes)
+    return found
 
 
 def account(worker: Any) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
 from toolkit.config.engine_settings import API_OPTIONS, ApiEngineSettings
+from toolkit.config.graph_sizes import graph_sizes
 from toolkit.config.lora_targets import SLOTS as LAYERS_WITH_SLOTS
 
 if TYPE_CHECKING:
@@ -115,13 +116,21 @@ class EngineOptions(ApiEngineSettings):
             arguments["enable_lora"] = True
             arguments["lora_target_modules"] = list(self.lora_target_modules or ()) or None
         if device == "cuda" and not arguments["enforce_eager"] and self.compilation_config is None:
-            arguments["compilation_config"] = dict(GRAPHS_ONLY)
+            arguments["compilation_config"] = self._graphs()
         if self.load_in_4bit:
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         elif self.share_weights:
             arguments["load_format"] = LOADER
         arguments |= self.extra
         return {name: value for name, value in arguments.items() if value is not None}
+
+    def _graphs(self) -> dict[str, Any]:
+        """Which CUDA graphs are captured: where the largest batch is known, few sizes up to it."""
+        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if not isinstance(sequences, int):
+            return dict(GRAPHS_ONLY)
+        sizes = graph_sizes(sequences, tokens if isinstance(tokens, int) else None)
+        return {**GRAPHS_ONLY, "cudagraph_capture_sizes": sizes}
 
     def _settings(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
         """What a user may set, under vLLM's names; None where vLLM decides."""

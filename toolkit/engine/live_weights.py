@@ -133,3 +133,36 @@ def engine_name(module: Any, name: str) -> str:
 def uses_transformers_backend(module: Any) -> bool:
     """True where vLLM has no model of its own for the architecture and runs Hugging Face's."""
     return type(module).__module__.startswith("vllm.model_executor.models.transformers")
+
+
+STATES = "bnb_quant_state"
+OFFSETS = "bnb_shard_offsets"
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """True for a 4-bit weight of the engine.
+
+    vLLM (read at 0.25.1) keeps the weights of a fused layer as one packed tensor (n, 1) of uint8,
+    two NF4 values a byte, with ``bnb_shard_offsets`` (start of each part, in bytes) and
+    ``bnb_quant_state`` {part: QuantState}, whose absmax has been un-nested.
+    """
+    return isinstance(getattr(tensor, STATES, None), dict)
+
+
+def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape (out, in) of the weight that is packed in ``tensor``; its own shape if it is not
+    packed.
+    """
+    if not is_packed(tensor):
+        return tuple(tensor.shape)
+    states = ordered_states(tensor)
+    return (
+        sum(int(state.shape[0]) for state in states),
+        *(int(size) for size in states[0].shape[1:]),
+    )
+
+
+def ordered_states(tensor: torch.Tensor) -> list[Any]:
+    """The quantization states of the parts, in their order."""
+    states: Mapping[int, Any] = getattr(tensor, STATES)
+    return [states[index] for index in sorted(states)]

@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError, MissingExtraError
+from toolkit.base.read_ahead import free_bytes, read_ahead
 from toolkit.engine.rollout_engine import vllm_available
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def open_engine(options: EngineOptions) -> Engine:
             ),
         )
     prepare_environment()
+    read_ahead(options.model, free_bytes())
     # vLLM reads its environment while it is imported, and the import takes seconds: hence here.
     from toolkit.engine.start import start  # noqa: PLC0415
 

@@ -9,12 +9,16 @@ releases the allocations that the allocator tagged ``kv_cache`` and no others.
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm import LLM
 
 NAME = "toolkit_kv"
@@ -75,21 +79,50 @@ def release_tag(tag: str) -> None:
             data.is_asleep = True
 
 
-def map_tag(tag: str) -> None:
+def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     """Map memory at the addresses of every released allocation tagged ``tag``; its contents are
-    undefined.
+    undefined. torch keeps its cache where ``spare_bytes`` are left beside it.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
         data for data in allocator.pointer_to_data.values() if data.tag == tag and data.is_asleep
     ]
-    if asleep:
+    needed = sum(int(data.handle[1]) for data in asleep)
+    enough = spare_bytes is not None and torch.cuda.mem_get_info()[0] >= needed + spare_bytes
+    if asleep and not enough:
         # The trainer's step has left its activations' memory in torch's cache. Kept there, the card
         # would have to hold both, which is what sleeping is to avoid.
         torch.cuda.empty_cache()
     for data in asleep:
         create_and_map(data.handle)
         data.is_asleep = False
+
+
+@contextmanager
+def tagged_pool(tag: str) -> Iterator[None]:
+    """Tensors that are made inside can be released and mapped by ``tag``; whether the engine was
+    built with ``enable_sleep_mode`` does not matter. One pool a tag.
+    """
+    allocator, _, _ = _allocator()
+    with allocator.use_memory_pool(tag=tag):
+        yield
+
+
+def drop_pool(tag: str) -> None:
+    """Free what is left of the pool of ``tag``, whose tensors are gone: vLLM keeps pools for the
+    process, and counts what is in them before it loads another model.
+
+    torch's pool must go before the allocator that it points to (``CuMemAllocator.release_pools``).
+    """
+    allocator, _, _ = _allocator()
+    entry = allocator.allocator_and_pools.pop(tag, None)
+    if entry is None:
+        return
+    pool, keeps_alive = entry
+    del entry, pool
+    gc.collect()
+    torch.cuda.empty_cache()
+    del keeps_alive
 
 
 def _allocator() -> tuple[Any, Any, Any]:

@@ -22,6 +22,7 @@ from toolkit.config.lora_targets import has_experts
 from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
+from toolkit.engine.lora_tables import use_table
 from toolkit.engine.process_group import join_group
 from toolkit.engine.vllm_errors import explain
 from toolkit.engine.vllm_internals import device_type
@@ -45,9 +46,8 @@ def start(options: EngineOptions) -> Engine:
     weight_loader.register()
     sleep.register()
     arguments = options.to_vllm("cuda" if device == "cuda" else "cpu")
-    if device == "cuda" and options.share_weights and has_experts(config.to_dict()):
-        # the one that leaves expert weights as loaded
-        arguments.setdefault("moe_backend", "triton")
+    if device == "cuda":
+        fit_gpu(arguments, options, config)
     if device == "cpu":
         experts.register()
         fit_cpu(arguments)
@@ -113,6 +113,21 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
         arguments["max_num_batched_tokens"] = max(length, tokens)
 
 
+def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
+    """What vLLM's GPU worker needs beside the options: expert weights as loaded, copies of 4-bit
+    weights, and the tuned LoRA kernels of the card.
+    """
+    if options.share_weights and has_experts(config.to_dict()):
+        arguments.setdefault("moe_backend", "triton")  # the one that leaves expert weights alone
+    if options.dequantized_rollouts and has_4bit_weights(options, config):
+        weight_loader.register_dequantizing()
+        arguments["model_loader_extra_config"] = {
+            weight_loader.WANTED: options.dequantized_rollouts
+        }
+    if options.enable_lora:
+        use_table(torch.cuda.get_device_name(), vllm.__version__)
+
+
 CPU_KV_CACHE_BYTES = 1 << 30
 """KV cache of a CPU engine when neither the options nor VLLM_CPU_KVCACHE_SPACE say otherwise."""
 
@@ -161,6 +176,13 @@ def check_model(options: EngineOptions, device: str) -> Any:
 
 
 _WITHOUT = "set fast_inference: false (runtime.engine: transformers)"
+
+
+def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
+    """Whether vLLM reads the model by its loader for bitsandbytes, in this process."""
+    stored = stored_format(config.to_dict())
+    packed = options.load_in_4bit or (stored is not None and stored.engine)
+    return packed and options.tensor_parallel_size == 1
 
 
 def read_config(options: EngineOptions) -> Any:

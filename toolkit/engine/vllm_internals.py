@@ -8,6 +8,7 @@ moved.
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     ``keep_process_group`` (the trainer made it) only the engine's part is torn down.
     """
     forget_graph_pool()
+    forget_pointers()
     client = llm.llm_engine.engine_core
     if not keep_process_group:
         client.shutdown()
@@ -114,6 +116,20 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if parallel_state._WORLD is not None:  # a group of vLLM's own, over the trainer's
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
+
+
+def forget_pointers() -> None:
+    """Have the LoRA kernels look at their weights again.
+
+    They keep addresses, strides and offsets by the address of the first byte, for the process
+    (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Of another engine there may be other
+    shapes at the same address.
+    """
+    # Never imported here: only kernels that have run have anything to forget.
+    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
+    if kernels is not None:
+        kernels._LORA_A_PTR_DICT.clear()
+        kernels._LORA_B_PTR_DICT.clear()
 
 
 def forget_graph_pool() -> None:

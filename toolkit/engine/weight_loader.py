@@ -9,17 +9,22 @@ It reads checkpoints as vLLM's default loader does, and two things more:
   with tensors that no parameter of the model holds, and a few values of each parameter as loaded,
   so that one that vLLM rewrites afterwards for a kernel of its own (experts on a CPU) is told from
   one that can be shared.
+
+For 4-bit models vLLM has a loader of its own, which it chooses by itself. ``register_dequantizing``
+puts one in its place that lets layers compute over 16-bit copies (``engine.dequantized``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from toolkit.base.mapped_files import own_weights
+from toolkit.engine import dequantized
 from toolkit.engine.engine_options import LOADER
 from toolkit.engine.live_weights import AS_LOADED, READ_NAMES, plain_parameters, sample
 
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.config.load import LoadConfig
 
 
@@ -65,3 +70,47 @@ def register() -> None:
     itself.
     """
     register_model_loader(LOADER)(SharedWeightsLoader)
+
+
+FOUR_BIT = "bitsandbytes"
+"""vLLM's name of its loader for 4-bit weights, which no argument can change."""
+WANTED = "dequantized_rollouts"
+"""Key of ``model_loader_extra_config`` that says how much is dequantized."""
+
+
+def register_dequantizing() -> None:
+    """Put ``dequantizing`` over vLLM's 4-bit loader in that loader's place. Does nothing where this
+    vLLM has none (0.31 moved it out), or where that has been done.
+    """
+    module = "vllm.model_executor.model_loader"
+    if find_spec(f"{module}.bitsandbytes_loader") is None:
+        return
+    from vllm.model_executor import model_loader  # noqa: PLC0415
+    from vllm.model_executor.model_loader.bitsandbytes_loader import (  # noqa: PLC0415
+        BitsAndBytesModelLoader,
+    )
+
+    registered: Any = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    if registered.get(FOUR_BIT) is BitsAndBytesModelLoader:
+        register_model_loader(FOUR_BIT)(dequantizing(BitsAndBytesModelLoader))
+
+
+def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
+    """``loader`` (a vLLM loader of packed weights), with copies for as many layers as
+    ``model_loader_extra_config`` asks for. ``options`` are those of ``dequantized.attach``.
+    """
+
+    class DequantizingLoader(loader):  # type: ignore[misc]  # a class that is not known here
+        def load_model(
+            self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
+        ) -> nn.Module:
+            """The model as ``loader`` makes it, its layers ready for the first forward pass."""
+            model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
+            wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)
+            if wanted == "auto":
+                wanted = dequantized.room_beside(model, vllm_config)
+            if wanted and (copies := dequantized.attach(model, wanted, **options)):
+                copies.refuse_too_many()
+            return model
+
+    return DequantizingLoader

@@ -1,11 +1,9 @@
 """4-bit weights that the engine and the trainer share: bitsandbytes layers over the engine's packed
 shards.
 
-vLLM (read at 0.25.1) keeps the weights of a fused layer as one packed tensor (n, 1) of uint8, two
-NF4 values a byte, with ``bnb_shard_offsets`` (start of each part, in bytes) and ``bnb_quant_state``
-{part: QuantState}, whose absmax has been un-nested. Each part is thus a whole 4-bit weight of its
-own: ``Linear4bit`` (read at bitsandbytes 0.50.2) over that slice and that state computes what the
-engine computes, and nothing is copied.
+Each part of a fused layer is a whole 4-bit weight of its own (``engine.weights.is_packed``):
+``Linear4bit`` (read at bitsandbytes 0.50.2) over that slice and that state computes what the engine
+computes, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -15,41 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from toolkit.base.errors import MissingExtraError, UnsupportedError
+from toolkit.engine.live_weights import OFFSETS, ordered_states
 from toolkit.policy.weight_names import FALLBACK, WHY_SHARE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
     from toolkit.policy.weight_names import Slice
-
-STATES = "bnb_quant_state"
-OFFSETS = "bnb_shard_offsets"
-
-
-def is_packed(tensor: torch.Tensor) -> bool:
-    """True for a 4-bit weight of the engine."""
-    return isinstance(getattr(tensor, STATES, None), dict)
-
-
-def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape (out, in) of the weight that is packed in ``tensor``; its own shape if it is not
-    packed.
-    """
-    if not is_packed(tensor):
-        return tuple(tensor.shape)
-    states = ordered_states(tensor)
-    return (
-        sum(int(state.shape[0]) for state in states),
-        *(int(size) for size in states[0].shape[1:]),
-    )
-
-
-def ordered_states(tensor: torch.Tensor) -> list[Any]:
-    """The quantization states of the parts, in their order."""
-    states: Mapping[int, Any] = getattr(tensor, STATES)
-    return [states[index] for index in sorted(states)]
 
 
 def find_parts(rows: Sequence[int], start: int, count: int) -> range:

@@ -83,6 +83,11 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             continue
         if option.kind == "count" and (type(value) is not int or value <= 0):
             raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
+        whole = type(value) is int and value > 0
+        if option.kind == "amount" and not (isinstance(value, bool) or whole):
+            raise ConfigTypeError(
+                f"{name}={value!r} must be True, False, or an integer above 0", where=WHERE
+            )
         if option.kind == "switch" and not isinstance(value, bool):
             raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
-from toolkit.engine.live_weights import borrow, engine_name
+from toolkit.engine.live_weights import borrow, engine_name, is_packed, logical_shape
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.base_sums import AT_LOAD, base_sums
-from toolkit.policy.bnb_layers import is_packed, logical_shape, mark_4bit, replace_linear
+from toolkit.policy.bnb_layers import mark_4bit, replace_linear
 from toolkit.policy.skeleton import empty_model
 from toolkit.policy.weight_names import FALLBACK, WHY_SHARE, Sources, plan_views, stored_names
 

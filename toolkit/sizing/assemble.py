@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from toolkit.base.formatting import format_bytes
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.sizing import engine_bytes as engines
 from toolkit.sizing import kv_bytes, lora_bytes
+from toolkit.sizing.dequantized import all_copies, room_for_copies
 from toolkit.sizing.fit import RETURNED_SHARE
 from toolkit.sizing.micro_batch import is_auto
 from toolkit.sizing.packs import passes, step_tokens
@@ -130,7 +132,8 @@ def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
     rollout = always + kv_bytes + total(counted, "rollout")
     training = always + kv_bytes - asleep + total(counted, "training")
     margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
-    margin += int(total(counted, "rollout") * (1 - RETURNED_SHARE))
+    activations = total(counted, "rollout") - case.plan.dequantized
+    margin += int(activations * (1 - RETURNED_SHARE))
     return Peaks(
         rollout_bytes=rollout,
         training_bytes=training,
@@ -153,7 +156,7 @@ def _model(case: Case, fit: Fit) -> ModelPart:
         dtype=plan.dtype,
         quantization=how if (how := _format(case)) != plan.dtype else None,
         margin=spec.margin,
-        notes=(*spec.notes, *_notes(case)),
+        notes=(*spec.notes, *_notes(case, fit)),
     )
 
 
@@ -164,8 +167,22 @@ def _format(case: Case) -> str:
     return case.plan.quantization.method if case.plan.quantization else case.plan.dtype
 
 
-def _notes(case: Case) -> list[str]:
-    notes = []
+def _copies_note(case: Case, fit: Fit) -> str | None:
+    """What becomes of the copies of 4-bit weights where not all of them are made by themselves."""
+    copies, whole = case.plan.dequantized, all_copies(case.spec, case.plan)
+    left_open = case.config.model.dequantized_rollouts == "auto" and case.work.uses_engine
+    if not left_open or copies >= whole:
+        return None
+    left = room_for_copies(case, fit) + copies
+    made = f"{format_bytes(copies)} of them are made" if copies else "none are made"
+    return (
+        f"4-bit weights: 16-bit copies for the rollouts would take {format_bytes(whole)}, and "
+        f"{format_bytes(max(left, 0))} are left beside the KV cache; {made}"
+    )
+
+
+def _notes(case: Case, fit: Fit) -> list[str]:
+    notes = [note] if (note := _copies_note(case, fit)) is not None else []
     experts = any(block.active_experts for block in case.spec.blocks)
     if experts and case.work.targets == case.spec.targets:
         notes.append(
@@ -196,6 +213,8 @@ def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
         kv_sequence_bytes=fit.sequence,
         kv_wanted_bytes=fit.wanted,
         kv_bytes=kv_bytes,
+        copies_bytes=plan.dequantized,
+        copies_note=_copies_note(case, fit),
         ranks=tuple((rank, engines.slot_bytes(case.spec, plan, rank)) for rank in ranks),
     )
 
@@ -225,6 +244,14 @@ def _packs(case: Case) -> PackPart | None:
     )
 
 
+def _dequantized(case: Case) -> bool | int:
+    """The value of model.dequantized_rollouts: all (True), the largest layers in so many bytes, or
+    none.
+    """
+    copies = case.plan.dequantized
+    return copies if 0 < copies < all_copies(case.spec, case.plan) else copies > 0
+
+
 def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Choice:
     return Choice(
         gpu_memory_utilization=utilization,
@@ -239,6 +266,7 @@ def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Ch
         dtype=case.plan.dtype,
         fast_inference=case.work.uses_engine,
         kv_cache_bytes=fit.kv,
+        dequantized_rollouts=_dequantized(case),
         target_modules=case.work.targets,
         # Where rows are written, they bound a pass, at the width of what was sampled.
         pack_tokens=case.step.pack_tokens if is_auto(case.config.grpo) else None,

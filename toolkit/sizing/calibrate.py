@@ -25,6 +25,7 @@ MEASURED_AS = {
     "engine.runtime": ("engine.runtime",),
     "engine.cuda_graphs": ("engine.cuda_graphs",),
     "engine.kv": ("engine.kv",),
+    "engine.dequantized": ("engine.dequantized",),
     "trainer.step": (
         "trainer.gradients",
         "trainer.activations",

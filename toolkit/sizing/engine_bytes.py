@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import MIB
+from toolkit.config.graph_sizes import graph_sizes
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
 from toolkit.sizing.terms import Term
@@ -55,16 +56,20 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
         ),
     ]
     if plan.on_gpu:
+        graphs = len(graph_sizes(plan.max_num_seqs, plan.max_num_batched_tokens))
         terms += [
             Term("engine.runtime", RUNTIME_BYTES, "cuBLAS and attention workspaces, estimated"),
             Term(
                 "engine.cuda_graphs",
                 graph_bytes(spec, plan),
-                f"{len(capture_sizes(plan))} sizes x {spec.layers} layers, estimated"
+                f"{graphs} sizes x {spec.layers} layers, estimated"
                 if not plan.enforce_eager
                 else "none: enforce_eager",
             ),
         ]
+    if plan.dequantized:
+        what = "16-bit copies of 4-bit weights, given back after a rollout"
+        terms.append(Term("engine.dequantized", plan.dequantized, what, "rollout"))
     forward = forward_bytes(spec, plan)
     sampler = sampler_bytes(spec, plan)
     terms.append(
@@ -133,22 +138,12 @@ def sampler_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
     return hidden + sequences * padded_vocab(spec.vocab_size) * SAMPLER_BYTES
 
 
-def capture_sizes(plan: EnginePlan) -> list[int]:
-    """The batch sizes for which graphs are captured (vllm/config/vllm.py
-    ``_set_cudagraph_sizes``).
-    """
-    largest = min(plan.max_num_seqs * 2, 512, plan.max_num_batched_tokens)
-    sizes = [size for size in (1, 2, 4) if size <= largest]
-    sizes += range(8, min(largest + 1, 256), 8)
-    sizes += range(256, largest + 1, 16)
-    return sizes
-
-
 def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
     """Memory that graph capture keeps."""
     if plan.enforce_eager:
         return 0
-    return len(capture_sizes(plan)) * spec.layers * GRAPH_LAYER_BYTES + 64 * MIB
+    sizes = graph_sizes(plan.max_num_seqs, plan.max_num_batched_tokens)
+    return len(sizes) * spec.layers * GRAPH_LAYER_BYTES + 64 * MIB
 
 
 def kv_element_bytes(plan: EnginePlan) -> int:

@@ -40,9 +40,14 @@ class EnginePlan:
     block_tokens: int
     lora_modules: tuple[str, ...]
     tensor_parallel: int = 1
+    dequantized: int = 0
+    """Bytes of 16-bit copies of 4-bit weights while a rollout runs (sizing/dequantized)."""
 
     def with_sleep(self, sleep: bool) -> EnginePlan:
         return replace(self, sleep=sleep)
+
+    def with_copies(self, nbytes: int) -> EnginePlan:
+        return replace(self, dequantized=nbytes)
 
 
 def plan_engine(

@@ -108,7 +108,7 @@ class Case:
 class Fit:
     """Bytes: ``least`` and ``most`` are the ends for u x total, ``short`` is missing (<= 0: it
     fits), ``sequence`` is the KV of one sequence, ``wanted`` the KV of a whole rollout, ``kv``
-    a CPU engine's cache.
+    a CPU engine's cache. ``most_sampling`` is ``most`` as far as the rollout phase binds it.
     """
 
     terms: tuple[Term, ...]
@@ -120,6 +120,7 @@ class Fit:
     sequence: int
     wanted: int
     kv: int | None = None
+    most_sampling: int = 0
     margin_least: int = 0
     margin_most: int = 0
 
@@ -180,22 +181,26 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
     others = [term for term in terms if not _in_engine(term)]
     one = engines.kv_sequence_bytes(case.spec, case.plan, case.plan.max_model_len)
     fixed, given_back = total(engine), total(engine, "rollout")
+    copies = case.plan.dequantized
     kept, step = total(others, "always"), total(others, "training")
     room = device.free_bytes - device.context_bytes
     ends = {
         "free memory - context - what the trainer keeps (rollout phase)": room - kept,
         "the card": device.cuda_total_bytes,
     }
-    least = fixed + one
-    missing = least - room  # awake: at most the amount missing for u_min
-    if case.plan.sleep:
-        # The cache is mapped again while torch still reserves memory of the last step.
-        pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
+    # What sleeps is mapped again while torch still reserves memory of the last step.
+    pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
+    beside_pieces = room - kept - pieces
+    most_sampling = min(*ends.values(), beside_pieces)
+    if case.plan.sleep or copies:
         name = (
             "free memory - context - what the trainer keeps and torch still reserves "
             "(rollout phase)"
         )
-        ends[name] = room - kept - pieces
+        ends[name] = beside_pieces
+    least = fixed + one
+    missing = least - room  # awake: at most the amount missing for u_min
+    if case.plan.sleep:
         # Memory missing while the cache sleeps is missing at every u, so the interval is empty by
         # that amount.
         missing = fixed - given_back + kept + step - room
@@ -203,7 +208,8 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
         ends |= {name: least - missing} if missing > 0 else {}
     else:
         name = f"free memory - context - a training step ({_largest(others, 'training')})"
-        ends[name] = room - kept - step + int(given_back * RETURNED_SHARE)
+        returned = int((given_back - copies) * RETURNED_SHARE) + copies
+        ends[name] = room - kept - step + returned
     binding = min(ends, key=lambda name: ends[name])
     return Fit(
         terms=tuple(terms),
@@ -214,6 +220,7 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
         short=max(missing, least - ends[binding]),
         sequence=one,
         wanted=_wanted(case),
+        most_sampling=most_sampling,
         margin_least=sum(term.bytes for term in engine if term.term == "margin.engine"),
         margin_most=sum(term.bytes for term in others if term.term.startswith("margin.")),
     )

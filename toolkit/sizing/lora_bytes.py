@@ -66,6 +66,23 @@ def engine_elements(
     return slots * total
 
 
+def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
+    """(rows of each slice, columns) of the layers with adapter slots, fused as the engine fuses
+    them: q, k and v are three slices of one layer.
+    """
+    found = set()
+    for block in spec.blocks:
+        groups: dict[tuple[str, ...], list[Linear]] = {}
+        for linear in block.linears:
+            if linear.copies == 1 and _has_slots(linear, SLOTS):
+                parent = linear.name.rpartition(".")[0]
+                fused = next((one for one in FUSED if linear.leaf in one), (linear.leaf,))
+                groups.setdefault((parent, *fused), []).append(linear)
+        for parts in groups.values():
+            found.add((tuple(one.out_features for one in parts), parts[0].in_features))
+    return found
+
+
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
     """The layers that get slots in the toolkit's engine: all layers that can be trained with it."""
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)

@@ -234,6 +234,9 @@ def _engine_changes(case: Case) -> Iterator[_Change]:
     for possible, harm, name in flags:
         if possible:
             yield _Change(harm, f"{name}: true", {f"model.{name}": True})
+    if plan.dequantized and case.config.model.dequantized_rollouts is not False:
+        text = "dequantized_rollouts: false"
+        yield _Change(TIME, text, {"model.dequantized_rollouts": False})
     tokens, sequences = plan.max_num_batched_tokens, plan.max_num_seqs
     if tokens >= max(1024, 2 * sequences):
         text = f"max_num_batched_tokens {tokens} -> {tokens // 2}"

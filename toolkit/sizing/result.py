@@ -42,8 +42,10 @@ class EnginePart:
     """Facts of the engine as it would be built.
 
     ``lora_bytes`` is vLLM's own allocation, with slots on every layer that it can adapt (experts,
-    embeddings and head too); ``lora_slots_bytes`` is the allocation of the toolkit's engine, which
-    has slots only on the projections. ``ranks`` gives the latter for each legal max_lora_rank.
+    embeddings and head too); ``lora_slots_bytes`` is what this toolkit's engine takes, which
+    requests slots on the projections only. ``copies_bytes`` are 16-bit copies of 4-bit weights
+    while sampling, and ``copies_note`` says why there are not more. ``ranks`` prices each legal
+    max_lora_rank in LoRA slots.
     """
 
     lora_bytes: int
@@ -54,6 +56,8 @@ class EnginePart:
     kv_sequence_bytes: int
     kv_wanted_bytes: int
     kv_bytes: int
+    copies_bytes: int
+    copies_note: str | None
     ranks: tuple[tuple[int, int], ...]
 
 
@@ -130,6 +134,7 @@ class Choice:
     dtype: str
     fast_inference: bool
     kv_cache_bytes: int | None
+    dequantized_rollouts: bool | int
     target_modules: tuple[str, ...] | str
     pack_tokens: int | None = None
 

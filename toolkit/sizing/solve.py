@@ -14,6 +14,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.config.resolved import resolve_run
 from toolkit.config.trl_names import LIGER, installed
 from toolkit.sizing.assemble import assemble
+from toolkit.sizing.dequantized import best_copies, written_copies
 from toolkit.sizing.device import situation_of
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
@@ -23,7 +24,7 @@ from toolkit.sizing.micro_batch import divisors
 from toolkit.sizing.packs import budgets, passes, uses_packs, whole_tokens
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.step_time import training_seconds
+from toolkit.sizing.step_time import added_seconds, training_seconds
 from toolkit.sizing.trainer_bytes import StepPlan, compute_bytes, is_packed
 from toolkit.sizing.workload import read_workload
 
@@ -88,6 +89,8 @@ def best_case(
     config = run.config
     work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
+    if work.uses_engine:
+        plan = plan.with_copies(written_copies(config, spec, plan))
     _check_cache(config, spec, work, plan)
 
     packed = uses_packs(config, spec)
@@ -110,8 +113,8 @@ def best_case(
     ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]
     sizes = work.micro_batches if tokens is None else tokens
     found = [_largest(way, sizes) for way in ways]
-    if suiting := [pair for pair in found if pair is not None]:
-        return min(suiting, key=lambda pair: training_seconds(pair[0]))
+    if suiting := [_with_copies(*pair) for pair in found if pair is not None]:
+        return min(suiting, key=lambda pair: training_seconds(pair[0]) + added_seconds(pair[0]))
     smallest = [way(sizes[-1]) for way in ways]
     if fitting := [pair for pair in smallest if pair[1].short <= 0]:
         return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
@@ -125,6 +128,18 @@ def fuses(config: RunConfig, device: Device | None) -> bool:
     if device is None or config.runtime.fused_kernels is False:
         return False
     return installed(LIGER) if device.here else True
+
+
+def _with_copies(case: Case, fit: Fit) -> tuple[Case, Fit]:
+    """``case`` with the copies of 4-bit weights that fit, where the run file leaves that open."""
+    if case.config.model.dequantized_rollouts != "auto" or not case.work.uses_engine:
+        return case, fit
+    copies = best_copies(case, fit)
+    if not copies:
+        return case, fit
+    tried = replace(case, plan=case.plan.with_copies(copies))
+    new = evaluate(tried)
+    return (tried, new) if _suits(tried, new) else (case, fit)
 
 
 def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:

@@ -63,7 +63,7 @@ def _unpacked_latent_bytes(block: Block, width: int, quantization: Quantization)
     return sum(
         linear.weights * width
         for linear in block.linears
-        if linear.leaf == "kv_b_proj" and not _stays(linear, quantization)
+        if linear.leaf == "kv_b_proj" and not stays_unquantized(linear, quantization)
     )
 
 
@@ -76,13 +76,13 @@ def _block_bytes(block: Block, width: int, quantization: Quantization | None) ->
 
 def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None) -> int:
     biases = linear.copies * linear.out_features * width if linear.bias else 0
-    if quantization is None or _stays(linear, quantization):
+    if quantization is None or stays_unquantized(linear, quantization):
         return linear.weights * width + biases
     one = quantization.weight_bytes(linear.out_features, linear.in_features)
     return linear.copies * one + biases
 
 
-def _stays(linear: Linear, quantization: Quantization) -> bool:
+def stays_unquantized(linear: Linear, quantization: Quantization) -> bool:
     """Routers and convolutions stay in 16 bits; MXFP4 quantizes only the experts."""
     if linear.leaf in ("gate", "router", "shared_expert_gate", "conv1d"):
         return True

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
+    from toolkit.sizing.result import SizingResult
     from toolkit.train.data.dataset import Data
     from toolkit.train.preflight import Preflight
     from toolkit.train.rewards import Rewards
@@ -82,6 +83,7 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         else f"adapter  r {config.lora.r}, {trained}",
         f"engine   {choose_engine(config)} on {place}"
         + (f", {world_size()} processes" if world_size() > 1 else ""),
+        *_copies(context.preflight.sizing),
         *(f"gpus     {line}" for line in unused_gpus(context.preflight.snapshot)),
         *(f"data     {line}" for line in context.data.report.lines()),
         f"folder   {context.run_dir}",
@@ -92,6 +94,14 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         lines.append(f"resume   {found}")
     options.out.write("\n".join(lines) + "\n")
     options.out.flush()
+
+
+def _copies(sizing: SizingResult) -> list[str]:
+    """What is said of 16-bit copies of 4-bit weights: how much, or why none."""
+    if sizing.engine.copies_note is not None:
+        return [f"rollouts {sizing.engine.copies_note}"]
+    copies = sizing.engine.copies_bytes
+    return [f"rollouts {format_bytes(copies)} of 16-bit copies of 4-bit weights"] if copies else []
 
 
 def unused_gpus(snapshot: NodeSnapshot) -> list[str]:

@@ -52,6 +52,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     _attempt: Attempt | None = None
     _bad_loss: bool = False
     collapse_reported: bool = False
+    gap_reported: bool = False
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -253,6 +254,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
         importance_sampling.warn_of_collapse(self)
+        importance_sampling.warn_of_gap(self)
         super().log(logs, start_time)
         if self.signals is not None:
             # It grows with every step and is copied at each; the logs hold all of it.

@@ -141,6 +141,7 @@ class TrainerSeam(Protocol):
     bad_steps: int
     max_bad_steps: int
     collapse_reported: bool
+    gap_reported: bool
 
     # The trainer's own: rollouts and figures.
     peaks: PhasePeaks | None

@@ -49,6 +49,10 @@ def test_a_gpu_gets_graphs_without_compiling_unless_told_otherwise() -> None:
     assert "compilation_config" not in EngineOptions(model="m", enforce_eager=True).to_vllm("cuda")
     chosen = EngineOptions(model="m", compilation_config={"mode": 3}).to_vllm("cuda")
     assert chosen["compilation_config"] == {"mode": 3}
+    few = EngineOptions(model="m", max_num_seqs=20).to_vllm("cuda")["compilation_config"]
+    assert few["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20]
+    # Our own option, which vLLM does not know.
+    assert "dequantized_rollouts" not in EngineOptions(model="m").to_vllm("cuda")
 
 
 def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:

@@ -139,6 +139,8 @@ def test_refused_by_name(
         ({"max_num_batched_tokens": -3}, ConfigTypeError, ["max_num_batched_tokens=-3", "above 0"]),
         ({"max_num_seqs": "many"}, ConfigTypeError, ["max_num_seqs='many'", "integer"]),
         ({"max_loras": True}, ConfigTypeError, ["max_loras=True"]),
+        ({"dequantized_rollouts": 0}, ConfigTypeError, ["dequantized_rollouts=0", "above 0"]),
+        ({"dequantized_rollouts": "no"}, ConfigTypeError, ["dequantized_rollouts='no'"]),
         ({"enforce_eager": "no"}, ConfigTypeError, ["enforce_eager='no'", "True or False"]),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from toolkit.base.errors import MissingExtraError, UnsupportedError
+from toolkit.engine import live_weights
 from toolkit.policy import bnb_layers
 from toolkit.policy.weight_names import Slice
 
@@ -41,9 +42,9 @@ def packed(*rows: int, columns: int = 64, **rest: Any) -> torch.Tensor:
 
 
 def test_logical_shape_is_that_of_the_weight() -> None:
-    assert bnb_layers.logical_shape(packed(8, 2, 2)) == (12, 64)
-    assert bnb_layers.logical_shape(torch.empty(3, 5)) == (3, 5)
-    assert not bnb_layers.is_packed(torch.empty(3, 5))
+    assert live_weights.logical_shape(packed(8, 2, 2)) == (12, 64)
+    assert live_weights.logical_shape(torch.empty(3, 5)) == (3, 5)
+    assert not live_weights.is_packed(torch.empty(3, 5))
 
 
 def test_find_parts_takes_whole_parts_only() -> None:
@@ -78,17 +79,19 @@ def test_replace_linear_hands_over_a_view_and_its_state(monkeypatch: pytest.Monk
 
 def test_states_side_by_side_become_one() -> None:
     source = packed(8, 4)
-    joined = bnb_layers.join_states(bnb_layers.ordered_states(source), "gate_up_proj")
+    joined = bnb_layers.join_states(live_weights.ordered_states(source), "gate_up_proj")
     assert tuple(joined.shape) == (12, 64)
     assert joined.absmax.tolist() == [0.0] * 8 + [1.0] * 4
 
 
 def test_states_that_differ_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="nested"):
-        bnb_layers.join_states(bnb_layers.ordered_states(packed(8, nested=True)), "x")
+        bnb_layers.join_states(live_weights.ordered_states(packed(8, nested=True)), "x")
     a, b = packed(8), packed(8, blocksize=128)
     with pytest.raises(UnsupportedError, match="not quantized alike"):
-        bnb_layers.join_states([*bnb_layers.ordered_states(a), *bnb_layers.ordered_states(b)], "x")
+        bnb_layers.join_states(
+            [*live_weights.ordered_states(a), *live_weights.ordered_states(b)], "x"
+        )
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +99,7 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
-    state = bnb_layers.ordered_states(packed(8))[0]
+    state = live_weights.ordered_states(packed(8))[0]
     with pytest.raises(MissingExtraError, match="bitsandbytes") as caught:
         bnb_layers.linear_4bit(torch.zeros(256, 1, dtype=torch.uint8), state)
     assert "grpo-toolkit[cuda]" in str(caught.value.fix)

@@ -5,18 +5,16 @@ import json
 import pytest
 
 from toolkit.base.errors import InputError
-from toolkit.config.resolved import resolve_run
+from toolkit.config.graph_sizes import graph_sizes
 from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.sizing import lora_bytes, solve
 from toolkit.sizing.calibrate import calibrate, compare
-from toolkit.sizing.device import situation_of
-from toolkit.sizing.engine_bytes import capture_sizes
-from toolkit.sizing.engine_plan import plan_engine
+from toolkit.sizing.engine_bytes import GRAPH_LAYER_BYTES
 from toolkit.sizing.fit import available_bytes
 from toolkit.sizing.model_blocks import Linear
 from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
 from toolkit.sizing.weight_formats import NF4_ON_LOAD, Quantization, parse_quantization
-from toolkit.sizing.workload import optimizer_bytes, read_workload
+from toolkit.sizing.workload import optimizer_bytes
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 
@@ -124,16 +122,13 @@ def test_an_adapter_is_float32_on_a_quantized_base_too(spec_of, card, run):
     assert sizes[True]["trainer.dequantized"] == 14336 * 4096 * 2
 
 
-@pytest.mark.parametrize(
-    ("sequences", "largest", "count"), [(8, 16, 5), (64, 128, 19), (256, 512, 51), (1024, 512, 51)]
-)
-def test_captured_sizes(spec_of, card, run, sequences, largest, count):
-    config = run(max_num_seqs=sequences)
-    run = resolve_run(config, situation_of(card("h100")))
-    work = read_workload(run)
-    sizes = capture_sizes(plan_engine(run.config, spec_of(ONE_B), work, card("h100")))
-    assert sizes[-1] == largest
-    assert len(sizes) == count
+def test_graphs_are_those_that_the_engine_captures(spec_of, card, run):
+    few, many = (
+        solve(run(max_num_seqs=sequences), spec_of(ONE_B), card("h100")) for sequences in (64, 1024)
+    )
+    counts = [len(graph_sizes(sequences, 8192)) for sequences in (64, 1024)]
+    added = (counts[1] - counts[0]) * few.model.layers * GRAPH_LAYER_BYTES
+    assert many.engine.graph_bytes - few.engine.graph_bytes == added
 
 
 def test_eager_has_no_graphs(spec_of, card, run):

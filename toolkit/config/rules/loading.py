@@ -213,3 +213,32 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[Fault]:
             fixes=(run.to(_FAST, wanted), run.to(_ENGINE, "auto")),
             related=(_FAST,),
         )
+
+
+@rule(
+    "LOAD040",
+    "model.dequantized_rollouts model.load_in_4bit model.tensor_parallel_size",
+    example="model:\n  dequantized_rollouts: true  # with load_in_4bit: false, the default",
+    fix="dequantized_rollouts: auto",
+    severity=Severity.WARNING,
+)
+def something_to_dequantize(run: Run) -> Iterator[Fault]:
+    """A written dequantized_rollouts needs a 4-bit base and an engine on one GPU.
+
+    It replaces 4-bit weights by 16-bit copies while sampling. Weights in 16 bits are used as they
+    are; an engine over several GPUs has workers of its own, which the toolkit does not reach.
+    """
+    key = "model.dequantized_rollouts"
+    written = run.value(key)
+    if run.engine == "transformers" or written in ("auto", False):
+        return
+    for other, wanted in (("model.load_in_4bit", True), ("model.tensor_parallel_size", 1)):
+        if run.value(other) != wanted:
+            yield Fault(
+                key,
+                "has no effect: nothing is dequantized before a rollout",
+                notes=(run.operand(other),),
+                fixes=(run.to(key, "auto"),),
+                related=(other,),
+            )
+            return

@@ -64,6 +64,7 @@ class Settings:
     gpu_memory_utilization: float = 0.3
     max_seq_length: int = 1024
     load_in_4bit: bool = False
+    profile: bool = False
     learning_rate: float = 1e-5
     seed: int = 1
 
@@ -138,6 +139,8 @@ class Result:
     base_changed: int | None = None
     base_total: int | None = None
     not_run: str | None = None
+    profile: dict[str, Any] | None = None
+    """Phases of the start, a decode step and a training step (``bench --profile``)."""
 
     @property
     def first_step_s(self) -> float | None:

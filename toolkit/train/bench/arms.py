@@ -23,6 +23,12 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     # One sampler for every arm; flashinfer's is compiled on first use, with a CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
+    account = None
+    if settings.profile and arm == "ours":
+        from toolkit.train.bench.start_account import StartAccount  # noqa: PLC0415
+
+        account = StartAccount()
+        account.begin()
     trainer = BUILDERS[arm](settings)
     result.load_s = time.perf_counter() - start
     # After the arm: Unsloth wants to be imported before torch.
@@ -33,9 +39,42 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
         trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
     trainer.add_callback(probes.StepClock(result, lambda: result.write(path)))
     before = probes.base_digests(trainer.model)
-    with probes.MemoryWatch(result):
-        trainer.train()
+    if account is not None:
+        profiled(trainer, settings, result, account)
+    else:
+        with probes.MemoryWatch(result):
+            trainer.train()
     probes.compare_bases(before, probes.base_digests(trainer.model), result)
+
+
+def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
+    """Train, and fill ``result.profile``: the phases of the start, a decode step, a training step
+    (the last one, without its rollout).
+    """
+    from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
+
+    account.mark("trainer's model over the engine, its check, and the trainer")
+    training = kernel_account.TrainingProfile(settings)
+    trainer.vllm_generation.after = training.rolled_out
+    trainer.add_callback(training)
+    trainer.train()
+    account.end()
+    first_rollout = (result.rollout_s or [0.0])[0]
+    phases = {
+        **account.phases,
+        "first rollout": first_rollout,
+        "first training pass": (result.first_step_s or 0.0) - first_rollout,
+    }
+    engine = trainer.vllm_generation.engine
+    rows = prompts(settings)[: settings.prompts]["prompt"]
+    ids = [trainer.processing_class(text)["input_ids"] for text in rows]
+    decode = kernel_account.decode_account(engine, ids, settings.num_generations)
+    assert training.recorder is not None
+    result.profile = {
+        "start_s": phases,
+        "decode_step": decode.to_json(),
+        "training_step": training.recorder.account(1).to_json(),
+    }
 
 
 def _ours(settings: Settings) -> Any:

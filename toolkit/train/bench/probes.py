@@ -57,6 +57,7 @@ class TimedGeneration:
 
     def __init__(self, inner: Any, result: Result) -> None:
         self.inner, self.result = inner, result
+        self.after: Callable[[], None] = lambda: None
 
     def sync_weights(self) -> Any:
         """The publish of the policy to the engine."""
@@ -76,6 +77,7 @@ class TimedGeneration:
             self.result.prompt_tokens.append(sum(prompts))
             widest = max(prompts, default=0) + max(completions, default=0)
             self.result.padded_tokens.append(widest * len(completions))
+        self.after()
         return out
 
     def __getattr__(self, name: str) -> Any:

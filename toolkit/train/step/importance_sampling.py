@@ -182,14 +182,50 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
     )
 
 
+GAP = "sampling/logp_gap_mean"
+GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
+"""Largest mean |engine - trainer| in nats that can be rounding: 1e-6 is usual in float32, 0.02 to
+0.07 with 16-bit and 4-bit weights."""
+
+
+def warn_of_gap(trainer: TrainerSeam) -> None:
+    """Warn once, on the first rank, where the gap of a logging window is more than rounding: what
+    is sampled is then not the policy that is trained (the base without its adapter, for one).
+
+    Quiet where ``warn_of_collapse`` has spoken, or where sampling options say why.
+    """
+    means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
+    if not means or trainer.gap_reported or trainer.collapse_reported:
+        return
+    engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
+    exact = getattr(engine, "dtype", None) is torch.float32
+    limit = GAP_LIMIT if exact else GAP_LIMIT_HALF
+    mean = sum(means) / len(means)
+    if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
+        return
+    trainer.gap_reported = True
+    warnings.warn(
+        f"{GAP} is {mean:.2g} nats, and at most {limit:g} is rounding: the completions are not"
+        " sampled from the policy that is trained, as if the engine sampled without the adapter."
+        " Stop the run and report it with its run file; if the figure is as large from the first"
+        " step on, compare with fast_inference: false",
+        ToolkitWarning,
+        stacklevel=2,
+    )
+
+
+def _unfollowed(trainer: TrainerSeam) -> list[str]:
+    """Options that are set and that the training pass cannot follow."""
+    args = trainer.args
+    names = list(not_reproduced(args.generation_kwargs or {}, reads(trainer.model, args)))
+    if args.vllm_structured_outputs_regex is not None:
+        names.append("vllm_structured_outputs_regex")
+    return names
+
+
 def _remedy(trainer: TrainerSeam) -> str:
     """What to change, for the options that are set."""
-    names = list(
-        not_reproduced(trainer.args.generation_kwargs or {}, reads(trainer.model, trainer.args))
-    )
-    if trainer.args.vllm_structured_outputs_regex is not None:
-        names.append("vllm_structured_outputs_regex")
-    if names:
+    if names := _unfollowed(trainer):
         return f"Leave out {', '.join(names)}, which the training pass cannot follow"
     return (
         "Completions may be too old (lower num_iterations or steps_per_generation), or engine and"

@@ -1,0 +1,150 @@
+"""4-bit layers over 16-bit copies while a rollout runs: the same completions, memory that comes and
+goes, and rollouts in parts. bitsandbytes and CUDA graphs: tests/gpu.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import stand_in_4bit
+import torch
+from conftest import options
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from toolkit.base.errors import ToolkitError
+from toolkit.engine import token_generation as generation
+from toolkit.engine.dequantized import COPIES, DequantizedMethod, copy_bytes, packed_layers
+from toolkit.engine.rollout_request import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from toolkit.engine.engine import Engine
+
+pytestmark = pytest.mark.engine
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13]]
+SAMPLING = Sampling(n=2, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_folder: Path) -> Any:
+    """A model with an adapter that changes what is drawn."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def draw(engine: Engine, adapter: Any) -> Any:
+    engine.publish(adapter)
+    return engine.generate(PROMPTS, SAMPLING, seed=3).as_tuple()
+
+
+@pytest.fixture(scope="module")
+def as_packed(llama_folder: Path, adapter: Any) -> Any:
+    """What the engine draws when every product dequantizes its weight."""
+    with stand_in_4bit.open_packed(options(llama_folder), False) as engine:
+        assert getattr(engine.module, COPIES, None) is None
+        return draw(engine, adapter)
+
+
+@pytest.fixture(scope="module")
+def engine(llama_folder: Path, as_packed: Any) -> Iterator[Engine]:
+    """A second engine in this process, with copies of all layers."""
+    del as_packed
+    with stand_in_4bit.open_packed(options(llama_folder), True) as opened:
+        yield opened
+
+
+def held(engine: Engine) -> int:
+    """Bytes that the copies hold now."""
+    copies = getattr(engine.module, COPIES)
+    return sum(tensor.untyped_storage().nbytes() for tensor in copies._tensors)
+
+
+def test_the_same_completions_and_log_probabilities(
+    engine: Engine, adapter: Any, as_packed: Any
+) -> None:
+    assert all(
+        isinstance(layer.quant_method, DequantizedMethod) for layer in packed_layers(engine.module)
+    )
+    assert draw(engine, adapter) == as_packed
+
+
+def test_weights_are_unpacked_once_a_rollout(engine: Engine, adapter: Any, as_packed: Any) -> None:
+    layers = packed_layers(engine.module)
+    parts = sum(len(layer.weight.bnb_quant_state) for layer in layers)
+    for _ in range(2):
+        engine.sleep()
+        assert held(engine) == 0
+        before = stand_in_4bit.calls["unpacked"]
+        assert draw(engine, adapter) == as_packed
+        assert stand_in_4bit.calls["unpacked"] - before == parts
+        assert held(engine) == sum(copy_bytes(layer.weight, torch.float32) for layer in layers)
+
+
+def test_a_call_of_the_llm_by_hand_fills_them(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    engine.sleep()
+    told = engine.llm.generate(
+        {"prompt_token_ids": PROMPTS[0]}, SamplingParams(max_tokens=3), use_tqdm=False
+    )
+    assert len(told[0].outputs[0].token_ids) == 3
+    assert held(engine) > 0
+
+
+def test_a_rollout_in_halves_uses_them(
+    engine: Engine, adapter: Any, as_packed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = generation.generate, []
+
+    def short_of_memory(llm: Any, prompts: Any, sampling: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts) * sampling.n)
+        if sizes[-1] > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return real(llm, prompts, sampling, *rest)
+
+    monkeypatch.setattr(generation, "generate", short_of_memory)
+    engine.sleep()
+    # The tokens: log-probabilities are rounded otherwise in a smaller batch.
+    assert draw(engine, adapter)[1] == as_packed[1]
+    assert max(sizes[1:]) <= 3
+    engine._most_at_once = None
+
+
+def test_too_little_memory_is_told_and_the_next_rollout_works(
+    engine: Engine, adapter: Any, as_packed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = getattr(engine.module, COPIES)
+    engine.sleep()
+
+    def full() -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "_map", full)
+        with pytest.raises(ToolkitError, match="could not be dequantized") as caught:
+            draw(engine, adapter)
+    assert caught.value.fix
+    assert held(engine) == 0
+    assert draw(engine, adapter) == as_packed
+
+
+@pytest.mark.slow
+def test_the_largest_layers_first(llama_folder: Path, adapter: Any, as_packed: Any) -> None:
+    probe = {}
+    with stand_in_4bit.open_packed(options(llama_folder), 200_000) as engine:
+        for layer in packed_layers(engine.module):
+            taken = isinstance(layer.quant_method, DequantizedMethod)
+            probe.setdefault(taken, []).append(copy_bytes(layer.weight))
+        assert sum(probe[True]) <= 200_000
+        assert min(probe[True]) >= max(probe[False])
+        assert draw(engine, adapter) == as_packed

@@ -1,0 +1,50 @@
+"""Reading weights into the system's cache while something else is imported."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from toolkit.base import read_ahead as module
+from toolkit.base.read_ahead import read_ahead
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files of weights, another file, and a pipe that nobody writes to."""
+    (tmp_path / "a.safetensors").write_bytes(b"a" * 3000)
+    (tmp_path / "b.safetensors").write_bytes(b"b" * 1001)
+    (tmp_path / "config.json").write_bytes(b"{}" * 500)
+    os.mkfifo(tmp_path / "c.safetensors")
+    return tmp_path
+
+
+def test_every_byte_of_the_weights_is_read_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE", 700)
+    monkeypatch.setattr(module, "BLOCK", 700)
+    reading = read_ahead(folder, 1 << 30)
+    assert reading is not None
+    reading.wait()
+    assert reading.bytes_read >= 4001
+    assert read_ahead(folder, 1 << 30) is None  # a second time is for nothing
+
+
+def test_what_does_not_fit_or_is_not_there_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    assert read_ahead(folder, 5000) is None
+    assert read_ahead(tmp_path / "nothing", 1 << 30) is None
+    assert read_ahead("org/model", 1 << 30) is None
+
+
+def test_a_file_that_goes_away_is_not_told_here(folder: Path) -> None:
+    reading = module.ReadAhead([folder / "a.safetensors"])
+    (folder / "a.safetensors").unlink()
+    reading.start()
+    reading.wait()
+    assert reading.bytes_read == 0

@@ -1,0 +1,107 @@
+"""Read files of weights into the system's cache while something else is imported.
+
+With a cold cache a start spends its first half minute on imports, which need one core and no disk,
+and then waits for the disk. Nothing is kept here, and nothing that is read is looked at: whoever
+loads the weights finds the pages in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from itertools import chain
+from pathlib import Path
+
+SUFFIX = ".safetensors"
+BLOCK = 8 << 20
+PIECE = 256 << 20
+THREADS = 4
+MEMORY_SHARE = 0.6
+"""Of the memory that is available: larger checkpoints would push their own beginning out again."""
+
+_begun: set[Path] = set()
+
+
+class ReadAhead:
+    """Threads that read; they end by themselves, and with the process."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._pieces = list(chain.from_iterable(_pieces(path) for path in files))
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        self._threads = [
+            threading.Thread(target=self._work, name="read-ahead", daemon=True)
+            for _ in range(min(THREADS, len(self._pieces)))
+        ]
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        """Until all is read."""
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        buffer = bytearray(BLOCK)
+        while True:
+            with self._lock:
+                if not self._pieces:
+                    return
+                path, start, end = self._pieces.pop(0)
+            try:
+                self._read(path, start, end, buffer)
+            except OSError:
+                return  # whoever loads the file says what is wrong with it
+
+    def _read(self, path: Path, start: int, end: int, buffer: bytearray) -> None:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while start < end:
+                count = os.preadv(handle, [buffer], start)
+                if count == 0:
+                    return
+                start += count
+                with self._lock:
+                    self.bytes_read += count
+        finally:
+            os.close(handle)
+
+
+def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
+    """Begin to read the weights in ``folder``, once a process; None where there is nothing to read,
+    or too little memory to keep it.
+    """
+    path = Path(folder)
+    if path in _begun or not path.is_dir():
+        return None
+    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if _size(file)]
+    total = sum(_size(file) for file in files)
+    if not files or total > MEMORY_SHARE * available_bytes:
+        return None
+    _begun.add(path)
+    reading = ReadAhead(files)
+    reading.start()
+    return reading
+
+
+def free_bytes() -> int:
+    """Memory that nobody uses now, not even as cache: less than what is available."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pieces(path: Path) -> list[tuple[Path, int, int]]:
+    size = _size(path)
+    return [(path, start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file; 0 of anything else."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return 0
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else 0

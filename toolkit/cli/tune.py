@@ -1,0 +1,45 @@
+"""``toolkit tune``: measure vLLM's LoRA kernels on this card, write the table of the fastest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from toolkit.base.errors import MissingExtraError
+
+
+@click.command()
+@click.argument("model", nargs=-1, required=True)
+@click.option("--rank", "ranks", type=int, multiple=True, default=(16, 64), show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--limit-s", type=float, default=600, show_default=True, help="Seconds in all.")
+def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: float) -> None:
+    """Tune the LoRA kernels of the engine for the shapes of MODEL (folders, config.json files or
+    cached hub ids).
+
+    A run uses the table with TOOLKIT_LORA_TABLE=FILE, on the vLLM version that it was made with.
+    """
+    from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415 - after parsing
+    from toolkit.sizing.lora_bytes import fused_shapes, legal_rank  # noqa: PLC0415
+    from toolkit.sizing.spec import read_spec  # noqa: PLC0415
+
+    found = {shape for name in model for shape in fused_shapes(read_spec(name))}
+    widths = sorted({legal_rank(rank) for rank in ranks})
+    if not vllm_available():
+        raise MissingExtraError(
+            "vLLM is not installed", where="tune", fix="pip install 'grpo-toolkit[cuda]'"
+        )
+    from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
+
+    prepare_environment()
+    from toolkit.engine.lora_tables import write_table  # noqa: PLC0415
+    from toolkit.engine.lora_tune import Shape, tune_card  # noqa: PLC0415 - torch, vLLM
+
+    shapes = [Shape(rows, wide, rank) for rows, wide in found for rank in widths]
+    table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))
+    write_table(table, out)
+    click.echo(
+        f"{out}: {before * 1e6:.0f} -> {after * 1e6:.0f} us, all cases together; use it with"
+        f" TOOLKIT_LORA_TABLE={out}"
+    )

@@ -1,0 +1,265 @@
+"""16-bit copies of the engine's 4-bit weights while a rollout runs.
+
+bitsandbytes dequantizes every weight at every decode step, and the weights do not change during a
+rollout. So they are dequantized once when it begins, and decode steps are plain matrix products
+over the copies: the values are those that the 4-bit layer multiplies (``dequantize_4bit`` of the
+same codes, in bfloat16), and the trainer keeps the 4-bit weights. When the rollout ends the memory
+is released; its addresses stay reserved, so CUDA graphs that were captured over the copies stay
+valid, and the next rollout fills them again.
+
+``DequantizedMethod`` takes the place of the quantization method of a layer (``quant_method``, which
+vLLM's linear layers and their LoRA wrappers call). Read at vLLM 0.25.1 and bitsandbytes 0.50.2.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.formatting import format_bytes
+from toolkit.engine import sleep
+from toolkit.engine.live_weights import OFFSETS, is_packed, logical_shape, ordered_states
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    Unpack = Callable[[torch.Tensor, Any, torch.Tensor], None]
+
+TAG = "toolkit_dequantized"
+COPIES = "_toolkit_dequantized"
+"""Attribute that ``attach`` leaves on the model: its ``Copies``."""
+COMPUTE_DTYPE = torch.bfloat16
+"""What vLLM computes 4-bit layers in, whatever the dtype of the activations is."""
+SPARE_BYTES = 1 << 30
+"""Free memory beside the copies with which torch keeps the memory of the trainer's step."""
+AUTO_SHARE = 0.5
+LEAST_BESIDE_BYTES = 3 << 30
+"""``auto`` without a sizer: of the engine's memory beside the weights the share for the copies, and
+what it leaves at least for the KV cache and activations."""
+
+
+def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
+    """Write the weight of ``packed`` (n, 1) uint8 to ``out`` (rows, columns), rounded as
+    bitsandbytes rounds it for a product.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
+
+    if state.dtype == out.dtype:
+        dequantize_4bit(packed, state, out=out)
+    else:
+        out.copy_(dequantize_4bit(packed, state))
+
+
+class Copies:
+    """The copies of some layers of one model. ``weight`` fills them when they are not filled."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        unpack: Unpack = unpack_4bit,
+        dtype: torch.dtype = COMPUTE_DTYPE,
+    ) -> None:
+        self._packed = [_weight(layer) for layer in layers]
+        self._unpack, self._dtype = unpack, dtype
+        self._tensors: list[torch.Tensor] = []
+        self.filled = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies while they are filled."""
+        return sum(copy_bytes(packed, self._dtype) for packed in self._packed)
+
+    def refuse_too_many(self) -> None:
+        """Raise where the copies do not fit into what of the GPU is free now.
+
+        Raises:
+            ConfigError: naming both numbers.
+        """
+        free = torch.cuda.mem_get_info()[0] if self._on_gpu else self.nbytes
+        if self.nbytes > free:
+            raise ConfigError(
+                f"the 16-bit copies of the 4-bit weights take {format_bytes(self.nbytes)}, and"
+                f" {format_bytes(free)} of the GPU are free",
+                where="model.dequantized_rollouts",
+                fix=f"dequantized_rollouts: auto, false, or fewer bytes than {free}",
+            )
+
+    def weight(self, index: int) -> torch.Tensor:
+        """The copy of layer ``index``, shape (out, in)."""
+        if not self.filled:
+            self.fill()
+        return self._tensors[index]
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Take the memory and dequantize into it; does nothing where that has been done.
+
+        Raises:
+            RuntimeError: the memory is not there; nothing is held then.
+        """
+        if self.filled:
+            return
+        try:
+            if self._tensors:
+                self._map()
+            else:
+                self._allocate()
+            for packed, copy in zip(self._packed, self._tensors, strict=True):
+                self._unpack_layer(packed, copy)
+        except BaseException:
+            self.release()
+            raise
+        self.filled = True
+
+    def release(self) -> None:
+        """Give the memory back; the addresses stay (on a GPU). A second call does nothing."""
+        self.filled = False
+        if not self._tensors:
+            return
+        if self._on_gpu:
+            sleep.release_tag(TAG)
+        else:
+            for copy in self._tensors:
+                copy.untyped_storage().resize_(0)
+
+    def close(self) -> None:
+        """Give memory and addresses back. The copies cannot be used afterwards."""
+        if self._on_gpu and self._tensors:
+            sleep.map_tag(TAG)  # what is not mapped cannot be freed
+            self._tensors.clear()
+            sleep.drop_pool(TAG)
+        self._tensors.clear()
+        self._packed.clear()
+        self.filled = False
+
+    @property
+    def _on_gpu(self) -> bool:
+        return any(packed.is_cuda for packed in self._packed)
+
+    def _allocate(self) -> None:
+        made: list[torch.Tensor] = []
+        pool = sleep.tagged_pool(TAG) if self._on_gpu else nullcontext()
+        # The first forward pass, which comes here, runs in inference mode: tensors that are made
+        # there could not be written to outside of it.
+        with torch.inference_mode(False), pool:
+            for packed in self._packed:
+                shape = logical_shape(packed)
+                made.append(torch.empty(shape, dtype=self._dtype, device=packed.device))
+        self._tensors = made
+
+    def _map(self) -> None:
+        if self._on_gpu:
+            sleep.map_tag(TAG, SPARE_BYTES)
+            return
+        for copy in self._tensors:
+            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
+
+    def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
+        """A fused layer is its parts one below the other, each with a state of its own."""
+        offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
+        row = 0
+        for part, state in enumerate(ordered_states(packed)):
+            rows = int(state.shape[0])
+            codes = packed.data[offsets[part] : offsets[part + 1]]
+            self._unpack(codes, state, copy[row : row + rows])
+            row += rows
+
+
+class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships no types
+    """The quantization method of one layer, with products over its copy."""
+
+    def __init__(self, original: Any, copies: Copies, index: int) -> None:
+        self.original, self.copies, self.index = original, copies, index
+
+    def create_weights(self, *arguments: Any, **keywords: Any) -> None:
+        """As the original does."""
+        self.original.create_weights(*arguments, **keywords)
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x`` (..., in) to (..., out) in the dtype of ``x``."""
+        del layer
+        weight = self.copies.weight(self.index)
+        out = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return out if bias is None else out + bias
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)  # nn.Module types every attribute as either
+    return weight
+
+
+def copy_bytes(packed: torch.Tensor, dtype: torch.dtype = COMPUTE_DTYPE) -> int:
+    """Bytes of the copy of a packed weight."""
+    rows, columns = logical_shape(packed)
+    return rows * columns * dtype.itemsize
+
+
+def packed_layers(model: nn.Module) -> list[nn.Module]:
+    """The linear layers whose weights are packed, in the order of the model."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, LinearBase) and weight is not None and is_packed(weight):
+            found.append(module)
+    return found
+
+
+def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
+    """Of ``layers`` those whose copies take at most ``most`` bytes together: the largest first,
+    equal ones in their order.
+    """
+    chosen = []
+    for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
+        size = copy_bytes(_weight(layer))
+        if size <= most:
+            chosen.append(layer)
+            most -= size
+    return chosen
+
+
+def attach(
+    model: nn.Module,
+    wanted: bool | int,
+    *,
+    unpack: Unpack = unpack_4bit,
+    dtype: torch.dtype = COMPUTE_DTYPE,
+) -> Copies | None:
+    """Let layers of ``model`` compute over copies: all of its 4-bit ones (True), or the largest in
+    ``wanted`` bytes. None where there is none.
+
+    To be called when vLLM has loaded the model and before its first forward pass, in which the
+    copies are made: CUDA graphs are captured after that.
+    """
+    layers = packed_layers(model)
+    chosen = layers if wanted is True else largest_first(layers, int(wanted))
+    if not chosen:
+        return None
+    copies = Copies(chosen, unpack=unpack, dtype=dtype)
+    for index, layer in enumerate(chosen):
+        layer.quant_method = DequantizedMethod(layer.quant_method, copies, index)
+    setattr(model, COPIES, copies)
+    return copies
+
+
+def room_beside(model: nn.Module, vllm_config: Any) -> int:
+    """Bytes that ``auto`` gives the copies where no sizer has decided: part of what the engine may
+    take beside its weights and a KV cache of a written size.
+    """
+    cache = vllm_config.cache_config
+    free, total = torch.cuda.mem_get_info()
+    held = sum(tensor.nbytes for tensor in model.parameters())
+    written = getattr(cache, "kv_cache_memory_bytes", None)
+    left = free - written if written else int(cache.gpu_memory_utilization * total) - held
+    left = min(left, free)
+    return max(0, min(int(left * AUTO_SHARE), left - LEAST_BESIDE_BYTES))

@@ -1,0 +1,288 @@
+"""Measure configurations of vLLM's LoRA kernels on this card, and make a table of the fastest.
+
+For each kernel, number of fused slices, shape and batch the configuration is improved one value at
+a time, beginning with vLLM's own choice; what is not faster is not taken, and what computes
+something else is refused. Batches above ``LARGEST_TUNED`` (prompts) keep vLLM's choice. A
+configuration is tried through vLLM's own setting (``engine.lora_tables``), and timed in a captured
+graph over many layers' weights, as decode steps find them: not in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+from vllm.lora.ops.triton_ops import lora_expand, lora_shrink
+from vllm.lora.ops.triton_ops import utils as upstream
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+
+from toolkit.base.errors import NodeError
+from toolkit.engine.lora_tables import FOLDER_VARIABLE
+from toolkit.engine.vllm_internals import forget_pointers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
+LARGEST_TUNED = BATCHES[-1]
+PROMPTS = (1024, 2048, 8192)
+MAX_LORAS = 1
+SLICES = 8
+"""Every number of slices up to this has an entry: vLLM fails on one that is missing (0.25.1)."""
+VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "shrink": {
+        "split_k": (4, 8, 16, 32, 64),
+        "block_k": (64, 128, 256, 512),
+        "block_n": (16, 32, 64),
+        "block_m": (16, 32, 64),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "expand": {
+        "block_n": (32, 64, 128, 256),
+        "block_m": (16, 32, 64),
+        "block_k": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2, 3, 4),
+    },
+}
+REPEATS = 5
+COLD_BYTES = 128 << 20
+"""Weights, of several layers, that one measurement reads: more than a card's cache holds."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """One fused LoRA layer: for each of its slices A (rank, wide) and B (rows, rank)."""
+
+    rows: tuple[int, ...]
+    wide: int
+    rank: int
+
+    @property
+    def slices(self) -> int:
+        """Parts of the fused layer."""
+        return len(self.rows)
+
+    @property
+    def tall(self) -> int:
+        """What vLLM calls the hidden size of an expand kernel."""
+        return max(self.rows)
+
+
+@dataclass(slots=True)
+class Tuner:
+    """``seconds`` bounds the whole; what is not reached keeps vLLM's own choice."""
+
+    card: str
+    seconds: float = 600.0
+    say: Callable[[str], None] = lambda _: None
+    best: dict[tuple[str, int, int, int, int], dict[str, Any]] = field(default_factory=dict)
+    gains: list[tuple[str, Shape, int, float, float]] = field(default_factory=list)
+
+    def tune(self, shapes: Sequence[Shape]) -> dict[str, Any]:
+        """The table for ``shapes`` (``lora_tables.write_table``)."""
+        end = time.monotonic() + self.seconds
+        with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
+            # The batches of rollouts first, should the time not reach.
+            for batch in sorted(BATCHES, key=lambda size: (size not in (8, 64), size)):
+                for shape in shapes:
+                    for op in ("shrink", "expand"):
+                        self._tune_one(op, shape, batch, Path(folder), end)
+        return self.table(shapes)
+
+    def _tune_one(self, op: str, shape: Shape, batch: int, folder: Path, end: float) -> None:
+        case = Case(op, shape, batch, folder, self.card)
+        config = case.default()
+        wanted = case.result(config)
+        first = fastest = case.seconds(config)
+        for name, values in VALUES[op].items():
+            for value in values:
+                if time.monotonic() > end or config[name] == value:
+                    continue
+                tried = {**config, name: value}
+                taken = case.try_seconds(tried, wanted)
+                if taken is not None and taken < 0.98 * fastest:
+                    config, fastest = tried, taken
+        wide, tall = (shape.wide, shape.rank) if op == "shrink" else (shape.rank, shape.tall)
+        self.best[op, shape.slices, batch, wide, tall] = config
+        self.gains.append((op, shape, batch, first, fastest))
+        self.say(
+            f"{op} {shape.slices} x ({tall}, {wide}), {batch} tokens: {first * 1e6:.1f} ->"
+            f" {fastest * 1e6:.1f} us"
+        )
+
+    def table(self, shapes: Iterable[Shape]) -> dict[str, Any]:
+        """All operations, in the nesting that vLLM reads: loras, slices, tokens, in, out."""
+        ops: dict[str, Any] = {}
+        for shape in shapes:
+            for batch in PROMPTS:
+                for op in ("shrink", "expand"):
+                    at = (shape.wide, shape.rank) if op == "shrink" else (shape.rank, shape.tall)
+                    self.best[op, shape.slices, batch, *at] = default_config(op, shape, batch)
+        for op in ("shrink", "expand"):
+            slices: dict[str, Any] = {}
+            for (kind, count, batch, wide, tall), config in self.best.items():
+                if kind == op:
+                    rows = slices.setdefault(str(count), {}).setdefault(str(batch), {})
+                    rows.setdefault(str(wide), {})[str(tall)] = config
+            known = sorted(int(count) for count in slices)
+            for count in range(1, SLICES + 1):
+                near = min(known, key=lambda one: abs(one - count))
+                slices.setdefault(str(count), slices[str(near)])
+            ops[op] = {str(MAX_LORAS + 1): slices}
+        return {
+            "vllm": vllm.__version__,
+            "card": self.card,
+            "SHRINK": ops["shrink"],
+            "EXPAND_TRUE": ops["expand"],
+            "EXPAND_FALSE": ops["expand"],
+        }
+
+
+def tune_card(
+    shapes: Iterable[Shape], seconds: float, say: Callable[[str], None]
+) -> tuple[dict[str, Any], float, float]:
+    """The table for this machine's card, and the sum of all cases before and after, in seconds.
+
+    Raises:
+        NodeError: there is no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise NodeError(
+            "no CUDA GPU is visible, and kernels are measured on one",
+            where="tune",
+            fix="run it on the kind of card that will train",
+        )
+    tuner = Tuner(torch.cuda.get_device_name(), seconds, say)
+    table = tuner.tune(sorted(shapes))
+    before = sum(first for _, _, _, first, _ in tuner.gains)
+    return table, before, sum(last for _, _, _, _, last in tuner.gains)
+
+
+def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
+    """vLLM's own choice."""
+    os.environ.pop(FOLDER_VARIABLE, None)
+    forget()
+    return dict(
+        upstream.get_lora_op_configs(
+            op,
+            max_loras=MAX_LORAS + 1,
+            batch=batch,
+            hidden_size=shape.wide if op == "shrink" else shape.tall,
+            rank=shape.rank,
+            num_slices=shape.slices,
+            add_inputs=None if op == "shrink" else True,
+        )
+    )
+
+
+def forget() -> None:
+    """Have vLLM read its files again."""
+    upstream.load_lora_op_config.cache_clear()
+    upstream.get_lora_op_configs.cache_clear()
+
+
+class Case:
+    """One kernel at one shape and batch, all tokens on one adapter."""
+
+    def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:
+        self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card
+        forget_pointers()
+        device, half = torch.device("cuda"), torch.bfloat16
+        if op == "shrink":
+            sizes = [(shape.rank, shape.wide)] * shape.slices
+        else:
+            sizes = [(rows, shape.rank) for rows in shape.rows]
+        layer_bytes = 2 * sum(rows * columns for rows, columns in sizes)
+        self.layers = [
+            [torch.randn(MAX_LORAS, 1, *size, device=device, dtype=half) * 0.02 for size in sizes]
+            for _ in range(max(4, min(64, COLD_BYTES // layer_bytes)))
+        ]
+        narrow = (shape.slices, batch, shape.rank)
+        self.narrow = torch.randn(narrow, device=device, dtype=torch.float32)
+        wide = shape.wide if op == "shrink" else sum(shape.rows)
+        self.wide = torch.randn(batch, wide, device=device, dtype=half)
+        self.meta = LoRAKernelMeta.make(MAX_LORAS, batch, device=device)
+        self.meta.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
+
+    def default(self) -> dict[str, Any]:
+        """vLLM's own choice."""
+        return default_config(self.op, self.shape, self.batch)
+
+    def use(self, config: Mapping[str, Any]) -> None:
+        """Make vLLM use ``config`` for the next calls."""
+        table: Any = config
+        tall = self.shape.rank if self.op == "shrink" else self.shape.tall
+        wide = self.shape.wide if self.op == "shrink" else self.shape.rank
+        for key in (tall, wide, self.batch, self.shape.slices, MAX_LORAS + 1):
+            table = {str(key): table}
+        stem = self.card.replace(" ", "_").replace("-", "_")
+        end = "SHRINK" if self.op == "shrink" else "EXPAND_TRUE"
+        (self.folder / f"{stem}_{end}.json").write_text(json.dumps(table))
+        os.environ[FOLDER_VARIABLE] = str(self.folder)
+        forget()
+
+    def call(self, layer: Sequence[torch.Tensor]) -> None:
+        """One launch."""
+        arguments = self.meta.meta_args(self.batch, False)
+        if self.op == "shrink":
+            lora_shrink(self.wide, list(layer), self.narrow, *arguments, 1.0)
+        else:
+            lora_expand(
+                self.narrow, list(layer), self.wide, *arguments, offset_start=0, add_inputs=True
+            )
+
+    def result(self, config: Mapping[str, Any]) -> torch.Tensor:
+        """What it computes for the first layer; what is written to is put back."""
+        self.use(config)
+        out = self.narrow if self.op == "shrink" else self.wide
+        before = out.clone()
+        self.call(self.layers[0])
+        made = out.clone()
+        out.copy_(before)
+        return made
+
+    def try_seconds(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
+        """Seconds of one launch; None where it does not compile or computes something else."""
+        try:
+            found = self.result(config)
+            if not torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02):
+                return None
+            return self.seconds(config)
+        except Exception:  # noqa: BLE001
+            # Too much shared memory, too many registers, a block that Triton does not take: every
+            # reason is a reason not to use it.
+            torch.cuda.synchronize()
+            return None
+
+    def seconds(self, config: Mapping[str, Any]) -> float:
+        """Seconds of one launch: a graph that goes once through all layers, the median of a few."""
+        self.use(config)
+        for layer in self.layers[:2]:
+            self.call(layer)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in self.layers:
+                self.call(layer)
+        taken: list[float] = []
+        for _ in range(REPEATS):
+            start, end = (_timer() for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3 / len(self.layers))
+        return sorted(taken)[REPEATS // 2]
+
+
+def _timer() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own

@@ -1,0 +1,204 @@
+"""Where the time of a decode step and of a training step goes: kernels by kind, and the host.
+
+Both are read from torch.profiler. On a GPU the kinds are those of its kernels; on the CPU those of
+torch's operations, by their own time. What is left of the wall clock is the host's: Python, the
+scheduler, launches that the device waits for. The profiler itself slows the host down.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+from toolkit.engine.rollout_request import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from toolkit.train.bench.arm_settings import Settings
+
+KINDS = (
+    ("LoRA", r"lora_(shrink|expand)|sgmv|bgmv"),
+    ("dequantization", r"dequant|kgemm_4bit|gemm_4bit|quantize_blockwise"),
+    ("attention", r"flash|fmha|attention|paged|varlen|reshape_and_cache"),
+    (
+        "matrix products",
+        r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|\bmm\b|addmm|bmm|matmul",
+    ),
+    ("optimizer", r"adam|multi_tensor|foreach|lerp"),
+    ("norms and rotary", r"norm|rotary|rope"),
+    ("logits and sampling", r"softmax|log_softmax|logsumexp|gumbel|sample|topk|top_k|argmax|sort"),
+    ("copies and fills", r"memcpy|memset|copy|fill|zero_|\bcat\b|catarray|gather|index|scatter"),
+    ("communication", r"nccl|allreduce|all_reduce"),
+    ("elementwise", r"elementwise|vectorized|silu|act_and_mul|reduce|add|mul|where|unary|binary"),
+)
+OTHER = "other"
+DECODE_STEPS = 32
+TOP = 12
+
+
+@dataclass(slots=True)
+class Account:
+    """Seconds of ``steps`` steps together. ``kinds``: kind -> [seconds, calls]."""
+
+    steps: int
+    wall_s: float
+    kinds: dict[str, list[float]] = field(default_factory=dict)
+    top: list[tuple[str, float, int]] = field(default_factory=list)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in kernels (on the CPU: in torch's operations)."""
+        return sum(seconds for seconds, _ in self.kinds.values())
+
+    @property
+    def host_s(self) -> float:
+        """What is left of the wall clock."""
+        return max(0.0, self.wall_s - self.busy_s)
+
+    def less(self, other: Account, steps: int) -> Account:
+        """Without what ``other`` also did: ``steps`` steps are left."""
+        left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
+        for kind, (seconds, calls) in self.kinds.items():
+            before = other.kinds.get(kind, [0.0, 0])
+            left.kinds[kind] = [max(seconds - before[0], 0.0), max(calls - before[1], 0)]
+        return left
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and calls of one step."""
+        return {
+            "steps": self.steps,
+            "wall_s": self.wall_s / self.steps,
+            "busy_s": self.busy_s / self.steps,
+            "host_s": self.host_s / self.steps,
+            "kinds": {
+                kind: {"s": seconds / self.steps, "calls": calls / self.steps}
+                for kind, (seconds, calls) in sorted(
+                    self.kinds.items(), key=lambda item: -item[1][0]
+                )
+            },
+            "top": [
+                {"name": name, "s": seconds / self.steps, "calls": calls / self.steps}
+                for name, seconds, calls in self.top
+            ],
+        }
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel or operation, by its name."""
+    low = name.lower()
+    return next((kind for kind, pattern in KINDS if re.search(pattern, low)), OTHER)
+
+
+class Recorder:
+    """torch.profiler around a block, and its account."""
+
+    def __init__(self) -> None:
+        self.cuda = torch.cuda.is_available()
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
+        self._profiler = profile(activities=kinds, acc_events=True)
+        self._began = 0.0
+        self.wall_s = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        self._profiler.start()
+        self._began = self._now()
+
+    def stop(self) -> None:
+        """End."""
+        self.wall_s = self._now() - self._began
+        self._profiler.stop()
+
+    def account(self, steps: int) -> Account:
+        """What was recorded, as ``steps`` steps."""
+        sums: dict[str, list[float]] = {}
+        for event in self._profiler.key_averages():
+            on_device = event.device_type.name != "CPU"
+            if on_device != self.cuda:
+                continue
+            micros = event.self_device_time_total if self.cuda else event.self_cpu_time_total
+            entry = sums.setdefault(event.key, [0.0, 0])
+            entry[0] += micros / 1e6
+            entry[1] += event.count
+        made = Account(steps, self.wall_s)
+        for name, (seconds, calls) in sums.items():
+            kind = made.kinds.setdefault(kind_of(name), [0.0, 0])
+            kind[0] += seconds
+            kind[1] += calls
+        ranked = sorted(sums.items(), key=lambda item: -item[1][0])[:TOP]
+        made.top = [(name, seconds, int(calls)) for name, (seconds, calls) in ranked]
+        return made
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@contextmanager
+def recorded() -> Iterator[Recorder]:
+    """Record the block."""
+    recorder = Recorder()
+    recorder.start()
+    try:
+        yield recorder
+    finally:
+        recorder.stop()
+
+
+def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
+    """One decode step of ``len(prompts) * generations`` sequences on ``engine``: a rollout of
+    ``DECODE_STEPS`` tokens more than another one, less that one.
+    """
+
+    def run(tokens: int) -> Recorder:
+        end = {"ignore_eos": True}
+        sampling = Sampling(n=generations, max_tokens=tokens, extra=end)
+        engine.generate(prompts, sampling, seed=1)
+        with recorded() as recorder:
+            engine.generate(prompts, sampling, seed=1)
+        return recorder
+
+    short, long = run(1), run(1 + DECODE_STEPS)
+    return long.account(DECODE_STEPS).less(short.account(1), DECODE_STEPS)
+
+
+class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Records the last optimizer step, from the end of its rollout on."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.last = settings.steps - 1
+        self.step = 0
+        self.recorder: Recorder | None = None
+
+    def rolled_out(self) -> None:
+        """A rollout has ended."""
+        if self.step == self.last and self.recorder is None:
+            self.recorder = Recorder()
+            self.recorder.start()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The end of an optimizer step."""
+        if self.recorder is not None and self.step == self.last:
+            self.recorder.stop()
+        self.step += 1
+
+
+def table_of(name: str, account: dict[str, Any]) -> list[list[str]]:
+    """Rows of text: a kind, milliseconds a step, calls a step, share of the wall clock."""
+    wall = account["wall_s"] or 1.0
+    rows = [[name, f"{1e3 * wall:.2f} ms", "", ""]]
+    for kind, found in account["kinds"].items():
+        share = f"{found['s'] / wall:.0%}"
+        rows.append([f"  {kind}", f"{1e3 * found['s']:.2f} ms", f"{found['calls']:.0f}", share])
+    host = account["host_s"]
+    rows.append(["  host, nothing running", f"{1e3 * host:.2f} ms", "", f"{host / wall:.0%}"])
+    return rows

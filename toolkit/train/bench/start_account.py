@@ -1,0 +1,76 @@
+"""Where the time between the start of a process and the end of its first step goes.
+
+The marks are our own calls and what vLLM logs as it starts (texts held by
+tests/contract/test_vllm_seams.py; read at 0.25.1 and 0.31.0); a text that is missing leaves its
+time to the phase after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
+VLLM_MARKS = (
+    ("Starting to load model", "configuration of vLLM"),
+    ("Loading weights took", "making the model, reading safetensors"),
+    ("Model loading took", "weights into kernel form, LoRA slots"),
+    ("Graph capturing finished", "profiling run, KV cache, graph capture"),
+    ("init engine (profile", "warm-up of the engine"),
+)
+"""Beginning of a message of vLLM's -> the phase that ends with it."""
+
+
+class StartAccount(logging.Handler):
+    """Phases in their order: name -> seconds. Use ``begin`` before anything heavy is imported."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def begin(self) -> None:
+        """Import what a run imports, by package, and listen to vLLM from then on."""
+        os.environ.setdefault(LEVEL_VARIABLE, "INFO")
+        import torch  # noqa: F401, PLC0415
+
+        self.mark("import torch")
+        import transformers  # noqa: F401, PLC0415
+
+        self.mark("import transformers")
+        from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
+        from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415
+
+        prepare_environment()
+        if vllm_available():
+            from toolkit.engine import start  # noqa: F401, PLC0415
+
+        self.mark("import vLLM")
+        from toolkit import FastLanguageModel, GRPOTrainer  # noqa: F401, PLC0415
+
+        self.mark("import TRL, PEFT and the trainer")
+        logging.getLogger("vllm").addHandler(self)
+
+    def mark(self, phase: str) -> None:
+        """``phase`` ends now."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A message of vLLM's."""
+        text = str(record.msg)
+        phase = next((name for begins, name in VLLM_MARKS if text.startswith(begins)), None)
+        if phase is not None:
+            self.mark(phase)
+
+    def end(self) -> None:
+        """Stop listening."""
+        logging.getLogger("vllm").removeHandler(self)
+
+
+def table_of(phases: dict[str, float]) -> list[list[str]]:
+    """Rows of text: a phase, seconds."""
+    rows = [["start and first step", f"{sum(phases.values()):.1f} s"]]
+    return [*rows, *([f"  {name}", f"{seconds:.1f} s"] for name, seconds in phases.items())]
