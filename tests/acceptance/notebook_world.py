@@ -18,7 +18,7 @@ SYSTEM = "think, then answer."
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL = {"load_in_4bit": False, "fast_inference": False, "max_seq_length": 96}
 SHORT = {
-    "max_steps": 1,
+    "max_steps": 2,
     "max_prompt_length": 60,
     "max_completion_length": 8,
     "use_cpu": True,

@@ -37,7 +37,7 @@ class StubHub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
-            self.repos[name] = asked.get("private")
+            self.repos[name] = asked.get("visibility") == "private"
             return {"url": f"{self.url}/{name}", "name": name}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
