@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
 
 FILE = "trackers.json"
-PROJECT = "grpo"
-"""The project of a run whose run file names none."""
+PROJECT = "huggingface"
+"""The project of a run whose run file names none: the default of ``grpo.project``."""
 
 TRACKIO = ("space_id", "bucket_id", "static_space_id")
 """Keys of ``grpo`` for trackio, after ``trackio_``; without them it is local."""
