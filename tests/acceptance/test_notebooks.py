@@ -207,6 +207,7 @@ def test_phi_with_three_targets(folder: Path, tmp_path: Path) -> None:
     ).train()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_advanced_grpo_with_an_sft_start(folder: Path, tmp_path: Path) -> None:
     """Qwen3 base: a template of its own, a supervised step, then GRPO with sampling params."""
     from trl import SFTConfig, SFTTrainer

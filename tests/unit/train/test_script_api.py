@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import warnings
 from functools import partial
@@ -19,6 +20,7 @@ from toolkit.policy.engine_request import with_standby
 from toolkit.policy.fast_generate import generate
 from toolkit.policy.saving import gguf_recipe
 from toolkit.train.demo import make_tokenizer
+from toolkit.train.rewards.script import judged
 from toolkit.train.trainer import GRPOTrainer
 
 # --- fields of older releases
@@ -169,10 +171,21 @@ def trainer_of(tmp_path, rewards, model=None, **grpo):
         (later, "reward later returned a str for a reward (sample 0 of 8)"),
     ],
 )
-def test_what_a_reward_returned_is_told_in_the_run_files_words(tmp_path, reward, told):
+def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
+    [call] = judged([reward])
+
+    def score():
+        found = call(completions=["1"] * 8)
+        return asyncio.run(found) if reward is later else found
+
     with pytest.raises(ConfigValueError, match=re.escape(told)) as caught:
-        trainer_of(tmp_path, [ones, reward]).train()
+        score()
     assert "one number (or None) for each completion" in str(caught.value.fix)
+
+
+def test_training_ends_with_the_words_for_the_reward(tmp_path):
+    with pytest.raises(ConfigValueError, match="reward words returned a str for a reward"):
+        trainer_of(tmp_path, [ones, words]).train()
 
 
 def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):

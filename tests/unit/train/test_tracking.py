@@ -77,6 +77,7 @@ def test_tensorboard_has_every_metric_under_its_name(tensorboard):
     assert '"learning_rate": 0.01' in shown
 
 
+@pytest.mark.slow
 def test_trackers_change_nothing_in_the_run(tensorboard, world, tmp_path):
     plain, _ = trained(world, tmp_path / "plain")
     assert train_world.digests(plain) == train_world.digests(tensorboard[0])
@@ -117,7 +118,11 @@ class Hangs:
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (Raises, "tracker wandb: could not start: ConnectionError: no route to api.example.org"),
+        pytest.param(
+            Raises,
+            "tracker wandb: could not start: ConnectionError: no route to api.example.org",
+            marks=pytest.mark.slow,
+        ),
         (Hangs, "tracker wandb: did not finish in time"),
     ],
 )
@@ -173,6 +178,17 @@ def test_a_call_that_fails_now_and_then_costs_one_row():
     assert tracker.calls[0][1] == {"reward": 0.5, "timing/step_s": 1.0}
     assert said == ["tracker mine: here"]
     assert tracker.closed
+
+
+def test_a_tracker_that_cannot_start_is_told_of_once():
+    said = []
+    lanes = Tracking([Lane("mine", lambda: Raises(None))], said.append, 100)
+    for step in (1, 2):
+        lanes.row({"step": step, "reward": 0.5}, None)
+    lanes.close(stopped=True)
+    assert len(said) == 1
+    assert said[0].startswith("tracker mine: could not start: ConnectionError: no route")
+    assert said[0].endswith("the run continues without it, and metrics.jsonl holds every row")
 
 
 def test_five_failures_in_a_row_end_the_tracker():
