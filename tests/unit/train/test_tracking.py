@@ -9,8 +9,10 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from trainer_helpers import arguments
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "acceptance"))
 
@@ -23,6 +25,7 @@ from toolkit.train.run_context import Options
 from toolkit.train.tracking import Tracking, flat, named
 from toolkit.train.tracking.lane import Lane
 from toolkit.train.tracking.to_tensorboard import markdown
+from toolkit.train.tracking.to_upstream import UpstreamTracker
 
 STEPS = 4
 
@@ -222,6 +225,27 @@ def test_tables_hold_flat_columns_and_no_markup():
     assert found == {"prompt": '[{"role": "user", "content": "1|2"}]', "reward/ones": 0.25}
     table = markdown([{"completion": "<b>|**x**\n"}])
     assert table.splitlines()[2] == "| &lt;b&gt;&#124;&#42;&#42;x&#42;&#42;<br> |"
+
+
+def test_other_trackers_go_through_the_callbacks_of_transformers(tmp_path, monkeypatch):
+    """Here transformers' own callback for TensorBoard, which needs no account."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import TrainerControl, TrainerState
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "upstream"))
+    trainer = SimpleNamespace(
+        args=arguments(tmp_path),
+        state=TrainerState(is_world_process_zero=True, global_step=7),
+        control=TrainerControl(),
+        model=SimpleNamespace(config=None),
+    )
+    tracker = UpstreamTracker("tensorboard", trainer)
+    tracker.row(3, {"reward": 0.5})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "upstream"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/reward")] == [(3, 0.5)]
+    assert trainer.state.global_step == 7
 
 
 def test_names_of_report_to():
