@@ -167,7 +167,7 @@ def test_export_an_adapter_that_plain_peft_reads(
     assert done.returncode == 0, done.stderr
     wrote, served = done.stdout.splitlines()
     assert wrote == f"wrote the adapter of {world / 'run' / 'adapter'} to {to}"
-    assert served.startswith(f"serve it: vllm serve {world / 'model'} --max-model-len 16")
+    assert served.startswith(f"serve it: vllm serve {world / 'model'} --max-model-len 128")
     assert served.endswith(f"--enable-lora --max-lora-rank 8 --lora-modules {to.name}={to}")
     expected = greedy(world / "model", adapter=world / "run" / "adapter")
     assert greedy(world / "model", adapter=to) == expected

@@ -111,7 +111,7 @@ def _finish(
         toolkit_tokenizer=tokenizer,
         toolkit_full_finetuning=request.full_finetuning,
         toolkit_resized=request.resize_model_vocab is not None,
-        toolkit_source=Source(base, request),
+        toolkit_source=Source.of(base, request),
     )
     mode = request.use_gradient_checkpointing
     if adapter is not None:

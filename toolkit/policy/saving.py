@@ -5,6 +5,7 @@ GGUF. Bound to each model of ours (``policy.attach``).
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -33,6 +34,11 @@ class Source(NamedTuple):
 
     checkpoint: Checkpoint
     request: LoadRequest
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
+        """What is kept on a model, which may be copied and pickled: no token, plain values."""
+        return cls(checkpoint, replace(request, token=None, engine=dict(request.engine)))
 
 
 def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
