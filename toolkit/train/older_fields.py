@@ -13,7 +13,7 @@ from toolkit.config.migration import MOVED
 from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 WHERE = "GRPOConfig"
 OURS = ("padding_free", "max_prompt_length")
@@ -82,7 +82,7 @@ def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
     return Translated(made, notes)
 
 
-def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) -> list[str]:
+def _moved(made: dict[str, Any], name: str, value: Any, known: Sequence[str]) -> list[str]:
     moved = MOVED.get(f"grpo.{name}")
     if moved is None:
         close = nearest(name, known)
