@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -66,6 +67,21 @@ def test_wandb_is_offline_and_both_parts_are_one_run(tracked):
     assert len(folders) == 2
     assert ids == {run_id}
     assert "wandb sync" in tracked[2]
+
+
+@needs
+def test_a_server_that_never_answers_keeps_no_finished_run_alive(tmp_path):
+    """W&B waits for its server as the interpreter ends, too."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        world = train_world.make(tmp_path, steps=2)
+        done = train_world.toolkit(
+            "train", world, "--no-evaluate", "--set", "grpo.report_to=wandb", timeout=400,
+            WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            WANDB_API_KEY="a" * 40,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tracker wandb: did not finish in time" in done.stdout
+    assert len(train_world.rows(tmp_path / "run")) == 2
 
 
 @needs

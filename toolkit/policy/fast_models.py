@@ -18,7 +18,7 @@ class FastModel(FastLanguageModel):
     """``FastLanguageModel``; ``get_peft_model`` also takes the four ``finetune_*`` switches."""
 
     @staticmethod
-    def get_peft_model(  # type: ignore[override]  # the drop-in signature
+    def get_peft_model(
         model: Any,
         *args: Any,
         target_modules: Sequence[str] | str | None = None,

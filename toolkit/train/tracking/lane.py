@@ -7,6 +7,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.abandoned_threads import PREFIX
 from toolkit.base.errors import first_line
 from toolkit.base.secrets import redact
 
@@ -33,7 +34,7 @@ class Lane:
         self._left_out = 0
         self._over = threading.Event()
         # A daemon: a tracker that hangs must not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name=f"tracker {tracker}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{PREFIX}{tracker}", daemon=True)
         self._thread.start()
 
     def put(self, method: str, *arguments: Any) -> None:

@@ -70,5 +70,7 @@ def _writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds, and only here
     except ImportError:
-        from tensorboardX import SummaryWriter  # noqa: PLC0415 - the same
+        import tensorboardX  # noqa: PLC0415 - the same
+
+        return tensorboardX.SummaryWriter
     return SummaryWriter

@@ -26,6 +26,7 @@ class WandbTracker:
 
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
+        options: dict[str, Any] = {"mode": mode}  # W&B judges what WANDB_MODE says
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or start.project,
             name=start.name,
@@ -33,7 +34,7 @@ class WandbTracker:
             resume="allow" if mode == "online" else None,
             config=dict(start.config),
             dir=str(start.run_dir),
-            mode=mode,
+            **options,
             settings=wandb.Settings(console="off", quiet=True, disable_git=True, save_code=False),
         )
         self._run.define_metric("step")
