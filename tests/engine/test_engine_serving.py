@@ -17,7 +17,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
 
 import train_world
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own start, without ours around it
+]
 PROMPTS = ["10+11=", "12+13=", "13+15=", "11+10="]
 MORE = 6
 
