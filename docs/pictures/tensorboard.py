@@ -1,4 +1,11 @@
-"""A picture of the TensorBoard at port 6106: ``python tensorboard.py OUT.png [CHROMIUM]``."""
+"""tensorboard.png: the demo run in TensorBoard. Needs ``pip install playwright`` and a Chromium.
+
+    toolkit demo --out runs/demo
+    toolkit train runs/demo/run.yaml --set grpo.report_to=tensorboard \\
+        --set runtime.output_dir=runs/tracked/addition
+    tensorboard --logdir runs/tracked --port 6106 &
+    python docs/pictures/tensorboard.py docs/pictures/tensorboard.png [CHROMIUM]
+"""
 
 from __future__ import annotations
 

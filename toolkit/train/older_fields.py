@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.migration import MOVED
-from toolkit.config.suggest import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
 WHERE = "GRPOConfig"
 OURS = ("padding_free", "max_prompt_length")
@@ -82,7 +82,7 @@ def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
     return Translated(made, notes)
 
 
-def _moved(made: dict[str, Any], name: str, value: Any, known: Sequence[str]) -> list[str]:
+def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) -> list[str]:
     moved = MOVED.get(f"grpo.{name}")
     if moved is None:
         close = nearest(name, known)
