@@ -33,7 +33,7 @@ def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
             max_num_batched_tokens=512, kv_cache_bytes=1 << 26,
         )  # fmt: skip
     with model.toolkit_engine as engine:
-        assert engine.options.sleep
+        assert engine.options.enable_sleep_mode
         model = FastLanguageModel.get_peft_model(
             model, r=8, target_modules=SEVEN, lora_alpha=16, use_gradient_checkpointing="unsloth",
             random_state=3407,
