@@ -19,7 +19,10 @@ def is_bfloat16_supported() -> bool:
 is_bf16_supported = is_bfloat16_supported
 
 
-def PatchFastRL(algorithm: str | None = None, FastLanguageModel: Any = None) -> None:
+def PatchFastRL(  # noqa: N802 - the drop-in name
+    algorithm: str | None = None,
+    FastLanguageModel: Any = None,
+) -> None:
     """Nothing is patched here: the warning says which trainer to import."""
     del algorithm, FastLanguageModel
     warnings.warn(
@@ -30,6 +33,6 @@ def PatchFastRL(algorithm: str | None = None, FastLanguageModel: Any = None) -> 
     )
 
 
-def vLLMSamplingParams(**kwargs: Any) -> dict[str, Any]:
+def vLLMSamplingParams(**kwargs: Any) -> dict[str, Any]:  # noqa: N802 - the drop-in name
     """The sampling options for ``GRPOConfig(vllm_sampling_params=...)``."""
     return dict(kwargs)
