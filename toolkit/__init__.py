@@ -9,21 +9,65 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from toolkit.policy.chat_templates import get_chat_template, standardize_sharegpt
+    from toolkit.policy.fast_models import FastModel, FastVisionModel
     from toolkit.policy.language_model import FastLanguageModel
+    from toolkit.train.notebook import (
+        PatchFastRL,
+        is_bf16_supported,
+        is_bfloat16_supported,
+        vLLMSamplingParams,
+    )
     from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 
 from toolkit.base.version import __version__
 
-__all__ = ["FastLanguageModel", "GRPOConfig", "GRPOTrainer", "__version__"]
+__all__ = [
+    "FastLanguageModel",
+    "FastModel",
+    "FastVisionModel",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PatchFastRL",
+    "__version__",
+    "get_chat_template",
+    "is_bf16_supported",
+    "is_bfloat16_supported",
+    "standardize_sharegpt",
+    "vLLMSamplingParams",
+]
 
 _LAZY = {
     "FastLanguageModel": "toolkit.policy.language_model",
-    "GRPOConfig": "toolkit.train.trainer",
-    "GRPOTrainer": "toolkit.train.trainer",
+    **dict.fromkeys(("FastModel", "FastVisionModel"), "toolkit.policy.fast_models"),
+    **dict.fromkeys(("GRPOConfig", "GRPOTrainer"), "toolkit.train.trainer"),
+    **dict.fromkeys(("get_chat_template", "standardize_sharegpt"), "toolkit.policy.chat_templates"),
+    **dict.fromkeys(
+        ("PatchFastRL", "is_bf16_supported", "is_bfloat16_supported", "vLLMSamplingParams"),
+        "toolkit.train.notebook",
+    ),
 }
+_ELSEWHERE = {
+    "FastTextModel": "use FastLanguageModel",
+    "FastSentenceTransformer": "embedding models are not trained here",
+    "FastDiffusionModel": "only language models are trained here",
+    "PatchDPOTrainer": "nothing is patched here: use trl.DPOTrainer on the model",
+    "PatchKTOTrainer": "nothing is patched here: use trl.KTOTrainer on the model",
+    "UnslothTrainer": "use trl.SFTTrainer for supervised fine-tuning, GRPOTrainer for rewards",
+    "UnslothTrainingArguments": "use trl.SFTConfig, or GRPOConfig for rewards",
+    "UnslothVisionDataCollator": "only text is trained here",
+    "unsloth_train": "call trainer.train()",
+    "train_on_responses_only": "use trl.SFTConfig(assistant_only_loss=True)",
+    "apply_chat_template": "give the trainer a prompt column of messages: it applies the template",
+    "to_sharegpt": "use standardize_sharegpt, which makes role and content of from and value",
+}
+"""Names that notebooks import from the original, and what to use in place of each."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        # An AttributeError would become a text of Python's own, without the way out.
+        raise ImportError(f"toolkit has no {name}: {_ELSEWHERE[name]}", name="toolkit")
     if name not in _LAZY:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - on first use, so that the light floor stays light

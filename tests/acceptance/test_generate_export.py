@@ -165,7 +165,10 @@ def test_export_an_adapter_that_plain_peft_reads(
     to = tmp_path / "out" / "adapter"
     done = inside("export", world / "run", "--to", to)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote the adapter of {world / 'run' / 'adapter'} to {to}\n"
+    wrote, served = done.stdout.splitlines()
+    assert wrote == f"wrote the adapter of {world / 'run' / 'adapter'} to {to}"
+    assert served.startswith(f"serve it: vllm serve {world / 'model'} --max-model-len 128")
+    assert served.endswith(f"--enable-lora --max-lora-rank 8 --lora-modules {to.name}={to}")
     expected = greedy(world / "model", adapter=world / "run" / "adapter")
     assert greedy(world / "model", adapter=to) == expected
     assert (to / "tokenizer.json").is_file()

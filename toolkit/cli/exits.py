@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base import disk
+from toolkit.base.abandoned_threads import exit_past_them
 from toolkit.base.errors import DefectError, InputError, ToolkitError
 from toolkit.base.formatting import visible
 from toolkit.base.paths import tighten_umask
@@ -126,6 +127,10 @@ def command_main(group: click.Group) -> Callable[[], None]:
         try:
             with guarded(debug=debug_asked()):
                 group(prog_name=group.name)
+        except SystemExit as end:
+            settle()
+            exit_past_them(end.code)
+            raise
         finally:
             settle()
 

@@ -33,17 +33,40 @@ from toolkit.cli.request import TRUST
     metavar="STEP",
     help="Export checkpoint-STEP instead of the final adapter.",
 )
+@click.option(
+    "--push",
+    metavar="OWNER/NAME",
+    help="Also upload DIR to this repository of the Hugging Face hub, with a model card.",
+)
+@click.option("--private", is_flag=True, help="Make the repository of --push a private one.")
 @TRUST
-def export(
-    run: Path, to: Path, merge: bool, dtype: str, checkpoint: int | None, trust_remote_code: bool
+def export(  # noqa: PLR0913 - one argument an option
+    run: Path,
+    to: Path,
+    merge: bool,
+    dtype: str,
+    checkpoint: int | None,
+    push: str | None,
+    private: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Write RUN's adapter (PEFT, safetensors) to DIR, or with --merge a transformers checkpoint."""
+    """Write RUN's adapter (PEFT, safetensors) to DIR, or with --merge a transformers checkpoint.
+
+    The last line is the command that serves it with plain vLLM.
+    """
     from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
 
     if dtype != "auto" and not merge:
         raise click.UsageError("--dtype needs --merge")
+    if private and push is None:
+        raise click.UsageError("--private needs --push")
     prepare_environment()
-    from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
+    from toolkit.train.checkpointing.trained_run import (  # noqa: PLC0415 - loads torch
+        export_run,
+        open_run,
+        push_export,
+    )
+    from toolkit.train.serving import serve_line  # noqa: PLC0415 - the same
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
     with quiet(debug=debug_asked()):
@@ -51,3 +74,8 @@ def export(
     source = found.adapter or found.checkpoint
     kind = "merged weights" if merge else "the adapter"
     click.echo(f"wrote {kind} of {source} to {to}")
+    if push is not None:
+        with quiet(debug=debug_asked()):
+            address = push_export(found, to, push, private=private)
+        click.echo(f"uploaded it to {address}")
+    click.echo(f"serve it: {serve_line(found.config, to, merged=merge)}")

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError, first_line
 from toolkit.config.sampling_keywords import unknown
-from toolkit.engine.hf_sampling import StopAt, cut, draw
+from toolkit.engine.hf_sampling import StopAt, cut, draw, room
 from toolkit.engine.rollout_request import Rollout, check_prompts, request_seed
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class TransformersEngine:
             none_asked = sampling.logprobs is None
             return Rollout([], [], None if none_asked else [], None if none_asked else [])
         config, stop = self._config(sampling)
+        most = room(prompts, len(prompts) * sampling.n, self.max_model_len)
+        config.max_new_tokens = min(config.max_new_tokens, max(most))
         more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
         rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
         seeds = [request_seed(seed, row + k) for row in rows for k in range(sampling.n)]
@@ -94,7 +96,8 @@ class TransformersEngine:
             except ValueError as error:
                 raise _refused(error) from error
         ends = {*self._end_ids, *sampling.stop_token_ids}
-        return _collect(prompts, cut(sampled_BT, ends, stop), sampled_BT, scores, sampling)
+        found = cut(sampled_BT, ends, stop, most)
+        return _collect(prompts, found, sampled_BT, scores, sampling)
 
     def sleep(self) -> None:
         """Nothing to give back."""

@@ -207,11 +207,26 @@ def draw(
     return sequences[:, width:], scores
 
 
+def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
+    """Tokens that each of ``rows`` completions may have, where prompt and completion together have
+    at most ``longest``. Equal numbers of neighbouring rows belong to each prompt.
+    """
+    each = rows // len(prompts)
+    return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
+
+
 def cut(
-    sampled_BT: torch.Tensor, ends: Collection[int], stop: StopAt | None = None
+    sampled_BT: torch.Tensor,
+    ends: Collection[int],
+    stop: StopAt | None = None,
+    most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Each row up to and with the first token of ``ends``, or the last of a stop string."""
+    """Each row up to and with the first token of ``ends``, or the last of a stop string; at most
+    ``most`` tokens of each row, which is what vLLM does at the end of its context.
+    """
     rows: list[list[int]] = sampled_BT.tolist()
+    if most is not None:
+        rows = [row[:length] for row, length in zip(rows, most, strict=True)]
     if stop is not None:
         lengths = stop.lengths(sampled_BT.shape[1])
         rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]

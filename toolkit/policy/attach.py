@@ -6,7 +6,13 @@ from functools import partial
 from typing import Any
 
 from toolkit.policy.adapter_io import save_lora
-from toolkit.policy.fast_generate import fast_generate, load_lora
+from toolkit.policy.fast_generate import fast_generate, generate, load_lora
+from toolkit.policy.saving import (
+    push_to_hub_gguf,
+    push_to_hub_merged,
+    save_pretrained_gguf,
+    save_pretrained_merged,
+)
 
 CARRIED = (
     "toolkit_engine",
@@ -16,16 +22,18 @@ CARRIED = (
     "toolkit_full_finetuning",
     "toolkit_resized",
     "toolkit_fused",
+    "toolkit_source",
 )
 """Attributes handed from a model to the PEFT model around it."""
+SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push_to_hub_gguf)
 
 
 def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
     """Set ``carried`` (or those of the model ``like``) on ``model`` and bind its methods; returns
     it.
 
-    ``fast_generate``, ``save_lora`` and ``load_lora`` are those of ``policy.generate`` and
-    ``policy.adapter_io``.
+    ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are those of
+    ``policy.generate`` and ``policy.adapter_io``; the others those of ``policy.saving``.
     """
     if like is not None:
         carried = {name: getattr(like, name, None) for name in CARRIED}
@@ -37,4 +45,7 @@ def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
         holder.fast_generate = partial(fast_generate, model)
         holder.save_lora = partial(save_lora, model)
         holder.load_lora = partial(load_lora, model)
+        holder.generate = partial(generate, holder)
+        for method in SAVING:
+            setattr(holder, method.__name__, partial(method, model))
     return model

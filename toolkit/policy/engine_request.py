@@ -98,10 +98,27 @@ def _next_rank(asked: Any) -> str:
     return f'use max_lora_rank={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
 
 
+STANDBY = "UNSLOTH_VLLM_STANDBY"
 _API_EXCLUDES = {
     "rope_scaling": "the engine reads its positions from the checkpoint",
     "resize_model_vocab": "the engine holds the embeddings",
 }
+
+
+def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """``arguments`` of one call, with what the variable UNSLOTH_VLLM_STANDBY asks for: the KV cache
+    gives its memory to the trainer between rollouts. ``enable_sleep_mode`` in the call wins.
+    """
+    given = dict(arguments)
+    if environ.get(STANDBY, "0").lower() in ("", "0", "false") or "enable_sleep_mode" in given:
+        return given
+    if not given.get("fast_inference"):
+        told = "has no effect with fast_inference=False, where no engine is built"
+    else:
+        given["enable_sleep_mode"] = True
+        told = "is read as enable_sleep_mode=True: the KV cache sleeps while the trainer works"
+    warnings.warn(f"{STANDBY} {told}", ToolkitWarning, stacklevel=3)
+    return given
 
 
 def warn_engine_only(engine: Mapping[str, Any]) -> None:

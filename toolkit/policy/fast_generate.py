@@ -98,6 +98,26 @@ def fast_generate(
     return answers(tokenizer, texts, rollout, sampling, end_ids(tokenizer, model))
 
 
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own ``generate`` of ``model``, in evaluation mode for the while.
+
+    In training mode, as a model is after ``trainer.train()``, dropout is on, and gradient
+    checkpointing leaves the cache out, so that all tokens but the first are wrong.
+    """
+    with _evaluation(model):
+        return type(model).generate(model, *args, **kwargs)
+
+
+@contextmanager
+def _evaluation(model: Any) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
 def _face(policy: Any, model: Any) -> TransformersEngine:
     tokenizer = model.toolkit_tokenizer
     return TransformersEngine(
@@ -134,15 +154,11 @@ def _transformers_generate(
             where=WHERE,
             fix="pass prompts, or input_ids with keywords of transformers' generate",
         )
-    was = policy.training
-    policy.eval()
-    try:
+    with _evaluation(policy):
         if adapter is None and is_peft(policy):
             with policy.disable_adapter():
                 return policy.generate(**kwargs)
         return policy.generate(**kwargs)
-    finally:
-        policy.train(was)
 
 
 @contextmanager

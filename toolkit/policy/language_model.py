@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from os import PathLike
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
 from toolkit.policy.adapted_layers import default_for, told_default
 from toolkit.policy.attach import attach
+from toolkit.policy.engine_request import with_standby
 from toolkit.policy.from_config import request_of
 from toolkit.policy.gradient_checkpointing import (
     apply_checkpointing,
@@ -99,7 +101,7 @@ class FastLanguageModel:
         """
         named = {name: value for name, value in locals().items() if name != "kwargs"}
         named["model_name"] = _path_text(model_name)
-        return load(check_request({**named, **kwargs}))
+        return load(check_request(with_standby({**named, **kwargs}, os.environ)))
 
     @staticmethod
     def get_peft_model(  # noqa: PLR0913 - the drop-in signature

@@ -17,6 +17,7 @@ from toolkit.policy.gradient_checkpointing import apply_checkpointing
 from toolkit.policy.hf_model import check_quantization, load_base
 from toolkit.policy.model_files import find_checkpoint
 from toolkit.policy.saved_adapter import put_saved, read_adapter
+from toolkit.policy.saving import Source
 from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def _finish(
         toolkit_full_finetuning=request.full_finetuning,
         toolkit_resized=request.resize_model_vocab is not None,
         toolkit_fused=_fuse(model, request),
+        toolkit_source=Source.of(base, request),
     )
     mode = request.use_gradient_checkpointing
     if adapter is not None:

@@ -6,6 +6,7 @@ for ``nn.DataParallel``. Both are settled here, from the model that is trained.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from functools import wraps
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 import trl
 from transformers.utils import is_torch_bf16_gpu_available
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigValueError, ToolkitWarning
+from toolkit.train.legal_batches import refuse_partial_groups
+from toolkit.train.older_fields import translate
 
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The switch of each half-precision format."""
@@ -25,19 +28,47 @@ WRITTEN = "toolkit_written"
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """``trl.GRPOConfig`` that remembers which fields were passed: the others follow the model.
 
-    One field is ours: ``padding_free`` (True) trains on packed sequences, see ``packed_steps``.
+    Two fields are ours: ``padding_free`` (True) trains on packed sequences, see ``packed_steps``;
+    ``max_prompt_length`` (tokens; None: whatever fits) cuts prompts on the left. Fields of older
+    releases are translated, see ``older_fields``.
+
+    Raises:
+        ConfigTypeError: a field that nothing has. ConfigValueError: a value that is refused; where
+            a batch does not hold whole groups the message lists the sizes that do.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # the same
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = {**dict(zip(FIELDS, args, strict=False)), **kwargs}
+        given, notes = translate({**dict(zip(FIELDS, args, strict=False)), **kwargs}, FIELDS)
+        if notes:
+            warnings.warn(f"GRPOConfig: {'; '.join(notes)}", ToolkitWarning, stacklevel=2)
         # None is TRL's own word for a field that is left out.
         written = frozenset(name for name, value in given.items() if value is not None)
         setattr(self, WRITTEN, written)
-        self.padding_free = bool(kwargs.pop("padding_free", True))
+        self.padding_free = bool(given.pop("padding_free", True))
+        self.max_prompt_length = _length(given.pop("max_prompt_length", None))
         if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
-            kwargs["bf16"] = False  # TRL's True would be refused by transformers, unasked
-        super().__init__(*args, **kwargs)
+            given["bf16"] = False  # TRL's True would be refused by transformers, unasked
+        refused = None
+        try:
+            super().__init__(**given)
+        except ValueError as problem:
+            if "divisible by" not in str(problem):
+                raise
+            refused = problem
+        if refused is not None:  # here, so that TRL's own words are not shown above ours
+            refuse_partial_groups(self, written)
+            raise refused
+
+
+def _length(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigValueError(
+            f"max_prompt_length={value!r} must be a number of tokens above 0, or None",
+            where="GRPOConfig",
+            fix="leave it out: prompts of any length that the model holds are taken",
+        )
+    return value
 
 
 def _has_bfloat16(given: dict[str, Any]) -> bool:

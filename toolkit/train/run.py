@@ -37,6 +37,7 @@ from toolkit.train.rollout.evaluate import evaluate, evaluates
 from toolkit.train.rollout.sampler import find_engine
 from toolkit.train.run_context import Options, RunContext, finish, introduce
 from toolkit.train.step import step_errors
+from toolkit.train.tracking import open_tracking
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 from toolkit.train.trl_arguments import grpo_config, make_reproducible, require_packages
 
@@ -258,8 +259,7 @@ def _train(
             signals.end()
             trainer.save_last()
         finally:
-            if trainer.journal is not None:
-                trainer.journal.close()
+            _close_logs(trainer, stopped=signals.received is not None)
     _refuse_lost(trainer, run_dir_watch, peers)
     # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
     if signals.received is not None and (peers is None or trainer.stopping):
@@ -291,10 +291,28 @@ def _open_journal(
     trainer.branch = start.branch
     trainer.journal = run_dir_watch.journal = journal = Journal(context.run_dir, start.positions)
     every = context.config.grpo.get("logging_steps")
-    progress = Progress(options.out, total_steps(trainer), every)
+    total = total_steps(trainer)
+    progress = Progress(options.out, total, every)
     keep = context.config.runtime.log_completions
     watch = Watch(context.run_dir, progress.keep)
-    trainer.add_callback(Recorder(trainer, journal, progress, completions=keep, watch=watch))
+    trainer.tracking = tracking = open_tracking(
+        context.config,
+        trainer,
+        run_dir=context.run_dir,
+        step=None if found is None else trainer_state.step_of(found),
+        total=total,
+        say=progress.keep,
+    )
+    trainer.add_callback(
+        Recorder(trainer, journal, progress, completions=keep, watch=watch, tracking=tracking)
+    )
+
+
+def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
+    if trainer.tracking is not None:
+        trainer.tracking.close(stopped=stopped)
+    if trainer.journal is not None:
+        trainer.journal.close()
 
 
 def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:

@@ -19,7 +19,7 @@ import trl
 from toolkit.base.errors import ConfigValueError
 from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
-from toolkit.train import policy_setup
+from toolkit.train import policy_setup, script
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.checkpointing.resumable_trainer import Resumable
 from toolkit.train.grpo_config import GRPOConfig, default_config
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.train.report.memory_peaks import PhasePeaks
+    from toolkit.train.tracking import Tracking
 
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
@@ -49,6 +50,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     bad_steps: int = 0
     peaks: PhasePeaks | None = None
     base_check: dict[str, Any] | None = None
+    tracking: Tracking | None = None
     _attempt: Attempt | None = None
     _bad_loss: bool = False
     collapse_reported: bool = False
@@ -70,6 +72,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         del given["self"]
         engine = find_engine(model)
         config = given["args"] = given.get("args") or default_config(model)
+        script.check(given, model)
         sampler.check_keywords(model, config, tools=bool(given.get("tools")))
         policy_setup.prepare(model, engine, config, given.get("peft_config"))
         if not isinstance(model, str):
@@ -136,6 +139,10 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     def _generate(self, prompts: list[Any]) -> Any:
         self.rows.begin(len(prompts))
         return super()._generate(prompts)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        return script.cut_prompts(self, prompt_ids, images), images, fields
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any

@@ -15,10 +15,11 @@ from toolkit.policy.machine_facts import situation
 from toolkit.train.upstream_errors import config_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from toolkit.config.run_config import RunConfig
+    from toolkit.config.trl_names import Package
 
 OURS = ("max_prompt_length",)
 """Keys of the run file's ``grpo`` part that TRL 1.16 does not have."""
@@ -42,7 +43,6 @@ def grpo_config(
     written_half = written.get("bf16") or written.get("fp16")
     uploads = written.get("log_completions_hub_repo") is not None
     defaults = {
-        "report_to": [],
         "save_strategy": "steps",
         # TRL takes bf16 for granted where neither is said, and refuses both.
         "bf16": half == "bfloat16" and not written_half,
@@ -61,6 +61,7 @@ def grpo_config(
         )
     forced = {
         "output_dir": str(run_dir),
+        "report_to": [],  # train/tracking calls the trackers, each beside the run
         "logging_strategy": "steps",
         "logging_steps": 1,
         "disable_tqdm": True,
@@ -122,11 +123,20 @@ def require_packages(config: RunConfig) -> None:
         use_liger=bool(config.grpo.get("use_liger_kernel")),
         cache=config.grpo.get("cache_implementation"),
     )
+    refuse_missing(needed, config.source)
+
+
+def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | None = None) -> None:
+    """``needed`` is what ``needed_packages`` gave; ``source`` the run file that asks for it.
+
+    Raises:
+        MissingExtraError: for the first package that is not installed.
+    """
     for key, value, package in needed:
         if not installed(package):
             raise MissingExtraError(
                 f"grpo.{key}: {value} needs {package.install}, which is not installed",
-                where=config.source or f"grpo.{key}",
+                where=source or f"grpo.{key}",
                 fix=f"pip install {package.install}, or change grpo.{key}",
             )
 

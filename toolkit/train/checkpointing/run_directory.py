@@ -34,6 +34,11 @@ FREE_TO_CHANGE = (
     "grpo.save_strategy",
     "grpo.save_total_limit",
     "grpo.report_to",
+    "grpo.run_name",
+    "grpo.project",
+    "grpo.trackio_space_id",
+    "grpo.trackio_bucket_id",
+    "grpo.trackio_static_space_id",
 )
 """What a resumed run may change without saying so: it changes no number that the run computes."""
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from toolkit.train.report.reward_watch import Watch
+    from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import TrainerSeam
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
@@ -182,7 +183,7 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None);
-    ``watch`` sees each metrics row before it is written.
+    ``watch`` sees each metrics row before it is written; ``tracking`` gets all of it afterwards.
     """
 
     def __init__(
@@ -193,7 +194,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         *,
         completions: bool,
         watch: Watch | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
+        self.tracking = tracking
         self.watch = watch
         self.trainer, self.journal, self.on_row = trainer, journal, on_row
         self.completions = completions
@@ -222,6 +225,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             if self.completions and "reward" in row:
                 self._write_completions(state.global_step)
         self.on_row(row, timings)
+        if self.tracking is not None:
+            self.tracking.row(row, timings)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation is not part of the next step's time."""
@@ -248,13 +253,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def _write_completions(self, step: int) -> None:
         logs, weights = self.trainer.completion_log, self.trainer.reward_weights.tolist()
         names = list(logs["rewards"])
+        rows = []
         for index, prompt in enumerate(logs["prompt"]):
             rewards = {name: plain(logs["rewards"][name][index]) for name in names}
             scored = [
                 (w, r) for w, r in zip(weights, rewards.values(), strict=True) if r is not None
             ]
-            self.journal.write(
-                "completions.jsonl",
+            rows.append(
                 {
                     "step": step,
                     "prompt": prompt,
@@ -263,8 +268,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
                     **_extra(logs, index),
-                },
+                }
             )
+            self.journal.write("completions.jsonl", rows[-1])
+        if self.tracking is not None:
+            self.tracking.completions(step, rows)
 
 
 def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callabl
     function = getattr(module, attribute, None)
     if not callable(function):
         raise _no_function(name, module, attribute)
-    _check_signature(name, function)
+    check_signature(name, function)
     return function  # type: ignore[no-any-return]  # callable() narrows Any no further
 
 
@@ -130,7 +130,12 @@ def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
     )
 
 
-def _check_signature(name: str, function: Callable[..., Any]) -> None:
+def check_signature(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called as TRL calls a reward.
+
+    Raises:
+        ConfigError: it does not take every keyword.
+    """
     parameters = _parameters(function)
     if not parameters:
         return

@@ -18,7 +18,7 @@ from transformers import StoppingCriteriaList
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
 from toolkit.config.sampling_keywords import judge, not_reproduced, what_follows
-from toolkit.engine.hf_sampling import StopAt, cut, draw, draws_by_row
+from toolkit.engine.hf_sampling import StopAt, cut, draw, draws_by_row, room
 from toolkit.engine.oom_backoff import Part, in_parts
 from toolkit.engine.rollout_request import Rollout, Sampling, request_seed
 from toolkit.train.report.memory_peaks import rollout_phase
@@ -246,13 +246,18 @@ class ModelGeneration:
         seed, rows = trainer.rows.call(prompts)
         model = trainer.accelerator.unwrap_model(trainer.model)
         config, strings = self._config()
+        longest = getattr(model, "max_seq_length", None)
+        if longest is not None:
+            shortest = min(map(len, prompts))
+            config.max_new_tokens = min(config.max_new_tokens, max(1, longest - shortest))
 
         def run(part: Part) -> Rollout:
             seeds = [request_seed(seed, row) for row in part.rows]
             stop = StopAt(trainer.text_tokenizer, strings) if strings else None
             more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
             sampled_BT, _ = draw(model, part.prompts, config, seeds, more)
-            ids = cut(sampled_BT, trainer.eos_token_ids, stop)
+            most = None if longest is None else room(part.prompts, len(part.prompts), longest)
+            ids = cut(sampled_BT, trainer.eos_token_ids, stop, most)
             return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
 
         kept = trainer.__dict__

@@ -1,0 +1,76 @@
+"""The line that ``toolkit export`` prints, taken by plain vLLM: the exported adapter gives there
+the tokens that the policy of the run gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
+
+import train_world
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own start, without ours around it
+]
+PROMPTS = ["10+11=", "12+13=", "13+15=", "11+10="]
+MORE = 6
+
+
+def served_arguments(line: str) -> Any:
+    """The printed command as vLLM's own parser reads it."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    words = shlex.split(line)
+    assert words[:2] == ["vllm", "serve"]
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
+
+
+def test_plain_vllm_serves_the_exported_adapter(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    world = train_world.make(tmp_path, steps=4)
+    train = ("train", world, "--no-evaluate", "--set", "grpo.learning_rate=0.05")
+    done = train_world.toolkit(*train)
+    assert done.returncode == 0, done.stderr
+    exported = train_world.toolkit("export", tmp_path / "run", "--to", tmp_path / "sums")
+    assert exported.returncode == 0, exported.stderr
+    line = exported.stdout.splitlines()[-1].removeprefix("serve it: ")
+
+    greedily = ("--max-tokens", MORE, "--temperature", 0, "--json")
+    own = train_world.toolkit("generate", tmp_path / "run", *PROMPTS, *greedily)
+    assert own.returncode == 0, own.stderr
+
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    given = served_arguments(line)
+    lora = given.lora_modules[0]
+    assert (lora.name, lora.path) == ("sums", str(tmp_path / "sums"))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    llm = LLM(
+        model=given.model_tag,
+        max_model_len=given.max_model_len,
+        dtype=given.dtype,
+        enable_lora=given.enable_lora,
+        max_lora_rank=given.max_lora_rank,
+        enforce_eager=True,
+        block_size=32,
+        max_num_seqs=8,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=MORE)
+    request = LoRARequest(lora.name, 1, lora.path)
+    with_adapter = [o.outputs[0].text for o in llm.generate(PROMPTS, greedy, lora_request=request)]
+    base = [o.outputs[0].text for o in llm.generate(PROMPTS, greedy)]
+    assert with_adapter != base
+    rows = [json.loads(row) for row in own.stdout.splitlines()]
+    assert with_adapter == [row["completions"][0] for row in rows]

@@ -1,0 +1,338 @@
+"""What scripts and notebooks pass to GRPOConfig and GRPOTrainer: older fields, batches, rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from trainer_helpers import ROWS, arguments, make_policy, make_trainer, ones, put_engine
+
+import toolkit
+from toolkit import GRPOConfig
+from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, ToolkitWarning
+from toolkit.policy.chat_templates import CHATML, get_chat_template, standardize_sharegpt
+from toolkit.policy.engine_request import with_standby
+from toolkit.policy.fast_generate import generate
+from toolkit.policy.saving import gguf_recipe
+from toolkit.train.demo import make_tokenizer
+from toolkit.train.rewards.script import judged
+from toolkit.train.trainer import GRPOTrainer
+
+# --- fields of older releases
+
+
+def config(folder, **fields):
+    """(config, the warning about its fields)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = GRPOConfig(output_dir=str(folder), use_cpu=True, **fields)
+    told = [str(one.message) for one in caught if one.category is ToolkitWarning]
+    assert len(told) <= 1  # all of it at once
+    return made, told[0] if told else ""
+
+
+def test_fields_of_older_releases_are_translated_and_told_once(tmp_path):
+    made, told = config(
+        tmp_path,
+        max_prompt_length=256,
+        warmup_ratio=0.1,
+        evaluation_strategy="no",
+        vllm_guided_decoding_regex="[0-9]+",
+        kl_coef=0.04,
+        unsloth_num_chunks=-1,
+        logging_dir="logs",
+        vllm_device="cuda:0",
+    )
+    assert (made.max_prompt_length, made.warmup_steps, made.beta) == (256, 0.1, 0.04)
+    assert made.vllm_structured_outputs_regex == "[0-9]+"
+    for words in (
+        "warmup_ratio=0.1 is warmup_steps=0.1 today",
+        "evaluation_strategy is eval_strategy today",
+        "kl_coef is beta today",
+        "unsloth_num_chunks is left out",
+        "logging_dir is left out: the variable TENSORBOARD_LOGGING_DIR",
+        "vllm_device is left out: FastLanguageModel.from_pretrained decides it",
+    ):
+        assert words in told
+    assert config(tmp_path, warmup_ratio=0.1, warmup_steps=5)[0].warmup_steps == 5
+
+
+def test_vllm_sampling_params_become_fields(tmp_path):
+    params = toolkit.vLLMSamplingParams(
+        min_p=0.1, top_p=0.9, top_k=-1, seed=3407, stop=["</s>"], include_stop_str_in_output=True
+    )
+    made, told = config(tmp_path, temperature=0.7, vllm_sampling_params=params)
+    assert (made.min_p, made.top_p, made.top_k, made.temperature) == (0.1, 0.9, -1, 0.7)
+    assert made.generation_kwargs == {"stop": ["</s>"], "include_stop_str_in_output": True}
+    assert "seed is left out (each completion is drawn from its own seed" in told
+    made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
+    assert made.temperature == 0.7
+    assert "temperature stays 0.7" in told
+    with pytest.raises(ConfigTypeError, match="vllm_sampling_params is a str"):
+        config(tmp_path, vllm_sampling_params="greedy")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
+        ({"dataset_text_field": "text"}, "is no field of GRPOConfig: it is dataset.prompt"),
+        ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef=0.1 is the older name of beta, which is 0.2"),
+        ({"warmup_ratio": 1}, "warmup_ratio=1 must be a number from 0 to below 1"),
+        ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),
+    ],
+)
+def test_what_has_no_meaning_of_today_is_refused_by_name(tmp_path, fields, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        config(tmp_path, **fields)
+
+
+# --- batches that hold whole groups
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"per_device_train_batch_size": 1, "num_generations": 6},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 6},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_generations": 6},
+        {"per_device_train_batch_size": 4, "generation_batch_size": 16, "num_generations": 6},
+        {"per_device_eval_batch_size": 8, "per_device_train_batch_size": 6, "num_generations": 6,
+         "eval_strategy": "steps", "eval_steps": 1},
+    ],
+)  # fmt: skip
+def test_every_batch_that_the_message_lists_is_legal(tmp_path, fields):
+    with pytest.raises(ConfigValueError, match="no multiple of num_generations=6") as caught:
+        config(tmp_path, **fields)
+    choices = re.findall(r"(\w+)=([\d or]+)", str(caught.value.fix))
+    assert choices
+    for name, values in choices:
+        for value in values.strip().split(" or "):
+            config(tmp_path, **{**fields, name: int(value)})
+
+
+def test_batch_1_with_6_generations_says_what_to_write(tmp_path):
+    with pytest.raises(ConfigValueError) as caught:
+        config(tmp_path, per_device_train_batch_size=1, num_generations=6)
+    assert "1 x 1 process x gradient_accumulation_steps 1 = 1 completion" in str(caught.value)
+    assert "per_device_train_batch_size=6; gradient_accumulation_steps=6" in str(caught.value)
+
+
+# --- rewards of a script
+
+
+def no_kwargs(completions):
+    return [1.0 for _ in completions]
+
+
+def nothing(completions, **kwargs):
+    return None
+
+
+def scalar(completions, **kwargs):
+    return 1.0
+
+
+def words(completions, **kwargs):
+    return ["good" for _ in completions]
+
+
+def nested(completions, **kwargs):
+    return [[1.0] for _ in completions]
+
+
+async def later(completions, **kwargs):
+    return ["good" for _ in completions]
+
+
+def trainer_of(tmp_path, rewards, model=None, **grpo):
+    given = {"max_steps": 1, "max_completion_length": 2, **grpo}
+    return GRPOTrainer(
+        model=model or make_policy(),
+        reward_funcs=rewards,
+        args=arguments(tmp_path, **given),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (nothing, "reward nothing returned a NoneType, not a list of rewards"),
+        (scalar, "reward scalar returned a float, not a list of rewards"),
+        (words, "reward words returned a str for a reward (sample 0 of 8)"),
+        (nested, "reward nested returned a list for a reward (sample 0 of 8)"),
+        (later, "reward later returned a str for a reward (sample 0 of 8)"),
+    ],
+)
+def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
+    [call] = judged([reward])
+
+    def score():
+        found = call(completions=["1"] * 8)
+        return asyncio.run(found) if reward is later else found
+
+    with pytest.raises(ConfigValueError, match=re.escape(told)) as caught:
+        score()
+    assert "one number (or None) for each completion" in str(caught.value.fix)
+
+
+def test_training_ends_with_the_words_for_the_reward(tmp_path):
+    with pytest.raises(ConfigValueError, match="reward words returned a str for a reward"):
+        trainer_of(tmp_path, [ones, words]).train()
+
+
+def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=re.escape("reward no_kwargs takes (completions)")) as e:
+        trainer_of(tmp_path, no_kwargs)
+    assert e.value.fix == "end its parameters with **kwargs"
+    with pytest.raises(ConfigTypeError, match="is a list, and no function"):
+        trainer_of(tmp_path, [[1.0]])
+
+
+def test_rewards_of_every_kind_keep_their_names(tmp_path):
+    class Scorer:
+        def __call__(self, completions, **kwargs):
+            return torch.tensor([float("nan"), *[0.5] * (len(completions) - 1)])
+
+    def scaled(completions, factor, **kwargs):
+        return [None, *[factor] * (len(completions) - 1)]
+
+    def broken(completions, **kwargs):
+        raise KeyError("answer")
+
+    trainer = trainer_of(tmp_path, [ones, Scorer(), partial(scaled, factor=2)])
+    assert trainer.reward_func_names == ["ones", "Scorer", "scaled"]
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/scaled/mean"] == 2
+    with pytest.raises(KeyError, match="answer"):  # its own, with its own traceback
+        trainer_of(tmp_path, broken).train()
+
+
+# --- lengths, packages, the other engine's keywords
+
+
+def test_max_prompt_length_cuts_on_the_left_and_says_so(tmp_path):
+    trainer = trainer_of(tmp_path, ones)
+    trainer.args.max_prompt_length = 2
+    with pytest.warns(ToolkitWarning, match="max_prompt_length=2 keeps its last 2"):
+        ids, _, _ = trainer._tokenize_prompts(["12+34=", "7="])
+    tokenizer = make_tokenizer()
+    assert tokenizer.batch_decode(ids) == ["4=", "7="]
+
+
+def test_max_seq_length_holds_prompt_and_completion_without_an_engine_too(tmp_path):
+    model = make_policy()
+    model.max_seq_length = 8
+    with pytest.raises(ConfigError, match="max_completion_length=8 leaves no room for a prompt"):
+        trainer_of(tmp_path, ones, model=model, max_completion_length=8)
+    trainer = trainer_of(tmp_path, ones, model=model, max_completion_length=7)
+    prompt_ids, completion_ids, *_ = trainer._generate(["12+34="] * 4 + ["7="] * 4)
+    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    assert max(lengths) <= 8
+    assert max(map(len, completion_ids[4:])) > 2  # a short prompt has more room
+
+
+def test_packages_of_the_config_are_looked_for_at_construction(tmp_path):
+    given = {"report_to": ["dvclive"]}
+    with pytest.raises(ImportError, match="report_to: dvclive needs dvclive"):
+        trainer_of(tmp_path, ones, **given)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_keywords_of_the_other_engine_are_refused_at_construction(tmp_path, engine):
+    model = make_policy()
+    if engine:
+        put_engine(model, make_tokenizer())
+    with pytest.raises(ConfigValueError, match="include_stop_str_in_output"):
+        trainer_of(tmp_path, ones, model, generation_kwargs={"include_stop_str_in_output": True})
+
+
+# --- generate right after training
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_generate_right_after_train_is_that_of_evaluation(tmp_path, checkpointing):
+    trainer = make_trainer(
+        tmp_path, max_steps=1, lora={"lora_dropout": 0.3}, gradient_checkpointing=checkpointing
+    )
+    trainer.train()
+    model, tokenizer = trainer.model, make_tokenizer()
+    assert model.training
+    inputs = tokenizer(["12+34="], return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    ours = generate(model, **inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert model.training
+    ids = inputs["input_ids"]
+    model.eval()
+    for _ in range(12):  # without a cache
+        scores = model(ids).logits[:, -1]
+        scores[:, tokenizer.eos_token_id] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+    assert ours.tolist() == ids.tolist()
+
+
+# --- names that notebooks import
+
+
+def test_names_that_notebooks_import():
+    from toolkit import FastVisionModel, PatchFastRL, is_bfloat16_supported
+    from toolkit.chat_templates import train_on_responses_only
+
+    assert is_bfloat16_supported() in (True, False)
+    with pytest.warns(ToolkitWarning, match="from toolkit import GRPOConfig, GRPOTrainer"):
+        PatchFastRL("GRPO", toolkit.FastLanguageModel)
+    with pytest.raises(NotImplementedError, match="only text is trained here"):
+        FastVisionModel.from_pretrained("some/vlm", load_in_4bit=True)
+    with pytest.raises(NotImplementedError, match="supervised fine-tuning"):
+        train_on_responses_only(None, instruction_part="<a>")
+    with pytest.raises(ImportError, match=r"toolkit has no UnslothTrainer: use trl\.SFTTrainer"):
+        from toolkit import UnslothTrainer  # noqa: F401
+    with pytest.raises(ImportError, match="cannot import name 'FastSomething'"):
+        from toolkit import FastSomething  # noqa: F401
+
+
+def test_chat_templates():
+    tokenizer = make_tokenizer()
+    with pytest.raises(ConfigValueError, match="the tokenizer has no chat template"):
+        get_chat_template(tokenizer, "llama-3.1")
+    assert get_chat_template(tokenizer, "chatml").chat_template == CHATML
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1="}], tokenize=False, add_generation_prompt=True
+    )
+    assert said == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
+    assert get_chat_template(tokenizer, "qwen-2.5").chat_template == CHATML
+    with pytest.raises(ConfigValueError, match="a chat template of another family"):
+        get_chat_template(tokenizer, "gemma-3")
+    with pytest.raises(NotImplementedError, match="reads role and content"):
+        get_chat_template(tokenizer, "chatml", mapping={"role": "from", "content": "value"})
+    own = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert get_chat_template(tokenizer, own).chat_template == own
+
+
+def test_sharegpt_becomes_role_and_content():
+    turns = [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]
+    rows = standardize_sharegpt(Dataset.from_list([{"conversations": turns}]))
+    assert [(t["role"], t["content"]) for t in rows[0]["conversations"]] == [
+        ("user", "1+1="), ("assistant", "2")]  # fmt: skip
+
+
+def test_standby_is_kv_sleep():
+    asked = {"UNSLOTH_VLLM_STANDBY": "1"}
+    with pytest.warns(ToolkitWarning, match="enable_sleep_mode=True"):
+        assert with_standby({"fast_inference": True}, asked)["enable_sleep_mode"] is True
+    with pytest.warns(ToolkitWarning, match="no effect with fast_inference=False"):
+        assert "enable_sleep_mode" not in with_standby({"fast_inference": False}, asked)
+    assert with_standby({"fast_inference": True}, {}) == {"fast_inference": True}
+
+
+def test_gguf_is_explained():
+    recipe = gguf_recipe("out", ["q4_k_m"])
+    assert "convert_hf_to_gguf.py out --outfile out/f16.gguf --outtype f16" in recipe
+    assert "llama-quantize out/f16.gguf out/q4_k_m.gguf q4_k_m" in recipe

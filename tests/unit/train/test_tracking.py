@@ -1,0 +1,254 @@
+"""Trackers: real TensorBoard files, a resumed run, and trackers that raise, hang or are slow."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from trainer_helpers import arguments
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "acceptance"))
+
+import train_world
+
+from toolkit.config import load_run
+from toolkit.train import tracking
+from toolkit.train.run import run
+from toolkit.train.run_context import Options
+from toolkit.train.tracking import Tracking, flat, named
+from toolkit.train.tracking.lane import Lane
+from toolkit.train.tracking.to_tensorboard import markdown
+from toolkit.train.tracking.to_upstream import UpstreamTracker
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return train_world.make(tmp_path_factory.mktemp("tracking"), steps=STEPS)
+
+
+def trained(world, out, *more):
+    """(folder, what was printed) of a run in this process."""
+    said = io.StringIO()
+    overrides = (f"runtime.output_dir={out}", "reward.isolate=false", *more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(load_run(str(world), list(overrides)), Options(out=said, evaluate=False))
+    return Path(out), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tensorboard(world, tmp_path_factory):
+    """A run with TensorBoard, and the same run resumed from its middle."""
+    out = tmp_path_factory.mktemp("runs") / "numeric-r4"
+    folder, said = trained(world, out, "grpo.report_to=tensorboard")
+    return folder, said
+
+
+def scalars(folder):
+    """{name: [(step, value), ...]} as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    found = {n: [(e.step, e.value) for e in events.Scalars(n)] for n in tags["scalars"]}
+    return found, tags["tensors"], events
+
+
+def test_tensorboard_has_every_metric_under_its_name(tensorboard):
+    folder, said = tensorboard
+    rows = train_world.rows(folder)
+    found, texts, events = scalars(folder)
+    assert found["reward"] == [(r["step"], pytest.approx(r["reward"])) for r in rows]
+    named_in_rows = {k for row in rows for k, v in row.items() if isinstance(v, (int, float))}
+    assert named_in_rows - {"step"} <= set(found)
+    assert len(found["timing/step_s"]) == STEPS
+    assert f"tracker tensorboard: tensorboard --logdir {folder / 'tensorboard'}" in said
+    assert {"config/text_summary", "completions/text_summary"} <= set(texts)
+    table = events.Tensors("completions/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table.startswith("| step | prompt | completion | reward | advantage | reward/ones")
+    shown = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"learning_rate": 0.01' in shown
+
+
+@pytest.mark.slow
+def test_trackers_change_nothing_in_the_run(tensorboard, world, tmp_path):
+    plain, _ = trained(world, tmp_path / "plain")
+    assert train_world.digests(plain) == train_world.digests(tensorboard[0])
+
+
+def test_a_resumed_run_continues_the_same_tracked_run(tensorboard, world):
+    """Its steps after the checkpoint take the place of those that were logged before."""
+    folder, _ = tensorboard
+    before = json.loads((folder / "trackers.json").read_text())
+    trained(
+        world, folder, "grpo.report_to=tensorboard", f"runtime.resume={folder / 'checkpoint-2'}"
+    )
+    found, _, _ = scalars(folder)
+    assert [step for step, _ in found["reward"]] == list(range(1, STEPS + 1))
+    assert json.loads((folder / "trackers.json").read_text()) == before
+
+
+class Raises:
+    note = ""
+
+    def __init__(self, start):
+        raise ConnectionError("no route to api.example.org")
+
+
+class Hangs:
+    """Until the test ends."""
+
+    note = "opened"
+    let_go = threading.Event()
+
+    def __init__(self, start):
+        pass
+
+    def row(self, step, numbers):
+        self.let_go.wait(600)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        pytest.param(
+            Raises,
+            "tracker wandb: could not start: ConnectionError: no route to api.example.org",
+            marks=pytest.mark.slow,
+        ),
+        (Hangs, "tracker wandb: did not finish in time"),
+    ],
+)
+def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypatch, kind, told):
+    monkeypatch.setitem(tracking.OWN, "wandb", kind)
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
+    Hangs.let_go.clear()
+    try:
+        folder, said = trained(world, tmp_path / "run", "grpo.report_to=wandb")
+    finally:
+        Hangs.let_go.set()
+    assert told in said
+    assert "metrics.jsonl holds every row" in said
+    assert len(train_world.rows(folder)) == STEPS
+    assert (folder / "adapter/adapter_model.safetensors").is_file()
+
+
+class Recording:
+    note = "here"
+
+    def __init__(self, fails=(), slow_s=0.0):
+        self.fails, self.slow_s, self.calls, self.closed = list(fails), slow_s, [], False
+        self.begun = threading.Event()
+
+    def row(self, step, numbers):
+        self.begun.set()
+        time.sleep(self.slow_s)
+        if step in self.fails:
+            raise OSError(f"503 at {step}")
+        self.calls.append((step, numbers))
+
+    def table(self, step, rows):
+        self.calls.append((step, rows))
+
+    def close(self):
+        self.closed = True
+
+
+def followed(tracker, steps, total=100):
+    said = []
+    lanes = Tracking([Lane("mine", lambda: tracker)], said.append, total)
+    for step in range(1, steps + 1):
+        lanes.row({"step": step, "reward": 0.5, "kl": None}, {"step": step, "step_s": 1.0})
+        tracker.begun.wait(30)
+    lanes.close(stopped=False)
+    return said
+
+
+def test_a_call_that_fails_now_and_then_costs_one_row():
+    tracker = Recording(fails=(2, 4))
+    said = followed(tracker, 5)
+    assert [step for step, _ in tracker.calls] == [1, 3, 5]
+    assert tracker.calls[0][1] == {"reward": 0.5, "timing/step_s": 1.0}
+    assert said == ["tracker mine: here"]
+    assert tracker.closed
+
+
+def test_a_tracker_that_cannot_start_is_told_of_once():
+    said = []
+    lanes = Tracking([Lane("mine", lambda: Raises(None))], said.append, 100)
+    for step in (1, 2):
+        lanes.row({"step": step, "reward": 0.5}, None)
+    lanes.close(stopped=True)
+    assert len(said) == 1
+    assert said[0].startswith("tracker mine: could not start: ConnectionError: no route")
+    assert said[0].endswith("the run continues without it, and metrics.jsonl holds every row")
+
+
+def test_five_failures_in_a_row_end_the_tracker():
+    tracker = Recording(fails=range(3, 100))
+    said = followed(tracker, 30)
+    assert [step for step, _ in tracker.calls] == [1, 2]
+    assert any("failed 5 times in a row: OSError: 503 at 7" in line for line in said)
+
+
+def test_a_slow_tracker_is_told_how_much_it_missed(monkeypatch):
+    monkeypatch.setattr(tracking.lane, "WAITING", 3)
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
+    said = followed(Recording(slow_s=1.0), 20)
+    assert any("did not finish in time" in line for line in said)
+    assert any("too slow: 16 calls" in line for line in said)
+
+
+def test_completions_are_sent_now_and_then():
+    tracker = Recording()
+    lanes = Tracking([Lane("mine", lambda: tracker)], print, 100)
+    for step in range(1, 101):
+        lanes.completions(step, [{"step": step, "completion": "a"}] * 40)
+    lanes.close(stopped=False)
+    assert [step for step, _ in tracker.calls] == [1, *range(5, 101, 5)]
+    assert all(len(rows) == 16 for _, rows in tracker.calls)
+
+
+def test_tables_hold_flat_columns_and_no_markup():
+    row = {"prompt": [{"role": "user", "content": "1|2"}], "rewards": {"ones": 0.25}, "extra": {}}
+    found = flat(row)
+    assert found == {"prompt": '[{"role": "user", "content": "1|2"}]', "reward/ones": 0.25}
+    table = markdown([{"completion": "<b>|**x**\n"}])
+    assert table.splitlines()[2] == "| &lt;b&gt;&#124;&#42;&#42;x&#42;&#42;<br> |"
+
+
+def test_other_trackers_go_through_the_callbacks_of_transformers(tmp_path, monkeypatch):
+    """Here transformers' own callback for TensorBoard, which needs no account."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import TrainerControl, TrainerState
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "upstream"))
+    trainer = SimpleNamespace(
+        args=arguments(tmp_path),
+        state=TrainerState(is_world_process_zero=True, global_step=7),
+        control=TrainerControl(),
+        model=SimpleNamespace(config=None),
+    )
+    tracker = UpstreamTracker("tensorboard", trainer)
+    tracker.row(3, {"reward": 0.5})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "upstream"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/reward")] == [(3, 0.5)]
+    assert trainer.state.global_step == 7
+
+
+def test_names_of_report_to():
+    assert named(None) == named("none") == named(["none"]) == []
+    assert named(("wandb", "tensorboard")) == ["wandb", "tensorboard"]
+    assert "tensorboard" in named("all")

@@ -1,0 +1,17 @@
+"""``from toolkit.chat_templates import get_chat_template``, as notebooks import it."""
+
+from __future__ import annotations
+
+from toolkit.policy.chat_templates import (
+    get_chat_template,
+    standardize_data_formats,
+    standardize_sharegpt,
+    train_on_responses_only,
+)
+
+__all__ = [
+    "get_chat_template",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "train_on_responses_only",
+]

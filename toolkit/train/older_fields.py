@@ -1,0 +1,182 @@
+"""Keyword arguments of GRPOConfig that older TRL, transformers and Unsloth had, in today's terms.
+
+Scripts and notebooks of the last years pass them. Each one is translated, or left out because what
+it asked for is so anyway, and the user reads about all of them in one warning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.base.did_you_mean import nearest
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.config.migration import MOVED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+WHERE = "GRPOConfig"
+OURS = ("padding_free", "max_prompt_length")
+"""Fields of our GRPOConfig that TRL's does not have."""
+BY_LOADING = "FastLanguageModel.from_pretrained decides it"
+NO_EFFECT: dict[str, str] = {
+    **dict.fromkeys(
+        ("vllm_device", "vllm_dtype", "vllm_max_model_len", "vllm_enable_prefix_caching"),
+        BY_LOADING,
+    ),
+    **dict.fromkeys(
+        (
+            "half_precision_backend", "fp16_backend", "fp16_opt_level", "jit_mode_eval", "use_ipex",
+            "tpu_num_cores", "past_index", "ray_scope", "torchdynamo", "use_mps_device",
+            "mp_parameters", "include_tokens_per_second", "overwrite_output_dir",
+        ),
+        "transformers has it no more",
+    ),
+    "logging_dir": "the variable TENSORBOARD_LOGGING_DIR names TensorBoard's folder",
+    "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks here",
+}  # fmt: skip
+"""Fields that are left out, beside those of ``config.migration``, each with the reason."""
+SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of vLLM's SamplingParams that GRPOConfig has under the same name."""
+SETTLED = {
+    "n": "num_generations decides it",
+    "max_tokens": "max_completion_length decides it",
+    "seed": "each completion is drawn from its own seed, which follows from GRPOConfig's seed",
+    "logprobs": "the engine always returns the log-probabilities of what it sampled",
+    "output_kind": "the trainer reads whole completions",
+    "detokenize": "the trainer reads tokens",
+}
+"""Fields of SamplingParams that the trainer sets itself."""
+
+
+class Translated(NamedTuple):
+    """``kwargs`` are TRL's fields; ``notes`` is one sentence for each field that was translated."""
+
+    kwargs: dict[str, Any]
+    notes: list[str]
+
+
+def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
+    """``given`` by the names of today. ``known`` are the fields that GRPOConfig takes.
+
+    Raises:
+        ConfigTypeError: a name that nothing has. ConfigValueError: an old and a new name with
+            different values, or a value without a meaning of today.
+    """
+    known = (*known, *OURS)
+    made: dict[str, Any] = {name: value for name, value in given.items() if name in known}
+    notes: list[str] = []
+    for name, value in given.items():
+        if name in known:
+            continue
+        if name == "vllm_sampling_params":
+            notes += _sampling(made, value)
+        elif name == "warmup_ratio":
+            notes += _warmup(made, value)
+        elif name == "no_cuda":
+            notes += _renamed(made, name, "use_cpu", bool(value))
+        elif name in NO_EFFECT:
+            notes.append(f"{name} is left out: {NO_EFFECT[name]}")
+        else:
+            notes += _moved(made, name, value, known)
+    return Translated(made, notes)
+
+
+def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) -> list[str]:
+    moved = MOVED.get(f"grpo.{name}")
+    if moved is None:
+        close = nearest(name, known)
+        raise ConfigTypeError(
+            f"{name!r} is no field of GRPOConfig"
+            + (f" (did you mean {close!r}?)" if close else ""),
+            where=WHERE,
+            fix="correct its name or leave it out",
+        )
+    section, _, today = (moved.to or "").rpartition(".")
+    if section == "grpo":
+        return _renamed(made, name, today, value)
+    if moved.to is None:
+        return [f"{name} is left out: {moved.told}"]
+    if section == "model":
+        return [f"{name} is left out: pass {today} to FastLanguageModel.from_pretrained"]
+    raise ConfigTypeError(
+        f"{name!r} is no field of GRPOConfig: it is {moved.to} in a run file",
+        where=WHERE,
+        fix="leave it out, and give it where the model or the data is made",
+    )
+
+
+def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
+    if new in made and made[new] != value:
+        raise ConfigValueError(
+            f"{old}={value!r} is the older name of {new}, which is {made[new]!r}",
+            where=WHERE,
+            fix=f"leave {old} out",
+        )
+    made[new] = value
+    return [f"{old} is {new} today"]
+
+
+def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
+    """transformers 5 reads ``warmup_steps`` below 1 as a share of the run; steps win over a
+    ratio, as they did in transformers 4.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ConfigValueError(
+            f"warmup_ratio={ratio!r} must be a number from 0 to below 1",
+            where=WHERE,
+            fix="write warmup_steps: a number of steps, or a share of the run below 1",
+        )
+    if made.get("warmup_steps"):
+        return [f"warmup_ratio is left out: warmup_steps={made['warmup_steps']} is written"]
+    made["warmup_steps"] = ratio
+    return [f"warmup_ratio={ratio} is warmup_steps={ratio} today (below 1: a share of the run)"]
+
+
+def _sampling(made: dict[str, Any], params: Any) -> list[str]:
+    """vLLM's SamplingParams, or a mapping of its fields, as GRPOConfig's fields; what GRPOConfig
+    has no field for goes to ``generation_kwargs``.
+    """
+    extra = dict(made.get("generation_kwargs") or {})
+    told = []
+    for name, value in sampling_fields(params).items():
+        if name in SETTLED:
+            told.append(f"{name} is left out ({SETTLED[name]})")
+        elif name in SAMPLED_BY_FIELD and made.get(name) is None:
+            made[name] = value
+            told.append(f"{name}={value}")
+        elif name in SAMPLED_BY_FIELD:
+            if made[name] != value:
+                told.append(f"{name} stays {made[name]}, as GRPOConfig says")
+        elif name not in extra:
+            extra[name] = value
+            told.append(f"{name} is in generation_kwargs")
+    if extra:
+        made["generation_kwargs"] = extra
+    return [f"vllm_sampling_params is read as fields of GRPOConfig: {', '.join(told) or 'nothing'}"]
+
+
+def sampling_fields(params: Any) -> dict[str, Any]:
+    """The fields of ``params`` that differ from the defaults of its class.
+
+    Raises:
+        ConfigTypeError: it is neither vLLM's SamplingParams nor a mapping.
+    """
+    if params is None:
+        return {}
+    if isinstance(params, dict):
+        return dict(params)
+    names = getattr(type(params), "__struct_fields__", None)  # of msgspec, which vLLM builds on
+    if names is None:
+        raise ConfigTypeError(
+            f"vllm_sampling_params is a {type(params).__name__}",
+            where=WHERE,
+            fix="pass vllm.SamplingParams(...), or a dictionary of its fields",
+        )
+    default = type(params)()
+    public = [name for name in names if not name.startswith("_")]
+    return {
+        name: getattr(params, name)
+        for name in public
+        if getattr(params, name) != getattr(default, name)
+    }

@@ -1,0 +1,123 @@
+"""Reward functions that a script hands to the trainer, with the messages that a run file gets.
+
+TRL makes a tensor of whatever a function returns, and fails there with the tensor's own words.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.config.reward_table import PASSED_ALWAYS
+from toolkit.train.rewards.attempt import is_async
+from toolkit.train.rewards.error_policy import GuardedReward
+from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
+from toolkit.train.rewards.user import check_signature
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIX = "return a list with one number (or None) for each completion"
+
+
+def judged(rewards: Any) -> Any:
+    """``reward_funcs`` of a trainer, each function checked now and what it returns at each call.
+
+    Models and names of models stay as they are, and so does what an exception of a function says.
+    Lengths are TRL's to compare.
+
+    Raises:
+        ConfigTypeError: a function that does not take every keyword, or no function.
+    """
+    if isinstance(rewards, (list, tuple)):
+        return [_judged(one) for one in rewards]
+    return None if rewards is None else _judged(rewards)
+
+
+def _judged(reward: Any) -> Any:
+    if isinstance(reward, (str, GuardedReward)) or hasattr(reward, "parameters"):
+        return reward  # the name of a reward model, a run's own reward, a torch module
+    name = _name(reward)
+    if not callable(reward):
+        raise ConfigTypeError(
+            f"the reward {reward!r} is a {type(reward).__name__}, and no function",
+            where="reward_funcs",
+            fix="pass the function itself: reward_funcs=[correctness]",
+        )
+    if not _takes_what_is_passed(reward):
+        check_signature(name, reward)
+    wrapper = _async(reward, name) if is_async(reward) else _plain(reward, name)
+    wrapper.__name__ = name
+    return wrapper
+
+
+def _plain(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @wraps(reward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _numbers(reward(*args, **kwargs), name)
+
+    return call
+
+
+def _async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @wraps(reward)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        return _numbers(await reward(*args, **kwargs), name)
+
+    return call
+
+
+def _numbers(returned: Any, name: str) -> list[float | None]:
+    """What TRL makes a tensor of. NaN is TRL's other word for None.
+
+    Raises:
+        ConfigValueError: no list of numbers, in the run file's words.
+    """
+    try:
+        found = checked(returned, _length(returned))
+    except Misbehaved as error:
+        raise ConfigValueError(f"reward {name} {error.trouble.what}", fix=FIX) from None
+    kept: list[float | None] = []
+    for index, value in enumerate(found):
+        if isinstance(value, Trouble):
+            if value.returned is not None and _is_nan(value.returned):
+                kept.append(None)
+                continue
+            raise ConfigValueError(
+                f"reward {name} {value.what} (sample {index} of {len(found)})", fix=FIX
+            )
+        kept.append(value)
+    return kept
+
+
+def _length(returned: Any) -> int:
+    try:
+        return len(returned)
+    except TypeError:
+        return 0
+
+
+def _is_nan(text: str) -> bool:
+    try:
+        return math.isnan(float(text))
+    except ValueError:
+        return text == "tensor(nan)"
+
+
+def _name(reward: Any) -> str:
+    """TRL's name of the function in metrics (``trl.trainer.utils.get_callable_name``, 1.16)."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
+    """Whether a function without ``**kwargs`` names all that TRL passes beside the columns."""
+    try:
+        names = set(inspect.signature(reward).parameters)
+    except (TypeError, ValueError):
+        return True
+    return names >= set(PASSED_ALWAYS)

@@ -1,0 +1,66 @@
+"""What a script hands to the trainer, checked before the first step as a run file would be."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError, ToolkitWarning
+from toolkit.config.trl_names import needed_packages
+from toolkit.train.rewards.script import judged
+from toolkit.train.trl_arguments import refuse_missing
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+
+def check(given: MutableMapping[str, Any], model: Any) -> None:
+    """Judge the arguments ``given`` to a trainer of ``model``; rewards are put under judgement.
+
+    Raises:
+        ConfigError: a reward that cannot be called, lengths that leave no room for a completion.
+        MissingExtraError: a tracker or an optimizer whose package is not installed.
+    """
+    config = given["args"]
+    given["reward_funcs"] = judged(given.get("reward_funcs"))
+    if given.get("optimizers", (None, None))[0] is None:
+        refuse_missing(
+            needed_packages(
+                config.report_to or (),
+                str(getattr(config.optim, "value", config.optim)),
+                use_liger=bool(config.use_liger_kernel),
+                cache=config.cache_implementation,
+            )
+        )
+    _refuse_no_room(config, getattr(model, "max_seq_length", None))
+
+
+def _refuse_no_room(config: Any, longest: int | None) -> None:
+    """``max_seq_length`` holds a prompt and its completion, with an engine and without one."""
+    wanted = config.max_completion_length
+    if longest is None or wanted is None or wanted < longest:
+        return
+    raise ConfigError(
+        f"max_completion_length={wanted} leaves no room for a prompt: the model was loaded with"
+        f" max_seq_length={longest} tokens for both",
+        where="GRPOConfig",
+        fix=f"lower max_completion_length below {longest}, or load the model with a"
+        f" max_seq_length above {wanted}",
+    )
+
+
+def cut_prompts(trainer: Any, prompt_ids: list[list[int]], images: Any) -> list[list[int]]:
+    """The last ``max_prompt_length`` tokens of each prompt, as TRL did it before 0.24."""
+    most = getattr(getattr(trainer, "args", None), "max_prompt_length", None)
+    if most is None or images is not None:
+        return prompt_ids
+    longest = max(map(len, prompt_ids), default=0)
+    if longest > most and not trainer.__dict__.setdefault("_told_of_cut_prompts", False):
+        trainer._told_of_cut_prompts = True
+        warnings.warn(
+            f"a prompt has {longest} tokens, and max_prompt_length={most} keeps its last {most}:"
+            " the start of it, often the system prompt, is cut off",
+            ToolkitWarning,
+            stacklevel=2,
+        )
+    return [ids[-most:] for ids in prompt_ids]

@@ -1,0 +1,130 @@
+"""Trackers: where else the rows of metrics.jsonl go while a run trains.
+
+metrics.jsonl is the record; a tracker is a view of it. Each tracker has a thread of its own, so
+that one that is down, slow or broken never stops or delays the run.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.secrets import redact_tree
+from toolkit.config.trl_names import TRACKERS, installed
+from toolkit.train.tracking.lane import Lane
+from toolkit.train.tracking.start import Start, begin
+from toolkit.train.tracking.to_mlflow import MlflowTracker
+from toolkit.train.tracking.to_tensorboard import TensorBoardTracker
+from toolkit.train.tracking.to_trackio import TrackioTracker
+from toolkit.train.tracking.to_upstream import UpstreamTracker
+from toolkit.train.tracking.to_wandb import WandbTracker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from toolkit.config.run_config import RunConfig
+
+OWN: dict[str, Callable[[Start], Any]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+    "trackio": TrackioTracker,
+    "mlflow": MlflowTracker,
+}
+"""Trackers that get the run's own names; the others go through transformers' callbacks."""
+TABLES = 20
+"""About how many tables of completions a whole run sends."""
+TABLE_ROWS = 16
+FLUSH_S, STOPPED_S = 30.0, 5.0
+"""How long the end of a run waits for its trackers, and the end of one that a signal stopped."""
+
+
+def named(asked: Any) -> list[str]:
+    """The trackers that ``grpo.report_to`` asks for: "all" are those that are installed."""
+    names = [asked] if isinstance(asked, str) else list(asked or ())
+    if names == ["all"]:
+        return [name for name, package in TRACKERS.items() if package and installed(package)]
+    return [name for name in names if name != "none"]
+
+
+class Tracking:
+    """The trackers of one run. No method raises, and none waits but ``close``."""
+
+    def __init__(self, lanes: Sequence[Lane], say: Callable[[str], None], total: int) -> None:
+        """``say`` prints a line that stays; ``total`` is the number of steps of the whole run."""
+        self.lanes, self._say = list(lanes), say
+        self._every = max(1, total // TABLES)
+
+    def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
+        """A row of metrics.jsonl and, for a step, of timings.jsonl (here under ``timing/``)."""
+        step = int(row["step"])
+        values = {name: value for name, value in row.items() if name != "step"}
+        for name, value in (timings or {}).items():
+            if name != "step":
+                values[f"timing/{name}"] = value
+        numbers = {
+            name: float(value) for name, value in values.items() if isinstance(value, (int, float))
+        }
+        for lane in self.lanes:
+            lane.put("row", step, numbers)
+        self._tell()
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The rows of completions.jsonl of a step, of which a part is sent."""
+        if step != 1 and step % self._every:
+            return
+        table = [flat(row) for row in rows[:TABLE_ROWS]]
+        for lane in self.lanes:
+            lane.put("table", step, table)
+
+    def close(self, *, stopped: bool) -> None:
+        """Wait for what is under way, for a while, and leave the rest."""
+        for lane in self.lanes:
+            lane.finish()
+        seconds = STOPPED_S if stopped else FLUSH_S
+        for lane in self.lanes:
+            seconds = lane.wait(seconds)
+        self._tell()
+
+    def _tell(self) -> None:
+        for lane in self.lanes:
+            for line in lane.news():
+                self._say(f"tracker {lane.tracker}: {line}")
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of completions.jsonl with a column for each reward, and chats as JSON."""
+    found = {name: value for name, value in row.items() if name not in ("rewards", "extra")}
+    for name, value in (row.get("rewards") or {}).items():
+        found[f"reward/{name}"] = value
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+        for name, value in found.items()
+    }
+
+
+def open_tracking(
+    config: RunConfig,
+    trainer: Any,
+    *,
+    run_dir: Path,
+    step: int | None,
+    total: int,
+    say: Callable[[str], None],
+) -> Tracking | None:
+    """Start the trackers that ``grpo.report_to`` names; None where it names none.
+
+    ``step`` is the one of the checkpoint that the run continues from, None for a new run.
+    """
+    names = named(config.grpo.get("report_to"))
+    if not names:
+        return None
+    described = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    start = begin(config, run_dir, redact_tree(described), step=step)
+    lanes = []
+    for name in names:
+        kind = OWN.get(name)
+        made = partial(UpstreamTracker, name, trainer) if kind is None else partial(kind, start)
+        lanes.append(Lane(name, made))
+    return Tracking(lanes, say, total)

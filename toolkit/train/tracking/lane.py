@@ -1,0 +1,120 @@
+"""One tracker in a thread of its own: what it raises is kept, and nobody waits for it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.abandoned_threads import PREFIX
+from toolkit.base.errors import first_line
+from toolkit.base.secrets import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WAITING = 1000
+"""Calls that may wait for a slow tracker; more are left out and counted."""
+PATIENCE = 5
+"""Calls in a row that may fail before the tracker is given up."""
+
+
+class Lane:
+    """A tracker made by ``make`` in a thread, and the calls that wait for it.
+
+    A tracker has ``row(step, numbers)``, ``table(step, rows)``, ``close()`` and ``note``, a line
+    about where it writes.
+    """
+
+    def __init__(self, tracker: str, make: Callable[[], Any]) -> None:
+        self.tracker, self._make = tracker, make
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(WAITING)
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._left_out = 0
+        self._over = threading.Event()
+        # A daemon: a tracker that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name=f"{PREFIX}{tracker}", daemon=True)
+        self._thread.start()
+
+    def put(self, method: str, *arguments: Any) -> None:
+        """Call ``method`` of the tracker when its turn comes; never waits."""
+        if self._over.is_set():
+            return
+        try:
+            self._calls.put_nowait((method, arguments))
+        except queue.Full:
+            self._left_out += 1
+
+    def finish(self) -> None:
+        """No call comes after this one."""
+        try:
+            self._calls.put_nowait(None)
+        except queue.Full:
+            self._over.set()
+
+    def wait(self, seconds: float) -> float:
+        """Wait at most ``seconds`` for the thread; returns what is left of them."""
+        begin = monotonic()
+        self._thread.join(max(0.0, seconds))
+        if self._thread.is_alive():
+            waiting = self._calls.qsize()
+            self._over.set()
+            self._news.put(
+                f"did not finish in time; {waiting} calls were left out, and metrics.jsonl holds"
+                " every row"
+            )
+        if self._left_out:
+            self._news.put(f"too slow: {self._left_out} calls were left out")
+            self._left_out = 0
+        return max(0.0, seconds - (monotonic() - begin))
+
+    def news(self) -> list[str]:
+        """What has happened since the last call, a line each."""
+        lines = []
+        while not self._news.empty():
+            lines.append(self._news.get())
+        return lines
+
+    def _work(self) -> None:
+        try:
+            tracker = self._make()
+        except BaseException as error:  # noqa: BLE001 - whatever it raises, the run does not
+            self._give_up(error, "could not start")
+            return
+        if getattr(tracker, "note", None):
+            self._news.put(tracker.note)
+        failures = 0
+        while (call := self._calls.get()) is not None:
+            if self._over.is_set():
+                break
+            try:
+                getattr(tracker, call[0])(*call[1])
+                failures = 0
+            except BaseException as error:  # noqa: BLE001 - the same
+                failures += 1
+                if failures == PATIENCE:
+                    self._give_up(error, f"failed {PATIENCE} times in a row")
+                    return
+        try:
+            tracker.close()
+        except BaseException as error:  # noqa: BLE001 - the same
+            self._give_up(error, "could not be closed")
+        self._over.set()
+
+    def _give_up(self, error: BaseException, what: str) -> None:
+        self._over.set()
+        kind = type(error).__name__
+        self._news.put(
+            redact(
+                f"{what}: {kind}: {_text(error)}; the run continues without it, and metrics.jsonl"
+                " holds every row"
+            )
+        )
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return first_line(error)
+    except Exception:  # noqa: BLE001 - its __str__ is the tracker's own code
+        return "(no text)"

@@ -1,0 +1,95 @@
+"""What a tracker begins with: names, the config, and the ids by which a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from toolkit.base.paths import write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from toolkit.config.run_config import RunConfig
+
+FILE = "trackers.json"
+PROJECT = "huggingface"
+"""The project of a run whose run file names none: the default of ``grpo.project``."""
+
+TRACKIO = ("space_id", "bucket_id", "static_space_id")
+"""Keys of ``grpo`` for trackio, after ``trackio_``; without them it is local."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """``step`` is the last one that an earlier part of the run has logged for good; ``run_id`` is
+    the same for all parts of a run. ``config`` holds no secret.
+    """
+
+    run_dir: Path
+    project: str
+    name: str
+    run_id: str
+    config: Mapping[str, Any]
+    step: int = 0
+    resumed: bool = False
+    trackio: Mapping[str, Any] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def remember(self, tracker: str, value: str) -> None:
+        """Keep a tracker's own id for the next part of the run. Raises OSError."""
+        with self.lock:
+            self.ids[tracker] = value
+            _write(self.run_dir, self.run_id, self.ids)
+
+
+def begin(
+    config: RunConfig, run_dir: Path, described: Mapping[str, Any], *, step: int | None
+) -> Start:
+    """The start of ``config``'s trackers in ``run_dir``; a new run (``step`` None) gets a new
+    id.
+    """
+    kept = {} if step is None else _read(run_dir)
+    run_id = str(kept.get("run_id") or uuid4().hex[:8])
+    ids = {str(k): str(v) for k, v in kept.items() if k != "run_id"}
+    made = Start(
+        run_dir=run_dir,
+        project=str(config.grpo.get("project") or PROJECT),
+        name=str(config.grpo.get("run_name") or run_dir.resolve().name),
+        run_id=run_id,
+        config=described,
+        step=step or 0,
+        resumed=bool(kept),
+        trackio={name: config.grpo.get(f"trackio_{name}") for name in TRACKIO},
+        ids=ids,
+    )
+    _write(run_dir, run_id, ids)
+    return made
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:
+    write_file(run_dir / FILE, json.dumps({"run_id": run_id, **ids}, indent=2) + "\n")
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``config`` with dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

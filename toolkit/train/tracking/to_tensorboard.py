@@ -1,0 +1,76 @@
+"""TensorBoard: event files in ``tensorboard/`` of the run folder."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.train.tracking.start import Start
+
+FOLDER = "tensorboard"
+FLUSH_S = 10
+LONGEST = 2000  # characters of one text in a table
+
+
+class TensorBoardTracker:
+    """Scalars under the names of metrics.jsonl; config and completions as texts."""
+
+    def __init__(self, start: Start) -> None:
+        writer = _writer()
+        folder = start.run_dir / FOLDER
+        # What an earlier part of the run logged after its checkpoint, and what lies there of
+        # another run, is not shown.
+        self._writer = writer(
+            log_dir=str(folder),
+            purge_step=start.step + 1 if start.resumed else 0,
+            flush_secs=FLUSH_S,
+        )
+        self.note = f"tensorboard --logdir {folder}"
+        text = json.dumps(start.config, indent=2, default=str)
+        self._writer.add_text("config", f"```json\n{text}\n```", start.step + 1)
+
+    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """A scalar for each number."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Completions as a table in Markdown."""
+        if rows:
+            self._writer.add_text("completions", markdown(rows), step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table whose texts are shown as they are: nothing in them is markup."""
+    names = list(rows[0])
+    lines = [f"| {' | '.join(map(_cell, names))} |", f"|{' --- |' * len(names)}"]
+    lines += [f"| {' | '.join(_cell(row.get(name)) for name in names)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    escaped = html.escape(text).replace("\\", "&#92;")
+    for mark in "|`*_[]":
+        escaped = escaped.replace(mark, f"&#{ord(mark)};")
+    return escaped.replace("\n", "<br>")
+
+
+def _writer() -> Any:
+    """torch's writer, or tensorboardX's, which takes the same arguments."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds, and only here
+    except ImportError:
+        import tensorboardX  # noqa: PLC0415 - the same
+
+        return tensorboardX.SummaryWriter
+    return SummaryWriter

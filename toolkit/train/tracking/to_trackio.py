@@ -1,0 +1,57 @@
+"""trackio: a local project, or a Space of the hub where the run file names one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.train.tracking.start import Start
+
+
+class TrackioTracker:
+    """Numbers by step; completions as trackio's table. A resumed run has the name that it had."""
+
+    def __init__(self, start: Start) -> None:
+        import trackio  # noqa: PLC0415 - seconds, and only where it is asked for
+
+        self._trackio = trackio
+        self._run = trackio.init(
+            project=start.project,
+            name=f"{start.name}-{start.run_id}",  # names are unique in a project
+            config=dict(start.config),
+            resume="allow",
+            space_id=start.trackio.get("space_id"),
+            bucket_id=start.trackio.get("bucket_id"),
+            embed=False,
+        )
+        self._start = start
+        space = start.trackio.get("space_id")
+        where = f"Space {space}" if space else "local"
+        self.note = f"{where}; trackio show --project {start.project}"
+
+    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """The numbers of one step or evaluation."""
+        self._run.log(dict(numbers), step=step)
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Completions as a table."""
+        if rows:
+            names = list(rows[0])
+            data = [[row.get(name) for name in names] for row in rows]
+            table = self._trackio.Table(columns=names, data=data)
+            self._run.log({"completions": table}, step=step)
+
+    def close(self) -> None:
+        """Hand over what is left; a static Space is made of it where the run file names one."""
+        self._run.finish()
+        static = self._start.trackio.get("static_space_id")
+        if static:
+            self._trackio.sync(
+                project=self._start.project,
+                sdk="static",
+                space_id=static,
+                bucket_id=self._start.trackio.get("bucket_id"),
+                force=True,
+            )

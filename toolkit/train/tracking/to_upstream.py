@@ -1,0 +1,41 @@
+"""Trackers that transformers has a callback for, and the toolkit has no code of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class UpstreamTracker:
+    """transformers' callback of the tracker ``name`` (5.17), called outside of the trainer."""
+
+    note = ""
+
+    def __init__(self, name: str, trainer: Any) -> None:
+        from transformers.integrations import (  # noqa: PLC0415 - looks for every tracker
+            get_reporting_integration_callbacks,
+        )
+
+        self._trainer = trainer
+        self._callback = get_reporting_integration_callbacks([name])[0]()
+        self._call("on_train_begin", model=trainer.model, processing_class=None)
+
+    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """The numbers as the trainer's logs."""
+        self._call("on_log", step=step, model=self._trainer.model, logs=dict(numbers))
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """These callbacks have no tables."""
+
+    def close(self) -> None:
+        """The end of training."""
+        self._call("on_train_end", model=self._trainer.model, processing_class=None)
+
+    def _call(self, event: str, *, step: int | None = None, **more: Any) -> None:
+        state = copy.copy(self._trainer.state)  # the trainer's own is at a later step by now
+        if step is not None:
+            state.global_step = step
+        getattr(self._callback, event)(self._trainer.args, state, self._trainer.control, **more)

@@ -1,0 +1,88 @@
+"""Weights & Biases: online where a key is set and the server answers, else offline."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.train.tracking.start import Start
+
+SERVER = "https://api.wandb.ai"
+ANSWERS_S = 3.0
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+
+
+class WandbTracker:
+    """Numbers by ``step``, which a resumed run may repeat; completions as a table."""
+
+    def __init__(self, start: Start) -> None:
+        import wandb  # noqa: PLC0415 - seconds, and only where it is asked for
+
+        self._wandb = wandb
+        mode = os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
+        options: dict[str, Any] = {"mode": mode}  # W&B judges what WANDB_MODE says
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or start.project,
+            name=start.name,
+            id=start.run_id,
+            resume="allow" if mode == "online" else None,
+            config=dict(start.config),
+            dir=str(start.run_dir),
+            **options,
+            settings=wandb.Settings(console="off", quiet=True, disable_git=True, save_code=False),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self.note = (
+            f"offline; upload it with `wandb sync {start.run_dir}/wandb/offline-run-*`"
+            if mode == "offline"
+            else f"{mode} {getattr(self._run, 'url', None) or ''}".rstrip()
+        )
+
+    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """The numbers of one step or evaluation."""
+        self._run.log({**numbers, "step": step})
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Completions as W&B's own table."""
+        if rows:
+            names = list(rows[0])
+            data = [[row.get(name) for name in names] for row in rows]
+            table = self._wandb.Table(columns=names, data=data, allow_mixed_types=True)
+            self._run.log({"completions": table, "step": step})
+
+    def close(self) -> None:
+        """Hand over what is left."""
+        self._run.finish()
+
+
+def _online() -> bool:
+    """Whether there is a key, and a server that answers (or a proxy, which is not asked)."""
+    if not any(os.environ.get(name) for name in KEYS) and not _in_netrc():
+        return False
+    if getproxies():
+        return True
+    parts = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=ANSWERS_S):
+            return True
+    except OSError:
+        return False
+
+
+def _in_netrc() -> bool:
+    """Whether `wandb login` has left a key."""
+    import netrc  # noqa: PLC0415 - only here
+
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
