@@ -23,7 +23,7 @@ from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
 from toolkit.policy.adapter_io import read_tensors
-from toolkit.train.checkpointing import checkpoint
+from toolkit.train.checkpointing import checkpoint, rates
 from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
 from toolkit.train.checkpointing.checkpoint import STATE
 from toolkit.train.checkpointing.state_files import (
@@ -213,8 +213,10 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
         tensors = _read_tensors(folder / OPTIMIZER)
+        asked = rates.asked(trainer)
         _inner(trainer.optimizer).load_state_dict(unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
+        rates.apply(trainer, asked)
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and described["scaler"] is not None:
             scaler.load_state_dict(unflatten(described["scaler"], {}))
