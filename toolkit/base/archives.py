@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
-MAX_MEMBERS = 100_000
-MAX_DIRECTORY_BYTES = 16 * MIB  # the headers of a zip file's members
+MAX_MEMBERS = 10_000  # an archive is for one data file and what lies beside it
+MAX_DIRECTORY_BYTES = 4 * MIB  # the headers of a zip file's members
 _ENCRYPTED = 1  # a bit of a zip member's flags
 UNREADABLE = (
     *UNPACKING_ERRORS,
@@ -98,9 +98,7 @@ def _unreadable(archive: Path, error: Exception) -> InputError:
 def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: int) -> None:
     seen: set[Path] = set()
     total_bytes = 0
-    for number, member in enumerate(members, start=1):
-        if number > MAX_MEMBERS:
-            raise ConfigError(f"holds more than {MAX_MEMBERS} members", where=str(archive))
+    for member in members:
         path = safe_join(into, member.name, what="a member", where=archive)
         if path in seen and not member.is_folder:
             raise ConfigError(f"holds the member {member.name!r} twice", where=str(archive))
@@ -174,6 +172,16 @@ class _Capped:
         return self.file.read(count)
 
 
+def _counted(archive: Path, number: int) -> None:
+    """Refuse the first member that is too many; what is ignored counts."""
+    if number > MAX_MEMBERS:
+        raise ConfigError(
+            f"holds more than {MAX_MEMBERS} members",
+            where=str(archive),
+            fix="unpack it and name the data file",
+        )
+
+
 def _is_extra(name: str) -> bool:
     """Extra members that macOS archivers add, and the entry of the packed folder itself (./)."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
@@ -186,6 +194,7 @@ def _is_extra(name: str) -> bool:
 
 def _zip_members(archive: Path, zipped: zipfile.ZipFile, limit_bytes: int) -> Iterator[Member]:
     infos = zipped.infolist()
+    _counted(archive, len(infos))
     total_bytes = sum(info.file_size for info in infos)
     most = most_bytes(archive.stat().st_size, limit_bytes)
     if total_bytes > most:
@@ -210,7 +219,9 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
 
 
 def _tar_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Member]:
-    for info, content in tar_members(archive, file, limit_bytes):
+    found = tar_members(archive, file, limit_bytes)
+    for number, (info, content) in enumerate(found, start=1):
+        _counted(archive, number)
         if _is_extra(info.name):
             continue
         if info.issparse():
