@@ -7,6 +7,7 @@ changes a user's file with ``rewrite_file``.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -110,12 +111,15 @@ def rewrite_file(path: Path, content: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in one write, so that lines of several processes do not mix. Raises
-    OSError.
+    """Append one line in one write, so that lines of several processes do not mix.
+
+    A link is not followed, and a pipe is not waited for. Raises OSError.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     handle = os.open(path, flags, FILE_MODE)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
         os.write(handle, (line.rstrip("\n") + "\n").encode())
     finally:
         os.close(handle)

@@ -15,6 +15,7 @@ from toolkit.policy.language_model import load_policy, policy_tokenizer
 from toolkit.train.checkpointing import (
     branch,
     checkpoint,
+    in_the_way,
     micro_batch_record,
     rollback,
     run_directory,
@@ -107,6 +108,7 @@ def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
         yield None
         return
     with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
+        in_the_way.refuse(run_dir)
         try:
             yield run_dir_watch
         except Exception as error:
@@ -284,7 +286,8 @@ def _open_journal(
     """The branch and the logs of the run, as the checkpoint ``found`` knows them."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal does not cut what is moved
-    start = rollback.begin(context.run_dir, found)
+    bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
+    start = rollback.begin(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
     trainer.signals.unshield()
     for line in start.notes:
         options.out.write(f"{line}\n")

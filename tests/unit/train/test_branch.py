@@ -229,3 +229,33 @@ def test_a_log_that_is_not_the_one_is_kept_aside_and_begins_anew(tmp_path):
     ]
     assert (tags(tmp_path), tags(tmp_path, "completions.jsonl")) == ("aa", "aaaaaa")
     assert (tmp_path / "abandoned-1" / "metrics.jsonl").read_text().count("x") > 0
+
+
+def test_a_folder_whose_checkpoints_are_gone_begins_again_and_says_so(tmp_path):
+    assert train(tmp_path, None, 4, "a").notes == ()
+    (tmp_path / "bad_rewards.jsonl").write_text("of a\n")
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert branch.choose(tmp_path, "auto") == (None, [])
+    start = train(tmp_path, None, 2, "b")
+    aside = tmp_path / "abandoned-1"
+    assert start.notes == (
+        f"no checkpoint in {tmp_path}, which holds 4 rows of metrics of an earlier start: training"
+        f" begins again at step 0; what was there is moved to {aside}",
+    )
+    assert (tags(tmp_path), tags(aside)) == ("bb", "aaaa")
+    assert (aside / "bad_rewards.jsonl").read_text() == "of a\n"
+    assert not (tmp_path / "bad_rewards.jsonl").exists()
+
+
+def test_samples_of_bad_rewards_stay_with_their_branch(tmp_path):
+    train(tmp_path, None, 4, "a")
+    (tmp_path / "bad_rewards.jsonl").write_text("of a\nof b\n")
+    rollback.begin(tmp_path, tmp_path / "checkpoint-2", bad_rewards_bytes=5)
+    assert (tmp_path / "abandoned-1" / "bad_rewards.jsonl").read_text() == "of a\n"
+    assert (tmp_path / "bad_rewards.jsonl").read_text() == "of b\n"
+    # What was saved by this process alone is no trace of another branch.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "bad_rewards.jsonl").write_text("of b\n")
+    assert rollback.begin(tmp_path / "new", None, bad_rewards_bytes=0).notes == ()
+    assert (tmp_path / "new" / "bad_rewards.jsonl").read_text() == "of b\n"

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
-from toolkit.base.files import open_bytes
+from toolkit.base.files import open_bytes, read_json
+from toolkit.base.formatting import plural
 from toolkit.base.paths import FOLDER_MODE, sync_folder, write_file
 from toolkit.train.checkpointing import branch as branches
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.report.metrics_log import LOGS
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
     from toolkit.train.checkpointing.branch import Branch
 
-RESULTS = ("adapter", "model", "evaluation.json", "report.html")
-"""What a run leaves at its end: of a branch that was left, it is no result of this one."""
+RESULTS = ("adapter", "model", "evaluation.json", "report.html", BAD_REWARDS_FILE)
+"""What a run leaves besides its logs: of a branch that was left, it is no result of this one."""
 RECORD = "abandoned.json"
 CHUNK = 1 << 20
 
@@ -53,15 +55,23 @@ class _Log:
     source: Path | None
 
 
-def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start:
+def begin(
+    run_dir: Path,
+    found: Path | None,
+    *,
+    with_logs: bool = True,
+    bad_rewards_bytes: int | None = None,
+) -> Start:
     """Settle the branch of a run that goes on from ``found`` (None: from nothing) in ``run_dir``.
+    What bad_rewards.jsonl holds beyond ``bad_rewards_bytes`` (None: nothing) is of this run.
 
     Called by the process that writes, once nothing can be refused any more. Raises OSError.
     """
     if found is None:
+        said = _begin_again(run_dir, bad_rewards_bytes) if with_logs else ()
         branch = branches.Branch()
         branches.record(run_dir, branch)
-        return Start(branch)
+        return Start(branch, notes=said)
     before = branches.current(run_dir)
     branch = _branch_from(run_dir, found, before)
     left = branches.left_behind(run_dir, before, branch)
@@ -69,7 +79,7 @@ def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start
     foreign = [log for log in logs if log.source != run_dir / log.name]
     notes = list[str]()
     if branch != before or left or any((run_dir / log.name).exists() for log in foreign):
-        aside = _keep_aside(run_dir, before, found, logs, left)
+        aside = _keep_aside(run_dir, before, found, logs, left, bad_rewards_bytes)
         branches.record(run_dir, branch)
         for step in left:
             checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
@@ -83,6 +93,30 @@ def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start
         if log.source is None and log.keep:
             notes.append(f"{log.name} is not the one that {found} knows, and begins anew")
     return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
+
+
+def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
+    """Keep what an earlier start left in a folder without a checkpoint (it was stopped before its
+    first one, or somebody removed them), and what a person is to know of it.
+    """
+    logs = [_Log(name, 0, None) for name in LOGS]
+    before = branches.current(run_dir)
+    aside = _keep_aside(run_dir, before, None, logs, [], bad_rewards_bytes)
+    if not aside.exists():
+        return ()
+    steps = _rows(aside / LOGS[0])
+    return (
+        f"no checkpoint in {run_dir}, which holds {plural(steps, 'row')} of metrics of an earlier"
+        f" start: training begins again at step 0; what was there is moved to {aside}",
+    )
+
+
+def _rows(log: Path) -> int:
+    try:
+        with open_bytes(log) as handle:
+            return sum(part.count(b"\n") for part in iter(lambda: handle.read(CHUNK), b""))
+    except InputError:
+        return 0
 
 
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
@@ -130,7 +164,12 @@ def prefix(file: Path, length: int) -> str | None:
 
 
 def _keep_aside(
-    run_dir: Path, before: Branch, found: Path, logs: list[_Log], left: list[int]
+    run_dir: Path,
+    before: Branch,
+    found: Path | None,
+    logs: list[_Log],
+    left: list[int],
+    bad_rewards_bytes: int | None,
 ) -> Path:
     """The folder for what is left: the logs copied, the results moved. The folder of a rollback
     that was killed before it was recorded is used again.
@@ -140,9 +179,12 @@ def _keep_aside(
     known = {log.name: log.keep if log.source == run_dir / log.name else 0 for log in logs}
     cut = any(sizes[name] > length for name, length in known.items())
     results = [name for name in RESULTS if (run_dir / name).exists()]
+    if bad_rewards_bytes == 0 and BAD_REWARDS_FILE in results:
+        results.remove(BAD_REWARDS_FILE)
     if not (left or cut or results):
         return aside
-    described = {"branch": before.to_json(), "resumed_from": str(found.resolve()), "logs": sizes}
+    source = None if found is None else str(found.resolve())
+    described = {"branch": before.to_json(), "resumed_from": source, "logs": sizes}
     newest = checkpoint.newest_aside(run_dir)
     if newest is not None and _recorded(newest) == described:
         aside = newest
@@ -157,8 +199,20 @@ def _keep_aside(
         partial.rename(aside)
     for name in results:
         (run_dir / name).rename(aside / name)
+    if BAD_REWARDS_FILE in results and bad_rewards_bytes is not None:
+        _return_rest(aside / BAD_REWARDS_FILE, run_dir / BAD_REWARDS_FILE, bad_rewards_bytes)
     sync_folder(aside)
     return aside
+
+
+def _return_rest(aside: Path, own: Path, length: int) -> None:
+    """What ``aside`` holds beyond ``length`` bytes goes to ``own``."""
+    if _size(aside) <= length:
+        return
+    with aside.open("r+b") as file:
+        file.seek(length)
+        write_file(own, file.read())
+        file.truncate(length)
 
 
 def _put_back(own: Path, log: _Log) -> None:
@@ -180,8 +234,8 @@ def _put_back(own: Path, log: _Log) -> None:
 
 def _recorded(aside: Path) -> Any:
     try:
-        return json.loads((aside / RECORD).read_text())
-    except (OSError, ValueError):
+        return read_json(aside / RECORD)
+    except InputError:
         return None
 
 

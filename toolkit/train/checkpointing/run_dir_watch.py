@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.train.checkpointing.branch import own_steps
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -25,6 +26,9 @@ class RunDirWatch:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journal: Journal | None = None
+        bad = path / BAD_REWARDS_FILE
+        self.bad_rewards_bytes = bad.stat().st_size if bad.is_file() else 0
+        """Of the samples that were saved before this process."""
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def __enter__(self) -> RunDirWatch:

@@ -29,6 +29,8 @@ FREE_TO_CHANGE = (
     "dataset.eval_path",
     "reward.timeout_s",  # decides only what happens to a reward that hangs
     "reward.isolate",  # decides only where a reward is called
+    "grpo.ddp_timeout",
+    "grpo.disable_tqdm",
     "grpo.logging_steps",
     "grpo.save_steps",
     "grpo.save_strategy",
@@ -56,7 +58,8 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
     """
     try:
         make_folder(run_dir)
-        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.open(run_dir / LOCK, flags, 0o644)
     except (OSError, FileExistsError) as problem:
         raise ConfigError(
             f"the output folder cannot be written: {problem.strerror}",

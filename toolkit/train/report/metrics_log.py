@@ -45,6 +45,8 @@ LEADING = (
 )
 RENAMED = {"completions/mean_length": "completion_length"}
 WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
+MOST_SAID = 200_000
+"""Characters of one prompt or completion in completions.jsonl."""
 PHASES = ("rollout_s", "publish_s", "reward_s")
 
 
@@ -262,8 +264,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             rows.append(
                 {
                     "step": step,
-                    "prompt": prompt,
-                    "completion": logs["completion"][index],
+                    "prompt": shortened_said(prompt),
+                    "completion": shortened_said(logs["completion"][index]),
                     "reward": sum(w * r for w, r in scored) if scored else None,
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
@@ -273,6 +275,30 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.journal.write("completions.jsonl", rows[-1])
         if self.tracking is not None:
             self.tracking.completions(step, rows)
+
+
+def shortened_said(value: Any) -> Any:
+    """A prompt or a completion (text, or the messages of a chat) of which at most about
+    ``MOST_SAID`` characters are kept, from the start and from the end.
+    """
+    return _shortened(value, [MOST_SAID])
+
+
+def _shortened(value: Any, left: list[int]) -> Any:
+    if isinstance(value, str):
+        most, left[0] = max(left[0], 0), left[0] - len(value)
+        if len(value) <= most:
+            return value
+        half = most // 2
+        cut = len(value) - 2 * half
+        return f"{value[:half]}... ({cut} characters left out) ...{value[len(value) - half :]}"
+    left[0] -= 1
+    if isinstance(value, dict):
+        return {key: _shortened(item, left) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        kept = [_shortened(item, left) for item in value[: max(left[0], 0)]]
+        return kept if len(kept) == len(value) else [*kept, f"... ({len(value)} items)"]
+    return value
 
 
 def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:

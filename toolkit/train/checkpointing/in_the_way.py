@@ -1,0 +1,88 @@
+"""What lies in a run folder where the run will write: found before it trains, not after.
+
+A link leads out of the folder, a pipe waits for a reader, and a folder where a file belongs (or the
+other way round) is an error that would otherwise come when the training is done.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.files import kind_fault
+from toolkit.train.report.metrics_log import LOGS
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FOLDERS = ("adapter", "model")
+"""What a run leaves at its end, files inside."""
+ADDED_TO = (*LOGS, BAD_REWARDS_FILE)
+REPLACED = (
+    ".branch.json",
+    "config.json",
+    "evaluation.json",
+    "manifest.json",
+    "memory.json",
+    "preflight.json",
+    "report.html",
+)
+"""Written beside and renamed: a link or a pipe is replaced, a folder is in the way."""
+
+
+def refuse(run_dir: Path) -> None:
+    """Refuse a run folder in which something keeps the run from writing.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for name in FOLDERS:
+        _folder(run_dir / name)
+    for name in ADDED_TO:
+        mode = _mode(run_dir / name)
+        if mode is not None and not stat.S_ISREG(mode):
+            raise _in_the_way(run_dir / name, _what(mode), "a file")
+    for name in REPLACED:
+        _no_folder(run_dir / name)
+
+
+def _folder(path: Path) -> None:
+    mode = _mode(path)
+    if mode is None:
+        return
+    if not stat.S_ISDIR(mode):
+        raise _in_the_way(path, _what(mode), "a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _in_the_way(path, "is a folder that this user cannot write to", "a folder")
+    for entry in path.iterdir():
+        _no_folder(entry)
+
+
+def _no_folder(path: Path) -> None:
+    mode = _mode(path)
+    if mode is not None and stat.S_ISDIR(mode):
+        raise _in_the_way(path, "is a folder", "a file")
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _what(mode: int) -> str:
+    if stat.S_ISLNK(mode):
+        return "is a link"
+    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is something else"
+
+
+def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:
+    return ConfigError(
+        f"{what}, and the run writes {expected} of that name",
+        where=str(path),
+        fix="remove or rename it, or name another folder with --output-dir",
+    )
