@@ -176,39 +176,9 @@ def steps_done(run_dir):
     return len(world.rows_or_none(run_dir))
 
 
-class Command:
-    """``toolkit train`` in a fork, with pipes for what it prints."""
-
-    def __init__(self, *words, before=None):
-        self.out, out = os.pipe()
-        self.err, err = os.pipe()
-        for handle in (self.out, self.err):
-            os.set_inheritable(handle, False)
-        self.pid = world.forked_command("train", *words, stdout=out, stderr=err, before=before)
-        self.returncode = None
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def poll(self):
-        if self.returncode is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if found else None
-        return self.returncode
-
-    def communicate(self, timeout):
-        """(None, what it wrote on stderr)."""
-        world.wait_for(lambda: self.poll() is not None, timeout)
-        with open(self.err) as file:
-            said = file.read()
-        if self.out is not None:
-            os.close(self.out)
-        return None, said
-
-
 def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp_path):
     run_dir = tmp_path / "run"
-    process = Command(run_file, "--output-dir", run_dir)
+    process = world.Command(run_file, "--output-dir", run_dir)
     os.read(process.out, 10)
     os.close(process.out)
     process.out = None
@@ -269,7 +239,7 @@ def stopped(process, run_dir, name):
 def test_a_terminal_that_closes_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     """SIGHUP, and a stdout that fails from then on."""
     run_dir = tmp_path / "run"
-    process = Command(run_file, "--output-dir", run_dir)
+    process = world.Command(run_file, "--output-dir", run_dir)
     world.wait_for(lambda: steps_done(run_dir) >= 2)
     os.close(process.out)
     process.out = None
@@ -315,7 +285,7 @@ def slow_checkpoint():
 @pytest.mark.parametrize("kind", ["SIGINT", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path, kind):
     run_dir = tmp_path / "run"
-    process = Command(run_file, "--output-dir", run_dir, before=slow_checkpoint)
+    process = world.Command(run_file, "--output-dir", run_dir, before=slow_checkpoint)
     assert os.read(process.err, 8) == b"writing\n"
     mixed = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
     for number in range(200):

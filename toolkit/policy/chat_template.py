@@ -12,7 +12,7 @@ import inspect
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, first_line
 from toolkit.base.time_limits import OutOfTime, call_within, memory_within
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         raise _too_much(
             tokenizer, f"needs too much ({type(error).__name__}; it may use 1 GiB)"
         ) from None
+    except Exception as error:  # a template raises what it likes, jinja2's and its own
+        raise refused(tokenizer, error) from error
     size = _size(made) if isinstance(made, str | list) else 0
     if size > most:
         what = f"makes {size} characters of a chat with {characters} (at most {most})"
@@ -93,10 +95,22 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return made
 
 
+def refused(tokenizer: Any, error: Exception) -> ConfigError:
+    """The error for a template that raised ``error``."""
+    said = first_line(error) or type(error).__name__
+    return ConfigError(
+        f"the tokenizer's chat template refuses the prompts: {said}",
+        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        fix="give it the roles, in the order, that it takes (some take no system message: then put"
+        " dataset.system into the prompts), or put another chat_template.jinja into the model's"
+        " folder",
+    )
+
+
 def _too_much(tokenizer: Any, what: str) -> ConfigError:
     return ConfigError(
         f"the chat template of this tokenizer {what}",
-        where=str(tokenizer.name_or_path) or None,
+        where=str(getattr(tokenizer, "name_or_path", "")) or None,
         fix="put another chat_template.jinja (or chat_template in tokenizer_config.json) into the"
         " model's folder, or take the model from where you trust it",
     )

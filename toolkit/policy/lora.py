@@ -289,6 +289,13 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
             return model
         with torch.random.fork_rng(devices=[]):
             return PeftModelForCausalLM(model, config, adapter_name=name)
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigValueError(
+            f"its {ADAPTER_CONFIG} does not fit this model:"
+            f" {type(error).__name__}: {first_line(error)}",
+            where=WHERE,
+            fix="load the base that it was trained on, or copy the adapter again",
+        ) from error
     except ValueError as error:
         raise ConfigValueError(
             f"target_modules={config.target_modules!r}: no adapter can be put on that"

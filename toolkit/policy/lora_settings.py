@@ -38,6 +38,8 @@ INITS = (
     "lora_ga",
 )
 """PEFT's names for init_lora_weights beside True and False; ``pissa_niter_N`` too."""
+PISSA_ITERATIONS = r"pissa_niter_\d{1,3}"
+"""More than 999 iterations (16 are usual) do nothing but last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ def check_settings(settings: LoraSettings) -> None:
 def _check_init(settings: LoraSettings) -> None:
     init: Any = settings.init_lora_weights
     if not isinstance(init, bool) and not (
-        isinstance(init, str) and (init in INITS or re.fullmatch(r"pissa_niter_\d+", init))
+        isinstance(init, str) and (init in INITS or re.fullmatch(PISSA_ITERATIONS, init))
     ):
         hint = nearest(init, INITS) if isinstance(init, str) else ""
         raise ConfigValueError(

@@ -12,8 +12,9 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
@@ -26,11 +27,15 @@ from toolkit.engine.process_group import TIMEOUT_S, join_group
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+T = TypeVar("T")
 __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
 POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
 """How long a process may take to say that it is there, and the one that tells to tell."""
+TELLING = 4
+"""How many times that the whole of it may last: the process that holds the store may be stopped,
+and then a call of the store does not return."""
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
     r"|remote process exited|ncclRemoteError|gloo.*(?:read|write) error|socket timeout|timed out"
@@ -111,7 +116,7 @@ class Peers:
         the code of the one that does.
         """
         try:
-            told = self._tell(error)
+            told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
         except RuntimeError:  # the store went with the first process, which held it
             if self.heard is None and not is_gone(error):
                 return error
@@ -163,6 +168,24 @@ class Peers:
         end = time.monotonic() + ANSWER_S
         while not condition() and time.monotonic() < end:
             time.sleep(POLL_S)
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises; RuntimeError where it has not ended in time. What then still
+    waits in it ends with the process.
+    """
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - carried to the caller
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="toolkit-telling", daemon=True).start()
+    if not wait([outcome], seconds).done:
+        raise RuntimeError("the store does not answer")
+    return outcome.result()
 
 
 def is_gone(error: BaseException | None) -> bool:

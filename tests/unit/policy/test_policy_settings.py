@@ -56,6 +56,7 @@ def test_r_must_be_positive(r: int) -> None:
         ({"bias": "some"}, ConfigValueError, "bias='some'"),
         ({"init_lora_weights": "gauss"}, ConfigValueError, "did you mean 'gaussian'"),
         ({"init_lora_weights": "pissa_niter_x"}, ConfigValueError, "pissa_niter_x"),
+        ({"init_lora_weights": "pissa_niter_1000"}, ConfigValueError, "pissa_niter_1000"),
         ({"loftq_config": {"bits": 4}}, ConfigValueError, "loftq_config"),
         (
             {"target_modules": "all-linear", "layers_to_transform": (0,)},

@@ -118,3 +118,21 @@ def test_limits_cost_little() -> None:
     for _ in range(1000):
         length_of(limited, CHAT)
     assert time.perf_counter() - begin < 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{% for %}", "Expected an expression"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+        ("{{ ''.__class__.mro() }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_template_that_raises_is_an_error_of_the_request(text: str, says: str) -> None:
+    limited = limit_template(tokenizer(text))
+    with pytest.raises(ConfigError, match="chat template refuses the prompts: ") as refused:
+        limited.apply_chat_template(CHAT)
+    assert says in refused.value.message

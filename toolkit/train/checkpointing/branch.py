@@ -206,5 +206,5 @@ def _parsed(value: Mapping[str, Any] | Any) -> Branch | None:
     try:
         parents = tuple((str(name), int(last)) for name, last in value["parents"])
         return Branch(str(value["name"]), parents)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None

@@ -25,8 +25,9 @@ STATE = "state.json"
 FORMAT = 1
 MAX_STATE_BYTES = GIB  # trainer_state.json has a row for each step
 ASIDE = "abandoned-"
+MOST_FAULTS = 20  # told of one checkpoint
 _NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
-_ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,8}})")
+_ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,7}})")
 Kind = TypeVar("Kind")
 Stamp = tuple[tuple[str, int, int, int, int], ...]
 _READ: dict[Path, Stamp] = {}
@@ -83,7 +84,10 @@ def commit(partial: Path, step: int) -> Path:
 
 def next_aside(run_dir: Path) -> Path:
     """``abandoned-<n>``, the first of these names behind all that are taken in the run folder."""
-    return run_dir / f"{ASIDE}{_asides(run_dir) + 1}"
+    number = _asides(run_dir) + 1
+    while os.path.lexists(run_dir / f"{ASIDE}{number}"):  # a number too long to be one of ours
+        number += 1
+    return run_dir / f"{ASIDE}{number}"
 
 
 def newest_aside(run_dir: Path) -> Path | None:
@@ -129,7 +133,9 @@ def faults(folder: Path) -> list[str]:
         return [f"{CHECKSUMS}: {problem.message}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         return [f"{CHECKSUMS} cannot be read: {first_line(problem)}"]
-    return [fault for name, expected in files.items() if (fault := _fault(folder, name, expected))]
+    found = [fault for name, expected in files.items() if (fault := _fault(folder, name, expected))]
+    more = len(found) - MOST_FAULTS
+    return found if more <= 0 else [*found[:MOST_FAULTS], f"and {more} more"]
 
 
 def _fault(folder: Path, name: str, expected: Any) -> str | None:

@@ -11,6 +11,8 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import files
+from toolkit.base.errors import InputError
 from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
@@ -54,9 +56,9 @@ def was_chat(run_dir: Path) -> bool | None:
     where it wrote none.
     """
     try:
-        with (run_dir / "completions.jsonl").open(encoding="utf-8") as file:
-            return isinstance(json.loads(file.readline())["prompt"], list)
-    except (OSError, ValueError, KeyError, TypeError):
+        with files.open_bytes(run_dir / "completions.jsonl") as file:
+            return isinstance(json.loads(file.readline(files.MAX_JSON_BYTES // 4))["prompt"], list)
+    except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

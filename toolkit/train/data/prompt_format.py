@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.build import thaw
+from toolkit.policy.chat_template import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -84,13 +85,10 @@ def check_template(
         )
     try:
         length_of(tokenizer, prompt, template)
-    except ConfigError:  # it takes too long, or makes too much
+    except ConfigError:  # also of a template under limits
         raise
-    except Exception as error:  # a template raises what it likes, jinja2's and its own
-        raise ConfigError(
-            f"the tokenizer's chat template refuses the prompts: {error}",
-            fix="some templates take no system message: then put dataset.system into the prompts",
-        ) from error
+    except Exception as error:  # a tokenizer of a script's own
+        raise refused(tokenizer, error) from error
 
 
 def token_ids(

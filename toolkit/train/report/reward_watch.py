@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COUNT = "steps_without_signal"
 LIMIT = 20
 _TAIL_BYTES = 1 << 16
+_MOST_STEPS = 1 << 40
 
 
 class Watch:
@@ -93,5 +94,6 @@ def _last_count(path: Path) -> int:
         except ValueError:
             continue
         if isinstance(row, dict) and "loss" in row and "reward" in row:
-            return int(row.get(COUNT, 0))
+            count = row.get(COUNT, 0)
+            return count if isinstance(count, int) and 0 <= count < _MOST_STEPS else 0
     return 0
