@@ -80,8 +80,10 @@ def write_file(
     never half of it.
 
     The mode is 0644 or ``mode``, minus the umask. With ``durable``, file and folder are on the disk
-    when this returns. Raises OSError.
+    when this returns. A link is replaced by the file; a device, a pipe or a socket is not replaced.
+    Raises OSError.
     """
+    _refuse_special(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -98,6 +100,25 @@ def write_file(
     if durable:
         sync_folder(path.parent)
     return path
+
+
+def write_named_file(path: Path, content: str) -> Path:
+    """``write_file`` for a path that a user named: a link stays one. Raises OSError."""
+    if path.is_symlink() and path.exists():
+        _refuse_special(path.resolve())
+        write_file(path.resolve(), content)
+        return path
+    return write_file(path, content)
+
+
+def _refuse_special(path: Path) -> None:
+    """Raises OSError for what a rename would replace: ``/dev/null`` too, where root writes."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def rewrite_file(path: Path, content: str) -> None:

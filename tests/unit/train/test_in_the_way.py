@@ -22,6 +22,7 @@ CASES = [
     *((name, kind) for name in ("adapter", "model") for kind in KINDS if kind != "folder"),
     *((name, kind) for name in LOGS for kind in KINDS if kind != "file"),
     *((name, "folder") for name in ("report.html", "config.json", "adapter/base.json")),
+    *((name, "pipe") for name in ("report.html", "config.json", "adapter/base.json")),
 ]
 
 

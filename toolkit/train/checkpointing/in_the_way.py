@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FOLDERS = ("adapter", "model")
 """What a run leaves at its end, files inside."""
+INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
 ADDED_TO = (*LOGS, BAD_REWARDS_FILE)
 REPLACED = (
     ".branch.json",
@@ -30,7 +31,7 @@ REPLACED = (
     "preflight.json",
     "report.html",
 )
-"""Written beside and renamed: a link or a pipe is replaced, a folder is in the way."""
+"""Written beside and renamed: a link is replaced, all else that is no file is in the way."""
 
 
 def refuse(run_dir: Path) -> None:
@@ -46,7 +47,7 @@ def refuse(run_dir: Path) -> None:
         if mode is not None and not stat.S_ISREG(mode):
             raise _in_the_way(run_dir / name, _what(mode), "a file")
     for name in REPLACED:
-        _no_folder(run_dir / name)
+        _replaceable(run_dir / name)
 
 
 def _folder(path: Path) -> None:
@@ -57,14 +58,14 @@ def _folder(path: Path) -> None:
         raise _in_the_way(path, _what(mode), "a folder")
     if not os.access(path, os.W_OK | os.X_OK):
         raise _in_the_way(path, "is a folder that this user cannot write to", "a folder")
-    for entry in path.iterdir():
-        _no_folder(entry)
+    for name in INSIDE:
+        _replaceable(path / name)
 
 
-def _no_folder(path: Path) -> None:
+def _replaceable(path: Path) -> None:
     mode = _mode(path)
-    if mode is not None and stat.S_ISDIR(mode):
-        raise _in_the_way(path, "is a folder", "a file")
+    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise _in_the_way(path, _what(mode), "a file")
 
 
 def _mode(path: Path) -> int | None:
