@@ -176,10 +176,17 @@ def steps_done(run_dir):
     return len(world.rows_or_none(run_dir))
 
 
-def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp_path):
+@pytest.mark.parametrize(
+    "last",
+    [b"model", *(pytest.param(f"step {n}/6".encode(), marks=pytest.mark.slow) for n in (3, 6))],
+)
+def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp_path, last):
+    """After the first word, in the middle, and between the last step and the end."""
     run_dir = tmp_path / "run"
     process = world.Command(run_file, "--output-dir", run_dir)
-    os.read(process.out, 10)
+    read = b""
+    while last not in read:
+        read += os.read(process.out, 10)
     os.close(process.out)
     process.out = None
     _, err = process.communicate(timeout=120)
