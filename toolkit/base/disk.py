@@ -139,7 +139,8 @@ def _account(place: Path, number: int, needed: int | None, name: str | None) -> 
     if needed is not None and needed > free:
         parts.append(f"{format_bytes(needed - free)} missing")
     elif name is None and free >= LEAST_FREE:
-        parts.append("the error does not name the file: check /tmp, /dev/shm and the caches too")
+        where = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
+        parts.append(f"the file is not named: look at {where}")
     return f": {', '.join(parts)}"
 
 
