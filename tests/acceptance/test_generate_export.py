@@ -212,7 +212,7 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
         (("generate", "RUN"), 2, "Missing argument 'PROMPTS...'"),
         (("generate", "RUN", "hi", "--checkpoint", "9"), 1, "has no sound checkpoint-9"),
         (("generate", "RUN", "1" * 128), 1, "prompt 0 has 128 tokens"),
-        (("generate", "RUN", os.fsdecode(b"\xff")), 2, "PROMPTS: a prompt is no UTF-8 text"),
+        (("generate", "RUN", os.fsdecode(b"\xff")), 2, "PROMPTS: a prompt is not UTF-8 text"),
         (("generate", "RUN", "hi", "--temperature", "-1"), 2, "--temperature"),
         (("export", "RUN"), 2, "Missing option '--to'"),
         (("export", "RUN", "--to", "RUN"), 1, "is not empty"),

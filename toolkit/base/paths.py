@@ -118,7 +118,7 @@ def _refuse_special(path: Path) -> None:
     except OSError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def rewrite_file(path: Path, content: str) -> None:
@@ -140,7 +140,7 @@ def append_line(path: Path, line: str) -> None:
     handle = os.open(path, flags, FILE_MODE)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         os.write(handle, (line.rstrip("\n") + "\n").encode())
     finally:
         os.close(handle)

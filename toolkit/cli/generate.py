@@ -90,7 +90,7 @@ def _texts(prompts: tuple[str, ...]) -> list[str]:
             "".join(found).encode()
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             where = "stdin" if prompt == "-" else "PROMPTS"
-            what = f"a prompt is no UTF-8 text: {error.reason}"
+            what = f"a prompt is not UTF-8 text: {error.reason}"
             raise InputError(what, where=where, fix="convert it to UTF-8") from None
         texts += found
     if not any(texts):

@@ -102,7 +102,7 @@ class _Reader:
         assert isinstance(text, str)
         if half := _HALF.search(text):
             code = f"\\u{ord(half.group()):04x}"
-            raise self.fault(f"a text holds half of a character ({code}), which is no text")
+            raise self.fault(f"a text holds half of a character ({code})")
         self.at = found.end()
         return text
 
