@@ -31,7 +31,7 @@ REPLACED = (
     "preflight.json",
     "report.html",
 )
-"""Written beside and renamed: a link is replaced, anything else that is not a file is in the way."""
+"""Written beside and renamed. A link is replaced; anything else but a file is in the way."""
 
 
 def refuse(run_dir: Path) -> None:
