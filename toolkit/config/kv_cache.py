@@ -7,6 +7,7 @@ the two.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.features import head_size
@@ -33,8 +34,8 @@ def least_cache_bytes(
     layers: the bound is then lower than need be.
     """
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    groups, size = text.get("num_key_value_heads", heads), head_size(text)
-    if not all(type(count) is int and count > 0 for count in (layers, groups, size)):
+    counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
+    if not all(type(count) is int and count > 0 for count in counts):
         return None
     kinds = text.get("layer_types") or ()
     if set(kinds) - ATTENTION_LAYERS or text.get("num_kv_shared_layers") or _has_others(text):
@@ -42,7 +43,8 @@ def least_cache_bytes(
     window = text.get("sliding_window")
     kept = min(tokens, window) if type(window) is int and window > 0 else tokens
     blocks = -(-kept // block_tokens) + 1
-    return int(layers) * 2 * int(groups) * int(size) * element_bytes * block_tokens * blocks
+    values = 2 * prod(count for count in counts if count is not None)
+    return values * element_bytes * block_tokens * blocks
 
 
 def _has_others(text: Mapping[str, Any]) -> bool:

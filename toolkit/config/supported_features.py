@@ -97,10 +97,8 @@ DROPS_SOFTCAP = frozenset(("sdpa",))
 (``sdpa_attention_forward``, transformers 5.17; checked in tests/contract).
 """
 
-REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Initializations that change the base weights, or need a pass over data with separate trainer
-weights.
-"""
+REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that change the base weights; pissa_niter_N too."""
 
 DATA_INITS = {
     "corda": "it needs a pass over data before the adapter is created",
@@ -111,6 +109,18 @@ DATA_INITS = {
     "loftq": "it needs a loftq_config, which a run file cannot set",
 }
 """Initializations whose inputs a run file cannot provide."""
+
+
+def init_with_engine(init: bool | str) -> str | None:
+    """Why an adapter with this init_lora_weights cannot be sampled by an engine that shares the
+    base; None where it can.
+    """
+    if not isinstance(init, str):
+        return None
+    if init.startswith(REWRITING_INITS):
+        return f"{init} rewrites base weights, which engine and trainer share"
+    return f"{init} cannot be used: {DATA_INITS[init]}" if init in DATA_INITS else None
+
 
 NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
 """Model types that vLLM 0.31 does not run in float16, because they overflow (config/run_config.py,
