@@ -92,6 +92,9 @@ ATTENTION_PACKAGES = {
     "flash_attention_4": "flash_attn.cute",
 }
 
+NO_CPU_BACKWARD = frozenset(("flex_attention",))
+"""Attention functions that torch 2.13 computes on a CPU, and has no gradient of there."""
+
 DROPS_SOFTCAP = frozenset(("sdpa",))
 """Hugging Face's default accepts ``softcap`` as a keyword but silently ignores it
 (``sdpa_attention_forward``, transformers 5.17; checked in tests/contract).
@@ -317,6 +320,9 @@ def attention_lacks(
     installed.
     """
     key, name = "model.attn_implementation", asked or ""
+    if name in NO_CPU_BACKWARD and not on_gpu:
+        what = f"{name} cannot be used: torch has no backward pass of it on a CPU"
+        return Problem(key, what, fixes=((key, None), (key, "sdpa")))
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
         return None

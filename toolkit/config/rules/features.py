@@ -118,9 +118,10 @@ def attention_is_one(run: Run) -> Iterator[Fault]:
     fix="attn_implementation: sdpa",
 )
 def attention_has_its_machine(run: Run) -> Iterator[Fault]:
-    """flash_attention_N needs a GPU, a 16-bit dtype and its package.
+    """flash_attention_N needs a GPU, a 16-bit dtype and its package; flex_attention needs a GPU.
 
-    Checked with --gpu. `envcheck check` looks for the package on the machine that trains.
+    torch has no backward pass of flex attention on a CPU. Checked with --gpu. `envcheck check`
+    looks for the package on the machine that trains.
     """
     device = run.situation.device
     if device is None:
