@@ -174,7 +174,7 @@ def test_attributes_fall_through_to_the_model(base: Any) -> None:
 def test_the_fields_of_an_adapters_config_are_the_recorded_ones() -> None:
     """What PEFT writes unasked, and which fields shape an adapter (config.adapter_facts)."""
     from toolkit.config.adapter_facts import BOOKKEEPING, PEFT_DEFAULTS, SUPPORTED
-    from toolkit.policy.settings import LoraSettings
+    from toolkit.policy.lora_settings import LoraSettings
 
     written = {name: value for name, value in LoraConfig().to_dict().items() if value}
     assert {k: v for k, v in written.items() if k not in (*SUPPORTED, *BOOKKEEPING)} == (

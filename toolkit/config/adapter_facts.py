@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.features import REWRITING_INITS, Problem
 from toolkit.config.model_facts import ADAPTER_CONFIG, read_json
 from toolkit.config.run_paths import resolve
+from toolkit.config.supported_features import REWRITING_INITS, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.features import head_size
+from toolkit.config.supported_features import head_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

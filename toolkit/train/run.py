@@ -13,7 +13,7 @@ from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitE
 from toolkit.config import chat_format
 from toolkit.config.resolved import resolve_run
 from toolkit.policy.language_model import load_policy, policy_tokenizer
-from toolkit.policy.situation import situation
+from toolkit.policy.machine_facts import situation
 from toolkit.train.checkpointing import (
     branch,
     checkpoint,

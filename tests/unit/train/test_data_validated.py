@@ -19,9 +19,9 @@ from toolkit.base.errors import ToolkitError
 from toolkit.config.data_facts import DataFacts, data_of
 from toolkit.config.document import Source
 from toolkit.config.layers import parse
-from toolkit.train.data_given import prompts_in
-from toolkit.train.data_prompts import check_prompts
-from toolkit.train.data_read import read_file
+from toolkit.train.data.data_checks import prompts_in
+from toolkit.train.data.prompt_format import check_prompts
+from toolkit.train.data.row_reader import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.units import format_bytes
+from toolkit.base.formatting import format_bytes
 from toolkit.config.kv_cache import CPU_BLOCK, ELEMENT_BYTES, GPU_BLOCK, least_cache_bytes
 from toolkit.config.resolved import dtype_of
-from toolkit.config.rules.base import Fault, rule
+from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
