@@ -111,7 +111,7 @@ def json_value(text: str) -> Any:
     """A JSON value of a data file. Raises ValueError also for what Python's reader lets pass: NaN
     and a key that an object has twice, of which only the last value would be kept.
     """
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+    return _DECODER.decode(text)
 
 
 def _no_constant(name: str) -> Any:
@@ -125,6 +125,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"an object has the key {twice[:80]!r} twice")
     return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
 
 
 def chat_in(text: str) -> list[dict[str, Any]] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from toolkit.base.data_files import chat_in, decoded, is_text, json_value, names_fault
-from toolkit.config.data_types import Kind, Misfit, misfit, wrong_chat, wrong_prompt
+from toolkit.config.data_types import EXACT, Kind, Misfit, misfit, wrong_chat, wrong_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,10 +84,11 @@ class _Types:
 
     def _misfit(self, row: dict[str, Any]) -> str | None:
         for name, value in row.items():
+            kind = type(value)
             if value is None:
                 continue
             first = self.firsts.setdefault(name, value)
-            if type(value) is str and type(first) is str:
+            if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
                 continue  # most columns
             try:
                 self._kind(name, first).take(value)
