@@ -24,6 +24,7 @@ from toolkit.base.data_files import (
 from toolkit.base.errors import ToolkitError, first_line
 from toolkit.base.packed import RATIO_FREE_BYTES, READ_BYTES
 from toolkit.config.data_scan import DataFacts, Unscanned, Wanted, rows_of, scan
+from toolkit.config.data_types import no_prompt
 from toolkit.config.run_paths import ARCHIVES, resolve
 
 __all__ = ["NO_DATA", "DataFacts", "data_of"]
@@ -112,20 +113,22 @@ def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
             told = fault and f"is no readable Arrow file: {fault}"
             return DataFacts(path, whole=False, problem=told)
         if kind.suffix == ".parquet":
-            return _parquet(file, path)
+            return _parquet(file, path, wanted)
         found = scan(path, wanted, rows_of(file, path, kind.suffix))
         if kind.packed and not found.whole:
             _unpack_on(file)
         return found
 
 
-def _parquet(file: IO[bytes], path: Path) -> DataFacts:
-    from toolkit.config.parquet import parquet_columns, parquet_fault  # noqa: PLC0415 - rarely needed
+def _parquet(file: IO[bytes], path: Path, wanted: Wanted) -> DataFacts:
+    from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - rarely needed
 
     if fault := parquet_fault(file):
         return DataFacts(path, problem=f"is no readable Parquet file: {fault}")
     names = parquet_columns(file)
-    return DataFacts(path, names, whole=False, problem=names_fault(names or ()))
+    kind = number_column(file, wanted.prompt)
+    wrong = kind and f"column {wanted.prompt!r} {no_prompt(kind)}"
+    return DataFacts(path, names, whole=False, problem=names_fault(names or ()), refused=wrong)
 
 
 def _archive(path: Path) -> DataFacts:

@@ -90,7 +90,12 @@ def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
         return wrong_chat(prompt or [])
     if prompt is None or isinstance(prompt, str):
         return None
-    return f"is {type(prompt).__name__}, not a text or a list of messages"
+    return no_prompt(type(prompt).__name__)
+
+
+def no_prompt(kind: str) -> str:
+    """What is told of prompts of a Python type that is none of theirs."""
+    return f"is {kind}, not a text or a list of messages"
 
 
 def wrong_chat(messages: list[Any]) -> str | None:

@@ -14,6 +14,9 @@ _BOOLS = (1, 2)
 _BINARY, _LIST, _SET, _STRUCT = 8, 9, 10, 12
 _SCHEMA, _NAME, _CHILDREN = 2, 4, 5  # field numbers of FileMetaData and SchemaElement
 _DEEPEST = 32
+_TYPE, _REPETITION, _CONVERTED, _LOGICAL = 1, 3, 6, 10  # of SchemaElement
+_REPEATED = 2
+_NUMBERS = {0: "bool", 1: "int", 2: "int", 4: "float", 5: "float"}
 _GROUPS, _COLUMNS, _COLUMN_METADATA = 4, 1, 3  # of FileMetaData, RowGroup and ColumnChunk
 _PATH, _CHUNK_BYTES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11  # of ColumnMetaData
 _PAGE_BYTES = 3  # of PageHeader
@@ -29,6 +32,23 @@ def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
         return _top_level(metadata[_SCHEMA])
     except _UNREADABLE:
         return None
+
+
+def number_column(file: IO[bytes], name: str) -> str | None:
+    """Python's name for the values of the column ``name`` where these are plain numbers or truth
+    values; None where they are something else, or it is not known.
+    """
+    try:
+        metadata, _ = _footer(file)
+        elements = metadata[_SCHEMA]
+        found = [one for one in elements[1:] if one[_NAME] == name.encode()]
+        if len(found) != 1 or name not in _top_level(elements):
+            return None
+    except _UNREADABLE:
+        return None
+    is_plain = not {_CHILDREN, _CONVERTED, _LOGICAL} & set(found[0])
+    once = found[0].get(_REPETITION) != _REPEATED
+    return _NUMBERS.get(found[0].get(_TYPE, -1)) if is_plain and once else None
 
 
 def parquet_fault(file: IO[bytes]) -> str | None:

@@ -111,6 +111,8 @@ BAD: list[tuple[str, Callable[[], bytes], str]] = [
     ("open.csv", lambda: b'prompt,n\n"a,1\nb,2\n', "unexpected end of data"),
     ("bomb.jsonl.gz", lambda: gzip.compress(bomb(), 1), "unpacks to more than 64.0 MiB"),
     ("cut.jsonl.gz", lambda: gzip.compress(ROW * 50)[:40], "cannot be unpacked"),
+    ("bool.parquet", lambda: table(pa.table({"prompt": [True, None]})), "'prompt' is bool, not a"),
+    ("int.parquet", lambda: table(pa.table({"prompt": [1, 2]})), "'prompt' is int, not a text"),
     ("cut.parquet", lambda: table()[:-100], "is no readable Parquet file"),
     ("short.parquet", lambda: b"PAR1", "is no readable Parquet file"),
     ("long.parquet", lambda: table()[-200:], "is no readable Parquet file"),
