@@ -59,8 +59,13 @@ def no_kind(path: Path) -> tuple[str, str]:
     return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
 
 
+def unreadable_table(kind: str, why: str) -> str:
+    """The message for a Parquet or Arrow file that cannot be read."""
+    return f"is not a readable {kind} file: {why}"
+
+
 def not_one(count: int) -> str:
-    """What is told of an archive that holds so many data files."""
+    """The message for an archive that contains so many data files."""
     return f"holds {count} data files, not one"
 
 
@@ -115,7 +120,7 @@ def json_value(text: str) -> Any:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from toolkit.base.data_files import (
     not_one,
     open_data,
     path_fault,
+    unreadable_table,
 )
 from toolkit.base.errors import ToolkitError, first_line
 from toolkit.base.packed import RATIO_FREE_BYTES, READ_BYTES
@@ -110,7 +111,7 @@ def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
             from toolkit.config.arrow_file import arrow_fault  # noqa: PLC0415 - rarely needed
 
             fault = arrow_fault(file)
-            told = fault and f"is no readable Arrow file: {fault}"
+            told = fault and unreadable_table("Arrow", fault)
             return DataFacts(path, whole=False, problem=told)
         if kind.suffix == ".parquet":
             return _parquet(file, path, wanted)
@@ -124,7 +125,7 @@ def _parquet(file: IO[bytes], path: Path, wanted: Wanted) -> DataFacts:
     from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - rarely needed
 
     if fault := parquet_fault(file):
-        return DataFacts(path, problem=f"is no readable Parquet file: {fault}")
+        return DataFacts(path, problem=unreadable_table("Parquet", fault))
     names = parquet_columns(file)
     kind = number_column(file, wanted.prompt)
     wrong = kind and f"column {wanted.prompt!r} {no_prompt(kind)}"

@@ -28,7 +28,7 @@ def kind_of(value: Any) -> str:
 
 
 def misfit(name: str, value: Any, first: Any) -> str:
-    """What is told of a ``value`` that does not fit its column, of which ``first`` is a value."""
+    """The message for a ``value`` that does not fit its column; ``first`` is an earlier value."""
     before = f" and {kind_of(first)} before" if kind_of(first) != kind_of(value) else ""
     held = f"column {name!r} holds {kind_of(value)} here{before}"
     return f"{held}, which one column cannot hold together"
@@ -94,7 +94,7 @@ def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
 
 
 def no_prompt(kind: str) -> str:
-    """What is told of prompts of a Python type that is none of theirs."""
+    """The message for prompts of a Python type that prompts cannot have."""
     return f"is {kind}, not a text or a list of messages"
 
 

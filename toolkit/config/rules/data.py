@@ -288,8 +288,8 @@ def rows_can_be_trained_on(run: Run) -> Iterator[Fault]:
     """A column holds one type, and a prompt is a text or a list of messages.
 
     A column of texts and numbers has no type that a data set could have; a prompt that is a number
-    or a truth value cannot be asked. JSONL, JSON and CSV files are looked into when they are here,
-    the first rows of a large file; training looks at every row.
+    or a truth value cannot be asked. Checked in the first rows of JSONL, JSON and CSV files on this
+    machine, and in the schema of Parquet files; training checks every row.
     """
     for which in _PATHS:
         data = data_of(run.document, which)

@@ -27,9 +27,9 @@ _LENGTH = "model.max_seq_length"
 def cache_holds_a_sequence(run: Run) -> Iterator[Fault]:
     """kv_cache_bytes holds one sequence of max_seq_length tokens.
 
-    vLLM does not start with less, as no request could end. Judged when the model is at hand, from
-    its config.json: layers x 2 x KV heads x head size x bytes a value x tokens, in whole blocks,
-    and one block that vLLM keeps empty. The sizer has the exact number for the machine.
+    vLLM does not start with less, as no request could end. Checked if the model is on this
+    machine, from its config.json: layers x 2 x KV heads x head size x bytes per value x tokens, in
+    whole blocks, and one block that vLLM keeps empty. envcheck size has the exact number.
     """
     written, length = run.value(_CACHE), run.value(_LENGTH)
     if type(written) is not int or type(length) is not int:

@@ -27,6 +27,7 @@ from toolkit.base.data_files import (
     no_kind,
     not_one,
     open_data,
+    unreadable_table,
 )
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
@@ -155,7 +156,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
                 break
         table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), f"is no readable Parquet file: {first_line(error)}")
+        broken(str(path), unreadable_table("Parquet", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -167,7 +168,7 @@ def _read_arrow(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             file.seek(0)
             table = pa.ipc.open_file(file).read_all()
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), f"is no readable Arrow file: {first_line(error)}")
+        broken(str(path), unreadable_table("Arrow", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
