@@ -70,24 +70,53 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
-    with open_bytes(archive) as file:
-        try:
-            with _members(archive, file, limit_bytes) as members:
-                _check(archive, into, members, limit_bytes)
-            make_folder(into)
-            left_bytes = limit_bytes
-            with _members(archive, file, limit_bytes) as members:
-                for member in members:
-                    left_bytes -= _write(archive, into, member, left_bytes)
-        except OSError as error:
-            if error.errno is None:  # gzip's and bz2's own
-                raise _unreadable(archive, error) from error
-            raise InputError(
-                f"cannot be unpacked: {error.strerror or error}", where=str(archive)
-            ) from error
-        except UNREADABLE as error:
-            raise _unreadable(archive, error) from error
+    with open_bytes(archive) as file, _reading(archive):
+        with _members(archive, file, limit_bytes) as members:
+            _check(archive, into, members, limit_bytes)
+        make_folder(into)
+        left_bytes = limit_bytes
+        with _members(archive, file, limit_bytes) as members:
+            for member in members:
+                left_bytes -= _write(archive, into, member, left_bytes)
     return into
+
+
+def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
+    """The names of the files in an archive that ``unpack`` would take, without writing any; None
+    where more than ``most_bytes_read`` would have to be unpacked to see all of them.
+
+    Raises as ``unpack``. What is not one of its headers is not read.
+    """
+    names: list[str] = []
+    total_bytes = 0
+    most = most_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
+    listed = zipfile.is_zipfile(archive)  # its members are, and none is unpacked
+    with (
+        open_bytes(archive) as file,
+        _reading(archive),
+        _members(archive, file, DEFAULT_LIMIT_BYTES) as members,
+    ):
+        for member in _checked(archive, archive.parent, members, most):
+            names += [] if member.is_folder else [member.name]
+            total_bytes += member.size_bytes
+            if total_bytes > most_bytes_read and not listed:
+                return None
+    return names
+
+
+@contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """What goes wrong with the bytes of an archive is an InputError about the archive."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # gzip's and bz2's own
+            raise _unreadable(archive, error) from error
+        raise InputError(
+            f"cannot be unpacked: {error.strerror or error}", where=str(archive)
+        ) from error
+    except UNREADABLE as error:
+        raise _unreadable(archive, error) from error
 
 
 def _unreadable(archive: Path, error: Exception) -> InputError:
@@ -96,6 +125,14 @@ def _unreadable(archive: Path, error: Exception) -> InputError:
 
 
 def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: int) -> None:
+    for _ in _checked(archive, into, members, limit_bytes):
+        pass
+
+
+def _checked(
+    archive: Path, into: Path, members: Iterator[Member], limit_bytes: int
+) -> Iterator[Member]:
+    """The members, each once it is known to be one that can be written below ``into``."""
     seen: set[Path] = set()
     total_bytes = 0
     for member in members:
@@ -106,6 +143,7 @@ def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: in
         total_bytes += member.size_bytes
         if member.size_bytes < 0 or total_bytes > limit_bytes:
             raise _too_large(archive, limit_bytes)
+        yield member
 
 
 def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:

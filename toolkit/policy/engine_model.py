@@ -11,6 +11,7 @@ from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
+from toolkit.policy.auto_engine import lora_of, sized_share
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 from toolkit.policy.load_arguments import WHERE
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
-
-DEFAULT_RANK = 64
-"""max_lora_rank "auto" without an adapter to read it from: the drop-in API's default."""
 
 
 def load_on_engine(
@@ -58,7 +56,7 @@ def engine_options(
     """What the engine of ``request`` is built with. Lengths in tokens, memory in bytes."""
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
-    given["gpu_memory_utilization"] = _share(given["gpu_memory_utilization"])
+    given["gpu_memory_utilization"] = _share(checkpoint, request, adapter)
     return EngineOptions(
         model=str(checkpoint.folder),
         max_model_len=request.max_seq_length,
@@ -70,12 +68,12 @@ def engine_options(
 
 
 def _rank(asked: Any, adapter: Adapter | None) -> int:
-    """The largest adapter rank that the engine has room for; "auto" fits the adapter at hand."""
+    """The largest adapter rank that the engine has room for; "auto" is the smallest legal one that
+    holds the adapter at hand, else ``get_peft_model``'s default: as in a run file.
+    """
     if asked != "auto":
         return int(asked)
-    if adapter is None:
-        return DEFAULT_RANK
-    largest = max(adapter.config.r, *(adapter.config.rank_pattern or {}).values(), 0)
+    largest = lora_of(adapter).largest_rank
     if legal := smallest_rank(largest):
         return legal
     raise ConfigValueError(
@@ -85,15 +83,16 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     )
 
 
-def _share(asked: Any) -> float | Auto:
-    """gpu_memory_utilization; "auto" is half of what is free now, the other half being the
-    trainer's.
-
-    A run file's "auto" is sized by its budget instead. Without a GPU the engine does not read it.
+def _share(checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None) -> float | Auto:
+    """gpu_memory_utilization; "auto" is sized, as in a run file. Without a GPU the engine does not
+    read it.
     """
+    asked = request.engine["gpu_memory_utilization"]
     if asked != "auto":
         return float(asked)
     if not torch.cuda.is_available():
         return "auto"
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    return max(round(free_bytes / total_bytes / 2, 2), 0.01)
+    text = read_config(checkpoint, request).get_text_config()
+    length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
+    dtype = str(choose_dtype(request)).removeprefix("torch.")
+    return sized_share(checkpoint, request, adapter, length=length, dtype=dtype) or "auto"

@@ -87,7 +87,8 @@ class FastLanguageModel:
         the adapter on it, trainable. ``dtype`` None means bfloat16 (or float16) on a GPU and
         float32 on a CPU. ``max_seq_length`` is in tokens. With ``fast_inference`` a vLLM engine
         holds the weights and the model is a view of them; ``gpu_memory_utilization`` and
-        ``max_lora_rank`` are its share of the card and its largest adapter rank, or "auto".
+        ``max_lora_rank`` are its share of the card and its largest adapter rank; "auto" is what the
+        sizer gives a run file with the same keys (the adapter of the folder, else of rank 16).
         ``kwargs`` are engine options such as ``max_num_seqs``, and ``attn_implementation``.
 
         Returns:

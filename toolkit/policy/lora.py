@@ -31,6 +31,7 @@ from toolkit.base.errors import (
     UnsupportedError,
     first_line,
 )
+from toolkit.config.adapter_facts import KEPT, other_fields
 from toolkit.policy.adapted_layers import experts_of, refuse_experts
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
@@ -48,9 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 NOT_PEFTS = ("random_state",)
-KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
-BOOKKEEPING = (*KEPT, "peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping")
-"""Fields of adapter_config.json that shape nothing; any other that is set must be one of ours."""
+REFERENCE = "ref"
+"""TRL's name for the frozen copy of the adapter that a run starts from."""
 
 MAPPINGS = ("loftq_config", "rank_pattern", "alpha_pattern")
 DIFFERING = (
@@ -239,16 +239,6 @@ def _refuse_kind(config: Any) -> None:
         )
 
 
-def other_fields(values: Mapping[str, Any]) -> list[str]:
-    """Fields of an adapter's config that are set and that ``LoraSettings`` does not express."""
-    default, known = LoraConfig(), {item.name for item in fields(LoraSettings)}
-    return [
-        name
-        for name, value in values.items()
-        if name not in known | set(BOOKKEEPING) and value and value != getattr(default, name, None)
-    ]
-
-
 def read_peft_config(values: Mapping[str, Any]) -> Any:
     """The ``peft.LoraConfig`` of an adapter_config.json's object, trainable.
 
@@ -321,6 +311,18 @@ def kept_float32(model: Any) -> Iterator[None]:
             kept = before.get(id(parameter))
             if kept is not None and parameter.dtype != kept.dtype:
                 parameter.data = kept.to(parameter.device)
+        _repeat_reference(model)
+
+
+def _repeat_reference(model: Any) -> None:
+    """Give the copy of the starting adapter that TRL 1.16 keeps for the KL term (``ref``, where
+    beta is above 0) the values that were not rounded: the KL term is then 0 before the first step.
+    """
+    named = dict(model.named_parameters()) if is_peft(model) else {}
+    for name, parameter in named.items():
+        trained = named.get(name.replace(f".{REFERENCE}.", ".default."))
+        if f".{REFERENCE}." in name and trained is not None and parameter.dtype != trained.dtype:
+            parameter.data = trained.data.clone()
 
 
 def widen_adapter(model: Any) -> None:

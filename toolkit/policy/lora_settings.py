@@ -16,7 +16,7 @@ from toolkit.base.errors import (
 )
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.config.run_config import SEVEN_PROJECTIONS
-from toolkit.config.supported_features import REWRITING_INITS, layers_beyond
+from toolkit.config.supported_features import init_with_engine, layers_beyond
 from toolkit.policy.load_arguments import nearest
 
 if TYPE_CHECKING:
@@ -206,10 +206,10 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
                 where=WHERE,
                 fix="leave it out, or load with fast_inference=False",
             )
-    init = settings.init_lora_weights
-    if isinstance(init, str) and init.startswith(REWRITING_INITS):
+    wrong_init = init_with_engine(settings.init_lora_weights)
+    if wrong_init is not None:
         raise UnsupportedError(
-            f"init_lora_weights={init!r} rewrites base weights, which engine and trainer share",
+            f"init_lora_weights: {wrong_init}",
             where=WHERE,
             fix='use init_lora_weights=True or "gaussian", or load with fast_inference=False',
         )

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
+from toolkit.base.errors import (
+    ConfigTypeError,
+    ConfigValueError,
+    InputError,
+    UnsupportedError,
+    first_line,
+)
 from toolkit.base.files import check_folder
+from toolkit.config.adapter_facts import start_problem
 from toolkit.config.lora_targets import pattern_fault, pattern_value
 from toolkit.policy.adapter_io import BASE_FILE, base_name, read_tensors
 from toolkit.policy.fingerprint import is_base_of, marks_of
@@ -101,8 +108,13 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
     How it was initialized does not count: its values are there.
 
     Raises:
-        ConfigTypeError: the differences are named.
+        ConfigTypeError: the differences are named. UnsupportedError: no run can start from it.
     """
+    problem = start_problem(adapter.config.to_dict())
+    if problem is not None:
+        raise UnsupportedError(
+            problem.message, where=f"{problem.key}: {adapter.folder}", fix=problem.hint
+        )
     names = [name for name in DIFFERING if name != "init_lora_weights"]
     different = differences(adapter.config, settings, names)
     if different:

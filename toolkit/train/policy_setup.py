@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, ConfigValueError
 from toolkit.policy.attach import attach
 from toolkit.policy.base_sums import AT_LOAD
 from toolkit.policy.lora import refuse_unserved, widen_adapter
@@ -34,6 +34,7 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
     if getattr(model, "toolkit_checkpointing", None) is False:
         config.gradient_checkpointing = False
     if engine is not None:
+        _refuse_other_engines(config)
         for name, existing in getattr(model, "peft_config", {}).items():
             refuse_unserved(model, existing, engine, f"adapter {name!r} of the model")
         if peft_config is not None:
@@ -44,6 +45,21 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
     if engine is not None or getattr(model, "toolkit_full_finetuning", None) is False:
         own = getattr(engine, "dtype", None)
         follow_dtype(config, own or _dtype_of(model), engine=own is not None)
+
+
+def _refuse_other_engines(config: Any) -> None:
+    """The engine on the model generates: another way that the user asked for would not be used."""
+    asked = {
+        "vllm_mode": ("server", "no vLLM server is asked for completions"),
+        "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
+    }
+    for name, (value, why) in asked.items():
+        if getattr(config, name, None) == value:
+            raise ConfigValueError(
+                f"{name}={value!r}, and the model has an engine, which generates: {why}",
+                where=f"GRPOConfig.{name}",
+                fix=f"leave {name} out, or load the model with fast_inference=False",
+            )
 
 
 def settle(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:

@@ -24,14 +24,17 @@ from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.solve import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias
 
-    from toolkit.config.resolved import ResolvedRun
+    from toolkit.config.resolved import ResolvedRun, Situation
     from toolkit.config.run_config import RunConfig
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
     from toolkit.sizing.result import SizingResult
     from toolkit.train.process_control import Peers
+
+    Rules: TypeAlias = Callable[[Situation], object]
 
 # In the order in which one of several decides, which is that of gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
@@ -62,13 +65,21 @@ class Preflight:
 
 
 def preflight(
-    config: RunConfig, *, world_size: int = 1, judge: bool = True, peers: Peers | None = None
+    config: RunConfig,
+    *,
+    world_size: int = 1,
+    judge: bool = True,
+    peers: Peers | None = None,
+    rules: Rules | None = None,
 ) -> Preflight:
     """Look, judge, size. With ``judge`` False a failed check stops nothing (``--dry-run``).
 
-    Every rank looks at its own card; all are sized for the smallest, so that they agree.
+    Every rank looks at its own card; all are sized for the smallest, so that they agree. ``rules``
+    judges the run file for the device and the packages that are found, as ``envcheck check`` does:
+    not before the node is known to be well, as a missing GPU of a bad node is no fault of the file.
 
     Raises:
+        ConfigError: a rule refuses the run file here.
         NodeError, RetryError, ConfigError: a check failed; the message is the first one's.
         ConfigError: the run does not fit, with the priced list of what would make it fit.
     """
@@ -78,15 +89,18 @@ def preflight(
         revision=config.model.revision,
     )
     here = situation_here(snapshot, gpu_index=local_rank(), world_size=world_size)
-    checks = tuple(run_checks(snapshot, context_of(resolve_run(config, here), snapshot)))
+    template = chat_format.template_of(config.model.model_name, config.model.revision)
+    run = resolve_run(config, here, template=template)
+    checks = tuple(run_checks(snapshot, context_of(run, snapshot)))
     if judge:
         refuse(checks)
+        if rules is not None:
+            rules(here)
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     others = [device] if peers is None else _devices_of_all(device, peers)
     device = smallest(others)
-    model = config.model
-    config = chat_format.resolve(config, chat_format.template_of(model.model_name, model.revision))
+    config = dataclasses.replace(config, dataset=run.config.dataset)
     resolved, sizing = resolve(config, device, world_size=world_size)
     for other in others:
         # More memory in all and less of it free: a share of the smallest may be too much there.

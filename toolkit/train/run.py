@@ -11,7 +11,9 @@ from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError
 from toolkit.config import chat_format
+from toolkit.config.resolved import resolve_run
 from toolkit.policy.language_model import load_policy, policy_tokenizer
+from toolkit.policy.machine_facts import situation
 from toolkit.train.checkpointing import (
     branch,
     checkpoint,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.run_config import RunConfig
+    from toolkit.train.preflight import Rules
     from toolkit.train.rollout.evaluate import Evaluation
 
 
@@ -127,7 +130,7 @@ def _begin(
     if found is not None:
         checkpoint.refuse_other_world(found, world_size())
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
-    context = prepare(as_begun, run_dir, control.peers)
+    context = prepare(as_begun, run_dir, control.peers, options.rules)
     config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
     _refuse_changes(config, context, found)
     _train(context, config, found, options, control, begun)
@@ -152,19 +155,22 @@ def _checkpoint(
     return None if found is None else Path(found), passed
 
 
-def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> RunContext:
-    """Check the node, size, load data, rewards and policy; config.json and preflight.json are
-    written.
+def prepare(
+    config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
+) -> RunContext:
+    """Check the node, judge the run file for it (``rules``), size, load data, rewards and policy;
+    config.json and preflight.json are written.
     """
     require_packages(config)
-    ready = preflight(config, world_size=world_size(), peers=peers)
+    ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
     resolved = ready.config
     if config.runtime.reproducible:
         make_reproducible()
     if is_first_rank():
         ready.write(run_dir)
     tokenizer = policy_tokenizer(resolved)
-    resolved = chat_format.resolve(resolved, chat_format.usable(tokenizer.chat_template))
+    template = chat_format.usable(tokenizer.chat_template)
+    resolved = resolve_run(resolved, situation(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
     # What is wrong with data or rewards is found before the engine starts.

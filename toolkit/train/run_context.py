@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
     from toolkit.sizing.result import SizingResult
     from toolkit.train.data.dataset import Data
-    from toolkit.train.preflight import Preflight
+    from toolkit.train.preflight import Preflight, Rules
     from toolkit.train.rewards import Rewards
     from toolkit.train.rollout.evaluate import Evaluation
 
@@ -38,12 +38,13 @@ FREE_SHARE = 0.9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How the run talks and what it does besides training. ``evaluate`` None: as the run file says
-    (``train.evaluate.evaluates``).
+    (``train.evaluate.evaluates``). ``rules`` judges the run file for the machine that is found.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     evaluate: bool | None = None
     debug: bool = False
+    rules: Rules | None = None
 
 
 @dataclass(slots=True)

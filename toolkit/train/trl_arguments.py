@@ -39,7 +39,8 @@ def grpo_config(
         k: _as_typed(k, thaw(v)) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)
     }
     on_cpu = not torch.cuda.is_available()
-    half = resolve_run(config, situation()).dtype  # what the engine samples in
+    run = resolve_run(config, situation())
+    half = run.dtype  # what the engine samples in
     written_half = written.get("bf16") or written.get("fp16")
     uploads = written.get("log_completions_hub_repo") is not None
     defaults = {
@@ -81,6 +82,8 @@ def grpo_config(
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
+    if run.engine == "vllm":  # rule KEY008 says that it has no effect then
+        forced["use_transformers_continuous_batching"] = False
     if uploads:
         forced["num_completions_to_print"] = 0
     try:

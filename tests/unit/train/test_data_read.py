@@ -126,7 +126,7 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
     [
         ("d.jsonl", '{"a": 1}\n{"a": 2', r"d.jsonl:2:8: is not JSON: Expecting ',' delimiter"),
         ("d.jsonl", '{"a": 1}\n\n[1]\n', "d.jsonl:3: a line must be a JSON object, not a list"),
-        ("d.jsonl", '{"a": NaN}', "d.jsonl:1: is not JSON: NaN is no JSON value"),
+        ("d.jsonl", '{"a": NaN}', "d.jsonl:1: is not JSON: NaN is not a JSON value"),
         ("d.jsonl", b'{"a": 1}\n{"a": "\xff"}', "d.jsonl:2: is not UTF-8 text"),
         ("d.jsonl", '{"a":' + "[" * 100_000, "d.jsonl:1: is nested too deeply"),
         ("d.jsonl", '{"a": "ok"}\n{"a": "\\ud800"}', "d.jsonl:2: .*half of a character"),
@@ -138,8 +138,8 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
         ("d.csv", 'a,b\n1,"2\n', "d.csv:2: unexpected end of data"),
         ("d.csv", "a,a\n1,2\n", "d.csv:1: two columns have the same name"),
         ("d.csv", b"a,b\n\xff,2\n", "d.csv: is not UTF-8 text"),
-        ("d.parquet", "PAR1 not", "is no readable Parquet file"),
-        ("d.arrow", "not", "is no readable Arrow file"),
+        ("d.parquet", "PAR1 not", "is not a readable Parquet file"),
+        ("d.arrow", "not", "is not a readable Arrow file"),
         ("d.zip", "not", "not a readable archive"),
     ],
 )

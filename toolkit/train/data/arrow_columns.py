@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from toolkit.base.data_files import names_fault
 from toolkit.base.errors import ConfigError, InputError, first_line
+from toolkit.config.data_types import MISFIT_FIX, misfit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,13 +130,7 @@ def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Arr
     if _has_surrogate(values[index]):
         broken(place(index), f"column {name!r} holds half of a character (a lone surrogate)")
     first = next((value for value in values[:index] if value is not None), None)
-    raise ConfigError(
-        f"column {name!r} holds {kind_of(values[index])} here"
-        + (f" and {kind_of(first)} before" if kind_of(first) != kind_of(values[index]) else "")
-        + ", which one column cannot hold together",
-        where=place(index),
-        fix="give every row of the column the same type",
-    )
+    raise ConfigError(misfit(name, values[index], first), where=place(index), fix=MISFIT_FIX)
 
 
 def _first_misfit(values: list[Any]) -> int:
@@ -154,18 +149,6 @@ def _first_misfit(values: list[Any]) -> int:
 def broken(where: str, what: str) -> NoReturn:
     """Raise InputError for a data file that is not what its name says."""
     raise InputError(what, where=where, fix="mend or remove it")
-
-
-def kind_of(value: Any) -> str:
-    """The kind of a JSON value in words, for messages."""
-    words = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a truth value",
-        int: "a number",
-    }
-    return "null" if value is None else words.get(type(value), "a number")
 
 
 def _has_surrogate(value: Any) -> bool:

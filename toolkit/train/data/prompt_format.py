@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.build import thaw
+from toolkit.config.data_types import wrong_prompt
 from toolkit.policy.chat_template import refused
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
@@ -27,33 +27,9 @@ def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], st
     chats = [prompt for prompt in prompts if prompt is not None]
     is_chat = bool(chats) and isinstance(chats[0], list)
     for index, prompt in enumerate(prompts):
-        wrong = None
-        if is_chat:
-            wrong = _wrong_chat(prompt or [])
-        elif not isinstance(prompt, str | None):
-            wrong = f"is {type(prompt).__name__}, not a text or a list of messages"
-        if wrong:
+        if wrong := wrong_prompt(prompt, chats=is_chat):
             raise ConfigError(f"column {column!r} {wrong}", where=place(index))
     return is_chat
-
-
-def _wrong_chat(messages: list[Any]) -> str | None:
-    """What is wrong with a chat prompt, in words; None if nothing is."""
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {number} has no role: each is {{role: ..., content: ...}}"
-        if message["role"] not in ROLES:
-            return (
-                f"message {number} has the role {message['role']!r}, not one of {', '.join(ROLES)}"
-            )
-        if "content" not in message or not isinstance(message["content"], str | list | None):
-            return f"message {number} has no content that is a text"
-    if messages and messages[-1]["role"] == "assistant":
-        return (
-            "ends with what the assistant says, so there is nothing left to answer: leave that "
-            "message out (an expected answer goes into a column of its own)"
-        )
-    return None
 
 
 def is_empty(prompt: Any) -> bool:

@@ -11,7 +11,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -22,14 +22,18 @@ from toolkit.base.data_files import (
     data_kind,
     data_lines,
     decoded,
+    json_value,
     names_fault,
     no_kind,
+    not_one,
     open_data,
+    unreadable_table,
 )
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
 from toolkit.base.formatting import format_bytes
-from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows, kind_of
+from toolkit.config.data_types import kind_of
+from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,11 +127,6 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     return from_rows(rows, lambda index: f"{path}:{lines[index]}", header)
 
 
-def _is_tsv(path: Path) -> bool:
-    kind = data_kind(path)
-    return kind is not None and kind.suffix == ".tsv"
-
-
 def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
     number = blank = 0
     while line := text.readline(MAX_LINE_BYTES + 1):
@@ -157,7 +156,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
                 break
         table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), f"is no readable Parquet file: {first_line(error)}")
+        broken(str(path), unreadable_table("Parquet", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -169,7 +168,7 @@ def _read_arrow(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             file.seek(0)
             table = pa.ipc.open_file(file).read_all()
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), f"is no readable Arrow file: {first_line(error)}")
+        broken(str(path), unreadable_table("Arrow", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -196,7 +195,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
         ]
         if len(files) != 1:
             raise ConfigError(
-                f"holds {len(files)} data files, not one",
+                not_one(len(files)),
                 where=str(path),
                 fix="unpack it and name the file",
             )
@@ -211,7 +210,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json_value(text)
     except json.JSONDecodeError as error:
         at = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
         broken(at, f"is not JSON: {error.msg}")
@@ -219,10 +218,6 @@ def _parse(text: str, where: str) -> Any:
         broken(where, "is nested too deeply")
     except ValueError as error:
         broken(where, f"is not JSON: {error}")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
 
 
 def _nearest(path: Path) -> str | None:
