@@ -100,7 +100,7 @@ CASES = {
     "empty dataset": Case(1, ("train.jsonl has no rows",), _write("train.jsonl", "\n")),
     "prompt longer than the model's sequences": Case(
         1,
-        ("has 3000 tokens, the engine was built for 64", "model.max_seq_length"),
+        ("has 3000 tokens, but the engine supports 64", "model.max_seq_length"),
         _write("train.jsonl", f'{{"question": "{"7" * 3000}", "answer": "2"}}\n' * 8),
     ),
     "column of two types": Case(

@@ -208,9 +208,9 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("generate", "/nowhere", "hi"), 2, "is no run folder: config.json is missing"),
+        (("generate", "/nowhere", "hi"), 2, "is not a run folder: config.json is missing"),
         (("generate", "RUN"), 2, "Missing argument 'PROMPTS...'"),
-        (("generate", "RUN", "hi", "--checkpoint", "9"), 1, "has no sound checkpoint-9"),
+        (("generate", "RUN", "hi", "--checkpoint", "9"), 1, "has no intact checkpoint-9"),
         (("generate", "RUN", "1" * 128), 1, "prompt 0 has 128 tokens"),
         (("generate", "RUN", os.fsdecode(b"\xff")), 2, "PROMPTS: a prompt is not UTF-8 text"),
         (("generate", "RUN", "hi", "--temperature", "-1"), 2, "--temperature"),

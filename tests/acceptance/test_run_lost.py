@@ -83,7 +83,7 @@ def test_a_folder_that_is_moved_gets_its_checkpoint_where_it_is(run_file, expect
     code, said = run_with(run_file, run_dir, lambda: run_dir.rename(moved))
     assert code == 1
     assert f"{run_dir}: the run folder was moved during the run, and is now {moved};" in said
-    assert "checkpoint-4 is written" in said
+    assert "checkpoint-4 was saved" in said
     assert not run_dir.exists()
     assert checkpoint.faults(moved / "checkpoint-4") == []
     again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{moved}"')
@@ -111,7 +111,7 @@ def test_a_folder_that_is_removed_is_not_made_again(run_file, tmp_path):
     run_dir = tmp_path / "run"
     code, said = run_with(run_file, run_dir, lambda: shutil.rmtree(run_dir))
     assert code == 1
-    assert "the run folder was removed during the run; nothing is saved" in said
+    assert "the run folder was removed during the run; nothing was saved" in said
     assert not run_dir.exists()
 
 
@@ -119,12 +119,14 @@ def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_pat
     run_dir = tmp_path / "run"
     code, said = run_with(run_file, run_dir, (run_dir / "metrics.jsonl").unlink)
     assert code == 1
-    assert "metrics.jsonl was removed, replaced or altered by somebody else during the run" in said
-    assert "checkpoint-4 is written" in said
+    assert (
+        "metrics.jsonl was removed, replaced or changed by another program during the run" in said
+    )
+    assert "checkpoint-4 was saved" in said
     assert branch.own_steps(run_dir) == [4, 2]
     out = tmp_path / "again.txt"
     assert world.wait(world.forked(run_file, out, f'runtime.output_dir="{run_dir}"')) == 0
-    assert "metrics.jsonl is not the one that" in out.read_text()
+    assert "metrics.jsonl is not the file that" in out.read_text()
     assert [row["step"] for row in world.rows(run_dir)] == [5, 6]
     assert len(world.rows(run_dir, "completions.jsonl")) == 6 * 8
 
@@ -139,8 +141,8 @@ def test_a_log_that_is_altered_stops_the_run_with_a_checkpoint(run_file, tmp_pat
 
     code, said = run_with(run_file, run_dir, alter)
     assert code == 1
-    assert "metrics.jsonl was removed, replaced or altered by somebody else" in said
-    assert "checkpoint-4 is written" in said
+    assert "metrics.jsonl was removed, replaced or changed by another program" in said
+    assert "checkpoint-4 was saved" in said
 
 
 @pytest.mark.slow
@@ -162,7 +164,7 @@ def test_a_folder_that_goes_after_the_last_step_is_no_success(run_file, tmp_path
     out = tmp_path / "out.txt"
     pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=install)
     assert world.wait(pid) == 1
-    assert f"is now {moved}; checkpoint-6 is written" in out.read_text()
+    assert f"is now {moved}; checkpoint-6 was saved" in out.read_text()
     assert not run_dir.exists()
 
 
@@ -235,7 +237,7 @@ def stopped(process, run_dir, name):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     latest = branch.own_steps(run_dir)[0]
-    assert f"stopped by {name}; checkpoint-{latest} is written" in err
+    assert f"stopped by {name}; checkpoint-{latest} was saved" in err
     assert err.count("error: ") == 1
     assert err.count("warning: ") <= 1  # of the stdout that went with its terminal
     assert "Traceback" not in err
@@ -342,6 +344,6 @@ def test_a_folder_that_is_moved_under_several_ranks(run_file, tmp_path):
     assert [world.wait(pid) for pid in pids] == [1, 1], ranks.told(run_dir)
     told = ranks.told(run_dir)
     assert told.count("error: ") == 1, told
-    assert f"is now {moved}; checkpoint-4 is written" in told
+    assert f"is now {moved}; checkpoint-4 was saved" in told
     assert checkpoint.faults(moved / "checkpoint-4") == []
     assert {"rank-0.json", "rank-1.json"} <= {p.name for p in (moved / "checkpoint-4").iterdir()}

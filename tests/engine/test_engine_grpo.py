@@ -130,7 +130,7 @@ def test_a_base_that_was_written_to_is_refused(loaded, policy, tmp_path) -> None
     kept = weight.detach().clone()
     weight.data.mul_(1.5)
     try:
-        with pytest.raises(ConfigValueError, match=r"norm\.weight of the base changed after"):
+        with pytest.raises(ConfigValueError, match=r"norm\.weight of the base model changed after"):
             training.make_trainer(policy, loaded[1], tmp_path)
     finally:
         weight.data.copy_(kept)

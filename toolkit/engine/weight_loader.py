@@ -1,14 +1,15 @@
-"""Our model loader, registered through vLLM's own ``register_model_loader``.
+"""The toolkit's model loader, registered with vLLM's ``register_model_loader``.
 
-It reads checkpoints as vLLM's default loader does, and two things more:
+It reads checkpoints as vLLM's default loader does, and in addition:
 
-* on a CPU it asks each linear layer to keep its weight as loaded. vLLM would otherwise prepack it
-  for its matrix kernel and drop the original, and nothing could then look at it
-  (``_cpu_skip_gemm_dispatch``, read at vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
-* it notes the name of every tensor that it read, so that ``policy.views`` can refuse a checkpoint
-  with tensors that no parameter of the model holds, and a few values of each parameter as loaded,
-  so that one that vLLM rewrites afterwards for a kernel of its own (experts on a CPU) is told from
-  one that can be shared.
+* on a CPU it asks each linear layer to keep its weight as loaded. Otherwise vLLM would prepack it
+  for its matrix kernel and drop the original, which then could not be shared
+  (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
+* it records the name of every tensor that it read, so that ``policy.shared_weights`` can reject a
+checkpoint
+  with tensors that belong to no parameter of the model. It also records a few loaded values of each
+  parameter, to detect parameters that vLLM later rewrites for a kernel (experts on a CPU), which
+  cannot be shared.
 
 For 4-bit models vLLM has a loader of its own, which it chooses by itself. ``register_dequantizing``
 puts one in its place that lets layers compute over 16-bit copies (``engine.dequantized``).
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's default loader, leaving weights in a form that a second model can view."""
+    """vLLM's default loader, which keeps weights in a form that a second model can view."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         load_config.load_format = "auto"
@@ -59,15 +60,15 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every (name, tensor) of the checkpoint, the names noted in passing."""
+        """Every (name, tensor) of the checkpoint; the names are recorded."""
         for name, tensor in super().get_all_weights(model_config, model):
             self._names.add(name)
             yield name, tensor
 
 
 def register() -> None:
-    """Make the loader known to vLLM under ``options.LOADER``. A second call replaces it by
-    itself.
+    """Register the loader in vLLM under ``engine_options.LOADER``. A second call registers it again
+    without effect.
     """
     register_model_loader(LOADER)(SharedWeightsLoader)
 

@@ -1,4 +1,4 @@
-"""A model with a vLLM engine on it: the engine holds the weights, the model is a view of them."""
+"""A model with a vLLM engine: the engine has the weights, and the model is a view of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 def load_on_engine(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> tuple[Any, Any]:
-    """(model, engine): the model borrows the engine's weights, unless ``share_weights`` is False.
+    """(model, engine): the model shares the engine's weights, unless ``share_weights`` is False.
 
     Raises:
-        InputError, ConfigValueError: the checkpoint cannot be used with these arguments.
-        Whatever ``open_engine`` and ``shared_model`` raise; the engine is closed then.
+        InputError, ConfigValueError: the checkpoint cannot be used with these arguments. Also all
+            errors of ``open_engine`` and ``shared_model``; the engine is then closed.
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
-    # Before vLLM starts: refuses a max_seq_length beyond the model's, an attention without its cap.
+    # Before vLLM starts: rejects a max_seq_length beyond the model's, or attention without its cap.
     config = read_config(checkpoint, request)
     choose_attention(config, request.attn_implementation, WHERE)
     engine = open_engine(engine_options(checkpoint, request, adapter))
@@ -53,7 +53,7 @@ def load_on_engine(
 def engine_options(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None = None
 ) -> EngineOptions:
-    """What the engine of ``request`` is built with. Lengths in tokens, memory in bytes."""
+    """The options of the engine for ``request``. Lengths are in tokens, memory in bytes."""
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
     given["gpu_memory_utilization"] = _share(checkpoint, request, adapter)
@@ -77,7 +77,7 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     if legal := smallest_rank(largest):
         return legal
     raise ConfigValueError(
-        f"r={largest} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
+        f"r={largest} is above the largest rank that vLLM supports, {LEGAL_RANKS[-1]}",
         where=WHERE,
         fix="load with fast_inference=False",
     )

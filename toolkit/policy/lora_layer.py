@@ -1,7 +1,7 @@
-"""PEFT's LoRA layer with ``adapted_linear`` as its forward where that computes the same.
+"""PEFT's LoRA layer with ``adapted_linear`` as its forward if that computes the same.
 
-The seam is PEFT's own, ``LoraConfig._register_custom_module`` (its guide "Custom models"). Names,
-parameters, saving and merging stay PEFT's.
+It is registered through PEFT's ``LoraConfig._register_custom_module`` (see its guide "Custom
+models"). Names, parameters, saving and merging are those of PEFT.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FastForward(nn.Module):
     lora_dropout: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(..., out) of ``x`` (..., in)."""
+        """Maps ``x`` (..., in) to (..., out)."""
         name = None if args or kwargs else self._single_adapter()
         if name is None or not self._as_under_autocast(x, name):
             out: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -48,7 +48,7 @@ class FastForward(nn.Module):
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
-        """The adapter in use, if it is the only one and plain."""
+        """The active adapter, if it is the only one and plain; else None."""
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -92,7 +92,7 @@ def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwar
 
 
 def use_fast_layers(config: Any) -> Any:
-    """``config`` (a ``peft.LoraConfig``) told to adapt linear layers with ``LoraLinear``."""
+    """``config`` (a ``peft.LoraConfig``), changed to adapt linear layers with ``LoraLinear``."""
     config._register_custom_module({nn.Linear: _layer_for})
     return config
 

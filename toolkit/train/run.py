@@ -53,7 +53,9 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """What can end this process; ``run_dir_watch`` is None except on the first rank."""
+    """What can stop this process: signals, other processes, changes to the run folder.
+    ``run_dir_watch`` is None except on the first rank.
+    """
 
     signals: StopSignals
     peers: Peers | None
@@ -63,10 +65,10 @@ class ProcessControl(NamedTuple):
 def run(config: RunConfig, options: Options | None = None) -> Path:
     """Train ``config`` and return its run folder.
 
-    Every rank of ``torchrun`` calls it; the first one writes.
+    Every rank of ``torchrun`` calls it; only the first one writes.
 
     Raises:
-        ToolkitError: with the exit code of what went wrong; StoppedError (75) after a signal.
+        ToolkitError: its exit code says what went wrong; StoppedError (75) after a signal.
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
@@ -82,7 +84,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
         except Exception as error:
             if peers is None:
                 raise
-            signals.ignore()  # a launcher ends the others when the first has ended
+            signals.ignore()  # a launcher stops the others when the first process ends
             raise peers.ending(error) from error
     return run_dir
 
@@ -104,8 +106,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 @contextmanager
 def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
-    """The run folder, held by the first rank. What goes wrong because it is not in its place any
-    more is told as that.
+    """Lock the run folder on the first rank. An error that occurs because the folder was moved or
+    removed is reported as such.
     """
     if not is_first_rank():
         yield None
@@ -126,7 +128,7 @@ def _begin(
     found, passed = _checkpoint(config, run_dir, control.peers)
     if is_first_rank():
         for line in passed:
-            options.out.write(f"passed over {line}\n")
+            options.out.write(f"skipped {line}\n")
     if found is not None:
         checkpoint.refuse_other_world(found, world_size())
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
@@ -139,18 +141,18 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, the same one on every rank; see ``branch.choose``."""
+    """The checkpoint to resume from, the same one on every rank; see ``branch.choose``."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
-    # The first judges and tells: the others may look at a folder that it has begun to write to.
+    # The first rank chooses and reports: the others may read a folder to which it already writes.
     mine = branch.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
     told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
     found, passed = told[0]
     if found is not None and not Path(found).is_dir():
         raise ConfigError(
-            "the checkpoint that the first process resumes from is not here",
+            "this process does not find the checkpoint that the first process resumes from",
             where=found,
-            fix="name a runtime.output_dir that all nodes of the run share",
+            fix="set runtime.output_dir to a folder that all nodes of the run share",
         )
     return None if found is None else Path(found), passed
 
@@ -173,7 +175,7 @@ def prepare(
     resolved = resolve_run(resolved, situation(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
-    # What is wrong with data or rewards is found before the engine starts.
+    # Errors in data or rewards are found before the engine starts.
     data = load_data(
         resolved.dataset,
         tokenizer,
@@ -189,7 +191,7 @@ def prepare(
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
-    """A checkpoint goes on with the run that it is of."""
+    """Check that a checkpoint belongs to this run."""
     if found is None:
         return
     now = run_directory.fingerprint(config, context.digests)
@@ -201,15 +203,15 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
-            f"changed since the checkpoint was written: {named}{more}",
+            f"the run file changed since the checkpoint was written: {named}{more}",
             where=str(found),
-            fix=f"put it back, or allow it: runtime.allow_changed: [{', '.join(differing)}],"
-            " or begin another run with --output-dir",
+            fix="restore the old value, or allow the change with runtime.allow_changed: "
+            f"[{', '.join(differing)}], or begin another run with --output-dir",
         )
 
 
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
-    """Our trainer on the parts of the run, with nothing of upstream's printing left in it."""
+    """Build our trainer from the parts of the run, without upstream's callbacks that print."""
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
@@ -247,7 +249,7 @@ def _train(
         introduce(context, trainer.args.seed, found, options)
     before = _evaluate(context, options, adapter=False)
     if peers is not None:
-        peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
+        peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if found is not None:
         trainer_state.check(trainer, found)  # before anything is moved
@@ -258,7 +260,7 @@ def _train(
                 _open_journal(trainer, context, found, options, run_dir_watch)
             begun.append(True)
             if found is not None and trainer_state.step_of(found) >= total:
-                # It had ended, and transformers would add a step.
+                # The run is complete, and transformers would add a step.
                 trainer_state.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
@@ -269,7 +271,8 @@ def _train(
         finally:
             _close_logs(trainer, stopped=signals.received is not None)
     _refuse_lost(trainer, run_dir_watch, peers)
-    # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
+    # Ranks stop only at a step that they agreed on: a signal after the last step does not stop the
+    # run.
     if signals.received is not None and (peers is None or trainer.stopping):
         raise _stopped(config, signals.received, begun=True)
     if first:
@@ -278,8 +281,8 @@ def _train(
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:
-            engine.close()  # its groups are made out of the one that goes now
-        peers.leave()  # not before the first has written: a launcher takes an end for the end
+            engine.close()  # its groups are made from the process group that is destroyed now
+        peers.leave()  # a launcher stops all when one ends
 
 
 def _open_journal(
@@ -289,9 +292,9 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """The branch and the logs of the run, as the checkpoint ``found`` knows them."""
+    """The branch and the logs of the run, as the checkpoint ``found`` records them."""
     assert trainer.signals is not None
-    trainer.signals.shield()  # a signal does not cut what is moved
+    trainer.signals.shield()  # a signal must not interrupt the moves
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
     start = rollback.begin(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
     trainer.signals.unshield()
@@ -325,36 +328,38 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
 
 
 def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
-    """A run that ends without its steps is no success.
+    """Raise an error if a run ended before its last step without a reason.
 
     Raises:
-        DefectError: nothing is known that would have ended it.
+        DefectError: training ended early, and no known reason explains it.
     """
     done = int(trainer.state.global_step)
     if done >= total or trainer.stopping or trainer.lost:
         return
     raise DefectError(
-        f"training ended at step {done} of {total}, and nothing had asked it to",
+        f"training ended at step {done} of {total} for an unknown reason",
         where=str(trainer.run_dir),
-        fix="start the same command again: it goes on from the last checkpoint; report it if it"
-        " ends there again",
+        fix="run the same command again: it resumes from the last checkpoint; report a defect if "
+        "it ends at that step again",
     )
 
 
 def _refuse_lost(
     trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
 ) -> None:
-    """What is written from here on would not be found, or is in somebody else's folder.
+    """Raise an error if the run folder is not in its place: files written from now on would be
+    lost, or in another folder.
 
     Raises:
-        ConfigError: the run folder was removed, moved or replaced; the same one on every rank.
+        ConfigError: the run folder was removed, moved or replaced; every rank raises the same
+            error.
     """
     if not trainer.lost:
         if run_dir_watch is not None and not run_dir_watch.in_place():
             raise run_dir_watch.fault()
         return
     fault = None if run_dir_watch is None else run_dir_watch.fault()
-    if peers is not None:  # whichever of them tells it
+    if peers is not None:  # whichever rank reports it
         mine = None if fault is None else [fault.message, fault.where, fault.fix]
         message, where, fix = peers.exchange("lost", mine)[0]
         fault = ConfigError(message, where=where, fix=fix)
@@ -363,23 +368,25 @@ def _refuse_lost(
 
 
 def _stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """``begun``: the run had settled what it goes on from."""
+    """The message after a stop. ``begun``: the run had chosen what it resumes from."""
     run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
     named = asked not in ("auto", "must", "never")
-    fix = "start the same command again: it goes on from there"
+    fix = "run the same command again: it resumes from there"
     if named and not begun:
-        saved = f"no step had ended since {asked}"
+        saved = f"no step was completed since {asked}"
     else:
         steps = branch.own_steps(run_dir)
-        saved = f"checkpoint-{steps[0]} is written" if steps else "no step had ended yet"
+        saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
         if steps and (named or asked == "never"):
-            fix = f"start it again with --resume auto: it goes on from there, not from {asked}"
+            fix = (
+                f"run the command again with --resume auto: it resumes from there, not from {asked}"
+            )
     return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
 
 
 def total_steps(trainer: GRPOTrainer) -> int:
-    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches left
-    over at the end of an epoch are a step too.
+    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches that
+    remain at the end of an epoch are a step too.
     """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)

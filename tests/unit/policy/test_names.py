@@ -67,7 +67,9 @@ def test_a_tied_name_takes_the_place_of_the_one_that_is_there() -> None:
     sources = Sources({"embed.weight": (128, 8)}, {}, frozenset({"embed.weight"}))
     plan = plan_views(wanted, [frozenset(wanted)], sources, same)
     assert plan["lm_head.weight"] == plan["embed.weight"]
-    with pytest.raises(UnsupportedError, match=r"lm_head\.weight: the engine has no such tensor"):
+    with pytest.raises(
+        UnsupportedError, match=r"lm_head\.weight: the engine does not have this tensor"
+    ):
         plan_views(wanted, [], sources, same)
 
 
@@ -112,9 +114,9 @@ def test_stored_names_spell_experts_as_the_checkpoint_does() -> None:
         (
             {f"a.{p}.weight": (2, 2) for p in PACKED["qkv_proj"]},
             {"a.qkv_proj.weight": (8, 2)},
-            "do not make up",
+            "do not add up to",
         ),
-        ({"a.norm.weight": (2,)}, {}, "no such tensor"),
+        ({"a.norm.weight": (2,)}, {}, "does not have this tensor"),
     ],
 )
 def test_what_cannot_be_shared_says_why(wanted: dict, shapes: dict, text: str) -> None:

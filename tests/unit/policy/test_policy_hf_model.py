@@ -192,7 +192,7 @@ def test_folders_that_are_no_checkpoint(load: Any, tmp_path: Path, copy: Path) -
     with pytest.raises(InputError, match="is a file"):
         load(copy / "config.json")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match="has no weights"):
         load(copy)
 
 

@@ -53,7 +53,7 @@ def tokenizer(text: str) -> Any:
             "{% endfor %}{{ n.x }}",
             "needs too much|did not end within",
         ),
-        ("{{ 'a' * 10**8 }}", "makes 100000000 characters of a chat|did not end within"),
+        ("{{ 'a' * 10**8 }}", "makes a text of 100000000 characters|did not end within"),
     ],
 )
 def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> None:

@@ -56,7 +56,7 @@ def test_another_token_of_the_vocabulary_is_found(
 
 def test_with_no_such_token_the_end_is_used_and_said() -> None:
     tokenizer = _tokenizer([], None)
-    with pytest.warns(UserWarning, match="no token to pad with; padding with '</s>'"):
+    with pytest.warns(UserWarning, match="no padding token, so '</s>' is used"):
         fix_tokenizer(tokenizer, _model())
     assert tokenizer.pad_token == "</s>"
     assert len(tokenizer) == 3

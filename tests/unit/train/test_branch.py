@@ -82,7 +82,7 @@ def test_rotation_counts_the_branch_alone(tmp_path):
     assert found == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "checkpoint-80"]
     chosen, passed = branch.choose(tmp_path, "auto")
     assert chosen == tmp_path / "checkpoint-8"
-    assert [line.partition(": ")[2] for line in passed] == ["holds step 8", "holds step 6"]
+    assert [line.partition(": ")[2] for line in passed] == ["contains step 8", "contains step 6"]
 
 
 def test_an_abandoned_branch_can_be_gone_back_to(tmp_path):
@@ -195,9 +195,11 @@ def test_checkpoints_of_another_run_alone_are_refused(tmp_path):
     line = Branch()
     branch.record(tmp_path, line)
     write(tmp_path, 4, Branch())
-    with pytest.raises(ConfigError, match="no checkpoint here is sound and of this run") as caught:
+    with pytest.raises(
+        ConfigError, match="no checkpoint in this folder is intact and belongs to this run"
+    ) as caught:
         branch.choose(tmp_path, "auto")
-    assert "checkpoint-4: of another branch, or of another run" in caught.value.message
+    assert "checkpoint-4: belongs to another branch or another run" in caught.value.message
 
 
 def test_checkpoints_of_earlier_releases_go_on_and_can_be_gone_back_to(tmp_path):
@@ -224,8 +226,8 @@ def test_a_log_that_is_not_the_one_is_kept_aside_and_begins_anew(tmp_path):
     (tmp_path / "timings.jsonl").unlink()
     start = train(tmp_path, tmp_path / "checkpoint-4", 6, "a")
     assert [note.partition(",")[0].split(" that ")[0] for note in start.notes] == [
-        "metrics.jsonl is not the one",
-        "timings.jsonl is not the one",
+        "metrics.jsonl is not the file",
+        "timings.jsonl is not the file",
     ]
     assert (tags(tmp_path), tags(tmp_path, "completions.jsonl")) == ("aa", "aaaaaa")
     assert (tmp_path / "abandoned-1" / "metrics.jsonl").read_text().count("x") > 0

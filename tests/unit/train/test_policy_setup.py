@@ -255,7 +255,9 @@ def test_a_run_in_which_the_base_changes_fails(tmp_path):
         return ones(completions)
 
     trainer = make_trainer(tmp_path, rewards=write, **QUICK)
-    with pytest.raises(DefectError, match=r"model.norm.weight of the base changed during the run"):
+    with pytest.raises(
+        DefectError, match=r"model.norm.weight of the base model changed during the run"
+    ):
         trainer.train()
 
 

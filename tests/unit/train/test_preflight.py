@@ -180,7 +180,7 @@ def test_a_larger_card_with_less_room_than_its_share_is_refused(
 
 
 def test_gpu_and_cpu_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="1 of 2 processes have a GPU, not process 1"):
+    with pytest.raises(ConfigError, match="1 of 2 processes have a GPU; process 1 has none"):
         ranked(tmp_path, monkeypatch, Told(None))
 
 

@@ -134,5 +134,5 @@ def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, text:
 
 
 def test_a_bias_without_weights_is_told_at_construction(tmp_path: Path) -> None:
-    with pytest.warns(ToolkitWarning, match="does not follow typical_p: completions come from a"):
+    with pytest.warns(ToolkitWarning, match="does not apply typical_p: completions come from a"):
         make_trainer(tmp_path, generation_kwargs={"typical_p": 0.9})

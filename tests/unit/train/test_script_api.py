@@ -166,9 +166,9 @@ def trainer_of(tmp_path, rewards, model=None, **grpo):
     [
         (nothing, "reward nothing returned a NoneType, not a list of rewards"),
         (scalar, "reward scalar returned a float, not a list of rewards"),
-        (words, "reward words returned a str for a reward (sample 0 of 8)"),
-        (nested, "reward nested returned a list for a reward (sample 0 of 8)"),
-        (later, "reward later returned a str for a reward (sample 0 of 8)"),
+        (words, "reward words returned a str as a reward (sample 0 of 8)"),
+        (nested, "reward nested returned a list as a reward (sample 0 of 8)"),
+        (later, "reward later returned a str as a reward (sample 0 of 8)"),
     ],
 )
 def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
@@ -184,14 +184,16 @@ def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
 
 
 def test_training_ends_with_the_words_for_the_reward(tmp_path):
-    with pytest.raises(ConfigValueError, match="reward words returned a str for a reward"):
+    with pytest.raises(ConfigValueError, match="reward words returned a str as a reward"):
         trainer_of(tmp_path, [ones, words]).train()
 
 
 def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):
-    with pytest.raises(ConfigError, match=re.escape("reward no_kwargs takes (completions)")) as e:
+    with pytest.raises(
+        ConfigError, match=re.escape("reward no_kwargs has the parameters (completions)")
+    ) as e:
         trainer_of(tmp_path, no_kwargs)
-    assert e.value.fix == "end its parameters with **kwargs"
+    assert e.value.fix == "add **kwargs at the end of its parameters"
     with pytest.raises(ConfigTypeError, match="is a list, and no function"):
         trainer_of(tmp_path, [[1.0]])
 

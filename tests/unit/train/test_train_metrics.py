@@ -89,7 +89,7 @@ def test_a_log_is_a_file_of_its_own(tmp_path):
         run_dir = tmp_path / f"run-{make.__name__}"
         run_dir.mkdir()
         make(run_dir / "metrics.jsonl")
-        with pytest.raises(ConfigError, match="is no regular file"):
+        with pytest.raises(ConfigError, match="is not a regular file"):
             Journal(run_dir)
     assert victim.read_text() == "precious"
 

@@ -92,9 +92,9 @@ def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
     sound, forged = tmp_path / "checkpoint-2", tmp_path / "forged"
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     cases = [
-        ("state.json", edited(world_size="1"), "world_size is missing, or is no int"),
+        ("state.json", edited(world_size="1"), "world_size is missing, or not of type int"),
         ("state.json", lambda _: "[" * 200_000, "cannot be read as JSON"),
-        ("state.json", lambda _: "[]", "world_size is missing, or is no int"),
+        ("state.json", lambda _: "[]", "world_size is missing, or not of type int"),
         ("state.json", edited(counters={}), "the state in the checkpoint cannot be used: KeyErr"),
         ("state.json", edited(optimizer={"tensor": "x"}), "cannot be used: KeyError"),
         ("state.json", edited(scheduler={"value": 1}), "the state in the checkpoint cannot be"),
@@ -129,9 +129,9 @@ def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
     ("change", "difference"),
     [
         (lambda t: t.pop(next(iter(t))), "1 tensors are missing, the first is"),
-        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors too many, the first is extra"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors are unexpected, the first is extra"),
         (lambda t: t.update({next(iter(t)): torch.zeros(2, 2)}), "has shape [2, 2], here it is"),
-        (lambda t: next(iter(t.values())).fill_(float("nan")), "holds NaN or infinite values"),
+        (lambda t: next(iter(t.values())).fill_(float("nan")), "has NaN or infinite values"),
     ],
     ids=["missing", "extra", "rank", "nan"],
 )

@@ -1,9 +1,9 @@
-"""Where a run goes on: on its branch, or on a new one that leaves what came after aside.
+"""Choose the branch on which a run resumes: its own, or a new one that moves later results aside.
 
-Nothing of the other branch is removed. Its later checkpoints, its logs and its results are renamed
-or copied into ``abandoned-<n>`` of the run folder; from there it can be resumed by path. A kill at
-any point leaves a folder that the same command, or ``resume: auto``, goes on from: what is to be
-kept is copied first, then the new branch is recorded, then later checkpoints are moved.
+Nothing of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
+into ``abandoned-<n>`` of the run folder, and can be resumed by path from there. If the process is
+killed at any point, the same command, or ``resume: auto``, can resume: first the files to keep are
+copied, then the new branch is recorded, then later checkpoints are moved.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run goes on: its branch, the bytes to keep of each log, and what a person is to
-    know.
-    """
+    """How a run resumes: its branch, the bytes to keep of each log, and messages for the user."""
 
     branch: Branch
     positions: Mapping[str, int] = field(default_factory=dict)
@@ -48,7 +46,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log as a checkpoint knows it: ``source`` holds its first ``keep`` bytes, if any does."""
+    """A log as a checkpoint records it: the file ``source`` has its first ``keep`` bytes; None if
+    no file has them.
+    """
 
     name: str
     keep: int
@@ -62,10 +62,10 @@ def begin(
     with_logs: bool = True,
     bad_rewards_bytes: int | None = None,
 ) -> Start:
-    """Settle the branch of a run that goes on from ``found`` (None: from nothing) in ``run_dir``.
-    What bad_rewards.jsonl holds beyond ``bad_rewards_bytes`` (None: nothing) is of this run.
+    """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run). What
+    bad_rewards.jsonl holds beyond ``bad_rewards_bytes`` (None: nothing) is of this run.
 
-    Called by the process that writes, once nothing can be refused any more. Raises OSError.
+    The first rank calls it, after all checks that can reject the run. Raises OSError.
     """
     if found is None:
         said = _begin_again(run_dir, bad_rewards_bytes) if with_logs else ()
@@ -91,7 +91,7 @@ def begin(
     for log in foreign:
         _put_back(run_dir / log.name, log)
         if log.source is None and log.keep:
-            notes.append(f"{log.name} is not the one that {found} knows, and begins anew")
+            notes.append(f"{log.name} is not the file that {found} recorded, so a new one begins")
     return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
 
 
@@ -120,7 +120,7 @@ def _rows(log: Path) -> int:
 
 
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
-    """``before`` where ``found`` is its end; else a new branch."""
+    """``before`` if ``found`` is its last step, else a new branch."""
     lineage, step = branches.of_checkpoint(found)
     if step is None:
         step = checkpoint.step_named(found.resolve().name) or 0
@@ -132,8 +132,8 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Which file holds what ``found`` knows of a log: the run's own, or the one beside ``found``
-    (of an abandoned branch, or of another run folder).
+    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the one
+    next to ``found`` (in an abandoned branch, or another run folder).
     """
     positions = checkpoint.read_state(found, "positions", dict)
     state = checkpoint.read_json(found, checkpoint.STATE)
@@ -149,7 +149,7 @@ def _log(run_dir: Path, found: Path, name: str) -> _Log:
 
 
 def prefix(file: Path, length: int) -> str | None:
-    """sha256 of the first ``length`` bytes; None where there are fewer."""
+    """sha256 of the first ``length`` bytes; None if the file is shorter."""
     digest = hashlib.sha256()
     if length == 0:
         return digest.hexdigest()
@@ -171,8 +171,8 @@ def _keep_aside(
     left: list[int],
     bad_rewards_bytes: int | None,
 ) -> Path:
-    """The folder for what is left: the logs copied, the results moved. The folder of a rollback
-    that was killed before it was recorded is used again.
+    """Copy the logs and move the results of the abandoned branch into a folder, and return it. The
+    folder of a rollback that was killed before it was recorded is used again.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}
@@ -216,7 +216,7 @@ def _return_rest(aside: Path, own: Path, length: int) -> None:
 
 
 def _put_back(own: Path, log: _Log) -> None:
-    """Make ``own`` the log that the checkpoint knows; empty where no file holds it."""
+    """Restore ``own`` to the log that the checkpoint recorded; empty if no file has it."""
     if log.source is None:
         if own.exists():
             write_file(own, b"")

@@ -1,5 +1,5 @@
-"""From the dataset section of a run file to what the trainer takes: prompts, columns, and
-counts.
+"""Load the dataset section of a run file: prompts and columns for the trainer, counts for the
+report.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """What was found in one split; ``digest`` is for the manifest, the counts are for people.
-    ``wrapped``: the chats were texts, and dataset.chat made messages of them.
+    """What was found in one split. ``digest`` goes into the manifest, the counts into the report.
+    ``wrapped``: the prompts were texts, and dataset.chat made each one a user message.
     """
 
     source: str
@@ -49,7 +49,7 @@ class SplitReport:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The report as a person reads it; the first line is a summary, the others are oddities."""
+        """The lines of the report; the first is a summary, the others are warnings."""
         kind = "chats" if self.chat else "plain prompts"
         summary = f"{self.used} {kind} from {self.source}"
         if self.wrapped:
@@ -58,11 +58,11 @@ class SplitReport:
         if self.empty:
             found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
         if self.duplicates:
-            found.append(f"{self.duplicates} prompts repeat an earlier one (kept)")
+            found.append(f"{self.duplicates} prompts are duplicates of an earlier one (kept)")
         if self.truncated:
             found.append(
-                f"{self.truncated} prompts were longer than grpo.max_prompt_length and lost their "
-                f"beginning (the longest had {self.longest_tokens} tokens)"
+                f"{self.truncated} prompts were longer than grpo.max_prompt_length: their first "
+                f"tokens were removed (the longest had {self.longest_tokens} tokens)"
             )
         return [*found, *self.notes]
 
@@ -75,19 +75,20 @@ class DataReport:
     eval: SplitReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest: plain values."""
+        """Plain values for the manifest."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For a person, the held-out split named as such."""
+        """The lines of both reports; those of the held-out split are marked."""
         held_out = [f"held out: {line}" for line in self.eval.lines()] if self.eval else []
         return [*self.train.lines(), *held_out]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), ``answer`` where
-    one was named, and every other column of the source, which the trainer passes to the rewards.
+    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), an ``answer``
+    column where dataset.answer names one, and all other columns of the source. The trainer passes
+    them to the rewards.
     """
 
     train: datasets.Dataset
@@ -102,13 +103,13 @@ def load_data(
     max_prompt_length: int | None = None,
     template: TemplateArguments = None,
 ) -> Data:
-    """Read, check and prepare the training split, and the held-out one where the section names it.
+    """Read, check and prepare the training split, and the held-out split if the section names one.
 
-    ``max_prompt_length`` is in tokens, special tokens and template included; longer prompts lose
-    their beginning. ``template`` is ``grpo.chat_template_kwargs``.
+    ``max_prompt_length`` is in tokens, with special tokens and template; longer prompts lose their
+    first tokens. ``template`` is ``grpo.chat_template_kwargs``.
 
-    Raises ConfigError for what the user must change, InputError for what cannot be read, RetryError
-    where the hub does not answer.
+    Raises ConfigError if the user must change something, InputError if a file cannot be read,
+    RetryError if the hub does not answer.
     """
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
@@ -131,7 +132,7 @@ def load_data(
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Errors say which key of the run file names the data."""
+    """Add to an error the key of the run file that names the data."""
     try:
         yield
     except ToolkitError as error:
@@ -205,15 +206,17 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
         return
     near = did_you_mean.near(name, table.column_names, cutoff=0.6)
     raise ConfigError(
-        f"dataset.{key} names the column {name!r}, and there is none; "
-        f"the columns are {', '.join(table.column_names)}",
+        f"dataset.{key} names the column {name!r}, which does not exist; the columns are "
+        f"{', '.join(table.column_names)}",
         where=path,
-        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of them",
+        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of these columns",
     )
 
 
 def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
-    """The prompts at most so many tokens long, how many were cut, and the longest before."""
+    """The prompts cut to the limit in tokens, how many were cut, and the token count of the longest
+    before.
+    """
     tokenizer, limit, template = rendering
     if limit is None:
         return prompts, 0, None
@@ -228,8 +231,8 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
 def _columns(
     rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
-    """The kept rows with ``prompt`` and ``answer``; notes on columns that had to give way; how
-    many answers are missing.
+    """The rows that are kept, with ``prompt`` and ``answer``; notes on columns that were left out;
+    the number of missing answers.
     """
     table = rows.table.take(kept)
     new: dict[str, Any] = {"prompt": prompts}
@@ -238,7 +241,10 @@ def _columns(
         answers, missing = data_checks.answers_in(table[section.answer], section.answer, path)
         new["answer"] = answers
     notes = [
-        f"the column {name!r} gives way to dataset.{name}, which is {getattr(section, name)!r}"
+        (
+            f"the column {name!r} is left out: dataset.{name} names the column "
+            f"{getattr(section, name)!r} for it"
+        )
         for name in new
         if name in table.column_names and getattr(section, name) != name
     ]

@@ -1,7 +1,7 @@
-"""Data files as Arrow tables, with the place of every row for messages.
+"""Read data files as Arrow tables, with the location of each row for error messages.
 
-JSONL and JSON are read here and not by pandas or pyarrow, whose errors name no line. Values keep
-the types they have in the file; CSV has texts only.
+JSONL and JSON are parsed here, because errors of pandas and pyarrow do not name the line. Values
+keep their types; in CSV all values are texts.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MAX_ROWS = 50_000_000  # a Parquet file of kilobytes can state any number of equal rows
+MAX_ROWS = 50_000_000  # a Parquet file of a few kilobytes can declare any number of equal rows
 
 
 def read_file(path: Path, limit: int | None = None) -> Rows:
-    """The first ``limit`` rows of a file, by its suffix; nothing stays mapped.
+    """Read the first ``limit`` rows of a file, in the format of its suffix; no file stays mapped.
 
-    Raises InputError where the file is missing, unreadable, no regular file or broken (with the
-    line), ConfigError where its columns do not hold one type each, or the suffix is unknown.
+    Raises InputError if the file is missing, unreadable, not a regular file, or broken (with the
+    line). Raises ConfigError if a column mixes types, or the suffix is unknown.
     """
     if is_archive(path):
         return _read_archive(path, limit)
@@ -112,7 +112,7 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             if limit is not None and len(rows) >= limit:
                 break
             if fields and len(fields) != len(header):
-                what = f"has {len(fields)} fields where the header has {len(header)}"
+                what = f"has {len(fields)} fields, but the header has {len(header)}"
                 broken(f"{path}:{reader.line_num}", what)
             if fields:
                 rows.append(dict(zip(header, fields, strict=True)))
@@ -133,10 +133,15 @@ def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
         number += 1
         blank += line.isspace()
         if blank > MAX_BLANK_LINES:
-            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            what = (
+                f"more than {MAX_BLANK_LINES} lines are blank: this does not look like a data file"
+            )
             broken(f"{path}:{number}", what)
         if len(line) > MAX_LINE_BYTES:
-            what = f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this is no data file"
+            what = (
+                f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this does not look like a "
+                "data file"
+            )
             broken(f"{path}:{number}", what)
         yield line
 
@@ -147,7 +152,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         rows, taken = opened.metadata.num_rows, []
         wanted = rows if limit is None else min(limit, rows)
         if wanted > MAX_ROWS:
-            broken(str(path), f"has {rows} rows; {MAX_ROWS} is the most that is read")
+            broken(str(path), f"has {rows} rows; the maximum is {MAX_ROWS}")
         count = 0
         for batch in opened.iter_batches() if wanted else ():
             taken.append(batch)
@@ -223,6 +228,6 @@ def _parse(text: str, where: str) -> Any:
 def _nearest(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
-        return f"there is no folder {folder} either"
+        return f"the folder {folder} does not exist either"
     there = sorted(item.name for item in folder.iterdir() if data_kind(item))
     return f"data files in {folder}: {', '.join(there[:8])}" if there else None

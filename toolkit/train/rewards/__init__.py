@@ -1,4 +1,4 @@
-"""Rewards: the built-in ones, the user's, and the policy around both."""
+"""Rewards: built-in functions, functions of the user, and the error policy for both."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Rewards(NamedTuple):
 def load_rewards(
     config: RunConfig, run_dir: Path, *, columns: Sequence[str] | None = None
 ) -> Rewards:
-    """Build every reward of a run file, each under its policy; bad samples go to ``run_dir``.
+    """Build every reward of a run file with its error policy; bad samples are saved in ``run_dir``.
 
-    With ``reward.isolate``, functions of the user's and math_verify are built in a worker process,
-    one for all of them. ``columns`` are the dataset's (with ``answer``): where they are given, a
-    reward that needs one that is not there is refused now and not in the first step. Raises
-    ConfigError; MissingExtraError for math_verify without its package.
+    With ``reward.isolate``, functions of the user and math_verify are built in one shared worker
+    process. ``columns`` are the dataset's (with ``answer``): if they are given, a reward that needs
+    a missing column is rejected now and not in the first step. Raises ConfigError, or
+    MissingExtraError if math_verify's package is not installed.
     """
     section = config.reward
     policy = Policy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
@@ -69,7 +69,7 @@ def _build(
         "folder": str(folder),
         "columns": None if columns is None else list(columns),
     }
-    seed = int(config.grpo.get("seed", 0))  # any constant serves where the run file names none
+    seed = int(config.grpo.get("seed", 0))  # any constant works if the run file does not set a seed
     if isinstance(here, MathVerify):
         return RemoteMathVerify(worker, request, seed, here)
     return RemoteReward(worker, request, seed)

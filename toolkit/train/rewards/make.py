@@ -1,4 +1,4 @@
-"""A reward function from its entry in the run file: a built-in one, or the user's."""
+"""Build a reward function from its entry in the run file: a built-in one, or one of the user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RewardFunction
 
-# The types that the rewards' fields have, as they are written there -> what a run file may give.
+# The annotated type of an option -> the types that a run file may use for it.
 _ACCEPTED: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
@@ -38,14 +38,16 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 
 
 def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
-    """``kind(**options)``; ConfigError names an unknown, a missing or an ill-typed option."""
+    """``kind(**options)``; a ConfigError names an unknown or missing option, or one of the wrong
+    type.
+    """
     types = {field.name: str(field.type) for field in fields(kind)}
     for option, value in options.items():
         if option not in types:
             near = did_you_mean.near(option, types, cutoff=0.6)
             raise ConfigError(
                 f"reward {name} has no option {option!r}",
-                fix=f"did you mean {near[0]}?" if near else f"it has: {', '.join(types)}",
+                fix=f"did you mean {near[0]}?" if near else f"its options are: {', '.join(types)}",
             )
         _check(name, option, value, types[option])
     for field in fields(kind):
@@ -77,9 +79,10 @@ def make_function(
     folder: Path,
     columns: Sequence[str] | None,
 ) -> Callable[..., Any]:
-    """The callable of ``wanted``; ``folder`` is the run file's, ``columns`` are the dataset's.
+    """The callable for ``wanted``; ``folder`` is that of the run file, ``columns`` are those of the
+    dataset.
 
-    Raises ConfigError; MissingExtraError for math_verify without its package.
+    Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """
     options = dict(wanted.options)
     there = None if columns is None else {*columns} - {"prompt"}
@@ -105,8 +108,11 @@ def _kind(name: str) -> type[Any]:
     near = did_you_mean.near(name, BUILTINS, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
-        f"there is no reward {name!r}",
-        fix=f"{hint}Built in: {', '.join(BUILTINS)}; your own is written module:function",
+        f"the reward {name!r} does not exist",
+        fix=(
+            f"{hint}Built-in rewards: {', '.join(BUILTINS)}; write your own function as "
+            "module:function"
+        ),
     )
 
 
@@ -115,6 +121,8 @@ def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
     word = "column" if len(missing) == 1 else "columns"
     fix = "set dataset.answer to the column that holds the answers"
     return ConfigError(
-        f"reward {reward} needs the {word} {', '.join(missing)}; the dataset passes on: {names}",
-        fix=fix if "answer" in missing else "add it to the dataset, or give it a default",
+        f"reward {reward} needs the {word} {', '.join(missing)}; the dataset has: {names}",
+        fix=fix
+        if "answer" in missing
+        else ("add it to the dataset, or give the parameter a default"),
     )
