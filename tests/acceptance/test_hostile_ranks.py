@@ -57,7 +57,7 @@ def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_
     world.wait(pids[victim])
     assert code == 4, said
     assert said.count("error: ") == 1, said
-    assert "of this run is gone" in said
+    assert "of this run has ended unexpectedly" in said
     assert "raise grpo.ddp_timeout" in said
     assert "Traceback" not in said
     assert took < 60

@@ -17,7 +17,7 @@ _WORDS = {
     dict: "an object",
     list: "a list",
     str: "a text",
-    bool: "a truth value",
+    bool: "a boolean",
     int: "a number",
 }
 
@@ -95,7 +95,7 @@ def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
 
 def no_prompt(kind: str) -> str:
     """The message for prompts of a Python type that prompts cannot have."""
-    return f"is {kind}, not a text or a list of messages"
+    return f"must be a text or a list of messages, not {kind}"
 
 
 def wrong_chat(messages: list[Any]) -> str | None:
@@ -108,10 +108,10 @@ def wrong_chat(messages: list[Any]) -> str | None:
                 f"message {number} has the role {message['role']!r}, not one of {', '.join(ROLES)}"
             )
         if "content" not in message or not isinstance(message["content"], str | list | None):
-            return f"message {number} has no content that is a text"
+            return f"message {number} must have a text as content"
     if messages and messages[-1]["role"] == "assistant":
         return (
-            "ends with what the assistant says, so there is nothing left to answer: leave that "
-            "message out (an expected answer goes into a column of its own)"
+            "ends with an assistant message, so the model has nothing to answer: remove that "
+            "message (put an expected answer into a separate column)"
         )
     return None

@@ -105,11 +105,11 @@ def refused(tokenizer: Any, error: Exception) -> ConfigError:
     """The error for a template that raised ``error``."""
     said = first_line(error) or type(error).__name__
     return ConfigError(
-        f"the tokenizer's chat template refuses the prompts: {said}",
+        f"the tokenizer's chat template rejects the prompts: {said}",
         where=str(getattr(tokenizer, "name_or_path", "")) or None,
-        fix="give it the roles, in the order, that it takes (some take no system message: then put"
-        " dataset.system into the prompts), or put another chat_template.jinja into the model's"
-        " folder",
+        fix="use only roles that it supports, in their order (if it does not support a system "
+        "message, put dataset.system into the prompts), or replace chat_template.jinja in "
+        "the model's folder",
     )
 
 

@@ -133,6 +133,6 @@ def test_limits_cost_little() -> None:
 )
 def test_a_template_that_raises_is_an_error_of_the_request(text: str, says: str) -> None:
     limited = limit_template(tokenizer(text))
-    with pytest.raises(ConfigError, match="chat template refuses the prompts: ") as refused:
+    with pytest.raises(ConfigError, match="chat template rejects the prompts: ") as refused:
         limited.apply_chat_template(CHAT)
     assert says in refused.value.message
