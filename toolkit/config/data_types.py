@@ -1,4 +1,4 @@
-"""Which rows fit together: one type a column, and prompts that are texts or chats.
+"""Check the rows of a data set: one type per column, and prompts that are texts or chats.
 
 The same words for a rule, which has no pyarrow, and for training, which has it. That the two agree
 on what a column can hold is tested against pyarrow.
@@ -29,9 +29,9 @@ def kind_of(value: Any) -> str:
 
 def misfit(name: str, value: Any, first: Any) -> str:
     """The message for a ``value`` that does not fit its column; ``first`` is an earlier value."""
-    before = f" and {kind_of(first)} before" if kind_of(first) != kind_of(value) else ""
-    held = f"column {name!r} holds {kind_of(value)} here{before}"
-    return f"{held}, which one column cannot hold together"
+    before = f" and {kind_of(first)} in earlier rows" if kind_of(first) != kind_of(value) else ""
+    held = f"column {name!r} has {kind_of(value)} in this row{before}"
+    return f"{held}, and a column can have only one type"
 
 
 MISFIT_FIX = "give every row of the column the same type"
@@ -42,7 +42,7 @@ class Misfit(Exception):
 
 
 class Kind:
-    """What the values of a column have been so far."""
+    """The type of the earlier values of a column."""
 
     __slots__ = ("fields", "floats", "item", "type", "wide")
 
@@ -53,7 +53,7 @@ class Kind:
         self.fields: dict[str, Kind] = {}
 
     def take(self, value: Any, depth: int = 0) -> None:
-        """Raise Misfit where ``value`` is of another type than those before it."""
+        """Raise Misfit if ``value`` has another type than the earlier values."""
         if value is None:
             return
         kind: type = float if type(value) is int else type(value)  # both are numbers
@@ -99,7 +99,7 @@ def no_prompt(kind: str) -> str:
 
 
 def wrong_chat(messages: list[Any]) -> str | None:
-    """What is wrong with a chat prompt, in words; None if nothing is."""
+    """What is wrong with a chat prompt; None if it is valid."""
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {number} has no role: each is {{role: ..., content: ...}}"

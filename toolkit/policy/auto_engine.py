@@ -1,7 +1,9 @@
-"""What "auto" is in ``from_pretrained``: what a run file with the same ``model`` keys would get.
+"""Resolve "auto" in ``from_pretrained`` to the value that a run file with the same ``model`` keys
+gets.
 
-The only module of ``policy`` that sizes. How the model will be trained is not known while it is
-loaded: the adapter is that of the folder, else the default one, and the batch is TRL's default.
+This is the only module of ``policy`` that uses sizing. The training settings are not known when the
+model is loaded. So the adapter is that of the folder, else the default one, and the batch is TRL's
+default.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from toolkit.policy.saved_adapter import Adapter
 
 ADAPTER_FIELDS = ("r", "target_modules", "rank_pattern", "exclude_modules", "layers_to_transform")
-"""Fields of an adapter's config that its size follows from."""
+"""Fields of an adapter's config that determine its size."""
 
 
 def sized_share(
@@ -32,12 +34,13 @@ def sized_share(
     length: int,
     dtype: str,
 ) -> float | None:
-    """gpu_memory_utilization as the sizer chooses it for this process's GPU; None without a GPU.
+    """The gpu_memory_utilization that the sizer chooses for this process's GPU; None without a GPU.
 
     ``length`` is max_seq_length in tokens, ``dtype`` the name of the weights' format.
 
     Raises:
-        ConfigError: the run does not fit beside the engine; what would make it fit is listed.
+        ConfigError: the run does not fit next to the engine; the message lists changes that make it
+            fit.
     """
     snapshot = take()
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
@@ -57,7 +60,7 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """The run file that asks for the same model, with ``gpu_memory_utilization: auto``."""
+    """A run file for the same model, with ``gpu_memory_utilization: auto``."""
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,
@@ -76,7 +79,7 @@ def as_run(
 
 
 def lora_of(adapter: Adapter | None, checkpointing: Any = "auto") -> LoraSection:
-    """The adapter that is sized for: the one at hand, else ``get_peft_model``'s default."""
+    """The adapter for sizing: the given one, else ``get_peft_model``'s default."""
     config = None if adapter is None else adapter.config
     found = {name: getattr(config, name, None) for name in ADAPTER_FIELDS}
     values: dict[str, Any] = {

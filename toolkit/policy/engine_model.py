@@ -68,8 +68,8 @@ def engine_options(
 
 
 def _rank(asked: Any, adapter: Adapter | None) -> int:
-    """The largest adapter rank that the engine has room for; "auto" is the smallest legal one that
-    holds the adapter at hand, else ``get_peft_model``'s default: as in a run file.
+    """The largest adapter rank that the engine supports. "auto" is the smallest supported rank for
+    the given adapter, else for ``get_peft_model``'s default, as in a run file.
     """
     if asked != "auto":
         return int(asked)
@@ -84,8 +84,8 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
 
 
 def _share(checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None) -> float | Auto:
-    """gpu_memory_utilization; "auto" is sized, as in a run file. Without a GPU the engine does not
-    read it.
+    """gpu_memory_utilization; sizing resolves "auto", as in a run file. Without a GPU the engine
+    ignores it.
     """
     asked = request.engine["gpu_memory_utilization"]
     if asked != "auto":

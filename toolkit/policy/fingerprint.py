@@ -142,7 +142,7 @@ def _digest(files: list[Path]) -> str:
     told: dict[str, str] = {}
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
                 part = opened.get_slice(name)
                 shape = tuple(part.get_shape())
                 values = _values(part, shape) if (name, file) in sampled and shape else []

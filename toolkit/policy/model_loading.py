@@ -128,12 +128,12 @@ def _finish(
 
 
 def _fuse(model: Any, request: LoadRequest) -> Applied | None:
-    """Fused kernels on ``model``; which layers go without them is a warning."""
+    """Use fused kernels in ``model``; a warning lists layers that do not use them."""
     applied = use_fused_kernels(model, request.fused_kernels)
     if applied is not None and applied.refused:
         why = "; ".join(f"{name}: {reason}" for name, reason in applied.refused.items())
         warnings.warn(
-            f"{KEY}: these layers use no fused kernel, which is slower: {why}",
+            f"{KEY}: these layers do not use a fused kernel and are slower: {why}",
             ToolkitWarning,
             stacklevel=2,
         )

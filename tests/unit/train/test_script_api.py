@@ -73,7 +73,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
     assert made.temperature == 0.7
     assert "temperature stays 0.7" in told
-    with pytest.raises(ConfigTypeError, match="vllm_sampling_params is a str"):
+    with pytest.raises(ConfigTypeError, match="vllm_sampling_params has the type str"):
         config(tmp_path, vllm_sampling_params="greedy")
 
 
@@ -81,7 +81,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     ("fields", "words"),
     [
         ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
-        ({"dataset_text_field": "text"}, "is no field of GRPOConfig: it is dataset.prompt"),
+        ({"dataset_text_field": "text"}, "is not a field of GRPOConfig: it is dataset.prompt"),
         ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef=0.1 is the older name of beta, which is 0.2"),
         ({"warmup_ratio": 1}, "warmup_ratio=1 must be a number from 0 to below 1"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),
@@ -107,7 +107,7 @@ def test_what_has_no_meaning_of_today_is_refused_by_name(tmp_path, fields, words
     ],
 )  # fmt: skip
 def test_every_batch_that_the_message_lists_is_legal(tmp_path, fields):
-    with pytest.raises(ConfigValueError, match="no multiple of num_generations=6") as caught:
+    with pytest.raises(ConfigValueError, match="not a multiple of num_generations=6") as caught:
         config(tmp_path, **fields)
     choices = re.findall(r"(\w+)=([\d or]+)", str(caught.value.fix))
     assert choices
@@ -194,7 +194,7 @@ def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):
     ) as e:
         trainer_of(tmp_path, no_kwargs)
     assert e.value.fix == "add **kwargs at the end of its parameters"
-    with pytest.raises(ConfigTypeError, match="is a list, and no function"):
+    with pytest.raises(ConfigTypeError, match="must be a function, not list"):
         trainer_of(tmp_path, [[1.0]])
 
 

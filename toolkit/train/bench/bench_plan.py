@@ -57,8 +57,8 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
 
 
 def _budgets(settings: Settings) -> list[int]:
-    """Candidates for the tokens of a pass, the largest first: the whole step at its longest, its
-    parts, down to one sequence. What was written by hand stays.
+    """Candidates for the tokens of a pass, the largest first: the whole step at its maximum length,
+    its parts, down to one sequence. A value that the user set is kept.
     """
     one = settings.sequence_tokens
     if settings.ours_batch is not None:
@@ -73,7 +73,7 @@ def _budgets(settings: Settings) -> list[int]:
 def _filled(
     settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
 ) -> Settings:
-    """What was written by hand stays."""
+    """What was written in the settings stays."""
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
@@ -96,7 +96,7 @@ def size(
     padded: bool = False,
 ) -> SizingResult:
     """The sizing request of the toolkit's arm; ``checkpointing`` replaces the value in
-    ``settings``. ``padded``: on padded rows with plain layers, as TRL has them.
+    ``settings``. ``padded``: with padded rows and plain layers, as in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
     if checkpointing is None:

@@ -87,7 +87,7 @@ def commit(partial: Path, step: int) -> Path:
 def next_aside(run_dir: Path) -> Path:
     """The next free ``abandoned-<n>`` in the run folder, after all existing ones."""
     number = _asides(run_dir) + 1
-    while os.path.lexists(run_dir / f"{ASIDE}{number}"):  # a number too long to be one of ours
+    while os.path.lexists(run_dir / f"{ASIDE}{number}"):  # too many digits for a step
         number += 1
     return run_dir / f"{ASIDE}{number}"
 

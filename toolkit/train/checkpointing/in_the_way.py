@@ -1,4 +1,4 @@
-"""What lies in a run folder where the run will write: found before it trains, not after.
+"""Before training, find objects in a run folder that prevent the run from writing its files.
 
 A link leads out of the folder, a pipe waits for a reader, and a folder where a file belongs (or the
 other way round) is an error that would otherwise come when the training is done.
@@ -31,14 +31,16 @@ REPLACED = (
     "preflight.json",
     "report.html",
 )
-"""Written beside and renamed. A link is replaced; anything else but a file is in the way."""
+"""Files that are written under a temporary name and renamed. A link is replaced; anything else
+except a file prevents the write.
+"""
 
 
 def refuse(run_dir: Path) -> None:
-    """Refuse a run folder in which something keeps the run from writing.
+    """Reject a run folder in which an object prevents the run from writing.
 
     Raises:
-        ConfigError: naming the first of them.
+        ConfigError: the message names the first such object.
     """
     for name in FOLDERS:
         _folder(run_dir / name)
@@ -83,7 +85,7 @@ def _what(mode: int) -> str:
 
 def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:
     return ConfigError(
-        f"{what}, and the run writes {expected} of that name",
+        f"{what}, but the run writes {expected} with this name",
         where=str(path),
         fix="remove or rename it, or name another folder with --output-dir",
     )

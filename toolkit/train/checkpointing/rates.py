@@ -1,9 +1,8 @@
-"""Learning rates and the optimizer's other settings, where a run resumes with changed ones.
+"""Keep changed learning rates and other optimizer settings when a run resumes.
 
-torch restores a param group and a scheduler whole: the settings of the checkpoint would win over
-those of the run file, although the run file says in ``runtime.allow_changed`` that they change. So
-what the run file asks for is kept before and put back after. Where nothing changed, the values are
-the same ones.
+torch restores all settings of a param group and a scheduler. So the checkpoint's settings would
+replace those of the run file, although ``runtime.allow_changed`` allows the change. So the settings
+of the run file are saved before and restored afterwards. If nothing changed, the values are equal.
 """
 
 from __future__ import annotations
@@ -32,16 +31,14 @@ their progress there too (schedule-free ones, Prodigy): that is the checkpoint's
 
 @dataclass(frozen=True)
 class Asked:
-    """What the run file asks for: the settings of each param group, and its rate without a
-    schedule.
-    """
+    """The settings in the run file for each param group, and its rate without a schedule."""
 
     groups: list[dict[str, Any]]
     base_lrs: list[float]
 
 
 def asked(trainer: Any) -> Asked:
-    """The settings of the optimizer and the scheduler that ``trainer`` has just made."""
+    """The settings of the optimizer and the scheduler that ``trainer`` has just created."""
     optimizer, scheduler = _inner(trainer)
     groups = [
         {key: value for key, value in group.items() if key in SETTINGS}
@@ -51,8 +48,8 @@ def asked(trainer: Any) -> Asked:
 
 
 def apply(trainer: Any, wanted: Asked) -> None:
-    """Put back ``wanted`` once the state of a checkpoint has been loaded; the next step has the
-    rate that the schedule gives from there.
+    """Restore ``wanted`` after the state of a checkpoint was loaded; the next step uses the rate of
+    the schedule at that step.
     """
     optimizer, scheduler = _inner(trainer)
     pairs = list(zip(optimizer.param_groups, wanted.groups, strict=True))

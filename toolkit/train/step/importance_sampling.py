@@ -192,10 +192,10 @@ GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
 
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, where the gap of a logging window is more than rounding: what
-    is sampled is then not the policy that is trained (the base without its adapter, for one).
+    """Warn once, on the first rank, if the gap of a logging window is more than rounding. Then the
+    sampled policy is not the trained one, for example the base without its adapter.
 
-    Quiet where ``warn_of_collapse`` has spoken, or where sampling options say why.
+    No warning if ``warn_of_collapse`` has warned, or if sampling options explain the gap.
     """
     means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:
@@ -218,7 +218,7 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
 
 
 def _unfollowed(trainer: TrainerSeam) -> list[str]:
-    """Options that are set and that the training pass cannot follow."""
+    """Options that are set but that the training pass cannot apply."""
     args = trainer.args
     names = list(not_reproduced(args.generation_kwargs or {}, reads(trainer.model, args)))
     if args.vllm_structured_outputs_regex is not None:

@@ -32,8 +32,8 @@ SKIPPED = "packing/skipped_rows"
 class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """A GRPO trainer that scores packs; with ``padding_free=False`` it uses TRL's pass.
 
-    ``micro_rows``: rows of a micro-batch as they were asked for, where several of them were made
-    one (``merge_micro_batches``); they bound the tokens of one pass where ``pack_tokens`` does not.
+    ``micro_rows``: rows of a micro-batch as configured, if several were merged into one
+    (``merge_micro_batches``); they limit the tokens of one pass if ``pack_tokens`` is not set.
     """
 
     padding_free: bool = True
@@ -113,8 +113,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return list(order.tensor_split(number))
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:
-        """Tokens of one pass: ``pack_tokens``, else those of the micro-batch that was asked for, at
-        its widest.
+        """The limit of tokens per pass: ``pack_tokens``, else those of the configured micro-batch
+        at full width.
         """
         if self.micro_rows is None:
             return None
