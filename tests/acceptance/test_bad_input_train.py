@@ -105,7 +105,7 @@ CASES = {
     ),
     "column of two types": Case(
         1,
-        ("train.jsonl line 2: column 'answer' has a text in this row and a number in earlier rows", "DATA040"),
+        ("train.jsonl line 2: column 'answer' has a text in this row and a number in", "DATA040"),
         _write("train.jsonl", '{"question": "1", "answer": 1}\n{"question": "2", "answer": "2"}'),
     ),
     "missing column": Case(

@@ -93,8 +93,8 @@ def bomb() -> bytes:
 
 # name, content, what both say of it
 BAD: list[tuple[str, Callable[[], bytes], str]] = [
-    ("bool.jsonl", lambda: lines({"prompt": True}), "must be a text or a list of messages, not bool"),
-    ("int.json", lambda: json.dumps([{"prompt": 1}]).encode(), "must be a text or a list of messages, not int"),
+    ("bool.jsonl", lambda: lines({"prompt": True}), "or a list of messages, not bool"),
+    ("int.json", lambda: json.dumps([{"prompt": 1}]).encode(), "or a list of messages, not int"),
     ("mixed.jsonl", lambda: lines({"prompt": "a", "x": 1}, {"prompt": "b", "x": "1"}),
      "column 'x' has a text in this row and a number in earlier rows"),
     ("inner.jsonl", lambda: lines({"prompt": "a", "x": [1]}, {"prompt": "b", "x": ["1"]}),
@@ -111,8 +111,8 @@ BAD: list[tuple[str, Callable[[], bytes], str]] = [
     ("open.csv", lambda: b'prompt,n\n"a,1\nb,2\n', "unexpected end of data"),
     ("bomb.jsonl.gz", lambda: gzip.compress(bomb(), 1), "unpacks to more than 64.0 MiB"),
     ("cut.jsonl.gz", lambda: gzip.compress(ROW * 50)[:40], "cannot be unpacked"),
-    ("bool.parquet", lambda: table(pa.table({"prompt": [True, None]})), "must be a text or a list of messages, not bool"),
-    ("int.parquet", lambda: table(pa.table({"prompt": [1, 2]})), "must be a text or a list of messages, not int"),
+    ("bool.parquet", lambda: table(pa.table({"prompt": [True, None]})), "list of messages, not bool"),
+    ("int.parquet", lambda: table(pa.table({"prompt": [1, 2]})), "or a list of messages, not int"),
     ("cut.parquet", lambda: table()[:-100], "is not a readable Parquet file"),
     ("short.parquet", lambda: b"PAR1", "is not a readable Parquet file"),
     ("long.parquet", lambda: table()[-200:], "is not a readable Parquet file"),
