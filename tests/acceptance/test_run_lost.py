@@ -150,16 +150,16 @@ def test_a_folder_that_goes_after_the_last_step_is_no_success(run_file, tmp_path
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
 
     def install():
-        from toolkit.train.checkpointing.resumable_trainer import Resumable
+        from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
 
-        saved = Resumable.save_snapshot
+        saved = ResumableTrainer.save_snapshot
 
         def then_moved(self, snapshot):
             saved(self, snapshot)
             if snapshot.hf_state.global_step == 6:
                 run_dir.rename(moved)
 
-        Resumable.save_snapshot = then_moved
+        ResumableTrainer.save_snapshot = then_moved
 
     out = tmp_path / "out.txt"
     pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=install)

@@ -25,7 +25,7 @@ from toolkit.train.checkpointing import (
 )
 from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
 from toolkit.train.checkpointing.state_files import changed
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data import chat_record
 from toolkit.train.data.dataset import load_data
 from toolkit.train.logging_setup import quiet
@@ -34,7 +34,7 @@ from toolkit.train.process_control import Peers, is_first_rank, is_gone, join, w
 from toolkit.train.report.memory_peaks import measured
 from toolkit.train.report.metrics_log import Journal, Recorder
 from toolkit.train.report.progress import Progress
-from toolkit.train.report.reward_watch import Watch
+from toolkit.train.report.reward_watch import RewardWatch
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rollout.evaluate import evaluate, evaluates
 from toolkit.train.rollout.sampler import find_engine
@@ -76,7 +76,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     with quiet(debug=options.debug), signals.installed():
         try:
             peers = join(config.grpo.get("ddp_timeout"))
-        except Abandoned as cut:
+        except StepAbandoned as cut:
             signals.end()
             raise _stopped(config, str(cut), begun=False) from None
         try:
@@ -94,7 +94,7 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
     try:
         with _watched_run_dir(run_dir) as run_dir_watch:
             _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
-    except Abandoned as cut:
+    except StepAbandoned as cut:
         control.signals.end()
         raise _stopped(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
@@ -265,7 +265,7 @@ def _train(
             else:
                 trainer.train(str(found) if found else None)
                 _refuse_unfinished(trainer, total)
-        except Abandoned:
+        except StepAbandoned:
             signals.end()
             trainer.save_last()
         finally:
@@ -306,7 +306,7 @@ def _open_journal(
     total = total_steps(trainer)
     progress = Progress(options.out, total, every)
     keep = context.config.runtime.log_completions
-    watch = Watch(context.run_dir, progress.keep)
+    watch = RewardWatch(context.run_dir, progress.keep)
     trainer.tracking = tracking = open_tracking(
         context.config,
         trainer,

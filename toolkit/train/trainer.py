@@ -20,10 +20,10 @@ from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
 from toolkit.train import policy_setup, script
 from toolkit.train.base_check import BaseCheck
-from toolkit.train.checkpointing.resumable_trainer import Resumable
+from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
 from toolkit.train.grpo_config import GRPOConfig, default_config
 from toolkit.train.rollout import sampler
-from toolkit.train.rollout.completion_index import Rows
+from toolkit.train.rollout.completion_index import CompletionIndex
 from toolkit.train.rollout.sampler import EngineGeneration, Timers, find_engine
 from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import Scope
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
-class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
+class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """trl.GRPOTrainer that samples from the engine on the model, if there is one."""
 
     max_bad_steps: int = 3
@@ -135,9 +135,9 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         return both.setdefault(self.model.training, importance_sampling.Disagreement())
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> CompletionIndex:
         """The numbers of the completions in the whole batch that this rank draws."""
-        rows: Rows = self.__dict__.setdefault("_rows", Rows(self))
+        rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
     def _generate(self, prompts: list[Any]) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from toolkit.train.checkpointing.stop_signals import StopSignals
     from toolkit.train.report.memory_peaks import PhasePeaks
     from toolkit.train.report.metrics_log import Journal
-    from toolkit.train.rollout.completion_index import Rows
+    from toolkit.train.rollout.completion_index import CompletionIndex
     from toolkit.train.rollout.sampler import Timers
     from toolkit.train.step.importance_sampling import Disagreement
 
@@ -149,7 +149,7 @@ class TrainerSeam(Protocol):
     @property
     def timers(self) -> Timers: ...
     @property
-    def rows(self) -> Rows: ...
+    def rows(self) -> CompletionIndex: ...
     @property
     def disagreement(self) -> Disagreement: ...
     def get_train_dataloader(self) -> Any: ...

@@ -15,7 +15,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.policy import chat_template
 from toolkit.policy.chat_template import limit_template
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data.prompt_format import check_template, length_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def test_a_signal_stops_it() -> None:
     limited = limit_template(tokenizer(FOR_EVER))
     signals = StopSignals()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with signals.installed(), pytest.raises(Abandoned):
+    with signals.installed(), pytest.raises(StepAbandoned):
         limited.apply_chat_template(CHAT)
 
 

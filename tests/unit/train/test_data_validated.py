@@ -111,7 +111,7 @@ BAD: list[tuple[str, Callable[[], bytes], str]] = [
     ("open.csv", lambda: b'prompt,n\n"a,1\nb,2\n', "unexpected end of data"),
     ("bomb.jsonl.gz", lambda: gzip.compress(bomb(), 1), "unpacks to more than 64.0 MiB"),
     ("cut.jsonl.gz", lambda: gzip.compress(ROW * 50)[:40], "cannot be unpacked"),
-    ("bool.parquet", lambda: table(pa.table({"prompt": [True, None]})), "list of messages, not bool"),
+    ("bool.parquet", lambda: table(pa.table({"prompt": [True, None]})), "of messages, not bool"),
     ("int.parquet", lambda: table(pa.table({"prompt": [1, 2]})), "or a list of messages, not int"),
     ("cut.parquet", lambda: table()[:-100], "is not a readable Parquet file"),
     ("short.parquet", lambda: b"PAR1", "is not a readable Parquet file"),

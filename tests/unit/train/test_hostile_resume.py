@@ -12,7 +12,7 @@ from test_branch import tags, train, write
 from toolkit.base.errors import ConfigError
 from toolkit.train.checkpointing import branch, checkpoint, rollback
 from toolkit.train.data import chat_record
-from toolkit.train.report.reward_watch import Watch
+from toolkit.train.report.reward_watch import RewardWatch
 
 
 def pipe(path):
@@ -101,4 +101,4 @@ def test_a_log_of_completions(tmp_path, kind):
 def test_a_count_in_the_last_row(tmp_path, count):
     row = f'{{"loss": 0, "reward": 1, "steps_without_signal": {count}}}'
     (tmp_path / "metrics.jsonl").write_text(row + "\n")
-    assert Watch(tmp_path, print).count == 0
+    assert RewardWatch(tmp_path, print).count == 0

@@ -26,7 +26,7 @@ from toolkit.config.run_config import (
     RunConfig,
     RuntimeSection,
 )
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.error_policy import AsyncGuardedReward, Policy, guard
 from toolkit.train.rewards.remote import RemoteReward
@@ -247,7 +247,7 @@ def test_a_signal_to_the_run_cuts_the_wait(tmp_path: Path) -> None:
     signals = StopSignals(grace_s=0.2)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     begin = time.monotonic()
-    with signals.installed(), signals.at_steps(), pytest.raises(Abandoned):
+    with signals.installed(), signals.at_steps(), pytest.raises(StepAbandoned):
         score(reward)
     assert time.monotonic() - begin < 20
     assert signals.received == "SIGTERM"

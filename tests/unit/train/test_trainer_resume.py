@@ -219,7 +219,7 @@ def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
     cut = make_trainer(
         tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
     )
-    from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+    from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 
     cut.signals = StopSignals()
     cut._metrics["eval"]
@@ -227,10 +227,10 @@ def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
 
     def cut_here(*args, **kwargs):
         original(*args, **kwargs)
-        raise Abandoned("SIGTERM")
+        raise StepAbandoned("SIGTERM")
 
     cut.evaluation_loop = cut_here
-    with pytest.raises(Abandoned):
+    with pytest.raises(StepAbandoned):
         cut.train()
     assert cut.snapshot.pending_evaluation
     cut.save_snapshot(cut.snapshot)

@@ -29,7 +29,7 @@ LOST = 1 << 10
 """Exchanged between ranks like a signal number: the run folder was moved, removed or replaced."""
 
 
-class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable types
+class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """A Trainer that saves and restores its whole state.
 
     ``journal``, ``run_dir_watch`` and ``signals`` belong to the run, which sets them.

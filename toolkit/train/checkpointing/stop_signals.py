@@ -22,7 +22,7 @@ GRACE_S = 8.0
 RETRY_S = 0.2
 
 
-class Abandoned(BaseException):
+class StepAbandoned(BaseException):
     """The current step was interrupted. It is a BaseException, so that ``except Exception`` does
     not catch it.
     """
@@ -136,11 +136,11 @@ class StopSignals:
             if self._interrupts > 1 and not self._shields:
                 # While loading, treat it as the first one: the exception of the first may have been
                 # lost.
-                raise Abandoned(self.received) if self.immediate else KeyboardInterrupt
+                raise StepAbandoned(self.received) if self.immediate else KeyboardInterrupt
         if again:
             return
         if self.immediate:
-            raise Abandoned(self.received)
+            raise StepAbandoned(self.received)
         if self._abandon:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
@@ -151,7 +151,7 @@ class StopSignals:
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
             return
-        raise Abandoned(self.received)
+        raise StepAbandoned(self.received)
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:

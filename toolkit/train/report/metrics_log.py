@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from toolkit.train.report.reward_watch import Watch
+    from toolkit.train.report.reward_watch import RewardWatch
     from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import TrainerSeam
 
@@ -200,7 +200,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         on_row: Callable[[dict[str, Any], dict[str, Any] | None], None],
         *,
         completions: bool,
-        watch: Watch | None = None,
+        watch: RewardWatch | None = None,
         tracking: Tracking | None = None,
     ) -> None:
         self.tracking = tracking

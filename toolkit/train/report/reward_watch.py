@@ -21,7 +21,7 @@ _TAIL_BYTES = 1 << 16
 _MOST_STEPS = 1 << 40
 
 
-class Watch:
+class RewardWatch:
     """Counts steps without signal; ``say`` prints a line on the terminal."""
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:

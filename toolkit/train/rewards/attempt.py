@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.checkpointing.stop_signals import Abandoned
+from toolkit.train.checkpointing.stop_signals import StepAbandoned
 from toolkit.train.rewards.returned import Misbehaved, Trouble, checked, raised
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class LoopThread:
 
 
 _PLAIN = {int, float, str, bool, type(None), bytes}
-_THE_RUNS = (KeyboardInterrupt, Abandoned)
+_THE_RUNS = (KeyboardInterrupt, StepAbandoned)
 
 
 class Batch(NamedTuple):
@@ -88,7 +88,7 @@ def attempt(
 ) -> list[Score | Trouble]:
     """Call ``function`` and check each value.
 
-    Raises Misbehaved, the run's own KeyboardInterrupt and Abandoned, and ToolkitError.
+    Raises Misbehaved, the run's own KeyboardInterrupt and StepAbandoned, and ToolkitError.
     """
     copies = {name: copied(value) for name, value in batch.columns.items()}
     prompts, completions = copied(batch.prompts), copied(batch.completions)

@@ -21,7 +21,7 @@ EVALUATION = 1 << 20
 """Turns in evaluation are numbered from here, so that they never use the seeds of training."""
 
 
-class Rows:
+class CompletionIndex:
     """Numbers the completions that ``trainer`` draws. It does not need our trainer's ``__init__``,
     because TRL's tests build trainers with ``object.__new__``.
     """
