@@ -34,15 +34,18 @@ if TYPE_CHECKING:
 
 TAG = "toolkit_dequantized"
 COPIES = "_toolkit_dequantized"
-"""Attribute that ``attach`` leaves on the model: its ``Copies``."""
+"""Attribute that ``attach`` sets on the model: its ``Copies``."""
 COMPUTE_DTYPE = torch.bfloat16
-"""What vLLM computes 4-bit layers in, whatever the dtype of the activations is."""
+"""The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""Free memory beside the copies with which torch keeps the memory of the trainer's step."""
+"""If this much memory is free in addition to the copies, torch keeps its cached memory of the
+trainer's step.
+"""
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
-"""``auto`` without a sizer: of the engine's memory beside the weights the share for the copies, and
-what it leaves at least for the KV cache and activations."""
+"""``auto`` without a sizer: the copies' share of the engine's memory without weights, and the
+minimum that is left for the KV cache and activations.
+"""
 
 
 def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
@@ -147,8 +150,8 @@ class Copies:
     def _allocate(self) -> None:
         made: list[torch.Tensor] = []
         pool = sleep.tagged_pool(TAG) if self._on_gpu else nullcontext()
-        # The first forward pass, which comes here, runs in inference mode: tensors that are made
-        # there could not be written to outside of it.
+        # The first forward pass, which calls this, runs in inference mode. Tensors that are created
+        # in it could not be written outside it.
         with torch.inference_mode(False), pool:
             for packed in self._packed:
                 shape = logical_shape(packed)
@@ -163,7 +166,7 @@ class Copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
-        """A fused layer is its parts one below the other, each with a state of its own."""
+        """A fused layer has the rows of its parts one after another, each with its own state."""
         offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
         row = 0
         for part, state in enumerate(ordered_states(packed)):
@@ -174,7 +177,7 @@ class Copies:
 
 
 class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships no types
-    """The quantization method of one layer, with products over its copy."""
+    """The quantization method of one layer, which multiplies with its copy."""
 
     def __init__(self, original: Any, copies: Copies, index: int) -> None:
         self.original, self.copies, self.index = original, copies, index
@@ -216,8 +219,8 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
-    """Of ``layers`` those whose copies take at most ``most`` bytes together: the largest first,
-    equal ones in their order.
+    """The layers whose copies take at most ``most`` bytes in total: the largest first, equal ones
+    in their order.
     """
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
@@ -238,8 +241,8 @@ def attach(
     """Make layers of ``model`` compute with copies: all 4-bit ones (True), or the largest within
     ``wanted`` bytes. None if there are none.
 
-    To be called when vLLM has loaded the model and before its first forward pass, in which the
-    copies are made: CUDA graphs are captured after that.
+    Call it after vLLM has loaded the model and before its first forward pass, in which the copies
+    are created. CUDA graphs are captured later.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -253,8 +256,8 @@ def attach(
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Bytes that ``auto`` gives the copies where no sizer has decided: part of what the engine may
-    take beside its weights and a KV cache of a written size.
+    """Bytes of the copies for ``auto`` without a sizer: a part of the memory that the engine may
+    use in addition to its weights and a KV cache of configured size.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -210,8 +210,8 @@ class Engine:
         """Allocate the KV cache and the copies again. Does nothing if the engine is awake.
 
         Raises:
-            RetryError, NodeError, ConfigError: the memory is not there; the message names the check
-                that explains it.
+            RetryError, NodeError, ConfigError: there is not enough memory; the message names the
+                check that explains it.
         """
         if self._sleep is not None:
             self._sleep.wake()

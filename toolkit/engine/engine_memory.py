@@ -26,7 +26,7 @@ def engine_memory(llm: LLM) -> dict[str, int]:
     found = account(open_worker(llm))
     copies = getattr(open_internals(llm).module, COPIES, None)
     if copies is not None:
-        # They are made in the profiling run, so vLLM counts them among its activations.
+        # The copies are created in the profiling run, so vLLM counts them as activations.
         found["engine.dequantized"] = copies.nbytes
         if "engine.activations" in found:
             found["engine.activations"] = max(1, found["engine.activations"] - copies.nbytes)

@@ -128,7 +128,9 @@ class EngineOptions(ApiEngineSettings):
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _graphs(self) -> dict[str, Any]:
-        """Which CUDA graphs are captured: where the largest batch is known, few sizes up to it."""
+        """The sizes of captured CUDA graphs: if the largest batch is known, only a few sizes up to
+        it.
+        """
         sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if not isinstance(sequences, int):
             return dict(GRAPHS_ONLY)

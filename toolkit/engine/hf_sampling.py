@@ -211,8 +211,8 @@ def draw(
 
 
 def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
-    """Tokens that each of ``rows`` completions may have, where prompt and completion together have
-    at most ``longest``. Equal numbers of neighbouring rows belong to each prompt.
+    """The maximum tokens of each of ``rows`` completions, if prompt plus completion have at most
+    ``longest`` tokens. Each prompt has the same number of consecutive rows.
     """
     each = rows // len(prompts)
     return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]

@@ -81,7 +81,7 @@ def release_tag(tag: str) -> None:
 
 def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     """Map memory at the addresses of every released allocation with the tag ``tag``; its contents
-    are undefined. torch keeps its cache where ``spare_bytes`` are left beside it.
+    are undefined. torch keeps its cache if ``spare_bytes`` stay free in addition.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -100,8 +100,8 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
 
 @contextmanager
 def tagged_pool(tag: str) -> Iterator[None]:
-    """Tensors that are made inside can be released and mapped by ``tag``; whether the engine was
-    built with ``enable_sleep_mode`` does not matter. One pool a tag.
+    """Tensors that are created in the block can be released and mapped by ``tag``, also without
+    ``enable_sleep_mode``. There is one pool per tag.
     """
     allocator, _, _ = _allocator()
     with allocator.use_memory_pool(tag=tag):
@@ -109,10 +109,11 @@ def tagged_pool(tag: str) -> Iterator[None]:
 
 
 def drop_pool(tag: str) -> None:
-    """Free what is left of the pool of ``tag``, whose tensors are gone: vLLM keeps pools for the
-    process, and counts what is in them before it loads another model.
+    """Free the pool of ``tag`` after its tensors were dropped. vLLM keeps pools for the process,
+    and counts their memory before it loads another model.
 
-    torch's pool must go before the allocator that it points to (``CuMemAllocator.release_pools``).
+    torch's pool must be freed before the allocator that it references
+    (``CuMemAllocator.release_pools``).
     """
     allocator, _, _ = _allocator()
     entry = allocator.allocator_and_pools.pop(tag, None)

@@ -119,11 +119,11 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
 
 
 def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
-    """What vLLM's GPU worker needs beside the options: expert weights as loaded, copies of 4-bit
-    weights, and the tuned LoRA kernels of the card.
+    """Additional arguments for vLLM's GPU worker: unchanged expert weights, copies of 4-bit
+    weights, and the tuned LoRA kernels of the GPU.
     """
     if options.share_weights and has_experts(config.to_dict()):
-        arguments.setdefault("moe_backend", "triton")  # the one that leaves expert weights alone
+        arguments.setdefault("moe_backend", "triton")  # the only one that keeps expert weights
     if options.dequantized_rollouts and has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
         arguments["model_loader_extra_config"] = {
@@ -184,7 +184,7 @@ _WITHOUT = "set fast_inference: false (runtime.engine: transformers)"
 
 
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
-    """Whether vLLM reads the model by its loader for bitsandbytes, in this process."""
+    """Whether vLLM uses its bitsandbytes loader for the model."""
     stored = stored_format(config.to_dict())
     packed = options.load_in_4bit or (stored is not None and stored.engine)
     return packed and options.tensor_parallel_size == 1

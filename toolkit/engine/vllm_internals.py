@@ -117,13 +117,13 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
 
 
 def forget_pointers() -> None:
-    """Have the LoRA kernels look at their weights again.
+    """Clear the LoRA kernels' cache of weight addresses.
 
-    They keep addresses, strides and offsets by the address of the first byte, for the process
-    (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Of another engine there may be other
+    The kernels cache addresses, strides and offsets by the address of the first byte, for the whole
+    process (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Another engine may have other
     shapes at the same address.
     """
-    # Never imported here: only kernels that have run have anything to forget.
+    # Not imported here, because only kernels that have run have a cache.
     kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
     if kernels is not None:
         kernels._LORA_A_PTR_DICT.clear()

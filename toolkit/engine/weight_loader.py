@@ -11,8 +11,8 @@ checkpoint
   parameter, to detect parameters that vLLM later rewrites for a kernel (experts on a CPU), which
   cannot be shared.
 
-For 4-bit models vLLM has a loader of its own, which it chooses by itself. ``register_dequantizing``
-puts one in its place that lets layers compute over 16-bit copies (``engine.dequantized``).
+For 4-bit models vLLM always chooses its own loader. ``register_dequantizing`` replaces it by one
+with which layers compute with 16-bit copies (``engine.dequantized``).
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def register() -> None:
 
 
 FOUR_BIT = "bitsandbytes"
-"""vLLM's name of its loader for 4-bit weights, which no argument can change."""
+"""vLLM's name of its loader for 4-bit weights, which cannot be set by an argument."""
 WANTED = "dequantized_rollouts"
-"""Key of ``model_loader_extra_config`` that says how much is dequantized."""
+"""Key of ``model_loader_extra_config`` with the amount to dequantize."""
 
 
 def register_dequantizing() -> None:
-    """Put ``dequantizing`` over vLLM's 4-bit loader in that loader's place. Does nothing where this
-    vLLM has none (0.31 moved it out), or where that has been done.
+    """Replace vLLM's 4-bit loader by ``dequantizing`` around it. Does nothing if this vLLM has no
+    such loader (0.31 moved it out), or on a second call.
     """
     module = "vllm.model_executor.model_loader"
     if find_spec(f"{module}.bitsandbytes_loader") is None:
@@ -105,7 +105,7 @@ def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
         def load_model(
             self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
         ) -> nn.Module:
-            """The model as ``loader`` makes it, its layers ready for the first forward pass."""
+            """The model from ``loader``, with layers prepared for the first forward pass."""
             model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
             wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)
             if wanted == "auto":

@@ -41,19 +41,19 @@ def adapted_linear(
 
 
 class PackedBase(Protocol):
-    """A frozen layer whose weight is packed, and unpacked for one product at a time."""
+    """A frozen layer with a packed weight, which is unpacked for one product at a time."""
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
         """(T, O): x W^T + bias, in the dtype of ``x_TI``."""
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """(O, I): the weight, made for this call."""
+        """(O, I): the weight, unpacked for this call."""
 
 
 def adapted_packed(
     x: torch.Tensor, base: PackedBase, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """``adapted_linear`` over a packed base. The weight is unpacked once in the forward and once in
+    """``adapted_linear`` with a packed base. The weight is unpacked once in the forward and once in
     the backward pass; neither copy is kept.
     """
     out: torch.Tensor = _AdaptedPacked.apply(  # type: ignore[no-untyped-call]  # untyped upstream
@@ -126,7 +126,7 @@ def _gradients(
     weight: Callable[[torch.dtype], torch.Tensor],
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Those of input, A and B, where they are needed (``needs``, in this order)."""
+    """The gradients of input, A and B, if they are needed (``needs``, in this order)."""
     x_TI, a_RI, b_OR, hidden_TR = saved
     grad_TO = grad.reshape(-1, grad.shape[-1])
     grad_hidden_TR = (grad_TO @ b_OR.to(grad.dtype)).mul_(ctx.scaling)

@@ -33,7 +33,7 @@ def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
     it.
 
     ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are those of
-    ``policy.generate`` and ``policy.adapter_io``; the others those of ``policy.saving``.
+    ``policy.fast_generate`` and ``policy.adapter_io``; the others are those of ``policy.saving``.
     """
     if like is not None:
         carried = {name: getattr(like, name, None) for name in CARRIED}

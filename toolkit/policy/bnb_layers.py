@@ -1,9 +1,9 @@
 """4-bit weights that the engine and the trainer share: bitsandbytes layers on the engine's packed
 shards.
 
-Each part of a fused layer is a whole 4-bit weight of its own (``engine.weights.is_packed``):
-``Linear4bit`` (read at bitsandbytes 0.50.2) over that slice and that state computes what the engine
-computes, and nothing is copied.
+Each part of a fused layer is a complete 4-bit weight (``engine.weights.is_packed``): ``Linear4bit``
+(read at bitsandbytes 0.50.2) on that slice and state computes the same as the engine, without a
+copy.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ class FourBitBase(NamedTuple):
 
 
 def four_bit_dtype(layer: Any) -> torch.dtype | None:
-    """The dtype that a ``Linear4bit`` computes in; None for any other layer, and for one whose
-    weight is not packed yet.
+    """The dtype in which a ``Linear4bit`` computes; None for other layers, and for a weight that is
+    not packed yet.
     """
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if type(layer).__name__ != "Linear4bit" or state is None:

@@ -114,14 +114,15 @@ _API_EXCLUDES = {
 
 
 def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """``arguments`` of one call, with what the variable UNSLOTH_VLLM_STANDBY asks for: the KV cache
-    gives its memory to the trainer between rollouts. ``enable_sleep_mode`` in the call wins.
+    """``arguments`` of one call, with the effect of the variable UNSLOTH_VLLM_STANDBY: between
+    rollouts the trainer may use the memory of the KV cache. ``enable_sleep_mode`` in the call takes
+    precedence.
     """
     given = dict(arguments)
     if environ.get(STANDBY, "0").lower() in ("", "0", "false") or "enable_sleep_mode" in given:
         return given
     if not given.get("fast_inference"):
-        told = "has no effect with fast_inference=False, where no engine is built"
+        told = "has no effect with fast_inference=False, because there is no engine"
     else:
         given["enable_sleep_mode"] = True
         told = "is read as enable_sleep_mode=True: the KV cache sleeps while the trainer works"

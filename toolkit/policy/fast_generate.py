@@ -100,10 +100,10 @@ def fast_generate(
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own ``generate`` of ``model``, in evaluation mode for the while.
+    """transformers' own ``generate`` of ``model``, in evaluation mode.
 
-    In training mode, as a model is after ``trainer.train()``, dropout is on, and gradient
-    checkpointing leaves the cache out, so that all tokens but the first are wrong.
+    After ``trainer.train()`` a model is in training mode: dropout is on, and gradient checkpointing
+    disables the cache, so that all tokens except the first would be wrong.
     """
     with _evaluation(model):
         return type(model).generate(model, *args, **kwargs)

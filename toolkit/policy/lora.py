@@ -318,8 +318,8 @@ def kept_float32(model: Any) -> Iterator[None]:
 
 
 def _repeat_reference(model: Any) -> None:
-    """Give the copy of the starting adapter that TRL 1.16 keeps for the KL term (``ref``, where
-    beta is above 0) the values that were not rounded: the KL term is then 0 before the first step.
+    """Set the copy of the starting adapter that TRL 1.16 keeps for the KL term (``ref``, if beta is
+    above 0) to the unrounded values, so that the KL term is 0 before the first step.
     """
     named = dict(model.named_parameters()) if is_peft(model) else {}
     for name, parameter in named.items():

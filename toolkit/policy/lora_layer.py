@@ -18,10 +18,10 @@ from toolkit.policy.bnb_layers import FourBitBase, four_bit_dtype
 
 
 class FastForward(nn.Module):
-    """The forward of a layer of PEFT, faster and with less memory under autocast.
+    """A forward for a PEFT layer that is faster and needs less memory under autocast.
 
-    That is the case that training is: a frozen layer in the dtype of autocast, one plain adapter in
-    another dtype. Everything else goes to PEFT's forward, that of the next class.
+    It is for training: a frozen layer in the dtype of autocast, and one plain adapter in another
+    dtype. All other cases use PEFT's forward, that of the next class.
     """
 
     base_layer: Any
@@ -98,9 +98,10 @@ def use_fast_layers(config: Any) -> Any:
 
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """PEFT's factory of a layer: ours for a plain or a 4-bit linear layer, None for its own choice.
+    """A layer factory for PEFT: the toolkit's class for a plain or 4-bit linear layer, None for
+    PEFT's own choice.
 
-    Other subclasses are others', and so is what a hook of accelerate moves about.
+    PEFT's layer is used for other subclasses, and for layers that a hook of accelerate moves.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if four_bit_dtype(base) is not None and kwargs.get("loaded_in_4bit"):

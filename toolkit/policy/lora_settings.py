@@ -39,7 +39,7 @@ INITS = (
 )
 """PEFT's values of init_lora_weights other than True and False; ``pissa_niter_N`` is valid too."""
 PISSA_ITERATIONS = r"pissa_niter_\d{1,3}"
-"""More than 999 iterations (16 are usual) do nothing but last."""
+"""More than 999 iterations (16 are usual) only take more time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

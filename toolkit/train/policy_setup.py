@@ -50,7 +50,9 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
 
 
 def _refuse_other_engines(config: Any) -> None:
-    """The engine on the model generates: another way that the user asked for would not be used."""
+    """Reject arguments that request another generation method, because the engine on the model
+    always generates.
+    """
     asked = {
         "vllm_mode": ("server", "no vLLM server is asked for completions"),
         "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
@@ -58,7 +60,7 @@ def _refuse_other_engines(config: Any) -> None:
     for name, (value, why) in asked.items():
         if getattr(config, name, None) == value:
             raise ConfigValueError(
-                f"{name}={value!r}, and the model has an engine, which generates: {why}",
+                f"{name}={value!r}, but the model has an engine, which generates: {why}",
                 where=f"GRPOConfig.{name}",
                 fix=f"leave {name} out, or load the model with fast_inference=False",
             )

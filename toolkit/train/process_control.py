@@ -34,8 +34,9 @@ POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
 """How long a process may take to answer, and the reporting process to report."""
 TELLING = 4
-"""How many times that the whole of it may last: the process that holds the store may be stopped,
-and then a call of the store does not return."""
+"""The total time may be this many times longer: the process that holds the store may be stopped,
+and then a call of the store does not return.
+"""
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
     r"|remote process exited|ncclRemoteError|gloo.*(?:read|write) error|socket timeout|timed out"
@@ -176,8 +177,8 @@ class Peers:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises; RuntimeError where it has not ended in time. What then still
-    waits in it ends with the process.
+    """Return or raise what ``call`` does; RuntimeError if it does not end in time. A call that
+    still waits ends with the process.
     """
     outcome: Future[T] = Future()
 

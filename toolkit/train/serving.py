@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) -> list[str]:
-    """The words of ``vllm serve`` for the export of ``config``'s run in ``folder``. The adapter is
-    the model that is named as its folder is.
+    """The arguments of ``vllm serve`` for the exported run of ``config`` in ``folder``. The adapter
+    is served as a model with the name of its folder.
     """
     model = config.model
     words = ["vllm", "serve", str(folder) if merged else model.model_name]

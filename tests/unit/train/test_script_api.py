@@ -312,7 +312,7 @@ def test_chat_templates():
     assert get_chat_template(tokenizer, "qwen-2.5").chat_template == CHATML
     with pytest.raises(ConfigValueError, match="a chat template of another family"):
         get_chat_template(tokenizer, "gemma-3")
-    with pytest.raises(NotImplementedError, match="reads role and content"):
+    with pytest.raises(NotImplementedError, match="keys role and content"):
         get_chat_template(tokenizer, "chatml", mapping={"role": "from", "content": "value"})
     own = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert get_chat_template(tokenizer, own).chat_template == own

@@ -2,9 +2,9 @@
 other arms.
 
 The other arms get a micro-batch and gradient checkpointing from the settings. The toolkit's arm
-uses the sizer, as a run with "auto" does. Its limit is the memory that sizing predicts for the
-other arm that needs less, which moves its checkpoints to the host. So the comparison is of time, at
-no more memory.
+uses the sizer, as a run with "auto" does. Its memory limit is the prediction of sizing for the
+other arm with the smaller peak, which moves its checkpoints to the host. So the arms are compared
+by time, and the toolkit's arm uses no more memory.
 """
 
 from __future__ import annotations

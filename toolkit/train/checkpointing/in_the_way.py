@@ -1,7 +1,7 @@
 """Before training, find objects in a run folder that prevent the run from writing its files.
 
-A link leads out of the folder, a pipe waits for a reader, and a folder where a file belongs (or the
-other way round) is an error that would otherwise come when the training is done.
+A link points outside the folder, and a pipe waits for a reader. A folder in place of a file (or the
+reverse) would otherwise cause an error only after the training.
 """
 
 from __future__ import annotations

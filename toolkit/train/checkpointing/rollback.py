@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from toolkit.train.checkpointing.branch import Branch
 
 RESULTS = ("adapter", "model", "evaluation.json", "report.html", BAD_REWARDS_FILE)
-"""What a run leaves besides its logs. A rollback moves it aside: it belongs to the other branch."""
+"""Files of a run other than its logs. A rollback moves them aside, because they belong to the other
+branch.
+"""
 RECORD = "abandoned.json"
 CHUNK = 1 << 20
 
