@@ -56,7 +56,7 @@ def test_only_vocabulary_layers_may_be_padded() -> None:
     wanted = {"embed.weight": (100, 8)}
     padded = Sources({"embed.weight": (128, 8)}, {}, frozenset({"embed.weight"}))
     assert plan_views(wanted, [], padded, same)["embed.weight"] == Slice("embed.weight", 0, 100)
-    with pytest.raises(UnsupportedError, match=r"shape \[100, 8\] here, \[128, 8\]"):
+    with pytest.raises(UnsupportedError, match=r"shape \[100, 8\] in the model, but \[128, 8\]"):
         plan_views(wanted, [], Sources({"embed.weight": (128, 8)}, {}), same)
     with pytest.raises(UnsupportedError, match="shape"):
         plan_views({"embed.weight": (129, 8)}, [], padded, same)
@@ -110,7 +110,11 @@ def test_stored_names_spell_experts_as_the_checkpoint_does() -> None:
 @pytest.mark.parametrize(
     ("wanted", "shapes", "text"),
     [
-        ({"a.q_proj.weight": (2, 2)}, {"a.qkv_proj.weight": (6, 2)}, "also holds k_proj, v_proj"),
+        (
+            {"a.q_proj.weight": (2, 2)},
+            {"a.qkv_proj.weight": (6, 2)},
+            "also contains k_proj, v_proj",
+        ),
         (
             {f"a.{p}.weight": (2, 2) for p in PACKED["qkv_proj"]},
             {"a.qkv_proj.weight": (8, 2)},

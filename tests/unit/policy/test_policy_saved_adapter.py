@@ -58,7 +58,7 @@ def _shape(tensors: Any) -> None:
         (_nan, "1 of 28 tensors contain NaN or infinity, first base_model"),
         (_drop, "1 missing, first base_model"),
         (_add, "1 extra, first base_model.model.model.layers.9"),
-        (_shape, r"1 of another shape, first .* is \(4, 65\), the model needs \(4,"),
+        (_shape, r"1 of another shape, first .* is \(4, 65\), but the model needs \(4,"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, words: str) -> None:
@@ -70,7 +70,7 @@ def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"r": 8}, "has rank 4, and adapter_config.json says r=8"),
+        ({"r": 8}, "has rank 4, but adapter_config.json has r=8"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', but only LORA"),
         ({"target_modules": ["wq"]}, "no module 'wq'"),
         ({"bias": "sometimes"}, "bias="),

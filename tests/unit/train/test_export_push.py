@@ -87,7 +87,7 @@ def test_the_card_says_how_it_was_trained_and_no_path_of_this_machine(finished):
 def test_the_hub_refuses_or_is_away(tmp_path, hub, monkeypatch):
     (tmp_path / "file").write_text("x")
     hub.status = 403
-    with pytest.raises(ConfigError, match=r"refuses me/sums \(403\)") as caught:
+    with pytest.raises(ConfigError, match=r"rejects me/sums \(403\)") as caught:
         push_folder(tmp_path, "me/sums")
     assert "HF_TOKEN" in str(caught.value.fix)
     with pytest.raises(ConfigError, match="not a valid name of a repository"):

@@ -51,9 +51,9 @@ def test_fields_of_older_releases_are_translated_and_told_once(tmp_path):
     assert (made.max_prompt_length, made.warmup_steps, made.beta) == (256, 0.1, 0.04)
     assert made.vllm_structured_outputs_regex == "[0-9]+"
     for words in (
-        "warmup_ratio=0.1 is warmup_steps=0.1 today",
-        "evaluation_strategy is eval_strategy today",
-        "kl_coef is beta today",
+        "warmup_ratio=0.1 is now warmup_steps=0.1",
+        "evaluation_strategy is now called eval_strategy",
+        "kl_coef is now called beta",
         "unsloth_num_chunks is left out",
         "logging_dir is left out: the variable TENSORBOARD_LOGGING_DIR",
         "vllm_device is left out: FastLanguageModel.from_pretrained decides it",
@@ -290,7 +290,7 @@ def test_names_that_notebooks_import():
     assert is_bfloat16_supported() in (True, False)
     with pytest.warns(ToolkitWarning, match="from toolkit import GRPOConfig, GRPOTrainer"):
         PatchFastRL("GRPO", toolkit.FastLanguageModel)
-    with pytest.raises(NotImplementedError, match="only text is trained here"):
+    with pytest.raises(NotImplementedError, match="only text models are supported"):
         FastVisionModel.from_pretrained("some/vlm", load_in_4bit=True)
     with pytest.raises(NotImplementedError, match="supervised fine-tuning"):
         train_on_responses_only(None, instruction_part="<a>")

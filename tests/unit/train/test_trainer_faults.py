@@ -140,7 +140,7 @@ def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
 
     trainer = make_trainer(tmp_path, kind=Always, max_steps=9, save_strategy="steps", save_steps=1)
     trainer.max_bad_steps = 2
-    with pytest.raises(ConfigError, match="not finite 2 steps in a row, up to step 3"):
+    with pytest.raises(ConfigError, match="not finite for 2 steps in a row, up to step 3"):
         trainer.train()
     saved = load_file(tmp_path / "bad-step-3-rank-0.safetensors")
     assert any(name.endswith("completion_ids") for name in saved)
