@@ -271,7 +271,7 @@ def test_structured_outputs(loaded, policy, tmp_path) -> None:
         vllm_structured_outputs_regex="[0-9]{2}=(yes|no)[0-9]",
     )
     # The mass of what a grammar allows is in every weight, and training does not know the grammar.
-    with pytest.warns(ToolkitWarning, match="Leave out vllm_structured_outputs_regex"):
+    with pytest.warns(ToolkitWarning, match="Remove vllm_structured_outputs_regex"):
         trainer.train()
     assert len(said) == 16
     assert all(text[:2].isdigit() and text[3:-1] in ("yes", "no") for text in said), said

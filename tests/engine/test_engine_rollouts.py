@@ -425,7 +425,7 @@ def test_a_dead_engine_says_so(
         lambda: llama.publish(policy),
         lambda: llama.lora_request(),
     ):
-        with pytest.raises(NodeError, match="died earlier"):
+        with pytest.raises(NodeError, match="failed earlier"):
             use()
     llama._dead = None  # nothing broke but what was made to: the module's other tests go on
     drop_requests(llama.llm)
