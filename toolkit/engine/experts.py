@@ -42,7 +42,8 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         """Keep the weights unchanged, and reject options that are not computed here.
 
         Raises:
-            UnsupportedError: another activation, biases, or weights on the input.
+            UnsupportedError: the layer has another activation, biases, or router weights that are
+            applied to its input.
         """
         super().process_weights_after_loading(layer)
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:

@@ -155,8 +155,8 @@ def recorded() -> Iterator[Recorder]:
 
 
 def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
-    """One decode step of ``len(prompts) * generations`` sequences on ``engine``: a rollout of
-    ``DECODE_STEPS`` tokens more than another one, less that one.
+    """One decode step of ``len(prompts) * generations`` sequences on ``engine``: the difference of
+    two rollouts, of which the second is ``DECODE_STEPS`` tokens longer.
     """
 
     def run(tokens: int) -> Recorder:
