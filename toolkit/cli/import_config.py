@@ -9,8 +9,8 @@ import click
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.secrets import redact
-from toolkit.base.units import plural
-from toolkit.base.visible import visible
+from toolkit.base.formatting import plural
+from toolkit.base.formatting import visible
 from toolkit.config.importers.formats import TABLES
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _summary(made: Translation, place: Path | None) -> list[str]:
 
 
 def _show(findings: tuple[Finding, ...]) -> None:
-    from toolkit.config.render import render_text  # noqa: PLC0415 - after the file was read
+    from toolkit.config.finding_output import render_text  # noqa: PLC0415 - after the file was read
 
     if findings:
         click.echo(render_text(findings), err=True)

@@ -13,7 +13,7 @@ from toolkit.config.importers.mapping import KINDS, LEFT_OUT, REFUSED, Later, Ro
 from toolkit.config.importers.shell import commands, flags
 from toolkit.config.importers.table_text import markdown
 from toolkit.config.importers.translate import translate
-from toolkit.config.moves import schema_of
+from toolkit.config.key_moves import schema_of
 
 ALL = [(form, row) for form in TABLES for row in table(form).rows]
 

@@ -138,7 +138,7 @@ def read_foreign(name: str, form: str | None = None) -> Foreign:
     for a file that cannot be read or is like nothing that is known.
     """
     from toolkit.config.layers import parse  # noqa: PLC0415 - config.layers is above this package
-    from toolkit.config.read import Unreadable, read_source  # noqa: PLC0415
+    from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
 
     suffix = Path(name).suffix.lower()
     if suffix == ".ipynb":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact
-from toolkit.base.visible import visible
+from toolkit.base.formatting import visible
 from toolkit.config.importers.translate import Written
 from toolkit.config.wording import spell
 
