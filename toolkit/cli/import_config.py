@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ConfigError
+from toolkit.base.formatting import plural, visible
 from toolkit.base.secrets import redact
-from toolkit.base.formatting import plural
-from toolkit.base.formatting import visible
 from toolkit.config.importers.formats import TABLES
 
 if TYPE_CHECKING:

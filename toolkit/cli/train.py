@@ -1,4 +1,4 @@
-"""``toolkit``: train, demo, generate, export, tune, bench."""
+"""``toolkit``: train, demo, generate, export, tune, import, bench."""
 
 from __future__ import annotations
 

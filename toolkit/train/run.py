@@ -171,6 +171,7 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Run
         tokenizer,
         max_prompt_length=resolved.grpo.get("max_prompt_length"),
         template=resolved.grpo.get("chat_template_kwargs"),
+        environment=resolved.environment,
     )
     micro_batch_record.refuse_too_few(resolved, len(data.train), world_size())
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)

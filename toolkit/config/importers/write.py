@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.secrets import redact
 from toolkit.base.formatting import visible
+from toolkit.base.secrets import redact
 from toolkit.config.importers.translate import Written
 from toolkit.config.wording import spell
 

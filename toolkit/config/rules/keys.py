@@ -180,6 +180,9 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
     if run.ask("dataset.path") is None:
         for name in ("split", "name", "revision", "limit", "eval_split"):
             yield f"dataset.{name}", "there is no dataset.path"
+    if run.ask("dataset.path") is None and run.node("environment") is not None:
+        for name in ("prompt", "answer", "eval_limit"):
+            yield f"dataset.{name}", "the environment makes the prompts and the answers"
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:

@@ -82,6 +82,8 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
     """The run as plain JSON values, section by section, as config.json records it."""
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     sections.pop("source")
+    if config.environment is None:
+        sections.pop("environment")  # a run without one has no such section
     return {name: _plain(value) for name, value in sections.items()}
 
 

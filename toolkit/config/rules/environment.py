@@ -1,0 +1,79 @@
+"""The environment: its package may run, and it is the only source of prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config.code import is_allowed
+from toolkit.config.environments import ADAPTERS
+from toolkit.config.finding import Fix
+from toolkit.config.rules.violation import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+_ADAPTER = "environment.adapter"
+
+
+def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
+    """Each adapter that the run uses: as its environment, or as a reward by its name."""
+    if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
+        yield _ADAPTER, str(run.value(_ADAPTER))
+    functions = run.node("reward.functions")
+    for index, item in enumerate(functions.value if functions is not None else ()):
+        name = item.value.get("name") if isinstance(item.value, dict) else None
+        if name is not None and name.value in ADAPTERS:
+            yield ("reward", "functions", index, "name"), str(name.value)
+
+
+@rule(
+    "ENV001",
+    f"{_ADAPTER} runtime.allow_code",
+    example="environment: {adapter: reasoning_gym, task: leg_counting}",
+    fix="runtime: {allow_code: [reasoning_gym]}",
+)
+def package_is_allowed(run: Run) -> Iterator[Fault]:
+    """The package of an environment is one that runtime.allow_code names.
+
+    It makes the prompts and scores the completions, so its code runs, as that of a reward does.
+    """
+    allowed = run.value("runtime.allow_code")
+    told = set()
+    for at, name in _used(run):
+        module = ADAPTERS[name].modules[0]
+        if not is_allowed(module, allowed) and module not in told:
+            told.add(module)
+            yield Fault(
+                at,
+                f"code of {module} is not allowed to run",
+                notes=(run.operand("runtime.allow_code"),),
+                fixes=(Fix(f"runtime: {{allow_code: [{module}]}}"),),
+            )
+
+
+@rule(
+    "ENV002",
+    "environment dataset.path dataset.eval_path",
+    example="""
+dataset: {path: train.jsonl}
+environment: {adapter: reasoning_gym, task: leg_counting}
+""",
+    fix="remove dataset.path, or the section environment",
+)
+def one_source_of_prompts(run: Run) -> Iterator[Fault]:
+    """Prompts come from a data set or from an environment, not from both.
+
+    dataset.system and dataset.chat apply to the prompts of an environment too.
+    """
+    if run.node("environment") is None:
+        return
+    for key in ("dataset.path", "dataset.eval_path"):
+        if run.value(key) is not None:
+            yield Fault(
+                key,
+                "there is an environment, which makes the prompts",
+                fixes=(Fix(f"remove {key}, or the section environment"),),
+                related=("environment",),
+            )
