@@ -18,7 +18,8 @@ from toolkit.train.rewards import load_rewards
 pytest.importorskip("reasoning_gym")
 TEXT = """
 model: {model_name: m}
-environment: {adapter: reasoning_gym, task: leg_counting, size: 6, seed: 4, options: {max_animals: 4}}
+environment: {adapter: reasoning_gym, task: leg_counting, size: 6, seed: 4,
+  options: {max_animals: 4}}
 runtime: {allow_code: [reasoning_gym]}
 """
 
@@ -57,10 +58,10 @@ def test_the_scorer_of_the_task_scores(isolate: bool, tmp_path: Path) -> None:
     assert [one.name for one in config.reward.functions] == ["reasoning_gym"]
     rewards = load_rewards(config, tmp_path, columns=data.column_names)
     (reward,) = rewards.functions
-    columns = {name: data[name] for name in data.column_names if name != "prompt"}
+    columns = {name: list(data[name]) for name in data.column_names if name != "prompt"}
     right = [f"I think <answer>{answer}</answer>" for answer in data["answer"]]
     bare, wrong = list(data["answer"]), ["nothing"] * len(data)
-    scores = [reward(prompts=data["prompt"], completions=one, **columns)
+    scores = [reward(prompts=list(data["prompt"]), completions=one, **columns)
               for one in (right, bare, wrong)]  # fmt: skip
     assert scores == [[1.0] * 6, [1.0] * 6, [0.0] * 6]
 

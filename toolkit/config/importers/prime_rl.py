@@ -114,7 +114,12 @@ def _rollouts(prefix: str) -> Iterator[Row]:
                     f"{prefix}max_off_policy_steps", f"{prefix}renderer.*",
                     f"{prefix}tasks_per_minute", f"{prefix}max_concurrent")  # fmt: skip
     for name in ("online_difficulty_filtering", "easy_threshold", "hard_threshold"):
-        yield Row(f"{prefix}buffer.{name}", None, "see the section sampling", refused=True)
+        yield Row(
+            f"{prefix}buffer.{name}",
+            None,
+            "groups without spread are not drawn again here",
+            refused=True,
+        )
     yield from left("prompts are drawn by grpo.seed", f"{prefix}buffer.*")
     yield from left("held-out data is named in dataset.eval_path", f"{prefix}eval.*",
                     f"{prefix}val.*")  # fmt: skip
@@ -129,8 +134,8 @@ def _finish(made: Translation) -> None:
     if is_count(total):
         whole_batch(made, total, made.written["grpo.generation_batch_size"].why)
     made.notes.append(
-        "prime-rl takes its data and rewards from an environment: write dataset and reward, or "
-        "the section environment"
+        "prime-rl takes its data and rewards from an environment of verifiers: write dataset and "
+        "reward, or the section environment"
     )
     fit_length(made)
 
