@@ -231,6 +231,13 @@ def test_from_says_what_is_not_clear(tmp_path: Path) -> None:
     assert "actor: 1 - no key of TRL that is known here" in outcome.stdout
 
 
+def test_the_table_of_a_format_is_printed() -> None:
+    from toolkit.config.importers.table_text import markdown
+
+    assert run("--table", "verl").stdout == markdown("verl")
+    assert "| `data.max_prompt_length` | `grpo.max_prompt_length` | same |" in markdown("verl")
+
+
 def test_a_notebook_with_large_outputs(tmp_path: Path) -> None:
     """Larger than any run file: it is imported, and validate names the command all the same."""
     path = tmp_path / "large.ipynb"

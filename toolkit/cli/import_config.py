@@ -19,11 +19,28 @@ if TYPE_CHECKING:
 STDOUT = "-"
 
 
+def _print_table(context: click.Context, _: click.Parameter, form: str | None) -> None:
+    if form is None or context.resilient_parsing:
+        return
+    from toolkit.config.importers.table_text import markdown  # noqa: PLC0415 - only for --table
+
+    click.echo(markdown(form), nl=False)
+    context.exit()
+
+
 @click.command("import")
 @click.argument("file", metavar="FILE")
 @click.option("--to", metavar="RUN.YAML", help="The run file to write (FILE-run.yaml beside FILE).")
 @click.option(
     "--from", "form", type=click.Choice(list(TABLES)), help="What FILE is, if it is not clear."
+)
+@click.option(
+    "--table",
+    type=click.Choice(list(TABLES)),
+    is_eager=True,
+    expose_value=False,
+    callback=_print_table,
+    help="Print what becomes of each key of a format (Markdown), and end.",
 )
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @click.option(

@@ -17,6 +17,7 @@ from toolkit.config.run_config import (
     RewardSection,
     RunConfig,
     RuntimeSection,
+    ToolsSection,
 )
 from toolkit.config.run_paths import local_path
 
@@ -53,6 +54,7 @@ def build_config(document: Document) -> RunConfig:
     )
     written = _section(root.value.get("environment"))
     environment = EnvironmentSection(**written) if written else None
+    tools = _section(root.value.get("tools"))
     return RunConfig(
         model=ModelSection(**sections["model"]),
         lora=LoraSection(**sections["lora"]),
@@ -61,6 +63,7 @@ def build_config(document: Document) -> RunConfig:
         grpo=MappingProxyType(grpo),
         runtime=RuntimeSection(**sections["runtime"]),
         environment=environment,
+        tools=ToolsSection(**tools) if tools else None,
         source=str(document.source.path) if document.source.path else None,
     )
 

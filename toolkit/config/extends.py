@@ -30,6 +30,7 @@ SECTIONS = (
     "reward",
     "dataset",
     "environment",
+    "tools",
     "runtime",
     "extends",
     "$schema",

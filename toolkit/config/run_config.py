@@ -106,6 +106,17 @@ class EnvironmentSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolsSection:
+    """Functions of the user's (``module:function``) that the model may call in a chat.
+
+    ``timeout_s`` is for one call.
+    """
+
+    functions: tuple[str, ...]
+    timeout_s: float | None = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFunction:
     """A named reward, its weight and its own options. ``name`` is built in, or
     ``module:function``.
@@ -156,4 +167,5 @@ class RunConfig:
     grpo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
     environment: EnvironmentSection | None = None
+    tools: ToolsSection | None = None
     source: str | None = None

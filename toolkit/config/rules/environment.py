@@ -1,12 +1,12 @@
-"""The environment: its package may run, and it is the only source of prompts."""
+"""Environments and tools: their code may run, and there is one source of prompts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.code import is_allowed
+from toolkit.config.code import find_function, is_allowed
 from toolkit.config.environments import ADAPTERS
-from toolkit.config.finding import Fix
+from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import Fault, rule
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 _ADAPTER = "environment.adapter"
+_TOOLS = "tools.functions"
 
 
 def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
@@ -77,3 +78,61 @@ def one_source_of_prompts(run: Run) -> Iterator[Fault]:
                 fixes=(Fix(f"remove {key}, or the section environment"),),
                 related=("environment",),
             )
+
+
+@rule(
+    "ENV003",
+    f"{_TOOLS} runtime.allow_code",
+    example="tools: {functions: [my_tools]}",
+    fix="tools: {functions: [my_tools:search]}",
+)
+def tools_exist(run: Run) -> Iterator[Fault]:
+    """A tool is module:function of a module that runtime.allow_code lets in.
+
+    The module is looked for beside the run file and on the Python path. Its source is read; it is
+    not imported. One that is not here is a warning (an error under --strict).
+    """
+    if run.node(_TOOLS) is None or not run.written(_TOOLS):
+        return
+    for index, name in enumerate(run.value(_TOOLS)):
+        at = ("tools", "functions", index)
+        module, _, function = name.partition(":")
+        if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
+            yield Fault(at, f"{name} is no module:function")
+        elif not is_allowed(module, run.value("runtime.allow_code")):
+            top = module.partition(".")[0]
+            yield Fault(
+                at,
+                f"code of {module} is not allowed to run",
+                notes=(run.operand("runtime.allow_code"),),
+                fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
+            )
+        else:
+            found = find_function(module, function, run.document.source.folder)
+            if found.problem:
+                severity = Severity.WARNING if found.unknown else Severity.ERROR
+                yield Fault(at, found.problem, severity=severity, unknown=found.unknown)
+
+
+@rule(
+    "ENV004",
+    f"{_TOOLS} dataset.chat",
+    example="""
+tools: {functions: [my_tools:search]}
+dataset: {chat: false}
+""",
+    fix="dataset: {chat: true}",
+)
+def tools_need_a_chat(run: Run) -> Iterator[Fault]:
+    """Tools are called in a chat.
+
+    A call and its result are messages of the chat template, which a plain text has no place for.
+    """
+    if run.node(_TOOLS) is None or run.value("dataset.chat") is not False:
+        return
+    yield Fault(
+        "dataset.chat",
+        "tools are called in a chat, and the prompts are plain text",
+        fixes=(Fix("chat: auto"),),
+        related=(_TOOLS,),
+    )

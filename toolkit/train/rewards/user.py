@@ -31,27 +31,36 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
-    """The callable at ``module:name``; ``folder`` is the run file's.
+    """The reward at ``module:name``: ``load_code``'s, which TRL can call as it calls a reward.
+    Raises ConfigError.
+    """
+    function = load_code(name, allow_code, folder)
+    check_signature(name, function)
+    return function
+
+
+def load_code(
+    name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
+) -> Callable[..., Any]:
+    """The callable at ``module:name``; ``folder`` is the run file's, ``what`` is said in errors.
 
     Raises ConfigError where the name is malformed, the module is not allowed, cannot be imported
-    (whatever its code raises), has no such callable, or the callable cannot be called as TRL
-    calls a reward.
+    (whatever its code raises), or has no such callable.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"reward {name!r} is not of the form module:function")
+        raise ConfigError(f"{what} {name!r} is not of the form module:function")
     module_name, _, attribute = name.partition(":")
     if not is_allowed(module_name, allow_code):
         raise ConfigError(
-            f"reward {name} is code, and runtime.allow_code does not allow its module",
+            f"{what} {name} is code, and runtime.allow_code does not allow its module",
             fix=f"runtime: {{allow_code: [{module_name.partition('.')[0]}]}}, if you trust it",
         )
     for allowed in allow_code:
         _look_in(folder, allowed.partition(".")[0])
-    module = _import(name, module_name, folder)
+    module = _import(f"{what} {name}", module_name, folder)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise _no_function(name, module, attribute)
-    check_signature(name, function)
+        raise _no_function(f"{what} {name}", module, attribute)
     return function  # type: ignore[no-any-return]  # callable() narrows Any no further
 
 
@@ -100,22 +109,22 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and module_name.startswith(error.name):
             raise ConfigError(
-                f"reward {name}: there is no module {error.name}",
+                f"{name}: there is no module {error.name}",
                 where=str(folder),
                 fix=f"put {error.name.replace('.', '/')}.py beside the run file, or install it",
             ) from error
         raise ConfigError(
-            f"reward {name}: importing {module_name} needs the module {error.name}, not found",
+            f"{name}: importing {module_name} needs the module {error.name}, not found",
             fix=f"install it; if it lies beside the run file, allow it too: allow_code: "
             f"[{module_name.partition('.')[0]}, {error.name}]",
         ) from error
     except SyntaxError as error:
         raise ConfigError(
-            f"reward {name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
+            f"{name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"reward {name}: importing {module_name} raised {type(error).__name__}: {error}"
+            f"{name}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
 
 
@@ -124,7 +133,7 @@ def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
     near = did_you_mean.near(attribute, there, cutoff=0.6)
     what = "is not a function" if hasattr(module, attribute) else "does not exist"
     return ConfigError(
-        f"reward {name}: {attribute} {what} in {module.__name__}",
+        f"{name}: {attribute} {what} in {module.__name__}",
         where=module.__file__,
         fix=f"did you mean {near[0]}?" if near else f"it has: {', '.join(sorted(there)) or 'none'}",
     )
