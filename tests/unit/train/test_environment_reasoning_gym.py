@@ -20,7 +20,7 @@ TEXT = """
 model: {model_name: m}
 environment: {adapter: reasoning_gym, task: leg_counting, size: 6, seed: 4,
   options: {max_animals: 4}}
-runtime: {allow_code: [reasoning_gym]}
+runtime: {allow_code: [reasoning_gym], output_dir: /runs/one}
 """
 
 
