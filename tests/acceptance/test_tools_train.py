@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from spoiled_world import FIXTURES, Ended, make_world, serve
 
+pytestmark = pytest.mark.slow
 TOOLS = '''\
 import time
 

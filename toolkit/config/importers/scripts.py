@@ -268,9 +268,10 @@ def _others() -> Iterator[Row]:
               computed="bitsandbytes' nf4 is what 4-bit means here")  # fmt: skip
     yield Row("GRPOTrainer.model", "model.model_name")
     yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
-    for name in ("tools", "environment_factory"):
-        why = "rollouts of a run file have one turn; the drop-in trainer takes it"
-        yield Row(f"GRPOTrainer.{name}", None, why, refused=True)
+    why = "functions of the script: move them into a module and name it in the section tools"
+    yield Row("GRPOTrainer.tools", None, why, refused=True)
+    why = "a run file has no factory of environments; the drop-in trainer takes it"
+    yield Row("GRPOTrainer.environment_factory", None, why, refused=True)
     for name in ("rollout_func", "callbacks"):
         yield Row(f"GRPOTrainer.{name}", None, "code of yours around the trainer", refused=True)
     data = "load_dataset."

@@ -157,7 +157,7 @@ _OWN = (
     *refused("the KL term is in the loss (grpo.beta)", "kl_in_reward"),
     *refused("a model as a reward is called from a function of yours", "reward_model",
              "reward_model_plugin", "reward_adapters", "teacher_model"),
-    *refused("rollouts of a run file have one turn", "multi_turn_scheduler"),
+    *refused("turns of a rollout come from the section tools alone", "multi_turn_scheduler"),
     *refused("code that changes models or data", "custom_register_path"),
     *refused("name held-out data in dataset.eval_path", "split_dataset_ratio"),
     *left("see reward_model", "reward_model_type", "reward_model_revision", "teacher_deepspeed"),

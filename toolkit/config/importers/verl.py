@@ -232,7 +232,7 @@ ROWS = (
     Row(f"{_ROLLOUT}.gpu_memory_utilization", None, "it is sized for what trains beside it here"),
     *left(_SPREAD, f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size"),
     Row(f"{_ROLLOUT}.do_sample", None, "rollouts are sampled", refused=True, off=(None, True)),
-    Row(f"{_ROLLOUT}.multi_turn.enable", None, "rollouts of a run file have one turn",
+    Row(f"{_ROLLOUT}.multi_turn.enable", None, "turns come from the section tools",
         refused=True),
     *left("evaluation samples as training does", f"{_ROLLOUT}.val_kwargs.*"),
     *left("see the lengths of prompt and response", f"{_ROLLOUT}.prompt_length",
