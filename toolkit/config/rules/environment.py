@@ -23,10 +23,11 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
     functions = run.node("reward.functions")
-    for index, item in enumerate(functions.value if functions is not None else ()):
+    listed = functions.value if functions is not None else None
+    for index, item in enumerate(listed if isinstance(listed, list) else ()):
         name = item.value.get("name") if isinstance(item.value, dict) else None
-        if name is not None and name.value in ADAPTERS:
-            yield ("reward", "functions", index, "name"), str(name.value)
+        if name is not None and isinstance(name.value, str) and name.value in ADAPTERS:
+            yield ("reward", "functions", index, "name"), name.value
 
 
 @rule(

@@ -74,7 +74,7 @@ def _package() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             "the environment reasoning_gym needs the package reasoning-gym, which is not installed",
-            fix="pip install 'grpo-toolkit[environments]'",
+            fix="pip install reasoning-gym",
         ) from error
     return reasoning_gym
 
