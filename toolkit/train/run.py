@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PrinterCallback, ProgressCallback
 
-from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError
+from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError, first_line
 from toolkit.config import chat_format
 from toolkit.config.resolved import resolve_run
 from toolkit.policy.language_model import load_policy, policy_tokenizer
@@ -38,6 +38,7 @@ from toolkit.train.report.reward_watch import RewardWatch
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rollout.evaluate import evaluate, evaluates
 from toolkit.train.rollout.sampler import find_engine
+from toolkit.train.rollout.tools import load_tools
 from toolkit.train.run_context import Options, RunContext, finish, introduce
 from toolkit.train.step import step_errors
 from toolkit.train.tracking import open_tracking
@@ -181,13 +182,21 @@ def prepare(
         tokenizer,
         max_prompt_length=resolved.grpo.get("max_prompt_length"),
         template=resolved.grpo.get("chat_template_kwargs"),
+        environment=resolved.environment,
     )
     micro_batch_record.refuse_too_few(resolved, len(data.train), world_size())
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
+    tools = load_tools(resolved)
+    if tools and not data.report.train.chat:
+        raise ConfigError(
+            "tools are called in a chat, and the prompts are plain text",
+            where="dataset.chat",
+            fix="use a model with a chat template, or remove the section tools",
+        )
     model, tokenizer = load_policy(resolved, tokenizer)
     reports = {"train": data.report.train, "eval": data.report.eval}
     digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
-    return RunContext(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
+    return RunContext(resolved, run_dir, ready, model, tokenizer, data, rewards, digests, tools)
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
@@ -210,13 +219,30 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
         )
 
 
+def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
+    """Our trainer. With tools, what TRL says against the chat template is a fault of the run."""
+    if not context.tools:
+        return GRPOTrainer(**arguments)
+    try:
+        return GRPOTrainer(**arguments, tools=context.tools)
+    except ValueError as error:
+        if "template" not in str(error):
+            raise
+        raise ConfigError(
+            first_line(error),
+            where="tools",
+            fix="use a model whose chat template has tool calls, or remove the section tools",
+        ) from error
+
+
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
     """Build our trainer from the parts of the run, without upstream's callbacks that print."""
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
     arguments.padding_free = config.runtime.padding_free
-    trainer = GRPOTrainer(
+    trainer = _trainer(
+        context,
         model=context.model,
         reward_funcs=context.rewards.functions,
         args=arguments,

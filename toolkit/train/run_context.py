@@ -59,6 +59,7 @@ class RunContext:
     data: Data
     rewards: Rewards
     digests: dict[str, str]
+    tools: list[Any] = field(default_factory=list)
 
 
 def introduce(context: RunContext, seed: int, found: Path | None, options: Options) -> None:

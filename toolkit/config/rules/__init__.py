@@ -14,7 +14,8 @@ _THEMES = (
     "batch", "batch_auto", "rows", "sampling", "generation_kwargs", "training", "schedule",
     "scheduler", "optimizer", "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
     "lora_layers", "lora_start", "experts", "loading", "kv_cache", "features", "model_files",
-    "hardware", "keys", "secrets", "rewards", "data", "given", "runtime", "formats", "structural",
+    "hardware", "keys", "secrets", "rewards", "environment", "data", "given", "runtime", "formats",
+    "structural",
 )  # fmt: skip
 
 

@@ -268,7 +268,7 @@ def there_is_a_data_set(run: Run) -> Iterator[Fault]:
 
     Every completion answers one of its prompts, so a run needs it whatever grpo.max_steps is.
     """
-    if run.value("dataset.path") is None:
+    if run.value("dataset.path") is None and run.node("environment") is None:
         yield Fault(
             "dataset.path",
             NO_DATA,

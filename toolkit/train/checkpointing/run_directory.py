@@ -87,7 +87,8 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
     """The run as plain JSON values, section by section, as config.json records it."""
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     sections.pop("source")
-    return {name: _plain(value) for name, value in sections.items()}
+    # A run without an environment or tools has no such section.
+    return {name: _plain(value) for name, value in sections.items() if value is not None}
 
 
 def write_config(run_dir: Path, config: RunConfig) -> Path:

@@ -4,9 +4,10 @@ report.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base import did_you_mean
@@ -14,8 +15,9 @@ from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.config.data_facts import NO_DATA
 from toolkit.train.data import data_checks, prompt_format
-from toolkit.train.data.arrow_columns import as_dataset
+from toolkit.train.data.arrow_columns import as_dataset, from_rows
 from toolkit.train.data.dataset_source import read_source
+from toolkit.train.rewards.reasoning_gym import problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-    from toolkit.config.run_config import DatasetSection
+    from toolkit.config.run_config import DatasetSection, EnvironmentSection
     from toolkit.train.data.arrow_columns import Rows
     from toolkit.train.data.prompt_format import TemplateArguments
+
+
+HELD_OUT = 1 << 31
+"""From a seed of training to that of the held-out problems of an environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +108,21 @@ def load_data(
     *,
     max_prompt_length: int | None = None,
     template: TemplateArguments = None,
+    environment: EnvironmentSection | None = None,
 ) -> Data:
     """Read, check and prepare the training split, and the held-out split if the section names one.
 
-    ``max_prompt_length`` is in tokens, with special tokens and template; longer prompts lose their
-    first tokens. ``template`` is ``grpo.chat_template_kwargs``.
+    With an ``environment``, its problems are both splits, and the keys ``system`` and ``chat`` of
+    ``section`` apply. ``max_prompt_length`` is in tokens, with special tokens and template; longer
+    prompts lose their first tokens. ``template`` is ``grpo.chat_template_kwargs``.
 
     Raises ConfigError if the user must change something, InputError if a file cannot be read,
     RetryError if the hub does not answer.
     """
+    if environment is not None:
+        return _of_environment(
+            section, environment, Rendering(tokenizer, max_prompt_length, template)
+        )
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
     rendering = Rendering(tokenizer, max_prompt_length, template)
@@ -128,6 +140,29 @@ def load_data(
         evaluated, eval_report = _split(section, rendering, held_out)
     report = DataReport(train=train_report, eval=eval_report)
     return Data(train=train, eval=evaluated, report=report)
+
+
+def _of_environment(
+    section: DatasetSection, environment: EnvironmentSection, rendering: Rendering
+) -> Data:
+    section = replace(section, prompt="prompt", answer="answer")
+
+    def split(seed: int, size: int) -> tuple[datasets.Dataset, SplitReport]:
+        made = problems(environment.task, environment.options, seed=seed, size=size)
+        name = f"{environment.adapter}:{environment.task}"
+        rows = from_rows(made, lambda index: f"{name} problem {index}")
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return _prepared(section, rendering, name, (rows, f"sha256:{digest}"))
+
+    train, train_report = split(environment.seed, environment.size)
+    if environment.eval_size is None:
+        return Data(train=train, eval=None, report=DataReport(train=train_report))
+    # Far from the seeds of training: problem i of a task is made from seed + i.
+    held_out = (environment.seed + HELD_OUT) % 2**32
+    evaluated, eval_report = split(held_out, environment.eval_size)
+    return Data(
+        train=train, eval=evaluated, report=DataReport(train=train_report, eval=eval_report)
+    )
 
 
 @contextmanager
@@ -152,9 +187,16 @@ def _split(
     section: DatasetSection, rendering: Rendering, where: tuple[str, str, int | None]
 ) -> tuple[datasets.Dataset, SplitReport]:
     path, split, limit = where
-    rows, digest = read_source(
+    found = read_source(
         path, split=split, name=section.name, revision=section.revision, limit=limit
     )
+    return _prepared(section, rendering, path, found)
+
+
+def _prepared(
+    section: DatasetSection, rendering: Rendering, path: str, source: tuple[Rows, str]
+) -> tuple[datasets.Dataset, SplitReport]:
+    rows, digest = source
     if not len(rows.table):
         raise ConfigError("the dataset is empty: it has no rows", where=path)
     for key in ("prompt", "answer"):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.config.build import thaw
 from toolkit.config.reward_table import metric_names
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
 from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
+from toolkit.train.rewards.reasoning_gym import ReasoningGym
 from toolkit.train.rewards.remote import RemoteMathVerify, RemoteReward
 from toolkit.train.rewards.worker_process import WorkerProcess
 
@@ -59,12 +61,12 @@ def _build(
     here = None
     if not is_users or not config.reward.isolate:
         here = make_function(wanted, config.runtime.allow_code, folder, columns)
-    if not config.reward.isolate or not (is_users or isinstance(here, MathVerify)):
+    if not config.reward.isolate or not (is_users or isinstance(here, (MathVerify, ReasoningGym))):
         assert here is not None
         return here
     request = {
         "name": wanted.name,
-        "options": dict(wanted.options),
+        "options": thaw(wanted.options),
         "allow_code": list(config.runtime.allow_code),
         "folder": str(folder),
         "columns": None if columns is None else list(columns),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
+from toolkit.config.code import is_allowed
+from toolkit.config.environments import ADAPTERS
 from toolkit.train.rewards.builtin import (
     Compared,
     ExactMatch,
@@ -17,6 +20,7 @@ from toolkit.train.rewards.builtin import (
     RegexMatch,
 )
 from toolkit.train.rewards.mathverify import MathVerify
+from toolkit.train.rewards.reasoning_gym import COLUMN, ReasoningGym
 from toolkit.train.rewards.user import load_function, missing_columns
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "float | None": (float, int, type(None)),
     "tuple[str, ...]": (list, tuple),
+    "dict[str, Any] | None": (dict, MappingProxyType, type(None)),
 }
 
 
@@ -69,7 +74,15 @@ def _check(name: str, option: str, value: Any, wanted: str) -> None:
 
 BUILTINS: dict[str, type[Any]] = {
     kind.name: kind
-    for kind in (ExactMatch, NumericMatch, RegexMatch, Format, LengthPenalty, MathVerify)
+    for kind in (
+        ExactMatch,
+        NumericMatch,
+        RegexMatch,
+        Format,
+        LengthPenalty,
+        MathVerify,
+        ReasoningGym,
+    )
 }
 
 
@@ -90,6 +103,10 @@ def make_function(
         reward: Callable[..., Any] = build(wanted.name, _kind(wanted.name), options)
         if there is not None and isinstance(reward, Compared) and reward.column not in there:
             raise _no_column(wanted.name, [reward.column], there)
+        if isinstance(reward, ReasoningGym):
+            _refuse_package(wanted.name, allow_code)
+            if there is not None and COLUMN not in there:
+                raise _no_column(wanted.name, [COLUMN], there)
         return reward
     function = load_function(wanted.name, allow_code, folder)
     if there is not None:
@@ -100,6 +117,15 @@ def make_function(
         if missing:
             raise _no_column(wanted.name, missing, there)
     return partial(function, **options) if options else function
+
+
+def _refuse_package(name: str, allow_code: Sequence[str]) -> None:
+    module = ADAPTERS[name].modules[0]
+    if not is_allowed(module, allow_code):
+        raise ConfigError(
+            f"the environment {name} is code, and runtime.allow_code does not allow its module",
+            fix=f"runtime: {{allow_code: [{module}]}}, if you trust it",
+        )
 
 
 def _kind(name: str) -> type[Any]:

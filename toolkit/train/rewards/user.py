@@ -32,18 +32,28 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
-    """The callable at ``module:name``; ``folder`` is that of the run file.
+    """The reward at ``module:name``: found by ``load_code``, with parameters that fit TRL's call of
+    a reward. Raises ConfigError.
+    """
+    function = load_code(name, allow_code, folder)
+    check_signature(name, function)
+    return function
+
+
+def load_code(
+    name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
+) -> Callable[..., Any]:
+    """The callable at ``module:name``; ``folder`` is that of the run file. Errors call it ``what``.
 
     Raises ConfigError if the name is malformed, the module is not allowed or cannot be imported
-    (whatever its code raises), the callable does not exist, or its parameters do not fit TRL's call
-    of a reward.
+    (whatever its code raises), or the callable does not exist.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"reward {name!r} must have the form module:function")
+        raise ConfigError(f"{what} {name!r} must have the form module:function")
     module_name, _, attribute = name.partition(":")
     if not is_allowed(module_name, allow_code):
         raise ConfigError(
-            f"reward {name} runs code from a module that runtime.allow_code does not list",
+            f"{what} {name} runs code from a module that runtime.allow_code does not list",
             fix=(
                 "if you trust the module, set runtime: {allow_code: "
                 f"[{module_name.partition('.')[0]}]}}"
@@ -51,11 +61,10 @@ def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callabl
         )
     for allowed in allow_code:
         _look_in(folder, allowed.partition(".")[0])
-    module = _import(name, module_name, folder)
+    module = _import(f"{what} {name}", module_name, folder)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise _no_function(name, module, attribute)
-    check_signature(name, function)
+        raise _no_function(f"{what} {name}", module, attribute)
     return function  # type: ignore[no-any-return]  # callable() narrows Any no further
 
 
@@ -104,7 +113,7 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and module_name.startswith(error.name):
             raise ConfigError(
-                f"reward {name}: the module {error.name} does not exist",
+                f"{name}: the module {error.name} does not exist",
                 where=str(folder),
                 fix=(
                     f"put {error.name.replace('.', '/')}.py next to the run file, or install the "
@@ -112,20 +121,17 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
                 ),
             ) from error
         raise ConfigError(
-            (
-                f"reward {name}: importing {module_name} needs the module {error.name}, which was "
-                "not found"
-            ),
+            (f"{name}: importing {module_name} needs the module {error.name}, which was not found"),
             fix="install it; if it is next to the run file, allow it too: allow_code: "
             f"[{module_name.partition('.')[0]}, {error.name}]",
         ) from error
     except SyntaxError as error:
         raise ConfigError(
-            f"reward {name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
+            f"{name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"reward {name}: importing {module_name} raised {type(error).__name__}: {error}"
+            f"{name}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
 
 
@@ -134,7 +140,7 @@ def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
     near = did_you_mean.near(attribute, there, cutoff=0.6)
     what = "is not a function" if hasattr(module, attribute) else "does not exist"
     return ConfigError(
-        f"reward {name}: {attribute} {what} in {module.__name__}",
+        f"{name}: {attribute} {what} in {module.__name__}",
         where=module.__file__,
         fix=f"did you mean {near[0]}?"
         if near
