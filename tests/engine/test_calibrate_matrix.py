@@ -48,6 +48,7 @@ def test_the_tiny_matrix_runs_and_resumes(tmp_path: Path) -> None:
         "engine",
         "r8 len128 micro2 ckpt",
         "r8 len64 micro2 plain",
+        "r8 len128 micro1 ckpt 4 rows in packs of 200",
     ]
     assert not any("failed" in row for row in rows)
     assert all(
@@ -56,4 +57,4 @@ def test_the_tiny_matrix_runs_and_resumes(tmp_path: Path) -> None:
     assert "Calibration on the CPU" in text
     again = run(tmp_path / "out", "--dry", "--work", str(work))
     assert "engine tiny" not in again  # what is there is not run again
-    assert len((tmp_path / "out" / "calibration.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "out" / "calibration.jsonl").read_text().splitlines()) == 4

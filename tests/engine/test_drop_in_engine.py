@@ -126,9 +126,10 @@ def test_engine_arguments_that_we_hand_on_are_vllms() -> None:
 
     from vllm.engine.arg_utils import EngineArgs
 
-    from toolkit.policy.load_arguments import ENGINE_EXTRA
+    from toolkit.config.engine_settings import API_OPTIONS, OPTIONS
 
-    assert set(ENGINE_EXTRA) <= {item.name for item in fields(EngineArgs)}
+    known = {item.name for item in fields(EngineArgs)}
+    assert {API_OPTIONS[name].vllm for name in set(API_OPTIONS) - set(OPTIONS)} <= known
 
 
 def test_both_engines_answer_alike(fast: Any, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ def term(result, name):
     return next(one for one in result.terms if one.term == name)
 
 
-def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run):
+def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run, monkeypatch):
     """16,384 + 8 x 2,048 tokens, where eight rows are 147,456."""
+    monkeypatch.setenv("COLUMNS", "100")
     result = solve(run(LONG, **CONTEXT), spec_of(EIGHT_B), card("h100"))
     packs = result.trainer.packs
     assert (packs.pack_tokens, packs.step_tokens, packs.passes) == (32768, 32768, 1)

@@ -195,7 +195,8 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     """Warn once, on the first rank, if the gap of a logging window is more than rounding. Then the
     sampled policy is not the trained one, for example the base without its adapter.
 
-    No warning if ``warn_of_collapse`` has warned, or if sampling options explain the gap.
+    No warning if ``warn_of_collapse`` has warned, or if sampling options or dropout explain the
+    gap: the engine samples without dropout.
     """
     means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:
@@ -206,6 +207,8 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     mean = sum(means) / len(means)
     if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
         return
+    if _has_dropout(trainer.model):
+        return
     trainer.gap_reported = True
     warnings.warn(
         f"{GAP} is {mean:.2g} nats, and at most {limit:g} is rounding: the completions are not"
@@ -215,6 +218,10 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
         ToolkitWarning,
         stacklevel=2,
     )
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    return any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in model.modules())
 
 
 def _unfollowed(trainer: TrainerSeam) -> list[str]:
