@@ -23,6 +23,7 @@ from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.lora_tables import use_table
+from toolkit.engine.mesh import check_world, open_mesh
 from toolkit.engine.process_group import join_group
 from toolkit.engine.vllm_errors import explain
 from toolkit.engine.vllm_internals import device_type
@@ -41,6 +42,7 @@ def start(options: EngineOptions) -> Engine:
     again = _started is not None
     if again:
         make_room()
+    check_world(options.tensor_parallel_size)
     device = device_type()
     config = check_model(options, device)
     weight_loader.register()
@@ -59,6 +61,7 @@ def start(options: EngineOptions) -> Engine:
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
+        open_mesh(options.tensor_parallel_size)
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _started = weakref.ref(engine)
         if again:

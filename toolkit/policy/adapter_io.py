@@ -19,6 +19,8 @@ from toolkit.base import disk
 from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
+from toolkit.engine.mesh import mesh
+from toolkit.engine.shards import whole
 from toolkit.policy.fingerprint import marks_of
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
@@ -49,7 +51,8 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     """Write the adapter ``name`` of ``model`` to ``folder`` and return it; equal adapters, equal
     bytes.
 
-    The files appear together at the end: a full disk or a kill leaves what was there before.
+    The files appear together at the end: a full disk or a kill leaves what was there before. Where
+    processes share a model, all of them call it, and the first writes.
 
     Raises:
         ConfigValueError: the model has no adapter. InputError: the folder cannot be written.
@@ -58,11 +61,19 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         raise ConfigValueError(
             "the model has no adapter to save", where="save_lora", fix="call get_peft_model first"
         )
-    target = Path(folder)
+    target, shared, state = Path(folder), mesh(), None
+    if shared is not None:
+        own = model.named_parameters()
+        state = {key: whole(value) for key, value in own if "lora_" in key}
+        if not shared.first:
+            return target
     with beside(target) as work:
         # Told, PEFT need not ask the hub whether the vocabulary has the base's size.
         resized = bool(getattr(model, "toolkit_resized", False))
-        model.save_pretrained(str(work), selected_adapters=[name], save_embedding_layers=resized)
+        more = {} if state is None else {"state_dict": state}
+        model.save_pretrained(
+            str(work), selected_adapters=[name], save_embedding_layers=resized, **more
+        )
         inner = work if name == "default" else work / name
         _sort_config(inner / ADAPTER_CONFIG)
         marks = marks_of(model)

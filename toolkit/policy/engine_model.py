@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigValueError
+from toolkit.base.process_environment import world_size
+from toolkit.config import parallel
 from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
@@ -59,6 +61,7 @@ def engine_options(
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
     given["gpu_memory_utilization"] = _share(given["gpu_memory_utilization"])
+    given["tensor_parallel_size"] = _split(given["tensor_parallel_size"], checkpoint)
     return EngineOptions(
         model=str(checkpoint.folder),
         max_model_len=request.max_seq_length,
@@ -83,6 +86,22 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
         where=WHERE,
         fix="load with fast_inference=False",
     )
+
+
+def _split(asked: Any, checkpoint: Checkpoint) -> int:
+    """tensor_parallel_size; "auto" is the smallest with which a card's part of the files takes at
+    most half of the card. A run file's "auto" is sized by its budget instead.
+
+    Total memory and not what is free, as all processes have to find the same.
+    """
+    if asked != "auto":
+        return int(asked)
+    if not torch.cuda.is_available():
+        return 1
+    whole = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+    room = torch.cuda.mem_get_info()[1] // 2
+    legal = parallel.sizes(checkpoint.read_json("config.json"), world_size())
+    return next((size for size in legal if whole <= size * room), legal[-1])
 
 
 def _share(asked: Any) -> float | Auto:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from transformers import PrinterCallback, ProgressCallback
 
 from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError
-from toolkit.config import chat_format
+from toolkit.config import chat_format, parallel
+from toolkit.engine.mesh import mesh
+from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.language_model import load_policy, policy_tokenizer
 from toolkit.train.checkpointing import (
     branch,
@@ -123,7 +125,9 @@ def _begin(
         for line in passed:
             options.out.write(f"passed over {line}\n")
     if found is not None:
-        checkpoint.refuse_other_world(found, world_size())
+        size = parallel.size_of(config.model.tensor_parallel_size)
+        if config.model.tensor_parallel_size != "auto":  # else once it is settled
+            checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
     context = prepare(as_begun, run_dir, control.peers)
     config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
@@ -172,7 +176,8 @@ def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> Run
         max_prompt_length=resolved.grpo.get("max_prompt_length"),
         template=resolved.grpo.get("chat_template_kwargs"),
     )
-    micro_batch_record.refuse_too_few(resolved, len(data.train), world_size())
+    replicas = parallel.replicas(world_size(), resolved.model.tensor_parallel_size)
+    micro_batch_record.refuse_too_few(resolved, len(data.train), replicas)
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
     model, tokenizer = load_policy(resolved, tokenizer)
     reports = {"train": data.report.train, "eval": data.report.eval}
@@ -188,6 +193,7 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
     then = chat_record.recorded(checkpoint.read_state(found, "run", dict), found)
     if then[chat_record.KEY] is None:
         then[chat_record.KEY] = now[chat_record.KEY]
+    then.pop(parallel.KEY, None)  # recorded before it became free to change
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
@@ -234,8 +240,7 @@ def _train(
 ) -> None:
     signals, peers, run_dir_watch = control
     trainer = build_trainer(context, config)
-    first = is_first_rank()
-    if first:
+    if is_first_rank():
         introduce(context, trainer.args.seed, found, options)
     before = _evaluate(context, options, adapter=False)
     if peers is not None:
@@ -264,9 +269,22 @@ def _train(
     # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
     if signals.received is not None and (peers is None or trainer.stopping):
         raise _stopped(config, signals.received, begun=True)
-    if first:
-        after = _evaluate(context, options, adapter=True)
+    _end(context, before, trainer, options, peers)
+
+
+def _end(
+    context: RunContext,
+    before: Evaluation | None,
+    trainer: GRPOTrainer,
+    options: Options,
+    peers: Peers | None,
+) -> None:
+    """What a run leaves, written by the first process, and the end of the others."""
+    after = _evaluate(context, options, adapter=True)
+    if is_first_rank():
         finish(context, before, after, options.out, base=trainer.base_check)
+    elif shares_with_first():
+        save_lora(context.model, context.run_dir / "adapter")  # its part; the first one writes
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:
@@ -368,6 +386,12 @@ def _stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
     return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
 
 
+def shares_with_first() -> bool:
+    """True in a process that shares a model with the first one of the run."""
+    shared = mesh()
+    return shared is not None and shared.replica == 0
+
+
 def total_steps(trainer: GRPOTrainer) -> int:
     """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches left
     over at the end of an epoch are a step too.
@@ -381,7 +405,7 @@ def total_steps(trainer: GRPOTrainer) -> int:
 
 
 def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:
-    if context.data.eval is None or not is_first_rank():
+    if context.data.eval is None or not (is_first_rank() or shares_with_first()):
         return None
     if not evaluates(context.config, options.evaluate):
         return None

@@ -39,6 +39,8 @@ FREE_TO_CHANGE = (
     "grpo.trackio_space_id",
     "grpo.trackio_bucket_id",
     "grpo.trackio_static_space_id",
+    # Exact to rounding, which the run says (run_context.introduce).
+    "model.tensor_parallel_size",
 )
 """What a resumed run may change without saying so: it changes no number that the run computes."""
 

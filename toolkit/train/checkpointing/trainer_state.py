@@ -22,6 +22,7 @@ from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_lin
 from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
+from toolkit.engine.mesh import mesh
 from toolkit.policy.adapter_io import read_tensors
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
@@ -31,13 +32,17 @@ from toolkit.train.checkpointing.state_files import (
     copy_into,
     flatten,
     generators,
+    load_optimizer,
+    optimizer_state,
     restore_generators,
     trainable,
     unflatten,
+    whole_trainable,
 )
+from toolkit.train.process_control import is_first_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -85,9 +90,9 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
     )
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
     """The adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), the same bytes
-    for the same values.
+    for the same values. ``tensors`` are its values, where ``model`` has only a part of them.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
@@ -102,8 +107,9 @@ def save_adapter(model: Any, folder: Path) -> None:
     write_file(
         folder / "adapter_config.json", json.dumps(described, indent=2, sort_keys=True) + "\n"
     )
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
-    save_file(tensors, str(folder / ADAPTER), metadata={"format": "pt"})
+    stored = trainable(model) if tensors is None else tensors
+    stored = {name: p.detach().cpu().contiguous() for name, p in stored.items()}
+    save_file(stored, str(folder / ADAPTER), metadata={"format": "pt"})
 
 
 def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None:
@@ -116,17 +122,22 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
     partial = checkpoint.partial_place(run_dir, step)
+    model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), mesh()
     try:
-        if accelerator.is_main_process:
+        # Every process gives its part, the first one writes.
+        adapter = whole_trainable(model)
+        state = optimizer_state(_inner(trainer.optimizer))
+        if first:
             if trainer.journal is not None:
                 trainer.journal.sync()  # a checkpoint must not know more than the logs hold
             checkpoint.begin(run_dir, step)
-            save_adapter(accelerator.unwrap_model(trainer.model), partial)
-            _save_shared(trainer, snapshot, partial)
+            save_adapter(model, partial, adapter)
+            _save_shared(trainer, snapshot, partial, state)
         accelerator.wait_for_everyone()
-        _save_rank(snapshot, partial, accelerator.process_index)
+        if shared is None or shared.first:
+            _save_rank(snapshot, partial, accelerator.process_index)
         accelerator.wait_for_everyone()
-        folder = checkpoint.commit(partial, step) if accelerator.is_main_process else None
+        folder = checkpoint.commit(partial, step) if first else None
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)  # first: what is free is told
         known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
@@ -151,10 +162,13 @@ def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
     return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
 
 
-def _save_shared(trainer: TrainerSeam, snapshot: Snapshot, folder: Path) -> None:
+def _save_shared(
+    trainer: TrainerSeam, snapshot: Snapshot, folder: Path, state: Mapping[str, Any]
+) -> None:
+    """``state`` is the optimizer's."""
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
     tensors: Tensors = {}
-    optimizer = flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
+    optimizer = flatten(state, tensors, "optimizer")
     save_file(tensors, str(folder / OPTIMIZER))
     scaler = getattr(trainer.accelerator, "scaler", None)
     described = {
@@ -162,6 +176,7 @@ def _save_shared(trainer: TrainerSeam, snapshot: Snapshot, folder: Path) -> None
         "run": dict(trainer.fingerprint),
         "branch": trainer.branch.to_json(),
         "world_size": trainer.accelerator.num_processes,
+        "tensor_parallel_size": 1 if (shared := mesh()) is None else shared.size,
         "counters": snapshot.counters,
         "positions": snapshot.positions,
         "log_sha256": snapshot.log_sha256,
@@ -196,7 +211,8 @@ def check(trainer: TrainerSeam, folder: Path) -> None:
             where=str(folder),
             fix="name an earlier one, or set runtime.resume: auto to use the latest sound one",
         )
-    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes)
+    size = 1 if (shared := mesh()) is None else shared.size
+    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes, size)
     with _usable(folder):
         # transformers reads it once more, and takes its rows for what it wrote.
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
@@ -213,7 +229,7 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
         tensors = _read_tensors(folder / OPTIMIZER)
-        _inner(trainer.optimizer).load_state_dict(unflatten(described["optimizer"], tensors))
+        load_optimizer(_inner(trainer.optimizer), unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and described["scaler"] is not None:
