@@ -46,7 +46,7 @@ def try_family(folder: Path, family: str) -> dict[str, Any]:
     with torch.no_grad():
         expected = reference(tokens).logits
     size = int(os.environ["WORLD_SIZE"])
-    with open_engine(options(folder, tensor_parallel_size=size)) as engine:
+    with open_engine(options(folder, tensor_parallel_size=size, block_size=32, extra={})) as engine:
         model = shared_model(engine)
         with torch.no_grad():
             logits = float((model(tokens).logits - expected).abs().max())

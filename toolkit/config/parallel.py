@@ -44,7 +44,7 @@ def size_of(value: Any) -> int:
 
 
 def replicas(world_size: int, size: Any) -> int:
-    """How many groups of ``size`` processes a run has; all processes where that is no number yet,
+    """How many groups of ``size`` processes a run has; all processes where that is not settled,
     or does not divide them.
     """
     number = size_of(size)

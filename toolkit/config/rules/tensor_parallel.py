@@ -28,7 +28,7 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
     Each card of a group holds whole heads, and the run has groups of that many processes. The model
-    is judged when it is at hand; the world size is --world-size. Fewer KV heads than cards are
+    is judged where it is on this machine; the world size is --world-size. Fewer KV heads than cards are
     fine where the number is a multiple of them: cards then hold the same ones.
     """
     size = run.value(_KEY)
@@ -82,7 +82,7 @@ def model_can_be_split(run: Run) -> Iterator[Fault]:
 
     Dense decoders with separate projections are followed. A mixture of experts, fused projections
     (Phi-3), models that vLLM runs through its Transformers backend, and packed 4-bit weights are
-    not. The model is judged when it is at hand.
+    not. The model is judged where it is on this machine.
     """
     if run.value(_KEY) in (1, "auto") or run.engine == "transformers":
         return
