@@ -28,8 +28,8 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
     Each card of a group holds whole heads, and the run has groups of that many processes. The model
-    is judged where it is on this machine; the world size is --world-size. Fewer KV heads than cards are
-    fine where the number is a multiple of them: cards then hold the same ones.
+    is judged where it is on this machine; the world size is --world-size. Fewer KV heads than cards
+    are fine where the number is a multiple of them: cards then hold the same ones.
     """
     size = run.value(_KEY)
     if size in (1, "auto"):
