@@ -118,7 +118,12 @@ def test_auto_offers_one_for_a_kind_of_model_that_is_not_split():
     assert parallel.replicas(4, "auto") == 4
 
 
-def test_a_model_that_fits_no_two_cards_takes_four(spec_of, card, run):
+def test_a_model_that_fits_no_single_card_takes_as_few_as_hold_it(spec_of, card, run):
+    spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
     config = run(r=32, tensor_parallel_size="auto")
-    result = solve(config, spec_of("meta-llama/Llama-3.3-70B-Instruct"), card("h100"), world_size=8)
-    assert (result.feasible, result.choice.tensor_parallel_size) == (True, 4)
+    result = solve(config, spec, card("h100"), world_size=8)
+    chosen = result.choice.tensor_parallel_size
+    assert result.feasible
+    assert chosen > 1
+    fewer = run(r=32, tensor_parallel_size=chosen // 2)
+    assert not solve(fewer, spec, card("h100"), world_size=8).feasible
