@@ -15,6 +15,7 @@ import pytest
 from toolkit.train.launch import environment, free_port
 
 WORKER = Path(__file__).with_name("split_worker.py")
+pytestmark = pytest.mark.slow
 
 
 def together(size: int, *arguments: str) -> list[dict[str, Any]]:
@@ -38,9 +39,9 @@ def together(size: int, *arguments: str) -> list[dict[str, Any]]:
     ("size", "kv_heads", "mode"),
     [
         (2, 1, "checkpointing"),  # one KV head on both, tied tables
-        pytest.param(2, 2, "plain", marks=pytest.mark.slow),
-        pytest.param(4, 2, "plain", marks=pytest.mark.slow),
-        pytest.param(4, 4, "checkpointing", marks=pytest.mark.slow),
+        (2, 2, "plain"),
+        (4, 2, "plain"),
+        (4, 4, "checkpointing"),
     ],
 )
 def test_processes_that_share_a_model_train_as_one_does(
