@@ -19,6 +19,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
 from toolkit.base.process_environment import world_size
 from toolkit.config.lora_targets import has_experts
+from toolkit.config.parallel import size_of
 from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
@@ -42,7 +43,8 @@ def start(options: EngineOptions) -> Engine:
     again = _started is not None
     if again:
         make_room()
-    check_world(options.tensor_parallel_size)
+    size = size_of(options.tensor_parallel_size)
+    check_world(size)
     device = device_type()
     config = check_model(options, device)
     weight_loader.register()
@@ -61,7 +63,7 @@ def start(options: EngineOptions) -> Engine:
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
-        open_mesh(options.tensor_parallel_size)
+        open_mesh(size)
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _started = weakref.ref(engine)
         if again:

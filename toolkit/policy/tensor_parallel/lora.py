@@ -28,6 +28,9 @@ WHERE = "lora"
 class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that strict mode can use
     """``peft.tuners.lora.Linear`` on a ``SplitLinear``: one plain adapter, not merged."""
 
+    in_features: int
+    out_features: int
+
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, on the whole layer, so that the same values are drawn for every number of
         processes; then this process's part of them is kept.
@@ -57,7 +60,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         base: SplitLinear = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
-            return base(x)
+            plain: torch.Tensor = base(x)
+            return plain
         name = self._only(active)
         x = base.enter(x)
         a, b = self._halves(name)

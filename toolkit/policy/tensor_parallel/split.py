@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -84,7 +84,8 @@ def _fit_heads(layer: nn.Module) -> None:
     if not isinstance(query, SplitLinear) or not isinstance(key, SplitLinear):
         return
     if hasattr(layer, "num_key_value_groups"):
-        layer.num_key_value_groups = query.out_features // key.out_features
+        groups: Any = query.out_features // key.out_features
+        layer.num_key_value_groups = groups
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
