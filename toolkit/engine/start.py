@@ -82,6 +82,18 @@ def start(options: EngineOptions) -> Engine:
         torch.set_num_threads = set_num_threads
 
 
+def sum_over_gloo() -> None:
+    """Have vLLM's CPU workers add up over torch.distributed (gloo).
+
+    Its own sums over shared memory (``CpuCommunicator``, 0.31.0) wait without end for a process
+    that is gone, and all runs of a machine share one name of the memory under external_launcher.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415 - CPU only
+
+    kind: Any = cpu_communicator.CpuCommunicator
+    kind._all_group_ranks_share_shm_group_name = lambda _: False
+
+
 def make_room() -> None:
     """Free what nobody holds any more of the engine before, and refuse to start beside one that is
     open: vLLM keeps its groups, and the pool of a KV cache that sleeps, for the process, so that
@@ -109,6 +121,8 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
     Prompts are prefilled whole: after a part of one, vLLM winds the request's generator back, which
     torch's CPU generators cannot do ("CPU Generator does not use offset", 0.25.1 to 0.31.0).
     """
+    if arguments.get("tensor_parallel_size", 1) > 1:
+        sum_over_gloo()
     arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         del arguments["kv_cache_memory_bytes"]
