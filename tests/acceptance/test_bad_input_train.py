@@ -100,12 +100,12 @@ CASES = {
     "empty dataset": Case(1, ("train.jsonl has no rows",), _write("train.jsonl", "\n")),
     "prompt longer than the model's sequences": Case(
         1,
-        ("has 3000 tokens, the engine was built for 64", "model.max_seq_length"),
+        ("has 3000 tokens, but the engine supports 64", "model.max_seq_length"),
         _write("train.jsonl", f'{{"question": "{"7" * 3000}", "answer": "2"}}\n' * 8),
     ),
     "column of two types": Case(
         1,
-        ("train.jsonl:2", "column 'answer' holds a text here and a number before"),
+        ("train.jsonl line 2: column 'answer' has a text in this row and a number in", "DATA040"),
         _write("train.jsonl", '{"question": "1", "answer": 1}\n{"question": "2", "answer": "2"}'),
     ),
     "missing column": Case(

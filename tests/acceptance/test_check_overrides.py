@@ -43,7 +43,7 @@ def test_a_change_of_no_run_file_is_a_usage_error(tmp_path: Path) -> None:
     [
         ("runtime.engine=vllm", "LOAD025"),  # heads of 16 values, on a CPU
         ("model.load_in_8bit=true", "LOAD002"),
-        ("grpo.fp16=true", "LOAD024"),
+        ("model.attn_implementation=flash_attention_2", "LOAD023"),
         ("model.load_in_fp8=true", "LOAD020"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_message(run_file, tmp_path, vic
     assert time.monotonic() - sent < 20
     told = ranks.told(run_dir)
     assert told.count("\nerror:") == 1, told
-    assert f"process {victim} of this run is gone" in told
+    assert f"process {victim} of this run has ended unexpectedly" in told
     assert "resumes from the last checkpoint" in told
     assert "Traceback" not in told
 
@@ -153,7 +153,7 @@ def test_a_signal_to_one_rank_stops_all_where_they_agree(run_file, tmp_path, vic
     told = ranks.told(run_dir)
     latest = checkpoint.list_steps(run_dir)[0]
     assert told.count("\nerror:") == 1, told
-    assert f"stopped by SIGUSR1; checkpoint-{latest} is written" in told
+    assert f"stopped by SIGUSR1; checkpoint-{latest} was saved" in told
     assert checkpoint.faults(run_dir / f"checkpoint-{latest}") == []
     assert len(world.rows(run_dir)) == latest
 

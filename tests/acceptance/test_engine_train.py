@@ -118,7 +118,7 @@ QUICK = {
     ),
     "memory for four": Case(
         0,
-        ("rollout: out of memory with 8 sequences, 4 at a time from here on",),
+        ("rollout: out of memory with 8 sequences, at most 4 at a time from now on",),
         {"grpo": SHORT},
         fault("steps > 1 and input_ids.shape[0] == 8", OOM),
     ),

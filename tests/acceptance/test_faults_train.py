@@ -138,7 +138,7 @@ def test_memory_that_runs_out_in_a_step_costs_no_step(ended) -> None:
     run, whole = ended["small card"], ended["undisturbed"]
     assert run.returncode == whole.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
-        "warning: training step: out of memory, the micro-batch is cut in 2 from here on"
+        "warning: training step: out of memory, the micro-batch is cut into 2 parts from now on"
         " (CUDA out of memory. Tried to allocate 2.00 GiB)"
     ]
     assert whole.stderr == ""
@@ -158,8 +158,8 @@ def test_memory_that_runs_out_in_a_rollout_costs_no_completion(ended) -> None:
     assert run.returncode == 0, run.stderr
     told = [line.partition(" (")[0] for line in run.stderr.splitlines()]
     assert told == [  # once, and not in each step
-        "warning: rollout: out of memory with 4 sequences, 2 at a time from here on",
-        "warning: rollout: out of memory with 2 sequences, 1 at a time from here on",
+        "warning: rollout: out of memory with 4 sequences, at most 2 at a time from now on",
+        "warning: rollout: out of memory with 2 sequences, at most 1 at a time from now on",
     ]
     assert [len(rows(run)), len(rows(run, "completions.jsonl"))] == [4, 16]
     refused(ended["tiny card in the rollout"], "out of memory")
@@ -169,7 +169,7 @@ def test_a_step_that_is_no_number_is_skipped_and_counted(ended) -> None:
     run = ended["one bad step"]
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
-        "warning: step 2: loss or gradient is not finite, skipped (1 in a row)"
+        "warning: step 2 skipped: loss or gradient is not finite (1 in a row)"
     ]
     assert [row.get("skipped") for row in rows(run)] == [None, 1.0, None, None]
     assert [row["loss"] is None for row in rows(run)] == [False, True, False, False]
@@ -190,8 +190,8 @@ def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) ->
     ("name", "words"),
     [
         ("hangs", ("reward score took longer than 1 s", "or raise reward.timeout_s")),
-        ("returns infinity", ("reward score returned inf", "mend the function, or")),
-        ("returns a text", ("reward score returned a str", "mend the function, or")),
+        ("returns infinity", ("reward score returned inf", "fix the function, or")),
+        ("returns a text", ("reward score returned a str", "fix the function, or")),
     ],
 )
 def test_a_reward_that_misbehaves_ends_the_run_with_its_sample_saved(ended, name, words) -> None:

@@ -208,21 +208,28 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("generate", "/nowhere", "hi"), 2, "is no run folder: config.json is missing"),
+        (("generate", "/nowhere", "hi"), 2, "is not a run folder: config.json is missing"),
         (("generate", "RUN"), 2, "Missing argument 'PROMPTS...'"),
-        (("generate", "RUN", "hi", "--checkpoint", "9"), 1, "has no sound checkpoint-9"),
+        (("generate", "RUN", "hi", "--checkpoint", "9"), 1, "has no intact checkpoint-9"),
         (("generate", "RUN", "1" * 128), 1, "prompt 0 has 128 tokens"),
+        (("generate", "RUN", os.fsdecode(b"\xff")), 2, "PROMPTS: a prompt is not UTF-8 text"),
         (("generate", "RUN", "hi", "--temperature", "-1"), 2, "--temperature"),
         (("export", "RUN"), 2, "Missing option '--to'"),
         (("export", "RUN", "--to", "RUN"), 1, "is not empty"),
         (("export", "RUN", "--to", "/proc/x"), 2, "cannot be written"),
+        (("export", "RUN", "--to", "PIPE"), 1, "is a file"),
+        (("export", "RUN", "--to", "PIPE", "--merge"), 1, "is a file"),
+        (("export", "RUN", "--to", "LINK"), 1, "is a file"),
         (("export", "RUN", "--to", "OUT", "--dtype", "bfloat16"), 2, "--dtype needs --merge"),
     ],
 )
 def test_refused_in_a_line_or_two(
     inside: Inside, world: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
     places = {"RUN": str(world / "run"), "OUT": str(tmp_path / "out")}
+    places |= {"PIPE": str(tmp_path / "pipe"), "LINK": str(tmp_path / "link")}
     done = inside(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == code, done.stderr
     assert words in done.stderr

@@ -124,6 +124,8 @@ def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
         (["check", "--require", "driver>=..."], "has an unknown form"),
         (["check", "--prometheus", "absent/node.prom"], "absent/node.prom: cannot be written: No"),
         (["record", "/proc/node.record.json"], "cannot be written"),
+        (["record", "pipe"], "cannot be written: it is not a regular file"),
+        (["check", "--prometheus", "pipe"], "cannot be written: it is not a regular file"),
         (["check", "--config", "absent.yaml"], "does not exist"),
         (["check", "--lock", "node.json"], "no name==version line"),
         (["replay", "node.json"], "not a recording"),
@@ -131,6 +133,7 @@ def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
     ],
 )
 def test_usage_is_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
     result = cases.load("cpu").envcheck(tmp_path, *arguments)
     assert result.returncode == 2
     assert words in result.stderr

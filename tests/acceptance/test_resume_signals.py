@@ -72,7 +72,7 @@ def test_a_step_that_is_too_long_is_abandoned(undisturbed, tmp_path, phase, numb
     os.kill(pid, number)
     assert world.wait(pid) == 75, out.read_text()
     assert time.monotonic() - sent < 20
-    assert f"stopped by {number.name}; checkpoint-2 is written" in out.read_text()
+    assert f"stopped by {number.name}; checkpoint-2 was saved" in out.read_text()
     assert checkpoint.list_steps(run_dir) == [2]
     assert checkpoint.faults(run_dir / "checkpoint-2") == []
     assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
@@ -90,7 +90,7 @@ def test_a_signal_between_steps_saves_at_the_end_of_the_step(undisturbed, tmp_pa
     if code == 75:
         steps = checkpoint.list_steps(run_dir)
         assert checkpoint.faults(run_dir / f"checkpoint-{steps[0]}") == []
-        assert f"checkpoint-{steps[0]} is written" in out.read_text()
+        assert f"checkpoint-{steps[0]} was saved" in out.read_text()
         assert sum("loss" in row for row in world.rows(run_dir)) == steps[0]
         assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
     assert world.digests(run_dir) == expected
@@ -135,7 +135,7 @@ def test_while_loading_there_is_nothing_to_wait_for(undisturbed, tmp_path):
     world.wait_for(lambda: out.exists() and "loading" in out.read_text())
     os.kill(pid, signal.SIGTERM)
     assert world.wait(pid) == 75
-    assert "no step had ended yet" in out.read_text()
+    assert "no step was completed yet" in out.read_text()
 
 
 def slow_outside_of_steps(phase: str):
@@ -202,7 +202,7 @@ def test_a_signal_outside_of_steps(undisturbed, tmp_path, phase, number, saved):
     steps = checkpoint.list_steps(run_dir)
     if phase == "checkpoint" and steps[:1] == [2]:
         saved = 2  # on a busy machine the step after it takes too long, and is abandoned
-    written = "no step had ended yet" if saved is None else f"checkpoint-{saved} is written"
+    written = "no step was completed yet" if saved is None else f"checkpoint-{saved} was saved"
     assert f"stopped by {number.name}; {written}" in out.read_text()
     assert steps[:1] == ([] if saved is None else [saved])
     assert all(checkpoint.faults(run_dir / f"checkpoint-{step}") == [] for step in steps)

@@ -112,7 +112,7 @@ def test_what_a_reward_logs_stands_beside_its_completion(ended: dict[str, Ended]
 
 def test_the_report_tells_of_it(ended: dict[str, Ended]) -> None:
     report = (ended["none"].folder / "out" / "report.html").read_text()
-    assert "samples that a reward failed on" in report
+    assert "samples on which a reward failed" in report
     assert "length_penalty" in report
 
 

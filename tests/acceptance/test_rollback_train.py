@@ -59,8 +59,8 @@ def test_what_was_written_and_gone_back_to_stays(run_file, tmp_path):
     code, said = go(run_file, run_dir, source, *CHANGED, "runtime.keep_last=1", before=stop_at(6))
     assert code == 75, said
     assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8, later than" in said
-    assert "stopped by SIGTERM; checkpoint-6 is written" in said
-    assert "start it again with --resume auto: it goes on from there" in said
+    assert "stopped by SIGTERM; checkpoint-6 was saved" in said
+    assert "run the command again with --resume auto: it resumes from there" in said
     assert sound(run_dir) == {"checkpoint-4", "checkpoint-6"}
     aside = run_dir / "abandoned-1"
     assert sound(aside) == {"checkpoint-6", "checkpoint-8"}
@@ -120,7 +120,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
     code, said = go(run_file, tmp_path / "run", before=unjudged)
     assert code == 1, said
     assert "1 prompts, and one generation takes 2: 8 completions" in said
-    assert "no step could be made" in said
+    assert "no step would run" in said
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -140,5 +140,5 @@ def test_a_run_that_ends_without_its_steps_is_no_success(run_file, tmp_path):
     code, said = go(run_file, tmp_path / "run", before=install)
     assert code == 70, said
     assert "training ended at step" in said
-    assert "of 8, and nothing had asked it to" in said
+    assert "of 8 for an unknown reason" in said
     assert not (tmp_path / "run" / "adapter").exists()

@@ -191,3 +191,33 @@ def rows_or_none(run_dir: Path) -> list[str]:
     """Rows of metrics.jsonl so far, unparsed; none while there is no file."""
     path = run_dir / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
+
+
+class Command:
+    """``toolkit train`` in a fork, with pipes for what it prints."""
+
+    def __init__(self, *words, before=None):
+        self.out, out = os.pipe()
+        self.err, err = os.pipe()
+        for handle in (self.out, self.err):
+            os.set_inheritable(handle, False)
+        self.pid = forked_command("train", *words, stdout=out, stderr=err, before=before)
+        self.returncode = None
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def poll(self):
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def communicate(self, timeout):
+        """(None, what it wrote on stderr)."""
+        wait_for(lambda: self.poll() is not None, timeout)
+        with open(self.err) as file:
+            said = file.read()
+        if self.out is not None:
+            os.close(self.out)
+        return None, said

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from toolkit.policy.lora_settings import INITS, LoraSettings
@@ -168,3 +169,16 @@ def test_loading_reports_nothing_to_us_so_we_compare_first(model: Any) -> None:
 def test_attributes_fall_through_to_the_model(base: Any) -> None:
     base.something_of_ours = 3
     assert peft.get_peft_model(base, _config()).something_of_ours == 3
+
+
+def test_the_fields_of_an_adapters_config_are_the_recorded_ones() -> None:
+    """What PEFT writes unasked, and which fields shape an adapter (config.adapter_facts)."""
+    from toolkit.config.adapter_facts import BOOKKEEPING, PEFT_DEFAULTS, SUPPORTED
+    from toolkit.policy.lora_settings import LoraSettings
+
+    written = {name: value for name, value in LoraConfig().to_dict().items() if value}
+    assert {k: v for k, v in written.items() if k not in (*SUPPORTED, *BOOKKEEPING)} == (
+        PEFT_DEFAULTS
+    )
+    assert {item.name for item in fields(LoraSettings)} - {"random_state"} == set(SUPPORTED)
+    assert set(SUPPORTED) < set(LoraConfig().to_dict())

@@ -222,7 +222,7 @@ def test_use_vllm_in_the_arguments_is_served_by_the_engine_on_the_model(tmp_path
 
 
 def test_vespo_needs_a_token_mode(tmp_path):
-    with pytest.raises(ValueError, match="vespo loss needs a token mode"):
+    with pytest.raises(ValueError, match="vespo loss needs a token-level mode"):
         make_trainer(tmp_path, engine=True, loss_type="vespo")
 
 

@@ -211,13 +211,13 @@ def test_keywords_beside_vllms_sampling_params(fast: Any) -> None:
     from vllm import SamplingParams
 
     for keywords, words in (
-        ({"max_tokens": 3}, "given beside vLLM's SamplingParams"),
+        ({"max_tokens": 3}, "cannot be used together with vLLM's SamplingParams"),
         ({"do_sample": True}, "Hugging Face's generate"),
         ({"bogus": True}, "unknown argument 'bogus'"),
     ):
         with pytest.raises(ConfigTypeError, match=words):
             fast.fast_generate(PROMPTS, SamplingParams(), **keywords)
-    with pytest.raises(ConfigValueError, match=r"vLLM refuses the request: .* 128"):
+    with pytest.raises(ConfigValueError, match=r"vLLM rejects the request: .* 128"):
         fast.fast_generate([[5] * 200], SamplingParams())
 
 

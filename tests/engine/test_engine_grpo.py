@@ -130,7 +130,7 @@ def test_a_base_that_was_written_to_is_refused(loaded, policy, tmp_path) -> None
     kept = weight.detach().clone()
     weight.data.mul_(1.5)
     try:
-        with pytest.raises(ConfigValueError, match=r"norm\.weight of the base changed after"):
+        with pytest.raises(ConfigValueError, match=r"norm\.weight of the base model changed after"):
             training.make_trainer(policy, loaded[1], tmp_path)
     finally:
         weight.data.copy_(kept)
@@ -271,7 +271,7 @@ def test_structured_outputs(loaded, policy, tmp_path) -> None:
         vllm_structured_outputs_regex="[0-9]{2}=(yes|no)[0-9]",
     )
     # The mass of what a grammar allows is in every weight, and training does not know the grammar.
-    with pytest.warns(ToolkitWarning, match="Leave out vllm_structured_outputs_regex"):
+    with pytest.warns(ToolkitWarning, match="Remove vllm_structured_outputs_regex"):
         trainer.train()
     assert len(said) == 16
     assert all(text[:2].isdigit() and text[3:-1] in ("yes", "no") for text in said), said

@@ -194,7 +194,7 @@ def test_generation_kwargs_and_stop_tokens(llama: Engine) -> None:
 
 def test_a_request_that_vllm_gave_up_on_is_no_empty_completion() -> None:
     completion = SimpleNamespace(finish_reason="error", token_ids=[], logprobs=None)
-    with pytest.raises(ConfigError, match=r"gave up on a completion \(error\)") as caught:
+    with pytest.raises(ConfigError, match=r"aborted a completion \(error\)") as caught:
         collect([[5]], [SimpleNamespace(outputs=[completion])])
     assert "vllm_structured_outputs_regex" in str(caught.value.fix)
 
@@ -356,7 +356,7 @@ def test_out_of_memory_costs_time_and_nothing_else(
         patch.setattr(llama.module, name, narrow)
         again = llama.generate(prompts, sampling, seed=6)
         assert len(refused) >= 1
-        assert "out of memory with 12 sequences, 6 at a time from here on" in caplog.text
+        assert "out of memory with 12 sequences, at most 6 at a time from now on" in caplog.text
         tried = len(refused)
         assert again.completion_ids == whole.completion_ids
         parts = llama.generate(prompts, sampling, seed=6)  # in parts from the start
@@ -425,7 +425,7 @@ def test_a_dead_engine_says_so(
         lambda: llama.publish(policy),
         lambda: llama.lora_request(),
     ):
-        with pytest.raises(NodeError, match="died earlier"):
+        with pytest.raises(NodeError, match="failed earlier"):
             use()
     llama._dead = None  # nothing broke but what was made to: the module's other tests go on
     drop_requests(llama.llm)

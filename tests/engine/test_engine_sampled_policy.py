@@ -95,7 +95,7 @@ def test_weights_that_collapse_are_told_once(loaded, tmp_path) -> None:
     assert all(row[RATIO] < 0.1 for row in rows)
     ours = [str(one.message) for one in told if issubclass(one.category, ToolkitWarning)]
     assert len(ours) == 1
-    assert "Leave out allowed_token_ids, which the training pass cannot follow" in ours[0]
+    assert "Remove allowed_token_ids, which the training pass cannot apply" in ours[0]
 
 
 def test_rollouts_without_the_adapter_are_told(loaded, tmp_path, monkeypatch) -> None:

@@ -25,6 +25,7 @@ from pyarrow import parquet
 from toolkit.base.data_files import FILE_SUFFIXES
 from toolkit.base.errors import InputError, ToolkitError
 from toolkit.config.data_facts import _read
+from toolkit.config.data_scan import Wanted
 from toolkit.train.data import data_checks
 from toolkit.train.data.arrow_columns import as_dataset
 from toolkit.train.data.row_reader import read_file
@@ -107,7 +108,7 @@ def judge(
 
 def _both(path: Path, limit: int | None) -> None:
     _read.cache_clear()
-    facts = _read(path, ("prompt", "answer"), "train", (0, 0))
+    facts = _read(path, Wanted("prompt", "answer"), "train", (0, 0))
     refused = None
     try:
         _used(read_file(path, limit).table)

@@ -33,5 +33,5 @@ def test_a_run_with_several_visible_gpus(
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["world_size"] == (count if processes else 1)
     assert manifest["base"]["unchanged"] is True
-    hint = f"trains on GPU 0 of {count} visible ones"
+    hint = f"uses GPU 0 of {count} visible GPUs"
     assert (hint in done.stdout) is (processes is None)

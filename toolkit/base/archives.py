@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
-MAX_MEMBERS = 100_000
-MAX_DIRECTORY_BYTES = 16 * MIB  # the headers of a zip file's members
+MAX_MEMBERS = 10_000  # an archive is for one data file and what lies beside it
+MAX_DIRECTORY_BYTES = 4 * MIB  # the headers of a zip file's members
 _ENCRYPTED = 1  # a bit of a zip member's flags
 UNREADABLE = (
     *UNPACKING_ERRORS,
@@ -70,24 +70,53 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
-    with open_bytes(archive) as file:
-        try:
-            with _members(archive, file, limit_bytes) as members:
-                _check(archive, into, members, limit_bytes)
-            make_folder(into)
-            left_bytes = limit_bytes
-            with _members(archive, file, limit_bytes) as members:
-                for member in members:
-                    left_bytes -= _write(archive, into, member, left_bytes)
-        except OSError as error:
-            if error.errno is None:  # gzip's and bz2's own
-                raise _unreadable(archive, error) from error
-            raise InputError(
-                f"cannot be unpacked: {error.strerror or error}", where=str(archive)
-            ) from error
-        except UNREADABLE as error:
-            raise _unreadable(archive, error) from error
+    with open_bytes(archive) as file, _reading(archive):
+        with _members(archive, file, limit_bytes) as members:
+            _check(archive, into, members, limit_bytes)
+        make_folder(into)
+        left_bytes = limit_bytes
+        with _members(archive, file, limit_bytes) as members:
+            for member in members:
+                left_bytes -= _write(archive, into, member, left_bytes)
     return into
+
+
+def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
+    """The names of the files in an archive that ``unpack`` would take, without writing any; None
+    where more than ``most_bytes_read`` would have to be unpacked to see all of them.
+
+    Raises as ``unpack``. What is not one of its headers is not read.
+    """
+    names: list[str] = []
+    total_bytes = 0
+    most = most_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
+    listed = zipfile.is_zipfile(archive)  # its members are, and none is unpacked
+    with (
+        open_bytes(archive) as file,
+        _reading(archive),
+        _members(archive, file, DEFAULT_LIMIT_BYTES) as members,
+    ):
+        for member in _checked(archive, archive.parent, members, most):
+            names += [] if member.is_folder else [member.name]
+            total_bytes += member.size_bytes
+            if total_bytes > most_bytes_read and not listed:
+                return None
+    return names
+
+
+@contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """What goes wrong with the bytes of an archive is an InputError about the archive."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # gzip's and bz2's own
+            raise _unreadable(archive, error) from error
+        raise InputError(
+            f"cannot be unpacked: {error.strerror or error}", where=str(archive)
+        ) from error
+    except UNREADABLE as error:
+        raise _unreadable(archive, error) from error
 
 
 def _unreadable(archive: Path, error: Exception) -> InputError:
@@ -96,11 +125,17 @@ def _unreadable(archive: Path, error: Exception) -> InputError:
 
 
 def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: int) -> None:
+    for _ in _checked(archive, into, members, limit_bytes):
+        pass
+
+
+def _checked(
+    archive: Path, into: Path, members: Iterator[Member], limit_bytes: int
+) -> Iterator[Member]:
+    """The members, each once it is known to be one that can be written below ``into``."""
     seen: set[Path] = set()
     total_bytes = 0
-    for number, member in enumerate(members, start=1):
-        if number > MAX_MEMBERS:
-            raise ConfigError(f"holds more than {MAX_MEMBERS} members", where=str(archive))
+    for member in members:
         path = safe_join(into, member.name, what="a member", where=archive)
         if path in seen and not member.is_folder:
             raise ConfigError(f"holds the member {member.name!r} twice", where=str(archive))
@@ -108,6 +143,7 @@ def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: in
         total_bytes += member.size_bytes
         if member.size_bytes < 0 or total_bytes > limit_bytes:
             raise _too_large(archive, limit_bytes)
+        yield member
 
 
 def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
@@ -174,6 +210,16 @@ class _Capped:
         return self.file.read(count)
 
 
+def _counted(archive: Path, number: int) -> None:
+    """Refuse the first member that is too many; what is ignored counts."""
+    if number > MAX_MEMBERS:
+        raise ConfigError(
+            f"holds more than {MAX_MEMBERS} members",
+            where=str(archive),
+            fix="unpack it and name the data file",
+        )
+
+
 def _is_extra(name: str) -> bool:
     """Extra members that macOS archivers add, and the entry of the packed folder itself (./)."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
@@ -186,6 +232,7 @@ def _is_extra(name: str) -> bool:
 
 def _zip_members(archive: Path, zipped: zipfile.ZipFile, limit_bytes: int) -> Iterator[Member]:
     infos = zipped.infolist()
+    _counted(archive, len(infos))
     total_bytes = sum(info.file_size for info in infos)
     most = most_bytes(archive.stat().st_size, limit_bytes)
     if total_bytes > most:
@@ -210,7 +257,9 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
 
 
 def _tar_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Member]:
-    for info, content in tar_members(archive, file, limit_bytes):
+    found = tar_members(archive, file, limit_bytes)
+    for number, (info, content) in enumerate(found, start=1):
+        _counted(archive, number)
         if _is_extra(info.name):
             continue
         if info.issparse():

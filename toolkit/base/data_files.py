@@ -59,6 +59,16 @@ def no_kind(path: Path) -> tuple[str, str]:
     return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
 
 
+def unreadable_table(kind: str, why: str) -> str:
+    """The message for a Parquet or Arrow file that cannot be read."""
+    return f"is not a readable {kind} file: {why}"
+
+
+def not_one(count: int) -> str:
+    """The message for an archive that contains so many data files."""
+    return f"holds {count} data files, not one"
+
+
 def path_fault(path: Path) -> str | None:
     """Why ``path`` cannot be read as a file, in words; None if it can, or if it is a folder."""
     try:
@@ -100,6 +110,29 @@ def decoded(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
         raise InputError(what, where=where, fix="correct or remove it") from None
+
+
+def json_value(text: str) -> Any:
+    """A JSON value of a data file. Raises ValueError also for what Python's reader lets pass: NaN
+    and a key that an object has twice, of which only the last value would be kept.
+    """
+    return _DECODER.decode(text)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice[:80]!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
 
 
 def chat_in(text: str) -> list[dict[str, Any]] | None:

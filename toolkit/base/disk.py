@@ -17,7 +17,8 @@ from toolkit.base.formatting import format_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-FAILED = (errno.EIO,)
+FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
+LIMITED = (errno.EFBIG,)
 MOUNTS = Path("/proc/self/mountinfo")
 LEAST_FREE = 1 << 20
 """If a writer does not say why it failed, a file system with less free space than this counts as
@@ -43,7 +44,7 @@ def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, 
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         number = _number(error)
-        if number in (*FULL, *CLOSED, *FAILED):
+        if number in (*FULL, *CLOSED, *FAILED, *LIMITED):
             name = getattr(error, "filename", None)
             return number, name if isinstance(name, str) else None
         writer = bool(_WRITERS.search(str(error)))
@@ -65,7 +66,7 @@ def _number(error: BaseException) -> int | None:
     text = str(error)
     if match := _NUMBER.search(text):
         number = int(match[1] or match[2])
-        return number if number in (*FULL, *FAILED, errno.EROFS) else None
+        return number if number in (*FULL, *FAILED, *LIMITED, errno.EROFS) else None
     return next((number for words, number in _WORDS.items() if words in text.lower()), None)
 
 
@@ -97,6 +98,14 @@ def translate(
                 "free some space or set another runtime.output_dir, then start the same "
                 "command again"
             ),
+        )
+    if number in LIMITED:
+        return ConfigError(
+            f"a file may not become as large as it has to ({said}): the limit of this process"
+            f" (ulimit -f) or of the file system{kept}",
+            where=f"{place}{system}",
+            fix="raise the limit or name another runtime.output_dir, then start the same command"
+            " again",
         )
     if number in CLOSED:
         return ConfigError(
@@ -130,7 +139,8 @@ def _account(place: Path, number: int, needed: int | None, name: str | None) -> 
     if needed is not None and needed > free:
         parts.append(f"{format_bytes(needed - free)} missing")
     elif name is None and free >= LEAST_FREE:
-        parts.append("the error does not name the file: check /tmp, /dev/shm and the caches too")
+        where = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
+        parts.append(f"the file is not named: look at {where}")
     return f": {', '.join(parts)}"
 
 

@@ -7,6 +7,7 @@ changes a user's file with ``rewrite_file``.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -79,8 +80,10 @@ def write_file(
     never half of it.
 
     The mode is 0644 or ``mode``, minus the umask. With ``durable``, file and folder are on the disk
-    when this returns. Raises OSError.
+    when this returns. A link is replaced by the file; a device, a pipe or a socket is not replaced.
+    Raises OSError.
     """
+    _refuse_special(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -99,6 +102,25 @@ def write_file(
     return path
 
 
+def write_named_file(path: Path, content: str) -> Path:
+    """``write_file`` for a path that a user named: a link stays one. Raises OSError."""
+    if path.is_symlink() and path.exists():
+        _refuse_special(path.resolve())
+        write_file(path.resolve(), content)
+        return path
+    return write_file(path, content)
+
+
+def _refuse_special(path: Path) -> None:
+    """Raises OSError for what a rename would replace: ``/dev/null`` too, where root writes."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
 def rewrite_file(path: Path, content: str) -> None:
     """Replace the content of a user's file. Its mode stays, and a link stays a link. Raises
     OSError.
@@ -110,12 +132,15 @@ def rewrite_file(path: Path, content: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in one write, so that lines of several processes do not mix. Raises
-    OSError.
+    """Append one line in one write, so that lines of several processes do not mix.
+
+    A link is not followed, and a pipe is not waited for. Raises OSError.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     handle = os.open(path, flags, FILE_MODE)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         os.write(handle, (line.rstrip("\n") + "\n").encode())
     finally:
         os.close(handle)

@@ -16,6 +16,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote
 
+from toolkit.base.formatting import visible
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -240,8 +242,8 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """A secret unchanged, and as ``repr`` (also of bytes, and applied twice), JSON and URLs write
-    it.
+    """A secret unchanged, and as ``repr`` (also of bytes, and applied twice), JSON, URLs and
+    ``visible`` write it.
     """
     once = _quoted(secret)
     forms = [
@@ -253,6 +255,8 @@ def _forms(secret: str) -> list[str]:
         quote(secret, errors="surrogateescape"),
         quote_plus(secret, errors="surrogateescape"),
         unquote(secret),
+        visible(secret),
+        visible(secret).replace("\n", "\\n"),
     ]
     return [form for form in dict.fromkeys(forms) if len(form) >= _SHORTEST_VALUE]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_HEADER_BYTES = MIB  # of one member, extended headers included
-MAX_HEADERS_BYTES = 256 * MIB  # of all
+MAX_HEADERS_BYTES = 16 * MIB  # of all
 
 
 class Forward:

@@ -93,7 +93,7 @@ def check(
     not be established. With --node only a bad node fails (3), never a user's mistake. A run that
     needs no GPU passes on a node without one.
     """
-    from toolkit.base.paths import write_file  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
@@ -103,7 +103,7 @@ def check(
     code = int(report["exit_code"])
     if prometheus is not None:
         with writing(prometheus):
-            write_file(prometheus, exposition(snapshot, results, code))
+            write_named_file(prometheus, exposition(snapshot, results, code))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:

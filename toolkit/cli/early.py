@@ -38,7 +38,7 @@ def listening_early() -> Iterator[None]:
     """Raises StoppedError for a signal inside the block. With several ranks no rank does, because
     their launcher reports the signal once.
     """
-    from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals  # noqa: PLC0415 - as above
+    from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - as above
     from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only here
 
     if "RANK" in os.environ:
@@ -54,7 +54,7 @@ def listening_early() -> Iterator[None]:
                 if early.received is not None or early.ended:
                     early.ignore()  # remaining output is still printed, and the exit code stays
     # compiled modules turn an exception raised in them into the latter
-    except (Abandoned, ImportError):
+    except (StepAbandoned, ImportError):
         if early.received is None:
             raise
         raise stopped_early(early.received) from None

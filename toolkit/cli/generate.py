@@ -85,7 +85,14 @@ def _texts(prompts: tuple[str, ...]) -> list[str]:
     """The prompts as given, with "-" replaced by the lines of stdin."""
     texts: list[str] = []
     for prompt in prompts:
-        texts += [line.rstrip("\n") for line in sys.stdin] if prompt == "-" else [prompt]
+        try:
+            found = [line.rstrip("\n") for line in sys.stdin] if prompt == "-" else [prompt]
+            "".join(found).encode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            where = "stdin" if prompt == "-" else "PROMPTS"
+            what = f"a prompt is not UTF-8 text: {error.reason}"
+            raise InputError(what, where=where, fix="convert it to UTF-8") from None
+        texts += found
     if not any(texts):
         raise InputError(
             "no prompt", where="PROMPTS", fix='give a prompt, or "-" and prompts on stdin'

@@ -76,13 +76,13 @@ def show(
     snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
 ) -> None:
     """One reading in the requested format; ``one_line`` is for streamed JSON."""
-    from toolkit.base.paths import write_file  # noqa: PLC0415 - as above
+    from toolkit.base.paths import write_named_file  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
 
     if prometheus is not None:
         with writing(prometheus):
-            write_file(prometheus, exposition(snapshot))
+            write_named_file(prometheus, exposition(snapshot))
     if as_json:
         click.echo(json.dumps(probe_report(snapshot), indent=None if one_line else 2))
     else:

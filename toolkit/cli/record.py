@@ -28,13 +28,13 @@ def record(file: Path, **request: Any) -> None:
     UUIDs are replaced by others and pids by small numbers. Names of processes, users and hosts are
     removed. Only environment variables that checks read are kept.
     """
-    from toolkit.base.paths import write_file  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
     from toolkit.gpu.record import recording  # noqa: PLC0415 - as above
 
     snapshot, context, results = examine(**request)
     with writing(file):
-        write_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
+        write_named_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
     click.echo(
         f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}; "
         f"redacted. Read it before you send it; `envcheck replay {file}` checks it on any "

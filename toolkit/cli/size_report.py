@@ -23,7 +23,7 @@ LETTERS = (
     ("K", "KV cache", ("engine.kv", "rollout.kv")),
     ("A", "rollout activations", ("engine.activations", "rollout.logits")),
     ("E", "rest of the engine", ("engine.",)),
-    ("O", "adapter and optimizer", ("trainer.adapter", "trainer.optimizer")),
+    ("O", "adapter and optimizer", ("trainer.adapter", "trainer.reference", "trainer.optimizer")),
     ("T", "training step", ("trainer.",)),
     ("m", "margins", ("margin.",)),
 )

@@ -1,4 +1,4 @@
-"""``toolkit``: train, demo, generate, export, tune, bench."""
+"""``toolkit``: train, demo, generate, export, tune, import, bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ COMMANDS = {
     "generate": ("toolkit.cli.generate:generate", "Generate completions with a trained run."),
     "export": ("toolkit.cli.export:export", "Write a run's adapter, or merged weights."),
     "tune": ("toolkit.cli.tune:tune", "Tune the engine's LoRA kernels on this card."),
+    "import": (
+        "toolkit.cli.import_config:import_config",
+        "Make a run file from another tool's config, script or notebook.",
+    ),
     "bench": ("toolkit.cli.bench:bench", "Measure step time and memory against TRL and Unsloth."),
 }
 

@@ -17,6 +17,9 @@ from toolkit.base.errors import ToolkitError
 from toolkit.cli.exits import debug_asked
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from toolkit.config.resolved import Situation
     from toolkit.config.run_config import RunConfig
 
 FIRST_SPEAKS_S = 5.0
@@ -91,11 +94,11 @@ def train(  # noqa: PLR0913 - one parameter an option
             "which start the processes themselves"
         )
     world_size = processes or process_environment.world_size()
-    config = _load(run_file, [*overrides, *named], world_size)
+    config, rules = _load(run_file, [*overrides, *named], world_size)
     if dry_run:
         _show(config, world_size)
     elif processes is None or processes == 1:
-        _run(config, evaluate=evaluate, debug=debug)
+        _run(config, rules, evaluate=evaluate, debug=debug)
     else:
         sys.exit(_launch(run_file, [*overrides, *named], processes, evaluate, debug))
 
@@ -111,15 +114,22 @@ def _launch(
     return launch(["train", run_file, *sets, *flags], processes)
 
 
-def _load(run_file: str, overrides: list[str], world_size: int) -> RunConfig:
-    from toolkit.config import load_run  # noqa: PLC0415 - heavy floors are imported when they are run
+def _load(
+    run_file: str, overrides: list[str], world_size: int
+) -> tuple[RunConfig, Callable[[Situation], object]]:
+    """The run, and what judges its file again once the machine is known."""
+    from toolkit.config.layers import load_document  # noqa: PLC0415 - heavy floors are imported when they are run
+    from toolkit.config.resolved import Situation  # noqa: PLC0415
+    from toolkit.config.validate import accepted  # noqa: PLC0415
 
     try:
-        return load_run(run_file, overrides, world_size=world_size)
+        document = load_document(run_file, overrides)
+        config = accepted(document, Situation(world_size=world_size))
     except ToolkitError:
         # torchrun ends all processes when the first one ends, and that one reports it.
         time.sleep(FIRST_SPEAKS_S if process_environment.rank() else 0.0)
         raise
+    return config, lambda here: accepted(document, here)
 
 
 def _show(config: RunConfig, world_size: int) -> None:
@@ -130,7 +140,9 @@ def _show(config: RunConfig, world_size: int) -> None:
     click.echo(json.dumps(as_mapping(ready.config), indent=2))
 
 
-def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
+def _run(
+    config: RunConfig, rules: Callable[[Situation], object], *, evaluate: bool | None, debug: bool
+) -> None:
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
@@ -141,7 +153,7 @@ def _run(config: RunConfig, *, evaluate: bool | None, debug: bool) -> None:
     from toolkit.train.run_context import Options  # noqa: PLC0415 - imports torch
 
     working_on(Path(config.runtime.output_dir), lambda: as_mapping(config))
-    run(config, Options(evaluate=evaluate, debug=debug))
+    run(config, Options(evaluate=evaluate, debug=debug, rules=rules))
 
 
 def _read_weights_ahead(config: RunConfig) -> None:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.model_facts import ADAPTER_CONFIG, read_json
 from toolkit.config.run_paths import resolve
+from toolkit.config.supported_features import REWRITING_INITS, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from toolkit.config.document import Node
@@ -18,6 +20,19 @@ INHERITED = (
     "modules_to_save",
 )  # fmt: skip
 """Keys of the ``lora`` section that an adapter sets."""
+
+API_ONLY = ("lora_bias", "target_parameters", "trainable_token_indices")
+"""What get_peft_model can put into an adapter, and a run file cannot."""
+
+KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
+BOOKKEEPING = (*KEPT, "peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping")
+"""Fields of adapter_config.json that shape nothing."""
+
+SUPPORTED = (*INHERITED, *API_ONLY, "init_lora_weights", "loftq_config")
+"""Fields that shape an adapter and that are read here; a file that sets any other is refused."""
+
+PEFT_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+"""Other fields that PEFT 0.21 writes a value for though nobody asked (held by tests/contract)."""
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
@@ -40,3 +55,36 @@ def inherited(node: Node | None) -> dict[str, Any]:
     if isinstance(found.get("target_modules"), list):
         found["target_modules"] = sorted(map(str, found["target_modules"]))
     return found
+
+
+def other_fields(values: Mapping[str, Any]) -> list[str]:
+    """Fields of an adapter's config that are set and that this toolkit does not read."""
+    return [
+        name
+        for name, value in values.items()
+        if name not in (*SUPPORTED, *BOOKKEEPING) and value and value != PEFT_DEFAULTS.get(name)
+    ]
+
+
+def start_problem(values: Mapping[str, Any]) -> Problem | None:
+    """Whether a run can start from the adapter of this adapter_config.json, for the rule and for
+    the loader.
+    """
+    init = values.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(REWRITING_INITS):
+        return Problem(
+            "lora.adapter_path",
+            f"the adapter was initialized with {init}, which rewrote the base weights: its tensors"
+            " belong to the rewritten base, not to the checkpoint that model.model_name names",
+            hint="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion="
+            "...), or start from an adapter with init_lora_weights true",
+        )
+    for name in (*API_ONLY, *other_fields(values)):
+        if values.get(name):
+            return Problem(
+                "lora.adapter_path",
+                f"the adapter sets {name}, which the lora section cannot say: its size and its"
+                " layers would not be those of the run file",
+                hint="start from an adapter on linear layers, of keys that the lora section has",
+            )
+    return None

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.adapter_facts import inherited
 from toolkit.config.run_config import (
     DatasetSection,
+    EnvironmentSection,
     LoraSection,
     ModelSection,
     RewardFunction,
     RewardSection,
     RunConfig,
     RuntimeSection,
+    ToolsSection,
 )
 from toolkit.config.run_paths import local_path
 
@@ -50,15 +52,32 @@ def build_config(document: Document) -> RunConfig:
         )
         for function, weight in zip(functions, weights, strict=True)
     )
+    written = _section(root.value.get("environment"))
+    environment = EnvironmentSection(**written) if written else None
+    tools = _section(root.value.get("tools"))
     return RunConfig(
         model=ModelSection(**sections["model"]),
         lora=LoraSection(**sections["lora"]),
         dataset=DatasetSection(**sections["dataset"]),
-        reward=RewardSection(functions=rewards, **sections["reward"]),
+        reward=RewardSection(functions=_with_scorer(rewards, environment), **sections["reward"]),
         grpo=MappingProxyType(grpo),
         runtime=RuntimeSection(**sections["runtime"]),
+        environment=environment,
+        tools=ToolsSection(**tools) if tools else None,
         source=str(document.source.path) if document.source.path else None,
     )
+
+
+def _with_scorer(
+    rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
+) -> tuple[RewardFunction, ...]:
+    """The rewards with the environment's own, unless the run file has that one already (with a
+    weight of its own, or because it is the config.json of a run).
+    """
+    if environment is None or any(one.name == environment.adapter for one in rewards):
+        return rewards
+    options = MappingProxyType({"task": environment.task, "settings": environment.options})
+    return (*rewards, RewardFunction(name=environment.adapter, options=options))
 
 
 def _section(node: Node | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ and for one of a loaded tokenizer.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,21 +86,14 @@ def chosen(chat: bool | str, template: bool | None) -> bool | None:
     return chat if isinstance(chat, bool) else template
 
 
-def resolve(config: RunConfig, template: bool | None) -> RunConfig:
-    """``config`` with ``dataset.chat`` true or false; it stays auto if ``template`` is None.
-
-    Raises ConfigError if chat is true but the tokenizer has no chat template.
-    """
+def refuse_chats(config: RunConfig, template: bool | None) -> None:
+    """Raise ConfigError where ``dataset.chat`` is true and the tokenizer has no chat template."""
     if config.dataset.chat is True and template is False:
         raise ConfigError(
             NO_TEMPLATE.format(model=config.model.model_name),
             where=config.source or "dataset.chat",
             fix=NO_TEMPLATE_FIX,
         )
-    chat = chosen(config.dataset.chat, template)
-    if chat is None:
-        return config
-    return replace(config, dataset=replace(config.dataset, chat=chat))
 
 
 def _files(folder: Path) -> list[Path]:

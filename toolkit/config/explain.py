@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules import Rule
 
-SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
+SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo", "runtime")
 
 
 def explain(asked: str) -> str | None:

@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
 
 VARIABLE = "TOOLKIT_EXTENDS_FROM"
-SECTIONS = ("model", "lora", "grpo", "reward", "dataset", "runtime", "extends", "$schema")
+SECTIONS = (
+    "model",
+    "lora",
+    "grpo",
+    "reward",
+    "dataset",
+    "environment",
+    "tools",
+    "runtime",
+    "extends",
+    "$schema",
+)
 
 
 def told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:

@@ -16,6 +16,7 @@ from toolkit.config.scalars import TOO_LARGE, beyond_64_bits, is_long_integer, t
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')
+_HALF = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 _FOREIGN = re.compile(r"NaN|-?Infinity")
@@ -97,9 +98,12 @@ class _Reader:
             raise self.fault(
                 "JSON syntax: the string that starts here has no end or an invalid escape"
             )
-        self.at = found.end()
         text = json.loads(found.group())
         assert isinstance(text, str)
+        if half := _HALF.search(text):
+            code = f"\\u{ord(half.group()):04x}"
+            raise self.fault(f"a text holds half of a character ({code})")
+        self.at = found.end()
         return text
 
     def word(self) -> Any:

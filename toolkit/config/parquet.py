@@ -1,5 +1,5 @@
-"""The column names of a Parquet file, from its footer only (parquet.thrift, compact protocol),
-without pyarrow.
+"""The column names of a Parquet file, and whether its parts lie where its footer says
+(parquet.thrift, compact protocol); no pyarrow.
 """
 
 from __future__ import annotations
@@ -14,28 +14,102 @@ _BOOLS = (1, 2)
 _BINARY, _LIST, _SET, _STRUCT = 8, 9, 10, 12
 _SCHEMA, _NAME, _CHILDREN = 2, 4, 5  # field numbers of FileMetaData and SchemaElement
 _DEEPEST = 32
-
-
-def is_parquet(file: IO[bytes]) -> bool:
-    """Whether the file ends like a Parquet file."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 4, 0))
-    return file.read(4) == MAGIC
+_TYPE, _REPETITION, _CONVERTED, _LOGICAL = 1, 3, 6, 10  # of SchemaElement
+_REPEATED = 2
+_NUMBERS = {0: "bool", 1: "int", 2: "int", 4: "float", 5: "float"}
+_GROUPS, _COLUMNS, _COLUMN_METADATA = 4, 1, 3  # of FileMetaData, RowGroup and ColumnChunk
+_PATH, _CHUNK_BYTES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11  # of ColumnMetaData
+_PAGE_BYTES = 3  # of PageHeader
+_PAGE_HEAD_BYTES = 1 << 16
+MAX_CHUNKS, MAX_PAGES = 2_000, 1_000
+_UNREADABLE = (OSError, struct.error, IndexError, KeyError, TypeError, ValueError, AttributeError)
 
 
 def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
     """The top-level columns; None if the file is not a Parquet file."""
     try:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 8, 0))
-        length, magic = struct.unpack("<I4s", file.read(8))
-        if magic != MAGIC or length > min(size, MAX_FOOTER_BYTES):
-            return None
-        file.seek(size - 8 - length)
-        metadata = _Thrift(file.read(length)).struct(0)
+        metadata, _ = _footer(file)
         return _top_level(metadata[_SCHEMA])
-    except (OSError, struct.error, IndexError, KeyError, TypeError, ValueError):
+    except _UNREADABLE:
         return None
+
+
+def number_column(file: IO[bytes], name: str) -> str | None:
+    """Python's name for the values of the column ``name`` where these are plain numbers or truth
+    values; None where they are something else, or it is not known.
+    """
+    try:
+        metadata, _ = _footer(file)
+        elements = metadata[_SCHEMA]
+        found = [one for one in elements[1:] if one[_NAME] == name.encode()]
+        if len(found) != 1 or name not in _top_level(elements):
+            return None
+    except _UNREADABLE:
+        return None
+    is_plain = not {_CHILDREN, _CONVERTED, _LOGICAL} & set(found[0])
+    once = found[0].get(_REPETITION) != _REPEATED
+    return _NUMBERS.get(found[0].get(_TYPE, -1)) if is_plain and once else None
+
+
+def parquet_fault(file: IO[bytes]) -> str | None:
+    """What is wrong with a file, in words; None where nothing is, as far as is looked at: the
+    footer, and the head of each page. What the pages hold is not unpacked.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size < 12:
+        return "it is cut short: it has fewer bytes than an empty one"
+    file.seek(size - 8)
+    length, magic = struct.unpack("<I4s", file.read(8))
+    if magic != MAGIC:
+        return "it is cut short: it does not end as a Parquet file does"
+    if length > size - 12:
+        return f"its footer of {length} bytes is longer than the file"
+    if length > MAX_FOOTER_BYTES:
+        return None  # not looked at
+    try:
+        metadata, end = _footer(file)
+        _top_level(metadata[_SCHEMA])
+        columns = [column for group in metadata[_GROUPS] for column in group[_COLUMNS]]
+    except _UNREADABLE:
+        return "its footer cannot be read"
+    for column in columns[:MAX_CHUNKS]:
+        told = column.get(_COLUMN_METADATA)
+        if told is not None and (fault := _chunk_fault(file, told, end)):
+            return fault
+    return None
+
+
+def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
+    """The metadata of the file, and where it begins."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 8, 0))
+    length, magic = struct.unpack("<I4s", file.read(8))
+    if magic != MAGIC or length > min(size, MAX_FOOTER_BYTES):
+        raise ValueError("no Parquet file")
+    file.seek(size - 8 - length)
+    return _Thrift(file.read(length)).struct(0), size - 8 - length
+
+
+def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
+    """What is wrong with the pages of one column."""
+    try:
+        name = b".".join(told[_PATH]).decode("utf-8", "replace")
+        starts = [told[place] for place in (_DATA_PAGE, _DICTIONARY_PAGE) if told.get(place)]
+        at, stop = min(starts), min(starts) + told[_CHUNK_BYTES]
+        if at < 4 or stop > end:
+            return f"column {name!r} lies outside of the file"
+        for _ in range(MAX_PAGES):
+            if at >= stop:
+                break
+            file.seek(at)
+            head = _Thrift(file.read(min(_PAGE_HEAD_BYTES, stop - at)))
+            bytes_of_page = head.struct(0)[_PAGE_BYTES]
+            if bytes_of_page < 0 or at + head.at + bytes_of_page > stop:
+                raise ValueError("longer than its column")
+            at += head.at + bytes_of_page
+    except _UNREADABLE:
+        return f"a page of column {name!r} cannot be read"
+    return None
 
 
 def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from toolkit.base.capability import BFLOAT16
-from toolkit.config.chat_format import chosen
+from toolkit.config.chat_format import chosen, refuse_chats
 from toolkit.config.parallel import replicas, size_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRun:
-    """``config`` has engine, dtype and the adapter's layers filled in as far as they are known.
+    """``config`` has engine, dtype, the adapter's layers and the chat format filled as far as they
+    are known.
 
     ``dtype`` and ``targets`` stay "auto" if the machine or the model is unknown. ``chat`` says
     whether plain prompts become user messages (``config.chat_format``); None is unknown.
@@ -110,18 +111,24 @@ def resolve_run(
     """Decide what ``config`` leaves open. ``targets`` are the default layers of the model
     (``config.targets.default_targets``), if it is available. ``template`` says whether its
     tokenizer has a chat template.
+
+    Raises:
+        ConfigError: ``dataset.chat`` is true, and the tokenizer has no chat template.
     """
+    refuse_chats(config, template)
     model, grpo = config.model, config.grpo
     engine = engine_of(config.runtime.engine, model.fast_inference, situation)
     dtype = dtype_of(model.dtype, situation, grpo=grpo, load_in_16bit=model.load_in_16bit)
     layers = config.lora.target_modules
     if layers == "auto" and targets is not None:
         layers = targets
+    chat = chosen(config.dataset.chat, template)
     fast = model.fast_inference if engine == "maybe" else engine == "vllm"
     filled = replace(
         config,
         model=replace(model, fast_inference=fast, dtype=cast("Dtype", dtype)),
         lora=replace(config.lora, target_modules=layers),
+        dataset=replace(config.dataset, chat="auto" if chat is None else chat),
     )
     return ResolvedRun(
         config=filled,
@@ -131,7 +138,7 @@ def resolve_run(
         world_size=situation.world_size,
         device=situation.device,
         targets=layers,
-        chat=chosen(config.dataset.chat, template),
+        chat=chat,
     )
 
 

@@ -11,6 +11,7 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "regex_match": {"pattern": True, "full": False, "ignore_case": False},
     "format": {"tags": False, "strict": False, "opened": False, "partial": False},
     "length_penalty": {"max_length": True, "margin": False, "unit": False},
+    "reasoning_gym": {"task": True, "settings": False},
     "math_verify": {"column": False, "tag": False, "seconds_each": False},
 }
 

@@ -91,6 +91,32 @@ class DatasetSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentSection:
+    """A package that makes prompts and scores completions, in place of ``dataset.path``.
+
+    ``options`` are the task's own settings.
+    """
+
+    adapter: Literal["reasoning_gym"]
+    task: str
+    size: int = 1000
+    eval_size: int | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolsSection:
+    """Functions of the user's (``module:function``) that the model may call in a chat.
+
+    ``timeout_s`` is for one call.
+    """
+
+    functions: tuple[str, ...]
+    timeout_s: float | None = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFunction:
     """A named reward, its weight and its own options. ``name`` is built in, or
     ``module:function``.
@@ -140,4 +166,6 @@ class RunConfig:
     reward: RewardSection = field(default_factory=RewardSection)
     grpo: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    environment: EnvironmentSection | None = None
+    tools: ToolsSection | None = None
     source: str | None = None

@@ -79,6 +79,8 @@ class _Walk:
                 self.unknown += 1
                 known = properties if self.unknown <= MAX_SUGGESTIONS else {}
                 self.findings.append(unknown_key(child, (*path, key), known, self.root))
+            elif isinstance(schema.get("additionalProperties"), dict):
+                self.visit(child, schema["additionalProperties"], (*path, key))
             else:
                 self.anything(child, (*path, key))
         for key in schema.get("required", ()):

@@ -92,15 +92,16 @@ ATTENTION_PACKAGES = {
     "flash_attention_4": "flash_attn.cute",
 }
 
+NO_CPU_BACKWARD = frozenset(("flex_attention",))
+"""Attention functions that torch 2.13 computes on a CPU, and has no gradient of there."""
+
 DROPS_SOFTCAP = frozenset(("sdpa",))
 """Hugging Face's default accepts ``softcap`` as a keyword but silently ignores it
 (``sdpa_attention_forward``, transformers 5.17; checked in tests/contract).
 """
 
-REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Initializations that change the base weights, or need a pass over data with separate trainer
-weights.
-"""
+REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that change the base weights; pissa_niter_N too."""
 
 DATA_INITS = {
     "corda": "it needs a pass over data before the adapter is created",
@@ -111,6 +112,18 @@ DATA_INITS = {
     "loftq": "it needs a loftq_config, which a run file cannot set",
 }
 """Initializations whose inputs a run file cannot provide."""
+
+
+def init_with_engine(init: bool | str) -> str | None:
+    """Why an adapter with this init_lora_weights cannot be sampled by an engine that shares the
+    base; None where it can.
+    """
+    if not isinstance(init, str):
+        return None
+    if init.startswith(REWRITING_INITS):
+        return f"{init} rewrites base weights, which engine and trainer share"
+    return f"{init} cannot be used: {DATA_INITS[init]}" if init in DATA_INITS else None
+
 
 NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
 """Model types that vLLM 0.31 does not run in float16, because they overflow (config/run_config.py,
@@ -307,6 +320,9 @@ def attention_lacks(
     installed.
     """
     key, name = "model.attn_implementation", asked or ""
+    if name in NO_CPU_BACKWARD and not on_gpu:
+        what = f"{name} cannot be used: torch has no backward pass of it on a CPU"
+        return Problem(key, what, fixes=((key, None), (key, "sdpa")))
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
         return None

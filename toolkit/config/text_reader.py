@@ -70,9 +70,10 @@ def _read_file(source: Source, file: Path) -> bytes:
         if stat.S_ISDIR(kind.st_mode):
             raise Unreadable(unreadable(source, "is a folder, not a run file"))
         if stat.S_ISREG(kind.st_mode) and kind.st_size > MAX_BYTES:
-            raise Unreadable(
-                unreadable(source, f"is {kind.st_size} bytes; a run file has at most {MAX_BYTES}")
-            )
+            message = f"is {kind.st_size} bytes; a run file has at most {MAX_BYTES}"
+            notebook = file.suffix.lower() == ".ipynb"
+            fixes = [Fix(f"toolkit import {source.name} writes one from it")] if notebook else []
+            raise Unreadable(unreadable(source, message, *fixes))
         return _bounded(source, descriptor, None if stat.S_ISREG(kind.st_mode) else PIPE_WAIT_S)
     finally:
         os.close(descriptor)

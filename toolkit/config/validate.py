@@ -47,7 +47,10 @@ class Validation:
 def validate(document: Document, situation: Situation | None = None) -> Validation:
     """Validate a loaded document; ``situation`` is the world size and the card."""
     findings = list(document.findings)
-    if document.readable and document.whole:
+    other = _other_tool(document)
+    if other is not None:
+        findings = [other]
+    elif document.readable and document.whole:
         outcome = check_structure(document.root, find_schema("run"))
         run = Run(document, outcome.bad, situation or Situation())
         told = [found for rule in judging_rules() for found in rule.judge(run)]
@@ -60,6 +63,16 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
         findings += told
     findings = _bounded(sorted(findings, key=_order))
     return Validation(tuple(findings), document)
+
+
+def _other_tool(document: Document) -> Finding | None:
+    """IMPORT001 for a file of another tool: one finding instead of one for each of its keys."""
+    model = document.node(("model", "model_name"))
+    if model is not None or not document.readable:
+        return None
+    from toolkit.config.importers.formats import found_foreign  # noqa: PLC0415 - no run file
+
+    return found_foreign(document)
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:

@@ -1,13 +1,13 @@
-"""The adapter under training, put into the engine's LoRA slots from memory.
+"""Publish the adapter under training: copy it from memory into the engine's LoRA slots.
 
-The first publish goes through vLLM's own manager, which makes the adapter known and finds its slot.
-Every later one copies into that slot's stacked tensors on the device, and nothing else: the
-addresses that CUDA graphs captured stay as they are.
+The first publish goes through vLLM's own manager, which registers the adapter and chooses its slot.
+Every later publish only copies into the stacked tensors of that slot on the device, so the
+addresses that CUDA graphs captured stay valid.
 
 Scaling (alpha/r, or alpha/sqrt(r) with rsLoRA: arXiv 2106.09685, 2312.03732) is multiplied into B
-on the way, on our side and in the trainer's dtype. vLLM is told alpha = r: it would otherwise fold
-alpha/r into lora_B in place (``LoRALayerWeights.optimize``), and so into the tensors under
-training; and its packing of expert layers ignores rsLoRA before 0.31.
+during the copy, in the trainer's dtype. vLLM gets alpha = r. Otherwise it would multiply lora_B by
+alpha/r in place (``LoRALayerWeights.optimize``), and so change the tensors under training; and
+before 0.31 its packing of expert layers ignores rsLoRA.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The A (r, in) and B (out, r) of one adapted layer, live, and the factor of B. Where the
-    layer is split, what this process computes with; ``held`` is the B that it holds.
+    """The live tensors A (r, in) and B (out, r) of one adapted layer, and the factor of B. If the
+    layer is split, they are what this process computes with; ``held`` is the part of B that it
+    trains.
     """
 
     module: str
@@ -53,7 +54,7 @@ class Pair:
 
 @dataclass(slots=True)
 class Plan:
-    """Which live tensor is copied where, in lists that one fused kernel takes at once."""
+    """The live tensors and the slots that they are copied to, as lists for one fused kernel."""
 
     signature: tuple[object, ...]
     a_from: list[torch.Tensor] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Plan:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Copy every tensor into its slot, casting on the way; nothing of the source changes."""
+        """Copy every tensor into its slot and cast it; the source does not change."""
         torch._foreach_copy_(self.a_to, self.a_from)
         if all(factor == 1.0 for factor in self.factors):
             torch._foreach_copy_(self.b_to, self.b_from)
@@ -77,7 +78,7 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
 
     Raises:
         ConfigValueError: the model has no adapter of that name.
-        UnsupportedError: the adapter has parts that vLLM's slots do not hold (DoRA, biases,
+        UnsupportedError: the adapter has parts that vLLM's slots do not support (DoRA, biases,
             experts, whole modules).
     """
     config = getattr(peft_model, "peft_config", {}).get(name)
@@ -92,12 +93,12 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             f"modules_to_save={list(config.modules_to_save)} trains whole modules,"
             " which the engine shares with the trainer",
             where="lora.modules_to_save",
-            fix="leave modules_to_save out, or train with fast_inference: false",
+            fix="remove modules_to_save, or train with fast_inference: false",
         )
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise UnsupportedError(
-            f"adapter {name!r} is a {kind} adapter, and vLLM has slots for LoRA only",
+            f"adapter {name!r} is a {kind} adapter, but vLLM supports only LoRA",
             where="publish",
             fix="use peft.LoraConfig, or load with fast_inference=False",
         )
@@ -107,7 +108,7 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             continue
         if name in module.lora_embedding_A:
             raise UnsupportedError(
-                f"LoRA on the embedding {path} is not served by the engine",
+                f"the engine does not support LoRA on the embedding {path}",
                 where="lora.target_modules",
             )
         if name not in module.lora_A:
@@ -116,13 +117,13 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
         variant = type(module.lora_variant.get(name)).__name__
         if getattr(b, "bias", None) is not None or variant not in PLAIN_VARIANTS:
             raise UnsupportedError(
-                f"{path} has a LoRA bias, DoRA or another variant, which vLLM has no slot for",
+                f"{path} has a LoRA bias, DoRA or another variant, which vLLM does not support",
                 where="lora",
             )
         if a.weight.dim() != 2 or hasattr(module, "parameter_name"):
             raise UnsupportedError(
-                f"LoRA on {path.removeprefix(PEFT_PREFIX)}, weights of experts or their router,"
-                " cannot be published to the engine",
+                f"{path.removeprefix(PEFT_PREFIX)} is a weight of experts or their router, and "
+                "the engine does not support LoRA on it",
                 where="lora.target_modules",
                 fix="target the attention projections, or train with fast_inference: false",
             )
@@ -145,15 +146,17 @@ class AdapterSlots:
         self.ids: dict[str, int] = {}
 
     def publish(self, peft_model: Any, name: str) -> None:
-        """Put adapter ``name``, as it is now, into its slot.
+        """Copy the current values of adapter ``name`` into its slot.
 
         Raises:
             ConfigValueError: its rank is above ``max_lora_rank``.
-            UnsupportedError: a layer of it has no slot.
+            UnsupportedError: the engine has no slot for one of its layers.
         """
         pairs = read_pairs(peft_model, name)
         if not pairs:
-            raise ConfigValueError(f"adapter {name!r} adapts no layer", where="lora.target_modules")
+            raise ConfigValueError(
+                (f"adapter {name!r} does not adapt any layer"), where="lora.target_modules"
+            )
         signature = tuple(
             (pair.module, pair.a.data_ptr(), pair.b.data_ptr(), pair.rank) for pair in pairs
         )
@@ -168,11 +171,11 @@ class AdapterSlots:
         plan.run()
 
     def is_active(self, name: str) -> bool:
-        """False if the adapter was never published, or another one took its slot since."""
+        """False if the adapter was never published, or another one has replaced it in its slot."""
         return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
 
     def forget(self) -> None:
-        """Let go of every live tensor."""
+        """Drop the references to all live tensors."""
         self._plans.clear()
         self.ids.clear()
 
@@ -180,7 +183,10 @@ class AdapterSlots:
         rank = max(pair.rank for pair in pairs)
         if rank > self._max_rank:
             raise ConfigValueError(
-                f"the adapter has rank {rank}, the engine was built for at most {self._max_rank}",
+                (
+                    f"the adapter has rank {rank}, but the engine was built for at most "
+                    f"{self._max_rank}"
+                ),
                 where="lora.r",
                 fix=(
                     f"load the model with max_lora_rank of at least {rank}, or use r <="
@@ -192,9 +198,11 @@ class AdapterSlots:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
     def _register(self, pairs: Sequence[Pair], name: str) -> None:
-        """Through vLLM's own path, with copies: it writes to what it is given."""
+        """Publish with copies through vLLM's own path, because vLLM writes to the tensors that it
+        gets.
+        """
         for pair in pairs:
-            self._places(pair.module)  # vLLM skips silently what it has no layer for
+            self._places(pair.module)  # vLLM silently skips modules that it has no layer for
         identity = self.ids.setdefault(name, 1 + len(self.ids))
         rank = max(pair.rank for pair in pairs)
         dtype = self._slots.lora_config.lora_dtype
@@ -209,7 +217,7 @@ class AdapterSlots:
             identity,
             tensors,
             PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
-            device="cpu",  # vLLM keeps these for good: not in the memory of a GPU
+            device="cpu",  # vLLM keeps these copies, so they must not be in GPU memory
             dtype=dtype,
             weights_mapper=rename_mapper(self._module),
             skip_prefixes=getattr(self._module, "lora_skip_prefixes", None),
@@ -231,12 +239,14 @@ class AdapterSlots:
                 plan.b_to.append(b[:, : pair.rank])
                 start += rows
             if start != pair.b.shape[0]:
-                raise DefectError(f"{pair.module}: B has {pair.b.shape[0]} rows, its slots {start}")
+                raise DefectError(
+                    f"{pair.module}: B has {pair.b.shape[0]} rows, but its slots have {start}"
+                )
         return plan
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
-        """The (layer, part) slots of an adapted layer: one, or those of each part where Hugging
-        Face has fused them.
+        """The (layer, part) slots of an adapted layer: one, or one per part if the Hugging Face
+        layer is fused.
         """
         return find_places(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module

@@ -1,14 +1,14 @@
 """16-bit copies of the engine's 4-bit weights while a rollout runs.
 
-bitsandbytes dequantizes every weight at every decode step, and the weights do not change during a
-rollout. So they are dequantized once when it begins, and decode steps are plain matrix products
-over the copies: the values are those that the 4-bit layer multiplies (``dequantize_4bit`` of the
-same codes, in bfloat16), and the trainer keeps the 4-bit weights. When the rollout ends the memory
-is released; its addresses stay reserved, so CUDA graphs that were captured over the copies stay
-valid, and the next rollout fills them again.
+bitsandbytes dequantizes every weight at every decode step, but the weights do not change during a
+rollout. So they are dequantized once at its beginning, and decode steps are plain matrix products
+with the copies. The values are those that the 4-bit layer uses (``dequantize_4bit`` of the same
+codes, in bfloat16). The trainer keeps the 4-bit weights. At the end of the rollout the memory is
+released. Its addresses stay reserved, so captured CUDA graphs stay valid, and the next rollout
+fills the copies again.
 
-``DequantizedMethod`` takes the place of the quantization method of a layer (``quant_method``, which
-vLLM's linear layers and their LoRA wrappers call). Read at vLLM 0.25.1 and bitsandbytes 0.50.2.
+``DequantizedMethod`` replaces the quantization method of a layer (``quant_method``, which vLLM's
+linear layers and their LoRA wrappers call). Read at vLLM 0.25.1 and bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ if TYPE_CHECKING:
 
 TAG = "toolkit_dequantized"
 COPIES = "_toolkit_dequantized"
-"""Attribute that ``attach`` leaves on the model: its ``Copies``."""
+"""Attribute that ``attach`` sets on the model: its ``Copies``."""
 COMPUTE_DTYPE = torch.bfloat16
-"""What vLLM computes 4-bit layers in, whatever the dtype of the activations is."""
+"""The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""Free memory beside the copies with which torch keeps the memory of the trainer's step."""
+"""If this much memory is free in addition to the copies, torch keeps its cached memory of the
+trainer's step.
+"""
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
-"""``auto`` without a sizer: of the engine's memory beside the weights the share for the copies, and
-what it leaves at least for the KV cache and activations."""
+"""``auto`` without a sizer: the copies' share of the engine's memory without weights, and the
+minimum that is left for the KV cache and activations.
+"""
 
 
 def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
@@ -58,7 +61,7 @@ def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
 
 
 class Copies:
-    """The copies of some layers of one model. ``weight`` fills them when they are not filled."""
+    """The copies of some layers of one model. ``weight`` fills them if they are empty."""
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class Copies:
         return sum(copy_bytes(packed, self._dtype) for packed in self._packed)
 
     def refuse_too_many(self) -> None:
-        """Raise where the copies do not fit into what of the GPU is free now.
+        """Raise an error if the copies do not fit into the free GPU memory.
 
         Raises:
             ConfigError: naming both numbers.
@@ -86,8 +89,8 @@ class Copies:
         free = torch.cuda.mem_get_info()[0] if self._on_gpu else self.nbytes
         if self.nbytes > free:
             raise ConfigError(
-                f"the 16-bit copies of the 4-bit weights take {format_bytes(self.nbytes)}, and"
-                f" {format_bytes(free)} of the GPU are free",
+                f"the 16-bit copies of the 4-bit weights need {format_bytes(self.nbytes)}, but "
+                f"only {format_bytes(free)} of GPU memory are free",
                 where="model.dequantized_rollouts",
                 fix=f"dequantized_rollouts: auto, false, or fewer bytes than {free}",
             )
@@ -100,10 +103,10 @@ class Copies:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Take the memory and dequantize into it; does nothing where that has been done.
+        """Allocate the memory and dequantize into it; does nothing if the copies are filled.
 
         Raises:
-            RuntimeError: the memory is not there; nothing is held then.
+            RuntimeError: there is not enough memory; then none is allocated.
         """
         if self.filled:
             return
@@ -120,7 +123,7 @@ class Copies:
         self.filled = True
 
     def release(self) -> None:
-        """Give the memory back; the addresses stay (on a GPU). A second call does nothing."""
+        """Release the memory; on a GPU the addresses stay reserved. A second call does nothing."""
         self.filled = False
         if not self._tensors:
             return
@@ -131,7 +134,7 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Give memory and addresses back. The copies cannot be used afterwards."""
+        """Release memory and addresses. The copies cannot be used afterwards."""
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # what is not mapped cannot be freed
             self._tensors.clear()
@@ -147,8 +150,8 @@ class Copies:
     def _allocate(self) -> None:
         made: list[torch.Tensor] = []
         pool = sleep.tagged_pool(TAG) if self._on_gpu else nullcontext()
-        # The first forward pass, which comes here, runs in inference mode: tensors that are made
-        # there could not be written to outside of it.
+        # The first forward pass, which calls this, runs in inference mode. Tensors that are created
+        # in it could not be written outside it.
         with torch.inference_mode(False), pool:
             for packed in self._packed:
                 shape = logical_shape(packed)
@@ -163,7 +166,7 @@ class Copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
-        """A fused layer is its parts one below the other, each with a state of its own."""
+        """A fused layer has the rows of its parts one after another, each with its own state."""
         offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
         row = 0
         for part, state in enumerate(ordered_states(packed)):
@@ -174,13 +177,13 @@ class Copies:
 
 
 class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships no types
-    """The quantization method of one layer, with products over its copy."""
+    """The quantization method of one layer, which multiplies with its copy."""
 
     def __init__(self, original: Any, copies: Copies, index: int) -> None:
         self.original, self.copies, self.index = original, copies, index
 
     def create_weights(self, *arguments: Any, **keywords: Any) -> None:
-        """As the original does."""
+        """As in the original method."""
         self.original.create_weights(*arguments, **keywords)
 
     def apply(
@@ -216,8 +219,8 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
-    """Of ``layers`` those whose copies take at most ``most`` bytes together: the largest first,
-    equal ones in their order.
+    """The layers whose copies take at most ``most`` bytes in total: the largest first, equal ones
+    in their order.
     """
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
@@ -235,11 +238,11 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Let layers of ``model`` compute over copies: all of its 4-bit ones (True), or the largest in
-    ``wanted`` bytes. None where there is none.
+    """Make layers of ``model`` compute with copies: all 4-bit ones (True), or the largest within
+    ``wanted`` bytes. None if there are none.
 
-    To be called when vLLM has loaded the model and before its first forward pass, in which the
-    copies are made: CUDA graphs are captured after that.
+    Call it after vLLM has loaded the model and before its first forward pass, in which the copies
+    are created. CUDA graphs are captured later.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -253,8 +256,8 @@ def attach(
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Bytes that ``auto`` gives the copies where no sizer has decided: part of what the engine may
-    take beside its weights and a KV cache of a written size.
+    """Bytes of the copies for ``auto`` without a sizer: a part of the memory that the engine may
+    use in addition to its weights and a KV cache of configured size.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

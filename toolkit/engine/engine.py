@@ -1,4 +1,4 @@
-"""A started engine: what the rest of the toolkit holds in its hand."""
+"""A started engine, as the rest of the toolkit uses it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
     from toolkit.engine.rollout_request import Rollout, Sampling
 
-IN_MEMORY = "in-memory"  # a LoRARequest wants a path even for an adapter that is in its slot
-FILE_IDS_FROM = 1000  # adapters from files are numbered from here on, published ones from 1
+IN_MEMORY = "in-memory"  # a LoRARequest needs a path even for an adapter in memory
+FILE_IDS_FROM = 1000  # ids of adapters from files begin here, those of published ones at 1
 
 
 class Engine:
-    """vLLM in this process. Made by ``engine.load.open_engine``; a context manager; satisfies
-    ``base.RolloutEngine``.
+    """vLLM in this process. Created by ``open_engine.open_engine``; a context manager; implements
+    ``rollout_engine.RolloutEngine``.
     """
 
     reads: Reads = "vllm"
@@ -73,20 +73,20 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The live vLLM module, whose parameters the trainer borrows."""
+        """The live vLLM module, whose parameters the trainer shares."""
         if self._module is None:
             raise closed()
         return self._module
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and of the computation."""
+        """The dtype of the weights and of the computation."""
         found: torch.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
         return found
 
     @property
     def max_model_len(self) -> int:
-        """Prompt and completion together, in tokens."""
+        """Maximum length of prompt plus completion, in tokens."""
         return int(self.llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
@@ -95,20 +95,20 @@ class Engine:
         return self._llm is None
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Put adapter ``name`` of a PEFT model, as it is now, into its slot, and forget cached
-        prefixes of the old one.
+        """Publish the current values of adapter ``name`` of a PEFT model, and drop cached prefixes
+        of the old values.
 
-        Nothing of the model is changed: scaling is applied to what is copied. Casts to the engine's
+        The model does not change: scaling is applied to the copies, which are cast to the engine's
         dtype.
 
         Raises:
-            ConfigValueError: no such adapter, or its rank is above ``max_lora_rank``.
-            UnsupportedError: the engine has no slot for a layer of it.
+            ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
+            UnsupportedError: the engine has no slot for one of its layers.
         """
         self._check_alive()
         if self._adapters is None:
             raise ConfigError(
-                "it has no LoRA slots", where="engine", fix="open it with enable_lora"
+                "the engine has no LoRA slots", where="engine", fix="open it with enable_lora"
             )
         self._adapters.publish(peft_model, name)
         self._published[name] = peft_model
@@ -128,17 +128,17 @@ class Engine:
 
         Args:
             prompts: token ids of each prompt.
-            sampling: how to draw.
-            seed: with the row of a completion it decides all that is drawn for it
-                (``rollout.derive_seed``).
-            rows: the row of each prompt's first completion, where the call is a part of a batch.
-            adapter: True samples from the adapter published last as ``"default"`` (the base model
-                before any publish), a name from that one, False from the base model.
+            sampling: sampling parameters.
+            seed: the seed of a completion depends on it and on its row (``rollout.derive_seed``).
+            rows: the row of each prompt's first completion, if the call is part of a batch.
+            adapter: True samples from the adapter last published as ``"default"`` (the base model
+                before any publish), a name from the adapter of that name, False from the base
+                model.
 
         Raises:
-            ConfigValueError: sampling options that vLLM refuses, prompts that do not fit.
-            NodeError, RetryError, ConfigError: the engine died; the message says which check
-                explains it. Where memory ran out, only after a single sequence did not fit.
+            ConfigValueError: vLLM rejects a sampling option, or a prompt does not fit.
+            NodeError, RetryError, ConfigError: the engine failed; the message names the check that
+                explains it. Out of memory is raised only if a single sequence does not fit.
         """
         self._check_alive()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
@@ -170,28 +170,28 @@ class Engine:
         except Exception as problem:
             self._dead = explain(problem, "the rollout failed", START_AGAIN)
             raise self._dead from problem
-        except BaseException:  # interrupted: the next call is not to be answered with this one's
+        except BaseException:  # interrupted: the next call must not get the outputs of this one
             drop_requests(self.llm)
             raise
         return rollout
 
     def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
-        """``vllm.LLM.generate`` itself, with what it takes and returns."""
+        """``vllm.LLM.generate`` itself, with its arguments and results."""
         self._check_alive()
         self.wake()
         return generation.vllm_generate(self.llm, inputs, sampling_params, **keywords)
 
     def lora_request(self, name: str = "default") -> LoRARequest:
-        """A request for a published adapter, for calls of ``llm.generate`` by hand."""
+        """A request for a published adapter, for your own calls of ``llm.generate``."""
         self._check_alive()
         if self._adapters is None or name not in self._adapters.ids:
             raise ConfigValueError(
                 f"no adapter {name!r} has been published", where="engine", fix="publish it first"
             )
-        if not self._adapters.is_active(name):  # an adapter from a file took its slot
+        if not self._adapters.is_active(name):  # an adapter from a file has replaced it in its slot
             self.publish(self._published[name], name)
-        # vLLM keys cached prefixes by this name: what an older state of the adapter computed is
-        # never found, even should a cache not have been empty enough to be reset.
+        # vLLM keys cached prefixes by this name, so entries of older values of the adapter are
+        # never found, even if the cache could not be reset.
         version = f"{name}@{self._versions[name]}"
         return LoRARequest(version, self._adapters.ids[name], IN_MEMORY)
 
@@ -214,11 +214,11 @@ class Engine:
             self._sleep.sleep()
 
     def wake(self) -> None:
-        """Take the KV cache and the copies again. Does nothing when awake.
+        """Allocate the KV cache and the copies again. Does nothing if the engine is awake.
 
         Raises:
-            RetryError, NodeError, ConfigError: the memory is not there; the message names the check
-                that explains it.
+            RetryError, NodeError, ConfigError: there is not enough memory; the message names the
+                check that explains it.
         """
         if self._sleep is not None:
             self._sleep.wake()
@@ -233,7 +233,7 @@ class Engine:
     def close(self) -> None:
         """Shut the engine down and release its memory. A second call does nothing.
 
-        A model that borrows its weights must be dropped as well before they can be freed.
+        The weights are freed only when the model that shares them is dropped too.
         """
         if self._llm is None:
             return

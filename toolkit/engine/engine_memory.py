@@ -1,4 +1,4 @@
-"""What vLLM says of its own memory, in the terms of sizing, and what the sleeping cache holds back.
+"""vLLM's own memory figures in the terms of sizing, and the bytes of the sleeping KV cache.
 
 Read at vLLM 0.25.1 and 0.31.0 (``v1/worker/gpu_worker.py``, ``determine_available_memory``).
 """
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def engine_memory(llm: LLM) -> dict[str, int]:
     """Bytes by term, as vLLM's worker measured them while it started; empty on the CPU.
 
-    ``engine.loaded`` is weights, LoRA slots and tables; a term that is not measured (a KV cache of
-    a written size is not profiled) is left out.
+    ``engine.loaded`` is weights, LoRA slots and tables. A term that is not measured is left out: a
+    KV cache of a configured size is not profiled.
     """
     if device_type() != "cuda":
         return {}
     found = account(open_worker(llm))
     copies = getattr(open_internals(llm).module, COPIES, None)
     if copies is not None:
-        # They are made in the profiling run, so vLLM counts them among its activations.
+        # The copies are created in the profiling run, so vLLM counts them as activations.
         found["engine.dequantized"] = copies.nbytes
         if "engine.activations" in found:
             found["engine.activations"] = max(1, found["engine.activations"] - copies.nbytes)
@@ -34,7 +34,7 @@ def engine_memory(llm: LLM) -> dict[str, int]:
 
 
 def account(worker: Any) -> dict[str, int]:
-    """The terms of one worker."""
+    """The memory terms of one worker."""
 
     def read(name: str) -> int:
         return int(getattr(worker, name, 0) or 0)
@@ -42,7 +42,7 @@ def account(worker: Any) -> dict[str, int]:
     loaded = int(worker.model_runner.model_memory_usage)
     graphs, activations = read("cudagraph_memory_estimate"), read("peak_activation_memory")
     runtime = read("non_torch_memory")
-    if hasattr(worker, "total_consumed"):  # 0.31: one total, and the graphs among the activations
+    if hasattr(worker, "total_consumed"):  # 0.31: one total; graphs are part of the activations
         runtime = read("total_consumed") - loaded
         activations -= graphs
     found = {
@@ -56,8 +56,9 @@ def account(worker: Any) -> dict[str, int]:
 
 
 def asleep_bytes() -> int:
-    """Bytes that torch counts as allocated and that are not mapped now: the sleeping KV cache."""
-    # Never imported here: it wants the CUDA runtime, and no cache sleeps that it has not mapped.
+    """Bytes that torch counts as allocated but that are not mapped now: the sleeping KV cache."""
+    # Not imported here: the module needs the CUDA runtime, and only a cache that it mapped can
+    # sleep.
     cumem = sys.modules.get("vllm.device_allocator.cumem")
     allocator = None if cumem is None else cumem.CuMemAllocator.instance
     if allocator is None:

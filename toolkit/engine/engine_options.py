@@ -1,4 +1,4 @@
-"""What an engine is built with, and the arguments of ``vllm.LLM`` that follow from it."""
+"""The options of an engine, and the arguments of ``vllm.LLM`` for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LOADER = "toolkit_shared"
-"""The name under which ``engine.loader`` is known to vLLM."""
+"""The name under which ``engine.weight_loader`` is registered in vLLM."""
 
 OWNED = frozenset(
     {
@@ -29,17 +29,17 @@ OWNED = frozenset(
         "quantization",
     }
 )
-"""vLLM arguments that sharing the weights rests on; ``extra`` may not set them."""
+"""vLLM arguments that weight sharing depends on; ``extra`` must not set them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions(ApiEngineSettings):
-    """Everything that starts an engine: what a user may set, and what the toolkit decides.
+    """All options of an engine: those that a user may set, and those that the toolkit decides.
 
-    Lengths are in tokens, memory in bytes, ``gpu_memory_utilization`` is a share of the card's
-    total memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM engine
-    argument under vLLM's own name. ``lora_target_modules`` are the layers that get adapter slots,
-    by their last name; None gives one to every layer that vLLM can.
+    Lengths are in tokens, memory in bytes, ``gpu_memory_utilization`` is a share of the GPU's total
+    memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM engine argument
+    under vLLM's own name. ``lora_target_modules`` are the layers with adapter slots, by the last
+    part of their name; None means every layer that vLLM supports.
     """
 
     model: str
@@ -57,11 +57,12 @@ class EngineOptions(ApiEngineSettings):
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be served, before anything heavy is imported.
+        """Reject unsupported options before anything heavy is imported.
 
         Raises:
             UnsupportedError: tensor parallelism without shared weights, or remote code.
-            ConfigValueError: an ``extra`` argument that is ours, or that has a field of its own.
+            ConfigValueError: an ``extra`` argument that the toolkit sets, or that has its own
+                field.
         """
         if self.tensor_parallel_size != 1 and not self.share_weights:
             raise UnsupportedError(
@@ -73,8 +74,8 @@ class EngineOptions(ApiEngineSettings):
             )
         if self.trust_remote_code:
             raise UnsupportedError(
-                "an engine on a model with remote code is not supported: its layers"
-                " cannot be checked against vLLM's",
+                "an engine on a model with remote code is not supported: its layers cannot be "
+                "compared with vLLM's",
                 where="model.trust_remote_code",
                 fix="set trust_remote_code: false, or fast_inference: false",
             )
@@ -87,13 +88,15 @@ class EngineOptions(ApiEngineSettings):
                 )
             if name in self.__dataclass_fields__:
                 raise ConfigValueError(
-                    f"{name!r} has a field of its own",
+                    f"{name!r} has its own field",
                     where="EngineOptions.extra",
                     fix=f"pass {name}=...",
                 )
 
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """The keyword arguments of ``vllm.LLM``. Arguments that are None are left to vLLM."""
+        """The keyword arguments of ``vllm.LLM``. vLLM decides about arguments with the value
+        None.
+        """
         arguments: dict[str, Any] = {
             "model": self.model,
             "revision": self.revision,
@@ -122,7 +125,9 @@ class EngineOptions(ApiEngineSettings):
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _graphs(self) -> dict[str, Any]:
-        """Which CUDA graphs are captured: where the largest batch is known, few sizes up to it."""
+        """The sizes of captured CUDA graphs: if the largest batch is known, only a few sizes up to
+        it.
+        """
         sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if not isinstance(sequences, int):
             return dict(GRAPHS_ONLY)
@@ -130,7 +135,7 @@ class EngineOptions(ApiEngineSettings):
         return {**GRAPHS_ONLY, "cudagraph_capture_sizes": sizes}
 
     def _settings(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """What a user may set, under vLLM's names; None where vLLM decides."""
+        """Options that a user may set, by vLLM's names; None means that vLLM decides."""
         arguments = {}
         for name, option in API_OPTIONS.items():
             unused = (option.on_gpu and device == "cpu") or (
@@ -143,8 +148,9 @@ class EngineOptions(ApiEngineSettings):
 
 
 GRAPHS_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-"""CUDA graphs for decode steps, and no torch.compile: rollouts are decode steps, and a graph takes
-away what compiling would save. On an H100 and the Llama-3.2-1B shape (vLLM 0.25.1, 64 sequences)
-both decode 15k to 17k tokens/s; without compiling the engine starts 27 s sooner with a cold cache,
-and without graphs for mixed batches 10 s sooner still. ``compilation_config`` overrides it.
+"""CUDA graphs for decode steps, and no torch.compile: rollouts are mostly decode steps, and with a
+graph compilation does not save more time. On an H100 and the Llama-3.2-1B shape (vLLM 0.25.1, 64
+sequences) both decode 15k to 17k tokens/s; without compilation the engine starts 27 s faster with a
+cold cache, and without graphs for mixed batches another 10 s faster. ``compilation_config``
+overrides it.
 """

@@ -1,10 +1,10 @@
 """Mixtures of experts on a CPU engine with LoRA.
 
-vLLM 0.31 takes LoRA beside experts through Triton kernels alone, also where no expert has an
-adapter, and a CPU has none. Its own CPU kernel would repack the experts, which nothing could then
-share. So here is the layer in plain torch over the weights as they were loaded, put in through
-vLLM's seam for such layers (``CustomOp.register_oot``): slow, exact, and for machines without a
-GPU.
+With LoRA, vLLM 0.31 runs experts only with Triton kernels, even if no expert has an adapter, and a
+CPU does not have them. vLLM's CPU kernel would repack the experts, so that they could not be
+shared. This module has the layer in plain torch on the loaded weights. It is registered through
+vLLM's interface for custom layers (``CustomOp.register_oot``). It is slow and exact, and is meant
+for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "UnquantizedFusedMoEMethod"
-"""vLLM's class, and so the name that ours is registered under."""
+"""vLLM's class, whose name ``TorchExperts`` is registered under."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -36,13 +36,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's experts without quantization; computed here where its choice fell on Triton."""
+    """vLLM's experts without quantization, computed here if vLLM has chosen Triton."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Leave the weights as they are, and refuse what is not computed here.
+        """Keep the weights unchanged, and reject options that are not computed here.
 
         Raises:
-            UnsupportedError: another activation, biases, or weights on the input.
+            UnsupportedError: the layer has another activation, biases, or router weights that are
+            applied to its input.
         """
         super().process_weights_after_loading(layer)
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
@@ -50,7 +51,7 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         known = layer.activation.value in ACTIVATIONS
         if not known or self.moe.has_bias or layer.apply_router_weight_on_input:
             raise UnsupportedError(
-                f"experts of this kind ({layer.activation.value}) with LoRA run on a GPU only",
+                f"experts of this kind ({layer.activation.value}) with LoRA run only on a GPU",
                 where="model.fast_inference",
                 fix="set fast_inference: false on this machine (runtime.engine: transformers)",
             )
@@ -64,10 +65,10 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """(T, H): the weighted sum of what each token's K experts make of it.
+        """(T, H): the weighted sum of the outputs of each token's K experts.
 
-        ``x`` (T, H), ``topk_weights`` and ``topk_ids`` (T, K); ``layer.w13_weight`` (E, 2 I, H)
-        holds gate over up, ``layer.w2_weight`` is (E, H, I).
+        ``x`` (T, H), ``topk_weights`` and ``topk_ids`` (T, K); ``layer.w13_weight`` (E, 2 I, H) has
+        the gate rows above the up rows, ``layer.w2_weight`` is (E, H, I).
         """
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
             found: torch.Tensor = super().forward_cpu(
@@ -86,6 +87,6 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
 
 
 def register() -> None:
-    """Have vLLM make ``TorchExperts`` in this process. A second call changes nothing."""
+    """Make vLLM create ``TorchExperts`` in this process. A second call has no effect."""
     if op_registry_oot.get(NAME) is not TorchExperts:
         CustomOp.register_oot(name=NAME)(TorchExperts)

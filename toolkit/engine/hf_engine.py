@@ -1,5 +1,5 @@
-"""Hugging Face generation behind the face of ``engine.base.RolloutEngine``: no vLLM, the trainer's
-own model.
+"""Hugging Face generation on the trainer's model with the interface of
+``rollout_engine.RolloutEngine``, without vLLM.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WHERE = "sampling"
 
 
 class TransformersEngine:
-    """Samples from ``model`` (transformers or PEFT) as it is at that moment; there is nothing to
-    publish.
+    """Samples from the current weights of ``model`` (transformers or PEFT), so a publish is not
+    needed.
 
     ``end_ids`` are the token ids that end a completion, ``pad_id`` fills the left of a batch;
-    ``max_model_len`` (tokens, prompt and completion together) None asks the model's config.
+    ``max_model_len`` (tokens, prompt plus completion) None takes the value of the model's config.
     """
 
     reads: Reads = "transformers"
@@ -49,7 +49,7 @@ class TransformersEngine:
         self.max_model_len = max_model_len or longest or 2**31
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Nothing to do: the model that is trained is the model that samples.
+        """Does nothing, because the trained model itself samples.
 
         Raises:
             ConfigValueError: ``peft_model`` is another model.
@@ -69,12 +69,12 @@ class TransformersEngine:
         """``sampling.n`` completions of each prompt (token ids), each drawn from ``seed`` and its
         row alone; ``rows`` as in ``base.RolloutEngine``.
 
-        Log-probabilities are those of the distribution sampled from: after temperature, top-k,
-        top-p, min-p and penalties. ``adapter`` False samples from the base. The caller's generators
-        and the model's training mode are left as they were.
+        Log-probabilities are of the distribution sampled from: after temperature, top-k, top-p,
+        min-p and penalties. ``adapter`` False samples from the base. The caller's random generators
+        and the model's training mode are restored.
 
         Raises:
-            ConfigValueError: prompts that do not fit, or values that transformers refuses.
+            ConfigValueError: prompts that do not fit, or values that transformers rejects.
             ConfigTypeError: an ``extra`` keyword that transformers does not know.
             UnsupportedError: structured outputs, which need the vLLM engine.
         """
@@ -100,21 +100,23 @@ class TransformersEngine:
         return _collect(prompts, found, sampled_BT, scores, sampling)
 
     def sleep(self) -> None:
-        """Nothing to give back."""
+        """Does nothing: there is no memory to free."""
 
     def wake(self) -> None:
-        """Nothing to take."""
+        """Does nothing: ``sleep`` frees no memory."""
 
     def close(self) -> None:
-        """Nothing to release: the model is its owner's."""
+        """Does nothing: the model belongs to the caller."""
 
     def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopAt | None]:
-        """transformers' form of ``sampling``, and what stops at its stop strings."""
+        """``sampling`` as a generation config of transformers, and the criterion for its stop
+        strings.
+        """
         if sampling.structured_outputs_regex is not None or "structured_outputs" in sampling.extra:
             raise UnsupportedError(
                 "structured outputs need the vLLM engine",
                 where=WHERE,
-                fix="load with fast_inference=True, or leave them out",
+                fix="load with fast_inference=True, or remove them",
             )
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
@@ -157,7 +159,7 @@ def _collect(
     scores: Sequence[torch.Tensor],
     sampling: Sampling,
 ) -> Rollout:
-    """What was generated, each completion up to and with the token that ended it."""
+    """The generated tokens of each completion, up to and including the token that ended it."""
     repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
     if sampling.logprobs is None:
         return Rollout(repeated, completions, None, None)
@@ -173,12 +175,12 @@ def _collect(
 
 def _refused(error: ValueError) -> ConfigValueError:
     return ConfigValueError(
-        f"transformers refuses the sampling options: {first_line(error)}", where=WHERE
+        f"transformers rejects the sampling options: {first_line(error)}", where=WHERE
     )
 
 
 def _check_ranges(sampling: Sampling) -> None:
-    """Refuse what transformers would take and not apply (it leaves a top_p of 7 out, for one)."""
+    """Reject values that transformers would accept and ignore, for example a top_p of 7."""
     good = {
         "temperature": sampling.temperature >= 0,
         "top_p": 0 < sampling.top_p <= 1,
@@ -196,8 +198,8 @@ def _logprobs(
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
     """(log-probabilities, token ids), each [sequence][position][rank], most likely first.
 
-    ``scores`` are T tensors (B, V), processed logits. With ``count`` 0 only the sampled token's;
-    else the ``count`` most likely, and the sampled one wherever it ranks.
+    ``scores`` are T tensors (B, V), processed logits. With ``count`` 0 only the sampled token; else
+    the ``count`` most likely tokens, and the sampled one at its rank.
     """
     values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
     tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]

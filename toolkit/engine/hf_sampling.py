@@ -1,8 +1,9 @@
-"""Hugging Face generation in which every row draws from a seed of its own.
+"""Hugging Face generation in which every row is sampled with its own seed.
 
-transformers draws a whole batch from one global generator: what a row gets hangs on its place among
-the others. A batch may be cut over ranks or halved where memory runs out, so here each row brings
-its own generator, one number a token, and takes the token at which the probabilities add up to it.
+transformers samples a whole batch from one global generator, so the result of a row depends on its
+position in the batch. But a batch may be split over ranks, or halved if memory runs out. So here
+each row has its own generator. It draws one number per token, and selects the token at which the
+cumulative probability reaches this number.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 AHEAD = 32
-"""Tokens whose numbers are drawn at once: one copy to the GPU, not one a token."""
+"""Number of tokens whose random numbers are drawn at once, to copy them to the GPU together."""
 
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """The last of the logits processors: of each row it leaves the one token that the row draws.
+    """The last logits processor: it keeps only the sampled token of each row.
 
-    ``scores`` keeps what came in, a (B, V) tensor a token, if asked to.
+    ``scores`` keeps the input, one (B, V) tensor per token, if requested.
     """
 
     def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
@@ -53,14 +54,15 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         number_B1 = self._next(scores_BV.device)
         heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
         total_B1 = heights_BV[:, -1:].contiguous()
-        # Below the total, also once rounded: the token found is one with a probability.
+        # Below the total, also after rounding, so that the selected token has a positive
+        # probability.
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         token_B1 = torch.searchsorted(
             heights_BV, torch.minimum(number_B1 * total_B1, below_B1), right=True
         )
         token_B1 = token_B1.clamp(max=scores_BV.shape[1] - 1)
         drawn_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
-        # What is no number is transformers' to refuse.
+        # transformers raises the error for NaN.
         return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
 
     def _next(self, device: torch.device) -> torch.Tensor:
@@ -79,8 +81,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """What ``generate(custom_generate=...)`` calls (transformers 5.17): its own sampling loop,
-        with these draws behind its processors where it draws.
+        """The function for ``generate(custom_generate=...)`` (transformers 5.17): transformers' own
+        sampling loop, with this sampling after its processors.
         """
         own = [self] if generation_config.do_sample else []
         real = model_kwargs["attention_mask"].bool()
@@ -98,8 +100,9 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
 
 
 class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
-    """transformers' repetition penalty, which also punishes the padding token of shorter prompts
-    (5.17): often that is the token that ends a completion, so a row would depend on its neighbours.
+    """transformers' repetition penalty without its effect on padding. In 5.17 it also penalizes the
+    padding token of shorter prompts. This is often the token that ends a completion, so a row would
+    depend on its neighbours.
 
     ``real_BP`` (B, P) bool: False on the padding left of the prompts.
     """
@@ -108,7 +111,7 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
         self._penalty, self._real_BP = penalty, real_BP
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores; the last token of the prompt is in place of padding."""
+        """(B, V) scores; padding is replaced by the last token of the prompt."""
         width = self._real_BP.shape[1]
         last_B1 = input_ids[:, width - 1 : width]
         prompt_BP = torch.where(self._real_BP, input_ids[:, :width], last_B1)
@@ -118,12 +121,12 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
 
 
 class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
-    """Stop strings, and how long a row was when it met one: what follows in it is padding.
+    """Stop strings, and the length of each row when it reached one; the rest of the row is padding.
 
-    transformers drops the tokenizer of ``generate`` where it decodes by a callable (5.17).
+    With a callable for decoding, transformers 5.17 drops the tokenizer that ``generate`` gets.
 
     Raises:
-        ConfigValueError: texts or a tokenizer that transformers cannot stop at.
+        ConfigValueError: transformers cannot stop at these texts or with this tokenizer.
     """
 
     def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
@@ -134,7 +137,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
             raise ConfigValueError(
                 f"transformers cannot stop at {strings}: {first_line(problem)}",
                 where="sampling",
-                fix="leave the stop strings out, or load with fast_inference=True",
+                fix="remove the stop strings, or load with fast_inference=True",
             ) from problem
         self._met_B: torch.Tensor | None = None
         self._width = 0
@@ -148,7 +151,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
-        """Tokens of each completion, at most ``tokens``, the longest."""
+        """Number of tokens of each completion, at most ``tokens``, the longest."""
         if self._met_B is None:
             return []
         met = self._met_B.tolist()
@@ -156,7 +159,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
 
 
 def draws_by_row(config: GenerationConfig) -> bool:
-    """True where ``generate_rows`` can draw: plain sampling, or greedy, which draws nothing."""
+    """True if ``generate_rows`` supports the options: plain sampling or greedy decoding."""
     mode = config.get_generation_mode()
     return mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 
@@ -164,11 +167,11 @@ def draws_by_row(config: GenerationConfig) -> bool:
 def generate_rows(
     model: Any, inputs: dict[str, Any], config: GenerationConfig, seeds: Sequence[int]
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """``model.generate`` with a seed for each row that comes out.
+    """``model.generate`` with one seed per row of the output.
 
-    ``inputs``: input_ids and attention_mask, both (B, P) int64, and what else ``generate`` takes.
-    Returns the sequences (B, P + T) and, if ``config.output_scores``, T tensors (B, V) of processed
-    scores. Raises ValueError where transformers refuses an option.
+    ``inputs``: input_ids and attention_mask, both (B, P) int64, and other arguments of
+    ``generate``. Returns the sequences (B, P + T) and, if ``config.output_scores``, T tensors (B,
+    V) of processed scores. Raises ValueError if transformers rejects an option.
     """
     sampled = config.get_generation_mode() == GenerationMode.SAMPLE
     draws = RowDraws(seeds, keep_scores=bool(config.output_scores))
@@ -186,11 +189,11 @@ def draw(
     seeds: Sequence[int],
     more: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """A completion for each seed, rows (B, T), and the scores that ``config`` asks for, T x (B, V).
+    """One completion per seed, rows (B, T), and the scores if ``config`` requests them, T x (B, V).
 
-    Prompts are padded on the left with ``config.pad_token_id``; ``more`` goes to ``generate``.
-    Options that ``config`` leaves out are off, whatever the checkpoint's own generation config
-    says. That config, the generators and the model's training mode are left as they were. Raises
+    Prompts are padded on the left with ``config.pad_token_id``; ``more`` is passed to ``generate``.
+    Options that ``config`` does not set are off; the checkpoint's own generation config is ignored.
+    That config, the random generators and the model's training mode are restored. Raises
     ValueError.
     """
     width = max(len(prompt) for prompt in prompts)
@@ -208,8 +211,8 @@ def draw(
 
 
 def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
-    """Tokens that each of ``rows`` completions may have, where prompt and completion together have
-    at most ``longest``. Equal numbers of neighbouring rows belong to each prompt.
+    """The maximum tokens of each of ``rows`` completions, if prompt plus completion have at most
+    ``longest`` tokens. Each prompt has the same number of consecutive rows.
     """
     each = rows // len(prompts)
     return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
@@ -221,8 +224,8 @@ def cut(
     stop: StopAt | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Each row up to and with the first token of ``ends``, or the last of a stop string; at most
-    ``most`` tokens of each row, which is what vLLM does at the end of its context.
+    """Each row up to and including the first token of ``ends``, or the last of a stop string; at
+    most ``most`` tokens of each row, which is what vLLM does at the end of its context.
     """
     rows: list[list[int]] = sampled_BT.tolist()
     if most is not None:
@@ -236,7 +239,7 @@ def cut(
 
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
-    """Evaluation mode for the while: dropout off, and no gradient checkpointing, which drops the
+    """Evaluation mode in the block: no dropout, and no gradient checkpointing, which disables the
     cache.
     """
     was = model.training
@@ -250,8 +253,8 @@ def _inference(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_defaults(model: Any) -> Iterator[None]:
-    """transformers fills what a generation config leaves out from the checkpoint's: a
-    no_repeat_ngram_size that nobody asked for would be part of the policy. Those are off here.
+    """Switch off the checkpoint's generation config. transformers takes missing options from it, so
+    for example a no_repeat_ngram_size that the user did not set would become part of the policy.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.generation_config
@@ -268,6 +271,6 @@ def _without_defaults(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _kept_generators(device: torch.device) -> Iterator[None]:
-    """transformers' loop draws from the global generators, to no effect: they are put back."""
+    """Restore the global generators, from which transformers' loop draws without effect."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

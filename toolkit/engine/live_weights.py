@@ -1,6 +1,4 @@
-"""The engine's live parameters under their plain names, and how its fused layers are made of
-parts.
-"""
+"""The engine's live parameters by their plain names, and the parts of its fused layers."""
 
 from __future__ import annotations
 
@@ -15,23 +13,27 @@ if TYPE_CHECKING:
     from torch import nn
 
 READ_NAMES = "_toolkit_read_names"
-"""Attribute that ``engine.loader`` leaves on the module: names of the checkpoint's tensors as
-stored in the files.
+"""Attribute that ``engine.weight_loader`` sets on the module: names of the tensors in the
+checkpoint's files.
 """
 
 AS_LOADED = "_toolkit_as_loaded"
-"""Attribute that ``engine.loader`` leaves on the module: plain name -> ``sample`` of it as
-loaded.
+"""Attribute that ``engine.weight_loader`` sets on the module: plain name -> ``sample`` of the
+loaded values.
 """
 SAMPLE_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LiveWeights:
-    """Borrowed, never copied: writing to one of these tensors changes what the engine computes."""
+    """The engine's own tensors, not copies: a write to one of them changes the output of the
+    engine.
+    """
 
     parameters: Mapping[str, torch.Tensor]
-    """Plain name (no ``base_layer``) -> tensor; a tied parameter stands under each of its names."""
+    """Plain name (no ``base_layer``) -> tensor; a tied parameter is listed under each of its
+    names.
+    """
     packed: Mapping[str, tuple[str, ...]]
     """Fused layer -> its parts in order, e.g. ``qkv_proj -> (q_proj, k_proj, v_proj)``; the model's
     own mapping.
@@ -39,10 +41,10 @@ class LiveWeights:
     padded: frozenset[str]
     """Names of embeddings and heads: the engine may have padded their rows (the vocabulary)."""
     read_names: frozenset[str]
-    """Names of the tensors that the checkpoint had; empty if another loader than ours read it."""
+    """Names of the tensors in the checkpoint; empty if another loader read it."""
     rewritten: frozenset[str]
-    """Names of tensors that vLLM changed after loading, to suit a kernel: their values are no
-    longer the checkpoint's.
+    """Names of tensors that vLLM rewrote for a kernel after loading: they no longer have the
+    checkpoint's values.
     """
 
 
@@ -59,7 +61,7 @@ def borrow(module: nn.Module) -> LiveWeights:
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of ``SAMPLE_SIZE`` values at most, spread over the tensor."""
+    """A copy of at most ``SAMPLE_SIZE`` values, spread over the tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].clone()
 
@@ -67,26 +69,24 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 def rewritten(
     parameters: Mapping[str, torch.Tensor], as_loaded: Mapping[str, torch.Tensor]
 ) -> frozenset[str]:
-    """Names whose values are no longer those that were loaded; none if nothing was noted."""
+    """Names of tensors that changed after loading; empty if no samples were recorded."""
     changed = set()
     for name, tensor in parameters.items() if as_loaded else ():
         before = as_loaded.get(name)
-        # As bytes: a checkpoint's NaN equals nothing.
+        # Compare bytes, because NaN is not equal to itself.
         if before is None or not before.view(torch.uint8).equal(sample(tensor).view(torch.uint8)):
             changed.add(name)
     return frozenset(changed)
 
 
 def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter of a vLLM module, without the ``base_layer`` that vLLM puts between when
-    LoRA is on.
-    """
+    """Name -> parameter of a vLLM module, without vLLM's ``base_layer`` (with LoRA)."""
     named = module.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in named}
 
 
 def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Fused layer -> its parts, of every part of the model that says so."""
+    """Fused layer -> its parts, collected from all submodules that define them."""
     found: dict[str, tuple[str, ...]] = {}
     for child in module.modules():
         mapping = getattr(child, "packed_modules_mapping", None)
@@ -96,7 +96,7 @@ def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def padded_parameters(module: nn.Module) -> frozenset[str]:
-    """Names of the weights and biases of vocabulary layers, told by ``num_embeddings_padded``
+    """Names of the weights and biases of vocabulary layers, which have ``num_embeddings_padded``
     (VocabParallelEmbedding).
     """
     names = set()
@@ -108,11 +108,10 @@ def padded_parameters(module: nn.Module) -> frozenset[str]:
 
 
 def rename_mapper(module: Any) -> Any | None:
-    """The model's name mapper without fusing q/k/v into one name, where adapter names would
-    collide.
+    """The model's name mapper without the fusion of q/k/v, with which adapter names would collide.
 
-    ``get_unstacked_mapper`` in vLLM 0.25.1, ``get_rename_mapper`` in 0.31.0. None where the model
-    has none.
+    ``get_unstacked_mapper`` in vLLM 0.25.1, ``get_rename_mapper`` in 0.31.0. None if the model has
+    none.
     """
     mapper = getattr(module, "hf_to_vllm_mapper", None)
     if mapper is None:
@@ -122,7 +121,9 @@ def rename_mapper(module: Any) -> Any | None:
 
 
 def engine_name(module: Any, name: str) -> str:
-    """The engine's name of a Hugging Face module or parameter, fused parts left apart."""
+    """The engine's name of a Hugging Face module or parameter; parts of fused layers keep their own
+    names.
+    """
     mapper = rename_mapper(module)
     if mapper is None:
         return name
@@ -131,7 +132,7 @@ def engine_name(module: Any, name: str) -> str:
 
 
 def uses_transformers_backend(module: Any) -> bool:
-    """True where vLLM has no model of its own for the architecture and runs Hugging Face's."""
+    """True if vLLM has no own model for the architecture and runs Hugging Face's."""
     return type(module).__module__.startswith("vllm.model_executor.models.transformers")
 
 

@@ -1,4 +1,4 @@
-"""Where the LoRA of a Hugging Face layer goes among the engine's layers with slots."""
+"""Map a Hugging Face layer with LoRA to the engine's layer with slots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 def find_places(
     module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
 ) -> list[tuple[Any, int]]:
-    """Where the LoRA of the Hugging Face layer ``module`` goes: vLLM's layer and the index among
+    """The slot for the LoRA of the Hugging Face layer ``module``: vLLM's layer and the index among
     its fused parts.
 
     Raises:
         UnsupportedError: vLLM has no layer with slots there, its model skips adapters under that
-            name, or its latent attention reads the weight past the layer.
+            name, or its latent attention bypasses the layer.
     """
     name = engine_name(vllm_module, module)
     for prefix in getattr(vllm_module, "lora_skip_prefixes", None) or ():
@@ -30,12 +30,12 @@ def find_places(
             )
     parent, _, leaf = name.rpartition(".")
     if leaf == "kv_b_proj" and hasattr(vllm_module.get_submodule(parent), "mla_attn"):
-        # There are slots, and an adapter in them changes nothing: vLLM keeps the layer as it was
-        # before LoRA for prompts, and its weight as W_UK and W_UV for every token after.
+        # The slots exist, but an adapter in them has no effect: vLLM uses the layer without LoRA
+        # for prompts, and copies of its weight (W_UK and W_UV) for later tokens.
         raise UnsupportedError(
             f"vLLM's latent attention ignores an adapter on {module}",
             where="lora.target_modules",
-            fix="leave kv_b_proj out of target_modules, or train with fast_inference: false",
+            fix="remove kv_b_proj from target_modules, or train with fast_inference: false",
         )
     for fused, parts in packed.items():
         if leaf in parts and len(parts) > 1:
@@ -47,6 +47,6 @@ def find_places(
         raise UnsupportedError(
             f"the engine has no LoRA slot for {module}",
             where="lora.target_modules",
-            fix="leave it out of target_modules, or train with fast_inference: false",
+            fix="remove it from target_modules, or train with fast_inference: false",
         )
     return [(layer, part) for part in range(len(layer.lora_a_stacked))]

@@ -1,11 +1,12 @@
-"""Tables of tuned configurations for vLLM's LoRA kernels, by card: the one that is used.
+"""Choose the table of tuned configurations of vLLM's LoRA kernels for a GPU.
 
 vLLM reads ``CARD_SHRINK.json``, ``CARD_EXPAND_TRUE.json`` and ``CARD_EXPAND_FALSE.json`` from
 VLLM_TUNED_CONFIG_FOLDER, CARD being the device's name (``lora/ops/triton_ops/utils.py``, 0.25.1). A
 table of the toolkit is one file with all three and the vLLM version that it was measured with
-(``engine.lora_tune`` writes it): its kernels may mean something else in another version, so it is
-ignored there. Tables that come with the package are in ``tuned/``, one for each class of cards;
-TOOLKIT_LORA_TABLE names another one, or is ``off``. A folder that the user has set for vLLM stays.
+(``engine.lora_tune`` writes it): in another version the kernels may use the values differently, so
+the table is ignored there. Tables that come with the package are in ``tuned/``, one for each class
+of cards; TOOLKIT_LORA_TABLE names another one, or is ``off``. A folder that the user has set for
+vLLM is kept.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ CLASSES = (
     (r"\bH100\b|\bH800\b|\bH20\b", ("h100", "h200")),
     (r"\bA100\b|\bA800\b", ("a100",)),
 )
-"""Pattern of a device's name -> tables that suit it, the best first. H100 and H200 have the same
-number of multiprocessors of the same kind."""
+"""Pattern of a device's name -> tables for it, the best first. H100 and H200 have the same
+multiprocessors.
+"""
 
 _told: set[str] = set()
 _made: dict[str, str] = {}
 
 
 def class_of(card: str) -> tuple[str, ...]:
-    """The names of the shipped tables that suit a device of this name."""
+    """The names of the shipped tables for a device of this name."""
     return next((names for pattern, names in CLASSES if re.search(pattern, card)), ())
 
 
 def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
-    """The table for a device: the one that TOOLKIT_LORA_TABLE names, else a shipped one."""
+    """The table for a device: that in TOOLKIT_LORA_TABLE, else a shipped one."""
     written = os.environ.get(TABLE_VARIABLE)
     if written:
         return None if written == OFF else Path(written).expanduser()
@@ -55,11 +57,11 @@ def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
 
 
 def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | None:
-    """Have vLLM read the table for ``card``; the folder that it reads, None where there is no
-    table to use. Warns once of a table that is ignored.
+    """Make vLLM read the table for ``card``. Returns the folder that vLLM reads, or None without a
+    table. Warns once if a table is ignored.
 
     Raises:
-        InputError: TOOLKIT_LORA_TABLE names a file that is no table.
+        InputError: the file in TOOLKIT_LORA_TABLE is not a table.
     """
     set_to = os.environ.get(FOLDER_VARIABLE)
     if set_to is not None and set_to not in _made.values():
@@ -71,8 +73,8 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | N
     table = read_table(path)
     if table["vllm"] != vllm_version:
         _warn_once(
-            f"{path} holds LoRA kernels that were tuned for vLLM {table['vllm']}, and this is vLLM"
-            f" {vllm_version}: the table is ignored (`toolkit tune` makes one for this version)"
+            f"{path} has LoRA kernels tuned for vLLM {table['vllm']}, but this is vLLM "
+            f"{vllm_version}: the table is ignored (`toolkit tune` creates one for this version)"
         )
         return None
     folder = _made.get(f"{path}|{card}")
@@ -83,32 +85,34 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | N
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A table as ``write_table`` wrote it.
+    """Read a table that ``write_table`` wrote.
 
     Raises:
-        InputError: it cannot be read, or lacks something.
+        InputError: it cannot be read, or a key is missing.
     """
     table = read_json(path)
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)
     if not good or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
         raise InputError(
-            f"it is no table of LoRA kernels: vllm, {', '.join(OPS)} must be in it",
+            f"it is not a table of LoRA kernels, which has the keys vllm, {', '.join(OPS)}",
             where=str(path),
-            fix=f"make one with `toolkit tune`, or {TABLE_VARIABLE}=off",
+            fix=f"create one with `toolkit tune`, or set {TABLE_VARIABLE}=off",
         )
     found: dict[str, Any] = table
     return found
 
 
 def write_table(table: dict[str, Any], path: Path) -> None:
-    """Whole or not at all. Raises OSError."""
+    """Write the table atomically. Raises OSError."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     beside.replace(path)
 
 
 def write_files(table: dict[str, Any], card: str) -> Path:
-    """vLLM's three files for a device of this name, in a new folder that goes with the process."""
+    """vLLM's three files for a device of this name, in a new folder that is removed when the
+    process ends.
+    """
     folder = Path(tempfile.mkdtemp(prefix="toolkit-lora-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     stem = card.replace(" ", "_").replace("-", "_")

@@ -1,10 +1,10 @@
-"""Measure configurations of vLLM's LoRA kernels on this card, and make a table of the fastest.
+"""Measure configurations of vLLM's LoRA kernels on this GPU, and create a table of the fastest.
 
 For each kernel, number of fused slices, shape and batch the configuration is improved one value at
-a time, beginning with vLLM's own choice; what is not faster is not taken, and what computes
-something else is refused. Batches above ``LARGEST_TUNED`` (prompts) keep vLLM's choice. A
-configuration is tried through vLLM's own setting (``engine.lora_tables``), and timed in a captured
-graph over many layers' weights, as decode steps find them: not in the cache.
+a time, starting from vLLM's own choice. A configuration that is not faster, or gives another
+result, is rejected. Batches above ``LARGEST_TUNED`` (prompts) keep vLLM's choice. A configuration
+is set through vLLM's own interface (``engine.lora_tables``). It is timed in a captured graph over
+the weights of many layers, so that weights are not in the cache, as in decode steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ LARGEST_TUNED = BATCHES[-1]
 PROMPTS = (1024, 2048, 8192)
 MAX_LORAS = 1
 SLICES = 8
-"""Every number of slices up to this has an entry: vLLM fails on one that is missing (0.25.1)."""
+"""Every number of slices up to this one has an entry, because vLLM fails if one is missing
+(0.25.1).
+"""
 VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "shrink": {
         "split_k": (4, 8, 16, 32, 64),
@@ -55,7 +57,7 @@ VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 REPEATS = 5
 COLD_BYTES = 128 << 20
-"""Weights, of several layers, that one measurement reads: more than a card's cache holds."""
+"""Bytes of weights of several layers that one measurement reads: more than the cache of a GPU."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,18 +70,18 @@ class Shape:
 
     @property
     def slices(self) -> int:
-        """Parts of the fused layer."""
+        """The number of parts of the fused layer."""
         return len(self.rows)
 
     @property
     def tall(self) -> int:
-        """What vLLM calls the hidden size of an expand kernel."""
+        """The value that vLLM calls the hidden size of an expand kernel."""
         return max(self.rows)
 
 
 @dataclass(slots=True)
 class Tuner:
-    """``seconds`` bounds the whole; what is not reached keeps vLLM's own choice."""
+    """``seconds`` limits the total time; cases that are not reached keep vLLM's own choice."""
 
     card: str
     seconds: float = 600.0
@@ -91,7 +93,7 @@ class Tuner:
         """The table for ``shapes`` (``lora_tables.write_table``)."""
         end = time.monotonic() + self.seconds
         with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
-            # The batches of rollouts first, should the time not reach.
+            # The batches of rollouts come first, in case the time is too short.
             for batch in sorted(BATCHES, key=lambda size: (size not in (8, 64), size)):
                 for shape in shapes:
                     for op in ("shrink", "expand"):
@@ -150,16 +152,17 @@ class Tuner:
 def tune_card(
     shapes: Iterable[Shape], seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float]:
-    """The table for this machine's card, and the sum of all cases before and after, in seconds.
+    """The table for this machine's GPU, and the sum of all cases before and after tuning, in
+    seconds.
 
     Raises:
         NodeError: there is no CUDA GPU.
     """
     if not torch.cuda.is_available():
         raise NodeError(
-            "no CUDA GPU is visible, and kernels are measured on one",
+            "no CUDA GPU is visible, but kernels must be measured on one",
             where="tune",
-            fix="run it on the kind of card that will train",
+            fix="run it on the kind of GPU that will train",
         )
     tuner = Tuner(torch.cuda.get_device_name(), seconds, say)
     table = tuner.tune(sorted(shapes))
@@ -185,7 +188,7 @@ def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
 
 
 def forget() -> None:
-    """Have vLLM read its files again."""
+    """Make vLLM read its files again."""
     upstream.load_lora_op_config.cache_clear()
     upstream.get_lora_op_configs.cache_clear()
 
@@ -241,7 +244,7 @@ class Case:
             )
 
     def result(self, config: Mapping[str, Any]) -> torch.Tensor:
-        """What it computes for the first layer; what is written to is put back."""
+        """The result for the first layer; the output buffer is restored."""
         self.use(config)
         out = self.narrow if self.op == "shrink" else self.wide
         before = out.clone()
@@ -251,20 +254,20 @@ class Case:
         return made
 
     def try_seconds(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
-        """Seconds of one launch; None where it does not compile or computes something else."""
+        """Seconds of one launch; None if the kernel does not compile or gives another result."""
         try:
             found = self.result(config)
             if not torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02):
                 return None
             return self.seconds(config)
         except Exception:  # noqa: BLE001
-            # Too much shared memory, too many registers, a block that Triton does not take: every
-            # reason is a reason not to use it.
+            # A configuration that fails for any reason is not used: too much shared memory, too
+            # many registers, a block size that Triton rejects.
             torch.cuda.synchronize()
             return None
 
     def seconds(self, config: Mapping[str, Any]) -> float:
-        """Seconds of one launch: a graph that goes once through all layers, the median of a few."""
+        """Seconds of one launch: the median of a few runs of a graph with one launch per layer."""
         self.use(config)
         for layer in self.layers[:2]:
             self.call(layer)

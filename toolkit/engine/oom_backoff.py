@@ -1,7 +1,7 @@
-"""A rollout in parts: where memory runs out, fewer sequences at a time and the same completions.
+"""Retry a rollout in smaller parts if memory runs out, with the same completions.
 
-A completion is drawn by its seed and its row (``rollout.request_seed``), whatever else is drawn
-with it. So a call that did not fit is made again in halves, and nothing but time is lost.
+A completion depends only on the seed and its row (``rollout_request.request_seed``), not on other
+completions in the call. So a call that did not fit is repeated in halves, and only time is lost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OOM = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's own class, and for the texts of allocators that raise RuntimeError."""
+    """True for torch's out-of-memory class, and for RuntimeErrors with the text of an allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(_OOM.search(str(error)))
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some completions of a batch: ``n`` of each of ``prompts``, the first of them row
+    """A part of a batch: ``n`` completions of each of ``prompts``; the first of prompt i is row
     ``rows[i]``.
     """
 
@@ -45,11 +45,11 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Completions."""
+        """The number of completions."""
         return len(self.prompts) * self.n
 
     def halves(self) -> tuple[Part, Part]:
-        """Prompts apart, or the completions of the one prompt; in order."""
+        """Split the prompts in two, or the completions of a single prompt; in order."""
         if len(self.prompts) > 1:
             middle = len(self.prompts) // 2
             first = Part(self.prompts[:middle], self.rows[:middle], self.n)
@@ -60,7 +60,7 @@ class Part:
         return Part(self.prompts, [row], middle), rest
 
     def fit(self, most: int | None) -> list[Part]:
-        """Parts of at most ``most`` completions, in order; None is no limit."""
+        """Parts of at most ``most`` completions, in order; None means no limit."""
         if most is None or self.size <= max(most, 1):
             return [self]
         return [part for half in self.halves() for part in half.fit(most)]
@@ -74,11 +74,11 @@ def in_parts(
     at_once: int,
     recover: Callable[[], None],
 ) -> tuple[Rollout, int | None]:
-    """(``whole`` drawn, the number of completions at a time that has been found to fit).
+    """(outputs for ``whole``, the number of completions at a time that fits).
 
-    ``at_once`` is how many sequences the engine runs at a time, whatever it is given. ``recover``
-    makes the engine whole after a call that failed. An error that is not about memory, or about the
-    memory of a single completion, is passed on.
+    ``at_once`` is how many sequences the engine runs at a time. ``recover`` makes the engine usable
+    after a failed call. An error other than out of memory is raised, and so is out of memory with a
+    single completion.
     """
     waiting, done = whole.fit(most), []
     while waiting:
@@ -90,11 +90,11 @@ def in_parts(
             if part.size < 2 or not is_out_of_memory(error):
                 raise
             failure = str(error).strip().partition("\n")[0][:300]
-        # Outside the handler: the traceback holds the tensors that did not fit.
+        # Outside the handler, because the traceback references tensors of the failed call.
         tried = min(part.size, at_once)
         most = tried // 2
         logger.warning(
-            "rollout: out of memory with %d sequences, %d at a time from here on (%s)",
+            "rollout: out of memory with %d sequences, at most %d at a time from now on (%s)",
             tried,
             most,
             failure,
@@ -105,7 +105,7 @@ def in_parts(
 
 
 def _joined(rollouts: Sequence[Rollout]) -> Rollout:
-    """One after the other."""
+    """Join the outputs in order."""
     if len(rollouts) == 1:
         return rollouts[0]
     logprobs = [r.logprobs for r in rollouts if r.logprobs is not None]

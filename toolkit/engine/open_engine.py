@@ -17,28 +17,29 @@ if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
 
 REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""Without these there is nothing to share: the engine's core must live in this process."""
+"""Weight sharing needs these values: the engine's core must run in this process."""
 
 DEFAULT_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # Compiled on first use, with a CUDA toolkit that the run-time image has not; and not used with
-    # processed log-probabilities.
+    # It is compiled on first use and needs a CUDA toolkit, which the run-time image does not have;
+    # it does not support processed log-probabilities.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
-"""Set where the user has not."""
+"""Set unless the user has set them."""
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """vLLM on ``options.model``, in this process. A context manager; ``close`` it to get the memory
-    back.
+    """Start vLLM on ``options.model`` in this process. The result is a context manager; ``close``
+    frees the memory.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        UnsupportedError: FP8 weights, an architecture that vLLM does not know, or that takes no
-        LoRA. ConfigError, NodeError, RetryError: vLLM did not start; the message names the check
-        that explains it, and what to do.
+        UnsupportedError: FP8 weights, an architecture that vLLM does not know, or for which it does
+            not support LoRA.
+        ConfigError, NodeError, RetryError: vLLM did not start; the message names the check that
+            explains the failure, and a fix.
     """
     if not vllm_available():
         raise MissingExtraError(
@@ -51,21 +52,21 @@ def open_engine(options: EngineOptions) -> Engine:
         )
     prepare_environment()
     read_ahead(options.model, free_bytes())
-    # vLLM reads its environment while it is imported, and the import takes seconds: hence here.
+    # Imported here, because vLLM reads its environment during the import, which takes seconds.
     from toolkit.engine.start import start  # noqa: PLC0415
 
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # upstream's own, while it imports and starts; errors are not touched
+        )  # hides warnings of upstream during import and start, but no errors
         return start(options)
 
 
 def prepare_environment() -> None:
-    """Set vLLM's variables; values that the user has set stay.
+    """Set vLLM's environment variables; values that the user has set are kept.
 
     Raises:
-        ConfigError: the user has set one to a value under which nothing can be shared.
+        ConfigError: the user has set one to a value that prevents weight sharing.
     """
     for name, value in REQUIRED_ENVIRONMENT.items():
         found = os.environ.setdefault(name, value)

@@ -1,7 +1,7 @@
 """The process group of a run that torchrun or srun started in several processes.
 
-vLLM's engine of each rank is a world of its own, but it makes its groups out of the default one and
-takes that as the trainer made it. So the group has to be there before an engine starts.
+The vLLM engine of each rank is independent of the others, but it creates its groups from the
+default group. So the default group must exist before an engine starts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 
 TIMEOUT_S = 1800.0
-"""How long a rank waits for another in a collective call; transformers' own ``ddp_timeout``."""
+"""How long a rank waits for another one in a collective call; transformers' default of
+``ddp_timeout``.
+"""
 
 
 def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
-    """The default group over all processes of the run: NCCL where there is a GPU, else gloo.
+    """Create the default group of all processes of the run: NCCL with a GPU, else gloo.
 
-    Does nothing in a run of one process, nor where there is a group already. ``store`` None meets
-    at ``MASTER_ADDR``. Raises RuntimeError.
+    Does nothing in a run of one process, or if the group already exists. With ``store`` None, the
+    rendezvous is at ``MASTER_ADDR``. Raises RuntimeError.
     """
     if world_size() == 1 or distributed.is_initialized():
         return

@@ -1,4 +1,4 @@
-"""What training needs from a thing that samples, and whether vLLM is there. Importable without
+"""The interface of a sampler for training, and the check that vLLM is installed. Importable without
 torch or vLLM.
 """
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the policy under training. vLLM (``engine.load``) and Hugging Face generation
-    both have this face.
+    """Samples from the policy under training. The vLLM engine and Hugging Face generation both
+    implement it.
     """
 
     reads: Reads
-    """Whose sampling keywords it reads, and whose order of sampling steps it follows."""
+    """The library whose sampling keywords and order of sampling steps it uses."""
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Make the adapter ``name`` of ``peft_model``, as it is now, what the next ``generate``
-        samples from.
+        """Publish the current values of adapter ``name`` of ``peft_model``; the next ``generate``
+        samples from it.
         """
 
     def generate(
@@ -40,18 +40,18 @@ class RolloutEngine(Protocol):
         """``sampling.n`` completions of each prompt (token ids). Same seed, same prompts, same
         policy: same completions.
 
-        Where the call is a part of a batch, ``rows`` says which completion of the batch the first
-        of each prompt is: a completion is drawn by its seed and its row, whoever draws it with
-        what else. None counts 0, n, 2n and so on.
+        If the call is part of a batch, ``rows`` is the index in the batch of each prompt's first
+        completion. A completion depends only on the seed and its row, not on the rest of the call.
+        None means 0, n, 2n and so on.
         """
 
     def sleep(self) -> None:
-        """Give memory back that only sampling needs. Weights stay. Without effect where there is
-        nothing to give.
+        """Free memory that only sampling needs. Weights stay. Has no effect if there is nothing to
+        free.
         """
 
     def wake(self) -> None:
-        """Take it again; called before the next ``generate``."""
+        """Allocate it again; called before the next ``generate``."""
 
     def close(self) -> None:
         """Release everything; a second call does nothing."""

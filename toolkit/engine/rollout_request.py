@@ -1,6 +1,4 @@
-"""What is asked of a sampler and what it gives back, in TRL's layout. Plain values: no torch, no
-vLLM.
-"""
+"""The request to a sampler and its result, in TRL's layout. Plain values, without torch or vLLM."""
 
 from __future__ import annotations
 
@@ -16,19 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SEED_LIMIT = 2**62
-"""Seeds stay below it, so that the completions of a batch can count up from theirs within a signed
-64-bit integer.
+"""Upper limit of a batch's seed, so that seed plus row stays within a signed 64-bit integer.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. Names and defaults are those of TRL's GRPOConfig.
+    """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means off. ``logprobs`` None asks for none, 0 for the sampled token's, k for the k
-    most likely as well; they are of the distribution sampled from (after temperature, top-k, top-p,
-    min-p and penalties). ``extra`` holds ``generation_kwargs``: any other sampling argument of the
-    engine under its own name, and wins over the fields.
+    ``top_k`` 0 means off. ``logprobs`` None requests none, 0 that of the sampled token, k also
+    those of the k most likely tokens; they are of the distribution sampled from (after temperature,
+    top-k, top-p, min-p and penalties). ``extra`` holds ``generation_kwargs``: any other sampling
+    argument of the engine under its own name; it takes precedence over the fields.
     """
 
     n: int = 1
@@ -44,7 +41,7 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        """Refuse what would break the layout; ranges are the engine's to judge.
+        """Reject values that break the layout; the engine checks ranges.
 
         Raises:
             ConfigValueError: ``n`` or ``max_tokens`` below 1, or an ``extra`` key that the toolkit
@@ -69,10 +66,10 @@ class Rollout:
     """Completions in the layout of ``trl.generation.vllm_generation.VLLMGeneration.generate`` (TRL
     1.16).
 
-    The four lists have ``len(prompts) * n`` entries, the n completions of a prompt side by side.
-    ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], most likely first (with
-    ``logprobs=0`` one entry: the sampled token); both are None when none were asked for. A
-    log-probability that is not a number is None.
+    The four lists have ``len(prompts) * n`` entries, with the n completions of a prompt next to
+    each other. ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], most likely
+    first (with ``logprobs=0`` one entry: the sampled token); both are None if none were requested.
+    A log-probability that is NaN becomes None.
     """
 
     prompt_ids: list[list[int]]
@@ -86,42 +83,42 @@ class Rollout:
 
 
 def request_seed(seed: int, row: int) -> int:
-    """The seed of completion number ``row`` of a batch that is drawn with ``seed``: a hash of
-    ``seed``, so that batches do not overlap, and ``row`` added to it.
+    """The seed of completion ``row`` of a batch with ``seed``: a hash of ``seed``, so that batches
+    do not overlap, plus ``row``.
 
-    vLLM draws the n completions of one request with this seed + 0 ... n-1: the same numbers as n
-    requests for the rows of each. So a group may be one request, or cut over ranks. Stays within a
-    signed 64-bit integer.
+    vLLM samples the n completions of one request with seeds from this seed to seed + n - 1. These
+    are the same as those of n requests with their own rows. So a group may be one request, or split
+    over ranks. The result is within a signed 64-bit integer.
     """
     digest = hashlib.blake2b(f"{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT + row
 
 
 def derive_seed(run_seed: int, step: int, call: int = 0) -> int:
-    """The seed of one call of ``generate``: the run's seed, the optimizer step, and which call of
-    that step it is.
+    """The seed of one call of ``generate``: from the run's seed, the optimizer step, and the number
+    of the call in that step.
     """
     digest = hashlib.blake2b(f"{run_seed}|{step}|{call}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
-    """Refuse prompts that are empty, or that leave no room for one token.
+    """Reject prompts that are empty, or too long for at least one completion token.
 
     Raises:
-        ConfigValueError: naming the first such prompt and what to change.
+        ConfigValueError: the message names the first such prompt and a fix.
     """
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigValueError(
                 f"prompt {index} has no tokens",
                 where="rollout",
-                fix="leave empty prompts out of the data",
+                fix="remove empty prompts from the data",
             )
         if len(prompt) >= max_model_len:
             raise ConfigValueError(
-                f"prompt {index} has {len(prompt)} tokens, the engine was built for"
-                f" {max_model_len} with its completion",
+                f"prompt {index} has {len(prompt)} tokens, but the engine supports "
+                f"{max_model_len} tokens for prompt and completion together",
                 where="rollout",
                 fix=(
                     f"raise model.max_seq_length (prompt + {max_tokens} would fit all),"

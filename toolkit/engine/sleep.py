@@ -1,10 +1,10 @@
 """KV-only sleep: while the trainer works, the KV cache's memory is released and the shared weights
 stay.
 
-vLLM's own sleep also unmaps the weights (level 1 moves them to the host, level 2 drops them), and
-the trainer's views would then point at nothing. Its factory of sleep backends
-(``vllm/device_allocator/sleep_mode_backend.py``, 0.25.1 to 0.31.0) is the seam: ``KvOnlyBackend``
-releases the allocations that the allocator tagged ``kv_cache`` and no others.
+vLLM's own sleep also unmaps the weights (level 1 moves them to the host, level 2 drops them), so
+the trainer's views would point to unmapped memory. vLLM's factory of sleep backends
+(``vllm/device_allocator/sleep_mode_backend.py``, 0.25.1 to 0.31.0) supports other backends:
+``KvOnlyBackend`` releases only the allocations with the tag ``kv_cache``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ KV_TAG = "kv_cache"
 
 
 class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no types
-    """Releases and maps again what is tagged ``kv_cache``. The cache's contents are lost, as in
-    vLLM's own sleep.
+    """Releases allocations with the tag ``kv_cache`` and maps them again. The cache's contents are
+    lost, as in vLLM's own sleep.
     """
 
     def suspend(self, level: int = 1) -> None:
@@ -37,7 +37,7 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
         release_tag(KV_TAG)
 
     def resume(self, tags: list[str] | None = None) -> None:
-        """Map the KV cache again, unless ``tags`` names only other things."""
+        """Map the KV cache again, unless ``tags`` has only other tags."""
         if tags is not None and KV_TAG not in tags:
             return
         self._state = "RESUMING"
@@ -68,7 +68,7 @@ def register() -> None:
 
 
 def release_tag(tag: str) -> None:
-    """Give back the memory of every mapped allocation tagged ``tag``; its addresses stay
+    """Release the memory of every mapped allocation with the tag ``tag``; its addresses stay
     reserved.
     """
     allocator, unmap_and_release, _ = _allocator()
@@ -80,8 +80,8 @@ def release_tag(tag: str) -> None:
 
 
 def map_tag(tag: str, spare_bytes: int | None = None) -> None:
-    """Map memory at the addresses of every released allocation tagged ``tag``; its contents are
-    undefined. torch keeps its cache where ``spare_bytes`` are left beside it.
+    """Map memory at the addresses of every released allocation with the tag ``tag``; its contents
+    are undefined. torch keeps its cache if ``spare_bytes`` stay free in addition.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -90,8 +90,8 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     needed = sum(int(data.handle[1]) for data in asleep)
     enough = spare_bytes is not None and torch.cuda.mem_get_info()[0] >= needed + spare_bytes
     if asleep and not enough:
-        # The trainer's step has left its activations' memory in torch's cache. Kept there, the card
-        # would have to hold both, which is what sleeping is to avoid.
+        # The trainer's step leaves memory of its activations in torch's cache. Without this call
+        # the GPU would need memory for both, which sleep must avoid.
         torch.cuda.empty_cache()
     for data in asleep:
         create_and_map(data.handle)
@@ -100,8 +100,8 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
 
 @contextmanager
 def tagged_pool(tag: str) -> Iterator[None]:
-    """Tensors that are made inside can be released and mapped by ``tag``; whether the engine was
-    built with ``enable_sleep_mode`` does not matter. One pool a tag.
+    """Tensors that are created in the block can be released and mapped by ``tag``, also without
+    ``enable_sleep_mode``. There is one pool per tag.
     """
     allocator, _, _ = _allocator()
     with allocator.use_memory_pool(tag=tag):
@@ -109,10 +109,11 @@ def tagged_pool(tag: str) -> Iterator[None]:
 
 
 def drop_pool(tag: str) -> None:
-    """Free what is left of the pool of ``tag``, whose tensors are gone: vLLM keeps pools for the
-    process, and counts what is in them before it loads another model.
+    """Free the pool of ``tag`` after its tensors were dropped. vLLM keeps pools for the process,
+    and counts their memory before it loads another model.
 
-    torch's pool must go before the allocator that it points to (``CuMemAllocator.release_pools``).
+    torch's pool must be freed before the allocator that it references
+    (``CuMemAllocator.release_pools``).
     """
     allocator, _, _ = _allocator()
     entry = allocator.allocator_and_pools.pop(tag, None)
@@ -126,7 +127,9 @@ def drop_pool(tag: str) -> None:
 
 
 def _allocator() -> tuple[Any, Any, Any]:
-    """vLLM's allocator of this process and its two primitives; CUDA only, hence imported here."""
+    """vLLM's allocator of this process and its two primitives; imported here because it needs
+    CUDA.
+    """
     from vllm.device_allocator import cumem  # noqa: PLC0415 - wants the CUDA runtime library
 
     return cumem.CuMemAllocator.get_instance(), cumem.unmap_and_release, cumem.create_and_map
@@ -138,24 +141,24 @@ class KvSleep:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self.asleep = False
-        # The worker resolves its backend by this name at its first sleep; no engine argument sets
-        # it (0.25.1, 0.31.0).
+        # The worker looks up its backend by this name at its first sleep; there is no engine
+        # argument for it (0.25.1, 0.31.0).
         llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
 
     def sleep(self) -> None:
-        """Release the KV cache. Level 1, so that the worker copies no buffers."""
+        """Release the KV cache. With level 1 the worker does not copy buffers."""
         if not self.asleep:
             self._llm.sleep(level=1)
             self.asleep = True
 
     def wake(self) -> None:
-        """Map it again. The KV tag first, then the rest, which has nothing to do for weights that
-        never slept.
+        """Map the KV cache again: first its tag, then the rest, which has no effect because weights
+        were not released.
         """
         if self.asleep:
             self._llm.wake_up()
             self.asleep = False
 
     def wake_for_close(self) -> None:
-        """Before a shut-down: freeing memory that is not mapped would fail."""
+        """Wake before a shut-down, because freeing unmapped memory would fail."""
         self.wake()

@@ -1,4 +1,4 @@
-"""From options to a running engine. Imports vLLM: reached through ``engine.load`` only, which
+"""Start an engine from its options. Imports vLLM; call it only through ``open_engine``, which
 prepares the environment.
 """
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 _started: weakref.ref[Engine] | None = None
-"""The engine that was started last in this process."""
+"""The last engine that was started in this process."""
 
 
 def start(options: EngineOptions) -> Engine:
-    """Check what can be checked cheaply, then start vLLM and reach into it."""
+    """Run cheap checks, then start vLLM and get its internals."""
     global _started
     again = _started is not None
     if again:
@@ -55,7 +55,7 @@ def start(options: EngineOptions) -> Engine:
     if device == "cpu":
         experts.register()
         fit_cpu(arguments)
-    if world_size() > 1:  # torchrun: one engine a rank
+    if world_size() > 1:  # torchrun: one engine per rank
         join_group()
         arguments.setdefault("distributed_executor_backend", "external_launcher")
     owns_process_group = not torch.distributed.is_initialized()
@@ -67,8 +67,9 @@ def start(options: EngineOptions) -> Engine:
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _started = weakref.ref(engine)
         if again:
-            # vLLM froze what was there: also the model of the engine before, whose weights the
-            # collector is to find when the caller gives its name to the new one.
+            # vLLM froze all existing objects for the garbage collector, also the model of a
+            # previous engine. Unfreeze them, so that its weights are freed when the caller drops
+            # it.
             gc.unfreeze()
         return engine
     except ToolkitError:
@@ -76,8 +77,8 @@ def start(options: EngineOptions) -> Engine:
     except Exception as problem:
         raise explain(problem, "the engine did not start") from problem
     finally:
-        # vLLM seeds torch's generator, and its CPU worker swaps this function for one that does
-        # nothing (0.31.0). The trainer lives in this process too: both are put back.
+        # vLLM seeds torch's generator, and its CPU worker replaces this function by one without
+        # effect (0.31.0). Restore both, because the trainer runs in this process too.
         torch.set_rng_state(state)
         torch.set_num_threads = set_num_threads
 
@@ -95,31 +96,35 @@ def sum_over_gloo() -> None:
 
 
 def make_room() -> None:
-    """Free what nobody holds any more of the engine before, and refuse to start beside one that is
-    open: vLLM keeps its groups, and the pool of a KV cache that sleeps, for the process, so that
-    closing one of two would break the other.
+    """Free a previous engine that is no longer referenced, and reject a start while another engine
+    is open. vLLM keeps its groups and the memory pool of a sleeping KV cache per process, so
+    closing one of two engines would break the other.
 
     Raises:
-        ConfigError: one is open, and somebody holds it.
+        ConfigError: another engine is open and referenced.
     """
-    gc.unfreeze()  # vLLM has frozen what was there when it started
+    gc.unfreeze()  # vLLM froze all objects that existed when it started
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     engine = _started() if _started is not None else None
     if engine is not None and not engine.closed:
         raise ConfigError(
-            f"an engine is open in this process already, on {engine.options.model}",
+            f"another engine is open in this process, on {engine.options.model}",
             where="engine",
-            fix="close it: model.toolkit_engine.close(), where model is the one loaded before",
+            fix=(
+                "close it with model.toolkit_engine.close(), where model is the model that was "
+                "loaded before"
+            ),
         )
 
 
 def fit_cpu(arguments: dict[str, Any]) -> None:
-    """What vLLM's CPU worker needs beside the options.
+    """Additional arguments for vLLM's CPU worker.
 
-    Prompts are prefilled whole: after a part of one, vLLM winds the request's generator back, which
-    torch's CPU generators cannot do ("CPU Generator does not use offset", 0.25.1 to 0.31.0).
+    Prompts are prefilled in one piece: after a partial prefill vLLM rewinds the request's
+    generator, which torch's CPU generators do not support ("CPU Generator does not use offset",
+    0.25.1 to 0.31.0).
     """
     if arguments.get("tensor_parallel_size", 1) > 1:
         sum_over_gloo()
@@ -133,11 +138,11 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
 
 
 def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
-    """What vLLM's GPU worker needs beside the options: expert weights as loaded, copies of 4-bit
-    weights, and the tuned LoRA kernels of the card.
+    """Additional arguments for vLLM's GPU worker: unchanged expert weights, copies of 4-bit
+    weights, and the tuned LoRA kernels of the GPU.
     """
     if options.share_weights and has_experts(config.to_dict()):
-        arguments.setdefault("moe_backend", "triton")  # the one that leaves expert weights alone
+        arguments.setdefault("moe_backend", "triton")  # the only one that keeps expert weights
     if options.dequantized_rollouts and has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
         arguments["model_loader_extra_config"] = {
@@ -148,11 +153,11 @@ def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> N
 
 
 CPU_KV_CACHE_BYTES = 1 << 30
-"""KV cache of a CPU engine when neither the options nor VLLM_CPU_KVCACHE_SPACE say otherwise."""
+"""KV cache size of a CPU engine if neither the options nor VLLM_CPU_KVCACHE_SPACE set it."""
 
 
 def check_model(options: EngineOptions, device: str) -> Any:
-    """Refuse, before minutes of loading, what would fail after it. Returns the model's config.
+    """Reject models that would fail after minutes of loading. Returns the model's config.
 
     Raises:
         InputError: no readable config.
@@ -163,10 +168,10 @@ def check_model(options: EngineOptions, device: str) -> Any:
     stored = stored_format(values)
     if options.share_weights and stored is not None and not stored.engine:
         raise UnsupportedError(
-            f"{options.model} is stored in {stored.name}: only unquantized and bitsandbytes 4-bit"
-            " weights can be shared with the trainer",
+            f"{options.model} is stored in {stored.name}, but only unquantized and bitsandbytes "
+            "4-bit weights can be shared with the trainer",
             where="model.model_name",
-            fix="use the unquantized checkpoint, or load_in_4bit: true on it",
+            fix="use the unquantized checkpoint, if needed with load_in_4bit: true",
         )
     problem = cpu_engine_problem(values) if device == "cpu" else None
     if problem is not None:
@@ -179,15 +184,15 @@ def check_model(options: EngineOptions, device: str) -> Any:
         )
     if options.load_in_4bit and "bitsandbytes" not in QUANTIZATION_METHODS:
         raise UnsupportedError(
-            f"vLLM {vllm.__version__} has no bitsandbytes 4-bit weights",
+            f"vLLM {vllm.__version__} does not support bitsandbytes 4-bit weights",
             where="model.load_in_4bit",
-            fix="install the vLLM of the lock files, or set load_in_4bit: false",
+            fix="install the vLLM version in the lock files, or set load_in_4bit: false",
         )
     architectures = list(getattr(config, "architectures", None) or [])
     known = ModelRegistry.get_supported_archs()
     if not any(name in known for name in architectures):
         raise UnsupportedError(
-            f"vLLM has no model for {', '.join(architectures) or 'a config without architectures'}",
+            f"vLLM does not support {', '.join(architectures) or 'a config without architectures'}",
             where="model.model_name",
             fix=_WITHOUT,
         )
@@ -198,7 +203,7 @@ _WITHOUT = "set fast_inference: false (runtime.engine: transformers)"
 
 
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
-    """Whether vLLM reads the model by its loader for bitsandbytes, in this process."""
+    """Whether vLLM uses its bitsandbytes loader for the model."""
     stored = stored_format(config.to_dict())
     packed = options.load_in_4bit or (stored is not None and stored.engine)
     return packed and options.tensor_parallel_size == 1
@@ -208,13 +213,13 @@ def read_config(options: EngineOptions) -> Any:
     """The checkpoint's Hugging Face config.
 
     Raises:
-        InputError: it is not there, or cannot be read.
+        InputError: it does not exist, or cannot be read.
     """
     try:
         return transformers.AutoConfig.from_pretrained(options.model, revision=options.revision)
     except (OSError, ValueError) as problem:
         raise InputError(
-            f"no readable model config: {first_line(problem)}",
+            f"the model config cannot be read: {first_line(problem)}",
             where=options.model,
             fix="check the folder or the hub id (and HF_HUB_OFFLINE, if it is set)",
         ) from problem

@@ -1,4 +1,4 @@
-"""Token ids in, token ids and log-probabilities out, with as little Python per token as vLLM
+"""Generate token ids and log-probabilities from token ids, with as little Python per token as vLLM
 allows.
 """
 
@@ -29,17 +29,19 @@ if TYPE_CHECKING:
     from toolkit.engine.rollout_request import Sampling
 
 REFUSALS = (TypeError, ValueError, VLLMValidationError)
-"""How vLLM says that a request is at fault; VLLMValidationError is no ValueError from 0.31."""
+"""The exceptions with which vLLM rejects a request; from 0.31 VLLMValidationError is not a
+ValueError.
+"""
 
 GIVEN_UP = frozenset({"abort", "error"})
 """Finish reasons of a request that failed by itself, e.g. on a grammar that does not compile."""
 
 
 def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
-    """vLLM's own form of ``sampling``.
+    """``sampling`` as vLLM's SamplingParams.
 
     Raises:
-        ConfigValueError: vLLM refuses a value or does not know a keyword of ``sampling.extra``.
+        ConfigValueError: vLLM rejects a value, or does not know a keyword of ``sampling.extra``.
     """
     for name in sampling.extra:
         problem = unknown(name, "vllm")
@@ -56,18 +58,18 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         "logprobs": sampling.logprobs,
         "seed": seed,
         "detokenize": False,
-        # One flat list a sequence instead of a dict of objects a token.
+        # One flat list per sequence instead of a dict of objects per token.
         "flat_logprobs": True,
     }
     if sampling.stop_token_ids:
         keywords["stop_token_ids"] = list(sampling.stop_token_ids)
     keywords |= dict(sampling.extra)
     if keywords.get("stop") or keywords.get("bad_words"):
-        keywords["detokenize"] = True  # vLLM matches stop strings on text
+        keywords["detokenize"] = True  # vLLM matches stop strings in text
     structured = keywords.get("structured_outputs")
     bias = keywords.get("logit_bias")
     try:
-        if isinstance(bias, dict):  # token ids; the keys of a run file are texts
+        if isinstance(bias, dict):  # keys are token ids, but the keys of a run file are texts
             keywords["logit_bias"] = {int(token): value for token, value in bias.items()}
         if sampling.structured_outputs_regex is not None:
             keywords["structured_outputs"] = StructuredOutputsParams(
@@ -78,18 +80,20 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         return SamplingParams(**keywords)
     except REFUSALS as problem:
         raise ConfigValueError(
-            f"vLLM refuses the sampling options: {problem}",
+            f"vLLM rejects the sampling options: {problem}",
             where="sampling options",
         ) from problem
 
 
 @contextmanager
 def judging(llm: LLM) -> Iterator[None]:
-    """Around a call of ``llm.generate``: what vLLM refuses of a request becomes one of our errors.
+    """Around a call of ``llm.generate``: convert vLLM's rejection of a request to an error of the
+    toolkit.
 
     Raises:
-        ConfigValueError: vLLM checks each request as it comes in, and drops those before it. What
-            is raised with requests in the engine comes from a step, and is passed on.
+        ConfigValueError: vLLM checks each request when it is added, and drops the earlier ones. An
+            error that is raised while requests are in the engine comes from a step, and is not
+            converted.
     """
     try:
         yield
@@ -97,10 +101,10 @@ def judging(llm: LLM) -> Iterator[None]:
         if llm.llm_engine.has_unfinished_requests():
             raise
         raise ConfigValueError(
-            f"vLLM refuses the request: {problem}",
+            f"vLLM rejects the request: {problem}",
             where="sampling options",
-            fix="change what vLLM names (of a run file grpo.generation_kwargs or"
-            " grpo.vllm_structured_outputs_regex)",
+            fix="change the option that vLLM names (in a run file: grpo.generation_kwargs or "
+            "grpo.vllm_structured_outputs_regex)",
         ) from problem
 
 
@@ -114,8 +118,8 @@ def generate(
 ) -> Rollout:
     """``sampling.n`` completions of each prompt; ``rows`` as in ``base.RolloutEngine``.
 
-    Each prompt is one request with n completions, so its prefix is computed once, and has a seed of
-    its own: what is drawn does not hang on what ran before, nor on how requests share a batch.
+    Each prompt is one request with n completions, so its prefix is computed once. It has its own
+    seed, so the result depends neither on earlier calls nor on the batch that it runs in.
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     params = [
@@ -124,7 +128,7 @@ def generate(
     ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
-    # vLLM draws from torch's global generators as well: the trainer's stay as they were.
+    # vLLM also draws from torch's global generators: restore them for the trainer.
     with judging(llm), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         if requests:
@@ -133,10 +137,10 @@ def generate(
 
 
 def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
-    """``llm.generate`` as it is. Whatever cuts it short leaves no request behind.
+    """Plain ``llm.generate``. If it is interrupted, no request stays in the engine.
 
     Raises:
-        ConfigValueError: vLLM refuses the request.
+        ConfigValueError: vLLM rejects the request.
     """
     try:
         with judging(llm):
@@ -150,7 +154,7 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
     """vLLM's outputs in TRL's layout.
 
     Raises:
-        ConfigError: vLLM gave up on one of them.
+        ConfigError: vLLM aborted one of them.
     """
     prompt_ids: list[list[int]] = []
     completion_ids: list[list[int]] = []
@@ -160,11 +164,11 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
         for completion in output.outputs:
             if completion.finish_reason in GIVEN_UP:
                 raise ConfigError(
-                    f"vLLM gave up on a completion ({completion.finish_reason})",
+                    f"vLLM aborted a completion ({completion.finish_reason})",
                     where="rollout",
                     fix=(
-                        "check vllm_structured_outputs_regex and generation_kwargs;"
-                        " vLLM's log says more"
+                        "check vllm_structured_outputs_regex and generation_kwargs; vLLM's log "
+                        "has the details"
                     ),
                 )
             prompt_ids.append(list(prompt))
@@ -181,11 +185,11 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
 def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
     """One sequence's log-probabilities and their tokens, [position][rank], most likely first.
 
-    vLLM puts the sampled token first and then the k most likely, which may hold it again: as TRL
-    does, it is kept once, in the place of its rank.
+    vLLM lists the sampled token first and then the k most likely ones, which may contain it again.
+    As in TRL, it is kept once, at its rank.
     """
     size = len(flat.logprobs)
-    if size == len(flat.start_indices):  # one a position, the usual case: no sorting, no objects
+    if size == len(flat.start_indices):  # one per position, the usual case: no sorting, no objects
         return (
             [[None if math.isnan(value) else value] for value in flat.logprobs],
             [[token] for token in flat.token_ids],

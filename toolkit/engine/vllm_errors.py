@@ -1,5 +1,5 @@
-"""An exception out of vLLM as one of our errors, by the check of the pre-flight that would have
-caught it.
+"""Convert an exception of vLLM to an error of the toolkit, with the pre-flight check that detects
+its cause.
 """
 
 from __future__ import annotations
@@ -9,35 +9,37 @@ from toolkit.base.symptoms.errors import AGAIN, explained
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION = "VLLMValidationError"
-"""vLLM's own; no ValueError from 0.31. By name: this module does not import vLLM."""
+"""vLLM's validation error, which is not a ValueError from 0.31. By name, because this module does
+not import vLLM.
+"""
 
 
 START_AGAIN = (
     "run `envcheck check` on this node; the same command, here or on another node, resumes from the"
     " last checkpoint (--debug shows the whole traceback)"
 )
-"""What to do about a rollout that failed for no reason that is known."""
+"""The fix for a rollout that failed for an unknown reason."""
 
 
 def closed() -> ConfigError:
-    """The error of a use after ``close``."""
+    """The error for a use after ``close``."""
     return ConfigError(
-        "the engine is closed", where="engine", fix="open a new one: load the model again"
+        "the engine is closed", where="engine", fix="load the model again to open a new engine"
     )
 
 
 def died(error: ToolkitError) -> ToolkitError:
-    """The error of a use of an engine that died of ``error``."""
-    return type(error)(f"the engine died earlier: {error.message}", where="engine", fix=error.fix)
+    """The error for a use of an engine that failed earlier with ``error``."""
+    return type(error)(f"the engine failed earlier: {error.message}", where="engine", fix=error.fix)
 
 
 def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
     """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
-    symptom that it shows.
+    known symptom in its text.
 
-    Other texts are quoted: in a ConfigError where vLLM judged a value, in a NodeError otherwise, as
-    nothing says that the config is at fault. ``fix`` is what to
-    do where nothing was being judged: about an engine that was running.
+    Unknown texts are quoted. The error is a ConfigError if vLLM rejected a value, else a NodeError,
+    because the config may be correct. ``fix`` replaces the fix of that NodeError, for an engine
+    that was running.
     """
     if known := explained(problem, what, AGAIN if fix else ""):
         return known

@@ -1,8 +1,6 @@
-"""The internals of vLLM that are reached here, each in one function. Read at vLLM 0.25.1 and
-0.31.0.
+"""All uses of vLLM's internals, each in one function. For vLLM 0.25.1 and 0.31.0.
 
-``tests/contract/test_vllm_seams.py`` names each of them and fails with the name of the one that
-moved.
+``tests/contract/test_vllm_seams.py`` checks each of them and names the one that moved.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Internals:
-    """What of a started engine is touched: the runner, its live module and the slots of its
-    adapters (None without LoRA).
+    """The internals of a started engine: the runner, its live module and the slots of its adapters
+    (None without LoRA).
     """
 
     runner: Any
@@ -35,14 +33,14 @@ class Internals:
 
 
 def device_type() -> str:
-    """``"cuda"`` or ``"cpu"``: what vLLM was built for and found."""
+    """``"cuda"`` or ``"cpu"``: the platform that vLLM was built for and found."""
     if current_platform.is_cuda_alike():
         return "cuda"
     if current_platform.is_cpu():
         return "cpu"
     raise UnsupportedError(
-        f"vLLM runs on {current_platform.device_name or 'an unknown device'} here; the"
-        " engine is made for CUDA and CPU",
+        f"vLLM runs on {current_platform.device_name or 'an unknown device'} on this machine; the "
+        "toolkit's engine supports CUDA and CPU",
         fix="set fast_inference: false (runtime.engine: transformers)",
     )
 
@@ -52,7 +50,7 @@ def open_worker(llm: LLM) -> Any:
     workers = llm.collective_rpc(_itself)
     if len(workers) != 1:
         raise UnsupportedError(
-            f"the engine has {len(workers)} workers, sharing needs exactly one",
+            f"the engine has {len(workers)} workers, but weight sharing needs exactly one",
             fix="use tensor_parallel_size: 1",
         )
     return getattr(workers[0], "worker", workers[0])
@@ -74,13 +72,13 @@ def _itself(worker: Any) -> Any:
 
 
 def drop_requests(llm: LLM) -> None:
-    """Have an engine whose step raised forget every request, so that it can take others; give
-    back the blocks that torch keeps.
+    """Remove every request from an engine whose step raised, so that it can be used again, and free
+    the blocks that torch caches.
 
-    vLLM itself calls such an engine dead, as it cannot know what broke; after an allocation that
-    failed nothing has. What a step leaves behind: requests in the output processor and the
-    scheduler, batches under way (asynchronous scheduling), and the runner's note of a forward
-    whose tokens were not sampled yet.
+    vLLM treats such an engine as dead, because it cannot know what failed. But after a failed
+    allocation its state is intact. A failed step leaves requests in the output processor and the
+    scheduler, running batches (asynchronous scheduling), and the runner's record of a forward whose
+    tokens were not sampled yet.
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -95,8 +93,8 @@ def drop_requests(llm: LLM) -> None:
 def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     """Stop the engine core of this process.
 
-    vLLM's own shut-down also destroys torch.distributed's default group, whoever made it. With
-    ``keep_process_group`` (the trainer made it) only the engine's part is torn down.
+    vLLM's own shut-down always destroys torch.distributed's default group. With
+    ``keep_process_group`` (the trainer created the group) only the engine's part is shut down.
     """
     forget_graph_pool()
     forget_pointers()
@@ -104,7 +102,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if not keep_process_group:
         client.shutdown()
         return
-    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: the whole shut-down once more, at gc
+    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: would shut down again at gc
     if finalizer is not None:
         finalizer.detach()
     core = client.engine_core
@@ -113,19 +111,19 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     core.scheduler.shutdown()
     gc.unfreeze()
     parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:  # a group of vLLM's own, over the trainer's
+    if parallel_state._WORLD is not None:  # vLLM's own group on top of the trainer's
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
 
 
 def forget_pointers() -> None:
-    """Have the LoRA kernels look at their weights again.
+    """Clear the LoRA kernels' cache of weight addresses.
 
-    They keep addresses, strides and offsets by the address of the first byte, for the process
-    (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Of another engine there may be other
+    The kernels cache addresses, strides and offsets by the address of the first byte, for the whole
+    process (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Another engine may have other
     shapes at the same address.
     """
-    # Never imported here: only kernels that have run have anything to forget.
+    # Not imported here, because only kernels that have run have a cache.
     kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
     if kernels is not None:
         kernels._LORA_A_PTR_DICT.clear()
@@ -133,11 +131,11 @@ def forget_pointers() -> None:
 
 
 def forget_graph_pool() -> None:
-    """Have the next engine of this process capture its CUDA graphs into a pool of its own.
+    """Make the next engine of this process capture its CUDA graphs into its own pool.
 
-    vLLM keeps one pool's name for the whole process (``Platform.get_global_graph_pool``, 0.25.1 and
-    0.31.0). Once the first engine's graphs are gone torch has dropped that pool, and capturing into
-    it fails with an internal assertion of its allocator.
+    vLLM keeps one pool handle for the whole process (``Platform.get_global_graph_pool``, 0.25.1 and
+    0.31.0). torch drops that pool when the first engine's graphs are freed, and a later capture
+    into it fails with an internal assertion of its allocator.
     """
     kind: Any = type(current_platform)
     kind._global_graph_pool = None

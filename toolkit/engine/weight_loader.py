@@ -1,17 +1,18 @@
-"""Our model loader, registered through vLLM's own ``register_model_loader``.
+"""The toolkit's model loader, registered with vLLM's ``register_model_loader``.
 
-It reads checkpoints as vLLM's default loader does, and two things more:
+It reads checkpoints as vLLM's default loader does, and in addition:
 
-* on a CPU it asks each linear layer to keep its weight as loaded. vLLM would otherwise prepack it
-  for its matrix kernel and drop the original, and nothing could then look at it
-  (``_cpu_skip_gemm_dispatch``, read at vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
-* it notes the name of every tensor that it read, so that ``policy.views`` can refuse a checkpoint
-  with tensors that no parameter of the model holds, and a few values of each parameter as loaded,
-  so that one that vLLM rewrites afterwards for a kernel of its own (experts on a CPU) is told from
-  one that can be shared.
+* on a CPU it asks each linear layer to keep its weight as loaded. Otherwise vLLM would prepack it
+  for its matrix kernel and drop the original, which then could not be shared
+  (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
+* it records the name of every tensor that it read, so that ``policy.shared_weights`` can reject a
+checkpoint
+  with tensors that belong to no parameter of the model. It also records a few loaded values of each
+  parameter, to detect parameters that vLLM later rewrites for a kernel (experts on a CPU), which
+  cannot be shared.
 
-For 4-bit models vLLM has a loader of its own, which it chooses by itself. ``register_dequantizing``
-puts one in its place that lets layers compute over 16-bit copies (``engine.dequantized``).
+For 4-bit models vLLM always chooses its own loader. ``register_dequantizing`` replaces it by one
+with which layers compute with 16-bit copies (``engine.dequantized``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's default loader, leaving weights in a form that a second model can view."""
+    """vLLM's default loader, which keeps weights in a form that a second model can view."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         load_config.load_format = "auto"
@@ -59,28 +60,28 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every (name, tensor) of the checkpoint, the names noted in passing."""
+        """Every (name, tensor) of the checkpoint; the names are recorded."""
         for name, tensor in super().get_all_weights(model_config, model):
             self._names.add(name)
             yield name, tensor
 
 
 def register() -> None:
-    """Make the loader known to vLLM under ``options.LOADER``. A second call replaces it by
-    itself.
+    """Register the loader in vLLM under ``engine_options.LOADER``. A second call registers it again
+    without effect.
     """
     register_model_loader(LOADER)(SharedWeightsLoader)
 
 
 FOUR_BIT = "bitsandbytes"
-"""vLLM's name of its loader for 4-bit weights, which no argument can change."""
+"""vLLM's name of its loader for 4-bit weights, which cannot be set by an argument."""
 WANTED = "dequantized_rollouts"
-"""Key of ``model_loader_extra_config`` that says how much is dequantized."""
+"""Key of ``model_loader_extra_config`` with the amount to dequantize."""
 
 
 def register_dequantizing() -> None:
-    """Put ``dequantizing`` over vLLM's 4-bit loader in that loader's place. Does nothing where this
-    vLLM has none (0.31 moved it out), or where that has been done.
+    """Replace vLLM's 4-bit loader by ``dequantizing`` around it. Does nothing if this vLLM has no
+    such loader (0.31 moved it out), or on a second call.
     """
     module = "vllm.model_executor.model_loader"
     if find_spec(f"{module}.bitsandbytes_loader") is None:
@@ -104,7 +105,7 @@ def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
         def load_model(
             self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
         ) -> nn.Module:
-            """The model as ``loader`` makes it, its layers ready for the first forward pass."""
+            """The model from ``loader``, with layers prepared for the first forward pass."""
             model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
             wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)
             if wanted == "auto":

@@ -1,1 +1,1 @@
-"""The model under training: Hugging Face modules over the tensors of the engine, and LoRA."""
+"""The model under training: Hugging Face modules on the engine's tensors, and LoRA."""

@@ -1,4 +1,6 @@
-"""Which layers of a loaded model carry the adapter, and which could not be sampled from."""
+"""Choose the layers of a loaded model that get an adapter, and reject those that the engine does
+not support.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def default_for(model: Any) -> tuple[str, ...]:
-    """The layers that are adapted where none are named (``config.targets.default_targets``)."""
+    """The layers that are adapted if the user names none (``config.targets.default_targets``)."""
     return default_targets(model.config.to_dict())
 
 
 def told_default(model: Any) -> tuple[str, ...]:
-    """``default_for``, with a warning where the drop-in API's seven projections are not meant."""
+    """``default_for``, with a warning if it differs from the drop-in API's seven projections."""
     chosen = default_for(model)
     if has_experts(model.config.to_dict()):
         warnings.warn(
-            f"a mixture of experts: the adapter lies on {', '.join(chosen)}; name target_modules"
-            " for other layers",
+            f"the model is a mixture of experts: the adapter is on {', '.join(chosen)}; set "
+            "target_modules to adapt other layers",
             ToolkitWarning,
             stacklevel=4,
         )
@@ -31,14 +33,14 @@ def told_default(model: Any) -> tuple[str, ...]:
 
 
 def experts_of(settings: LoraSettings, model: Any) -> frozenset[str]:
-    """Those of the targets that PEFT moves to the experts of this model."""
+    """The targets that PEFT applies to the experts of this model."""
     if not has_experts(model.config.to_dict()):
         return frozenset()
     return expert_targets(model.config.model_type, settings.target_modules)
 
 
 def refuse_experts(found: frozenset[str], where: str) -> None:
-    """For a model with an engine. Raises UnsupportedError where experts would be adapted."""
+    """For a model with an engine. Raises UnsupportedError if experts would be adapted."""
     if found:
         names = ", ".join(name for name in MLP if name in found)
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Write an adapter: PEFT's own folder, safetensors only, whole or not at all, equal bytes for equal
+"""Write an adapter as a PEFT folder: only safetensors, atomically, with equal bytes for equal
 adapters.
 """
 
@@ -44,18 +44,19 @@ def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, tor
 
 
 BASE_FILE = "base.json"
-"""Beside PEFT's files: what the base was, so that an adapter is not put on another one."""
+"""A file next to PEFT's that identifies the base, so that an adapter is not put on another base."""
 
 
 def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "default") -> Path:
-    """Write the adapter ``name`` of ``model`` to ``folder`` and return it; equal adapters, equal
-    bytes.
+    """Write the adapter ``name`` of ``model`` to ``folder`` and return the folder. Equal adapters
+    give equal bytes.
 
-    The files appear together at the end: a full disk or a kill leaves what was there before. Where
-    processes share a model, all of them call it, and the first writes.
+    The files appear together at the end: after a full disk or a kill, the previous files are
+    unchanged. If processes share a model, all of them call it, and the first one writes.
 
     Raises:
-        ConfigValueError: the model has no adapter. InputError: the folder cannot be written.
+        ConfigValueError: the model has no adapter.
+        InputError: the folder cannot be written.
     """
     if name not in getattr(model, "peft_config", {}):
         raise ConfigValueError(
@@ -68,7 +69,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         if not shared.first:
             return target
     with beside(target) as work:
-        # Told, PEFT need not ask the hub whether the vocabulary has the base's size.
+        # With this value PEFT does not ask the hub whether the vocabulary has the base's size.
         resized = bool(getattr(model, "toolkit_resized", False))
         more = {} if state is None else {"state_dict": state}
         model.save_pretrained(
@@ -94,7 +95,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """A temporary folder on the same file system as ``target``; an OSError becomes an InputError,
-    or what ``disk`` says of a file system that is full or fails.
+    or the error of ``disk`` for a full or failing file system.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def beside(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         found, known = disk.reason(error), disk.translate(error, target, kept="")
         if known is not None and found is not None and found[0] not in disk.CLOSED:
-            fix = "free space or name another folder, then start the same command again"
+            fix = "free space or name another folder, then run the same command again"
             raise type(known)(known.message, where=known.where, fix=fix) from error
         raise InputError(f"cannot be written: {error}", where=str(target)) from error
     finally:
@@ -114,7 +115,7 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def _sort_config(path: Path) -> None:
-    """PEFT writes sets in hash order; sorted, the file is the same in every process."""
+    """PEFT writes sets in hash order; sort them, so that the file is the same in every process."""
     values = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(key), list):

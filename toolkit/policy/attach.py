@@ -1,4 +1,4 @@
-"""What a model of ours carries beyond transformers and PEFT, set as plain attributes."""
+"""The attributes that the toolkit sets on a model, beyond those of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARRIED = (
     "toolkit_fused",
     "toolkit_source",
 )
-"""Attributes handed from a model to the PEFT model around it."""
+"""Attributes that are copied from a model to the PEFT model around it."""
 SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push_to_hub_gguf)
 
 
@@ -33,14 +33,14 @@ def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
     it.
 
     ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are those of
-    ``policy.generate`` and ``policy.adapter_io``; the others those of ``policy.saving``.
+    ``policy.fast_generate`` and ``policy.adapter_io``; the others are those of ``policy.saving``.
     """
     if like is not None:
         carried = {name: getattr(like, name, None) for name in CARRIED}
     for name in CARRIED:
         setattr(model, name, carried.get(name))
-    # PEFT puts its layers into the model it is given, so a reference to that one is a reference to
-    # the adapted model too, and must answer as it does.
+    # PEFT changes the layers of the given model in place, so that model is adapted too and must
+    # have the same attributes.
     for holder in (model,) if like is None else (model, like):
         holder.fast_generate = partial(fast_generate, model)
         holder.save_lora = partial(save_lora, model)

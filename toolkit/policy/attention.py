@@ -1,4 +1,4 @@
-"""Which of Hugging Face's attention functions computes what the model is."""
+"""Choose a Hugging Face attention function that computes the model correctly."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from toolkit.config.supported_features import attention_lacks, attention_problem
 def choose_attention(
     config: Any, asked: str | None, where: str, *, trusted: bool = False
 ) -> str | None:
-    """The ``attn_implementation`` for the model of ``config``; None is Hugging Face's default.
+    """The ``attn_implementation`` for the model of ``config``; None means Hugging Face's default.
 
-    Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM does so on every device;
-    the default here would not, and the policy under training would be another than the one that is
-    sampled: by 0.4 nats with a large adapter on a small model. Such a model gets ``"eager"``.
+    Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM applies the cap on every
+    device, but Hugging Face's default does not. The policy under training would then differ from
+    the sampled one: by 0.4 nats with a large adapter on a small model. So such a model gets
+    ``"eager"``.
 
     Raises:
-        ConfigValueError: ``asked`` is no attention function, or one that leaves the cap out, that
+        ConfigValueError: ``asked`` is not an attention function, or one that ignores the cap, that
             the model does not have, or that this machine cannot run (``config.features``).
     """
     text = config.get_text_config()

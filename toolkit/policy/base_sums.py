@@ -1,7 +1,7 @@
 """A checksum of the base model's weights, cheap enough to take before and after every run.
 
-Each frozen tensor is added up as 64-bit integers, modulo 2^64, on the device that it is on: one
-pass over the weights, no copy, no rounding. The sums are equal as long as no value changed.
+Each frozen tensor is summed as 64-bit integers, modulo 2^64, on its own device: one pass over the
+weights, without a copy or rounding. The sums stay equal while no value changes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 CHUNK_BYTES = 1 << 24
-"""Bytes that are widened at once where a tensor cannot be read as 64-bit integers."""
+"""Number of bytes that are widened at once if a tensor cannot be read as 64-bit integers."""
 
 AT_LOAD = "toolkit_base_sums"
-"""Attribute of a model that shares its weights with an engine: the sums when it was made."""
+"""Attribute of a model that shares its weights with an engine: the sums at its creation."""
 
 
 class Sum(NamedTuple):
-    """Of one tensor. Another dtype or shape is another tensor, not a changed one."""
+    """The sum of one tensor. With another dtype or shape it counts as another tensor, not as a
+    changed one.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -47,7 +49,7 @@ def base_sums(model: Any) -> dict[str, Sum]:
 
 
 def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
-    """Names of the tensors that are in both, of the same kind, with different values."""
+    """Names of the tensors in both with the same dtype and shape but different values."""
     return [
         name
         for name, found in after.items()
@@ -56,14 +58,14 @@ def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
 
 
 def digest(sums: Mapping[str, Sum]) -> str:
-    """One short checksum of all."""
+    """One short checksum of all sums."""
     lines = [f"{name} {found.dtype} {found.shape} {found.value}" for name, found in sums.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def _add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor's bytes, as a 0-dimensional int64 on its device."""
-    # As a plain tensor: bitsandbytes' own kind has a view of its own on how it is cut.
+    # As a plain tensor, because bitsandbytes' parameter class overrides slicing.
     plain = tensor.detach().as_subclass(torch.Tensor)
     flat = plain.contiguous().reshape(-1).view(torch.uint8)
     whole = flat.numel() - flat.numel() % 8
@@ -77,7 +79,7 @@ def _add_up(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_host(values: list[torch.Tensor]) -> list[int]:
-    """One copy for each device, not one for each tensor."""
+    """One copy to the host per device, not one per tensor."""
     found: dict[int, int] = {}
     for device in {value.device for value in values}:
         places = [index for index, value in enumerate(values) if value.device == device]

@@ -1,9 +1,9 @@
-"""4-bit weights that the engine and the trainer share: bitsandbytes layers over the engine's packed
+"""4-bit weights that the engine and the trainer share: bitsandbytes layers on the engine's packed
 shards.
 
-Each part of a fused layer is a whole 4-bit weight of its own (``engine.weights.is_packed``):
-``Linear4bit`` (read at bitsandbytes 0.50.2) over that slice and that state computes what the engine
-computes, and nothing is copied.
+Each part of a fused layer is a complete 4-bit weight (``engine.weights.is_packed``): ``Linear4bit``
+(read at bitsandbytes 0.50.2) on that slice and state computes the same as the engine, without a
+copy.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
     """The parts that make up rows ``start`` to ``start + count``, given the rows of each part.
 
     Raises:
-        UnsupportedError: the cut falls inside a part.
+        UnsupportedError: the cut is inside a part.
     """
     edges = [0]
     for part in rows:
         edges.append(edges[-1] + part)
     if start not in edges or start + count not in edges:
         raise UnsupportedError(
-            f"rows {start} to {start + count} are not whole 4-bit parts (edges {edges})",
+            f"rows {start} to {start + count} do not match the 4-bit parts (edges {edges})",
             where=WHY_SHARE,
             fix=FALLBACK,
         )
@@ -43,13 +43,12 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
 
 
 def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
-    """Put a 4-bit layer over ``part`` of the engine's packed ``tensor`` in the place of the linear
-    layer ``path``.
+    """Replace the linear layer ``path`` by a 4-bit layer on ``part`` of the engine's packed
+    ``tensor``.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        UnsupportedError: the layer is not an ordinary linear one, or the states are nested or
-            differ.
+        UnsupportedError: the layer is not a plain linear layer, or the states are nested or differ.
     """
     old = model.get_submodule(path)
     if type(old) is not torch.nn.Linear:
@@ -64,23 +63,25 @@ def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slic
     layer = linear_4bit(packed, state)
     layer.train(old.training)
     if old.bias is not None:
-        # A parameter of its own: bound like every other one, before or after.
+        # Its own parameter, which is bound like every other one.
         layer.register_parameter("bias", old.bias)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
 
 
 def join_states(states: Sequence[Any], where: str) -> Any:
-    """One state for parts that lie side by side: theirs if it is one, else one whose absmax are
-    theirs in a row.
+    """One state for adjacent parts: the state of a single part, else a state with their absmax
+    values concatenated.
 
     Raises:
-        UnsupportedError: nested states, or parts that were not quantized alike.
+        UnsupportedError: nested states, or parts with different quantization.
     """
     first = states[0]
     if any(state.nested for state in states):
         raise UnsupportedError(
-            f"{where}: nested quantization statistics", where=WHY_SHARE, fix=FALLBACK
+            (f"{where}: nested quantization statistics are not supported"),
+            where=WHY_SHARE,
+            fix=FALLBACK,
         )
     if len(states) == 1:
         return first
@@ -90,7 +91,9 @@ def join_states(states: Sequence[Any], where: str) -> Any:
     sizes = [state.shape[0] * state.shape[1] for state in states]
     if len(kinds) != 1 or any(size % first.blocksize for size in sizes):
         raise UnsupportedError(
-            f"{where}: its parts are not quantized alike", where=WHY_SHARE, fix=FALLBACK
+            (f"{where}: its parts have different quantization settings"),
+            where=WHY_SHARE,
+            fix=FALLBACK,
         )
     return type(first)(
         absmax=torch.cat([state.absmax for state in states]),
@@ -103,8 +106,7 @@ def join_states(states: Sequence[Any], where: str) -> Any:
 
 
 def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
-    """A frozen ``bitsandbytes.nn.Linear4bit`` over ``packed`` (n, 1) uint8, which stays where it
-    is.
+    """A frozen ``bitsandbytes.nn.Linear4bit`` on ``packed`` (n, 1) uint8, which is not copied.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -113,7 +115,7 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415 - only for 4-bit
     except ImportError as problem:
         raise MissingExtraError(
-            "load_in_4bit needs bitsandbytes",
+            "load_in_4bit needs bitsandbytes, which is not installed",
             where="model.load_in_4bit",
             fix="pip install 'grpo-toolkit[cuda]'",
         ) from problem
@@ -122,7 +124,7 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
         columns,
         rows,
         bias=False,
-        compute_dtype=torch.bfloat16,  # what vLLM computes 4-bit layers in, whatever they came from
+        compute_dtype=torch.bfloat16,  # vLLM computes all 4-bit layers in this dtype
         compress_statistics=False,
         quant_type=state.quant_type,
         device="meta",
@@ -166,8 +168,8 @@ class FourBitBase(NamedTuple):
 
 
 def four_bit_dtype(layer: Any) -> torch.dtype | None:
-    """The dtype that a ``Linear4bit`` computes in; None for any other layer, and for one whose
-    weight is not packed yet.
+    """The dtype in which a ``Linear4bit`` computes; None for other layers, and for a weight that is
+    not packed yet.
     """
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if type(layer).__name__ != "Linear4bit" or state is None:
@@ -177,6 +179,6 @@ def four_bit_dtype(layer: Any) -> torch.dtype | None:
 
 
 def mark_4bit(model: nn.Module) -> None:
-    """Tell PEFT that the linear layers are 4-bit ones, by the attribute that it and TRL look at."""
+    """Mark the linear layers as 4-bit layers, with the attribute that PEFT and TRL read."""
     # nn.Module types every attribute as a tensor or a module.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

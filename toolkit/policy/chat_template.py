@@ -1,9 +1,9 @@
-"""A chat template under limits: it is a program that came with the checkpoint.
+"""Run chat templates with limits, because a template is a program that comes with the checkpoint.
 
-transformers renders it in jinja's sandbox, which keeps it from the process but not from running
-for ever or making a text of any size. Here a rendering has limited time and memory, and its text a
-limited size, before any of it is tokenized. It is cut in this process, by an alarm and a limit of
-the address space: a chat takes a tenth of a millisecond, and there may be a million of them.
+transformers renders it in jinja's sandbox. The sandbox protects the process, but does not limit
+time or the size of the text. Here a rendering has limited time and memory, and its text is checked
+for its size before it is tokenized. The limits are an alarm and an address space limit in this
+process, because a chat takes a tenth of a millisecond, and there may be a million of them.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ import inspect
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, first_line
 from toolkit.base.time_limits import OutOfTime, call_within, memory_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 TIME_S = 10.0
-EACH_S = 0.1  # more for each chat of a batch
+EACH_S = 0.1  # additional time per chat of a batch
 MEMORY_BYTES = 1 << 30
 LONGEST = 1_000_000  # characters that a template may add ...
-TIMES = 20  # ... and how often it may repeat what it is given
+TIMES = 20  # ... and how often it may repeat its input
 
 
 def limit_template(tokenizer: Any) -> Any:
-    """``tokenizer``, whose ``apply_chat_template`` raises ConfigError where the template takes more
-    than that.
+    """``tokenizer`` with an ``apply_chat_template`` that raises ConfigError if the template exceeds
+    the limits.
     """
     tokenizer.apply_chat_template = _LimitedTemplate(tokenizer)
     return tokenizer
 
 
 class _LimitedTemplate:
-    """An attribute of one tokenizer; copied and pickled with it, as a bound function is not."""
+    """A callable attribute of one tokenizer, which unlike a bound function is copied and pickled
+    with it.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -44,7 +46,9 @@ class _LimitedTemplate:
 
 
 def _apply(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``apply_chat_template`` of transformers 5.17: the text first, then its tokens."""
+    """``apply_chat_template`` of transformers 5.17, but the text is rendered first and then
+    tokenized.
+    """
     upstream = type(tokenizer).apply_chat_template
     values = {**_defaults(upstream), **kwargs}
     if len(args) > 1:
@@ -84,26 +88,42 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None
     except (MemoryError, OverflowError) as error:
         raise _too_much(
-            tokenizer, f"needs too much ({type(error).__name__}; it may use 1 GiB)"
+            tokenizer, f"needs too much memory ({type(error).__name__}; the limit is 1 GiB)"
         ) from None
+    except Exception as error:  # a template raises what it likes, jinja2's and its own
+        raise refused(tokenizer, error) from error
     size = _size(made) if isinstance(made, str | list) else 0
     if size > most:
-        what = f"makes {size} characters of a chat with {characters} (at most {most})"
+        what = (
+            f"makes a text of {size} characters from a chat with {characters} (the limit is {most})"
+        )
         raise _too_much(tokenizer, what)
     return made
+
+
+def refused(tokenizer: Any, error: Exception) -> ConfigError:
+    """The error for a template that raised ``error``."""
+    said = first_line(error) or type(error).__name__
+    return ConfigError(
+        f"the tokenizer's chat template rejects the prompts: {said}",
+        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        fix="use only roles that it supports, in their order (if it does not support a system "
+        "message, put dataset.system into the prompts), or replace chat_template.jinja in "
+        "the model's folder",
+    )
 
 
 def _too_much(tokenizer: Any, what: str) -> ConfigError:
     return ConfigError(
         f"the chat template of this tokenizer {what}",
-        where=str(tokenizer.name_or_path) or None,
-        fix="put another chat_template.jinja (or chat_template in tokenizer_config.json) into the"
-        " model's folder, or take the model from where you trust it",
+        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        fix="replace chat_template.jinja (or chat_template in tokenizer_config.json) in the "
+        "model's folder, or get the model from a source that you trust",
     )
 
 
 def _size(value: Any) -> int:
-    """Characters of the texts in a tree."""
+    """The number of characters of all texts in a tree."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

@@ -1,5 +1,5 @@
-"""The helpers around chat templates that notebooks import. A template comes from the checkpoint:
-what is done here is to check that it is the one that the notebook expects.
+"""Helpers for chat templates that notebooks import. A template comes from the checkpoint; these
+functions check that it is the expected one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MARKS: Mapping[str, str] = {
     "mistral": "[INST]",
     "gpt-oss": "<|channel|>",
 }
-"""What the template of a family contains, by the beginning of the family's name."""
+"""A text that the template of a family contains, by the beginning of the family's name."""
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
     "tool": "tool", "function": "tool",
 }  # fmt: skip
-"""ShareGPT's names of who speaks, in the words of chat templates."""
+"""ShareGPT's names of roles -> the roles of chat templates."""
 
 
 def get_chat_template(
@@ -45,11 +45,11 @@ def get_chat_template(
     map_eos_token: bool = True,
     system_message: str | None = None,
 ) -> Any:
-    """``tokenizer`` with the chat template that is asked for.
+    """``tokenizer`` with the requested chat template.
 
     ``chat_template`` is Jinja text, or the name of a family ("llama-3.1", "qwen-2.5", "gemma-3",
-    "chatml", ...). A family's template is the one that its instruct checkpoints bring: a tokenizer
-    that has it is returned as it is. ChatML alone is also set on a tokenizer without a template.
+    "chatml", ...). A family's template is that of its instruct checkpoints: a tokenizer that has it
+    is returned unchanged. Only ChatML is also set on a tokenizer without a template.
 
     Raises:
         ConfigValueError: the tokenizer has no template of that family.
@@ -71,18 +71,18 @@ def get_chat_template(
         return tokenizer
     has = "has no chat template" if not own else "has a chat template of another family"
     raise ConfigValueError(
-        f"chat_template={text!r}, and the tokenizer {has}",
+        f"chat_template={text!r}, but the tokenizer {has}",
         where=WHERE,
-        fix="load the instruct checkpoint, whose tokenizer brings its template, or set"
-        " tokenizer.chat_template to the template's text",
+        fix="load the instruct checkpoint, whose tokenizer has the template, or set "
+        "tokenizer.chat_template to the template's text",
     )
 
 
 def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
     """``dataset`` (of the datasets library) whose chats are lists of ``role`` and ``content``.
 
-    ShareGPT's ``from`` and ``value`` are renamed; chats that have role and content already stay as
-    they are. ``column`` None takes conversations, messages or prompt, whichever is there.
+    ShareGPT's ``from`` and ``value`` are renamed; chats with role and content stay unchanged.
+    ``column`` None takes conversations, messages or prompt, whichever exists.
     """
     names = [column] if column else ["conversations", "messages", "prompt"]
     found = next((name for name in names if name in dataset.column_names), None)
@@ -102,7 +102,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigValueError(
             f"a turn of a chat has the keys {', '.join(map(str, turn))}",
             where="standardize_data_formats",
-            fix="a turn has role and content, or from and value",
+            fix="a turn must have role and content, or from and value",
         )
     return {"role": ROLES.get(str(who), str(who)), "content": said}
 
@@ -111,7 +111,7 @@ def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """Supervised fine-tuning's mask. Raises UnsupportedError."""
     del trainer, args, kwargs
     raise UnsupportedError(
-        "the loss of supervised fine-tuning is TRL's to mask",
+        "TRL masks the loss of supervised fine-tuning",
         where="train_on_responses_only",
         fix="pass SFTConfig(assistant_only_loss=True) or completion_only_loss=True",
     )
@@ -121,13 +121,13 @@ def _refuse_extras(mapping: Mapping[str, str] | None, system_message: str | None
     keys = {name: value for name, value in (mapping or {}).items() if name in ("role", "content")}
     if any(name != value for name, value in keys.items()):
         raise UnsupportedError(
-            f"mapping={dict(mapping or {})!r}: a template reads role and content",
+            f"mapping={dict(mapping or {})!r}: only the keys role and content are supported",
             where=WHERE,
             fix="rename the keys with standardize_data_formats(dataset)",
         )
     if system_message is not None:
         raise UnsupportedError(
-            "system_message is no part of a template here",
+            "system_message is not supported as part of a template",
             where=WHERE,
             fix="put a message with role system at the start of each prompt",
         )

@@ -1,10 +1,10 @@
-"""torch's CUDA allocator, told to use expandable segments.
+"""Make torch's CUDA allocator use expandable segments.
 
-Its ordinary segments cannot grow: freed pieces that are smaller than what is asked for next stay
-unusable, and on a card that is sized to the last per cents a step then runs out of memory with
-gigabytes free (1.8 and 3.1 GiB measured, 8B at 8 x 4096 tokens). Expandable segments unmap such
-pieces instead. vLLM turns them off around the pool of a sleeping KV cache by itself, where it finds
-them in ``PYTORCH_CUDA_ALLOC_CONF`` (0.25.1; 0.31 asks torch).
+Ordinary segments cannot grow, so freed pieces that are too small for later requests stay unusable.
+On a GPU that is sized with a small reserve, a step can then run out of memory with gigabytes free
+(1.8 and 3.1 GiB measured, 8B at 8 x 4096 tokens). Expandable segments unmap such pieces instead.
+vLLM itself switches them off around the pool of a sleeping KV cache, if they are set in
+``PYTORCH_CUDA_ALLOC_CONF`` (0.25.1; 0.31 asks torch).
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ GPUs.
 
 
 def use_expandable_segments() -> None:
-    """Set the variables, and the allocator that is at work already; not where the user has set
-    them, nor where a card cannot.
+    """Set the variables, and configure an allocator that is already in use. Does nothing if the
+    user has set them, or if a GPU does not support it.
 
-    What the user has set under one name is put under the other, for whoever reads only that.
+    A value that the user has set under one name is copied to the other, for libraries that read
+    only that one.
     """
     found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     if found is None and not _maps_virtual_memory():
         return
     for name in VARIABLES:
         os.environ[name] = os.environ.get(name) or found or WANTED
-    # bitsandbytes starts CUDA where it is imported, and torch has read the variables by then.
+    # bitsandbytes starts CUDA when it is imported, and torch has then already read the variables.
     if found is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream
         torch._C._accelerator_setAllocatorSettings(WANTED)
 
 
 def _maps_virtual_memory() -> bool:
-    """Whether every card that CUDA sees can map memory page by page. Makes no context."""
+    """Whether every GPU that CUDA sees supports virtual memory management. Does not create a
+    context.
+    """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

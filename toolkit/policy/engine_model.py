@@ -1,7 +1,8 @@
-"""A model with a vLLM engine on it: the engine holds the weights, the model is a view of them."""
+"""A model with a vLLM engine: the engine has the weights, and the model is a view of them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
+from toolkit.policy.auto_engine import lora_of, sized_share
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 from toolkit.policy.load_arguments import WHERE
@@ -23,21 +25,18 @@ if TYPE_CHECKING:
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
 
-DEFAULT_RANK = 64
-"""max_lora_rank "auto" without an adapter to read it from: the drop-in API's default."""
-
 
 def load_on_engine(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> tuple[Any, Any]:
-    """(model, engine): the model borrows the engine's weights, unless ``share_weights`` is False.
+    """(model, engine): the model shares the engine's weights, unless ``share_weights`` is False.
 
     Raises:
-        InputError, ConfigValueError: the checkpoint cannot be used with these arguments.
-        Whatever ``open_engine`` and ``shared_model`` raise; the engine is closed then.
+        InputError, ConfigValueError: the checkpoint cannot be used with these arguments. Also all
+            errors of ``open_engine`` and ``shared_model``; the engine is then closed.
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
-    # Before vLLM starts: refuses a max_seq_length beyond the model's, an attention without its cap.
+    # Before vLLM starts: rejects a max_seq_length beyond the model's, or attention without its cap.
     config = read_config(checkpoint, request)
     choose_attention(config, request.attn_implementation, WHERE)
     engine = open_engine(engine_options(checkpoint, request, adapter))
@@ -57,11 +56,12 @@ def load_on_engine(
 def engine_options(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None = None
 ) -> EngineOptions:
-    """What the engine of ``request`` is built with. Lengths in tokens, memory in bytes."""
+    """The options of the engine for ``request``. Lengths are in tokens, memory in bytes."""
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
-    given["gpu_memory_utilization"] = _share(given["gpu_memory_utilization"])
-    given["tensor_parallel_size"] = _split(given["tensor_parallel_size"], checkpoint)
+    size = given["tensor_parallel_size"] = _split(given["tensor_parallel_size"], checkpoint)
+    request = replace(request, engine={**request.engine, "tensor_parallel_size": size})
+    given["gpu_memory_utilization"] = _share(checkpoint, request, adapter)
     return EngineOptions(
         model=str(checkpoint.folder),
         max_model_len=request.max_seq_length,
@@ -73,26 +73,26 @@ def engine_options(
 
 
 def _rank(asked: Any, adapter: Adapter | None) -> int:
-    """The largest adapter rank that the engine has room for; "auto" fits the adapter at hand."""
+    """The largest adapter rank that the engine supports. "auto" is the smallest supported rank for
+    the given adapter, else for ``get_peft_model``'s default, as in a run file.
+    """
     if asked != "auto":
         return int(asked)
-    if adapter is None:
-        return DEFAULT_RANK
-    largest = max(adapter.config.r, *(adapter.config.rank_pattern or {}).values(), 0)
+    largest = lora_of(adapter).largest_rank
     if legal := smallest_rank(largest):
         return legal
     raise ConfigValueError(
-        f"r={largest} is above the largest rank that vLLM serves, {LEGAL_RANKS[-1]}",
+        f"r={largest} is above the largest rank that vLLM supports, {LEGAL_RANKS[-1]}",
         where=WHERE,
         fix="load with fast_inference=False",
     )
 
 
 def _split(asked: Any, checkpoint: Checkpoint) -> int:
-    """tensor_parallel_size; "auto" is the smallest with which a card's part of the files takes at
-    most half of the card. A run file's "auto" is sized by its budget instead.
+    """tensor_parallel_size; "auto" is the smallest size with which the part of the files for one
+    GPU takes at most half of its memory. Sizing resolves "auto" of a run file instead.
 
-    Total memory and not what is free, as all processes have to find the same.
+    Uses the total memory, not the free memory, so that all processes get the same size.
     """
     if asked != "auto":
         return int(asked)
@@ -104,15 +104,16 @@ def _split(asked: Any, checkpoint: Checkpoint) -> int:
     return next((size for size in legal if whole <= size * room), legal[-1])
 
 
-def _share(asked: Any) -> float | Auto:
-    """gpu_memory_utilization; "auto" is half of what is free now, the other half being the
-    trainer's.
-
-    A run file's "auto" is sized by its budget instead. Without a GPU the engine does not read it.
+def _share(checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None) -> float | Auto:
+    """gpu_memory_utilization; sizing resolves "auto", as in a run file. Without a GPU the engine
+    ignores it.
     """
+    asked = request.engine["gpu_memory_utilization"]
     if asked != "auto":
         return float(asked)
     if not torch.cuda.is_available():
         return "auto"
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    return max(round(free_bytes / total_bytes / 2, 2), 0.01)
+    text = read_config(checkpoint, request).get_text_config()
+    length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
+    dtype = str(choose_dtype(request)).removeprefix("torch.")
+    return sized_share(checkpoint, request, adapter, length=length, dtype=dtype) or "auto"

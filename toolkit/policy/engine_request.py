@@ -1,4 +1,6 @@
-"""What from_pretrained refuses with an engine, and says without one."""
+"""Checks of from_pretrained: arguments that are rejected with an engine, and warnings without
+one.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,18 @@ if TYPE_CHECKING:
     from toolkit.policy.load_request import LoadRequest
 
 OPEN = (None, "auto")
-"""Values that leave an option to vLLM, or to the sizer of a run file."""
+"""Values with which vLLM, or the sizing of a run file, decides an option."""
 
 ONE_DEVICE = (None, "sequential", "auto", "balanced")
-"""Values of device_map that say nothing else than the one device that the engine is on."""
+"""Values of device_map that mean the device of the engine."""
 
 
 def check_engine(request: LoadRequest) -> None:
-    """Refuse what cannot be had with an engine on the model.
+    """Reject arguments that cannot be used with an engine on the model.
 
     Raises:
-        UnsupportedError, ConfigValueError, ConfigTypeError: naming it.
+        UnsupportedError, ConfigValueError, ConfigTypeError: an argument is rejected; the message
+            names it.
         MissingExtraError: vLLM is not installed.
     """
     for name, why in (*ENGINE_EXCLUDES.items(), *_API_EXCLUDES.items()):
@@ -42,28 +45,31 @@ def check_engine(request: LoadRequest) -> None:
             raise UnsupportedError(
                 f"{name} and fast_inference exclude each other: {why}",
                 where=WHERE,
-                fix=f"leave {name} out, or use fast_inference=False",
+                fix=f"remove {name}, or use fast_inference=False",
             )
     if request.device_map not in ONE_DEVICE:
         raise UnsupportedError(
             f"device_map={request.device_map!r}: with fast_inference the model is on the engine's"
             " device",
             where=WHERE,
-            fix="leave device_map out, and choose the GPU with CUDA_VISIBLE_DEVICES",
+            fix="remove device_map, and choose the GPU with CUDA_VISIBLE_DEVICES",
         )
     rank = request.engine["max_lora_rank"]
     if rank != "auto" and (type(rank) is not int or rank not in LEGAL_RANKS):
         raise ConfigValueError(
-            f"max_lora_rank={rank!r} is none that vLLM takes: {', '.join(map(str, LEGAL_RANKS))}",
+            (
+                f"max_lora_rank={rank!r} is not supported by vLLM, which supports "
+                f"{', '.join(map(str, LEGAL_RANKS))}"
+            ),
             where=WHERE,
             fix=_next_rank(rank),
         )
     share = request.engine["gpu_memory_utilization"]
     if share != "auto" and not (isinstance(share, (int, float)) and 0 < share < 1):
         raise ConfigValueError(
-            f"gpu_memory_utilization={share!r} must lie between 0 and 1",
+            f"gpu_memory_utilization={share!r} must be between 0 and 1",
             where=WHERE,
-            fix='for instance 0.5, or "auto"',
+            fix='use for example 0.5, or "auto"',
         )
     _check_values(request.engine)
     if not vllm_available():
@@ -76,7 +82,9 @@ def check_engine(request: LoadRequest) -> None:
 
 
 def _check_values(engine: Mapping[str, Any]) -> None:
-    """vLLM takes some wrong values and others for what they are not: a text for a switch is on."""
+    """Check types here, because vLLM accepts some wrong values or misreads them: a text for a
+    switch counts as on.
+    """
     for name, option in API_OPTIONS.items():
         value = engine[name]
         if value in OPEN:
@@ -93,7 +101,7 @@ def _check_values(engine: Mapping[str, Any]) -> None:
 
 
 def _next_rank(asked: Any) -> str:
-    """What to write instead of a rank that vLLM does not take."""
+    """The fix for a rank that vLLM does not support."""
     legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
     return f'use max_lora_rank={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
 
@@ -101,19 +109,20 @@ def _next_rank(asked: Any) -> str:
 STANDBY = "UNSLOTH_VLLM_STANDBY"
 _API_EXCLUDES = {
     "rope_scaling": "the engine reads its positions from the checkpoint",
-    "resize_model_vocab": "the engine holds the embeddings",
+    "resize_model_vocab": "the engine has the embeddings",
 }
 
 
 def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """``arguments`` of one call, with what the variable UNSLOTH_VLLM_STANDBY asks for: the KV cache
-    gives its memory to the trainer between rollouts. ``enable_sleep_mode`` in the call wins.
+    """``arguments`` of one call, with the effect of the variable UNSLOTH_VLLM_STANDBY: between
+    rollouts the trainer may use the memory of the KV cache. ``enable_sleep_mode`` in the call takes
+    precedence.
     """
     given = dict(arguments)
     if environ.get(STANDBY, "0").lower() in ("", "0", "false") or "enable_sleep_mode" in given:
         return given
     if not given.get("fast_inference"):
-        told = "has no effect with fast_inference=False, where no engine is built"
+        told = "has no effect with fast_inference=False, because there is no engine"
     else:
         given["enable_sleep_mode"] = True
         told = "is read as enable_sleep_mode=True: the KV cache sleeps while the trainer works"
@@ -122,13 +131,13 @@ def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> di
 
 
 def warn_engine_only(engine: Mapping[str, Any]) -> None:
-    """Say which engine options have no effect; max_lora_rank and the like are legal without an
-    engine, and unused.
+    """Warn of engine options without effect. max_lora_rank and similar options are valid without an
+    engine, but unused.
     """
     idle = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
     if idle:
         warnings.warn(
-            f"{', '.join(idle)}: no effect with fast_inference=False, where no engine is built",
+            f"{', '.join(idle)}: no effect with fast_inference=False, because there is no engine",
             ToolkitWarning,
             stacklevel=5,
         )

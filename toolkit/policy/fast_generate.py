@@ -1,5 +1,5 @@
-"""``model.fast_generate``: the same prompts and options on both engines, and each engine's own
-beside them.
+"""``model.fast_generate``: common prompts and options for both engines, and in addition each
+engine's own options.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 POLICY: Any = "policy"
-"""Default of ``lora_request``: the model as it is, with the adapter that is on it."""
+"""Default of ``lora_request``: sample from the model with its current adapter."""
 
 BORROWED = "toolkit_request"
-"""Name of a requested adapter while it is on a model."""
+"""Temporary name of a requested adapter on a model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraRequest:
-    """A saved adapter to generate with, as it was when it was loaded."""
+    """A saved adapter for generation, with the values from when it was loaded."""
 
     folder: Path
     adapter: Adapter
@@ -48,11 +48,11 @@ def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
     changed.
 
     Raises:
-        InputError, ConfigValueError: it cannot be read, is another base's, does not fit, or has a
-            rank above the engine's.
+        InputError, ConfigValueError: it cannot be read, belongs to another base, does not fit, or
+            has a rank above the engine's.
     """
     adapter = read_adapter(folder)
-    with _borrowed(model, adapter):  # whatever does not fit is refused here
+    with _borrowed(model, adapter):  # raises an error here if it does not fit
         return LoraRequest(Path(folder), adapter)
 
 
@@ -66,21 +66,22 @@ def fast_generate(
     """Completions of ``prompts``: text, token ids, ``{"prompt": ...}``, or a list of these.
 
     Options that both engines take: n, max_tokens, temperature (0 is greedy), top_p, top_k, min_p,
-    repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, as a mapping or
+    repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, or as a mapping or
     ``Sampling`` in ``sampling_params``. With an engine, ``sampling_params`` may be vLLM's own
-    SamplingParams; without one, ``input_ids=...`` and any keyword of transformers' ``generate`` go
-    straight to it.
+    SamplingParams; without one, ``input_ids=...`` and any keyword of transformers' ``generate`` are
+    passed to it.
 
-    ``lora_request``: left out, the model as it is with its adapter; None, the base model; else what
-    ``load_lora`` gave.
+    ``lora_request``: by default the model with its current adapter; None means the base model; else
+    the result of ``load_lora``.
 
     Returns:
-        A list with an entry a prompt: ``.outputs[i].text``, ``.token_ids``, ``.finish_reason``.
-        With ``input_ids``, what ``generate`` returns.
+        A list with one entry per prompt: ``.outputs[i].text``, ``.token_ids``, ``.finish_reason``.
+        With ``input_ids``, the result of ``generate``.
 
     Raises:
-        ConfigTypeError: an argument that this engine does not take, naming the one that does.
-        ConfigValueError: prompts that do not fit, or a value that the engine refuses.
+        ConfigTypeError: this engine does not support an argument; the message names the one that
+            does.
+        ConfigValueError: prompts do not fit, or the engine rejects a value.
     """
     engine = getattr(model, "toolkit_engine", None)
     with _policy(model, lora_request) as (policy, adapter):
@@ -99,10 +100,10 @@ def fast_generate(
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own ``generate`` of ``model``, in evaluation mode for the while.
+    """transformers' own ``generate`` of ``model``, in evaluation mode.
 
-    In training mode, as a model is after ``trainer.train()``, dropout is on, and gradient
-    checkpointing leaves the cache out, so that all tokens but the first are wrong.
+    After ``trainer.train()`` a model is in training mode: dropout is on, and gradient checkpointing
+    disables the cache, so that all tokens except the first would be wrong.
     """
     with _evaluation(model):
         return type(model).generate(model, *args, **kwargs)
@@ -132,7 +133,7 @@ def _face(policy: Any, model: Any) -> TransformersEngine:
 def _vllm_generate(
     model: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """vLLM's own generate, with its own SamplingParams; its RequestOutputs come back."""
+    """vLLM's own generate with its own SamplingParams; returns its RequestOutputs."""
     refuse_beside_sampling_params(kwargs)
     engine = model.toolkit_engine
     texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
@@ -147,10 +148,10 @@ def _vllm_generate(
 def _transformers_generate(
     policy: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """transformers' own generate, with its own arguments; evaluation mode for the while."""
+    """transformers' own generate with its own arguments, in evaluation mode."""
     if prompts is not None or sampling_params is not None:
         raise ConfigTypeError(
-            "input_ids goes with neither prompts nor sampling_params",
+            "input_ids cannot be used with prompts or sampling_params",
             where=WHERE,
             fix="pass prompts, or input_ids with keywords of transformers' generate",
         )
@@ -163,12 +164,13 @@ def _transformers_generate(
 
 @contextmanager
 def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
-    """(model to sample from, name of its adapter or None for the base), known to the engine if any.
+    """(model to sample from, name of its adapter or None for the base); the engine, if any, gets
+    the adapter.
 
-    A requested adapter is on the model, under a name of its own, only for the while.
+    A requested adapter is on the model only in the block, under its own name.
     """
     engine = getattr(model, "toolkit_engine", None)
-    # PEFT's name for being inside `with model.disable_adapter():`
+    # true inside `with model.disable_adapter():`
     plain = not is_peft(model) or model._adapters_disabled
     if request is None or (request is POLICY and plain):
         yield model, None
@@ -188,7 +190,7 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
 
 @contextmanager
 def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
-    """``model`` with ``adapter`` active on it; afterwards everything is as it was."""
+    """``model`` with ``adapter`` active; the previous state is restored afterwards."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None
     training = model.training

@@ -33,11 +33,12 @@ class FastModel(FastLanguageModel):
 
         Raises:
             UnsupportedError: ``finetune_vision_layers``.
-            ConfigValueError: nothing is left to train. What the other raises.
+            ConfigValueError: nothing is left to train. Also the errors of
+                ``FastLanguageModel.get_peft_model``.
         """
         if finetune_vision_layers:
             raise UnsupportedError(
-                "finetune_vision_layers=True, and only the language model is loaded and trained",
+                "finetune_vision_layers=True, but only the language model is loaded and trained",
                 where=WHERE,
                 fix="pass finetune_vision_layers=False",
             )
@@ -58,7 +59,7 @@ class FastModel(FastLanguageModel):
 
 
 class FastVisionModel:
-    """Pictures are not supported: each method says so in one line."""
+    """Images are not supported: each method raises an error that says so."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
@@ -75,7 +76,10 @@ class FastVisionModel:
 
 def _text_only() -> UnsupportedError:
     return UnsupportedError(
-        "only text is trained here: images in prompts are not supported",
+        "only text models are supported: images in prompts are not",
         where="FastVisionModel",
-        fix="use FastLanguageModel with a model for text, or the text part of one (text_only=True)",
+        fix=(
+            "use FastLanguageModel with a text model, or with the text part of a model "
+            "(text_only=True)"
+        ),
     )

@@ -1,9 +1,9 @@
-"""What tells one base model from another, so that an adapter is never put on the wrong one.
+"""Identify base models, so that an adapter is never put on the wrong one.
 
-Two short digests. That of the checkpoint's files is the same however the checkpoint was loaded:
-with or without an engine, in 4 bits, in any dtype, from any number of shards. That of the loaded
-weights also covers models that have no files here, and copies that are stored in another layout.
-Either one is enough to recognise a base.
+There are two short digests. The digest of the checkpoint's files does not depend on how the
+checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any number of shards.
+The digest of the loaded weights also covers models without local files, and copies with another
+layout. One of them is enough to identify a base.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
 WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names: the adapter's own, and what it wraps the base's in."""
+"""Parts of PEFT's parameter names: those of adapter parameters, and those of its wrappers around
+base layers.
+"""
 
 SAMPLE = 16
-"""Values of each tensor that go into a digest."""
+"""Number of values per tensor in a digest."""
 SAMPLED_TENSORS = 1024
-"""Tensors of a checkpoint whose values are read; the names and shapes of all are in the digest."""
+"""Number of tensors of a checkpoint whose values are read; the digest has the names and shapes of
+all.
+"""
 
 AS_LOADED = "toolkit_as_loaded"
 """Attribute of a base model that this package loaded: its ``Marks`` at that time."""
@@ -37,22 +41,24 @@ AS_LOADED = "toolkit_as_loaded"
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The digests of a base: of its files and of its loaded weights. None where there is none."""
+    """The digests of a base: of its files and of its loaded weights. None if there is no such
+    digest.
+    """
 
     checkpoint: str | None
     weights: str | None
 
 
 def note_checkpoint(model: Any, folder: Path) -> None:
-    """Record on the base ``model`` which checkpoint it has just been loaded from."""
+    """Record on the base ``model`` the checkpoint that it was loaded from."""
     setattr(model, AS_LOADED, Marks(of_checkpoint(folder), of_weights(model)))
 
 
 def marks_of(model: Any) -> Marks:
-    """The digests of ``model`` as it is now.
+    """The current digests of ``model``.
 
-    The digest of the files is left out where the weights have changed since they were loaded, for
-    instance by merging an adapter.
+    The digest of the files is None if the weights have changed since they were loaded, for example
+    because an adapter was merged.
     """
     base, weights = _base(model), of_weights(model)
     loaded: Marks | None = getattr(base, AS_LOADED, None)
@@ -69,7 +75,7 @@ def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
     pairs = [
         (recorded.get("checkpoint"), own.checkpoint),
         (weights, own.weights),
-        # Version 0.1 with an engine listed a tied head as a parameter of its own.
+        # Version 0.1 with an engine listed a tied head as a separate parameter.
         (weights, of_weights(model, tied_twice=True)),
     ]
     known = [theirs == ours for theirs, ours in pairs if theirs is not None and ours is not None]
@@ -77,7 +83,7 @@ def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what PEFT wraps its layer in."""
+    """A parameter's name without the parts from PEFT's wrappers."""
     for part in WRAPPERS:
         name = name.replace(part, ".")
     return name
@@ -86,7 +92,7 @@ def plain_name(name: str) -> str:
 def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
     """A digest of names, shapes and a few values of every frozen weight, rounded to bfloat16.
 
-    Rounded so that a checkpoint that is stored in bfloat16 has one digest in every dtype. None for
+    Values are rounded so that a bfloat16 checkpoint has the same digest in every dtype. None for
     quantized weights, and for a part of a model. ``tied_twice`` lists tied weights under each of
     their names.
     """
@@ -95,7 +101,7 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
     digest = hashlib.sha256()
     for name, parameter in _base(model).named_parameters(remove_duplicate=not tied_twice):
         if not name.endswith("weight") or any(part in name for part in TRAINED):
-            continue  # biases may be trained in place
+            continue  # biases may be trained, so they are excluded
         if not parameter.is_floating_point():
             return None
         values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
@@ -107,7 +113,7 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
 def of_checkpoint(folder: Path) -> str | None:
     """A digest of names, shapes and a few values of the tensors in a checkpoint's safetensors.
 
-    Floating-point values are rounded to bfloat16. None where there are no such files.
+    Floating-point values are rounded to bfloat16. None if there are no such files.
 
     Raises:
         InputError: a file cannot be read.
@@ -139,7 +145,7 @@ def _digest(files: list[Path]) -> str:
     told: dict[str, str] = {}
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
                 part = opened.get_slice(name)
                 shape = tuple(part.get_shape())
                 values = _values(part, shape) if (name, file) in sampled and shape else []
@@ -156,7 +162,7 @@ def _names(file: Path) -> Iterator[str]:
 
 
 def _values(part: Any, shape: tuple[int, ...]) -> list[Any]:
-    """The first values of the last axis, all other positions being 0."""
+    """The first values of the last axis, at index 0 of all other axes."""
     if 0 in shape:
         return []
     first = part[(*(slice(0, 1) for _ in shape[1:]), slice(0, SAMPLE))].reshape(-1)

@@ -1,4 +1,4 @@
-"""A run file's model section as a load request; which engine a run file means."""
+"""Convert a run file's model section to a load request, and choose its engine."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ MODEL_FIELDS = (
 
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
-    """Who generates for ``config`` on this machine (``config.resolved.engine_of``)."""
+    """The engine for ``config`` on this machine (``config.resolved.engine_of``)."""
     engine = engine_of(config.runtime.engine, config.model.fast_inference, situation())
-    assert engine != "maybe"  # only where the device is not known
+    assert engine != "maybe"  # only if the device is unknown
     return engine
 
 
 def request_of(config: RunConfig) -> LoadRequest:
-    """The load request of a run file; what sizing has not filled is decided for this machine.
+    """The load request of a run file; values that sizing has not resolved are chosen for this
+    machine.
 
     Raises:
-        The refusals of ``policy.request.check_request``.
+        The errors of ``policy.load_request.check_request``.
     """
     run = resolve_run(config, situation())
     config, engine = run.config, run.engine == "vllm"
     names = MODEL_FIELDS + (tuple(OPTIONS) if engine else ())
     values = {name: getattr(config.model, name) for name in names}
     if engine and config.model.enable_chunked_prefill:
-        values["enable_chunked_prefill"] = None  # vLLM's own choice: not every model can
+        values["enable_chunked_prefill"] = None  # vLLM decides, because not every model supports it
     return check_request(
         {
             **values,

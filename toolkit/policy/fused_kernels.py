@@ -1,11 +1,11 @@
 """Fused kernels of liger-kernel on a model's own layers: RMSNorm, rotary embedding, gated MLP.
 
 Each kind of layer is compared once with the kernel, forward and backward, on a small random input,
-on the device and in the dtype of the model. A kernel that does not compute the layer's function is
-not used. The layers stay what they are: only ``forward`` of the instances changes, so parameters
-may be views of an engine's tensors, and no other model of the process is touched.
+with the device and dtype of the model. A kernel that does not compute the layer's function is not
+used. Only ``forward`` of the layer instances changes. So parameters may be views of an engine's
+tensors, and other models of the process do not change.
 
-Read at liger-kernel 0.8.5 (its ``functional`` module) and transformers 5.17.
+For liger-kernel 0.8.5 (its ``functional`` module) and transformers 5.17.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ if TYPE_CHECKING:
 
 KEY = "runtime.fused_kernels"
 ROTARY = "apply_rotary_pos_emb"
-"""The function of a transformers module that turns queries and keys."""
+"""The function of a transformers module that applies rotary embeddings to queries and keys."""
 ROUNDINGS = 2
-"""A kernel may differ from the layer by this many roundings of the dtype, root mean square."""
-_LEAST = 1e-5  # in float32 sums are made in another order
+"""A kernel may differ from the layer by this many rounding errors of the dtype (root mean
+square).
+"""
+_LEAST = 1e-5  # in float32 the order of sums differs
 _TOKENS, _HEADS = 16, 4
 
 
 class Kernels(NamedTuple):
-    """The functions that are used, with the signatures of ``liger_kernel.transformers.functional``.
+    """The kernel functions, with the signatures of ``liger_kernel.transformers.functional``.
 
     ``rms_norm(x, weight, eps, offset, casting, in_place)``, ``rotary(q, k, cos, sin)``,
     ``swiglu(gate, up)``, ``geglu(gate, up)``.
@@ -52,8 +54,8 @@ class Kernels(NamedTuple):
 
 @dataclass(slots=True)
 class Applied:
-    """What became of each kind of layer: ``layers`` counts those that use a kernel, by class;
-    ``refused`` says why others do not.
+    """The result for each kind of layer: ``layers`` counts those that use a kernel, by class;
+    ``refused`` has the reason for the others.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class Applied:
 
 
 def load_kernels() -> Kernels | None:
-    """Liger's functions, or None where liger-kernel is not installed."""
+    """Liger's functions, or None if liger-kernel is not installed."""
     try:
         from liger_kernel.transformers import functional  # noqa: PLC0415 - with the cuda extra
     except ImportError:
@@ -79,12 +81,12 @@ def load_kernels() -> Kernels | None:
 
 
 def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
-    """Put fused kernels on ``model`` (before any adapter), as ``runtime.fused_kernels`` asks:
-    "auto", True or False. None where none are tried.
+    """Put fused kernels on ``model`` (before any adapter), as ``runtime.fused_kernels`` says:
+    "auto", True or False. Returns None if no kernel was tried.
 
     Raises:
-        ConfigValueError: True, and the model is not on a CUDA device.
-        MissingExtraError: True, and liger-kernel is not installed.
+        ConfigValueError: with True, the model must be on a CUDA device.
+        MissingExtraError: with True, liger-kernel must be installed.
     """
     if asked is False:
         return None
@@ -92,7 +94,10 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
     if device.type != "cuda":
         if asked is True:
             raise ConfigValueError(
-                f"fused_kernels is true, and the model is on {device.type}: the kernels are CUDA's",
+                (
+                    f"fused_kernels is true, but the model is on {device.type}, and the kernels "
+                    "need CUDA"
+                ),
                 where=KEY,
                 fix="fused_kernels: auto",
             )
@@ -101,7 +106,7 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
     if kernels is None:
         if asked is True:
             raise MissingExtraError(
-                "fused_kernels is true, and liger-kernel is not installed",
+                "fused_kernels is true, but liger-kernel is not installed",
                 where=KEY,
                 fix="pip install 'grpo-toolkit[cuda]', or fused_kernels: auto",
             )
@@ -110,7 +115,7 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
 
 
 def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
-    """Put ``kernels`` on each layer of ``model`` whose function they compute."""
+    """Use ``kernels`` in each layer of ``model`` whose function they compute."""
     applied = Applied()
     alike: dict[tuple[Any, ...], list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -120,7 +125,7 @@ def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
         name = kind.__name__
         try:
             forward = _CHOICES[what](model, modules[0], kernels)
-        except Exception as problem:  # whatever it raises: it is not used then
+        except Exception as problem:  # a kernel that raises any error is not used
             if is_out_of_memory(problem):
                 raise
             applied.refused[name] = f"{type(problem).__name__}: {first_line(problem)}"
@@ -163,7 +168,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-# --- the kernel of a layer: a forward for its instances, or why there is none
+# --- the kernel of a layer: a forward for its instances, or the reason why there is none
 
 
 def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
@@ -174,7 +179,7 @@ def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | st
     assert isinstance(weight, nn.Parameter)
     forwards = []
     for offset, casting in ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma")):
-        # in_place would write over a gradient that the residual stream shares.
+        # in_place would overwrite a gradient that the residual stream shares.
         kernel = partial(kernels.rms_norm, offset=offset, casting_mode=casting, in_place=False)
         forwards.append(_norm_forward(kernel, eps))
     shape = (1, _TOKENS, weight.shape[0])
@@ -190,8 +195,8 @@ def _norm_forward(kernel: Forward, eps: float | None) -> Forward:
 
 
 def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """By the activation, compared alone in float32: GELU's two forms differ by less than bfloat16
-    can tell.
+    """The activation decides. It is compared separately in float32, because GELU's two forms differ
+    by less than bfloat16 resolves.
     """
     activation: Any = getattr(module, "act_fn", None)
     if activation is None:
@@ -218,7 +223,7 @@ def _mlp_forward(kernel: Forward) -> Forward:
 
 
 def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """The class's own forward, with the kernel under the name of the plain function."""
+    """The class's own forward, in which the kernel replaces the plain function."""
     own = type(module).forward
     plain = own.__globals__[ROTARY]
     width = getattr(module, "head_dim", None)
@@ -229,7 +234,7 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
     inputs = [_random(shape, model, dtype, number) for number, shape in enumerate(shapes)]
 
     def turned(function: Forward, angles: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        # As the layer has them: views of what a projection made, which a kernel may write to.
+        # As in the layer: views of a projection's output, to which a kernel may write.
         queries, keys = ((x * 1).transpose(1, 2) for x in inputs)
         return list(function(queries, keys, *angles))
 
@@ -277,14 +282,16 @@ _CHOICES: dict[str, Callable[[nn.Module, nn.Module, Kernels], Forward | str]] = 
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in: the dtype of its own floating-point weights."""
+    """The dtype of the model's computation: that of its floating-point weights."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _random(
     shape: Sequence[int], model: nn.Module, dtype: torch.dtype, seed: int = 0
 ) -> torch.Tensor:
-    """Normal numbers from a generator of their own: the run's stays where it is."""
+    """Normal random numbers from a separate generator, so that the run's generator does not
+    advance.
+    """
     device = next(model.parameters()).device
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return drawn.to(device, dtype).requires_grad_()
@@ -293,7 +300,7 @@ def _random(
 def _nearest(
     module: nn.Module, forwards: Sequence[Forward], shape: Sequence[int], dtype: torch.dtype
 ) -> Forward | str:
-    """The forward that computes what ``module`` does, or the smallest difference in words."""
+    """The forward that computes the same as ``module``, or a text with the smallest difference."""
     x = _random(shape, module, dtype)
     theirs = _with_gradients(lambda: [module(x)], [x])
     problems = []
@@ -325,14 +332,14 @@ def _with_gradients(
 def _difference(
     ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> str | None:
-    """Why two results are not the same to rounding, or None."""
+    """Why two results differ by more than rounding, or None."""
     limit = max(_LEAST, ROUNDINGS * torch.finfo(dtype).eps)
     for mine, other in zip(ours, theirs, strict=True):
         if mine.shape != other.shape or mine.dtype != other.dtype:
             return f"its result is {mine.dtype} {tuple(mine.shape)}, not {other.dtype}"
         size = float(other.float().norm())
         far = float((mine.float() - other.float()).norm())
-        # A layer that gives nothing but zeros cannot be compared, nor can what is no number.
+        # A layer whose output is only zeros, or NaN, cannot be compared.
         if not far <= limit * size or size == 0:
             return f"its result differs by {far / max(size, 1e-30):.2g} of its size ({dtype})"
     return None

@@ -1,4 +1,4 @@
-"""What goes into ``fast_generate`` and what comes out, the same on both engines."""
+"""Prompts, options and results of ``fast_generate``, the same on both engines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NEUTRAL = (
     "logprobs",
     "seed",
 )
-"""Options that both engines take, under vLLM's names."""
+"""Options of both engines, by vLLM's names."""
 
 VLLM_ONLY = ("use_tqdm", "priority", "tokenization_kwargs")
 
@@ -52,7 +52,7 @@ HUGGING_FACE = {
     "streamer": None,
     "logits_processor": None,
 }
-"""Arguments of transformers' generate, with what serves instead in the options of both engines."""
+"""Arguments of transformers' generate, and the common option that replaces each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +84,23 @@ def is_vllms(params: Any) -> bool:
 
 
 def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tuple[Sampling, int]:
-    """The options of both engines, and the seed: without one, it comes from torch's global
+    """The options of both engines, and the seed. Without a seed, it is drawn from torch's global
     generator.
 
     Raises:
-        ConfigTypeError: an argument that this engine (``engine``: vLLM's) does not take.
+        ConfigTypeError: this engine (``engine``: vLLM's) does not support an argument.
     """
     if is_vllms(params):
         raise ConfigTypeError(
-            "sampling_params is vLLM's SamplingParams, and no vLLM engine is attached",
+            "sampling_params is vLLM's SamplingParams, but the model has no vLLM engine",
             where=WHERE,
             fix="pass max_tokens=..., temperature=... by name, or load with fast_inference=True",
         )
     if params is not None and not isinstance(params, (Mapping, Sampling)):
         raise ConfigTypeError(
-            f"sampling_params is a {type(params).__name__}",
+            f"sampling_params has the type {type(params).__name__}",
             where=WHERE,
-            fix="pass a mapping, a Sampling, or with an engine vLLM's SamplingParams",
+            fix="pass a mapping, a Sampling, or (with an engine) vLLM's SamplingParams",
         )
     given = dict(params) if isinstance(params, Mapping) else {}
     for name, value in kwargs.items():
@@ -121,11 +121,11 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
 
 
 def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
-    """Refuse keywords that vLLM's generate does not take beside its SamplingParams."""
+    """Reject keywords that vLLM's generate does not accept in addition to its SamplingParams."""
     for name in kwargs:
         if name in NEUTRAL:
             raise ConfigTypeError(
-                f"{name!r} is given beside vLLM's SamplingParams",
+                f"{name!r} cannot be used together with vLLM's SamplingParams",
                 where=WHERE,
                 fix=f"set it there: SamplingParams({name}=...)",
             )
@@ -134,18 +134,24 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
 
 
 def _refuse(name: str, *, engine: bool) -> None:
-    """Raise for an argument that is not in NEUTRAL, saying which engine takes it, if one does."""
+    """Raise an error for an argument that is not in NEUTRAL; the message names the engine that
+    supports it, if any.
+    """
     if name in VLLM_ONLY and not engine:
         raise ConfigTypeError(
-            f"{name!r} is an argument of the vLLM engine, and none is attached",
+            f"{name!r} is an argument of the vLLM engine, but the model has none",
             where=WHERE,
-            fix="leave it out, or load with fast_inference=True",
+            fix="remove it, or load with fast_inference=True",
         )
     if name in HUGGING_FACE:
         instead = HUGGING_FACE[name]
         raise ConfigTypeError(
             f"{name!r} is an argument of Hugging Face's generate"
-            + (", and a vLLM engine is attached" if engine else " and goes with input_ids=..."),
+            + (
+                ", but the model has a vLLM engine"
+                if engine
+                else (" and can only be used with input_ids=...")
+            ),
             where=WHERE,
             fix=f"use {instead}" if instead else "leave it out",
         )
@@ -154,12 +160,12 @@ def _refuse(name: str, *, engine: bool) -> None:
 
 
 def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
-    """(texts, token ids) of one prompt or a list; a text is None where ids were given.
+    """(texts, token ids) of one prompt or a list; a text is None if token ids were given.
 
     Texts are tokenized with the tokenizer's own special tokens, as vLLM does.
 
     Raises:
-        ConfigTypeError: something that is neither text nor token ids.
+        ConfigTypeError: a prompt is neither text nor token ids.
     """
     many = isinstance(prompts, Sequence) and not isinstance(prompts, str) and not _is_ids(prompts)
     texts: list[str | None] = []
@@ -176,7 +182,7 @@ def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[l
             ids.append([int(token) for token in value])
         else:
             raise ConfigTypeError(
-                f"prompt {index} is a {type(prompt).__name__}, neither text nor token ids",
+                f"prompt {index} must be text or token ids, not {type(prompt).__name__}",
                 where=WHERE,
                 fix='pass text, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...};'
                 " for a chat, apply the tokenizer's chat template first",
@@ -197,7 +203,7 @@ def answers(
     sampling: Sampling,
     ends: Collection[int],
 ) -> list[Answer]:
-    """``rollout`` as one answer a prompt; ``ends`` are the token ids that end a completion."""
+    """``rollout`` as one result per prompt; ``ends`` are the token ids that end a completion."""
     found = []
     for place, text in enumerate(texts):
         rows = range(place * sampling.n, (place + 1) * sampling.n)
@@ -228,10 +234,10 @@ def _completion(  # the parts of one row
 
 
 def check_request(request: Any, kind: type) -> None:
-    """Refuse a ``lora_request`` that ``load_lora`` did not give."""
+    """Reject a ``lora_request`` that is not a result of ``load_lora``."""
     if not isinstance(request, kind):
         raise ConfigValueError(
-            f"lora_request is a {type(request).__name__}",
+            f"lora_request has the type {type(request).__name__}",
             where=WHERE,
-            fix="pass what model.load_lora(folder) gave, or None for the base model",
+            fix="pass the result of model.load_lora(folder), or None for the base model",
         )

@@ -1,7 +1,7 @@
 """Gradient checkpointing by ``use_gradient_checkpointing``: True, False, "unsloth" or "auto".
 
-True recomputes each layer in the backward pass (arXiv 1604.06174). "unsloth" also keeps what the
-recomputation starts from, one hidden state a layer, in pinned host memory: transformers'
+True recomputes each layer in the backward pass (arXiv 1604.06174). "unsloth" also moves the hidden
+state of each layer, from which recomputation starts, to pinned host memory: transformers'
 ``gradient_checkpointing_enable(offload=True)``. "auto" chooses by free memory.
 """
 
@@ -16,24 +16,25 @@ import torch
 from toolkit.base.errors import UnsupportedError
 
 REFERENCE_SEQUENCES = 8
-"""Sequences in the micro-batch that "auto" judges by."""
+"""Number of sequences in a micro-batch that "auto" assumes."""
 
 
 def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | None) -> bool | str:
-    """Switch ``model`` (a transformers or PEFT model) to ``mode`` and return it, "auto" resolved.
+    """Switch ``model`` (a transformers or PEFT model) to ``mode``, and return the mode with "auto"
+    resolved.
 
-    What is chosen stays chosen: TRL 1.16 switches checkpointing off around each rollout and on
-    again with arguments of its own, which would lose the offloading.
+    The mode is kept when TRL 1.16 switches checkpointing off and on around each rollout. TRL passes
+    its own arguments, with which offloading would be lost.
 
     Raises:
-        UnsupportedError: the model has none.
+        UnsupportedError: the model does not support it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if mode == "auto":
         mode = choose_mode(base, max_seq_length=max_seq_length)
     if mode is not False and not getattr(base, "supports_gradient_checkpointing", True):
         raise UnsupportedError(
-            f"{type(base).__name__} has no gradient checkpointing",
+            f"{type(base).__name__} does not support gradient checkpointing",
             where="use_gradient_checkpointing",
             fix="pass use_gradient_checkpointing=False",
         )
@@ -61,15 +62,15 @@ def resume_checkpointing(model: Any) -> None:
 
 
 def _offloads(base: Any) -> bool:
-    """True if hidden states go to the host: on a CPU they are there, and nothing can be pinned."""
+    """True if hidden states are moved to the host; on a CPU they are already there."""
     return bool(base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu")
 
 
 def _keep_offload(base: Any) -> None:
-    """Make this one model's ``gradient_checkpointing_enable`` remember that it offloads.
+    """Override ``gradient_checkpointing_enable`` of this model so that it keeps offloading.
 
-    Read at transformers 5.17.0 and TRL 1.16.0: ``trl.models.utils.disable_gradient_checkpointing``
-    re-enables with ``gradient_checkpointing_kwargs`` alone, and has no place for ``offload``.
+    For transformers 5.17.0 and TRL 1.16.0: ``trl.models.utils.disable_gradient_checkpointing``
+    enables it again with ``gradient_checkpointing_kwargs`` only, without ``offload``.
     """
     base.gradient_checkpointing_enable = partial(_enable, base)
 
@@ -80,24 +81,27 @@ def _enable(
     every_n_layers: int = 1,
     offload: bool = False,
 ) -> None:
-    """transformers' ``gradient_checkpointing_enable``, offloading where the model was asked to."""
+    """transformers' ``gradient_checkpointing_enable``, with offloading if it was chosen for the
+    model.
+    """
     kwargs = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
     offload = (kwargs.pop("offload", False) or offload) and base.device.type != "cpu"
     every_n_layers = kwargs.pop("every_n_layers", every_n_layers)
-    base.disable_input_require_grads()  # each enabling adds a hook to the embeddings
+    base.disable_input_require_grads()  # each call adds another hook to the embeddings
     type(base).gradient_checkpointing_enable(
         base, kwargs, every_n_layers=every_n_layers, offload=offload or _offloads(base)
     )
 
 
 def choose_mode(base: Any, *, max_seq_length: int | None) -> bool | str:
-    """What "auto" means for ``base`` now.
+    """The mode that "auto" resolves to for ``base`` now.
 
-    False where a whole micro-batch's activations fit in half the free memory, True where its hidden
+    False if the activations of a whole micro-batch fit in half the free memory, True if its hidden
     states fit in a quarter, else "unsloth".
 
-    A layer keeps about 34 hidden states' worth of bytes at 2 bytes a value without recomputation
-    (arXiv 2205.05198, with attention that stores no score matrix), and one hidden state with it.
+    Without recomputation, the activations of a layer take about as many bytes as 34 hidden states
+    with 2 bytes per value (arXiv 2205.05198, with attention that does not store a score matrix).
+    With recomputation it is one hidden state.
     """
     config = base.config.get_text_config()
     tokens = REFERENCE_SEQUENCES * (max_seq_length or config.max_position_embeddings)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def check_quantization(request: LoadRequest) -> None:
-    """Refuse 4-bit and 8-bit where they cannot run.
+    """Reject 4-bit and 8-bit loading if it cannot run.
 
     Raises:
         UnsupportedError: there is no CUDA GPU.
@@ -47,7 +47,7 @@ def check_quantization(request: LoadRequest) -> None:
         return
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            f"{flag}=True needs an NVIDIA GPU, and PyTorch sees none here"
+            f"{flag}=True needs an NVIDIA GPU, but PyTorch finds none"
             + (" (True is load_in_4bit's default)" if request.load_in_4bit else ""),
             where=WHERE,
             fix=f"pass {flag}=False",
@@ -61,7 +61,7 @@ def check_quantization(request: LoadRequest) -> None:
 
 
 def choose_dtype(request: LoadRequest) -> torch.dtype:
-    """What the weights are held in; ``config.resolved.dtype_of`` says what "auto" is here."""
+    """The dtype of the weights; ``config.resolved.dtype_of`` resolves "auto"."""
     name = dtype_of(request.dtype, situation(), load_in_16bit=request.load_in_16bit)
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
@@ -69,11 +69,11 @@ def choose_dtype(request: LoadRequest) -> torch.dtype:
 
 
 def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """The model's configuration, with the positions that ``request`` asks for.
+    """The model's configuration, with the positions for ``request``.
 
     Raises:
-        InputError: config.json cannot be read. UnsupportedError: no text-only causal language
-        model.
+        InputError: config.json cannot be read.
+        UnsupportedError: the model is not a text-only causal language model.
     """
     _refuse_untrained(checkpoint, request)
     try:
@@ -86,21 +86,21 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         raise InputError(
             f"its config.json cannot be used: {first_line(error)}",
             where=checkpoint.name,
-            fix="check the checkpoint; a model with code of its own needs trust_remote_code=True",
+            fix="check the checkpoint; a model with its own code needs trust_remote_code=True",
         ) from error
     if config.get_text_config() is not config:
         raise UnsupportedError(
-            f"{config.model_type!r} is a multimodal model, and only text models are trained",
+            f"{config.model_type!r} is a multimodal model, but only text models are supported",
             where=checkpoint.name,
-            fix="use the text-only checkpoint of the family",
+            fix="use the text-only checkpoint of the model family",
         )
     set_positions(config, request, checkpoint.name)
     return config
 
 
 def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
-    """Raise for what config.json says of a model that is not trained here: its architecture, or the
-    format that it is stored in (``config.features``). One that is no JSON is told later.
+    """Raise an error if config.json has an architecture or a storage format that is not supported
+    (``config.features``). A file that is not JSON is reported later.
     """
     try:
         values = checkpoint.read_json("config.json")
@@ -125,11 +125,11 @@ def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
 
 
 def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """The base model with every tensor from the checkpoint, frozen unless ``full_finetuning``.
+    """Load the base model with every tensor from the checkpoint, frozen unless ``full_finetuning``.
 
     Raises:
-        InputError: a weight file that cannot be read, or tensors that are missing, extra or
-        misshapen.
+        InputError: a weight file cannot be read, or tensors are missing, unexpected or have a wrong
+            shape.
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
     config = read_config(checkpoint, request)
@@ -169,9 +169,9 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 
 def _quantization(config: Any, request: LoadRequest) -> Any:
-    """bitsandbytes' settings; NF4 with plain float32 scales is what the engine holds too."""
+    """bitsandbytes' settings: NF4 with plain float32 scales, as in the engine."""
     if getattr(config, "quantization_config", None) is not None:
-        return None  # stored so, as the flag says
+        return None  # the checkpoint is stored quantized, as the flag says
     if request.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not request.load_in_4bit:
@@ -185,7 +185,7 @@ def _quantization(config: Any, request: LoadRequest) -> Any:
 
 
 def _device_map(asked: Any) -> Any:
-    """``"sequential"`` (the default) is the whole model on this process's device."""
+    """``"sequential"`` (the default) puts the whole model on this process's device."""
     cuda = torch.cuda.is_available()
     if asked in (None, "sequential", "auto", "balanced") and not cuda:
         return None
@@ -197,15 +197,17 @@ def _device_map(asked: Any) -> Any:
     wants_cuda = any(str(device).startswith("cuda") or isinstance(device, int) for device in named)
     if wants_cuda and not cuda:
         raise ConfigValueError(
-            f"device_map={asked!r} names a GPU, and PyTorch sees none here",
+            f"device_map={asked!r} names a GPU, but PyTorch finds none",
             where=WHERE,
-            fix="leave device_map out",
+            fix="remove device_map",
         )
     return asked
 
 
 def _check_complete(info: dict[str, Any], name: str) -> None:
-    """Every tensor of the model came from the checkpoint, and the checkpoint had no other."""
+    """Check that every tensor of the model came from the checkpoint, and that the checkpoint has no
+    others.
+    """
     for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, unknown to the model,")):
         names = sorted(info.get(key) or ())
         if names:
@@ -213,12 +215,12 @@ def _check_complete(info: dict[str, Any], name: str) -> None:
             raise InputError(
                 f"{what} {len(names)} tensors: {', '.join(names[:3])}{more}",
                 where=name,
-                fix="the checkpoint does not fit its own config.json: copy it again",
+                fix="the checkpoint does not match its own config.json: copy it again",
             )
 
 
 def _resize(model: Any, size: int, seed: int) -> None:
-    """Resize embeddings and head to ``size`` rows; new rows are drawn from ``seed`` alone."""
+    """Resize embeddings and head to ``size`` rows; new rows depend only on ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model.resize_token_embeddings(size)

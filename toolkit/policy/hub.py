@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face hub: on request only, and of one folder at a time."""
+"""Upload one folder to the Hugging Face hub, only when the user requests it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def push_folder(
     private: bool | None = None,
     message: str = "Upload of grpo-toolkit",
 ) -> str:
-    """Make the model repository ``repo_id``, if need be, and upload ``folder`` in one commit.
+    """Create the model repository ``repo_id`` if needed, and upload ``folder`` in one commit.
 
-    ``token`` None is the one that ``hf auth login`` or HF_TOKEN left. ``private`` None leaves the
-    choice to the account's settings; a repository that exists stays as it is.
+    ``token`` None uses the token of ``hf auth login`` or HF_TOKEN. ``private`` None uses the
+    account's settings; an existing repository keeps its own.
 
     Returns:
         The address of the repository.
 
     Raises:
-        ConfigError: the name or the token is refused, or the hub is switched off here.
+        ConfigError: the hub rejects the name or the token, or the hub is switched off.
         RetryError: the hub cannot be reached.
     """
     api = HfApi(token=token)
@@ -42,13 +42,13 @@ def push_folder(
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
     except OfflineModeIsEnabled as error:
         raise ConfigError(
-            "HF_HUB_OFFLINE is set, and uploading needs the hub",
+            "HF_HUB_OFFLINE is set, but an upload needs the hub",
             where=WHERE,
             fix=f"unset it, or upload later: hf upload {repo_id} {folder}",
         ) from error
     except HFValidationError as error:
         raise ConfigError(
-            f"{repo_id!r} is no name of a repository: {first_line(error)}",
+            f"{repo_id!r} is not a valid name of a repository: {first_line(error)}",
             where=WHERE,
             fix="write it as owner/name",
         ) from error
@@ -63,16 +63,16 @@ def _refused(error: HfHubHTTPError, repo_id: str, folder: Path) -> ConfigError |
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
         return ConfigError(
-            f"the hub refuses {repo_id} ({status}): {first_line(error)}",
+            f"the hub rejects {repo_id} ({status}): {first_line(error)}",
             where=WHERE,
-            fix="log in with `hf auth login`, or set HF_TOKEN to a token that may write there",
+            fix="log in with `hf auth login`, or set HF_TOKEN to a token with write access",
         )
     return _unreachable(error, repo_id, folder)
 
 
 def _unreachable(error: BaseException, repo_id: str, folder: Path) -> RetryError:
     return RetryError(
-        f"the hub did not take {repo_id}: {first_line(error)}",
+        f"the upload to {repo_id} failed: {first_line(error)}",
         where=WHERE,
         fix=f"try again, or upload later: hf upload {repo_id} {folder}",
     )

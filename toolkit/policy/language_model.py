@@ -1,4 +1,4 @@
-"""FastLanguageModel: load a model, put an adapter on it, switch between training and inference."""
+"""FastLanguageModel: load a model, add an adapter, switch between training and inference."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ LORA_KWARGS = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Keyword arguments of get_peft_model beyond its signature: PEFT's LoraConfig fields of that
+"""Keyword arguments of get_peft_model beyond its signature: fields of PEFT's LoraConfig with that
 name.
 """
 
 
 class FastLanguageModel:
-    """The drop-in API. Every method is static: the state is on the model."""
+    """The drop-in API. Every method is static, because the state is on the model."""
 
     @staticmethod
     def from_pretrained(  # noqa: PLR0913 - the drop-in signature
@@ -83,11 +83,12 @@ class FastLanguageModel:
     ) -> tuple[Any, Any]:
         """Load ``model_name`` and its tokenizer.
 
-        ``model_name`` is a folder, a hub id, or an adapter's folder: then its base is loaded with
-        the adapter on it, trainable. ``dtype`` None means bfloat16 (or float16) on a GPU and
-        float32 on a CPU. ``max_seq_length`` is in tokens. With ``fast_inference`` a vLLM engine
+        ``model_name`` is a folder, a hub id, or the folder of an adapter. Then its base is loaded
+        with the adapter, which is trainable. ``dtype`` None means bfloat16 (or float16) on a GPU
+        and float32 on a CPU. ``max_seq_length`` is in tokens. With ``fast_inference`` a vLLM engine
         holds the weights and the model is a view of them; ``gpu_memory_utilization`` and
-        ``max_lora_rank`` are its share of the card and its largest adapter rank, or "auto".
+        ``max_lora_rank`` are its share of the card and its largest adapter rank; "auto" is what the
+        sizer gives a run file with the same keys (the adapter of the folder, else of rank 16).
         ``kwargs`` are engine options such as ``max_num_seqs``, and ``attn_implementation``.
 
         Returns:
@@ -122,19 +123,20 @@ class FastLanguageModel:
         loftq_config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Put a LoRA adapter on ``model`` and return it as a ``peft.PeftModelForCausalLM``.
+        """Add a LoRA adapter to ``model`` and return it as a ``peft.PeftModelForCausalLM``.
 
         The update of a weight is s B A, with s = alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with
-        ``use_rslora`` (arXiv 2312.03732). B = 0 at first, so no logit changes; the same
-        ``random_state`` gives the same bytes. On a model that has the adapter already, a warning.
-        Unless named, the layers are the projections of attention and MLP; on a mixture of experts
-        those of attention.
+        ``use_rslora`` (arXiv 2312.03732). B is 0 at first, so logits do not change; the same
+        ``random_state`` gives the same bytes. If the model already has this adapter, a warning is
+        raised. The default layers are the projections of attention and MLP, or only those of
+        attention in a mixture of experts.
 
         Raises:
-            ConfigTypeError: r is no int, an unknown keyword, or another adapter is on the model.
-            ConfigValueError: a value, a target that the model has not, or r above the engine's
-                ``max_lora_rank``.
-            UnsupportedError: what an engine on the model could not sample from.
+            ConfigTypeError: r is not an int, a keyword is unknown, or the model has another
+                adapter.
+            ConfigValueError: a value is invalid, the model does not have a target, or r is above
+                the engine's ``max_lora_rank``.
+            UnsupportedError: the engine on the model cannot sample from such an adapter.
         """
         refuse_unknown(kwargs, LORA_KWARGS, WHERE)
         check_checkpointing(use_gradient_checkpointing, WHERE)
@@ -169,9 +171,9 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
-        """``model`` in training mode, with the gradient checkpointing that it was given.
+        """``model`` in training mode, with the gradient checkpointing that was set for it.
 
-        ``use_gradient_checkpointing`` False leaves it off this time.
+        With ``use_gradient_checkpointing`` False it stays off.
         """
         model.train()
         if use_gradient_checkpointing is False:
@@ -191,7 +193,7 @@ class FastLanguageModel:
 
 
 def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
-    """``model`` with a fresh adapter, its methods bound to it, in training mode."""
+    """``model`` with a new adapter and the toolkit's methods, in training mode."""
     peft_model = tell_engine(add_lora(model, settings))
     length = getattr(model, "max_seq_length", None)
     apply_checkpointing(peft_model, checkpointing, max_seq_length=length)
@@ -201,8 +203,8 @@ def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -
 
 
 def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """(model with its adapter, tokenizer) of a resolved run file; the engine by ``runtime.engine``.
-    ``tokenizer`` is what ``policy_tokenizer`` gave, where it was asked before.
+    """(model with its adapter, tokenizer) of a resolved run file; ``runtime.engine`` decides the
+    engine. ``tokenizer`` is the result of ``policy_tokenizer``, if it was called before.
 
     Raises:
         As ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
@@ -220,18 +222,18 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """(model with the adapter of ``lora.adapter_path`` on it, trainable; tokenizer). The engine, if
-    there is one, has the adapter.
+    """(model with the trainable adapter from ``lora.adapter_path``, tokenizer). The engine, if any,
+    has the adapter too.
 
     Raises:
-        ConfigTypeError: the ``lora`` section asks for another adapter. ConfigValueError: the
-            adapter is another base's.
+        ConfigTypeError: the ``lora`` section has other settings than the adapter.
+        ConfigValueError: the adapter belongs to another base.
     """
     folder = Path(str(config.lora.adapter_path))
     asked = LoraSettings.from_section(config.lora)
     if config.lora.target_modules == "auto":
         raise ConfigValueError(
-            "target_modules is auto beside adapter_path: the adapter says what it lies on",
+            "target_modules is still auto, but with adapter_path the adapter defines it",
             where="lora.target_modules",
             fix="read the run file with toolkit.config.load_run, which takes it from the adapter",
         )
@@ -240,20 +242,20 @@ def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def policy_tokenizer(config: RunConfig) -> Any:
-    """The tokenizer of ``load_policy``, before the model and its engine take their minute and their
-    memory. Raises InputError.
+    """The tokenizer of ``load_policy``, without loading the model and its engine. Raises
+    InputError.
     """
     return read_tokenizer(request_of(config))
 
 
 def _check_length(model: Any, max_seq_length: int) -> None:
-    """``max_seq_length`` belongs to the loading; here only the loaded value or the default is
-    taken.
+    """Check ``max_seq_length``: it is set when the model is loaded, so only that value or the
+    default is accepted here.
     """
     loaded = getattr(model, "max_seq_length", None)
     if max_seq_length not in (loaded, 2048) and loaded is not None:
         raise ConfigValueError(
-            f"max_seq_length={max_seq_length}, and the model was loaded with {loaded}",
+            f"max_seq_length={max_seq_length}, but the model was loaded with {loaded}",
             where=WHERE,
             fix=f"pass max_seq_length={max_seq_length} to from_pretrained",
         )

@@ -1,7 +1,7 @@
-"""Every parameter of ``FastLanguageModel.from_pretrained``: honoured, or refused by name. Nothing
-is silently dropped.
+"""Every parameter of ``FastLanguageModel.from_pretrained``: each one is applied or rejected by
+name. None is silently ignored.
 
-The tables say which is which; ``policy.request`` applies them before anything is loaded.
+The tables list them; ``policy.load_request`` applies them before anything is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHECKPOINTING = (True, False, "unsloth", "auto")
 ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {name: option.api for name, option in API_OPTIONS.items()}
 )
-"""What only an engine reads, with the value that means "not asked for"."""
+"""Arguments that only an engine uses, with the value that means "not set"."""
 
 REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {
@@ -37,16 +37,16 @@ REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
         "qat_scheme": (
             None,
             "quantization-aware training is not supported",
-            "leave qat_scheme out",
+            "remove qat_scheme",
         ),
         "offload_embedding": (
             False,
             "embeddings stay on the device of the model",
-            "leave offload_embedding out",
+            "remove offload_embedding",
         ),
     }
 )
-"""Parameter -> (the value that asks for nothing, why any other is refused, what to do)."""
+"""Parameter -> (its neutral value, why other values are rejected, the fix)."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -56,8 +56,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ConfigTypeError for the first keyword that ``where`` does not know, naming the nearest
-    that it does.
+    """Raise ConfigTypeError for the first keyword that is not in ``known``; the message suggests
+    the most similar one.
     """
     known = tuple(known)
     for name in given:
@@ -65,12 +65,12 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise ConfigTypeError(
                 f"unknown keyword argument {name!r}{nearest(name, known)}",
                 where=where,
-                fix="correct its name or leave it out",
+                fix="correct its name or remove it",
             )
 
 
 def check_checkpointing(value: Any, where: str) -> None:
-    """Refuse a ``use_gradient_checkpointing`` that is none of True, False, "unsloth", "auto"."""
+    """Reject a ``use_gradient_checkpointing`` other than True, False, "unsloth" and "auto"."""
     if not any(
         value is known or (isinstance(value, str) and value == known) for known in CHECKPOINTING
     ):

@@ -1,5 +1,5 @@
-"""One call of ``FastLanguageModel.from_pretrained`` as a checked value; a wrong call fails here, in
-milliseconds.
+"""One call of ``FastLanguageModel.from_pretrained`` as a checked value. A wrong call fails here,
+before anything is loaded.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """A checked call of ``from_pretrained``. Lengths are in tokens; ``engine`` holds what only an
-    engine reads.
+    """A checked call of ``from_pretrained``. Lengths are in tokens; ``engine`` has the arguments
+    that only an engine uses.
     """
 
     model_name: str
@@ -59,12 +59,12 @@ class LoadRequest:
 
 
 def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
-    """Check one call's arguments (by name, each with its value) and return it as a value.
+    """Check the arguments of a call (name -> value) and return a LoadRequest.
 
     Raises:
-        ConfigTypeError: a keyword that is not known, or a value of the wrong type.
-        ConfigValueError: a value or a combination that is refused.
-        UnsupportedError: a request that is understood and cannot be served.
+        ConfigTypeError: a keyword is unknown, or a value has the wrong type.
+        ConfigValueError: a value or a combination is invalid.
+        UnsupportedError: the request is valid but not supported.
         MissingExtraError: ``fast_inference`` without vLLM.
     """
     known = {*LoadRequest.__dataclass_fields__, *ENGINE_DEFAULTS, *REFUSED, *_SPECIAL} - {"engine"}
@@ -93,9 +93,10 @@ _SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
 
 
 def _honour_special(values: dict[str, Any]) -> None:
-    """Parameters that are met already, or that another one expresses.
+    """Check parameters without effect, and parameters that another one expresses.
 
-    Names are never mapped, only text models are loaded, and float32 mixed precision is a dtype.
+    Model names are never mapped, only text models are loaded, and float32 mixed precision is
+    expressed as dtype.
     """
     for name in ("use_exact_model_name", "text_only"):
         value = values.pop(name, False)
@@ -111,9 +112,12 @@ def _honour_special(values: dict[str, Any]) -> None:
             "load_in_16bit"
         ):
             raise ConfigValueError(
-                "float32_mixed_precision=True keeps float32 weights, and another dtype is given",
+                (
+                    "float32_mixed_precision=True keeps float32 weights, but the call sets "
+                    "another dtype"
+                ),
                 where=WHERE,
-                fix="leave dtype and load_in_16bit out, or float32_mixed_precision",
+                fix="remove dtype and load_in_16bit, or remove float32_mixed_precision",
             )
         values["dtype"] = "float32"
 
@@ -124,13 +128,13 @@ def _dtype_name(dtype: Any) -> str:
         raise ConfigValueError(
             f"dtype={dtype!r} is not one of {', '.join(DTYPES)}",
             where=WHERE,
-            fix="use dtype=None to let the device decide",
+            fix="use dtype=None to choose it for the device",
         )
     return name
 
 
 def _check_types(request: LoadRequest) -> None:
-    """Refuse values of the wrong type; ``max_seq_length`` is in tokens."""
+    """Reject values of the wrong type; ``max_seq_length`` is in tokens."""
     if not request.model_name:
         raise ConfigValueError("model_name is empty", where=WHERE, fix="name a folder or a hub id")
     for name in (
@@ -160,7 +164,7 @@ def _check_types(request: LoadRequest) -> None:
 
 
 def _check_flags(request: LoadRequest) -> None:
-    """At most one ``load_in_*``; none of the quantized ones with full fine-tuning."""
+    """Check that at most one ``load_in_*`` is set, and no quantized one with full fine-tuning."""
     chosen = [name for name in LOAD_FLAGS[:3] if getattr(request, name)]
     hint = "load_in_4bit is True by default: pass load_in_4bit=False"
     if len(chosen) > 1:

@@ -1,8 +1,8 @@
 """The adapter under training. Only this module, ``lora_layer`` and ``engine.adapter`` import PEFT.
 
-Adapter weights are float32 whatever the base is (PEFT's own default): Adam's steps on a bfloat16
-adapter, with its 8 bits of mantissa, are lost below 1/256 of the weight, and its moments would be
-bfloat16 too. The forward pass computes in the base's dtype under autocast, as the engine does.
+Adapter weights are float32 for every dtype of the base (PEFT's default). In a bfloat16 adapter,
+with 8 bits of mantissa, Adam's steps below 1/256 of a weight would be lost, and its moments would
+be bfloat16 too. The forward pass computes in the base's dtype under autocast, as the engine does.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from toolkit.base.errors import (
     UnsupportedError,
     first_line,
 )
+from toolkit.config.adapter_facts import KEPT, other_fields
 from toolkit.engine.shards import part, whole
 from toolkit.policy.adapted_layers import experts_of, refuse_experts
 from toolkit.policy.lora_layer import use_fast_layers
@@ -49,9 +50,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 NOT_PEFTS = ("random_state",)
-KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
-BOOKKEEPING = (*KEPT, "peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping")
-"""Fields of adapter_config.json that shape nothing; any other that is set must be one of ours."""
+REFERENCE = "ref"
+"""TRL's name for the frozen copy of the adapter that a run starts from."""
 
 MAPPINGS = ("loftq_config", "rank_pattern", "alpha_pattern")
 DIFFERING = (
@@ -71,15 +71,14 @@ DIFFERING = (
     "alpha_pattern",
     "lora_bias",
 )
-"""What makes one adapter another; the order is that in which differences are told."""
+"""The fields that define an adapter, in the order in which differences are reported."""
 
 
 def add_lora(model: Any, settings: LoraSettings) -> Any:
-    """``model`` (a transformers model) with a fresh adapter: a ``peft.PeftModelForCausalLM``.
+    """``model`` (a transformers model) with a new adapter: a ``peft.PeftModelForCausalLM``.
 
-    B = 0, so no logit changes; A is drawn from ``settings.random_state`` alone, on the CPU, so the
-    same seed gives the same bytes on every device, and the caller's generators are left as they
-    were.
+    B is 0, so logits do not change. A is drawn on the CPU from ``settings.random_state``, so the
+    same seed gives the same bytes on every device. The caller's random generators are restored.
 
     Raises:
         ConfigTypeError, ConfigValueError, UnsupportedError: the refusals of ``policy.settings``.
@@ -127,10 +126,10 @@ def is_peft(model: Any) -> bool:
 
 
 def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
-    """``model``, which already has an adapter, if ``settings`` ask for the very same one.
+    """Return ``model``, which already has an adapter, if ``settings`` describe the same adapter.
 
     Raises:
-        ConfigTypeError: they ask for another; the differences are named.
+        ConfigTypeError: they describe another one; the message lists the differences.
     """
     check_settings(settings)
     different = differences(model.peft_config["default"], settings)
@@ -138,10 +137,12 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
         raise ConfigTypeError(
             "the model already has an adapter with other settings: " + "; ".join(different),
             where=WHERE,
-            fix="load the model again, or ask for the same settings",
+            fix="load the model again, or use the same settings",
         )
     warnings.warn(
-        "the model already has this adapter: returned as it is", ToolkitWarning, stacklevel=4
+        ("the model already has this adapter, so it is returned unchanged"),
+        ToolkitWarning,
+        stacklevel=4,
     )
     return model
 
@@ -149,14 +150,14 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
 def differences(
     current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
 ) -> list[str]:
-    """How the ``peft.LoraConfig`` ``current`` differs from ``settings``, a sentence a field."""
+    """How the ``peft.LoraConfig`` ``current`` differs from ``settings``, one sentence per field."""
     asked = to_peft(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
-    return [f"{name} is {is_!r}, asked for {to!r}" for name, is_, to in pairs if is_ != to]
+    return [f"{name} is {is_!r}, but the call has {to!r}" for name, is_, to in pairs if is_ != to]
 
 
 def _plain_set(config: Any, name: str) -> Any:
-    """A field's value, with the order of names and the kinds of nothing taken out."""
+    """A field's value in canonical form: names are sorted, and all empty values are equal."""
     value = getattr(config, name)
     if isinstance(value, (set, list, tuple)):
         return sorted(value) or None
@@ -164,8 +165,8 @@ def _plain_set(config: Any, name: str) -> Any:
 
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names that its file has, on their device, not copied; where
-    processes share a model, put together from their parts, and all of them call it.
+    """The adapter's tensors by the names in its file, on their device, not copied. If processes
+    share a model, they are joined from their parts, and all of the processes call it.
     """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
@@ -193,7 +194,8 @@ def set_adapter_tensors(
 def merge(model: Any, name: str = "default") -> Any:
     """The base model with the adapter ``name`` added into its weights: in float32, rounded once.
 
-    PEFT's own merge rounds the update before it adds it; it serves the layers that are not plain.
+    PEFT's own merge rounds the update before the addition; it is used only for layers that are not
+    plain.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(_is_plain(layer, name) for layer in layers):
@@ -206,7 +208,7 @@ def merge(model: Any, name: str = "default") -> Any:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """True if all that the adapter does to ``layer`` is s B A on its weight."""
+    """True if the adapter only adds s B A to the weight of ``layer``."""
     if name in layer.lora_embedding_A or hasattr(layer, "parameter_name"):
         return False
     if name not in layer.lora_A:
@@ -215,13 +217,15 @@ def _is_plain(layer: Any, name: str) -> bool:
 
 
 def refuse_unserved(model: Any, config: Any, engine: Any, where: str) -> None:
-    """Refuse an adapter that the ``engine`` on ``model`` cannot sample from, or that would change
-    the weights that both share. ``config`` is any ``peft.PeftConfig``, whoever made it.
+    """Reject an adapter that the ``engine`` on ``model`` cannot sample from, or that would change
+    the shared weights. ``config`` is any ``peft.PeftConfig``.
 
-    An engine without LoRA slots of its own samples from the trained model itself: it serves all.
+    An engine without its own LoRA slots samples from the trained model itself, so it supports every
+    adapter.
 
     Raises:
-        UnsupportedError, ConfigValueError, ConfigTypeError: naming the option.
+        UnsupportedError, ConfigValueError, ConfigTypeError: an option is not supported; the message
+            names it.
     """
     options = getattr(engine, "options", None)
     if options is None:
@@ -240,36 +244,25 @@ def _refuse_kind(config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise UnsupportedError(
-            f"a {kind} adapter: the engine serves LoRA adapters only, so it would not be sampled"
-            " from",
+            f"the adapter is a {kind} adapter, but the engine can sample only from LoRA adapters",
             fix="use peft.LoraConfig, or load with fast_inference=False",
         )
     for name in other_fields(config.to_dict()):
         raise UnsupportedError(
-            f"{name}={getattr(config, name, None)!r}: the engine's LoRA slots cannot hold it",
-            fix="leave it out, or load with fast_inference=False",
+            f"{name}={getattr(config, name, None)!r}: the engine's LoRA slots do not support it",
+            fix="remove it, or load with fast_inference=False",
         )
 
 
-def other_fields(values: Mapping[str, Any]) -> list[str]:
-    """Fields of an adapter's config that are set and that ``LoraSettings`` does not express."""
-    default, known = LoraConfig(), {item.name for item in fields(LoraSettings)}
-    return [
-        name
-        for name, value in values.items()
-        if name not in known | set(BOOKKEEPING) and value and value != getattr(default, name, None)
-    ]
-
-
 def read_peft_config(values: Mapping[str, Any]) -> Any:
-    """The ``peft.LoraConfig`` of an adapter_config.json's object, trainable.
+    """The trainable ``peft.LoraConfig`` of the JSON object in adapter_config.json.
 
     Raises:
-        ConfigValueError: it is no LoRA adapter, or its values are none that PEFT takes.
+        ConfigValueError: it is not a LoRA adapter, or PEFT rejects its values.
     """
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise ConfigValueError(f"peft_type is {kind!r}, and only LORA adapters are loaded")
+        raise ConfigValueError(f"peft_type is {kind!r}, but only LORA adapters are supported")
     ours = {item.name for item in fields(LoraSettings)} - set(NOT_PEFTS)
     for name in other_fields(values):
         raise ConfigValueError(f"its {ADAPTER_CONFIG} sets {name}, which is not supported")
@@ -281,9 +274,7 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
 
 
 def settings_of(config: Any) -> LoraSettings:
-    """The settings that a ``peft.LoraConfig`` expresses, for the refusals of
-    ``policy.settings``.
-    """
+    """The settings of a ``peft.LoraConfig``, for the checks of ``policy.lora_settings``."""
     values = {item.name: getattr(config, item.name, None) for item in fields(LoraSettings)}
     kept = {name: value for name, value in values.items() if value is not None}
     for name, value in kept.items():
@@ -293,7 +284,7 @@ def settings_of(config: Any) -> LoraSettings:
 
 
 def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
-    """``model`` with an adapter ``name`` laid out by ``config``, its values still to be set."""
+    """``model`` with an adapter ``name`` of the layout in ``config``; its values are set later."""
     use_fast_layers(config)
     try:
         if is_peft(model):
@@ -301,20 +292,29 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
             return model
         with torch.random.fork_rng(devices=[]):
             return PeftModelForCausalLM(model, config, adapter_name=name)
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigValueError(
+            f"its {ADAPTER_CONFIG} does not fit this model:"
+            f" {type(error).__name__}: {first_line(error)}",
+            where=WHERE,
+            fix="load the base that it was trained on, or copy the adapter again",
+        ) from error
     except ValueError as error:
         raise ConfigValueError(
-            f"target_modules={config.target_modules!r}: no adapter can be put on that"
-            f" ({first_line(error, longest=80)})",
+            f"target_modules={config.target_modules!r}: PEFT cannot adapt these modules "
+            f"({first_line(error, longest=80)})",
             where=WHERE,
         ) from error
 
 
 @contextmanager
 def kept_float32(model: Any) -> Iterator[None]:
-    """Inside, others may round the adapter on ``model``; afterwards its values are what they were.
+    """Restore the values of the adapter on ``model`` after the block, in which other code may round
+    them.
 
     TRL 1.16 casts the adapter of a model that is loaded in 4 or 8 bits to bfloat16
-    (GRPOTrainer.__init__), as the QLoRA paper does. GRPO's updates are smaller than that rounding.
+    (GRPOTrainer.__init__), as the QLoRA paper does. GRPO's updates are smaller than that rounding
+    error.
     """
     named = getattr(model, "named_parameters", dict)
     named = dict(named()) if is_peft(model) else {}
@@ -326,10 +326,22 @@ def kept_float32(model: Any) -> Iterator[None]:
             kept = before.get(id(parameter))
             if kept is not None and parameter.dtype != kept.dtype:
                 parameter.data = kept.to(parameter.device)
+        _repeat_reference(model)
+
+
+def _repeat_reference(model: Any) -> None:
+    """Set the copy of the starting adapter that TRL 1.16 keeps for the KL term (``ref``, if beta is
+    above 0) to the unrounded values, so that the KL term is 0 before the first step.
+    """
+    named = dict(model.named_parameters()) if is_peft(model) else {}
+    for name, parameter in named.items():
+        trained = named.get(name.replace(f".{REFERENCE}.", ".default."))
+        if f".{REFERENCE}." in name and trained is not None and parameter.dtype != trained.dtype:
+            parameter.data = trained.data.clone()
 
 
 def widen_adapter(model: Any) -> None:
-    """Hold every trained LoRA tensor on ``model`` in float32, whoever made it."""
+    """Convert every trained LoRA tensor on ``model`` to float32, whatever created it."""
     for name, parameter in model.named_parameters():
         half = parameter.dtype in (torch.bfloat16, torch.float16)
         if "lora_" in name and parameter.requires_grad and half:

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layer with ``adapted_linear`` as its forward where that computes the same.
+"""PEFT's LoRA layer with ``adapted_linear`` as its forward if that computes the same.
 
-The seam is PEFT's own, ``LoraConfig._register_custom_module`` (its guide "Custom models"). Names,
-parameters, saving and merging stay PEFT's.
+It is registered through PEFT's ``LoraConfig._register_custom_module`` (see its guide "Custom
+models"). Names, parameters, saving and merging are those of PEFT.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 
 
 class FastForward(nn.Module):
-    """The forward of a layer of PEFT, faster and with less memory under autocast.
+    """A forward for a PEFT layer that is faster and needs less memory under autocast.
 
-    That is the case that training is: a frozen layer in the dtype of autocast, one plain adapter in
-    another dtype. Everything else goes to PEFT's forward, that of the next class.
+    It is for training: a frozen layer in the dtype of autocast, and one plain adapter in another
+    dtype. All other cases use PEFT's forward, that of the next class.
     """
 
     base_layer: Any
@@ -38,7 +38,7 @@ class FastForward(nn.Module):
     lora_dropout: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(..., out) of ``x`` (..., in)."""
+        """Maps ``x`` (..., in) to (..., out)."""
         name = None if args or kwargs else self._single_adapter()
         if name is None or not self._as_under_autocast(x, name):
             out: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -50,7 +50,7 @@ class FastForward(nn.Module):
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
-        """The adapter in use, if it is the only one and plain."""
+        """The active adapter, if it is the only one and plain; else None."""
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -94,15 +94,16 @@ def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwar
 
 
 def use_fast_layers(config: Any) -> Any:
-    """``config`` (a ``peft.LoraConfig``) told to adapt linear layers with ``LoraLinear``."""
+    """``config`` (a ``peft.LoraConfig``), changed to adapt linear layers with ``LoraLinear``."""
     config._register_custom_module({nn.Linear: _layer_for})
     return config
 
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """PEFT's factory of a layer: ours for a plain or a 4-bit linear layer, None for its own choice.
+    """A layer factory for PEFT: the toolkit's class for a plain or 4-bit linear layer, None for
+    PEFT's own choice.
 
-    Other subclasses are others', and so is what a hook of accelerate moves about.
+    PEFT's layer is used for other subclasses, and for layers that a hook of accelerate moves.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:

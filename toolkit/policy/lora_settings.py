@@ -1,4 +1,4 @@
-"""What an adapter is asked to be, and the refusals that need no PEFT: get_peft_model's table."""
+"""The settings of an adapter, and the checks of get_peft_model that do not need PEFT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolkit.base.errors import (
 )
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.config.run_config import SEVEN_PROJECTIONS
-from toolkit.config.supported_features import REWRITING_INITS, layers_beyond
+from toolkit.config.supported_features import init_with_engine, layers_beyond
 from toolkit.policy.load_arguments import nearest
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ INITS = (
     "loftq",
     "lora_ga",
 )
-"""PEFT's names for init_lora_weights beside True and False; ``pissa_niter_N`` too."""
+"""PEFT's values of init_lora_weights other than True and False; ``pissa_niter_N`` is valid too."""
+PISSA_ITERATIONS = r"pissa_niter_\d{1,3}"
+"""More than 999 iterations (16 are usual) only take more time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,7 @@ class LoraSettings:
         names = [f.name for f in fields(section) if f.name in known]
         values = {name: getattr(section, name) for name in names}
         for name in ("rank_pattern", "alpha_pattern"):
-            values[name] = values[name] or None  # nothing, in PEFT's words
+            values[name] = values[name] or None  # "no value" in PEFT's config
         return cls(**values)
 
     @property
@@ -85,16 +87,15 @@ class LoraSettings:
 
 
 def check_settings(settings: LoraSettings) -> None:
-    """Refuse values that no model could take.
+    """Reject values that are invalid for every model.
 
     Raises:
-        ConfigTypeError: r or another number of the wrong type. ConfigValueError: any other refusal.
+        ConfigTypeError: r or another number has the wrong type.
+        ConfigValueError: any other invalid value.
     """
     r: object = settings.r
     if type(r) is not int:
-        raise ConfigTypeError(
-            f"r={r!r} must be an integer, and it is a {type(r).__name__}", where=WHERE
-        )
+        raise ConfigTypeError(f"r={r!r} must be an integer, not {type(r).__name__}", where=WHERE)
     if settings.r <= 0:
         raise ConfigValueError(f"r={r} must be larger than 0", where=WHERE)
     alpha: Any = settings.lora_alpha
@@ -104,7 +105,7 @@ def check_settings(settings: LoraSettings) -> None:
     if not (math.isfinite(alpha) and alpha > 0):
         raise ConfigValueError(f"lora_alpha={alpha} must be larger than 0", where=WHERE)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ConfigValueError(f"lora_dropout={dropout!r} must lie in [0, 1)", where=WHERE)
+        raise ConfigValueError(f"lora_dropout={dropout!r} must be in [0, 1)", where=WHERE)
     seed: object = settings.random_state
     if type(seed) is not int:
         raise ConfigTypeError(
@@ -122,18 +123,18 @@ def check_settings(settings: LoraSettings) -> None:
 def _check_init(settings: LoraSettings) -> None:
     init: Any = settings.init_lora_weights
     if not isinstance(init, bool) and not (
-        isinstance(init, str) and (init in INITS or re.fullmatch(r"pissa_niter_\d+", init))
+        isinstance(init, str) and (init in INITS or re.fullmatch(PISSA_ITERATIONS, init))
     ):
         hint = nearest(init, INITS) if isinstance(init, str) else ""
         raise ConfigValueError(
-            f"init_lora_weights={init!r} is none of True, False, {', '.join(INITS)}{hint}",
+            f"init_lora_weights={init!r} must be one of True, False, {', '.join(INITS)}{hint}",
             where=WHERE,
         )
     if settings.loftq_config and init != "loftq":
         raise ConfigValueError(
             'loftq_config has no effect without init_lora_weights="loftq"',
             where=WHERE,
-            fix="leave one of them out, or set both",
+            fix="set both of them, or none",
         )
 
 
@@ -146,15 +147,15 @@ def _check_patterns(settings: LoraSettings) -> None:
             number = type(value) is int or (least == 0 and isinstance(value, float))
             if not number or value < least or value == 0 or not math.isfinite(value):
                 raise ConfigValueError(
-                    f"{name}: {key!r} is {value!r}, and"
-                    f" {'an integer' if least else 'a number'} above 0 is wanted",
+                    f"{name}: {key!r} is {value!r}, but must be "
+                    f"{'an integer' if least else 'a number'} above 0",
                     where=WHERE,
                 )
             try:
                 re.compile(str(key))
             except re.error as error:
                 raise ConfigValueError(
-                    f"{name}: {key!r} is no valid pattern: {error}", where=WHERE
+                    f"{name}: {key!r} is not a valid pattern: {error}", where=WHERE
                 ) from error
 
 
@@ -162,30 +163,35 @@ def _check_layers(settings: LoraSettings) -> None:
     layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
     if layers and isinstance(settings.target_modules, str):
         raise ConfigValueError(
-            "layers_to_transform and layers_pattern do not go with target_modules given as text",
+            "layers_to_transform and layers_pattern cannot be used if target_modules is a text",
             where=WHERE,
-            fix="list the target modules by name",
+            fix="set target_modules to a list of names",
         )
     if settings.layers_pattern is not None and settings.layers_to_transform is None:
         raise ConfigValueError("layers_pattern needs layers_to_transform", where=WHERE)
 
 
 def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
-    """Refuse what an engine on the model cannot sample from. ``max_lora_rank`` is the engine's.
+    """Reject settings that an engine on the model does not support. ``max_lora_rank`` is the
+    engine's.
 
     Raises:
-        ConfigValueError: a rank above the engine's slots. UnsupportedError: anything else.
+        ConfigValueError: the rank is above that of the engine's slots.
+        UnsupportedError: any other setting.
     """
     largest = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
     if largest > max_lora_rank:
         legal = [rank for rank in LEGAL_RANKS if rank >= largest]
         named = f"r={settings.r}" if largest == settings.r else f"rank_pattern's {largest}"
         raise ConfigValueError(
-            f"{named} is above max_lora_rank={max_lora_rank}, with which the engine was loaded",
+            f"{named} is above max_lora_rank={max_lora_rank} of the engine",
             where=WHERE,
             fix=f"load with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
             if legal
-            else f"vLLM serves no rank above {LEGAL_RANKS[-1]}: use r={max_lora_rank} or less",
+            else (
+                f"vLLM does not support ranks above {LEGAL_RANKS[-1]}: use r={max_lora_rank} or "
+                "less"
+            ),
         )
     embeddings = sorted(set(_names(settings.target_modules)) & set(EMBEDDINGS))
     reasons = {
@@ -200,14 +206,17 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
     for what, asked in reasons.items():
         if asked:
             raise UnsupportedError(
-                f"{what}: the engine's LoRA slots cannot hold it, so it would not be sampled from",
+                (
+                    f"{what}: the engine's LoRA slots do not support it, so completions would be "
+                    "sampled without it"
+                ),
                 where=WHERE,
-                fix="leave it out, or load with fast_inference=False",
+                fix="remove it, or load with fast_inference=False",
             )
-    init = settings.init_lora_weights
-    if isinstance(init, str) and init.startswith(REWRITING_INITS):
+    wrong_init = init_with_engine(settings.init_lora_weights)
+    if wrong_init is not None:
         raise UnsupportedError(
-            f"init_lora_weights={init!r} rewrites base weights, which engine and trainer share",
+            f"init_lora_weights: {wrong_init}",
             where=WHERE,
             fix='use init_lora_weights=True or "gaussian", or load with fast_inference=False',
         )
@@ -221,10 +230,10 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
 
 
 def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
-    """Every target must name a module of the model, by whole name or by its last parts.
+    """Check that every target names a module of the model, by its full name or its last parts.
 
     Raises:
-        ConfigValueError: it does not; the message names the nearest that the model has.
+        ConfigValueError: a target does not; the message suggests the most similar name.
     """
     names = [name for name in module_names if name]
     targets = settings.target_modules
@@ -249,10 +258,11 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
 
 
 def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
-    """Every name of modules_to_save is a part of a module's name: PEFT passes over any other.
+    """Check that every name in modules_to_save is part of a module's name, because PEFT ignores
+    others.
 
     Raises:
-        ConfigValueError: naming the one that is not, and the nearest.
+        ConfigValueError: a name is not; the message suggests the most similar one.
     """
     names = list(module_names) if settings.modules_to_save else []
     for name in settings.modules_to_save or ():
@@ -261,21 +271,21 @@ def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
             raise ConfigValueError(
                 f"modules_to_save: the model has no module {name!r}{nearest(name, leaves)}",
                 where=WHERE,
-                fix="correct its name or leave it out",
+                fix="correct its name or remove it",
             )
 
 
 def check_layers(settings: LoraSettings, count: int | None) -> None:
-    """Refuse layers that a model of ``count`` layers does not have: PEFT passes over them.
+    """Reject layers that a model of ``count`` layers does not have, because PEFT ignores them.
 
     Raises:
-        ConfigValueError: naming them.
+        ConfigValueError: a layer does not exist; the message lists them.
     """
     beyond = layers_beyond(settings.layers_to_transform, count)
     if beyond:
         raise ConfigValueError(
-            f"layers_to_transform: {', '.join(map(str, beyond))} not among the {count} layers of"
-            " the model, which are counted from 0",
+            f"layers_to_transform: {', '.join(map(str, beyond))} must be below {count}, the "
+            "number of layers of the model (layers are counted from 0)",
             where=WHERE,
             fix="name layers that the model has",
         )
@@ -286,7 +296,7 @@ def _matches(pattern: str, names: list[str]) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
         raise ConfigValueError(
-            f"target_modules={pattern!r} is no valid pattern: {error}", where=WHERE
+            f"target_modules={pattern!r} is not a valid pattern: {error}", where=WHERE
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What torch sees of this machine, as the plain values that ``config.resolved`` decides by."""
+"""Facts about this machine from torch, as plain values for ``config.resolved``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from toolkit.engine.rollout_engine import vllm_available
 
 
 def cuda_in_use() -> bool:
-    """True if torch has a CUDA context here. Asking makes none."""
+    """True if torch has a CUDA context in this process. The check does not create one."""
     ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped upstream
     return bool(torch.cuda.is_available() and ready)
 

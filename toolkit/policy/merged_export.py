@@ -1,5 +1,5 @@
-"""Merged weights: W + s B A of each adapted layer, rounded once, as a checkpoint of plain
-transformers.
+"""Write merged weights, W + s B A of each adapted layer, rounded once, as a plain transformers
+checkpoint.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ WHERE = "export"
 def merge_adapter(
     checkpoint: Checkpoint, adapter: Adapter, request: LoadRequest, to: Path, *, dtype: str = "auto"
 ) -> Path:
-    """Write the base ``checkpoint`` with ``adapter`` merged into it, and its tokenizer, to ``to``.
+    """Write the base ``checkpoint`` with the merged ``adapter``, and its tokenizer, to ``to``.
 
-    ``dtype`` "auto" is the checkpoint's own. The sum is computed in float32 and rounded once to it:
-    in float32 the logits are those of base and adapter up to the order of the sums (1e-5 or so); in
-    bfloat16 a small update is lost where it is below half a unit of the weight's last place.
-    A base that was trained in 4 bits is merged as the checkpoint stores it.
+    ``dtype`` "auto" means that of the checkpoint. The sum is computed in float32 and rounded once
+    to it. In float32 the logits equal those of base and adapter up to the order of sums (about
+    1e-5). In bfloat16 an update below half a unit in the last place of the weight is lost. If the
+    base was trained in 4 bits, the unquantized weights of the checkpoint are merged.
 
     Raises:
-        ConfigValueError: ``to`` is not empty, or the adapter is another base's.
+        ConfigValueError: ``to`` is not empty, or the adapter belongs to another base.
         UnsupportedError: the adapter is on embeddings or head, and the two are tied.
         InputError: something cannot be read or written.
     """
@@ -62,7 +62,7 @@ def merge_adapter(
     )
     base = load_base(checkpoint, plain)
     _check_ties(base, adapter)
-    # A 4-bit base had no fingerprint, so a mismatch shows in names and shapes there.
+    # A 4-bit base has no fingerprint, so a mismatch is detected only by names and shapes.
     model = merge(put_saved(base, adapter))
     tokenizer = load_tokenizer(
         checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
@@ -74,8 +74,7 @@ def merge_adapter(
 
 
 def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
-    """Write a model of which every weight was trained, and its tokenizer, to ``to``, in place of
-    what was there.
+    """Write a fully trained model and its tokenizer to ``to``, and replace existing files.
 
     Raises:
         InputError: it cannot be written.
@@ -91,24 +90,25 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
 
 
 def _check_ties(base: Any, adapter: Adapter) -> None:
-    """Refuse to merge into one of two places that share a tensor: the other would change as
+    """Reject a merge into a tied tensor, because the other layer with this tensor would change as
     well.
     """
     touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
     if touched and base.config.tie_word_embeddings:
         raise UnsupportedError(
-            f"the adapter changes {touched[0]}, and the embeddings and head of this model are one"
-            " tensor",
+            f"the adapter changes {touched[0]}, but the embeddings and the head of this model "
+            "share one tensor",
             where=str(adapter.folder),
             fix="export the adapter without --merge",
         )
 
 
 def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
-    """Write ``adapter``, as it was read and checked, and the tokenizer of its base to ``to``.
+    """Write ``adapter``, which was read and checked, and the tokenizer of its base to ``to``.
 
     Raises:
-        ConfigValueError: ``to`` is not empty. InputError: something cannot be read or written.
+        ConfigValueError: ``to`` is not empty.
+        InputError: something cannot be read or written.
     """
     check_empty(to)
     tokenizer = load_tokenizer(checkpoint.folder, max_seq_length=None)
@@ -121,7 +121,7 @@ def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that config.json names, ``float32`` if it names none that weights are merged in."""
+    """The dtype in config.json; ``float32`` if it has none that merging supports."""
     values: dict[str, Any] = checkpoint.read_json("config.json")
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     return (
@@ -132,10 +132,10 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def check_empty(to: Path) -> None:
-    """Refuse a target that holds something, or is a file.
+    """Reject a target that is a file or a folder that is not empty.
 
     Raises:
-        ConfigValueError: it does.
+        ConfigValueError: the target is not usable.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigValueError(
@@ -147,8 +147,8 @@ def check_empty(to: Path) -> None:
 
 @contextmanager
 def into(to: Path) -> Iterator[Path]:
-    """A folder beside ``to`` that becomes it when everything is written; 0644 files, 0755 folder,
-    less the umask.
+    """A temporary folder next to ``to``, which is renamed to it after everything is written. Modes
+    are 0644 for files and 0755 for the folder, minus the umask.
     """
     with beside(to) as work:
         yield work

@@ -24,16 +24,14 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``folder`` on disk; ``name`` is what a reader calls it: the hub id, or the absolute
-    folder.
-    """
+    """``folder`` on disk; ``name`` is for messages: the hub id, or the absolute folder."""
 
     folder: Path
     name: str
 
     @property
     def is_adapter(self) -> bool:
-        """True for a PEFT adapter's folder: one that holds no model's weights of its own."""
+        """True for the folder of a PEFT adapter, which has no model weights."""
         weights = [*self.folder.glob("model*.safetensors"), *self.folder.glob("pytorch_model*.bin")]
         return self._has(ADAPTER_CONFIG) and not weights
 
@@ -44,23 +42,24 @@ class Checkpoint:
         """The JSON object in ``file`` of the folder.
 
         Raises:
-            InputError: it is missing, unreadable, or no JSON object.
+            InputError: it is missing, unreadable, or not a JSON object.
         """
         return read_object(self.folder / file)
 
     def check_model(self, *, pickle: bool = False) -> None:
-        """Refuse a folder that is no model checkpoint; weights are safetensors unless ``pickle``.
+        """Reject a folder that is not a model checkpoint; weights must be safetensors unless
+        ``pickle``.
 
         Raises:
-            InputError: no config.json, no weights, or something that no loader could read in
-                bounded time (a pipe, a device).
-            ConfigError: its index of weights names a file outside of the folder.
-            ConfigValueError: only pickled weights, which are not read unless that is asked for.
+            InputError: no config.json, no weights, or a file that a loader cannot read in bounded
+                time (a pipe, a device).
+            ConfigError: its index of weights names a file outside the folder.
+            ConfigValueError: it has only pickled weights, which are read only with ``pickle``.
         """
         check_folder(self.folder)
         if not self._has("config.json"):
             raise InputError(
-                "is no checkpoint: it has neither config.json nor adapter_config.json",
+                "is not a checkpoint: it has neither config.json nor adapter_config.json",
                 where=str(self.folder),
                 fix="name a folder that save_pretrained wrote, or a hub id",
             )
@@ -72,12 +71,12 @@ class Checkpoint:
             return
         if any(self.folder.glob("*.bin")):
             raise ConfigValueError(
-                "holds only pickled weights (*.bin), and a pickle can run code",
+                "has only pickled weights (*.bin), and a pickle can run code",
                 where=str(self.folder),
-                fix="convert it to safetensors, or pass use_safetensors=False by name",
+                fix="convert it to safetensors, or pass use_safetensors=False explicitly",
             )
         raise InputError(
-            "holds no weights (*.safetensors)",
+            "has no weights (*.safetensors)",
             where=str(self.folder),
             fix="copy the whole checkpoint",
         )
@@ -89,15 +88,15 @@ def find_checkpoint(
     """The checkpoint called ``name``, downloaded if it is a hub id. ``token`` reads gated ones.
 
     Raises:
-        InputError: there is no such folder and no such repository, or it cannot be reached.
+        InputError: the folder or repository does not exist, or the hub cannot be reached.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ConfigValueError(
-                f"revision={revision!r} is for hub ids, and {name} is a folder",
+                f"revision={revision!r} is only for hub ids, but {name} is a folder",
                 where="revision",
-                fix="leave revision out",
+                fix="remove revision",
             )
         return Checkpoint(folder.resolve(), str(folder.resolve()))
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -110,7 +109,10 @@ def find_checkpoint(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"is no folder here, and the hub gave no such model: {first_line(error)}",
+            (
+                "is not a folder on this machine, and it could not be loaded from the hub: "
+                f"{first_line(error)}"
+            ),
             where=name,
             fix="check the name and revision; a gated model needs token=... or `hf auth login`",
         ) from error

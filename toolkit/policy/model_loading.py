@@ -1,6 +1,4 @@
-"""From a checked request to a model and a tokenizer, with or without an engine, with or without an
-adapter.
-"""
+"""Load a model and a tokenizer for a checked request, with or without an engine and an adapter."""
 
 from __future__ import annotations
 
@@ -32,10 +30,11 @@ if TYPE_CHECKING:
 def load(
     request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of ``request``; an adapter's folder gives its base with the adapter on it.
+    """(model, tokenizer) of ``request``; for the folder of an adapter, its base with the adapter on
+    it.
 
-    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it. What
-    ``read_tokenizer`` gave is not read again.
+    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it. A
+    tokenizer from ``read_tokenizer`` is not read again.
 
     Raises:
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
@@ -55,9 +54,9 @@ def load(
 
 
 def read_tokenizer(request: LoadRequest) -> Any:
-    """The tokenizer that ``load`` would give, without the model: for lengths and templates.
+    """The tokenizer that ``load`` returns, without loading the model: for lengths and templates.
 
-    Its padding is not settled, which hangs on the model. Raises InputError.
+    Its padding is not set yet, because it depends on the model. Raises InputError.
     """
     return _tokenizer_of(*_locate(request), request)
 
@@ -80,7 +79,7 @@ def _find(request: LoadRequest, name: str) -> Checkpoint:
 
 
 def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
-    """The checkpoint that ``adapter`` was trained on, as its config names it."""
+    """The checkpoint that ``adapter`` was trained on, from the name in its config."""
     name = adapter.config.base_model_name_or_path
     if not name:
         raise InputError(
@@ -98,8 +97,9 @@ def _finish(
     adapter: Adapter | None,
     tokenizer: Any,
 ) -> tuple[Any, Any]:
-    """Name the model, settle the padding, put the adapter on it, bind the methods."""
-    # transformers remembers the snapshot's folder; adapters must record what the user called it.
+    """Set the model's name and padding, add the adapter, bind the methods."""
+    # transformers stores the snapshot's folder as name, but adapters must record the name that the
+    # user gave.
     model.name_or_path = model.config._name_or_path = base.name
     if request.fix_tokenizer:
         fix_tokenizer(tokenizer, model)
@@ -108,7 +108,8 @@ def _finish(
     attach(
         model,
         toolkit_engine=engine,
-        # Not held: what the engine frees when it is closed must not wait for the model.
+        # Not referenced, so that closing the engine can free its memory before the model is
+        # dropped.
         vllm_engine=None if engine is None else weakref.proxy(engine.llm),
         max_seq_length=length,
         toolkit_tokenizer=tokenizer,
@@ -127,12 +128,12 @@ def _finish(
 
 
 def _fuse(model: Any, request: LoadRequest) -> Applied | None:
-    """Fused kernels on ``model``; which layers go without them is a warning."""
+    """Use fused kernels in ``model``; a warning lists layers that do not use them."""
     applied = use_fused_kernels(model, request.fused_kernels)
     if applied is not None and applied.refused:
         why = "; ".join(f"{name}: {reason}" for name, reason in applied.refused.items())
         warnings.warn(
-            f"{KEY}: these layers use no fused kernel, which is slower: {why}",
+            f"{KEY}: these layers do not use a fused kernel and are slower: {why}",
             ToolkitWarning,
             stacklevel=2,
         )
@@ -140,11 +141,12 @@ def _fuse(model: Any, request: LoadRequest) -> Applied | None:
 
 
 def tell_engine(peft_model: Any) -> Any:
-    """Publish a new adapter to the engine on its model, if there is one, so that a layer which the
-    engine cannot adapt is refused now and not in the first rollout. Returns ``peft_model``.
+    """Publish a new adapter to the engine on its model, if there is one. So a layer that the engine
+    does not support is rejected now and not in the first rollout. Returns ``peft_model``.
 
     Raises:
-        UnsupportedError, ConfigValueError: it cannot be; the adapter is taken off again.
+        UnsupportedError, ConfigValueError: the engine does not support it; the adapter is removed
+            again.
     """
     engine = getattr(peft_model, "toolkit_engine", None)
     if engine is not None:

@@ -1,13 +1,15 @@
-"""Attention over a packed sequence: many completions in one row, no padding, one copy of a prompt.
+"""Attention over a packed sequence: many completions in one row, without padding, with one copy of
+each prompt.
 
-A pack holds *segments* one after the other. A segment is a run of tokens that attends to itself,
-causally, and to all of its *prefix*, which is another segment of the pack or nothing. So the
-completions of a group share one copy of their prompt, and no mask over the whole pack exists.
+A pack is a sequence of *segments*. A segment is a run of consecutive tokens. It attends causally to
+itself, and to all of its *prefix*, which is another segment of the pack or empty. So the
+completions of a group share one copy of their prompt, and a mask over the whole pack is not needed.
 
-The function is registered with transformers' public ``AttentionInterface`` beside the model's own
-one: without a layout among its keywords it is the model's own function. On a GPU in half precision
-it is ``torch.nn.attention.varlen`` (FlashAttention-2); elsewhere, and for models with a soft cap or
-attention sinks, the segments are handed to the model's own function in batches of similar length.
+The function is registered with transformers' public ``AttentionInterface`` in addition to the
+model's own function. Without a layout among its keywords it calls the model's own function. On a
+GPU in half precision it is ``torch.nn.attention.varlen`` (FlashAttention-2); otherwise, and for
+models with a soft cap or attention sinks, the model's own function gets the segments in batches of
+similar length.
 """
 
 from __future__ import annotations
@@ -28,21 +30,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 KEYWORD = "packed_layout"
-"""The keyword of the model's forward that carries the layout down to the attention function."""
+"""The keyword of the model's forward that passes the layout to the attention function."""
 PREFIX = "packed_"
-"""Of the registered names: ``packed_sdpa`` is packed attention on a model that uses ``sdpa``."""
+"""Prefix of the registered names: ``packed_sdpa`` is packed attention on a model that uses
+``sdpa``.
+"""
 PLAIN = ("sdpa", "eager")
-"""The functions of a model that packed attention can be put over."""
+"""The attention functions that packed attention supports."""
 
-_MAX_SCORES = 1 << 26  # query-key pairs a head of one call of the model's own function
-_WASTE = 1.25  # a batch of segments may be padded to this multiple of its real size
+_MAX_SCORES = 1 << 26  # query-key pairs per head in one call of the model's own function
+_WASTE = 1.25  # maximum ratio of a padded batch of segments to its real size
 _HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA else varlen_attn
-"""torch 2.11 takes fewer heads of keys without being asked; 2.13 wants ``enable_gqa``."""
+"""torch 2.11 accepts fewer key heads by default; 2.13 needs ``enable_gqa``."""
 
 
 class Segment(NamedTuple):
-    """Tokens ``start`` to ``start + length`` of the pack, after those of its prefix."""
+    """Tokens ``start`` to ``start + length`` of the pack, which follow those of its prefix."""
 
     start: int
     length: int
@@ -51,7 +55,7 @@ class Segment(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """Tokens that its last token attends to."""
+        """Number of tokens that its last token attends to."""
         return self.prefix_length + self.length
 
 
@@ -60,19 +64,19 @@ class Batch(NamedTuple):
 
     queries_ST: torch.Tensor  # indices into the pack; padding repeats a real token
     keys_SK: torch.Tensor
-    positions_ST: torch.Tensor  # of each query among its segment's keys; -1 is padding
+    positions_ST: torch.Tensor  # position of each query among its segment's keys; -1 is padding
     key_counts_S: torch.Tensor
 
 
 @dataclass(eq=False)
 class PackedLayout:
-    """Where the segments of a pack lie; all index tensors are on ``device``."""
+    """The segments of a pack and their index tensors, all on ``device``."""
 
     segments: Sequence[Segment]
     device: torch.device
     tokens: int = field(init=False)
     windows: dict[int, int | None] = field(default_factory=dict, init=False)
-    """The sliding window that each attention module asked for, by the module's id."""
+    """The sliding window that each attention module requested, by the module's id."""
     _batches: list[Batch] | None = field(default=None, init=False)
     _order_N: torch.Tensor | None = field(default=None, init=False)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, init=False)
@@ -87,14 +91,14 @@ class PackedLayout:
         self.key_index, self.key_uses = self._key_index()
 
     def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
-        """0 and the running sums, int32, as the kernel wants them."""
+        """0 and the running sums, int32, in the kernel's format."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.device)
 
     def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """The tokens of all segments' keys, laid out segment by segment (K), and for the way back
-        pairs of (tokens of the pack, their place in that layout): the first use of each token, the
-        second use of those that have one, and so on.
+        """The token indices of all segments' keys, segment by segment (K). For the backward pass
+        also pairs of (tokens of the pack, their positions in that layout): the first use of each
+        token, the second use of those that have one, and so on.
         """
         parts = [
             torch.arange(begin, begin + size)
@@ -126,13 +130,13 @@ class PackedLayout:
 
     @property
     def order_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
-        """Where each token of the pack lies among the padded queries of all batches."""
+        """The index of each token of the pack among the padded queries of all batches."""
         assert self.batches
         assert self._order_N is not None
         return self._order_N
 
     def _blocks(self) -> list[tuple[Segment, int, int]]:
-        """(segment, first query, end of queries): long segments are cut along their queries."""
+        """(segment, first query, end of queries): long segments are split along their queries."""
         blocks = []
         for segment in self.segments:
             step = max(1, _MAX_SCORES // segment.keys)
@@ -160,7 +164,7 @@ class PackedLayout:
 
     def mask(self, number: int, window: int | None) -> torch.Tensor:
         """(S, 1, T, K), True where the query of batch ``number`` attends to the key. ``window`` is
-        the number of tokens that a token sees, itself included.
+        the number of tokens that a token attends to, including itself.
         """
         known = self._masks.get((number, window))
         if known is not None:
@@ -176,7 +180,7 @@ class PackedLayout:
 
 
 def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
-    """Blocks of similar size together, so that padding them to the largest wastes little."""
+    """Group blocks of similar size, so that padding to the largest wastes little."""
     groups: list[list[tuple[Segment, int, int]]] = []
     real = 0
 
@@ -201,8 +205,8 @@ def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segm
 class _GatherKeys(torch.autograd.Function):
     """``x_NHD[key_index]``; the backward pass sums in a fixed order, in float32.
 
-    The plain gradient of indexing adds with atomics on a GPU: other bits in each run, and rounding
-    to the format of ``x`` at each addition.
+    The default gradient of indexing uses atomic additions on a GPU, so its bits vary between runs,
+    and each addition rounds to the dtype of ``x``.
     """
 
     @staticmethod
@@ -218,7 +222,7 @@ class _GatherKeys(torch.autograd.Function):
             (layout.tokens, *gradient_KHD.shape[1:]), dtype=torch.float32
         )
         for tokens, places in layout.key_uses:
-            # No token occurs twice in one of these additions.
+            # No token occurs twice in one addition.
             total_NHD[tokens] += gradient_KHD.index_select(0, places).float()
         return total_NHD.to(gradient_KHD.dtype), None
 
@@ -229,7 +233,7 @@ def _varlen(
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """(N, H, D) by the kernel, which wants the keys of each segment side by side."""
+    """(N, H, D) from the kernel, which needs the keys of each segment to be contiguous."""
     query_NHD, key_NHD, value_NHD = states
     output: torch.Tensor = _kernel(
         query_NHD,
@@ -240,7 +244,8 @@ def _varlen(
         layout.max_queries,
         layout.max_keys,
         scale=scale,
-        # The kernel counts the tokens before the query; causal masks are aligned to the end.
+        # The kernel's window counts the tokens before the query; causal masks are aligned to the
+        # end.
         window_size=(-1 if window is None else window - 1, 0),
     )
     return output
@@ -259,7 +264,7 @@ def _by_the_model(
     additive: bool,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """(1, N, H, D) by the model's own attention function, over batches of segments."""
+    """(1, N, H, D) from the model's own attention function, over batches of segments."""
     query_NHD, key_NHD, value_NHD = states
     outputs = []
     for number, batch in enumerate(layout.batches):
@@ -301,7 +306,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """transformers' attention function ``plain``, over packs where ``packed_layout`` is given.
+    """transformers' attention function ``plain``; with ``packed_layout`` it computes a pack.
 
     ``query``: (B, H, T, D); returns (B, T, H, D) and the weights (None for a pack).
     """
@@ -327,7 +332,7 @@ def packed_attention(
 
 
 def register() -> None:
-    """Register the packed form of each plain function, with the masks of the plain one."""
+    """Register the packed form of each plain function, with the masks of the plain function."""
     for plain in PLAIN:
         AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))
         AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])

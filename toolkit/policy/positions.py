@@ -1,5 +1,5 @@
-"""How far a model can see: ``rope_scaling``, and a ``max_seq_length`` beyond what it was trained
-for.
+"""Set a model's maximum positions: ``rope_scaling``, and a ``max_seq_length`` beyond its trained
+length.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def set_positions(config: Any, request: LoadRequest, name: str) -> None:
-    """Honour ``rope_scaling``, or stretch the positions when ``max_seq_length`` asks for more.
+    """Apply ``rope_scaling``, or stretch the positions if ``max_seq_length`` is larger.
 
-    Stretching is dynamic NTK: nothing changes for sequences within the length the model knows.
+    Stretching is dynamic NTK, which does not change sequences within the trained length.
     """
     longest = getattr(config, "max_position_embeddings", None)
     wanted = request.max_seq_length
@@ -36,9 +36,9 @@ def set_positions(config: Any, request: LoadRequest, name: str) -> None:
         return
     if current.get("rope_type") is None:
         raise UnsupportedError(
-            f"the positions of {config.model_type!r} cannot be stretched by one rope_scaling",
+            f"the positions of {config.model_type!r} cannot be stretched by rope_scaling",
             where=name,
-            fix=f"keep max_seq_length within {longest} and leave rope_scaling out",
+            fix=f"use a max_seq_length of at most {longest}, and remove rope_scaling",
         )
     if scaling is None:
         assert wanted is not None
@@ -48,12 +48,12 @@ def set_positions(config: Any, request: LoadRequest, name: str) -> None:
                 f"max_seq_length={wanted} is beyond the {longest} positions of {name}, which"
                 f" already stretches them ({current['rope_type']})",
                 where=WHERE,
-                fix=f"pass max_seq_length={longest} or less, or a rope_scaling of your own",
+                fix=f"pass max_seq_length={longest} or less, or your own rope_scaling",
             )
         scaling = {"rope_type": "dynamic", "factor": wanted / longest}
         warnings.warn(
-            f"max_seq_length={wanted} is beyond the {longest} positions of {name}: stretched by"
-            f" rope_scaling={scaling} for longer sequences",
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}: longer "
+            f"sequences use rope_scaling={scaling}",
             ToolkitWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Read an adapter with suspicion, compare it with the model, put it on."""
+"""Read an adapter without trusting it, compare it with the model, and load it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError, InputError, first_line
+from toolkit.base.errors import (
+    ConfigTypeError,
+    ConfigValueError,
+    InputError,
+    UnsupportedError,
+    first_line,
+)
 from toolkit.base.files import check_folder
+from toolkit.config.adapter_facts import start_problem
 from toolkit.config.lora_targets import pattern_fault, pattern_value
 from toolkit.policy.adapter_io import BASE_FILE, base_name, read_tensors
 from toolkit.policy.fingerprint import is_base_of, marks_of
@@ -39,8 +46,8 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter read from ``folder``: its PEFT config, its tensors (on the CPU) and what its base
-    was.
+    """An adapter read from ``folder``: its PEFT config, its tensors (on the CPU) and the identity
+    of its base.
     """
 
     folder: Path
@@ -50,16 +57,20 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """The adapter in ``folder``, every value finite and every rank as its config says.
+    """The adapter in ``folder``; checks that every value is finite and every rank matches its
+    config.
 
     Raises:
-        InputError: a file is missing or unreadable. ConfigValueError: no LoRA adapter, only pickled
-            weights, values that are not finite, or ranks that differ from the config.
+        InputError: a file is missing or unreadable.
+        ConfigValueError: not a LoRA adapter, only pickled weights, values that are not finite, or
+            ranks that differ from the config.
     """
     path = Path(folder)
     if not path.is_dir():
         raise InputError(
-            "is no adapter's folder", where=str(folder), fix="name what save_lora wrote"
+            "is not the folder of an adapter",
+            where=str(folder),
+            fix=("name a folder that save_lora wrote"),
         )
     check_folder(path)
     values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
@@ -70,7 +81,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     except (ConfigValueError, ConfigTypeError) as error:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, re.error) as error:
-        raise ConfigValueError(  # a value of a type that nobody looked at before using it
+        raise ConfigValueError(  # PEFT used a value of the wrong type
             f"cannot be used: {first_line(error)}",
             where=str(path / ADAPTER_CONFIG),
             fix="copy the adapter again",
@@ -85,7 +96,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 
 def _check_patterns(values: Mapping[str, Any]) -> None:
-    """Every expression of an adapter from elsewhere is matched with every module's name."""
+    """Check the regular expressions of an untrusted adapter, because each is matched with every
+    module name.
+    """
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         found = values.get(name)
         for text in [found] if isinstance(found, str) else found if isinstance(found, dict) else ():
@@ -96,20 +109,26 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
 
 
 def same_start(adapter: Adapter, settings: LoraSettings) -> None:
-    """Refuse to start from ``adapter`` where ``settings`` ask for another.
+    """Reject ``adapter`` as a start if ``settings`` differ from it.
 
-    How it was initialized does not count: its values are there.
+    Its initialization is ignored, because its values exist.
 
     Raises:
-        ConfigTypeError: the differences are named.
+        ConfigTypeError: they differ; the message lists the differences.
+        UnsupportedError: no run can start from it.
     """
+    problem = start_problem(adapter.config.to_dict())
+    if problem is not None:
+        raise UnsupportedError(
+            problem.message, where=f"{problem.key}: {adapter.folder}", fix=problem.hint
+        )
     names = [name for name in DIFFERING if name != "init_lora_weights"]
     different = differences(adapter.config, settings, names)
     if different:
         raise ConfigTypeError(
             f"the adapter to start from has other settings: {'; '.join(different)}",
             where=str(adapter.folder),
-            fix="leave those keys of the lora section out: they come from the adapter",
+            fix="remove these keys from the lora section: they are taken from the adapter",
         )
 
 
@@ -118,9 +137,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         if (path / "adapter_model.bin").is_file():
             raise ConfigValueError(
-                "holds only a pickled adapter (adapter_model.bin), and a pickle can run code",
+                "has only a pickled adapter (adapter_model.bin), and a pickle can run code",
                 where=str(path),
-                fix=f"convert it to {WEIGHTS} where you trust it",
+                fix=f"convert it to {WEIGHTS} if you trust it",
             )
         raise InputError(f"{WEIGHTS} is missing", where=str(path), fix="copy the whole folder")
     return read_tensors(file)
@@ -130,21 +149,21 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     bad = [name for name, value in tensors.items() if not _finite(value)]
     if bad:
         raise ConfigValueError(
-            f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, first {bad[0]}",
+            f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity, first {bad[0]}",
             where=str(path / WEIGHTS),
             fix="use an earlier checkpoint of the run",
         )
 
 
 def _finite(value: torch.Tensor) -> bool:
-    """float8 has no test of its own."""
+    """isfinite does not support float8."""
     plain = value.float() if value.is_floating_point() else value
     return bool(torch.isfinite(plain).all())
 
 
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
     if not any(".lora_" in name for name in tensors):
-        raise ConfigValueError("holds no LoRA tensors", where=str(path / WEIGHTS))
+        raise ConfigValueError("has no LoRA tensors", where=str(path / WEIGHTS))
     for name, value in tensors.items():
         if value.dim() != 2 or not (".lora_A." in name or ".lora_B." in name):
             continue
@@ -153,15 +172,15 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
         wanted = pattern_value(config.rank_pattern or {}, module, config.r)
         if rank != wanted:
             raise ConfigValueError(
-                f"{name} has rank {rank}, and {ADAPTER_CONFIG} says r={wanted}", where=str(path)
+                f"{name} has rank {rank}, but {ADAPTER_CONFIG} has r={wanted}", where=str(path)
             )
 
 
 def check_base(model: Any, adapter: Adapter) -> None:
-    """Refuse an adapter of another base: by its digests where both have one, else by hub id.
+    """Reject an adapter of another base. Digests are compared if both have one, else hub ids.
 
     Raises:
-        ConfigValueError: the bases differ; both are named.
+        ConfigValueError: the bases differ; the message names both.
     """
     theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
     same = is_base_of(adapter.base, model)
@@ -179,21 +198,21 @@ def check_base(model: Any, adapter: Adapter) -> None:
         differ, detail = hub and theirs != ours, ""
     if differ:
         raise ConfigValueError(
-            f"was trained on {theirs}, and this model is {ours}{detail}",
+            f"was trained on {theirs}, but this model is {ours}{detail}",
             where=str(adapter.folder),
             fix="load the base that it was trained on",
         )
 
 
 def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
-    """The file's tensors, once they are known to be those that the adapter ``name`` of ``model``
-    has.
+    """The file's tensors, after a check that they match the adapter ``name`` of ``model``.
 
-    PEFT also stores embeddings and head where an adapter is on them; equal to the base's they are
-    left out, so nothing is ever written into base weights.
+    PEFT also stores embeddings and head if an adapter is on them. They must equal those of the base
+    and are left out, so base weights are never written.
 
     Raises:
-        ConfigValueError: tensors are missing, extra or of another shape; the first are named.
+        ConfigValueError: tensors are missing, unexpected or of another shape; the message names the
+            first.
     """
     expected, given = adapter_tensors(model, name), dict(adapter.tensors)
     base = {f"{PREFIX}{key}": value for key, value in model.get_base_model().named_parameters()}
@@ -203,7 +222,7 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
             del given[key]
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     shapes = [
-        f"{key} is {tuple(given[key].shape)}, the model needs {tuple(value.shape)}"
+        f"{key} is {tuple(given[key].shape)}, but the model needs {tuple(value.shape)}"
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]
@@ -222,16 +241,17 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
 
 
 def _equal(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal once both are rounded to bfloat16, in which either may have been held."""
+    """Equal after both are rounded to bfloat16, because either may have been stored in it."""
     return torch.equal(own.detach().to("cpu", torch.bfloat16), other.to(torch.bfloat16))
 
 
 def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
-    """``model`` with the saved ``adapter`` on it under ``name``: base, targets, shapes checked
-    first.
+    """``model`` with the saved ``adapter`` under ``name``, after a check of base, targets and
+    shapes.
 
     Raises:
-        ConfigValueError: the adapter is another base's, or does not fit; the difference is named.
+        ConfigValueError: the adapter belongs to another base, or does not fit; the message names
+            the difference.
     """
     check_base(model, adapter)
     settings = settings_of(adapter.config)

@@ -1,5 +1,5 @@
-"""What notebooks call to save a trained model: merged weights on disk or on the hub, and the way to
-GGUF. Bound to each model of ours (``policy.attach``).
+"""Methods for notebooks to save a trained model: merged weights on disk or on the hub, and
+instructions for GGUF. ``policy.attach`` binds them to each model of the toolkit.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ if TYPE_CHECKING:
 
 METHODS = ("merged_16bit", "lora")
 DIRECT = ("f32", "f16", "bf16", "q8_0")
-"""Types that llama.cpp's converter writes itself; others are made from one of them."""
+"""Types that llama.cpp's converter writes itself; other types are quantized from one of them."""
 NAMES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
-"""Unsloth's words for three of llama.cpp's types."""
+"""Unsloth's names for three of llama.cpp's types."""
 
 
 class Source(NamedTuple):
-    """What a model was loaded from: the checkpoint of its base, and the call."""
+    """The origin of a model: the checkpoint of its base, and the call that loaded it."""
 
     checkpoint: Checkpoint
     request: LoadRequest
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
-        """What is kept on a model, which may be copied and pickled: no token, plain values."""
+        """The record on a model, in plain values without the token, because a model may be copied
+        and pickled.
+        """
         return cls(checkpoint, replace(request, token=None, engine=dict(request.engine)))
 
 
@@ -58,8 +60,9 @@ def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
     ``push_to_hub`` also uploads the folder, to the repository that ``save_directory`` names.
 
     Raises:
-        ConfigValueError: another method, a folder that is not empty, a model without an adapter.
-        UnsupportedError: ``merged_4bit``. InputError: something cannot be read or written.
+        ConfigValueError: unknown method, a folder that is not empty, or a model without an adapter.
+        UnsupportedError: ``merged_4bit``.
+        InputError: something cannot be read or written.
     """
     _check_method(save_method)
     to = Path(save_directory)
@@ -90,7 +93,7 @@ def push_to_hub_merged(
     """As ``save_pretrained_merged``, to the hub's repository ``repo_id``; returns its address.
 
     Raises:
-        What ``save_pretrained_merged`` and ``hub.push_folder`` raise.
+        The errors of ``save_pretrained_merged`` and ``hub.push_folder``.
     """
     _check_method(save_method)
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +108,7 @@ def save_pretrained_gguf(
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
-    """GGUF files are llama.cpp's to write: the error says how, step by step.
+    """Not supported, because llama.cpp writes GGUF files: the error lists the steps.
 
     Raises:
         UnsupportedError: always.
@@ -157,12 +160,12 @@ def _check_method(method: str) -> None:
         return
     if str(method).startswith("merged_4bit"):
         raise UnsupportedError(
-            "weights that are merged and quantized again are not what was trained",
+            "weights that are merged and quantized again differ from the trained ones",
             where="save_method",
             fix='use save_method="merged_16bit", and let the server quantize as it loads',
         )
     raise ConfigValueError(
-        f"save_method={method!r} is none of {', '.join(METHODS)}",
+        f"save_method={method!r} must be one of {', '.join(METHODS)}",
         where="save_pretrained_merged",
         fix='use "merged_16bit" for one model, "lora" for the adapter alone',
     )
@@ -172,7 +175,7 @@ def _merge(model: Any, tokenizer: Any, to: Path) -> None:
     source: Source | None = getattr(model, "toolkit_source", None)
     if source is None:
         raise ConfigValueError(
-            "what this model was loaded from is not known",
+            "the checkpoint that this model was loaded from is unknown",
             where="save_pretrained_merged",
             fix="load it with FastLanguageModel.from_pretrained",
         )

@@ -1,5 +1,5 @@
-"""A Hugging Face model over the engine's tensors: built on the meta device, then every parameter
-bound to a view.
+"""A Hugging Face model on the engine's tensors: it is built on the meta device, then every
+parameter is bound to a view.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ SPOT_TOKENS = 8
 SPOT_TOLERANCE = {torch.float32: 1e-3}
 SPOT_TOLERANCE_HALF = 0.5
 """Largest difference, in nats, between the engine's and the model's log-probability of a token that
-still counts as rounding.
+is accepted as rounding.
 """
 
 
 def shared_model(
     engine: Engine, *, attn_implementation: str | None = None, check: bool = True
 ) -> PreTrainedModel:
-    """The engine's model as a Hugging Face model that owns no weights of its own.
+    """The engine's model as a Hugging Face model without its own weights.
 
     Every parameter is a view of a live tensor of the engine, frozen (``requires_grad`` False);
-    buffers (rotary tables) are its own. Checked: every parameter is bound, to engine storage, with
-    its own shape and dtype; the checkpoint had no tensor that the model has not; and the
-    log-probabilities of a few tokens agree with the engine's (``check``).
+    buffers (rotary tables) are its own. The function checks that every parameter is bound to engine
+    storage with the right shape and dtype, that the checkpoint has no tensor that the model lacks,
+    and that the log-probabilities of a few tokens agree with the engine's (``check``).
 
-    The model must not outlive the engine by much: its memory is freed when both are gone.
+    Drop the model soon after the engine: the memory is freed only when both are dropped.
 
     Args:
         engine: a running engine.
-        attn_implementation: Hugging Face's, None for the model's default.
-        check: compare log-probabilities on a few tokens.
+        attn_implementation: that of Hugging Face; None means the model's default.
+        check: compare log-probabilities of a few tokens.
 
     Raises:
-        UnsupportedError: something cannot be shared; the message says what.
+        UnsupportedError: a weight cannot be shared; the message names it.
     """
     if not engine.options.share_weights:
         raise UnsupportedError(
             "the engine was opened with share_weights: false",
             where=WHY_SHARE,
-            fix="load the trainer's model by itself",
+            fix="load the trainer's model separately",
         )
     model = empty_model(engine, attn_implementation)
     refuse_two_ropes(engine, model)
@@ -80,35 +80,35 @@ def shared_model(
 
 
 def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
-    """Refuse LongRoPE (Phi-3) above its original length: vLLM 0.25 to 0.31 then takes the long
-    factors for every sequence, Hugging Face for the longer ones alone.
+    """Reject LongRoPE (Phi-3) above its original length. There vLLM 0.25 to 0.31 uses the long
+    factors for every sequence, but Hugging Face only for longer ones.
 
     Raises:
-        UnsupportedError: naming max_seq_length.
+        UnsupportedError: max_seq_length is too large.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original and engine.options.max_model_len > original:
         raise UnsupportedError(
             f"{engine.options.max_model_len} is more than {original}: above it vLLM uses the long "
-            f"rope factors of {type(model).__name__} for every sequence, the trainer for long ones "
-            "alone",
+            f"rope factors of {type(model).__name__} for every sequence, but the trainer only for "
+            "long ones",
             where="model.max_seq_length",
-            fix=f"max_seq_length: {original}, or set fast_inference: false",
+            fix=f"set max_seq_length: {original}, or fast_inference: false",
         )
 
 
 def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
-    """Refuse a checkpoint with tensors that the model has no parameter for, or without one that it
-    needs. vLLM itself may take the first and leaves the memory of the second as it found it.
+    """Reject a checkpoint with tensors that the model does not have, or without a tensor that it
+    needs. vLLM itself may accept the former, and leaves the latter uninitialised.
 
-    Names that Hugging Face ignores as well pass.
+    Names that Hugging Face also ignores are accepted.
 
     Raises:
-        UnsupportedError: naming the tensors.
+        UnsupportedError: tensors do not match; the message names them.
     """
     if not live.read_names:
-        return  # another loader than ours has read it
+        return  # another loader has read it
     prefix = f"{model.base_model_prefix}."
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     own = stored_names(shapes, live.read_names)
@@ -118,7 +118,7 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
         r"\.rotary_emb\.inv_freq$",
     ]
     pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
-    refuse("has tensors that the model has not", live.read_names - known, pattern, model)
+    refuse("has tensors that the model does not have", live.read_names - known, pattern, model)
     found = live.read_names | {prefix + name for name in live.read_names}
     for group in tied_names(model):
         if group & found:
@@ -127,10 +127,10 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
 
 
 def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
-    """Raise if any of ``names`` is not to be ignored.
+    """Raise an error if any of ``names`` is not ignored.
 
     Raises:
-        UnsupportedError: naming the first five.
+        UnsupportedError: the message names the first five.
     """
     bad = sorted(name for name in names if not ignored.search(name))
     if bad:
@@ -138,7 +138,7 @@ def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.
         raise UnsupportedError(
             f"the checkpoint {what} ({type(model).__name__}): {', '.join(bad[:5])}{more}",
             where="model.model_name",
-            fix="use a complete checkpoint, made for this architecture",
+            fix="use a complete checkpoint of this architecture",
         )
 
 
@@ -171,13 +171,13 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
                 where=WHY_SHARE,
                 fix=FALLBACK,
             )
-        # One Parameter a slice, so that tied names stay one object.
+        # One Parameter per slice, so that tied names stay one object.
         view = made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
         setattr(owner, attribute, view)
 
 
 def tied_names(model: nn.Module) -> list[frozenset[str]]:
-    """Groups of parameter names that are one and the same parameter."""
+    """Groups of names of the same parameter."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)
@@ -185,10 +185,10 @@ def tied_names(model: nn.Module) -> list[frozenset[str]]:
 
 
 def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
-    """Every parameter lies in the engine's storage.
+    """Check that every parameter is in the engine's storage.
 
     Raises:
-        DefectError: one does not.
+        DefectError: a parameter is not.
     """
     storages = {tensor.untyped_storage().data_ptr() for tensor in live.parameters.values()}
     own = [
@@ -197,7 +197,7 @@ def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
         if p.untyped_storage().data_ptr() not in storages
     ]
     if own:
-        raise DefectError(f"these parameters are not the engine's: {', '.join(own[:5])}")
+        raise DefectError(f"these parameters are not in the engine's storage: {', '.join(own[:5])}")
 
 
 def spot_check(engine: Engine, model: PreTrainedModel) -> float:
@@ -205,8 +205,9 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
     tokens, in nats.
 
     Raises:
-        UnsupportedError: it is more than rounding, so the two compute different functions.
-        ConfigValueError: what the model computes is no number.
+        UnsupportedError: the difference is more than rounding, so the two compute different
+            functions.
+        ConfigValueError: the model's logits are not finite.
     """
     device = next(model.parameters()).device
     prompt = [
@@ -216,33 +217,33 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
         [prompt], Sampling(max_tokens=SPOT_TOKENS, temperature=0.0), seed=0, adapter=False
     )
     if rollout.logprobs is None:
-        raise DefectError("the engine gave no log-probabilities")
+        raise DefectError("the engine returned no log-probabilities")
     told = torch.tensor(
         [[value or 0.0 for value in position] for position in rollout.logprobs[0]], device=device
     )[:, 0]
     tokens = torch.tensor([prompt + rollout.completion_ids[0]], device=device)
     with torch.no_grad():
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].float()
-    # Greedy log-probabilities of the engine are those of the untouched distribution.
+    # With greedy sampling, the engine's log-probabilities are those of the unmodified distribution.
     ours = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
     if not bool(ours.isfinite().all()):
         raise ConfigValueError(
-            "its logits are not finite: NaN or infinity in its weights, or more than "
-            f"{str(engine.dtype).removeprefix('torch.')} holds",
+            "its logits are not finite: its weights contain NaN or infinity, or values exceed "
+            f"the range of {str(engine.dtype).removeprefix('torch.')}",
             where=engine.options.model,
-            fix="copy the checkpoint again; where dtype is float16, use bfloat16 or float32",
+            fix="copy the checkpoint again; if dtype is float16, use bfloat16 or float32",
         )
     gap = float((ours - told).abs().max())
     limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
     if engine.options.float8_kv_cache:
-        # The engine's keys and values are rounded, whatever its dtype.
+        # A quantized KV cache rounds keys and values for every dtype.
         limit = SPOT_TOLERANCE_HALF
     if not gap <= limit:
         raise UnsupportedError(
-            f"the engine and the Hugging Face model differ by {gap:.3g} nats on the"
-            f" same weights (at most {limit:g} is rounding):"
-            f" vLLM computes {type(model).__name__} differently here",
+            f"the engine and the Hugging Face model differ by {gap:.3g} nats on the same weights "
+            f"(up to {limit:g} counts as rounding): vLLM computes {type(model).__name__} "
+            "differently on this machine",
             where=WHY_SHARE,
-            fix="set fast_inference: false, and report the model",
+            fix="set fast_inference: false, and report this model as a defect",
         )
     return gap

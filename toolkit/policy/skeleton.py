@@ -1,4 +1,4 @@
-"""The Hugging Face model before it has weights: parameters on the meta device, buffers real."""
+"""The Hugging Face model without weights: parameters on the meta device, real buffers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
     }
     if persistent:
         raise UnsupportedError(
-            "the checkpoint also stores buffers, which are not shared:"
-            f" {', '.join(sorted(persistent)[:3])}",
+            "the checkpoint also stores buffers, which cannot be shared: "
+            f"{', '.join(sorted(persistent)[:3])}",
             where=WHY_SHARE,
             fix=FALLBACK,
         )
@@ -50,7 +50,7 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
             setattr(module, name, buffer.to(device))
     model.config.name_or_path = options.model
     model.name_or_path = options.model
-    # Without one in the checkpoint, what the config implies stays.
+    # If the checkpoint has none, the values from the config are kept.
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(
             options.model, revision=options.revision
@@ -59,12 +59,11 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
 
 
 def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The model class of ``config`` from a second import of its module.
+    """The model class of ``config``, from a second import of its module.
 
-    Where vLLM has no model of its own it runs the Hugging Face class, and changes that class for
-    the whole process (bases, ``__init__`` and ``__call__`` in ``support_torch_compile``, read at
-    vLLM 0.31.0): it can no longer be built outside vLLM. The file is imported again under another
-    name.
+    If vLLM has no own model, it runs the Hugging Face class, and changes that class for the whole
+    process (bases, ``__init__`` and ``__call__`` in ``support_torch_compile``, vLLM 0.31.0). Then
+    the class cannot be built outside vLLM. So its file is imported again under another name.
     """
     touched = AutoModelForCausalLM._model_mapping[type(config)]
     name = f"{touched.__module__}_untouched"

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, made fit for generation in batches."""
+"""The tokenizer of a checkpoint, prepared for generation in batches."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PAD_NAMES = (
     "<|dummy_0|>",
     "<unk>",
 )
-"""Tokens that published vocabularies hold and text never does, best first (Llama 3, Qwen, Phi,
-...).
+"""Padding tokens of published vocabularies that do not occur in text, best first (Llama 3, Qwen,
+Phi, ...).
 """
 
 
@@ -37,7 +37,7 @@ def load_tokenizer(
     """The tokenizer in ``folder``; ``max_seq_length`` (tokens) becomes its ``model_max_length``.
 
     Raises:
-        InputError: the folder holds no tokenizer.
+        InputError: the folder has no tokenizer.
     """
     check_folder(folder)
     try:
@@ -46,9 +46,9 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"has no tokenizer that can be read: {first_line(error)}",
+            f"has no readable tokenizer: {first_line(error)}",
             where=str(folder),
-            fix="copy tokenizer.json and tokenizer_config.json of the model into it",
+            fix="copy tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from error
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
@@ -56,11 +56,11 @@ def load_tokenizer(
 
 
 def fix_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Pad on the left, by a token that is no end of sequence where the vocabulary has one.
+    """Pad on the left, with a token that does not end a sequence if the vocabulary has one.
 
-    No token is ever added: that would change the embeddings. ``model``'s configs learn the pad id.
-    Generation from a batch needs left padding; a pad token that is also the end of sequence would
-    be masked out of the loss where a completion ends.
+    No token is added, because that would change the embeddings. The pad id is set in ``model``'s
+    configs. Generation from a batch needs left padding. If the pad token were also the end of
+    sequence, the loss would exclude the end of each completion.
     """
     tokenizer.padding_side = "left"
     ends = end_ids(tokenizer, model)
@@ -68,7 +68,7 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
         token = _find_pad(tokenizer, ends)
         if token is None:
             warnings.warn(
-                f"the vocabulary has no token to pad with; padding with {tokenizer.eos_token!r}",
+                f"the vocabulary has no padding token, so {tokenizer.eos_token!r} is used",
                 ToolkitWarning,
                 stacklevel=4,
             )

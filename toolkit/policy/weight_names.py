@@ -1,9 +1,8 @@
-"""Which rows of which engine tensor each Hugging Face parameter is. Pure: names and shapes in,
-slices out.
+"""Map each Hugging Face parameter to rows of an engine tensor. Pure functions of names and shapes.
 
-The engine fuses layers (``qkv_proj`` holds q, k and v one under the other) and pads the vocabulary.
-Which layers are fused, and in what order, is the model's own ``packed_modules_mapping``; how many
-rows each part has is the Hugging Face shape. Nothing here knows an architecture.
+The engine fuses layers (``qkv_proj`` has the rows of q, then k, then v) and pads the vocabulary.
+The model's own ``packed_modules_mapping`` defines which layers are fused and in what order. The
+Hugging Face shapes define the rows of each part. The code does not depend on an architecture.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ if TYPE_CHECKING:
     Rename = Callable[[str], str]
 
 WHY_SHARE = "model.share_weights"
-FALLBACK = (
-    "set share_weights: false (the trainer then holds a copy of its own), or fast_inference: false"
-)
+FALLBACK = "set share_weights: false (the trainer then has its own copy), or fast_inference: false"
 
 EXPERT_TENSORS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 """Stacked experts, Hugging Face (transformers 5) -> vLLM: (expert, out, in) on both sides."""
 EXPERT_MODULES = ("routed_experts", "")
-"""The module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), or none."""
+"""The module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), if any."""
 ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
-"""A tensor of one expert, as most checkpoints store them; the group is its name in the expert."""
+"""A tensor of one expert, as in most checkpoints; the group is its name within the expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +58,13 @@ def plan_views(
 
     Args:
         wanted: Hugging Face parameters; tied ones under each of their names.
-        tied: groups of names that are one parameter.
-        sources: what the engine has.
-        rename: a Hugging Face name -> the engine's, fused parts left apart.
+        tied: groups of names of the same parameter.
+        sources: the engine's tensors.
+        rename: Hugging Face name -> engine name; parts of fused layers keep their own names.
 
     Raises:
-        UnsupportedError: a parameter has no place in the engine, or its shape differs; it says
-            which and why.
+        UnsupportedError: a parameter has no tensor in the engine, or its shape differs; the message
+            says which and why.
     """
     found: dict[str, Slice] = {}
     problems: dict[str, str] = {}
@@ -77,7 +74,7 @@ def plan_views(
         except UnsupportedError as problem:
             problems[name] = problem.message
     for group in tied:
-        # One slice for all names, whatever names the engine has for it: one parameter, as loaded.
+        # One slice for all tied names, whatever names the engine has: they are one parameter.
         placed = next((found[name] for name in wanted if name in group and name in found), None)
         if placed is not None:
             found |= dict.fromkeys(group, placed)
@@ -99,7 +96,7 @@ def locate(
     """The slice of one parameter.
 
     Raises:
-        UnsupportedError: there is none of that shape.
+        UnsupportedError: no tensor has that shape.
     """
     target = rename(name)
     if target in sources.shapes:
@@ -122,32 +119,36 @@ def locate(
                 source,
                 sources,
             )
-    raise UnsupportedError("the engine has no such tensor")
+    raise UnsupportedError("the engine does not have this tensor")
 
 
 def whole(source: str, shape: Shape, sources: Sources) -> Slice:
-    """All of a tensor, or its first rows where the engine has padded it."""
+    """All of a tensor, or its first rows if the engine has padded it."""
     have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
     if have != shape and not padded:
-        raise UnsupportedError(f"shape {list(shape)} here, {list(have)} in the engine's {source}")
+        raise UnsupportedError(
+            f"shape {list(shape)} in the model, but {list(have)} in the engine's {source}"
+        )
     return Slice(source, 0, shape[0])
 
 
 def part_of(
     leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
 ) -> Slice:
-    """The rows of one part of a fused tensor: those after the parts before it."""
+    """The rows of one part of a fused tensor, which follow those of the earlier parts."""
     have = available(source, sources)
     known = [shape for shape in shapes if shape is not None]
     if len(known) != len(parts):
         missing = [part for part, shape in zip(parts, shapes, strict=True) if shape is None]
         raise UnsupportedError(
-            f"the engine's {source} also holds {', '.join(missing)}, which this model has not"
+            f"the engine's {source} also contains {', '.join(missing)}, which this model does "
+            "not have"
         )
     if sum(shape[0] for shape in known) != have[0] or any(shape[1:] != have[1:] for shape in known):
         raise UnsupportedError(
-            f"the parts' shapes {[list(s) for s in known]} do not make up {list(have)} of {source}"
+            f"the shapes of the parts, {[list(s) for s in known]}, do not add up to "
+            f"{list(have)} of {source}"
         )
     index = list(parts).index(leaf)
     return Slice(source, sum(shape[0] for shape in known[:index]), known[index][0])
@@ -157,19 +158,19 @@ def available(source: str, sources: Sources) -> Shape:
     """The shape of an engine tensor.
 
     Raises:
-        UnsupportedError: its values are no longer those of the checkpoint.
+        UnsupportedError: it no longer has the values of the checkpoint.
     """
     if source in sources.rewritten:
-        raise UnsupportedError(f"vLLM has rewritten {source} for its own kernel on this device")
+        raise UnsupportedError(f"vLLM has rewritten {source} for a kernel on this device")
     return sources.shapes[source]
 
 
 def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
-    """The names of ``wanted`` as a checkpoint with the tensors ``read`` has to spell them.
+    """The names of ``wanted`` in the spelling of a checkpoint with the tensors ``read``.
 
-    Hugging Face stacks the experts of a layer (``mlp.experts.down_proj``, expert first) where most
-    checkpoints have a tensor an expert (``mlp.experts.7.down_proj.weight``): then every expert of
-    every layer needs each tensor that any of them has.
+    Hugging Face stacks the experts of a layer (``mlp.experts.down_proj``, expert first), but most
+    checkpoints have one tensor per expert (``mlp.experts.7.down_proj.weight``). Then every expert
+    of every layer needs each tensor that any of them has.
     """
     tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
     names = set()
@@ -183,5 +184,5 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
 
 
 def join(*parts: str) -> str:
-    """A dotted name of the parts that are not empty."""
+    """Join the parts that are not empty to a dotted name."""
     return ".".join(part for part in parts if part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from toolkit.config.kv_cache import CPU_BLOCK, GPU_BLOCK
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.config.parallel import size_of
 from toolkit.sizing import lora_bytes
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more costs only sampler and graph memory
 BATCHED_TOKENS = 8192
-GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens of a KV block (vllm/platforms/{cuda,cpu}.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from toolkit.config.kv_cache import GPU_BLOCK
+
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Cache, ModelSpec
 
 STATES = 2
-BLOCK_TOKENS = 16  # vLLM's default block on CUDA; the CPU engine's is 128
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
@@ -25,7 +26,7 @@ def sequence_bytes(
     tokens: int,
     element_bytes: int,
     *,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int = GPU_BLOCK,
     batched_tokens: int = 0,
 ) -> int:
     """KV bytes of one sequence of ``tokens``, rounded up to blocks.

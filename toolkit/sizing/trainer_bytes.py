@@ -72,6 +72,9 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         ),
         Term("trainer.optimizer", int(count * states), f"{states:g} bytes per parameter"),
     ]
+    if work.reference:
+        copy = count * MASTER_BYTES
+        terms.append(Term("trainer.reference", copy, "the starting adapter, for the KL term"))
     saved, layer, moving = activations(spec, work, step)
     head = head_bytes(spec, work, step)
     gradients, beyond = count * MASTER_BYTES, ""

@@ -46,6 +46,7 @@ class Workload:
     optimizer_bytes: float
     uses_engine: bool
     dropout: bool
+    reference: bool = False  # TRL keeps a copy of the starting adapter for the KL term
 
     def adapter_parameters(self, spec: ModelSpec) -> int:
         """Trainable parameters of the adapter on ``spec``."""
@@ -83,6 +84,7 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
         optimizer_bytes=optimizer_bytes(optimizer),
         uses_engine=run.engine == "vllm",
         dropout=config.lora.lora_dropout > 0,
+        reference=bool(grpo.get("beta", 0.0)) and not config.model.full_finetuning,
     )
 
 

@@ -1,4 +1,6 @@
-"""The base never changes: proven at the end of each run, and refused where it is known before."""
+"""The base weights never change: a checksum proves it at the end of each run, and a change that is
+found earlier raises an error.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,28 @@ AGAIN = "load the model again; do not write to its weights or merge an adapter i
 
 
 class BaseCheck:
-    """Sums of the frozen weights of ``model``: since its engine loaded them, else since now."""
+    """Checksums of the frozen weights of ``model``, taken when its engine loaded them, else now."""
 
     def __init__(self, model: Any) -> None:
         at_load = getattr(model, AT_LOAD, None)
         self._model, self._before = model, at_load if at_load is not None else base_sums(model)
 
     def refuse_changed(self) -> None:
-        """Before a run.
+        """Check before a run that the engine's weights are still the ones that it loaded.
 
         Raises:
-            ConfigValueError: the weights that engine and trainer share were written to.
+            ConfigValueError: something wrote to the weights that engine and trainer share.
         """
         if names := changed(self._before, base_sums(self._model)):
             raise ConfigValueError(
-                f"{_told(names)} of the base changed after the engine loaded them: engine and"
-                " trainer share these weights",
+                f"{_told(names)} of the base model changed after the engine loaded them: engine "
+                "and trainer share these weights",
                 where="model",
                 fix=AGAIN,
             )
 
     def result(self) -> dict[str, Any]:
-        """After a run: how many tensors there are and their checksum, as in manifest.json.
+        """Check after a run; return the number of tensors and their checksum, as in manifest.json.
 
         Raises:
             DefectError: a frozen weight changed during the run.
@@ -41,11 +43,11 @@ class BaseCheck:
         after = base_sums(self._model)
         if names := changed(self._before, after):
             raise DefectError(
-                f"{_told(names)} of the base changed during the run, and only the adapter may: the"
-                " adapter does not belong to the base that it was loaded on",
+                f"{_told(names)} of the base model changed during the run, and only the adapter "
+                "may change: the trained adapter does not fit the base model on disk",
                 where="model",
-                fix="do not use this adapter; check rewards and callbacks for code that writes to"
-                " the model, else report it",
+                fix="do not use this adapter; check rewards and callbacks for code that writes "
+                "to the model; report a defect if there is none",
             )
         checksum = digest(after)
         if (shared := mesh()) is not None:
@@ -54,18 +56,18 @@ class BaseCheck:
 
 
 def refuse_untrainable(model: Any, engine: Any) -> None:
-    """What is trained must be an adapter's own.
+    """Check that only weights of an adapter are trained.
 
     Raises:
-        ConfigValueError: nothing is trained.
-        UnsupportedError: weights are trained that the engine shares.
+        ConfigValueError: no parameter is trainable.
+        UnsupportedError: trainable weights are shared with the engine.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigValueError(
             "the model has no trainable parameter",
             where="GRPOTrainer",
-            fix="put an adapter on it with FastLanguageModel.get_peft_model, or pass peft_config",
+            fix="add an adapter with FastLanguageModel.get_peft_model, or pass peft_config",
         )
     module = getattr(engine, "module", None)
     if module is None:

@@ -1,9 +1,9 @@
-"""A small world to try everything on: a model, a teacher, data, and a run file.
+"""Build a small demo: a model, data, and a run file that trains in about a minute.
 
-The model is a character-level Llama (a real checkpoint and tokenizer). Its teacher adds two-digit
-numbers, carefully at first and then mostly forgetting to carry, so that the pupil ends up right on
-about half of held-out problems and still says the right thing now and then. GRPO brings it back,
-from the rewards alone.
+The model is a character-level Llama (a real checkpoint and tokenizer). It first learns from a
+teacher to add two-digit numbers. The teacher is correct at first and later often forgets to carry.
+So the model answers about half of the held-out problems correctly, and sometimes samples the
+correct answer to the others. GRPO then improves it from the rewards alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ runtime:
 
 
 def run_file_text(name: str, *, engine: str, seed: int) -> str:
-    """What stands in the run file ``name``; editors find the schema by its first line."""
+    """The text of the run file ``name``; editors find the schema by its first line."""
     schema = schema_path("run").resolve()
     return RUN_FILE.format(schema=schema, name=name, engine=engine, seed=seed)
 
@@ -76,16 +76,16 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
-"""How often the teacher forgets the carry, where there is one (45 of 100 problems)."""
+"""How often the teacher forgets the carry in problems that have one (45 of 100)."""
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
 KNOWS = 0.88
-"""When the pupil is right on this share of problems, the teacher gets careless."""
+"""When the model answers this share of problems correctly, the teacher starts to forget carries."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where the run file lies, and how long the making took."""
+    """The path of the run file, and how long it took to build the demo."""
 
     run_file: Path
     taught_s: float
@@ -97,7 +97,7 @@ def answer(problem: Problem) -> str:
 
 
 def forgetful(problem: Problem) -> str:
-    """The sum of one who forgets the carry from the last digits."""
+    """The sum without the carry from the last digits."""
     first, second = problem
     return str((first // 10 + second // 10) * 10 + (first + second) % 10)
 
@@ -108,7 +108,7 @@ def question(problem: Problem) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """A tokenizer with one token per character."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -123,7 +123,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """0.46 M parameters, float32, untaught."""
+    """0.46 M parameters, float32, randomly initialised."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -144,10 +144,11 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], None]) -> World:
-    """Make model, tokenizer, data and run file in ``folder``.
+    """Create model, tokenizer, data and run file in ``folder``.
 
     Raises:
-        OSError: the folder cannot be written. DefectError: the pupil did not learn.
+        OSError: the folder cannot be written.
+        DefectError: the model did not learn to add.
     """
     make_folder(folder)
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
@@ -159,7 +160,8 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     teach(model, tokenizer, known, looked_at, seed=seed, say=say)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    # safetensors writes 0600, and a container's user is another one: as open as config.json is.
+    # safetensors writes with mode 0600, but a container runs as another user: use config.json's
+    # mode.
     mode = (folder / "model/config.json").stat().st_mode
     (folder / "model/model.safetensors").chmod(mode)
     for name, rows in (("train.jsonl", known), ("eval.jsonl", held_out)):
@@ -180,7 +182,9 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
 
 
 def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
-    """(B, 10) token ids: six of the question, up to three of the answer, the end, padding."""
+    """(B, 10) token ids: six of the question, up to three of the answer, end of sequence,
+    padding.
+    """
     rows = []
     for problem, text in zip(problems, answers, strict=True):
         ids = tokenizer(question(problem) + text)["input_ids"] + [tokenizer.eos_token_id]
@@ -197,7 +201,8 @@ def teach(
     seed: int,
     say: Callable[[str], None],
 ) -> int:
-    """Supervised steps until the pupil answers as the teacher does; returns how many there were.
+    """Train with supervised steps until the model answers as the teacher does; return the number of
+    steps.
 
     Raises:
         DefectError: ``MAX_STEPS`` were not enough.
@@ -226,7 +231,7 @@ def teach(
         if step % EVERY == 0:
             exact, as_taught = _look(model, tokenizer, looked_at)
             if step % (4 * EVERY) == 0 or step >= last:
-                say(f"taught {step} steps: right {exact:.2f}, as the teacher {as_taught:.2f}")
+                say(f"supervised step {step}: {exact:.2f} correct, {as_taught:.2f} as the teacher")
             if step >= last:
                 model.eval()
                 return step
@@ -246,7 +251,9 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def _look(
     model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
 ) -> tuple[float, float]:
-    """Greedy: the share that is right, and that the teacher could have said."""
+    """With greedy decoding: the share of correct answers, and of answers that the teacher could
+    give.
+    """
     prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
     ids = prompts
     with torch.no_grad():
@@ -259,6 +266,6 @@ def _look(
 
 
 def _text(ids: list[int]) -> str:
-    """Characters up to the end of the sequence."""
+    """The text up to the end-of-sequence token."""
     said = takewhile(lambda token: token >= len(SPECIAL), ids)
     return "".join(CHARACTERS[token - len(SPECIAL)] for token in said)

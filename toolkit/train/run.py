@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PrinterCallback, ProgressCallback
 
-from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError
+from toolkit.base.errors import ConfigError, ToolkitError, first_line
 from toolkit.config import chat_format, parallel
+from toolkit.config.resolved import resolve_run
 from toolkit.engine.mesh import mesh
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.language_model import load_policy, policy_tokenizer
+from toolkit.policy.machine_facts import situation
 from toolkit.train.checkpointing import (
     branch,
     checkpoint,
+    in_the_way,
     micro_batch_record,
     rollback,
     run_directory,
@@ -24,7 +26,7 @@ from toolkit.train.checkpointing import (
 )
 from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
 from toolkit.train.checkpointing.state_files import changed
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data import chat_record
 from toolkit.train.data.dataset import load_data
 from toolkit.train.logging_setup import quiet
@@ -33,11 +35,13 @@ from toolkit.train.process_control import Peers, is_first_rank, is_gone, join, w
 from toolkit.train.report.memory_peaks import measured
 from toolkit.train.report.metrics_log import Journal, Recorder
 from toolkit.train.report.progress import Progress
-from toolkit.train.report.reward_watch import Watch
+from toolkit.train.report.reward_watch import RewardWatch
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rollout.evaluate import evaluate, evaluates
 from toolkit.train.rollout.sampler import find_engine
+from toolkit.train.rollout.tools import load_tools
 from toolkit.train.run_context import Options, RunContext, finish, introduce
+from toolkit.train.run_end import refuse_lost, refuse_unfinished, stopped, total_steps
 from toolkit.train.step import step_errors
 from toolkit.train.tracking import open_tracking
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
@@ -47,11 +51,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.run_config import RunConfig
+    from toolkit.train.preflight import Rules
     from toolkit.train.rollout.evaluate import Evaluation
 
 
 class ProcessControl(NamedTuple):
-    """What can end this process; ``run_dir_watch`` is None except on the first rank."""
+    """What can stop this process: signals, other processes, changes to the run folder.
+    ``run_dir_watch`` is None except on the first rank.
+    """
 
     signals: StopSignals
     peers: Peers | None
@@ -61,10 +68,10 @@ class ProcessControl(NamedTuple):
 def run(config: RunConfig, options: Options | None = None) -> Path:
     """Train ``config`` and return its run folder.
 
-    Every rank of ``torchrun`` calls it; the first one writes.
+    Every rank of ``torchrun`` calls it; only the first one writes.
 
     Raises:
-        ToolkitError: with the exit code of what went wrong; StoppedError (75) after a signal.
+        ToolkitError: its exit code says what went wrong; StoppedError (75) after a signal.
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
@@ -72,15 +79,15 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     with quiet(debug=options.debug), signals.installed():
         try:
             peers = join(config.grpo.get("ddp_timeout"))
-        except Abandoned as cut:
+        except StepAbandoned as cut:
             signals.end()
-            raise _stopped(config, str(cut), begun=False) from None
+            raise stopped(config, str(cut), begun=False) from None
         try:
             _run(config, run_dir, options, ProcessControl(signals, peers))
         except Exception as error:
             if peers is None:
                 raise
-            signals.ignore()  # a launcher ends the others when the first has ended
+            signals.ignore()  # a launcher stops the others when the first process ends
             raise peers.ending(error) from error
     return run_dir
 
@@ -90,9 +97,9 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
     try:
         with _watched_run_dir(run_dir) as run_dir_watch:
             _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
-    except Abandoned as cut:
+    except StepAbandoned as cut:
         control.signals.end()
-        raise _stopped(config, str(cut), begun=bool(begun)) from None
+        raise stopped(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
         known = step_errors.translate(error, str(run_dir), config)
         if known is None or known is error or (control.peers is not None and is_gone(error)):
@@ -102,13 +109,14 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 @contextmanager
 def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
-    """The run folder, held by the first rank. What goes wrong because it is not in its place any
-    more is told as that.
+    """Lock the run folder on the first rank. An error that occurs because the folder was moved or
+    removed is reported as such.
     """
     if not is_first_rank():
         yield None
         return
     with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
+        in_the_way.refuse(run_dir)
         try:
             yield run_dir_watch
         except Exception as error:
@@ -123,13 +131,13 @@ def _begin(
     found, passed = _checkpoint(config, run_dir, control.peers)
     if is_first_rank():
         for line in passed:
-            options.out.write(f"passed over {line}\n")
+            options.out.write(f"skipped {line}\n")
     if found is not None:
         size = parallel.size_of(config.model.tensor_parallel_size)
         if config.model.tensor_parallel_size != "auto":  # else once it is settled
             checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
-    context = prepare(as_begun, run_dir, control.peers)
+    context = prepare(as_begun, run_dir, control.peers, options.rules)
     config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
     _refuse_changes(config, context, found)
     _train(context, config, found, options, control, begun)
@@ -138,55 +146,66 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, the same one on every rank; see ``branch.choose``."""
+    """The checkpoint to resume from, the same one on every rank; see ``branch.choose``."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
-    # The first judges and tells: the others may look at a folder that it has begun to write to.
+    # The first rank chooses and reports: the others may read a folder to which it already writes.
     mine = branch.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
     told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
     found, passed = told[0]
     if found is not None and not Path(found).is_dir():
         raise ConfigError(
-            "the checkpoint that the first process resumes from is not here",
+            "this process does not find the checkpoint that the first process resumes from",
             where=found,
-            fix="name a runtime.output_dir that all nodes of the run share",
+            fix="set runtime.output_dir to a folder that all nodes of the run share",
         )
     return None if found is None else Path(found), passed
 
 
-def prepare(config: RunConfig, run_dir: Path, peers: Peers | None = None) -> RunContext:
-    """Check the node, size, load data, rewards and policy; config.json and preflight.json are
-    written.
+def prepare(
+    config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
+) -> RunContext:
+    """Check the node, judge the run file for it (``rules``), size, load data, rewards and policy;
+    config.json and preflight.json are written.
     """
     require_packages(config)
-    ready = preflight(config, world_size=world_size(), peers=peers)
+    ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
     resolved = ready.config
     if config.runtime.reproducible:
         make_reproducible()
     if is_first_rank():
         ready.write(run_dir)
     tokenizer = policy_tokenizer(resolved)
-    resolved = chat_format.resolve(resolved, chat_format.usable(tokenizer.chat_template))
+    template = chat_format.usable(tokenizer.chat_template)
+    resolved = resolve_run(resolved, situation(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
-    # What is wrong with data or rewards is found before the engine starts.
+    # Errors in data or rewards are found before the engine starts.
     data = load_data(
         resolved.dataset,
         tokenizer,
         max_prompt_length=resolved.grpo.get("max_prompt_length"),
         template=resolved.grpo.get("chat_template_kwargs"),
+        environment=resolved.environment,
     )
     replicas = parallel.replicas(world_size(), resolved.model.tensor_parallel_size)
     micro_batch_record.refuse_too_few(resolved, len(data.train), replicas)
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
+    tools = load_tools(resolved)
+    if tools and not data.report.train.chat:
+        raise ConfigError(
+            "tools are called in a chat, and the prompts are plain text",
+            where="dataset.chat",
+            fix="use a model with a chat template, or remove the section tools",
+        )
     model, tokenizer = load_policy(resolved, tokenizer)
     reports = {"train": data.report.train, "eval": data.report.eval}
     digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
-    return RunContext(resolved, run_dir, ready, model, tokenizer, data, rewards, digests)
+    return RunContext(resolved, run_dir, ready, model, tokenizer, data, rewards, digests, tools)
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
-    """A checkpoint goes on with the run that it is of."""
+    """Check that a checkpoint belongs to this run."""
     if found is None:
         return
     now = run_directory.fingerprint(config, context.digests)
@@ -199,20 +218,37 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
-            f"changed since the checkpoint was written: {named}{more}",
+            f"the run file changed since the checkpoint was written: {named}{more}",
             where=str(found),
-            fix=f"put it back, or allow it: runtime.allow_changed: [{', '.join(differing)}],"
-            " or begin another run with --output-dir",
+            fix="restore the old value, or allow the change with runtime.allow_changed: "
+            f"[{', '.join(differing)}], or begin another run with --output-dir",
         )
 
 
+def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
+    """Our trainer. With tools, what TRL says against the chat template is a fault of the run."""
+    if not context.tools:
+        return GRPOTrainer(**arguments)
+    try:
+        return GRPOTrainer(**arguments, tools=context.tools)
+    except ValueError as error:
+        if "template" not in str(error):
+            raise
+        raise ConfigError(
+            first_line(error),
+            where="tools",
+            fix="use a model whose chat template has tool calls, or remove the section tools",
+        ) from error
+
+
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
-    """Our trainer on the parts of the run, with nothing of upstream's printing left in it."""
+    """Build our trainer from the parts of the run, without upstream's callbacks that print."""
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
     arguments.padding_free = config.runtime.padding_free
-    trainer = GRPOTrainer(
+    trainer = _trainer(
+        context,
         model=context.model,
         reward_funcs=context.rewards.functions,
         args=arguments,
@@ -244,7 +280,7 @@ def _train(
         introduce(context, trainer.args.seed, found, options)
     before = _evaluate(context, options, adapter=False)
     if peers is not None:
-        peers.exchange("ready")  # the first may have evaluated for longer than a collective waits
+        peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if found is not None:
         trainer_state.check(trainer, found)  # before anything is moved
@@ -255,20 +291,21 @@ def _train(
                 _open_journal(trainer, context, found, options, run_dir_watch)
             begun.append(True)
             if found is not None and trainer_state.step_of(found) >= total:
-                # It had ended, and transformers would add a step.
+                # The run is complete, and transformers would add a step.
                 trainer_state.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
-                _refuse_unfinished(trainer, total)
-        except Abandoned:
+                refuse_unfinished(trainer, total)
+        except StepAbandoned:
             signals.end()
             trainer.save_last()
         finally:
             _close_logs(trainer, stopped=signals.received is not None)
-    _refuse_lost(trainer, run_dir_watch, peers)
-    # Ranks stop where they have agreed to: a signal after the last step finds the run at its end.
+    refuse_lost(trainer, run_dir_watch, peers)
+    # Ranks stop only at a step that they agreed on: a signal after the last step does not stop the
+    # run.
     if signals.received is not None and (peers is None or trainer.stopping):
-        raise _stopped(config, signals.received, begun=True)
+        raise stopped(config, signals.received, begun=True)
     _end(context, before, trainer, options, peers)
 
 
@@ -288,8 +325,8 @@ def _end(
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:
-            engine.close()  # its groups are made out of the one that goes now
-        peers.leave()  # not before the first has written: a launcher takes an end for the end
+            engine.close()  # its groups are made from the process group that is destroyed now
+        peers.leave()  # a launcher stops all when one ends
 
 
 def _open_journal(
@@ -299,10 +336,11 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """The branch and the logs of the run, as the checkpoint ``found`` knows them."""
+    """The branch and the logs of the run, as the checkpoint ``found`` records them."""
     assert trainer.signals is not None
-    trainer.signals.shield()  # a signal does not cut what is moved
-    start = rollback.begin(context.run_dir, found)
+    trainer.signals.shield()  # a signal must not interrupt the moves
+    bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
+    start = rollback.begin(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
     trainer.signals.unshield()
     for line in start.notes:
         options.out.write(f"{line}\n")
@@ -312,7 +350,7 @@ def _open_journal(
     total = total_steps(trainer)
     progress = Progress(options.out, total, every)
     keep = context.config.runtime.log_completions
-    watch = Watch(context.run_dir, progress.keep)
+    watch = RewardWatch(context.run_dir, progress.keep)
     trainer.tracking = tracking = open_tracking(
         context.config,
         trainer,
@@ -333,75 +371,10 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
         trainer.journal.close()
 
 
-def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
-    """A run that ends without its steps is no success.
-
-    Raises:
-        DefectError: nothing is known that would have ended it.
-    """
-    done = int(trainer.state.global_step)
-    if done >= total or trainer.stopping or trainer.lost:
-        return
-    raise DefectError(
-        f"training ended at step {done} of {total}, and nothing had asked it to",
-        where=str(trainer.run_dir),
-        fix="start the same command again: it goes on from the last checkpoint; report it if it"
-        " ends there again",
-    )
-
-
-def _refuse_lost(
-    trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
-) -> None:
-    """What is written from here on would not be found, or is in somebody else's folder.
-
-    Raises:
-        ConfigError: the run folder was removed, moved or replaced; the same one on every rank.
-    """
-    if not trainer.lost:
-        if run_dir_watch is not None and not run_dir_watch.in_place():
-            raise run_dir_watch.fault()
-        return
-    fault = None if run_dir_watch is None else run_dir_watch.fault()
-    if peers is not None:  # whichever of them tells it
-        mine = None if fault is None else [fault.message, fault.where, fault.fix]
-        message, where, fix = peers.exchange("lost", mine)[0]
-        fault = ConfigError(message, where=where, fix=fix)
-    assert fault is not None
-    raise fault
-
-
-def _stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """``begun``: the run had settled what it goes on from."""
-    run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
-    named = asked not in ("auto", "must", "never")
-    fix = "start the same command again: it goes on from there"
-    if named and not begun:
-        saved = f"no step had ended since {asked}"
-    else:
-        steps = branch.own_steps(run_dir)
-        saved = f"checkpoint-{steps[0]} is written" if steps else "no step had ended yet"
-        if steps and (named or asked == "never"):
-            fix = f"start it again with --resume auto: it goes on from there, not from {asked}"
-    return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
-
-
 def shares_with_first() -> bool:
     """True in a process that shares a model with the first one of the run."""
     shared = mesh()
     return shared is not None and shared.replica == 0
-
-
-def total_steps(trainer: GRPOTrainer) -> int:
-    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches left
-    over at the end of an epoch are a step too.
-    """
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    batches = len(trainer.get_train_dataloader())
-    an_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
-    steps: int = math.ceil(an_epoch * trainer.args.num_train_epochs)
-    return steps
 
 
 def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:

@@ -1,4 +1,4 @@
-"""What a run is made of, what it says before it starts, and what it leaves when it ends."""
+"""The parts of a run, the lines it prints before it starts, and the files it writes at the end."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
     from toolkit.sizing.result import SizingResult
     from toolkit.train.data.dataset import Data
-    from toolkit.train.preflight import Preflight
+    from toolkit.train.preflight import Preflight, Rules
     from toolkit.train.rewards import Rewards
     from toolkit.train.rollout.evaluate import Evaluation
 
 
 FREE_SHARE = 0.9
-"""Of a GPU's memory, where nobody else computes on it."""
+"""The share of a GPU's memory that is free if no other process computes on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How the run talks and what it does besides training. ``evaluate`` None: as the run file says
-    (``train.evaluate.evaluates``).
+    """Output of the run, and what it does besides training. ``evaluate`` None: the run file decides
+    (``rollout.evaluate.evaluates``). ``rules`` judges the run file for the machine that is found.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     evaluate: bool | None = None
     debug: bool = False
+    rules: Rules | None = None
 
 
 @dataclass(slots=True)
 class RunContext:
-    """What a run is made of, once everything that can be refused has been."""
+    """The parts of a run, after all checks that can reject it."""
 
     config: RunConfig
     run_dir: Path
@@ -60,10 +61,11 @@ class RunContext:
     data: Data
     rewards: Rewards
     digests: dict[str, str]
+    tools: list[Any] = field(default_factory=list)
 
 
 def introduce(context: RunContext, seed: int, found: Path | None, options: Options) -> None:
-    """Say what runs, before it does; write the manifest."""
+    """Print what will run, and write the manifest."""
     config, sizing = context.config, context.preflight.sizing
     seeds = {"grpo.seed": seed, "lora.random_state": config.lora.random_state}
     manifest.write_manifest(
@@ -122,22 +124,22 @@ def _groups(config: RunConfig) -> str:
 
 
 def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
-    """What a run in one process says of the other GPUs that it could use; nothing without any."""
+    """A hint for a run in one process that could use more GPUs; empty if there are no others."""
     seen = devices.visible(snapshot).devices
     if world_size() > 1 or len(seen) < 2:
         return []
     free = sum(map(is_free, seen[1:]))
-    line = f"trains on GPU 0 of {len(seen)} visible ones, {free} of the others free"
+    line = f"uses GPU 0 of {len(seen)} visible GPUs; {free} of the others are free"
     if free == len(seen) - 1:
-        return [f"{line}; --nproc-per-node auto trains on all {len(seen)}"]
+        return [f"{line}; use --nproc-per-node auto to train on all {len(seen)}"]
     if free:
-        how = "name free ones in CUDA_VISIBLE_DEVICES and add --nproc-per-node auto"
+        how = "list the free ones in CUDA_VISIBLE_DEVICES and add --nproc-per-node auto"
         return [f"{line}; to use several, {how}"]
     return [line]
 
 
 def is_free(gpu: GpuSnapshot) -> bool:
-    """True if nearly all of its memory is."""
+    """True if nearly all of its memory is free."""
     free, total = gpu.free_bytes, gpu.total_bytes
     return bool(free is not None and total and free >= FREE_SHARE * total)
 
@@ -149,9 +151,8 @@ def finish(
     out: TextIO,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """The adapter (with full fine-tuning the model), the evaluation and the report, and where they
-    lie. ``base`` (what the trainer
-    found of the base weights) goes into the manifest.
+    """Write the adapter (with full fine-tuning, the model), the evaluation and the report, and
+    print their paths. ``base``, the trainer's checksum of the base weights, goes into the manifest.
     """
     if base is not None:
         manifest.add(context.run_dir, base=dict(base))

@@ -1,4 +1,6 @@
-"""What a script hands to the trainer, checked before the first step as a run file would be."""
+"""Check the arguments that a script passes to the trainer before the first step, as for a run
+file.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check(given: MutableMapping[str, Any], model: Any) -> None:
-    """Judge the arguments ``given`` to a trainer of ``model``; rewards are put under judgement.
+    """Check the arguments ``given`` to a trainer of ``model``; rewards are wrapped in checks.
 
     Raises:
         ConfigError: a reward that cannot be called, lengths that leave no room for a completion.
@@ -50,7 +52,7 @@ def _refuse_no_room(config: Any, longest: int | None) -> None:
 
 
 def cut_prompts(trainer: Any, prompt_ids: list[list[int]], images: Any) -> list[list[int]]:
-    """The last ``max_prompt_length`` tokens of each prompt, as TRL did it before 0.24."""
+    """Keep the last ``max_prompt_length`` tokens of each prompt, as TRL did before 0.24."""
     most = getattr(getattr(trainer, "args", None), "max_prompt_length", None)
     if most is None or images is not None:
         return prompt_ids
@@ -58,8 +60,8 @@ def cut_prompts(trainer: Any, prompt_ids: list[list[int]], images: Any) -> list[
     if longest > most and not trainer.__dict__.setdefault("_told_of_cut_prompts", False):
         trainer._told_of_cut_prompts = True
         warnings.warn(
-            f"a prompt has {longest} tokens, and max_prompt_length={most} keeps its last {most}:"
-            " the start of it, often the system prompt, is cut off",
+            f"a prompt has {longest} tokens, and max_prompt_length={most} keeps its last {most}: "
+            "the start of it, often the system prompt, is cut off",
             ToolkitWarning,
             stacklevel=2,
         )

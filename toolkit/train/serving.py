@@ -1,4 +1,4 @@
-"""The command that serves what a run has trained, with plain vLLM."""
+"""The command that serves the model of a run with plain vLLM."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) -> list[str]:
-    """The words of ``vllm serve`` for the export of ``config``'s run in ``folder``. The adapter is
-    the model that is named as its folder is.
+    """The arguments of ``vllm serve`` for the exported run of ``config`` in ``folder``. The adapter
+    is served as a model with the name of its folder.
     """
     model = config.model
     words = ["vllm", "serve", str(folder) if merged else model.model_name]
@@ -37,15 +37,15 @@ def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) ->
 
 
 def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
-    """The command as one types it, or why plain vLLM does not serve this adapter."""
+    """The command as text, or the reason why plain vLLM does not support this adapter."""
     why = None if merged else not_served(config)
     if why is not None:
-        return f"plain vLLM does not serve this adapter ({why}): export with --merge"
+        return f"plain vLLM does not support this adapter ({why}): export it with --merge"
     return shlex.join(serve_arguments(config, folder, merged=merged))
 
 
 def not_served(config: RunConfig) -> str | None:
-    """What the adapter has that vLLM's LoRA has not; None where it is served."""
+    """A feature of the adapter that vLLM's LoRA does not support; None if there is none."""
     lora = config.lora
     if lora.use_dora:
         return "DoRA"

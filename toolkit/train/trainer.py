@@ -1,9 +1,8 @@
-"""GRPOTrainer: TRL's, on an engine that shares the model's weights, and able to go on where it
-stopped.
+"""TRL's GRPOTrainer on an engine that shares the model's weights, with exact resume.
 
-A subclass with TRL's arguments; no source is patched. Each override is short and says which seam of
-TRL 1.16 or transformers 5.17 it uses; what it does lies in a file of its own. State has class-level
-defaults because TRL's own tests build trainers with ``object.__new__``.
+A subclass with TRL's arguments; upstream's source is not patched. Each override is short and names
+the method of TRL 1.16 or transformers 5.17 that it overrides; the work is done in other modules.
+State has class-level defaults because TRL's own tests build trainers with ``object.__new__``.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from toolkit.policy.lora import kept_float32
 from toolkit.policy.tensor_parallel.norm import clip_whole
 from toolkit.train import policy_setup, script
 from toolkit.train.base_check import BaseCheck
-from toolkit.train.checkpointing.resumable_trainer import Resumable
+from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
 from toolkit.train.grpo_config import GRPOConfig, default_config
 from toolkit.train.rollout import sampler
-from toolkit.train.rollout.completion_index import Rows
+from toolkit.train.rollout.completion_index import CompletionIndex
 from toolkit.train.rollout.sampler import EngineGeneration, Timers, find_engine
 from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import Scope
@@ -45,8 +44,8 @@ if TYPE_CHECKING:
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
-class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
-    """trl.GRPOTrainer with rollouts from the engine on the model, where there is one."""
+class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
+    """trl.GRPOTrainer that samples from the engine on the model, if there is one."""
 
     max_bad_steps: int = 3
     bad_steps: int = 0
@@ -60,10 +59,10 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """TRL's arguments. A model of ``FastLanguageModel`` brings its engine; ``use_vllm`` may say
-        either. It brings its gradient checkpointing and its dtype too: GRPOConfig's
-        ``gradient_checkpointing`` and ``bf16`` are true where nobody wrote them. The adapter is
-        float32, whoever made it, and all is on one GPU.
+        """Takes TRL's arguments. A model from ``FastLanguageModel`` decides the engine, so
+        ``use_vllm`` may be true or false. It also decides gradient checkpointing and dtype, because
+        GRPOConfig sets ``gradient_checkpointing`` and ``bf16`` to true if the user did not. The
+        adapter becomes float32 in every case, and everything is on one GPU.
 
         Raises:
             ConfigValueError: an importance-sampling mode that the loss type cannot use, a format
@@ -87,8 +86,8 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
             self._use_engine(engine)
 
     def _use_engine(self, engine: Any) -> None:
-        """TRL builds its own VLLMGeneration when ``use_vllm`` is set, with no factory: it is set
-        afterwards.
+        """Set up the engine after TRL's ``__init__``: with ``use_vllm`` it would build its own
+        VLLMGeneration.
         """
         modes = ("token_truncate", "token_mask")
         if (
@@ -97,7 +96,10 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
             and self.vllm_importance_sampling_mode not in modes
         ):
             raise ConfigValueError(
-                f"the vespo loss needs a token mode, got {self.vllm_importance_sampling_mode!r}",
+                (
+                    "the vespo loss needs a token-level mode, but vllm_importance_sampling_mode "
+                    f"is {self.vllm_importance_sampling_mode!r}"
+                ),
                 where="grpo.vllm_importance_sampling_mode",
                 fix=f"set it to {modes[0]} or {modes[1]}",
             )
@@ -106,10 +108,10 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         self._last_loaded_step = -1
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; ``base_check`` then says that the base did not change.
+        """TRL's ``train``; then ``base_check`` verifies that the base weights did not change.
 
         Raises:
-            DefectError: it did.
+            DefectError: the base weights changed.
         """
         check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)
@@ -126,16 +128,18 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
-        """Engine against trainer, of training or of evaluation, whichever is under way."""
+        """The difference between engine and trainer, of training or of evaluation, whichever is
+        running.
+        """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}
         )
         return both.setdefault(self.model.training, importance_sampling.Disagreement())
 
     @property
-    def rows(self) -> Rows:
-        """Which completions of the whole batch this rank draws."""
-        rows: Rows = self.__dict__.setdefault("_rows", Rows(self))
+    def rows(self) -> CompletionIndex:
+        """The numbers of the completions in the whole batch that this rank draws."""
+        rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -149,7 +153,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The tool loop comes through here too. Each completion is drawn from a seed of its own."""
+        """TRL's, also called by the tool loop. Each completion is drawn with its own seed."""
         parent = super()._generate_single_turn
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
@@ -168,7 +172,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
             return drawn
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        self._logs["extra"].clear()  # of the generation before: a reward need not log each time
+        self._logs["extra"].clear()  # of the previous generation: a reward need not log every time
         rewards = super()._calculate_rewards
         with self.timers("reward_s"):
             if mesh() is None:
@@ -177,7 +181,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
             found = by_first(lambda: rewards(*args, **kwargs).cpu())
             return found.to(self.accelerator.device)
 
-    # --- the extra forward, left out where the training forward gives the same numbers
+    # --- TRL's extra forward pass, skipped if the training forward computes the same numbers
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if not importance_sampling.old_logps_are_redundant(self) or find_engine(self.model) is None:
@@ -208,7 +212,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
             importance_sampling.observe(self, output[0], inputs, self._scope.skipped)
         return output
 
-    # --- faults inside a step
+    # --- errors inside a step
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self._attempt is None:
@@ -218,7 +222,9 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         return self._attempt.inputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's; where memory runs out, again with smaller parts of the same gradient."""
+        """TRL's; if memory runs out, the step is repeated in smaller parts with the same
+        gradient.
+        """
         step = super().training_step
         self._attempt = Attempt(self, model)
         try:
@@ -231,7 +237,7 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, in parts where the batch is cut: into packs, or after memory has run out."""
+        """TRL's, part by part if the batch is cut: into packs, or after memory ran out."""
         loss = super().compute_loss
         if not self.model.training:
             return loss(model, inputs, return_outputs, num_items_in_batch)
@@ -248,7 +254,9 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         return clip_whole(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The last seam before the optimizer steps: a step that is no number is dropped here."""
+        """The last method before the optimizer step: a step with NaN or infinite values is skipped
+        here.
+        """
         if grad_norm is None and mesh() is not None:
             grad_norm = clip_whole(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -258,20 +266,20 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         else:
             self.bad_steps = 0
         if self.signals is not None:
-            self.signals.shield()  # weights change from here on
+            self.signals.shield()  # weights change from here
         return norm
 
     # --- metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', without cutting the last batch's losses down to the rows of the dataset:
-        TRL's sampler repeats each row, and what was cut were the last processes' losses.
+        """transformers', but without cutting the losses of the last batch to the number of dataset
+        rows. TRL's sampler repeats each row, so the cut would remove losses of the last processes.
         """
         self.gather_function = self.accelerator.gather
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with how far engine and trainer disagree."""
+        """TRL's, plus the metrics of the difference between engine and trainer."""
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
@@ -279,13 +287,14 @@ class GRPOTrainer(Resumable, PackedSteps, TrlState, trl.GRPOTrainer):  # type: i
         importance_sampling.warn_of_gap(self)
         super().log(logs, start_time)
         if self.signals is not None:
-            # It grows with every step and is copied at each; the logs hold all of it.
+            # It would grow with every step and is copied at each step; the log files have all of
+            # it.
             self.state.log_history[:-1] = []
 
 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
-    """TRL's __init__ must not build an engine of its own, nor read vLLM's keywords as Hugging
+    """In TRL's ``__init__``: it must not build its own engine, nor read vLLM's keywords as Hugging
     Face's.
     """
     kept = config.use_vllm, config.generation_kwargs

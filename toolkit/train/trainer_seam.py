@@ -1,8 +1,8 @@
-"""What the files of ``train`` may use of the trainer, and the only place that knows TRL's private
-names.
+"""The part of the trainer that other modules of ``train`` may use; only this module uses TRL's
+private names.
 
-``TrainerSeam`` lists it as a type. ``TrlState`` gives the private attributes of TRL 1.16 and
-transformers 5.17 that the run needs public names (tests/contract/test_trl_seams.py holds them).
+``TrainerSeam`` is its type. ``TrlState`` has public properties for the private attributes of TRL
+1.16 and transformers 5.17 that the run needs (tests/contract/test_trl_seams.py checks them).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from toolkit.train.checkpointing.stop_signals import StopSignals
     from toolkit.train.report.memory_peaks import PhasePeaks
     from toolkit.train.report.metrics_log import Journal
-    from toolkit.train.rollout.completion_index import Rows
+    from toolkit.train.rollout.completion_index import CompletionIndex
     from toolkit.train.rollout.sampler import Timers
     from toolkit.train.step.importance_sampling import Disagreement
 
@@ -49,7 +49,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def rollout_buffer(self) -> Any:
-        """The micro-batches that the last generation left for steps to come, or None."""
+        """The micro-batches of the last generation that are buffered for later steps, or None."""
         return self._buffered_inputs
 
     @rollout_buffer.setter
@@ -58,7 +58,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def micro_steps(self) -> int:
-        """How many micro-batches were trained on since the start."""
+        """The number of micro-batches trained on since the start."""
         return int(self._step)
 
     @property
@@ -68,12 +68,12 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def has_entropy_bonus(self) -> bool:
-        """Whether the loss has a term of its own for the entropy."""
+        """Whether the loss has an entropy term."""
         return bool(self._entropy_bonus_enabled)
 
 
 class TrainerSeam(Protocol):
-    """What other files may use of the trainer.
+    """The part of the trainer that other modules may use.
 
     Names without a comment are TRL's or transformers' own public attributes.
     """
@@ -135,7 +135,7 @@ class TrainerSeam(Protocol):
     @property
     def run_dir(self) -> Path: ...
 
-    # step: packs, retries and dropped steps
+    # step: packs, retries and skipped steps
     parts: int
     least_parts: int
     bad_steps: int
@@ -143,13 +143,13 @@ class TrainerSeam(Protocol):
     collapse_reported: bool
     gap_reported: bool
 
-    # The trainer's own: rollouts and figures.
+    # The trainer's own: rollouts and metrics.
     peaks: PhasePeaks | None
 
     @property
     def timers(self) -> Timers: ...
     @property
-    def rows(self) -> Rows: ...
+    def rows(self) -> CompletionIndex: ...
     @property
     def disagreement(self) -> Disagreement: ...
     def get_train_dataloader(self) -> Any: ...

@@ -1,4 +1,6 @@
-"""TRL's GRPOConfig from a resolved run: what the run file says, and what this machine decides."""
+"""Build TRL's GRPOConfig from a resolved run: values of the run file, and values that depend on the
+machine.
+"""
 
 from __future__ import annotations
 
@@ -24,40 +26,43 @@ if TYPE_CHECKING:
 OURS = ("max_prompt_length",)
 """Keys of the run file's ``grpo`` part that TRL 1.16 does not have."""
 ENGINE_KEYS = ("use_vllm", "vllm_mode")
-"""What ``runtime.engine`` decides; TRL would build an engine of its own from them."""
+"""Keys that ``runtime.engine`` replaces; TRL would build its own engine from them."""
 
 
 def grpo_config(
     config: RunConfig, run_dir: Path, build: Callable[..., Any], *, has_eval: bool
 ) -> Any:
-    """``build`` is TRL's GRPOConfig. Metrics are logged every step, by us; TRL writes nothing.
+    """``build`` is the class GRPOConfig. The toolkit logs metrics at every step; TRL writes
+    nothing.
 
     Raises:
-        ConfigError: TRL refuses a value.
+        ConfigError: TRL rejects a value.
     """
     written = {
         k: _as_typed(k, thaw(v)) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)
     }
     on_cpu = not torch.cuda.is_available()
-    half = resolve_run(config, situation()).dtype  # what the engine samples in
+    run = resolve_run(config, situation())
+    half = run.dtype  # what the engine samples in
     written_half = written.get("bf16") or written.get("fp16")
     uploads = written.get("log_completions_hub_repo") is not None
     defaults = {
         "save_strategy": "steps",
-        # TRL takes bf16 for granted where neither is said, and refuses both.
+        # TRL sets bf16 if neither is set, and rejects both.
         "bf16": half == "bfloat16" and not written_half,
         "fp16": half == "float16" and not written_half,
-        # The policy has switched it on or off already (lora.use_gradient_checkpointing).
+        # lora.use_gradient_checkpointing has already switched it on or off.
         "gradient_checkpointing": False,
-        # Every adapter has a part in every loss. transformers 5.17 has DDP look for those that have
-        # none, a walk through the graph at each step, for all but its own class of models.
+        # Every adapter weight takes part in every loss. For all models except its own class,
+        # transformers 5.17 lets DDP search for unused parameters, which walks through the graph at
+        # each step.
         "ddp_find_unused_parameters": False,
     }
     if written.get("eval_strategy", "no") != "no" and not has_eval:
         raise ConfigError(
-            f"grpo.eval_strategy is {written['eval_strategy']} and there is no data to evaluate on",
+            f"grpo.eval_strategy is {written['eval_strategy']}, but the run has no held-out data",
             where=config.source or "grpo.eval_strategy",
-            fix="name dataset.eval_path or dataset.eval_split, or leave eval_strategy out",
+            fix="set dataset.eval_path or dataset.eval_split, or remove grpo.eval_strategy",
         )
     forced = {
         "output_dir": str(run_dir),
@@ -65,22 +70,24 @@ def grpo_config(
         "logging_strategy": "steps",
         "logging_steps": 1,
         "disable_tqdm": True,
-        # completions.jsonl is ours (runtime.log_completions); the table that TRL makes is what it
-        # uploads, and nothing of it is printed.
+        # The toolkit writes completions.jsonl (runtime.log_completions). TRL's table is only
+        # uploaded, and not printed.
         "log_completions": uploads,
         "push_to_hub": False,
         "use_cpu": on_cpu,
-        # transformers looks for the tokens in what the data loader gives, which is prompts; with it
-        # every row would also carry "train_runtime", the mark of the summary at a run's end.
+        # transformers would count tokens in the output of the data loader, which is prompts. Every
+        # log row would then also have "train_runtime", which marks the summary at the end of a run.
         "include_num_input_tokens_seen": "no",
-        # The process group exists before (engine/process_group). transformers would look for one
-        # of another kind, and fails where there is one process.
+        # The process group already exists (engine/process_group). transformers would look for
+        # another kind of group, and fails with one process.
         "ddp_backend": None,
-        "remove_unused_columns": False,  # rewards read columns that the model does not
-        # There is no compute_metrics that these could be for, and collecting them fails.
+        "remove_unused_columns": False,  # rewards read columns that the model does not use
+        # No compute_metrics would use these, and collecting them fails.
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
+    if run.engine == "vllm":  # rule KEY008 says that it has no effect then
+        forced["use_transformers_continuous_batching"] = False
     if uploads:
         forced["num_completions_to_print"] = 0
     try:
@@ -91,17 +98,17 @@ def grpo_config(
         if known is not None:
             raise known from problem
         raise ConfigError(
-            f"TRL refuses the grpo section: {first_line(problem)}",
+            f"TRL rejects the grpo section: {first_line(problem)}",
             where=where,
-            fix="run `envcheck validate` on the run file",
+            fix="correct the grpo section; `envcheck validate` checks the run file",
         ) from problem
 
 
 def _as_typed(name: str, value: Any) -> Any:
-    """``value`` with the number type of TRL's own default, and none for no trackers.
+    """``value`` with the number type of TRL's default; "none" for an empty list of trackers.
 
-    A whole number that is written for a float is one to a run file (``adam_beta1: 0``) and none to
-    torch, which wants both betas of one type.
+    A run file may write a float as an integer (``adam_beta1: 0``), but torch needs both betas of
+    the same type.
     """
     if name == "report_to" and value is None:
         return []
@@ -110,10 +117,10 @@ def _as_typed(name: str, value: Any) -> Any:
 
 
 def require_packages(config: RunConfig) -> None:
-    """What the grpo section needs is installed; looked at before anything is loaded.
+    """Check that the packages that the grpo section needs are installed, before anything is loaded.
 
     Raises:
-        MissingExtraError: a tracker, an optimizer or Liger that is not.
+        MissingExtraError: a tracker, an optimizer or Liger is not installed.
     """
     asked = config.grpo.get("report_to")
     trackers = [asked] if isinstance(asked, str) else thaw(asked or ())
@@ -142,10 +149,11 @@ def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | Non
 
 
 def make_reproducible() -> None:
-    """Deterministic kernels where there is a choice.
+    """Use deterministic kernels where torch has them.
 
-    On the CPU results are equal for equal thread counts without it. On a GPU this covers cuBLAS and
-    cuDNN; scatter-adds that have no deterministic form only warn.
+    On the CPU, runs with the same number of threads give equal results without it. On a GPU it
+    covers cuBLAS and cuDNN; operations without a deterministic form, such as some scatter-adds,
+    only warn.
     """
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)

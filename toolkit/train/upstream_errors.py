@@ -1,10 +1,10 @@
-"""Whose fault an upstream exception is: where it was raised says which keys of the run file it is
-about.
+"""Find the keys of the run file that caused an upstream exception, from the place where it was
+raised.
 
-An exception that upstream raises while it acts on keys that the run file sets is about those keys,
-and ends the run with exit code 1. One that is raised in code of ours, or without such a key, is a
-defect of ours and stays one. Read at transformers 5.17, TRL 1.16 and torch 2.11 to 2.13;
-tests/contract/test_train_upstream.py holds the names of files and functions.
+If upstream raises an exception while it uses keys that the run file sets, these keys are the cause,
+and the run ends with exit code 1. An exception from the toolkit's own code, or without such a key,
+is a defect of the toolkit and is reported as one. The table is for transformers 5.17, TRL 1.16 and
+torch 2.11 to 2.13; tests/contract/test_train_upstream.py checks the names of files and functions.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ if TYPE_CHECKING:
 OURS = Path(toolkit.__file__).resolve().parent
 MOST_NAMED = 4
 A_CLASS = 16
-"""A word of this length that is a part of a key is the class that the key is read into."""
+"""A word of at least this length in the exception's text is matched with part of a key, because
+upstream reads the key into a class of a similar name.
+"""
 
 
 class Phase(NamedTuple):
-    """A part of upstream's work, and the keys of ``grpo`` that it acts on."""
+    """A part of upstream's work, and the keys of ``grpo`` that it uses."""
 
     doing: str
     places: tuple[str, ...]
     """``file`` or ``file:function``; a file that ends with / is a folder."""
     keys: tuple[str, ...] | None
-    """None: those that the exception names."""
+    """None: the keys that the exception names."""
 
 
 _SIZES = (
@@ -59,7 +61,7 @@ _DDP = (
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 PHASES = (
     Phase(
-        "making the schedule of the learning rate",
+        "building the learning rate schedule",
         (
             "transformers/optimization.py", "torch/optim/lr_scheduler.py",
             "transformers/trainer.py:create_scheduler",
@@ -67,7 +69,7 @@ PHASES = (
         ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "learning_rate"),
     ),
     Phase(
-        "making the optimizer",
+        "building the optimizer",
         (
             "transformers/trainer_optimizer.py", "transformers/trainer.py:create_optimizer",
             "transformers/trainer.py:get_optimizer_cls_and_kwargs", "bitsandbytes/",
@@ -101,7 +103,7 @@ PHASES = (
         _LOADER,
     ),
     Phase(
-        "working out the length of the run",
+        "computing the number of steps",
         ("transformers/trainer.py:set_initial_training_values",),
         _SIZES,
     ),
@@ -134,7 +136,7 @@ PHASES = (
         ("trl/trainer/grpo_trainer.py:_cast_lm_head_to_fp32",),
         ("cast_lm_head_to_fp32",),
     ),
-    Phase("looking for overflows", ("transformers/debug_utils.py",), ("debug",)),
+    Phase("checking for overflows", ("transformers/debug_utils.py",), ("debug",)),
     Phase(
         "generating",
         ("transformers/generation/", "transformers/cache_utils.py"),
@@ -145,7 +147,7 @@ PHASES = (
     ),
     Phase("scaling gradients", ("torch/amp/",), ("fp16", "bf16")),
     Phase(
-        "making the process group",
+        "creating the process group",
         ("torch/distributed/", "torch/nn/parallel/distributed.py", "accelerate/state.py"),
         _DDP,
     ),
@@ -176,17 +178,16 @@ PHASES = (
 
 
 class Blame(NamedTuple):
-    """What upstream was doing, and the written keys that it was about."""
+    """What upstream was doing, and the keys of the run file that it used."""
 
     doing: str
     keys: tuple[str, ...]
 
 
 def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
-    """The keys of ``written`` (the run file's ``grpo``) that ``error`` is about; None where it is
-    about none.
+    """The keys of ``written`` (the run file's ``grpo``) that caused ``error``; None if no key did.
 
-    Frames are looked at from the one that raised outwards, as far as the first of ours.
+    Frames are searched from the one that raised outwards, up to the first frame of the toolkit.
     """
     for file, function in _upstream_frames(error):
         for phase in PHASES:
@@ -202,7 +203,9 @@ def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
 def config_fault(
     error: BaseException, written: Mapping[str, Any], where: str
 ) -> ConfigError | None:
-    """``error`` as one of the run file's keys, with upstream's text; None where it is not."""
+    """``error`` as a ConfigError for keys of the run file, with upstream's text; None if no key
+    caused it.
+    """
     found = blame(error, written)
     if found is None:
         return None
@@ -213,7 +216,7 @@ def config_fault(
         where=where,
         fix=f"change or remove grpo.{first}"
         + (f" (or {', '.join(f'grpo.{key}' for key in others)})" if others else "")
-        + f"; `envcheck explain grpo.{first}` says what it takes",
+        + f"; `envcheck explain grpo.{first}` lists its valid values",
     )
 
 
@@ -231,7 +234,7 @@ def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
-    """(file, function) of each frame, the innermost first, up to the first frame of ours."""
+    """(file, function) of each frame, the innermost first, up to the first frame of the toolkit."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_relative_to(OURS):

@@ -273,3 +273,29 @@ def test_an_archive_that_is_no_file(tmp_path: Path, what: str) -> None:
         path.symlink_to("/dev/zero" if what == "device" else path)
     with pytest.raises(InputError, match=r"not a regular file|form a loop"):
         unpack(path, tmp_path / "into")
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "of macOS", "zip", "pax"])
+def test_many_members_or_headers_take_no_time(tmp_path: Path, kind: str) -> None:
+    archive = tmp_path / ("a.zip" if kind == "zip" else "a.tar.gz")
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as zipped:
+            for number in range(40_000):
+                zipped.filelist.append(zipfile.ZipInfo(f"{number:0100}"))
+                zipped.filelist[-1].header_offset = zipped.filelist[-1].CRC = 0
+            zipped._didModify = True
+    elif kind == "pax":
+        records = b"6 a=b\n" * 170_000
+        header = _header("p", tarfile.XHDTYPE, len(records)) + records
+        header += bytes(-len(header) % 512)
+        members = [header + _header(f"x{number}", b"0", 0) for number in range(20)]
+        archive.write_bytes(gzip.compress(b"".join(members), 1))
+    else:
+        folder = "__MACOSX" if kind == "of macOS" else "d"
+        headers = b"".join(_header(f"{folder}/{number}", b"0", 0) for number in range(10_001))
+        archive.write_bytes(gzip.compress(headers, 1))
+    begin = time.process_time()
+    with pytest.raises(ConfigError, match=r"10000 members|headers of more|directory of"):
+        unpack(archive, tmp_path / "into")
+    assert time.process_time() - begin < 4
+    assert not (tmp_path / "into").exists()

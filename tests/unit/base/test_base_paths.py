@@ -122,3 +122,26 @@ def test_append_line_keeps_lines_whole(tmp_path: Path) -> None:
     for text in ("one", "two\n", ""):
         paths.append_line(tmp_path / "f", text)
     assert (tmp_path / "f").read_text() == "one\ntwo\n\n"
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
+    """``envcheck record /dev/null`` by root, with a pipe in the place of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="not a regular file"):
+            paths.write_named_file(tmp_path / name, "x")
+    with pytest.raises(OSError, match="not a regular file"):
+        paths.write_file(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_link_that_a_user_names_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    paths.write_named_file(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "after"
+    paths.write_named_file(tmp_path / "new", "x")
+    assert (tmp_path / "new").read_text() == "x"

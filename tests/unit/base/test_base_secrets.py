@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toolkit.base.formatting import visible
 from toolkit.base.secrets import (
     PATTERNS,
     find_secret,
@@ -134,6 +135,13 @@ def test_a_secret_is_known_however_it_is_quoted(secret: str, show) -> None:
     assert "canary" not in shown
     assert shown.startswith("before ")
     assert shown.endswith(" after")
+
+
+@pytest.mark.parametrize("control", ["\x1b", "\u202e", "\0", "\u200b", "\udcff", "\r"])
+def test_a_secret_is_known_once_its_control_characters_are_shown(control: str) -> None:
+    secret = f"a canary{control}that\nsings"
+    for shown in (visible(secret), visible(secret).replace("\n", "\\n")):
+        assert redact(f"<{shown}>", {"MY_PASSWORD": secret}) == "<[redacted: MY_PASSWORD]>"
 
 
 @pytest.mark.parametrize(

@@ -50,3 +50,28 @@ def test_a_process_outlives_its_streams(tmp_path, streams, told):
     assert bool(shown.stderr) == bool(told)
     # Nothing that was printed went into a file that took a closed stream's number.
     assert mark.read_text() == "done"
+
+
+def test_a_process_that_is_started_has_the_streams_that_were_missing(tmp_path):
+    """The process of the rewards, and of whatever they start."""
+    inner = "import sys; print('said'); print('said', file=sys.stderr)"
+    script = (
+        "import subprocess, sys\n"
+        "from toolkit.base.streams import open_missing\n"
+        "open_missing()\n"
+        f"code = subprocess.run([sys.executable, '-c', {inner!r}], check=False).returncode\n"
+        "open(sys.argv[1], 'w').write(str(code))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    words = f"{sys.executable} {tmp_path}/script.py {tmp_path}/code >&- 2>&- <&-"
+    subprocess.run(["bash", "-c", words], check=True, timeout=60)
+    assert (tmp_path / "code").read_text() == "0"
+    words = words.replace("/code", "/flags")
+    (tmp_path / "script.py").write_text(
+        "import os, sys\n"
+        "from toolkit.base.streams import open_missing\n"
+        "open_missing()\n"
+        "open(sys.argv[1], 'w').write(str([os.get_inheritable(n) for n in range(3)]))\n"
+    )
+    subprocess.run(["bash", "-c", words], check=True, timeout=60)
+    assert (tmp_path / "flags").read_text() == "[True, True, True]"

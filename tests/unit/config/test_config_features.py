@@ -78,6 +78,8 @@ def test_what_flash_attention_lacks() -> None:
     assert attention_lacks("sdpa", on_gpu=False, dtype="float32", installed=False) is None
     for change in ({"on_gpu": False}, {"dtype": "float32"}, {"installed": False}):
         assert attention_lacks("flash_attention_2", **{**fit, **change}) is not None
+    assert attention_lacks("flex_attention", **fit) is None
+    assert attention_lacks("flex_attention", **{**fit, "on_gpu": False}) is not None
 
 
 def test_the_installed_transformers_is_read_as_text() -> None:

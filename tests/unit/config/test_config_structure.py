@@ -117,6 +117,7 @@ def test_defaults_are_those_of_the_config() -> None:
     sections = {
         "model": run_config.ModelSection, "lora": run_config.LoraSection, 
         "dataset": run_config.DatasetSection,
+        "environment": run_config.EnvironmentSection, "tools": run_config.ToolsSection,
         "runtime": run_config.RuntimeSection,
     }  # fmt: skip
     for section, kind in sections.items():

@@ -70,7 +70,7 @@ def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
         ),
         ({"trust_remote_code": True}, UnsupportedError, "remote code"),
         ({"extra": {"load_format": "dummy"}}, ConfigValueError, "load_format"),
-        ({"extra": {"max_loras": 2}}, ConfigValueError, "field of its own"),
+        ({"extra": {"max_loras": 2}}, ConfigValueError, "has its own field"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(changes: dict, error: type, text: str) -> None:

@@ -117,7 +117,7 @@ def test_what_it_cannot_do_is_said(engine: TransformersEngine) -> None:
         engine.generate(PROMPTS, Sampling(extra={"bad_wordz": []}), seed=0)
     with pytest.raises(ConfigValueError, match=r"top_p=7.0 is out of range"):
         engine.generate(PROMPTS, Sampling(top_p=7.0), seed=0)
-    with pytest.raises(ConfigValueError, match="transformers refuses"):
+    with pytest.raises(ConfigValueError, match="transformers rejects"):
         engine.generate(PROMPTS, Sampling(extra={"cache_implementation": "x"}), seed=0)
     with pytest.raises(ConfigValueError, match="has 300 tokens"):
         engine.generate([[5] * 300], Sampling(), seed=0)
@@ -155,7 +155,7 @@ def test_draws_follow_the_probabilities() -> None:
     torch.testing.assert_close(counts / (2 * rows), probabilities, atol=0.02, rtol=0)
     assert all(torch.equal(kept, scores) for kept in draws.scores)
     spoiled = torch.full((rows, 4), torch.nan)
-    assert draws(torch.zeros(rows, 1), spoiled).isnan().all()  # transformers refuses it
+    assert draws(torch.zeros(rows, 1), spoiled).isnan().all()  # transformers rejects it
 
 
 def test_stop_strings_stop(model: Any) -> None:

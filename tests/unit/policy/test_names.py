@@ -56,7 +56,7 @@ def test_only_vocabulary_layers_may_be_padded() -> None:
     wanted = {"embed.weight": (100, 8)}
     padded = Sources({"embed.weight": (128, 8)}, {}, frozenset({"embed.weight"}))
     assert plan_views(wanted, [], padded, same)["embed.weight"] == Slice("embed.weight", 0, 100)
-    with pytest.raises(UnsupportedError, match=r"shape \[100, 8\] here, \[128, 8\]"):
+    with pytest.raises(UnsupportedError, match=r"shape \[100, 8\] in the model, but \[128, 8\]"):
         plan_views(wanted, [], Sources({"embed.weight": (128, 8)}, {}), same)
     with pytest.raises(UnsupportedError, match="shape"):
         plan_views({"embed.weight": (129, 8)}, [], padded, same)
@@ -67,7 +67,9 @@ def test_a_tied_name_takes_the_place_of_the_one_that_is_there() -> None:
     sources = Sources({"embed.weight": (128, 8)}, {}, frozenset({"embed.weight"}))
     plan = plan_views(wanted, [frozenset(wanted)], sources, same)
     assert plan["lm_head.weight"] == plan["embed.weight"]
-    with pytest.raises(UnsupportedError, match=r"lm_head\.weight: the engine has no such tensor"):
+    with pytest.raises(
+        UnsupportedError, match=r"lm_head\.weight: the engine does not have this tensor"
+    ):
         plan_views(wanted, [], sources, same)
 
 
@@ -108,13 +110,17 @@ def test_stored_names_spell_experts_as_the_checkpoint_does() -> None:
 @pytest.mark.parametrize(
     ("wanted", "shapes", "text"),
     [
-        ({"a.q_proj.weight": (2, 2)}, {"a.qkv_proj.weight": (6, 2)}, "also holds k_proj, v_proj"),
+        (
+            {"a.q_proj.weight": (2, 2)},
+            {"a.qkv_proj.weight": (6, 2)},
+            "also contains k_proj, v_proj",
+        ),
         (
             {f"a.{p}.weight": (2, 2) for p in PACKED["qkv_proj"]},
             {"a.qkv_proj.weight": (8, 2)},
-            "do not make up",
+            "do not add up to",
         ),
-        ({"a.norm.weight": (2,)}, {}, "no such tensor"),
+        ({"a.norm.weight": (2,)}, {}, "does not have this tensor"),
     ],
 )
 def test_what_cannot_be_shared_says_why(wanted: dict, shapes: dict, text: str) -> None:

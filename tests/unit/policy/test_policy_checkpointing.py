@@ -113,7 +113,7 @@ def test_auto_on_a_tiny_model_needs_none(adapted: Any) -> None:
 def test_a_model_that_has_none_is_said() -> None:
     model = Recorder()
     model.supports_gradient_checkpointing = False
-    with pytest.raises(UnsupportedError, match="Recorder has no gradient checkpointing"):
+    with pytest.raises(UnsupportedError, match="Recorder does not support gradient checkpointing"):
         gradient_checkpointing.apply_checkpointing(model, True, max_seq_length=8)
     gradient_checkpointing.apply_checkpointing(model, False, max_seq_length=8)
     assert model.calls == [("off", 0, False)]

@@ -177,17 +177,20 @@ def test_an_error_in_a_request_leaves_the_model_whole(adapted: Any, tmp_path: Pa
     ("arguments", "words"),
     [
         ({"max_tokenz": 3}, "unknown argument 'max_tokenz' (did you mean 'max_tokens'?)"),
-        ({"use_tqdm": False}, "'use_tqdm' is an argument of the vLLM engine, and none is attached"),
-        ({"max_new_tokens": 3}, "goes with input_ids"),
-        ({"sampling_params": 3}, "sampling_params is a int"),
+        (
+            {"use_tqdm": False},
+            "'use_tqdm' is an argument of the vLLM engine, but the model has none",
+        ),
+        ({"max_new_tokens": 3}, "can only be used with input_ids"),
+        ({"sampling_params": 3}, "sampling_params has the type int"),
         ({"sampling_params": {"n": 2}, "n": 3}, "n is given twice"),
-        ({"lora_request": "folder"}, "lora_request is a str"),
-        ({"prompts": 3}, "prompt 0 is a int"),
-        ({"prompts": ["1", 2.5]}, "prompt 1 is a float"),
+        ({"lora_request": "folder"}, "lora_request has the type str"),
+        ({"prompts": 3}, "prompt 0 must be text or token ids, not int"),
+        ({"prompts": ["1", 2.5]}, "prompt 1 must be text or token ids, not float"),
         ({"prompts": [{"role": "user"}]}, "apply the tokenizer's chat template"),
         (
             {"prompts": None, "input_ids": None, "sampling_params": {}},
-            "input_ids goes with neither",
+            "input_ids cannot be used with",
         ),
         ({"structured_outputs": {}}, "unknown argument 'structured_outputs'"),
     ],
@@ -199,14 +202,16 @@ def test_refused(adapted: Any, arguments: dict[str, Any], words: str) -> None:
 
 
 def test_with_an_engine_transformers_arguments_are_named() -> None:
-    with pytest.raises(ConfigTypeError, match="a vLLM engine is attached") as caught:
+    with pytest.raises(ConfigTypeError, match="the model has a vLLM engine") as caught:
         read_sampling(None, {"max_new_tokens": 3}, engine=True)
     assert "fix: use max_tokens" in str(caught.value)
 
 
 def test_without_one_vllms_sampling_params_are_named() -> None:
     kind = type("SamplingParams", (SimpleNamespace,), {"__module__": "vllm.sampling_params"})
-    with pytest.raises(ConfigTypeError, match="vLLM's SamplingParams, and no vLLM engine"):
+    with pytest.raises(
+        ConfigTypeError, match="vLLM's SamplingParams, but the model has no vLLM engine"
+    ):
         read_sampling(kind(), {}, engine=False)
 
 

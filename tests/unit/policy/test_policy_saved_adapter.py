@@ -55,10 +55,10 @@ def _shape(tensors: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_nan, "1 of 28 tensors hold NaN or infinity, first base_model"),
+        (_nan, "1 of 28 tensors contain NaN or infinity, first base_model"),
         (_drop, "1 missing, first base_model"),
         (_add, "1 extra, first base_model.model.model.layers.9"),
-        (_shape, r"1 of another shape, first .* is \(4, 65\), the model needs \(4,"),
+        (_shape, r"1 of another shape, first .* is \(4, 65\), but the model needs \(4,"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, words: str) -> None:
@@ -70,14 +70,14 @@ def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"r": 8}, "has rank 4, and adapter_config.json says r=8"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only LORA"),
+        ({"r": 8}, "has rank 4, but adapter_config.json has r=8"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', but only LORA"),
         ({"target_modules": ["wq"]}, "no module 'wq'"),
         ({"bias": "sometimes"}, "bias="),
         ({"r": 2.5}, "must be an integer"),
         ({"megatron_core": "os.path"}, "sets megatron_core, which is not supported"),
         ({"alora_invocation_tokens": [1]}, "sets alora_invocation_tokens"),
-        ({"target_modules": ".*"}, "no adapter can be put on that"),
+        ({"target_modules": ".*"}, "PEFT cannot adapt these modules"),
         ({"target_modules": "([a-z._0-9]+)+!"}, "a repetition inside a repetition"),
         ({"rank_pattern": {"([a-z._0-9]+)+!": 4}}, "a repetition inside a repetition"),
     ],
@@ -96,7 +96,7 @@ def test_another_base_is_refused_by_its_weights(load: Any, saved: Path, tmp_path
     other = make_tiny(tmp_path / "other", seed=1)
     model, _ = load(other)
     with pytest.raises(
-        ConfigValueError, match=r"was trained on .*model, and this model is .*other"
+        ConfigValueError, match=r"was trained on .*model, but this model is .*other"
     ):
         model.load_lora(saved)
 
@@ -107,7 +107,7 @@ def test_another_hub_id_is_refused_by_name(load: Any, saved: Path) -> None:
     model, _ = load()
     model.name_or_path = "someone/this-7b"
     with pytest.raises(
-        ConfigValueError, match=r"someone/other-7b, and this model is someone/this-7b"
+        ConfigValueError, match=r"someone/other-7b, but this model is someone/this-7b"
     ):
         model.load_lora(saved)
 
@@ -142,7 +142,7 @@ def test_a_broken_config_is_never_loaded(saved: Path, text: str) -> None:
 
 
 def test_folders_that_are_none(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no adapter's folder"):
+    with pytest.raises(InputError, match="is not the folder of an adapter"):
         read_adapter(tmp_path / "nowhere")
     (saved / WEIGHTS).unlink()
     with pytest.raises(InputError, match=r"adapter_model.safetensors is missing"):

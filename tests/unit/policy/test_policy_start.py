@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_llama import make_tiny
 
-from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, UnsupportedError
 from toolkit.config import load_run
 from toolkit.policy.language_model import FastLanguageModel, load_policy
 from toolkit.policy.lora import adapter_tensors
 from toolkit.sizing import read_spec, solve
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 RUN = """\
 model: {{model_name: {model}, max_seq_length: 64}}
@@ -108,3 +108,25 @@ def test_patterns_that_are_none(first: Path, value: Any) -> None:
     )
     with pytest.raises(ConfigValueError, match="rank_pattern"):
         FastLanguageModel.get_peft_model(model, rank_pattern=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"init_lora_weights": "pissa"}, "initialized with pissa, which rewrote the base weights"),
+        ({"target_parameters": ["q_proj.weight"]}, "the adapter sets target_parameters"),
+    ],
+)
+def test_adapters_that_no_run_can_start_from(
+    first: Path, tmp_path: Path, change: dict[str, Any], text: str
+) -> None:
+    """By the rule; and by the loader, where a run is made without the validator."""
+    config = read(first, "adapter_path: adapter")
+    folder = Path(shutil.copytree(first / "adapter", tmp_path / "adapter"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(ConfigError, match=rf"LORA040\] lora.adapter_path: .*{text}"):
+        read(first, f"adapter_path: {folder}")
+    other = replace(config, lora=replace(config.lora, adapter_path=str(folder)))
+    with pytest.raises(UnsupportedError, match=text):
+        load_policy(other)

@@ -15,7 +15,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.policy import chat_template
 from toolkit.policy.chat_template import limit_template
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data.prompt_format import check_template, length_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def tokenizer(text: str) -> Any:
             "{% endfor %}{{ n.x }}",
             "needs too much|did not end within",
         ),
-        ("{{ 'a' * 10**8 }}", "makes 100000000 characters of a chat|did not end within"),
+        ("{{ 'a' * 10**8 }}", "makes a text of 100000000 characters|did not end within"),
     ],
 )
 def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> None:
@@ -71,7 +71,7 @@ def test_a_signal_stops_it() -> None:
     limited = limit_template(tokenizer(FOR_EVER))
     signals = StopSignals()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with signals.installed(), pytest.raises(Abandoned):
+    with signals.installed(), pytest.raises(StepAbandoned):
         limited.apply_chat_template(CHAT)
 
 
@@ -118,3 +118,21 @@ def test_limits_cost_little() -> None:
     for _ in range(1000):
         length_of(limited, CHAT)
     assert time.perf_counter() - begin < 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{% for %}", "Expected an expression"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+        ("{{ ''.__class__.mro() }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_template_that_raises_is_an_error_of_the_request(text: str, says: str) -> None:
+    limited = limit_template(tokenizer(text))
+    with pytest.raises(ConfigError, match="chat template rejects the prompts: ") as refused:
+        limited.apply_chat_template(CHAT)
+    assert says in refused.value.message

@@ -56,7 +56,7 @@ def test_another_token_of_the_vocabulary_is_found(
 
 def test_with_no_such_token_the_end_is_used_and_said() -> None:
     tokenizer = _tokenizer([], None)
-    with pytest.warns(UserWarning, match="no token to pad with; padding with '</s>'"):
+    with pytest.warns(UserWarning, match="no padding token, so '</s>' is used"):
         fix_tokenizer(tokenizer, _model())
     assert tokenizer.pad_token == "</s>"
     assert len(tokenizer) == 3
@@ -80,5 +80,5 @@ def test_loading_fixes_it_unless_told_not_to(load: Any, tiny: Any) -> None:
 
 def test_a_folder_without_one(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="has no tokenizer"):
+    with pytest.raises(InputError, match="has no readable tokenizer"):
         load_tokenizer(tmp_path, max_seq_length=None)

@@ -131,6 +131,15 @@ def test_graphs_are_those_that_the_engine_captures(spec_of, card, run):
     assert many.engine.graph_bytes - few.engine.graph_bytes == added
 
 
+def test_the_reference_of_the_kl_term_is_a_copy_of_the_adapter(spec_of, card, run):
+    plain, with_kl = (
+        {line.term: line.bytes for line in solve(made, spec_of(EIGHT_B), card("h100")).terms}
+        for made in (run(), run(grpo={"beta": 0.04}))
+    )
+    assert "trainer.reference" not in plain
+    assert with_kl["trainer.reference"] == with_kl["trainer.adapter"] == plain["trainer.adapter"]
+
+
 def test_eager_has_no_graphs(spec_of, card, run):
     result = solve(run(enforce_eager=True), spec_of(ONE_B), card("h100"))
     assert result.engine.graph_bytes == 0

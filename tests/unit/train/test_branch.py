@@ -82,7 +82,7 @@ def test_rotation_counts_the_branch_alone(tmp_path):
     assert found == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "checkpoint-80"]
     chosen, passed = branch.choose(tmp_path, "auto")
     assert chosen == tmp_path / "checkpoint-8"
-    assert [line.partition(": ")[2] for line in passed] == ["holds step 8", "holds step 6"]
+    assert [line.partition(": ")[2] for line in passed] == ["contains step 8", "contains step 6"]
 
 
 def test_an_abandoned_branch_can_be_gone_back_to(tmp_path):
@@ -195,9 +195,11 @@ def test_checkpoints_of_another_run_alone_are_refused(tmp_path):
     line = Branch()
     branch.record(tmp_path, line)
     write(tmp_path, 4, Branch())
-    with pytest.raises(ConfigError, match="no checkpoint here is sound and of this run") as caught:
+    with pytest.raises(
+        ConfigError, match="no checkpoint in this folder is intact and belongs to this run"
+    ) as caught:
         branch.choose(tmp_path, "auto")
-    assert "checkpoint-4: of another branch, or of another run" in caught.value.message
+    assert "checkpoint-4: belongs to another branch or another run" in caught.value.message
 
 
 def test_checkpoints_of_earlier_releases_go_on_and_can_be_gone_back_to(tmp_path):
@@ -224,8 +226,38 @@ def test_a_log_that_is_not_the_one_is_kept_aside_and_begins_anew(tmp_path):
     (tmp_path / "timings.jsonl").unlink()
     start = train(tmp_path, tmp_path / "checkpoint-4", 6, "a")
     assert [note.partition(",")[0].split(" that ")[0] for note in start.notes] == [
-        "metrics.jsonl is not the one",
-        "timings.jsonl is not the one",
+        "metrics.jsonl is not the file",
+        "timings.jsonl is not the file",
     ]
     assert (tags(tmp_path), tags(tmp_path, "completions.jsonl")) == ("aa", "aaaaaa")
     assert (tmp_path / "abandoned-1" / "metrics.jsonl").read_text().count("x") > 0
+
+
+def test_a_folder_whose_checkpoints_are_gone_begins_again_and_says_so(tmp_path):
+    assert train(tmp_path, None, 4, "a").notes == ()
+    (tmp_path / "bad_rewards.jsonl").write_text("of a\n")
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert branch.choose(tmp_path, "auto") == (None, [])
+    start = train(tmp_path, None, 2, "b")
+    aside = tmp_path / "abandoned-1"
+    assert start.notes == (
+        f"no checkpoint in {tmp_path}, which holds 4 rows of metrics of an earlier start: training"
+        f" begins again at step 0; what was there is moved to {aside}",
+    )
+    assert (tags(tmp_path), tags(aside)) == ("bb", "aaaa")
+    assert (aside / "bad_rewards.jsonl").read_text() == "of a\n"
+    assert not (tmp_path / "bad_rewards.jsonl").exists()
+
+
+def test_samples_of_bad_rewards_stay_with_their_branch(tmp_path):
+    train(tmp_path, None, 4, "a")
+    (tmp_path / "bad_rewards.jsonl").write_text("of a\nof b\n")
+    rollback.begin(tmp_path, tmp_path / "checkpoint-2", bad_rewards_bytes=5)
+    assert (tmp_path / "abandoned-1" / "bad_rewards.jsonl").read_text() == "of a\n"
+    assert (tmp_path / "bad_rewards.jsonl").read_text() == "of b\n"
+    # What was saved by this process alone is no trace of another branch.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "bad_rewards.jsonl").write_text("of b\n")
+    assert rollback.begin(tmp_path / "new", None, bad_rewards_bytes=0).notes == ()
+    assert (tmp_path / "new" / "bad_rewards.jsonl").read_text() == "of b\n"

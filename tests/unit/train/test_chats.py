@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.chat_format import resolve
+from toolkit.config.resolved import Situation, resolve_run
 from toolkit.config.run_config import DatasetSection, ModelSection, RunConfig
 from toolkit.train.data import chat_record
 
@@ -51,6 +51,10 @@ def test_a_checkpoint_is_resumed_in_its_format(
     assert chat_record.kept(config(), found).dataset.chat == kept
     assert chat_record.recorded(then, found)[chat_record.KEY] == (None if kept == "auto" else kept)
     assert chat_record.kept(config(chat=True), found).dataset.chat is True  # what is written stays
+
+
+def resolve(made: RunConfig, template: bool | None) -> RunConfig:
+    return resolve_run(made, Situation(), template=template).config
 
 
 def test_what_is_recorded_is_the_resolved_format() -> None:

@@ -76,7 +76,7 @@ def test_a_name_in_the_checksums_may_not_lead_outside(tmp_path):
     listed["files"]["../outside"] = {"bytes": 1, "sha256": "0" * 64}
     text = json.dumps(listed, indent=1, sort_keys=True) + "\n"
     (folder / checkpoint.CHECKSUMS).write_text(text)
-    assert "leads outside" in checkpoint.faults(folder)[0]
+    assert "points outside" in checkpoint.faults(folder)[0]
 
 
 def test_a_writer_that_died_leaves_nothing_that_counts(tmp_path):
@@ -124,14 +124,14 @@ def test_what_resume_chooses(tmp_path):
     folder = write(tmp_path, 3)
     for asked in ("auto", "must", str(folder)):
         assert branch.choose(tmp_path, asked) == (folder, [])
-    with pytest.raises(ConfigError, match=r"holds a run, and runtime.resume is never"):
+    with pytest.raises(ConfigError, match=r"contains a run, and runtime.resume is never"):
         branch.choose(tmp_path, "never")
-    with pytest.raises(InputError, match="no such checkpoint"):
+    with pytest.raises(InputError, match="the checkpoint does not exist"):
         branch.choose(tmp_path, str(tmp_path / "nowhere"))
     (folder / "a.json").unlink()
-    with pytest.raises(InputError, match=r"not a sound checkpoint: a.json is missing"):
+    with pytest.raises(InputError, match=r"the checkpoint is damaged: a.json is missing"):
         branch.choose(tmp_path, str(folder))
-    with pytest.raises(ConfigError, match="no checkpoint here is sound") as refused:
+    with pytest.raises(ConfigError, match="no checkpoint in this folder is intact") as refused:
         branch.choose(tmp_path, "auto")
     assert "a.json is missing" in refused.value.message
 
@@ -141,7 +141,7 @@ def test_what_is_no_file_of_its_own_is_never_waited_for_or_followed(tmp_path):
     outside = tmp_path / "outside"
     (folder / "a.json").rename(outside)
     (folder / "a.json").symlink_to(outside)
-    assert checkpoint.faults(folder) == ["a.json is a link, and was written as a file"]
+    assert checkpoint.faults(folder) == ["a.json is a link, but was written as a file"]
     (folder / "a.json").unlink()
     os.mkfifo(folder / "a.json")
     assert checkpoint.faults(folder) == ["a.json is missing"]

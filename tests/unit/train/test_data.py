@@ -51,8 +51,8 @@ def test_empty_duplicate_and_long_prompts_are_counted(tmp_path: Path) -> None:
     assert data.report.lines() == [
         f"4 plain prompts from {tmp_path}/train.jsonl",
         "3 of 7 rows have no prompt and were left out",
-        "2 prompts repeat an earlier one (kept)",
-        "1 prompts were longer than grpo.max_prompt_length and lost their beginning "
+        "2 prompts are duplicates of an earlier one (kept)",
+        "1 prompts were longer than grpo.max_prompt_length: their first tokens were removed "
         "(the longest had 5 tokens)",
     ]
 
@@ -171,10 +171,13 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"prompt": "quest"}, "'quest', and there is none; the columns are q, a"),
+        ({"prompt": "quest"}, "'quest', which does not exist; the columns are q, a"),
         ({"prompt": "qq"}, "fix: dataset.prompt: q"),
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
-        ({"eval_split": "test"}, "is a file, which has no splits, and the split 'test'"),
+        (
+            {"eval_split": "test"},
+            "a file has no splits, but the run file asks for the split 'test'",
+        ),
         ({"path": None}, "no data set is set, so there are no prompts to train on"),
     ],
 )
@@ -206,8 +209,8 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     data = load(write(tmp_path, rows))
     assert data.train.to_list() == [{"q": "w1", "a": 1, "prompt": "w1", "answer": 1}]
     assert data.report.train.notes == (
-        "the column 'prompt' gives way to dataset.prompt, which is 'q'",
-        "the column 'answer' gives way to dataset.answer, which is 'a'",
+        "the column 'prompt' is left out: dataset.prompt names the column 'q' for it",
+        "the column 'answer' is left out: dataset.answer names the column 'a' for it",
         "the column 'completions' is left out: rewards receive something else as completions",
     )
 
@@ -222,7 +225,9 @@ def test_the_usual_names(tmp_path: Path) -> None:
 def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=r"no file or folder here.* HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ConfigError, match=r"not a file or folder on this machine.* HF_HUB_OFFLINE is set"
+    ):
         load("somebody/nothing")
 
 
@@ -230,7 +235,7 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "message", "code"),
     [
         (ConnectionError("no"), "the hub does not answer", 4),
-        (datasets.exceptions.DatasetNotFoundError("gone"), "no dataset on the hub .*gone", 1),
+        (datasets.exceptions.DatasetNotFoundError("gone"), "not a hub dataset .*gone", 1),
         (ValueError("Unknown split"), "Unknown split", 1),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer", 1),
     ],

@@ -178,7 +178,7 @@ def test_null_answers_are_counted_and_never_compared(tmp_path: Path) -> None:
     data = load(tmp_path / "d.jsonl")
     assert data.report.train.no_answer == 2
     assert data.report.train.lines()[1] == (
-        "2 of 3 rows have no answer (null): rewards that compare with it leave them out"
+        "2 of 3 rows have no answer (null): rewards that compare with the answer do not score them"
     )
     answers = data.train["answer"][:]
     for reward in (ExactMatch(), NumericMatch()):
@@ -198,7 +198,7 @@ def test_nan_is_no_answer(tmp_path: Path) -> None:
 
 def test_a_data_set_without_any_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": "w1", "a": None}]))
-    with pytest.raises(ConfigError, match="column 'a' has no answer: it is null in all of its 1"):
+    with pytest.raises(ConfigError, match="column 'a' has no answers: it is null in all 1"):
         load(tmp_path / "d.jsonl")
 
 

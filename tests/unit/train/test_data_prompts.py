@@ -16,13 +16,13 @@ from toolkit.train.data import prompt_format
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([1, 2], "is int, not a text or a list of messages"),
+        ([1, 2], "must be a text or a list of messages, not int"),
         ([[user("x")], [{"content": "x"}]], "message 1 has no role"),
         ([[user("x")], ["x"]], "message 1 has no role"),
         ([[{"role": "human", "content": "x"}]], "role 'human', not one of system"),
-        ([[{"role": "user"}]], "message 1 has no content"),
-        ([[user(5)]], "message 1 has no content that is a text"),
-        ([[user("x"), {"role": "assistant", "content": "y"}]], "nothing left to answer"),
+        ([[{"role": "user"}]], "message 1 must have a text as content"),
+        ([[user(5)]], "message 1 must have a text as content"),
+        ([[user("x"), {"role": "assistant", "content": "y"}]], "nothing to answer"),
     ],
 )
 def test_bad_prompts_name_the_row(prompts: list[Any], message: str) -> None:
@@ -81,7 +81,7 @@ def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
         prompt_format.check_template(make_tokenizer(), [user("x")], "q")
     late = [user("x"), {"role": "system", "content": "y"}]
-    with pytest.raises(ConfigError, match="refuses the prompts: system must come first"):
+    with pytest.raises(ConfigError, match="rejects the prompts: system must come first"):
         prompt_format.check_template(make_tokenizer(chat=True), late, "q")
 
 
@@ -90,7 +90,9 @@ def test_a_text_loses_its_first_tokens() -> None:
     text = " ".join(f"w{number}" for number in range(10))
     assert prompt_format.truncate(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
     assert prompt_format.truncate(tokenizer, text, 11) == text
-    with pytest.raises(ConfigError, match=r"max_prompt_length 1: the special tokens alone have 1"):
+    with pytest.raises(
+        ConfigError, match=r"max_prompt_length .1 tokens.: the special tokens alone have 1"
+    ):
         prompt_format.truncate(tokenizer, text, 1)
 
 

@@ -126,7 +126,7 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
     [
         ("d.jsonl", '{"a": 1}\n{"a": 2', r"d.jsonl:2:8: is not JSON: Expecting ',' delimiter"),
         ("d.jsonl", '{"a": 1}\n\n[1]\n', "d.jsonl:3: a line must be a JSON object, not a list"),
-        ("d.jsonl", '{"a": NaN}', "d.jsonl:1: is not JSON: NaN is no JSON value"),
+        ("d.jsonl", '{"a": NaN}', "d.jsonl:1: is not JSON: NaN is not a JSON value"),
         ("d.jsonl", b'{"a": 1}\n{"a": "\xff"}', "d.jsonl:2: is not UTF-8 text"),
         ("d.jsonl", '{"a":' + "[" * 100_000, "d.jsonl:1: is nested too deeply"),
         ("d.jsonl", '{"a": "ok"}\n{"a": "\\ud800"}', "d.jsonl:2: .*half of a character"),
@@ -134,12 +134,12 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
         ("d.json", '[\n{"a": 1}\n{"a": 1}]', "d.json:3: is not JSON"),
         ("d.json", '{"rows": []}', "must be a list of objects"),
         ("d.json", "", "d.json:1: is not JSON"),
-        ("d.csv", "a,b\n1,2\n3\n", "d.csv:3: has 1 fields where the header has 2"),
+        ("d.csv", "a,b\n1,2\n3\n", "d.csv:3: has 1 fields, but the header has 2"),
         ("d.csv", 'a,b\n1,"2\n', "d.csv:2: unexpected end of data"),
         ("d.csv", "a,a\n1,2\n", "d.csv:1: two columns have the same name"),
         ("d.csv", b"a,b\n\xff,2\n", "d.csv: is not UTF-8 text"),
-        ("d.parquet", "PAR1 not", "is no readable Parquet file"),
-        ("d.arrow", "not", "is no readable Arrow file"),
+        ("d.parquet", "PAR1 not", "is not a readable Parquet file"),
+        ("d.arrow", "not", "is not a readable Arrow file"),
         ("d.zip", "not", "not a readable archive"),
     ],
 )
@@ -152,11 +152,20 @@ def test_broken_files_name_the_place(tmp_path: Path, name: str, content, message
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (['"x"', "1", "2"], "d.jsonl:2: column 'a' holds a number here and a text before"),
-        (["1", "2", '"x"'], "d.jsonl:3: column 'a' holds a text here and a number before"),
-        (["null", "[1]", '{"b": 1}'], "d.jsonl:3: column 'a' holds an object here and a list"),
-        (["true", "1"], "d.jsonl:2: column 'a' holds a number here and a truth value before"),
-        (["1", str(2**70)], "d.jsonl:2: column 'a' holds a number"),
+        (
+            ['"x"', "1", "2"],
+            "d.jsonl:2: column 'a' has a number in this row and a text in earlier rows",
+        ),
+        (
+            ["1", "2", '"x"'],
+            "d.jsonl:3: column 'a' has a text in this row and a number in earlier rows",
+        ),
+        (["null", "[1]", '{"b": 1}'], "d.jsonl:3: column 'a' has an object in this row and a list"),
+        (
+            ["true", "1"],
+            "d.jsonl:2: column 'a' has a number in this row and a boolean in earlier rows",
+        ),
+        (["1", str(2**70)], "d.jsonl:2: column 'a' has a number"),
     ],
 )
 def test_a_column_of_two_types_names_the_row(tmp_path: Path, rows: list[str], message: str) -> None:
@@ -177,7 +186,7 @@ def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
     write(tmp_path, "train.jsonl", "")
     with pytest.raises(InputError, match=r"no such file[\s\S]*train\.jsonl"):
         read_file(tmp_path / "trian.jsonl")
-    with pytest.raises(InputError, match=r"no such file[\s\S]*there is no folder"):
+    with pytest.raises(InputError, match=r"no such file[\s\S]*the folder .*nowhere does not exist"):
         read_file(tmp_path / "nowhere" / "x.jsonl")
 
 

@@ -45,7 +45,7 @@ def test_else_the_latest_sound_checkpoint(tmp_path: Path) -> None:
         torn = _checkpoint(run, step)
     (torn / "adapter_model.safetensors").write_bytes(b"")
     assert open_run(run).checkpoint == run / "checkpoint-20"
-    with pytest.raises(ConfigValueError, match="has no sound checkpoint-100"):
+    with pytest.raises(ConfigValueError, match="has no intact checkpoint-100"):
         open_run(run, step=100)
 
 
@@ -59,14 +59,16 @@ def test_a_folder_cannot_allow_code_of_its_own_model(tmp_path: Path) -> None:
 
 
 def test_folders_with_nothing_to_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no run folder: config\.json is missing"):
+    with pytest.raises(InputError, match=r"is not a run folder: config\.json is missing"):
         open_run(tmp_path)
-    with pytest.raises(ConfigValueError, match="no sound checkpoint and no finished adapter"):
+    with pytest.raises(
+        ConfigValueError, match="neither an intact checkpoint nor a finished adapter"
+    ):
         open_run(_run(tmp_path / "run"))
     with pytest.raises(UnsupportedError, match="trained every weight"):
         open_run(_run(tmp_path / "full", full_finetuning=True))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="is no resolved run"):
+    with pytest.raises(InputError, match="is not the config of a run"):
         open_run(tmp_path)
 
 

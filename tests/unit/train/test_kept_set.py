@@ -130,7 +130,7 @@ def test_what_keeps_all_is_the_softmax() -> None:
         torch.testing.assert_close(score(logits, tokens, off).logps, plain)
     assert Distribution(temperature=0.3, top_k=-1).plain
     assert not Distribution(repetition_penalty=1.1).plain
-    with pytest.raises(ValueError, match="penalties depend on the tokens before"):
+    with pytest.raises(ValueError, match="penalties depend on earlier tokens"):
         score(logits, tokens, Distribution(presence_penalty=1.0))
 
 

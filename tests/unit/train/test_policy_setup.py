@@ -130,6 +130,20 @@ def test_the_written_fields_are_those_that_were_passed(tmp_path):
         GRPOConfig(str(tmp_path), bogus=1)
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server', and the model has an"),
+        ({"use_transformers_continuous_batching": True}, "Hugging Face generation is not used"),
+    ],
+)
+def test_another_way_to_generate_is_refused_beside_an_engine(tmp_path, written, words):
+    name = list(written)[-1]
+    with pytest.raises(ConfigValueError, match=words) as caught:
+        trainer_of(loaded(torch.float32, engine=True), plain(tmp_path, GRPOConfig, **written))
+    assert caught.value.where == f"GRPOConfig.{name}"
+
+
 # --- a float32 adapter
 
 
@@ -241,7 +255,9 @@ def test_a_run_in_which_the_base_changes_fails(tmp_path):
         return ones(completions)
 
     trainer = make_trainer(tmp_path, rewards=write, **QUICK)
-    with pytest.raises(DefectError, match=r"model.norm.weight of the base changed during the run"):
+    with pytest.raises(
+        DefectError, match=r"model.norm.weight of the base model changed during the run"
+    ):
         trainer.train()
 
 

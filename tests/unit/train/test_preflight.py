@@ -13,6 +13,7 @@ import pytest
 
 from toolkit.base.errors import ConfigError
 from toolkit.cli import request
+from toolkit.cli.train_run import train
 from toolkit.config import load_run
 from toolkit.config.resolved import Situation, resolve_run
 from toolkit.config.validate import check_instance
@@ -179,5 +180,18 @@ def test_a_larger_card_with_less_room_than_its_share_is_refused(
 
 
 def test_gpu_and_cpu_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="1 of 2 processes have a GPU, not process 1"):
+    with pytest.raises(ConfigError, match="1 of 2 processes have a GPU; process 1 has none"):
         ranked(tmp_path, monkeypatch, Told(None))
+
+
+def test_a_run_that_cannot_be_here_is_refused_by_its_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``toolkit train`` judges the run file again, for the device that it finds."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(preflight, "run_checks", lambda *_: ())  # of a node and a model that do
+    run_file = prepared_run(tmp_path)
+    sets = ("--set", "model.attn_implementation=flash_attention_2")
+    with pytest.raises(ConfigError, match=r"error\[LOAD023\].*needs a GPU"):
+        train.main([str(run_file), *sets], standalone_mode=False)
+    assert not (tmp_path / "out" / "preflight.json").exists()

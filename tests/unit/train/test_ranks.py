@@ -55,7 +55,7 @@ def test_no_meeting_is_a_reason_to_try_again(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(RetryError, match="the 2 processes of this run did not meet") as refused:
+    with pytest.raises(RetryError, match="the 2 processes of this run did not connect") as refused:
         join(1.0)
     assert "MASTER_PORT" in str(refused.value.fix)
 
@@ -86,9 +86,8 @@ def test_who_is_gone_is_named() -> None:
     ended = together(lambda p: p.ending(LOST), lambda _: None, lambda p: p.ending(LOST))
     told = next(end for end in ended if isinstance(end, RetryError))
     silent = next(end for end in ended if isinstance(end, SystemExit))
-    assert (
-        told.message
-        == "process 1 of this run is gone (Connection closed by peer [127.0.0.1]:15238)"
+    assert told.message == (
+        "process 1 of this run has ended unexpectedly (Connection closed by peer [127.0.0.1]:15238)"
     )
     assert silent.code == 4
 
@@ -109,7 +108,8 @@ def test_a_stop_says_who_did_not_answer() -> None:
 
 def test_nobody_waits_for_one_that_failed() -> None:
     ended = together(
-        lambda p: p.ending(ConfigError("no such model")), lambda p: p.exchange("device", None)
+        lambda p: p.ending(ConfigError("no such model")),
+        lambda p: p.exchange("device", None),
     )
     assert isinstance(ended[1], PeerFailed)
 
@@ -121,7 +121,7 @@ def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
 
     told = Peers(Broken(), 1, 3).ending(LOST)
     assert isinstance(told, RetryError)
-    assert "process 0 of this run is gone" in told.message
+    assert "process 0 of this run has ended unexpectedly" in told.message
     silent = Peers(Broken(), 2, 3).ending(LOST)
     assert isinstance(silent, SystemExit)
     assert silent.code == 4
@@ -142,7 +142,9 @@ def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
 def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
     assert is_gone(RuntimeError(text)) is expected
     assert not is_gone(ConfigError(text))
-    assert gone([], RuntimeError(text)).message.startswith("another process of this run is gone")
+    assert gone([], RuntimeError(text)).message.startswith(
+        "another process of this run has ended unexpectedly"
+    )
 
 
 def test_an_engine_that_lost_its_partner_while_starting_is_no_bad_node() -> None:

@@ -77,16 +77,20 @@ def test_scores(wrap, name, options, completion, answer, expected) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("exactmatch", {}, "there is no reward 'exactmatch'[\\s\\S]*did you mean exact_match"),
+        (
+            "exactmatch",
+            {},
+            "the reward 'exactmatch' does not exist[\\s\\S]*did you mean exact_match",
+        ),
         ("exact_match", {"colum": "x"}, "has no option 'colum'[\\s\\S]*did you mean column"),
         ("exact_match", {"column": 5}, "option column must be text, not 5"),
         ("exact_match", {"ignore_case": 1}, "option ignore_case must be bool, not 1"),
         ("numeric_match", {"tolerance": True}, "tolerance must be float"),
         ("numeric_match", {"tolerance": 2.0}, re.escape("tolerance must be in [0, 1)")),
         ("regex_match", {}, "needs the option pattern"),
-        ("regex_match", {"pattern": "("}, "is no regular expression"),
+        ("regex_match", {"pattern": "("}, "is not a valid regular expression"),
         ("format", {"tags": []}, "at least one"),
-        ("format", {"tags": ["a", "a"]}, "different names"),
+        ("format", {"tags": ["a", "a"]}, "all names must differ"),
         ("format", {"tags": [1]}, "list of texts"),
         ("length_penalty", {}, "needs the option max_length"),
         ("length_penalty", {"max_length": 5, "margin": 6}, "0 <= margin <= max_length"),

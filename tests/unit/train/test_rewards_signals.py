@@ -9,7 +9,7 @@ import time
 import pytest
 
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 
 
 def terminated_and_then(seconds: float) -> None:
@@ -20,7 +20,7 @@ def terminated_and_then(seconds: float) -> None:
 def test_a_reward_that_is_too_long_is_abandoned_with_its_step():
     signals = StopSignals(grace_s=0.2)
     begin = time.monotonic()
-    with signals.installed(), signals.at_steps(), pytest.raises(Abandoned):
+    with signals.installed(), signals.at_steps(), pytest.raises(StepAbandoned):
         call_within(20, lambda: terminated_and_then(20))
     assert time.monotonic() - begin < 5
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -30,7 +30,7 @@ def test_the_grace_goes_on_counting_after_the_reward():
     signals = StopSignals(grace_s=0.4)
     with signals.installed(), signals.at_steps():
         call_within(20, lambda: terminated_and_then(0.1))
-        with pytest.raises(Abandoned):
+        with pytest.raises(StepAbandoned):
             time.sleep(20)
 
 

@@ -76,7 +76,7 @@ def test_a_package_and_what_it_imports(tmp_path: Path) -> None:
 
 def test_what_is_not_allowed_is_not_run(tmp_path: Path) -> None:
     write(tmp_path, "evil.py", f"open({str(tmp_path / 'run')!r}, 'w')\n{GOOD}")
-    with pytest.raises(ConfigError, match=r"allow_code does not allow[\s\S]*allow_code: \[evil\]"):
+    with pytest.raises(ConfigError, match=r"allow_code does not list[\s\S]*allow_code: \[evil\]"):
         load_function("evil:tone", ["mine"], tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -91,7 +91,9 @@ def test_a_file_beside_the_run_file_cannot_pose_as_another_module(tmp_path: Path
     finders = [finder for finder in sys.meta_path if isinstance(finder, BesideRunFile)]
     assert [finder.top for finder in finders] == ["mine"]
     write(tmp_path, "mine2.py", "import helper_evil\n" + GOOD)
-    with pytest.raises(ConfigError, match=r"module helper_evil, not found[\s\S]*allow it"):
+    with pytest.raises(
+        ConfigError, match=r"module helper_evil, which was not found[\s\S]*allow it"
+    ):
         load_function("mine2:tone", ["mine2"], tmp_path)
 
 
@@ -109,13 +111,13 @@ def test_malformed_names(tmp_path: Path, name: str) -> None:
     ("content", "message"),
     [
         ("def tones(**kwargs): ...", "tone does not exist in mine[\\s\\S]*did you mean tones"),
-        ("x = 1", "tone does not exist in mine[\\s\\S]*it has: none"),
+        ("x = 1", "tone does not exist in mine[\\s\\S]*the module has: none"),
         ("tone = 5", "tone is not a function in mine"),
         ("def tone(:", "mine.py:1: reward mine:tone: invalid syntax"),
         ("1 / 0", "importing mine raised ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)", "importing mine raised SystemExit"),
         ("import not_there_at_all", "needs the module not_there_at_all"),
-        ("def tone(prompts, completions): ...", "end its parameters with \\*\\*kwargs"),
+        ("def tone(prompts, completions): ...", "add \\*\\*kwargs"),
         ("def tone(completions, /, **kwargs): ...", "called by keyword"),
         ("def tone(completions, solution, **kwargs): ...", "needs the column solution; .* answer"),
         ("def tone(completions, x, y, **kwargs): ...", "needs the columns x, y"),
@@ -128,7 +130,9 @@ def test_modules_that_do_not_fit(tmp_path: Path, content: str, message: str) -> 
 
 
 def test_a_module_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no module mine[\s\S]*put mine.py beside the run file"):
+    with pytest.raises(
+        ConfigError, match=r"the module mine does not exist[\s\S]*put mine.py next to the run file"
+    ):
         rewards(tmp_path, RewardFunction(name="mine:tone"))
 
 

@@ -26,7 +26,7 @@ from toolkit.config.run_config import (
     RunConfig,
     RuntimeSection,
 )
-from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.error_policy import AsyncGuardedReward, Policy, guard
 from toolkit.train.rewards.remote import RemoteReward
@@ -91,7 +91,7 @@ RAISES_OR_RETURNS = [
     ("leaves", "raised SystemExit: 3"),
     ("async_leaves", "raised SystemExit: 3"),
     ("async_cancelled", "raised CancelledError"),
-    ("bad_repr", "returned a BadRepr for a reward"),
+    ("bad_repr", "returned a BadRepr as a reward"),
     (
         "bad_float",
         "returned a BadFloat that cannot be read as a number: RuntimeError: no float",
@@ -101,7 +101,7 @@ RAISES_OR_RETURNS = [
     ("bad_message", "raised BadMessage: (its __str__ raises)"),
 ]
 IN_THE_WORKER = [
-    ("logs_a_text", "raised TypeError: log_metric takes a number, not a str"),
+    ("logs_a_text", "raised TypeError: log_metric needs a number, not a str"),
     ("interrupts", "raised KeyboardInterrupt"),
     ("kills_its_parent", "ended its process by SIGKILL"),
     ("closes_pipes", "ended its process with exit code 1"),
@@ -149,7 +149,7 @@ def test_tensors_without_values_and_sparse_ones(tmp_path: Path) -> None:
         assert reward(**batch) == what
     said = (tmp_path / "bad_rewards.jsonl").read_text()
     assert "returned a Tensor whose values cannot be read" in said
-    assert "returned a Tensor for a reward" in said or "cannot be read as a number" in said
+    assert "returned a Tensor as a reward" in said or "cannot be read as a number" in said
 
 
 def test_long_texts_are_saved_short(rewards) -> None:
@@ -212,7 +212,7 @@ def test_what_a_dataset_holds_and_the_state_arrive(rewards) -> None:
 
 def test_a_column_that_cannot_travel_is_named(tmp_path: Path) -> None:
     (reward,) = load(tmp_path, "fine")
-    with pytest.raises(ConfigError, match=r"column picture holds[\s\S]*isolate: false"):
+    with pytest.raises(ConfigError, match=r"column picture has a value[\s\S]*isolate: false"):
         score(reward, picture=[object()] * 3)
 
 
@@ -247,7 +247,7 @@ def test_a_signal_to_the_run_cuts_the_wait(tmp_path: Path) -> None:
     signals = StopSignals(grace_s=0.2)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     begin = time.monotonic()
-    with signals.installed(), signals.at_steps(), pytest.raises(Abandoned):
+    with signals.installed(), signals.at_steps(), pytest.raises(StepAbandoned):
         score(reward)
     assert time.monotonic() - begin < 20
     assert signals.received == "SIGTERM"

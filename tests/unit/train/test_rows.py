@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from toolkit.train.rollout.completion_index import Rows
+from toolkit.train.rollout.completion_index import CompletionIndex
 
 
 def trainer(rank: int = 0, ranks: int = 1, *, steps: int = 1, **more: Any) -> Any:
@@ -22,7 +22,7 @@ def trainer(rank: int = 0, ranks: int = 1, *, steps: int = 1, **more: Any) -> An
 
 def draws(of: Any, prompts: list[list[int]], batches: int = 1) -> list[tuple[int, int]]:
     """(seed of the call, row) of everything that a rank draws."""
-    rows, found = Rows(of), []
+    rows, found = CompletionIndex(of), []
     for _ in range(batches):
         rows.begin(len(prompts))
         seed, numbers = rows.call(prompts)
@@ -64,7 +64,7 @@ def test_the_same_batch_twice_is_two_draws() -> None:
 
 def test_a_turn_of_the_tool_loop_finds_its_rows() -> None:
     """It is about some of the rows, and does not say which."""
-    rows = Rows(trainer(1, 2, tools=[print]))
+    rows = CompletionIndex(trainer(1, 2, tools=[print]))
     prompts = [[1, 2]] * 4
     rows.begin(4)
     first, numbers = rows.call(prompts)
@@ -85,7 +85,7 @@ def test_a_turn_of_the_tool_loop_finds_its_rows() -> None:
 
 
 def test_a_row_that_was_cut_short_is_taken_by_its_place() -> None:
-    rows = Rows(trainer(tools=[print]))
+    rows = CompletionIndex(trainer(tools=[print]))
     rows.begin(3)
     _, numbers = rows.call([[1]] * 3)
     rows.drawn(numbers, [[1]] * 3, [[4, 5, 6], [7, 8], [9]])
@@ -94,5 +94,5 @@ def test_a_row_that_was_cut_short_is_taken_by_its_place() -> None:
 
 
 def test_it_asks_for_no_more_than_a_bare_trainer_has() -> None:
-    rows = Rows(SimpleNamespace())
+    rows = CompletionIndex(SimpleNamespace())
     assert rows.call([[1], [2]])[1] == [0, 1]

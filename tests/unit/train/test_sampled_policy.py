@@ -119,7 +119,7 @@ def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> Non
             r"max_new_token is not a sampling keyword.*\n.*max_completion_length",
         ),
         ({"stop": ["a"]}, r"Hugging Face generation does not read it\n.*has stop_strings"),
-        ({"presence_penalty": 1.0}, r"does not read it\n.*leave presence_penalty out"),
+        ({"presence_penalty": 1.0}, r"does not read it\n.*remove presence_penalty"),
         (
             {"max_new_tokens": 5},
             "max_new_tokens has the same meaning as grpo.max_completion_length",
@@ -134,5 +134,7 @@ def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, text:
 
 
 def test_a_bias_without_weights_is_told_at_construction(tmp_path: Path) -> None:
-    with pytest.warns(ToolkitWarning, match="does not follow typical_p: completions come from a"):
+    with pytest.warns(
+        ToolkitWarning, match="does not apply typical_p: completions are sampled from"
+    ):
         make_trainer(tmp_path, generation_kwargs={"typical_p": 0.9})

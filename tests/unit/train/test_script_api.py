@@ -51,9 +51,9 @@ def test_fields_of_older_releases_are_translated_and_told_once(tmp_path):
     assert (made.max_prompt_length, made.warmup_steps, made.beta) == (256, 0.1, 0.04)
     assert made.vllm_structured_outputs_regex == "[0-9]+"
     for words in (
-        "warmup_ratio=0.1 is warmup_steps=0.1 today",
-        "evaluation_strategy is eval_strategy today",
-        "kl_coef is beta today",
+        "warmup_ratio=0.1 is now warmup_steps=0.1",
+        "evaluation_strategy is now called eval_strategy",
+        "kl_coef is now called beta",
         "unsloth_num_chunks is left out",
         "logging_dir is left out: the variable TENSORBOARD_LOGGING_DIR",
         "vllm_device is left out: FastLanguageModel.from_pretrained decides it",
@@ -73,7 +73,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
     assert made.temperature == 0.7
     assert "temperature stays 0.7" in told
-    with pytest.raises(ConfigTypeError, match="vllm_sampling_params is a str"):
+    with pytest.raises(ConfigTypeError, match="vllm_sampling_params has the type str"):
         config(tmp_path, vllm_sampling_params="greedy")
 
 
@@ -81,7 +81,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     ("fields", "words"),
     [
         ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
-        ({"dataset_text_field": "text"}, "is no field of GRPOConfig: it is dataset.prompt"),
+        ({"dataset_text_field": "text"}, "is not a field of GRPOConfig: it is dataset.prompt"),
         ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef=0.1 is the older name of beta, which is 0.2"),
         ({"warmup_ratio": 1}, "warmup_ratio=1 must be a number from 0 to below 1"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),
@@ -107,7 +107,7 @@ def test_what_has_no_meaning_of_today_is_refused_by_name(tmp_path, fields, words
     ],
 )  # fmt: skip
 def test_every_batch_that_the_message_lists_is_legal(tmp_path, fields):
-    with pytest.raises(ConfigValueError, match="no multiple of num_generations=6") as caught:
+    with pytest.raises(ConfigValueError, match="not a multiple of num_generations=6") as caught:
         config(tmp_path, **fields)
     choices = re.findall(r"(\w+)=([\d or]+)", str(caught.value.fix))
     assert choices
@@ -166,9 +166,9 @@ def trainer_of(tmp_path, rewards, model=None, **grpo):
     [
         (nothing, "reward nothing returned a NoneType, not a list of rewards"),
         (scalar, "reward scalar returned a float, not a list of rewards"),
-        (words, "reward words returned a str for a reward (sample 0 of 8)"),
-        (nested, "reward nested returned a list for a reward (sample 0 of 8)"),
-        (later, "reward later returned a str for a reward (sample 0 of 8)"),
+        (words, "reward words returned a str as a reward (sample 0 of 8)"),
+        (nested, "reward nested returned a list as a reward (sample 0 of 8)"),
+        (later, "reward later returned a str as a reward (sample 0 of 8)"),
     ],
 )
 def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
@@ -184,15 +184,17 @@ def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
 
 
 def test_training_ends_with_the_words_for_the_reward(tmp_path):
-    with pytest.raises(ConfigValueError, match="reward words returned a str for a reward"):
+    with pytest.raises(ConfigValueError, match="reward words returned a str as a reward"):
         trainer_of(tmp_path, [ones, words]).train()
 
 
 def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):
-    with pytest.raises(ConfigError, match=re.escape("reward no_kwargs takes (completions)")) as e:
+    with pytest.raises(
+        ConfigError, match=re.escape("reward no_kwargs has the parameters (completions)")
+    ) as e:
         trainer_of(tmp_path, no_kwargs)
-    assert e.value.fix == "end its parameters with **kwargs"
-    with pytest.raises(ConfigTypeError, match="is a list, and no function"):
+    assert e.value.fix == "add **kwargs at the end of its parameters"
+    with pytest.raises(ConfigTypeError, match="must be a function, not list"):
         trainer_of(tmp_path, [[1.0]])
 
 
@@ -288,7 +290,7 @@ def test_names_that_notebooks_import():
     assert is_bfloat16_supported() in (True, False)
     with pytest.warns(ToolkitWarning, match="from toolkit import GRPOConfig, GRPOTrainer"):
         PatchFastRL("GRPO", toolkit.FastLanguageModel)
-    with pytest.raises(NotImplementedError, match="only text is trained here"):
+    with pytest.raises(NotImplementedError, match="only text models are supported"):
         FastVisionModel.from_pretrained("some/vlm", load_in_4bit=True)
     with pytest.raises(NotImplementedError, match="supervised fine-tuning"):
         train_on_responses_only(None, instruction_part="<a>")
@@ -310,7 +312,7 @@ def test_chat_templates():
     assert get_chat_template(tokenizer, "qwen-2.5").chat_template == CHATML
     with pytest.raises(ConfigValueError, match="a chat template of another family"):
         get_chat_template(tokenizer, "gemma-3")
-    with pytest.raises(NotImplementedError, match="reads role and content"):
+    with pytest.raises(NotImplementedError, match="keys role and content"):
         get_chat_template(tokenizer, "chatml", mapping={"role": "from", "content": "value"})
     own = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert get_chat_template(tokenizer, own).chat_template == own

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from toolkit.train.checkpointing.stop_signals import SIGNALS, Abandoned, StopSignals
+from toolkit.train.checkpointing.stop_signals import SIGNALS, StepAbandoned, StopSignals
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def send(number):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_while_nothing_can_be_lost_it_cuts_at_once(number):
     with StopSignals().installed() as signals:
-        with pytest.raises(Abandoned, match=number.name):
+        with pytest.raises(StepAbandoned, match=number.name):
             send(number)
         assert signals.received == number.name
 
@@ -88,7 +88,7 @@ def test_a_long_step_is_abandoned_but_never_while_shielded():
         send(signal.SIGTERM)
         time.sleep(0.5)  # the alarm finds the shield, and comes again
         signals.unshield()
-        with pytest.raises(Abandoned):
+        with pytest.raises(StepAbandoned):
             time.sleep(5)
 
 
@@ -107,4 +107,4 @@ def test_who_listened_before_listens_again():
 
 
 def test_no_except_exception_swallows_it():
-    assert not issubclass(Abandoned, Exception)
+    assert not issubclass(StepAbandoned, Exception)

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.report.metrics_log import LOGS, Journal, plain, row_of
+from toolkit.train.report.metrics_log import LOGS, Journal, plain, row_of, shortened_said
 from toolkit.train.report.progress import Progress, step_line
 
 TIMINGS = {"tokens_per_s": 1234.0, "step_s": 0.5}
@@ -89,7 +89,7 @@ def test_a_log_is_a_file_of_its_own(tmp_path):
         run_dir = tmp_path / f"run-{make.__name__}"
         run_dir.mkdir()
         make(run_dir / "metrics.jsonl")
-        with pytest.raises(ConfigError, match="is no regular file"):
+        with pytest.raises(ConfigError, match="is not a regular file"):
             Journal(run_dir)
     assert victim.read_text() == "precious"
 
@@ -159,3 +159,16 @@ def test_an_evaluation_line():
     stream = io.StringIO()
     Progress(stream, total=5)({"step": 5, "eval/reward": 0.5, "eval/completion_length": 3.25}, None)
     assert stream.getvalue() == "evaluation at step 5: reward 0.500, length 3.2\n"
+
+
+def test_a_huge_prompt_or_completion_keeps_its_start_and_its_end():
+    said = "a" * 300_000 + "b" * 300_000
+    kept = shortened_said(said)
+    assert kept == "a" * 100_000 + "... (400000 characters left out) ..." + "b" * 100_000
+    assert shortened_said("a" * 200_000) == "a" * 200_000
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}] * 3
+    assert len(str(shortened_said(chat))) < 201_000
+    assert len(shortened_said([{}] * 10**6)) <= 200_001
+    assert shortened_said([{"role": "user", "content": "x", "tool_calls": None}]) == [
+        {"role": "user", "content": "x", "tool_calls": None}
+    ]

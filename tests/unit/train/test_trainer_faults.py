@@ -52,7 +52,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, capl
     parts.train()
     assert parts.least_parts >= 4
     assert Narrow.refused >= 2  # the whole, its halves; then parts that fit, also in the next step
-    assert f"the micro-batch is cut in {parts.least_parts} from here on" in caplog.text
+    assert f"the micro-batch is cut into {parts.least_parts} parts from now on" in caplog.text
     torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-6, rtol=1e-4)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
     for mine, theirs in zip(*rows, strict=True):
@@ -66,7 +66,7 @@ def test_an_error_without_a_text_is_one_too(tmp_path, caplog):
         error = MemoryError()
 
     make_trainer(tmp_path, kind=Bare, max_steps=1).train()
-    assert "the micro-batch is cut in 2 from here on (MemoryError)" in caplog.text
+    assert "the micro-batch is cut into 2 parts from now on (MemoryError)" in caplog.text
 
 
 def test_memory_that_never_suffices_is_given_up_on(tmp_path):
@@ -102,7 +102,7 @@ def test_rollouts_that_do_not_fit_are_made_in_halves(tmp_path, caplog):
     trainer.model.generate = narrow
     trainer.train()
     assert seen == [8, 4] + [2] * 8  # what did not fit is not tried again
-    assert "rollout: out of memory with 8 sequences, 4 at a time from here on" in caplog.text
+    assert "rollout: out of memory with 8 sequences, at most 4 at a time from now on" in caplog.text
     assert trainer.state.global_step == 2
 
 
@@ -131,7 +131,7 @@ def test_a_step_that_is_no_number_is_dropped_and_counted(tmp_path, caplog):
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row.get("skipped") for row in rows] == [None, 1.0, None]
     assert trainer.bad_steps == 0
-    assert "step 2: loss or gradient is not finite, skipped (1 in a row)" in caplog.text
+    assert "step 2 skipped: loss or gradient is not finite (1 in a row)" in caplog.text
 
 
 def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
@@ -140,7 +140,7 @@ def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
 
     trainer = make_trainer(tmp_path, kind=Always, max_steps=9, save_strategy="steps", save_steps=1)
     trainer.max_bad_steps = 2
-    with pytest.raises(ConfigError, match="not finite 2 steps in a row, up to step 3"):
+    with pytest.raises(ConfigError, match="not finite for 2 steps in a row, up to step 3"):
         trainer.train()
     saved = load_file(tmp_path / "bad-step-3-rank-0.safetensors")
     assert any(name.endswith("completion_ids") for name in saved)

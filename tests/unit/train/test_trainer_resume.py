@@ -59,7 +59,7 @@ def test_true_takes_the_latest_sound_checkpoint_and_names_the_torn_one(tmp_path,
     again = make_trainer(tmp_path)
     again.train(resume_from_checkpoint=True)
     assert adapter_digest(again) == adapter_digest(whole)
-    assert "checkpoint-6: optimizer.safetensors: 0 bytes" in caplog.text
+    assert "checkpoint-6: optimizer.safetensors has 0 bytes" in caplog.text
 
 
 def test_a_torn_checkpoint_that_was_named_is_refused(tmp_path):
@@ -92,9 +92,9 @@ def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
     sound, forged = tmp_path / "checkpoint-2", tmp_path / "forged"
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     cases = [
-        ("state.json", edited(world_size="1"), "world_size is missing, or is no int"),
+        ("state.json", edited(world_size="1"), "world_size is missing, or not of type int"),
         ("state.json", lambda _: "[" * 200_000, "cannot be read as JSON"),
-        ("state.json", lambda _: "[]", "world_size is missing, or is no int"),
+        ("state.json", lambda _: "[]", "world_size is missing, or not of type int"),
         ("state.json", edited(counters={}), "the state in the checkpoint cannot be used: KeyErr"),
         ("state.json", edited(optimizer={"tensor": "x"}), "cannot be used: KeyError"),
         ("state.json", edited(scheduler={"value": 1}), "the state in the checkpoint cannot be"),
@@ -129,9 +129,12 @@ def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
     ("change", "difference"),
     [
         (lambda t: t.pop(next(iter(t))), "1 tensors are missing, the first is"),
-        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors too many, the first is extra"),
-        (lambda t: t.update({next(iter(t)): torch.zeros(2, 2)}), "has shape [2, 2], here it is"),
-        (lambda t: next(iter(t.values())).fill_(float("nan")), "holds NaN or infinite values"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors are unexpected, the first is extra"),
+        (
+            lambda t: t.update({next(iter(t)): torch.zeros(2, 2)}),
+            "has shape [2, 2], but the model needs",
+        ),
+        (lambda t: next(iter(t.values())).fill_(float("nan")), "has NaN or infinite values"),
     ],
     ids=["missing", "extra", "rank", "nan"],
 )
@@ -219,7 +222,7 @@ def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
     cut = make_trainer(
         tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
     )
-    from toolkit.train.checkpointing.stop_signals import Abandoned, StopSignals
+    from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 
     cut.signals = StopSignals()
     cut._metrics["eval"]
@@ -227,10 +230,10 @@ def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
 
     def cut_here(*args, **kwargs):
         original(*args, **kwargs)
-        raise Abandoned("SIGTERM")
+        raise StepAbandoned("SIGTERM")
 
     cut.evaluation_loop = cut_here
-    with pytest.raises(Abandoned):
+    with pytest.raises(StepAbandoned):
         cut.train()
     assert cut.snapshot.pending_evaluation
     cut.save_snapshot(cut.snapshot)

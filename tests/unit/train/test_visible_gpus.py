@@ -30,8 +30,8 @@ def node(name: str, **environment: str) -> NodeSnapshot:
 def test_one_process_says_how_to_use_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = unused_gpus(node("h100x8-healthy"))
     assert line == (
-        "trains on GPU 0 of 8 visible ones, 7 of the others free; --nproc-per-node auto trains on"
-        " all 8"
+        "uses GPU 0 of 8 visible GPUs; 7 of the others are free; use --nproc-per-node auto"
+        " to train on all 8"
     )
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert unused_gpus(node("h100x8-healthy")) == []
@@ -57,10 +57,11 @@ def test_gpus_that_others_use_are_not_offered() -> None:
         return replace(eight, gpus=gpus)
 
     assert (
-        "6 of the others free; to use several, name free ones in CUDA_" in unused_gpus(busy(1))[0]
+        "6 of the others are free; to use several, list the free ones in CUDA_"
+        in unused_gpus(busy(1))[0]
     )
     assert unused_gpus(busy(*range(1, 8))) == [
-        "trains on GPU 0 of 8 visible ones, 0 of the others free"
+        "uses GPU 0 of 8 visible GPUs; 0 of the others are free"
     ]
 
 

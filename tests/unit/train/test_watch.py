@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.report.reward_watch import COUNT, LIMIT, Watch
+from toolkit.train.report.reward_watch import COUNT, LIMIT, RewardWatch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ def row(step: int, reward: float | None, flat: float) -> dict[str, Any]:
 
 def test_no_spread_for_many_steps_is_said_once(tmp_path: Path) -> None:
     said: list[str] = []
-    watch = Watch(tmp_path, said.append)
+    watch = RewardWatch(tmp_path, said.append)
     rows = [row(step, 0.0, 1.0) for step in range(1, 2 * LIMIT + 1)]
     for number, one in enumerate(rows, start=1):
         watch.see(one)
@@ -30,7 +30,7 @@ def test_no_spread_for_many_steps_is_said_once(tmp_path: Path) -> None:
 
 def test_one_group_with_spread_begins_the_count_again(tmp_path: Path) -> None:
     said: list[str] = []
-    watch = Watch(tmp_path, said.append)
+    watch = RewardWatch(tmp_path, said.append)
     for step in range(1, 5 * LIMIT):
         one = row(step, 0.5, 0.75 if step % (LIMIT - 1) == 0 else 1.0)
         watch.see(one)
@@ -40,7 +40,7 @@ def test_one_group_with_spread_begins_the_count_again(tmp_path: Path) -> None:
 
 def test_rewards_that_are_all_none_are_said_at_once(tmp_path: Path) -> None:
     said: list[str] = []
-    watch = Watch(tmp_path, said.append)
+    watch = RewardWatch(tmp_path, said.append)
     for step in (3, 4):
         watch.see(row(step, None, 0.0))
     assert len(said) == 1
@@ -48,7 +48,7 @@ def test_rewards_that_are_all_none_are_said_at_once(tmp_path: Path) -> None:
 
 
 def test_evaluations_and_steps_without_new_completions_do_not_count(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, lambda _: None)
+    watch = RewardWatch(tmp_path, lambda _: None)
     evaluation = {"step": 1, "eval/reward": None}
     without = {"step": 2, "loss": 0.1}
     for one in (evaluation, without):
@@ -60,7 +60,7 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     """metrics.jsonl is the same whether a run was cut or not."""
     rows = [{**row(1, 0.0, 1.0), COUNT: 7}, {"step": 1, "eval/reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    watch = Watch(tmp_path, lambda _: None)
+    watch = RewardWatch(tmp_path, lambda _: None)
     one = row(2, 0.0, 1.0)
     watch.see(one)
     assert one[COUNT] == 8

@@ -14,6 +14,7 @@ from toolkit.config.chat_format import (
     NOT_CHATS,
 )
 from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
+from toolkit.config.data_types import MISFIT_FIX
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.model_facts import folder_fault, is_adapter
 from toolkit.config.rules.violation import Fault, rule
@@ -267,7 +268,7 @@ def there_is_a_data_set(run: Run) -> Iterator[Fault]:
 
     Every completion answers one of its prompts, so a run needs it whatever grpo.max_steps is.
     """
-    if run.value("dataset.path") is None:
+    if run.value("dataset.path") is None and run.node("environment") is None:
         yield Fault(
             "dataset.path",
             NO_DATA,
@@ -275,6 +276,30 @@ def there_is_a_data_set(run: Run) -> Iterator[Fault]:
             fixes=(Fix("dataset.path: a file (train.jsonl), a saved folder, or a hub id"),),
             related=("model.model_name",),
         )
+
+
+@rule(
+    "DATA040",
+    "dataset.path dataset.eval_path dataset.prompt",
+    example='dataset:\n  path: train.jsonl  # {"question": true}',
+    fix="give every row of a column the same type, and every prompt a text or messages",
+)
+def rows_can_be_trained_on(run: Run) -> Iterator[Fault]:
+    """A column holds one type, and a prompt is a text or a list of messages.
+
+    A column of texts and numbers has no type that a data set could have; a prompt that is a number
+    or a truth value cannot be asked. Checked in the first rows of JSONL, JSON and CSV files on this
+    machine, and in the schema of Parquet files; training checks every row.
+    """
+    for which in _PATHS:
+        data = data_of(run.document, which)
+        if data is not None and data.refused is not None:
+            yield Fault(
+                f"dataset.{which}",
+                f"{data.path.name} {data.refused}",
+                fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct that row"),),
+                related=("dataset.prompt",),
+            )
 
 
 @rule(

@@ -118,9 +118,10 @@ def attention_is_one(run: Run) -> Iterator[Fault]:
     fix="attn_implementation: sdpa",
 )
 def attention_has_its_machine(run: Run) -> Iterator[Fault]:
-    """flash_attention_N needs a GPU, a 16-bit dtype and its package.
+    """flash_attention_N needs a GPU, a 16-bit dtype and its package; flex_attention needs a GPU.
 
-    Checked with --gpu. `envcheck check` looks for the package on the machine that trains.
+    torch has no backward pass of flex attention on a CPU. Checked with --gpu. `envcheck check`
+    looks for the package on the machine that trains.
     """
     device = run.situation.device
     if device is None:
@@ -139,22 +140,40 @@ def attention_has_its_machine(run: Run) -> Iterator[Fault]:
 
 @rule(
     "LOAD024",
-    "grpo.fp16",
+    "grpo.fp16 model.dtype runtime.engine",
     example="grpo:\n  fp16: true  # with --gpu none",
-    fix="bf16: true",
+    fix="fp16: false",
 )
 def float16_needs_a_card(run: Run) -> Iterator[Fault]:
     """fp16 needs a GPU.
 
-    Loss scaling, which float16 needs, works only on a GPU. Checked with --gpu.
+    Without one there is no mixed precision in float16, and no loss scaling: a float32 model is
+    trained in float32, and a float16 model without scaling. Both are warnings. The vLLM engine
+    samples in float32 there unless model.dtype says otherwise, which is an error, as the trainer is
+    asked for another format. Checked with --gpu.
     """
     device = run.situation.device
-    if device is not None and device.compute_capability is None and run.value("grpo.fp16"):
-        yield Fault(
-            "grpo.fp16",
-            "float16 cannot be used: there is no GPU",
-            fixes=(run.to("grpo.fp16", False),),
-        )
+    if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
+        return
+    written = run.ask("model.dtype")
+    dtype = dtype_of(written, run.situation, load_in_16bit=run.ask("model.load_in_16bit"))
+    refused = run.engine == "vllm" and dtype != "float16"
+    if (refused and written != "auto") or run.ask("grpo.bf16"):
+        return  # RUN020 and GRPO023
+    if refused:
+        what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
+    elif dtype == "float16":
+        what = "there is no GPU, so the loss is not scaled: gradients below 6e-8 become 0"
+    else:
+        what = f"it has no effect: there is no GPU, and the run computes in {dtype}"
+    yield Fault(
+        "grpo.fp16",
+        what,
+        notes=(f"{run.operand('model.dtype')}; {run.operand('runtime.engine')}",),
+        fixes=(run.to("grpo.fp16", False),),
+        related=("model.dtype",),
+        severity=Severity.ERROR if refused else Severity.WARNING,
+    )
 
 
 @rule(

@@ -62,6 +62,7 @@ FORCED = {
     "grpo.remove_unused_columns": "rewards get every column of the data set",
     "grpo.ddp_backend": "processes communicate over NCCL with a GPU, else over gloo",
 }
+_TOOL_TURNS = "grpo.max_tool_calling_iterations"
 # Fields that nothing in GRPO reads.
 INERT = {
     "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
@@ -74,7 +75,7 @@ INERT = {
     "grpo.train_sampling_strategy": "GRPO uses its own group sampler; see shuffle_dataset",
     "grpo.length_column_name": "GRPO uses its own group sampler",
     "grpo.data_seed": "GRPO draws prompts with grpo.seed",
-    "grpo.max_tool_calling_iterations": "run files do not support tools",
+    _TOOL_TURNS: "there is no section tools",
     "grpo.restore_callback_states_from_checkpoint": "a resumed run restores all of its state",
     "grpo.average_tokens_across_devices": "the loss of GRPO counts tokens over all devices itself",
 }
@@ -132,7 +133,7 @@ def keys_without_effect(run: Run) -> Iterator[Fault]:
     """
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
-        if run.node(key) is not None:
+        if run.node(key) is not None and not (key == _TOOL_TURNS and run.node("tools")):
             yield Fault(key, f"has no effect: {why}", on_key=True)
     for key, switch, on in _SWITCHED:
         if run.node(key) is not None and run.ask(switch) != on:
@@ -180,6 +181,9 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
     if run.ask("dataset.path") is None:
         for name in ("split", "name", "revision", "limit", "eval_split"):
             yield f"dataset.{name}", "there is no dataset.path"
+    if run.ask("dataset.path") is None and run.node("environment") is not None:
+        for name in ("prompt", "answer", "eval_limit"):
+            yield f"dataset.{name}", "the environment makes the prompts and the answers"
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:

@@ -77,14 +77,14 @@ def known_init(run: Run) -> Iterator[Fault]:
     """init_lora_weights is one of PEFT's values.
 
     The values are true (B = 0), false (random), or the name of a method. pissa_niter_N takes N
-    iterations. The names are read from the installed PEFT.
+    iterations, at most 999. The names are read from the installed PEFT.
     """
     value = run.value(_INIT)
     if isinstance(value, bool):
         return
     legal = known("lora_inits")
     names = [name for name in legal.values if "[" not in name]
-    if value in names or re.fullmatch(r"pissa_niter_[0-9]+", value):
+    if value in names or re.fullmatch(r"pissa_niter_[0-9]{1,3}", value):
         return
     close = nearest(value, names)
     yield Fault(

@@ -9,7 +9,7 @@ from toolkit.config.libraries import known
 from toolkit.config.lora_ranks import smallest_rank
 from toolkit.config.rules.training import NO_HEAD, adapts_head
 from toolkit.config.rules.violation import Fault, rule
-from toolkit.config.supported_features import REWRITING_INITS
+from toolkit.config.supported_features import init_with_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,11 +159,10 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     if adapts_head(run) and not _head_told_elsewhere(run):
         yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
-    if isinstance(init, str) and init.startswith(REWRITING_INITS):
-        told = init == "loftq" and run.ask("model.load_in_4bit")
-        if not told:  # LORA005
-            wrong = f"{init} rewrites the base that the engine shares"
-            yield "lora.init_lora_weights", wrong, run.to("lora.init_lora_weights", True)
+    wrong_init = init_with_engine(init)
+    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005
+    if wrong_init is not None and not told:
+        yield "lora.init_lora_weights", wrong_init, run.to("lora.init_lora_weights", True)
 
 
 def _head_told_elsewhere(run: Run) -> bool:

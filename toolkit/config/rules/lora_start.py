@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.adapter_facts import INHERITED, read_adapter
+from toolkit.config.adapter_facts import INHERITED, read_adapter, start_problem
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import is_excluded, pattern_fault, pattern_value
 from toolkit.config.rules.violation import Fault, rule
@@ -75,6 +75,28 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
                 fixes=(Fix(f"remove {name}: it comes from the adapter"),),
                 related=(_PATH,),
             )
+
+
+@rule(
+    "LORA040",
+    _PATH,
+    example="lora:\n  adapter_path: runs/pissa/adapter  # init_lora_weights: pissa",
+    fix="an adapter with init_lora_weights true",
+)
+def start_belongs_to_the_base(run: Run) -> Iterator[Fault]:
+    """The adapter of adapter_path belongs to the checkpoint as it is, and is one of a lora section.
+
+    PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base before training; the tensors of such an
+    adapter are wrong on the weights of the checkpoint. target_parameters and other fields of PEFT
+    that the lora section does not have would make another adapter than the one that is sized.
+    """
+    node = run.node(_PATH)
+    values = None if node is None or not node.value else read_adapter(resolve(node.value, node))
+    if values is None or values.get("peft_type") != "LORA":
+        return  # LORA024
+    problem = start_problem(values)
+    if problem is not None:
+        yield Fault(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
 
 
 def _comparable(value: Any, name: str) -> Any:

@@ -88,8 +88,10 @@ def one_weight_each(run: Run) -> Iterator[Fault]:
 def some_reward(run: Run) -> Iterator[Fault]:
     """There is at least one reward function.
 
-    GRPO learns only from rewards.
+    GRPO learns only from rewards. An environment brings its own.
     """
+    if run.node("environment") is not None:
+        return
     if not run.written(_FUNCTIONS) or run.value(_FUNCTIONS) == []:
         yield Fault(
             _FUNCTIONS,

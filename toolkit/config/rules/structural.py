@@ -143,6 +143,14 @@ TOLD: dict[str, Told] = {
         "extends: notes.txt",
         "extends: base.yaml",
     ),
+    "IMPORT001": Told(
+        "A run file is not another tool's config, script or notebook.",
+        "toolkit import reads files of axolotl, TRL, Unsloth, verl, prime-rl and ms-swift, writes "
+        "a run file with a comment for each line that was translated or left out, and validates "
+        "it. envcheck validate judges run files alone.",
+        "base_model: Qwen/Qwen3-0.6B\nrl: grpo\nadapter: lora",
+        "toolkit import FILE",
+    ),
     "KEY001": Told(
         "Every key is known.",
         "An unknown key would be ignored, and the run would differ from its file.",

@@ -143,15 +143,15 @@ def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
 def sync_needs_reference(run: Run) -> Iterator[Fault]:
     """sync_ref_model needs beta above 0 and full fine-tuning.
 
-    With beta 0 there is no reference model. With LoRA the reference is the base with the adapter
-    turned off, so there is no second model to synchronize.
+    With beta 0 there is no reference model. With LoRA the reference is a frozen copy of the adapter
+    that the run starts from, on the same base, so that there is no second model to synchronize.
     """
     if not run.value("grpo.sync_ref_model"):
         return
     full, beta = run.value("model.full_finetuning"), run.value("grpo.beta")
     if full and beta > 0:
         return
-    reason = "beta is 0: there is no reference model" if full else "LoRA has no reference model"
+    reason = "beta is 0: there is no reference model" if full else "LoRA has no second model"
     yield Fault(
         "grpo.sync_ref_model",
         f"{reason} to synchronize",

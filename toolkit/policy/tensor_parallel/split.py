@@ -26,7 +26,7 @@ WHERE = "model.tensor_parallel_size"
 
 
 class Cuts(Protocol):
-    """Which part of each layer a process holds, as its engine has cut it."""
+    """Which part of each layer the process holds, as its engine split it."""
 
     def of_layer(self, name: str, out_features: int) -> Cut:
         """Of the linear layer ``name``. Raises UnsupportedError."""

@@ -1,1 +1,3 @@
-"""``toolkit bench``: ours, TRL's colocate mode and Unsloth, in turn, on the same work."""
+"""``toolkit bench``: run the toolkit, TRL's colocate mode and Unsloth one after another on the same
+workload.
+"""

@@ -1,4 +1,4 @@
-"""The whole benchmark: checkpoint, floor, arms, figures."""
+"""The whole benchmark: checkpoint, floor, arms, results."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def bench(
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
     """Returns the report (also at ``folder/bench.json``, after each arm) and the table's rows.
 
-    The checkpoint is made, and the card measured, in processes of their own: this one must hold no
-    device memory while the arms run.
+    The checkpoint is created and the GPU measured in separate processes, because this process must
+    not use device memory while the arms run.
     """
-    say(f"making a random {shape} checkpoint in {settings.model}")
+    say(f"creating a random {shape} checkpoint in {settings.model}")
     card = _apart(_prepare, shape, settings.model)
     spec, device = read_spec(settings.model), _device()
     settings = bench_plan.fill(settings, spec, device)
@@ -62,14 +62,14 @@ def _apart(function: Callable[..., Card], *arguments: str) -> Card:
 
 
 def _device() -> Device | None:
-    """The card as NVML tells it; None without one."""
+    """The GPU as NVML reports it; None without a GPU."""
     snapshot = take()
     gpu = select(snapshot)
     return None if gpu is None else Device.from_node(snapshot, gpu)
 
 
 def _work(settings: Settings, model: ModelPart) -> Work:
-    """One step of the model as it is loaded."""
+    """The sizes of one step of the loaded model."""
     return Work(
         parameters=model.parameters,
         weight_bytes=model.weight_bytes,

@@ -1,4 +1,4 @@
-"""What every arm of the benchmark is given, and what it hands back."""
+"""The settings that every arm of the benchmark gets, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""What each named workload sets, over the defaults of ``Settings``."""
+"""The values of each named workload, which replace the defaults of ``Settings``."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -39,8 +39,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Settings:
     """One workload. Lengths are in tokens, batches in completions.
 
-    With ``mean_tokens`` completions have geometric lengths of that mean, ``completion_tokens`` at
-    most; without it all have ``completion_tokens``.
+    With ``mean_tokens``, completion lengths are geometric with that mean and at most
+    ``completion_tokens``. Without it, all completions have ``completion_tokens``.
 
     The ``ours_`` fields are the micro-batch, the tokens of a pass, checkpointing and KV sleep of
     our arm; None is for ``plan.fill``. A written ``ours_batch`` bounds a pass by its rows. The
@@ -95,7 +95,7 @@ class Settings:
 
     @property
     def ours_plan(self) -> str:
-        """The ``ours_`` fields in words."""
+        """The ``ours_`` fields as text."""
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
         sleep = "KV cache asleep while training" if self.ours_sleep else "KV cache awake"
@@ -106,22 +106,24 @@ class Settings:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in one optimizer step, for the peers."""
+        """Micro-batches in one optimizer step of the other arms."""
         return self.sequences // self.per_device_batch
 
     @classmethod
     def read(cls, path: Path) -> Settings:
-        """Settings as :meth:`write` left them."""
+        """Read settings that :meth:`write` wrote."""
         return cls(**json.loads(path.read_text()))
 
     def write(self, path: Path) -> None:
-        """Settings as JSON, for the process of an arm."""
+        """Write the settings as JSON for the process of an arm."""
         path.write_text(json.dumps(asdict(self)))
 
 
 @dataclass(slots=True)
 class Result:
-    """What one arm measured. Seconds, bytes, nats; None where the arm has no such figure."""
+    """The measurements of one arm, in seconds, bytes and nats; None if the arm does not have
+    one.
+    """
 
     arm: str
     versions: dict[str, str] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class Result:
 
     @property
     def first_step_s(self) -> float | None:
-        """The first step: compilation, graph capture and cold caches show here."""
+        """Seconds of the first step, with compilation, graph capture and cold caches."""
         return self.step_s[0] if self.step_s else None
 
     @property
@@ -159,26 +161,28 @@ class Result:
 
     @property
     def median_training_s(self) -> float | None:
-        """Median of what is left of a step: rewards, training passes, the optimizer."""
+        """Median of the rest of a step: rewards, training passes, the optimizer."""
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         return _median([step - rollout - publish for step, rollout, publish in spent][1:])
 
     @property
     def rollout_tokens_s(self) -> float | None:
-        """Completion tokens a second of rollout, over the steps after the first."""
+        """Completion tokens per second of rollout, over the steps after the first."""
         return _rate(self.completion_tokens[1:], self.rollout_s[1:])
 
     @property
     def train_tokens_s(self) -> float | None:
-        """Completion tokens a second of everything but rollout and publish, likewise."""
+        """Completion tokens per second of all phases except rollout and publish, over the steps
+        after the first.
+        """
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         rest = [step - rollout - publish for step, rollout, publish in spent]
         return _rate(self.completion_tokens[1:], rest[1:])
 
     @property
     def padding_share(self) -> float | None:
-        """Share of a padded batch of these lengths that is padding: what a padded pass computes
-        for nothing.
+        """The share of padding in a padded batch of these lengths, which a padded pass computes
+        without use.
         """
         if not sum(self.padded_tokens):
             return None
@@ -186,19 +190,19 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """A result as :meth:`write` left it; the derived figures are derived again."""
+        """Read a result that :meth:`write` wrote; derived values are computed again."""
         known = {field.name for field in fields(cls)}
         stored = json.loads(path.read_text())
         return cls(**{name: value for name, value in stored.items() if name in known})
 
     def write(self, path: Path) -> None:
-        """Whole or not at all: the arm may be stopped at any time."""
+        """Write the result atomically, because the arm may be stopped at any time."""
         beside = path.with_suffix(".part")
         beside.write_text(json.dumps(self.to_json()))
         beside.replace(path)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, the derived figures included."""
+        """All values, with the derived ones."""
         derived = (
             "first_step_s",
             "median_step_s",

@@ -1,7 +1,7 @@
-"""One arm in a process of its own: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
+"""One arm in its own process: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
 
-All three train the same checkpoint on the same prompts with the same TRL options. Ours and TRL's
-use the pinned TRL; Unsloth brings the one it supports, hence a process for each arm.
+All three train the same checkpoint on the same prompts with the same TRL options. The toolkit's arm
+and TRL's use the pinned TRL. Unsloth needs its own version, so each arm has its own process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from toolkit.train.bench.arm_settings import TARGETS, Result, Settings
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     """Load, train ``settings.steps`` steps, and fill ``result``, written to ``path`` each step."""
-    # One sampler for every arm; flashinfer's is compiled on first use, with a CUDA toolkit.
+    # Every arm uses the same sampler; flashinfer's is compiled on first use and needs a CUDA
+    # toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
     account = None
@@ -31,7 +32,7 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
         account.begin()
     trainer = BUILDERS[arm](settings)
     result.load_s = time.perf_counter() - start
-    # After the arm: Unsloth wants to be imported before torch.
+    # After the arm, because Unsloth must be imported before torch.
     from toolkit.train.bench import probes  # noqa: PLC0415
 
     result.versions = _versions()
@@ -161,7 +162,7 @@ BUILDERS = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
-    """The drop-in calls: the same for Unsloth's class and for ours."""
+    """The load calls, which are the same for Unsloth's class and the toolkit's."""
     model, tokenizer = fast_language_model.from_pretrained(
         model_name=settings.model,
         max_seq_length=settings.max_seq_length,
@@ -182,13 +183,13 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
 
 
 def _grpo_config(trainer: Any) -> Any:
-    """The GRPOConfig of the TRL that ``trainer`` is, or derives from."""
+    """The GRPOConfig of the TRL version that ``trainer`` belongs to."""
     modules = (sys.modules[kind.__module__.partition(".")[0]] for kind in trainer.__mro__)
     return next(module.GRPOConfig for module in modules if module.__name__ == "trl")
 
 
 def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
-    """What all arms share, as a ``config`` (a GRPOConfig class)."""
+    """The arguments that all arms share, as an instance of ``config`` (a GRPOConfig class)."""
     import torch  # noqa: PLC0415 - heavy
 
     cuda = torch.cuda.is_available()
@@ -215,7 +216,7 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
 
 
 def prompts(settings: Settings) -> Any:
-    """Random words of one token each, ``settings.prompt_tokens`` a prompt."""
+    """Prompts of ``settings.prompt_tokens`` random words of one token each."""
     from datasets import Dataset  # noqa: PLC0415 - heavy
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
@@ -228,8 +229,8 @@ def prompts(settings: Settings) -> Any:
 
 
 def stop_tokens(settings: Settings) -> list[int]:
-    """Tokens that end a completion. A random model draws almost evenly, so one in ``mean_tokens``
-    of the vocabulary makes geometric lengths of that mean.
+    """Tokens that end a completion. A random model samples almost uniformly, so if one in
+    ``mean_tokens`` tokens of the vocabulary ends it, lengths are geometric with that mean.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
@@ -258,13 +259,11 @@ def _versions() -> dict[str, str]:
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:
-    """Run one arm and write its result, whatever became of it."""
+    """Run one arm and write its result, also if it fails."""
     result = Result(arm)
     try:
         run_arm(arm, Settings.read(Path(settings_path)), result, Path(result_path))
-    except (
-        Exception
-    ) as error:  # an arm's failure is a row of the table; the traceback goes to its log
+    except Exception as error:  # a failed arm is a row of the table; its log has the traceback
         result.not_run = f"{type(error).__name__}: {first_line(error)}"
         raise
     finally:

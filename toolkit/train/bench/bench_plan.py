@@ -1,8 +1,10 @@
-"""Micro-batch, checkpointing and KV sleep of our arm: what sizing makes of the peers' memory.
+"""Choose micro-batch, checkpointing and KV sleep of the toolkit's arm within the memory of the
+other arms.
 
-The peers are given a micro-batch and gradient checkpointing by hand. Ours asks the sizer, as a run
-with "auto" does, but within the memory that sizing predicts for the leaner of them, which moves
-its checkpoints to the host: the comparison is of time at no more memory.
+The other arms get a micro-batch and gradient checkpointing from the settings. The toolkit's arm
+uses the sizer, as a run with "auto" does. Its memory limit is the prediction of sizing for the
+other arm with the smaller peak, which moves its checkpoints to the host. So the arms are compared
+by time, and the toolkit's arm uses no more memory.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
-    """``settings`` with every ``ours_`` field that is None filled.
+    """``settings`` with a value for every ``ours_`` field left at None.
 
-    Of the cuts whose peak is within the peers', the one that sizing takes for the fastest. Without
-    a GPU, or where none is within, ours is theirs.
+    Choose the fastest cut, by the sizer's estimate, whose peak memory is within that of the other
+    arms. Without a GPU, or if no cut is within it, use the cut of the other arms.
     """
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
@@ -46,8 +48,8 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
 
 
 def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
-    """Predicted peak of the peers' setting with one copy of the weights, the cache awake, and
-    checkpoints moved to the host, as Unsloth does.
+    """Predicted peak with the settings of the other arms: one copy of the weights, the KV cache
+    awake, and checkpoints moved to the host, as in Unsloth.
     """
     theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
     sized = size(theirs, spec, device, checkpointing="unsloth", padded=True)
@@ -55,8 +57,8 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
 
 
 def _budgets(settings: Settings) -> list[int]:
-    """Candidates for the tokens of a pass, the largest first: the whole step at its longest, its
-    parts, down to one sequence. What was written by hand stays.
+    """Candidates for the tokens of a pass, the largest first: the whole step at its maximum length,
+    its parts, down to one sequence. A value that the user set is kept.
     """
     one = settings.sequence_tokens
     if settings.ours_batch is not None:
@@ -71,7 +73,7 @@ def _budgets(settings: Settings) -> list[int]:
 def _filled(
     settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
 ) -> Settings:
-    """What was written by hand stays."""
+    """What was written in the settings stays."""
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
@@ -93,8 +95,8 @@ def size(
     checkpointing: Checkpointing | None = None,
     padded: bool = False,
 ) -> SizingResult:
-    """Our arm's run as sizing sees it; ``checkpointing`` in place of what ``settings`` say.
-    ``padded``: on padded rows with plain layers, as TRL has them.
+    """The sizing request of the toolkit's arm; ``checkpointing`` replaces the value in
+    ``settings``. ``padded``: with padded rows and plain layers, as in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
     if checkpointing is None:

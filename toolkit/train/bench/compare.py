@@ -1,4 +1,4 @@
-"""Run the arms one after another and lay their figures side by side."""
+"""Run the arms one after another and put their results in one table."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def compare(
     limit_s: float,
     gpu: bool,
 ) -> Iterator[list[Result]]:
-    """Each arm in its own process, so that none inherits another's memory; its output to a log.
+    """Run each arm in its own process, so that none inherits memory of another; its output goes to
+    a log.
 
-    Yields the results so far after each arm. One that takes longer than ``limit_s`` seconds is
-    stopped: what it had measured by then counts. Other arms that the folder has from before, of
-    the same settings, come first.
+    Yields the results so far after each arm. An arm that takes longer than ``limit_s`` seconds is
+    stopped, and its results until then count. Results of other arms with the same settings that are
+    already in the folder come first.
     """
     results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
@@ -44,7 +45,7 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """Results of arms that do not run now; what was measured with other settings is deleted."""
+    """Existing results of arms that do not run now; results with other settings are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
     stored = folder / "settings.json"
@@ -56,12 +57,15 @@ def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]
 
 
 def lacking(arm: str, gpu: bool) -> str | None:
-    """What ``arm`` needs and this machine does not have."""
+    """Why ``arm`` cannot run on this machine; None if it can."""
     if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
         return "Unsloth is not installed"
     if arm == "trl" and not gpu:
-        # vLLM 0.31's CPU kernels want weights packed, and packed ones have no loader.
-        return "TRL's colocate mode needs a GPU: it loads into weights that vLLM has packed"
+        # vLLM 0.31's CPU kernels need packed weights, and packed weights cannot be reloaded.
+        return (
+            "TRL's colocate mode needs a GPU: on a CPU, vLLM packs its weights and cannot reload "
+            "them"
+        )
     return None
 
 
@@ -82,7 +86,7 @@ def _run(arm: str, folder: Path, limit_s: float) -> Result:
         except subprocess.TimeoutExpired:
             stopped = f"stopped after {limit_s:.0f} s"
     if not answer.is_file():
-        return Result(arm, not_run=stopped or "the process died; see its log")
+        return Result(arm, not_run=stopped or "the process ended unexpectedly; see its log")
     result = Result.read(answer)
     result.not_run = result.not_run or stopped
     return result
@@ -102,7 +106,9 @@ def report(
 
 
 def table(results: Sequence[Result], floor: dict[str, float]) -> list[tuple[str, ...]]:
-    """Rows of text: a header of arms, then one figure a row; ``-`` where an arm has none."""
+    """The table as rows of text: a header with the arms, then one measurement per row; ``-`` if an
+    arm does not have it.
+    """
     rows: list[tuple[str, ...]] = [("", *(result.arm for result in results))]
     for title, figure in _figures(floor):
         rows.append((title, *(_cell(result, figure) for result in results)))

@@ -1,9 +1,9 @@
-"""What the card could do: the time below which no implementation of one GRPO step can go.
+"""The floor: a lower bound of the time of one GRPO step on this GPU.
 
-Decode must read every weight once a token step, and the KV cache of every sequence; prefill and
-the training step must do their multiplications. LoRA trains no base weight, so the step is a
-forward and a backward to the activations: 4 operations a parameter and token (Kaplan et al. 2020,
-arXiv 2001.08361, less the weight gradients).
+Each decode step must read every weight once, and the KV cache of every sequence. Prefill and the
+training step must do their multiplications. LoRA does not train base weights, so the training step
+is a forward pass and a backward pass to the activations: 4 operations per parameter and token
+(Kaplan et al. 2020, arXiv 2001.08361, without the weight gradients).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Measured on this device: bytes a second copied, bf16 operations a second multiplied."""
+    """Measured rates of this device: bytes per second of a copy, bf16 operations per second of a
+    matrix product.
+    """
 
     name: str
     bandwidth_bytes_s: float
@@ -28,8 +30,8 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step: sequences, tokens, and the model's sizes. ``decode_steps``: tokens of the longest
-    completion; ``usual_tokens``: mean tokens of one.
+    """The sizes of one step: sequences, tokens, and the model. ``decode_steps``: tokens of the
+    longest completion; ``usual_tokens``: mean tokens of a completion.
     """
 
     parameters: int
@@ -43,7 +45,9 @@ class Work:
 
 
 def measure_card() -> Card:
-    """Copy and multiply large bf16 matrices; the best of five. Float32 and smaller on a CPU."""
+    """Measure the copy and the product of large bf16 matrices; the best of five. On a CPU they are
+    smaller and float32.
+    """
     import torch  # noqa: PLC0415 - heavy
 
     cuda = torch.cuda.is_available()

@@ -1,7 +1,7 @@
 """Where the time of a decode step and of a training step goes: kernels by kind, and the host.
 
-Both are read from torch.profiler. On a GPU the kinds are those of its kernels; on the CPU those of
-torch's operations, by their own time. What is left of the wall clock is the host's: Python, the
+Both are measured with torch.profiler. On a GPU the kinds are those of kernels; on the CPU those of
+torch's operations, by their own time. The rest of the wall clock is host time: Python, the
 scheduler, launches that the device waits for. The profiler itself slows the host down.
 """
 
@@ -60,11 +60,11 @@ class Account:
 
     @property
     def host_s(self) -> float:
-        """What is left of the wall clock."""
+        """The rest of the wall clock."""
         return max(0.0, self.wall_s - self.busy_s)
 
     def less(self, other: Account, steps: int) -> Account:
-        """Without what ``other`` also did: ``steps`` steps are left."""
+        """The difference to ``other``, which leaves ``steps`` steps."""
         left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():
             before = other.kinds.get(kind, [0.0, 0])
@@ -118,7 +118,7 @@ class Recorder:
         self._profiler.stop()
 
     def account(self, steps: int) -> Account:
-        """What was recorded, as ``steps`` steps."""
+        """The recorded account, as ``steps`` steps."""
         sums: dict[str, list[float]] = {}
         for event in self._profiler.key_averages():
             on_device = event.device_type.name != "CPU"
@@ -155,8 +155,8 @@ def recorded() -> Iterator[Recorder]:
 
 
 def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
-    """One decode step of ``len(prompts) * generations`` sequences on ``engine``: a rollout of
-    ``DECODE_STEPS`` tokens more than another one, less that one.
+    """One decode step of ``len(prompts) * generations`` sequences on ``engine``: the difference of
+    two rollouts, of which the second is ``DECODE_STEPS`` tokens longer.
     """
 
     def run(tokens: int) -> Recorder:

@@ -1,4 +1,4 @@
-"""Measuring from outside: an arm's trainer is watched through public hooks, not changed."""
+"""Measure an arm's trainer from outside through public hooks, without changing it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def clock() -> float:
-    """Seconds, after the device has finished what it was given."""
+    """The time in seconds, after the device has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -41,7 +41,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.last = clock()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """TRL's own log-probability differences, where the arm logs them."""
+        """Record TRL's own log-probability differences, if the arm logs them."""
         for ours, names in (
             ("logp_gap_mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
             ("logp_gap_max", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
@@ -53,21 +53,21 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 class TimedGeneration:
-    """Stands where TRL keeps its generation object, and times what passes through."""
+    """Replaces TRL's generation object, passes every call to it, and measures the time."""
 
     def __init__(self, inner: Any, result: Result) -> None:
         self.inner, self.result = inner, result
         self.after: Callable[[], None] = lambda: None
 
     def sync_weights(self) -> Any:
-        """The publish of the policy to the engine."""
+        """Time the publish of the policy to the engine."""
         start = clock()
         out = self.inner.sync_weights()
         self.result.publish_s.append(clock() - start)
         return out
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The rollout of one generation batch."""
+        """Time the rollout of one generation batch."""
         start = clock()
         out = self.inner.generate(*args, **kwargs)
         self.result.rollout_s.append(clock() - start)
@@ -85,7 +85,7 @@ class TimedGeneration:
 
 
 def base_digests(model: torch.nn.Module) -> dict[str, str]:
-    """A digest of every parameter that is no adapter, by its name without PEFT's wrappers."""
+    """A digest of every parameter outside adapters, by its name without PEFT's wrappers."""
     digests = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -97,9 +97,10 @@ def base_digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _digest(raw: torch.Tensor) -> str:
-    """SHA-256 on the CPU; on a GPU, where copying out a model costs more than a step, two sums.
+    """SHA-256 on the CPU. On a GPU two sums, because copying a model to the host takes longer than
+    a step.
 
-    The second sum is weighted by position, so that swapped bytes are seen too.
+    The second sum is weighted by position, so that it also detects swapped bytes.
     """
     if raw.device.type == "cpu":
         return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
@@ -113,10 +114,10 @@ def _digest(raw: torch.Tensor) -> str:
 
 
 class MemoryWatch:
-    """The most bytes in use on the device while the block runs, asked for every 20 ms.
+    """Peak bytes in use on the device while the block runs, sampled every 20 ms.
 
-    torch's own peak counts a sleeping KV cache as held, though its memory is back with the device:
-    what the card must have is what the driver reports. Both stay None on a CPU.
+    torch's own peak counts a sleeping KV cache as allocated, although its memory is free again. The
+    memory that a GPU needs is what the driver reports. Both stay None on a CPU.
     """
 
     def __init__(self, result: Result) -> None:
@@ -142,7 +143,7 @@ class MemoryWatch:
 
 
 def compare_bases(before: dict[str, str], after: dict[str, str], result: Result) -> None:
-    """How many base tensors the run changed."""
+    """The number of base tensors that the run changed."""
     shared = before.keys() & after.keys()
     result.base_total = len(shared)
     result.base_changed = sum(before[name] != after[name] for name in shared)

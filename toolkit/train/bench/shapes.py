@@ -1,4 +1,4 @@
-"""Random checkpoints of real shapes: a benchmark needs the sizes of a model and not its knowledge.
+"""Random checkpoints with the shapes of real models: a benchmark needs only the sizes.
 
 Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B and Qwen3-4B.
 """
@@ -90,8 +90,8 @@ SHAPES: dict[str, Shape] = {
 def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write a random checkpoint of shape ``name`` and a word-level tokenizer to ``folder``.
 
-    bfloat16 on a GPU, float32 on the CPU. Returns the folder at once when it already holds that
-    shape, so that one checkpoint serves every arm.
+    bfloat16 on a GPU, float32 on the CPU. If the folder already has that shape, it is returned at
+    once, so that all arms use one checkpoint.
     """
     import torch  # noqa: PLC0415 - heavy
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
@@ -117,10 +117,11 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """One word a token id (``t4`` .. ``tN``): lengths in tokens are then what the data says.
+    """A tokenizer with one word per token id (``t4`` .. ``tN``), so that the data decides the
+    lengths in tokens.
 
-    The special tokens look like no word, nor like the beginning of one: they are cut out of a text
-    before it is split into words.
+    The special tokens do not look like a word or the beginning of one, because they are cut out of
+    a text before it is split into words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy

@@ -1,8 +1,8 @@
 """Where the time between the start of a process and the end of its first step goes.
 
-The marks are our own calls and what vLLM logs as it starts (texts held by
-tests/contract/test_vllm_seams.py; read at 0.25.1 and 0.31.0); a text that is missing leaves its
-time to the phase after it.
+Phases end at calls of the toolkit and at log messages of vLLM during its start
+(tests/contract/test_vllm_seams.py checks the texts, for 0.25.1 and 0.31.0). If a message is
+missing, its time counts for the next phase.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which checkpoints of a run folder belong to the run as it is now.
+"""Find the checkpoints of a run folder that belong to the current branch of the run.
 
-A run that resumes from an older checkpoint begins another branch: the steps that came after it
-before are steps of another run. So each checkpoint records the branch that wrote it, with the
-branches that this one came from and the last step of each; the run folder records its branch in
-``.branch.json``. A checkpoint counts if it is sound, has the name of its own step, and lies on the
-run's branch. Only what counts is chosen, scored or removed.
+A run that resumes from an older checkpoint begins a new branch: the later steps in the folder are
+no longer part of the run. So each checkpoint records its branch, with the branches that it came
+from and the last step of each. The run folder records its branch in ``.branch.json``. A checkpoint
+is valid if its files are intact, its name has its own step, and it is on the run's branch. Only
+valid checkpoints are chosen, scored or removed.
 """
 
 from __future__ import annotations
@@ -31,36 +31,38 @@ EARLIER = ""
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A line of steps: ``parents`` are the branches before it, each with its last step here."""
+    """A sequence of steps. ``parents`` are the earlier branches, each with its last step that
+    belongs to this one.
+    """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     parents: tuple[tuple[str, int], ...] = ()
 
     def holds(self, name: str, step: int) -> bool:
-        """Whether a checkpoint of ``step`` that branch ``name`` wrote lies on this line."""
+        """Whether a checkpoint of ``step``, written by branch ``name``, belongs to this branch."""
         return name == self.name or any(name == n and step <= last for n, last in self.parents)
 
     def fork(self, step: int) -> Branch:
-        """A new branch that goes on from ``step`` of this one."""
+        """A new branch that continues from ``step`` of this one."""
         return Branch(parents=(*self.parents, (self.name, step)))
 
     @property
     def names(self) -> set[str]:
-        """Of this branch and all before it."""
+        """Names of this branch and its parents."""
         return {self.name, *(name for name, _ in self.parents)}
 
     @property
     def root(self) -> int | None:
-        """The step that the branch goes on from; None for a run's first."""
+        """The step that the branch continues from; None for the first branch of a run."""
         return self.parents[-1][1] if self.parents else None
 
     def to_json(self) -> dict[str, Any]:
-        """As checkpoints and ``.branch.json`` record it."""
+        """The JSON object in checkpoints and ``.branch.json``."""
         return {"name": self.name, "parents": [list(parent) for parent in self.parents]}
 
 
 def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
-    """The branch that wrote a sound checkpoint, and the step in it (None where it records none)."""
+    """The branch that wrote an intact checkpoint, and the step in it (None if it records none)."""
     try:
         state = checkpoint.read_json(folder, checkpoint.STATE)
         step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
@@ -71,7 +73,7 @@ def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
 
 
 def current(run_dir: Path) -> Branch:
-    """The branch of a run folder: as recorded, else that of its latest sound checkpoint."""
+    """The branch of a run folder: the recorded one, else that of its latest intact checkpoint."""
     try:
         recorded = _parsed(files.read_json(run_dir / RECORD))
     except InputError:
@@ -84,19 +86,19 @@ def current(run_dir: Path) -> Branch:
 
 
 def record(run_dir: Path, branch: Branch) -> None:
-    """Make ``branch`` the one of the run folder, in one step. Raises OSError."""
+    """Record ``branch`` as the branch of the run folder, atomically. Raises OSError."""
     write_file(run_dir / RECORD, json.dumps(branch.to_json()) + "\n", durable=True)
 
 
 def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
-    """The steps of the checkpoints that count, the latest first."""
+    """The steps of the valid checkpoints, the latest first."""
     branch = branch or current(run_dir)
     return [step for folder, step in _sound(run_dir) if branch.holds(_writer(folder), step)]
 
 
 def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
-    """The steps of checkpoints that ``before``, or a branch that ``after`` came from, wrote beyond
-    the point where ``after`` left it.
+    """The steps of checkpoints that are no longer part of the run: ``before``, or a parent of
+    ``after``, wrote them after the step from which ``after`` continues.
     """
     known = before.names | after.names
     return [
@@ -107,37 +109,38 @@ def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
 
 
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The latest checkpoint that counts, or None; and a line for each later one that does not."""
+    """The latest valid checkpoint, or None; and a line for each later one that is not valid."""
     branch, passed = current(run_dir), list[str]()
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.place(run_dir, step)
         if not checkpoint.is_sound(folder):
             passed.append(f"{folder}: {'; '.join(checkpoint.faults(folder))}")
         elif _step(folder) != step:
-            passed.append(f"{folder}: holds step {_step(folder)}")
+            passed.append(f"{folder}: contains step {_step(folder)}")
         elif not branch.holds(_writer(folder), step):
-            passed.append(f"{folder}: of another branch, or of another run")
+            passed.append(f"{folder}: belongs to another branch or another run")
         else:
             return folder, passed
     return None, passed
 
 
 def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that ``runtime.resume`` asks for, and the lines about those passed over.
+    """The checkpoint that ``runtime.resume`` selects, and a line for each one that was skipped.
 
     Raises:
-        ConfigError: ``never`` in a folder that holds a run; ``must`` with nothing to resume from.
-        InputError: a path that holds no sound checkpoint.
+        ConfigError: ``never`` in a folder that holds a run; ``must`` without a checkpoint to resume
+            from.
+        InputError: the path is not an intact checkpoint.
     """
     if resume in ("auto", "must"):
         found, passed = latest(run_dir)
         if found is None and passed:
             raise ConfigError(
-                "no checkpoint here is sound and of this run"
-                + "".join(f"\n  passed over: {line}" for line in passed),
+                "no checkpoint in this folder is intact and belongs to this run"
+                + "".join(f"\n  skipped: {line}" for line in passed),
                 where=str(run_dir),
-                fix="remove them to start again, name one with runtime.resume, or name another"
-                " runtime.output_dir",
+                fix="remove them to start again, name one with runtime.resume, or set another "
+                "runtime.output_dir",
             )
         if found is None and resume == "must":
             raise ConfigError(
@@ -149,23 +152,23 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "never":
         if checkpoint.list_steps(run_dir) or (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
-                "the folder holds a run, and runtime.resume is never",
+                "the folder contains a run, and runtime.resume is never",
                 where=str(run_dir),
-                fix="name another runtime.output_dir, or set runtime.resume: auto",
+                fix="set another runtime.output_dir, or runtime.resume: auto",
             )
         return None, []
     folder = Path(resume)
     if not folder.is_dir():
         raise InputError(
-            "no such checkpoint",
+            "the checkpoint does not exist",
             where=resume,
-            fix="runtime.resume is auto, must, never, or a checkpoint folder",
+            fix="set runtime.resume to auto, must, never, or a checkpoint folder",
         )
     if found_faults := checkpoint.faults(folder):
         raise InputError(
-            f"not a sound checkpoint: {'; '.join(found_faults)}",
+            f"the checkpoint is damaged: {'; '.join(found_faults)}",
             where=resume,
-            fix="name another, or use resume: auto",
+            fix="name another checkpoint, or set runtime.resume: auto",
         )
     return folder, []
 
@@ -173,8 +176,8 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 def rotate(
     run_dir: Path, keep: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
-    """Remove checkpoints that count, but the ``keep_last`` latest and those of the steps in
-    ``keep``. 0 keeps all.
+    """Remove valid checkpoints, except the ``keep_last`` latest and the steps in ``keep``.
+    ``keep_last`` 0 keeps all.
     """
     if keep_last <= 0:
         return
@@ -185,7 +188,7 @@ def rotate(
 
 
 def _sound(run_dir: Path) -> Iterable[tuple[Path, int]]:
-    """Sound checkpoints under the name of their step, the latest first."""
+    """Intact checkpoints whose name has their own step, the latest first."""
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.place(run_dir, step)
         if checkpoint.is_sound(folder) and _step(folder) == step:
@@ -202,9 +205,9 @@ def _writer(folder: Path) -> str:
 
 
 def _parsed(value: Mapping[str, Any] | Any) -> Branch | None:
-    """A branch from JSON; None for what is none."""
+    """A branch from JSON; None if the value is not a branch."""
     try:
         parents = tuple((str(name), int(last)) for name, last in value["parents"])
         return Branch(str(value["name"]), parents)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None

@@ -1,8 +1,8 @@
 """A checkpoint is a folder that is complete or does not exist.
 
-It is written beside its place, synced, given checksums, and renamed; a reader recomputes every
-checksum before it believes a byte. JSON and safetensors only, so that loading one runs nobody's
-code.
+It is written under a temporary name, synced, given checksums, and renamed. A reader verifies every
+checksum before it uses the files. All files are JSON or safetensors, so that loading a checkpoint
+cannot run code.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from toolkit.base.paths import FOLDER_MODE, make_folder, sync_folder, write_file
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
 FORMAT = 1
-MAX_STATE_BYTES = GIB  # trainer_state.json has a row for each step
+MAX_STATE_BYTES = GIB  # trainer_state.json has one row per step
 ASIDE = "abandoned-"
+MOST_FAULTS = 20  # reported of one checkpoint
 _NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
-_ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,8}})")
+_ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,7}})")
 Kind = TypeVar("Kind")
 Stamp = tuple[tuple[str, int, int, int, int], ...]
 _READ: dict[Path, Stamp] = {}
-"""The checkpoints that this process has found sound, and what their files were like."""
+"""The checkpoints that this process has found intact, with the state of their files at that
+time.
+"""
 
 
 def place(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, if it does."""
+    """The path of the checkpoint of a step."""
     return run_dir / f"checkpoint-{step}"
 
 
 def partial_place(run_dir: Path, step: int) -> Path:
-    """Where it is written: beside its place, under a name that no reader takes for one."""
+    """The temporary path next to it, under a name that readers ignore."""
     return run_dir / f".checkpoint-{step}.partial"
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder beside the place of ``checkpoint-<step>``; leftovers of a writer that died
-    are removed.
+    """Create the empty temporary folder for ``checkpoint-<step>``; leftovers of a killed writer are
+    removed.
     """
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
@@ -59,10 +62,10 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def commit(partial: Path, step: int) -> Path:
-    """Checksum, sync and rename what lies in ``partial``; return ``checkpoint-<step>``.
+    """Checksum, sync and rename ``partial``; return ``checkpoint-<step>``.
 
-    What lies at that place already (a torn checkpoint, a link, a folder of somebody else) is
-    renamed, never removed: see ``set_aside``. Raises OSError.
+    Anything that is already at that path (a damaged checkpoint, a link, another folder) is renamed,
+    never removed: see ``set_aside``. Raises OSError.
     """
     for file in sorted(partial.iterdir()):
         with file.open("rb") as handle:
@@ -82,12 +85,15 @@ def commit(partial: Path, step: int) -> Path:
 
 
 def next_aside(run_dir: Path) -> Path:
-    """``abandoned-<n>``, the first of these names behind all that are taken in the run folder."""
-    return run_dir / f"{ASIDE}{_asides(run_dir) + 1}"
+    """The next free ``abandoned-<n>`` in the run folder, after all existing ones."""
+    number = _asides(run_dir) + 1
+    while os.path.lexists(run_dir / f"{ASIDE}{number}"):  # too many digits for a step
+        number += 1
+    return run_dir / f"{ASIDE}{number}"
 
 
 def newest_aside(run_dir: Path) -> Path | None:
-    """The last ``abandoned-<n>`` of the run folder, if it has one."""
+    """The last ``abandoned-<n>`` of the run folder, or None."""
     number = _asides(run_dir)
     return run_dir / f"{ASIDE}{number}" if number else None
 
@@ -98,15 +104,15 @@ def _asides(run_dir: Path) -> int:
 
 
 def set_aside(path: Path, folder: Path) -> Path:
-    """Rename ``path`` into ``folder`` (made if need be), where no reader looks for checkpoints.
-    Raises OSError.
+    """Move ``path`` into ``folder``, which is created if needed; readers do not look for
+    checkpoints there. Raises OSError.
     """
     make_folder(folder)
     return path.rename(folder / path.name)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: renamed first, so that a reader never sees half of one under its
+    """Remove a checkpoint. It is renamed first, so that a reader never finds half of it under its
     name.
     """
     _READ.pop(folder, None)
@@ -114,47 +120,53 @@ def remove(folder: Path) -> None:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a fault; empty for a sound one."""
+    """What is wrong with a checkpoint, one line per fault; empty if it is intact."""
     try:
         if not os.path.lexists(folder / CHECKSUMS):
-            return [f"{CHECKSUMS} is missing: it was not finished"]
+            return [f"{CHECKSUMS} is missing, so the checkpoint was not completed"]
         text = regular.read_bytes(folder / CHECKSUMS)
         listed = json.loads(text)
         files: dict[str, dict[str, Any]] = listed["files"]
         if listed["format"] != FORMAT:
-            return [f"{CHECKSUMS}: format {listed['format']!r}, this release reads {FORMAT}"]
+            return [
+                f"{CHECKSUMS}: the format is {listed['format']!r}, but this release reads {FORMAT}"
+            ]
         if _canonical(files) != text.decode():
             return [f"{CHECKSUMS}: altered"]
     except InputError as problem:
         return [f"{CHECKSUMS}: {problem.message}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         return [f"{CHECKSUMS} cannot be read: {first_line(problem)}"]
-    return [fault for name, expected in files.items() if (fault := _fault(folder, name, expected))]
+    found = [fault for name, expected in files.items() if (fault := _fault(folder, name, expected))]
+    more = len(found) - MOST_FAULTS
+    return found if more <= 0 else [*found[:MOST_FAULTS], f"and {more} more"]
 
 
 def _fault(folder: Path, name: str, expected: Any) -> str | None:
     file = folder / name
     if Path(name).name != name or "\0" in name:
-        return f"{name!r} leads outside the folder"
+        return f"{name!r} points outside the folder"
     if not isinstance(expected, dict):
-        return f"{name}: has no checksum"
+        return f"{name} has no checksum"
     if file.is_symlink():
-        return f"{name} is a link, and was written as a file"
+        return f"{name} is a link, but was written as a file"
     if not file.is_file():
         return f"{name} is missing"
     size = file.stat().st_size
     if size != expected.get("bytes"):
-        return f"{name}: {size} bytes, {expected.get('bytes')} were written"
+        return f"{name} has {size} bytes, but {expected.get('bytes')} were written"
     try:
-        return None if _sha256(file) == expected.get("sha256") else f"{name}: checksum differs"
+        return (
+            None
+            if _sha256(file) == expected.get("sha256")
+            else (f"{name} has a different checksum")
+        )
     except InputError as problem:
         return f"{name}: {problem.message}"
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether ``faults`` finds none. A checkpoint whose files have not changed since this process
-    last read them is not read again.
-    """
+    """Whether ``faults`` finds none. It is read again only if its files changed."""
     stamp = _stamp(folder)
     if stamp is not None and _READ.get(folder) == stamp:
         return True
@@ -166,7 +178,7 @@ def is_sound(folder: Path) -> bool:
 
 
 def _stamp(folder: Path) -> Stamp | None:
-    """What changes when a file of ``folder`` does."""
+    """A value that changes when a file of ``folder`` changes."""
     try:
         found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
     except OSError:
@@ -175,10 +187,10 @@ def _stamp(folder: Path) -> Stamp | None:
 
 
 def list_steps(run_dir: Path) -> list[int]:
-    """The steps of the checkpoints in a run folder, sound or torn, the latest first.
+    """The steps of the checkpoints in a run folder, intact or damaged, the latest first.
 
-    Not counted are links, names that no step has (``checkpoint-007``) and folders that hold
-    neither checksums nor state: none of these was written here.
+    Ignored are links, names that are not written (``checkpoint-007``), and folders with neither
+    checksums nor state: the toolkit did not write them.
     """
     steps = (step_named(entry.name) for entry in _entries(run_dir))
     return sorted((s for s in steps if s is not None and _is_ours(place(run_dir, s))), reverse=True)
@@ -202,11 +214,12 @@ def _is_ours(folder: Path) -> bool:
 
 
 def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
-    """A checkpoint holds the state of each process that has rows of its own, buffered rollouts and
-    generators among it; ``size`` processes that share a model have the same.
+    """Check the number of processes: a checkpoint has the state of each process with its own rows,
+    with its buffered rollouts and random generators; ``size`` processes that share a model have the
+    same state.
 
     Raises:
-        ConfigError: it was written by more or by fewer than ``replicas``.
+        ConfigError: another number of processes wrote it.
     """
     then = read_state(folder, "world_size", int)
     if then != replicas:
@@ -214,8 +227,8 @@ def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
         raise ConfigError(
             f"written by {then} {several if then > 1 else one}, this run has {replicas}",
             where=str(folder),
-            fix=f"start as many as then (on one node: --nproc-per-node {then * size}), or begin"
-            " another run with --output-dir",
+            fix=f"start {then * size} (on one node: --nproc-per-node {then * size}), or begin "
+            "another run with --output-dir",
         )
 
 
@@ -227,28 +240,28 @@ def split_of(folder: Path) -> int:
 
 
 def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
-    """What state.json of a checkpoint that has been checked holds under ``key``.
+    """The value of ``key`` in state.json of a checkpoint that has been verified.
 
     Raises:
-        InputError: it is missing or not a ``kind``: checksums are right, and nothing of ours
-            wrote it.
+        InputError: it is missing or not a ``kind``: the checksums match, but the toolkit did not
+            write it.
     """
     state = read_json(folder, STATE)
     value = state.get(key) if isinstance(state, dict) else None
     if type(value) is not kind:
         raise InputError(
-            f"is not the state of a run: {key} is missing, or is no {kind.__name__}",
+            f"is not the state of a run: {key} is missing, or not of type {kind.__name__}",
             where=str(folder / STATE),
-            fix="name another checkpoint, or begin another run with --output-dir",
+            fix="resume from another checkpoint, or begin another run with --output-dir",
         )
     return value
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of a checkpoint that has been checked; NaN is a number in it.
+    """Read a JSON file of a checkpoint that has been verified; NaN is allowed.
 
     Raises:
-        InputError: it is no regular file, or no JSON.
+        InputError: it is not a regular file, or not JSON.
     """
     file = folder / name
     try:

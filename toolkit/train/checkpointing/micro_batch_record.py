@@ -1,8 +1,8 @@
-"""An auto micro-batch in a run stays the same when the run goes on.
+"""Keep an automatically chosen micro-batch when the run is resumed.
 
-Where the batch is cut decides in which order sums are made, and what a checkpoint in the middle of
-a generation holds. So the cut that a run began with belongs to the run: a checkpoint records it as
-numbers, and another card does not choose again.
+The cut of the batch decides the order of sums, and what a checkpoint in the middle of a generation
+contains. So a run keeps the cut that it began with. A checkpoint records it as numbers, and it is
+not chosen again on another GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ KEYS = (MICRO, ACCUMULATION)
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """``config`` with the cut that the checkpoint ``found`` was made with, in place of auto.
+    """``config`` with auto replaced by the cut that the checkpoint ``found`` records.
 
-    Where the run's size changed, the numbers say nothing: what changed is told later.
+    If the size of the run changed, the numbers do not apply; a later check reports the change.
     """
     if found is None or not is_auto(config.grpo):
         return config
@@ -49,18 +49,21 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """``config`` as written but for the cut, which is ``resolved``'s: what a checkpoint records."""
+    """What a checkpoint records: ``config`` as the user wrote it, with the cut from
+    ``resolved``.
+    """
     if not is_auto(config.grpo):
         return config
     return _with(config, resolved.grpo, resolved.runtime.pack_tokens)
 
 
 def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
-    """One generation of all processes takes whole prompts, and what is left over at the end of an
-    epoch is dropped: with fewer prompts than that, no step would ever be made.
+    """Check that there are enough prompts for one generation. A generation takes whole prompts, and
+    the prompts that remain at the end of an epoch are dropped. So with fewer prompts no step would
+    run.
 
     Raises:
-        ConfigError: naming both numbers.
+        ConfigError: there are too few; the message has both numbers.
     """
     _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=processes)
     group = count(config.grpo, "num_generations")
@@ -68,9 +71,9 @@ def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
     if prompts >= needed:
         return
     raise ConfigError(
-        f"{prompts} prompts, and one generation takes {needed}: {own * processes} completions"
-        f" ({own} in each of {processes} processes) / {group} completions of a prompt; no step"
-        " could be made",
+        f"{prompts} prompts, and one generation takes {needed}: {own * processes} completions "
+        f"({own} in each of {processes} processes) / {group} completions of a prompt; no step "
+        "would run",
         where=config.dataset.path,
         fix=f"use at least {needed} prompts, or a generation batch of at most {prompts * group}"
         " completions (grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps x"

@@ -1,6 +1,6 @@
-"""Stopping, saving and going on: the half of the trainer that makes a run survive.
+"""The half of the trainer that stops, saves and resumes a run.
 
-What is stored lies in ``resume``; these are the seams of transformers 5.17 that call it.
+``trainer_state`` defines what is stored; here are the methods of transformers 5.17 that call it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 LOST = 1 << 10
-"""Among the signals that the ranks tell each other: the run folder is not what it was."""
+"""Exchanged between ranks like a signal number: the run folder was moved, removed or replaced."""
 
 
-class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable types
-    """A Trainer that stores its whole state.
+class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no usable types
+    """A Trainer that saves and restores its whole state.
 
-    ``journal``, ``run_dir_watch`` and ``signals`` belong to the run and are set by it.
+    ``journal``, ``run_dir_watch`` and ``signals`` belong to the run, which sets them.
     """
 
     run_dir_watch: RunDirWatch | None = None
@@ -75,23 +75,23 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
 
     @property
     def run_dir(self) -> Path:
-        """Where the run folder lies: in its place, or where it was moved to."""
+        """The path of the run folder, also after it was moved."""
         return self._place or Path(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; ``resume_from_checkpoint=True`` takes the latest checkpoint that is sound."""
+        """TRL's; ``resume_from_checkpoint=True`` takes the latest valid checkpoint."""
         run_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
             folder, passed = choose(run_dir, "must")
             for line in passed:
-                step_errors.logger.warning("passed over %s", line)
+                step_errors.logger.warning("skipped %s", line)
             resume_from_checkpoint = str(folder)
         if self.signals is None and self._stores_adapter():
             self._begin_branch(run_dir, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_branch(self, run_dir: Path, found: Any) -> None:
-        """Where a script trains, and no run has settled it."""
+        """Choose the branch when a script trains without a run."""
         source = Path(found) if isinstance(found, (str, Path)) else None
         if source is not None and not trainer_state.is_ours(source):
             source = None
@@ -113,13 +113,13 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
             self.snapshot = trainer_state.take(self)
             alone = self.accelerator.num_processes == 1 and mesh() is None
             if alone and self.signals.number and self._saved_step == self.state.global_step:
-                # It came while the checkpoint was written: there is nothing to wait for.
+                # The signal came while the checkpoint was written: stop at once.
                 self.stopping = self.control.should_training_stop = True
                 self.signals.end()
             self.signals.unshield()
 
     def _asked(self) -> int:
-        """A signal, or LOST, or 0."""
+        """The signal that came, or LOST, or 0."""
         assert self.signals is not None
         return (
             LOST
@@ -128,7 +128,7 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         )
 
     def _stop(self, flag: int) -> None:
-        """Save, and train no more; every rank calls it with the same ``flag``."""
+        """Save and stop training; every rank calls it with the same ``flag``."""
         assert self.signals is not None
         if flag == LOST:
             self.lost = True
@@ -141,7 +141,7 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         self.control.should_training_stop = True
 
     def _find_place(self) -> None:
-        """Where the run folder was moved to, as the first rank sees it."""
+        """The path to which the run folder was moved, as found by the first rank."""
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
         if (shared := mesh()) is not None:
             found = [shared.from_first_of_all(found[0])]
@@ -152,7 +152,8 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.signals is None:
             return super()._evaluate(*args, **kwargs)
-        # Evaluation can be cut: what follows the step is saved with the evaluation still to do.
+        # Evaluation may be interrupted: the state after the step is saved, with the evaluation
+        # pending.
         self.snapshot = trainer_state.take(self, pending_evaluation=True)
         self.signals.unshield()
         metrics = super()._evaluate(*args, **kwargs)
@@ -161,7 +162,9 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         return metrics
 
     def _stores_adapter(self) -> bool:
-        """True where a checkpoint is ours; full fine-tuning, DeepSpeed and FSDP keep HF's."""
+        """True if the checkpoint has the toolkit's format; full fine-tuning, DeepSpeed and FSDP use
+        that of transformers.
+        """
         adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
         return adapted and not self._sharded()
 
@@ -171,11 +174,11 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         return bool(super().is_world_process_zero() and (shared is None or shared.first))
 
     def _sharded(self) -> bool:
-        """True where no process holds the whole model."""
+        """True if no process has the whole model."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def save_last(self) -> None:
-        """Where a step was cut: the checkpoint of the state before it. For one process."""
+        """Save the state before a step that was interrupted. Only for one process."""
         if self.run_dir_watch is not None and not self.run_dir_watch.is_whole():
             self.lost = True
             self._find_place()
@@ -191,8 +194,8 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
             self.save_snapshot(trainer_state.take(self))
 
     def save_snapshot(self, snapshot: trainer_state.Snapshot) -> None:
-        """Write the checkpoint of a snapshot, unless it is written, and remove those that need not
-        be kept; every rank calls it.
+        """Write the checkpoint of a snapshot unless it exists, and remove checkpoints beyond the
+        limit. Every rank calls it.
         """
         step = snapshot.hf_state.global_step
         if self._saved_step == step:
@@ -204,7 +207,9 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, run_dir: Path, written: int) -> None:
-        """Never what was written last, what the run goes on from, or where its branch begins."""
+        """Remove old checkpoints. The last one, the one that the run resumed from, and the one
+        where its branch begins are kept.
+        """
         keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
         kept = {
             written,
@@ -219,8 +224,8 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
         rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', which at a limit of 1 removes all but the best: what is removed is settled
-        by ``_rotate``.
+        """transformers', which with a limit of 1 removes all but the best: here ``_rotate`` decides
+        what is removed.
         """
         limit = self.args.save_total_limit
         if self._stores_adapter():
@@ -258,7 +263,9 @@ class Resumable(Trainer):  # type: ignore[misc]  # transformers ships no usable 
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's, its generator brought to the resumed epoch (it draws one order an epoch)."""
+        """TRL's, with its generator advanced to the resumed epoch (it draws one order per
+        epoch).
+        """
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self._epochs_done if self.shuffle_dataset else 0):
             torch.randperm(sampler.num_samples, generator=sampler.generator)

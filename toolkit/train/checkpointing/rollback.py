@@ -1,9 +1,9 @@
-"""Where a run goes on: on its branch, or on a new one that leaves what came after aside.
+"""Choose the branch on which a run resumes: its own, or a new one that moves later results aside.
 
-Nothing of the other branch is removed. Its later checkpoints, its logs and its results are renamed
-or copied into ``abandoned-<n>`` of the run folder; from there it can be resumed by path. A kill at
-any point leaves a folder that the same command, or ``resume: auto``, goes on from: what is to be
-kept is copied first, then the new branch is recorded, then later checkpoints are moved.
+Nothing of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
+into ``abandoned-<n>`` of the run folder, and can be resumed by path from there. If the process is
+killed at any point, the same command, or ``resume: auto``, can resume: first the files to keep are
+copied, then the new branch is recorded, then later checkpoints are moved.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
-from toolkit.base.files import open_bytes
+from toolkit.base.files import open_bytes, read_json
+from toolkit.base.formatting import plural
 from toolkit.base.paths import FOLDER_MODE, sync_folder, write_file
 from toolkit.train.checkpointing import branch as branches
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.report.metrics_log import LOGS
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,17 +29,17 @@ if TYPE_CHECKING:
 
     from toolkit.train.checkpointing.branch import Branch
 
-RESULTS = ("adapter", "model", "evaluation.json", "report.html")
-"""What a run leaves at its end: of a branch that was left, it is no result of this one."""
+RESULTS = ("adapter", "model", "evaluation.json", "report.html", BAD_REWARDS_FILE)
+"""Files of a run other than its logs. A rollback moves them aside, because they belong to the other
+branch.
+"""
 RECORD = "abandoned.json"
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run goes on: its branch, the bytes to keep of each log, and what a person is to
-    know.
-    """
+    """How a run resumes: its branch, the bytes to keep of each log, and messages for the user."""
 
     branch: Branch
     positions: Mapping[str, int] = field(default_factory=dict)
@@ -46,22 +48,32 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log as a checkpoint knows it: ``source`` holds its first ``keep`` bytes, if any does."""
+    """A log as a checkpoint records it: the file ``source`` has its first ``keep`` bytes; None if
+    no file has them.
+    """
 
     name: str
     keep: int
     source: Path | None
 
 
-def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start:
-    """Settle the branch of a run that goes on from ``found`` (None: from nothing) in ``run_dir``.
+def begin(
+    run_dir: Path,
+    found: Path | None,
+    *,
+    with_logs: bool = True,
+    bad_rewards_bytes: int | None = None,
+) -> Start:
+    """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run). What
+    bad_rewards.jsonl holds beyond ``bad_rewards_bytes`` (None: nothing) is of this run.
 
-    Called by the process that writes, once nothing can be refused any more. Raises OSError.
+    The first rank calls it, after all checks that can reject the run. Raises OSError.
     """
     if found is None:
+        said = _begin_again(run_dir, bad_rewards_bytes) if with_logs else ()
         branch = branches.Branch()
         branches.record(run_dir, branch)
-        return Start(branch)
+        return Start(branch, notes=said)
     before = branches.current(run_dir)
     branch = _branch_from(run_dir, found, before)
     left = branches.left_behind(run_dir, before, branch)
@@ -69,7 +81,7 @@ def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start
     foreign = [log for log in logs if log.source != run_dir / log.name]
     notes = list[str]()
     if branch != before or left or any((run_dir / log.name).exists() for log in foreign):
-        aside = _keep_aside(run_dir, before, found, logs, left)
+        aside = _keep_aside(run_dir, before, found, logs, left, bad_rewards_bytes)
         branches.record(run_dir, branch)
         for step in left:
             checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
@@ -81,12 +93,36 @@ def begin(run_dir: Path, found: Path | None, *, with_logs: bool = True) -> Start
     for log in foreign:
         _put_back(run_dir / log.name, log)
         if log.source is None and log.keep:
-            notes.append(f"{log.name} is not the one that {found} knows, and begins anew")
+            notes.append(f"{log.name} is not the file that {found} recorded, so a new one begins")
     return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
 
 
+def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
+    """Keep what an earlier start left in a folder without a checkpoint (it was stopped before its
+    first one, or somebody removed them), and what a person is to know of it.
+    """
+    logs = [_Log(name, 0, None) for name in LOGS]
+    before = branches.current(run_dir)
+    aside = _keep_aside(run_dir, before, None, logs, [], bad_rewards_bytes)
+    if not aside.exists():
+        return ()
+    steps = _rows(aside / LOGS[0])
+    return (
+        f"no checkpoint in {run_dir}, which holds {plural(steps, 'row')} of metrics of an earlier"
+        f" start: training begins again at step 0; what was there is moved to {aside}",
+    )
+
+
+def _rows(log: Path) -> int:
+    try:
+        with open_bytes(log) as handle:
+            return sum(part.count(b"\n") for part in iter(lambda: handle.read(CHUNK), b""))
+    except InputError:
+        return 0
+
+
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
-    """``before`` where ``found`` is its end; else a new branch."""
+    """``before`` if ``found`` is its last step, else a new branch."""
     lineage, step = branches.of_checkpoint(found)
     if step is None:
         step = checkpoint.step_named(found.resolve().name) or 0
@@ -98,8 +134,8 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Which file holds what ``found`` knows of a log: the run's own, or the one beside ``found``
-    (of an abandoned branch, or of another run folder).
+    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the one
+    next to ``found`` (in an abandoned branch, or another run folder).
     """
     positions = checkpoint.read_state(found, "positions", dict)
     state = checkpoint.read_json(found, checkpoint.STATE)
@@ -115,7 +151,7 @@ def _log(run_dir: Path, found: Path, name: str) -> _Log:
 
 
 def prefix(file: Path, length: int) -> str | None:
-    """sha256 of the first ``length`` bytes; None where there are fewer."""
+    """sha256 of the first ``length`` bytes; None if the file is shorter."""
     digest = hashlib.sha256()
     if length == 0:
         return digest.hexdigest()
@@ -130,19 +166,27 @@ def prefix(file: Path, length: int) -> str | None:
 
 
 def _keep_aside(
-    run_dir: Path, before: Branch, found: Path, logs: list[_Log], left: list[int]
+    run_dir: Path,
+    before: Branch,
+    found: Path | None,
+    logs: list[_Log],
+    left: list[int],
+    bad_rewards_bytes: int | None,
 ) -> Path:
-    """The folder for what is left: the logs copied, the results moved. The folder of a rollback
-    that was killed before it was recorded is used again.
+    """Copy the logs and move the results of the abandoned branch into a folder, and return it. The
+    folder of a rollback that was killed before it was recorded is used again.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}
     known = {log.name: log.keep if log.source == run_dir / log.name else 0 for log in logs}
     cut = any(sizes[name] > length for name, length in known.items())
     results = [name for name in RESULTS if (run_dir / name).exists()]
+    if bad_rewards_bytes == 0 and BAD_REWARDS_FILE in results:
+        results.remove(BAD_REWARDS_FILE)
     if not (left or cut or results):
         return aside
-    described = {"branch": before.to_json(), "resumed_from": str(found.resolve()), "logs": sizes}
+    source = None if found is None else str(found.resolve())
+    described = {"branch": before.to_json(), "resumed_from": source, "logs": sizes}
     newest = checkpoint.newest_aside(run_dir)
     if newest is not None and _recorded(newest) == described:
         aside = newest
@@ -157,12 +201,24 @@ def _keep_aside(
         partial.rename(aside)
     for name in results:
         (run_dir / name).rename(aside / name)
+    if BAD_REWARDS_FILE in results and bad_rewards_bytes is not None:
+        _return_rest(aside / BAD_REWARDS_FILE, run_dir / BAD_REWARDS_FILE, bad_rewards_bytes)
     sync_folder(aside)
     return aside
 
 
+def _return_rest(aside: Path, own: Path, length: int) -> None:
+    """What ``aside`` holds beyond ``length`` bytes goes to ``own``."""
+    if _size(aside) <= length:
+        return
+    with aside.open("r+b") as file:
+        file.seek(length)
+        write_file(own, file.read())
+        file.truncate(length)
+
+
 def _put_back(own: Path, log: _Log) -> None:
-    """Make ``own`` the log that the checkpoint knows; empty where no file holds it."""
+    """Restore ``own`` to the log that the checkpoint recorded; empty if no file has it."""
     if log.source is None:
         if own.exists():
             write_file(own, b"")
@@ -180,8 +236,8 @@ def _put_back(own: Path, log: _Log) -> None:
 
 def _recorded(aside: Path) -> Any:
     try:
-        return json.loads((aside / RECORD).read_text())
-    except (OSError, ValueError):
+        return read_json(aside / RECORD)
+    except InputError:
         return None
 
 

@@ -1,4 +1,4 @@
-"""The run folder: made, held by one run at a time, and told what the run is."""
+"""Create the run folder, lock it for one run at a time, and write config.json into it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ LOCK = ".lock"
 FREE_TO_CHANGE = (
     "runtime",
     "source",
-    # The digest of what was read speaks for these.
+    # The digest of the data covers these keys.
     "dataset.path",
     "dataset.eval_path",
-    "reward.timeout_s",  # decides only what happens to a reward that hangs
-    "reward.isolate",  # decides only where a reward is called
+    "reward.timeout_s",  # only decides what happens to a reward that hangs
+    "reward.isolate",  # only decides in which process a reward runs
+    "grpo.ddp_timeout",
+    "grpo.disable_tqdm",
     "grpo.logging_steps",
     "grpo.save_steps",
     "grpo.save_strategy",
@@ -42,7 +44,9 @@ FREE_TO_CHANGE = (
     # Exact to rounding, which the run says (run_context.introduce).
     "model.tensor_parallel_size",
 )
-"""What a resumed run may change without saying so: it changes no number that the run computes."""
+"""Keys that may differ when a run is resumed, because they do not change any number that the run
+computes.
+"""
 
 
 PACK_TOKENS = "runtime.pack_tokens"
@@ -50,20 +54,21 @@ PACK_TOKENS = "runtime.pack_tokens"
 
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[Path]:
-    """The folder, made if need be, while no other process writes to it.
+    """Create the folder if needed, and lock it against other processes that write to it.
 
     Raises:
-        ConfigError: it cannot be made or written.
-        RetryError: another run holds it.
+        ConfigError: it cannot be created or written.
+        RetryError: another run has locked it.
     """
     try:
         make_folder(run_dir)
-        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.open(run_dir / LOCK, flags, 0o644)
     except (OSError, FileExistsError) as problem:
         raise ConfigError(
             f"the output folder cannot be written: {problem.strerror}",
             where=str(run_dir),
-            fix="name another runtime.output_dir (or --output-dir)",
+            fix="set another runtime.output_dir (or --output-dir)",
         ) from problem
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +77,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
         raise RetryError(
             "another run is writing to this folder",
             where=str(run_dir),
-            fix="wait for it to end, or name another runtime.output_dir",
+            fix="wait for it to end, or set another runtime.output_dir",
         ) from problem
     try:
         yield run_dir
@@ -84,17 +89,20 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
     """The run as plain JSON values, section by section, as config.json records it."""
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     sections.pop("source")
-    return {name: _plain(value) for name, value in sections.items()}
+    # A run without an environment or tools has no such section.
+    return {name: _plain(value) for name, value in sections.items() if value is not None}
 
 
 def write_config(run_dir: Path, config: RunConfig) -> Path:
-    """config.json: the resolved run, no secrets; it is itself a run file. Raises OSError."""
+    """Write config.json: the resolved run, without secrets. It is itself a run file. Raises
+    OSError.
+    """
     text = json.dumps(redact_tree(as_mapping(config)), indent=2) + "\n"
     return write_file(run_dir / "config.json", text)
 
 
 def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
-    """What a resumed run must have in common with the one it resumes, one dotted key a value."""
+    """The values that must not change when a run is resumed, by dotted key."""
     flat = {f"data.{name}": digest for name, digest in data.items()}
     _flatten(as_mapping(config), "", flat)
     tokens = flat[PACK_TOKENS]

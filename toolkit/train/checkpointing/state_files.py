@@ -1,5 +1,5 @@
-"""The state of a run as JSON and tensors, and back: generators, optimizer, buffered rollouts. Bytes
-in, the same bytes out.
+"""Convert the state of a run to JSON and tensors, and back without any change: random generators,
+optimizer, buffered rollouts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def generators() -> tuple[dict[str, Any], Tensors]:
-    """Every generator of this process: python's and numpy's as JSON, torch's (CPU and current CUDA
-    device) as bytes.
+    """The state of every random generator of this process: python's and numpy's as JSON, torch's
+    (CPU and current CUDA device) as bytes.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -37,7 +37,7 @@ def generators() -> tuple[dict[str, Any], Tensors]:
 
 
 def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Undo ``generators``."""
+    """Restore what ``generators`` returned."""
     version, words, gauss = described["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = described["numpy"]
@@ -55,7 +55,8 @@ def flatten(value: Any, tensors: Tensors, path: str) -> Any:
         UnsupportedError: a value that is neither JSON nor a tensor, named by its path.
     """
     if isinstance(value, torch.Tensor):
-        # A copy: it may alias one that goes on changing, and safetensors takes no shared storage.
+        # A copy, because the tensor may change later, and safetensors does not accept shared
+        # storage.
         tensors[path] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": path}
     if isinstance(value, dict):
@@ -98,7 +99,7 @@ def stored_name(name: str, adapter: str = "default") -> str:
 
 
 def trainable(model: Any) -> Tensors:
-    """The parameters under training, by the name PEFT stores them under."""
+    """The trainable parameters, by the name under which PEFT stores them."""
     return {stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -143,16 +144,16 @@ def _state_as(
 def copy_into(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Copy ``stored`` into the parameters of the same names, once names, shapes and values are
-    known to be right.
+    """Copy ``stored`` into the parameters of the same names, after a check of names, shapes and
+    values.
 
     Raises:
-        ConfigError: naming the first difference.
+        ConfigError: they do not match; the message names the first difference.
     """
     problem = difference(parameters, stored)
     if problem:
         raise ConfigError(
-            f"the adapter in it is not one of this run: {problem}",
+            f"the adapter in the checkpoint does not belong to this run: {problem}",
             where=where,
             fix="resume from a checkpoint of this run, or begin another run with --output-dir",
         )
@@ -164,23 +165,25 @@ def copy_into(
 def difference(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> str | None:
-    """What keeps ``stored`` from being copied into ``parameters``, or None."""
+    """Why ``stored`` cannot be copied into ``parameters``, or None."""
     if missing := sorted(set(parameters) - set(stored)):
         return f"{len(missing)} tensors are missing, the first is {missing[0]}"
     if extra := sorted(set(stored) - set(parameters)):
-        return f"{len(extra)} tensors too many, the first is {extra[0]}"
+        return f"{len(extra)} tensors are unexpected, the first is {extra[0]}"
     for name, parameter in parameters.items():
         if whole_shape(parameter) != stored[name].shape:
-            here = list(whole_shape(parameter))
-            return f"{name} has shape {list(stored[name].shape)}, here it is {here}"
+            return (
+                f"{name} has shape {list(stored[name].shape)}, but the model needs "
+                f"{list(whole_shape(parameter))}"
+            )
         if not torch.isfinite(stored[name]).all():
-            return f"{name} holds NaN or infinite values"
+            return f"{name} has NaN or infinite values"
     return None
 
 
 def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """The keys, dotted, whose values differ and that no entry of ``allowed`` names (itself or a
-    part above it).
+    """The dotted keys whose values differ, except those that ``allowed`` names directly or by a
+    parent key.
     """
     keys = sorted(set(now) | set(then))
     differing = [key for key in keys if now.get(key) != then.get(key)]

@@ -1,11 +1,10 @@
-"""Stop on purpose: a signal asks, the next safe point answers, and a step that is too long is
-abandoned.
+"""Stop on a signal at the next safe point; a step that takes too long is abandoned.
 
 SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (a terminal that closes) set a flag that the
-trainer reads at the end of a step. Where no step ends within ``GRACE_S``, the step under way is
-abandoned by an exception in the main thread and the state at its beginning is what is saved;
-``shielded`` code is never cut. A second SIGINT stops at once, unless a checkpoint is being written
-or the run has begun to end. A SIGHUP that was ignored before (nohup) stays ignored.
+trainer reads at the end of a step. If no step ends within ``GRACE_S``, an exception in the main
+thread abandons the current step, and the state at its beginning is saved. ``shielded`` code is
+never interrupted. A second SIGINT stops at once, unless a checkpoint is being written or the run
+has begun to end. A SIGHUP that was already ignored (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -23,23 +22,25 @@ GRACE_S = 8.0
 RETRY_S = 0.2
 
 
-class Abandoned(BaseException):
-    """The step under way was cut. A BaseException, so that no ``except Exception`` swallows it."""
+class StepAbandoned(BaseException):
+    """The current step was interrupted. It is a BaseException, so that ``except Exception`` does
+    not catch it.
+    """
 
 
 def heard() -> tuple[signal.Signals, ...]:
-    """Those of ``SIGNALS`` that stop this process: all, less a SIGHUP that it was started to
-    ignore.
+    """The signals that stop this process: all of ``SIGNALS``, except a SIGHUP that was already
+    ignored.
     """
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(one for one in SIGNALS if not (ignored and one == signal.SIGHUP))
 
 
 class StopSignals:
-    """What has been asked for.
+    """Which stop was requested, and when it may take effect.
 
-    ``immediate`` holds while there is nothing to lose (loading, judging): a signal cuts at once.
-    With ``abandon`` False, where ranks must stop together, a step under way is never cut.
+    ``immediate`` is true while there is nothing to save (loading, checks): then a signal stops at
+    once. ``abandon`` is False if ranks must stop together: then a step is never interrupted.
     """
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:
@@ -54,9 +55,9 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Listen while the block runs, and put back what listened before. Main thread only.
+        """Handle signals while the block runs, and restore the previous handlers. Main thread only.
 
-        Where the run has begun to end (``end``), who listened before hears nothing more either.
+        If the run has begun to end (``end``), the previous handlers ignore signals too.
         """
         numbers = heard()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
@@ -73,14 +74,16 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def ignore(self) -> None:
-        """The process is about to end by itself, and has something to say first."""
+        """Ignore further signals: the process is about to end by itself and must first write its
+        output.
+        """
         self._ignored = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in heard():
             signal.signal(number, signal.SIG_IGN)
 
     def end(self) -> None:
-        """The run stops for the signal that came: no other one changes that."""
+        """The run stops for the signal that came; later signals do not change that."""
         self._ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -90,17 +93,19 @@ class StopSignals:
 
     @property
     def ended(self) -> bool:
-        """Whether the run has begun to end."""
+        """True after the run has begun to end."""
         return self._ended
 
     @property
     def number(self) -> int:
-        """Of the signal that was received, or 0."""
+        """The number of the received signal, or 0."""
         return 0 if self.received is None else int(signal.Signals[self.received])
 
     @contextmanager
     def at_steps(self) -> Iterator[None]:
-        """In the block a signal waits for the end of a step, or abandons one that is long."""
+        """In the block, a signal takes effect at the end of a step, or abandons a step that takes
+        too long.
+        """
         self.immediate = False
         try:
             yield
@@ -109,15 +114,15 @@ class StopSignals:
             self.immediate = True
 
     def shield(self) -> None:
-        """From here to ``unshield`` nothing is cut (weights and files change)."""
+        """No interruption from here to ``unshield``: weights or files change."""
         self._shields += 1
 
     def unshield(self) -> None:
-        """The weights and the files are whole again."""
+        """Weights and files are consistent again."""
         self._shields = max(0, self._shields - 1)
 
     def settle(self) -> None:
-        """The run is at a safe point: no alarm may come any more."""
+        """The run is at a safe point: cancel the alarm."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -129,23 +134,24 @@ class StopSignals:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1 and not self._shields:
-                # While loading it is a first one once more: what that raised may have been lost.
-                raise Abandoned(self.received) if self.immediate else KeyboardInterrupt
+                # While loading, treat it as the first one: the exception of the first may have been
+                # lost.
+                raise StepAbandoned(self.received) if self.immediate else KeyboardInterrupt
         if again:
             return
         if self.immediate:
-            raise Abandoned(self.received)
+            raise StepAbandoned(self.received)
         if self._abandon:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.immediate or self._ended or self.received is None:  # or a reward's own alarm
+        if self.immediate or self._ended or self.received is None:  # or a reward set the alarm
             return
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
             return
-        raise Abandoned(self.received)
+        raise StepAbandoned(self.received)
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:

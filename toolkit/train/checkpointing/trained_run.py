@@ -1,4 +1,4 @@
-"""A run folder, read back: its policy for generation, its adapter or merged weights for others."""
+"""Read a run folder: load its policy for generation, or export its adapter or merged weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """``config`` as it was resolved; ``adapter`` is the finished one, ``checkpoint`` one to read
-    instead.
+    """``config`` is the resolved one. ``adapter`` is the folder of the finished adapter;
+    ``checkpoint`` is read instead if set.
     """
 
     folder: Path
@@ -35,24 +35,26 @@ class FinishedRun:
 def open_run(
     folder: Path, *, step: int | None = None, trust_remote_code: bool = False
 ) -> FinishedRun:
-    """The run in ``folder``: its finished adapter, or ``checkpoint-<step>``, or its latest sound
-    one.
+    """The run in ``folder``, with its finished adapter, ``checkpoint-<step>``, or its latest valid
+    checkpoint.
 
-    The run file's rules are not judged again: data that has moved since does not matter here.
-    A folder may come from somebody else: code of its model runs only with ``trust_remote_code``.
+    The rules for run files are not checked again, because data that has moved does not matter here.
+    The folder may come from another person, so code of its model runs only with
+    ``trust_remote_code``.
 
     Raises:
-        InputError: it is no run folder. ConfigValueError: it has nothing to generate with, or its
-            config.json asks for code that the caller did not allow.
+        InputError: it is not a run folder.
+        ConfigValueError: it has no policy, or its config.json asks for code that the caller did not
+            allow.
     """
     from toolkit.train.checkpointing import branch, checkpoint  # noqa: PLC0415 - light start
 
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            "is no run folder: config.json is missing",
+            "is not a run folder: config.json is missing",
             where=str(folder),
-            fix="name the output_dir of a run of `toolkit train`",
+            fix="give the output_dir of a run of `toolkit train`",
         )
     document = load_document(path)
     try:
@@ -60,17 +62,17 @@ def open_run(
             raise ValueError(document.findings[0].message)
         config = build_config(document)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"is no resolved run: {error}", where=str(path)) from error
+        raise InputError(f"is not the config of a run: {error}", where=str(path)) from error
     if config.model.full_finetuning:
         raise UnsupportedError(
-            "the run trained every weight, and has no adapter",
+            "the run trained every weight, so it has no adapter",
             where=str(folder),
             fix=f"load {folder / 'model'} as a model",
         )
     if config.model.trust_remote_code and not trust_remote_code:
         raise ConfigValueError(
-            "model.trust_remote_code is true there, so loading the model runs code that comes"
-            f" with {config.model.model_name}",
+            "its config.json sets model.trust_remote_code, so loading the model runs code that "
+            f"comes with {config.model.model_name}",
             where=str(path),
             fix="read that code, then allow it with --trust-remote-code",
         )
@@ -81,11 +83,11 @@ def open_run(
     if found is not None and found.is_dir() and checkpoint.is_sound(found):
         return FinishedRun(folder, config, None, found)
     raise ConfigValueError(
-        "has no sound checkpoint and no finished adapter yet"
+        "has neither an intact checkpoint nor a finished adapter yet"
         if step is None
-        else f"has no sound checkpoint-{step}",
+        else f"has no intact checkpoint-{step}",
         where=str(folder),
-        fix="let the run write one, or name another with --checkpoint",
+        fix="let the run write a checkpoint, or name another one with --checkpoint",
     )
 
 
@@ -93,7 +95,7 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
     """(model with the trained adapter, tokenizer), ready for ``fast_generate``, in evaluation mode.
 
     Raises:
-        What ``policy.loading.load`` raises.
+        The errors of ``policy.model_loading.load``.
     """
     from toolkit.policy.from_config import request_of  # noqa: PLC0415 - loads torch
     from toolkit.policy.language_model import FastLanguageModel, load_policy  # noqa: PLC0415
@@ -110,8 +112,8 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
 
 
 def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
-    """``config`` on ``engine``, for generation alone: no checkpointing, and "auto" left to the
-    engine. What it started from does not matter any more.
+    """``config`` for generation only, on ``engine``: without gradient checkpointing, and with
+    "auto" resolved by the engine. The adapter that the run started from is dropped.
     """
     return replace(
         config,
@@ -121,7 +123,7 @@ def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
 
 
 def read_checkpoint(model: Any, folder: Path) -> None:
-    """The adapter of the training checkpoint in ``folder`` into ``model``, in place."""
+    """Load the adapter of the training checkpoint in ``folder`` into ``model``, in place."""
     from toolkit.policy.adapter_io import read_tensors  # noqa: PLC0415 - loads torch
     from toolkit.train.checkpointing.state_files import copy_into, trainable  # noqa: PLC0415
     from toolkit.train.checkpointing.trainer_state import ADAPTER  # noqa: PLC0415
@@ -132,10 +134,12 @@ def read_checkpoint(model: Any, folder: Path) -> None:
 def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
     """Write the run's adapter to ``to``, or with ``merge`` the base with it merged in.
 
-    An adapter is PEFT's folder, with the tokenizer; merged weights load with plain transformers.
+    An adapter is written as a PEFT folder with the tokenizer; merged weights load with plain
+    transformers.
 
     Raises:
-        ConfigValueError: ``to`` is not empty. InputError: it cannot be written.
+        ConfigValueError: ``to`` is not empty.
+        InputError: it cannot be written.
     """
     from toolkit.policy.from_config import request_of  # noqa: PLC0415
     from toolkit.policy.merged_export import check_empty, merge_adapter, write_adapter  # noqa: PLC0415
@@ -189,10 +193,11 @@ def complete(
     engine: EngineName = "transformers",
     **options: Any,
 ) -> list[list[str]]:
-    """Completions of each prompt, as text. ``base`` leaves the adapter out.
+    """Completions of each prompt, as text. ``base`` samples without the adapter.
 
-    ``chat`` makes a prompt a user's message under the run's system prompt, by the tokenizer's
-    template; None does what the run did with its data. ``options`` are those of ``fast_generate``.
+    With ``chat`` a prompt becomes a user message after the run's system prompt, in the tokenizer's
+    template. None does the same as the run did with its data. ``options`` are those of
+    ``fast_generate``.
 
     Raises:
         ConfigValueError: ``chat`` without a chat template, or prompts that do not fit.
@@ -219,8 +224,8 @@ def complete(
 
 
 def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
-    """Whether the run's prompts were chats: by config.json, or for a run of a version that did not
-    record it, by its first completion, or by its system prompt.
+    """Whether the run's prompts were chats. config.json records it; for a run of an older version,
+    its first completion or its system prompt shows it.
     """
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):

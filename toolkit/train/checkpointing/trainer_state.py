@@ -1,8 +1,9 @@
-"""Everything a run needs to go on as if it had never stopped, taken from a trainer and put back.
+"""Save and restore everything that a trainer needs to resume exactly.
 
-HF's Trainer stores weights, optimizer and generators, TRL nothing of its own: the micro-step
-counter, the buffered rollouts with their log-probabilities, and the order of later epochs are lost
-(read in trl 1.16, transformers 5.17). All of them are here. Nothing is pickled.
+The Trainer of transformers stores weights, optimizer and generators. TRL does not store its own
+state: the micro-step counter, the buffered rollouts with their log-probabilities, and the order of
+later epochs are lost (TRL 1.16, transformers 5.17). This module stores all of them. Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
 from toolkit.engine.mesh import mesh
 from toolkit.policy.adapter_io import read_tensors
-from toolkit.train.checkpointing import checkpoint
+from toolkit.train.checkpointing import checkpoint, rates
 from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
 from toolkit.train.checkpointing.checkpoint import STATE
 from toolkit.train.checkpointing.state_files import (
@@ -57,7 +58,7 @@ COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
 
 @dataclass
 class Snapshot:
-    """What changes while a step is under way, as it was when the step before had ended."""
+    """The state that changes during a step, as it was at the end of the previous step."""
 
     hf_state: Any
     counters: dict[str, Any]
@@ -70,13 +71,13 @@ class Snapshot:
 
 
 def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
-    """A snapshot of ``trainer``. Cheap: rollouts are referred to, not copied."""
+    """A snapshot of ``trainer``. It is cheap: rollouts are not copied."""
     described, tensors = generators()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)
     state.total_flos += trainer.current_flos
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
-    # Rollouts that the next step will not read again are not worth their bytes.
+    # Rollouts that the next step does not read are not stored.
     spent = trainer.micro_steps % generate_every == 0
     return Snapshot(
         hf_state=state,
@@ -91,15 +92,15 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
 
 
 def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
-    """The adapter as PEFT reads it (adapter_config.json, adapter_model.safetensors), the same bytes
-    for the same values. ``tensors`` are its values, where ``model`` has only a part of them.
+    """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors); equal
+    values give equal bytes. ``tensors`` are its values, if ``model`` has only a part of them.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
     config.save_pretrained(str(folder))
     described = json.loads((folder / "adapter_config.json").read_text())
     for key, value in described.items():
-        # PEFT writes sets in the order of their hashes.
+        # PEFT writes sets in hash order, which varies.
         described[key] = (
             sorted(value) if isinstance(value, list) and key != "rank_pattern" else value
         )
@@ -117,7 +118,7 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
     first rank.
 
     Raises:
-        ToolkitError: the disk failed or is full, with the bytes that the checkpoint takes.
+        ToolkitError: the disk failed or is full; the message has the size of the checkpoint.
     """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
@@ -129,7 +130,7 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
         state = optimizer_state(_inner(trainer.optimizer))
         if first:
             if trainer.journal is not None:
-                trainer.journal.sync()  # a checkpoint must not know more than the logs hold
+                trainer.journal.sync()  # the logs must have every row that the checkpoint records
             checkpoint.begin(run_dir, step)
             save_adapter(model, partial, adapter)
             _save_shared(trainer, snapshot, partial, state)
@@ -139,7 +140,7 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
         accelerator.wait_for_everyone()
         folder = checkpoint.commit(partial, step) if first else None
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)  # first: what is free is told
+        shutil.rmtree(partial, ignore_errors=True)  # before the cleanup: it reports the free space
         known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
         if known is None or known is error:
             raise
@@ -149,7 +150,7 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
 
 
 def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
-    """About how many bytes a checkpoint takes: its tensors, of all ranks."""
+    """Estimated size of a checkpoint in bytes: the tensors of all ranks."""
     tensors: Tensors = {}
     flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
     shared = [
@@ -200,37 +201,45 @@ def _save_rank(snapshot: Snapshot, folder: Path, rank: int) -> None:
 
 
 def check(trainer: TrainerSeam, folder: Path) -> None:
-    """Refuse a checkpoint that is torn, of another world size, or of another run. Loads nothing.
+    """Reject a checkpoint that is damaged, has another world size, or belongs to another run. Loads
+    nothing.
 
     Raises:
-        ConfigError: naming the fault or the difference.
+        ConfigError: the message names the fault or the difference.
     """
     if found := checkpoint.faults(folder):
         raise ConfigError(
-            f"not a sound checkpoint: {'; '.join(found)}",
+            f"the checkpoint is damaged: {'; '.join(found)}",
             where=str(folder),
-            fix="name an earlier one, or set runtime.resume: auto to use the latest sound one",
+            fix=(
+                "name an earlier checkpoint, or set runtime.resume: auto to use the latest valid "
+                "one"
+            ),
         )
     size = 1 if (shared := mesh()) is None else shared.size
     checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes, size)
     with _usable(folder):
-        # transformers reads it once more, and takes its rows for what it wrote.
+        # transformers reads the file again and uses its rows as its own log history.
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
 
 
 def load_policy(trainer: TrainerSeam, folder: Path) -> None:
-    """The adapter of a checkpoint into the model under training, in place."""
+    """Load the adapter of a checkpoint into the model under training, in place."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     copy_into(trainable(model), _read_tensors(folder / ADAPTER), str(folder))
 
 
 def load_progress(trainer: TrainerSeam, folder: Path) -> None:
-    """Optimizer, scheduler, counters and buffered rollouts of a checkpoint. Raises InputError."""
+    """Restore optimizer, scheduler, counters and buffered rollouts from a checkpoint. Raises
+    InputError.
+    """
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
         tensors = _read_tensors(folder / OPTIMIZER)
+        asked = rates.asked(trainer)
         load_optimizer(_inner(trainer.optimizer), unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
+        rates.apply(trainer, asked)
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and described["scaler"] is not None:
             scaler.load_state_dict(unflatten(described["scaler"], {}))
@@ -243,7 +252,7 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
 
 
 def load_generators(trainer: TrainerSeam, folder: Path) -> None:
-    """Of this rank. Raises InputError."""
+    """Restore the random generators of this rank. Raises InputError."""
     with _usable(folder):
         rank, tensors = _read_rank(trainer, folder)
         restore_generators(rank["generators"], tensors)
@@ -251,7 +260,9 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """Checksums are right and content is not: somebody else wrote it, or another release."""
+    """The error for a checkpoint with correct checksums and wrong content: another program or
+    another release wrote it.
+    """
     try:
         yield
     except ToolkitError:
@@ -266,13 +277,15 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a checkpoint of ours, torn ones too; False for one of plain transformers."""
+    """True for a checkpoint of the toolkit, also a damaged one; False for one of plain
+    transformers.
+    """
     ours = (checkpoint.CHECKSUMS, STATE)
     return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
 
 
 def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[int]:
-    """The steps of the ``count`` checkpoints with the highest score, of those that count."""
+    """The steps of the ``count`` valid checkpoints with the highest score."""
     scored = []
     for step in own_steps(run_dir, branch) if count > 0 else []:
         score = checkpoint.read_json(checkpoint.place(run_dir, step), STATE).get("score")
@@ -282,7 +295,7 @@ def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[
 
 
 def score(state: Any) -> float | None:
-    """The last reward that was logged, of evaluation where there is one."""
+    """The last logged reward; that of evaluation if there is one."""
     for name in ("eval_reward", "reward"):
         for row in reversed(state.log_history):
             if row.get(name) is not None:
@@ -291,13 +304,13 @@ def score(state: Any) -> float | None:
 
 
 def epochs_done(folder: Path) -> int:
-    """Whole passes over the data before this checkpoint."""
+    """Number of complete epochs before this checkpoint."""
     with _usable(folder):
         return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps that a checkpoint holds."""
+    """The number of optimizer steps before this checkpoint."""
     with _usable(folder):
         return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
 
@@ -313,6 +326,6 @@ def _read_tensors(file: Path) -> Tensors:
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper."""
+    """The optimizer without accelerate's wrapper."""
     found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return found

@@ -1,1 +1,1 @@
-"""From the dataset section of a run file to prompts that the trainer takes."""
+"""Read the dataset section of a run file and prepare prompts for the trainer."""

@@ -1,4 +1,4 @@
-"""Rows of a file as Arrow columns; where one value does not fit its column, that row is named."""
+"""Convert the rows of a file to Arrow columns; an error names the row whose value does not fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from toolkit.base.data_files import names_fault
 from toolkit.base.errors import ConfigError, InputError, first_line
+from toolkit.config.data_types import MISFIT_FIX, misfit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, Typ
 
 
 class Rows(NamedTuple):
-    """A table; ``place(i)`` says where row ``i`` stands ("train.jsonl:12", "train.csv row 7")."""
+    """A table; ``place(i)`` says where row ``i`` is in the file ("train.jsonl:12", "train.csv row
+    7").
+    """
 
     table: pa.Table
     place: Callable[[int], str]
@@ -28,7 +31,7 @@ class Rows(NamedTuple):
 def from_rows(
     rows: list[dict[str, Any]], place: Callable[[int], str], names: list[str] | None = None
 ) -> Rows:
-    """Rows as columns; a key that a row lacks is null there."""
+    """Rows as columns; a key that a row lacks becomes null."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
     if fault := names_fault(keys):
         first = next((i for i, row in enumerate(rows) if names_fault(row)), 0)
@@ -38,16 +41,16 @@ def from_rows(
 
 
 def checked(rows: Rows, path: Path) -> Rows:
-    """The rows of a table that came as one (Parquet, Arrow), made fit for training: names that are
-    texts and differ, texts that are UTF-8, maps as lists of {key, value}. Raises InputError, or
-    ConfigError for a type that no column of a data set can have.
+    """Check and convert a Parquet or Arrow table for training. Column names must be distinct texts,
+    texts must be UTF-8, and maps become lists of {key, value}. Raises InputError, or ConfigError
+    for a type that a data set column cannot have.
     """
     table = rows.table
     try:
         names = list(table.column_names)
         table.validate(full=True)
     except ARROW_ERRORS as error:
-        broken(str(path), f"holds what cannot be read: {first_line(error)}")
+        broken(str(path), f"contains a value that cannot be read: {first_line(error)}")
     if fault := names_fault(names):
         broken(str(path), fault)
     for index, field in enumerate(table.schema):
@@ -59,7 +62,7 @@ def checked(rows: Rows, path: Path) -> Rows:
 
 
 def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A map is stored as a list of {key, value}; as such it can be a column of a data set."""
+    """Convert a map to a list of {key, value}: a data set cannot have a map column."""
     kind = column.type
     item = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
     rows = [
@@ -76,15 +79,15 @@ def _check_types(table: pa.Table, path: Path) -> None:
             table.select([field.name]).slice(0, 1).to_pylist()
         except (*ARROW_ERRORS, NotImplementedError, ImportError, AttributeError) as error:
             raise ConfigError(
-                f"column {field.name!r} is of the type {str(field.type)[:80]}, which cannot be "
-                f"read here: {first_line(error)}",
+                f"column {field.name!r} has the type {str(field.type)[:80]}, which the toolkit "
+                f"cannot read: {first_line(error)}",
                 where=str(path),
-                fix="leave the column out, or write it as text, numbers, lists or objects",
+                fix="remove the column, or store it as text, numbers, lists or objects",
             ) from None
 
 
 def in_memory(table: pa.Table) -> pa.Table:
-    """A copy of ``table`` that lies in no mapped file."""
+    """A copy of ``table`` in memory that does not depend on a mapped file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -92,9 +95,9 @@ def in_memory(table: pa.Table) -> pa.Table:
 
 
 def without_nulls(value: Any) -> Any:
-    """Messages without the keys that Arrow added: it gives each object in a column the keys of
-    all, null where an object had none, and chat templates take a null for a value. ``content``
-    stays, which is null beside tool calls.
+    """Remove the null keys that Arrow added to messages. Arrow gives each object in a column the
+    keys of all objects, and fills missing ones with null. Chat templates would take such a null for
+    a value. ``content`` stays, because it may be null next to tool calls.
     """
     if isinstance(value, dict):
         return {
@@ -108,7 +111,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
-    """``table`` for the trainer; of the column of chats ``chats`` each row is read
+    """``table`` as a Dataset for the trainer; rows of the chat column ``chats`` are read with
     ``without_nulls``.
     """
     dataset = datasets.Dataset(table)
@@ -127,19 +130,13 @@ def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Arr
     except (*_TYPE_ERRORS, UnicodeEncodeError):
         index = _first_misfit(values)
     if _has_surrogate(values[index]):
-        broken(place(index), f"column {name!r} holds half of a character (a lone surrogate)")
+        broken(place(index), f"column {name!r} contains half of a character (a lone surrogate)")
     first = next((value for value in values[:index] if value is not None), None)
-    raise ConfigError(
-        f"column {name!r} holds {kind_of(values[index])} here"
-        + (f" and {kind_of(first)} before" if kind_of(first) != kind_of(values[index]) else "")
-        + ", which one column cannot hold together",
-        where=place(index),
-        fix="give every row of the column the same type",
-    )
+    raise ConfigError(misfit(name, values[index], first), where=place(index), fix=MISFIT_FIX)
 
 
 def _first_misfit(values: list[Any]) -> int:
-    """The index of the first value that does not fit those before it (by bisection)."""
+    """Find by bisection the index of the first value that does not fit the values before it."""
     fits, fails = 0, len(values)  # values[:fits] convert, values[:fails] do not
     while fails - fits > 1:
         middle = (fits + fails) // 2
@@ -153,19 +150,7 @@ def _first_misfit(values: list[Any]) -> int:
 
 def broken(where: str, what: str) -> NoReturn:
     """Raise InputError for a data file that is not what its name says."""
-    raise InputError(what, where=where, fix="mend or remove it")
-
-
-def kind_of(value: Any) -> str:
-    """The kind of a JSON value in words, for messages."""
-    words = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a truth value",
-        int: "a number",
-    }
-    return "null" if value is None else words.get(type(value), "a number")
+    raise InputError(what, where=where, fix="correct or remove it")
 
 
 def _has_surrogate(value: Any) -> bool:
@@ -173,7 +158,7 @@ def _has_surrogate(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every character of every text and key in a tree."""
+    """All texts and keys in a tree, joined."""
     if isinstance(value, str):
         yield from value
     elif isinstance(value, dict):

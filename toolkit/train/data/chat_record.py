@@ -1,8 +1,9 @@
-"""The chat format of a run stays the same when the run is resumed or asked afterwards.
+"""Keep the chat format of a run the same when the run is resumed or used for generation.
 
-A checkpoint and config.json record ``dataset.chat`` as true or false. Those of versions before
-``dataset.chat`` do not: then a text was a chat only under ``dataset.system``, over a tokenizer with
-a chat template. What such a run did is read from the first completion that it wrote down.
+A checkpoint and config.json record ``dataset.chat`` as true or false. Versions before
+``dataset.chat`` did not record it: they made a text a chat only with ``dataset.system`` and a
+tokenizer that has a chat template. For such a run the format is read from the first completion in
+its log.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import files
+from toolkit.base.errors import InputError
 from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ KEY = "dataset.chat"
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """``config`` with the format of the checkpoint ``found`` in place of auto."""
+    """``config`` with auto replaced by the format that the checkpoint ``found`` records."""
     if found is None or config.dataset.chat != "auto":
         return config
     then = recorded(checkpoint.read_state(found, "run", dict), found)
@@ -31,15 +34,15 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """``config`` as written but for the format, which is ``resolved``'s: what a checkpoint
-    records.
+    """What a checkpoint records: ``config`` as the user wrote it, with the format from
+    ``resolved``.
     """
     return _with(config, resolved.dataset.chat)
 
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """The fingerprint ``then`` of the checkpoint ``found`` with the format in it; None where auto
-    has the same meaning today.
+    """The fingerprint ``then`` of the checkpoint ``found``, with its format filled in. None where
+    auto still means the same.
     """
     if then.get(KEY) is not None:
         return dict(then)
@@ -50,13 +53,13 @@ def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
 
 
 def was_chat(run_dir: Path) -> bool | None:
-    """Whether the prompts of a run were chats, by the first completion that it wrote down; None
-    where it wrote none.
+    """Whether the prompts of a run were chats, judged by the first completion in its log. None
+    where the log has none.
     """
     try:
-        with (run_dir / "completions.jsonl").open(encoding="utf-8") as file:
-            return isinstance(json.loads(file.readline())["prompt"], list)
-    except (OSError, ValueError, KeyError, TypeError):
+        with files.open_bytes(run_dir / "completions.jsonl") as file:
+            return isinstance(json.loads(file.readline(files.MAX_JSON_BYTES // 4))["prompt"], list)
+    except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -1,5 +1,5 @@
-"""What stands in a data set and is not what it seems: chats written as JSON text, answers that are
-missing, prompts far longer than is kept, columns whose names mean something else to the trainer.
+"""Find common mistakes in a data set: chats written as JSON text, missing answers, prompts far
+longer than the limit, and columns whose names the trainer uses for something else.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
     from toolkit.train.data.prompt_format import Prompt
 
-MIN_CHARACTERS = 1 << 16  # a prompt of fewer is always looked at whole
-CHARACTERS_PER_TOKEN = 64  # at least so many are kept for each token of the limit ...
-MOST_CHARACTERS_PER_TOKEN = 256  # ... and at most so many, of a vocabulary with longer tokens
+MIN_CHARACTERS = 1 << 16  # characters; shorter prompts are always read whole
+CHARACTERS_PER_TOKEN = 64  # at least so many characters are kept per token of the limit ...
+MOST_CHARACTERS_PER_TOKEN = 256  # ... and at most so many, for a vocabulary with longer tokens
 
 
 def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
-    """The prompts of a column, and notes on what was done to them.
+    """The prompts of a column, and notes for the user on how they were read.
 
-    A column of which every text is a chat in JSON holds chats. Where only some are, all are texts.
+    If every text of a column is a chat in JSON, the prompts are chats. If only some are, all
+    prompts stay texts.
     """
     texts = [value for value in values if isinstance(value, str) and value.strip()]
     chats = {text: chat for text in texts if (chat := chat_in(text)) is not None}
@@ -38,7 +39,7 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
     if written < len(texts):
         note = (
             f"{written} of {len(texts)} prompts are chats written as JSON text, the others are "
-            "not: all are taken as plain texts"
+            "not: all are used as plain texts"
         )
         return values, [note]
     found = [chats.get(value, value) if isinstance(value, str) else value for value in values]
@@ -46,17 +47,19 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
 
 
 def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.ChunkedArray, int]:
-    """The answers with every NaN (what pandas writes for nothing) null, and how many are null.
+    """The answers, with each NaN (which pandas writes for a missing value) replaced by null, and
+    how many are null.
 
-    Rewards that compare score a null answer None. Raises ConfigError where all are.
+    Rewards that compare with the answer return None for a null answer. Raises ConfigError where all
+    answers are null.
     """
     if pa.types.is_floating(column.type):
         column = compute.if_else(compute.is_nan(column), pa.scalar(None, column.type), column)
     if len(column) and column.null_count == len(column):
         raise ConfigError(
-            f"column {name!r} has no answer: it is null in all of its {len(column)} rows",
+            f"column {name!r} has no answers: it is null in all {len(column)} rows",
             where=path,
-            fix="fill the column, or leave dataset.answer out where no reward compares",
+            fix="fill the column, or remove dataset.answer if no reward compares with it",
         )
     return column, column.null_count
 
@@ -67,12 +70,12 @@ def answer_note(missing: int, rows: int) -> list[str]:
         return []
     verb = "has" if missing == 1 else "have"
     what = f"{missing} of {plural(rows, 'row')} {verb} no answer (null)"
-    return [f"{what}: rewards that compare with it leave them out"]
+    return [f"{what}: rewards that compare with the answer do not score them"]
 
 
 def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
-    """The columns that the trainer does not get, each with the reason, unless the run file uses
-    them under another name.
+    """The columns that are not passed to the trainer, each with the reason, unless the run file
+    uses them under another name.
     """
     return {
         name: LEFT_OUT[name].format(name=name)
@@ -82,8 +85,9 @@ def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """The prompts without beginnings that cannot be kept under ``limit`` tokens, so that nobody
-    tokenizes megabytes to keep a few hundred tokens. What is left is longer than the limit still.
+    """Shorten very long prompts before they are tokenized, so that megabytes are not tokenized to
+    keep a few hundred tokens. Only text that cannot fit in ``limit`` tokens is removed, from the
+    beginning; the rest is still longer than the limit.
     """
     if limit is None or all(_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts
@@ -102,7 +106,9 @@ def _characters(prompt: Prompt) -> int:
 
 
 def _last(prompt: Prompt, most: int) -> Prompt:
-    """The last ``most`` characters; of a chat those of its messages but the system's."""
+    """The last ``most`` characters of a prompt; of a chat, those of its messages except the system
+    message.
+    """
     if isinstance(prompt, str):
         return prompt[-most:]
     kept: list[dict[str, Any]] = []

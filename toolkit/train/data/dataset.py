@@ -1,12 +1,13 @@
-"""From the dataset section of a run file to what the trainer takes: prompts, columns, and
-counts.
+"""Load the dataset section of a run file: prompts and columns for the trainer, counts for the
+report.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base import did_you_mean
@@ -14,8 +15,9 @@ from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.config.data_facts import NO_DATA
 from toolkit.train.data import data_checks, prompt_format
-from toolkit.train.data.arrow_columns import as_dataset
+from toolkit.train.data.arrow_columns import as_dataset, from_rows
 from toolkit.train.data.dataset_source import read_source
+from toolkit.train.rewards.reasoning_gym import problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,15 +25,19 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-    from toolkit.config.run_config import DatasetSection
+    from toolkit.config.run_config import DatasetSection, EnvironmentSection
     from toolkit.train.data.arrow_columns import Rows
     from toolkit.train.data.prompt_format import TemplateArguments
 
 
+HELD_OUT = 1 << 31
+"""From a seed of training to that of the held-out problems of an environment."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """What was found in one split; ``digest`` is for the manifest, the counts are for people.
-    ``wrapped``: the chats were texts, and dataset.chat made messages of them.
+    """What was found in one split. ``digest`` goes into the manifest, the counts into the report.
+    ``wrapped``: the prompts were texts, and dataset.chat made each one a user message.
     """
 
     source: str
@@ -49,7 +55,7 @@ class SplitReport:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The report as a person reads it; the first line is a summary, the others are oddities."""
+        """The lines of the report; the first is a summary, the others are warnings."""
         kind = "chats" if self.chat else "plain prompts"
         summary = f"{self.used} {kind} from {self.source}"
         if self.wrapped:
@@ -58,11 +64,11 @@ class SplitReport:
         if self.empty:
             found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
         if self.duplicates:
-            found.append(f"{self.duplicates} prompts repeat an earlier one (kept)")
+            found.append(f"{self.duplicates} prompts are duplicates of an earlier one (kept)")
         if self.truncated:
             found.append(
-                f"{self.truncated} prompts were longer than grpo.max_prompt_length and lost their "
-                f"beginning (the longest had {self.longest_tokens} tokens)"
+                f"{self.truncated} prompts were longer than grpo.max_prompt_length: their first "
+                f"tokens were removed (the longest had {self.longest_tokens} tokens)"
             )
         return [*found, *self.notes]
 
@@ -75,19 +81,20 @@ class DataReport:
     eval: SplitReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest: plain values."""
+        """Plain values for the manifest."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For a person, the held-out split named as such."""
+        """The lines of both reports; those of the held-out split are marked."""
         held_out = [f"held out: {line}" for line in self.eval.lines()] if self.eval else []
         return [*self.train.lines(), *held_out]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), ``answer`` where
-    one was named, and every other column of the source, which the trainer passes to the rewards.
+    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), an ``answer``
+    column where dataset.answer names one, and all other columns of the source. The trainer passes
+    them to the rewards.
     """
 
     train: datasets.Dataset
@@ -101,15 +108,21 @@ def load_data(
     *,
     max_prompt_length: int | None = None,
     template: TemplateArguments = None,
+    environment: EnvironmentSection | None = None,
 ) -> Data:
-    """Read, check and prepare the training split, and the held-out one where the section names it.
+    """Read, check and prepare the training split, and the held-out split if the section names one.
 
-    ``max_prompt_length`` is in tokens, special tokens and template included; longer prompts lose
-    their beginning. ``template`` is ``grpo.chat_template_kwargs``.
+    With an ``environment``, its problems are both splits, and the keys ``system`` and ``chat`` of
+    ``section`` apply. ``max_prompt_length`` is in tokens, with special tokens and template; longer
+    prompts lose their first tokens. ``template`` is ``grpo.chat_template_kwargs``.
 
-    Raises ConfigError for what the user must change, InputError for what cannot be read, RetryError
-    where the hub does not answer.
+    Raises ConfigError if the user must change something, InputError if a file cannot be read,
+    RetryError if the hub does not answer.
     """
+    if environment is not None:
+        return _of_environment(
+            section, environment, Rendering(tokenizer, max_prompt_length, template)
+        )
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
     rendering = Rendering(tokenizer, max_prompt_length, template)
@@ -129,9 +142,32 @@ def load_data(
     return Data(train=train, eval=evaluated, report=report)
 
 
+def _of_environment(
+    section: DatasetSection, environment: EnvironmentSection, rendering: Rendering
+) -> Data:
+    section = replace(section, prompt="prompt", answer="answer")
+
+    def split(seed: int, size: int) -> tuple[datasets.Dataset, SplitReport]:
+        made = problems(environment.task, environment.options, seed=seed, size=size)
+        name = f"{environment.adapter}:{environment.task}"
+        rows = from_rows(made, lambda index: f"{name} problem {index}")
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return _prepared(section, rendering, name, (rows, f"sha256:{digest}"))
+
+    train, train_report = split(environment.seed, environment.size)
+    if environment.eval_size is None:
+        return Data(train=train, eval=None, report=DataReport(train=train_report))
+    # Far from the seeds of training: problem i of a task is made from seed + i.
+    held_out = (environment.seed + HELD_OUT) % 2**32
+    evaluated, eval_report = split(held_out, environment.eval_size)
+    return Data(
+        train=train, eval=evaluated, report=DataReport(train=train_report, eval=eval_report)
+    )
+
+
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Errors say which key of the run file names the data."""
+    """Add to an error the key of the run file that names the data."""
     try:
         yield
     except ToolkitError as error:
@@ -151,9 +187,16 @@ def _split(
     section: DatasetSection, rendering: Rendering, where: tuple[str, str, int | None]
 ) -> tuple[datasets.Dataset, SplitReport]:
     path, split, limit = where
-    rows, digest = read_source(
+    found = read_source(
         path, split=split, name=section.name, revision=section.revision, limit=limit
     )
+    return _prepared(section, rendering, path, found)
+
+
+def _prepared(
+    section: DatasetSection, rendering: Rendering, path: str, source: tuple[Rows, str]
+) -> tuple[datasets.Dataset, SplitReport]:
+    rows, digest = source
     if not len(rows.table):
         raise ConfigError("the dataset is empty: it has no rows", where=path)
     for key in ("prompt", "answer"):
@@ -205,15 +248,17 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
         return
     near = did_you_mean.near(name, table.column_names, cutoff=0.6)
     raise ConfigError(
-        f"dataset.{key} names the column {name!r}, and there is none; "
-        f"the columns are {', '.join(table.column_names)}",
+        f"dataset.{key} names the column {name!r}, which does not exist; the columns are "
+        f"{', '.join(table.column_names)}",
         where=path,
-        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of them",
+        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of these columns",
     )
 
 
 def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
-    """The prompts at most so many tokens long, how many were cut, and the longest before."""
+    """The prompts cut to the limit in tokens, how many were cut, and the token count of the longest
+    before.
+    """
     tokenizer, limit, template = rendering
     if limit is None:
         return prompts, 0, None
@@ -228,8 +273,8 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
 def _columns(
     rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
-    """The kept rows with ``prompt`` and ``answer``; notes on columns that had to give way; how
-    many answers are missing.
+    """The rows that are kept, with ``prompt`` and ``answer``; notes on columns that were left out;
+    the number of missing answers.
     """
     table = rows.table.take(kept)
     new: dict[str, Any] = {"prompt": prompts}
@@ -238,7 +283,10 @@ def _columns(
         answers, missing = data_checks.answers_in(table[section.answer], section.answer, path)
         new["answer"] = answers
     notes = [
-        f"the column {name!r} gives way to dataset.{name}, which is {getattr(section, name)!r}"
+        (
+            f"the column {name!r} is left out: dataset.{name} names the column "
+            f"{getattr(section, name)!r} for it"
+        )
         for name in new
         if name in table.column_names and getattr(section, name) != name
     ]

@@ -1,6 +1,4 @@
-"""Where prompts come from: a file, a folder that datasets saved, or the hub; and what it hashes
-to.
-"""
+"""Load the source of prompts and its digest: a file, a folder written by datasets, or the hub."""
 
 from __future__ import annotations
 
@@ -38,11 +36,10 @@ _CHUNK_BYTES = 1 << 20
 def read_source(
     path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """The first ``limit`` rows, and the digest of the source for the manifest.
+    """The first ``limit`` rows, and the digest of the source, which goes into the manifest.
 
     ``sha256:...`` is over the bytes of a file, over the data files of a saved folder, or over the
-    rows that came from the hub. Raises InputError, ConfigError, or RetryError where the hub does
-    not answer.
+    rows from the hub. Raises InputError, ConfigError, or RetryError if the hub does not answer.
     """
     local = Path(path).expanduser()
     if fault := path_fault(local) if os.path.lexists(local) else None:
@@ -52,9 +49,12 @@ def read_source(
     if local.exists() or is_path_only(path):
         if split != "train":
             raise ConfigError(
-                f"is a file, which has no splits, and the split {split!r} was asked for",
+                (
+                    "is a file, and a file has no splits, but the run file asks for the split "
+                    f"{split!r}"
+                ),
                 where=path,
-                fix="name the other file in dataset.eval_path, and no split",
+                fix="remove the split, and name the held-out file in dataset.eval_path",
             )
         before = _identity([local])
         rows = read_file(local, limit)
@@ -69,13 +69,13 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             raise ConfigError(
                 f"has no split {split!r}",
                 where=str(folder),
-                fix=f"dataset.split: one of {', '.join(map(str, splits))}",
+                fix=f"set dataset.split to one of {', '.join(map(str, splits))}",
             )
         folder = safe_join(folder, split, what="a split")
     if not (folder / "state.json").is_file():
         inside = sorted(item.name for item in folder.iterdir() if data_kind(item))
         raise ConfigError(
-            "is a folder, and not one that datasets' save_to_disk made",
+            "is a folder that was not written by datasets' save_to_disk",
             where=str(folder),
             fix=f"name a file in it: {', '.join(inside[:8])}" if inside else None,
         )
@@ -104,17 +104,17 @@ def _list_in(path: Path, key: str) -> list[Any]:
 
 
 def _data_file(folder: Path, entry: Any) -> Path:
-    """A data file that state.json names: it must lie in the folder."""
+    """The path of a data file that state.json names; it must be inside the folder."""
     name = entry.get("filename") if isinstance(entry, dict) else None
     if not isinstance(name, str):
-        raise InputError("names no data file", where=str(folder / "state.json"))
+        raise InputError("does not name a data file", where=str(folder / "state.json"))
     return safe_join(folder, name, what="a data file in state.json")
 
 
 def _read_hub(
     path: str, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """From the hub or its cache. datasets >= 4 runs no code of a dataset's."""
+    """Load from the hub or its cache. datasets >= 4 does not run code from a dataset."""
     try:
         dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)
     except ConnectionError as error:
@@ -122,14 +122,18 @@ def _read_hub(
         kind = ConfigError if offline else RetryError
         why = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer"
         raise kind(
-            f"dataset {path!r} is no file or folder here, it is not in the cache, and {why}",
-            fix="a path starts with ./ or /; a hub dataset can be fetched on a machine with a "
-            "network and kept with save_to_disk",
+            (
+                f"dataset {path!r} is not a file or folder on this machine and not in the hub's "
+                f"cache, and {why}"
+            ),
+            fix="for a file, write a path that starts with ./ or /; for a hub dataset, download "
+            "it on a machine with network access, save it with save_to_disk, and name that "
+            "folder",
         ) from error
-    except FileNotFoundError as error:  # DatasetNotFoundError is one
+    except FileNotFoundError as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ConfigError(
-            f"dataset {path!r} is no file or folder here and no dataset on the hub that this "
-            f"account can see ({first_line(error)})",
+            f"dataset {path!r} is not a file or folder on this machine and not a hub dataset that "
+            f"this account can read ({first_line(error)})",
         ) from error
     except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
@@ -139,15 +143,15 @@ def _read_hub(
 
 
 def _table(dataset: Any, limit: int | None) -> pa.Table:
-    """The first ``limit`` rows, in memory: datasets maps the files of a saved folder and of the
-    cache, which may change during the run.
+    """Copy the first ``limit`` rows into memory. datasets maps the files of a saved folder and of
+    the cache, and these may change during the run.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return in_memory(dataset.with_format("arrow")[:count])
 
 
 def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
-    """What tells that a file is still the same one, for each that is there."""
+    """Identity, size and time of each file that exists, to detect a change."""
     found = []
     for path in sorted(paths):
         with contextlib.suppress(OSError):
@@ -157,8 +161,8 @@ def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
 
 
 def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
-    """sha256 over the bytes of the files, in the order of their names. Raises InputError where a
-    file is no longer what it was ``before`` it was read.
+    """sha256 over the bytes of the files, in the order of their names. Raises InputError if a file
+    differs from ``before``, its state before it was read.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -169,7 +173,7 @@ def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
         raise InputError(
             "the data changed while it was read",
             where=", ".join(str(path) for path in paths[:3]),
-            fix="start again once nothing writes to it",
+            fix="start again when no process writes to it",
         )
     return f"sha256:{digest.hexdigest()}"
 

@@ -1,8 +1,8 @@
-"""Prompts as the trainer takes them: texts, or chats that the tokenizer's template renders.
+"""Convert prompts to the trainer's format: texts, or chats that the tokenizer's template renders.
 
-With ``dataset.chat`` a text becomes a user message. A system prompt is the first message of a chat,
-unless the chat has a system message of its own, which then stays. A text that stays a text gets the
-system prompt before it, with an empty line between.
+With ``dataset.chat`` a text becomes a user message. A system prompt becomes the first message of a
+chat, unless the chat already has a system message. A text that stays a text begins with the system
+prompt and an empty line.
 """
 
 from __future__ import annotations
@@ -12,58 +12,37 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.build import thaw
+from toolkit.config.data_types import wrong_prompt
+from toolkit.policy.chat_template import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
-    """Whether the column holds chats (else texts). Raises ConfigError naming the first bad row."""
+    """Whether the column holds chats and not texts. Raises ConfigError, which names the first bad
+    row.
+    """
     chats = [prompt for prompt in prompts if prompt is not None]
     is_chat = bool(chats) and isinstance(chats[0], list)
     for index, prompt in enumerate(prompts):
-        wrong = None
-        if is_chat:
-            wrong = _wrong_chat(prompt or [])
-        elif not isinstance(prompt, str | None):
-            wrong = f"is {type(prompt).__name__}, not a text or a list of messages"
-        if wrong:
+        if wrong := wrong_prompt(prompt, chats=is_chat):
             raise ConfigError(f"column {column!r} {wrong}", where=place(index))
     return is_chat
 
 
-def _wrong_chat(messages: list[Any]) -> str | None:
-    """What is wrong with a chat prompt, in words; None if nothing is."""
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {number} has no role: each is {{role: ..., content: ...}}"
-        if message["role"] not in ROLES:
-            return (
-                f"message {number} has the role {message['role']!r}, not one of {', '.join(ROLES)}"
-            )
-        if "content" not in message or not isinstance(message["content"], str | list | None):
-            return f"message {number} has no content that is a text"
-    if messages and messages[-1]["role"] == "assistant":
-        return (
-            "ends with what the assistant says, so there is nothing left to answer: leave that "
-            "message out (an expected answer goes into a column of its own)"
-        )
-    return None
-
-
 def is_empty(prompt: Any) -> bool:
-    """Nothing to answer: no text, or no message with any."""
+    """True if the prompt has no text, or no message with text."""
     if isinstance(prompt, list):
         return not any(message.get("content") for message in prompt)
     return prompt is None or not prompt.strip()
 
 
 def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
-    """``prompt`` under a system prompt, by the rule at the head of this module."""
+    """``prompt`` with a system prompt, by the rule in this module's docstring."""
     if isinstance(prompt, str):
         if not chat:
             return f"{system}\n\n{prompt}" if system else prompt
@@ -76,7 +55,9 @@ def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
 def check_template(
     tokenizer: Any, prompt: Prompt, column: str, template: TemplateArguments = None
 ) -> None:
-    """Render one chat, so that a template that refuses it is told now and not in the first step."""
+    """Render one chat, so that a template that rejects it is reported now and not in the first
+    step.
+    """
     if not chat_format.usable(getattr(tokenizer, "chat_template", None)):
         raise ConfigError(
             chat_format.CHATS_WITHOUT_TEMPLATE.format(column=repr(column)),
@@ -84,20 +65,17 @@ def check_template(
         )
     try:
         length_of(tokenizer, prompt, template)
-    except ConfigError:  # it takes too long, or makes too much
+    except ConfigError:  # also of a template under limits
         raise
-    except Exception as error:  # a template raises what it likes, jinja2's and its own
-        raise ConfigError(
-            f"the tokenizer's chat template refuses the prompts: {error}",
-            fix="some templates take no system message: then put dataset.system into the prompts",
-        ) from error
+    except Exception as error:  # a tokenizer of a script's own
+        raise refused(tokenizer, error) from error
 
 
 def token_ids(
     prompts: Sequence[Prompt], tokenizer: Any, template: TemplateArguments = None
 ) -> list[list[int]]:
-    """Prompts (text, or chat messages) as the trainer tokenizes them: special tokens and the chat
-    template included. ``template`` is ``grpo.chat_template_kwargs``.
+    """Tokenize prompts (text, or chat messages) as the trainer does: with special tokens and the
+    chat template. ``template`` is ``grpo.chat_template_kwargs``.
     """
     if prompts and isinstance(prompts[0], list):
         rendered = tokenizer.apply_chat_template(
@@ -112,18 +90,18 @@ def token_ids(
 
 
 def length_of(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
-    """Tokens of a prompt as the trainer counts them."""
+    """Number of tokens of a prompt, as the trainer counts them."""
     return len(token_ids([prompt], tokenizer, template)[0])
 
 
 def truncate(
     tokenizer: Any, prompt: Prompt, limit: int, template: TemplateArguments = None
 ) -> Prompt:
-    """``prompt`` without its beginning, so that it has at most ``limit`` tokens.
+    """Remove the beginning of ``prompt``, so that it has at most ``limit`` tokens.
 
     A text loses its first tokens. A chat keeps its system message, its template and the order of
-    its messages; the texts of the oldest other messages lose their first tokens. Raises ConfigError
-    where that cannot be enough.
+    its messages; the oldest of the other messages lose their first tokens. Raises ConfigError where
+    that is not enough.
     """
     if isinstance(prompt, str):
         rest = _cut(tokenizer, prompt, lambda text: length_of(tokenizer, text) - limit)
@@ -148,16 +126,16 @@ def truncate(
 
 def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
     return ConfigError(
-        f"a prompt cannot be cut to grpo.max_prompt_length {limit}: "
-        f"{what} alone have {tokens} tokens",
+        f"a prompt cannot be cut to grpo.max_prompt_length ({limit} tokens): {what} alone have "
+        f"{tokens} tokens",
         fix="raise grpo.max_prompt_length, or shorten dataset.system",
     )
 
 
 def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
-    """``text`` without as many of its first tokens as make ``over(text)`` at most 0, or empty.
+    """Remove first tokens of ``text`` until ``over(text)`` is at most 0, or the text is empty.
 
-    Tokens can join anew at the cut, so what is left is counted again.
+    The rest is counted again, because tokens at the cut may merge differently.
     """
     starts = _token_starts(tokenizer, text)
     dropped = 0
@@ -170,7 +148,7 @@ def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
 
 
 def _token_starts(tokenizer: Any, text: str) -> list[int]:
-    """Where each token of ``text`` begins, in characters."""
+    """The character offset at which each token of ``text`` begins."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]

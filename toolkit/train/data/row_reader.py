@@ -1,7 +1,7 @@
-"""Data files as Arrow tables, with the place of every row for messages.
+"""Read data files as Arrow tables, with the location of each row for error messages.
 
-JSONL and JSON are read here and not by pandas or pyarrow, whose errors name no line. Values keep
-the types they have in the file; CSV has texts only.
+JSONL and JSON are parsed here, because errors of pandas and pyarrow do not name the line. Values
+keep their types; in CSV all values are texts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -22,26 +22,30 @@ from toolkit.base.data_files import (
     data_kind,
     data_lines,
     decoded,
+    json_value,
     names_fault,
     no_kind,
+    not_one,
     open_data,
+    unreadable_table,
 )
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
 from toolkit.base.formatting import format_bytes
-from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows, kind_of
+from toolkit.config.data_types import kind_of
+from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MAX_ROWS = 50_000_000  # a Parquet file of kilobytes can state any number of equal rows
+MAX_ROWS = 50_000_000  # a Parquet file of a few kilobytes can declare any number of equal rows
 
 
 def read_file(path: Path, limit: int | None = None) -> Rows:
-    """The first ``limit`` rows of a file, by its suffix; nothing stays mapped.
+    """Read the first ``limit`` rows of a file, in the format of its suffix; no file stays mapped.
 
-    Raises InputError where the file is missing, unreadable, no regular file or broken (with the
-    line), ConfigError where its columns do not hold one type each, or the suffix is unknown.
+    Raises InputError if the file is missing, unreadable, not a regular file, or broken (with the
+    line). Raises ConfigError if a column mixes types, or the suffix is unknown.
     """
     if is_archive(path):
         return _read_archive(path, limit)
@@ -108,7 +112,7 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             if limit is not None and len(rows) >= limit:
                 break
             if fields and len(fields) != len(header):
-                what = f"has {len(fields)} fields where the header has {len(header)}"
+                what = f"has {len(fields)} fields, but the header has {len(header)}"
                 broken(f"{path}:{reader.line_num}", what)
             if fields:
                 rows.append(dict(zip(header, fields, strict=True)))
@@ -123,21 +127,21 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     return from_rows(rows, lambda index: f"{path}:{lines[index]}", header)
 
 
-def _is_tsv(path: Path) -> bool:
-    kind = data_kind(path)
-    return kind is not None and kind.suffix == ".tsv"
-
-
 def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
     number = blank = 0
     while line := text.readline(MAX_LINE_BYTES + 1):
         number += 1
         blank += line.isspace()
         if blank > MAX_BLANK_LINES:
-            what = f"more than {MAX_BLANK_LINES} lines are blank: this is no data file"
+            what = (
+                f"more than {MAX_BLANK_LINES} lines are blank: this does not look like a data file"
+            )
             broken(f"{path}:{number}", what)
         if len(line) > MAX_LINE_BYTES:
-            what = f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this is no data file"
+            what = (
+                f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this does not look like a "
+                "data file"
+            )
             broken(f"{path}:{number}", what)
         yield line
 
@@ -148,7 +152,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         rows, taken = opened.metadata.num_rows, []
         wanted = rows if limit is None else min(limit, rows)
         if wanted > MAX_ROWS:
-            broken(str(path), f"has {rows} rows; {MAX_ROWS} is the most that is read")
+            broken(str(path), f"has {rows} rows; the maximum is {MAX_ROWS}")
         count = 0
         for batch in opened.iter_batches() if wanted else ():
             taken.append(batch)
@@ -157,7 +161,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
                 break
         table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), f"is no readable Parquet file: {first_line(error)}")
+        broken(str(path), unreadable_table("Parquet", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -169,7 +173,7 @@ def _read_arrow(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             file.seek(0)
             table = pa.ipc.open_file(file).read_all()
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), f"is no readable Arrow file: {first_line(error)}")
+        broken(str(path), unreadable_table("Arrow", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -196,7 +200,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
         ]
         if len(files) != 1:
             raise ConfigError(
-                f"holds {len(files)} data files, not one",
+                not_one(len(files)),
                 where=str(path),
                 fix="unpack it and name the file",
             )
@@ -211,7 +215,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json_value(text)
     except json.JSONDecodeError as error:
         at = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
         broken(at, f"is not JSON: {error.msg}")
@@ -221,13 +225,9 @@ def _parse(text: str, where: str) -> Any:
         broken(where, f"is not JSON: {error}")
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
 def _nearest(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
-        return f"there is no folder {folder} either"
+        return f"the folder {folder} does not exist either"
     there = sorted(item.name for item in folder.iterdir() if data_kind(item))
     return f"data files in {folder}: {', '.join(there[:8])}" if there else None

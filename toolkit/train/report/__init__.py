@@ -1,4 +1,4 @@
-"""report.html: what a run did, to look at rather than to read. Made from the run folder alone."""
+"""report.html: a visual report of a run, made from the run folder alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, whole, partial or empty, and return its path.
+    """Write ``report.html`` into the folder of a run and return its path. The run may be complete,
+    partial or empty.
 
-    One self-contained file; no secrets, and nothing that a model wrote is taken for markup.
-    Raises OSError where the folder cannot be read or written.
+    It is one self-contained file without secrets; text that a model wrote is always escaped. Raises
+    OSError if the folder cannot be read or written.
     """
     return write_file(run_dir / "report.html", render(read_run(run_dir)))

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: no library, no request, readable without a script.
+"""Charts as inline SVG: without a library, network requests, or scripts.
 
-Every number in the markup comes out of ``show`` or ``_n``; every text out of ``text``.
+Every number in the markup comes from ``show`` or ``_n``, and every text from ``text``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What to draw. ``band`` is (low, high) around the first line; ``dots`` are (x, y) marks
-    apart from the lines, such as evaluations; ``stacked`` lays areas on one another; ``exact``
-    lines are not smoothed.
+    """What to draw. ``band`` is (low, high) around the first line; ``dots`` are (x, y) marks apart
+    from the lines, such as evaluations; ``stacked`` draws stacked areas; ``exact`` lines are not
+    smoothed.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Frame:
-    """The plot's place inside the picture, and its range."""
+    """The position of the plot in the picture, and its range."""
 
     width: float
     height: float
@@ -56,12 +56,12 @@ class Frame:
     y_range: tuple[float, float]
 
     def x(self, value: float) -> float:
-        """Step to picture."""
+        """The x position of a step."""
         low, high = self.x_range
         return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Value to picture, at most a little outside of the plot (it is clipped there)."""
+        """The y position of a value, at most a little outside the plot (where it is clipped)."""
         low, high = self.y_range
         share = min(max((value - low) / (high - low), -0.5), 1.5)
         return TOP + (1 - share) * (self.height - TOP - BOTTOM)
@@ -113,7 +113,7 @@ def draw(chart: Chart, number: int) -> str:
 
 
 def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) -> str:
-    """Each line smoothed over its faint self; a single point as a dot."""
+    """Each line smoothed, over a faint line of the raw values; a single point is a dot."""
     window = 1 if chart.exact else window_for(len(xs))
     parts = []
     for line, values in zip(chart.lines, lines, strict=True):
@@ -140,7 +140,7 @@ def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -
 
 
 def _area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
-    """The area between two lines, in pieces where either has a gap."""
+    """The area between two lines, split where either line has a gap."""
     pieces: list[list[int]] = [[]]
     for index in range(len(xs)):
         if low[index] is None or high[index] is None:
@@ -168,7 +168,7 @@ def _path(frame: Frame, xs: Sequence[float], values: Values) -> str:
 
 
 def _alone(values: Values, index: int) -> bool:
-    """A point that no line leads to would not be seen."""
+    """Draw a point without neighbours as a dot, because no line would show it."""
     before = values[index - 1] if index else None
     after = values[index + 1] if index + 1 < len(values) else None
     return before is None and after is None
@@ -196,7 +196,7 @@ def _grid(frame: Frame) -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """The lines by name where there are several, and where each has got to."""
+    """The names of the lines, if there are several, with the last value of each."""
     items = []
     for line in chart.lines:
         there = [value for value in line.values if value is not None]
@@ -209,7 +209,7 @@ def _legend(chart: Chart) -> str:
 
 
 def _stack(lines: list[Values]) -> list[Values]:
-    """Running sums; where one part is missing the others are still drawn."""
+    """Running sums; if one part is missing, the others are still drawn."""
     heights: list[Values] = []
     floor = [0.0] * (len(lines[0]) if lines else 0)
     for values in lines:

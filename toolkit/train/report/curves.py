@@ -1,4 +1,4 @@
-"""Which curves a run has, out of its metrics and timings."""
+"""Choose the curves of a run from its metrics and timings."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from toolkit.train.report.scale import Values
 
 MAX_REWARDS = 6
-# title, note, (label, names of the metric) a line; drawn where any line has a value.
+# title, note, then (label, names of the metric) per line; drawn if any line has a value.
 _SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
-    ("KL to the base model", "nats a token", [("kl", ("kl",))]),
-    ("Entropy", "nats a token; near 0 nothing is explored", [("entropy", ("entropy",))]),
-    ("Loss", "moves around 0 by construction: watch the reward", [("loss", ("loss",))]),
+    ("KL to the base model", "nats per token", [("kl", ("kl",))]),
+    ("Entropy", "nats per token; near 0 the model does not explore", [("entropy", ("entropy",))]),
+    ("Loss", "is near 0 by construction: watch the reward instead", [("loss", ("loss",))]),
     (
         "Engine against trainer",
-        "difference of log-probabilities, nats a token",
+        "difference of log-probabilities, nats per token",
         [
             ("mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
             ("largest", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
         ],
     ),
     (
-        "Groups without a signal",
-        "share of groups where every completion got the same reward",
+        "Groups without signal",
+        "share of groups in which all completions have the same reward",
         [
             ("share", ("frac_reward_zero_std",)),
             ("completions that training left out", ("packing/skipped_rows",)),
@@ -47,7 +47,9 @@ _PHASES = (
 
 
 def reward_chart(run: RunFiles) -> Chart | None:
-    """The curve that matters: mean reward in the band of its spread, and evaluations as marks."""
+    """The main curve: mean reward with a band of one standard deviation, and evaluations as
+    marks.
+    """
     rewards = column(run.metrics, "reward")
     if not _any(rewards):
         return None
@@ -69,7 +71,7 @@ def reward_chart(run: RunFiles) -> Chart | None:
 
 
 def other_charts(run: RunFiles) -> list[Chart]:
-    """Every other curve that has a value, in the order in which one would look at them."""
+    """All other curves that have a value, the most important first."""
     found = [_rewards(run), _lengths(run)]
     xs = _steps(run.metrics)
     for title, note, wanted in _SINGLE:
@@ -130,7 +132,7 @@ def _times(run: RunFiles) -> list[Chart]:
     whole = column(run.timings, "step_s")
     charts = []
     if phases:
-        note = "seconds, by what they went into"
+        note = "seconds, by phase"
         charts.append(Chart(title="Step time", note=note, xs=xs, lines=phases, stacked=True))
     elif _any(whole):
         line = Line(label="step", values=whole)
@@ -138,7 +140,7 @@ def _times(run: RunFiles) -> list[Chart]:
     speed = column(run.timings, "tokens_per_s")
     if _any(speed):
         line = Line(label="tokens/s", values=speed)
-        note = "completion tokens a second, over the whole step"
+        note = "completion tokens per second, over the whole step"
         charts.append(Chart(title="Throughput", note=note, xs=xs, lines=[line]))
     memory: Values = [
         None if value is None else value / GIB for value in column(run.timings, "peak_memory_bytes")

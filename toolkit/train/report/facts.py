@@ -1,4 +1,4 @@
-"""The report in numbers: key figures, what is worth knowing, evaluation, memory, set-up."""
+"""The numbers in the report: key figures, notices, evaluation, memory, set-up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_TERMS = 6
 
 
 def status(run: RunFiles) -> tuple[str, str]:
-    """(kind, words): whether the run has ended, and how far it is."""
+    """(kind, text): whether the run has finished, and its progress."""
     done = run.metrics[-1]["step"] if run.metrics else 0
     wanted = number(section(run.config, "grpo").get("max_steps"))
     of = f" of {int(wanted)}" if wanted and wanted > 0 else ""
@@ -27,14 +27,14 @@ def status(run: RunFiles) -> tuple[str, str]:
 
 
 def tiles(run: RunFiles) -> str:
-    """The figures that one wants first."""
+    """The key figures at the top."""
     found = [_reward_tile(run), *_held_out_tiles(run)]
     if run.metrics:
         found.append(("Steps", str(run.metrics[-1]["step"]), ""))
     spent = [value for value in column(run.timings, "time_s") if value is not None]
     steps = [value for value in column(run.timings, "step_s") if value is not None]
     if spent:
-        each = f"{format_duration(mean(steps) or 0.0)} a step" if steps else ""
+        each = f"{format_duration(mean(steps) or 0.0)} per step" if steps else ""
         found.append(("Time", format_duration(max(spent)), each))
     speed = mean(column(run.timings, "tokens_per_s"))
     if speed:
@@ -80,13 +80,13 @@ def _held_out_tiles(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def notices(run: RunFiles) -> str:
-    """What went wrong or deserves a look; nothing where nothing does."""
+    """Problems and warnings; empty if there are none."""
     found = []
     skipped = sum(1 for row in run.metrics if row.get("skipped"))
     if skipped:
-        found.append(("warn", f"steps skipped, loss or gradient not finite: {skipped}"))
+        found.append(("warn", f"steps skipped because loss or gradient was not finite: {skipped}"))
     if run.bad_rewards:
-        words = f"samples that a reward failed on, kept in bad_rewards.jsonl: {run.bad_rewards}"
+        words = f"samples on which a reward failed (saved in bad_rewards.jsonl): {run.bad_rewards}"
         found.append(("warn", words))
     if run.broken:
         found.append(("warn", f"could not be read in full: {', '.join(run.broken)}"))
@@ -99,7 +99,7 @@ def notices(run: RunFiles) -> str:
 
 
 def evaluation(run: RunFiles) -> str:
-    """Before and after on held-out prompts, as bars."""
+    """Rewards on held-out prompts before and after training, as bars."""
     before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
     rows = [
         (name, section(before, "rewards").get(name), value)
@@ -135,7 +135,7 @@ def _bars(name: str, old: float | None, new: float | None) -> str:
 
 
 def memory(run: RunFiles) -> str:
-    """The plan that sizing made, largest part first."""
+    """The memory plan from sizing, largest part first."""
     budget = section(run.preflight, "sizing").get("budget")
     terms = [
         (str(item.get("term")), number(item.get("bytes")) or 0.0, str(item.get("source", "")))
@@ -166,7 +166,7 @@ def memory(run: RunFiles) -> str:
 
 
 def setup(run: RunFiles) -> str:
-    """What ran, in short; all of it folded below."""
+    """A summary of the configuration; the whole of it is folded below."""
     model, lora, grpo = (section(run.config, key) for key in ("model", "lora", "grpo"))
     data, reward = section(run.config, "dataset"), section(run.config, "reward")
     functions = reward.get("functions")
@@ -181,7 +181,7 @@ def setup(run: RunFiles) -> str:
         ("engine", section(run.config, "runtime").get("engine")),
         ("data", data.get("path")),
         ("rewards", ", ".join(named) or None),
-        ("completions a prompt", grpo.get("num_generations")),
+        ("completions per prompt", grpo.get("num_generations")),
         ("completion limit", grpo.get("max_completion_length")),
         ("learning rate", grpo.get("learning_rate")),
         ("KL weight beta", grpo.get("beta")),
@@ -192,7 +192,7 @@ def setup(run: RunFiles) -> str:
 
 
 def provenance(run: RunFiles) -> str:
-    """What it takes to make the run again, in short."""
+    """A summary of what is needed to repeat the run."""
     manifest = run.manifest
     packages, git = section(manifest, "packages"), section(manifest, "git")
     revision = str(git.get("revision") or "")[:12]
@@ -221,6 +221,6 @@ def provenance(run: RunFiles) -> str:
 
 
 def folded(run: RunFiles) -> str:
-    """config.json and manifest.json whole."""
+    """The complete config.json and manifest.json."""
     whole = (("The whole configuration", run.config), ("The whole manifest", run.manifest))
     return "".join(fold(title, table(flat(document))) for title, document in whole if document)

@@ -1,4 +1,6 @@
-"""What a run folder holds, read with forgiveness: a report of half a run is a report too."""
+"""Read the files of a run folder. Missing or broken files are tolerated, so that a partial run has
+a report too.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SHOWN_STEPS = 4  # of the completions: the first step, the last, and as many between
-LARGEST = 1e120  # so that no difference or sum of two numbers overflows
-MAX_LINE_BYTES = 1 << 22  # a longer line is passed over
+SHOWN_STEPS = 4  # steps whose completions are shown, from the first to the last
+LARGEST = 1e120  # so that sums and differences of two numbers do not overflow
+MAX_LINE_BYTES = 1 << 22  # a longer line is skipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The files of a run; what is missing or broken is empty, and ``broken`` names it."""
+    """The files of a run. A missing or broken file is empty, and ``broken`` names it."""
 
     name: str
     config: dict[str, Any]
@@ -35,7 +37,7 @@ class RunFiles:
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Read the folder of a run. Raises OSError only where the folder itself cannot be read."""
+    """Read the folder of a run. Raises OSError only if the folder itself cannot be read."""
     broken: list[str] = []
     names = {item.name for item in run_dir.iterdir()}
     documents = {
@@ -44,7 +46,7 @@ def read_run(run_dir: Path) -> RunFiles:
     }
     rows = list(_rows(run_dir / "metrics.jsonl", broken))
     return RunFiles(
-        name="/".join(run_dir.resolve().parts[-2:]).lstrip("/"),  # "run" alone says little
+        name="/".join(run_dir.resolve().parts[-2:]).lstrip("/"),  # "run" alone is not useful
         metrics=_by_step(row for row in rows if not _is_eval(row)),
         evals=_by_step(row for row in rows if _is_eval(row)),
         timings=_by_step(_rows(run_dir / "timings.jsonl", broken)),
@@ -57,7 +59,7 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """A finite float within ±LARGEST, or None for what is none (null, NaN, a text)."""
+    """A finite float within ±LARGEST; None for anything else (null, NaN, a text)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -77,7 +79,7 @@ def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
 
 
 def section(document: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """The mapping at ``keys`` inside a document; empty where there is none."""
+    """The mapping at ``keys`` inside a document; empty if it does not exist."""
     found: Any = document
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -89,7 +91,7 @@ def _is_eval(row: dict[str, Any]) -> bool:
 
 
 def _by_step(rows: Any) -> list[dict[str, Any]]:
-    """In the order of steps, one row a step: the last that was written."""
+    """Sorted by step, one row per step: the one that was written last."""
     found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
     return [found[step] for step in sorted(found)]
 
@@ -113,7 +115,9 @@ def _rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _rows_at(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset, row) of every line that is a JSON object; a torn one is noted and passed."""
+    """(byte offset, row) of every line that is a JSON object; an incomplete line is counted and
+    skipped.
+    """
     torn = 0
     try:
         with path.open("rb") as file:
@@ -130,7 +134,7 @@ def _rows_at(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any
     except OSError:
         torn += 1
     if torn:
-        broken.append(f"{path.name} ({torn} torn {'line' if torn == 1 else 'lines'})")
+        broken.append(f"{path.name} ({torn} incomplete {'line' if torn == 1 else 'lines'})")
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -144,7 +148,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
-    """The completions of a few steps, spread over the run; the file can be large."""
+    """The completions of a few steps, spread over the run, because the file can be large."""
     where: dict[int, list[int]] = {}
     for offset, row in _rows_at(path, broken):
         if isinstance(row.get("step"), int):

@@ -1,4 +1,6 @@
-"""manifest.json: what it takes to make the run again. No secrets, no host name, no user name."""
+"""manifest.json: the facts that are needed to repeat the run, without secrets, host name and user
+name.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def packages() -> dict[str, str]:
 
 
 def lock_hashes() -> dict[str, str]:
-    """sha256 of the lock files of the checkout that this package runs from; empty for a wheel."""
+    """sha256 of the lock files in the source checkout of this package; empty if it was installed
+    from a wheel.
+    """
     root = Path(__file__).resolve().parents[2]
     return {
         name: hashlib.sha256((root / name).read_bytes()).hexdigest()
@@ -47,7 +51,7 @@ def lock_hashes() -> dict[str, str]:
 
 
 def image_digest() -> str | None:
-    """The digest of the container image, where whoever started it said so."""
+    """The digest of the container image, if it was passed when the container was started."""
     if value := os.environ.get(DIGEST_VARIABLE):
         return value
     try:
@@ -57,7 +61,9 @@ def image_digest() -> str | None:
 
 
 def image() -> dict[str, Any] | None:
-    """What the container image says of itself (containers/image_manifest.py); None outside one."""
+    """The manifest inside the container image (containers/image_manifest.py); None outside a
+    container.
+    """
     try:
         described = json.loads(Path(os.environ[IMAGE_VARIABLE]).read_text())
         return {key: described[key] for key in IMAGE_KEYS}
@@ -66,7 +72,7 @@ def image() -> dict[str, Any] | None:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """The commit that ``folder`` is checked out at, and whether files differ from it."""
+    """The git commit of ``folder``, and whether files differ from it."""
 
     def ask(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
@@ -83,7 +89,7 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
-    """Name and UUID of each GPU that the node shows, None where the driver gave none."""
+    """Name and UUID of each visible GPU; None where the driver does not report one."""
     seen = snapshot.gpus if snapshot is not None else ()
     return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]
 
@@ -122,7 +128,7 @@ def write_manifest(
 
 
 def add(run_dir: Path, **entries: Any) -> Path:
-    """Put ``entries`` into the manifest that is there. Raises OSError."""
+    """Add ``entries`` to the existing manifest. Raises OSError."""
     described = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     return _write(run_dir, {**described, **entries})
 
@@ -133,6 +139,6 @@ def _write(run_dir: Path, described: Mapping[str, Any]) -> Path:
 
 
 def _threads() -> int | None:
-    """Threads of one operation: CPU results are equal where these are."""
+    """Threads per operation: CPU results are equal only with the same numbers."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch is not None else None

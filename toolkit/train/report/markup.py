@@ -1,4 +1,6 @@
-"""Text into HTML, and pieces of HTML. What a model wrote is hostile until it has been here."""
+"""Convert text to HTML, and build pieces of HTML. Text from a model is untrusted until it is
+escaped here.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,22 @@ def text(value: Any) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
-    """Two columns; the second is HTML already."""
+    """A table of two columns; the second is already HTML."""
     body = "".join(f"<tr><th>{text(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
     return f'<table class="{kind}">{body}</table>' if body else ""
 
 
 def fold(summary: str, inner: str) -> str:
-    """Closed until it is clicked; needs no script."""
+    """A section that is closed until it is clicked, without a script."""
     return (
         f"<details class=card><summary>{text(summary)}</summary>{inner}</details>" if inner else ""
     )
 
 
 def shortened(value: str, limit: int) -> str:
-    """Escaped text of at most ``limit`` characters, saying how much is left out."""
+    """Escaped text of at most ``limit`` characters, with the number of characters that are left
+    out.
+    """
     if len(value) <= limit:
         return text(value)
     return f"{text(value[:limit])}<i class=more> … {len(value) - limit} more characters</i>"

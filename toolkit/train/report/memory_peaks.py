@@ -1,9 +1,9 @@
-"""Peaks of the GPU's memory by phase: while the engine samples, and while the trainer steps; and
-memory.json, which sets them beside the engine's own account for ``envcheck calibrate``.
+"""Peak GPU memory by phase (rollout and training), and memory.json, which has these peaks and the
+engine's own figures for ``envcheck calibrate``.
 
-torch keeps one peak; it is read and reset where a rollout begins and where it ends. With KV sleep
-torch goes on counting the cache as allocated while nothing is mapped behind it: that much is taken
-off the training phase.
+torch records one peak, which is read and reset at the beginning and the end of each rollout. With
+KV sleep, torch still counts the cache as allocated although its memory is unmapped, so its size is
+subtracted from the training phase.
 """
 
 from __future__ import annotations
@@ -31,32 +31,34 @@ NAME = "memory.json"
 
 
 class Statistics(Protocol):
-    """What is read of the device, in bytes; peaks are since the last ``reset``."""
+    """The device readings, in bytes; peaks are since the last ``reset``."""
 
     def allocated(self) -> int:
-        """Of torch's allocator, now."""
+        """Bytes that torch's allocator has allocated now."""
 
     def peak_allocated(self) -> int:
-        """The most that tensors held."""
+        """Peak bytes of tensors."""
 
     def peak_reserved(self) -> int:
-        """The most that torch held, its cache included."""
+        """Peak bytes that torch reserved, with its cache."""
 
     def asleep(self) -> int:
-        """Counted as allocated, and not mapped now."""
+        """Bytes that torch counts as allocated but that are not mapped now."""
 
     def elsewhere(self) -> int:
-        """In use on the card and not torch's: contexts, libraries, other processes."""
+        """Bytes in use on the GPU outside torch: contexts, libraries, other processes."""
 
     def card(self) -> int:
-        """All of the card, as CUDA sees it."""
+        """Total bytes of the GPU, as CUDA reports it."""
 
     def reset(self) -> None:
-        """Forget the peaks."""
+        """Reset the peaks."""
 
 
 class CudaStatistics:
-    """Of the current CUDA device. What is asleep the engine knows; it is handed in."""
+    """Readings of the current CUDA device. The engine knows the bytes that are asleep; the caller
+    passes them.
+    """
 
     def __init__(self, asleep: Callable[[], int]) -> None:
         self.asleep = asleep
@@ -83,7 +85,9 @@ class CudaStatistics:
 
 @dataclass
 class PhasePeaks:
-    """The largest of every phase so far, in bytes; ``begin`` it when the model is loaded."""
+    """The largest values of each phase so far, in bytes. Call ``begin`` when the model is
+    loaded.
+    """
 
     statistics: Statistics
     account: Mapping[str, int] = field(default_factory=dict)  # the engine's own, by term
@@ -94,15 +98,17 @@ class PhasePeaks:
     _stepping: bool = field(default=False, repr=False)
 
     def begin(self) -> None:
-        """What has been allocated until now belongs to no phase."""
+        """Start measuring; earlier allocations do not count for any phase."""
         self.statistics.reset()
         self._stepping = False
 
     @contextmanager
     def sampling(self, engine: RolloutEngine) -> Iterator[None]:
-        """A rollout; what follows it, up to the next one, is training. Wakes the engine."""
+        """Measure a rollout; the time until the next one is the training phase. Wakes the
+        engine.
+        """
         self.end_training()
-        engine.wake()  # gives torch's cache back first: before the reset, or it would count
+        engine.wake()  # frees torch's cache, so it must run before the reset
         self.statistics.reset()
         try:
             yield
@@ -114,7 +120,7 @@ class PhasePeaks:
             self._stepping = True
 
     def end_training(self) -> None:
-        """The training phase is over; does nothing where none is under way."""
+        """End the training phase; does nothing outside one."""
         if not self._stepping:
             return
         now, self._stepping = self.statistics, False
@@ -124,14 +130,14 @@ class PhasePeaks:
         self.on_card = max(self.on_card, now.elsewhere() + now.peak_reserved() - asleep)
 
     def so_far(self) -> int:
-        """The most of torch's allocator until now, in either phase."""
+        """The peak of torch's allocator until now, over both phases."""
         now = 0
         if self._stepping:
             now = self.statistics.peak_allocated() - self.statistics.asleep()
         return max(self.rollout, self.training, now)
 
     def terms(self) -> dict[str, int]:
-        """By the names of ``toolkit.sizing.calibrate``; only what has been measured."""
+        """The measured values, by the names of ``toolkit.sizing.calibrate``."""
         found = {
             "peak.rollout": self.rollout,
             "peak.training": self.training,
@@ -143,7 +149,7 @@ class PhasePeaks:
         return {term: nbytes for term, nbytes in found.items() if nbytes > 0}
 
     def write(self, run_dir: Path) -> Path | None:
-        """memory.json, once a step was measured. Raises OSError."""
+        """Write memory.json if a step was measured. Raises OSError."""
         self.end_training()
         if not self.training:
             return None
@@ -152,8 +158,8 @@ class PhasePeaks:
 
 
 def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
-    """Peaks for a run on ``engine``; None where nothing can be told by phase: on the CPU, or
-    without vLLM.
+    """Peaks for a run on ``engine``; None if phases cannot be measured: on the CPU, or without
+    vLLM.
     """
     llm = getattr(engine, "llm", None)
     if llm is None or not cuda_in_use():
@@ -164,14 +170,14 @@ def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
 
 
 def rollout_phase(trainer: TrainerSeam, engine: RolloutEngine) -> AbstractContextManager[None]:
-    """Around a rollout of ``trainer``; measured inside ``measured``."""
+    """Wrap a rollout of ``trainer``; it is measured inside ``measured``."""
     peaks: PhasePeaks | None = getattr(trainer, "peaks", None)
     return nullcontext() if peaks is None else peaks.sampling(engine)
 
 
 @contextmanager
 def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
-    """Around training: memory.json of the first rank, where there is something to tell."""
+    """Wrap training; the first rank then writes memory.json if anything was measured."""
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
     trainer.peaks = peaks = watch(engine) if is_first_rank() else None
     if peaks is None:
@@ -180,6 +186,6 @@ def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     peaks.begin()
     try:
         yield
-    finally:  # a step that ran out of memory is worth calibrating most
+    finally:  # a step that ran out of memory is the most useful one for calibration
         if not trainer.lost:
             peaks.write(run_dir)

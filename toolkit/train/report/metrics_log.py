@@ -1,7 +1,8 @@
-"""What a run writes while it runs: metrics.jsonl, timings.jsonl and completions.jsonl.
+"""The logs of a run: metrics.jsonl, timings.jsonl and completions.jsonl.
 
-metrics.jsonl and completions.jsonl hold only what the seed decides, so that a run that was killed
-and resumed ends with the bytes of one that was not; wall clock and memory are in timings.jsonl.
+metrics.jsonl and completions.jsonl have only values that the seed determines, so that a run that
+was killed and resumed writes the same bytes as an uninterrupted one. Wall clock and memory are in
+timings.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from toolkit.train.report.reward_watch import Watch
+    from toolkit.train.report.reward_watch import RewardWatch
     from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import TrainerSeam
 
@@ -45,14 +46,18 @@ LEADING = (
 )
 RENAMED = {"completions/mean_length": "completion_length"}
 WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
+MOST_SAID = 200_000
+"""Characters of one prompt or completion in completions.jsonl."""
 PHASES = ("rollout_s", "publish_s", "reward_s")
 
 
 class Journal:
-    """The run's logs, appended to in order, each cut back to where a checkpoint knows it to be."""
+    """The run's log files, which are only appended to; each is first cut to the length that the
+    checkpoint recorded.
+    """
 
     def __init__(self, run_dir: Path, positions: Mapping[str, int] | None = None) -> None:
-        """Open the logs. ``positions``: bytes to keep of each; without any, begin empty. Raises
+        """Open the logs. ``positions``: bytes to keep of each; without it, they begin empty. Raises
         OSError.
         """
         self._run_dir = run_dir
@@ -71,32 +76,34 @@ class Journal:
             self._sizes[name] = os.fstat(handle).st_size
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """One row, in one write, so that a kill leaves whole rows or a torn last one. Raises
-        OSError.
+        """Append one row in one write, so that after a kill only the last row can be incomplete.
+        Raises OSError.
         """
-        # A reward may name a metric with half of a character.
+        # A reward may use half of a character in the name of a metric.
         line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode(errors="replace")
         written = os.write(self._handles[name], line)
         self._sizes[name] += written
-        if written < len(line):  # a disk that fills up writes a part and fails on the rest
+        if written < len(line):  # a full disk writes a part of the row and fails on the rest
             self._sizes[name] += os.write(self._handles[name], line[written:])
         self._read[name].update(line)
 
     def sync(self) -> None:
-        """What has been written is on the disk when this returns. Raises OSError."""
+        """Sync all written rows to the disk. Raises OSError."""
         for handle in self._handles.values():
             os.fsync(handle)
 
     def positions(self) -> dict[str, int]:
-        """Bytes in each log."""
+        """The length of each log in bytes."""
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def digests(self) -> dict[str, str]:
-        """sha256 of each log: what tells this run's from another's of the same length."""
+        """sha256 of each log, which distinguishes it from a log of another run with the same
+        length.
+        """
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:
-        """The logs that are not what was written (deleted, moved, replaced, cut, added to)."""
+        """The logs that another program changed (deleted, moved, replaced, cut or extended)."""
         if self._handles:
             found = self._handles.items()
             self._missing = [name for name, handle in found if not self._in_place(name, handle)]
@@ -112,17 +119,17 @@ class Journal:
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
-        self.missing()  # what it says from then on
+        self.missing()  # the digest continues from here
         while self._handles:
             os.close(self._handles.popitem()[1])
 
 
 def _open_log(path: Path) -> int:
-    """A log to append to, made if need be. A pipe would stop the run when it is full, and a link
-    may lead to a file of somebody else, which would be cut. Raises OSError.
+    """Open a log to append to; it is created if needed. A pipe would block the run when it is full,
+    and a link may lead to another file, which would be cut. Raises OSError.
 
     Raises:
-        ConfigError: something else lies there.
+        ConfigError: the path is not a regular file.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -136,14 +143,14 @@ def _open_log(path: Path) -> int:
     if handle >= 0:
         os.close(handle)
     raise ConfigError(
-        "a log of the run is to be written there, and what lies there is no regular file",
+        "the run writes a log with this name, but the path is not a regular file",
         where=str(path),
         fix="remove it, or begin another run with --output-dir",
     )
 
 
 def plain(value: Any) -> Any:
-    """``value`` as strict JSON: what is not a finite number is null."""
+    """``value`` as strict JSON: NaN and infinite numbers become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -156,8 +163,8 @@ def plain(value: Any) -> Any:
 
 
 def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl from what the trainer logged: our names first, then every other by
-    name.
+    """A row of metrics.jsonl from the trainer's log: the toolkit's names first, then all others
+    sorted by name.
     """
     found = {"step": step}
     for key, value in logs.items():
@@ -172,9 +179,9 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
-    """Of the GPU where one is used, else of this process (resident)."""
+    """Peak memory in bytes: of the GPU if one is used, else the resident memory of this process."""
     peaks = getattr(trainer, "peaks", None)
-    if peaks is not None:  # torch's own peak begins anew with each phase
+    if peaks is not None:  # torch's own peak is reset at each phase
         return int(peaks.so_far())
     if cuda_in_use():
         return int(torch.cuda.max_memory_allocated())
@@ -193,7 +200,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         on_row: Callable[[dict[str, Any], dict[str, Any] | None], None],
         *,
         completions: bool,
-        watch: Watch | None = None,
+        watch: RewardWatch | None = None,
         tracking: Tracking | None = None,
     ) -> None:
         self.tracking = tracking
@@ -203,18 +210,20 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         self.begin = self.last = monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Loading is not part of the first step's time."""
+        """Start the clock of the first step, so that it excludes loading."""
         del args, state, control, kwargs
         self.last = monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """A row for a step or an evaluation; the summary at the end of training is no step."""
+        """Write a row for a step or an evaluation; the summary at the end of training is
+        ignored.
+        """
         del args, control, kwargs
         if "train_runtime" in logs:
             return
         row = plain(row_of(state.global_step, logs))
         if row.get("skipped"):
-            row["loss"] = None  # transformers logs 0 for a loss that is no number
+            row["loss"] = None  # transformers logs 0 for a NaN loss
         if self.watch is not None:
             self.watch.see(row)
         self.journal.write("metrics.jsonl", row)
@@ -229,7 +238,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.tracking.row(row, timings)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluation is not part of the next step's time."""
+        """Restart the clock, so that the next step excludes evaluation."""
         del args, state, control, kwargs
         self.trainer.timers.take()
         self.last = monotonic()
@@ -262,8 +271,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             rows.append(
                 {
                     "step": step,
-                    "prompt": prompt,
-                    "completion": logs["completion"][index],
+                    "prompt": shortened_said(prompt),
+                    "completion": shortened_said(logs["completion"][index]),
                     "reward": sum(w * r for w, r in scored) if scored else None,
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
@@ -275,9 +284,33 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.tracking.completions(step, rows)
 
 
+def shortened_said(value: Any) -> Any:
+    """A prompt or a completion (text, or the messages of a chat) of which at most about
+    ``MOST_SAID`` characters are kept, from the start and from the end.
+    """
+    return _shortened(value, [MOST_SAID])
+
+
+def _shortened(value: Any, left: list[int]) -> Any:
+    if isinstance(value, str):
+        most, left[0] = max(left[0], 0), left[0] - len(value)
+        if len(value) <= most:
+            return value
+        half = most // 2
+        cut = len(value) - 2 * half
+        return f"{value[:half]}... ({cut} characters left out) ...{value[len(value) - half :]}"
+    left[0] -= 1
+    if isinstance(value, dict):
+        return {key: _shortened(item, left) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        kept = [_shortened(item, left) for item in value[: max(left[0], 0)]]
+        return kept if len(kept) == len(value) else [*kept, f"... ({len(value)} items)"]
+    return value
+
+
 def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """What rewards gave to ``log_extra`` for a completion, under ``extra``; a column of another
-    length belongs to no completion and is left out.
+    """The values that rewards passed to ``log_extra`` for a completion, under ``extra``. A column
+    with another length is left out, because its values cannot be assigned to completions.
     """
     count = len(logs["prompt"])
     found = {

@@ -1,7 +1,7 @@
-"""The page: one file, no request to anywhere, readable without a script.
+"""The HTML page: one file, without network requests, readable without scripts.
 
-The content policy allows this style sheet and this script by their hashes and nothing else; so
-even markup that slipped through the escaping could not run, load or send anything.
+The content security policy allows only this style sheet and this script, by their hashes. So even
+markup that was not escaped by mistake could not run, load or send anything.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def render(run: RunFiles) -> str:
         samples.completions(run),
         f"<h2>How it was run</h2><div class=grid>{how}</div>" if how else "",
         facts.folded(run),
-        f"<footer>grpo-toolkit {text(__version__)}: this file needs nothing beside itself</footer>",
+        f"<footer>grpo-toolkit {text(__version__)}: this file is self-contained</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -63,7 +63,7 @@ def render(run: RunFiles) -> str:
 
 def _nothing(run: RunFiles) -> str:
     why = "no reward was logged" if run.metrics else "no step has been logged yet"
-    return f"<section class=card><p class=note>There is no curve to show: {why}.</p></section>"
+    return f"<section class=card><p class=note>There are no curves to show: {why}.</p></section>"
 
 
 def _hash(content: str) -> str:

@@ -1,4 +1,6 @@
-"""Live progress: a line rewritten each step on a terminal; fewer, plain lines elsewhere."""
+"""Live progress: on a terminal one line that is rewritten at each step; elsewhere fewer, plain
+lines.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,20 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 PLAIN_LINES = 40
-"""About how many lines a whole run prints where the output is no terminal."""
+"""Approximate number of lines of a whole run if the output is not a terminal."""
 SMOOTHING = 0.8
 
 
 def rewrites(stream: TextIO) -> bool:
-    """Whether a line on ``stream`` may be written over: on a terminal that acts on control
-    characters. Logs do not, nor a terminal without a type or of type "dumb" (``srun --pty`` from a
-    batch script, a shell inside an editor).
+    """Whether a line on ``stream`` can be overwritten: only on a terminal that supports control
+    characters. A log does not, and a terminal without a type or of type "dumb" does not either
+    (``srun --pty`` from a batch script, a shell inside an editor).
     """
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Progress:
-    """Prints to ``stream``; ``every`` is the number of steps between lines that stay."""
+    """Prints to ``stream``; ``every`` is the number of steps between permanent lines."""
 
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
         self.stream, self.total = stream, max(1, total)
@@ -36,7 +38,7 @@ class Progress:
         self._open = False
 
     def __call__(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        """A row of metrics.jsonl and, for a step, of timings.jsonl."""
+        """Show a row of metrics.jsonl and, for a step, of timings.jsonl."""
         if timings is None:
             self.keep(evaluation_line(row))
             return
@@ -54,16 +56,14 @@ class Progress:
             self._open = True
 
     def keep(self, line: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.stream.write(f"\r\x1b[K{line}\n" if self._open else f"{line}\n")
         self.stream.flush()
         self._open = False
 
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
-    """Step, reward mean and spread, loss, KL, length, tokens/s, time left: aligned, so that columns
-    line up.
-    """
+    """Step, reward mean and spread, loss, KL, length, tokens/s, time left, in aligned columns."""
     width = len(str(total))
     parts = [
         f"step {row['step']:>{width}}/{total}",
@@ -80,13 +80,13 @@ def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, le
 
 
 def evaluation_line(row: Mapping[str, Any]) -> str:
-    """The result of an evaluation during training."""
+    """The line for an evaluation during training."""
     reward = number(row.get("eval/reward"), ".3f").strip()
     length = number(row.get("eval/completion_length"), ".1f").strip()
     return f"evaluation at step {row['step']}: reward {reward}, length {length}"
 
 
 def number(value: Any, form: str) -> str:
-    """A number, or a dash of the same width where there is none."""
+    """A number, or a dash of the same width if there is none."""
     width = int(form.split(".")[0] or 1)
     return format(value, form) if isinstance(value, (int, float)) else "-".rjust(width)

@@ -1,8 +1,9 @@
-"""Steps whose rewards say nothing: no completion was scored, or no group has any spread.
+"""Detect steps without a training signal: no completion was scored, or rewards are equal within
+every group.
 
-GRPO learns from the differences within a group. Where there are none, the advantages are 0 and the
-rewards move nothing, however long the run is. metrics.jsonl counts such steps in a row
-(``steps_without_signal``), and the terminal says so once.
+GRPO learns from the differences within a group. Without differences the advantages are 0, and the
+rewards do not change the weights, however long the run is. metrics.jsonl counts consecutive steps
+of this kind (``steps_without_signal``), and the terminal shows one warning.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ if TYPE_CHECKING:
 COUNT = "steps_without_signal"
 LIMIT = 20
 _TAIL_BYTES = 1 << 16
+_MOST_STEPS = 1 << 40
 
 
-class Watch:
-    """Counts steps without signal; ``say`` gets the lines for the terminal."""
+class RewardWatch:
+    """Counts steps without signal; ``say`` prints a line on the terminal."""
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        """A resumed run counts on from the last row of metrics.jsonl. Raises OSError."""
+        """A resumed run continues the count in the last row of metrics.jsonl. Raises OSError."""
         self.say = say
         self.count = _last_count(run_dir / "metrics.jsonl")
         self.said: set[str] = set()
 
     def see(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl; the count is added to it while it is not 0."""
+        """Check a row of metrics.jsonl; the count is added to the row if it is not 0."""
         if "loss" not in row or "reward" not in row:
-            return  # an evaluation, or a step on completions that an earlier row has judged
+            return  # an evaluation, or a step on completions of an earlier row
         unscored = row["reward"] is None
         flat = row.get("frac_reward_zero_std") == 1
         self.count = self.count + 1 if unscored or flat else 0
@@ -49,30 +51,28 @@ class Watch:
 
 
 def unscored_text(row: Mapping[str, Any]) -> str:
-    """No completion of a step has a reward."""
+    """The warning for a step in which no completion has a reward."""
     return (
-        f"warning: step {row['step']}: every reward is None or NaN, so the step teaches nothing.\n"
-        "  likely causes: the reward functions return None for this data, or they fail"
-        " (reward.on_error: none)\n"
-        "  what to do: read completions.jsonl of the run folder, and call the reward functions"
-        " on a completion of it"
+        f"warning: step {row['step']}: every reward is None or NaN, so the model learns nothing "
+        "from this step.\n  likely causes: the reward functions return None for this data, or "
+        "they fail (reward.on_error: none)\n  what to do: read completions.jsonl in the run "
+        "folder, and call the reward functions on one of its completions"
     )
 
 
 def flat_text(row: Mapping[str, Any], count: int) -> str:
-    """No group has had any spread for many steps."""
+    """The warning for many steps in which all groups had equal rewards."""
     facts = [f"reward {_shown(row.get('reward'))} on average"]
     if row.get("completions/clipped_ratio") is not None:
         share = 100 * row["completions/clipped_ratio"]
         facts.append(f"{share:.0f}% of completions cut at grpo.max_completion_length")
     return (
-        f"warning: for {count} steps in a row all completions of each prompt had the same reward,"
-        " so the rewards teach nothing.\n"
-        f"  step {row['step']}: {', '.join(facts)}\n"
-        "  likely causes: the task is too hard or too easy for the model; the reward cannot read"
-        " the answers (their format, or they are cut); the sampling has too little variety\n"
-        "  what to do: read completions.jsonl of the run folder; then change the data or reward,"
-        " raise grpo.num_generations, grpo.temperature or grpo.max_completion_length"
+        f"warning: for {count} steps in a row all completions of each prompt had the same reward, "
+        f"so the model learns nothing from the rewards.\n  step {row['step']}: {', '.join(facts)}\n"
+        "  likely causes: the task is too hard or too easy for the model; the reward cannot read "
+        "the answers (wrong format, or cut at the limit); the completions are too similar\n  what "
+        "to do: read completions.jsonl in the run folder; then change the data or the reward, "
+        "raise grpo.num_generations, grpo.temperature or grpo.max_completion_length"
     )
 
 
@@ -81,7 +81,7 @@ def _shown(value: Any) -> str:
 
 
 def _last_count(path: Path) -> int:
-    """The count in the last row of a step, 0 where there is none."""
+    """The count in the last row of a step; 0 if there is none."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -93,5 +93,6 @@ def _last_count(path: Path) -> int:
         except ValueError:
             continue
         if isinstance(row, dict) and "loss" in row and "reward" in row:
-            return int(row.get(COUNT, 0))
+            count = row.get(COUNT, 0)
+            return count if isinstance(count, int) and 0 <= count < _MOST_STEPS else 0
     return 0

@@ -1,4 +1,4 @@
-"""What the model wrote, at a few steps from the first to the last."""
+"""Completions of the model at a few steps, from the first to the last."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_CHARACTERS = 1500
 
 
 def completions(run: RunFiles) -> str:
-    """A column for each step that was kept: first to last; nothing where there are none."""
+    """One column per selected step, from the first to the last; empty without completions."""
     columns = [_step(step, rows) for step, rows in sorted(run.samples.items())]
     if not columns:
         return ""
-    note = "some prompts of a few steps; the best completion first, the worst last"
+    note = "some prompts of a few steps, each with its best completion first and its worst last"
     inner = "".join(columns)
-    return f"<h2>What it wrote</h2><p class=note>{note}</p><div class=samples>{inner}</div>"
+    return f"<h2>Completions</h2><p class=note>{note}</p><div class=samples>{inner}</div>"
 
 
 def _step(step: int, rows: list[dict[str, Any]]) -> str:
@@ -39,7 +39,7 @@ def _step(step: int, rows: list[dict[str, Any]]) -> str:
 
 
 def _spread(group: list[dict[str, Any]]) -> float:
-    """Prompts whose completions differ in reward are what a step learns from."""
+    """Prefer prompts whose completions differ in reward, because a step learns from these."""
     rewards = [number(row.get("reward")) or 0.0 for row in group]
     return max(rewards) - min(rewards)
 

@@ -1,4 +1,4 @@
-"""From numbers to what a chart needs: thinned, smoothed, with a range and round ticks."""
+"""Prepare numbers for a chart: thin them out, smooth them, choose a range and round ticks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ MAX_POINTS = 400
 def thin(
     xs: Sequence[float], columns: Sequence[Sequence[float | None]]
 ) -> tuple[list[float], list[Values]]:
-    """At most MAX_POINTS points, each the mean of a run of neighbours; the x is their last."""
+    """At most MAX_POINTS points, each the mean of consecutive points; its x is that of the last
+    one.
+    """
     size = -(-len(xs) // MAX_POINTS) or 1
     starts = range(0, len(xs), size)
     means = [[mean(column[start : start + size]) for start in starts] for column in columns]
@@ -24,7 +26,7 @@ def thin(
 
 
 def smooth(values: Sequence[float | None], window: int) -> Values:
-    """A centred moving median, then a mean of that, over what is there; gaps stay gaps.
+    """A centred moving median, then a moving mean of it, over the existing values; gaps stay gaps.
 
     The median keeps a single spike from becoming a plateau.
     """
@@ -46,18 +48,18 @@ def _median(values: Sequence[float | None]) -> float:
 
 
 def window_for(count: int) -> int:
-    """How many points to average: a fifteenth of them, and 1 (none) for short runs."""
+    """The width of the average: a fifteenth of the points, and 1 (no smoothing) for short runs."""
     return max(1, count // 15) if count >= 20 else 1
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are there; None if none is."""
+    """The mean of the values that exist; None if there are none."""
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if there else None
 
 
 def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
-    """A range that shows the values; single spikes far outside of the rest are cut off.
+    """A range that shows the values; single spikes far outside the rest are cut off.
 
     ``zero`` has the range begin at 0 (for stacked areas).
     """
@@ -92,7 +94,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def show(value: float | None, digits: int = 3) -> str:
-    """A number as short as it can be read: 0.713, 12.3k, 4.0M, 1.5e-06."""
+    """A number in short form: 0.713, 12.3k, 4.0M, 1.5e-06."""
     if value is None:
         return "–"  # noqa: RUF001 - a dash for what is not there
     size = abs(value)
@@ -107,7 +109,7 @@ def show(value: float | None, digits: int = 3) -> str:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Ticks as text, with as many digits as tell them apart and at even distances."""
+    """Ticks as text, with enough digits to distinguish them and to show equal distances."""
     for digits in range(3, 8):
         shown = [show(value, digits) for value in values]
         rounded = (float(f"{value:.{digits}g}") for value in values)

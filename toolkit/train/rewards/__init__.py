@@ -1,14 +1,16 @@
-"""Rewards: the built-in ones, the user's, and the policy around both."""
+"""Rewards: built-in functions, functions of the user, and the error policy for both."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.config.build import thaw
 from toolkit.config.reward_table import metric_names
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
 from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
+from toolkit.train.rewards.reasoning_gym import ReasoningGym
 from toolkit.train.rewards.remote import RemoteMathVerify, RemoteReward
 from toolkit.train.rewards.worker_process import WorkerProcess
 
@@ -30,12 +32,12 @@ class Rewards(NamedTuple):
 def load_rewards(
     config: RunConfig, run_dir: Path, *, columns: Sequence[str] | None = None
 ) -> Rewards:
-    """Build every reward of a run file, each under its policy; bad samples go to ``run_dir``.
+    """Build every reward of a run file with its error policy; bad samples are saved in ``run_dir``.
 
-    With ``reward.isolate``, functions of the user's and math_verify are built in a worker process,
-    one for all of them. ``columns`` are the dataset's (with ``answer``): where they are given, a
-    reward that needs one that is not there is refused now and not in the first step. Raises
-    ConfigError; MissingExtraError for math_verify without its package.
+    With ``reward.isolate``, functions of the user and math_verify are built in one shared worker
+    process. ``columns`` are the dataset's (with ``answer``): if they are given, a reward that needs
+    a missing column is rejected now and not in the first step. Raises ConfigError, or
+    MissingExtraError if math_verify's package is not installed.
     """
     section = config.reward
     policy = Policy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
@@ -59,17 +61,17 @@ def _build(
     here = None
     if not is_users or not config.reward.isolate:
         here = make_function(wanted, config.runtime.allow_code, folder, columns)
-    if not config.reward.isolate or not (is_users or isinstance(here, MathVerify)):
+    if not config.reward.isolate or not (is_users or isinstance(here, (MathVerify, ReasoningGym))):
         assert here is not None
         return here
     request = {
         "name": wanted.name,
-        "options": dict(wanted.options),
+        "options": thaw(wanted.options),
         "allow_code": list(config.runtime.allow_code),
         "folder": str(folder),
         "columns": None if columns is None else list(columns),
     }
-    seed = int(config.grpo.get("seed", 0))  # any constant serves where the run file names none
+    seed = int(config.grpo.get("seed", 0))  # any constant works if the run file does not set a seed
     if isinstance(here, MathVerify):
         return RemoteMathVerify(worker, request, seed, here)
     return RemoteReward(worker, request, seed)

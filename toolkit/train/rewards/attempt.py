@@ -1,7 +1,8 @@
-"""One call of a reward function, wherever it runs: with copies, under a time limit, judged.
+"""One call of a reward function: with copies of its arguments, a time limit, and a check of the
+result.
 
-Both the process that trains (rewards that run in it) and the worker use this, so a reward that
-misbehaves is treated the same in either.
+The training process and the reward worker both use it, so a faulty reward is treated the same in
+both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.checkpointing.stop_signals import Abandoned
+from toolkit.train.checkpointing.stop_signals import StepAbandoned
 from toolkit.train.rewards.returned import Misbehaved, Trouble, checked, raised
 
 if TYPE_CHECKING:
@@ -27,21 +28,21 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 T = TypeVar("T")
-_ANSWER_S = 0.1  # how long a loop may take to show that it is not blocked
+_ANSWER_S = 0.1  # how long a loop may take to answer before it counts as blocked
 
 
 class LoopThread:
-    """An event loop in a daemon thread, kept for all calls: clients stay bound to one loop.
+    """An event loop in a daemon thread. All calls share it, because clients are bound to one loop.
 
-    A coroutine that is out of time is cancelled; a loop that no longer answers (blocking code in
-    a coroutine) is left to itself, and the next call gets a new one.
+    A coroutine that exceeds its time limit is cancelled. A loop that no longer answers (blocking
+    code in a coroutine) is abandoned, and the next call gets a new one.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def call_within(self, seconds: float | None, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What ``coroutine`` returns or raises; OutOfTime after ``seconds`` (None: no limit)."""
+        """Return or raise what ``coroutine`` does; OutOfTime after ``seconds`` (None: no limit)."""
         loop = self._loop = self._loop or self._start()
         outcome = asyncio.run_coroutine_threadsafe(coroutine, loop)
         if wait([outcome], seconds).done:
@@ -61,18 +62,18 @@ class LoopThread:
 
 
 _PLAIN = {int, float, str, bool, type(None), bytes}
-_THE_RUNS = (KeyboardInterrupt, Abandoned)
+_THE_RUNS = (KeyboardInterrupt, StepAbandoned)
 
 
 class Batch(NamedTuple):
-    """What a reward is called with."""
+    """The arguments of a reward call."""
 
     prompts: list[Any]
     completions: list[Any]
     columns: dict[str, Any]
 
     def only(self, index: int) -> Batch:
-        """The sample at ``index`` as a batch of one; what the function logs is then dropped."""
+        """The sample at ``index`` as a batch of one; values that the function logs are dropped."""
         size = len(self.completions)
         columns = {
             key: [value[index]] if isinstance(value, list) and len(value) == size else value
@@ -85,9 +86,9 @@ class Batch(NamedTuple):
 def attempt(
     function: Callable[..., Any], batch: Batch, seconds: float | None, loop: LoopThread
 ) -> list[Score | Trouble]:
-    """Call ``function``; each value is checked.
+    """Call ``function`` and check each value.
 
-    Raises Misbehaved, the run's own KeyboardInterrupt and Abandoned, and ToolkitError.
+    Raises Misbehaved, the run's own KeyboardInterrupt and StepAbandoned, and ToolkitError.
     """
     copies = {name: copied(value) for name, value in batch.columns.items()}
     prompts, completions = copied(batch.prompts), copied(batch.completions)
@@ -102,7 +103,7 @@ def attempt(
             raise ended
         return ended
     except (Misbehaved, ToolkitError):
-        raise  # ours: judged already, or a column that is not there
+        raise  # the toolkit's own error, for example a missing column
     except OutOfTime as error:
         raise Misbehaved(Trouble(str(error))) from error
     except BaseException as error:
@@ -113,7 +114,9 @@ def attempt(
 
 
 def copied(value: Any) -> Any:
-    """A copy of the lists and dicts in ``value``: what a reward does to them no one else sees."""
+    """A copy of the lists and dicts in ``value``, so that a reward cannot change those of
+    others.
+    """
     if isinstance(value, list):
         return value[:] if set(map(type, value)) <= _PLAIN else [copied(item) for item in value]
     if isinstance(value, dict):
@@ -122,7 +125,7 @@ def copied(value: Any) -> Any:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine, by the rule of TRL 1.16's ``is_async_callable``."""
+    """Whether a call returns a coroutine, by the rule of TRL 1.16's ``is_async_callable``."""
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -131,14 +134,16 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def drop(*_: Any) -> None:
-    """In the place of ``log_metric`` and ``log_extra`` where nothing is logged."""
+    """Replaces ``log_metric`` and ``log_extra`` if nothing is logged."""
     return
 
 
 async def _awaited(
     coroutine: Coroutine[Any, Any, Any], size: int
 ) -> list[Score | Trouble] | BaseException:
-    """What it gave, judged, or raised: a SystemExit in a task would end the loop's thread."""
+    """The checked result, or the exception. It is returned and not raised, because a SystemExit in
+    a task would end the loop's thread.
+    """
     try:
         return checked(await coroutine, size)
     except BaseException as error:  # noqa: BLE001 - carried to the caller, who decides
@@ -146,7 +151,7 @@ async def _awaited(
 
 
 def _from_the_run(error: BaseException) -> BaseException | None:
-    """A signal's own exception, alone or in a group; None where the reward raised by itself."""
+    """The exception of a signal, alone or in a group; None if the reward itself raised."""
     if isinstance(error, _THE_RUNS):
         return error
     if isinstance(error, BaseExceptionGroup):
@@ -157,7 +162,7 @@ def _from_the_run(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def _process_kept() -> Iterator[None]:
-    """The umask and the working folder are afterwards what they were: the run writes files."""
+    """Restore the umask and the working folder afterwards, because the run writes files."""
     umask, folder = _umask(), _folder()
     try:
         yield
@@ -175,7 +180,7 @@ def _folder() -> Path | None:
 
 
 def _umask() -> int:
-    """Of this process, read without setting it: other threads make files."""
+    """The umask of this process, read without changing it, because other threads create files."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):

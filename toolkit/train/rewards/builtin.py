@@ -1,7 +1,7 @@
-"""The rewards that come with the toolkit. Each is a value: its fields are its options.
+"""The built-in rewards. Each is a dataclass whose fields are its options.
 
 All are called as TRL calls a reward, ``(prompts, completions, **columns)``, with plain or chat
-completions, and give one float a completion, or None where the answer is missing. All are pure:
+completions. They return one float per completion, or None if the answer is missing. All are pure:
 the same completions give the same rewards.
 """
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: itself if plain, else what the assistant said last.
+    """The text of a completion: the completion itself if plain, else the last assistant message.
 
-    A message without content (a bare tool call) is the empty text; content in parts is joined.
+    A message without content (only a tool call) is the empty text; parts of content are joined.
     """
     if isinstance(completion, str):
         return completion
@@ -34,21 +34,23 @@ def text_of(completion: Any) -> str:
 
 
 def inside_tag(text: str, tag: str) -> str | None:
-    """What stands in the last ``<tag>...</tag>`` of ``text``; None where there is none."""
+    """The text in the last ``<tag>...</tag>`` of ``text``; None if there is none."""
     name = re.escape(tag)
     found = re.findall(rf"<{name}>((?:(?!<{name}>)[\s\S])*?)</{name}>", text)
     return found[-1] if found else None
 
 
 def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
-    """The dataset column that ``reward`` compares with; ConfigError naming those there are."""
+    """The dataset column that ``reward`` compares with. If it does not exist, a ConfigError lists
+    the existing ones.
+    """
     if name in columns:
         values: list[Any] = columns[name]
         return values
     there = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list)))
     raise ConfigError(
-        f"reward {reward} needs the column {name!r}; the dataset passes on: {there or 'none'}",
-        fix="set dataset.answer to the column with the answers, or the reward's option column",
+        f"reward {reward} needs the column {name!r}; the dataset has: {there or 'none'}",
+        fix="set dataset.answer to the column with the answers, or set the reward's option column",
     )
 
 
@@ -59,8 +61,8 @@ Score = float | None
 class Compared:
     """A reward that compares each completion with an answer from the dataset.
 
-    ``column`` holds the answers. With ``tag``, only what stands in the last ``<tag>...</tag>`` of
-    a completion counts, and a completion without it scores 0.
+    ``column`` has the answers. With ``tag``, only the text in the last ``<tag>...</tag>`` of a
+    completion counts, and a completion without the tag scores 0.
     """
 
     name: ClassVar[str]
@@ -86,7 +88,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch(Compared):
-    """1 where the completion is the answer, runs of white space being one space; else 0."""
+    """1 if the completion equals the answer after white space is normalised, else 0."""
 
     name: ClassVar[str] = "exact_match"
     ignore_case: bool = False
@@ -100,10 +102,10 @@ class ExactMatch(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class NumericMatch(Compared):
-    """1 where the number that the completion gives equals the answer's, else 0.
+    """1 if the number in the completion equals the number in the answer, else 0.
 
-    Which number that is, and how it is read, is told in ``rewards/numbers.py``: behind ``####``,
-    in ``\\boxed{}``, or the last. An answer without a number scores None. ``tolerance`` is
+    ``rewards/number_parsing.py`` defines which number is read: the one after ``####``, in
+    ``\\boxed{}``, or the last one. An answer without a number scores None. ``tolerance`` is
     relative to the larger of 1 and the answer.
     """
 
@@ -124,9 +126,9 @@ class NumericMatch(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class RegexMatch:
-    """1 where ``pattern`` (Python's re) is found in the completion, else 0.
+    """1 if ``pattern`` (Python's re) is found in the completion, else 0.
 
-    With ``full`` the pattern must be all of the completion.
+    With ``full`` the pattern must match the whole completion.
     """
 
     name: ClassVar[str] = "regex_match"
@@ -139,8 +141,11 @@ class RegexMatch:
             self._compiled()
         except re.error as error:
             raise ConfigError(
-                f"regex_match: the pattern {self.pattern!r} is no regular expression: {error}",
-                fix="quote it with single quotes in YAML, so that backslashes stay",
+                (
+                    f"regex_match: the pattern {self.pattern!r} is not a valid regular "
+                    f"expression: {error}"
+                ),
+                fix="put it in single quotes in YAML, so that backslashes are kept",
             ) from error
 
     def _compiled(self) -> re.Pattern[str]:
@@ -157,11 +162,11 @@ class RegexMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """1 where the completion has each of ``tags`` exactly once, closed, in this order; else 0.
+    """1 if the completion has each of ``tags`` exactly once, closed, in this order; else 0.
 
-    With ``strict`` nothing but white space may stand outside of them. ``opened`` says that the
-    prompt already ends with the first tag (as some reasoning models' templates do). With
-    ``partial`` what is not right scores half of the share of tags that are there exactly once.
+    With ``strict`` only white space may be outside the tags. ``opened`` means that the prompt
+    already ends with the first opening tag, as in templates of some reasoning models. With
+    ``partial`` a wrong format scores half of the share of tags that occur exactly once.
     """
 
     name: ClassVar[str] = "format"
@@ -172,7 +177,9 @@ class Format:
 
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) != len(self.tags):
-            raise ConfigError(f"format: tags must be different names, at least one: {self.tags}")
+            raise ConfigError(
+                f"format: tags must have at least one name, and all names must differ: {self.tags}"
+            )
 
     def __call__(
         self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -200,7 +207,7 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthPenalty:
-    """0 up to ``max_length - margin``, falling in a line to -1 at ``max_length`` and beyond.
+    """0 up to ``max_length - margin``, then linearly down to -1 at ``max_length`` and beyond.
 
     The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). Lengths are tokens, as
     the trainer counts them, or characters with ``unit: characters``.
@@ -218,7 +225,9 @@ class LengthPenalty:
                 f"not margin {self.margin} and max_length {self.max_length}"
             )
         if self.unit not in ("tokens", "characters"):
-            raise ConfigError(f"length_penalty: unit is tokens or characters, not {self.unit!r}")
+            raise ConfigError(
+                f"length_penalty: unit must be tokens or characters, not {self.unit!r}"
+            )
 
     def __call__(
         self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any

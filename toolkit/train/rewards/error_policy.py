@@ -1,8 +1,8 @@
-"""What is done when a reward misbehaves: it raises, hangs, or returns what is no reward.
+"""What happens if a reward fails: it raises, hangs, or returns an invalid value.
 
-``fail`` stops the run with the sample saved; ``none`` scores that sample None (TRL leaves it out
-of the mean) and counts it. Either way the guilty sample is looked for: a reward is called with
-the whole batch, and only where that fails with one sample at a time.
+``fail`` saves the sample and stops the run. ``none`` scores the sample None (TRL leaves it out of
+the mean) and counts it. In both cases the failing sample is searched: a reward is called with the
+whole batch, and if that fails, with one sample at a time.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 BAD_REWARDS_FILE = "bad_rewards.jsonl"
-MAX_SAVED = 200  # samples a reward function, so that a broken one does not fill the disk
-SEARCH_FACTOR = 4  # looking for the samples that hang may take this many times timeout_s
+MAX_SAVED = 200  # samples per reward function, so that a broken one does not fill the disk
+SEARCH_FACTOR = 4  # the search for hanging samples may take this many times timeout_s
 
 
 @dataclass(frozen=True)
 class Policy:
-    """``on_error`` and ``timeout_s`` of the run file's reward section; the file for samples."""
+    """``on_error`` and ``timeout_s`` from the run file's reward section, and the file for
+    samples.
+    """
 
     on_error: Literal["fail", "none"] = "fail"
     timeout_s: float | None = None
@@ -43,7 +45,7 @@ class Policy:
 
 
 class GuardedReward:
-    """A reward function under a Policy, as TRL calls it. ``__name__`` names its metrics."""
+    """A reward function with a Policy, callable by TRL. ``__name__`` names its metrics."""
 
     def __init__(
         self, name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
@@ -56,18 +58,20 @@ class GuardedReward:
     def __call__(
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
-        """One reward (or None) a completion; ConfigError under ``fail``."""
+        """One reward (or None) per completion; ConfigError with ``fail``."""
         return self.scores(Batch(prompts, completions, columns))
 
     def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
-        """The same outside of training, async or not: what TRL passes besides is made up here."""
+        """The same outside training, async or not; this method adds the arguments that TRL
+        passes.
+        """
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
         passed = {"trainer_state": TrainerState(), "log_extra": drop, "log_metric": drop}
         return self.scores(Batch(prompts, completions, {**passed, **columns}))
 
     def scores(self, batch: Batch) -> list[Score]:
-        """The whole of it: call, search if that failed, settle what is wrong, count."""
+        """Call the function, search the failing sample if needed, apply the policy, count."""
         batch = batch._replace(columns=safely_logged(batch.columns))
         try:
             found = self._attempt(batch, self.policy.timeout_s)
@@ -87,7 +91,9 @@ class GuardedReward:
         return attempt(self.function, batch, seconds, self._loop)
 
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
-        """Score each sample alone. If none is guilty alone, the whole batch is."""
+        """Score each sample alone. If no sample fails alone, the error applies to the whole
+        batch.
+        """
         limit = self.policy.timeout_s
         deadline = math.inf
         if limit is not None:
@@ -98,7 +104,9 @@ class GuardedReward:
             left = deadline - time.monotonic()
             try:
                 if left <= 0:
-                    what = f"was not called: samples before took {SEARCH_FACTOR} x timeout_s"
+                    what = (
+                        f"was not called, because earlier samples took {SEARCH_FACTOR} x timeout_s"
+                    )
                     raise Misbehaved(Trouble(what))
                 seconds = None if limit is None else min(limit, left)
                 found += self._attempt(batch.only(index), seconds)
@@ -108,7 +116,12 @@ class GuardedReward:
                     break
         if any(isinstance(value, Trouble) for value in found):
             return found
-        return [whole._replace(what=f"{whole.what}, though with no sample alone") for _ in found]
+        return [
+            whole._replace(
+                what=(f"{whole.what} with the whole batch, but not with any single sample")
+            )
+            for _ in found
+        ]
 
     def _settle(self, batch: Batch, index: int, trouble: Trouble) -> None:
         saved = self._save(batch.only(index), index, trouble)
@@ -118,12 +131,12 @@ class GuardedReward:
             raise ConfigError(
                 redact(f"reward {self.__name__} {trouble.what} (sample {index} of {size})")
                 + (f"\n  saved: {saved}" if saved else ""),
-                fix=f"mend the function{longer} or set reward.on_error: none to score such samples"
-                " None",
+                fix=f"fix the function{longer} or set reward.on_error: none to score such samples "
+                "None",
             )
 
     def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
-        """Append the sample to the file; return where it lies, or why it could not be saved."""
+        """Append the sample to the file; return its location, or why it could not be saved."""
         file = self.policy.file
         if file is None or self._saved >= MAX_SAVED:
             return str(file) if file else None
@@ -152,19 +165,21 @@ class AsyncGuardedReward(GuardedReward):
     async def __call__(  # type: ignore[override]  # TRL asks of what kind __call__ is
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
-        """As GuardedReward's; runs in a worker thread, so that nobody waits for anybody."""
+        """As in GuardedReward; runs in a worker thread, so that rewards do not wait for each
+        other.
+        """
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
 
 
 def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
-    """``function`` under ``policy``, async if it is."""
+    """``function`` with ``policy``; async if the function is."""
     waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
     kind = AsyncGuardedReward if waits else GuardedReward
     return kind(name, function, policy)
 
 
 def _both(whole: Trouble, alone: Trouble) -> Trouble:
-    """The trouble with one sample; where it reads otherwise than the batch's, both."""
+    """The error of one sample; if it differs from the error of the batch, both."""
     if alone.traceback or alone.what == whole.what:
         return alone
     return alone._replace(what=f"{whole.what}, and with this sample alone {alone.what}")

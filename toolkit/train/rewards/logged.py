@@ -1,6 +1,8 @@
-"""What a reward hands over to be written: metrics, columns of completions.jsonl, a saved sample.
+"""Check values from rewards before they are written: metrics, columns of completions.jsonl, saved
+samples.
 
-A reward's texts may be megabytes, may hold a secret, and may be objects whose ``__repr__`` raises.
+Texts from a reward may have megabytes or contain a secret, and its objects may have a ``__repr__``
+that raises.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 10_000  # characters of one text
 LONGEST_NAME = 200
 MOST_ITEMS = 10_000  # texts and numbers in one saved value
-_BEYOND = 4096  # also looked through for a secret, which may lie across the cut
+_BEYOND = 4096  # also searched, for a secret that is on both sides of the cut
 
 
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
-    """``columns`` whose ``log_metric`` and ``log_extra`` write no secret and no megabyte."""
+    """``columns`` with a ``log_metric`` and ``log_extra`` that remove secrets and limit lengths."""
     wrapped = dict(columns)
     for name, values in (("log_metric", number), ("log_extra", _texts)):
         if name in columns:
@@ -30,8 +32,8 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
-    """At most ``longest`` characters of ``text``, without secrets and halves of characters, and
-    how many it has.
+    """At most ``longest`` characters of ``text`` without secrets and lone surrogates. A text that
+    is cut ends with its length.
     """
     if len(text) <= longest:
         return _whole(redact(text))
@@ -40,12 +42,14 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _whole(text: str) -> str:
-    """``text`` with lone surrogates, which no file and no page can hold, as their numbers."""
+    """``text`` with lone surrogates replaced by their codes, because files and pages cannot contain
+    them.
+    """
     return text.encode(errors="backslashreplace").decode()
 
 
 def saveable(value: Any) -> Any:
-    """``value`` as strict JSON without secrets, bounded in texts and items."""
+    """``value`` as strict JSON without secrets, with limits on text length and item count."""
     return _saveable(value, [MOST_ITEMS])
 
 
@@ -81,18 +85,20 @@ def _wrapped(log: Callable[..., Any], values: Callable[[Any], Any]) -> Callable[
 
 
 def number(value: Any) -> float:
-    """A metric's value. Raises TypeError for what is no number: the trainer takes its mean."""
+    """A metric's value. Raises TypeError if it is not a number, because the trainer computes its
+    mean.
+    """
     plain = value.item() if hasattr(value, "item") else value
     if not isinstance(plain, numbers.Real):
-        raise TypeError(f"log_metric takes a number, not a {type(plain).__name__}")
+        raise TypeError(f"log_metric needs a number, not a {type(plain).__name__}")
     try:
         return float(plain)
     except OverflowError:
-        raise TypeError("log_metric takes a number that fits into a float") from None
+        raise TypeError("log_metric needs a number that fits into a float") from None
 
 
 def _texts(value: Any) -> Any:
-    """A column for completions.jsonl: its texts are bounded, other values stay."""
+    """A column for completions.jsonl: texts are shortened, other values are unchanged."""
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
         return items

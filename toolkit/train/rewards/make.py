@@ -1,13 +1,16 @@
-"""A reward function from its entry in the run file: a built-in one, or the user's."""
+"""Build a reward function from its entry in the run file: a built-in one, or one of the user."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
+from toolkit.config.code import is_allowed
+from toolkit.config.environments import ADAPTERS
 from toolkit.train.rewards.builtin import (
     Compared,
     ExactMatch,
@@ -17,6 +20,7 @@ from toolkit.train.rewards.builtin import (
     RegexMatch,
 )
 from toolkit.train.rewards.mathverify import MathVerify
+from toolkit.train.rewards.reasoning_gym import COLUMN, ReasoningGym
 from toolkit.train.rewards.user import load_function, missing_columns
 
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RewardFunction
 
-# The types that the rewards' fields have, as they are written there -> what a run file may give.
+# The annotated type of an option -> the types that a run file may use for it.
 _ACCEPTED: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
@@ -34,18 +38,21 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "float | None": (float, int, type(None)),
     "tuple[str, ...]": (list, tuple),
+    "dict[str, Any] | None": (dict, MappingProxyType, type(None)),
 }
 
 
 def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
-    """``kind(**options)``; ConfigError names an unknown, a missing or an ill-typed option."""
+    """``kind(**options)``; a ConfigError names an unknown or missing option, or one of the wrong
+    type.
+    """
     types = {field.name: str(field.type) for field in fields(kind)}
     for option, value in options.items():
         if option not in types:
             near = did_you_mean.near(option, types, cutoff=0.6)
             raise ConfigError(
                 f"reward {name} has no option {option!r}",
-                fix=f"did you mean {near[0]}?" if near else f"it has: {', '.join(types)}",
+                fix=f"did you mean {near[0]}?" if near else f"its options are: {', '.join(types)}",
             )
         _check(name, option, value, types[option])
     for field in fields(kind):
@@ -67,7 +74,15 @@ def _check(name: str, option: str, value: Any, wanted: str) -> None:
 
 BUILTINS: dict[str, type[Any]] = {
     kind.name: kind
-    for kind in (ExactMatch, NumericMatch, RegexMatch, Format, LengthPenalty, MathVerify)
+    for kind in (
+        ExactMatch,
+        NumericMatch,
+        RegexMatch,
+        Format,
+        LengthPenalty,
+        MathVerify,
+        ReasoningGym,
+    )
 }
 
 
@@ -77,9 +92,10 @@ def make_function(
     folder: Path,
     columns: Sequence[str] | None,
 ) -> Callable[..., Any]:
-    """The callable of ``wanted``; ``folder`` is the run file's, ``columns`` are the dataset's.
+    """The callable for ``wanted``; ``folder`` is that of the run file, ``columns`` are those of the
+    dataset.
 
-    Raises ConfigError; MissingExtraError for math_verify without its package.
+    Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """
     options = dict(wanted.options)
     there = None if columns is None else {*columns} - {"prompt"}
@@ -87,6 +103,10 @@ def make_function(
         reward: Callable[..., Any] = build(wanted.name, _kind(wanted.name), options)
         if there is not None and isinstance(reward, Compared) and reward.column not in there:
             raise _no_column(wanted.name, [reward.column], there)
+        if isinstance(reward, ReasoningGym):
+            _refuse_package(wanted.name, allow_code)
+            if there is not None and COLUMN not in there:
+                raise _no_column(wanted.name, [COLUMN], there)
         return reward
     function = load_function(wanted.name, allow_code, folder)
     if there is not None:
@@ -99,14 +119,26 @@ def make_function(
     return partial(function, **options) if options else function
 
 
+def _refuse_package(name: str, allow_code: Sequence[str]) -> None:
+    module = ADAPTERS[name].modules[0]
+    if not is_allowed(module, allow_code):
+        raise ConfigError(
+            f"the environment {name} is code, and runtime.allow_code does not allow its module",
+            fix=f"runtime: {{allow_code: [{module}]}}, if you trust it",
+        )
+
+
 def _kind(name: str) -> type[Any]:
     if name in BUILTINS:
         return BUILTINS[name]
     near = did_you_mean.near(name, BUILTINS, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
-        f"there is no reward {name!r}",
-        fix=f"{hint}Built in: {', '.join(BUILTINS)}; your own is written module:function",
+        f"the reward {name!r} does not exist",
+        fix=(
+            f"{hint}Built-in rewards: {', '.join(BUILTINS)}; write your own function as "
+            "module:function"
+        ),
     )
 
 
@@ -115,6 +147,8 @@ def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
     word = "column" if len(missing) == 1 else "columns"
     fix = "set dataset.answer to the column that holds the answers"
     return ConfigError(
-        f"reward {reward} needs the {word} {', '.join(missing)}; the dataset passes on: {names}",
-        fix=fix if "answer" in missing else "add it to the dataset, or give it a default",
+        f"reward {reward} needs the {word} {', '.join(missing)}; the dataset has: {names}",
+        fix=fix
+        if "answer" in missing
+        else ("add it to the dataset, or give the parameter a default"),
     )

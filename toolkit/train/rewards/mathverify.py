@@ -1,4 +1,6 @@
-"""Compare mathematics with the package Math-Verify, where it is installed (extra ``math``)."""
+"""Compare mathematical answers with the package Math-Verify, if it is installed (extra
+``math``).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from toolkit.train.rewards.builtin import Compared, Score
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerify(Compared):
-    """1 where Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...).
+    """1 if Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...), else
+    0.
 
-    Source: https://github.com/huggingface/Math-Verify. Ours is the limit around each comparison
-    (``seconds_each``), in place of its own two; one that takes longer scores 0, also where native
+    Source: https://github.com/huggingface/Math-Verify. The toolkit replaces its two time limits by
+    one per comparison (``seconds_each``). A comparison that takes longer scores 0, even if native
     code does not return (rewards/remote). An answer that it cannot read scores None.
     """
 
@@ -41,7 +44,7 @@ def _math_verify() -> Any:
             "reward math_verify needs the package math-verify, which is not installed",
             fix="pip install 'grpo-toolkit[math]'",
         ) from error
-    for name in ("math_verify.parser", "math_verify.grader"):  # they warn that they have no limit
+    for name in ("math_verify.parser", "math_verify.grader"):  # without limits they log warnings
         logging.getLogger(name).setLevel(logging.ERROR)
     return math_verify
 

@@ -1,8 +1,8 @@
-"""Read numbers as people and models write them: exactly, as fractions, and in bounded time.
+"""Parse numbers as people and models write them, exactly (as fractions) and in bounded time.
 
 Understood: ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``, ``1.2 x 10^3``, ``50%``,
-GSM8K's ``#### 42``, LaTeX ``\\boxed{\\frac{3}{4}}``; units behind a number are ignored. A comma
-that is no thousands separator ends a number (``3,5`` is 3 and 5).
+GSM8K's ``#### 42``, LaTeX ``\\boxed{\\frac{3}{4}}``; units after a number are ignored. A comma that
+does not separate thousands ends a number (``3,5`` is 3 and 5).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-# A model can write numbers whose value would fill the memory (1e999999999): longer ones are none.
+# A model can write numbers whose value would fill the memory (1e999999999): numbers beyond this
+# limit are ignored.
 MAX_DIGITS = 300
 
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -38,14 +39,14 @@ _SPACE_IN_NUMBER = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 
 
 class Number(NamedTuple):
-    """An exact value, and whether a percent sign stood behind it (``50%`` has the value 50)."""
+    """An exact value, and whether a percent sign follows it (``50%`` has the value 50)."""
 
     value: Fraction
     percent: bool = False
 
 
 def numbers_in(text: str) -> list[Number]:
-    """Every number in ``text``, in order. Never raises; over-long numbers and x/0 are left out."""
+    """Every number in ``text``, in order. Never raises; too long numbers and x/0 are left out."""
     found = (_read(match) for match in _NUMBER.finditer(_plain(text)))
     return [number for number in found if number is not None]
 
@@ -53,8 +54,8 @@ def numbers_in(text: str) -> list[Number]:
 def answer_in(text: str) -> Number | None:
     """The number that ``text`` gives as its answer.
 
-    The first behind the last ``####`` (GSM8K, arXiv 2110.14168), else the last in the last
-    ``\\boxed{}``, else the last of all; None where there is none.
+    The first number after the last ``####`` (GSM8K, arXiv 2110.14168), else the last one in the
+    last ``\\boxed{}``, else the last one in the text. None if there is none.
     """
     if "####" in text:
         behind = numbers_in(text.rsplit("####", 1)[1])
@@ -67,17 +68,17 @@ def answer_in(text: str) -> Number | None:
 
 
 def to_number(value: Any) -> Number | None:
-    """A dataset's answer as a number: an int, a float, or a text that gives one."""
+    """A dataset's answer as a number: from an int, a float, or a text with a number."""
     if isinstance(value, bool) or value is None:
         return None
     return answer_in(value if isinstance(value, str) else repr(value))
 
 
 def same(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
-    """Whether two numbers are equal; with one percent sign between them, as 50 or as 0.5.
+    """Whether two numbers are equal. If only one has a percent sign, 50% may equal 50 or 0.5.
 
-    ``tolerance`` is relative to the larger of 1 and the gold value. Without one, whole numbers
-    are compared exactly and others up to the rounding of a double (1e-12).
+    ``tolerance`` is relative to the larger of 1 and the gold value. Without a tolerance, integers
+    are compared exactly, and other numbers up to the rounding of a double (1e-12).
     """
     guesses = [guess.value] if guess.percent == gold.percent or gold.percent else _readings(guess)
     golds = [gold.value] if guess.percent == gold.percent or guess.percent else _readings(gold)
@@ -121,7 +122,7 @@ _SPELLINGS = (
 
 
 def _plain(text: str) -> str:
-    """Typographic and LaTeX spellings as plain ones."""
+    """Replace typographic and LaTeX spellings by plain ones."""
     for old, new in _SPELLINGS:
         text = text.replace(old, new)
     return _FRACTION.sub(_plain_fraction, _SPACE_IN_NUMBER.sub("", text))

@@ -1,4 +1,4 @@
-"""A reward in the worker, as the policy around it calls it."""
+"""A reward that runs in the worker process, callable like a local one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FIX = "set reward.isolate: false to call it in the process that trains"
 
 
 class RemoteReward:
-    """The function that ``request`` names, in ``worker``. ``seed`` is the run's."""
+    """The function that ``request`` names, in ``worker``. ``seed`` is that of the run."""
 
-    kill_s = 2.0  # beyond a limit: a call that was cut in the worker has answered by then
+    kill_s = 2.0  # seconds beyond the limit for the answer of a worker that stopped the call
 
     def __init__(self, worker: WorkerProcess, request: dict[str, Any], seed: int) -> None:
         self._worker, self._name = worker, request["name"]
@@ -35,8 +35,8 @@ class RemoteReward:
             raise ConfigError(f"reward {self._name}: importing it {error}", fix=FIX) from error
         except TypeError as error:
             raise ConfigError(
-                f"reward {self._name}: an option holds a {error}, which cannot be passed to its"
-                " process",
+                f"reward {self._name}: an option holds a {error}, which cannot be sent to the "
+                "reward process",
                 fix=FIX,
             ) from error
         if "function" not in made:
@@ -44,7 +44,7 @@ class RemoteReward:
         self._function, self.is_async = made["function"], bool(made["is_async"])
 
     def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
-        """As ``attempt.attempt``: one reward a completion. Raises Misbehaved and ToolkitError."""
+        """As ``attempt.attempt``: one reward per completion. Raises Misbehaved and ToolkitError."""
         try:
             return self._ask(batch, seconds)
         except OutOfTime:
@@ -76,20 +76,22 @@ class RemoteReward:
         try:
             return _read(reply, batch)
         except (KeyError, TypeError, ValueError) as error:
-            raise Misbehaved(Trouble("answered with what is no reply of a worker")) from error
+            raise Misbehaved(Trouble("sent an invalid reply from its process")) from error
 
     def _cannot_travel(self, batch: Batch, error: Exception) -> ConfigError:
         values = {"prompt": batch.prompts, "completion": batch.completions, **batch.columns}
         bad = next((name for name, value in values.items() if not _travels(value)), "a column")
         return ConfigError(
-            f"reward {self._name}: column {bad} holds what cannot be passed to its process"
-            f" ({error})",
+            f"reward {self._name}: column {bad} has a value that cannot be sent to the reward "
+            f"process ({error})",
             fix=FIX,
         )
 
 
 class RemoteMathVerify(RemoteReward):
-    """math_verify, one comparison a request: one that cannot be cut costs its own score alone."""
+    """math_verify with one comparison per request, so that one that cannot be interrupted loses
+    only its own score.
+    """
 
     def __init__(
         self, worker: WorkerProcess, request: dict[str, Any], seed: int, like: MathVerify
@@ -129,7 +131,7 @@ def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Trouble]:
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """The fields of a TrainerState that travel, which are all but the callbacks' own."""
+    """The fields of a TrainerState that are sent: all except those of callbacks."""
     return {name: value for name, value in vars(state).items() if _travels(value)}
 
 

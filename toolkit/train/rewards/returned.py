@@ -1,7 +1,8 @@
-"""What a reward function returned or raised, judged: rewards, or the trouble with them in words.
+"""Check what a reward function returned or raised: the result is rewards, or descriptions of
+errors.
 
-Nothing of what is judged is trusted: its ``__repr__``, ``__str__``, ``__float__``, ``__len__`` and
-``tolist`` are the reward's own code and may raise, or give megabytes.
+The values are not trusted: their ``__repr__``, ``__str__``, ``__float__``, ``__len__`` and
+``tolist`` are code of the reward and may raise or return megabytes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from toolkit.base.formatting import plural, visible
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
-_LARGEST = 3.4028234e38  # of a float32, which is what the trainer makes of a reward
+_LARGEST = 3.4028234e38  # largest float32, because the trainer converts rewards to float32
 _LONGEST_MESSAGE = 1000
 _LONGEST_NAME = 200
 _LONGEST_TRACEBACK = 10_000
 
 
 class Trouble(NamedTuple):
-    """What went wrong, in words for a sentence; where, for the saved sample."""
+    """An error of a reward. ``what`` completes the sentence "reward NAME ..."; ``where`` is the
+    location for the saved sample.
+    """
 
     what: str
     returned: str | None = None
@@ -32,7 +35,7 @@ class Trouble(NamedTuple):
 
 
 class Misbehaved(Exception):
-    """A call of a reward that gave no list of rewards."""
+    """A call of a reward that did not return a list of rewards."""
 
     def __init__(self, trouble: Trouble) -> None:
         super().__init__(trouble.what)
@@ -40,9 +43,10 @@ class Misbehaved(Exception):
 
 
 def checked(returned: Any, size: int) -> list[Score | Trouble]:
-    """``size`` rewards, each a finite float, None, or the trouble with it.
+    """``size`` values, each a finite float, None, or its error.
 
-    Lists, tuples, arrays and tensors are taken; what is no list of ``size`` raises Misbehaved.
+    Lists, tuples, arrays and tensors are accepted; anything else, or another length than ``size``,
+    raises Misbehaved.
     """
     values = _listed(returned)
     if values is None:
@@ -56,7 +60,7 @@ def checked(returned: Any, size: int) -> list[Score | Trouble]:
 
 
 def _listed(returned: Any) -> list[Any] | tuple[Any, ...] | None:
-    """The items of a list, tuple, array or tensor; None for what is none of them."""
+    """The items of a list, tuple, array or tensor; None for any other type."""
     values = returned
     try:
         if getattr(returned, "is_sparse", False) is True or "sparse" in str(
@@ -68,7 +72,7 @@ def _listed(returned: Any) -> list[Any] | tuple[Any, ...] | None:
     except Exception as error:
         what = f"returned {_article(_kind(returned))} whose values cannot be read: {message(error)}"
         raise Misbehaved(Trouble(what, short(returned))) from error
-    # By the built-in classes' own methods: a subclass may have changed them.
+    # Methods of the built-in classes are called, because a subclass may override them.
     if isinstance(values, list):
         return list.__getitem__(values, slice(None))
     if isinstance(values, tuple):
@@ -82,7 +86,7 @@ def _one(value: Any) -> Score | Trouble:
     try:
         plain = _item(value)
         if not isinstance(plain, numbers.Real):
-            what = f"returned {_article(_kind(value))} for a reward"
+            what = f"returned {_article(_kind(value))} as a reward"
             return Trouble(what, short(value))
         number = float(plain)
     except OverflowError:
@@ -91,12 +95,14 @@ def _one(value: Any) -> Score | Trouble:
         what = f"returned {_article(_kind(value))} that cannot be read as a number"
         return Trouble(f"{what}: {message(error)}", short(value))
     if not math.isfinite(number) or abs(number) > _LARGEST:
-        return Trouble(f"returned {short(plain)}, which is no finite 32-bit number", short(value))
+        return Trouble(
+            (f"returned {short(plain)}, which is not a finite 32-bit number"), short(value)
+        )
     return number
 
 
 def _item(value: Any) -> Any:
-    """The number in an array or a tensor of one; anything else as it is."""
+    """The number in an array or tensor with one item; other values unchanged."""
     try:
         return value.item() if hasattr(value, "item") else value
     except (TypeError, ValueError, RuntimeError):
@@ -104,7 +110,7 @@ def _item(value: Any) -> Any:
 
 
 def raised(error: BaseException) -> Trouble:
-    """The trouble with a call that raised ``error``, with the last place in its traceback."""
+    """The error for a call that raised ``error``, with the last location in its traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     at = f" at {last[0].filename}:{last[0].lineno}" if last else ""
     try:
@@ -133,7 +139,7 @@ def _kind(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """``text`` in one line, with nothing that a terminal would obey: it may hold a completion."""
+    """``text`` in one line without control characters, because it may contain a completion."""
     return visible(text).replace("\n", "\\n")
 
 
@@ -142,7 +148,7 @@ def _article(noun: str) -> str:
 
 
 def short(value: Any) -> str:
-    """At most 200 characters of a value's ``repr``, whatever that does."""
+    """At most 200 characters of a value's ``repr``, also if that raises."""
     try:
         text = repr(value)
     except Exception as error:  # noqa: BLE001 - the value's own code
@@ -151,5 +157,5 @@ def short(value: Any) -> str:
 
 
 def _close(returned: Any) -> None:
-    if isinstance(returned, Coroutine):  # it would warn that nobody awaited it
+    if isinstance(returned, Coroutine):  # else Python warns that it was never awaited
         returned.close()

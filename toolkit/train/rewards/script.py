@@ -1,6 +1,7 @@
-"""Reward functions that a script hands to the trainer, with the messages that a run file gets.
+"""Check reward functions that a script passes to the trainer, with the same messages as for a run
+file.
 
-TRL makes a tensor of whatever a function returns, and fails there with the tensor's own words.
+TRL converts the result of a function to a tensor, and fails there with torch's own message.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FIX = "return a list with one number (or None) for each completion"
 
 
 def judged(rewards: Any) -> Any:
-    """``reward_funcs`` of a trainer, each function checked now and what it returns at each call.
+    """``reward_funcs`` of a trainer: each function is checked now, and its result at each call.
 
     Models and names of models stay as they are, and so does what an exception of a function says.
     Lengths are TRL's to compare.
@@ -43,7 +44,7 @@ def _judged(reward: Any) -> Any:
     name = _name(reward)
     if not callable(reward):
         raise ConfigTypeError(
-            f"the reward {reward!r} is a {type(reward).__name__}, and no function",
+            f"the reward {reward!r} must be a function, not {type(reward).__name__}",
             where="reward_funcs",
             fix="pass the function itself: reward_funcs=[correctness]",
         )
@@ -71,10 +72,10 @@ def _async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _numbers(returned: Any, name: str) -> list[float | None]:
-    """What TRL makes a tensor of. NaN is TRL's other word for None.
+    """The values that TRL converts to a tensor. TRL treats NaN like None.
 
     Raises:
-        ConfigValueError: no list of numbers, in the run file's words.
+        ConfigValueError: the result is not a list of numbers; the message is that of a run file.
     """
     try:
         found = checked(returned, _length(returned))

@@ -1,9 +1,10 @@
-"""A reward function of the user's, by ``module:name``: only from modules that the run file allows.
+"""Load a reward function of the user by ``module:name``, only from modules that the run file
+allows.
 
-Importing a module runs it. So a run file from someone else must not be able to import what its
-reader has not named in ``runtime.allow_code``. An allowed top-level name is looked for beside the
-run file first and then where Python looks; the folder itself never goes on ``sys.path``, where a
-``json.py`` in it would be run instead of the real one.
+Importing a module runs its code. So a run file from another person can import only modules that
+``runtime.allow_code`` names. An allowed top-level module is searched in the folder of the run file
+first, and then on Python's path. The folder itself is not added to ``sys.path``, because a
+``json.py`` in it would replace the real one.
 """
 
 from __future__ import annotations
@@ -31,32 +32,44 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
-    """The callable at ``module:name``; ``folder`` is the run file's.
+    """The reward at ``module:name``: found by ``load_code``, with parameters that fit TRL's call of
+    a reward. Raises ConfigError.
+    """
+    function = load_code(name, allow_code, folder)
+    check_signature(name, function)
+    return function
 
-    Raises ConfigError where the name is malformed, the module is not allowed, cannot be imported
-    (whatever its code raises), has no such callable, or the callable cannot be called as TRL
-    calls a reward.
+
+def load_code(
+    name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
+) -> Callable[..., Any]:
+    """The callable at ``module:name``; ``folder`` is that of the run file. Errors call it ``what``.
+
+    Raises ConfigError if the name is malformed, the module is not allowed or cannot be imported
+    (whatever its code raises), or the callable does not exist.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"reward {name!r} is not of the form module:function")
+        raise ConfigError(f"{what} {name!r} must have the form module:function")
     module_name, _, attribute = name.partition(":")
     if not is_allowed(module_name, allow_code):
         raise ConfigError(
-            f"reward {name} is code, and runtime.allow_code does not allow its module",
-            fix=f"runtime: {{allow_code: [{module_name.partition('.')[0]}]}}, if you trust it",
+            f"{what} {name} runs code from a module that runtime.allow_code does not list",
+            fix=(
+                "if you trust the module, set runtime: {allow_code: "
+                f"[{module_name.partition('.')[0]}]}}"
+            ),
         )
     for allowed in allow_code:
         _look_in(folder, allowed.partition(".")[0])
-    module = _import(name, module_name, folder)
+    module = _import(f"{what} {name}", module_name, folder)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise _no_function(name, module, attribute)
-    check_signature(name, function)
+        raise _no_function(f"{what} {name}", module, attribute)
     return function  # type: ignore[no-any-return]  # callable() narrows Any no further
 
 
 def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
-    """Parameters without a default that neither TRL nor a column named in ``there`` fills."""
+    """Parameters without a default that are neither passed by TRL nor a column in ``there``."""
     return [
         parameter.name
         for parameter in _parameters(function)
@@ -67,7 +80,7 @@ def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
 
 
 class BesideRunFile(MetaPathFinder):
-    """Finds one allowed top-level module in the run file's folder, and nothing else there."""
+    """A finder for one allowed top-level module in the run file's folder."""
 
     def __init__(self, folder: Path, top: str) -> None:
         self.folder, self.top = folder, top
@@ -78,14 +91,14 @@ class BesideRunFile(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,  # noqa: ARG002 - importlib's signature
     ) -> ModuleSpec | None:
-        """importlib's: None hands the question on to the next finder."""
+        """importlib's method; None lets the next finder try."""
         if path is not None or fullname != self.top:
             return None
         return PathFinder.find_spec(fullname, [str(self.folder)])
 
 
 def _look_in(folder: Path, top: str) -> None:
-    """Have ``import top`` look in ``folder`` first; never for a name of the standard library."""
+    """Let ``import top`` search ``folder`` first, except for a name of the standard library."""
     known = any(
         isinstance(finder, BesideRunFile) and (finder.folder, finder.top) == (folder, top)
         for finder in sys.meta_path
@@ -100,22 +113,25 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and module_name.startswith(error.name):
             raise ConfigError(
-                f"reward {name}: there is no module {error.name}",
+                f"{name}: the module {error.name} does not exist",
                 where=str(folder),
-                fix=f"put {error.name.replace('.', '/')}.py beside the run file, or install it",
+                fix=(
+                    f"put {error.name.replace('.', '/')}.py next to the run file, or install the "
+                    "module"
+                ),
             ) from error
         raise ConfigError(
-            f"reward {name}: importing {module_name} needs the module {error.name}, not found",
-            fix=f"install it; if it lies beside the run file, allow it too: allow_code: "
+            (f"{name}: importing {module_name} needs the module {error.name}, which was not found"),
+            fix="install it; if it is next to the run file, allow it too: allow_code: "
             f"[{module_name.partition('.')[0]}, {error.name}]",
         ) from error
     except SyntaxError as error:
         raise ConfigError(
-            f"reward {name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
+            f"{name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"reward {name}: importing {module_name} raised {type(error).__name__}: {error}"
+            f"{name}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
 
 
@@ -124,9 +140,11 @@ def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
     near = did_you_mean.near(attribute, there, cutoff=0.6)
     what = "is not a function" if hasattr(module, attribute) else "does not exist"
     return ConfigError(
-        f"reward {name}: {attribute} {what} in {module.__name__}",
+        f"{name}: {attribute} {what} in {module.__name__}",
         where=module.__file__,
-        fix=f"did you mean {near[0]}?" if near else f"it has: {', '.join(sorted(there)) or 'none'}",
+        fix=f"did you mean {near[0]}?"
+        if near
+        else (f"the module has: {', '.join(sorted(there)) or 'none'}"),
     )
 
 
@@ -142,14 +160,15 @@ def check_signature(name: str, function: Callable[..., Any]) -> None:
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if positional or not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ConfigError(
-            f"reward {name} takes ({', '.join(str(p) for p in parameters)}); it is called by "
-            "keyword with prompts, completions, completion_ids and every dataset column",
-            fix="end its parameters with **kwargs",
+            f"reward {name} has the parameters ({', '.join(str(p) for p in parameters)}), but it "
+            "is called by keyword with prompts, completions, completion_ids and every dataset "
+            "column",
+            fix="add **kwargs at the end of its parameters",
         )
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
-    except ValueError:  # some C functions have none to show
+    except ValueError:  # some C functions have no signature
         return []

@@ -1,8 +1,8 @@
 """Messages between a run and its reward worker: a length, then JSON.
 
-JSON and not a pickle, so that a worker cannot run code in the process that trains. What a dataset
-column can hold beside JSON (bytes, dates, decimal numbers) travels under a tag. A tuple arrives as
-a list.
+JSON and not pickle, so that a worker cannot run code in the training process. Values of a dataset
+column that JSON does not support (bytes, dates, decimal numbers) are sent with a tag. A tuple
+arrives as a list.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TAG = "\0toolkit"
 
 
 class TokenIds:
-    """Lists of token ids, packed: as JSON they would be most of a message, and slow."""
+    """Lists of token ids in packed form: as JSON they would be slow and most of a message."""
 
     def __init__(self, lists: Sequence[Sequence[int]]) -> None:
-        """Raises TypeError or OverflowError for what are no token ids."""
+        """Raises TypeError or OverflowError if a value is not a list of token ids."""
         self.lengths = [len(ids) for ids in lists]
         self.ids = array("q", chain.from_iterable(lists))
 
@@ -65,11 +65,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 
 class Broken(Exception):
-    """The other end is gone, or what it sent is no message."""
+    """The other end has closed the pipe, or sent an invalid message."""
 
 
 def pack(message: Any) -> bytes:
-    """``message`` as one frame. Raises TypeError or ValueError for what cannot travel."""
+    """``message`` as one frame. Raises TypeError or ValueError for values that cannot be sent."""
     data = json.dumps(message, default=_tagged, separators=(",", ":")).encode()
     return len(data).to_bytes(HEADER_BYTES, "big") + data
 
@@ -79,7 +79,7 @@ def unpack(data: bytes) -> Any:
     try:
         return json.loads(data, object_hook=_untagged)
     except (ValueError, RecursionError) as error:
-        raise Broken(f"a message that cannot be read: {error}") from error
+        raise Broken(f"the message cannot be read: {error}") from error
 
 
 def receive(handle: int) -> Any:
@@ -89,17 +89,17 @@ def receive(handle: int) -> Any:
         return None
     size = int.from_bytes(header, "big")
     if size > LARGEST_BYTES:
-        raise Broken(f"a message of {size} bytes")
+        raise Broken(f"the message is too long: {size} bytes")
     data = _exactly(handle, size)
     if data is None:
-        raise Broken("a message that ends too early")
+        raise Broken("the message ends too early")
     return unpack(data)
 
 
 def send(handle: int, frame: bytes, deadline: float | None = None) -> bool:
-    """Write a frame to a pipe that does not block; False where ``deadline`` (monotonic) came first.
+    """Write a frame to a non-blocking pipe; False if ``deadline`` (monotonic) passed first.
 
-    Raises Broken where nobody reads any more.
+    Raises Broken if the other end is closed.
     """
     rest = memoryview(frame)
     poll = select.poll()
@@ -140,4 +140,4 @@ def _untagged(found: dict[str, Any]) -> Any:
     try:
         return read(found["value"])
     except (KeyError, TypeError, ValueError, ArithmeticError):
-        return found  # a dataset's own, which only looks like ours
+        return found  # a value of the dataset that only looks like a tag

@@ -1,9 +1,9 @@
-"""The process that rewards run in: started beside the run, and ended by it where a call hangs.
+"""The process in which rewards run. The run starts it, and kills it if a call hangs.
 
-Two processes: one waits and the other works. The one that waits ends the whole session, what a
-reward has started included, when the run is gone, even where the other never leaves native code.
-The one that works calls synchronous rewards in its main thread, so that code with alarms of its own
-(math_verify) finds them working, and coroutines in a loop, several at once.
+It consists of two processes. The supervisor kills the whole session, with all processes that a
+reward started, when the run has ended, even if the other process never returns from native code.
+The other process calls the rewards: synchronous ones in its main thread, so that code that uses
+alarms (math_verify) works, and coroutines concurrently in an event loop.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MOST_LOGGED = 10_000  # metrics and columns of one call
-LOOK_S = 0.5  # how often the one that waits looks whether the run is still there
-_LAST_LOOK_S = 0.02  # a process that is killed closes its pipes before its children see it gone
+LOOK_S = 0.5  # how often the supervisor checks that the run still exists
+_LAST_LOOK_S = 0.02  # a killed process closes its pipes before its children get a new parent
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -52,7 +52,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     """Serve the process ``run`` until it ends or closes the pipe ``requests``."""
     os.set_inheritable(requests, False)
     os.set_inheritable(replies, False)
-    # A handler and not SIG_IGN, which the programs that a reward starts would inherit.
+    # A handler and not SIG_IGN, which programs that a reward starts would inherit.
     for left in _LEFT_TO_THE_RUN:
         signal.signal(left, lambda *_: None)
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -68,7 +68,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     sys.meta_path.insert(0, _Seeding())
     try:
         Service(replies).serve(requests)
-    except wire.Broken:  # the run is gone, or a reward has closed or written to our pipes
+    except wire.Broken:  # the run has ended, or a reward has closed the pipes or written to them
         os._exit(1)
     with suppress(BaseException):
         atexit._run_exitfuncs()
@@ -77,11 +77,11 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
 
 
 def _wait(working: int, run: int) -> NoReturn:
-    """Until ``working`` ends; all of the session is killed when ``run`` is no longer there."""
+    """Wait until ``working`` ends; kill the whole session when ``run`` has ended."""
     while True:
         done, status = os.waitpid(working, os.WNOHANG)
         if done:
-            # Where the run was killed, nobody else ends what a reward has started.
+            # If the run was killed, no other process stops the processes that a reward started.
             time.sleep(_LAST_LOOK_S)
             if os.getppid() != run:
                 os.killpg(0, signal.SIGKILL)
@@ -93,15 +93,15 @@ def _wait(working: int, run: int) -> NoReturn:
 
 
 class Service:
-    """Answers requests: each ``load`` adds a function, each ``call`` calls one."""
+    """Answers requests: ``load`` adds a function, ``call`` calls one."""
 
     def __init__(self, replies: int) -> None:
         self._replies, self._writing = replies, threading.Lock()
         self._functions: list[Callable[..., Any]] = []
-        self._loops: list[LoopThread] = []  # one a function: a blocked one stops no other
+        self._loops: list[LoopThread] = []  # one per function: a blocked one stops no other
 
     def serve(self, requests: int) -> None:
-        """Until the other end is closed."""
+        """Answer requests until the other end is closed."""
         working = os.getpid()
         while (request := wire.receive(requests)) is not None:
             if request["do"] == "load":
@@ -112,9 +112,9 @@ class Service:
             else:
                 _seed(request)
                 self._answer(request, self._call)
-                if os.getpid() != working:  # a fork that a reward made, and let come back
+                if os.getpid() != working:  # a fork that a reward made and that returned
                     os._exit(0)
-                signal.setitimer(signal.ITIMER_REAL, 0)  # one that the reward left behind
+                signal.setitimer(signal.ITIMER_REAL, 0)  # a process that the reward left running
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _answer(self, request: Any, work: Callable[[Any], dict[str, Any]]) -> None:
@@ -170,7 +170,7 @@ def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON has it: numbers of tensors and arrays, and text for what is no number."""
+    """``value`` as JSON: numbers from tensors and arrays, and text for anything else."""
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, str):
@@ -190,8 +190,8 @@ def _flush() -> None:
             stream.flush()
 
 
-# --- random numbers: a function of the run's seed and of what is scored, so that a run that was
-# killed and resumed, or whose worker was ended, draws the same ones
+# --- random numbers: they depend only on the run's seed and the scored samples, so that they are
+# the same after a resume or a restart of the worker
 
 _seed_now = 0
 
@@ -216,7 +216,7 @@ def _seed_library(name: str, module: Any) -> None:
 
 
 class _Seeding(MetaPathFinder):
-    """Seeds a library that a reward imports while it is called."""
+    """Seeds a library that a reward imports during a call."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

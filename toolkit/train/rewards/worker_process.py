@@ -1,6 +1,6 @@
-"""The run's end of its reward worker: started when it is needed, killed where it does not answer.
+"""The run's side of the reward worker: start it when needed, and kill it if it does not answer.
 
-A fresh interpreter and not a fork: the process that trains may have CUDA and an engine in it.
+A new interpreter and not a fork, because the training process may use CUDA and an engine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ START = (
     "import sys; sys.path[:] = sys.argv[4:];"
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
-_LAST_S = 5.0  # for what the modules of a worker do at its exit
-_RELOAD_S = 600.0  # for importing again what was imported at the start of the run
+_LAST_S = 5.0  # time for exit handlers of the worker's modules
+_RELOAD_S = 600.0  # time to import the modules again that the run imported at its start
 
 
 class Died(Exception):
@@ -39,7 +39,7 @@ class _Replaced(Exception):
 
 
 class WorkerProcess:
-    """At most one process at a time; the functions in it are loaded again after a new start."""
+    """At most one process at a time; after a restart its functions are loaded again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -47,9 +47,9 @@ class WorkerProcess:
         self._loaded: list[dict[str, Any]] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have a function made in the worker; {"function": its number, "is_async": ...}.
+        """Build a function in the worker; returns {"function": its number, "is_async": ...}.
 
-        Raises the ToolkitError that making it raised, and Died.
+        Raises the ToolkitError of the worker, or Died.
         """
         with self._lock:
             live = self._started()
@@ -58,10 +58,10 @@ class WorkerProcess:
             return made
 
     def call(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-        """The reply to ``request``; ``seconds`` is when the worker is killed (None: never).
+        """The reply to ``request``; after ``seconds`` the worker is killed (None: never).
 
-        Raises OutOfTime, Died, the ToolkitError of the function, TypeError or ValueError where the
-        request cannot travel.
+        Raises OutOfTime, Died, the ToolkitError of the function, or TypeError or ValueError if the
+        request cannot be sent.
         """
         while True:
             with self._lock:
@@ -73,12 +73,14 @@ class WorkerProcess:
             except (ToolkitError, TypeError, ValueError):
                 raise
             except BaseException:
-                # Too late, ended, or a signal to the run: whatever it is doing is of no use.
+                # Timeout, worker ended, or a signal to the run: its work is no longer needed.
                 self.close(live)
                 raise
 
     def close(self, live: _Live | None = None) -> None:
-        """End the process (only if it is ``live``, where given) and all that it has started."""
+        """Kill the process and all processes that it started; with ``live``, only if it is still
+        that one.
+        """
         with self._lock:
             if self._live is not None and live in (None, self._live):
                 self._live.kill()
@@ -97,7 +99,9 @@ class WorkerProcess:
 
 
 class _Live:
-    """One started process: frames go out under a lock, a thread gives replies to who asked."""
+    """One running worker process. A lock protects sending; a thread delivers each reply to its
+    caller.
+    """
 
     def __init__(self) -> None:
         theirs, self._requests = os.pipe()
@@ -111,8 +115,8 @@ class _Live:
                 [sys.executable, "-c", START, *numbers, *sys.path],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs, answers),
-                start_new_session=True,  # Ctrl-C and a scheduler's signal to the job are the run's
-                # The order of a set of texts is then the same after a new start.
+                start_new_session=True,  # only the run gets Ctrl-C and signals of a scheduler
+                # Then a set of texts has the same order after a restart.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
         finally:
@@ -133,7 +137,7 @@ class _Live:
             try:
                 sent = wire.send(self._requests, frame, deadline)
             except wire.Broken:
-                sent = True  # it has ended: the thread that reads knows how
+                sent = True  # it has ended: the reading thread knows how
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             return reply.result(left if sent else 0)
@@ -143,7 +147,7 @@ class _Live:
             self._pending.pop(number, None)
 
     def kill(self) -> None:
-        # Before the thread that reads sees its end, and takes it for a death of its own.
+        # Before the reading thread sees the end and reports it as a crash.
         for reply in list(self._pending.values()):
             with suppress(Exception):
                 reply.set_exception(_Replaced())
@@ -153,22 +157,20 @@ class _Live:
 
 
 def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
-    """At the end of its pipe the worker runs what its modules have registered for its exit; then,
-    or where it takes too long, all of its session is killed.
+    """Close the pipe, so that the worker runs its exit handlers; then, or if that takes too long,
+    kill its whole session.
     """
     os.close(requests)
-    if os.getpid() != owner:  # a fork of the run ends: the worker is not its own
+    if os.getpid() != owner:  # this is a fork of the run: the worker is not its child
         return
     _exit_of(process, _LAST_S)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # not yet waited for: the number is still its own
+        os.killpg(process.pid, signal.SIGKILL)  # not yet reaped, so its process id is still valid
     process.wait()
 
 
 def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code (negative: a signal) once it has ended, which it stays to be waited for; None
-    where it has not.
-    """
+    """Its exit code (negative: a signal), or None if it still runs. The process is not reaped."""
     deadline = time.monotonic() + seconds
     look = os.WEXITED | os.WNOWAIT | os.WNOHANG
     while True:
@@ -189,7 +191,7 @@ def _read(
     with suppress(wire.Broken):
         while (message := wire.receive(replies)) is not None:
             if not isinstance(message, dict):
-                break  # a reward has written to our pipe
+                break  # a reward has written to the pipe
             reply = pending.pop(message.get("id", 0), None)
             if reply is not None:
                 reply.set_result(message)
@@ -219,5 +221,5 @@ def _unless_error(reply: dict[str, Any]) -> dict[str, Any]:
     kind, message, where, fix = reply["error"]
     found = getattr(errors, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, ToolkitError)):
-        found = errors.ConfigError  # a subclass of the reward's own
+        found = errors.ConfigError  # an exception class of the reward
     raise found(message, where=where, fix=fix)

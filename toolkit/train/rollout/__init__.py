@@ -1,1 +1,1 @@
-"""Where completions come from, and the seed of each."""
+"""Sampling of completions, each with its own seed."""

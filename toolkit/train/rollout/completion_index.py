@@ -1,9 +1,9 @@
-"""Which completion of the whole batch is being drawn, so that its seed hangs on that alone.
+"""Number each completion of the whole batch, so that its seed depends on this number alone.
 
 The seed of a completion comes from (run seed, generation, turn, row): ``row`` counts over all
-ranks, in the order in which the sampler deals the prompts. It does not hang on the rank, nor on how
-a generation is cut into micro-batches: two ranks draw what one draws with twice the batch. And a
-run that was resumed draws what the undisturbed run drew.
+ranks, in the order in which the sampler deals the prompts. The seed depends neither on the rank nor
+on how a generation is cut into micro-batches. So two ranks draw the same completions as one rank
+with twice the batch, and a resumed run draws the same completions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 EVALUATION = 1 << 20
-"""Turns in evaluation count from here: they never draw what training draws."""
+"""Turns in evaluation are numbered from here, so that they never use the seeds of training."""
 
 
-class Rows:
-    """Numbers what ``trainer`` draws. It needs nothing of our trainer's ``__init__``: TRL's tests
-    build trainers with ``object.__new__``.
+class CompletionIndex:
+    """Numbers the completions that ``trainer`` draws. It does not need our trainer's ``__init__``,
+    because TRL's tests build trainers with ``object.__new__``.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
@@ -35,7 +35,7 @@ class Rows:
         self._texts: list[list[int]] = []
 
     def begin(self, count: int) -> None:
-        """A batch of ``count`` prompt rows on this rank; all ranks have as many."""
+        """Begin a batch of ``count`` prompt rows on this rank; all ranks have the same number."""
         mode, key = self._now()
         if self._key != (mode, key):
             self._key, self._done = (mode, key), 0
@@ -45,7 +45,7 @@ class Rows:
         self._numbers, self._turn, self._texts = list(range(first, first + count)), -1, []
 
     def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
-        """(seed, row of each prompt) of the next call that samples."""
+        """(seed, row of each prompt) of the next sampling call."""
         if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):
             self.begin(len(prompts))
         self._turn += 1
@@ -58,7 +58,7 @@ class Rows:
     def drawn(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> None:
-        """What was drawn; with tools, the next turn is about some of these rows."""
+        """Record what was drawn; with tools, the next turn continues some of these rows."""
         if not getattr(self.trainer, "tools", None):
             self._numbers = None
             return
@@ -66,7 +66,7 @@ class Rows:
         self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
 
     def _now(self) -> tuple[str, int]:
-        """Training counts generations, evaluation the step that it comes after."""
+        """In training the number of the generation, in evaluation the step before it."""
         model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
         if not getattr(model, "training", True):
             return "eval", getattr(_of(self.trainer, "state"), "global_step", 0)
@@ -75,8 +75,9 @@ class Rows:
         return "train", getattr(self.trainer, "_step", 0) // every
 
     def _find(self, prompts: Sequence[list[int]]) -> list[int]:
-        """The rows that go on in a turn of the tool loop, which does not say which they are: in
-        order, each begins with what its row held. One that was cut short is taken by its place.
+        """The rows that continue in a turn of the tool loop. TRL does not pass them, so they are
+        found in order: each prompt begins with the tokens of its row. A prompt that was truncated
+        is matched by its position.
         """
         assert self._numbers is not None
         found, place = [], 0

@@ -23,8 +23,8 @@ BATCH = 250
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Means over ``count`` held-out prompts, one completion each, greedy; a mean is over the
-    completions that were scored, and None where none was.
+    """Means over ``count`` held-out prompts, one greedy completion each. A mean is over the
+    completions that were scored, and None if none was.
     """
 
     count: int
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def engine_of(model: Any, tokenizer: Any) -> Any:
-    """The engine on the model, or Hugging Face generation with the same face."""
+    """The engine on the model, or Hugging Face generation with the same interface."""
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
         return engine
@@ -58,10 +58,10 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
 
 
 def evaluates(config: RunConfig, asked: bool | None) -> bool:
-    """Whether held-out prompts are answered before the first step and after the last.
+    """Whether held-out prompts are evaluated before the first step and after the last.
 
-    As ``--evaluate`` or ``--no-evaluate`` says. Without either: where ``grpo.eval_strategy`` is not
-    written, so that held-out data that is given is used.
+    ``--evaluate`` and ``--no-evaluate`` decide. Without either, it is True unless
+    ``grpo.eval_strategy`` is set, so that given held-out data is used.
     """
     if asked is not None:
         return asked
@@ -95,7 +95,7 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
     adapter: bool,
     template: TemplateArguments = None,
 ) -> Evaluation:
-    """One greedy completion a row of ``dataset``; ``adapter`` False judges the base model.
+    """One greedy completion per row of ``dataset``; ``adapter`` False evaluates the base model.
     ``template`` is ``grpo.chat_template_kwargs``.
     """
     engine = engine_of(model, tokenizer)
@@ -136,7 +136,7 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
 
 
 def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """The reward of one completion as TRL adds it up: over the functions that scored it."""
+    """The reward of one completion, summed as in TRL over the functions that scored it."""
     scored = [
         weight * value for weight, value in zip(weights, row, strict=True) if value is not None
     ]
@@ -144,6 +144,6 @@ def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | Non
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what was scored; None where nothing was."""
+    """The mean over the scored completions; None if there are none."""
     scored = [value for value in values if value is not None]
     return sum(scored) / len(scored) if scored else None

@@ -1,6 +1,6 @@
-"""Where completions come from: the engine on the model, or Hugging Face generation on the model
-itself. Both draw each completion from a seed of its own (``rows``), where TRL draws from the
-process's global generator, so that a completion would hang on whatever ran before.
+"""Sample completions from the engine on the model, or with Hugging Face generation on the model
+itself. Both draw each completion with its own seed (``completion_index``). TRL draws from the
+global generator of the process, so that a completion would depend on everything that ran before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Timers:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time that the block takes towards ``phase``."""
+        """Add the time that the block takes to ``phase``."""
         begin = perf_counter()
         try:
             yield
@@ -51,13 +51,15 @@ class Timers:
             self._seconds[phase] += perf_counter() - begin
 
     def take(self) -> dict[str, float]:
-        """What has been counted, and begin again."""
+        """Return the seconds by phase, and reset them."""
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
 
 def find_engine(model: Any) -> RolloutEngine | None:
-    """The engine that ``FastLanguageModel`` put on the model, through PEFT's and other wrappers."""
+    """The engine that ``FastLanguageModel`` attached to the model, also inside PEFT's and other
+    wrappers.
+    """
     for _ in range(4):
         engine = getattr(model, "toolkit_engine", None)
         if engine is not None:
@@ -70,7 +72,7 @@ def find_engine(model: Any) -> RolloutEngine | None:
 
 
 def reads(model: Any, config: Any) -> Engine:
-    """Whose sampling keywords a trainer of ``model`` under ``config`` passes on."""
+    """The name of the sampler whose keywords a trainer of ``model`` with ``config`` uses."""
     engine = find_engine(model)
     if engine is not None:
         return engine.reads
@@ -78,12 +80,12 @@ def reads(model: Any, config: Any) -> Engine:
 
 
 def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
-    """Refuse ``generation_kwargs`` that the sampler of ``model`` would not read, with the words
-    that a run file gets. Where completions have no importance weights, warn of those that training
-    does not follow; with an engine, ``correction.warn_of_collapse`` does it when it matters.
+    """Reject ``generation_kwargs`` that the sampler of ``model`` does not support, with the message
+    that a run file gets. Without importance weights, warn of keywords that the training pass does
+    not apply; with an engine, ``importance_sampling.warn_of_collapse`` warns when it matters.
 
     Raises:
-        ConfigValueError: for the first such keyword.
+        ConfigValueError: a keyword is not supported; the message names the first.
     """
     keywords, engine = getattr(config, "generation_kwargs", None) or {}, reads(model, config)
     for name, value in keywords.items():
@@ -94,22 +96,27 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
             )
         if tools and name in ("presence_penalty", "frequency_penalty"):
             raise ConfigValueError(
-                f"{name} counts the tokens of one turn, and training sees all turns as one",
+                (
+                    f"{name} counts the tokens of one turn, but training scores all turns as one "
+                    "completion"
+                ),
                 where=f"grpo.generation_kwargs.{name}",
-                fix="leave it out, or use repetition_penalty, which counts all tokens",
+                fix="remove it, or use repetition_penalty, which counts all tokens",
             )
     biased = list(not_reproduced(keywords, engine))
     if biased and engine == "transformers" and find_engine(model) is None:
         warnings.warn(
-            f"generation_kwargs: training does not follow {', '.join(biased)}:"
-            f" {what_follows(engine)}",
+            f"generation_kwargs: the training pass does not apply {', '.join(biased)}: "
+            f"{what_follows(engine)}",
             ToolkitWarning,
             stacklevel=3,
         )
 
 
 def distribution(trainer: TrainerSeam) -> Distribution:
-    """What the trainer's completions are drawn from, as far as the training pass can tell."""
+    """The distribution that the trainer's completions are drawn from, as far as the training pass
+    can compute it.
+    """
     args = getattr(trainer, "args", None)
     extra = getattr(args, "generation_kwargs", None) or {}
     return Distribution(
@@ -126,9 +133,7 @@ def distribution(trainer: TrainerSeam) -> Distribution:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
-    """Inside, torch's generators start from ``seed``; outside, they are as if nothing had been
-    drawn.
-    """
+    """In the block, torch's generators start from ``seed``; afterwards their state is restored."""
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed % 2**63)
@@ -136,10 +141,10 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
 
 
 class EngineGeneration:
-    """What TRL 1.16 calls ``vllm_generation``: ``sync_weights()`` and ``generate(...)``, here on an
-    engine in this process.
+    """The object that TRL 1.16 calls ``vllm_generation``, with ``sync_weights()`` and
+    ``generate(...)``, for an engine in this process.
 
-    The engine already holds the base weights, so syncing publishes the adapter and nothing else.
+    The engine already shares the base weights, so a sync publishes only the adapter.
     """
 
     def __init__(self, trainer: TrainerSeam, engine: RolloutEngine) -> None:
@@ -147,12 +152,14 @@ class EngineGeneration:
 
     @property
     def llm(self) -> Any:
-        """Where TRL's tool loop reads the longest sequence: ``llm.llm_engine.model_config``."""
+        """The attribute from which TRL's tool loop reads the maximum sequence length:
+        ``llm.llm_engine.model_config``.
+        """
         config = SimpleNamespace(max_model_len=getattr(self.engine, "max_model_len", None))
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
 
     def sync_weights(self) -> None:
-        """Make the adapter under training what the engine samples from."""
+        """Publish the adapter under training to the engine."""
         with self.trainer.timers("publish_s"):
             self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
@@ -166,8 +173,8 @@ class EngineGeneration:
         """One completion for each row of ``prompts`` (token ids; equal neighbours are one prompt's
         generations).
 
-        Returns ``(prompt_ids, completion_ids, logprobs, logprob_token_ids)`` in TRL's layout, a row
-        a prompt row.
+        Returns ``(prompt_ids, completion_ids, logprobs, logprob_token_ids)`` in TRL's layout, one
+        row per prompt row.
 
         Raises:
             UnsupportedError: images.
@@ -183,7 +190,7 @@ class EngineGeneration:
                 prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
             )
         self.trainer.rows.drawn(rows, prompts, rollout.completion_ids)
-        # Where the run was sized for it, the KV cache's memory is now the trainer's.
+        # If the run was sized for it, the trainer may now use the memory of the KV cache.
         self.engine.sleep()
         return rollout.as_tuple()
 
@@ -205,11 +212,11 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """How many equal neighbours make a group, the same everywhere: ``num_generations``, or 1 where
-    groups are cut or mixed.
+    """How many equal neighbouring prompts make a group: ``num_generations``, or 1 if a group is cut
+    or mixed.
 
-    A group that is one request computes its prompt once. A rank may hold half a group, and a tool
-    turn makes neighbours differ.
+    The prompt of a group is computed once if the group is one request. Groups are cut if a rank
+    holds part of one, and mixed after a tool turn, which makes neighbours differ.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1
@@ -221,15 +228,17 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
 
 
 class ModelGeneration:
-    """Completions from the model itself, under TRL's generation config; in halves where memory runs
-    out.
+    """Completions from the model itself with TRL's generation config. If memory runs out, the batch
+    is halved.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
     def can(self, images: Any, multimodal_fields: Any) -> bool:
-        """False for what is left to TRL: images, beams, continuous batching, sharded models."""
+        """False for what TRL generates itself: images, beams, continuous batching, sharded
+        models.
+        """
         trainer = self.trainer
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
             trainer, "is_deepspeed_enabled", False
@@ -273,7 +282,7 @@ class ModelGeneration:
 
     def _config(self) -> tuple[GenerationConfig, Any]:
         """TRL's generation config with values that transformers takes (floats, and 0 for no top-k),
-        and the stop strings, for which ``generate`` would want a tokenizer.
+        and the stop strings, for which ``generate`` needs a tokenizer.
         """
         config = copy.deepcopy(self.trainer.generation_config)
         for name in ("temperature", "top_p", "repetition_penalty"):

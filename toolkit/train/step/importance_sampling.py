@@ -1,11 +1,12 @@
-"""How far the sampler and the trainer disagree, and the importance weights that make up for it.
+"""The difference between the sampler's and the trainer's log-probabilities, and the importance
+weights that correct for it.
 
-TRL 1.16 runs the trainer once more over every batch only to learn the log-probabilities that the
-sampled policy had. Where one generation feeds one optimizer step and nothing is dropped out, the
-training forward computes those very numbers, so that run is left out and the weights are computed
-from the training forward. The formulas are TRL's (``vllm_importance_sampling_mode``;
-https://fengyao.notion.site/off-policy-rl for the token form); tests/contract holds both paths
-equal.
+TRL 1.16 runs an extra forward pass over every batch to get the log-probabilities of the policy that
+sampled it. If one generation feeds one optimizer step and there is no dropout, the training forward
+computes the same numbers. Then the extra pass is skipped, and the weights are computed from the
+training forward. The formulas are TRL's (``vllm_importance_sampling_mode``;
+https://fengyao.notion.site/off-policy-rl for the token form); tests/contract checks that both paths
+give the same result.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 
 class Disagreement:
-    """Running totals over the micro-batches of a logging window, kept on the device: one
-    synchronisation a window.
+    """Running totals over the micro-batches of a logging window. They stay on the device, so there
+    is one synchronisation per window.
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,14 @@ class Disagreement:
         self.extremes: torch.Tensor | None = None  # (3): largest gap, largest ratio, largest -ratio
 
     def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None:
-        """``gap``: |engine - trainer| in nats, one a scored token, flat. ``ratio``: importance
-        weights, flat, or None.
+        """``gap``: |engine - trainer| in nats, one value per scored token, flat. ``ratio``:
+        importance weights, flat, or None.
         """
         ratio = gap.new_empty(0) if ratio is None else ratio
         sums = torch.stack(
             [gap.sum(), gap.new_tensor(gap.numel()), ratio.sum(), gap.new_tensor(ratio.numel())]
         )
-        floor = gap.new_tensor([-math.inf])  # so that nothing has a largest, too
+        floor = gap.new_tensor([-math.inf])  # so that an empty tensor has a maximum, too
         extremes = torch.stack([torch.cat([x, floor]).max() for x in (gap, ratio, -ratio)])
         if self.sums is None or self.extremes is None:
             self.sums, self.extremes = sums.double(), extremes
@@ -52,8 +53,8 @@ class Disagreement:
             self.sums, self.extremes = self.sums + sums, torch.maximum(self.extremes, extremes)
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The window's metrics over all ranks (a collective call), and begin again: ours, and TRL's
-        own where weights were used.
+        """Return the metrics of the window over all ranks (a collective call), and reset it. They
+        are the toolkit's metrics, and TRL's own if weights were used.
         """
         if self.sums is None or self.extremes is None:
             return {}
@@ -82,8 +83,8 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
 def gaps(
     logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens the
-    engine could not score are left out, and those that are not ``computed`` (B, T, bool).
+    """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens that the
+    engine could not score, and those that are not ``computed`` (B, T, bool), are excluded.
     """
     delta: torch.Tensor = (logps - inputs["sampling_per_token_logps"]).abs()
     computed = loss_mask(inputs).bool() if computed is None else computed
@@ -93,7 +94,7 @@ def gaps(
 def importance_ratio(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """exp(trainer - engine), truncated or masked as TRL's four modes do: (B, T), or (B, 1) for the
+    """exp(trainer - engine), truncated or masked as in TRL's four modes: (B, T), or (B, 1) for the
     sequence modes.
     """
     mode = trainer.vllm_importance_sampling_mode
@@ -112,8 +113,8 @@ def importance_ratio(
 
 
 def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
-    """True where the training forward yields what the extra forward would: aligned steps, weights
-    on, nothing dropped out.
+    """True if the training forward gives the same numbers as the extra forward: aligned steps,
+    weights in use, no dropout.
     """
     if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return False
@@ -124,7 +125,7 @@ def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """True if any layer would drop something while training."""
+    """True if any layer uses dropout in training."""
     rates = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     config = getattr(model, "config", None)
     return any(rate > 0 for rate in rates) or bool(getattr(config, "attention_dropout", 0.0))
@@ -133,8 +134,9 @@ def has_dropout(model: torch.nn.Module) -> bool:
 def observe(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
 ) -> None:
-    """Record the gap of one micro-batch from its training forward, and give ``inputs`` the weights
-    that TRL's loss reads. ``skipped``: rows that the forward left out; no figure is of them.
+    """Record the gap of one micro-batch from its training forward, and add to ``inputs`` the
+    weights that TRL's loss reads. ``skipped``: rows that the forward left out; the metrics exclude
+    them.
     """
     logps = logps.detach()
     ratio = None
@@ -153,20 +155,20 @@ def observe(
 
 
 def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
-    """Record the gap of one micro-batch whose old log-probabilities TRL computed itself when it was
-    drawn, maybe some steps ago; TRL logs its own weights then.
+    """Record the gap of one micro-batch whose old log-probabilities TRL computed when it was
+    sampled, possibly some steps ago. TRL then logs its own weights.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
 
 
 RATIO = "sampling/importance_sampling_ratio/mean"
 COLLAPSED = 0.1
-"""A mean importance weight below which a tenth of the gradient is left."""
+"""Below this mean importance weight, less than a tenth of the gradient is left."""
 
 
 def warn_of_collapse(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, where the weights of a logging window leave next to nothing of
-    the gradient.
+    """Warn once, on the first rank, if the weights of a logging window leave almost nothing of the
+    gradient.
     """
     means = trainer.train_metric_values.get(RATIO) if trainer.model.training else None
     if not means or trainer.collapse_reported or not is_first_rank():
@@ -176,8 +178,9 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
         return
     trainer.collapse_reported = True
     warnings.warn(
-        f"the mean importance weight is {mean:.2g}, so little of the gradient is left: the engine"
-        f" samples from another distribution than the one that is trained. {_remedy(trainer)}",
+        f"the mean importance weight is {mean:.2g}, so almost nothing of the gradient is left: "
+        "the engine samples from a different distribution than the one that is trained. "
+        f"{_remedy(trainer)}",
         ToolkitWarning,
         stacklevel=2,
     )
@@ -190,10 +193,10 @@ GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
 
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, where the gap of a logging window is more than rounding: what
-    is sampled is then not the policy that is trained (the base without its adapter, for one).
+    """Warn once, on the first rank, if the gap of a logging window is more than rounding. Then the
+    sampled policy is not the trained one, for example the base without its adapter.
 
-    Quiet where ``warn_of_collapse`` has spoken, or where sampling options say why.
+    No warning if ``warn_of_collapse`` has warned, or if sampling options explain the gap.
     """
     means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:
@@ -216,7 +219,7 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
 
 
 def _unfollowed(trainer: TrainerSeam) -> list[str]:
-    """Options that are set and that the training pass cannot follow."""
+    """Options that are set but that the training pass cannot apply."""
     args = trainer.args
     names = list(not_reproduced(args.generation_kwargs or {}, reads(trainer.model, args)))
     if args.vllm_structured_outputs_regex is not None:
@@ -225,10 +228,10 @@ def _unfollowed(trainer: TrainerSeam) -> list[str]:
 
 
 def _remedy(trainer: TrainerSeam) -> str:
-    """What to change, for the options that are set."""
+    """What to change, depending on the options that are set."""
     if names := _unfollowed(trainer):
-        return f"Leave out {', '.join(names)}, which the training pass cannot follow"
+        return f"Remove {', '.join(names)}, which the training pass cannot apply"
     return (
-        "Completions may be too old (lower num_iterations or steps_per_generation), or engine and"
-        " trainer compute too differently (see sampling/logp_gap_mean)"
+        "Completions may be too old (lower num_iterations or steps_per_generation), or the "
+        "numbers of engine and trainer differ too much (see sampling/logp_gap_mean)"
     )

@@ -1,18 +1,19 @@
-"""Log-probabilities and entropy under the distribution that was sampled from: after penalties,
+"""Log-probabilities and entropy of the distribution that was sampled from: after penalties,
 temperature, min-p, top-k and top-p.
 
 Truncation is part of the policy. A sampler that keeps a set of tokens draws from the softmax over
-that set; a trainer that scores the whole vocabulary trains another policy, and the importance
-weight of a sequence becomes the product of the kept masses. Here the trainer applies the sampler's
-own steps to its own logits ("keep sampling mask" in the DeepSeek-V3.2 report, arXiv 2512.02556).
+that set; a trainer that scores the whole vocabulary trains another policy. The importance weight of
+a sequence would then be the product of the probability masses of its kept sets. So the trainer
+applies the sampler's steps to its own logits ("keep sampling mask" in the DeepSeek-V3.2 report,
+arXiv 2512.02556).
 
-Everything is a pure function of the logits of N tokens, so that a caller may cut the tokens into
-chunks in any way. The kept set carries no gradient; the log-probabilities within it do. A sampled
-token always counts as kept: next to a boundary the two sides may round differently, and its
+Every function is pure in the logits of N tokens, so a caller may cut the tokens into chunks in any
+way. The choice of the kept set has no gradient; the log-probabilities in it do. A sampled token
+always counts as kept: near a boundary the sampler and the trainer may round differently, and its
 log-probability must stay finite.
 
-The steps and their order are those of vLLM 0.25.1 and 0.31 (``v1/sample/sampler.py``) and of
-transformers 5.17 (``generation/logits_process.py``).
+The steps and their order follow vLLM 0.25.1 and 0.31 (``v1/sample/sampler.py``) and transformers
+5.17 (``generation/logits_process.py``).
 
 Suffixes: N tokens, V vocabulary, B rows, L tokens of a row (prompt and completion).
 """
@@ -28,16 +29,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK_ELEMENTS = 1 << 23
-"""Logits that are worked on at once: 32 MiB a float32 copy, about eight copies with top-p."""
+"""Number of logits in one chunk: 32 MiB per float32 copy, about eight copies with top-p."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """What turns logits into the distribution that is sampled from.
+    """The settings that turn logits into the distribution that is sampled from.
 
     ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 keep all tokens; penalties of 1 (repetition) and
-    0 (presence, frequency) do nothing. ``min_p_first``: vLLM applies min-p before top-k and top-p,
-    transformers after them.
+    0 (presence, frequency) have no effect. ``min_p_first``: vLLM applies min-p before top-k and
+    top-p, transformers after them.
     """
 
     temperature: float = 1.0
@@ -51,12 +52,12 @@ class Distribution:
 
     @property
     def truncates(self) -> bool:
-        """True where some tokens may be dropped."""
+        """True if some tokens may be dropped."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def penalizes(self) -> bool:
-        """True where the logits depend on the tokens before."""
+        """True if the logits depend on earlier tokens."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -65,7 +66,7 @@ class Distribution:
 
     @property
     def plain(self) -> bool:
-        """True for the softmax of the whole vocabulary at a temperature."""
+        """True if the distribution is the softmax of the whole vocabulary at a temperature."""
         return not (self.truncates or self.penalizes)
 
 
@@ -77,10 +78,10 @@ class Scored(NamedTuple):
 
 
 class Texts:
-    """The tokens of B rows, for penalties: which had been seen before a position.
+    """The tokens of B rows, for penalties: which of them occur before a position.
 
-    ``ids_BL`` int64; ``real_BL`` bool, False on padding; ``starts_B`` int64, where the completion
-    begins. Memory: two int32 of the vocabulary a row.
+    ``ids_BL`` int64; ``real_BL`` bool, False on padding; ``starts_B`` int64, the position where the
+    completion begins. Memory: two int32 vectors of vocabulary size per row.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class Texts:
         self._first_drawn_BV = self._first(self._drawn_BL)
 
     def _first(self, counted_BL: torch.Tensor) -> torch.Tensor:
-        """(B, V) int32: the first place of each token among those counted, L where there is
-        none.
+        """(B, V) int32: the first position of each token among those counted; L if it does not
+        occur.
         """
         rows, length = self._ids_BL.shape
         places_L = torch.arange(length, dtype=torch.int32, device=self._ids_BL.device)
@@ -119,7 +120,9 @@ class Texts:
 
 
 class Places(NamedTuple):
-    """Where N scored tokens are: row ``rows_N`` of ``texts``, place ``places_N`` in it."""
+    """The locations of N scored tokens: row ``rows_N`` of ``texts``, position ``places_N`` in
+    it.
+    """
 
     texts: Texts
     rows_N: torch.Tensor
@@ -134,8 +137,8 @@ def score(
 ) -> Scored:
     """Log-probability of ``tokens_N`` (int64) and entropy, differentiable in the logits.
 
-    ``logits_NV``: the model's own, of any float dtype, worked on in float32. ``places`` is needed
-    for penalties.
+    ``logits_NV``: the logits of the model in any float dtype; computed in float32. ``places`` is
+    needed for penalties.
 
     Raises:
         ValueError: penalties without ``places``.
@@ -143,7 +146,7 @@ def score(
     logits_NV = logits_NV.float()
     if distribution.penalizes:
         if places is None:
-            raise ValueError("penalties depend on the tokens before: pass their places")
+            raise ValueError("penalties depend on earlier tokens: pass ``places``")
         logits_NV = penalized(logits_NV, distribution, places)
     if distribution.temperature != 1:
         logits_NV = logits_NV / distribution.temperature
@@ -153,14 +156,14 @@ def score(
         logits_NV = logits_NV.masked_fill(dropped_NV, -torch.inf)
     logps_NV = torch.log_softmax(logits_NV, -1)
     logps_N = logps_NV.gather(1, tokens_N[:, None])[:, 0]
-    # 0 times -inf is no number: of tokens that are dropped, the second factor is 0 as well.
+    # 0 times -inf is NaN: for dropped tokens the second factor is set to 0 too.
     finite_NV = logps_NV.masked_fill(logps_NV.detach() == -torch.inf, 0.0)
     return Scored(logps_N, -(torch.exp(logps_NV) * finite_NV).sum(-1))
 
 
 def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Places) -> torch.Tensor:
-    """Repetition, frequency and presence penalties, in vLLM's order (transformers has the first
-    alone).
+    """Repetition, frequency and presence penalties, in vLLM's order (transformers has only the
+    first).
     """
     texts, where = places.texts, (places.rows_N, places.places_N)
     factor = distribution.repetition_penalty
@@ -176,8 +179,8 @@ def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Place
 
 @torch.no_grad()
 def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
-    """(N, V) bool: the tokens that min-p, top-k and top-p leave, one after the other. Tokens as
-    likely as the last of the top k stay, as both engines keep them.
+    """(N, V) bool: the tokens that are kept after min-p, top-k and top-p in sequence. Tokens as
+    likely as the last of the top k are kept, as in both engines.
     """
     steps: list[tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = [
         (distribution.top_k > 0, lambda x: _top_k(x, distribution.top_k)),
@@ -206,5 +209,5 @@ def _top_k(logits_NV: torch.Tensor, count: int) -> torch.Tensor:
 def _top_p(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
     sorted_NV, order_NV = logits_NV.sort(-1)
     below_NV = torch.softmax(sorted_NV, -1).cumsum(-1) <= 1 - mass
-    below_NV[:, -1] = False  # the most likely token stays
+    below_NV[:, -1] = False  # the most likely token is kept
     return torch.ones_like(below_NV).scatter_(1, order_NV, ~below_NV)

@@ -1,4 +1,4 @@
-"""Whether a trainer may score packs, and scoring them in the layout that TRL's loss reads."""
+"""Decide whether a trainer can score packs, and score them in the layout that TRL's loss reads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from toolkit.train.step.packing import Row
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Layers whose only mixing of tokens is their attention function."""
-_FAR = 0.25  # a difference from the padded pass, as a share of what a missing prompt would make
+"""Layers that mix tokens only in their attention function."""
+_FAR = 0.25  # largest difference from the padded pass, relative to that of a missing prompt
 _ROUNDING = 1e-4  # nats
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What of a batch the loss needs. ``skipped``: numbers of rows whose terms of the loss are 0;
-    ``scored_BT``: False on tokens that no loss looks at; None is all.
+    """The part of a batch that the loss needs. ``skipped``: indices of rows whose loss terms are 0.
+    ``scored_BT``: False on tokens that the loss does not use; None means all tokens.
     """
 
     skipped: frozenset[int] = frozenset()
@@ -41,14 +41,16 @@ def base_of(model: Any) -> Any:
 
 
 def router_loss(model: Any) -> bool:
-    """Whether the model's own config asks for a router's loss (as TRL 1.16 reads it)."""
+    """Whether the model's config enables a router loss (as TRL 1.16 reads it)."""
     config = base_of(model).config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", 0.0)
     return hasattr(config, "output_router_logits") and weight != 0.0
 
 
 def refusal(model: Any) -> str | None:
-    """Why packs cannot be scored on this model, as far as its class and config tell."""
+    """Why packs cannot be scored on this model, judged by its class and config; None if they
+    can.
+    """
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is not a transformers model"
     config = model.config.get_text_config()
@@ -64,8 +66,8 @@ def refusal(model: Any) -> str | None:
 
 
 def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
-    """Put packed attention on ``model`` (no wrapper), compare it once with ``padded``, which is
-    TRL's pass, and return why it cannot be used, or None. The answer stays with the model.
+    """Install packed attention on ``model`` (no wrapper), and compare it once with ``padded``,
+    TRL's pass. Return why it cannot be used, or None. The answer is stored on the model.
     """
     known: str | None
     if "toolkit_packed_refusal" in model.__dict__:
@@ -99,8 +101,8 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
-    """Compare a small batch both ways. A wrong function differs about as much as completions
-    without their prompts do; rounding does not come near.
+    """Compare a small batch both ways. A wrong attention function differs about as much as
+    completions without their prompts do; rounding differs far less.
     """
     training = model.training
     model.eval()
@@ -116,7 +118,7 @@ def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
     except (TypeError, ValueError, RuntimeError, AttributeError) as problem:
         if is_out_of_memory(problem):
             raise
-        return f"the model does not take a pack ({type(problem).__name__}: {problem})"
+        return f"the model fails on a pack ({type(problem).__name__}: {problem})"
     finally:
         model.train(training)
     distance = float((ours - theirs)[wanted].abs().max())
@@ -129,7 +131,9 @@ def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
 def _logps(
     model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, wanted_BT: torch.Tensor
 ) -> tuple[torch.Tensor, PackedLayout]:
-    """Log-probabilities (B, T) by one pack, and its layout, which knows the windows asked for."""
+    """Log-probabilities (B, T) from one pack, and its layout, which records the requested
+    windows.
+    """
     pack = packing.build_pack(rows, completions_BT, wanted_BT)
     assert pack is not None
     shape = (completions_BT.shape[0], completions_BT.shape[1])
@@ -138,8 +142,8 @@ def _logps(
 
 
 def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
-    """Why packs lose a sliding window: a layer that makes it by its mask alone, and does not hand
-    it to the attention function.
+    """Why packs would lose a sliding window, or None. A layer may set it only in its mask and not
+    pass it to the attention function.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -152,7 +156,7 @@ def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
     found = sum(window is not None for window in layout.windows.values())
     if found >= expected:
         return None
-    return f"{expected - found} layers with a sliding window do not tell their attention function"
+    return f"{expected - found} layers do not pass their sliding window to the attention function"
 
 
 def score(
@@ -164,9 +168,9 @@ def score(
     own_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Log-probabilities and entropies (B, T) of ``batch`` (``input_ids``, ``attention_mask``,
-    completion width), 0 where nothing is scored. ``limit``: tokens of one pass, where no gradient
-    is needed; None is one pass for all. ``own_head``: ``sampled_head`` is on the model. None where
-    there is nothing to score.
+    completion width), 0 where nothing is scored. ``limit``: tokens per pass, if no gradient is
+    needed; None means one pass for all. ``own_head``: ``sampled_head`` is on the model. Returns
+    None if there is nothing to score.
     """
     input_ids, attention_mask, width = batch
     completions = input_ids[:, -width:]

@@ -1,5 +1,5 @@
-"""The half of the trainer that scores packs: which rows a pass needs, how a batch is cut, and what
-fills the places that are left out.
+"""The half of the trainer that scores packs: which rows a pass needs, how a batch is cut, and which
+values replace rows that are left out.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ SKIPPED = "packing/skipped_rows"
 
 
 class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usable types
-    """A GRPO trainer that scores packs; ``padding_free`` False in its arguments keeps TRL's pass.
+    """A GRPO trainer that scores packs; with ``padding_free=False`` it uses TRL's pass.
 
-    ``micro_rows``: rows of a micro-batch as they were asked for, where several of them were made
-    one (``merge_micro_batches``); they bound the tokens of one pass where ``pack_tokens`` does not.
+    ``micro_rows``: rows of a micro-batch as configured, if several were merged into one
+    (``merge_micro_batches``); they limit the tokens of one pass if ``pack_tokens`` is not set.
     """
 
     padding_free: bool = True
     micro_rows: int | None = None
     pack_tokens: int | None = None
     parts: int = 1
-    """In how many the last micro-batch was cut."""
+    """The number of parts of the last micro-batch."""
     least_parts: int = 1
     _left_out: tuple[int, int] = (0, 1)
     _scope: Scope = Scope()
@@ -50,11 +50,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     _reported_padded: bool = False
 
     def merge_micro_batches(self, args: Any, model: Any) -> None:
-        """Make the micro-batches of one optimizer step one batch. Its lengths decide then how it is
-        cut (``row_parts``), and the group of a prompt is not spread over micro-batches.
+        """Merge the micro-batches of one optimizer step into one batch. Then its lengths decide how
+        it is cut (``row_parts``), and the group of a prompt is not spread over micro-batches.
 
-        The gradient is the same for every cut, except for the losses of ``CUT_MATTERS``: they keep
-        their micro-batches.
+        The gradient is the same for every cut, except with the losses in ``CUT_MATTERS``: these
+        keep their micro-batches.
         """
         self.padding_free = getattr(args, "padding_free", True)
         if not self.padding_free or packed_pass.refusal(packed_pass.base_of(model)) is not None:
@@ -72,9 +72,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     # --- how a batch is cut
 
     def row_parts(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The rows of each part of a micro-batch that is sent backward by itself.
+        """The rows of each part of a micro-batch; each part has its own backward pass.
 
-        Every rank calls it, and all make the same number of parts.
+        Every rank calls it, and all get the same number of parts.
         """
         size = inputs["completion_ids"].shape[0]
         rows = self.rows_to_pack(inputs)
@@ -97,7 +97,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return [torch.tensor(sorted(part)) for part in parts]
 
     def _equal_parts(self, rows: list[Row], dead: frozenset[int], limit: int) -> list[torch.Tensor]:
-        """Parts of as many rows on every rank: TRL gathers a figure of each row of a part."""
+        """Parts with the same number of rows on every rank, because TRL gathers a value for each
+        row of a part.
+        """
         groups = {row.prompt: row.number for row in reversed(rows)}
         ordered = sorted(rows, key=lambda row: (groups[row.prompt], -row.length, row.number))
 
@@ -112,8 +114,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return list(order.tensor_split(number))
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:
-        """Tokens of one pass: ``pack_tokens``, else those of the micro-batch that was asked for, at
-        its widest.
+        """The limit of tokens per pass: ``pack_tokens``, else those of the configured micro-batch
+        at full width.
         """
         if self.micro_rows is None:
             return None
@@ -140,10 +142,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         return packing.read_rows(ids, mask, inputs["completion_ids"].shape[1])
 
-    # --- what a pass computes
+    # --- the rows and tokens that a pass computes
 
     def _packed_refusal(self, model: Any) -> str | None:
-        """Why packs are not scored on ``model``, or None; the reason is reported once."""
+        """Why packs are not scored on ``model``, or None; the reason is logged once."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self.padding_free or sharded:
             return "padding_free is off" if not sharded else "the model is sharded"
@@ -156,17 +158,17 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return reason
 
     def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own pass over a padded batch; the trainer has it."""
+        """TRL's own forward of a padded batch; defined by the trainer."""
         raise NotImplementedError
 
     def _padded_pass(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, under the distribution that was sampled from: policy, old policy, reference."""
+        """TRL's, for the distribution that was sampled from: policy, old policy, reference."""
         with scoring(self, model):
             return self._trl_pass(model, *args, **kwargs)
 
     def _rows_without_loss(self, inputs: Mapping[str, Any]) -> frozenset[int]:
-        """Rows whose every term of the loss is 0: an advantage of 0, where the loss has no term
-        beside the policy's. One row is kept where all are: a pass needs one.
+        """Rows whose loss is 0: their advantage is 0, and the loss has no other term than the
+        policy's. If this is true of all rows, one is kept, because a pass needs one.
         """
         others = self.beta != 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
         if others or self.off_policy_mask_threshold is not None or not self.model.training:
@@ -181,7 +183,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return numbers
 
     def scope_of(self, inputs: Mapping[str, Any]) -> Scope:
-        """What of a micro-batch its loss needs."""
+        """The part of a micro-batch that its loss needs."""
         return Scope(self._rows_without_loss(inputs), loss_mask(inputs))
 
     def scores(
@@ -192,8 +194,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         logits_to_keep: int,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """What TRL 1.16's ``_get_per_token_logps_and_entropies`` returns, by packs where that can
-        be: log-probabilities and entropies (B, T) and a router's loss. ``options`` are TRL's:
+        """What TRL 1.16's ``_get_per_token_logps_and_entropies`` returns, computed with packs if
+        possible: log-probabilities and entropies (B, T) and a router loss. ``options`` are TRL's:
         ``batch_size``, ``compute_entropy``, ``compute_aux_loss``, and what images need.
         """
         batch_size: int | None = options.get("batch_size")
@@ -221,10 +223,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     def fill_skipped(
         self, scores: tuple[torch.Tensor, torch.Tensor], inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What fills the rows that were left out: log-probabilities with which every ratio is 1,
-        and no entropy (``own_entropy`` takes the mean over the rows that were computed).
+        """Fill the rows that were left out: log-probabilities with which every ratio is 1, and
+        entropy 0 (``own_entropy`` takes the mean over the rows that were computed).
         """
-        if not inputs:  # no loss is under way: old or reference log-probabilities
+        if not inputs:  # outside the loss: old or reference log-probabilities
             return scores
         logps, entropies = scores
         skipped = sorted(self._scope.skipped)
@@ -243,9 +245,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     @contextmanager
     def own_entropy(self) -> Iterator[None]:
-        """Around the loss of a micro-batch: the entropy that TRL notes becomes the mean over all
-        tokens that were computed, of all parts and ranks. ``SKIPPED`` is the share of the rows, of
-        all ranks, that were left out.
+        """Around the loss of a micro-batch: replace the entropy that TRL logs by the mean over all
+        computed tokens of all parts and ranks. ``SKIPPED`` is the share of the rows, of all ranks,
+        that were left out.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:

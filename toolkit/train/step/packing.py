@@ -1,15 +1,15 @@
-"""The training forward over packs: every token once, no padding, a prompt once for its group.
+"""The training forward over packs: no padding, and the prompt of a group is computed once.
 
-TRL scores a padded batch: every row is as wide as the longest prompt and the longest completion.
-Here the rows become one sequence (``policy.packed_attention``):
+TRL scores a padded batch: every row has the width of the longest prompt plus the longest
+completion. Here all rows become one sequence (``policy.packed_attention``):
 
     prompt without its last token | last prompt token, completion 1 without its last token |
     last prompt token, completion 2 without its last token | next prompt ...
 
-Each token of a completion segment predicts the completion token at its place, so the labels need
-no shift, and the last token of a completion, which predicts nothing, is left out. The
-log-probabilities come from TRL's fused head (``shift_labels``; read at TRL 1.16.0), which on a GPU
-sees labelled positions alone.
+The token at position i of a completion segment predicts completion token i, so the labels need no
+shift. The last token of a completion predicts nothing and is left out. The log-probabilities come
+from TRL's fused head (``shift_labels``; TRL 1.16.0), which on a GPU computes only labelled
+positions.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 BATCH = "packed_batch"
-"""The keyword under which our own head (``sampled_head``) finds the rows that a pack is made of."""
+"""The keyword argument with which ``sampled_head`` gets the rows of a pack."""
 
 
 class PaddedBatch(NamedTuple):
     """A padded batch in TRL's layout: ``ids_BL`` and ``real_BL`` (False on padding), with
-    completions in the last ``width`` places; and the row and place of a pack's M labelled tokens.
+    completions in the last ``width`` positions; and the row and position of a pack's M labelled
+    tokens.
     """
 
     ids_BL: torch.Tensor
@@ -43,7 +44,7 @@ class PaddedBatch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One completion of a batch: its number in the batch, its prompt, and how long it is."""
+    """One completion of a batch: its index in the batch, its prompt, and its length."""
 
     number: int
     prompt: tuple[int, ...]
@@ -52,8 +53,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Rows as one sequence. ``ids_N``, ``positions_N``, ``labels_N``: (N) on the device.
-    ``places_M`` and ``targets_M``: where the M labelled tokens lie in the pack, and in the padded
+    """Rows joined into one sequence. ``ids_N``, ``positions_N``, ``labels_N``: (N) on the device.
+    ``places_M`` and ``targets_M``: indices of the M labelled tokens in the pack, and in the padded
     batch flattened to B * T.
     """
 
@@ -81,7 +82,7 @@ def read_rows(
 
 
 def tokens_of(rows: Sequence[Row]) -> int:
-    """How many tokens the pack of ``rows`` has."""
+    """The number of tokens in the pack of ``rows``."""
     prompts = {row.prompt for row in rows if row.length}
     return sum(len(prompt) - 1 for prompt in prompts) + sum(row.length for row in rows)
 
@@ -90,7 +91,7 @@ def build_pack(
     rows: Sequence[Row], completions_BT: torch.Tensor, scored_BT: torch.Tensor
 ) -> Pack | None:
     """The pack of ``rows`` of a batch whose completions are ``completions_BT``; ``scored_BT`` is
-    False where a token needs no log-probability. None where there is nothing to score.
+    False for tokens that need no log-probability. Returns None if there is nothing to score.
     """
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -142,8 +143,8 @@ def forward(
 ) -> Any:
     """The fused output of one pass over ``pack``: ``log_probs`` and ``entropy``, (1, N).
 
-    ``batch`` (ids, mask, completion width) goes to our own head, where that is on the model
-    (``sampled_head.scoring``); TRL's takes no notice of it.
+    ``batch`` (ids, mask, completion width) is passed to ``sampled_head`` if that is on the model
+    (``sampled_head.scoring``); TRL's head ignores it.
     """
     ids = pack.ids_N.unsqueeze(0)
     own = {}
@@ -155,7 +156,7 @@ def forward(
     return model(
         input_ids=ids,
         position_ids=pack.positions_N.unsqueeze(0),
-        # transformers passes a mask of four dimensions on as it is and makes none of its own.
+        # transformers uses a mask of four dimensions unchanged and does not build its own.
         attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
         shift_labels=pack.labels_N.unsqueeze(0),
         fused_lm_head=True,
@@ -165,18 +166,19 @@ def forward(
 
 
 def scatter(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
-    """The labelled values of a pack in their places of the padded batch (B, T); 0 elsewhere."""
+    """Scatter the labelled values of a pack into the padded batch (B, T); 0 elsewhere."""
     flat = values_1N.new_zeros(shape[0] * shape[1])
     return flat.scatter(0, pack.targets_M, values_1N[0, pack.places_M]).view(shape)
 
 
 def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """``rows`` in as few packs of at most ``limit`` tokens as a simple rule finds, evenly filled.
+    """Distribute ``rows`` over evenly filled packs of at most ``limit`` tokens; a greedy rule keeps
+    the number of packs small.
 
-    The groups of a prompt stay together; one that is larger than ``limit`` is cut. Units are placed
-    longest first, each into the pack that holds least so far. Only lengths and the order of the
-    rows decide, so that a resumed run splits in the same way. A row that is longer than ``limit``
-    is a pack of its own.
+    Rows of one prompt stay together; a group larger than ``limit`` is cut. Groups are placed
+    longest first, each into the pack with the fewest tokens. The result depends only on the lengths
+    and the order of the rows, so a resumed run gets the same packs. A row longer than ``limit`` is
+    a pack of its own.
     """
     number = max(1, -(-tokens_of(rows) // limit))
     while True:
@@ -187,8 +189,8 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 
 def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
-    """``rows`` over exactly ``number`` packs, evenly filled; some are empty where there are fewer
-    rows. A group of more than ``limit`` tokens, or of more than a pack's share, is cut.
+    """Distribute ``rows`` over exactly ``number`` evenly filled packs; some are empty if there are
+    fewer rows. A group with more than ``limit`` tokens, or more than the average pack, is cut.
     """
     share = max(1, -(-tokens_of(rows) // number))
     units = _units(rows, share if limit is None else min(limit, share))
@@ -196,7 +198,9 @@ def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> li
 
 
 def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Rows of one prompt, at most ``limit`` tokens each unless it is a single row."""
+    """Units of rows with the same prompt, each with at most ``limit`` tokens unless it is a single
+    row.
+    """
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.prompt].append(row)
@@ -213,8 +217,10 @@ def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 
 def _spread(units: list[list[Row]], number: int) -> list[list[Row]]:
-    """Units over ``number`` packs, the longest first, each into the one that holds least."""
-    while len(units) < number:  # fewer groups than packs: the longest is cut in two
+    """Distribute units over ``number`` packs, longest first, each into the pack with the fewest
+    tokens.
+    """
+    while len(units) < number:  # fewer groups than packs: cut the longest in two
         longest = max(units, key=lambda unit: (len(unit) > 1, tokens_of(unit)))
         if len(longest) < 2:
             break

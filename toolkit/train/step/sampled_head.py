@@ -1,10 +1,10 @@
-"""The model's head under the distribution that was sampled from, in place of TRL's fused one.
+"""A model head for the distribution that was sampled from, which replaces TRL's fused head.
 
 TRL 1.16 calls ``model(..., labels=labels, fused_lm_head=True)`` and reads ``log_probs``,
-``entropy`` and ``aux_loss`` (``trl.trainer.utils.add_fused_lm_head``). Its head knows a
-temperature and no more. Where tokens are dropped or penalized while sampling, the forward of the
-model is ours for the length of such a call: the same backbone, then the head in chunks of tokens
-whose logits are computed again in the backward pass, so that no (tokens, vocabulary) tensor stays.
+``entropy`` and ``aux_loss`` (``trl.trainer.utils.add_fused_lm_head``). That head supports only a
+temperature. If sampling drops or penalizes tokens, the forward of the model is replaced during such
+a call. The replacement runs the same backbone, and then the head in chunks of tokens. The logits of
+a chunk are computed again in the backward pass, so no (tokens, vocabulary) tensor is kept.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 
 class HeadOutput(NamedTuple):
-    """What TRL reads of ``FusedCausalLMOutput``; both tensors (B, L - 1), 0 where not scored, and
-    (1, N) for a pack.
+    """The fields of ``FusedCausalLMOutput`` that TRL reads. Both tensors are (B, L - 1), or (1, N)
+    for a pack; 0 where not scored.
     """
 
     log_probs: torch.Tensor
@@ -42,12 +42,13 @@ class HeadOutput(NamedTuple):
 
 @contextmanager
 def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
-    """Inside, TRL scores ``model`` (policy or reference, wrapped or not) under the distribution
-    that the trainer's completions are drawn from. Nothing changes where that is TRL's own.
+    """In the block, TRL scores ``model`` (policy or reference, wrapped or not) with the
+    distribution that the trainer's completions are drawn from. If TRL's head already computes that
+    distribution, nothing changes.
 
-    The reference is scored with the same settings on its own logits, so the KL term compares two
-    policies as they would be sampled, and is 0 where the two are one. A token that the reference
-    would have dropped counts as kept: its log-ratio stays finite.
+    The reference is scored with the same settings on its own logits, so the KL term compares the
+    two policies as they would be sampled, and is 0 if they are equal. A token that the reference
+    would drop counts as kept, so that its log-ratio stays finite.
     """
     distribution = sampler.distribution(trainer)
     model = trainer.accelerator.unwrap_model(model)
@@ -55,7 +56,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     if distribution.plain and mesh_of(base) is None:
         yield
         return
-    # TRL has put a forward of its own on the instance.
+    # TRL has set its own forward on the instance.
     own, before = "forward" in vars(base), base.forward
 
     def forward(
@@ -80,7 +81,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
 def _forward(
     model: Any, distribution: Distribution, args: Any, kwargs: dict[str, Any], labels: torch.Tensor
 ) -> HeadOutput:
-    """The backbone, and the head where the next token's label is not -100."""
+    """Run the backbone, and the head at positions whose next label is not -100."""
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
@@ -97,14 +98,14 @@ def _forward(
         texts = Texts(ids, real, starts_B, model.get_output_embeddings().weight.shape[0])
     head = Head(model, distribution, texts)
     scored = head.score(hidden_BLH[wanted], labels[wanted], rows_N, before_N + 1)
-    # masked_scatter keeps the result a function of the model where nothing is scored, too.
+    # masked_scatter keeps the result in the autograd graph even if nothing is scored.
     zeros = hidden_BLH.new_zeros(wanted.shape, dtype=torch.float32)
     logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
     return HeadOutput(logps, entropy, _router_loss(config, outputs, kwargs))
 
 
 def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
-    """The same over a pack, whose labels lie at the tokens that predict them: both (1, N)."""
+    """The same for a pack, whose labels are at the tokens that predict them: both (1, N)."""
     labels_1N = kwargs.pop("shift_labels")
     batch: PaddedBatch | None = kwargs.pop(BATCH, None)
     hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
@@ -176,7 +177,7 @@ class Head:
 
 
 def logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by, under the names that TRL 1.16 reads."""
+    """The factor of the model's logits, from the config names that TRL 1.16 reads."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:
@@ -188,7 +189,7 @@ def logit_scale(config: Any) -> float:
 
 
 def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The load-balancing loss of a mixture of experts, where it is asked for."""
+    """The load-balancing loss of a mixture of experts, if it is enabled."""
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import (  # noqa: PLC0415 - rarely needed

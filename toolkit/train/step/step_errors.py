@@ -1,7 +1,7 @@
-"""Faults inside a step: memory that runs out, numbers that are none, a GPU that goes away.
+"""Errors inside a step: out of memory, NaN or infinite values, a failed GPU.
 
-What can be retried with the same gradient is retried, in halves; what cannot is told in one line
-with the exit code that a scheduler can act on.
+A step that can be retried with the same gradient is retried in halves. Otherwise the error is one
+line, with an exit code that a scheduler can act on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# CUDA's own words for hardware that has failed (driver API errors 46, 214, 719 and 999 among them).
+# Texts of CUDA errors for failed hardware (driver API errors 46, 214, 719 and 999 among them).
 _LOST = re.compile(
     r"CUDA(?: driver)? error:? .*(?:uncorrectable|ECC|unspecified launch failure|unknown error"
     r"|devices? unavailable|hardware|no CUDA-capable device|device not ready|NVLink|lost)"
@@ -34,24 +34,24 @@ _LOST = re.compile(
 
 
 def release_memory() -> None:
-    """Give cached blocks back, so that a smaller request finds room."""
+    """Free cached blocks, so that a smaller request fits."""
     if cuda_in_use():
         torch.cuda.empty_cache()
 
 
 def translate(error: Exception, where: str, config: RunConfig | None = None) -> ToolkitError | None:
-    """The error that a person and a scheduler can act on, or None if it is not known here, and so
-    a defect of ours. What upstream raises while it acts on keys of ``config`` is about those keys
-    (train/upstream_errors).
+    """The error that a user and a scheduler can act on. None if the exception is unknown; then it
+    is a defect of the toolkit. An exception that upstream raises while it uses keys of ``config``
+    becomes an error for these keys (train/upstream_errors).
     """
     if isinstance(error, ToolkitError):
         return error
     said = f"{type(error).__name__}: {first_line(error)}"
     if (full := disk.translate(error, where)) is not None:
         return full
-    if isinstance(error, IsADirectoryError):  # write_file's, which renames onto it
+    if isinstance(error, IsADirectoryError):  # from write_file, which renames onto it
         return ConfigError(
-            "a file of the run is to be written there, and a folder lies there",
+            "the run writes a file with this name, but a folder with this name exists",
             where=str(error.filename2 or error.filename or where),
             fix="move the folder away, or name another --output-dir",
         )
@@ -59,8 +59,8 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return ConfigError(
             f"the Hugging Face Hub: {said}",
             where=where,
-            fix="check the network and `hf auth whoami`, or leave out what the run file asks of the"
-            " Hub (grpo.log_completions_hub_repo)",
+            fix="check the network and `hf auth whoami`, or remove the key that uses the Hub "
+            "(grpo.log_completions_hub_repo)",
         )
     known = explained(error, "the run failed", AGAIN)
     if known is not None and known.exit_code == RetryError.exit_code:
@@ -69,28 +69,31 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return ConfigError(
             f"out of memory, in the smallest parts that keep the gradient: {said}",
             where=where,
-            fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length"
-            " (envcheck size prices both), then start the same command again: it resumes",
+            fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length (`envcheck "
+            "size` shows the memory of both), then run the same command again: it resumes",
         )
     if "parameters that were not used in producing loss" in str(error):
         return ConfigError(
-            "several processes train parameters of which some had no part in the loss",
+            (
+                "some trainable parameters do not take part in the loss, which several processes "
+                "do not support by default"
+            ),
             where=where,
-            fix="set grpo.ddp_find_unused_parameters: true, or name fewer lora.target_modules",
+            fix="set grpo.ddp_find_unused_parameters: true, or use fewer lora.target_modules",
         )
     if "does not have a deterministic implementation" in str(error):
         return ConfigError(
             f"a kernel of this run has no deterministic form: {said}",
             where=where,
-            fix="leave out grpo.full_determinism; runtime.reproducible takes deterministic kernels"
-            " where there are any",
+            fix="remove grpo.full_determinism; runtime.reproducible uses deterministic kernels "
+            "where they exist",
         )
     if _LOST.search(f"{type(error).__name__}: {error}"):
         return NodeError(
-            f"the GPU failed under the run: {said}",
+            f"the GPU failed during the run: {said}",
             where=where,
-            fix="run `envcheck check` on this node, and start the same command on another:"
-            " it resumes from the last checkpoint",
+            fix="run `envcheck check` on this node, and run the same command on another node: it "
+            "resumes from the last checkpoint",
         )
     ours = None if config is None else config_fault(error, config.grpo, config.source or where)
     return ours or known

@@ -1,4 +1,4 @@
-"""A training step that may have to be made again in smaller parts, or dropped."""
+"""Retry a training step in smaller parts, or skip it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 MAX_SPLIT = 64
-"""A micro-batch is cut into at most this many parts before memory is given up on."""
+"""A micro-batch is cut into at most this many parts before the run fails with out of memory."""
 
 
 class Attempt:
-    """One micro-step that may have to be made again: its inputs, and how to undo half of it."""
+    """One micro-step that may be repeated: its inputs, and how to undo an incomplete attempt."""
 
     def __init__(self, trainer: TrainerSeam, model: Any) -> None:
         self.trainer, self.model = trainer, model
@@ -35,12 +35,14 @@ class Attempt:
         self._marks: dict[str, int] = {}
 
     def prepared(self, inputs: Any) -> None:
-        """The rollouts are there: what comes now can be made again."""
+        """The rollouts are ready: everything from here can be repeated."""
         self.inputs = inputs
         self._marks = {name: len(found) for name, found in self.trainer.train_metric_values.items()}
 
     def run(self, step: Callable[[], Any]) -> Any:
-        """``step()``, and again with twice the parts while memory runs out and parts are left."""
+        """Run ``step()``. While memory runs out and a finer cut is possible, repeat it with twice
+        as many parts.
+        """
         while True:
             try:
                 return step()
@@ -51,13 +53,16 @@ class Attempt:
             self._undo()
             self.trainer.least_parts = 2 * self._parts()
             logger.warning(
-                "training step: out of memory, the micro-batch is cut in %d from here on (%s)",
+                (
+                    "training step: out of memory, the micro-batch is cut into %d parts from now "
+                    "on (%s)"
+                ),
                 self.trainer.least_parts,
                 failure,
             )
 
     def _may_split(self, error: BaseException) -> bool:
-        # Ranks meet in collectives: one of them cannot repeat a step alone.
+        # Ranks take part in collectives: one rank cannot repeat a step alone.
         alone = self.trainer.accelerator.num_processes == 1 and mesh() is None
         if self.inputs is None or not alone or not is_out_of_memory(error):
             return False
@@ -65,7 +70,7 @@ class Attempt:
         return bool(self._parts() * 2 <= min(MAX_SPLIT, rows))
 
     def _parts(self) -> int:
-        """In how many parts the micro-batch was tried."""
+        """The number of parts of the attempt."""
         return int(max(self.trainer.least_parts, self.trainer.parts))
 
     def _undo(self) -> None:
@@ -83,16 +88,16 @@ def loss_in_parts(
     parts: list[torch.Tensor],
     loss: Callable[[Any], Any],
 ) -> Any:
-    """The loss of a micro-batch in ``parts`` (numbers of rows), one graph at a time.
+    """The loss of a micro-batch in ``parts`` (row indices), one graph at a time.
 
-    All parts but the last are sent backward here; the caller does so with what is returned, whose
-    value is the loss of the whole. Metrics of the parts become those of the whole.
+    The backward pass of all parts but the last runs here. The caller runs it for the returned loss,
+    whose value is the loss of the whole micro-batch. The metrics of the parts are combined.
     """
     pieces = split_weights(trainer, inputs, parts)
     metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
     done = 0.0
     for piece, weight in pieces[:-1]:
-        with trainer.accelerator.no_sync(model):  # ranks meet at the last part
+        with trainer.accelerator.no_sync(model):  # DDP synchronises ranks at the last part
             value = loss(piece) * weight
             trainer.accelerator.backward(value)
         done = done + value.detach()
@@ -103,10 +108,10 @@ def loss_in_parts(
 
 
 class PartMetrics:
-    """What TRL notes for each part of a micro-batch, put together at the end."""
+    """Combine the metrics that TRL records for each part of a micro-batch."""
 
     def __init__(self, trainer: TrainerSeam, tokens: list[torch.Tensor]) -> None:
-        """``tokens``: how many tokens of each part the loss looks at."""
+        """``tokens``: how many tokens of each part the loss uses."""
         self.found = trainer.metric_values
         self.marks = {name: len(values) for name, values in self.found.items()}
         counts = torch.stack(tokens).double()
@@ -115,7 +120,9 @@ class PartMetrics:
         self.weights = (counts / counts.sum().clamp(min=1)).tolist()
 
     def merge(self) -> None:
-        """Replace the values of the parts by one: TRL's are means over tokens, except extremes."""
+        """Replace the values of the parts by one: TRL's metrics are means over tokens, except
+        minima and maxima.
+        """
         for name, values in self.found.items():
             mark = self.marks.get(name, 0)
             own = values[mark:]
@@ -138,33 +145,34 @@ def _together(name: str, values: list[float], weights: list[float]) -> float:
 
 
 def drop_step(trainer: TrainerSeam, model: Any) -> None:
-    """Loss or gradient is not a number: leave the weights as they are, count, and stop at the
-    limit.
+    """If loss or gradient is not finite: keep the weights, count the step, and stop at the limit.
 
     Raises:
-        ConfigError: ``max_bad_steps`` in a row; the rollouts have been saved then.
+        ConfigError: ``max_bad_steps`` in a row; the rollouts have been saved.
     """
     trainer.bad_steps += 1
-    model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+    model.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
     step = trainer.state.global_step + 1
     trainer.train_metric_values["skipped"].append(1.0)
     logger.warning(
-        "step %d: loss or gradient is not finite, skipped (%d in a row)", step, trainer.bad_steps
+        ("step %d skipped: loss or gradient is not finite (%d in a row)"),
+        step,
+        trainer.bad_steps,
     )
     if trainer.bad_steps < trainer.max_bad_steps:
         return
     path = save_batch(trainer, step)
     raise ConfigError(
-        f"loss or gradient was not finite {trainer.bad_steps} steps in a row, up to step {step};"
-        f" the rollouts are in {path}",
+        f"loss or gradient was not finite for {trainer.bad_steps} steps in a row, up to step "
+        f"{step}; the rollouts are in {path}",
         where=f"step {step}",
-        fix="lower grpo.learning_rate or grpo.max_grad_norm, look at the rewards in that file; the"
-        " last checkpoint has the weights from before these steps",
+        fix="lower grpo.learning_rate or grpo.max_grad_norm, and check the rewards in that file; "
+        "the last checkpoint has the weights from before these steps",
     )
 
 
 def save_batch(trainer: TrainerSeam, step: int) -> Path:
-    """The rollouts under training, as safetensors in the run folder."""
+    """Save the rollouts of the current step as safetensors in the run folder."""
     tensors: dict[str, torch.Tensor] = {}
     flatten(trainer.rollout_buffer, tensors, "rollouts")
     rank = trainer.accelerator.process_index
@@ -180,20 +188,20 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
 def split_weights(
     trainer: TrainerSeam, inputs: dict[str, Any], parts: list[torch.Tensor]
 ) -> list[tuple[Any, float]]:
-    """``inputs`` cut into ``parts`` along the batch, each with the weight that keeps the gradient.
+    """Cut ``inputs`` into ``parts`` along the batch, each with the weight that keeps the gradient.
 
-    The loss types differ in what they average over, and so does the weight of a part: sequences
-    (grpo, sapo, dr_grpo, luspo), tokens of the micro-batch (bnpo), or a number that was fixed
-    before (dapo, cispo, vespo: weight 1).
+    The weight depends on what the loss type averages over: sequences (grpo, sapo, dr_grpo, luspo),
+    tokens of the micro-batch (bnpo), or a number that is already fixed (dapo, cispo, vespo: weight
+    1).
 
     Raises:
-        RuntimeError: an option that looks at the whole micro-batch at once cannot be cut.
+        RuntimeError: an option needs the whole micro-batch at once.
     """
     whole_batch = trainer.top_entropy_quantile < 1.0 or trainer.has_entropy_bonus
     if whole_batch or trainer.aux_loss_enabled or inputs.get("pixel_values") is not None:
         raise RuntimeError(
-            "out of memory, and the micro-batch cannot be cut: top_entropy_quantile, an entropy"
-            " bonus, a router loss or images need it whole"
+            "out of memory, and the micro-batch cannot be cut: top_entropy_quantile, an entropy "
+            "bonus, a router loss or images need the whole micro-batch"
         )
     size = inputs["completion_ids"].shape[0]
     mask = loss_mask(inputs)
@@ -211,7 +219,7 @@ def split_weights(
 
 
 def _rows(value: Any, part: torch.Tensor, size: int) -> Any:
-    """The rows of what has rows; what belongs to the batch as a whole is passed on."""
+    """Select rows of per-row values; values of the whole batch are passed unchanged."""
     if isinstance(value, torch.Tensor):
         has_rows = value.ndim and value.shape[0] == size
         return value[part.to(value.device)] if has_rows else value

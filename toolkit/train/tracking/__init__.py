@@ -1,7 +1,7 @@
-"""Trackers: where else the rows of metrics.jsonl go while a run trains.
+"""Trackers: send the rows of metrics.jsonl to other services while a run trains.
 
-metrics.jsonl is the record; a tracker is a view of it. Each tracker has a thread of its own, so
-that one that is down, slow or broken never stops or delays the run.
+metrics.jsonl is the record; a tracker is a view of it. Each tracker has its own thread, so that a
+slow or broken tracker never stops or delays the run.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ OWN: dict[str, Callable[[Start], Any]] = {
     "trackio": TrackioTracker,
     "mlflow": MlflowTracker,
 }
-"""Trackers that get the run's own names; the others go through transformers' callbacks."""
+"""Trackers that get the run's metric names; the others use transformers' callbacks."""
 TABLES = 20
-"""About how many tables of completions a whole run sends."""
+"""Approximate number of completion tables of a whole run."""
 TABLE_ROWS = 16
 FLUSH_S, STOPPED_S = 30.0, 5.0
 """How long the end of a run waits for its trackers, and the end of one that a signal stopped."""
 
 
 def named(asked: Any) -> list[str]:
-    """The trackers that ``grpo.report_to`` asks for: "all" are those that are installed."""
+    """The trackers in ``grpo.report_to``; "all" means the installed ones."""
     names = [asked] if isinstance(asked, str) else list(asked or ())
     if names == ["all"]:
         return [name for name, package in TRACKERS.items() if package and installed(package)]
@@ -49,10 +49,10 @@ def named(asked: Any) -> list[str]:
 
 
 class Tracking:
-    """The trackers of one run. No method raises, and none waits but ``close``."""
+    """The trackers of one run. No method raises, and only ``close`` waits."""
 
     def __init__(self, lanes: Sequence[Lane], say: Callable[[str], None], total: int) -> None:
-        """``say`` prints a line that stays; ``total`` is the number of steps of the whole run."""
+        """``say`` prints a permanent line; ``total`` is the number of steps of the whole run."""
         self.lanes, self._say = list(lanes), say
         self._every = max(1, total // TABLES)
 
@@ -79,7 +79,7 @@ class Tracking:
             lane.put("table", step, table)
 
     def close(self, *, stopped: bool) -> None:
-        """Wait for what is under way, for a while, and leave the rest."""
+        """Wait a limited time for running calls, and drop the rest."""
         for lane in self.lanes:
             lane.finish()
         seconds = STOPPED_S if stopped else FLUSH_S
@@ -113,9 +113,9 @@ def open_tracking(
     total: int,
     say: Callable[[str], None],
 ) -> Tracking | None:
-    """Start the trackers that ``grpo.report_to`` names; None where it names none.
+    """Start the trackers that ``grpo.report_to`` names; None if it names none.
 
-    ``step`` is the one of the checkpoint that the run continues from, None for a new run.
+    ``step`` is that of the checkpoint from which the run continues; None for a new run.
     """
     names = named(config.grpo.get("report_to"))
     if not names:

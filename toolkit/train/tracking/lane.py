@@ -1,4 +1,4 @@
-"""One tracker in a thread of its own: what it raises is kept, and nobody waits for it."""
+"""Run one tracker in its own thread: its errors are recorded, and the run does not wait for it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WAITING = 1000
-"""Calls that may wait for a slow tracker; more are left out and counted."""
+"""Maximum number of calls that wait for a slow tracker; further calls are dropped and counted."""
 PATIENCE = 5
-"""Calls in a row that may fail before the tracker is given up."""
+"""Number of consecutive calls that may fail before the tracker is stopped."""
 
 
 class Lane:
-    """A tracker made by ``make`` in a thread, and the calls that wait for it.
+    """A tracker that ``make`` creates in a thread, and its queue of calls.
 
     A tracker has ``row(step, numbers)``, ``table(step, rows)``, ``close()`` and ``note``, a line
-    about where it writes.
+    that says where it writes.
     """
 
     def __init__(self, tracker: str, make: Callable[[], Any]) -> None:
@@ -33,12 +33,12 @@ class Lane:
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._left_out = 0
         self._over = threading.Event()
-        # A daemon: a tracker that hangs must not keep the process alive.
+        # A daemon thread, because a tracker that hangs must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"{PREFIX}{tracker}", daemon=True)
         self._thread.start()
 
     def put(self, method: str, *arguments: Any) -> None:
-        """Call ``method`` of the tracker when its turn comes; never waits."""
+        """Queue a call of ``method`` of the tracker; never waits."""
         if self._over.is_set():
             return
         try:
@@ -47,14 +47,14 @@ class Lane:
             self._left_out += 1
 
     def finish(self) -> None:
-        """No call comes after this one."""
+        """Queue the last call."""
         try:
             self._calls.put_nowait(None)
         except queue.Full:
             self._over.set()
 
     def wait(self, seconds: float) -> float:
-        """Wait at most ``seconds`` for the thread; returns what is left of them."""
+        """Wait at most ``seconds`` for the thread; return the remaining seconds."""
         begin = monotonic()
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
@@ -70,7 +70,7 @@ class Lane:
         return max(0.0, seconds - (monotonic() - begin))
 
     def news(self) -> list[str]:
-        """What has happened since the last call, a line each."""
+        """One line for each event since the last call."""
         lines = []
         while not self._news.empty():
             lines.append(self._news.get())

@@ -24,7 +24,7 @@ class MlflowTracker:
     def __init__(self, start: Start) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            # MLflow 3 wants to hear that a folder of files is meant, in place of a database.
+            # MLflow 3 needs this setting to use a folder of files and not a database.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             uri = (start.run_dir.resolve() / FOLDER).as_uri()
         import mlflow  # noqa: PLC0415 - seconds, and only where it is asked for
@@ -53,7 +53,7 @@ class MlflowTracker:
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions as one file a step: MLflow reads and writes a file whole."""
+        """Completions as one file per step, because MLflow always reads and writes whole files."""
         if rows:
             columns = {name: [row.get(name) for row in rows] for name in rows[0]}
             self._client.log_table(self._run_id, columns, f"completions/step-{step:06d}.json")

@@ -1,0 +1,34 @@
+"""A clock that is set while a run trains, back and forth by years: nothing depends on it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import train_world as world
+from test_run_lost import at_step
+
+pytestmark = pytest.mark.slow
+YEARS = 30 * 365 * 86400.0
+
+
+def test_a_clock_that_is_set_changes_no_byte(tmp_path):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    run_file = world.make(tmp_path / "w", steps=3)
+    plain = world.forked(run_file, tmp_path / "plain.txt")
+    assert world.wait(plain) == 0
+    expected = world.digests(run_file.parent / "run")
+    run_dir, clock = tmp_path / "run", time.time
+
+    def jump():
+        jumps = iter([YEARS, -YEARS, 0.0] * 100_000)
+        time.time = lambda: clock() + next(jumps)
+
+    out = tmp_path / "out.txt"
+    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=at_step(1, jump))
+    assert world.wait(pid) == 0, out.read_text()
+    assert world.digests(run_dir) == expected
+    timings = world.rows(run_dir, "timings.jsonl")
+    assert all(0 <= row["step_s"] < 3600 for row in timings), timings
+    assert "-" not in out.read_text().split("s left")[0].rsplit("tok/s", 1)[-1]

@@ -1,0 +1,46 @@
+"""A whole run whose prompts and scores come from reasoning-gym; stopped and resumed as any run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path  # noqa: TC003 - pytest reads it
+
+import pytest
+from spoiled_world import make_model, make_world, serve
+
+pytest.importorskip("reasoning_gym")
+pytestmark = pytest.mark.slow
+ENVIRONMENT = {"adapter": "reasoning_gym", "task": "leg_counting", "size": 12, "eval_size": 2}
+
+
+def test_a_run_in_an_environment(tmp_path: Path) -> None:
+    folder = make_world(
+        tmp_path / "world",
+        make_model(tmp_path),
+        model={"max_seq_length": 256},
+        grpo={"max_prompt_length": 200, "save_steps": 1},
+        runtime={"allow_code": ["reasoning_gym"]},
+    )
+    run_file = folder / "run.yaml"
+    run = json.loads(run_file.read_text())
+    del run["dataset"], run["reward"]
+    run["environment"] = ENVIRONMENT
+    run_file.write_text(json.dumps(run))
+    (folder / "train.jsonl").unlink()
+
+    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert ended.returncode == 0, ended.stderr
+    assert "12 plain prompts from reasoning_gym:leg_counting" in ended.stdout
+    rows = ended.rows()
+    assert [row["step"] for row in rows if "rewards/reasoning_gym/mean" in row] == [1, 2]
+    prompts = [row["prompt"] for row in ended.rows("completions.jsonl")]
+    assert all("legs" in prompt for prompt in prompts)
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["environment"]["task"] == "leg_counting"
+
+    run["environment"] = {**ENVIRONMENT, "seed": 1}
+    run_file.write_text(json.dumps(run))
+    run["grpo"]["max_steps"] = 3
+    (refused,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert refused.returncode == 1
+    assert "environment.seed" in refused.stderr

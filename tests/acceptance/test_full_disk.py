@@ -1,0 +1,127 @@
+"""A run folder on a file system that fills up, is read-only, or under a limit of the file size."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+import train_world as world
+from test_run_lost import at_step
+
+from toolkit.train.checkpointing import checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    run_file = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    assert world.wait(world.forked(run_file, run_file.parent / "out.txt", evaluate=True)) == 0
+    return run_file, world.digests(run_file.parent / "run")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A function that mounts a file system of some size, or with other options, at its path."""
+    place = tmp_path / "small"
+    place.mkdir()
+
+    def mount(options):
+        how = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if subprocess.run(how, capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a file system")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
+
+
+def go(run_file, run_dir, out, before=None):
+    place = f'runtime.output_dir="{run_dir}"'
+    code = world.wait(world.forked(run_file, out, place, before=before, evaluate=True))
+    return code, out.read_text()
+
+
+def told(said):
+    return sum(line.startswith("error: ") for line in said.splitlines())
+
+
+def is_whole(run_dir):
+    """Nothing half written under a name that is read."""
+    assert list(run_dir.glob(".checkpoint-*")) == []
+    assert all(checkpoint.faults(one) == [] for one in run_dir.glob("checkpoint-*"))
+    assert not [one for one in run_dir.glob(".*.[0-9]*") if one.is_file()]
+
+
+def test_a_small_file_system_is_refused_first(undisturbed, small, tmp_path):
+    run_file, _ = undisturbed
+    run_dir = small("size=64k") / "run"
+    code, said = go(run_file, run_dir, tmp_path / "out.txt")
+    assert code == 1, said
+    assert "check host.disk: output_dir" in said
+    assert "64.0 KiB free" in said
+
+
+@pytest.mark.parametrize("kib", [0, 4, 8, 16, 32, 64, 128, 256])
+def test_a_file_system_that_fills_up(undisturbed, small, tmp_path, kib):
+    """At step 3 no more than so much is left."""
+    run_file, expected = undisturbed
+    run_dir = small("size=64g") / "run"  # of which only what is written is taken
+
+    def resize(size_bytes):
+        how = ["mount", "-o", f"remount,size={size_bytes}", str(run_dir.parent)]
+        subprocess.run(how, check=True)
+
+    def fill():
+        resize(shutil.disk_usage(run_dir).used + kib * 1024)
+
+    code, said = go(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, fill))
+    if code:
+        assert code == 1, said
+        assert told(said) == 1, said
+        assert "Traceback" not in said
+        assert "the disk is full (No space left on device)" in said
+        assert "checkpoint-2" in {one.name for one in run_dir.glob("checkpoint-*")}
+        is_whole(run_dir)
+    resize("64g")
+    code, said = go(run_file, run_dir, tmp_path / "again.txt")
+    assert code == 0, said
+    assert world.digests(run_dir) == expected
+    is_whole(run_dir)
+
+
+def test_a_file_system_that_is_read_only(undisturbed, small, tmp_path):
+    run_file, _ = undisturbed
+    run_dir = small("ro") / "run"
+    code, said = go(run_file, run_dir, tmp_path / "out.txt")
+    assert code == 1, said
+    assert "the output folder cannot be written: Read-only file system" in said
+    assert "another runtime.output_dir" in said
+
+
+@pytest.mark.parametrize("limit", [2000, 20_000])
+def test_a_limit_of_the_file_size(undisturbed, tmp_path, limit):
+    """``ulimit -f``, from step 3 on."""
+    run_file, expected = undisturbed
+    run_dir = tmp_path / "run"
+
+    def lower():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code, said = go(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, lower))
+    assert code == 1, said
+    assert told(said) == 1, said
+    assert "may not become as large as it has to (File too large)" in said
+    assert "ulimit -f" in said
+    assert "Traceback" not in said
+    is_whole(run_dir)
+    code, said = go(run_file, run_dir, tmp_path / "again.txt")
+    assert code == 0, said
+    assert world.digests(run_dir) == expected
+    shutil.rmtree(run_dir)

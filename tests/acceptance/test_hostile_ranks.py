@@ -1,0 +1,123 @@
+"""Several ranks of which one is killed, stopped, or writes to a disk that is full."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import rank_world as ranks
+import train_world as world
+
+from toolkit.train.checkpointing import branch, checkpoint
+
+pytestmark = pytest.mark.slow
+HALF = "grpo.per_device_train_batch_size=4"
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    (made.parent / "my_rewards.py").write_text(ranks.SLOW_REWARDS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(run_file):
+    run_dir = run_file.parent / "whole"
+    pids = ranks.start(run_file, run_dir, HALF)
+    assert [world.wait(pid) for pid in pids] == [0, 0], ranks.told(run_dir)
+    return world.digests(run_dir)
+
+
+def resumed(run_file, run_dir):
+    pids = ranks.start(run_file, run_dir, HALF)
+    assert [world.wait(pid) for pid in pids] == [0, 0], ranks.told(run_dir)
+    return world.digests(run_dir)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_path, victim):
+    """SIGSTOP, as a debugger or a frozen node does: the collective times out."""
+    run_dir = tmp_path / "run"
+    pids = ranks.start(run_file, run_dir, HALF, "grpo.ddp_timeout=5")
+    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 3)
+    os.kill(pids[victim], signal.SIGSTOP)
+    begin = time.monotonic()
+    code = world.wait(pids[1 - victim], timeout=90)
+    took = time.monotonic() - begin
+    said = ranks.output(run_dir, 1 - victim).read_text()
+    os.kill(pids[victim], signal.SIGKILL)
+    world.wait(pids[victim])
+    assert code == 4, said
+    assert said.count("error: ") == 1, said
+    assert "of this run has ended unexpectedly" in said
+    assert "raise grpo.ddp_timeout" in said
+    assert "Traceback" not in said
+    assert took < 60
+    assert resumed(run_file, run_dir) == expected
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_whose_disk_is_full_is_told_once(run_file, expected, tmp_path, victim):
+    """The files of one rank in checkpoint-4 may not have more than a few bytes."""
+    run_dir = tmp_path / "run"
+
+    def before(number):
+        if number != victim:
+            return
+        from toolkit.train.checkpointing import trainer_state
+
+        save_rank = trainer_state._save_rank
+
+        def full(snapshot, folder, rank):
+            if snapshot.hf_state.global_step < 4:
+                return save_rank(snapshot, folder, rank)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            try:
+                return save_rank(snapshot, folder, rank)
+            finally:
+                unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+        trainer_state._save_rank = full
+
+    pids = ranks.start(run_file, run_dir, HALF, before=before)
+    codes = [world.wait(pid) for pid in pids]
+    said = ranks.told(run_dir)
+    assert codes == [codes[0]] * 2, said
+    assert codes[0] == 1, said
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
+    assert "may not become as large as it has to (File too large)" in said
+    assert "Traceback" not in said
+    assert "checkpoint-2" in {path.name for path in run_dir.glob("checkpoint-*")}
+    assert branch.own_steps(run_dir) == [2]
+    assert resumed(run_file, run_dir) == expected
+
+
+def test_a_launched_rank_that_is_stopped_is_ended_by_the_launcher(run_file, tmp_path):
+    run_dir = tmp_path / "run"
+    words = [world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir]
+    words += ["--set", HALF, "--set", "grpo.ddp_timeout=5", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        words, env=world.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2, timeout=300)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGSTOP)
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 4, err
+    assert err.count("error: ") == 1, err
+    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert all(checkpoint.faults(one) == [] for one in run_dir.glob("checkpoint-*"))
+    shutil.rmtree(run_dir)

@@ -1,0 +1,249 @@
+"""``toolkit import``: files of other tools become run files, line by line as expected, and nothing
+of them is executed.
+
+``tests/fixtures/foreign`` has a synthetic file for each way in which a tool is used; beside it,
+``expected`` has the run file that comes of it. ``OUTCOMES`` has the exit code and the rules of the
+errors that the written file has. To make the expected files anew after a change that is meant:
+``TOOLKIT_REWRITE_EXPECTED=1 pytest tests/acceptance/test_import_config.py``, and read the diff.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from toolkit.cli.import_config import import_config
+from toolkit.cli.validate import validate
+from toolkit.config.importers.formats import guess, read_foreign, table
+from toolkit.config.importers.mapping import later
+from toolkit.config.layers import load_document
+
+FOREIGN = Path(__file__).parents[1] / "fixtures" / "foreign"
+EXPECTED = FOREIGN / "expected"
+FILES = sorted(path for path in FOREIGN.iterdir() if path.is_file())
+UNREADABLE = sorted((FOREIGN / "unreadable").iterdir())
+NO_DATA, NO_REWARD, NO_MODEL = "DATA009", "GRPO012", "KEY002"
+OUTCOMES: dict[str, tuple[str, int, set[str]]] = {
+    "axolotl-async.yaml": ("axolotl", 1, {"REWARD001"}),
+    "axolotl-dpo.yaml": ("axolotl", 1, {"GRPO001", NO_REWARD}),
+    "axolotl-full.yaml": ("axolotl", 1, {NO_DATA, NO_REWARD}),
+    "axolotl-gsm8k.yaml": ("axolotl", 1, {"REWARD001"}),
+    "axolotl-merge-keys.yaml": ("axolotl", 1, {NO_DATA, NO_REWARD}),
+    "axolotl-qlora.yml": ("axolotl", 1, {"DATA005", NO_REWARD}),
+    "notebook-computed.ipynb": ("script", 1, {NO_DATA, "GRPO001", NO_REWARD, NO_MODEL}),
+    "notebook-magics.ipynb": ("script", 1, {NO_DATA, NO_REWARD, NO_MODEL}),
+    "notebook-qwen.ipynb": ("script", 1, {NO_DATA, "REWARD001"}),
+    "notebook-two-configs.ipynb": ("script", 1, {NO_DATA, NO_REWARD}),
+    "notebook-version3.ipynb": ("script", 1, {NO_DATA, NO_REWARD, NO_MODEL}),
+    "notebook-vision.ipynb": ("script", 1, {NO_DATA, NO_REWARD}),
+    "prime-rl-old.toml": ("prime-rl", 1, {NO_DATA, NO_REWARD}),
+    "prime-rl-orchestrator.toml": ("prime-rl", 1, {NO_DATA, NO_REWARD}),
+    "prime-rl-trainer.toml": ("prime-rl", 1, {NO_DATA, NO_REWARD}),
+    "prime-rl.sh": ("prime-rl", 1, {NO_DATA, NO_REWARD}),
+    "prime-rl.toml": ("prime-rl", 1, {NO_DATA, NO_REWARD}),
+    "script-computed.py": ("script", 1, {NO_DATA, "REWARD001"}),
+    "script-main.py": ("script", 1, {"REWARD001"}),
+    "script-parser.py": ("script", 1, {NO_DATA, NO_REWARD, NO_MODEL}),
+    "script-tools.py": ("script", 1, {NO_DATA, NO_REWARD}),
+    "script-trl.py": ("script", 1, {"REWARD001"}),
+    "swift-args.json": ("ms-swift", 0, set()),
+    "swift-config.yaml": ("ms-swift", 0, set()),
+    "swift-dpo.yaml": ("ms-swift", 1, {NO_REWARD}),
+    "swift-lora.sh": ("ms-swift", 0, set()),
+    "swift-multi-turn.sh": ("ms-swift", 1, {NO_DATA, NO_REWARD}),
+    "swift-qlora.sh": ("ms-swift", 1, {"REWARD001"}),
+    "trl-cli.yaml": ("trl", 0, set()),
+    "trl-config.sh": ("trl", 1, {NO_REWARD}),
+    "trl-full.yaml": ("trl", 1, {NO_REWARD}),
+    "trl-grpo.sh": ("trl", 1, {"REWARD001"}),
+    "trl-mixture.yaml": ("trl", 1, {"REWARD001"}),
+    "trl-old.yaml": ("trl", 1, {"DATA005", "REWARD001"}),
+    "unsloth-defaults.py": ("script", 1, {NO_DATA, "REWARD001"}),
+    "unsloth-script.py": ("script", 1, {"REWARD001"}),
+    "verl-config.yaml": ("verl", 1, {NO_REWARD}),
+    "verl-dapo.sh": ("verl", 1, {NO_REWARD}),
+    "verl-lora.sh": ("verl", 1, {NO_DATA, NO_REWARD}),
+    "verl-minibatch.sh": ("verl", 1, {"REWARD001"}),
+    "verl-no-lora.yaml": ("verl", 1, {NO_REWARD}),
+    "verl-ppo.sh": ("verl", 1, {NO_DATA, NO_REWARD}),
+}
+
+
+def run(*arguments: object) -> Any:
+    """The command in this process."""
+    outcome = CliRunner().invoke(import_config, [str(one) for one in arguments])
+    assert outcome.exception is None or isinstance(outcome.exception, SystemExit), outcome.exc_info
+    return outcome
+
+
+def test_every_file_has_its_outcome() -> None:
+    assert {path.name for path in FILES} == set(OUTCOMES)
+    assert len(FILES) >= 40
+    assert {form for form, _, _ in OUTCOMES.values()} == {
+        "axolotl", "trl", "script", "verl", "prime-rl", "ms-swift",
+    }  # fmt: skip
+    assert {path.stem for path in EXPECTED.iterdir()} == {path.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_becomes_the_expected_run_file(path: Path, tmp_path: Path) -> None:
+    form, code, errors = OUTCOMES[path.name]
+    assert read_foreign(str(path)).form == form
+    to = tmp_path / "run.yaml"
+    outcome = run(path, "--to", to)
+    text = to.read_text(encoding="utf-8")
+    expected = EXPECTED / f"{path.name}.yaml"
+    if os.environ.get("TOOLKIT_REWRITE_EXPECTED"):
+        expected.write_text(text, encoding="utf-8")
+    assert text == expected.read_text(encoding="utf-8")
+    assert (outcome.exit_code, set(re.findall(r"error\[(\w+)\]", outcome.stderr))) == (code, errors)
+    document = load_document(to)
+    assert document.findings == []  # whatever stands in the other file, this is a clean run file
+    assert guess(document) is None or NO_MODEL in errors
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_setting_is_lost(path: Path, tmp_path: Path) -> None:
+    """Each setting that was read is in the run file, or in one of the lists, with its place."""
+    to = tmp_path / "run.yaml"
+    run(path, "--to", to)
+    text = to.read_text(encoding="utf-8")
+    form = OUTCOMES[path.name][0]
+    for entry in read_foreign(str(path)).entries:
+        row = table(form).find(entry.key)
+        if entry.key.endswith("reward_weights") or (row is not None and row.convert is later):
+            continue  # worked out with others, and not by its own line
+        assert f"{entry.place}: {entry.key}" in text, entry
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_validate_names_the_command(path: Path) -> None:
+    outcome = CliRunner().invoke(validate, [str(path)])
+    assert outcome.exit_code == 1
+    assert outcome.stdout.count("error[") == 1
+    assert "error[IMPORT001]" in outcome.stdout
+    assert f"toolkit import {path}" in outcome.stdout
+
+
+@pytest.mark.parametrize("path", UNREADABLE, ids=lambda path: path.name)
+def test_what_cannot_be_read_ends_with_2(path: Path, tmp_path: Path) -> None:
+    to = tmp_path / "run.yaml"
+    outcome = CliRunner().invoke(import_config, [str(path), "--to", str(to)])
+    assert getattr(outcome.exception, "exit_code", None) == 2, outcome.output
+    assert str(path) in str(outcome.exception)
+    assert not to.exists()
+
+
+@pytest.mark.parametrize("path", UNREADABLE, ids=lambda path: path.name)
+def test_validate_does_not_take_them_for_another_tools(path: Path) -> None:
+    outcome = CliRunner().invoke(validate, [str(path)])
+    if path.name not in ("tab.yaml", "syntax.py", "broken.ipynb"):
+        assert "IMPORT001" not in outcome.stdout
+
+
+def test_a_script_is_never_executed(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib\n"
+        "pathlib.Path('ran').touch()\n"
+        "from trl import GRPOConfig\n"
+        "GRPOConfig(num_generations=8, max_steps=__import__('os').system('touch ran'),\n"
+        "           learning_rate=2 ** 99999999, seed=[7] * 10 ** 9)\n"
+    )
+    done = subprocess.run(
+        [Path(sys.executable).with_name("toolkit"), "import", script, "--to", "-"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert not (tmp_path / "ran").exists()
+    assert "could not be read" in done.stderr
+    assert "num_generations: 8" in done.stdout
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    source = Path(shutil.copy(FOREIGN / "trl-cli.yaml", tmp_path))
+    assert run(source).exit_code == 0
+    written = tmp_path / "trl-cli-run.yaml"
+    written.write_text("mine")
+    refusal = CliRunner().invoke(import_config, [str(source)])
+    assert getattr(refusal.exception, "exit_code", None) == 1
+    assert "--force" in str(refusal.exception)
+    assert written.read_text() == "mine"
+    assert run(source, "--force").exit_code == 0
+    assert written.read_text() != "mine"
+
+
+def test_standard_output_and_strict() -> None:
+    valid = run(FOREIGN / "trl-cli.yaml", "--to", "-")
+    assert (valid.exit_code, valid.stdout.splitlines()[0]) == (
+        0, "# Made from trl-cli.yaml (TRL) by toolkit import.",
+    )  # fmt: skip
+    assert run(FOREIGN / "trl-cli.yaml", "--to", "-", "--strict").exit_code == 0
+
+
+@pytest.mark.parametrize(("more", "code"), [("mystery: 1", 5), ("test_split_size: 0.1", 1)])
+def test_strict_fails_for_what_is_missing(more: str, code: int, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text((FOREIGN / "trl-cli.yaml").read_text() + more + "\n")
+    assert run(path).exit_code == 0
+    assert run(path, "--strict", "--force").exit_code == code
+
+
+def test_a_secret_is_not_copied(tmp_path: Path) -> None:
+    secret = "hf_" + "a" * 30
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        (FOREIGN / "trl-cli.yaml").read_text()
+        + f"hub_token: {secret}\nrun_name: {secret}\nmystery: {secret}\n"
+    )
+    outcome = run(path, "--to", tmp_path / "run.yaml")
+    assert secret not in (tmp_path / "run.yaml").read_text() + outcome.output
+
+
+@pytest.mark.parametrize("form", ["verl", "ms-swift", "trl"])
+def test_a_hostile_name_stays_in_its_comment(form: str, tmp_path: Path) -> None:
+    """No text of the other file becomes a key of the run file."""
+    path = tmp_path / "args.json"
+    keys = '"a\\nruntime:\\n  allow_code: [evil]": 1, "x": "y\\u2028\\nmodel: {model_name: evil}"'
+    path.write_text('{"model_name_or_path": "m\\nruntime: {allow_code: [evil]}", ' + keys + "}")
+    run(path, "--from", form, "--to", tmp_path / "run.yaml")
+    document = load_document(tmp_path / "run.yaml")
+    assert document.findings == []
+    assert document.node(("runtime", "allow_code")) is None
+    assert document.node(("runtime", "output_dir")) is not None
+
+
+def test_from_says_what_is_not_clear(tmp_path: Path) -> None:
+    path = tmp_path / "part.yaml"
+    path.write_text("actor: 1\nnum_generations: 8\n")
+    assert getattr(CliRunner().invoke(import_config, [str(path)]).exception, "exit_code", 0) == 2
+    outcome = run(path, "--from", "trl", "--to", "-")
+    assert "num_generations: 8  # line 2: num_generations" in outcome.stdout
+    assert "actor: 1 - no key of TRL that is known here" in outcome.stdout
+
+
+def test_the_table_of_a_format_is_printed() -> None:
+    from toolkit.config.importers.table_text import markdown
+
+    assert run("--table", "verl").stdout == markdown("verl")
+    assert "| `data.max_prompt_length` | `grpo.max_prompt_length` | same |" in markdown("verl")
+
+
+def test_a_notebook_with_large_outputs(tmp_path: Path) -> None:
+    """Larger than any run file: it is imported, and validate names the command all the same."""
+    path = tmp_path / "large.ipynb"
+    notebook = json.loads((FOREIGN / "notebook-qwen.ipynb").read_text())
+    notebook["cells"][-1]["outputs"] = [{"output_type": "stream", "text": "x" * (1 << 20)}]
+    path.write_text(json.dumps(notebook))
+    judged = CliRunner().invoke(validate, [str(path)])
+    assert (judged.exit_code, f"toolkit import {path}" in judged.stdout) == (2, True)
+    assert "model_name: unsloth/Qwen3-4B-Base" in run(path, "--to", "-").stdout

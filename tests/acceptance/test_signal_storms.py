@@ -1,0 +1,122 @@
+"""Two hundred signals of every kind at once, in each phase of a run: one message, one of the codes
+that are documented, nothing half written, and the same end after the same command.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import run_phases as phases
+import train_world as world
+
+from toolkit.train.checkpointing import checkpoint
+
+pytestmark = pytest.mark.slow
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOPPED, AT_ONCE = 75, 130
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hears_a_hang_up():
+    """Also where the tests were started with nohup: what they start inherits it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    import toolkit.train.run  # noqa: F401 - before the forks
+
+    run_file = world.make(tmp_path_factory.mktemp("w"), steps=4)
+    assert world.wait(world.forked(run_file, run_file.parent / "out.txt", evaluate=True)) == 0
+    return run_file, world.digests(run_file.parent / "run")
+
+
+def lasting(phase):
+    """Have a phase last a second, in pieces, the first time that it comes."""
+
+    def install():
+        left = [1.0]
+
+        def around(said, call):
+            if said == phase and left[0] > 0:
+                os.write(2, b"here\n")
+                while left[0] > 0:
+                    left[0] -= 0.02
+                    time.sleep(0.02)
+            return call()
+
+        phases.wrap("held out" if phase.startswith("evaluation ") else phase, around)
+
+    return install
+
+
+def storm(process, generator, count=200):
+    for _ in range(count):
+        process.send_signal(generator.choice(SIGNALS))
+        time.sleep(generator.random() * 0.006)
+        if process.poll() is not None:
+            return
+    while process.poll() is None:  # to its very end
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("phase", phases.PHASES)
+def test_a_storm_of_signals_in_a_phase(undisturbed, tmp_path, phase):
+    run_file, expected = undisturbed
+    run_dir = tmp_path / "run"
+    generator = random.Random(phase)
+    words = (run_file, "--output-dir", run_dir, "--evaluate")
+    more = () if phase != "evaluation" else ("--set", "grpo.eval_strategy=steps")
+    process = world.Command(*words, *more, before=lasting(phase))
+    assert os.read(process.err, 5) == b"here\n"
+    storm(process, generator)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (STOPPED, AT_ONCE), err
+    assert err.count("error: ") == (process.returncode == STOPPED), err
+    assert "Traceback" not in err
+    assert list(run_dir.glob(".checkpoint-*")) == []
+    assert all(checkpoint.faults(folder) == [] for folder in run_dir.glob("checkpoint-*"))
+    if phase == "evaluation":
+        return
+    again = world.forked(
+        run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"', evaluate=True
+    )
+    assert world.wait(again) == 0, (tmp_path / "again.txt").read_text()
+    assert world.digests(run_dir) == expected
+    assert {path.name for path in run_dir.glob(".*")} == {".lock", ".branch.json"}
+
+
+def test_a_storm_while_the_command_is_loaded(undisturbed, tmp_path):
+    """From the first handler on: the imports, the run file, the model."""
+    run_file, _ = undisturbed
+    for seed in range(3):
+        run_dir = tmp_path / f"run-{seed}"
+        process = subprocess.Popen(
+            [world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir],
+            env=world.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        status = Path(f"/proc/{process.pid}/status")
+        world.wait_for(lambda status=status: _catches(status.read_text()))
+        time.sleep(seed)
+        storm(process, random.Random(seed))
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (STOPPED, AT_ONCE), err
+        assert err.count("error: ") <= 1, err
+        assert "Traceback" not in err, err
+
+
+def _catches(status):
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return all(caught >> (one - 1) & 1 for one in SIGNALS)

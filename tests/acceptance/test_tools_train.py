@@ -1,0 +1,130 @@
+"""Tools of a run file: called in rollouts, limited in time, refused where they cannot be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path  # noqa: TC003 - pytest reads it
+from typing import Any
+
+import pytest
+from spoiled_world import FIXTURES, Ended, make_world, serve
+
+pytestmark = pytest.mark.slow
+TOOLS = '''\
+import time
+
+
+def measure(text: str) -> int:
+    """The number of characters of a text.
+
+    Args:
+        text: any text
+    """
+    return len(text)
+
+
+def slow(text: str) -> int:
+    """A call that takes too long.
+
+    Args:
+        text: any text
+    """
+    time.sleep(60)
+
+
+def bare(text):
+    return text
+'''
+SCORE = """\
+def score(completions, **kwargs):
+    return [float(len(set(str(messages[0])))) for messages in completions]
+"""
+CHAT = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}({{ c['function']['name'] }}"
+    "{% for k, v in c['function']['arguments'].items() %} {{ k }} {{ v }}{% endfor %})"
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def template(function: str) -> dict[str, Any]:
+    """Whatever the model says is a call of ``function`` with it."""
+    call = {"name": function, "arguments": {"text": "{said}"}}
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<a>",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": "(?P<said>.+)",
+                "repeats": True,
+                "content": "text",
+                "transform": {"type": "function", "function": call},
+            },
+            "content": {"content": "text"},
+        },
+    }
+
+
+def world(folder: Path, function: str = "measure", **more: Any) -> dict[str, Any]:
+    """A world whose model calls ``function`` in every completion; the case of a training."""
+    sys.path.append(str(FIXTURES))
+    from tiny_llama import make_tiny, make_tokenizer
+
+    checkpoint = make_tiny(folder / "calls")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.response_template = CHAT, template(function)
+    tokenizer.save_pretrained(checkpoint)
+    place = make_world(
+        folder / "world",
+        checkpoint,
+        grpo={"max_completion_length": 24, "max_tool_calling_iterations": 1, "max_steps": 1},
+        runtime={"allow_code": ["mine", "my_tools"]},
+    )
+    (place / "mine.py").write_text(SCORE)
+    (place / "my_tools.py").write_text(TOOLS)
+    run = json.loads((place / "run.yaml").read_text())
+    run["tools"] = {"functions": [f"my_tools:{function}"], **more}
+    (place / "run.yaml").write_text(json.dumps(run))
+    return {"folder": place, "arguments": ["train", "run.yaml"], "limit_s": 240}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """All runs of this module, in one process that has imported the libraries."""
+    cases = {
+        "measure": world(tmp_path_factory.mktemp("measure")),
+        "slow": world(tmp_path_factory.mktemp("slow"), "slow", timeout_s=0.2),
+        "bare": world(tmp_path_factory.mktemp("bare"), "bare"),
+    }
+    plain = world(tmp_path_factory.mktemp("plain"))
+    tokenizer = plain["folder"] / "model" / "tokenizer_config.json"
+    values = json.loads(tokenizer.read_text())
+    values.pop("chat_template", None)
+    tokenizer.write_text(json.dumps(values))
+    (plain["folder"] / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    cases["plain"] = plain
+    return dict(zip(cases, serve(list(cases.values())), strict=True))
+
+
+def test_tools_are_called(ended: dict[str, Ended]) -> None:
+    run = ended["measure"]
+    assert run.returncode == 0, run.stderr
+    (row,) = [row for row in run.rows() if "tools/call_frequency" in row]
+    assert row["tools/call_frequency"] == 1
+    assert row["tools/failure_frequency"] == 0
+    config = json.loads((run.folder / "out" / "config.json").read_text())
+    assert config["tools"] == {"functions": ["my_tools:measure"], "timeout_s": 30.0}
+
+
+def test_a_slow_tool_is_cut_and_counted(ended: dict[str, Ended]) -> None:
+    run = ended["slow"]
+    assert run.returncode == 0, run.stderr
+    (row,) = [row for row in run.rows() if "tools/call_frequency" in row]
+    assert row["tools/failure_frequency"] == 1
+
+
+@pytest.mark.parametrize(("case", "said"), [("bare", "tool my_tools:bare"), ("plain", "a chat")])
+def test_what_cannot_be_called_is_refused(ended: dict[str, Ended], case: str, said: str) -> None:
+    assert ended[case].returncode == 1
+    assert said in ended[case].stderr

@@ -1,0 +1,54 @@
+"""What one column can hold: the same answer as pyarrow's, which training asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from toolkit.config.data_types import Kind, Misfit
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, 2**53 + 1, 2**62, 2**63, -(2**63)]),
+    st.sampled_from([0.5, 1e300]),
+    st.sampled_from(["", "a"]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+
+
+def ours(values: list[Any]) -> bool:
+    kind = Kind()
+    try:
+        for value in values:
+            kind.take(value)
+    except Misfit:
+        return False
+    return True
+
+
+def arrows(values: list[Any]) -> bool:
+    try:
+        pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        return False
+    return True
+
+
+@given(st.lists(VALUES, max_size=4))
+@example([1.5, True])
+@example([True, 1.5])
+@example([1, True, 1.5])
+@example([{"a": 1}, {"a": "x"}])
+@settings(max_examples=400, deadline=None)
+def test_a_column_holds_what_arrow_holds(values: list[Any]) -> None:
+    assert ours(values) == arrows(values)

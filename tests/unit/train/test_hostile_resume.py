@@ -1,0 +1,104 @@
+"""Run folders that somebody else filled, given to a run that resumes: refused or passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from test_branch import tags, train, write
+
+from toolkit.base.errors import ConfigError
+from toolkit.train.checkpointing import branch, checkpoint, rollback
+from toolkit.train.data import chat_record
+from toolkit.train.report.reward_watch import RewardWatch
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+RECORDS = {
+    "a pipe": pipe,
+    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "a list": lambda path: path.write_text("[1]"),
+    "many parents": lambda path: path.write_text(
+        json.dumps({"name": "x", "parents": [["y", 1]] * 10_000})
+    ),
+    "no steps": lambda path: path.write_text('{"name": "x", "parents": [["y", null]]}'),
+    "infinite steps": lambda path: path.write_text('{"name": "x", "parents": [["y", 1e999]]}'),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_the_record_of_a_branch(tmp_path, kind):
+    train(tmp_path, None, 4, "a")
+    RECORDS[kind](tmp_path / ".branch.json")
+    begin = time.monotonic()
+    if kind == "many parents":  # a record that is sound, and of another run
+        with pytest.raises(ConfigError, match="another branch"):
+            branch.choose(tmp_path, "auto")
+    else:
+        assert branch.choose(tmp_path, "auto")[0] == tmp_path / "checkpoint-4"
+    assert time.monotonic() - begin < 10
+
+
+def test_what_a_rollback_finds_in_its_way(tmp_path):
+    train(tmp_path, None, 6, "a")
+    for number in (7, 99_999_999, 100_000_000):
+        (tmp_path / f"abandoned-{number}").mkdir()
+    pipe(tmp_path / "abandoned-99999999" / "abandoned.json")
+    (tmp_path / ".abandoned-1.partial").symlink_to("/")
+    start = rollback.begin(tmp_path, tmp_path / "checkpoint-2")
+    aside = tmp_path / "abandoned-100000001"
+    assert f"moved to {aside}: checkpoint-4, checkpoint-6" in start.notes[0]
+    assert tags(aside) == "aaaaaa"
+    assert (tmp_path / ".abandoned-1.partial").is_symlink()
+
+
+def test_many_folders_that_are_no_checkpoints(tmp_path):
+    train(tmp_path, None, 2, "a")
+    for step in range(1000, 1500):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "state.json").write_text("{}")
+    begin = time.process_time()
+    found, passed = branch.choose(tmp_path, "auto")
+    assert found == tmp_path / "checkpoint-2"
+    assert len(passed) == 500
+    assert time.process_time() - begin < 5
+
+
+def test_checksums_of_many_files_are_told_in_a_few_lines(tmp_path):
+    folder = write(tmp_path, 2)
+    listed = {f"file-{number}": {"bytes": 1, "sha256": ""} for number in range(3000)}
+    text = checkpoint._canonical(listed)
+    (folder / checkpoint.CHECKSUMS).write_text(text)
+    begin = time.process_time()
+    told = checkpoint.faults(folder)
+    assert told[-1] == "and 2980 more"
+    assert len(told) == 21
+    assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("kind", ["pipe", "line", "nested", "binary"])
+def test_a_log_of_completions(tmp_path, kind):
+    path = tmp_path / "completions.jsonl"
+    if kind == "pipe":
+        pipe(path)
+    elif kind == "line":
+        with path.open("wb") as file:
+            file.truncate(1 << 30)  # of zeros, without an end
+    else:
+        path.write_bytes(b"[" * 10**6 if kind == "nested" else b"\xff" * 1000)
+    assert chat_record.was_chat(tmp_path) is None
+
+
+@pytest.mark.parametrize("count", ['"x"', "1e999", "-5", "[]", "9" * 30, "null", "NaN"])
+def test_a_count_in_the_last_row(tmp_path, count):
+    row = f'{{"loss": 0, "reward": 1, "steps_without_signal": {count}}}'
+    (tmp_path / "metrics.jsonl").write_text(row + "\n")
+    assert RewardWatch(tmp_path, print).count == 0

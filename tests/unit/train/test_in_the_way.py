@@ -1,0 +1,69 @@
+"""What keeps a run from writing its results is found before it trains."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.paths import append_line
+from toolkit.train.checkpointing import in_the_way, run_directory
+
+KINDS = {
+    "link": lambda path, outside: path.symlink_to(outside),
+    "broken link": lambda path, _: path.symlink_to("nowhere"),
+    "pipe": lambda path, _: os.mkfifo(path),
+    "file": lambda path, _: path.write_text("mine"),
+    "folder": lambda path, _: path.mkdir(),
+}
+LOGS = ("metrics.jsonl", "bad_rewards.jsonl")
+CASES = [
+    *((name, kind) for name in ("adapter", "model") for kind in KINDS if kind != "folder"),
+    *((name, kind) for name in LOGS for kind in KINDS if kind != "file"),
+    *((name, "folder") for name in ("report.html", "config.json", "adapter/base.json")),
+    *((name, "pipe") for name in ("report.html", "config.json", "adapter/base.json")),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
+    run_dir, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (run_dir / name).parent.mkdir(parents=True)
+    KINDS[kind](run_dir / name, outside)
+    with pytest.raises(ConfigError, match="and the run writes a") as refused:
+        in_the_way.refuse(run_dir)
+    assert refused.value.where == str(run_dir / name)
+    assert list(outside.iterdir()) == []
+
+
+def test_what_a_run_left_is_not_in_the_way(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter/base.json", "metrics.jsonl", "bad_rewards.jsonl", "report.html"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "config.json").symlink_to("report.html")
+    in_the_way.refuse(tmp_path)
+
+
+def test_a_line_is_added_to_a_regular_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=r"pipe|link"):
+            append_line(tmp_path / name, "x")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(OSError, match="not a regular file"):
+        append_line(tmp_path / "pipe", "x")
+    os.close(reader)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_lock_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "outside")
+    with (
+        pytest.raises(ConfigError, match="cannot be written"),
+        run_directory.lock_run_dir(tmp_path),
+    ):
+        pass
+    assert not (tmp_path / "outside").exists()

@@ -1,0 +1,137 @@
+"""``toolkit import FILE``: the config, script or notebook of another tool as a run file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.formatting import plural, visible
+from toolkit.base.secrets import redact
+from toolkit.config.importers.formats import TABLES
+
+if TYPE_CHECKING:
+    from toolkit.config.finding import Finding
+    from toolkit.config.importers.translate import Translation
+
+STDOUT = "-"
+
+
+def _print_table(context: click.Context, _: click.Parameter, form: str | None) -> None:
+    if form is None or context.resilient_parsing:
+        return
+    from toolkit.config.importers.table_text import markdown  # noqa: PLC0415 - only for --table
+
+    click.echo(markdown(form), nl=False)
+    context.exit()
+
+
+@click.command("import")
+@click.argument("file", metavar="FILE")
+@click.option("--to", metavar="RUN.YAML", help="The run file to write (FILE-run.yaml beside FILE).")
+@click.option(
+    "--from", "form", type=click.Choice(list(TABLES)), help="What FILE is, if it is not clear."
+)
+@click.option(
+    "--table",
+    type=click.Choice(list(TABLES)),
+    is_eager=True,
+    expose_value=False,
+    callback=_print_table,
+    help="Print what becomes of each key of a format (Markdown), and end.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option(
+    "--strict", is_flag=True, help="Fail where a setting was refused (1) or could not be read (5)."
+)
+def import_config(file: str, to: str | None, form: str | None, force: bool, strict: bool) -> None:
+    """Write a run file from FILE, a config of axolotl, TRL, Unsloth, verl, prime-rl or ms-swift.
+
+    YAML, TOML, JSON, command lines in a shell script, Python scripts and notebooks are read, never
+    executed. Each line of the run file says where it comes from; what was left out, refused or
+    could not be read is listed below. Then the run file is validated.
+
+    Exit codes: 0 it is valid; 1 it must change first; 2 FILE cannot be read; 5 only under --strict.
+    """
+    from toolkit.config.importers import read_foreign, run_file_text, translate  # noqa: PLC0415
+    from toolkit.config.importers.formats import table  # noqa: PLC0415 - after parsing, as above
+
+    foreign = read_foreign(file, form)
+    made = translate(foreign, table(foreign.form))
+    text = run_file_text(made, "standard input" if file == STDOUT else Path(file).name)
+    place = _place(file, to)
+    if place is None:
+        click.echo(text, nl=False)
+    else:
+        _write(place, text, force=force)
+    findings = _judged(text, place)
+    for line in _summary(made, place):
+        click.echo(line, err=True)
+    _show(findings)
+    raise SystemExit(_exit_code(made, findings, strict=strict))
+
+
+def _place(file: str, to: str | None) -> Path | None:
+    """Where the run file is written; None for standard output."""
+    if to == STDOUT or (to is None and file == STDOUT):
+        return None
+    if to is not None:
+        return Path(to)
+    path = Path(file)
+    return path.with_name(f"{path.stem}-run.yaml")
+
+
+def _write(place: Path, text: str, *, force: bool) -> None:
+    from toolkit.base.paths import write_file  # noqa: PLC0415 - after the file was read
+    from toolkit.cli.exits import writing  # noqa: PLC0415 - as above
+
+    if place.exists() and not force:
+        raise ConfigError(
+            "there is a file already",
+            where=str(place),
+            fix="name another with --to, or add --force",
+        )
+    with writing(place):
+        write_file(place, text)
+
+
+def _judged(text: str, place: Path | None) -> tuple[Finding, ...]:
+    from toolkit.config.document import Source  # noqa: PLC0415 - after the file was read
+    from toolkit.config.layers import assemble, load_document  # noqa: PLC0415 - as above
+    from toolkit.config.validate import validate  # noqa: PLC0415 - as above
+
+    if place is not None:
+        return validate(load_document(place)).findings
+    return validate(assemble(Source("the run file", text, Path.cwd()))).findings
+
+
+def _summary(made: Translation, place: Path | None) -> list[str]:
+    where = "" if place is None else f"wrote {place}: "
+    lines = [
+        f"{where}{plural(len(made.written) + len(made.rewards), 'key')} from {made.table.title}, "
+        f"{len(made.left_out)} left out, {len(made.refused)} refused, "
+        f"{len(made.unread)} could not be read"
+    ]
+    lines += [f"  note: {note}" for note in made.notes]
+    lines += [f"  refused: {one.place}: {one.key}: {one.value} - {one.why}" for one in made.refused]
+    lines += [f"  could not be read: {one.place}: {one.text} - {one.why}" for one in made.unread]
+    return [redact(visible(" ".join(line.split()) if line[:1] != " " else line)) for line in lines]
+
+
+def _show(findings: tuple[Finding, ...]) -> None:
+    from toolkit.config.finding_output import render_text  # noqa: PLC0415 - after the file was read
+
+    if findings:
+        click.echo(render_text(findings), err=True)
+
+
+def _exit_code(made: Translation, findings: tuple[Finding, ...], *, strict: bool) -> int:
+    from toolkit.config.finding import Severity  # noqa: PLC0415 - after the file was read
+
+    if any(found.severity is Severity.ERROR for found in findings):
+        return 1
+    if strict and made.refused:
+        return 1
+    return 5 if strict and made.unread else 0

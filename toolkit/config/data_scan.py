@@ -1,0 +1,254 @@
+"""The rows of a text file of data, read up to a bound: its columns, and what training would not
+take.
+
+A row that training refuses is refused here with its words (``config.data_types``).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from toolkit.base.data_files import chat_in, decoded, is_text, json_value, names_fault
+from toolkit.config.data_types import EXACT, Kind, Misfit, misfit, wrong_chat, wrong_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAX_ROWS = 50_000
+MAX_SCAN_BYTES = 4 << 20
+_HALF = "\\ud"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which columns a run reads, and of how many rows (None: all)."""
+
+    prompt: str
+    answer: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """``columns`` None: not told by this kind. Counts are over the rows that were looked at."""
+
+    path: Path
+    columns: tuple[str, ...] | None = None
+    rows: int = 0
+    empty: int = 0
+    repeated: int = 0
+    unanswered: int = 0  # rows whose answer is null
+    chats: int = 0  # prompts that are chats written as JSON text
+    whole: bool = True  # all rows were looked at
+    problem: str | None = None
+    messages: bool | None = None  # the prompts are lists of messages (else texts)
+    refused: str | None = None  # the first row that training does not take, and why
+
+
+class Unscanned(Exception):
+    """There is more in the file than is looked at here, so that nothing is known of it."""
+
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row is ("line 3"), and its values."""
+
+
+class _Types:
+    """The first row that does not fit those before it, or whose prompt is none."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted, self.left = wanted, wanted.limit
+        self.kinds: dict[str, Kind] = {}
+        self.firsts: dict[str, Any] = {}
+        self.plain: str | None = None  # with prompts taken as they are
+        self.parsed: str | None = None  # with texts that are chats in JSON taken as chats
+        self.lists: bool | None = None
+
+    def take(self, place: str, row: dict[str, Any], chat: list[Any] | None) -> None:
+        """``chat`` is the chat that the row's prompt is in JSON."""
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                return
+        told = self._misfit(row) or self._wrong(row)
+        if told is not None:
+            self.plain = self.plain or f"{place}: {told}"
+        wrong = None if chat is None else wrong_chat(chat)
+        if wrong is not None:
+            self.parsed = self.parsed or f"{place}: column {self.wanted.prompt!r} {wrong}"
+
+    def _misfit(self, row: dict[str, Any]) -> str | None:
+        for name, value in row.items():
+            kind = type(value)
+            if value is None:
+                continue
+            first = self.firsts.setdefault(name, value)
+            if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
+                continue  # most columns
+            try:
+                self._kind(name, first).take(value)
+            except Misfit:
+                return misfit(name, value, first)
+        return None
+
+    def _kind(self, name: str, first: Any) -> Kind:
+        if name not in self.kinds:
+            self.kinds[name] = Kind()
+            self.kinds[name].take(first)
+        return self.kinds[name]
+
+    def _wrong(self, row: dict[str, Any]) -> str | None:
+        prompt = row.get(self.wanted.prompt)
+        if prompt is None:
+            return None
+        if self.lists is None:
+            self.lists = isinstance(prompt, list)
+        wrong = wrong_prompt(prompt, chats=self.lists)
+        return None if wrong is None else f"column {self.wanted.prompt!r} {wrong}"
+
+
+def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
+    """The facts of ``rows``, of which None says that there are more than are looked at."""
+    columns: dict[str, None] = {}
+    seen: set[int] = set()
+    count = empty = repeated = unanswered = chats = 0
+    whole, types = True, _Types(wanted)
+    messages: bool | None = None
+    for found in rows:
+        if found is None or count == MAX_ROWS:
+            whole = False
+            break
+        place, row = found
+        count += 1
+        columns |= dict.fromkeys(row)
+        unanswered += wanted.answer is not None and row.get(wanted.answer) is None
+        prompt = row.get(wanted.prompt)
+        chat = chat_in(prompt) if isinstance(prompt, str) else None
+        types.take(place, row, chat)
+        if prompt is None or (isinstance(prompt, (str, list)) and not _has_text(prompt)):
+            empty += wanted.prompt in row
+            continue
+        if messages is None:
+            messages = isinstance(prompt, list)
+        chats += chat is not None
+        key = hash(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
+        repeated += key in seen
+        seen.add(key)
+    if count == 0:
+        if not whole:
+            raise Unscanned
+        return DataFacts(path, problem="has no rows")
+    if fault := names_fault(columns):
+        return DataFacts(path, problem=fault)
+    all_chats = bool(chats) and chats == count - empty
+    return DataFacts(
+        path,
+        tuple(columns),
+        count,
+        empty,
+        repeated,
+        unanswered if wanted.answer in columns else 0,
+        chats,
+        whole,
+        messages=True if all_chats else messages,
+        refused=types.plain or (types.parsed if all_chats else None),
+    )
+
+
+def _has_text(prompt: str | list[Any]) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return any(
+        bool(message.get("content")) if isinstance(message, dict) else bool(message)
+        for message in prompt
+    )
+
+
+def rows_of(file: IO[bytes], path: Path, suffix: str) -> Iterator[Row | None]:
+    """The rows of a text file, and None where there are more than are looked at."""
+    if suffix in (".csv", ".tsv"):
+        return _csv_rows(file, "\t" if suffix == ".tsv" else ",")
+    return _json_rows(file) if suffix == ".json" else _jsonl_rows(file, path)
+
+
+def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[Row | None]:
+    taken = number = 0
+    while raw := file.readline(MAX_SCAN_BYTES + 1):
+        number += 1
+        taken += len(raw)
+        if taken > MAX_SCAN_BYTES:
+            yield None
+            return
+        text = decoded(
+            raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, f"{path}:{number}"
+        )
+        if not text.strip():
+            continue
+        try:
+            row = json_value(text)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        if _HALF in text.lower() and not is_text(row):
+            raise ValueError(f"line {number} contains half of a character (a lone surrogate)")
+        yield f"line {number}", row
+
+
+def _reason(error: ValueError) -> str:
+    return getattr(error, "msg", str(error))
+
+
+def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
+    raw = file.read(MAX_SCAN_BYTES + 1)
+    if len(raw) > MAX_SCAN_BYTES:
+        yield None
+        return
+    value = json_value(raw.decode("utf-8-sig"))
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('must be a list of objects, or {"data": [...]} with such a list')
+    if not is_text(rows):
+        raise ValueError("contains half of a character (a lone surrogate)")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row | None]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    cut: list[bool] = []
+    # The library's own limit is 128 KiB a field; training has one as well, a much larger one.
+    old_limit = csv.field_size_limit(MAX_SCAN_BYTES)
+    reader = csv.reader(_bounded(text, cut), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if fault := names_fault(header):
+            raise ValueError(fault)
+        for fields in reader:
+            if fields and len(fields) != len(header) and not cut:
+                what = f"has {len(fields)} fields, but the header has {len(header)}"
+                raise ValueError(f"line {reader.line_num} {what}")
+            if fields:
+                yield f"line {reader.line_num}", dict(zip(header, fields, strict=False))
+    except csv.Error as error:
+        if not cut:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(old_limit)
+        text.detach()
+    if cut:
+        yield None
+
+
+def _bounded(text: io.TextIOWrapper, cut: list[bool]) -> Iterator[str]:
+    taken = 0
+    while line := text.readline(MAX_SCAN_BYTES + 1):
+        taken += len(line)
+        if taken > MAX_SCAN_BYTES:
+            cut.append(True)
+            return
+        yield line

@@ -1,0 +1,117 @@
+"""Check the rows of a data set: one type per column, and prompts that are texts or chats.
+
+The same words for a rule, which has no pyarrow, and for training, which has it. That the two agree
+on what a column can hold is tested against pyarrow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+INT64 = range(-(1 << 63), 1 << 63)
+EXACT = range(-(1 << 53), (1 << 53) + 1)
+"""Whole numbers that a column of floats takes."""
+MAX_DEPTH = 64
+_WORDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "a boolean",
+    int: "a number",
+}
+
+
+def kind_of(value: Any) -> str:
+    """The type of a JSON value, in words."""
+    return "null" if value is None else _WORDS.get(type(value), "a number")
+
+
+def misfit(name: str, value: Any, first: Any) -> str:
+    """The message for a ``value`` that does not fit its column; ``first`` is an earlier value."""
+    before = f" and {kind_of(first)} in earlier rows" if kind_of(first) != kind_of(value) else ""
+    held = f"column {name!r} has {kind_of(value)} in this row{before}"
+    return f"{held}, and a column can have only one type"
+
+
+MISFIT_FIX = "give every row of the column the same type"
+
+
+class Misfit(Exception):
+    """A value does not fit those before it."""
+
+
+class Kind:
+    """The type of the earlier values of a column."""
+
+    __slots__ = ("fields", "floats", "item", "type", "wide")
+
+    def __init__(self) -> None:
+        self.type: type | None = None
+        self.floats = self.wide = False
+        self.item: Kind | None = None
+        self.fields: dict[str, Kind] = {}
+
+    def take(self, value: Any, depth: int = 0) -> None:
+        """Raise Misfit if ``value`` has another type than the earlier values."""
+        if value is None:
+            return
+        kind: type = float if type(value) is int else type(value)  # both are numbers
+        if self.type is not kind:
+            if kind is bool and self.floats:
+                return  # Arrow makes 1.0 and 0.0 of it
+            if self.type is not None or depth > MAX_DEPTH:
+                raise Misfit
+            self.type = kind
+        if kind is float:
+            self._number(value)
+        elif kind is list:
+            self.item = self.item or Kind()
+            for item in value:
+                self.item.take(item, depth + 1)
+        elif kind is dict:
+            for name, item in value.items():
+                self.fields.setdefault(name, Kind()).take(item, depth + 1)
+
+    def _number(self, value: float) -> None:
+        if type(value) is float:
+            self.floats = True
+        else:
+            if value not in INT64:
+                raise Misfit
+            self.wide = self.wide or value not in EXACT
+        if self.floats and self.wide:
+            raise Misfit
+
+
+def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
+    """What is wrong with a prompt of a column of ``chats`` (else of texts); None if nothing is."""
+    if chats:
+        return wrong_chat(prompt or [])
+    if prompt is None or isinstance(prompt, str):
+        return None
+    return no_prompt(type(prompt).__name__)
+
+
+def no_prompt(kind: str) -> str:
+    """The message for prompts of a Python type that prompts cannot have."""
+    return f"must be a text or a list of messages, not {kind}"
+
+
+def wrong_chat(messages: list[Any]) -> str | None:
+    """What is wrong with a chat prompt; None if it is valid."""
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"message {number} has no role: each is {{role: ..., content: ...}}"
+        if message["role"] not in ROLES:
+            return (
+                f"message {number} has the role {message['role']!r}, not one of {', '.join(ROLES)}"
+            )
+        if "content" not in message or not isinstance(message["content"], str | list | None):
+            return f"message {number} must have a text as content"
+    if messages and messages[-1]["role"] == "assistant":
+        return (
+            "ends with an assistant message, so the model has nothing to answer: remove that "
+            "message (put an expected answer into a separate column)"
+        )
+    return None

@@ -1,0 +1,204 @@
+"""The table of a format: one row a key, with what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.config.migration import CONVERSIONS, MOVED, converted
+from toolkit.config.schemas import find_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from toolkit.config.importers.translate import Translation
+
+SAME, RENAMED, LEFT_OUT, REFUSED = "same", "renamed", "left out", "refused"
+KINDS = (SAME, RENAMED, LEFT_OUT, REFUSED)
+
+
+class Unfit(Exception):
+    """A value that has no counterpart here; the text says why."""
+
+
+class Later(Exception):
+    """A key that the table's ``finish`` works out, with others."""
+
+
+def later(_value: Any) -> Any:
+    """The conversion of such a key."""
+    raise Later
+
+
+class Row(NamedTuple):
+    """What became of the key ``old``.
+
+    ``to`` is our dotted key; None: the key is left out, or with ``refused`` it asks for what this
+    toolkit does not do. ``off`` are the values of a refused key that ask for nothing. ``trl``: the
+    rows of config/migration decide about a key of TRL's. ``computed``: why a value that is
+    computed in a script does not matter.
+    """
+
+    old: str
+    to: str | None
+    why: str = ""
+    convert: Callable[[Any], Any] | None = None
+    refused: bool = False
+    off: tuple[Any, ...] = (None, False, 0, "", "none", "no")
+    trl: str | None = None
+    computed: str = ""
+
+    @property
+    def kind(self) -> str:
+        """One of ``KINDS``."""
+        if self.to is None:
+            return REFUSED if self.refused else LEFT_OUT
+        same = self.to.rpartition(".")[2] == self.old.rpartition(".")[2]
+        return SAME if same else RENAMED
+
+    def is_off(self, value: Any) -> bool:
+        """Whether the value of a refused key asks for nothing."""
+        return value in ([], {}) or any(
+            type(one) is type(value) and one == value for one in self.off
+        )
+
+
+class Default(NamedTuple):
+    """What a tool does where its file says nothing, if that differs from here."""
+
+    to: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A format: its name for people, its rows, and the defaults of its tool.
+
+    ``finish`` works out what needs several keys (batches, lengths) after all rows were applied.
+    """
+
+    form: str
+    title: str
+    rows: tuple[Row, ...]
+    defaults: tuple[Default, ...] = ()
+    finish: Callable[[Translation], None] | None = None
+
+    @cached_property
+    def by_key(self) -> dict[str, Row]:
+        """The rows by the key of the other tool."""
+        found = {row.old: row for row in self.rows}
+        assert len(found) == len(self.rows), "a key has two rows"
+        return found
+
+    @cached_property
+    def groups(self) -> frozenset[str]:
+        """What has keys below it."""
+        return frozenset(
+            ".".join(parts[:count])
+            for parts in (row.old.split(".") for row in self.rows)
+            for count in range(1, len(parts))
+        )
+
+    def find(self, key: str) -> Row | None:
+        """The row of a key: its own, or that of a group ``name.*`` that it is in."""
+        row = self.by_key.get(key)
+        while row is None and "." in key:
+            key = key.rpartition(".")[0]
+            row = self.by_key.get(f"{key}.*")
+        return row
+
+
+def rows(to: str, *names: str, prefix: str = "") -> Iterator[Row]:
+    """Rows of keys that keep their name in our section ``to``."""
+    return (Row(f"{prefix}{name}", f"{to}.{name}") for name in names)
+
+
+def left(why: str, *names: str) -> Iterator[Row]:
+    """Rows of keys that are left out for one reason."""
+    return (Row(name, None, why) for name in names)
+
+
+def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
+    """Rows of keys that ask for what this toolkit does not do. ``off``: further values that ask for
+    nothing.
+    """
+    return (Row(name, None, why, refused=True, off=(*Row("", None).off, *off)) for name in names)
+
+
+def trl_rows(prefix: str = "") -> Iterator[Row]:
+    """A row for each key of TRL's GRPOConfig, of today and of before, below ``prefix``."""
+    from toolkit.config.rules.keys import FORCED, INERT  # noqa: PLC0415 - the rules are many
+
+    known = find_schema("run")["properties"]["grpo"]["properties"]
+    older = [old.partition(".")[2] for old in MOVED if old.startswith("grpo.")]
+    for name in dict.fromkeys((*known, *older)):
+        key, old = f"grpo.{name}", f"{prefix}{name}"
+        ours, schema = _OURS.get(name), known.get(name, {})
+        if ours is not None:
+            yield ours._replace(old=old)
+        elif key in FORCED or key in INERT:
+            yield Row(old, None, FORCED.get(key) or INERT[key])
+        elif name in known and "x-refused" not in schema:
+            yield Row(old, key)
+        else:
+            refusal = schema.get("x-refused", {})
+            conversion, moved = CONVERSIONS.get(key), MOVED.get(key)
+            to = (conversion.to if conversion else None) or (moved.to if moved else None)
+            why = moved.sentence if moved else refusal.get("why", "")
+            yield Row(old, to if to and "." in to else None, why, trl=key)
+
+
+_PUBLISH = "a run writes to its run folder only; toolkit export and the hub's own tools publish it"
+_SPREAD = "every GPU has the whole model; several GPUs work data-parallel (--nproc-per-node)"
+_ONE_PROCESS = "the engine runs in the training process; there is no server"
+_FORMAT = "model.dtype auto is bfloat16 where the card has it"
+# Keys of TRL's that a run file refuses, where leaving them out is right.
+_OURS = {
+    row.old: row
+    for row in (
+        Row("output_dir", "runtime.output_dir"),
+        Row("trust_remote_code", "model.trust_remote_code"),
+        Row("vllm_tensor_parallel_size", None, "an engine is on one GPU"),
+        Row("bf16", None, _FORMAT),
+        Row("fp16", None, _FORMAT),
+        Row("bf16_full_eval", None, _FORMAT),
+        Row("fp16_full_eval", None, _FORMAT),
+        *left(_SPREAD, "deepspeed", "fsdp", "fsdp_config", "ds3_gather_for_generation"),
+        *left(
+            _PUBLISH, "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
+            "hub_strategy", "hub_always_push", "hub_revision",
+        ),
+        *left(
+            _ONE_PROCESS, "vllm_mode", "vllm_server_base_url", "vllm_server_host",
+            "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_model_impl",
+        ),
+        *left("a run is resumed by the same command", "resume_from_checkpoint",
+              "ignore_data_skip", "save_only_model", "overwrite_output_dir"),
+        *left("a run trains; eval_strategy switches evaluation", "do_train", "do_eval",
+              "do_predict"),
+        *left("runtime.reproducible decides about kernels", "gradient_checkpointing_kwargs"),
+        *left("the launcher sets it", "local_rank"),
+        *left("a signal makes a checkpoint in every run", "enable_jit_checkpoint"),
+        *left("the run folder holds all logs", "logging_dir"),
+    )
+}  # fmt: skip
+
+
+def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
+    """Where a value of a key of TRL's goes today: the key and the value; the key is None where it
+    is to go. Raises Unfit where only a person can say what was meant.
+    """
+    assert row.trl is not None
+    today = converted(row.trl, value)
+    if today is None and row.trl in MOVED and row.to is None:
+        return None, None  # gone, with nothing to decide
+    if today is None:
+        raise Unfit(row.why or "a run file has no such key")
+    return today
+
+
+def text_list(value: Any) -> list[Any]:
+    """One value or a list, as a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,300 @@
+"""Python scripts and notebooks that train with TRL or Unsloth: the arguments of the calls that
+matter, read by ``ast``.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING
+
+from toolkit.config.importers.common import NO_ADAPTER, dtype, fit_length, split_warmup, targets
+from toolkit.config.importers.foreign import Computed, Foreign
+from toolkit.config.importers.mapping import (
+    Row,
+    Table,
+    later,
+    left,
+    refused,
+    rows,
+    text_list,
+    trl_rows,
+)
+from toolkit.config.importers.syntax import Names, called, owner, parse, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from toolkit.config.importers.translate import Translation
+
+_FAST = ("FastLanguageModel", "FastModel", "FastVisionModel")
+_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoPeftModelForCausalLM")
+# Calls whose keywords are settings: the name of the call, and the prefix of its keys.
+_CALLS = {"GRPOConfig": "GRPOConfig", "LoraConfig": "LoraConfig",
+          "BitsAndBytesConfig": "BitsAndBytesConfig", "GRPOTrainer": "GRPOTrainer",
+          "load_dataset": "load_dataset"}  # fmt: skip
+_POSITIONS = {"from_pretrained": ("model_name",), "load_dataset": ("path", "name"),
+              "GRPOTrainer": ("model", "reward_funcs", "args", "train_dataset")}  # fmt: skip
+_CHANGES = ("map", "filter", "rename_column", "rename_columns", "train_test_split", "select")
+_FILES = ("json", "csv", "parquet", "arrow", "text")
+_SAMPLING = "vllm_sampling_params"
+
+
+def read_script(text: str, place: Callable[[int], str] | None = None) -> Foreign:
+    """The settings of a script. ``place`` names a line for people. Raises ValueError for text that
+    is no Python.
+    """
+    reader = _Reader(parse(text), place or (lambda line: f"line {line}"))
+    reader.read()
+    return reader.foreign
+
+
+class _Reader:
+    def __init__(self, tree: ast.Module, place: Callable[[int], str]) -> None:
+        self.tree, self.place = tree, place
+        self.names = Names(tree)
+        self.foreign = Foreign("script")
+        self.seen: set[str] = set()
+        self.data = False
+
+    def read(self) -> None:
+        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
+        for call in sorted(calls, key=lambda one: (one.lineno, one.col_offset)):
+            self.call(call)
+        self.attributes()
+
+    def call(self, call: ast.Call) -> None:
+        name = called(call.func)
+        if name == "from_pretrained" and owner(call.func) in (*_FAST, *_AUTO):
+            self.arguments(
+                call,
+                name,
+                f"{'FastLanguageModel' if owner(call.func) in _FAST else 'AutoModel'}.{name}",
+            )
+        elif name == "get_peft_model":
+            self.arguments(call, name, name)
+        elif name in _CALLS:
+            self.arguments(call, name, _CALLS[name])
+        elif name in _CHANGES and isinstance(call.func, ast.Attribute) and self.data:
+            why = "rows are changed by code: write the data as a file, or name dataset.prompt"
+            self.foreign.miss(self.place(call.lineno), f"{shown(call.func)}(...)", why)
+        elif name in ("TrlParser", "HfArgumentParser"):
+            why = "settings come from the command line: import that command, or its YAML file"
+            self.foreign.miss(self.place(call.lineno), f"{name}(...)", why)
+
+    def arguments(self, call: ast.Call, name: str, prefix: str) -> None:
+        where = self.place(call.lineno)
+        if prefix in self.seen:
+            self.foreign.miss(where, f"{name}(...)", "only the first such call is translated")
+            return
+        self.seen.add(prefix)
+        self.data |= name == "load_dataset"
+        if name in ("get_peft_model", "LoraConfig"):
+            self.foreign.add("adapter", True, where)
+        for position, value in zip(_POSITIONS.get(name, ()), call.args, strict=False):
+            self.argument(prefix, position, value)
+        for keyword in call.keywords:
+            if keyword.arg is None:
+                text = f"{name}(**{shown(keyword.value)})"
+                why = "the arguments are put together when the script runs"
+                self.foreign.miss(self.place(keyword.value.lineno), text, why)
+            else:
+                self.argument(prefix, keyword.arg, keyword.value)
+
+    def argument(self, prefix: str, name: str, value: ast.expr) -> None:
+        where = self.place(value.lineno)
+        if prefix == "GRPOTrainer":
+            self.trainer(name, value, where)
+        elif name == _SAMPLING:
+            self.sampling(value, where)
+        else:
+            self.foreign.add(f"{prefix}.{name}", self.names.value(value), where)
+
+    def trainer(self, name: str, value: ast.expr, where: str) -> None:
+        if name == "reward_funcs":
+            found = self.names.lookup(value.id) if isinstance(value, ast.Name) else None
+            listed = found if isinstance(found, (ast.List, ast.Tuple)) else value
+            items = listed.elts if isinstance(listed, (ast.List, ast.Tuple)) else [listed]
+            self.foreign.add("GRPOTrainer.reward_funcs", [_reward(item) for item in items], where)
+        elif name == "model":
+            constant = self.names.value(value)
+            if isinstance(constant, str):
+                self.foreign.add("GRPOTrainer.model", constant, where)
+        elif name in ("tools", "environment_factory", "rollout_func", "callbacks"):
+            self.foreign.add(f"GRPOTrainer.{name}", Computed(shown(value)), where)
+
+    def sampling(self, value: ast.expr, where: str) -> None:
+        found = self.names.lookup(value.id) if isinstance(value, ast.Name) else value
+        if not isinstance(found, ast.Call):
+            self.foreign.miss(where, f"{_SAMPLING}={shown(value)}", "it is made somewhere else")
+            return
+        for keyword in found.keywords:
+            if keyword.arg is not None:
+                key = f"{_SAMPLING}.{keyword.arg}"
+                self.foreign.add(key, self.names.value(keyword.value), self.place(found.lineno))
+
+    def attributes(self) -> None:
+        """``training_args.max_steps = 100`` behind ``training_args = GRPOConfig(...)``."""
+        for name, attribute, value, line in self.names.settings:
+            made = self.names.lookup(name)
+            if isinstance(made, ast.Call) and called(made.func) in ("GRPOConfig", "LoraConfig"):
+                key = f"{called(made.func)}.{attribute}"
+                self.foreign.add(key, self.names.value(value), self.place(line))
+
+
+def _reward(item: ast.expr) -> str:
+    if isinstance(item, ast.Constant) and isinstance(item.value, str):
+        return item.value
+    return shown(item)
+
+
+def _rewards(made: Translation) -> None:
+    for entry in made.take("GRPOTrainer.reward_funcs").values():
+        for name in map(str, text_list(entry.value)):
+            if name.isidentifier():
+                made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
+            else:
+                made.refuse(entry, f"{name} is no function by its name: give a function of yours")
+    if made.modules:
+        made.notes.append(
+            "Move the reward functions into rewards.py beside this file: a run file names "
+            "functions of a module, and importing the script would start it"
+        )
+
+
+def _data(made: Translation) -> None:
+    path, files = made.get("dataset.path"), made.value_of("load_dataset.data_files")
+    if isinstance(files, dict):
+        files = files.get("train", next(iter(files.values()), None))
+    if path in _FILES and isinstance(files, str):
+        made.written.pop("dataset.path")
+        where = made.take("load_dataset.path")["load_dataset.path"].place
+        made.write("dataset.path", files, f"{where}: load_dataset.path {path}, with data_files")
+
+
+def _finish(made: Translation) -> None:
+    keys = {entry.key for entry in made.foreign.entries}
+    fast = any(key.startswith("FastLanguageModel.") for key in keys)
+    if "adapter" not in keys:
+        made.notes.append(f"There is no adapter in the script: {NO_ADAPTER}")
+    if fast and "model.load_in_4bit" not in made.written:
+        asks = any(made.get(f"model.load_in_{kind}") for kind in ("8bit", "16bit", "fp8"))
+        if not (asks or made.get("model.full_finetuning")):
+            made.write("model.load_in_4bit", True, "Unsloth's default")
+    if fast and made.get("model.fast_inference") is None:
+        made.write("runtime.engine", "transformers", "fast_inference is false in Unsloth")
+    _rewards(made)
+    _data(made)
+    _warmup(made)
+    fit_length(made)
+
+
+def _warmup(made: Translation) -> None:
+    split_warmup(made)
+    steps = made.value_of("GRPOConfig.warmup_steps")
+    if isinstance(steps, int) and steps > 0:
+        made.write("grpo.warmup_steps", steps, "GRPOConfig.warmup_steps")
+
+
+def _fast() -> Iterator[Row]:
+    own = "FastLanguageModel.from_pretrained."
+    yield from rows("model", "model_name", "max_seq_length", "load_in_4bit", "load_in_8bit",
+                    "load_in_16bit", "load_in_fp8", "full_finetuning", "fast_inference",
+                    "max_lora_rank", "gpu_memory_utilization", "float8_kv_cache", "revision",
+                    "trust_remote_code", "max_num_seqs", "enforce_eager", "max_loras",
+                    "enable_prefix_caching", "attn_implementation", prefix=own)  # fmt: skip
+    yield Row(f"{own}dtype", "model.dtype", convert=dtype)
+    yield from left("the checkpoint's files say it", f"{own}rope_scaling", f"{own}fix_tokenizer",
+                    f"{own}use_exact_model_name", f"{own}resize_model_vocab")  # fmt: skip
+    yield from left("one process holds one copy on its own GPU", f"{own}device_map",
+                    f"{own}disable_log_stats", f"{own}unsloth_vllm_standby")  # fmt: skip
+    yield Row(f"{own}random_state", "lora.random_state")
+    yield Row(f"{own}use_gradient_checkpointing", "lora.use_gradient_checkpointing")
+    yield Row(f"{own}token", None, "export HF_TOKEN in the shell")
+    yield Row(f"{own}*", None, "a run file has no such option of Unsloth's", refused=True)
+
+
+def _peft(prefix: str) -> Iterator[Row]:
+    yield from rows("lora", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
+                    "use_gradient_checkpointing", "random_state", "layers_to_transform",
+                    "layers_pattern", "exclude_modules", "rank_pattern", "alpha_pattern",
+                    "modules_to_save", "init_lora_weights", prefix=prefix)  # fmt: skip
+    yield Row(f"{prefix}target_modules", "lora.target_modules", convert=targets)
+    yield from left("it is always CAUSAL_LM", f"{prefix}task_type", f"{prefix}inference_mode")
+    yield from left("see model.max_seq_length", f"{prefix}max_seq_length")
+    yield from refused("engine and trainer share the base, which must not change",
+                       f"{prefix}loftq_config")  # fmt: skip
+    yield from left("layers are chosen by lora.target_modules", f"{prefix}finetune_vision_layers",
+                    f"{prefix}finetune_language_layers", f"{prefix}finetune_attention_modules",
+                    f"{prefix}finetune_mlp_modules", f"{prefix}layer_replication",
+                    f"{prefix}temporary_location")  # fmt: skip
+    yield Row(f"{prefix}*", None, "a run file has no such option", refused=True)
+
+
+def _grpo() -> Iterator[Row]:
+    chosen = "it is chosen when the run starts"
+    for row in trl_rows("GRPOConfig."):
+        yield row._replace(computed=row.why or chosen) if row.to is None else row
+
+
+def _sampling() -> Iterator[Row]:
+    own = f"{_SAMPLING}."
+    yield from rows("grpo", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+                    prefix=own)  # fmt: skip
+    for name in ("stop", "stop_token_ids", "min_tokens", "presence_penalty", "frequency_penalty"):
+        yield Row(f"{own}{name}", f"grpo.generation_kwargs.{name}")
+    yield Row(f"{own}max_tokens", "grpo.max_completion_length")
+    yield Row(f"{own}seed", None, "draws are seeded by grpo.seed", computed="see grpo.seed")
+    yield Row(f"{own}include_stop_str_in_output", None, "rewards see the text without it",
+              refused=True)  # fmt: skip
+    yield Row(f"{own}*", None, "a run file has no such option", refused=True)
+
+
+def _others() -> Iterator[Row]:
+    auto = "AutoModel.from_pretrained."
+    yield Row(f"{auto}model_name", "model.model_name")
+    yield Row(f"{auto}pretrained_model_name_or_path", "model.model_name")
+    yield Row(f"{auto}torch_dtype", "model.dtype", convert=dtype)
+    yield Row(f"{auto}dtype", "model.dtype", convert=dtype)
+    yield from rows("model", "revision", "trust_remote_code", "attn_implementation",
+                    "load_in_4bit", "load_in_8bit", prefix=auto)  # fmt: skip
+    yield from left("one process holds one copy on its own GPU", f"{auto}device_map",
+                    f"{auto}low_cpu_mem_usage", f"{auto}use_cache", f"{auto}token",
+                    f"{auto}cache_dir")  # fmt: skip
+    yield Row(f"{auto}quantization_config", None, "see BitsAndBytesConfig")
+    yield Row(f"{auto}*", None, "a run file has no such option", refused=True)
+    bits = "BitsAndBytesConfig."
+    yield from rows("model", "load_in_4bit", "load_in_8bit", prefix=bits)
+    yield Row(f"{bits}*", None, "bitsandbytes' nf4 is what 4-bit means here",
+              computed="bitsandbytes' nf4 is what 4-bit means here")  # fmt: skip
+    yield Row("GRPOTrainer.model", "model.model_name")
+    yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
+    why = "functions of the script: move them into a module and name it in the section tools"
+    yield Row("GRPOTrainer.tools", None, why, refused=True)
+    why = "a run file has no factory of environments; the drop-in trainer takes it"
+    yield Row("GRPOTrainer.environment_factory", None, why, refused=True)
+    for name in ("rollout_func", "callbacks"):
+        yield Row(f"GRPOTrainer.{name}", None, "code of yours around the trainer", refused=True)
+    data = "load_dataset."
+    yield from rows("dataset", "path", "name", "split", "revision", prefix=data)
+    yield Row(f"{data}data_files", "dataset.path", convert=later)
+    yield Row(f"{data}*", None, "data is read as a whole")
+    yield Row("adapter", "lora", "a run trains an adapter", later)
+
+
+def _once(found: Iterator[Row]) -> tuple[Row, ...]:
+    unique: dict[str, Row] = {}
+    for row in found:
+        unique.setdefault(row.old, row)
+    return tuple(unique.values())
+
+
+def _rows() -> Iterator[Row]:
+    yield from _fast()
+    yield from _peft("get_peft_model.")
+    yield from _peft("LoraConfig.")
+    yield from _grpo()
+    yield from _sampling()
+    yield from _others()
+
+
+TABLE = Table(form="script", title="a TRL or Unsloth script", rows=_once(_rows()), finish=_finish)

@@ -1,0 +1,211 @@
+"""ms-swift: ``swift rlhf --rlhf_type grpo`` as a command line, a YAML file or args.json."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.importers.common import (
+    NO_ADAPTER,
+    dtype,
+    fit_length,
+    from_file,
+    renamed,
+    split_warmup,
+    targets,
+)
+from toolkit.config.importers.mapping import (
+    Default,
+    Row,
+    Table,
+    Unfit,
+    later,
+    left,
+    refused,
+    text_list,
+    trl_rows,
+)
+
+if TYPE_CHECKING:
+    from toolkit.config.importers.translate import Translation
+
+_SERVER = "the engine runs in the training process; there is no server"
+_TEMPLATE = "the tokenizer's own chat template is used"
+_REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "accuracy": ("math_verify", {}),
+    "format": ("format", {"tags": ["think", "answer"]}),
+}
+_PROMPTS = ("query", "problem", "question", "messages")
+
+
+def _data(value: Any) -> str:
+    sets = text_list(value)
+    if len(sets) != 1:
+        raise Unfit("a run reads one data set: join them into one file")
+    return str(sets[0]).partition("#")[0].partition(":")[0]
+
+
+def _bits(value: Any) -> bool | None:
+    if value in (None, 4):
+        return value == 4 or None
+    raise Unfit("4 bits by bitsandbytes are what a model is loaded in; see model.load_in_8bit")
+
+
+def _attention(value: Any) -> Any:
+    return renamed(value, {"flash_attn": "flash_attention_2"})
+
+
+def _sleep(value: Any) -> bool:
+    return value not in (0, None, False)
+
+
+def _rows_of_data(made: Translation) -> None:
+    for key, limit in (("dataset", "dataset.limit"), ("val_dataset", "dataset.eval_limit")):
+        text = str(text_list(made.value_of(key, ""))[0] if made.value_of(key) else "")
+        count, name = text.partition("#")[2], text.partition("#")[0].partition(":")[2]
+        if count.isdigit():
+            made.write(limit, int(count), f"{key}: #{count} (the first ones here, random there)")
+        if name and key == "dataset":
+            made.write("dataset.name", name, f"{key}: :{name}")
+    columns = made.value_of("columns")
+    if isinstance(columns, str):
+        try:
+            columns = json.loads(columns)
+        except ValueError:
+            columns = None
+    for old, new in columns.items() if isinstance(columns, dict) else ():
+        if new in _PROMPTS:
+            made.write("dataset.prompt", old, f"columns: {old} is {new}")
+        elif new == "solution":
+            made.write("dataset.answer", old, f"columns: {old} is {new}")
+
+
+def _rewards(made: Translation) -> None:
+    plugins = text_list(made.value_of("external_plugins", []))
+    for entry in made.take("reward_funcs").values():
+        for name in map(str, text_list(entry.value)):
+            if name in _REWARDS:
+                ours, options = _REWARDS[name]
+                made.reward(ours, f"{entry.place}: ms-swift's {name}", **options)
+            elif plugins:
+                try:
+                    made.reward(from_file(plugins[0], name), f"{entry.place}: {name}")
+                except Unfit as reason:
+                    made.refuse(entry, str(reason))
+                    continue
+                made.notes.append(
+                    f"{name} is registered in {plugins[0]} as a class (ORM): give a function that "
+                    "takes (prompts, completions, **columns) and returns a list"
+                )
+            else:
+                made.refuse(entry, f"there is no counterpart of the reward {name}")
+
+
+def _finish(made: Translation) -> None:
+    _rows_of_data(made)
+    _rewards(made)
+    split_warmup(made)
+    if made.value_of("quant_method") not in (None, "bnb") and "model.load_in_4bit" in made.written:
+        made.notes.append("only bitsandbytes quantizes here: see model.load_in_4bit")
+    fit_length(made)
+
+
+_OWN = (
+    *refused("this toolkit trains GRPO", "rlhf_type", off=("grpo",)),
+    *refused(NO_ADAPTER, "train_type", "tuner_type", "sft_type", off=("lora",)),
+    Row("model", "model.model_name"),
+    Row("model_id_or_path", "model.model_name"),
+    Row("model_revision", "model.revision"),
+    Row("torch_dtype", "model.dtype", convert=dtype),
+    Row("attn_impl", "model.attn_implementation", convert=_attention),
+    Row("quant_bits", "model.load_in_4bit", convert=_bits),
+    Row("max_length", "grpo.max_prompt_length", "the longest prompt"),
+    Row("vllm_max_model_len", "model.max_seq_length"),
+    Row("lora_rank", "lora.r"),
+    Row("lora_alpha", "lora.lora_alpha"),
+    Row("lora_dropout", "lora.lora_dropout"),
+    Row("lora_bias", "lora.bias"),
+    Row("target_modules", "lora.target_modules", convert=targets),
+    Row("target_regex", "lora.target_modules"),
+    Row("modules_to_save", "lora.modules_to_save"),
+    Row("use_rslora", "lora.use_rslora"),
+    Row("use_dora", "lora.use_dora"),
+    Row("init_weights", "lora.init_lora_weights"),
+    Row("adapters", "lora.adapter_path", convert=_data),
+    Row("dataset", "dataset.path", convert=_data),
+    Row("val_dataset", "dataset.eval_path", convert=_data),
+    Row("columns", "dataset.prompt", "which column is the prompt, and which the answer",
+        convert=later),
+    Row("system", "dataset.system"),
+    Row("reward_funcs", "reward.functions", convert=later),
+    Row("external_plugins", "reward.functions", convert=later),
+    Row("enable_thinking", "grpo.chat_template_kwargs.enable_thinking"),
+    Row("overlong_filter", "grpo.mask_truncated_completions"),
+    Row("tau_pos", "grpo.sapo_temperature_pos"),
+    Row("tau_neg", "grpo.sapo_temperature_neg"),
+    Row("rollout_importance_sampling_mode", "grpo.vllm_importance_sampling_mode"),
+    Row("rollout_importance_sampling_threshold", "grpo.vllm_importance_sampling_clip_max"),
+    Row("vllm_enforce_eager", "model.enforce_eager"),
+    Row("vllm_enable_prefix_caching", "model.enable_prefix_caching"),
+    Row("vllm_max_num_seqs", "model.max_num_seqs"),
+    Row("vllm_max_lora_rank", "model.max_lora_rank"),
+    Row("vllm_gpu_memory_utilization", None, "it is sized for what trains beside it here"),
+    Row("sleep_level", "model.enable_sleep_mode", convert=_sleep),
+    Row("max_resample_times", None, "see dynamic_sample"),
+    Row("dynamic_sample", None, "groups without spread are not drawn again here", refused=True),
+    *refused("the advantage is that of GRPO", "advantage_estimator", off=("grpo",)),
+    *refused("the KL term is in the loss (grpo.beta)", "kl_in_reward"),
+    *refused("a model as a reward is called from a function of yours", "reward_model",
+             "reward_model_plugin", "reward_adapters", "teacher_model"),
+    *refused("turns of a rollout come from the section tools alone", "multi_turn_scheduler"),
+    *refused("code that changes models or data", "custom_register_path"),
+    *refused("name held-out data in dataset.eval_path", "split_dataset_ratio"),
+    *left("see reward_model", "reward_model_type", "reward_model_revision", "teacher_deepspeed"),
+    *left("see multi_turn_scheduler", "max_turns", "completion_length_limit_scope"),
+    *left("see kl_in_reward", "log_entropy"),
+    *left(_SERVER, "vllm_server_pass_dataset", "async_generate", "vllm_enable_lora",
+          "move_model_batches", "vllm_limit_mm_per_prompt", "infer_backend", "num_infer_workers"),
+    *left("the base stays on the GPU, which engine and trainer share", "offload_model",
+          "offload_optimizer", "gc_collect_after_offload"),
+    *left(_TEMPLATE, "template", "use_chat_template", "template_backend", "response_prefix",
+          "norm_bbox", "agent_template", "loss_scale"),
+    *left("prompts that are too long are cut from the left, and counted", "truncation_strategy"),
+    *left("bitsandbytes' nf4 is what 4-bit means here", "quant_method", "bnb_4bit_quant_type",
+          "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
+    *left("data is prepared by the run", "dataset_num_proc", "load_from_cache_file",
+          "dataset_shuffle", "streaming", "strict", "download_mode", "cached_dataset",
+          "lazy_tokenize", "shuffle_buffer_size", "split_dataset"),
+    *left("models and data come from the Hugging Face hub; from ModelScope, download them first",
+          "use_hf", "model_type", "task_type"),
+    *left("it names the model in one data set of ms-swift's", "model_author", "model_name"),
+    *left("packs are made by the training pass", "packing", "padding_free"),
+    *left("every GPU has the whole model", "sequence_parallel_size", "device_map", "max_memory"),
+    *left("no part of training", "add_version", "create_checkpoint_symlink", "check_model",
+          "ignore_args_error", "load_args", "load_data_args", "tuner_backend", "eval_limit",
+          "use_logits_to_keep", "acc_strategy", "config", "log_rollout_offpolicy_metrics",
+          "freeze_vit", "freeze_llm", "freeze_aligner", "model_kwargs",
+          "vllm_mm_processor_cache_gb"),
+)  # fmt: skip
+_NAMED = {row.old for row in _OWN}
+
+TABLE = Table(
+    form="ms-swift",
+    title="ms-swift",
+    rows=(*_OWN, *(row for row in trl_rows() if row.old not in _NAMED)),
+    defaults=(
+        Default("lora.r", 8, "ms-swift's default"),
+        Default("lora.lora_alpha", 32, "ms-swift's default"),
+        Default("lora.lora_dropout", 0.05, "ms-swift's default"),
+        Default("lora.target_modules", "all-linear", "ms-swift's default"),
+        Default("dataset.prompt", "messages", "ms-swift's format"),
+        Default("dataset.answer", "solution", "ms-swift's format"),
+        Default("grpo.learning_rate", 1e-4, "ms-swift's default for LoRA"),
+        Default("grpo.lr_scheduler_type", "cosine", "ms-swift's default"),
+        Default("grpo.weight_decay", 0.1, "ms-swift's default"),
+        Default("grpo.adam_beta2", 0.95, "ms-swift's default"),
+        Default("grpo.beta", 0.04, "ms-swift's default"),
+        Default("grpo.temperature", 0.9, "ms-swift's default"),
+        Default("grpo.loss_type", "grpo", "ms-swift's default"),
+    ),
+    finish=_finish,
+)

@@ -1,0 +1,125 @@
+"""TRL: the YAML file or the command line of ``trl grpo`` (TRL 1.16's ScriptArguments, ModelConfig,
+DatasetMixtureConfig and GRPOConfig).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.importers.common import (
+    NO_ADAPTER,
+    dtype,
+    fit_length,
+    module_function,
+    split_warmup,
+    targets,
+)
+from toolkit.config.importers.mapping import (
+    Default,
+    Row,
+    Table,
+    Unfit,
+    later,
+    left,
+    refused,
+    text_list,
+    trl_rows,
+)
+
+if TYPE_CHECKING:
+    from toolkit.config.importers.translate import Translation
+
+_FROM_BITS = "bitsandbytes' nf4 with double quantization is what 4-bit means here"
+# Names that TRL's script knows, and what scores alike here.
+_REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "accuracy_reward": ("math_verify", {"column": "solution"}, "TRL's accuracy_reward"),
+    "think_format_reward": (
+        "format", {"tags": ["think"], "strict": False}, "TRL's think_format_reward",
+    ),
+}  # fmt: skip
+
+
+def rewards(made: Translation, key: str = "reward_funcs") -> None:
+    """The reward functions that ``key`` names, as TRL's script finds them."""
+    for entry in made.take(key).values():
+        for name in map(str, text_list(entry.value)):
+            if name in _REWARDS:
+                ours, options, note = _REWARDS[name]
+                made.reward(ours, f"{entry.place}: {note}", **options)
+                continue
+            try:
+                made.reward(module_function(name), f"{entry.place}: {name}")
+            except Unfit:
+                made.refuse(entry, f"there is no counterpart of the reward {name}")
+
+
+def adapter(made: Translation) -> None:
+    """Refuse training of all weights, which TRL does unless use_peft is set."""
+    if made.value_of("use_peft") is not True:
+        made.notes.append(f"There is no use_peft: true in the file: {NO_ADAPTER}")
+
+
+def _finish(made: Translation) -> None:
+    rewards(made)
+    adapter(made)
+    split_warmup(made)
+    fit_length(made)
+
+
+MODEL_ROWS = (
+    Row("model_name_or_path", "model.model_name"),
+    Row("model_revision", "model.revision"),
+    Row("dtype", "model.dtype", convert=dtype),
+    Row("torch_dtype", "model.dtype", convert=dtype),
+    Row("attn_implementation", "model.attn_implementation"),
+    Row("load_in_4bit", "model.load_in_4bit"),
+    Row("load_in_8bit", "model.load_in_8bit"),
+    *left(_FROM_BITS, "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+    Row("use_peft", None, "a run trains an adapter"),
+    Row("lora_r", "lora.r"),
+    Row("lora_alpha", "lora.lora_alpha"),
+    Row("lora_dropout", "lora.lora_dropout"),
+    Row("lora_target_modules", "lora.target_modules", convert=targets),
+    Row("lora_modules_to_save", "lora.modules_to_save"),
+    Row("lora_task_type", None, "it is always CAUSAL_LM"),
+    Row("use_rslora", "lora.use_rslora"),
+    Row("use_dora", "lora.use_dora"),
+    *refused("the engine has no adapter slots for parameters", "lora_target_parameters"),
+)
+DATA_ROWS = (
+    Row("dataset_name", "dataset.path"),
+    Row("dataset_config", "dataset.name"),
+    Row("dataset_train_split", "dataset.split"),
+    Row("dataset_test_split", "dataset.eval_split"),
+    Row("dataset_streaming", None, "data is read as a whole"),
+    Row("datasets.path", "dataset.path"),
+    Row("datasets.name", "dataset.name"),
+    Row("datasets.split", "dataset.split"),
+    Row("datasets.data_files", "dataset.path", "a file instead of a hub id"),
+    *refused("give the rows that are wanted as a file", "datasets.data_dir", "datasets.columns",
+             "datasets.fraction", "test_split_size"),
+    *left("data is read as a whole", "streaming"),
+)  # fmt: skip
+SCRIPT_ROWS = (
+    Row("reward_funcs", "reward.functions", convert=later),
+    *refused("a model as a reward is called from a function of yours", "reward_model_name_or_path"),
+    *left("a setting for debugging", "ignore_bias_buffers"),
+    *left("the launcher's setting", "config", "accelerate_config", "num_processes"),
+)
+_OTHERS = {row.old for row in (*MODEL_ROWS, *DATA_ROWS, *SCRIPT_ROWS)}
+
+TABLE = Table(
+    form="trl",
+    title="TRL",
+    rows=(
+        *MODEL_ROWS,
+        *DATA_ROWS,
+        *SCRIPT_ROWS,
+        *(row for row in trl_rows() if row.old not in _OTHERS),
+    ),
+    defaults=(
+        Default("lora.lora_alpha", 32, "TRL's default"),
+        Default("lora.lora_dropout", 0.05, "TRL's default"),
+    ),
+    finish=_finish,
+)

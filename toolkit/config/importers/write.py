@@ -1,0 +1,99 @@
+"""A translation as the text of a run file: each line says where it comes from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.formatting import visible
+from toolkit.base.secrets import redact
+from toolkit.config.importers.translate import Written
+from toolkit.config.wording import spell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from toolkit.config.importers.translate import Told, Translation
+
+SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
+_LONGEST = 240
+_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def run_file_text(made: Translation, name: str) -> str:
+    """The run file, in YAML. ``name`` is the file that it was made from."""
+    if "runtime.output_dir" not in made.written:
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem).strip("-") or "run"
+        made.written["runtime.output_dir"] = Written(f"runs/{stem}", "the file names none")
+    lines = [f"# Made from {_one_line(name)} ({made.table.title}) by toolkit import."]
+    lines += [f"# {_one_line(note)}" for note in made.notes]
+    for section in SECTIONS:
+        body = list(_section(made, section))
+        if body:
+            lines += ["", f"{section}:", *body]
+    lines += _block("Refused: here the run differs from the original.", made.refused)
+    lines += _unread(made)
+    lines += _block("Left out, because nothing is needed for it here.", made.left_out)
+    return "\n".join(lines) + "\n"
+
+
+def _section(made: Translation, section: str) -> Iterator[str]:
+    if section == "reward" and made.rewards:
+        yield "  functions:"
+        for reward, note in zip(made.rewards, made.reward_notes, strict=True):
+            yield f"    - {flow(reward)}  # {_one_line(note)}"
+    nested: dict[str, list[str]] = {}
+    for key, found in made.written.items():
+        head, _, rest = key.partition(".")
+        if head != section:
+            continue
+        outer, _, inner = rest.partition(".")
+        if inner:
+            text = f"    {inner}: {flow(found.value)}  # {_one_line(found.why)}"
+            nested.setdefault(outer, []).append(text)
+        else:
+            yield f"  {rest}: {flow(found.value)}  # {_one_line(found.why)}"
+    for outer, texts in nested.items():
+        yield f"  {outer}:"
+        yield from texts
+    if section == "runtime" and made.modules:
+        modules = ", ".join(made.modules)
+        yield "  # Remove the # of the next line when you have read the code of your rewards."
+        yield f"  # allow_code: [{modules}]"
+
+
+def _block(title: str, told: Iterable[Told]) -> list[str]:
+    lines = [f"#   {one.place}: {_one_line(f'{one.key}: {one.value} - {one.why}')}" for one in told]
+    return ["", f"# {title}", *lines] if lines else []
+
+
+def _unread(made: Translation) -> list[str]:
+    lines = [f"#   {one.place}: {_one_line(f'{one.text} - {one.why}')}" for one in made.unread]
+    return ["", "# Could not be read: write it yourself.", *lines] if lines else []
+
+
+def flow(value: Any) -> str:
+    """A value on one line of YAML."""
+    if isinstance(value, dict):
+        pairs = (f"{_key(name)}: {flow(below)}" for name, below in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    return _safe(spell(value, "yaml"))
+
+
+def _key(name: Any) -> str:
+    text = str(name)
+    return text if _PLAIN_KEY.fullmatch(text) else spell(text, "yaml")
+
+
+def _safe(text: str) -> str:
+    """Without characters that YAML does not take, and without line ends, inside of quotes."""
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
+
+
+def _one_line(text: str) -> str:
+    """A text for a comment: one line, nothing that a terminal acts on, no secret."""
+    line = " ".join(redact(visible(text)).split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

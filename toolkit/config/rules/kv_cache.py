@@ -1,0 +1,60 @@
+"""The engine's KV cache against the model's own shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.base.formatting import format_bytes
+from toolkit.config.kv_cache import CPU_BLOCK, ELEMENT_BYTES, GPU_BLOCK, least_cache_bytes
+from toolkit.config.resolved import dtype_of
+from toolkit.config.rules.violation import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+_CACHE = "model.kv_cache_bytes"
+_LENGTH = "model.max_seq_length"
+
+
+@rule(
+    "LOAD047",
+    f"{_CACHE} {_LENGTH} model.model_name",
+    example="model:\n  max_seq_length: 4096\n  kv_cache_bytes: 65536\nruntime: {engine: vllm}",
+    fix="kv_cache_bytes: auto",
+)
+def cache_holds_a_sequence(run: Run) -> Iterator[Fault]:
+    """kv_cache_bytes holds one sequence of max_seq_length tokens.
+
+    vLLM does not start with less, as no request could end. Checked if the model is on this
+    machine, from its config.json: layers x 2 x KV heads x head size x bytes per value x tokens, in
+    whole blocks, and one block that vLLM keeps empty. envcheck size has the exact number.
+    """
+    written, length = run.value(_CACHE), run.value(_LENGTH)
+    if type(written) is not int or type(length) is not int:
+        return
+    if run.model is None or run.engine != "vllm":
+        return
+    halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
+    dtype = dtype_of(run.ask("model.dtype"), run.situation, grpo=halves)
+    device = run.situation.device
+    on_cpu = device is not None and device.compute_capability is None
+    least = least_cache_bytes(
+        run.model.text,
+        tokens=length,
+        element_bytes=1 if run.ask("model.float8_kv_cache") else ELEMENT_BYTES.get(dtype, 2),
+        block_tokens=CPU_BLOCK if on_cpu else GPU_BLOCK,
+    )
+    if least is None:
+        return
+    least //= max(run.ask("model.tensor_parallel_size"), 1)
+    if written < least:
+        yield Fault(
+            _CACHE,
+            f"{written} is less than {least} ({format_bytes(least)}), the cache of one sequence of"
+            f" {length} tokens and an empty block",
+            notes=(f"{run.operand(_CACHE)}; {run.operand(_LENGTH)}; shape: {run.model.source}",),
+            fixes=(run.to(_CACHE, "auto"),),
+            related=(_LENGTH,),
+        )

@@ -1,0 +1,91 @@
+"""Before training, find objects in a run folder that prevent the run from writing its files.
+
+A link points outside the folder, and a pipe waits for a reader. A folder in place of a file (or the
+reverse) would otherwise cause an error only after the training.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.files import kind_fault
+from toolkit.train.report.metrics_log import LOGS
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FOLDERS = ("adapter", "model")
+"""What a run leaves at its end, files inside."""
+INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
+ADDED_TO = (*LOGS, BAD_REWARDS_FILE)
+REPLACED = (
+    ".branch.json",
+    "config.json",
+    "evaluation.json",
+    "manifest.json",
+    "memory.json",
+    "preflight.json",
+    "report.html",
+)
+"""Files that are written under a temporary name and renamed. A link is replaced; anything else
+except a file prevents the write.
+"""
+
+
+def refuse(run_dir: Path) -> None:
+    """Reject a run folder in which an object prevents the run from writing.
+
+    Raises:
+        ConfigError: the message names the first such object.
+    """
+    for name in FOLDERS:
+        _folder(run_dir / name)
+    for name in ADDED_TO:
+        mode = _mode(run_dir / name)
+        if mode is not None and not stat.S_ISREG(mode):
+            raise _in_the_way(run_dir / name, _what(mode), "a file")
+    for name in REPLACED:
+        _replaceable(run_dir / name)
+
+
+def _folder(path: Path) -> None:
+    mode = _mode(path)
+    if mode is None:
+        return
+    if not stat.S_ISDIR(mode):
+        raise _in_the_way(path, _what(mode), "a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _in_the_way(path, "is a folder that this user cannot write to", "a folder")
+    for name in INSIDE:
+        _replaceable(path / name)
+
+
+def _replaceable(path: Path) -> None:
+    mode = _mode(path)
+    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise _in_the_way(path, _what(mode), "a file")
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _what(mode: int) -> str:
+    if stat.S_ISLNK(mode):
+        return "is a link"
+    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is something else"
+
+
+def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:
+    return ConfigError(
+        f"{what}, but the run writes {expected} with this name",
+        where=str(path),
+        fix="remove or rename it, or name another folder with --output-dir",
+    )

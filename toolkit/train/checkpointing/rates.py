@@ -1,0 +1,84 @@
+"""Keep changed learning rates and other optimizer settings when a run resumes.
+
+torch restores all settings of a param group and a scheduler. So the checkpoint's settings would
+replace those of the run file, although ``runtime.allow_changed`` allows the change. So the settings
+of the run file are saved before and restored afterwards. If nothing changed, the values are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SETTINGS = frozenset(
+    {
+        "initial_lr",
+        "weight_decay",
+        "betas",
+        "eps",
+        "momentum",
+        "dampening",
+        "nesterov",
+        "alpha",
+        "clip_threshold",
+        "decay_rate",
+    }
+)
+"""What a param group holds of the run file's. The schedule decides ``lr``, and some optimizers keep
+their progress there too (schedule-free ones, Prodigy): that is the checkpoint's.
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The settings in the run file for each param group, and its rate without a schedule."""
+
+    groups: list[dict[str, Any]]
+    base_lrs: list[float]
+
+
+def asked(trainer: Any) -> Asked:
+    """The settings of the optimizer and the scheduler that ``trainer`` has just created."""
+    optimizer, scheduler = _inner(trainer)
+    groups = [
+        {key: value for key, value in group.items() if key in SETTINGS}
+        for group in optimizer.param_groups
+    ]
+    return Asked(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
+
+
+def apply(trainer: Any, wanted: Asked) -> None:
+    """Restore ``wanted`` after the state of a checkpoint was loaded; the next step uses the rate of
+    the schedule at that step.
+    """
+    optimizer, scheduler = _inner(trainer)
+    pairs = list(zip(optimizer.param_groups, wanted.groups, strict=True))
+    for group, settings in pairs:
+        before, now = group.get("initial_lr"), settings.get("initial_lr")
+        group.update(settings)
+        if before and now is not None and before != now and not _has_lambdas(scheduler):
+            group["lr"] *= now / before  # a schedule that follows the run, not the step
+    if wanted.base_lrs:
+        scheduler.base_lrs = list(wanted.base_lrs)
+    if _has_lambdas(scheduler):
+        step = scheduler.last_epoch
+        rates = [
+            base * one(step)
+            for base, one in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for (group, _), rate in zip(pairs, rates, strict=True):
+            if hasattr(group["lr"], "fill_"):  # a tensor, which compiled optimizers keep
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _has_lambdas(scheduler: Any) -> bool:
+    return bool(getattr(scheduler, "lr_lambdas", None))
+
+
+def _inner(trainer: Any) -> tuple[Any, Any]:
+    """torch's own optimizer and scheduler, inside accelerate's wrappers."""
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    return getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)

@@ -1,0 +1,100 @@
+"""reasoning-gym: its problems as rows of a data set, and its scorers as a reward."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from toolkit.base.errors import ConfigError, MissingExtraError, first_line
+from toolkit.config.build import thaw
+from toolkit.train.rewards.builtin import text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.train.rewards.builtin import Score
+
+COLUMN = "problem"
+"""The column that says which problem a row is: JSON with its seed, index and size."""
+_LATEST = 8  # data sets that a scorer keeps: one a split
+
+
+def problems(
+    task: str, settings: Mapping[str, Any], *, seed: int, size: int
+) -> list[dict[str, Any]]:
+    """The problems of a task as rows ``{prompt, answer, problem}``, the same for the same seed.
+
+    Raises:
+        ConfigError: there is no such task, or it does not take these settings.
+        MissingExtraError: the package is not installed.
+    """
+    made = _dataset(task, json.dumps(thaw(settings), sort_keys=True), seed, size)
+    rows = []
+    for index in range(size):
+        entry = made[index]
+        which = json.dumps({"seed": seed, "index": index, "size": size})
+        rows.append({"prompt": entry["question"], "answer": str(entry["answer"]), COLUMN: which})
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningGym:
+    """The task's own score of a completion's answer, 0 to 1.
+
+    The answer is what stands in ``<answer>`` tags, else all of the completion. The problem is made
+    again from the row's seed and index, so the scorer sees it as the package made it.
+    """
+
+    name: ClassVar[str] = "reasoning_gym"
+    task: str
+    settings: dict[str, Any] | None = None
+
+    def __call__(
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        del prompts
+        settings = json.dumps(thaw(self.settings or {}), sort_keys=True)
+        return [
+            self._score(text_of(completion), json.loads(which), settings)
+            for completion, which in zip(completions, columns[COLUMN], strict=True)
+        ]
+
+    def _score(self, text: str, which: dict[str, int], settings: str) -> float:
+        made = _dataset(self.task, settings, which["seed"], which["size"])
+        answer = _package().utils.extract_answer(text) or text.strip()
+        return float(made.score_answer(answer=answer, entry=made[which["index"]]))
+
+
+def _package() -> Any:
+    try:
+        import reasoning_gym  # noqa: PLC0415 - an extra, and only this adapter needs it
+    except ImportError as error:
+        raise MissingExtraError(
+            "the environment reasoning_gym needs the package reasoning-gym, which is not installed",
+            fix="pip install reasoning-gym",
+        ) from error
+    return reasoning_gym
+
+
+@lru_cache(maxsize=_LATEST)
+def _dataset(task: str, settings: str, seed: int, size: int) -> Any:
+    package = _package()
+    known = package.factory.DATASETS
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=1)
+        raise ConfigError(
+            f"reasoning_gym has no task {task!r}",
+            where="environment.task",
+            fix=f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(known))}",
+        )
+    try:
+        return package.create_dataset(task, seed=seed, size=size, **json.loads(settings))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"the task {task} does not take these settings: {first_line(error)}",
+            where="environment.options",
+            fix="the fields of the task's config class, as reasoning-gym documents them",
+        ) from error
