@@ -29,7 +29,9 @@ pytest.importorskip("vllm")
 
 WORKER = Path(__file__).with_name("split_engine.py")
 SPLIT = "model.tensor_parallel_size=2"
-FAMILIES = ("llama", "smollm", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "granite")
+FAMILIES = (
+    "llama", "smollm", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite",
+)  # fmt: skip
 
 
 def sampled(size: int, families: Sequence[str], folder: Path) -> list[dict[str, Any]]:

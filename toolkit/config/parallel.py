@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 KEY = "model.tensor_parallel_size"
 
 SPLIT_MODELS = frozenset(
-    ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+    ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3")
 )
 """Model types (transformers 5.17) whose layers vLLM splits in a way that the trainer follows: q, k,
 v, o, gate, up and down projections apart, whole heads, no mixture of experts. Held by
