@@ -108,7 +108,7 @@ def test_two_replicas_of_two_learn_what_one_process_learns(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tmp_path: Path, victim: int) -> None:
+def test_a_process_that_is_killed_ends_all_with_one_message(tmp_path: Path, victim: int) -> None:
     run_file = world.make(tmp_path / "w", steps=6, delay=0.3)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     world.train(run_file, whole, 2, SPLIT)
@@ -119,10 +119,9 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(tmp_path: Path, v
     ranks = {one.environ().get("RANK"): one for one in psutil.Process(running.pid).children()}
     os.kill(ranks[str(victim)].pid, signal.SIGKILL)
     told, _ = running.communicate(timeout=300)
-    # vLLM's sums over shared memory on a CPU wait for a process that is gone: then the launcher
-    # ends the others after its patience, with 137 and without a message.
-    assert running.returncode in (4, 137), told
-    assert told.count("error:") == (running.returncode == 4), told
+    assert running.returncode == 4, told
+    assert told.count("error:") == 1, told
+    assert f"process {victim}" in told
     assert 0 < checkpoint.list_steps(cut)[0] < 6
     # The checkpoint is whole: one process goes on from it, to rounding.
     resumed = tmp_path / "w" / "copy"
