@@ -120,7 +120,7 @@ CASES = {
         _no_checkpoint,
         changes={"model": {"model_name": "other"}},
     ),
-    "no such model": Case(1, ("/gone: not there",), changes={"model": {"model_name": "./gone"}}),
+    "no such model": Case(1, ("/gone", "does not"), changes={"model": {"model_name": "./gone"}}),
     "code not allowed": Case(
         1, ("mine:score", "allow_code"), changes={"runtime": {"allow_code": ["yours"]}}
     ),

@@ -31,7 +31,7 @@ def test_a_lost_card_spoils_its_row_and_not_the_table(tmp_path: Path) -> None:
 
 def test_each_reason_for_no_gpu_has_words_of_its_own(tmp_path: Path) -> None:
     reasons = {
-        "cpu": "no NVIDIA GPU here",
+        "cpu": "no NVIDIA GPU on this node",
         "no-driver": "libnvidia-ml.so.1 is not installed",
         "driver-not-loaded": "kernel module is not loaded",
         "driver-mismatch": "do not match",

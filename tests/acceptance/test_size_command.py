@@ -58,7 +58,7 @@ def test_json_names(model):
 def test_the_text_is_whole(model):
     text = call("size", model(EIGHT_B), "--gpu", "h100", "--set", "lora.r=64").stdout
     words = " ".join(text.split())  # long lines are wrapped
-    assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB a token" in words
+    assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB per token" in words
     assert "gpu_memory_utilization from 0." in text
     assert "at least" in text
     assert "at most" in text

@@ -25,14 +25,14 @@ def model(tmp_path):
     ("arguments", "code", "words"),
     [
         (["{model}", "--gpu", "h2000"], 1, "did you mean"),
-        (["{model}", "--gpu", "h200", "--cpu"], 2, "exclude"),
+        (["{model}", "--gpu", "h200", "--cpu"], 2, "mutually exclusive"),
         (["{model}", "--write", "--gpu", "h200"], 2, "needs a run file"),
         (["{model}", "--set", "lora.rank=3"], 1, "lora.rank"),
         (["{model}", "--set", "lora.r=x"], 1, "must be an integer"),
         (["{model}", "--set", "lora"], 1, "an override is key=value"),
         (["{model}", "--set", "lora.target_modules='('"], 1, "not a regular expression"),
         (["{model}", "--set", "lora.use_gradient_checkpointing=maybe"], 1, "maybe is not one of"),
-        (["no/such/folder/at/all"], 2, "no folder"),
+        (["no/such/folder/at/all"], 2, "neither an existing folder"),
         (["nobody/Nothing"], 2, "nor in the cache"),
         (["{model}", "--gpu", "h200", "--set", "lora.r=1000"], 1, "512"),
     ],
@@ -49,7 +49,7 @@ def test_a_gpu_that_cannot_be_used_is_not_passed_over_in_silence(model, tmp_path
     assert "sized for the CPU" in sized.stderr
     asked = case.envcheck(tmp_path, "size", folder, "--gpu-index", "0")
     assert asked.returncode == 1
-    assert "GPU 0 was asked for: driver and library do not match" in asked.stderr
+    assert "GPU 0 was requested, but driver and library do not match" in asked.stderr
 
 
 HOSTILE = {

@@ -174,7 +174,7 @@ def test_engine_options_of_a_run_file_reach_the_engine(
     options = engine_options(find_checkpoint(str(tiny)), request_of(asked))
     assert options.max_lora_rank == 8
     assert options.max_num_seqs == 4
-    assert options.max_num_batched_tokens is None
+    assert options.max_num_batched_tokens == "auto"
     assert options.max_model_len == 128
     assert options.float8_kv_cache
     assert options.enforce_eager
@@ -182,4 +182,4 @@ def test_engine_options_of_a_run_file_reach_the_engine(
     assert options.to_vllm("cuda")["enable_chunked_prefill"] is False
     if not torch.cuda.is_available():
         assert options.dtype == "float32"
-        assert options.gpu_memory_utilization is None
+        assert options.gpu_memory_utilization == "auto"

@@ -27,7 +27,6 @@ CASES = {
         "division by zero",
     ),
     "optimizer": ({"optim": "sgd", "optim_args": "nesterov=true"}, "Nesterov"),
-    "optimizer's package": ({"optim": "adamw_anyprecision"}, "torchdistx"),
     "tracker": ({"report_to": ["wandbb"]}, "wandbb is not supported"),
     "loader": ({"dataloader_persistent_workers": True}, "num_workers"),
     "length": (

@@ -87,7 +87,7 @@ def liger_limits(run: Run) -> Iterator[Fault]:
             fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
             related=tuple(clashes),
         )
-    elif not installed(LIGER):
+    elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:  # GRPO066's
         yield Fault(
             _LIGER,
             f"needs {LIGER.install}, which is not installed here",
