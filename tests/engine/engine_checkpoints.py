@@ -54,12 +54,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"gemma": ("Gemma", {"head_dim": 64})}
+"""Families that only some tests make: gemma2 has the same layers and more."""
+
 MODEL_CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
 
 
 def make(folder: Path, family: str, **changes: Any) -> Path:
     """Write the checkpoint of ``family`` and its tokenizer into ``folder`` and return it."""
-    stem, own = FAMILIES[family]
+    stem, own = (FAMILIES | OTHERS)[family]
     config = getattr(transformers, f"{stem}Config")(**(COMMON | own | changes))
     torch.manual_seed(0)
     model = getattr(transformers, MODEL_CLASSES.get(stem, f"{stem}ForCausalLM"))(config)

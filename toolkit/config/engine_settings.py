@@ -217,14 +217,17 @@ class EngineSettings:
         on_gpu=True,
         sized=True,
     )
-    tensor_parallel_size: int = _option(
+    tensor_parallel_size: int | Auto = _option(
         1,
         "count",
         api=1,
-        description="The number of GPUs over which the engine splits one model.",
+        description="Over how many GPUs one model is split, for the engine and for training. The"
+        " run has that many processes times the number of replicas.",
         vllm="tensor_parallel_size",
-        examples=(1, 2),
+        auto="the smallest number that holds the run",
+        examples=(1, 2, "auto"),
         unit="GPUs",
+        sized=True,
     )
 
 

@@ -7,7 +7,6 @@ the two.
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.supported_features import head_size
@@ -25,13 +24,14 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def least_cache_bytes(
-    text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int
+    text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
 ) -> int | None:
     """Bytes of one sequence of ``tokens`` and of the block that vLLM keeps empty, or fewer; None
     for models that keep something else than keys and values of each layer.
 
     ``text`` is the part of config.json that describes the language model. A window counts for all
-    layers: the bound is then lower than need be.
+    layers: the bound is then lower than need be. ``cards`` is the number of GPUs that share the
+    model: each has its part of the KV heads, at least one.
     """
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
     counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
@@ -43,7 +43,8 @@ def least_cache_bytes(
     window = text.get("sliding_window")
     kept = min(tokens, window) if type(window) is int and window > 0 else tokens
     blocks = -(-kept // block_tokens) + 1
-    values = 2 * prod(count for count in counts if count is not None)
+    layers, kv_heads, size = (count for count in counts if count is not None)
+    values = 2 * layers * -(-kv_heads // cards) * size
     return values * element_bytes * block_tokens * blocks
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from toolkit.base.capability import BFLOAT16
 from toolkit.config.chat_format import chosen, refuse_chats
+from toolkit.config.parallel import replicas, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,6 +71,12 @@ class ResolvedRun:
     targets: tuple[str, ...] | str
     chat: bool | None = None
 
+    @property
+    def replicas(self) -> int:
+        """How many groups of processes have rows of their own: all, unless a model is split."""
+        size = self.config.model.tensor_parallel_size
+        return replicas(self.world_size, 1 if self.engine == "transformers" else size)
+
     def needs(self) -> dict[str, Any]:
         """What the run requires of its node, under the names of ``gpu``'s ``CheckContext``.
 
@@ -88,7 +95,7 @@ class ResolvedRun:
             "float8_kv_cache": vllm and model.float8_kv_cache,
             "dtype": self.asked_dtype,
             "gpu_memory_utilization": float(share) if vllm and share != "auto" else None,
-            "tensor_parallel_size": model.tensor_parallel_size if vllm else 1,
+            "tensor_parallel_size": size_of(model.tensor_parallel_size) if vllm else 1,
             "model": model.model_name,
             "revision": model.revision,
         }

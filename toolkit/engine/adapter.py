@@ -23,6 +23,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.live_weights import rename_mapper
 from toolkit.engine.lora_slots import find_places
+from toolkit.engine.shards import whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +35,16 @@ PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The live tensors A (r, in) and B (out, r) of one adapted layer, and the factor of B."""
+    """The live tensors A (r, in) and B (out, r) of one adapted layer, and the factor of B. If the
+    layer is split, they are what this process computes with; ``held`` is the part of B that it
+    trains.
+    """
 
     module: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    held: torch.Tensor
 
     @property
     def rank(self) -> int:
@@ -122,9 +127,9 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
                 where="lora.target_modules",
                 fix="target the attention projections, or train with fast_inference: false",
             )
-        pairs.append(
-            Pair(path.removeprefix(PEFT_PREFIX), a.weight, b.weight, float(module.scaling[name]))
-        )
+        used = module.used_rows(name) if hasattr(module, "used_rows") else b.weight
+        plain = path.removeprefix(PEFT_PREFIX)
+        pairs.append(Pair(plain, a.weight, used, float(module.scaling[name]), b.weight))
     return pairs
 
 
@@ -204,8 +209,9 @@ class AdapterSlots:
         tensors: dict[str, torch.Tensor] = {}
         for pair in pairs:
             prefix = PEFT_PREFIX + pair.module
-            tensors[f"{prefix}.lora_A.weight"] = pair.a.detach().to("cpu", dtype, copy=True)
-            scaled = pair.b.detach() * pair.scaling
+            # Whole, also where layers are split: vLLM takes its part.
+            tensors[f"{prefix}.lora_A.weight"] = whole(pair.a).detach().to("cpu", dtype, copy=True)
+            scaled = whole(pair.held).detach() * pair.scaling
             tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
             identity,

@@ -13,6 +13,7 @@ from toolkit.base.errors import ConfigError, ConfigValueError, ToolkitError
 from toolkit.engine import token_generation as generation
 from toolkit.engine.adapter import AdapterSlots
 from toolkit.engine.dequantized import COPIES
+from toolkit.engine.mesh import close_mesh, mesh
 from toolkit.engine.oom_backoff import Part, in_parts
 from toolkit.engine.rollout_request import check_prompts
 from toolkit.engine.sleep import KvSleep
@@ -150,7 +151,13 @@ class Engine:
             wanted = sampling if part.n == sampling.n else replace(sampling, n=part.n)
             return generation.generate(self.llm, part.prompts, wanted, seed, request, part.rows)
 
+        shared = mesh()
         try:
+            if shared is not None:
+                # Not in parts: one of several that runs out of memory leaves the others waiting.
+                rollout = draw(Part(prompts, rows, sampling.n))
+                shared.check_same("completions", rollout.completion_ids)
+                return rollout
             rollout, self._most_at_once = in_parts(
                 draw,
                 Part(prompts, rows, sampling.n),
@@ -239,6 +246,7 @@ class Engine:
             self._adapters.forget()
         self._adapters = self._sleep = self._copies = None
         self._published.clear()
+        close_mesh()  # vLLM takes its groups apart
         shut_down(llm, keep_process_group=not self._owns_process_group)
         del llm
         gc.collect()

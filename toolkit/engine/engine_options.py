@@ -60,20 +60,17 @@ class EngineOptions(ApiEngineSettings):
         """Reject unsupported options before anything heavy is imported.
 
         Raises:
-            UnsupportedError: tensor parallelism with shared weights, or remote code.
+            UnsupportedError: tensor parallelism without shared weights, or remote code.
             ConfigValueError: an ``extra`` argument that the toolkit sets, or that has its own
                 field.
         """
-        if self.tensor_parallel_size != 1 and self.share_weights:
+        if self.tensor_parallel_size != 1 and not self.share_weights:
             raise UnsupportedError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: an engine that"
-                " shares its weights with the trainer holds"
-                " the whole model in one process",
+                f"tensor_parallel_size={self.tensor_parallel_size}: the trainer computes on the"
+                " part of the model that the engine of its process holds, and share_weights is"
+                " false",
                 where="model.tensor_parallel_size",
-                fix=(
-                    "use tensor_parallel_size: 1 (one engine per GPU; several GPUs train data "
-                    "parallel), or share_weights: false"
-                ),
+                fix="set share_weights: true, or tensor_parallel_size: 1",
             )
         if self.trust_remote_code:
             raise UnsupportedError(

@@ -19,10 +19,12 @@ from vllm.model_executor.models.registry import ModelRegistry
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
 from toolkit.base.process_environment import world_size
 from toolkit.config.lora_targets import has_experts
+from toolkit.config.parallel import size_of
 from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.lora_tables import use_table
+from toolkit.engine.mesh import check_world, open_mesh
 from toolkit.engine.process_group import join_group
 from toolkit.engine.vllm_errors import explain
 from toolkit.engine.vllm_internals import device_type
@@ -41,6 +43,8 @@ def start(options: EngineOptions) -> Engine:
     again = _started is not None
     if again:
         make_room()
+    size = size_of(options.tensor_parallel_size)
+    check_world(size)
     device = device_type()
     config = check_model(options, device)
     weight_loader.register()
@@ -59,6 +63,7 @@ def start(options: EngineOptions) -> Engine:
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
+        open_mesh(size)
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _started = weakref.ref(engine)
         if again:
@@ -76,6 +81,18 @@ def start(options: EngineOptions) -> Engine:
         # effect (0.31.0). Restore both, because the trainer runs in this process too.
         torch.set_rng_state(state)
         torch.set_num_threads = set_num_threads
+
+
+def sum_over_gloo() -> None:
+    """Have vLLM's CPU workers add up over torch.distributed (gloo).
+
+    Its own sums over shared memory (``CpuCommunicator``, 0.31.0) wait without end for a process
+    that is gone, and all runs of a machine share one name of the memory under external_launcher.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415 - CPU only
+
+    kind: Any = cpu_communicator.CpuCommunicator
+    kind._all_group_ranks_share_shm_group_name = lambda _: False
 
 
 def make_room() -> None:
@@ -109,6 +126,8 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
     generator, which torch's CPU generators do not support ("CPU Generator does not use offset",
     0.25.1 to 0.31.0).
     """
+    if arguments.get("tensor_parallel_size", 1) > 1:
+        sum_over_gloo()
     arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         del arguments["kv_cache_memory_bytes"]

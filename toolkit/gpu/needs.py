@@ -24,7 +24,6 @@ def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
         (context.required_capability, "--require demands a compute capability"),
         (context.required_free_bytes, "--require demands GPU memory"),
         (context.gpu_index is not None, "--gpu-index names one"),
-        (context.tensor_parallel_size > 1, "tensor_parallel_size above 1 needs GPUs"),
         (
             context.configured
             and context.engine == "vllm"

@@ -19,6 +19,8 @@ from toolkit.base import disk
 from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
+from toolkit.engine.mesh import mesh
+from toolkit.engine.shards import whole
 from toolkit.policy.fingerprint import marks_of
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
@@ -50,7 +52,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     give equal bytes.
 
     The files appear together at the end: after a full disk or a kill, the previous files are
-    unchanged.
+    unchanged. If processes share a model, all of them call it, and the first one writes.
 
     Raises:
         ConfigValueError: the model has no adapter.
@@ -60,11 +62,19 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         raise ConfigValueError(
             "the model has no adapter to save", where="save_lora", fix="call get_peft_model first"
         )
-    target = Path(folder)
+    target, shared, state = Path(folder), mesh(), None
+    if shared is not None:
+        own = model.named_parameters()
+        state = {key: whole(value) for key, value in own if "lora_" in key}
+        if not shared.first:
+            return target
     with beside(target) as work:
         # With this value PEFT does not ask the hub whether the vocabulary has the base's size.
         resized = bool(getattr(model, "toolkit_resized", False))
-        model.save_pretrained(str(work), selected_adapters=[name], save_embedding_layers=resized)
+        more = {} if state is None else {"state_dict": state}
+        model.save_pretrained(
+            str(work), selected_adapters=[name], save_embedding_layers=resized, **more
+        )
         inner = work if name == "default" else work / name
         _sort_config(inner / ADAPTER_CONFIG)
         marks = marks_of(model)

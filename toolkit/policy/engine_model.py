@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from toolkit.base.errors import ConfigValueError
+from toolkit.base.process_environment import world_size
+from toolkit.config import parallel
 from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
@@ -56,6 +59,8 @@ def engine_options(
     """The options of the engine for ``request``. Lengths are in tokens, memory in bytes."""
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
+    size = given["tensor_parallel_size"] = _split(given["tensor_parallel_size"], checkpoint)
+    request = replace(request, engine={**request.engine, "tensor_parallel_size": size})
     given["gpu_memory_utilization"] = _share(checkpoint, request, adapter)
     return EngineOptions(
         model=str(checkpoint.folder),
@@ -81,6 +86,22 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
         where=WHERE,
         fix="load with fast_inference=False",
     )
+
+
+def _split(asked: Any, checkpoint: Checkpoint) -> int:
+    """tensor_parallel_size; "auto" is the smallest size with which the part of the files for one
+    GPU takes at most half of its memory. Sizing resolves "auto" of a run file instead.
+
+    Uses the total memory, not the free memory, so that all processes get the same size.
+    """
+    if asked != "auto":
+        return int(asked)
+    if not torch.cuda.is_available():
+        return 1
+    whole = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+    room = torch.cuda.mem_get_info()[1] // 2
+    legal = parallel.sizes(checkpoint.read_json("config.json"), world_size())
+    return next((size for size in legal if whole <= size * room), legal[-1])
 
 
 def _share(checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None) -> float | Auto:

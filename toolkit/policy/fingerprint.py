@@ -93,8 +93,11 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
     """A digest of names, shapes and a few values of every frozen weight, rounded to bfloat16.
 
     Values are rounded so that a bfloat16 checkpoint has the same digest in every dtype. None for
-    quantized weights. ``tied_twice`` lists tied weights under each of their names.
+    quantized weights, and for a part of a model. ``tied_twice`` lists tied weights under each of
+    their names.
     """
+    if getattr(_base(model), "toolkit_mesh", None) is not None:
+        return None
     digest = hashlib.sha256()
     for name, parameter in _base(model).named_parameters(remove_duplicate=not tied_twice):
         if not name.endswith("weight") or any(part in name for part in TRAINED):

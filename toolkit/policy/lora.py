@@ -32,6 +32,7 @@ from toolkit.base.errors import (
     first_line,
 )
 from toolkit.config.adapter_facts import KEPT, other_fields
+from toolkit.engine.shards import part, whole
 from toolkit.policy.adapted_layers import experts_of, refuse_experts
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
@@ -164,18 +165,29 @@ def _plain_set(config: Any, name: str) -> Any:
 
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names in its file, on their device, not copied."""
+    """The adapter's tensors by the names in its file, on their device, not copied. If processes
+    share a model, they are joined from their parts, and all of the processes call it.
+    """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
     )
-    return tensors
+    cut = _parameters(model, name)
+    return {key: whole(tensor, cut.get(key)) for key, tensor in tensors.items()}
+
+
+def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """The parameters of an adapter under the names that its file has."""
+    own = ((key.replace(f".{name}.", "."), value) for key, value in model.named_parameters())
+    return {key: value for key, value in own if "lora_" in key}
 
 
 def set_adapter_tensors(
     model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
 ) -> None:
     """Write ``tensors`` (checked against ``adapter_tensors`` by the caller) into the adapter."""
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+    cut = _parameters(model, name)
+    own = {k: part(v, cut[k]) if k in cut else v for k, v in tensors.items()}
+    set_peft_model_state_dict(model, own, adapter_name=name)
 
 
 @torch.no_grad()

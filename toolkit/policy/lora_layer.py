@@ -15,6 +15,8 @@ from torch import nn
 
 from toolkit.policy.adapted_linear import adapted_linear, adapted_packed
 from toolkit.policy.bnb_layers import FourBitBase, four_bit_dtype
+from toolkit.policy.tensor_parallel.layers import SplitLinear
+from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 
 
 class FastForward(nn.Module):
@@ -104,6 +106,8 @@ def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) ->
     PEFT's layer is used for other subclasses, and for layers that a hook of accelerate moves.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if type(base) is SplitLinear:
+        return SplitLoraLinear(target, adapter_name, config=config, **kwargs)
     if four_bit_dtype(base) is not None and kwargs.get("loaded_in_4bit"):
         hooked = hasattr(base, "_hf_hook") or kwargs.get("parameter_name") is not None
         return None if hooked else _four_bit_layer(target, base, adapter_name, config, kwargs)

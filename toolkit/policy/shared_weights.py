@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
+from toolkit.engine.cuts import EngineCuts
 from toolkit.engine.live_weights import borrow, engine_name, is_packed, logical_shape
+from toolkit.engine.mesh import mesh
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.base_sums import AT_LOAD, base_sums
 from toolkit.policy.bnb_layers import mark_4bit, replace_linear
 from toolkit.policy.skeleton import empty_model
+from toolkit.policy.tensor_parallel.split import split_model
 from toolkit.policy.weight_names import FALLBACK, WHY_SHARE, Sources, plan_views, stored_names
 
 if TYPE_CHECKING:
@@ -63,6 +66,8 @@ def shared_model(
         )
     model = empty_model(engine, attn_implementation)
     refuse_two_ropes(engine, model)
+    if (shared := mesh()) is not None:
+        split_model(model, EngineCuts(engine.module), shared)
     live = borrow(engine.module)
     refuse_unfit(model, live)
     bind(model, live, engine)

@@ -148,8 +148,8 @@ def _model(case: Case, fit: Fit) -> ModelPart:
     return ModelPart(
         name=spec.name,
         architecture=spec.architecture,
-        parameters=spec.parameters,
-        trainable_parameters=case.work.adapter_parameters(spec),
+        parameters=case.whole.parameters,
+        trainable_parameters=case.work.adapter_parameters(case.whole),
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
@@ -193,7 +193,7 @@ def _notes(case: Case, fit: Fit) -> list[str]:
         notes.append("lora.target_modules names no layer of this model: no adapter is counted")
     if case.plan.tensor_parallel > 1 and case.work.uses_engine:
         notes.append(
-            f"tensor_parallel_size {case.plan.tensor_parallel}: weights and KV divided evenly"
+            f"tensor_parallel_size {case.plan.tensor_parallel}: all bytes are those of one card"
         )
     return notes
 
@@ -268,6 +268,7 @@ def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Ch
         kv_cache_bytes=fit.kv,
         dequantized_rollouts=_dequantized(case),
         target_modules=case.work.targets,
+        tensor_parallel_size=case.plan.tensor_parallel,
         # Where rows are written, they bound a pass, at the width of what was sampled.
         pack_tokens=case.step.pack_tokens if is_auto(case.config.grpo) else None,
     )

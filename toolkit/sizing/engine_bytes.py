@@ -15,6 +15,7 @@ from toolkit.base.formatting import MIB
 from toolkit.config.graph_sizes import graph_sizes
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
+from toolkit.sizing.split import communication_terms
 from toolkit.sizing.terms import Term
 from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
 
@@ -35,11 +36,9 @@ SAMPLER_BYTES = 18
 
 
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
-    """Every term except KV."""
+    """Every term but KV; ``spec`` is what one card holds (``split.one_card``)."""
     width = DTYPE_BYTES[plan.dtype]
-    # With several GPUs each holds its share. A of a LoRA slot is complete on all of them; B is
-    # split.
-    weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True) // plan.tensor_parallel
+    weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
     how = plan.quantization.method if plan.quantization else plan.dtype
     how = "as stored" if spec.weights_by_headers else how
     terms = [
@@ -54,6 +53,7 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
             sum(table.nbytes(width) for table in spec.rope_tables),
             f"cosines and sines of {' and '.join(str(t.rows) for t in spec.rope_tables)} positions",
         ),
+        *communication_terms(plan.tensor_parallel, on_gpu=plan.on_gpu),
     ]
     if plan.on_gpu:
         graphs = len(graph_sizes(plan.max_num_seqs, plan.max_num_batched_tokens))
@@ -153,11 +153,10 @@ def kv_element_bytes(plan: EnginePlan) -> int:
 
 def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
     """KV of one sequence as the engine allocates it."""
-    whole = kv_bytes.sequence_bytes(
+    return kv_bytes.sequence_bytes(
         spec,
         tokens,
         kv_element_bytes(plan),
         block_tokens=plan.block_tokens,
         batched_tokens=plan.max_num_batched_tokens,
     )
-    return whole // plan.tensor_parallel

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.kv_cache import CPU_BLOCK, GPU_BLOCK
 from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.parallel import size_of
 from toolkit.sizing import lora_bytes
 from toolkit.sizing.weight_bytes import format_on_load
 
@@ -92,5 +93,5 @@ def plan_engine(
         share_weights=model.share_weights,
         block_tokens=CPU_BLOCK if device is None else GPU_BLOCK,
         lora_modules=lora_bytes.slot_modules(work.targets),
-        tensor_parallel=max(model.tensor_parallel_size, 1),
+        tensor_parallel=size_of(model.tensor_parallel_size) if work.uses_engine else 1,
     )

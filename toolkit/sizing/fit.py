@@ -94,10 +94,13 @@ CPU_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """All inputs of one evaluation."""
+    """Everything that one evaluation needs. ``spec`` is what one card holds of ``whole``: all of
+    it, unless the model is split.
+    """
 
     config: RunConfig
     spec: ModelSpec
+    whole: ModelSpec
     device: Device | None
     work: Workload
     plan: EnginePlan

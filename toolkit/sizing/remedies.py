@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT, build_problem
 from toolkit.base.formatting import format_bytes
+from toolkit.config import parallel
 from toolkit.config.lora_ranks import LEGAL_RANKS
 from toolkit.gpu.cards import CARDS
 from toolkit.sizing.device import Device
 from toolkit.sizing.lora_bytes import legal_rank
 from toolkit.sizing.micro_batch import ACCUMULATION, MICRO, divisors
 from toolkit.sizing.result import Remedy
+from toolkit.sizing.split import facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +52,7 @@ HARM = {
 }
 _SHORTEST = 128  # completions and prompts are not shortened below it
 _MOST_STEPS = 40
+MOST_CARDS = 8  # of one node, over which a model is split
 _UNKNOWN_PROMPT = 1024  # reserved for prompts of unknown length
 
 
@@ -84,6 +87,7 @@ def remedies_for(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
         if left < short:
             found.append(_remedy(change, short, left))
     found += _second_card(config, case, short, attempt)
+    found += _split_model(config, case, short, attempt)
     found += _larger_card(config, case, short, attempt)
     if not any(one.enough and one.harm <= ADAPTER for one in found):
         together = _together(config, attempt)
@@ -256,10 +260,7 @@ def _has(case: Case, needed: tuple[int, int]) -> bool:
 
 
 def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """Two cards of this kind, each with half of the micro-batch, so the steps do not change.
-
-    (Splitting one model over two cards needs a second copy of the weights and saves nothing.)
-    """
+    """Two cards of this kind, each with half of the micro-batch, so the steps do not change."""
     micro, accumulation = case.step.micro_batch, case.step.accumulation
     if case.device is None or case.step.world_size > 1 or micro % 2:
         return []
@@ -272,6 +273,29 @@ def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
     if left >= short:
         return []
     return [replace(_remedy(change, short, left), world_size=2)]
+
+
+def _split_model(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
+    """The smallest number of cards of this kind that hold the run with the model split over them;
+    the batch stays what it is.
+    """
+    written = config.model.tensor_parallel_size
+    if case.device is None or not case.work.uses_engine or written not in (1, "auto"):
+        return []
+    replicas = case.step.world_size // case.plan.tensor_parallel
+    for size in parallel.sizes(facts_of(case.whole), MOST_CARDS)[1:]:
+        world = size * replicas
+        if size <= case.plan.tensor_parallel or size & (size - 1):
+            continue
+        change = _Change(
+            HARDWARE,
+            f"{world} cards (--world-size {world}) with tensor_parallel_size {size}",
+            {"model.tensor_parallel_size": size},
+        )
+        left = attempt(change.applied(config), world)[1].short
+        if left <= 0:
+            return [replace(_remedy(change, short, left), world_size=world)]
+    return []
 
 
 def _larger_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:

@@ -136,6 +136,7 @@ class Choice:
     kv_cache_bytes: int | None
     dequantized_rollouts: bool | int
     target_modules: tuple[str, ...] | str
+    tensor_parallel_size: int = 1
     pack_tokens: int | None = None
 
 

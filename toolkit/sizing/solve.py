@@ -11,6 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
+from toolkit.config import parallel
 from toolkit.config.resolved import resolve_run
 from toolkit.config.trl_names import LIGER, installed
 from toolkit.sizing.assemble import assemble
@@ -20,10 +21,11 @@ from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
 from toolkit.sizing.fit import Case, evaluate
 from toolkit.sizing.longest import longest_that_fits
-from toolkit.sizing.micro_batch import divisors
+from toolkit.sizing.micro_batch import batch_of, count, divisors
 from toolkit.sizing.packs import budgets, passes, uses_packs, whole_tokens
 from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
+from toolkit.sizing.split import facts_of, one_card
 from toolkit.sizing.step_time import added_seconds, training_seconds
 from toolkit.sizing.trainer_bytes import StepPlan, compute_bytes, is_packed
 from toolkit.sizing.workload import read_workload
@@ -83,12 +85,54 @@ def best_case(
 
     If none is suitable: with the smallest micro-batch, the one that fits with the widest interval,
     else the one that is closest to fitting. Candidates vary checkpointing and KV sleep, each with
-    its largest suitable micro-batch.
+    its largest suitable micro-batch. With
+    tensor_parallel_size auto: the smallest number of cards with which the run fits.
     """
+    numbers = _splits(config, spec, device, world_size)
+    tried: list[tuple[Case, Fit]] = []
+    for number in numbers:
+        model = replace(config.model, tensor_parallel_size=number)
+        tried.append(_best_way(replace(config, model=model), spec, device, world_size))
+        if tried[-1][1].short <= 0:
+            return tried[-1]
+    return min(tried, key=lambda pair: pair[1].short)
+
+
+def _splits(
+    config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
+) -> list[int]:
+    """The tensor_parallel_size that is written, or those to try: with each, groups of completions
+    are dealt evenly.
+    """
+    written = config.model.tensor_parallel_size
+    if written != "auto":
+        return [written]
+    run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
+    if run.engine == "transformers" or not config.model.share_weights:
+        return [1]
+    numbers = parallel.sizes(facts_of(spec), world_size)
+    return [one for one in numbers if _deals_evenly(config, world_size // one)] or [1]
+
+
+def _deals_evenly(config: RunConfig, replicas: int) -> bool:
+    """Whether ``replicas`` can share a generation in whole groups."""
+    try:
+        _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=replicas)
+        return own * replicas % count(config.grpo, "num_generations") == 0
+    except ConfigError:
+        return False
+
+
+def _best_way(
+    config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
+) -> tuple[Case, Fit]:
+    """``best_case`` of one tensor_parallel_size."""
     run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
     config = run.config
+    whole = spec
     work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
+    spec = one_card(whole, plan.tensor_parallel)
     if work.uses_engine:
         plan = plan.with_copies(written_copies(config, spec, plan))
     _check_cache(config, spec, work, plan)
@@ -107,7 +151,15 @@ def best_case(
             most = min(most, max(whole_tokens(work), work.sequence))
             step = replace(step, pack_tokens=most, passes=passes(work, most))
         step = replace(step, fused=fused, on_gpu=device is not None)
-        case = Case(config=config, spec=spec, device=device, work=work, plan=chosen, step=step)
+        case = Case(
+            config=config,
+            spec=spec,
+            whole=whole,
+            device=device,
+            work=work,
+            plan=chosen,
+            step=step,
+        )
         return case, evaluate(case)
 
     ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]

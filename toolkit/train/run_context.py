@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from toolkit.base.formatting import format_bytes, format_parameters
 from toolkit.base.paths import write_file
+from toolkit.config import parallel
 from toolkit.gpu import devices
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.from_config import choose_engine
 from toolkit.policy.merged_export import write_model
+from toolkit.train.checkpointing.checkpoint import split_of
 from toolkit.train.process_control import world_size
 from toolkit.train.report import manifest, write_report
 from toolkit.train.report.progress import number
@@ -84,7 +86,8 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         if config.model.full_finetuning
         else f"adapter  r {config.lora.r}, {trained}",
         f"engine   {choose_engine(config)} on {place}"
-        + (f", {world_size()} processes" if world_size() > 1 else ""),
+        + (f", {world_size()} processes" if world_size() > 1 else "")
+        + _groups(config),
         *_copies(context.preflight.sizing),
         *(f"gpus     {line}" for line in unused_gpus(context.preflight.snapshot)),
         *(f"data     {line}" for line in context.data.report.lines()),
@@ -94,6 +97,11 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         lines.insert(-1, f"held out {plan(config, options.evaluate)}")
     if found is not None:
         lines.append(f"resume   {found}")
+        now, then = parallel.size_of(config.model.tensor_parallel_size), split_of(found)
+        if now != then:
+            lines.append(
+                f"         written with tensor_parallel_size {then}, now {now}: equal to rounding"
+            )
     options.out.write("\n".join(lines) + "\n")
     options.out.flush()
 
@@ -104,6 +112,15 @@ def _copies(sizing: SizingResult) -> list[str]:
         return [f"rollouts {sizing.engine.copies_note}"]
     copies = sizing.engine.copies_bytes
     return [f"rollouts {format_bytes(copies)} of 16-bit copies of 4-bit weights"] if copies else []
+
+
+def _groups(config: RunConfig) -> str:
+    """How the processes share the model, where they do."""
+    size = parallel.size_of(config.model.tensor_parallel_size)
+    if size == 1:
+        return ""
+    replicas = parallel.replicas(world_size(), size)
+    return f": {replicas} of {size} that share a model" if replicas > 1 else " that share a model"
 
 
 def unused_gpus(snapshot: NodeSnapshot) -> list[str]:

@@ -16,8 +16,10 @@ import torch
 import trl
 
 from toolkit.base.errors import ConfigValueError
+from toolkit.engine.mesh import by_first, mesh
 from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
+from toolkit.policy.tensor_parallel.norm import clip_whole
 from toolkit.train import policy_setup, script
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
@@ -171,8 +173,13 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         self._logs["extra"].clear()  # of the previous generation: a reward need not log every time
+        rewards = super()._calculate_rewards
         with self.timers("reward_s"):
-            return super()._calculate_rewards(*args, **kwargs)
+            if mesh() is None:
+                return rewards(*args, **kwargs)
+            # On the host: a device of another process is not this one's.
+            found = by_first(lambda: rewards(*args, **kwargs).cpu())
+            return found.to(self.accelerator.device)
 
     # --- TRL's extra forward pass, skipped if the training forward computes the same numbers
 
@@ -240,10 +247,18 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 return loss_in_parts(self, model, inputs, parts, lambda part: loss(model, part))
             return loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """transformers'; where processes share a model, by the norm of the whole adapter."""
+        if mesh() is None:
+            return super()._clip_grad_norm(model)
+        return clip_whole(model.parameters(), self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last method before the optimizer step: a step with NaN or infinite values is skipped
         here.
         """
+        if grad_norm is None and mesh() is not None:
+            grad_norm = clip_whole(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False
         if self._any_rank(bad):

@@ -72,6 +72,18 @@ def test_resolving_twice_gives_the_same() -> None:
     assert replace(again, asked_dtype=once.asked_dtype) == once
 
 
+@pytest.mark.parametrize(
+    ("engine", "size", "replicas"),
+    [("vllm", 2, 2), ("vllm", 4, 1), ("vllm", "auto", 4), ("vllm", 3, 4), ("transformers", 2, 4)],
+)
+def test_processes_that_share_a_model_are_one_replica(
+    engine: str, size: Any, replicas: int
+) -> None:
+    here = Situation(world_size=4, device=NEW, vllm=True)
+    resolved = resolve_run(run(engine=engine, tensor_parallel_size=size), here)
+    assert (resolved.world_size, resolved.replicas) == (4, replicas)
+
+
 def test_what_only_vllm_reads_is_not_asked_of_the_node() -> None:
     written = {"gpu_memory_utilization": 0.7, "float8_kv_cache": True, "tensor_parallel_size": 2}
     here = Situation(device=NEW, vllm=True)

@@ -63,7 +63,11 @@ def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"tensor_parallel_size": 2}, UnsupportedError, "one process"),
+        (
+            {"tensor_parallel_size": 2, "share_weights": False},
+            UnsupportedError,
+            "part of the model",
+        ),
         ({"trust_remote_code": True}, UnsupportedError, "remote code"),
         ({"extra": {"load_format": "dummy"}}, ConfigValueError, "load_format"),
         ({"extra": {"max_loras": 2}}, ConfigValueError, "has its own field"),
@@ -73,7 +77,7 @@ def test_what_cannot_be_served_is_refused_at_once(changes: dict, error: type, te
     with pytest.raises(error, match=text) as caught:
         EngineOptions(model="m", **changes)
     assert caught.value.fix
-    EngineOptions(model="m", tensor_parallel_size=2, share_weights=False)
+    EngineOptions(model="m", tensor_parallel_size=2)
 
 
 def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,10 @@ from toolkit.gpu.checks import (
     choose,
     context_from_json,
     exit_code,
+    run_checks,
 )
 from toolkit.gpu.checks.driver import cuda_of
-from toolkit.gpu.reading import of
+from toolkit.gpu.reading import failed, of
 from toolkit.gpu.snapshot_json import node_from_json, node_to_json
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def test_every_check_is_seen_in_trouble_by_a_fixture_or_a_test_here() -> None:
     troubled = {name for case in cases.names() for name in cases.load(case).expect["not_ok"]}
     here = {
         "driver.required", "devices.index", "software.lock", "model.weights", "model.config",
-        "model.tokenizer", "model.architecture", "place.wsl",
+        "model.tokenizer", "model.architecture", "place.wsl", "speed.group_link",
     }  # fmt: skip
     assert set(catalogue()) - troubled - here == set()
 
@@ -234,3 +235,16 @@ def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
     # Two ranks on a machine without a card talk over sockets.
     ranks = CheckContext(configured=True, engine="transformers", world_size=2)
     assert verdict(with_shm("cpu", small), "host.shm", ranks).verdict == "warn"
+
+
+def test_cards_that_share_a_model_want_nvlink() -> None:
+    node = snapshot_of("h100x8-healthy")
+    group = CheckContext(configured=True, tensor_parallel_size=2, world_size=2)
+    assert verdict(node, "speed.group_link", group).verdict == "ok"
+    slow = replace(node, gpus=tuple(replace(gpu, nvlinks=of([])) for gpu in node.gpus))
+    result = verdict(slow, "speed.group_link", group)
+    assert result.verdict == "warn"
+    assert "the 2 cards that share the model talk over PCIe" in result.evidence
+    hidden = replace(node, gpus=tuple(replace(gpu, nvlinks=failed("driver")) for gpu in node.gpus))
+    assert verdict(hidden, "speed.group_link", group).verdict == "unknown"
+    assert "speed.group_link" not in {one.id for one in run_checks(node, CheckContext())}

@@ -6,6 +6,7 @@ from toolkit.config.kv_cache import least_cache_bytes
 from toolkit.config.lora_targets import text_part
 from toolkit.sizing import kv_bytes
 from toolkit.sizing.spec import spec_from_values
+from toolkit.sizing.split import one_card
 
 UNIFORM = ("Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B")
 
@@ -20,3 +21,15 @@ def test_the_rule_refuses_nothing_that_the_sizer_takes(shape) -> None:
         assert least is None or 0 < least <= exact
         if any(name in shape["id"] for name in UNIFORM):
             assert least == exact
+
+
+def test_each_card_has_its_part_of_the_heads_and_at_least_one(spec_of) -> None:
+    name = "Qwen/Qwen2.5-1.5B-Instruct"  # 2 KV heads
+    text = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+    for cards in (1, 2, 4):
+        least = least_cache_bytes(
+            {**text, "head_dim": 128}, tokens=4096, element_bytes=2, block_tokens=16, cards=cards
+        )
+        part = one_card(spec_of(name), cards)
+        exact = sum(kv_bytes.sequence_bytes(part, n, 2, block_tokens=16) for n in (4096, 1))
+        assert least == exact

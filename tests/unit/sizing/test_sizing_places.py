@@ -133,15 +133,6 @@ def test_grpo_stays_read_only(spec_of, card, run):
     assert isinstance(filled.grpo, MappingProxyType)
 
 
-def test_tensor_parallel_shares_the_weights(spec_of, card, run):
-    config = run(share_weights=False, tensor_parallel_size=2, checkpointing=True)
-    one = solve(run(share_weights=False, checkpointing=True), spec_of(ONE_B), card("h100"))
-    two = solve(config, spec_of(ONE_B), card("h100"))
-    assert term(two, "engine.weights") == term(one, "engine.weights") // 2
-    assert term(two, "trainer.weights") == term(one, "trainer.weights")
-    assert any("tensor_parallel_size 2" in note for note in two.model.notes)
-
-
 @pytest.mark.parametrize(
     ("capability", "dtype"), [((9, 0), "bfloat16"), ((7, 5), "float16"), ((0, 0), "bfloat16")]
 )

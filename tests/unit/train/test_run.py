@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trainer_helpers import make_trainer
 
-from toolkit.train.run import total_steps
+from toolkit.train.run_end import total_steps
 
 LEFT_OVER = {"steps_per_generation": 1, "gradient_accumulation_steps": 5}  # of 12 an epoch
 

@@ -160,7 +160,7 @@ _OURS = {
     for row in (
         Row("output_dir", "runtime.output_dir"),
         Row("trust_remote_code", "model.trust_remote_code"),
-        Row("vllm_tensor_parallel_size", None, "an engine is on one GPU"),
+        Row("vllm_tensor_parallel_size", None, "model.tensor_parallel_size splits the trainer too"),
         Row("bf16", None, _FORMAT),
         Row("fp16", None, _FORMAT),
         Row("bf16_full_eval", None, _FORMAT),

@@ -13,9 +13,9 @@ __all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "jud
 _THEMES = (
     "batch", "batch_auto", "rows", "sampling", "generation_kwargs", "training", "schedule",
     "scheduler", "optimizer", "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
-    "lora_layers", "lora_start", "experts", "loading", "kv_cache", "features", "model_files",
-    "hardware", "keys", "secrets", "rewards", "environment", "data", "given", "runtime", "formats",
-    "structural",
+    "lora_layers", "lora_start", "experts", "loading", "tensor_parallel", "kv_cache", "features",
+    "model_files", "hardware", "keys", "secrets", "rewards", "environment", "data", "given",
+    "runtime", "formats", "structural",
 )  # fmt: skip
 
 

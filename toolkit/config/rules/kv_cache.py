@@ -40,15 +40,16 @@ def cache_holds_a_sequence(run: Run) -> Iterator[Fault]:
     dtype = dtype_of(run.ask("model.dtype"), run.situation, grpo=halves)
     device = run.situation.device
     on_cpu = device is not None and device.compute_capability is None
+    split = run.ask("model.tensor_parallel_size")
     least = least_cache_bytes(
         run.model.text,
         tokens=length,
         element_bytes=1 if run.ask("model.float8_kv_cache") else ELEMENT_BYTES.get(dtype, 2),
         block_tokens=CPU_BLOCK if on_cpu else GPU_BLOCK,
+        cards=run.processes if split == "auto" else max(split, 1),
     )
     if least is None:
         return
-    least //= max(run.ask("model.tensor_parallel_size"), 1)
     if written < least:
         yield Fault(
             _CACHE,

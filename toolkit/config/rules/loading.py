@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Severity
@@ -71,64 +70,6 @@ def engine_conditions(run: Run) -> Iterator[Fault]:
                 related=(key,),
                 severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
             )
-
-
-@rule(
-    "LOAD006",
-    "model.tensor_parallel_size",
-    example="model:\n  tensor_parallel_size: 3",
-    fix="tensor_parallel_size: 1",
-)
-def heads_and_world_divide(run: Run) -> Iterator[Fault]:
-    """tensor_parallel_size divides the model's attention heads, and the world size.
-
-    Each GPU of an engine holds whole attention heads, and each engine belongs to a whole number of
-    processes. Heads are checked when the model is on this machine; the world size is --world-size.
-    """
-    key = "model.tensor_parallel_size"
-    split = run.value(key)
-    if split == 1:
-        return
-    heads = run.model.heads if run.model is not None else None
-    if heads is not None and heads % split:
-        yield Fault(
-            key,
-            f"{split} does not divide the model's {heads} attention heads",
-            fixes=(run.to(key, gcd(heads, run.world_size) if run.world_size > 1 else 1),),
-        )
-    elif run.world_size % split:
-        yield Fault(
-            key,
-            f"{split} does not divide the world size {run.world_size}",
-            notes=("torchrun sets the world size; give it here with --world-size",),
-            fixes=(run.to(key, 1),),
-        )
-
-
-@rule(
-    "LOAD011",
-    "model.tensor_parallel_size model.share_weights",
-    example="model:\n  tensor_parallel_size: 2  # with share_weights: true, the default",
-    fix="tensor_parallel_size: 1",
-)
-def one_process_holds_the_model(run: Run) -> Iterator[Fault]:
-    """tensor_parallel_size above 1 needs share_weights: false.
-
-    An engine that shares its weights with the trainer holds the whole model in one process. To use
-    more GPUs, start data-parallel processes with torchrun: one engine per GPU.
-    """
-    split = run.value("model.tensor_parallel_size")
-    if split > 1 and run.value("model.share_weights") and run.engine == "vllm":
-        yield Fault(
-            "model.tensor_parallel_size",
-            f"{split} cannot be used while engine and trainer share one copy of the weights",
-            notes=(run.operand("model.share_weights"),),
-            fixes=(
-                run.to("model.tensor_parallel_size", 1),
-                run.to("model.share_weights", False),
-            ),
-            related=("model.share_weights",),
-        )
 
 
 @rule(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+from toolkit.config import parallel
 from toolkit.config.document import Document, KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, rename
 from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
@@ -45,9 +46,15 @@ class Run:
         self._nodes: dict[str, Node | None] = {}
 
     @property
-    def world_size(self) -> int:
-        """The number of training processes."""
+    def processes(self) -> int:
+        """How many processes the run has."""
         return self.situation.world_size
+
+    @property
+    def world_size(self) -> int:
+        """How many processes, or groups of them that share one model, have rows of their own."""
+        size = self.ask(parallel.KEY)
+        return parallel.replicas(self.processes, size if self.engine != "transformers" else 1)
 
     def node(self, path: str) -> Node | None:
         """The node of a key; None if the key is not written."""

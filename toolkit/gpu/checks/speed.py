@@ -130,6 +130,24 @@ def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     return ok("peer access between all")
 
 
+def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
+    """The cards that share a model are linked by NVLink."""
+    size = context.tensor_parallel_size
+    if size < 2 or len(snapshot.gpus) < 2:
+        return None
+
+    def look(gpu: GpuSnapshot) -> Outcome | None:
+        links = gpu.nvlinks.value
+        if links is None:
+            return unread(gpu.nvlinks, "NVLink")
+        up = sum(bool(state) for state in links)
+        if up:
+            return ok(f"{up} NVLinks to the cards that share the model")
+        return warn(f"no NVLink: the {size} cards that share the model talk over PCIe")
+
+    return each(judged_cards(snapshot, context), look)
+
+
 _ROWS = (
     (
         "speed.throttle",
@@ -172,6 +190,14 @@ _ROWS = (
         "Without peer access NCCL copies through the host.",
         "check the topology (`nvidia-smi topo -m`), IOMMU and ACS settings",
         p2p,
+    ),
+    (
+        "speed.group_link",
+        "Cards that share a model have NVLink between them",
+        "With model.tensor_parallel_size above 1 the cards of a group add up their results four "
+        "times a layer and training step, and twice a layer for each token that is drawn.",
+        "use cards with NVLink, or a tensor_parallel_size as small as the memory allows",
+        group_link,
     ),
 )
 CHECKS = checks_of(_ROWS, about_node=("speed.throttle", "speed.pcie"))

@@ -213,21 +213,30 @@ def _is_ours(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (CHECKSUMS, STATE))
 
 
-def refuse_other_world(folder: Path, processes: int) -> None:
-    """Check the number of processes: a checkpoint has the state of each one, with its buffered
-    rollouts and random generators.
+def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
+    """Check the number of processes: a checkpoint has the state of each process with its own rows,
+    with its buffered rollouts and random generators; ``size`` processes that share a model have the
+    same state.
 
     Raises:
         ConfigError: another number of processes wrote it.
     """
     then = read_state(folder, "world_size", int)
-    if then != processes:
+    if then != replicas:
+        one, several = ("process", "processes") if size == 1 else ("replica", "replicas")
         raise ConfigError(
-            f"written by {then} process{'es' if then > 1 else ''}, this run has {processes}",
+            f"written by {then} {several if then > 1 else one}, this run has {replicas}",
             where=str(folder),
-            fix=f"start {then} (on one node: --nproc-per-node {then}), or begin another run with "
-            "--output-dir",
+            fix=f"start {then * size} (on one node: --nproc-per-node {then * size}), or begin "
+            "another run with --output-dir",
         )
+
+
+def split_of(folder: Path) -> int:
+    """Over how many processes the model was split when a checkpoint was written."""
+    state = read_json(folder, STATE)
+    size = state.get("tensor_parallel_size", 1) if isinstance(state, dict) else 1
+    return size if isinstance(size, int) else 1
 
 
 def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:

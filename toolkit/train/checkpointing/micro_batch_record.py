@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
+from toolkit.config import parallel
 from toolkit.sizing.micro_batch import ACCUMULATION, GENERATION, MICRO, batch_of, count, is_auto
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.checkpointing.run_directory import PACK_TOKENS
@@ -40,7 +41,9 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     tokens = then.get(PACK_TOKENS, config.runtime.pack_tokens)
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
-    whole = micro * accumulation * world_size()
+    written = config.model.tensor_parallel_size
+    size = checkpoint.split_of(found) if written == "auto" else written
+    whole = micro * accumulation * parallel.replicas(world_size(), size)
     same = whole == config.grpo.get(GENERATION)
     return _with(config, cut, tokens) if same else config
 

@@ -12,9 +12,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
+from toolkit.engine.mesh import mesh
 from toolkit.train.checkpointing import rollback, trainer_state
 from toolkit.train.checkpointing.branch import Branch, choose, rotate
 from toolkit.train.checkpointing.checkpoint import list_steps
+from toolkit.train.process_control import is_first_rank
 from toolkit.train.step import step_errors
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def _any_rank(self, flag: int) -> int:
         """The largest flag of all ranks."""
+        if (shared := mesh()) is not None:
+            return shared.largest(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
             return flag
         mine = torch.tensor([int(flag)], device=self.accelerator.device)
@@ -93,7 +97,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             source = None
         elif source is not None:
             trainer_state.check(self, source)  # before anything is moved
-        if self.accelerator.is_main_process and run_dir.is_dir():
+        if is_first_rank() and run_dir.is_dir():
             start = rollback.begin(run_dir, source, with_logs=False)
             for line in start.notes:
                 step_errors.logger.warning("%s", line)
@@ -107,7 +111,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.signals is not None:
             self.snapshot = trainer_state.take(self)
-            alone = self.accelerator.num_processes == 1
+            alone = self.accelerator.num_processes == 1 and mesh() is None
             if alone and self.signals.number and self._saved_step == self.state.global_step:
                 # The signal came while the checkpoint was written: stop at once.
                 self.stopping = self.control.should_training_stop = True
@@ -139,7 +143,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     def _find_place(self) -> None:
         """The path to which the run folder was moved, as found by the first rank."""
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
-        if self.accelerator.num_processes > 1:
+        if (shared := mesh()) is not None:
+            found = [shared.from_first_of_all(found[0])]
+        elif self.accelerator.num_processes > 1:
             broadcast_object_list(found)
         self._place = found[0]
 
@@ -161,6 +167,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """
         adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
         return adapted and not self._sharded()
+
+    def is_world_process_zero(self) -> bool:
+        """transformers'; of the processes that share a model the first reports."""
+        shared = mesh()
+        return bool(super().is_world_process_zero() and (shared is None or shared.first))
 
     def _sharded(self) -> bool:
         """True if no process has the whole model."""
@@ -191,7 +202,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             return
         trainer_state.save(self, snapshot, self.run_dir)
         self._saved_step = step
-        if self.accelerator.is_main_process:
+        if is_first_rank():
             self._rotate(self.run_dir, step)
         self.accelerator.wait_for_everyone()
 

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
     "grpo.trackio_space_id",
     "grpo.trackio_bucket_id",
     "grpo.trackio_static_space_id",
+    # Exact to rounding, which the run says (run_context.introduce).
+    "model.tensor_parallel_size",
 )
 """Keys that may differ when a run is resumed, because they do not change any number that the run
 computes.

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from toolkit.base.errors import ConfigError, UnsupportedError
+from toolkit.engine.shards import part, shard_of, whole, whole_shape
 from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 Tensors = dict[str, torch.Tensor]
 
@@ -102,6 +103,44 @@ def trainable(model: Any) -> Tensors:
     return {stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def whole_trainable(model: Any) -> Tensors:
+    """``trainable``, put together where processes share a model: all of them call it."""
+    return {name: whole(parameter) for name, parameter in trainable(model).items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict, with the state of parameters that are cut put together: as one process would
+    have it.
+    """
+    return _state_as(optimizer, optimizer.state_dict(), whole)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Undo ``optimizer_state``: of each state that is cut, this process's part."""
+    optimizer.load_state_dict(_state_as(optimizer, state, part))
+
+
+def _state_as(
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    change: Callable[[torch.Tensor, Any], torch.Tensor],
+) -> dict[str, Any]:
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    if not any(shard_of(one) for one in parameters):
+        return state
+    changed = {}
+    for number, held in state["state"].items():
+        like = parameters[number]
+        shapes = (like.shape, whole_shape(like))
+        changed[number] = {
+            name: change(value, like)
+            if isinstance(value, torch.Tensor) and value.shape in shapes
+            else value
+            for name, value in held.items()
+        }
+    return {**state, "state": changed}
+
+
 def copy_into(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], where: str
 ) -> None:
@@ -120,7 +159,7 @@ def copy_into(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
+            parameter.copy_(part(stored[name], parameter))
 
 
 def difference(
@@ -132,10 +171,10 @@ def difference(
     if extra := sorted(set(stored) - set(parameters)):
         return f"{len(extra)} tensors are unexpected, the first is {extra[0]}"
     for name, parameter in parameters.items():
-        if parameter.shape != stored[name].shape:
+        if whole_shape(parameter) != stored[name].shape:
             return (
                 f"{name} has shape {list(stored[name].shape)}, but the model needs "
-                f"{list(parameter.shape)}"
+                f"{list(whole_shape(parameter))}"
             )
         if not torch.isfinite(stored[name]).all():
             return f"{name} has NaN or infinite values"

@@ -23,6 +23,7 @@ from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_lin
 from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
+from toolkit.engine.mesh import mesh
 from toolkit.policy.adapter_io import read_tensors
 from toolkit.train.checkpointing import checkpoint, rates
 from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
@@ -32,13 +33,17 @@ from toolkit.train.checkpointing.state_files import (
     copy_into,
     flatten,
     generators,
+    load_optimizer,
+    optimizer_state,
     restore_generators,
     trainable,
     unflatten,
+    whole_trainable,
 )
+from toolkit.train.process_control import is_first_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -86,9 +91,9 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
     )
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
     """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors); equal
-    values give equal bytes.
+    values give equal bytes. ``tensors`` are its values, if ``model`` has only a part of them.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
@@ -103,8 +108,9 @@ def save_adapter(model: Any, folder: Path) -> None:
     write_file(
         folder / "adapter_config.json", json.dumps(described, indent=2, sort_keys=True) + "\n"
     )
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
-    save_file(tensors, str(folder / ADAPTER), metadata={"format": "pt"})
+    stored = trainable(model) if tensors is None else tensors
+    stored = {name: p.detach().cpu().contiguous() for name, p in stored.items()}
+    save_file(stored, str(folder / ADAPTER), metadata={"format": "pt"})
 
 
 def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None:
@@ -117,17 +123,22 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
     partial = checkpoint.partial_place(run_dir, step)
+    model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), mesh()
     try:
-        if accelerator.is_main_process:
+        # Every process gives its part, the first one writes.
+        adapter = whole_trainable(model)
+        state = optimizer_state(_inner(trainer.optimizer))
+        if first:
             if trainer.journal is not None:
                 trainer.journal.sync()  # the logs must have every row that the checkpoint records
             checkpoint.begin(run_dir, step)
-            save_adapter(accelerator.unwrap_model(trainer.model), partial)
-            _save_shared(trainer, snapshot, partial)
+            save_adapter(model, partial, adapter)
+            _save_shared(trainer, snapshot, partial, state)
         accelerator.wait_for_everyone()
-        _save_rank(snapshot, partial, accelerator.process_index)
+        if shared is None or shared.first:
+            _save_rank(snapshot, partial, accelerator.process_index)
         accelerator.wait_for_everyone()
-        folder = checkpoint.commit(partial, step) if accelerator.is_main_process else None
+        folder = checkpoint.commit(partial, step) if first else None
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)  # before the cleanup: it reports the free space
         known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
@@ -152,10 +163,13 @@ def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
     return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
 
 
-def _save_shared(trainer: TrainerSeam, snapshot: Snapshot, folder: Path) -> None:
+def _save_shared(
+    trainer: TrainerSeam, snapshot: Snapshot, folder: Path, state: Mapping[str, Any]
+) -> None:
+    """``state`` is the optimizer's."""
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
     tensors: Tensors = {}
-    optimizer = flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
+    optimizer = flatten(state, tensors, "optimizer")
     save_file(tensors, str(folder / OPTIMIZER))
     scaler = getattr(trainer.accelerator, "scaler", None)
     described = {
@@ -163,6 +177,7 @@ def _save_shared(trainer: TrainerSeam, snapshot: Snapshot, folder: Path) -> None
         "run": dict(trainer.fingerprint),
         "branch": trainer.branch.to_json(),
         "world_size": trainer.accelerator.num_processes,
+        "tensor_parallel_size": 1 if (shared := mesh()) is None else shared.size,
         "counters": snapshot.counters,
         "positions": snapshot.positions,
         "log_sha256": snapshot.log_sha256,
@@ -201,7 +216,8 @@ def check(trainer: TrainerSeam, folder: Path) -> None:
                 "one"
             ),
         )
-    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes)
+    size = 1 if (shared := mesh()) is None else shared.size
+    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes, size)
     with _usable(folder):
         # transformers reads the file again and uses its rows as its own log history.
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
@@ -221,7 +237,7 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
         described = checkpoint.read_json(folder, STATE)
         tensors = _read_tensors(folder / OPTIMIZER)
         asked = rates.asked(trainer)
-        _inner(trainer.optimizer).load_state_dict(unflatten(described["optimizer"], tensors))
+        load_optimizer(_inner(trainer.optimizer), unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
         rates.apply(trainer, asked)
         scaler = getattr(trainer.accelerator, "scaler", None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.engine.hf_engine import TransformersEngine
+from toolkit.engine.mesh import by_first
 from toolkit.engine.rollout_request import Sampling
 from toolkit.train.data.prompt_format import token_ids
 
@@ -112,8 +114,14 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
         completions = [[{"role": "assistant", "content": t}] for t in texts] if chat else texts
         tokens += sum(map(len, completion_ids))
         for values, function in zip(scores, rewards.functions, strict=True):
-            values += function.score(
-                prompts=prompts, completions=completions, completion_ids=completion_ids, **rows
+            values += by_first(
+                partial(
+                    function.score,
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=completion_ids,
+                    **rows,
+                )
             )
     totals = [_total(row, rewards.weights) for row in zip(*scores, strict=True)]
     return Evaluation(

@@ -19,6 +19,7 @@ import torch
 
 from toolkit.base.errors import ToolkitWarning
 from toolkit.config.sampling_keywords import not_reproduced
+from toolkit.train.process_control import is_first_rank
 from toolkit.train.rollout.sampler import reads
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
     gradient.
     """
     means = trainer.train_metric_values.get(RATIO) if trainer.model.training else None
-    if not means or trainer.collapse_reported or not trainer.accelerator.is_main_process:
+    if not means or trainer.collapse_reported or not is_first_rank():
         return
     mean = sum(means) / len(means)
     if mean >= COLLAPSED:

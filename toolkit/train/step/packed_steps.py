@@ -5,13 +5,14 @@ values replace rows that are left out.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
 
 from toolkit.config.batch_cut import CUT_MATTERS
+from toolkit.policy.tensor_parallel.layers import mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import packed_pass, packing
 from toolkit.train.step.importance_sampling import loss_mask
@@ -148,7 +149,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self.padding_free or sharded:
             return "padding_free is off" if not sharded else "the model is sharded"
-        reason = packed_pass.prepare(packed_pass.base_of(model), self._trl_pass)
+        base = packed_pass.base_of(model)
+        with scoring(self, model) if mesh_of(base) is not None else nullcontext():
+            reason = packed_pass.prepare(base, self._trl_pass)
         if reason is not None and not self._reported_padded:
             self._reported_padded = True
             logger.warning("training uses padded batches, which is slower: %s", reason)

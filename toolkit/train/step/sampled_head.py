@@ -17,10 +17,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.policy.packed_attention import KEYWORD
+from toolkit.policy.tensor_parallel.layers import SplitHead, mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import kept_set
 from toolkit.train.step.kept_set import Distribution, Places, Scored, Texts
 from toolkit.train.step.packing import BATCH, PaddedBatch
+from toolkit.train.step.split_head import score_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,11 +51,11 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     would drop counts as kept, so that its log-ratio stays finite.
     """
     distribution = sampler.distribution(trainer)
-    if distribution.plain:
-        yield
-        return
     model = trainer.accelerator.unwrap_model(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if distribution.plain and mesh_of(base) is None:
+        yield
+        return
     # TRL has set its own forward on the instance.
     own, before = "forward" in vars(base), base.forward
 
@@ -105,17 +107,20 @@ def _forward(
 def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
     """The same for a pack, whose labels are at the tokens that predict them: both (1, N)."""
     labels_1N = kwargs.pop("shift_labels")
-    batch: PaddedBatch = kwargs.pop(BATCH)
+    batch: PaddedBatch | None = kwargs.pop(BATCH, None)
     hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
     wanted = labels_1N != -100
     texts = None
     if distribution.penalizes:
+        assert batch is not None
         vocabulary = model.get_output_embeddings().weight.shape[0]
         starts_B = torch.full_like(batch.ids_BL[:, 0], batch.ids_BL.shape[1] - batch.width)
         texts = Texts(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
     head = Head(model, distribution, texts)
-    rows_M, places_M = batch.rows_M, batch.places_M
-    scored = head.score(hidden_1NH[wanted], labels_1N[wanted], rows_M, places_M)
+    found = hidden_1NH[wanted], labels_1N[wanted]
+    none = torch.zeros_like(found[1])  # rows and places are read where a text has penalties
+    rows_M, places_M = (none, none) if batch is None else (batch.rows_M, batch.places_M)
+    scored = head.score(*found, rows_M, places_M)
     zeros = hidden_1NH.new_zeros(wanted.shape, dtype=torch.float32)
     logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
     return HeadOutput(logps, entropy, None)
@@ -140,7 +145,9 @@ class Head:
         places_N: torch.Tensor,
     ) -> Scored:
         """``kept_set.score`` of all tokens; gradients flow into the hidden states and the head."""
-        size = max(1, kept_set.CHUNK_ELEMENTS // self.layer.weight.shape[0])
+        # Of a head that is split, rows with their padding: as many in every process.
+        rows = getattr(self.layer, "width", self.layer.weight.shape[0])
+        size = max(1, kept_set.CHUNK_ELEMENTS // rows)
         parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, places_N)]
         done = [
             Scored(*checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
@@ -157,11 +164,14 @@ class Head:
         rows_N: torch.Tensor,
         places_N: torch.Tensor,
     ) -> Scored:
-        logits_NV = self.layer(hidden_NH)
+        split = self.layer if isinstance(self.layer, SplitHead) else None
+        logits_NV = self.layer(hidden_NH) if split is None else split.part(hidden_NH)
         if self.scale != 1:
             logits_NV = logits_NV * self.scale
         if self.cap is not None:
             logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
+        if split is not None:  # rule TP004: a plain distribution
+            return score_parts(logits_NV, tokens_N, self.distribution.temperature, split)
         places = None if self.texts is None else Places(self.texts, rows_N, places_N)
         return kept_set.score(logits_NV, tokens_N, self.distribution, places)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.base.errors import ConfigError, first_line
+from toolkit.engine.mesh import mesh
 from toolkit.engine.oom_backoff import is_out_of_memory
 from toolkit.train.checkpointing.state_files import flatten
 from toolkit.train.step.importance_sampling import loss_mask
@@ -62,7 +63,7 @@ class Attempt:
 
     def _may_split(self, error: BaseException) -> bool:
         # Ranks take part in collectives: one rank cannot repeat a step alone.
-        alone = self.trainer.accelerator.num_processes == 1
+        alone = self.trainer.accelerator.num_processes == 1 and mesh() is None
         if self.inputs is None or not alone or not is_out_of_memory(error):
             return False
         rows: int = self.inputs["completion_ids"].shape[0]

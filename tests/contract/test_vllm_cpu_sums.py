@@ -1,0 +1,42 @@
+"""vLLM's CPU communicator, as the engines of a group use it: after ``sum_over_gloo`` it sums with
+torch.distributed and not in shared memory.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import distributed
+
+pytestmark = pytest.mark.contract
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+from vllm.distributed.device_communicators import cpu_communicator  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+
+from toolkit.engine.start import sum_over_gloo  # noqa: E402
+
+if not current_platform.is_cpu():
+    pytest.skip("not the CPU engine", allow_module_level=True)
+
+
+@pytest.fixture
+def group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_a_group_adds_up_over_torch_distributed(group, monkeypatch) -> None:
+    kind = cpu_communicator.CpuCommunicator
+    name = "_all_group_ranks_share_shm_group_name"
+    monkeypatch.setattr(kind, name, getattr(kind, name))  # restored after the test
+
+    sum_over_gloo()
+
+    made = kind(group, torch.device("cpu"), group, "tp:0")
+    assert made.dist_module is distributed
+    assert made.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]

@@ -1,0 +1,88 @@
+"""One of several engines that share a model: what it samples and what its trainer computes, beside
+a separate load. Started by test_engine_tensor_parallel.py; one JSON line a family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_checkpoints
+import torch
+from conftest import options
+from transformers import AutoModelForCausalLM
+
+from toolkit.engine.open_engine import open_engine
+from toolkit.engine.process_group import join_group
+from toolkit.engine.rollout_request import Sampling
+from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
+from toolkit.policy.lora_settings import LoraSettings
+from toolkit.policy.shared_weights import shared_model
+
+
+def largest_gap(engine: Any, policy: Any, prompt: list[int]) -> tuple[float, list[list[int]]]:
+    """The largest |engine - trainer| log-probability over two completions, and these."""
+    rollout = engine.generate([prompt], Sampling(n=2, max_tokens=16, temperature=0.7), seed=3)
+    gaps = []
+    for ids, told in zip(rollout.completion_ids, rollout.logprobs, strict=True):
+        sequence = torch.tensor([prompt + ids])
+        with torch.no_grad():
+            logits = policy(sequence).logits[0, len(prompt) - 1 : -1].float() / 0.7
+        ours = torch.log_softmax(logits, -1).gather(1, sequence[0, len(prompt) :, None])[:, 0]
+        gaps.append(float((ours - torch.tensor([one[0] for one in told])).abs().max()))
+    return max(gaps), rollout.completion_ids
+
+
+def try_family(folder: Path, family: str) -> dict[str, Any]:
+    eager = "eager" if family == "gemma2" else None
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=eager
+    )
+    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(1))
+    prompt = tokens[0].tolist()
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    size = int(os.environ["WORLD_SIZE"])
+    with open_engine(options(folder, tensor_parallel_size=size, block_size=32, extra={})) as engine:
+        model = shared_model(engine)
+        with torch.no_grad():
+            logits = float((model(tokens).logits - expected).abs().max())
+        storages = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+        shared = all(p.untyped_storage().data_ptr() in storages for p in model.parameters())
+        policy = add_lora(model, LoraSettings(r=8, lora_alpha=16))
+        drawn = {
+            name: torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+            * 0.05
+            for name, value in adapter_tensors(policy).items()
+        }
+        gaps, ids, outputs = [], [], []
+        for factor in (1.0, 1.5):  # through vLLM's manager, and then into the slots
+            set_adapter_tensors(policy, {name: value * factor for name, value in drawn.items()})
+            engine.publish(policy)
+            gap, found = largest_gap(engine, policy, prompt)
+            gaps.append(gap)
+            ids.append(found)
+            with torch.no_grad():
+                outputs.append(policy(tokens).logits)
+    moved = float((outputs[1] - outputs[0]).abs().max())
+    return {
+        "family": family, "logits": logits, "gaps": gaps, "ids": ids, "moved": moved,
+        "shared": shared,
+    }  # fmt: skip
+
+
+def main(folder: Path, families: list[str]) -> None:
+    torch.set_num_threads(1)
+    join_group()
+    for family in families:
+        if os.environ["RANK"] == "0":
+            engine_checkpoints.make(folder / family, family)
+        torch.distributed.barrier()
+        print(json.dumps(try_family(folder / family, family)), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

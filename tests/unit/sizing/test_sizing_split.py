@@ -1,0 +1,129 @@
+"""A model over several cards: what each of them holds, and how many are chosen."""
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.config import parallel
+from toolkit.sizing import solve
+from toolkit.sizing.split import facts_of, one_card
+
+SEVEN_B = "Qwen/Qwen2.5-7B"
+LARGE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8}
+
+
+def term(result, name):
+    return next(line.bytes for line in result.terms if line.term == name)
+
+
+def linear(spec, leaf):
+    return next(one for one in spec.blocks[0].linears if one.leaf == leaf)
+
+
+def test_each_card_holds_rows_of_some_layers_and_columns_of_others(spec_of):
+    whole = spec_of(SEVEN_B)
+    part = one_card(whole, 2)
+    assert linear(part, "q_proj").out_features == linear(whole, "q_proj").out_features // 2
+    assert linear(part, "down_proj").in_features == linear(whole, "down_proj").in_features // 2
+    assert linear(part, "down_proj").out_features == whole.hidden_size
+    assert part.blocks[0].cache.key_elements == whole.blocks[0].cache.key_elements // 2
+    assert one_card(whole, 1) is whole
+
+
+def test_kv_heads_are_on_several_cards_where_there_are_fewer_of_them(spec_of):
+    whole = spec_of("Qwen/Qwen2.5-1.5B-Instruct")  # 2 KV heads, 12 heads
+    two, four = one_card(whole, 2), one_card(whole, 4)
+    assert two.blocks[0].cache.key_elements == whole.head_dim
+    assert four.blocks[0].cache.key_elements == whole.head_dim
+    assert linear(four, "k_proj").out_features == whole.head_dim
+
+
+def test_what_cannot_be_split_is_refused(spec_of, card, run):
+    config = run(tensor_parallel_size=3)
+    with pytest.raises(ConfigError, match="3 does not divide the model's 28 attention heads"):
+        solve(config, spec_of(SEVEN_B), card("h100"), world_size=3)
+
+
+def test_two_cards_hold_half_of_the_weights_each(spec_of, card, run):
+    spec = spec_of(SEVEN_B)
+    one = solve(run(checkpointing=True), spec, card("h100"))
+    two = solve(run(checkpointing=True, tensor_parallel_size=2), spec, card("h100"), world_size=2)
+    assert term(two, "engine.weights") == pytest.approx(term(one, "engine.weights") / 2, rel=0.01)
+    assert term(two, "engine.communication") > 0
+    assert two.model.parameters == one.model.parameters
+    # A of q_proj is whole on both cards, its B is not: more than half, less than all.
+    assert term(one, "trainer.adapter") / 2 < term(two, "trainer.adapter")
+    assert term(two, "trainer.adapter") < term(one, "trainer.adapter")
+    assert any("tensor_parallel_size 2" in note for note in two.model.notes)
+
+
+def test_auto_is_the_smallest_number_that_fits(spec_of, card, run):
+    spec = spec_of(SEVEN_B)
+    config = run(tensor_parallel_size="auto", checkpointing=True)
+    large = solve(config, spec, card("h100"), world_size=4)
+    assert (large.feasible, large.choice.tensor_parallel_size) == (True, 1)
+    small = solve(config, spec, card("4080"), world_size=4)  # 16 GB: the weights alone are 15.2
+    assert (small.feasible, small.choice.tensor_parallel_size) == (True, 2)
+    assert small.apply(config).model.tensor_parallel_size == 2
+
+
+def test_a_run_that_does_not_fit_is_offered_more_cards(spec_of, card, run):
+    result = solve(run(checkpointing=True), spec_of(SEVEN_B), card("4080"))
+    (found,) = [one for one in result.remedies if "tensor_parallel_size" in one.change]
+    assert found.world_size == 2
+    assert found.enough
+    assert found.change.startswith("2 cards")
+    changed = run(checkpointing=True, **{k.partition(".")[2]: v for k, v in found.settings})
+    assert solve(changed, spec_of(SEVEN_B), card("4080"), world_size=2).feasible
+
+
+def test_facts_are_those_of_the_config(spec_of, all_shapes):
+    config = all_shapes[SEVEN_B]["config"]
+    for size in range(1, 9):
+        mine = parallel.shape_problem(facts_of(spec_of(SEVEN_B)), size)
+        assert mine == parallel.shape_problem(config, size), size
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (2, None),
+        (8, None),
+        (16, None),
+        (12, "12 does not divide the model's 64 attention heads"),
+        (5, "5 does not divide the model's 64 attention heads"),
+    ],
+)
+def test_which_numbers_a_shape_can_be_split_by(size, problem):
+    assert parallel.shape_problem(LARGE, size) == problem
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "said"),
+    [
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "KV heads"),
+        ({"num_attention_heads": 8, "intermediate_size": 90}, 4, "intermediate_size 90"),
+        ({"num_attention_heads": 8, "vocab_size": 50}, 8, "leaves nothing"),
+        ({"num_attention_heads": 9, "vocab_size": 100}, 9, "padded vocabulary 128"),
+    ],
+)
+def test_what_a_shape_says_against_a_number(config, size, said):
+    assert said in parallel.shape_problem(config, size)
+
+
+def test_auto_offers_one_for_a_kind_of_model_that_is_not_split():
+    assert parallel.sizes({"model_type": "phi3", "num_attention_heads": 8}, 4) == [1]
+    assert parallel.sizes({"model_type": "llama", "num_attention_heads": 8}, 6) == [1, 2]
+    assert parallel.sizes(None, 4) == [1, 2, 4]
+    assert parallel.replicas(4, 2) == 2
+    assert parallel.replicas(4, "auto") == 4
+
+
+def test_a_model_that_fits_no_single_card_takes_as_few_as_hold_it(spec_of, card, run):
+    spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
+    config = run(r=32, tensor_parallel_size="auto")
+    result = solve(config, spec, card("h100"), world_size=8)
+    chosen = result.choice.tensor_parallel_size
+    assert result.feasible
+    assert chosen > 1
+    fewer = run(r=32, tensor_parallel_size=chosen // 2)
+    assert not solve(fewer, spec, card("h100"), world_size=8).feasible

@@ -1,0 +1,111 @@
+"""One of several processes that train a small Llama which they share, with Hugging Face generation
+on the split model in place of an engine. Started by test_trainer_split.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import distributed
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
+from split_worker import EvenCuts, fill
+
+from toolkit.engine import mesh as meshes
+from toolkit.policy.lora import add_lora
+from toolkit.policy.lora_settings import LoraSettings
+from toolkit.policy.tensor_parallel.split import split_model
+from toolkit.train.checkpointing.state_files import trainable, whole_trainable
+from toolkit.train.demo import make_tokenizer
+from toolkit.train.trainer import GRPOConfig, GRPOTrainer
+
+CALLS: list[int] = []
+
+
+def even(completions: list[str], **_: Any) -> list[float]:
+    """Unlike in every process, if every process called it."""
+    CALLS.append(len(completions))
+    rank = int(os.environ.get("RANK", "0"))
+    return [sum(one in "02468" for one in text) + 0.001 * (rank % 2) for text in completions]
+
+
+def make_model(size: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = LlamaForCausalLM(config).requires_grad_(False)
+    with torch.no_grad():  # only tokens that the tokenizer knows
+        source.lm_head.weight[16:] = source.lm_head.weight[:1]
+    if size == 1:
+        return source
+    shared = meshes.mesh()
+    assert shared is not None
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    split_model(model, EvenCuts(shared, 16), shared)
+    fill(model, source)
+    for name, buffer in source.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.clone())
+    return model
+
+
+def main(size: int, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
+    world = int(os.environ["WORLD_SIZE"])
+    if size > 1:
+        distributed.init_process_group("gloo")
+        number = distributed.get_rank()
+        groups = [distributed.new_group(list(range(at, at + size))) for at in range(0, world, size)]
+        group = groups[number // size]
+        meshes.settle(size, group, group)
+    replicas = world // size
+    policy = add_lora(make_model(size), LoraSettings(r=4, lora_alpha=8, random_state=5))
+    arguments = GRPOConfig(
+        output_dir=str(folder), max_steps=steps, save_steps=2, logging_steps=1, report_to="none",
+        per_device_train_batch_size=8 // replicas, num_generations=4, max_completion_length=6,
+        learning_rate=0.01, max_grad_norm=0.05, seed=3, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    data = Dataset.from_list([{"prompt": f"{n}+{n % 7}="} for n in range(10, 34)])
+    trainer = GRPOTrainer(
+        model=policy,
+        reward_funcs=[even],
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    seen = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    whole = whole_trainable(trainer.accelerator.unwrap_model(trainer.model))
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    parts = trainable(trainer.accelerator.unwrap_model(trainer.model))
+    names = ("reward", "entropy", "grad_norm", "loss")
+    result = {
+        "seen": seen,
+        "called": bool(CALLS),
+        "rows": [{name: row.get(name) for name in names} for row in rows],
+        "cut": sum(whole[name].shape != parts[name].shape for name in whole),
+        "check": trainer.base_check,
+    }
+    torch.save(whole, folder.with_name(f"{folder.name}-{os.environ['RANK']}.pt"))
+    if size > 1:
+        meshes.close_mesh()
+        distributed.destroy_process_group()
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    given = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
+    print(json.dumps(main(*given)), flush=True)

@@ -1,0 +1,110 @@
+"""Processes that share a model: what is refused before an engine starts, and what a checkpoint
+says of them.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from toolkit.base.errors import ConfigError, NodeError
+from toolkit.engine.mesh import by_first, check_world, mesh
+from toolkit.engine.shards import part, whole, whole_shape
+from toolkit.policy.tensor_parallel.norm import clip_whole
+from toolkit.train import preflight
+from toolkit.train.checkpointing import checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, world: int, here: int) -> None:
+    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", here), ("RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+
+
+def peers(*versions: dict[str, Any]) -> Any:
+    return SimpleNamespace(exchange=lambda name, value: list(versions))
+
+
+def told(**changes: str) -> dict[str, Any]:
+    return dict.fromkeys(preflight.SHARED_LIBRARIES, "1") | changes
+
+
+def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, 6, 3)
+    with pytest.raises(ConfigError, match="2 processes share a model on one node") as refused:
+        preflight.refuse_groups(2, None)
+    assert "6, 3 of them" in refused.value.message
+    with pytest.raises(ConfigError, match="would lie on two nodes"):
+        check_world(2)
+    launched(monkeypatch, 8, 4)
+    preflight.refuse_groups(2, peers(told(), told()))
+    check_world(2)
+
+
+def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="needs a number of processes that is a multiple of 2"):
+        check_world(2)
+    check_world(1)
+    preflight.refuse_groups("auto", None)
+    preflight.refuse_groups(1, None)
+
+
+def test_a_group_has_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, 2, 2)
+    with pytest.raises(NodeError, match="other versions of torch") as refused:
+        preflight.refuse_groups(2, peers(told(), told(torch="2")))
+    assert "process 0: 1, process 1: 2" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "size", "said", "fix"),
+    [
+        (2, 1, 1, "written by 2 processes, this run has 1", "--nproc-per-node 2"),
+        (1, 2, 1, "written by 1 process, this run has 2", "--nproc-per-node 1"),
+        (2, 1, 2, "written by 2 replicas, this run has 1", "--nproc-per-node 4"),
+    ],
+)
+def test_a_checkpoint_is_of_so_many_replicas(
+    tmp_path: Path, then: int, now: int, size: int, said: str, fix: str
+) -> None:
+    (tmp_path / checkpoint.STATE).write_text(json.dumps({"world_size": then}))
+    with pytest.raises(ConfigError, match=said) as refused:
+        checkpoint.refuse_other_world(tmp_path, now, size)
+    assert fix in str(refused.value.fix)
+    checkpoint.refuse_other_world(tmp_path, then, size)
+
+
+def test_a_checkpoint_says_how_the_model_was_split(tmp_path: Path) -> None:
+    for state, size in (({}, 1), ({"tensor_parallel_size": 2}, 2)):
+        (tmp_path / checkpoint.STATE).write_text(json.dumps(state))
+        assert checkpoint.split_of(tmp_path) == size
+
+
+def test_one_process_holds_everything() -> None:
+    assert mesh() is None
+    assert by_first(lambda: 7) == 7
+    tensor = torch.ones(2, 3, requires_grad=True)
+    assert whole(tensor) is tensor
+    assert part(tensor, tensor) is tensor
+    assert whole_shape(tensor) == (2, 3)
+
+
+@pytest.mark.parametrize("most", [0.5, 100.0])
+def test_the_norm_is_torchs(most: float) -> None:
+    tensors = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
+    copies = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
+    for one, other in zip(tensors[:2], copies[:2], strict=True):  # the last has no gradient
+        one.grad = torch.randn(3, 2)
+        other.grad = one.grad.clone()
+    mine, theirs = clip_whole(tensors, most), torch.nn.utils.clip_grad_norm_(copies, most)
+    assert torch.allclose(mine, theirs)
+    for one, other in zip(tensors[:2], copies[:2], strict=True):
+        assert torch.allclose(one.grad, other.grad)
+    assert clip_whole(tensors[2:], most) == 0

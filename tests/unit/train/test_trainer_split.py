@@ -1,0 +1,93 @@
+"""A run of processes that share a model learns what one process learns, stores what one stores, and
+goes on with another number of processes. Without an engine: Hugging Face generation on the split
+model, over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.train.checkpointing import checkpoint
+from toolkit.train.launch import environment, free_port
+
+WORKER = Path(__file__).with_name("split_trainer.py")
+pytestmark = pytest.mark.slow
+
+
+def train(folder: Path, world: int, size: int, steps: int, how: str = "fresh") -> list[Any]:
+    """What each of ``world`` processes found, ``size`` of which share a model."""
+    port = free_port()
+    words = [sys.executable, str(WORKER), str(size), str(folder), str(steps), how]
+    workers = [
+        subprocess.Popen(
+            words, env=environment(number, world, port), stdout=subprocess.PIPE, text=True
+        )
+        for number in range(world)
+    ]
+    told = [worker.communicate(timeout=600)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * world, told
+    return [json.loads(text.strip().splitlines()[-1]) for text in told]
+
+
+def adapter(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder.with_name(f"{folder.name}-{rank}.pt"))
+    return found
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Four steps of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, train(folder, 1, 1, 4)
+
+
+@pytest.mark.parametrize(("world", "size"), [(2, 2), (4, 2)])
+def test_processes_that_share_a_model_learn_what_one_learns(
+    alone: tuple[Path, list[Any]], tmp_path: Path, world: int, size: int
+) -> None:
+    folder = tmp_path / "run"
+    found = train(folder, world, size, 4)
+    for number, one in enumerate(found):
+        assert one["seen"] == [world // size, number // size], "what TRL takes for the run"
+        assert one["called"] == (number % size == 0), "rewards are called once a group"
+        assert one["cut"] > 0
+        assert one["check"]["unchanged"]
+        assert distance(adapter(folder, number), adapter(alone[0])) < 1e-4
+        assert distance(adapter(folder, number), adapter(folder, 0)) == 0
+    if world == size:  # with replicas the planted part of the reward is another row's
+        for mine, theirs in zip(found[0]["rows"], alone[1][0]["rows"], strict=True):
+            for name, value in theirs.items():
+                assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_a_checkpoint_is_whole_and_goes_on_with_any_number(
+    alone: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    train(two, 2, 2, 2)
+    assert checkpoint.list_steps(two) == [2]
+    assert not checkpoint.faults(checkpoint.place(two, 2))
+    assert checkpoint.split_of(checkpoint.place(two, 2)) == 2
+    names = sorted(path.name for path in checkpoint.place(two, 2).glob("rank-*"))
+    assert names == ["rank-0.json", "rank-0.safetensors"]
+    shutil.copytree(two, one)
+    train(two, 2, 2, 4, "resume")
+    train(one, 1, 1, 4, "resume")
+    assert distance(adapter(two), adapter(alone[0])) < 1e-4
+    assert distance(adapter(one), adapter(alone[0])) < 1e-4
+    straight = tmp_path / "straight"
+    train(straight, 2, 2, 4)
+    assert distance(adapter(two), adapter(straight)) == 0, "a resumed run has the same bytes"

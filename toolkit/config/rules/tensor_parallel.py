@@ -1,0 +1,209 @@
+"""One model over several cards: what its number, the model and the rest of the run must be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.config import parallel
+from toolkit.config.finding import Fix
+from toolkit.config.rules.violation import Fault, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from toolkit.config.rules.run import Run
+
+_KEY = parallel.KEY
+_SHARE = "model.share_weights"
+_CARDS = "model:\n  tensor_parallel_size: 2"
+
+
+def _split(run: Run) -> bool:
+    """Whether the run may share one model between several processes."""
+    return bool(run.value(_KEY) == "auto" or run.value(_KEY) > 1)
+
+
+@rule("LOAD006", _KEY, example=f"{_CARDS[:-1]}3", fix="tensor_parallel_size: 1")
+def heads_and_world_divide(run: Run) -> Iterator[Fault]:
+    """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
+
+    Each card of a group holds whole heads, and the run has groups of that many processes. The model
+    is judged where it is on this machine; the world size is --world-size. Fewer KV heads than cards
+    are fine where the number is a multiple of them: cards then hold the same ones.
+    """
+    size = run.value(_KEY)
+    if size in (1, "auto"):
+        return
+    config = run.model.config if run.model is not None else None
+    legal = [one for one in parallel.sizes(config, run.processes) if one < size]
+    fixes = (run.to(_KEY, legal[-1] if legal else 1),)
+    problem = parallel.shape_problem(config, size) if config is not None else None
+    if problem is not None:
+        yield Fault(_KEY, problem, notes=(run.model.source,) if run.model else (), fixes=fixes)
+    elif run.processes % size:
+        yield Fault(
+            _KEY,
+            f"{size} does not divide the world size {run.processes}",
+            notes=("the world size is what torchrun starts; --world-size says it here",),
+            fixes=fixes,
+        )
+
+
+@rule(
+    "TP001",
+    f"{_KEY} {_SHARE}",
+    example=f"{_CARDS}\n  share_weights: false",
+    fix="share_weights: true",
+)
+def split_weights_are_shared(run: Run) -> Iterator[Fault]:
+    """tensor_parallel_size above 1 needs share_weights: true.
+
+    The trainer computes on the part of the model that the engine of its process holds. A second,
+    whole copy in each process would undo what splitting saves.
+    """
+    if _split(run) and not run.value(_SHARE) and run.engine != "transformers":
+        yield Fault(
+            _KEY,
+            f"{run.value(_KEY)} cannot be used with a copy of the weights for the trainer",
+            notes=(run.operand(_SHARE),),
+            fixes=(run.to(_SHARE, True), run.to(_KEY, 1)),
+            related=(_SHARE,),
+        )
+
+
+@rule(
+    "TP003",
+    f"{_KEY} model.model_name model.load_in_4bit",
+    example=f"{_CARDS}\n  model_name: Qwen/Qwen3-30B-A3B",
+    fix="tensor_parallel_size: 1",
+)
+def model_can_be_split(run: Run) -> Iterator[Fault]:
+    """tensor_parallel_size above 1 needs a model whose layers the trainer can follow.
+
+    Dense decoders with separate projections are followed. A mixture of experts, fused projections
+    (Phi-3), models that vLLM runs through its Transformers backend, and packed 4-bit weights are
+    not. The model is judged where it is on this machine.
+    """
+    if run.value(_KEY) in (1, "auto") or run.engine == "transformers":
+        return
+    if run.ask("model.load_in_4bit"):
+        yield Fault(
+            _KEY,
+            f"{run.value(_KEY)} cannot be used with packed 4-bit weights",
+            notes=(run.operand("model.load_in_4bit"),),
+            fixes=(run.to("model.load_in_4bit", False), run.to(_KEY, 1)),
+            related=("model.load_in_4bit",),
+        )
+        return
+    problem = parallel.model_problem(run.model.config) if run.model is not None else None
+    if problem is not None and run.model is not None:
+        yield Fault(
+            _KEY,
+            problem,
+            notes=(run.model.source,),
+            fixes=(run.to(_KEY, 1),),
+            related=("model.model_name",),
+        )
+
+
+_NEUTRAL = {
+    "grpo.top_p": (1.0, None),
+    "grpo.top_k": (0, -1, None),
+    "grpo.min_p": (0.0, None),
+    "grpo.repetition_penalty": (1.0, None),
+}
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+
+
+@rule(
+    "TP004",
+    f"{_KEY} {' '.join(_NEUTRAL)} grpo.generation_kwargs",
+    example=f"{_CARDS}\ngrpo:\n  top_p: 0.9",
+    fix="top_p: 1.0",
+)
+def sampling_is_whole(run: Run) -> Iterator[Fault]:
+    """With tensor_parallel_size above 1 no token is cut off or penalized while sampling.
+
+    Training applies the sampler's steps to its own logits. Each card holds the logits of a part of
+    the vocabulary, and which tokens top_p, top_k, min_p and penalties keep depends on all of them.
+    """
+    if not _split(run) or run.engine == "transformers":
+        return
+    for key, neutral in _NEUTRAL.items():
+        if run.ask(key) not in neutral:
+            yield Fault(
+                key,
+                f"{run.ask(key)} is not supported while one model is split over several cards",
+                notes=(run.operand(_KEY),),
+                fixes=(run.to(key, neutral[0]), run.to(_KEY, 1)),
+                related=(_KEY,),
+            )
+    for name, value in run.mapping("grpo.generation_kwargs").items():
+        if name in _PENALTIES and value:
+            yield Fault(
+                "grpo.generation_kwargs",
+                f"{name} {value} is not supported while one model is split over several cards",
+                notes=(run.operand(_KEY),),
+                fixes=(Fix(f"leave {name} out"), run.to(_KEY, 1)),
+                related=(_KEY,),
+            )
+
+
+@rule(
+    "TP005",
+    f"{_KEY} lora.lora_dropout lora.init_lora_weights",
+    example=f"{_CARDS}\nlora:\n  lora_dropout: 0.05",
+    fix="lora_dropout: 0.0",
+)
+def adapter_can_be_split(run: Run) -> Iterator[Fault]:
+    """With tensor_parallel_size above 1 the adapter has no dropout, and a plain initialization.
+
+    Each process would drop other inputs than one process does. Initializations that look at the
+    weights of the base see only a part of them.
+    """
+    if not _split(run) or run.engine == "transformers":
+        return
+    if run.ask("lora.lora_dropout"):
+        yield Fault(
+            "lora.lora_dropout",
+            f"{run.ask('lora.lora_dropout')} is not supported while one model is split over"
+            " several cards",
+            notes=(run.operand(_KEY),),
+            fixes=(run.to("lora.lora_dropout", 0.0), run.to(_KEY, 1)),
+            related=(_KEY,),
+        )
+    init = run.ask("lora.init_lora_weights")
+    if init not in parallel.SLICED_INITS:
+        yield Fault(
+            "lora.init_lora_weights",
+            f"{init} looks at whole weights, and each card holds a part of them",
+            notes=(run.operand(_KEY),),
+            fixes=(run.to("lora.init_lora_weights", True), run.to(_KEY, 1)),
+            related=(_KEY,),
+        )
+
+
+@rule(
+    "TP006",
+    f"{_KEY} grpo.optim",
+    example=f"{_CARDS}\ngrpo:\n  optim: adafactor",
+    fix="optim: adamw_torch_fused",
+)
+def optimizer_can_be_split(run: Run) -> Iterator[Fault]:
+    """With tensor_parallel_size above 1 the optimizer updates each value by itself.
+
+    Each process holds a part of the adapter. Optimizers that look at whole rows or columns
+    (adafactor), at blocks of values (8 bits) or at the norm of a tensor would make another step
+    than one process does.
+    """
+    if not _split(run) or run.engine == "transformers":
+        return
+    optim = run.ask("grpo.optim")
+    if optim is not None and optim not in parallel.ELEMENTWISE:
+        yield Fault(
+            "grpo.optim",
+            f"{optim} is not supported while one model is split over several cards",
+            notes=(f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}", run.operand(_KEY)),
+            fixes=(run.to("grpo.optim", "adamw_torch_fused"), run.to(_KEY, 1)),
+            related=(_KEY,),
+        )

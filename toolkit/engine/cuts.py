@@ -1,0 +1,103 @@
+"""Which part of a Hugging Face layer the engine of this process holds.
+
+vLLM's own layer says how it was cut (``ColumnParallelLinear``, ``RowParallelLinear``,
+``VocabParallelEmbedding``, read at 0.25.1 and 0.31.0). Nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from toolkit.base.errors import UnsupportedError
+from toolkit.engine.live_weights import engine_name, packed_modules
+from toolkit.engine.mesh import mesh
+from toolkit.engine.shards import Cut
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WHERE = "model.tensor_parallel_size"
+
+
+class EngineCuts:
+    """The cuts of vLLM's ``module``, by Hugging Face names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def of_layer(self, name: str, out_features: int) -> Cut:
+        """See ``cut_of``."""
+        return cut_of(self.module, name, out_features)
+
+    def of_table(self, name: str) -> tuple[Cut, int]:
+        """See ``vocabulary_cut``."""
+        return vocabulary_cut(self.module, name)
+
+
+def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
+    """How vLLM's ``module`` holds the Hugging Face linear layer ``name``.
+
+    Raises:
+        UnsupportedError: the engine has no such layer, or one of another kind.
+    """
+    shared = mesh()
+    assert shared is not None
+    layer, part = _layer_of(module, name)
+    if isinstance(layer, RowParallelLinear):
+        length = int(layer.input_size_per_partition)
+        return Cut("columns", shared.rank * length, length, int(layer.input_size))
+    if isinstance(layer, ColumnParallelLinear):
+        sizes = list(getattr(layer, "output_partition_sizes", []))
+        if part >= len(sizes) or (part == 0 and len(sizes) == 1 and layer.gather_output):
+            raise UnsupportedError(f"the engine's layer of {name} is cut otherwise", where=WHERE)
+        length = int(sizes[part])
+        copies = max(length * shared.size // out_features, 1)
+        start = shared.rank // copies * length
+        return Cut("rows", start, length, out_features, repeated=copies > 1)
+    if isinstance(layer, ReplicatedLinear):
+        return Cut("whole")
+    raise UnsupportedError(
+        f"the engine's layer of {name} is a {type(layer).__name__}, which the trainer does not"
+        " follow when it is split",
+        where=WHERE,
+        fix="tensor_parallel_size: 1",
+    )
+
+
+def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
+    """(the rows of the embedding or head ``name`` that are here, rows of each process with the
+    padding).
+    """
+    layer, _ = _layer_of(module, name)
+    if not isinstance(layer, VocabParallelEmbedding):
+        raise UnsupportedError(f"the engine's {name} is a {type(layer).__name__}", where=WHERE)
+    held = layer.shard_indices
+    start, end = int(held.org_vocab_start_index), int(held.org_vocab_end_index)
+    cut = Cut("rows", start, end - start, int(layer.org_vocab_size))
+    return cut, int(layer.num_embeddings_per_partition)
+
+
+def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
+    """(vLLM's layer, the number of the part in it) of a Hugging Face layer."""
+    target = engine_name(module, name)
+    parent, _, leaf = target.rpartition(".")
+    candidates = [(target, 0)]
+    for fused, parts in packed_modules(module).items():
+        if leaf in parts and len(parts) > 1:
+            candidates.append((f"{parent}.{fused}" if parent else fused, list(parts).index(leaf)))
+    for path, part in candidates:
+        try:
+            layer = module.get_submodule(path)
+        except AttributeError:
+            continue
+        return getattr(layer, "base_layer", layer), part
+    raise UnsupportedError(
+        f"the engine has no layer for {name}", where=WHERE, fix="tensor_parallel_size: 1"
+    )

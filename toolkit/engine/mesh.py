@@ -1,0 +1,188 @@
+"""The processes of a run as a mesh: groups of N that share one model, and replicas of that model.
+
+vLLM lays the ranks out (external_launcher, read at 0.25.1 and 0.31.0): ranks 0 to N-1 are the first
+group, the next N the second. The group of a model is vLLM's own tensor-parallel group, which the
+trainer uses too. What accelerate, TRL and DistributedDataParallel take for the whole run is
+torch.distributed's default group. While a mesh is open that is the group of the ranks that hold the
+same part of the model, one of each replica: they train data-parallel, and know nothing of the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+from torch.distributed import distributed_c10d
+
+from toolkit.base.errors import ConfigError, DefectError
+from toolkit.base.process_environment import local_world_size, rank, world_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+WHERE = "model.tensor_parallel_size"
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """``size`` processes share a model, this one is number ``rank`` among them; ``replica`` counts
+    the groups. ``group`` carries tensors on their device, ``host_group`` objects.
+    """
+
+    size: int
+    rank: int
+    replica: int
+    replicas: int
+    group: Any
+    host_group: Any
+    world: Any
+    """The default group over all processes, as it was before."""
+
+    @property
+    def first(self) -> bool:
+        """True in the process that speaks for its group."""
+        return self.rank == 0
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process of the group gave; every one of them calls it."""
+        held = [value]
+        distributed.broadcast_object_list(held, group_src=0, group=self.host_group)
+        return held[0]
+
+    def largest(self, flag: int, device: torch.device) -> int:
+        """The largest ``flag`` of all processes of the run; every one of them calls it."""
+        told = torch.tensor([int(flag)], device=device)
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world)
+        return int(told)
+
+    def from_first_of_all(self, value: Any) -> Any:
+        """What the first process of the run gave; every one of them calls it."""
+        held = [value]
+        distributed.broadcast_object_list(held, group_src=0, group=self.world)
+        return held[0]
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """``tensor`` of each process of the group, all of one shape, in their order."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(parts, tensor.contiguous(), group=self.group)
+        return parts
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the group, in place."""
+        distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def digest_of_all(self, own: str) -> str:
+        """One digest of those of all processes of the group; every one of them calls it."""
+        told: list[Any] = [None] * self.size
+        distributed.all_gather_object(told, own, group=self.host_group)
+        return hashlib.sha256("".join(told).encode()).hexdigest()[:16]
+
+    def check_same(self, what: str, values: Sequence[Sequence[int]]) -> None:
+        """Refuse to go on where the processes of the group have drawn different tokens.
+
+        Raises:
+            DefectError: they have.
+        """
+        own = hashlib.sha256(repr([list(row) for row in values]).encode()).hexdigest()
+        told: list[Any] = [None] * self.size
+        distributed.all_gather_object(told, own, group=self.host_group)
+        if len(set(told)) > 1:
+            raise DefectError(
+                f"the {self.size} processes that share a model have {what} that differ",
+                where=f"process {rank()}",
+                fix="start the same command again: it resumes from the last checkpoint",
+            )
+
+
+_open: Mesh | None = None
+
+
+def by_first(call: Callable[[], Any]) -> Any:
+    """``call()``: where several processes share a model, made by the first of them for all."""
+    if _open is None:
+        return call()
+    return _open.from_first(call() if _open.first else None)
+
+
+def mesh() -> Mesh | None:
+    """The mesh of this process; None where each process holds a whole model."""
+    return _open
+
+
+def check_world(size: int) -> None:
+    """Before an engine starts: the processes of the run make whole groups, each on one node.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if size == 1:
+        return
+    world, here = world_size(), local_world_size()
+    if world % size or "RANK" not in os.environ:
+        raise ConfigError(
+            f"tensor_parallel_size {size} needs a number of processes that is a multiple of {size},"
+            f" and this run has {world}",
+            where=WHERE,
+            fix=f"start it with --nproc-per-node {size} or torchrun",
+        )
+    if here % size:
+        raise ConfigError(
+            f"a group of {size} processes would lie on two nodes: each node has {here} processes",
+            where=WHERE,
+            fix=f"start a multiple of {size} processes on each node, or lower tensor_parallel_size",
+        )
+
+
+def open_mesh(size: int) -> Mesh | None:
+    """Once vLLM has made its groups: take its group of this process. Every process of the run calls
+    it. None for ``size`` 1.
+    """
+    if size == 1:
+        return None
+    from vllm.distributed import parallel_state  # noqa: PLC0415 - the rest is for everybody
+
+    number = distributed.get_rank()
+    model = parallel_state.get_tp_group()
+    expected = [number // size * size + one for one in range(size)]
+    if list(model.ranks) != expected:
+        raise DefectError(f"vLLM's group of this process is {model.ranks}, not {expected}")
+    return settle(size, model.device_group, model.cpu_group)
+
+
+def settle(size: int, group: Any, host_group: Any) -> Mesh:
+    """The mesh whose models are shared over ``group``; the default group is that of the replicas
+    from here on. Every process of the run calls it.
+    """
+    global _open
+    whole, number = distributed.get_world_size(), distributed.get_rank()
+    own = None
+    for part in range(size):
+        replicas = distributed.new_group(list(range(part, whole, size)))
+        own = replicas if part == number % size else own
+    _open = Mesh(
+        size=size,
+        rank=number % size,
+        replica=number // size,
+        replicas=whole // size,
+        group=group,
+        host_group=host_group,
+        world=distributed.group.WORLD,
+    )
+    # torch 2.11 and 2.13: the one place that functions without a group of their own look at.
+    distributed_c10d._update_default_pg(own)
+    return _open
+
+
+def close_mesh() -> None:
+    """The default group is that of all processes again. A second call does nothing."""
+    global _open
+    if _open is not None:
+        own = distributed.group.WORLD
+        distributed_c10d._update_default_pg(_open.world)
+        _open = None
+        distributed.destroy_process_group(own)

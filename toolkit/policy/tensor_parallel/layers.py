@@ -1,0 +1,148 @@
+"""Linear layers, embedding and head of which each process holds a part.
+
+``in_features`` and ``out_features`` are those of the part; ``whole_in`` and ``whole_out`` of the
+layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding, linear
+
+from toolkit.policy.tensor_parallel.functions import enter_parts, join_last, leave_parts
+
+if TYPE_CHECKING:
+    from toolkit.engine.mesh import Mesh
+    from toolkit.engine.shards import Cut
+
+
+MESH = "toolkit_mesh"
+"""Attribute of a Hugging Face model that is split: its ``Mesh``."""
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh over which ``model`` (no wrapper) is split, or None."""
+    found: Mesh | None = getattr(model, MESH, None)
+    return found
+
+
+class SplitLinear(nn.Linear):
+    """A linear layer cut by rows (a part of the output) or by columns (a part of the input).
+
+    ``entered``: the module around it has let its input through ``enter_parts`` already.
+    """
+
+    def __init__(self, layer: nn.Linear, cut: Cut, mesh: Mesh) -> None:
+        rows = cut.style == "rows"
+        super().__init__(
+            layer.in_features if rows else cut.length,
+            cut.length if rows else layer.out_features,
+            bias=layer.bias is not None,
+            device="meta",
+            dtype=layer.weight.dtype,
+        )
+        self.whole_in, self.whole_out = layer.in_features, layer.out_features
+        self.cut, self.mesh, self.entered = cut, mesh, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., part of out) of (..., in), or (..., out) of (..., part of in)."""
+        return self.leave(linear(self.enter(x), self.weight, self.own_bias))
+
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that this process adds: a whole one is added by the first alone."""
+        if self.cut.style == "rows" or self.mesh.first:
+            return self.bias
+        return None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as this process uses it."""
+        if self.cut.style == "columns" or self.entered:
+            return x
+        return enter_parts(x, self.mesh.group)
+
+    def leave(self, out: torch.Tensor) -> torch.Tensor:
+        """The output as the layers after it use it."""
+        return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
+
+
+class SplitEmbedding(nn.Embedding):
+    """The rows ``cut.start`` and after of an embedding; ``scale`` multiplies what is looked up."""
+
+    def __init__(self, layer: nn.Embedding, cut: Cut, mesh: Mesh) -> None:
+        super().__init__(cut.length, layer.embedding_dim, device="meta", dtype=layer.weight.dtype)
+        self.cut, self.mesh = cut, mesh
+        self.scale: torch.Tensor | None = getattr(layer, "embed_scale", None)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(..., hidden), the same in all processes."""
+        own = ids - self.cut.start
+        here = (own >= 0) & (own < self.cut.length)
+        found = embedding(own.where(here, 0), self.weight)
+        found = leave_parts(found * here.unsqueeze(-1).to(found.dtype), self.mesh.group)
+        return found if self.scale is None else found * self.scale.to(found)
+
+
+class SplitHead(nn.Linear):
+    """The rows ``cut.start`` and after of an output layer. ``width``: rows of each process with
+    the padding of the vocabulary.
+    """
+
+    def __init__(self, layer: nn.Linear, cut: Cut, width: int, mesh: Mesh) -> None:
+        super().__init__(
+            layer.in_features,
+            cut.length,
+            bias=layer.bias is not None,
+            device="meta",
+            dtype=layer.weight.dtype,
+        )
+        self.cut, self.width, self.mesh = cut, width, mesh
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., vocabulary): all logits, in all processes. Training uses ``part``."""
+        return join_last(
+            self.part(hidden),
+            self.mesh.group,
+            start=self.cut.start,
+            width=self.width,
+            total=self.cut.total,
+        )
+
+    def part(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., part of the vocabulary)."""
+        return linear(enter_parts(hidden, self.mesh.group), self.weight, self.bias)
+
+
+def enter_once(module: nn.Module, mesh: Mesh) -> None:
+    """Let the input of ``module`` through ``enter_parts`` once for all of its layers that are cut
+    by rows: one sum of gradients for q, k and v, one for gate and up.
+
+    Only where every layer of it is cut, so that nothing else uses the input.
+    """
+    layers = [child for child in module.children() if isinstance(child, nn.Linear)]
+    split = [child for child in layers if isinstance(child, SplitLinear)]
+    rows = [child for child in split if child.cut.style == "rows"]
+    if not rows or len(split) != len(layers):
+        return
+    for layer in rows:
+        layer.entered = True
+    module.register_forward_pre_hook(_Enter(mesh), with_kwargs=True)
+
+
+class _Enter:
+    """A hook of a module whose first argument, or ``hidden_states``, is the input of its layers."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        del module
+        if args:
+            return (enter_parts(args[0], self.mesh.group), *args[1:]), kwargs
+        entered = enter_parts(kwargs["hidden_states"], self.mesh.group)
+        return args, {**kwargs, "hidden_states": entered}

@@ -1,0 +1,93 @@
+"""A Hugging Face model without weights, given the layers of which this process holds a part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from toolkit.base.errors import UnsupportedError
+from toolkit.config.parallel import model_problem
+from toolkit.policy.tensor_parallel.layers import (
+    MESH,
+    SplitEmbedding,
+    SplitHead,
+    SplitLinear,
+    enter_once,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from toolkit.engine.mesh import Mesh
+    from toolkit.engine.shards import Cut
+
+WHERE = "model.tensor_parallel_size"
+
+
+class Cuts(Protocol):
+    """Which part of each layer the process holds, as its engine split it."""
+
+    def of_layer(self, name: str, out_features: int) -> Cut:
+        """Of the linear layer ``name``. Raises UnsupportedError."""
+
+    def of_table(self, name: str) -> tuple[Cut, int]:
+        """Of the embedding or head ``name``, and the rows of each process with the padding."""
+
+
+def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
+    """Replace the layers of ``model`` (on the meta device) by those of this process's part.
+
+    Raises:
+        UnsupportedError: a layer whose cut the trainer does not follow.
+    """
+    problem = model_problem(model.config.to_dict())
+    if problem is not None:
+        raise UnsupportedError(problem, where=WHERE, fix="tensor_parallel_size: 1")
+    _split_vocabulary(model, cuts, shared)
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            cut = cuts.of_layer(path, layer.out_features)
+            if cut.style != "whole":
+                _put(model, path, SplitLinear(layer, cut, shared))
+    for layer in model.modules():
+        enter_once(layer, shared)
+        _fit_heads(layer)
+    setattr(model, MESH, shared)
+
+
+def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is table.weight
+    paths = {id(module): path for path, module in model.named_modules()}
+    known = type(table) is nn.Embedding or hasattr(table, "embed_scale")
+    if not known or type(head) is not nn.Linear:
+        raise UnsupportedError(
+            f"an embedding of type {type(table).__name__} is not split",
+            where=WHERE,
+            fix="tensor_parallel_size: 1",
+        )
+    cut, width = cuts.of_table(paths[id(table)])
+    new_table = SplitEmbedding(table, cut, shared)
+    if not tied:
+        cut, width = cuts.of_table(paths[id(head)])
+    new_head = SplitHead(head, cut, width, shared)
+    if tied:
+        new_head.weight = new_table.weight
+    _put(model, paths[id(table)], new_table)
+    _put(model, paths[id(head)], new_head)
+
+
+def _fit_heads(layer: nn.Module) -> None:
+    """Queries of a process for each of its KV heads: fewer, where a KV head is on several."""
+    query, key = getattr(layer, "q_proj", None), getattr(layer, "k_proj", None)
+    if not isinstance(query, SplitLinear) or not isinstance(key, SplitLinear):
+        return
+    if hasattr(layer, "num_key_value_groups"):
+        groups: Any = query.out_features // key.out_features
+        layer.num_key_value_groups = groups
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)

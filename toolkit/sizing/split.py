@@ -1,0 +1,102 @@
+"""A model split over several cards: what one card holds, as a model of its own, and which numbers
+of cards a model can be split over.
+
+vLLM cuts q, k, v, gate and up by rows and o and down by columns, the vocabulary tables by rows;
+norms are whole on every card. Fewer KV heads than cards: a head is then on several of them (read
+at vLLM 0.25.1 and 0.31.0, ``QKVParallelLinear``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError
+from toolkit.base.formatting import MIB
+from toolkit.config import parallel
+from toolkit.sizing.terms import Term
+from toolkit.sizing.weight_bytes import padded_vocab
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from toolkit.sizing.model_blocks import Block, Cache, Linear, ModelSpec
+
+BY_COLUMNS = ("o_proj", "down_proj", "out_proj")
+KV = ("k_proj", "v_proj")
+COMMUNICATION_BYTES = 512 * MIB
+"""NCCL's buffers and the all-reduce buffers of vLLM on one card of a group: an estimate, not
+measured.
+"""
+
+
+def one_card(spec: ModelSpec, size: int) -> ModelSpec:
+    """What each of ``size`` cards holds of ``spec``, as a spec; ``spec`` itself for one.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+    """
+    if size == 1:
+        return spec
+    facts = facts_of(spec)
+    problem = parallel.model_problem(facts) or parallel.shape_problem(facts, size)
+    if problem is not None:
+        raise ConfigError(problem, where=parallel.KEY, fix="tensor_parallel_size: 1")
+    stored = spec.stored
+    return replace(
+        spec,
+        heads=spec.heads // size,
+        vocab_size=padded_vocab(spec.vocab_size) // size,
+        blocks=tuple(_block(block, spec, size) for block in spec.blocks),
+        stored=None if stored is None else replace(stored, nbytes=-(-stored.nbytes // size)),
+    )
+
+
+def facts_of(spec: ModelSpec) -> Mapping[str, Any]:
+    """The values of a config.json that splitting asks for, as ``config.parallel`` reads them."""
+    block = spec.blocks[0]
+    down = [linear for linear in block.linears if linear.leaf == "down_proj"]
+    experts = max((linear.copies for linear in block.linears), default=1)
+    known: dict[str, Any] = {
+        "model_type": spec.family,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": max(block.cache.key_elements // max(spec.head_dim, 1), 1),
+        "intermediate_size": max((linear.in_features for linear in down), default=None),
+        "vocab_size": spec.vocab_size,
+        "num_experts": experts if experts > 1 else None,
+        "quantization_config": {"method": "stored"} if spec.quantization is not None else None,
+    }
+    return known
+
+
+def communication_terms(size: int, *, on_gpu: bool) -> list[Term]:
+    """What the cards of a group keep to talk to each other."""
+    if size == 1 or not on_gpu:
+        return []
+    what = f"NCCL and all-reduce buffers of a group of {size} cards, estimated"
+    return [Term("engine.communication", COMMUNICATION_BYTES, what)]
+
+
+def _block(block: Block, spec: ModelSpec, size: int) -> Block:
+    return replace(
+        block,
+        linears=tuple(_linear(linear, spec, size) for linear in block.linears),
+        cache=_cache(block.cache, spec, size),
+    )
+
+
+def _linear(linear: Linear, spec: ModelSpec, size: int) -> Linear:
+    if linear.leaf in BY_COLUMNS:
+        return replace(linear, in_features=linear.in_features // size)
+    if linear.leaf in KV:
+        return replace(linear, out_features=max(linear.out_features // size, spec.head_dim))
+    return replace(linear, out_features=linear.out_features // size)
+
+
+def _cache(cache: Cache, spec: ModelSpec, size: int) -> Cache:
+    """At least one KV head is on each card."""
+    return replace(
+        cache,
+        key_elements=max(cache.key_elements // size, spec.head_dim),
+        value_elements=max(cache.value_elements // size, spec.head_dim),
+    )

@@ -1,0 +1,85 @@
+"""How a run ends: the number of its steps, and the errors of a run that ended early."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.base.errors import ConfigError, DefectError, StoppedError
+from toolkit.train.checkpointing import branch
+
+if TYPE_CHECKING:
+    from toolkit.config.run_config import RunConfig
+    from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
+    from toolkit.train.process_control import Peers
+    from toolkit.train.trainer import GRPOTrainer
+
+
+def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
+    """Raise an error if a run ended before its last step without a reason.
+
+    Raises:
+        DefectError: training ended early, and no known reason explains it.
+    """
+    done = int(trainer.state.global_step)
+    if done >= total or trainer.stopping or trainer.lost:
+        return
+    raise DefectError(
+        f"training ended at step {done} of {total} for an unknown reason",
+        where=str(trainer.run_dir),
+        fix="run the same command again: it resumes from the last checkpoint; report a defect if "
+        "it ends at that step again",
+    )
+
+
+def refuse_lost(
+    trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
+) -> None:
+    """Raise an error if the run folder is not in its place: files written from now on would be
+    lost, or in another folder.
+
+    Raises:
+        ConfigError: the run folder was removed, moved or replaced; every rank raises the same
+            error.
+    """
+    if not trainer.lost:
+        if run_dir_watch is not None and not run_dir_watch.in_place():
+            raise run_dir_watch.fault()
+        return
+    fault = None if run_dir_watch is None else run_dir_watch.fault()
+    if peers is not None:  # whichever rank reports it
+        mine = None if fault is None else [fault.message, fault.where, fault.fix]
+        message, where, fix = peers.exchange("lost", mine)[0]
+        fault = ConfigError(message, where=where, fix=fix)
+    assert fault is not None
+    raise fault
+
+
+def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
+    """The message after a stop. ``begun``: the run had chosen what it resumes from."""
+    run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
+    named = asked not in ("auto", "must", "never")
+    fix = "run the same command again: it resumes from there"
+    if named and not begun:
+        saved = f"no step was completed since {asked}"
+    else:
+        steps = branch.own_steps(run_dir)
+        saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
+        if steps and (named or asked == "never"):
+            fix = (
+                f"run the command again with --resume auto: it resumes from there, not from {asked}"
+            )
+    return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
+
+
+def total_steps(trainer: GRPOTrainer) -> int:
+    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches that
+    remain at the end of an epoch are a step too.
+    """
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    batches = len(trainer.get_train_dataloader())
+    an_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
+    steps: int = math.ceil(an_epoch * trainer.args.num_train_epochs)
+    return steps
