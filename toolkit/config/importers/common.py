@@ -65,7 +65,7 @@ def from_file(path: Any, name: Any) -> str:
     """A function of a Python file as ``module:function``; the file's folder is not kept."""
     stem = str(path).replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     if not stem.isidentifier():
-        raise Unfit(f"{stem} is no name of a module")
+        raise Unfit(f"{stem} is not the name of a module")
     return f"{stem}:{name}"
 
 

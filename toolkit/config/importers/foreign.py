@@ -1,4 +1,4 @@
-"""A foreign file as entries: a key in its tool's words, a value, and where it stands."""
+"""A foreign file as entries: a key in its tool's words, a value, and its place."""
 
 from __future__ import annotations
 

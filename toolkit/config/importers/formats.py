@@ -90,7 +90,7 @@ def found_foreign(document: Document) -> Finding | None:
     if found is None:
         return None
     form, signs = found
-    message = f"this looks like {TITLES[form]} ({', '.join(signs)}), which is no run file"
+    message = f"this looks like {TITLES[form]} ({', '.join(signs)}), not a run file of this toolkit"
     first = document.root.value.get(signs[0]) if isinstance(document.root.value, dict) else None
     mark = None if first is None else first.key
     name = document.source.name if document.source.path else "FILE"

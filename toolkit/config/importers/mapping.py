@@ -128,7 +128,7 @@ def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
 
 
 def trl_rows(prefix: str = "") -> Iterator[Row]:
-    """A row for each key of TRL's GRPOConfig, of today and of before, below ``prefix``."""
+    """A row for each key of TRL's GRPOConfig, current and earlier ones, below ``prefix``."""
     from toolkit.config.rules.keys import FORCED, INERT  # noqa: PLC0415 - the rules are many
 
     known = find_schema("run")["properties"]["grpo"]["properties"]

@@ -20,8 +20,8 @@ _INSTALL = re.compile(r"\s*[!%]\s*(uv |python3? -m )?(pip|conda|uv|apt|apt-get)\
 
 
 def read_notebook(raw: bytes, name: str) -> Foreign:
-    """The settings of a notebook. Raises InputError for bytes that are none, ValueError for one
-    that holds no Python.
+    """The settings of a notebook. Raises InputError if the bytes are not a notebook, ValueError if
+    it has no Python.
     """
     lines: list[str] = []
     places: list[str] = []

@@ -134,7 +134,7 @@ class Names:
 
 def _sign(sign: ast.unaryop, value: Any) -> Any:
     if not isinstance(value, (int, float)):
-        raise _Unfolded("it is no number")
+        raise _Unfolded("it must be a number")
     return -value if isinstance(sign, ast.USub) else value
 
 

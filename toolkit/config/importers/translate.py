@@ -55,7 +55,7 @@ class Translation:
         return default if found is None else found.value
 
     def write(self, key: str, value: Any, why: str) -> None:
-        """Write one of our keys; a second setting replaces the first, and that is told."""
+        """Write one of our keys; a second setting replaces the first, and the file says so."""
         before = self.written.get(key)
         if before is not None and before.value != value:
             self.notes.append(
@@ -94,7 +94,7 @@ class Translation:
 
 
 def translate(foreign: Foreign, table: Table) -> Translation:
-    """The run file of a foreign file; what is in it is told, never raised."""
+    """The run file of a foreign file; problems in it are reported, never raised."""
     made = Translation(foreign, table)
     made.unread += foreign.unread
     for entry in foreign.entries:

@@ -96,7 +96,7 @@ DATA_ROWS = (
     Row("datasets.name", "dataset.name"),
     Row("datasets.split", "dataset.split"),
     Row("datasets.data_files", "dataset.path", "a file instead of a hub id"),
-    *refused("give the rows that are wanted as a file", "datasets.data_dir", "datasets.columns",
+    *refused("write the rows to use into a file", "datasets.data_dir", "datasets.columns",
              "datasets.fraction", "test_split_size"),
     *left("data is read as a whole", "streaming"),
 )  # fmt: skip

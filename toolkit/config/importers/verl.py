@@ -95,7 +95,7 @@ def _batches(made: Translation) -> None:
     cut = micro if is_count(micro) and step % micro == 0 else samples
     made.write("grpo.generation_batch_size", total, why)
     made.write("grpo.per_device_train_batch_size", cut, "completions of a pass, on one GPU")
-    note = f"ppo_mini_batch_size {mini} prompts x {samples} = {step} completions a step / {cut}"
+    note = f"ppo_mini_batch_size {mini} prompts x {samples} = {step} completions per step / {cut}"
     made.write("grpo.gradient_accumulation_steps", step // cut, note)
 
 

@@ -44,7 +44,7 @@ def problems(
 class ReasoningGym:
     """The task's own score of a completion's answer, 0 to 1.
 
-    The answer is what stands in ``<answer>`` tags, else all of the completion. The problem is made
+    The answer is the text in ``<answer>`` tags, or else the whole completion. The problem is made
     again from the row's seed and index, so the scorer sees it as the package made it.
     """
 
