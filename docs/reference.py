@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import EXIT_CODES
 from toolkit.base.symptoms import SYMPTOMS, TEXTS
 from toolkit.config.explain import SECTIONS, about_key, all_keys
+from toolkit.config.importers.formats import TABLES, table
+from toolkit.config.importers.table_text import markdown
 from toolkit.config.rules import all_rules
 from toolkit.gpu.checks import catalogue
 
@@ -53,6 +55,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield from ((_place(f"keys/{key_name(name)}"), _key(name, keys[name])) for name in keys)
     yield _place("exit-codes/index"), _list_of_codes()
     yield from ((_place(f"exit-codes/{code}"), _code(code)) for code in EXIT_CODES)
+    yield from ((_place(f"import/{form}"), _import(form)) for form in TABLES)
     yield _place("symptoms/index"), _list_of_symptoms()
     yield from ((_place(f"symptoms/{symptom.id}"), _symptom(symptom)) for symptom in SYMPTOMS)
 
@@ -157,6 +160,15 @@ def _list_of_keys(keys: dict[str, dict[str, Any]]) -> str:
     links = ", ".join(f"[`{name}`]({key_name(name)}.md)" for name in refused)
     why = "Fields of TRL's GRPOConfig that the toolkit sets"
     return f"{text}\n## Not in a run file\n\n{why}: {links}.\n"
+
+
+def _import(form: str) -> str:
+    found = table(form)
+    rows = markdown(form).partition("\n\n")[2]
+    return (
+        f"# From {_text(found.title)}\n\nWhat `toolkit import` makes of each key. Print it with"
+        f" `toolkit import --table {form}`.\n\n{rows}\n"
+    )
 
 
 def _code(code: int) -> str:

@@ -25,6 +25,8 @@ def missing(text: str) -> list[str]:
     for path, suffix, name in PATHS.findall(text):
         place = ROOT / "toolkit" / path
         module = place.with_suffix(".py")
+        if not suffix and name and (ROOT / "toolkit" / f"{path}.{name}").is_file():
+            continue  # a file that is not Python, with its suffix
         if not (place.is_dir() and not suffix) and not module.is_file():
             found.append(path + suffix)
         elif (
