@@ -39,7 +39,7 @@ def _whole(value: float) -> bool:
     return math.isfinite(value) and value.is_integer()
 
 
-class Fault(NamedTuple):
+class SchemaViolation(NamedTuple):
     """A rule id, the sentence that follows the key, replacement values, and further lines."""
 
     rule: str
@@ -74,7 +74,7 @@ _PYTHON: dict[str, type] = {
 }
 
 
-def value_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
+def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
     """What is wrong with this value itself, without the values below it."""
     if "x-either" in schema or ("type" in schema and not fits_type(value, schema)):
         return _type_fault(value, schema)
@@ -89,10 +89,10 @@ def value_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
     return None
 
 
-def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
+def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
     wanted = describe(schema)
     if value is None:
-        return Fault("KEY006", f"null is not allowed here: must be {wanted}")
+        return SchemaViolation("KEY006", f"null is not allowed here: must be {wanted}")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
         from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a fault
@@ -111,15 +111,15 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> Fault:
         fixes = (bool(value),)
     elif not isinstance(value, (dict, list)) and fits_type("", schema):
         fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
-    return Fault("KEY003", f"{show(value)} is {kind_of(value)}; must be {wanted}", fixes)
+    return SchemaViolation("KEY003", f"{show(value)} is {kind_of(value)}; must be {wanted}", fixes)
 
 
-def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
+def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
     legal = [schema["const"]] if "const" in schema else schema["enum"]
     if any(type(one) is type(value) and one == value for one in legal):
         return None
     if value is None:
-        return Fault(
+        return SchemaViolation(
             "KEY006", f"null is not allowed here: must be one of {', '.join(map(show, legal))}"
         )
     from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a fault
@@ -129,19 +129,19 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> Fault | None:
         if isinstance(value, str)
         else None
     )
-    return Fault(
+    return SchemaViolation(
         "KEY004",
         f"{show(value)} is not one of {', '.join(map(show, legal))}",
         (close,) if close else (),
     )
 
 
-def _range_fault(value: float, schema: dict[str, Any]) -> Fault | None:
+def _range_fault(value: float, schema: dict[str, Any]) -> SchemaViolation | None:
     for keyword, holds, words in _LIMITS:
         limit = schema.get(keyword)
         if limit is not None and not holds(value, limit):
             told = f"{show(value)} is out of range: must be {words} {show(limit)}"
-            return Fault("KEY005", told)  # the limit is a guess at what was meant
+            return SchemaViolation("KEY005", told)  # the limit is a guess at what was meant
     return None
 
 
@@ -153,12 +153,12 @@ _LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
 )
 
 
-def _text_fault(value: str, schema: dict[str, Any]) -> Fault | None:
+def _text_fault(value: str, schema: dict[str, Any]) -> SchemaViolation | None:
     if len(value) < schema.get("minLength", 0):
-        return Fault("KEY005", "the string is empty")
+        return SchemaViolation("KEY005", "the string is empty")
     pattern = schema.get("pattern")
     if pattern is not None and not _compiled(pattern).search(value):
-        return Fault("KEY004", f"{show(value)} does not have the form {pattern}")
+        return SchemaViolation("KEY004", f"{show(value)} does not have the form {pattern}")
     return None
 
 
@@ -167,14 +167,16 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _list_fault(value: list[Node], schema: dict[str, Any]) -> Fault | None:
+def _list_fault(value: list[Node], schema: dict[str, Any]) -> SchemaViolation | None:
     if len(value) < schema.get("minItems", 0):
-        return Fault("KEY005", "the list is empty")
+        return SchemaViolation("KEY005", "the list is empty")
     if schema.get("uniqueItems"):
         seen: set[Any] = set()
         for node in value:
             item = repr(node.to_plain())
             if item in seen:
-                return Fault("KEY005", f"{show(node.to_plain())} occurs twice in the list")
+                return SchemaViolation(
+                    "KEY005", f"{show(node.to_plain())} occurs twice in the list"
+                )
             seen.add(item)
     return None

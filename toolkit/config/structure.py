@@ -17,7 +17,7 @@ from toolkit.config.bounds import MAX_SUGGESTIONS
 from toolkit.config.document import KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import beyond_64_bits
-from toolkit.config.schema_violation import Fault, fits_type, value_fault
+from toolkit.config.schema_violation import SchemaViolation, fits_type, value_fault
 from toolkit.config.wording import show, spell
 
 
@@ -99,7 +99,9 @@ class _Walk:
             if below.note is not None:
                 self.findings.append(below.note)
 
-    def tell(self, node: Node, schema: dict[str, Any], path: KeyPath, fault: Fault) -> None:
+    def tell(
+        self, node: Node, schema: dict[str, Any], path: KeyPath, fault: SchemaViolation
+    ) -> None:
         notes, fixes = fault.notes, fault.fixes
         if node.note is not None:
             notes = (*notes, node.note.message)
@@ -121,7 +123,7 @@ class _Walk:
         )
 
 
-def _advice(schema: dict[str, Any], fault: Fault) -> tuple[Fix, ...]:
+def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
     if fault.rule == "KEY006" and "default" in schema:
         return (Fix(f"remove the key to get the default {show(schema['default'])}"),)
     return ()

@@ -33,7 +33,7 @@ def test_an_option_is_taken_by_from_pretrained(name: str) -> None:
 def test_an_option_reaches_vllm(name: str) -> None:
     option = API_OPTIONS[name]
     value = {"switch": True, "count": 3, "share": 0.25, "rank": 32, "any": 7}[option.kind]
-    options = EngineOptions(model="m", share_weights=False, **{name: value})
+    options = EngineOptions(model="m", **{name: value})
     told = options.to_vllm("cuda")
     assert told[option.vllm] == (option.values.get(value, value) if option.values else value)
     assert (option.vllm in options.to_vllm("cpu")) is (not option.on_gpu)

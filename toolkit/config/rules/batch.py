@@ -6,7 +6,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.rules.arithmetic import multiple_from, nearest_divisor
-from toolkit.config.rules.violation import Fault, Unjudged, rule
+from toolkit.config.rules.violation import RuleViolation, Unjudged, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,7 @@ grpo:
 """,
     fix="gradient_accumulation_steps: 8, or num_generations: 2",
 )
-def whole_groups(run: Run) -> Iterator[Fault]:
+def whole_groups(run: Run) -> Iterator[RuleViolation]:
     """num_generations divides the generation batch.
 
     A generation batch is per_device_train_batch_size x world size x steps_per_generation
@@ -73,7 +73,7 @@ def whole_groups(run: Run) -> Iterator[Fault]:
         step = group // gcd(group, batch // micro_batch(run))
         fixes.append(run.to(MICRO, multiple_from(step, micro_batch(run))))
     related = tuple(path for path in (factor, MICRO) if path != GROUP)
-    yield Fault(
+    yield RuleViolation(
         GROUP,
         f"{group} does not divide the generation batch {batch}",
         notes=(f"batch = {formula}",),
@@ -100,7 +100,7 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
     example="grpo:\n  num_generations: 1\n  per_device_train_batch_size: 8",
     fix="num_generations: 8",
 )
-def at_least_two(run: Run) -> Iterator[Fault]:
+def at_least_two(run: Run) -> Iterator[RuleViolation]:
     """num_generations is at least 2.
 
     The advantage of a completion is its reward against the mean of its group: a group of one always
@@ -113,7 +113,7 @@ def at_least_two(run: Run) -> Iterator[Fault]:
         batch = generation_batch(run)[0]
     except (TypeError, Unjudged):
         batch = 8
-    yield Fault(
+    yield RuleViolation(
         GROUP,
         f"{node.value} completion per prompt cannot be compared with others; GRPO needs at least 2",
         fixes=(run.to(GROUP, nearest_divisor(batch, 8) or 2),),
@@ -126,7 +126,7 @@ def at_least_two(run: Run) -> Iterator[Fault]:
     example="grpo:\n  generation_batch_size: 32\n  steps_per_generation: 4",
     fix="keep one of the two",
 )
-def size_or_steps(run: Run) -> Iterator[Fault]:
+def size_or_steps(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size and steps_per_generation are mutually exclusive.
 
     Each determines the other: size = per_device_train_batch_size x world size x steps.
@@ -135,7 +135,7 @@ def size_or_steps(run: Run) -> Iterator[Fault]:
     if size is None or steps is None:
         return
     implied = micro_batch(run) * run.world_size * steps
-    yield Fault(
+    yield RuleViolation(
         SIZE,
         f"{size} and steps_per_generation {steps} cannot both be set",
         notes=(f"{run.operand(MICRO)} x {run.operand(STEPS)} x {world(run)} = {implied}",),
@@ -155,7 +155,7 @@ grpo:
 """,
     fix="generation_batch_size: 16",
 )
-def whole_steps(run: Run) -> Iterator[Fault]:
+def whole_steps(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size is a multiple of per_device_train_batch_size x world size.
 
     Every process trains on a generation in whole micro-batches. An auto micro-batch can divide the
@@ -170,7 +170,7 @@ def whole_steps(run: Run) -> Iterator[Fault]:
     group = run.value(GROUP)
     both = per_step * group // gcd(per_step, group)
     what = "world size" if micro == "auto" else "global micro-batch"
-    yield Fault(
+    yield RuleViolation(
         SIZE,
         f"{size} is not a multiple of the {what} {per_step}",
         notes=(
@@ -195,7 +195,7 @@ grpo:
 """,
     fix="per_device_eval_batch_size: 8",
 )
-def whole_eval_groups(run: Run) -> Iterator[Fault]:
+def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
     """num_generations_eval divides the evaluation batch of all processes.
 
     Without num_generations_eval, num_generations is used. The rule applies only if eval_strategy or
@@ -216,7 +216,7 @@ def whole_eval_groups(run: Run) -> Iterator[Fault]:
     smaller = nearest_divisor(batch, group, least=1)
     if smaller is not None:
         fixes.append(run.to("grpo.num_generations_eval", smaller))
-    yield Fault(
+    yield RuleViolation(
         size_key,
         f"{group} generations per prompt do not divide the evaluation batch {batch}",
         notes=(f"batch = {run.operand(size_key)} x {world(run)}; group = {run.operand(key)}",),
@@ -231,7 +231,7 @@ def whole_eval_groups(run: Run) -> Iterator[Fault]:
     example="grpo:\n  parallelism_config: {cp_size: 2}",
     fix="remove parallelism_config",
 )
-def no_sequence_parallelism(run: Run) -> Iterator[Fault]:
+def no_sequence_parallelism(run: Run) -> Iterator[RuleViolation]:
     """Sequence and context parallelism are refused.
 
     GRPO builds the model's inputs inside the trainer, after generation, where the batch can no
@@ -239,7 +239,7 @@ def no_sequence_parallelism(run: Run) -> Iterator[Fault]:
     torchrun.
     """
     if run.node("grpo.parallelism_config") is not None:
-        yield Fault(
+        yield RuleViolation(
             "grpo.parallelism_config",
             "GRPO cannot split sequences across processes",
             on_key=True,

@@ -10,7 +10,7 @@ from toolkit.config.batch_cut import CUT_MATTERS
 from toolkit.config.finding import Fix
 from toolkit.config.rules.arithmetic import multiple_from
 from toolkit.config.rules.batch import ACCUMULATION, GROUP, MICRO, SIZE, STEPS
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,14 +27,14 @@ USUAL, USUAL_MICRO = 64, 8  # completions per step, and per micro-batch
     example="grpo:\n  auto_find_batch_size: true",
     fix="auto_find_batch_size: false",
 )
-def no_shrinking_batch(run: Run) -> Iterator[Fault]:
+def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
     """auto_find_batch_size is refused.
 
     It halves the batch on an out-of-memory error, so the batch no longer holds whole groups.
     `envcheck size` finds a batch that fits before the run starts.
     """
     if run.value("grpo.auto_find_batch_size"):
-        yield Fault(
+        yield RuleViolation(
             "grpo.auto_find_batch_size",
             "a batch that is halved automatically no longer holds whole groups",
             fixes=(run.to("grpo.auto_find_batch_size", False),),
@@ -47,7 +47,7 @@ def no_shrinking_batch(run: Run) -> Iterator[Fault]:
     example="grpo:\n  per_device_train_batch_size: auto\n  gradient_accumulation_steps: 4",
     fix="gradient_accumulation_steps: auto, and generation_batch_size: 64",
 )
-def auto_is_whole(run: Run) -> Iterator[Fault]:
+def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     """An auto micro-batch needs auto accumulation and a generation_batch_size.
 
     The generation batch is one optimizer step. The sizer splits it into as few micro-batches as the
@@ -61,7 +61,7 @@ def auto_is_whole(run: Run) -> Iterator[Fault]:
     if len(autos) == 1:
         other = ACCUMULATION if autos == [MICRO] else MICRO
         name, written = autos[0].rpartition(".")[2], run.written(other)
-        yield Fault(
+        yield RuleViolation(
             other if written else autos[0],
             f"{run.value(other)} while {name} is auto"
             if written
@@ -75,7 +75,7 @@ def auto_is_whole(run: Run) -> Iterator[Fault]:
     step = group * run.world_size if isinstance(group, int) else USUAL
     size = multiple_from(step, USUAL)
     if run.value(STEPS) is not None:
-        yield Fault(
+        yield RuleViolation(
             STEPS,
             "it counts micro-batches, and their size is auto",
             notes=(run.operand(MICRO),),
@@ -83,7 +83,7 @@ def auto_is_whole(run: Run) -> Iterator[Fault]:
             related=(MICRO,),
         )
     elif run.value(SIZE) is None:
-        yield Fault(
+        yield RuleViolation(
             MICRO,
             "auto, but no key gives the number of completions per step",
             notes=(run.operand(SIZE),),
@@ -113,7 +113,7 @@ grpo:
 """,
     fix="loss_type: dapo, or numbers in place of auto",
 )
-def cut_changes_nothing(run: Run) -> Iterator[Fault]:
+def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     """An auto micro-batch needs a loss that does not depend on the micro-batch size.
 
     bnpo averages over the tokens of each micro-batch. An entropy bonus, top_entropy_quantile below
@@ -133,7 +133,7 @@ def cut_changes_nothing(run: Run) -> Iterator[Fault]:
         told.append(f"router_aux_loss_coef {weight} of the model's config")
         fixes.insert(0, run.to(ROUTER, 0.0))
     if clashes:
-        yield Fault(
+        yield RuleViolation(
             MICRO,
             "auto, and this loss depends on the micro-batch size that is chosen",
             notes=("; ".join(told),),

@@ -17,7 +17,7 @@ from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
 from toolkit.config.data_types import MISFIT_FIX
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.model_facts import folder_fault, is_adapter
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import exists, is_path_only, resolve
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _written_text(run: Run, key: str) -> str | None:
     example="dataset:\n  path: train.jsonl\n  prompt: qestion",
     fix="prompt: question",
 )
-def columns_exist(run: Run) -> Iterator[Fault]:
+def columns_exist(run: Run) -> Iterator[RuleViolation]:
     """The data set has the columns that prompt and answer name.
 
     JSONL, JSON, CSV, Parquet files and saved folders are read if they are on this machine.
@@ -53,7 +53,7 @@ def columns_exist(run: Run) -> Iterator[Fault]:
             if column is None or column in data.columns:
                 continue
             close = nearest(column, data.columns)
-            yield Fault(
+            yield RuleViolation(
                 f"dataset.{key}",
                 f"{data.path.name} has no column {column}",
                 notes=(f"it has: {', '.join(map(str, data.columns[:20]))}",),
@@ -69,7 +69,7 @@ def columns_exist(run: Run) -> Iterator[Fault]:
     fix="remove the rows",
     severity=Severity.WARNING,
 )
-def prompts_are_there(run: Run) -> Iterator[Fault]:
+def prompts_are_there(run: Run) -> Iterator[RuleViolation]:
     """No prompt is empty or repeated.
 
     Training skips rows with an empty prompt; a repeated prompt has double weight. In a large file
@@ -84,7 +84,7 @@ def prompts_are_there(run: Run) -> Iterator[Fault]:
             for count, what in ((data.empty, "have no prompt"), (data.repeated, "repeat a prompt"))
             if count
         ]
-        yield Fault(f"dataset.{which}", "; ".join(counts))
+        yield RuleViolation(f"dataset.{which}", "; ".join(counts))
 
 
 @rule(
@@ -94,7 +94,7 @@ def prompts_are_there(run: Run) -> Iterator[Fault]:
     fix="path: train.jsonl",
     severity=Severity.WARNING,
 )
-def data_is_here(run: Run) -> Iterator[Fault]:
+def data_is_here(run: Run) -> Iterator[RuleViolation]:
     """The data set is on this machine and can be read.
 
     A missing file is a warning, because the run may be meant for another machine (with --strict it
@@ -110,12 +110,12 @@ def data_is_here(run: Run) -> Iterator[Fault]:
         path = resolve(text, node)
         data = data_of(run.document, which)
         if data is not None and data.problem:
-            yield Fault(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
+            yield RuleViolation(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
         elif not exists(path):
             where = (
                 f"{path} does not exist" if is_path_only(text) else f"{text} is not on this machine"
             )
-            yield Fault(
+            yield RuleViolation(
                 key, f"{where}: its columns are not checked", unknown=not is_path_only(text)
             )
 
@@ -126,7 +126,7 @@ def data_is_here(run: Run) -> Iterator[Fault]:
     example="dataset:\n  path: train.jsonl\n  split: test",
     fix="eval_path: test.jsonl",
 )
-def files_have_no_splits(run: Run) -> Iterator[Fault]:
+def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
     """split names a split of a saved folder or of a hub data set.
 
     A single file has one split, called train.
@@ -138,7 +138,7 @@ def files_have_no_splits(run: Run) -> Iterator[Fault]:
         name = run.value(f"dataset.{key}")
         if data is None or data.path.is_dir() or name in (None, "train"):
             continue
-        yield Fault(
+        yield RuleViolation(
             f"dataset.{key}",
             f"{data.path.name} is a file, which has no split {name}",
             fixes=(Fix("name the evaluation file in dataset.eval_path and remove the split"),),
@@ -151,7 +151,7 @@ def files_have_no_splits(run: Run) -> Iterator[Fault]:
     example="grpo:\n  eval_strategy: steps",
     fix="dataset: {eval_path: eval.jsonl}",
 )
-def evaluation_has_data(run: Run) -> Iterator[Fault]:
+def evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
     """eval_strategy needs dataset.eval_path or dataset.eval_split.
 
     Without them there is no data to evaluate on.
@@ -160,7 +160,7 @@ def evaluation_has_data(run: Run) -> Iterator[Fault]:
     if strategy == "no":
         return
     if run.value("dataset.eval_path") is None and run.value("dataset.eval_split") is None:
-        yield Fault(
+        yield RuleViolation(
             "grpo.eval_strategy",
             f"{strategy}, but there is no data to evaluate on",
             notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
@@ -174,7 +174,7 @@ def evaluation_has_data(run: Run) -> Iterator[Fault]:
     example="dataset:\n  chat: true  # and a base model, whose tokenizer has no chat template",
     fix="chat: false",
 )
-def chats_need_a_template(run: Run) -> Iterator[Fault]:
+def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
     """dataset.chat: true needs a tokenizer with a chat template.
 
     The template turns messages into the text format that the model was trained on. auto turns text
@@ -183,7 +183,7 @@ def chats_need_a_template(run: Run) -> Iterator[Fault]:
     """
     if run.value("dataset.chat") is not True or run.chat_template is not False:
         return
-    yield Fault(
+    yield RuleViolation(
         "dataset.chat",
         NO_TEMPLATE.format(model=run.value("model.model_name")),
         notes=(f"{run.operand('dataset.chat')}; {run.operand('model.model_name')}",),
@@ -202,7 +202,7 @@ def chats_need_a_template(run: Run) -> Iterator[Fault]:
     fix="chat: auto",
     severity=Severity.WARNING,
 )
-def system_is_a_message(run: Run) -> Iterator[Fault]:
+def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
     """A system prompt is a message, and dataset.chat: false makes no messages.
 
     The text of dataset.system is then put before each prompt, followed by an empty line. This is
@@ -212,7 +212,7 @@ def system_is_a_message(run: Run) -> Iterator[Fault]:
         return
     if run.chat_template is False:
         return  # this model reads only plain text
-    yield Fault(
+    yield RuleViolation(
         "dataset.system",
         "it is put before each prompt as plain text, because dataset.chat is false",
         notes=(run.operand("dataset.chat"),),
@@ -227,7 +227,7 @@ def system_is_a_message(run: Run) -> Iterator[Fault]:
     example="dataset:\n  path: chats.jsonl  # the prompts are lists of messages\n  chat: false",
     fix="chat: auto",
 )
-def messages_are_chats(run: Run) -> Iterator[Fault]:
+def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
     """Prompts that are lists of messages need dataset.chat to be auto or true, and a chat template.
 
     Messages have roles, and only a template can turn roles into text. JSONL and JSON files are read
@@ -239,7 +239,7 @@ def messages_are_chats(run: Run) -> Iterator[Fault]:
             continue
         column = run.value("dataset.prompt")
         if run.value("dataset.chat") is False:
-            yield Fault(
+            yield RuleViolation(
                 "dataset.chat",
                 NOT_CHATS.format(column=column),
                 notes=(f"read from {data.path.name}",),
@@ -248,7 +248,7 @@ def messages_are_chats(run: Run) -> Iterator[Fault]:
             )
             return
         if run.chat_template is False:
-            yield Fault(
+            yield RuleViolation(
                 f"dataset.{which}",
                 CHATS_WITHOUT_TEMPLATE.format(column=column),
                 notes=(run.operand("model.model_name"),),
@@ -263,13 +263,13 @@ def messages_are_chats(run: Run) -> Iterator[Fault]:
     example="dataset:\n  path: null",
     fix="path: train.jsonl",
 )
-def there_is_a_data_set(run: Run) -> Iterator[Fault]:
+def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     """There is a data set to train on.
 
     Every completion answers one of its prompts, so a run needs it whatever grpo.max_steps is.
     """
     if run.value("dataset.path") is None and run.node("environment") is None:
-        yield Fault(
+        yield RuleViolation(
             "dataset.path",
             NO_DATA,
             notes=(run.operand("dataset.path"),),
@@ -284,7 +284,7 @@ def there_is_a_data_set(run: Run) -> Iterator[Fault]:
     example='dataset:\n  path: train.jsonl  # {"question": true}',
     fix="give every row of a column the same type, and every prompt a text or messages",
 )
-def rows_can_be_trained_on(run: Run) -> Iterator[Fault]:
+def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
     """A column holds one type, and a prompt is a text or a list of messages.
 
     A column of texts and numbers has no type that a data set could have; a prompt that is a number
@@ -294,7 +294,7 @@ def rows_can_be_trained_on(run: Run) -> Iterator[Fault]:
     for which in _PATHS:
         data = data_of(run.document, which)
         if data is not None and data.refused is not None:
-            yield Fault(
+            yield RuleViolation(
                 f"dataset.{which}",
                 f"{data.path.name} {data.refused}",
                 fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct that row"),),
@@ -309,7 +309,7 @@ def rows_can_be_trained_on(run: Run) -> Iterator[Fault]:
     fix="model_name: ./checkpoint",
     severity=Severity.WARNING,
 )
-def model_is_here(run: Run) -> Iterator[Fault]:
+def model_is_here(run: Run) -> Iterator[RuleViolation]:
     """The model is on this machine.
 
     It is a folder with config.json, or a snapshot in the hub cache. If it is missing, lengths,
@@ -323,7 +323,7 @@ def model_is_here(run: Run) -> Iterator[Fault]:
     assert node is not None
     path = resolve(text, node)
     if exists(path) and path.is_dir() and (fault := folder_fault(path)):
-        yield Fault(
+        yield RuleViolation(
             "model.model_name", f"{path} cannot be loaded: {fault}", severity=Severity.ERROR
         )
         return
@@ -333,11 +333,11 @@ def model_is_here(run: Run) -> Iterator[Fault]:
         what = (
             "has no readable config.json" if path.is_dir() else "is not a folder with a checkpoint"
         )
-        yield Fault("model.model_name", f"{path} {what}", severity=Severity.ERROR)
+        yield RuleViolation("model.model_name", f"{path} {what}", severity=Severity.ERROR)
     else:
         local = is_path_only(text)
         where = f"{path} does not exist" if local else f"{text} is not on this machine"
-        yield Fault(
+        yield RuleViolation(
             "model.model_name",
             f"{where}: lengths, heads and target modules are not checked",
             unknown=not local,

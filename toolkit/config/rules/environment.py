@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from toolkit.config.code import find_function, is_allowed
 from toolkit.config.environments import ADAPTERS
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     example="environment: {adapter: reasoning_gym, task: leg_counting}",
     fix="runtime: {allow_code: [reasoning_gym]}",
 )
-def package_is_allowed(run: Run) -> Iterator[Fault]:
+def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
     """The package of an environment is one that runtime.allow_code names.
 
     It makes the prompts and scores the completions, so its code runs, as that of a reward does.
@@ -47,7 +47,7 @@ def package_is_allowed(run: Run) -> Iterator[Fault]:
         module = ADAPTERS[name].modules[0]
         if not is_allowed(module, allowed) and module not in told:
             told.add(module)
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"code of {module} is not allowed to run",
                 notes=(run.operand("runtime.allow_code"),),
@@ -64,7 +64,7 @@ environment: {adapter: reasoning_gym, task: leg_counting}
 """,
     fix="remove dataset.path, or the section environment",
 )
-def one_source_of_prompts(run: Run) -> Iterator[Fault]:
+def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
     """Prompts come from a data set or from an environment, not from both.
 
     dataset.system and dataset.chat apply to the prompts of an environment too.
@@ -73,7 +73,7 @@ def one_source_of_prompts(run: Run) -> Iterator[Fault]:
         return
     for key in ("dataset.path", "dataset.eval_path"):
         if run.value(key) is not None:
-            yield Fault(
+            yield RuleViolation(
                 key,
                 "there is an environment, which makes the prompts",
                 fixes=(Fix(f"remove {key}, or the section environment"),),
@@ -87,7 +87,7 @@ def one_source_of_prompts(run: Run) -> Iterator[Fault]:
     example="tools: {functions: [my_tools]}",
     fix="tools: {functions: [my_tools:search]}",
 )
-def tools_exist(run: Run) -> Iterator[Fault]:
+def tools_exist(run: Run) -> Iterator[RuleViolation]:
     """A tool is module:function of a module that runtime.allow_code lets in.
 
     The module is looked for beside the run file and on the Python path. Its source is read; it is
@@ -99,10 +99,10 @@ def tools_exist(run: Run) -> Iterator[Fault]:
         at = ("tools", "functions", index)
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-            yield Fault(at, f"{name} is no module:function")
+            yield RuleViolation(at, f"{name} is no module:function")
         elif not is_allowed(module, run.value("runtime.allow_code")):
             top = module.partition(".")[0]
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"code of {module} is not allowed to run",
                 notes=(run.operand("runtime.allow_code"),),
@@ -112,7 +112,7 @@ def tools_exist(run: Run) -> Iterator[Fault]:
             found = find_function(module, function, run.document.source.folder)
             if found.problem:
                 severity = Severity.WARNING if found.unknown else Severity.ERROR
-                yield Fault(at, found.problem, severity=severity, unknown=found.unknown)
+                yield RuleViolation(at, found.problem, severity=severity, unknown=found.unknown)
 
 
 @rule(
@@ -124,14 +124,14 @@ dataset: {chat: false}
 """,
     fix="dataset: {chat: true}",
 )
-def tools_need_a_chat(run: Run) -> Iterator[Fault]:
+def tools_need_a_chat(run: Run) -> Iterator[RuleViolation]:
     """Tools are called in a chat.
 
     A call and its result are messages of the chat template, which a plain text has no place for.
     """
     if run.node(_TOOLS) is None or run.value("dataset.chat") is not False:
         return
-    yield Fault(
+    yield RuleViolation(
         "dataset.chat",
         "tools are called in a chat, and the prompts are plain text",
         fixes=(Fix("chat: auto"),),

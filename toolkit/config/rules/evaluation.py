@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
 from toolkit.config.reward_table import metric_names
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ def has_evaluation_data(run: Run) -> bool:
     example="grpo:\n  eval_strategy: steps\n  metric_for_best_model: accuracy",
     fix="metric_for_best_model: reward",
 )
-def best_metric_exists(run: Run) -> Iterator[Fault]:
+def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     """metric_for_best_model is a metric of the evaluation.
 
     transformers looks it up after each evaluation and fails if it is missing. GRPO has reward,
@@ -69,7 +69,7 @@ def best_metric_exists(run: Run) -> Iterator[Fault]:
         return
     plain = name.removeprefix("eval/")
     close = _OURS.get(plain) or (plain if plain in known else nearest(plain, known)) or "reward"
-    yield Fault(
+    yield RuleViolation(
         METRIC,
         f"the evaluation has no metric {metric}",
         notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
@@ -85,7 +85,7 @@ def best_metric_exists(run: Run) -> Iterator[Fault]:
     example="grpo:\n  save_strategy: best",
     fix="save_strategy: steps",
 )
-def best_has_a_metric(run: Run) -> Iterator[Fault]:
+def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
     """save_strategy: best needs eval_strategy and metric_for_best_model.
 
     An evaluation metric decides which checkpoint is the best. Without evaluations no checkpoint is
@@ -95,7 +95,7 @@ def best_has_a_metric(run: Run) -> Iterator[Fault]:
     if run.value(_SAVE) != "best":
         return
     if run.value(_STRATEGY) == "no":
-        yield Fault(
+        yield RuleViolation(
             _SAVE,
             "best, but there are no evaluations: no checkpoint would be saved",
             notes=(run.operand(_STRATEGY),),
@@ -103,7 +103,7 @@ def best_has_a_metric(run: Run) -> Iterator[Fault]:
             related=(_STRATEGY,),
         )
     elif run.value(METRIC) is None and not run.value(_BEST) and not _follows(run):
-        yield Fault(
+        yield RuleViolation(
             _SAVE,
             "best needs metric_for_best_model",
             notes=(run.operand(METRIC),),
@@ -132,13 +132,13 @@ def _follows(run: Run) -> bool:
     example="grpo:\n  eval_on_start: true",
     fix="eval_on_start: false",
 )
-def first_evaluation_has_data(run: Run) -> Iterator[Fault]:
+def first_evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
     """eval_on_start needs dataset.eval_path or dataset.eval_split.
 
     Without them there is no data to evaluate on.
     """
     if run.value(_ON_START) and not has_evaluation_data(run):
-        yield Fault(
+        yield RuleViolation(
             _ON_START,
             "there is no data to evaluate on",
             notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),

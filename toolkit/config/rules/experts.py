@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import MLP, default_targets, expert_targets
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,7 @@ lora:
 """,
     fix="target_modules: auto",
 )
-def experts_have_no_slots(run: Run) -> Iterator[Fault]:
+def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, routed experts cannot have an adapter.
 
     On Qwen3-MoE and DeepSeek, PEFT applies gate_proj, up_proj and down_proj to the experts. The
@@ -45,7 +45,7 @@ def experts_have_no_slots(run: Run) -> Iterator[Fault]:
     found = expert_targets(family, targets) if run.model.experts else frozenset()
     if found:
         names = ", ".join(name for name in MLP if name in found)
-        yield Fault(
+        yield RuleViolation(
             _TARGETS,
             f"{names} are the experts of this model, and the engine has no LoRA slots for them",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type, package_folder
 from toolkit.config.resolved import dtype_of
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import (
     UNTRAINED,
     attention_lacks,
@@ -30,14 +30,14 @@ _ATTENTION = "model.attn_implementation"
 
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
-) -> Fault:
+) -> RuleViolation:
     """A problem from the table as a fault, with the written values and fixes that can be
     applied.
     """
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
         fixes += (Fix(problem.hint),)
-    return Fault(
+    return RuleViolation(
         problem.key,
         problem.message,
         notes=(note,) if note else (),
@@ -50,14 +50,14 @@ def fault_of(
 @rule(
     "LOAD020", "model.load_in_fp8", example="model:\n  load_in_fp8: true", fix="load_in_4bit: true"
 )
-def fp8_is_not_trained(run: Run) -> Iterator[Fault]:
+def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
     """load_in_fp8 is false.
 
     Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit needs even
     less memory.
     """
     if run.value("model.load_in_fp8"):
-        yield Fault(
+        yield RuleViolation(
             "model.load_in_fp8",
             UNTRAINED["load_in_fp8"],
             fixes=(run.to("model.load_in_fp8", False),),
@@ -70,7 +70,7 @@ def fp8_is_not_trained(run: Run) -> Iterator[Fault]:
     example="model:\n  load_in_16bit: true\n  dtype: float32",
     fix="load_in_16bit: false",
 )
-def flags_go_together(run: Run) -> Iterator[Fault]:
+def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
     A weight has 16 bits or 32. A weight that is quantized to 4 or 8 bits has no gradient.
@@ -91,7 +91,7 @@ def flags_go_together(run: Run) -> Iterator[Fault]:
     example="model:\n  attn_implementation: flashattn",
     fix="attn_implementation: flash_attention_2",
 )
-def attention_is_one(run: Run) -> Iterator[Fault]:
+def attention_is_one(run: Run) -> Iterator[RuleViolation]:
     """attn_implementation is a transformers name and computes the model's attention correctly.
 
     Some models have no sdpa or flex attention (gpt-oss has sinks), and sdpa ignores the soft cap of
@@ -117,7 +117,7 @@ def attention_is_one(run: Run) -> Iterator[Fault]:
     example="model:\n  attn_implementation: flash_attention_2  # with --gpu none",
     fix="attn_implementation: sdpa",
 )
-def attention_has_its_machine(run: Run) -> Iterator[Fault]:
+def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
     """flash_attention_N needs a GPU, a 16-bit dtype and its package; flex_attention needs a GPU.
 
     torch has no backward pass of flex attention on a CPU. Checked with --gpu. `envcheck check`
@@ -144,7 +144,7 @@ def attention_has_its_machine(run: Run) -> Iterator[Fault]:
     example="grpo:\n  fp16: true  # with --gpu none",
     fix="fp16: false",
 )
-def float16_needs_a_card(run: Run) -> Iterator[Fault]:
+def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
     Without one there is no mixed precision in float16, and no loss scaling: a float32 model is
@@ -166,7 +166,7 @@ def float16_needs_a_card(run: Run) -> Iterator[Fault]:
         what = "there is no GPU, so the loss is not scaled: gradients below 6e-8 become 0"
     else:
         what = f"it has no effect: there is no GPU, and the run computes in {dtype}"
-    yield Fault(
+    yield RuleViolation(
         "grpo.fp16",
         what,
         notes=(f"{run.operand('model.dtype')}; {run.operand('runtime.engine')}",),
@@ -185,7 +185,7 @@ runtime: {engine: vllm}
 """,
     fix="runtime.engine: transformers",
 )
-def cpu_engine_has_the_model(run: Run) -> Iterator[Fault]:
+def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
     """Without a GPU, vLLM must have CPU kernels for the model's attention head size and for its
     experts.
 
@@ -205,7 +205,7 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[Fault]:
     example="model:\n  model_name: google/gemma-2-2b-it\n  dtype: float16\nruntime: {engine: vllm}",
     fix="dtype: bfloat16",
 )
-def engine_has_the_format(run: Run) -> Iterator[Fault]:
+def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, dtype float16 needs a model that vLLM runs in float16.
 
     Gemma 2 and 3 and GLM-4 overflow in float16. Checked when the model is on this machine.

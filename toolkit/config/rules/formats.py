@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ FORMATS = {"grpo.bf16": "bfloat16", "grpo.fp16": "float16"}
     example="model: {dtype: float32}\ngrpo: {bf16: true}\nruntime: {engine: vllm}",
     fix="bf16: false",
 )
-def one_format_with_the_engine(run: Run) -> Iterator[Fault]:
+def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
     A float32 engine with a bfloat16 trainer samples a slightly different policy than it trains: the
@@ -31,7 +31,7 @@ def one_format_with_the_engine(run: Run) -> Iterator[Fault]:
         return
     for key, name in FORMATS.items():
         if run.ask(key):
-            yield Fault(
+            yield RuleViolation(
                 key,
                 f"the trainer would compute in {name}, but the engine samples in float32",
                 notes=(run.operand("model.dtype"), run.operand("runtime.engine")),

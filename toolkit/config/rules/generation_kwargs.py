@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.sampling_keywords import NAMES, judge, not_reproduced, what_follows
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _engines(run: Run) -> tuple[Engine, ...]:
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 
 
-def _faults(run: Run, kind: str) -> Iterator[Fault]:
+def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
     """Keywords whose first problem is of ``kind``. If one of two possible engines accepts the
     keyword, it is a warning.
     """
@@ -61,7 +61,7 @@ def _faults(run: Run, kind: str) -> Iterator[Fault]:
         engine, problem = problems[0]
         certain = len(problems) == len(engines)
         notes = () if certain else (f"this applies if {NAMES[engine]} generates; {_CHOOSE}",)
-        yield Fault(
+        yield RuleViolation(
             f"{_KWARGS}.{name}",
             problem.message,
             notes=notes,
@@ -92,7 +92,7 @@ def _fix(run: Run, node: Node, problem: Problem) -> Fix:
     example="grpo:\n  generation_kwargs: {seed: 7}\nruntime:\n  engine: vllm",
     fix="leave seed out of generation_kwargs",
 )
-def owned_keywords(run: Run) -> Iterator[Fault]:
+def owned_keywords(run: Run) -> Iterator[RuleViolation]:
     """generation_kwargs must not contain what the toolkit sets itself.
 
     The toolkit derives a seed for each completion, takes the number of completions from
@@ -107,7 +107,7 @@ def owned_keywords(run: Run) -> Iterator[Fault]:
     example="grpo:\n  generation_kwargs: {stop_strings: [END]}\nruntime:\n  engine: vllm",
     fix="generation_kwargs: {stop: [END]}",
 )
-def read_keywords(run: Run) -> Iterator[Fault]:
+def read_keywords(run: Run) -> Iterator[RuleViolation]:
     """The run's engine reads every keyword of generation_kwargs. vLLM and Hugging Face generation
     have different keywords.
 
@@ -122,7 +122,7 @@ def read_keywords(run: Run) -> Iterator[Fault]:
     example="grpo:\n  generation_kwargs: {temperature: 0.7}",
     fix="temperature: 0.7, as a key of grpo",
 )
-def doubled_keywords(run: Run) -> Iterator[Fault]:
+def doubled_keywords(run: Run) -> Iterator[RuleViolation]:
     """generation_kwargs must not repeat keys of grpo.
 
     The training pass and the sizer read grpo.temperature, grpo.top_p and max_completion_length. A
@@ -138,7 +138,7 @@ def doubled_keywords(run: Run) -> Iterator[Fault]:
     example="grpo:\n  generation_kwargs: {presence_penalty: 5}\nruntime:\n  engine: vllm",
     fix="generation_kwargs: {presence_penalty: 2.0}",
 )
-def keyword_values(run: Run) -> Iterator[Fault]:
+def keyword_values(run: Run) -> Iterator[RuleViolation]:
     """The values of generation_kwargs have the type and range that the engine accepts.
 
     The engine refuses some wrong values only after the model is loaded, and silently ignores
@@ -154,7 +154,7 @@ def keyword_values(run: Run) -> Iterator[Fault]:
     fix="leave logit_bias out of generation_kwargs",
     severity=Severity.WARNING,
 )
-def followed_keywords(run: Run) -> Iterator[Fault]:
+def followed_keywords(run: Run) -> Iterator[RuleViolation]:
     """The training pass can reproduce every change that sampling makes to the distribution.
     temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and frequency_penalty are
     applied in training too.
@@ -165,7 +165,7 @@ def followed_keywords(run: Run) -> Iterator[Fault]:
     engine = _engines(run)[0]
     for name in not_reproduced(_written(run), engine):
         if judge(name, _written(run)[name].to_plain(), engine) is None:
-            yield Fault(
+            yield RuleViolation(
                 f"{_KWARGS}.{name}",
                 "the training pass does not reproduce it",
                 notes=(what_follows(engine),),
@@ -174,7 +174,7 @@ def followed_keywords(run: Run) -> Iterator[Fault]:
             )
     there = run.engine != "transformers" and run.value(_REGEX) is not None
     if there and _no_automaton(run) is None:  # GRPO064
-        yield Fault(
+        yield RuleViolation(
             _REGEX,
             "the training pass does not reproduce it",
             notes=(what_follows("vllm"),),
@@ -190,7 +190,7 @@ def followed_keywords(run: Run) -> Iterator[Fault]:
     example="grpo:\n  vllm_structured_outputs_regex: '(?<=a)b'\nruntime: {engine: vllm}",
     fix="vllm_structured_outputs_regex: ab",
 )
-def regex_is_an_automaton(run: Run) -> Iterator[Fault]:
+def regex_is_an_automaton(run: Run) -> Iterator[RuleViolation]:
     """vllm_structured_outputs_regex is a regular expression that vLLM can apply token by token.
 
     vLLM compiles it to an automaton, which supports neither look-around nor back-references. vLLM
@@ -198,7 +198,7 @@ def regex_is_an_automaton(run: Run) -> Iterator[Fault]:
     """
     wrong = _no_automaton(run)
     if wrong is not None:
-        yield Fault(_REGEX, wrong)
+        yield RuleViolation(_REGEX, wrong)
 
 
 def _no_automaton(run: Run) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from toolkit.config.data_facts import data_of
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import LEFT_OUT
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ _PATHS = ("path", "eval_path")
     fix="rename the column",
     severity=Severity.WARNING,
 )
-def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
+def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     """No column has a name that the trainer reserves.
 
     Such a column is dropped and rewards do not receive it. A column that dataset.prompt or
@@ -39,7 +39,7 @@ def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
             if name in LEFT_OUT and name not in used:
                 assert data is not None
                 why = LEFT_OUT[name].format(name=name)
-                yield Fault(
+                yield RuleViolation(
                     f"dataset.{which}",
                     f"{data.path.name} has a column {name}, which is dropped: {why}",
                     fixes=(Fix(f"rename the column, for instance to {name}_column"),),
@@ -53,7 +53,7 @@ def columns_reach_the_rewards(run: Run) -> Iterator[Fault]:
     fix="remove the rows, or fill in their answers",
     severity=Severity.WARNING,
 )
-def answers_are_there(run: Run) -> Iterator[Fault]:
+def answers_are_there(run: Run) -> Iterator[RuleViolation]:
     """No answer is null.
 
     Rewards that compare with the answer skip such a row, so training learns nothing from it. If
@@ -65,7 +65,7 @@ def answers_are_there(run: Run) -> Iterator[Fault]:
             continue
         every = data.whole and data.unanswered == data.rows
         first = "" if data.whole else " first"
-        yield Fault(
+        yield RuleViolation(
             f"dataset.{which}",
             f"{data.unanswered} of {data.rows}{first} rows have no answer (null)",
             related=("dataset.answer",),
@@ -81,7 +81,7 @@ def answers_are_there(run: Run) -> Iterator[Fault]:
     fix="write either all prompts or none as a chat",
     severity=Severity.WARNING,
 )
-def chats_are_all_or_none(run: Run) -> Iterator[Fault]:
+def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
     """If any prompt is a chat written as JSON text, all prompts are.
 
     Then they are read as chats. If only some are, all prompts are read as plain text, and the model
@@ -91,7 +91,7 @@ def chats_are_all_or_none(run: Run) -> Iterator[Fault]:
         data = data_of(run.document, which)
         if data is None or not 0 < data.chats < data.rows - data.empty:
             continue
-        yield Fault(
+        yield RuleViolation(
             f"dataset.{which}",
             f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats "
             "written as JSON text, the others are not: all are read as plain text",

@@ -13,7 +13,7 @@ from toolkit.base.capability import (
 )
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import package_folder
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
     example="runtime:\n  engine: vllm  # with --gpu v100",
     fix="use a card that the builds support (check with envcheck validate --gpu NAME)",
 )
-def builds_have_code(run: Run) -> Iterator[Fault]:
+def builds_have_code(run: Run) -> Iterator[RuleViolation]:
     """The locked builds of torch and vLLM support the card.
 
     They are built for CUDA 13, which supports compute capability 7.5 and above; torch's aarch64
@@ -53,7 +53,7 @@ def builds_have_code(run: Run) -> Iterator[Fault]:
     vllm = run.engine != "transformers"
     problem = build_problem(device.compute_capability, machine=device.machine, vllm=vllm)
     if problem:
-        yield Fault("runtime.engine", f"{device.name} cannot be used: {problem}")
+        yield RuleViolation("runtime.engine", f"{device.name} cannot be used: {problem}")
 
 
 @rule(
@@ -62,7 +62,7 @@ def builds_have_code(run: Run) -> Iterator[Fault]:
     example="model:\n  load_in_4bit: true  # with --gpu none",
     fix="load_in_4bit: false",
 )
-def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
+def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0.
 
     The kernels of bitsandbytes run on Volta GPUs and newer. Checked with --gpu.
@@ -73,13 +73,13 @@ def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
             continue
         why = lacks(run, FOUR_BIT)
         if why:
-            yield Fault(
+            yield RuleViolation(
                 key, f"{bits}-bit weights cannot be used: {why}", fixes=(run.to(key, False),)
             )
         elif run.situation.device is not None and package_folder("bitsandbytes") is None:
             # On the machine that trains, a missing package would end the run.
             here = run.situation.vllm is not None
-            yield Fault(
+            yield RuleViolation(
                 key,
                 "bitsandbytes is not installed here",
                 severity=Severity.ERROR if here else Severity.WARNING,
@@ -93,7 +93,7 @@ def four_bit_needs_a_card(run: Run) -> Iterator[Fault]:
     example="model:\n  float8_kv_cache: true  # with --gpu t4",
     fix="float8_kv_cache: false",
 )
-def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
+def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """float8_kv_cache needs compute capability 8.0, and 8.9 to be fast.
 
     Ampere stores the cache in 8 bits and converts it at every use; Ada and Hopper compute in 8
@@ -103,7 +103,7 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
         return  # nothing reads it (KEY008 reports that)
     why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
     if why or slow:
-        yield Fault(
+        yield RuleViolation(
             "model.float8_kv_cache",
             f"an 8-bit cache cannot be used: {why}" if why else f"converted at every use: {slow}",
             fixes=(run.to("model.float8_kv_cache", False),),
@@ -117,7 +117,7 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[Fault]:
     example="model:\n  dtype: bfloat16  # with --gpu t4",
     fix="dtype: auto",
 )
-def bfloat16_needs_a_card(run: Run) -> Iterator[Fault]:
+def bfloat16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """bfloat16 needs compute capability 8.0 (or a CPU).
 
     Cards before Ampere support only float16. dtype: auto chooses a format that the card supports.
@@ -134,4 +134,6 @@ def bfloat16_needs_a_card(run: Run) -> Iterator[Fault]:
         ("grpo.bf16", True, False),
     ):
         if run.value(key) == value:
-            yield Fault(key, f"bfloat16 cannot be used: {why}", fixes=(run.to(key, instead),))
+            yield RuleViolation(
+                key, f"bfloat16 cannot be used: {why}", fixes=(run.to(key, instead),)
+            )

@@ -12,7 +12,7 @@ from toolkit.config.finding import Fix, Severity
 from toolkit.config.key_moves import drop, move
 from toolkit.config.migration import MOVED, converted
 from toolkit.config.rules.evaluation import FOLLOWERS, has_evaluation_data
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.schemas import find_schema
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ _REFUSED_ELSEWHERE = ("parallelism_config",)
     example="grpo:\n  use_vllm: true",
     fix="runtime.engine: vllm",
 )
-def not_in_a_run_file(run: Run) -> Iterator[Fault]:
+def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
     """Some fields of GRPOConfig are set by the toolkit itself, or are refused.
 
     The engine, the run folder, resuming and model loading have their own keys. If a second key set
@@ -110,7 +110,7 @@ def not_in_a_run_file(run: Run) -> Iterator[Fault]:
         if refused is None or name in _REFUSED_ELSEWHERE or f"grpo.{name}" in MOVED:
             continue
         use = refused["use"]
-        yield Fault(
+        yield RuleViolation(
             ("grpo", name),
             f"not in a run file: {refused['why']}",
             fixes=(_today(run, f"grpo.{name}", use),),
@@ -125,7 +125,7 @@ def not_in_a_run_file(run: Run) -> Iterator[Fault]:
     fix="remove the key, or change what switches it off",
     severity=Severity.WARNING,
 )
-def keys_without_effect(run: Run) -> Iterator[Fault]:
+def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
     """Every key that is set has an effect.
 
     LoRA keys have no effect with full_finetuning, engine keys have none with engine: transformers,
@@ -134,10 +134,10 @@ def keys_without_effect(run: Run) -> Iterator[Fault]:
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
         if run.node(key) is not None and not (key == _TOOL_TURNS and run.node("tools")):
-            yield Fault(key, f"has no effect: {why}", on_key=True)
+            yield RuleViolation(key, f"has no effect: {why}", on_key=True)
     for key, switch, on in _SWITCHED:
         if run.node(key) is not None and run.ask(switch) != on:
-            yield Fault(key, f"has no effect: {run.operand(switch)}", on_key=True)
+            yield RuleViolation(key, f"has no effect: {run.operand(switch)}", on_key=True)
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
@@ -219,7 +219,7 @@ def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     example="grpo:\n  max_new_tokens: 256",
     fix="max_completion_length: 256",
 )
-def older_names(run: Run) -> Iterator[Fault]:
+def older_names(run: Run) -> Iterator[RuleViolation]:
     """Keys of older TRL, Unsloth and PEFT versions use their current name.
 
     Old names are not read. The finding says what replaced each of them.
@@ -228,7 +228,7 @@ def older_names(run: Run) -> Iterator[Fault]:
         node = run.node(old)
         if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
             continue  # GRPO019
-        yield Fault(
+        yield RuleViolation(
             old,
             moved.sentence,
             fixes=(_today(run, old, moved.to),),

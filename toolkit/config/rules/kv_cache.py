@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.formatting import format_bytes
 from toolkit.config.kv_cache import CPU_BLOCK, ELEMENT_BYTES, GPU_BLOCK, least_cache_bytes
 from toolkit.config.resolved import dtype_of
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ _LENGTH = "model.max_seq_length"
     example="model:\n  max_seq_length: 4096\n  kv_cache_bytes: 65536\nruntime: {engine: vllm}",
     fix="kv_cache_bytes: auto",
 )
-def cache_holds_a_sequence(run: Run) -> Iterator[Fault]:
+def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     """kv_cache_bytes holds one sequence of max_seq_length tokens.
 
     vLLM does not start with less, as no request could end. Checked if the model is on this
@@ -51,7 +51,7 @@ def cache_holds_a_sequence(run: Run) -> Iterator[Fault]:
     if least is None:
         return
     if written < least:
-        yield Fault(
+        yield RuleViolation(
             _CACHE,
             f"{written} is less than {least} ({format_bytes(least)}), the cache of one sequence of"
             f" {length} tokens and an empty block",

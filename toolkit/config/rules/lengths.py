@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ grpo:
 """,
     fix="max_seq_length: 1536, or max_completion_length: 512",
 )
-def prompt_and_completion_fit(run: Run) -> Iterator[Fault]:
+def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
     """max_prompt_length + max_completion_length is at most max_seq_length.
 
     The engine holds max_seq_length tokens per sequence. Without max_prompt_length, a prompt may use
@@ -55,7 +55,7 @@ def prompt_and_completion_fit(run: Run) -> Iterator[Fault]:
     if room > 0:
         fixes.append(run.to(_COMPLETION, room))
     at = next((key for key in (_PROMPT, _COMPLETION) if prompt and run.written(key)), _COMPLETION)
-    yield Fault(
+    yield RuleViolation(
         at,
         f"{message} {context}" if prompt else message,
         notes=(f"{sums} > {run.operand(_CONTEXT)}",),
@@ -83,7 +83,7 @@ grpo:
 """,
     fix="max_seq_length: 1024",
 )
-def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
+def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is not much larger than prompt and completion together.
 
     The engine reserves KV cache for at least one sequence of max_seq_length, and sizes its tables
@@ -95,7 +95,7 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
         return
     needed = prompt + completion
     if context > MANY_TIMES * needed:
-        yield Fault(
+        yield RuleViolation(
             _CONTEXT,
             f"{context} is {context // needed} times the length that the run uses: it reserves "
             "cache and tables that are never used",
@@ -112,7 +112,7 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[Fault]:
     example="model:\n  model_name: HuggingFaceTB/SmolLM2-135M\n  max_seq_length: 16384",
     fix="max_seq_length: 8192",
 )
-def within_the_model(run: Run) -> Iterator[Fault]:
+def within_the_model(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is at most the model's maximum length.
 
     The limit is max_position_embeddings in the model's config.json, extended by its rope scaling.
@@ -123,7 +123,7 @@ def within_the_model(run: Run) -> Iterator[Fault]:
         return
     context = run.value(_CONTEXT)
     if context > model.max_length:
-        yield Fault(
+        yield RuleViolation(
             _CONTEXT,
             f"{context} is more than this model's maximum of {model.max_length} tokens",
             notes=(f"{model.max_length_from} in {model.source}",),
@@ -143,7 +143,7 @@ runtime: {engine: vllm}
 """,
     fix="max_seq_length: 4096, or runtime.engine: transformers",
 )
-def one_rope_for_all_lengths(run: Run) -> Iterator[Fault]:
+def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, max_seq_length of a LongRoPE model (Phi-3) is at most its original
     length.
 
@@ -157,7 +157,7 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[Fault]:
     original = model.longrope_original
     context = run.value(_CONTEXT)
     if context > original:
-        yield Fault(
+        yield RuleViolation(
             _CONTEXT,
             f"{context} is more than {original}: above it vLLM uses the long rope factors for "
             "every sequence, the trainer only for long sequences",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import ENGINE_EXCLUDES
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ _SHARE = "model.gpu_memory_utilization"
     example="model:\n  load_in_4bit: true\n  load_in_8bit: true",
     fix="keep one of them",
 )
-def one_format(run: Run) -> Iterator[Fault]:
+def one_format(run: Run) -> Iterator[RuleViolation]:
     """At most one of load_in_4bit, load_in_8bit and load_in_16bit is true.
 
     Weights are kept in one format.
     """
     chosen = [name for name in _FORMATS if run.ask(f"model.{name}")]
     if len(chosen) > 1:
-        yield Fault(
+        yield RuleViolation(
             f"model.{chosen[1]}",
             f"the base is kept in one format, and {' and '.join(chosen)} are true",
             notes=("; ".join(run.operand(f"model.{name}") for name in chosen),),
@@ -50,7 +50,7 @@ def one_format(run: Run) -> Iterator[Fault]:
     example="model:\n  fast_inference: true\n  full_finetuning: true",
     fix="fast_inference: false",
 )
-def engine_conditions(run: Run) -> Iterator[Fault]:
+def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     """fast_inference excludes trust_remote_code, full_finetuning and load_in_8bit.
 
     The engine runs its own model code, not the checkpoint's. It shares the base weights with the
@@ -62,7 +62,7 @@ def engine_conditions(run: Run) -> Iterator[Fault]:
         if run.ask(f"model.{name}"):
             key = _FAST if run.written(_FAST) and run.ask(_FAST) is True else _ENGINE
             off = False if key == _FAST else "transformers"
-            yield Fault(
+            yield RuleViolation(
                 f"model.{name}",
                 f"cannot be used with the vLLM engine: {why}",
                 notes=(run.operand(key),),
@@ -78,7 +78,7 @@ def engine_conditions(run: Run) -> Iterator[Fault]:
     example="model:\n  max_num_batched_tokens: 128\n  max_num_seqs: 256",
     fix="max_num_batched_tokens: 256",
 )
-def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
+def tokens_for_every_sequence(run: Run) -> Iterator[RuleViolation]:
     """max_num_batched_tokens is at least max_num_seqs, and max_seq_length without chunked prefill.
 
     A decoding step processes one token of each sequence. Without chunked prefill a whole prompt
@@ -88,7 +88,7 @@ def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
     if tokens == "auto":
         return
     if sequences != "auto" and tokens < sequences:
-        yield Fault(
+        yield RuleViolation(
             _TOKENS,
             f"{tokens} tokens per step are too few for {sequences} sequences at a time",
             notes=(f"{run.operand(_TOKENS)} < {run.operand(_SEQUENCES)}",),
@@ -97,7 +97,7 @@ def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
         )
     length = run.value("model.max_seq_length")
     if not run.value(_CHUNKED) and tokens < length:
-        yield Fault(
+        yield RuleViolation(
             _TOKENS,
             f"{tokens} tokens per step are fewer than max_seq_length {length}",
             notes=(f"{run.operand(_CHUNKED)}: a whole prompt must fit into one step",),
@@ -112,7 +112,7 @@ def tokens_for_every_sequence(run: Run) -> Iterator[Fault]:
     example="model:\n  gpu_memory_utilization: 1.2",
     fix="gpu_memory_utilization: auto",
 )
-def a_part_of_the_card(run: Run) -> Iterator[Fault]:
+def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
     """gpu_memory_utilization is above 0 and below 1, and in the range that the sizer finds for the
     card.
 
@@ -125,7 +125,7 @@ def a_part_of_the_card(run: Run) -> Iterator[Fault]:
     if node.value != node.value:
         return
     likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # per cent
-    yield Fault(
+    yield RuleViolation(
         _SHARE,
         f"{node.value} is out of range: it must be a fraction above 0 and below 1",
         fixes=(run.to(_SHARE, likely),),
@@ -138,7 +138,7 @@ def a_part_of_the_card(run: Run) -> Iterator[Fault]:
     example="model:\n  fast_inference: false\nruntime:\n  engine: vllm",
     fix="engine: transformers",
 )
-def engine_and_fast_inference_agree(run: Run) -> Iterator[Fault]:
+def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
     """runtime.engine and model.fast_inference do not contradict each other.
 
     fast_inference is the drop-in API's name for using the vLLM engine; runtime.engine chooses the
@@ -147,7 +147,7 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[Fault]:
     engine, fast = run.value(_ENGINE), run.value(_FAST)
     wanted = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))
     if wanted is not None:
-        yield Fault(
+        yield RuleViolation(
             _ENGINE,
             f"{engine} contradicts fast_inference {str(fast).lower()}",
             notes=(run.operand(_FAST),),
@@ -163,7 +163,7 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[Fault]:
     fix="dequantized_rollouts: auto",
     severity=Severity.WARNING,
 )
-def something_to_dequantize(run: Run) -> Iterator[Fault]:
+def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
     """A written dequantized_rollouts needs a 4-bit base and an engine on one GPU.
 
     It replaces 4-bit weights by 16-bit copies while sampling. Weights in 16 bits are used as they
@@ -175,7 +175,7 @@ def something_to_dequantize(run: Run) -> Iterator[Fault]:
         return
     for other, wanted in (("model.load_in_4bit", True), ("model.tensor_parallel_size", 1)):
         if run.value(other) != wanted:
-            yield Fault(
+            yield RuleViolation(
                 key,
                 "has no effect: nothing is dequantized before a rollout",
                 notes=(run.operand(other),),

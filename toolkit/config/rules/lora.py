@@ -9,7 +9,7 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import known
 from toolkit.config.lora_targets import pattern_fault
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,14 +22,14 @@ _INIT = "lora.init_lora_weights"
 
 
 @rule("LORA001", _R, example="lora:\n  r: 0", fix="r: 16")
-def positive_rank(run: Run) -> Iterator[Fault]:
+def positive_rank(run: Run) -> Iterator[RuleViolation]:
     """lora.r is an integer above 0.
 
     The adapter of a layer is B times A with r columns and rows.
     """
     node = run.node(_R)
     if node is not None and type(node.value) is int and node.value <= 0:
-        yield Fault(
+        yield RuleViolation(
             _R, f"{node.value} is not a valid rank: it must be above 0", fixes=(run.to(_R, 16),)
         )
 
@@ -46,7 +46,7 @@ lora:
 """,
     fix="init_lora_weights: true",
 )
-def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
+def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     """LoftQ starts from a base that is not quantized.
 
     LoftQ quantizes the base itself and initializes the adapter with the quantization error. A base
@@ -63,7 +63,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
         None,
     )
     if reason:
-        yield Fault(
+        yield RuleViolation(
             _INIT,
             "loftq quantizes the base itself, but this base is already quantized",
             notes=(reason,),
@@ -73,7 +73,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[Fault]:
 
 
 @rule("LORA006", _INIT, example="lora:\n  init_lora_weights: guassian", fix="gaussian")
-def known_init(run: Run) -> Iterator[Fault]:
+def known_init(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is one of PEFT's values.
 
     The values are true (B = 0), false (random), or the name of a method. pissa_niter_N takes N
@@ -87,7 +87,7 @@ def known_init(run: Run) -> Iterator[Fault]:
     if value in names or re.fullmatch(r"pissa_niter_[0-9]{1,3}", value):
         return
     close = nearest(value, names)
-    yield Fault(
+    yield RuleViolation(
         _INIT,
         f"{value} is not an initialization of {legal.origin}",
         notes=(f"known: true, false, {', '.join(names)}, pissa_niter_16",),
@@ -101,7 +101,7 @@ def known_init(run: Run) -> Iterator[Fault]:
     example="lora:\n  target_modules: 'model.layers.(0|1'",
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
-def targets_exist(run: Run) -> Iterator[Fault]:
+def targets_exist(run: Run) -> Iterator[RuleViolation]:
     """target_modules is a valid regular expression, or names that the model has.
 
     A list item matches the end of a module name. A string is one regular expression for whole
@@ -123,7 +123,7 @@ def targets_exist(run: Run) -> Iterator[Fault]:
         if not any(module == name or module.endswith(f".{name}") for module in modules):
             last = sorted({module.rpartition(".")[2] for module in modules})
             close = nearest(name, last)
-            yield Fault(
+            yield RuleViolation(
                 ("lora", "target_modules", index),
                 f"the model has no module {name}",
                 notes=(f"it has: {', '.join(last[:14])}",),
@@ -131,12 +131,12 @@ def targets_exist(run: Run) -> Iterator[Fault]:
             )
 
 
-def _pattern(run: Run, text: str) -> Iterator[Fault]:
+def _pattern(run: Run, text: str) -> Iterator[RuleViolation]:
     if text == "all-linear":
         return
     wrong = pattern_fault(text)
     if wrong is not None and wrong.startswith("not a"):
-        yield Fault(_TARGETS, wrong)
+        yield RuleViolation(_TARGETS, wrong)
         return
     modules = run.model.modules if run.model is not None else None
     if wrong is not None or not modules:
@@ -146,14 +146,14 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
     left_out = run.ask("lora.exclude_modules") is not None
     for module in () if left_out else sorted(norms | inside - modules - {""}):
         if re.fullmatch(text, module):
-            yield Fault(
+            yield RuleViolation(
                 _TARGETS,
                 f"it matches {module}, which is not a linear layer; PEFT would refuse it",
                 notes=("the expression must match whole names, for instance .*\\.q_proj",),
             )
             return
     if not any(re.fullmatch(text, module) for module in modules):
-        yield Fault(
+        yield RuleViolation(
             _TARGETS,
             "no module of the model matches this regular expression",
             notes=("the expression must match whole names, for instance .*\\.q_proj",),
@@ -166,7 +166,7 @@ def _pattern(run: Run, text: str) -> Iterator[Fault]:
     example="lora:\n  layers_pattern: layers",
     fix="layers_to_transform: [0, 1]",
 )
-def layers_go_together(run: Run) -> Iterator[Fault]:
+def layers_go_together(run: Run) -> Iterator[RuleViolation]:
     """layers_pattern needs layers_to_transform, and neither works with target_modules as a string.
 
     A regular expression in target_modules chooses the layers itself.
@@ -175,7 +175,7 @@ def layers_go_together(run: Run) -> Iterator[Fault]:
     if isinstance(run.value(_TARGETS), str) and run.value(_TARGETS) != "auto":
         for key, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
             if value is not None:
-                yield Fault(
+                yield RuleViolation(
                     f"lora.{key}",
                     "cannot be used when target_modules is a string, which chooses the layers "
                     "itself",
@@ -184,7 +184,7 @@ def layers_go_together(run: Run) -> Iterator[Fault]:
                     related=(_TARGETS,),
                 )
     elif pattern is not None and layers is None:
-        yield Fault(
+        yield RuleViolation(
             "lora.layers_pattern",
             "needs layers_to_transform",
             notes=(run.operand("lora.layers_to_transform"),),
@@ -199,7 +199,7 @@ def layers_go_together(run: Run) -> Iterator[Fault]:
     fix="lora_dropout: 0.0",
     severity=Severity.WARNING,
 )
-def dropout_differs(run: Run) -> Iterator[Fault]:
+def dropout_differs(run: Run) -> Iterator[RuleViolation]:
     """lora_dropout is 0.
 
     With dropout the trainer's log-probabilities differ from those of the policy that the engine
@@ -207,7 +207,7 @@ def dropout_differs(run: Run) -> Iterator[Fault]:
     """
     dropout = run.value("lora.lora_dropout")
     if dropout:
-        yield Fault(
+        yield RuleViolation(
             "lora.lora_dropout",
             f"{dropout} makes steps slower, and the trainer's log-probabilities differ from "
             "the engine's",

@@ -8,7 +8,7 @@ from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known
 from toolkit.config.lora_ranks import smallest_rank
 from toolkit.config.rules.training import NO_HEAD, adapts_head
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import init_with_engine
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _TARGETS = "lora.target_modules"
     example="model:\n  max_lora_rank: 24",
     fix="max_lora_rank: 32",
 )
-def legal_room(run: Run) -> Iterator[Fault]:
+def legal_room(run: Run) -> Iterator[RuleViolation]:
     """max_lora_rank is one of the ranks that vLLM has kernels for.
 
     vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512 (read from the installed vLLM, if
@@ -42,7 +42,7 @@ def legal_room(run: Run) -> Iterator[Fault]:
     if node.value in legal.values:
         return
     up = smallest_rank(max(node.value, 1), legal.values) or max(legal.values)
-    yield Fault(
+    yield RuleViolation(
         _ROOM,
         f"{node.value} is not a rank of {legal.origin}",
         notes=(f"legal: auto, {', '.join(map(str, legal.values))}",),
@@ -56,7 +56,7 @@ def legal_room(run: Run) -> Iterator[Fault]:
     example="model:\n  max_lora_rank: 64\nlora:\n  r: 65",
     fix="max_lora_rank: 128, or r: 64",
 )
-def rank_fits(run: Run) -> Iterator[Fault]:
+def rank_fits(run: Run) -> Iterator[RuleViolation]:
     """lora.r, and each rank of lora.rank_pattern, is at most max_lora_rank.
 
     The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule vLLM
@@ -74,14 +74,14 @@ def rank_fits(run: Run) -> Iterator[Fault]:
             continue
         lower = _lower(run, at, most)
         if room == "auto":
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"{rank} is more than {largest}, the largest rank of {legal.origin}",
                 fixes=(lower,),
             )
             continue
         up = smallest_rank(rank, legal.values)
-        yield Fault(
+        yield RuleViolation(
             at,
             f"{rank} is more than max_lora_rank {room}",
             notes=(f"{operand} > {run.operand(_ROOM)}",),
@@ -112,7 +112,7 @@ def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
     example="runtime: {engine: vllm}\nlora:\n  use_dora: true",
     fix="use_dora: false, or runtime.engine: transformers",
 )
-def engine_can_follow(run: Run) -> Iterator[Fault]:
+def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the adapter is plain LoRA on linear layers. vLLM does not support
     trained biases, DoRA or modules_to_save.
 
@@ -124,7 +124,7 @@ def engine_can_follow(run: Run) -> Iterator[Fault]:
         return
     severity = Severity.ERROR if run.engine == "vllm" else Severity.WARNING
     for key, wrong, fix in _unfollowed(run):
-        yield Fault(
+        yield RuleViolation(
             key,
             wrong if run.engine == "vllm" else f"{wrong} (engine auto is vLLM where installed)",
             notes=(run.operand("runtime.engine"),),
@@ -176,14 +176,16 @@ def _head_told_elsewhere(run: Run) -> bool:
     example="runtime: {engine: transformers}\nlora:\n  target_modules: [q_proj, lm_head]",
     fix="remove lm_head from target_modules",
 )
-def head_is_never_trained(run: Run) -> Iterator[Fault]:
+def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
     """lm_head cannot have an adapter.
 
     TRL computes log-probabilities from lm_head.weight directly, so an adapter on it would be
     ignored and never trained. TRL would refuse it after the model has loaded.
     """
     if run.engine == "transformers" and adapts_head(run) and not _head_told_elsewhere(run):
-        yield Fault(_TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,))
+        yield RuleViolation(
+            _TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,)
+        )
 
 
 @rule(
@@ -192,14 +194,14 @@ def head_is_never_trained(run: Run) -> Iterator[Fault]:
     example="model:\n  max_loras: 4\n  max_cpu_loras: 2",
     fix="max_cpu_loras: 4",
 )
-def cpu_holds_at_least(run: Run) -> Iterator[Fault]:
+def cpu_holds_at_least(run: Run) -> Iterator[RuleViolation]:
     """max_cpu_loras is at least max_loras.
 
     Every adapter on the GPU is also kept in main memory.
     """
     cpu, gpu = run.value("model.max_cpu_loras"), run.value("model.max_loras")
     if cpu is not None and cpu < gpu:
-        yield Fault(
+        yield RuleViolation(
             "model.max_cpu_loras",
             f"{cpu} is less than max_loras {gpu}",
             notes=(f"{run.operand('model.max_cpu_loras')} < {run.operand('model.max_loras')}",),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import SLOTS
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import DATA_INITS, layers_beyond
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _INIT = "lora.init_lora_weights"
     example="lora:\n  layers_to_transform: [0, 99]",
     fix="layers_to_transform: [0, 1]",
 )
-def layers_are_there(run: Run) -> Iterator[Fault]:
+def layers_are_there(run: Run) -> Iterator[RuleViolation]:
     """layers_to_transform names layers that the model has.
 
     Layers are counted from 0. PEFT silently skips a layer that does not exist, so the adapter would
@@ -42,7 +42,7 @@ def layers_are_there(run: Run) -> Iterator[Fault]:
     assert run.model is not None
     listed = [layers] if isinstance(layers, int) else list(layers)
     kept = [layer for layer in listed if layer not in beyond]
-    yield Fault(
+    yield RuleViolation(
         _LAYERS,
         f"{', '.join(map(str, beyond))} {'is' if len(beyond) == 1 else 'are'} not among the"
         f" {count} layers of this model (0 to {count - 1})",
@@ -57,7 +57,7 @@ def layers_are_there(run: Run) -> Iterator[Fault]:
     example="runtime: {engine: transformers}\nlora:\n  init_lora_weights: corda",
     fix="init_lora_weights: true",
 )
-def init_has_what_it_needs(run: Run) -> Iterator[Fault]:
+def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is a method that a run file can configure completely.
 
     CorDA, EVA and LoRA-GA need data before the adapter is created, and LoftQ needs its own
@@ -69,7 +69,7 @@ def init_has_what_it_needs(run: Run) -> Iterator[Fault]:
         return  # LORA004 reports it for the engine
     if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
         return  # LORA005
-    yield Fault(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
+    yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
 
 
 @rule(
@@ -78,7 +78,7 @@ def init_has_what_it_needs(run: Run) -> Iterator[Fault]:
     example="runtime: {engine: vllm}\nlora:\n  target_modules: [q_proj, fc1]",
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
-def targets_have_slots(run: Run) -> Iterator[Fault]:
+def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, every target is a layer for which the engine has LoRA slots.
 
     These are the projections of attention and MLP. Slots for all linear layers would cost memory,
@@ -94,7 +94,7 @@ def targets_have_slots(run: Run) -> Iterator[Fault]:
         leaf = str(name).rpartition(".")[2]
         if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _there(run, leaf):
             continue
-        yield Fault(
+        yield RuleViolation(
             ("lora", "target_modules", index) if written else "lora.adapter_path",
             f"the vLLM engine has no LoRA slots for {leaf}",
             notes=(f"it has them for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
@@ -120,7 +120,7 @@ def _there(run: Run, leaf: str) -> bool:
     example="lora:\n  layers_to_transform: [0]\n  layers_pattern: blocks",
     fix="layers_pattern: layers",
 )
-def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
+def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     """layers_pattern names the list of layers inside the model.
 
     It is the part of a module's name before the layer number. Checked when the model's weights are
@@ -138,7 +138,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
     }
     named = [pattern] if isinstance(pattern, str) else list(pattern)
     if not any(name in lists for name in named):
-        yield Fault(
+        yield RuleViolation(
             _PATTERN,
             f"the model has no list of layers named {' or '.join(named)}",
             notes=(f"it has: {', '.join(sorted(lists))}",),
@@ -152,7 +152,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[Fault]:
     example="runtime: {engine: transformers}\nlora:\n  modules_to_save: [lm_hed]",
     fix="modules_to_save: [lm_head]",
 )
-def saved_modules_are_there(run: Run) -> Iterator[Fault]:
+def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
     """modules_to_save names existing modules without an adapter.
 
     PEFT silently skips a name that it does not find, so that module would not be trained. A fully
@@ -171,14 +171,14 @@ def saved_modules_are_there(run: Run) -> Iterator[Fault]:
         if not any(parts in f".{module}." for module in modules):
             last = sorted({module.rpartition(".")[2] for module in modules})
             close = nearest(name, last)
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"the model has no module {name}",
                 notes=(f"it has: {', '.join(last[:14])}",),
                 fixes=(Fix(f"write {close}"),) if close else (),
             )
         elif name in adapted:
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"{name} would be fully trained and also get an adapter from target_modules",
                 notes=(run.operand(_TARGETS),),
@@ -192,7 +192,7 @@ def saved_modules_are_there(run: Run) -> Iterator[Fault]:
     example="lora:\n  target_modules: [q_proj, input_layernorm]",
     fix="target_modules: [q_proj]",
 )
-def targets_are_matrices(run: Run) -> Iterator[Fault]:
+def targets_are_matrices(run: Run) -> Iterator[RuleViolation]:
     """target_modules names no norm.
 
     An adapter is a product of two matrices that is added to a weight matrix. The weight of a norm
@@ -203,7 +203,7 @@ def targets_are_matrices(run: Run) -> Iterator[Fault]:
         return
     for index, name in enumerate(targets):
         if str(name).lower().endswith("norm") and run.written(_TARGETS):
-            yield Fault(
+            yield RuleViolation(
                 ("lora", "target_modules", index),
                 f"{name} is a norm, whose weight is a vector: it cannot have an adapter",
                 fixes=(Fix(f"remove {name}"),),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.adapter_facts import INHERITED, read_adapter, start_problem
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import is_excluded, pattern_fault, pattern_value
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import exists, resolve
 from toolkit.config.wording import show
 
@@ -29,7 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
     example="lora:\n  adapter_path: runs/first/adapter  # of rank 8\n  r: 16",
     fix="remove r, or r: 8",
 )
-def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
+def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     """adapter_path is the folder of a LoRA adapter, and the other written lora keys match it.
 
     Keys of the lora section that are not written come from the adapter. A written key with a
@@ -44,16 +44,18 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
     if values is None or not exists(folder / WEIGHTS):
         lacks = "adapter_config.json" if values is None else WEIGHTS
         what = f"has no readable {lacks}" if exists(folder) else "does not exist"
-        yield Fault(_PATH, f"{folder} {what}: adapter_path must be the folder of an adapter")
+        yield RuleViolation(
+            _PATH, f"{folder} {what}: adapter_path must be the folder of an adapter"
+        )
         return
     if values.get("peft_type") != "LORA":
-        yield Fault(
+        yield RuleViolation(
             _PATH, f"its peft_type is {values.get('peft_type')}, but only LORA is supported"
         )
         return
     init = "lora.init_lora_weights"
     if run.value(init) is not True:
-        yield Fault(
+        yield RuleViolation(
             init,
             "has no effect: the run starts from the values of an adapter",
             notes=(run.operand(_PATH),),
@@ -68,7 +70,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
         else:
             ours = run.value(key)
         if _comparable(ours, name) != _comparable(theirs, name):
-            yield Fault(
+            yield RuleViolation(
                 key,
                 f"{show(ours)} here, but the adapter that the run starts from has {show(theirs)}",
                 notes=(run.operand(_PATH),),
@@ -83,7 +85,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[Fault]:
     example="lora:\n  adapter_path: runs/pissa/adapter  # init_lora_weights: pissa",
     fix="an adapter with init_lora_weights true",
 )
-def start_belongs_to_the_base(run: Run) -> Iterator[Fault]:
+def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
     """The adapter of adapter_path belongs to the checkpoint as it is, and is one of a lora section.
 
     PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base before training; the tensors of such an
@@ -96,7 +98,7 @@ def start_belongs_to_the_base(run: Run) -> Iterator[Fault]:
         return  # LORA024
     problem = start_problem(values)
     if problem is not None:
-        yield Fault(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
+        yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
 
 
 def _comparable(value: Any, name: str) -> Any:
@@ -118,7 +120,7 @@ def _comparable(value: Any, name: str) -> Any:
     example="lora:\n  rank_pattern: {qproj: 8}",
     fix="rank_pattern: {q_proj: 8}",
 )
-def patterns_name_layers(run: Run) -> Iterator[Fault]:
+def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
     """A key of rank_pattern or alpha_pattern matches an adapted module's name or the end of it.
 
     A key is a regular expression. A key that matches nothing would have no effect. The names are
@@ -129,9 +131,9 @@ def patterns_name_layers(run: Run) -> Iterator[Fault]:
         for key in run.mapping(f"lora.{name}"):
             wrong = pattern_fault(key)
             if wrong:
-                yield Fault(("lora", name, key), f"{key}: {wrong}", on_key=True)
+                yield RuleViolation(("lora", name, key), f"{key}: {wrong}", on_key=True)
             elif modules and not any(pattern_value({key: True}, one, False) for one in modules):
-                yield Fault(
+                yield RuleViolation(
                     ("lora", name, key),
                     f"{key} does not match any module that has an adapter",
                     notes=(run.operand("lora.target_modules"),),
@@ -145,7 +147,7 @@ def patterns_name_layers(run: Run) -> Iterator[Fault]:
     example="lora:\n  target_modules: [q_proj]\n  exclude_modules: [q_proj]",
     fix="exclude_modules: [layers.0.self_attn.q_proj]",
 )
-def something_is_left(run: Run) -> Iterator[Fault]:
+def something_is_left(run: Run) -> Iterator[RuleViolation]:
     """exclude_modules excludes at least one target module, but not all.
 
     A list item matches the end of a module name; a string is one regular expression for whole
@@ -156,21 +158,21 @@ def something_is_left(run: Run) -> Iterator[Fault]:
         return
     wrong = pattern_fault(exclude) if isinstance(exclude, str) else None
     if wrong:
-        yield Fault(_EXCLUDE, wrong)
+        yield RuleViolation(_EXCLUDE, wrong)
         return
     modules = _adapted(run, excluded=False)
     if not modules:
         return
     left = [name for name in modules if not is_excluded(exclude, name)]
     if not left:
-        yield Fault(
+        yield RuleViolation(
             _EXCLUDE,
             f"it excludes all {len(modules)} modules that target_modules names",
             notes=(run.operand("lora.target_modules"),),
             fixes=(run.to(_EXCLUDE, None),),
         )
     elif len(left) == len(modules):
-        yield Fault(
+        yield RuleViolation(
             _EXCLUDE,
             "it excludes none of the modules that target_modules names",
             notes=(run.operand("lora.target_modules"),),

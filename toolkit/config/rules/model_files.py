@@ -9,7 +9,7 @@ from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type
 from toolkit.config.model_facts import ADAPTER_CONFIG, is_adapter, read_json
 from toolkit.config.rules.features import fault_of
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import exists, resolve
 from toolkit.config.supported_features import architecture_problem, stored_format, stored_problem
 
@@ -37,13 +37,13 @@ def _folder(run: Run) -> Path | None:
     example="model:\n  model_name: ./my-model  # a folder\n  revision: main",
     fix="remove revision",
 )
-def revisions_are_the_hubs(run: Run) -> Iterator[Fault]:
+def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
     """revision is for a hub id.
 
     A local folder has no revisions, and the loader refuses one.
     """
     if run.value("model.revision") is not None and _folder(run) is not None:
-        yield Fault(
+        yield RuleViolation(
             "model.revision",
             "is for hub ids, but the model is a folder",
             notes=(run.operand(_NAME),),
@@ -57,7 +57,7 @@ def revisions_are_the_hubs(run: Run) -> Iterator[Fault]:
     example="model:\n  model_name: runs/old/adapter",
     fix="model_name: the base model, with lora.adapter_path: runs/old/adapter",
 )
-def adapters_are_no_models(run: Run) -> Iterator[Fault]:
+def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
     """model_name is a model, not the folder of an adapter.
 
     lora.adapter_path starts from an adapter; its adapter_config.json names the base.
@@ -69,7 +69,7 @@ def adapters_are_no_models(run: Run) -> Iterator[Fault]:
     base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     written = run.value(_NAME)
     base = base if isinstance(base, str) and base else "the base model"
-    yield Fault(
+    yield RuleViolation(
         _NAME,
         f"is the folder of an adapter of {base}, not a model",
         notes=(str(folder / ADAPTER_CONFIG),),
@@ -83,7 +83,7 @@ def adapters_are_no_models(run: Run) -> Iterator[Fault]:
     example="model:\n  model_name: ./pickled  # pytorch_model.bin alone",
     fix="model_name: the checkpoint in safetensors",
 )
-def weights_are_safetensors(run: Run) -> Iterator[Fault]:
+def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
     """The folder of a model holds safetensors files.
 
     A pickle (*.bin) can run code when it is read, and no key of a run file can allow that.
@@ -93,7 +93,7 @@ def weights_are_safetensors(run: Run) -> Iterator[Fault]:
         return
     if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
         return
-    yield Fault(
+    yield RuleViolation(
         _NAME,
         "the folder holds only pickled weights (*.bin), and a pickle can run code",
         notes=(str(folder),),
@@ -106,7 +106,7 @@ def weights_are_safetensors(run: Run) -> Iterator[Fault]:
     example="model:\n  model_name: google/gemma-3-27b-it",
     fix="model_name: a text-only checkpoint",
 )
-def trained_architecture(run: Run) -> Iterator[Fault]:
+def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     """The model is a causal language model for text only, known to transformers or with its own
     code.
 
@@ -135,7 +135,7 @@ def trained_architecture(run: Run) -> Iterator[Fault]:
     example="model:\n  model_name: TheBloke/Llama-2-7B-AWQ",
     fix="model_name: the checkpoint in 16 bits",
 )
-def trained_format(run: Run) -> Iterator[Fault]:
+def trained_format(run: Run) -> Iterator[RuleViolation]:
     """A quantized checkpoint is a bitsandbytes checkpoint, and its load_in flag is true.
 
     Training on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors weights is not supported. 8-bit
@@ -160,7 +160,7 @@ def trained_format(run: Run) -> Iterator[Fault]:
     example="model: {model_name: org/new-architecture}\nruntime: {engine: vllm}",
     fix="runtime.engine: transformers",
 )
-def engine_has_the_architecture(run: Run) -> Iterator[Fault]:
+def engine_has_the_architecture(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the installed vLLM supports the model's architecture.
 
     Checked when the model is on this machine and vLLM is installed.
@@ -175,7 +175,7 @@ def engine_has_the_architecture(run: Run) -> Iterator[Fault]:
     except OSError:
         return
     if listed is False:
-        yield Fault(
+        yield RuleViolation(
             _NAME,
             f"the installed vLLM does not support {', '.join(map(str, names))}",
             notes=(f"architectures in {run.model.source}; {run.operand('runtime.engine')}",),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import OPTIMIZERS, TARGETED, installed
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _WORDS = (
     example="grpo:\n  optim: galore_adamw",
     fix="optim: adamw_torch_fused, or optim_target_modules: all-linear",
 )
-def optimizer_has_targets(run: Run) -> Iterator[Fault]:
+def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     """GaLore and APOLLO need optim_target_modules; their layerwise forms also need one micro-batch
     per step.
 
@@ -43,7 +43,7 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
     if not str(optim).startswith(TARGETED):
         return
     if run.value(TARGETS) in (None, "", []):
-        yield Fault(
+        yield RuleViolation(
             OPTIM,
             f"{optim} needs optim_target_modules",
             notes=(run.operand(TARGETS),),
@@ -51,7 +51,7 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
             related=(TARGETS,),
         )
     elif (package := OPTIMIZERS[optim].package) and not installed(package):
-        yield Fault(
+        yield RuleViolation(
             OPTIM,
             f"{optim} needs {package.install}, which is not installed here",
             fixes=(Fix(f"pip install {package.install}"),),
@@ -61,7 +61,7 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
     if not optim.endswith("layerwise"):
         return
     if run.value(ACCUMULATION) != 1:
-        yield Fault(
+        yield RuleViolation(
             ACCUMULATION,
             f"{optim} updates weights inside the backward pass and cannot accumulate gradients",
             notes=(run.operand(ACCUMULATION),),
@@ -69,7 +69,7 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
             related=(OPTIM,),
         )
     if run.world_size > 1:
-        yield Fault(
+        yield RuleViolation(
             OPTIM,
             f"{optim} trains in one process",
             notes=(f"world size {run.world_size}",),
@@ -83,7 +83,7 @@ def optimizer_has_targets(run: Run) -> Iterator[Fault]:
     example='grpo:\n  optim: sgd\n  optim_args: "momentun=0.9"',
     fix='optim_args: "momentum=0.9"',
 )
-def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
+def optimizer_knows_its_arguments(run: Run) -> Iterator[RuleViolation]:
     """optim_args is a list of name=value pairs, separated by commas, that the optimizer reads.
 
     transformers silently ignores pairs that the optimizer does not read. The learning rate and
@@ -97,19 +97,21 @@ def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
     for pair in str(text).replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
         if not (name and equals and value) or "=" in value:
-            yield Fault(ARGS, f"{pair!r} is not a name=value pair", fixes=(_args(run, given),))
+            yield RuleViolation(
+                ARGS, f"{pair!r} is not a name=value pair", fixes=(_args(run, given),)
+            )
             return
         given[name] = value
     for name, value in given.items():
         if name not in options:
             yield _unread(run, optim, options, given, name)
         elif name not in _WORDS and not _is_number(value):
-            yield Fault(
+            yield RuleViolation(
                 ARGS, f"{name} must be a number of at least 0, got {value!r}", related=(OPTIM,)
             )
     nesterov = given.get("nesterov", "").lower() in ("true", "1", "yes")
     if optim == "sgd" and nesterov and float(given.get("momentum", "0") or 0) == 0:
-        yield Fault(
+        yield RuleViolation(
             ARGS,
             "nesterov needs a momentum above 0",
             fixes=(_args(run, {**given, "momentum": "0.9"}),),
@@ -119,11 +121,11 @@ def optimizer_knows_its_arguments(run: Run) -> Iterator[Fault]:
 
 def _unread(
     run: Run, optim: str, options: tuple[str, ...], given: dict[str, str], name: str
-) -> Fault:
+) -> RuleViolation:
     close = nearest(name, options)
     renamed = {close if one == name and close else one: value for one, value in given.items()}
     left = {one: value for one, value in given.items() if one != name}
-    return Fault(
+    return RuleViolation(
         ARGS,
         f"{optim} does not read {name}; it reads: {', '.join(options) or 'nothing'}",
         notes=(run.operand(OPTIM),),
@@ -151,14 +153,14 @@ def _is_number(text: str) -> bool:
     fix="remove it",
     severity=Severity.WARNING,
 )
-def targets_are_read(run: Run) -> Iterator[Fault]:
+def targets_are_read(run: Run) -> Iterator[RuleViolation]:
     """optim_target_modules is for GaLore and APOLLO.
 
     No other optimizer reads it.
     """
     if run.value(TARGETS) in (None, "", []) or str(run.value(OPTIM)).startswith(TARGETED):
         return
-    yield Fault(
+    yield RuleViolation(
         TARGETS,
         "has no effect: only galore_* and apollo_* optimizers read it",
         notes=(run.operand(OPTIM),),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import NO_TRACKER, TARGETED, TRACKERS, installed, needed_packages
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
     example="grpo:\n  report_to: wandbb",
     fix="report_to: wandb",
 )
-def trackers_are_known(run: Run) -> Iterator[Fault]:
+def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
     """report_to names trackers that transformers knows.
 
     The value is one tracker, a list of them, all (the installed ones) or none. The run always
@@ -47,13 +47,13 @@ def trackers_are_known(run: Run) -> Iterator[Fault]:
         is_item = run.node(REPORT) is not node
         place = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
         if name in NO_TRACKER:
-            yield Fault(
+            yield RuleViolation(
                 place, f"{name} cannot be combined with other trackers", fixes=(Fix("remove it"),)
             )
             continue
         close = nearest(name, (*TRACKERS, *NO_TRACKER))
         fix = run.replace(node, close) if close else run.to(REPORT, "none")
-        yield Fault(
+        yield RuleViolation(
             place,
             f"{name} is not a tracker that transformers knows",
             notes=(f"known: {', '.join((*TRACKERS, *NO_TRACKER))}",),
@@ -68,7 +68,7 @@ def trackers_are_known(run: Run) -> Iterator[Fault]:
     fix="pip install wandb",
     severity=Severity.WARNING,
 )
-def packages_are_installed(run: Run) -> Iterator[Fault]:
+def packages_are_installed(run: Run) -> Iterator[RuleViolation]:
     """The packages that report_to, optim and cache_implementation need are installed.
 
     A missing package is a warning, because the run may be meant for another machine (with --strict
@@ -84,7 +84,7 @@ def packages_are_installed(run: Run) -> Iterator[Fault]:
     )
     for key, value, package in needed:
         if not value.startswith(TARGETED) and not installed(package):
-            yield Fault(
+            yield RuleViolation(
                 f"grpo.{key}",
                 f"{value} needs {package.install}, which is not installed here",
                 fixes=(Fix(f"pip install {package.install}"),),

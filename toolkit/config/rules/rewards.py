@@ -8,7 +8,7 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.config.code import Found, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
-from toolkit.config.rules.violation import Fault, Unjudged, rule
+from toolkit.config.rules.violation import RuleViolation, Unjudged, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ reward:
 """,
     fix="one weight for each function",
 )
-def one_weight_each(run: Run) -> Iterator[Fault]:
+def one_weight_each(run: Run) -> Iterator[RuleViolation]:
     """Each reward function has one finite weight, written in one place.
 
     The weight is a key of its function (reward.functions[].weight). TRL's list grpo.reward_weights
@@ -63,14 +63,14 @@ def one_weight_each(run: Run) -> Iterator[Fault]:
     functions = _functions(run)
     own = next((path for path, members in functions if "weight" in members), None)
     if len(weights) != len(functions):
-        yield Fault(
+        yield RuleViolation(
             _WEIGHTS,
             f"{len(weights)} weights for {len(functions)} reward functions",
             notes=(run.operand(_FUNCTIONS),),
             related=(_FUNCTIONS,),
         )
     elif own is not None:
-        yield Fault(
+        yield RuleViolation(
             _WEIGHTS,
             "the functions have weights too",
             notes=(f"reward.functions[{own[2]}] has its own weight",),
@@ -85,7 +85,7 @@ def one_weight_each(run: Run) -> Iterator[Fault]:
     example="reward:\n  functions: []",
     fix="reward: {functions: [{name: exact_match}]}",
 )
-def some_reward(run: Run) -> Iterator[Fault]:
+def some_reward(run: Run) -> Iterator[RuleViolation]:
     """There is at least one reward function.
 
     GRPO learns only from rewards. An environment brings its own.
@@ -93,7 +93,7 @@ def some_reward(run: Run) -> Iterator[Fault]:
     if run.node("environment") is not None:
         return
     if not run.written(_FUNCTIONS) or run.value(_FUNCTIONS) == []:
-        yield Fault(
+        yield RuleViolation(
             _FUNCTIONS,
             "there is no reward function: the run would learn nothing",
             fixes=(Fix("functions: [{name: exact_match}]"),),
@@ -107,7 +107,7 @@ def some_reward(run: Run) -> Iterator[Fault]:
     example="reward:\n  functions: [{name: exact_mach}]",
     fix="name: exact_match",
 )
-def reward_exists(run: Run) -> Iterator[Fault]:
+def reward_exists(run: Run) -> Iterator[RuleViolation]:
     """A reward is built in, or is module:function in a module that runtime.allow_code allows.
 
     The module is searched next to the run file and on the Python path. Its source is read, not
@@ -122,11 +122,11 @@ def reward_exists(run: Run) -> Iterator[Fault]:
             continue
         module, _, function = text.partition(":")
         if not _identifiers(module) or not function.isidentifier():
-            yield Fault(at, f"{text} must have the form module:function")
+            yield RuleViolation(at, f"{text} must have the form module:function")
             continue
         if not _allowed(run, module):
             top = module.partition(".")[0]
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"code of {module} is not allowed to run",
                 notes=(run.operand("runtime.allow_code"),),
@@ -136,14 +136,16 @@ def reward_exists(run: Run) -> Iterator[Fault]:
         found = find_function(module, function, run.document.source.folder)
         if found.problem:
             severity = Severity.WARNING if found.unknown else Severity.ERROR
-            yield Fault(at, found.problem, severity=severity, unknown=found.unknown)
+            yield RuleViolation(at, found.problem, severity=severity, unknown=found.unknown)
 
 
-def _no_such(run: Run, at: KeyPath, name: Node) -> Fault:
+def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
     close = nearest(name.value, list(BUILTIN_OPTIONS))
     fixes = (run.replace(name, close),) if close else ()
     known = f"built in: {', '.join(BUILTIN_OPTIONS)}; your own: module:function"
-    return Fault(at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes)
+    return RuleViolation(
+        at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes
+    )
 
 
 def _identifiers(module: str) -> bool:
@@ -169,7 +171,7 @@ def _function(run: Run, name: Node) -> Found | None:
     example="reward:\n  functions: [{name: 'my_pkg.rewards:tone'}]  # def tone(text): ...",
     fix="def tone(prompts, completions, **columns)",
 )
-def reward_can_be_called(run: Run) -> Iterator[Fault]:
+def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
     """A reward function takes (prompts, completions, **columns).
 
     TRL calls it with keyword arguments: prompts, completions, completion_ids, trainer_state and
@@ -184,7 +186,7 @@ def reward_can_be_called(run: Run) -> Iterator[Fault]:
         options = members["options"].value if "options" in members else {}
         columns = _columns(run)
         if not found.takes_anything:
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"{found.shown} does not accept **columns, but TRL passes more arguments than "
                 "it names",
@@ -196,7 +198,7 @@ def reward_can_be_called(run: Run) -> Iterator[Fault]:
                 continue
             if columns is None or parameter in columns or parameter == "answer":
                 continue
-            yield Fault(
+            yield RuleViolation(
                 at,
                 f"{found.shown} requires the argument {parameter}, but no column or option "
                 "has this name",
@@ -217,7 +219,7 @@ def _columns(run: Run) -> set[str] | None:
     example="reward:\n  functions: [{name: regex_match, options: {patern: 'a+'}}]",
     fix="options: {pattern: 'a+'}",
 )
-def known_options(run: Run) -> Iterator[Fault]:
+def known_options(run: Run) -> Iterator[RuleViolation]:
     """A built-in reward has every option that is set for it.
 
     Options of your own functions are passed to them as keyword arguments.
@@ -234,7 +236,7 @@ def known_options(run: Run) -> Iterator[Fault]:
             if option in known or option.startswith("\0"):
                 continue
             close = nearest(option, list(known))
-            yield Fault(
+            yield RuleViolation(
                 (*path, "options", option),
                 f"{name.value} has no option {option}",
                 notes=(f"it has: {', '.join(known) or 'none'}",),
@@ -243,7 +245,7 @@ def known_options(run: Run) -> Iterator[Fault]:
             )
         for option, needed in known.items():
             if needed and option not in written:
-                yield Fault((*path, "name"), f"{name.value} needs the option {option}")
+                yield RuleViolation((*path, "name"), f"{name.value} needs the option {option}")
 
 
 @rule(
@@ -258,7 +260,7 @@ reward:
     fix="timeout_s: 600",
     severity=Severity.WARNING,
 )
-def a_hang_ends(run: Run) -> Iterator[Fault]:
+def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
     """A function that runs in the training process has a time limit.
 
     With reward.isolate a signal can stop waiting for a function that hangs. In the training process
@@ -267,7 +269,7 @@ def a_hang_ends(run: Run) -> Iterator[Fault]:
     if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
         return
     if any(":" in name.value for *_, name in _named(run)):
-        yield Fault(
+        yield RuleViolation(
             "reward.timeout_s",
             "nothing stops a reward function that hangs",
             notes=("reward.isolate is false: the function runs in the training process",),

@@ -17,7 +17,7 @@ from toolkit.config.rules.batch import (
     generation_batch,
     micro_batch,
 )
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ grpo:
 """,
     fix="gradient_accumulation_steps: 64",
 )
-def rows_fill_a_generation(run: Run) -> Iterator[Fault]:
+def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     """The data set has rows for at least one generation batch.
 
     A generation batch needs (completions / num_generations) prompts over all processes, each from a
@@ -60,7 +60,7 @@ def rows_fill_a_generation(run: Run) -> Iterator[Fault]:
     if rows >= needed:
         return
     limited = run.node(_LIMIT) is not None and rows == run.ask(_LIMIT)
-    yield Fault(
+    yield RuleViolation(
         _LIMIT if limited else _PATH,
         f"{rows} rows do not fill one generation batch of {needed} prompts: nothing is trained",
         notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
@@ -117,14 +117,14 @@ def _largest(step: int, most: int, group: int) -> int:
     example="grpo:\n  num_train_epochs: 0",
     fix="num_train_epochs: 1.0",
 )
-def run_has_a_length(run: Run) -> Iterator[Fault]:
+def run_has_a_length(run: Run) -> Iterator[RuleViolation]:
     """num_train_epochs is above 0 unless max_steps sets the length of the run.
 
     A run of 0 epochs ends without a step.
     """
     epochs, steps = run.value("grpo.num_train_epochs"), run.value("grpo.max_steps")
     if epochs == 0 and steps <= 0:
-        yield Fault(
+        yield RuleViolation(
             "grpo.num_train_epochs",
             "0 epochs: nothing is trained",
             notes=(run.operand("grpo.max_steps"),),

@@ -11,7 +11,7 @@ from toolkit.config import parallel
 from toolkit.config.document import Document, KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, rename
 from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
-from toolkit.config.rules.violation import Fault, Rule, Unjudged
+from toolkit.config.rules.violation import Rule, RuleViolation, Unjudged
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show, spell
 
@@ -173,7 +173,7 @@ class Run:
 
         return None if self.model is None else template_in(self.model.folder)
 
-    def finding(self, made_by: Rule, fault: Fault) -> Finding:
+    def finding(self, made_by: Rule, fault: RuleViolation) -> Finding:
         """A rule's fault with its place."""
         path = _parts(fault.at) if isinstance(fault.at, str) else fault.at
         node = self._shown(path, fault.related)

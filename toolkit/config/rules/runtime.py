@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from toolkit.config.document import Node
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import exists, resolve
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _OUTPUT = "runtime.output_dir"
     example="runtime:\n  output_dir: runs/old  # not empty\n  resume: never",
     fix="resume: auto, or another output_dir",
 )
-def output_is_free(run: Run) -> Iterator[Fault]:
+def output_is_free(run: Run) -> Iterator[RuleViolation]:
     """With resume: never, output_dir is empty.
 
     A new run would overwrite the old one. With resume: auto the run continues where the old one
@@ -35,7 +35,7 @@ def output_is_free(run: Run) -> Iterator[Fault]:
         return
     folder = _folder(run)
     if _something_in(folder):
-        yield Fault(
+        yield RuleViolation(
             _OUTPUT,
             f"{folder} is not empty, and resume is never",
             notes=(run.operand(_RESUME),),
@@ -50,7 +50,7 @@ def output_is_free(run: Run) -> Iterator[Fault]:
     example="runtime:\n  output_dir: runs/new  # empty\n  resume: must",
     fix="resume: auto",
 )
-def something_to_resume(run: Run) -> Iterator[Fault]:
+def something_to_resume(run: Run) -> Iterator[RuleViolation]:
     """With resume: must or a checkpoint's folder, there is a checkpoint to resume from."""
     resume = run.value(_RESUME)
     if resume in ("auto", "never"):
@@ -58,7 +58,7 @@ def something_to_resume(run: Run) -> Iterator[Fault]:
     if resume == "must":
         folder = _folder(run)
         if not any(one.startswith("checkpoint-") for one in _names(folder)):
-            yield Fault(
+            yield RuleViolation(
                 _RESUME,
                 f"there is no checkpoint in {folder} to resume from",
                 notes=(run.operand(_OUTPUT),),
@@ -69,7 +69,7 @@ def something_to_resume(run: Run) -> Iterator[Fault]:
     assert isinstance(node, Node)
     path = resolve(resume, node)
     if not path.is_dir():
-        yield Fault(
+        yield RuleViolation(
             _RESUME,
             f"{resume} is neither auto, never or must, nor a checkpoint folder",
             fixes=(run.to(_RESUME, "auto"),),
@@ -98,7 +98,7 @@ def _names(folder: Path) -> list[str]:
     example="runtime:\n  pack_tokens: 32768\n  padding_free: false",
     fix="padding_free: true",
 )
-def pack_tokens_need_packs(run: Run) -> Iterator[Fault]:
+def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     """pack_tokens needs padding_free.
 
     Padded batches are cut by rows, per_device_train_batch_size at a time: a number of tokens would
@@ -106,7 +106,7 @@ def pack_tokens_need_packs(run: Run) -> Iterator[Fault]:
     """
     if run.value("runtime.pack_tokens") == "auto" or run.value("runtime.padding_free"):
         return
-    yield Fault(
+    yield RuleViolation(
         "runtime.pack_tokens",
         "it has no effect on padded batches, which are cut by rows",
         notes=(run.operand("runtime.padding_free"),),
@@ -121,14 +121,14 @@ def pack_tokens_need_packs(run: Run) -> Iterator[Fault]:
     example="runtime:\n  fused_kernels: true\ngrpo:\n  use_liger_kernel: true",
     fix="use_liger_kernel: false",
 )
-def one_liger(run: Run) -> Iterator[Fault]:
+def one_liger(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true and use_liger_kernel: true exclude each other.
 
     Both put liger-kernel on the model. fused_kernels compares each kernel with the layer that it
     replaces; use_liger_kernel is TRL's own switch, and with fused_kernels: auto it is followed.
     """
     if run.value("runtime.fused_kernels") is True and run.value("grpo.use_liger_kernel"):
-        yield Fault(
+        yield RuleViolation(
             "grpo.use_liger_kernel",
             "fused_kernels is true too, and only one of them can be",
             notes=(run.operand("runtime.fused_kernels"),),

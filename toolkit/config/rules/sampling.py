@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ _RANGES: dict[str, tuple[str, Any, Any]] = {
     example="grpo:\n  vllm_importance_sampling_clip_min: 4.0\n  num_generations: 8",
     fix="vllm_importance_sampling_clip_min: 0.5",
 )
-def clip_order(run: Run) -> Iterator[Fault]:
+def clip_order(run: Run) -> Iterator[RuleViolation]:
     """vllm_importance_sampling_clip_min is below clip_max.
 
     Importance ratios are limited to [clip_min, clip_max]; an empty interval would keep none of
@@ -44,7 +44,7 @@ def clip_order(run: Run) -> Iterator[Fault]:
     if low is None or high is None or low < high:
         return
     fixes = [run.to(_MAX, float(low) * 2 or 1.0), run.to(_MIN, float(high) / 2)]
-    yield Fault(
+    yield RuleViolation(
         _MIN,
         f"{low} is not below clip_max {high}",
         notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
@@ -63,7 +63,7 @@ grpo:
 """,
     fix="vllm_importance_sampling_clip_max: 3.0",
 )
-def truncation_needs_a_bound(run: Run) -> Iterator[Fault]:
+def truncation_needs_a_bound(run: Run) -> Iterator[RuleViolation]:
     """A *_truncate importance-sampling mode has clip_min or clip_max.
 
     Truncation without a bound has no effect.
@@ -71,7 +71,7 @@ def truncation_needs_a_bound(run: Run) -> Iterator[Fault]:
     if not run.value(_CORRECTION) or not str(run.value(_MODE)).endswith("_truncate"):
         return
     if run.value(_MIN) is None and run.value(_MAX) is None:
-        yield Fault(
+        yield RuleViolation(
             _MODE,
             f"{run.value(_MODE)} needs at least one bound, but both are null",
             notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
@@ -86,7 +86,7 @@ def truncation_needs_a_bound(run: Run) -> Iterator[Fault]:
     example="grpo:\n  loss_type: vespo\n  vllm_importance_sampling_mode: sequence_mask",
     fix="vllm_importance_sampling_mode: token_truncate",
 )
-def vespo_per_token(run: Run) -> Iterator[Fault]:
+def vespo_per_token(run: Run) -> Iterator[RuleViolation]:
     """loss_type vespo needs a token mode of importance sampling.
 
     VESPO weights whole sequences itself, so the correction of the engine's log-probabilities must
@@ -97,7 +97,7 @@ def vespo_per_token(run: Run) -> Iterator[Fault]:
     mode = run.value(_MODE)
     if run.engine == "transformers" or mode in ("token_truncate", "token_mask"):
         return
-    yield Fault(
+    yield RuleViolation(
         "grpo.loss_type",
         f"vespo needs a token mode of importance sampling, not {mode}",
         notes=(run.operand(_MODE),),
@@ -113,7 +113,7 @@ def vespo_per_token(run: Run) -> Iterator[Fault]:
     fix="loss_type: grpo",
     severity=Severity.WARNING,
 )
-def sequence_level_losses(run: Run) -> Iterator[Fault]:
+def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
     """Sequence-level ratios need a loss that averages over sequences.
 
     The losses bnpo, dr_grpo, dapo and cispo sum over tokens, so with importance_sampling_level:
@@ -121,7 +121,7 @@ def sequence_level_losses(run: Run) -> Iterator[Fault]:
     """
     loss = run.value("grpo.loss_type")
     if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
-        yield Fault(
+        yield RuleViolation(
             _LEVEL,
             f"sequence with loss_type {loss} weights each sequence by its length",
             notes=(run.operand("grpo.loss_type"),),
@@ -136,13 +136,13 @@ def sequence_level_losses(run: Run) -> Iterator[Fault]:
     example="grpo:\n  temperature: 0.0",
     fix="temperature: 1.0",
 )
-def no_greedy_training(run: Run) -> Iterator[Fault]:
+def no_greedy_training(run: Run) -> Iterator[RuleViolation]:
     """temperature is above 0 in training.
 
     At 0 every completion of a prompt is the same, every advantage is 0, and nothing is learned.
     """
     if run.value("grpo.temperature") == 0:
-        yield Fault(
+        yield RuleViolation(
             "grpo.temperature",
             "0 gives the same completion every time: no exploration, no advantage",
             fixes=(run.to("grpo.temperature", 1.0),),
@@ -155,7 +155,7 @@ def no_greedy_training(run: Run) -> Iterator[Fault]:
     example="grpo:\n  top_p: 1.5",
     fix="top_p: 1.0",
 )
-def sampling_ranges(run: Run) -> Iterator[Fault]:
+def sampling_ranges(run: Run) -> Iterator[RuleViolation]:
     """temperature, top_p, top_k and min_p are in range.
 
     temperature is 0 to 2. top_p is above 0 and at most 1. top_k is at least -1, and 0 and -1 keep
@@ -167,7 +167,7 @@ def sampling_ranges(run: Run) -> Iterator[Fault]:
             continue
         if node.value != node.value:
             continue
-        yield Fault(
+        yield RuleViolation(
             key,
             f"{node.value} is out of range: must be {wanted}",
             fixes=(run.to(key, nearest(node.value)),),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ _PARTS_OF_A_MILLION = 1_000_000  # transformers compares fractions of a run this
     example="grpo:\n  bf16: true\n  fp16: true",
     fix="fp16: false",
 )
-def one_half_precision(run: Run) -> Iterator[Fault]:
+def one_half_precision(run: Run) -> Iterator[RuleViolation]:
     """bf16 and fp16 are mutually exclusive, and so are bf16_full_eval and fp16_full_eval.
 
     A computation has one format. model.dtype: auto chooses the format that the card supports, or
@@ -35,7 +35,7 @@ def one_half_precision(run: Run) -> Iterator[Fault]:
     """
     for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
         if run.ask(half) and run.ask("model.dtype") == weights:
-            yield Fault(
+            yield RuleViolation(
                 half,
                 f"the trainer would compute in a different format than the engine: {weights}",
                 notes=(run.operand("model.dtype"),),
@@ -45,7 +45,7 @@ def one_half_precision(run: Run) -> Iterator[Fault]:
     for suffix in ("", "_full_eval"):
         bf16, fp16 = f"grpo.bf16{suffix}", f"grpo.fp16{suffix}"
         if run.ask(bf16) and run.ask(fp16):
-            yield Fault(
+            yield RuleViolation(
                 fp16,
                 f"fp16{suffix} and bf16{suffix} cannot both be true",
                 notes=(run.operand(bf16),),
@@ -60,7 +60,7 @@ def one_half_precision(run: Run) -> Iterator[Fault]:
     example="grpo:\n  load_best_model_at_end: true\n  eval_strategy: epoch",
     fix="save_strategy: epoch",
 )
-def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
+def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     """load_best_model_at_end is for full fine-tuning, and needs every checkpoint to be evaluated.
 
     A LoRA run ends with its last adapter. runtime.keep_best keeps the best checkpoints too, and
@@ -71,7 +71,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
     if not run.value(_BEST):
         return
     if not run.ask("model.full_finetuning"):
-        yield Fault(
+        yield RuleViolation(
             _BEST,
             "a LoRA run ends with its last adapter: no checkpoint would be loaded",
             notes=("runtime.keep_best: 1 keeps the best checkpoint; toolkit export --checkpoint",),
@@ -83,7 +83,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
     if run.value(_EVAL) != run.value(_SAVE):
         data = run.ask("dataset.eval_path") is not None or run.ask("dataset.eval_split") is not None
         evaluating = (run.to(_EVAL, run.value(_SAVE)),) if data else ()  # else DATA005 refuses it
-        yield Fault(
+        yield RuleViolation(
             _BEST,
             "checkpoints that are not evaluated cannot be compared",
             notes=(f"{run.operand(_EVAL)}; {run.operand(_SAVE)}",),
@@ -98,7 +98,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
     both_parts = save < 1 and every < 1
     if both_parts and (save * _PARTS_OF_A_MILLION) % (every * _PARTS_OF_A_MILLION) == 0:
         return
-    yield Fault(
+    yield RuleViolation(
         _SAVE_STEPS,
         f"{save} is not a multiple of eval_steps {every}",
         notes=(f"{run.operand(_EVAL_STEPS)}; {run.operand(_BEST)}",),
@@ -113,7 +113,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[Fault]:
     example="grpo:\n  lr_scheduler_type: reduce_lr_on_plateau",
     fix="eval_strategy: steps",
 )
-def plateau_needs_evaluation(run: Run) -> Iterator[Fault]:
+def plateau_needs_evaluation(run: Run) -> Iterator[RuleViolation]:
     """lr_scheduler_type reduce_lr_on_plateau and greedy need eval_strategy.
 
     They change the learning rate by an evaluation metric, so without evaluations they have no
@@ -121,7 +121,7 @@ def plateau_needs_evaluation(run: Run) -> Iterator[Fault]:
     """
     kind = run.value(_SCHEDULER)
     if kind in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
-        yield Fault(
+        yield RuleViolation(
             _SCHEDULER,
             f"{kind} needs evaluations, but there are none",
             notes=(run.operand(_EVAL),),
@@ -136,14 +136,14 @@ def plateau_needs_evaluation(run: Run) -> Iterator[Fault]:
     example="grpo:\n  dataloader_prefetch_factor: 2",
     fix="dataloader_num_workers: 1",
 )
-def prefetch_needs_workers(run: Run) -> Iterator[Fault]:
+def prefetch_needs_workers(run: Run) -> Iterator[RuleViolation]:
     """dataloader_prefetch_factor needs dataloader_num_workers above 0.
 
     Only a worker process can load data ahead.
     """
     factor = run.value("grpo.dataloader_prefetch_factor")
     if factor is not None and run.value("grpo.dataloader_num_workers") == 0:
-        yield Fault(
+        yield RuleViolation(
             "grpo.dataloader_prefetch_factor",
             "without a worker process no data is loaded ahead",
             notes=(run.operand("grpo.dataloader_num_workers"),),
@@ -161,7 +161,7 @@ def prefetch_needs_workers(run: Run) -> Iterator[Fault]:
     example="grpo:\n  save_steps: 10.5",
     fix="save_steps: 10",
 )
-def whole_steps_above_one(run: Run) -> Iterator[Fault]:
+def whole_steps_above_one(run: Run) -> Iterator[RuleViolation]:
     """eval_steps and save_steps are whole numbers, or fractions of the run below 1.
 
     0.1 means every tenth of the run. 10.5 steps are not possible, and every 0 steps means never.
@@ -171,7 +171,9 @@ def whole_steps_above_one(run: Run) -> Iterator[Fault]:
         if steps is None or run.ask(strategy) != "steps":
             continue
         if steps > 1 and steps != int(steps):
-            yield Fault(key, f"{steps} is not a number of steps", fixes=(run.to(key, int(steps)),))
+            yield RuleViolation(
+                key, f"{steps} is not a number of steps", fixes=(run.to(key, int(steps)),)
+            )
         elif steps == 0 and key == _SAVE_STEPS:
             off = run.to(strategy, "no")
-            yield Fault(key, "every 0 steps means never", fixes=(run.to(key, 500), off))
+            yield RuleViolation(key, "every 0 steps means never", fixes=(run.to(key, 500), off))

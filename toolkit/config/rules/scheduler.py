@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import (
     CHOICES,
     PASSED_BY_THE_TRAINER,
@@ -47,7 +47,7 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
     example="grpo:\n  lr_scheduler_type: warmup_stable_decay",
     fix="lr_scheduler_kwargs: {num_decay_steps: 100}",
 )
-def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
+def schedule_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     """lr_scheduler_type has the keywords that it needs.
 
     warmup_stable_decay needs num_decay_steps; cosine_with_min_lr and cosine_warmup_with_min_lr need
@@ -64,7 +64,7 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
         missing.append("min_lr_rate")
     for name in missing:
         what = "min_lr or min_lr_rate" if name == "min_lr_rate" else name
-        yield Fault(
+        yield RuleViolation(
             TYPE,
             f"{kind} needs {what} in lr_scheduler_kwargs",
             notes=(run.operand(KWARGS),) if run.node(KWARGS) else (),
@@ -72,7 +72,7 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
             related=(KWARGS,),
         )
     if wants_one and len(either) > 1:
-        yield Fault(
+        yield RuleViolation(
             KWARGS,
             f"{kind} takes min_lr or min_lr_rate, not both",
             fixes=(Fix("remove min_lr"), Fix("remove min_lr_rate")),
@@ -86,7 +86,7 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[Fault]:
     example="grpo:\n  lr_scheduler_type: cosine\n  lr_scheduler_kwargs: {num_cycle: 2}",
     fix="lr_scheduler_kwargs: {num_cycles: 2}",
 )
-def schedule_knows_its_keywords(run: Run) -> Iterator[Fault]:
+def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
     """lr_scheduler_kwargs contains keywords of the schedule, with valid values.
 
     Each lr_scheduler_type has different keywords. The trainer passes the number of steps and the
@@ -97,7 +97,7 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[Fault]:
         return
     kind, schedule = found
     if not schedule.reads_kwargs:
-        yield Fault(
+        yield RuleViolation(
             KWARGS,
             f"has no effect: {kind} takes no keywords",
             notes=(run.operand(TYPE),),
@@ -113,10 +113,10 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[Fault]:
             continue
         wanted = _wanted(name, node)
         if wanted is not None:
-            yield Fault(place, f"{kind} takes {wanted}, got {node.value!r}")
+            yield RuleViolation(place, f"{kind} takes {wanted}, got {node.value!r}")
 
 
-def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> Fault:
+def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> RuleViolation:
     """A keyword that the schedule does not have or that the trainer passes."""
     fixes: tuple[Fix, ...] = (Fix("remove it"),)
     known = ", ".join(schedule.keywords) or "none"
@@ -127,7 +127,7 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
         close = nearest(name, schedule.keywords)
         if close is not None:
             fixes = (run.rename(node, close),)
-    return Fault(
+    return RuleViolation(
         ("grpo", "lr_scheduler_kwargs", name),
         message,
         notes=(run.operand(TYPE),),
@@ -163,7 +163,7 @@ def _wanted(name: str, node: Node) -> str | None:
     example="grpo:\n  lr_scheduler_type: polynomial\n  learning_rate: 1.0e-8",
     fix="learning_rate: 1.0e-6",
 )
-def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
+def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     """The schedule's lowest rate is below learning_rate.
 
     polynomial ends at lr_end (default 1e-7) and refuses an lr_end that is not below learning_rate.
@@ -182,7 +182,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
     if isinstance(lowest, bool) or not isinstance(lowest, (int, float)) or rate > lowest:
         return
     origin = run.origin(given.get(name))
-    yield Fault(
+    yield RuleViolation(
         RATE,
         f"{rate} must be above {name} {lowest} of {kind}",
         notes=(f"{run.operand(RATE)}; {name} {lowest} ({origin})",),
@@ -199,7 +199,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[Fault]:
     fix="warmup_steps: 10",
     severity=Severity.WARNING,
 )
-def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
+def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
     """The warm-up ends within the run, and the decay steps of warmup_stable_decay fit after it.
 
     With a warm-up of max_steps or more the run never reaches learning_rate. warmup_steps of 1 or
@@ -210,7 +210,7 @@ def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
     if steps <= 1 or given is None:
         return
     if warmup >= steps:
-        yield Fault(
+        yield RuleViolation(
             "grpo.warmup_steps",
             f"{warmup} warm-up steps, but the run has only {steps} steps: it never reaches "
             "learning_rate",
@@ -224,7 +224,7 @@ def schedule_fits_the_run(run: Run) -> Iterator[Fault]:
         return
     before = warmup if warmup >= 1 else round(warmup * steps)
     if before + decay.value > steps:
-        yield Fault(
+        yield RuleViolation(
             ("grpo", "lr_scheduler_kwargs", "num_decay_steps"),
             f"{decay.value} decay steps do not fit after the warm-up",
             notes=(f"{before} + {decay.value} > {run.operand('grpo.max_steps')}",),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.secrets import find_secret, is_secret_key
 from toolkit.config.finding import Fix
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def _secret_in(value: object) -> str | None:
     example="model:\n  token: hf_0000000000000000000000",
     fix="export HF_TOKEN in the shell",
 )
-def no_secrets(run: Run) -> Iterator[Fault]:
+def no_secrets(run: Run) -> Iterator[RuleViolation]:
     """A run file contains no token, key or password.
 
     Secrets are recognised by the key's name or by the form of the value. A run file is copied into
@@ -53,4 +53,4 @@ def no_secrets(run: Run) -> Iterator[Fault]:
         tool = "wandb" if "wandb" in f"{kind}{name}".lower() else "hf"
         known = "token" in kind.lower() or tool == "wandb"
         fix = _WHERE[tool] if known else "read it from the environment"
-        yield Fault(path, f"{kind}; a run file must not contain secrets", fixes=(Fix(fix),))
+        yield RuleViolation(path, f"{kind}; a run file must not contain secrets", fixes=(Fix(fix),))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.rules.run import Run
-    from toolkit.config.rules.violation import Fault
+    from toolkit.config.rules.violation import RuleViolation
 
 
 class Told(NamedTuple):
@@ -190,7 +190,7 @@ TOLD: dict[str, Told] = {
 }  # fmt: skip
 
 
-def _nothing(_run: Run) -> Iterator[Fault]:
+def _nothing(_run: Run) -> Iterator[RuleViolation]:
     yield from ()
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config import parallel
 from toolkit.config.finding import Fix
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ def _split(run: Run) -> bool:
 
 
 @rule("LOAD006", _KEY, example=f"{_CARDS[:-1]}3", fix="tensor_parallel_size: 1")
-def heads_and_world_divide(run: Run) -> Iterator[Fault]:
+def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
     Each card of a group holds whole heads, and the run has groups of that many processes. The model
@@ -39,9 +39,11 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
     fixes = (run.to(_KEY, legal[-1] if legal else 1),)
     problem = parallel.shape_problem(config, size) if config is not None else None
     if problem is not None:
-        yield Fault(_KEY, problem, notes=(run.model.source,) if run.model else (), fixes=fixes)
+        yield RuleViolation(
+            _KEY, problem, notes=(run.model.source,) if run.model else (), fixes=fixes
+        )
     elif run.processes % size:
-        yield Fault(
+        yield RuleViolation(
             _KEY,
             f"{size} does not divide the world size {run.processes}",
             notes=("the world size is what torchrun starts; --world-size says it here",),
@@ -55,14 +57,14 @@ def heads_and_world_divide(run: Run) -> Iterator[Fault]:
     example=f"{_CARDS}\n  share_weights: false",
     fix="share_weights: true",
 )
-def split_weights_are_shared(run: Run) -> Iterator[Fault]:
+def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size above 1 needs share_weights: true.
 
     The trainer computes on the part of the model that the engine of its process holds. A second,
     whole copy in each process would undo what splitting saves.
     """
     if _split(run) and not run.value(_SHARE) and run.engine != "transformers":
-        yield Fault(
+        yield RuleViolation(
             _KEY,
             f"{run.value(_KEY)} cannot be used with a copy of the weights for the trainer",
             notes=(run.operand(_SHARE),),
@@ -77,7 +79,7 @@ def split_weights_are_shared(run: Run) -> Iterator[Fault]:
     example=f"{_CARDS}\n  model_name: Qwen/Qwen3-30B-A3B",
     fix="tensor_parallel_size: 1",
 )
-def model_can_be_split(run: Run) -> Iterator[Fault]:
+def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size above 1 needs a model whose layers the trainer can follow.
 
     Dense decoders with separate projections are followed. A mixture of experts, fused projections
@@ -87,7 +89,7 @@ def model_can_be_split(run: Run) -> Iterator[Fault]:
     if run.value(_KEY) in (1, "auto") or run.engine == "transformers":
         return
     if run.ask("model.load_in_4bit"):
-        yield Fault(
+        yield RuleViolation(
             _KEY,
             f"{run.value(_KEY)} cannot be used with packed 4-bit weights",
             notes=(run.operand("model.load_in_4bit"),),
@@ -97,7 +99,7 @@ def model_can_be_split(run: Run) -> Iterator[Fault]:
         return
     problem = parallel.model_problem(run.model.config) if run.model is not None else None
     if problem is not None and run.model is not None:
-        yield Fault(
+        yield RuleViolation(
             _KEY,
             problem,
             notes=(run.model.source,),
@@ -121,7 +123,7 @@ _PENALTIES = ("presence_penalty", "frequency_penalty")
     example=f"{_CARDS}\ngrpo:\n  top_p: 0.9",
     fix="top_p: 1.0",
 )
-def sampling_is_whole(run: Run) -> Iterator[Fault]:
+def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
     """With tensor_parallel_size above 1 no token is cut off or penalized while sampling.
 
     Training applies the sampler's steps to its own logits. Each card holds the logits of a part of
@@ -131,7 +133,7 @@ def sampling_is_whole(run: Run) -> Iterator[Fault]:
         return
     for key, neutral in _NEUTRAL.items():
         if run.ask(key) not in neutral:
-            yield Fault(
+            yield RuleViolation(
                 key,
                 f"{run.ask(key)} is not supported while one model is split over several cards",
                 notes=(run.operand(_KEY),),
@@ -140,7 +142,7 @@ def sampling_is_whole(run: Run) -> Iterator[Fault]:
             )
     for name, value in run.mapping("grpo.generation_kwargs").items():
         if name in _PENALTIES and value:
-            yield Fault(
+            yield RuleViolation(
                 "grpo.generation_kwargs",
                 f"{name} {value} is not supported while one model is split over several cards",
                 notes=(run.operand(_KEY),),
@@ -155,7 +157,7 @@ def sampling_is_whole(run: Run) -> Iterator[Fault]:
     example=f"{_CARDS}\nlora:\n  lora_dropout: 0.05",
     fix="lora_dropout: 0.0",
 )
-def adapter_can_be_split(run: Run) -> Iterator[Fault]:
+def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """With tensor_parallel_size above 1 the adapter has no dropout, and a plain initialization.
 
     Each process would drop other inputs than one process does. Initializations that look at the
@@ -164,7 +166,7 @@ def adapter_can_be_split(run: Run) -> Iterator[Fault]:
     if not _split(run) or run.engine == "transformers":
         return
     if run.ask("lora.lora_dropout"):
-        yield Fault(
+        yield RuleViolation(
             "lora.lora_dropout",
             f"{run.ask('lora.lora_dropout')} is not supported while one model is split over"
             " several cards",
@@ -174,7 +176,7 @@ def adapter_can_be_split(run: Run) -> Iterator[Fault]:
         )
     init = run.ask("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
-        yield Fault(
+        yield RuleViolation(
             "lora.init_lora_weights",
             f"{init} looks at whole weights, and each card holds a part of them",
             notes=(run.operand(_KEY),),
@@ -189,7 +191,7 @@ def adapter_can_be_split(run: Run) -> Iterator[Fault]:
     example=f"{_CARDS}\ngrpo:\n  optim: adafactor",
     fix="optim: adamw_torch_fused",
 )
-def optimizer_can_be_split(run: Run) -> Iterator[Fault]:
+def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """With tensor_parallel_size above 1 the optimizer updates each value by itself.
 
     Each process holds a part of the adapter. Optimizers that look at whole rows or columns
@@ -200,7 +202,7 @@ def optimizer_can_be_split(run: Run) -> Iterator[Fault]:
         return
     optim = run.ask("grpo.optim")
     if optim is not None and optim not in parallel.ELEMENTWISE:
-        yield Fault(
+        yield RuleViolation(
             "grpo.optim",
             f"{optim} is not supported while one model is split over several cards",
             notes=(f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}", run.operand(_KEY)),

@@ -8,7 +8,7 @@ from toolkit.base.capability import BFLOAT16
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix
 from toolkit.config.rules.hardware import lacks
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import (
     ACCELERATOR,
     BATCHING,
@@ -42,7 +42,7 @@ grpo:
 """,
     fix="router_aux_loss_coef: null",
 )
-def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
+def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     """router_aux_loss_coef above 0 needs a mixture of experts that returns its router's logits.
 
     The auxiliary loss balances the experts and is computed from these logits. Checked when the
@@ -55,7 +55,7 @@ def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
     if run.model.experts and (family in ROUTERS or "output_router_logits" in run.model.text):
         return
     what = "does not return its router's logits" if run.model.experts else "has no experts"
-    yield Fault(
+    yield RuleViolation(
         ROUTER,
         f"this model has no auxiliary loss to weight: {family} {what}",
         notes=(f"from {run.model.source}",),
@@ -70,7 +70,7 @@ def router_loss_needs_a_router(run: Run) -> Iterator[Fault]:
     example="grpo:\n  dataloader_persistent_workers: true",
     fix="dataloader_num_workers: 1",
 )
-def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
+def worker_keys_need_workers(run: Run) -> Iterator[RuleViolation]:
     """dataloader_persistent_workers and dataloader_multiprocessing_context need workers.
 
     They configure the worker processes of dataloader_num_workers; torch refuses them if it is 0.
@@ -80,7 +80,7 @@ def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
     for name, off in (("persistent_workers", False), ("multiprocessing_context", None)):
         key = f"grpo.dataloader_{name}"
         if run.ask(key) != off:
-            yield Fault(
+            yield RuleViolation(
                 key,
                 "it has no effect without worker processes",
                 notes=(run.operand(WORKERS),),
@@ -95,7 +95,7 @@ def worker_keys_need_workers(run: Run) -> Iterator[Fault]:
     example="grpo:\n  accelerator_config: {split_batch: true}",
     fix="remove accelerator_config",
 )
-def accelerator_config_fits(run: Run) -> Iterator[Fault]:
+def accelerator_config_fits(run: Run) -> Iterator[RuleViolation]:
     """accelerator_config has keys that accelerate knows, except those that break the groups.
 
     split_batches would split the batch that TRL has already split. dispatch_batches sends tensors
@@ -110,11 +110,11 @@ def accelerator_config_fits(run: Run) -> Iterator[Fault]:
         if name not in ACCELERATOR:
             yield _unknown_member(run, place, name, member)
         elif not isinstance(member.value, ACCELERATOR[name]):
-            yield Fault(place, f"must be true or false, got {member.value!r}")
+            yield RuleViolation(place, f"must be true or false, got {member.value!r}")
         elif member.value is True and name in _REFUSED:
-            yield Fault(place, _REFUSED[name], fixes=(run.replace(member, False),))
+            yield RuleViolation(place, _REFUSED[name], fixes=(run.replace(member, False),))
         elif name == "gradient_accumulation_kwargs" and member.value:
-            yield Fault(
+            yield RuleViolation(
                 place,
                 "the trainer accumulates gradients itself: set grpo.gradient_accumulation_steps",
                 fixes=(Fix("remove it"),),
@@ -128,9 +128,9 @@ _REFUSED = {
 }
 
 
-def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -> Fault:
+def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -> RuleViolation:
     close = nearest(name, tuple(ACCELERATOR))
-    return Fault(
+    return RuleViolation(
         place,
         f"accelerate has no key {name}",
         notes=(f"it has: {', '.join(ACCELERATOR)}",),
@@ -145,7 +145,7 @@ def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -
     example="grpo:\n  debug: underflow",
     fix="debug: underflow_overflow",
 )
-def debug_options_are_known(run: Run) -> Iterator[Fault]:
+def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
     """debug is underflow_overflow or empty.
 
     transformers' other option, tpu_metrics_debug, is for TPUs.
@@ -165,7 +165,7 @@ def debug_options_are_known(run: Run) -> Iterator[Fault]:
             meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
             known = run.replace(one, DEBUG[0]) if is_item else run.to("grpo.debug", DEBUG[0])
             fix = known if meant else Fix("remove it")
-            yield Fault(place, f"{word} {what}", fixes=(fix,))
+            yield RuleViolation(place, f"{word} {what}", fixes=(fix,))
 
 
 @rule(
@@ -174,7 +174,7 @@ def debug_options_are_known(run: Run) -> Iterator[Fault]:
     example="grpo:\n  torch_compile_backend: inductr",
     fix="torch_compile_backend: inductor",
 )
-def compiler_is_known(run: Run) -> Iterator[Fault]:
+def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
     """torch_compile_backend and torch_compile_mode are names that accelerate and torch know.
 
     Either of them turns torch_compile on. Only inductor has modes.
@@ -183,14 +183,14 @@ def compiler_is_known(run: Run) -> Iterator[Fault]:
         name = run.ask(key)
         if name is None or str(name).lower() in known:
             continue
-        yield Fault(
+        yield RuleViolation(
             key,
             f"{name} is not one of {', '.join(known)}",
             fixes=(run.to(key, nearest(str(name), known)),),
         )
     backend = run.ask(_BACKEND)
     if run.ask(_MODE) is not None and backend is not None and backend != "inductor":
-        yield Fault(
+        yield RuleViolation(
             _MODE,
             f"{backend} has no modes",
             notes=(run.operand(_BACKEND),),
@@ -205,14 +205,16 @@ def compiler_is_known(run: Run) -> Iterator[Fault]:
     example="grpo:\n  tf32: true  # with --gpu none",
     fix="tf32: false",
 )
-def tf32_needs_a_card(run: Run) -> Iterator[Fault]:
+def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """tf32 needs compute capability 8.0.
 
     TensorFloat-32 is a format of Ampere GPUs and newer. Checked with --gpu.
     """
     why = lacks(run, BFLOAT16) if run.value("grpo.tf32") else None
     if why:
-        yield Fault("grpo.tf32", f"cannot be used: {why}", fixes=(run.to("grpo.tf32", False),))
+        yield RuleViolation(
+            "grpo.tf32", f"cannot be used: {why}", fixes=(run.to("grpo.tf32", False),)
+        )
 
 
 @rule(
@@ -221,7 +223,7 @@ def tf32_needs_a_card(run: Run) -> Iterator[Fault]:
     example="grpo:\n  cache_implementation: statik",
     fix="cache_implementation: static",
 )
-def cache_is_known(run: Run) -> Iterator[Fault]:
+def cache_is_known(run: Run) -> Iterator[RuleViolation]:
     """cache_implementation is one of transformers' caches; offloaded ones need a GPU.
 
     It is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked with
@@ -233,7 +235,7 @@ def cache_is_known(run: Run) -> Iterator[Fault]:
         return
     if name not in CACHES:
         close = nearest(str(name), CACHES)
-        yield Fault(
+        yield RuleViolation(
             key,
             f"{name} is not a cache of transformers",
             notes=(f"known: {', '.join(CACHES)}",),
@@ -242,7 +244,7 @@ def cache_is_known(run: Run) -> Iterator[Fault]:
         return
     why = lacks(run, (0, 0)) if name.startswith("offloaded") else None
     if why:
-        yield Fault(key, f"{name} cannot be used: {why}", fixes=(run.to(key, None),))
+        yield RuleViolation(key, f"{name} cannot be used: {why}", fixes=(run.to(key, None),))
 
 
 @rule(
@@ -255,7 +257,7 @@ grpo:
 """,
     fix="transformers_continuous_batching_config: {block_size: 64}",
 )
-def batching_keys_are_known(run: Run) -> Iterator[Fault]:
+def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
     """transformers_continuous_batching_config has keys of transformers' ContinuousBatchingConfig.
 
     An unknown key would end the run when the trainer is created.
@@ -268,7 +270,7 @@ def batching_keys_are_known(run: Run) -> Iterator[Fault]:
         if key in BATCHING:
             continue
         close = nearest(key, BATCHING)
-        yield Fault(
+        yield RuleViolation(
             ("grpo", name, key),
             f"{key} is not one of its keys",
             notes=(f"known: {', '.join(BATCHING)}",),

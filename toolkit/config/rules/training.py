@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.violation import Fault, rule
+from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import LIGER, installed
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ def adapts_head(run: Run) -> bool:
     example="grpo:\n  log_completions_hub_repo: me/completions",
     fix="log_completions: true",
 )
-def repo_needs_logging(run: Run) -> Iterator[Fault]:
+def repo_needs_logging(run: Run) -> Iterator[RuleViolation]:
     """log_completions_hub_repo needs log_completions.
 
     Completions are uploaded to the repository only if they are logged.
     """
     repo = run.value("grpo.log_completions_hub_repo")
     if repo is not None and not run.value("grpo.log_completions"):
-        yield Fault(
+        yield RuleViolation(
             "grpo.log_completions_hub_repo",
             "no completions are uploaded while log_completions is false",
             notes=(run.operand("grpo.log_completions"),),
@@ -53,7 +53,7 @@ def repo_needs_logging(run: Run) -> Iterator[Fault]:
     example="grpo:\n  use_liger_kernel: true\n  entropy_coef: 0.01",
     fix="use_liger_kernel: false",
 )
-def liger_limits(run: Run) -> Iterator[Fault]:
+def liger_limits(run: Run) -> Iterator[RuleViolation]:
     """use_liger_kernel needs Liger, and excludes entropy terms, off-policy masking and an adapted
     lm_head.
 
@@ -80,7 +80,7 @@ def liger_limits(run: Run) -> Iterator[Fault]:
     if adapts_head(run):
         clashes.append(_TARGETS)
     if clashes:
-        yield Fault(
+        yield RuleViolation(
             _LIGER,
             f"Liger cannot be used with {', '.join(key.rpartition('.')[2] for key in clashes)}",
             notes=("; ".join(run.operand(key) for key in clashes),),
@@ -88,7 +88,7 @@ def liger_limits(run: Run) -> Iterator[Fault]:
             related=tuple(clashes),
         )
     elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:  # GRPO066's
-        yield Fault(
+        yield RuleViolation(
             _LIGER,
             f"needs {LIGER.install}, which is not installed here",
             fixes=(Fix(f"pip install {LIGER.install}"),),
@@ -108,7 +108,7 @@ def _plain(run: Run, key: str) -> object:
     example="grpo:\n  cast_lm_head_to_fp32: true\nlora:\n  target_modules: [q_proj, lm_head]",
     fix="remove lm_head from target_modules",
 )
-def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
+def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
     """cast_lm_head_to_fp32 excludes an adapter on lm_head, and weights that are tied.
 
     The cast replaces lm_head by a float32 copy, so an adapter on it would be lost. If lm_head is
@@ -118,14 +118,14 @@ def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
     if not run.value("grpo.cast_lm_head_to_fp32"):
         return
     if run.model is not None and run.model.tied and not run.ask("model.full_finetuning"):
-        yield Fault(
+        yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
             "with an adapter, TRL cannot cast an lm_head that is tied to the embedding",
             notes=(f"tie_word_embeddings in {run.model.source}",),
             fixes=(run.to("grpo.cast_lm_head_to_fp32", False),),
         )
     elif adapts_head(run):
-        yield Fault(
+        yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
             "lm_head cannot be cast while it has an adapter",
             notes=(run.operand(_TARGETS),),
@@ -140,7 +140,7 @@ def cast_head_without_adapter(run: Run) -> Iterator[Fault]:
     example="grpo:\n  sync_ref_model: true",
     fix="sync_ref_model: false",
 )
-def sync_needs_reference(run: Run) -> Iterator[Fault]:
+def sync_needs_reference(run: Run) -> Iterator[RuleViolation]:
     """sync_ref_model needs beta above 0 and full fine-tuning.
 
     With beta 0 there is no reference model. With LoRA the reference is a frozen copy of the adapter
@@ -152,7 +152,7 @@ def sync_needs_reference(run: Run) -> Iterator[Fault]:
     if full and beta > 0:
         return
     reason = "beta is 0: there is no reference model" if full else "LoRA has no second model"
-    yield Fault(
+    yield RuleViolation(
         "grpo.sync_ref_model",
         f"{reason} to synchronize",
         notes=(f"{run.operand('grpo.beta')}; {run.operand('model.full_finetuning')}",),
@@ -167,7 +167,7 @@ def sync_needs_reference(run: Run) -> Iterator[Fault]:
     example="grpo:\n  warmup_steps: 10\n  warmup_ratio: 0.1",
     fix="warmup_steps: 0.1",
 )
-def one_warmup(run: Run) -> Iterator[Fault]:
+def one_warmup(run: Run) -> Iterator[RuleViolation]:
     """warmup_steps and warmup_ratio are mutually exclusive.
 
     transformers 5 has only warmup_steps: 1 or more counts steps, and below 1 it is a fraction of
@@ -175,7 +175,7 @@ def one_warmup(run: Run) -> Iterator[Fault]:
     """
     ratio = run.node("grpo.warmup_ratio")
     if ratio is not None and run.written("grpo.warmup_steps"):
-        yield Fault(
+        yield RuleViolation(
             "grpo.warmup_ratio",
             "warmup_steps is set too, but only one of them can be set",
             notes=(run.operand("grpo.warmup_steps"),),
@@ -191,7 +191,7 @@ def one_warmup(run: Run) -> Iterator[Fault]:
     fix="learning_rate: 1.0e-6",
     severity=Severity.WARNING,
 )
-def plausible_learning_rate(run: Run) -> Iterator[Fault]:
+def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     """learning_rate is between 1e-7 and 1.
 
     Below this range LoRA hardly changes in thousands of steps; above it, training diverges. Nearly
@@ -200,7 +200,7 @@ def plausible_learning_rate(run: Run) -> Iterator[Fault]:
     rate = run.value("grpo.learning_rate")
     if not SLOWEST <= rate <= FASTEST:
         which = "below 1e-7" if rate < SLOWEST else "above 1"
-        yield Fault(
+        yield RuleViolation(
             "grpo.learning_rate",
             f"{rate} is {which}: is the exponent right?",
             fixes=(run.to("grpo.learning_rate", 1e-6),),

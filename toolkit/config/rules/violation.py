@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class RuleViolation:
     """What a rule yields; the registry adds the rule's id and severity."""
 
     at: str | KeyPath
@@ -43,7 +43,7 @@ class Rule:
     why: str
     example: str
     fix: str
-    check: Callable[[Run], Iterator[Fault]]
+    check: Callable[[Run], Iterator[RuleViolation]]
 
     def judge(self, run: Run) -> Iterator[Finding]:
         """The findings of this rule on ``run``."""
@@ -59,12 +59,12 @@ RULES: dict[str, Rule] = {}
 
 def rule(
     name: str, keys: str, *, example: str, fix: str, severity: Severity = Severity.ERROR
-) -> Callable[[Callable[[Run], Iterator[Fault]]], Callable[[Run], Iterator[Fault]]]:
+) -> Callable[[Callable[[Run], Iterator[RuleViolation]]], Callable[[Run], Iterator[RuleViolation]]]:
     """Register a function as rule ``name`` on ``keys`` (blank-separated, dotted)."""
 
     def register(
-        check: Callable[[Run], Iterator[Fault]],
-    ) -> Callable[[Run], Iterator[Fault]]:
+        check: Callable[[Run], Iterator[RuleViolation]],
+    ) -> Callable[[Run], Iterator[RuleViolation]]:
         summary, _, why = (check.__doc__ or "").strip().partition("\n\n")
         assert name not in RULES
         assert summary
