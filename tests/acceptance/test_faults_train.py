@@ -179,7 +179,7 @@ def test_a_step_that_is_no_number_is_skipped_and_counted(ended) -> None:
 def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) -> None:
     run = ended["bad steps"]
     saved = run.folder / "out" / "bad-step-4-rank-0.safetensors"
-    refused(run, "not finite 3 steps in a row, up to step 4", str(saved), "weights from before")
+    refused(run, "not finite for 3 steps in a row, up to step 4", str(saved), "weights from before")
     assert load_file(saved)
     assert checkpoints(run) == ["checkpoint-2", "checkpoint-3"]
     first, last = (run.folder / "out" / name / ADAPTER for name in checkpoints(run))

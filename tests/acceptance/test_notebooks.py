@@ -277,7 +277,7 @@ def test_a_vision_notebook_is_refused_in_one_line(folder: Path) -> None:
         FastVisionModel.from_pretrained(
             model_name="some/vision-model", max_seq_length=16384, load_in_4bit=True
         )
-    assert "images in prompts are not supported" in str(caught.value)
+    assert "only text models are supported" in str(caught.value)
     assert "FastLanguageModel" in str(caught.value.fix)
 
 

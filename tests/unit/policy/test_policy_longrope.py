@@ -36,7 +36,7 @@ def test_above_the_original_length_max_seq_length_is_named() -> None:
     with pytest.raises(UnsupportedError, match="65 is more than 64") as refused:
         refuse_two_ropes(engine_of(65), model)
     assert refused.value.where == "model.max_seq_length"
-    assert str(refused.value.fix).startswith("max_seq_length: 64")
+    assert str(refused.value.fix).startswith("set max_seq_length: 64")
 
 
 def test_other_models_may_be_as_long_as_they_are() -> None:

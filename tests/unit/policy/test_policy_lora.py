@@ -66,7 +66,9 @@ def test_the_same_settings_again_are_a_warning(adapted: Any) -> None:
 
 
 def test_other_settings_are_refused_with_the_difference(adapted: Any) -> None:
-    with pytest.raises(ConfigTypeError, match="r is 4, asked for 16; lora_alpha is 8, asked for 9"):
+    with pytest.raises(
+        ConfigTypeError, match="r is 4, but the call has 16; lora_alpha is 8, but the call has 9"
+    ):
         FastLanguageModel.get_peft_model(adapted(), r=16, lora_alpha=9)
     with pytest.raises(TypeError, match="target_modules is"):
         FastLanguageModel.get_peft_model(adapted(), r=4, lora_alpha=8, target_modules=["q_proj"])
@@ -78,7 +80,7 @@ def test_an_unknown_keyword_is_named_with_the_nearest(load: Any) -> None:
 
 
 def test_max_seq_length_is_the_loadings(load: Any) -> None:
-    with pytest.raises(ValueError, match="max_seq_length=512, and the model was loaded with 128"):
+    with pytest.raises(ValueError, match="max_seq_length=512, but the model was loaded with 128"):
         FastLanguageModel.get_peft_model(load()[0], max_seq_length=512)
     FastLanguageModel.get_peft_model(load()[0], max_seq_length=128, **PLAIN)
 

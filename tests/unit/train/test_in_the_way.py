@@ -32,7 +32,7 @@ def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
     outside.mkdir()
     (run_dir / name).parent.mkdir(parents=True)
     KINDS[kind](run_dir / name, outside)
-    with pytest.raises(ConfigError, match="and the run writes a") as refused:
+    with pytest.raises(ConfigError, match="but the run writes a") as refused:
         in_the_way.refuse(run_dir)
     assert refused.value.where == str(run_dir / name)
     assert list(outside.iterdir()) == []

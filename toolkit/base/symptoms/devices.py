@@ -67,6 +67,15 @@ _SLOWED = (
 
 ENTRIES = (
     entry(
+        "slow-link",
+        "The cards of a group do not reach each other directly",
+        "speed.group_link",
+        "the run works, but sums between the cards are slow: use cards that are linked by NVLink "
+        "(`nvidia-smi topo -m`), or model.tensor_parallel_size: 1",
+        1,
+        "Custom allreduce is disabled because it's not supported on more than two PCIe-only GPUs",
+    ),
+    entry(
         "gpu-lost",
         "A GPU no longer responds",
         "health.lost",
