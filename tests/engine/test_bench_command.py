@@ -26,6 +26,7 @@ def _bench(folder: Path, *more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_figures_and_arms_from_before(tmp_path: Path) -> None:
     shown = _bench(tmp_path, "--arms", "ours", "--profile")
     for text in ("start and first step", "import vLLM", "decode step", "training step", "host"):

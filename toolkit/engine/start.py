@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
 
 
+_SET_NUM_THREADS = torch.set_num_threads  # before any engine of this process replaces it
 _started: weakref.ref[Engine] | None = None
 """The last engine that was started in this process."""
 
@@ -59,7 +60,7 @@ def start(options: EngineOptions) -> Engine:
         join_group()
         arguments.setdefault("distributed_executor_backend", "external_launcher")
     owns_process_group = not torch.distributed.is_initialized()
-    state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
+    state = torch.get_rng_state()
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
@@ -80,7 +81,7 @@ def start(options: EngineOptions) -> Engine:
         # vLLM seeds torch's generator, and its CPU worker replaces this function by one without
         # effect (0.31.0). Restore both, because the trainer runs in this process too.
         torch.set_rng_state(state)
-        torch.set_num_threads = set_num_threads
+        torch.set_num_threads = _SET_NUM_THREADS
 
 
 def sum_over_gloo() -> None:
