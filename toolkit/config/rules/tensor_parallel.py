@@ -15,12 +15,24 @@ if TYPE_CHECKING:
 
 _KEY = parallel.KEY
 _SHARE = "model.share_weights"
+_UNSUPPORTED = "is not supported while one model is split over several cards"
 _CARDS = "model:\n  tensor_parallel_size: 2"
 
 
 def _split(run: Run) -> bool:
     """Whether the run may share one model between several processes."""
     return bool(run.value(_KEY) == "auto" or run.value(_KEY) > 1)
+
+
+def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleViolation:
+    """A violation at ``key``, whose value cannot be used while one model is split."""
+    return RuleViolation(
+        key,
+        message,
+        notes=(*notes, run.operand(_KEY)),
+        fixes=(fix, run.to(_KEY, 1)),
+        related=(_KEY,),
+    )
 
 
 @rule("LOAD006", _KEY, example=f"{_CARDS[:-1]}3", fix="tensor_parallel_size: 1")
@@ -133,22 +145,12 @@ def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
         return
     for key, neutral in _NEUTRAL.items():
         if run.ask(key) not in neutral:
-            yield RuleViolation(
-                key,
-                f"{run.ask(key)} is not supported while one model is split over several cards",
-                notes=(run.operand(_KEY),),
-                fixes=(run.to(key, neutral[0]), run.to(_KEY, 1)),
-                related=(_KEY,),
-            )
+            message = f"{run.ask(key)} {_UNSUPPORTED}"
+            yield _excluded(run, key, message, run.to(key, neutral[0]))
     for name, value in run.mapping("grpo.generation_kwargs").items():
         if name in _PENALTIES and value:
-            yield RuleViolation(
-                "grpo.generation_kwargs",
-                f"{name} {value} is not supported while one model is split over several cards",
-                notes=(run.operand(_KEY),),
-                fixes=(Fix(f"leave {name} out"), run.to(_KEY, 1)),
-                related=(_KEY,),
-            )
+            message = f"{name} {value} {_UNSUPPORTED}"
+            yield _excluded(run, "grpo.generation_kwargs", message, Fix(f"leave {name} out"))
 
 
 @rule(
@@ -166,23 +168,13 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     if not _split(run) or run.engine == "transformers":
         return
     if run.ask("lora.lora_dropout"):
-        yield RuleViolation(
-            "lora.lora_dropout",
-            f"{run.ask('lora.lora_dropout')} is not supported while one model is split over"
-            " several cards",
-            notes=(run.operand(_KEY),),
-            fixes=(run.to("lora.lora_dropout", 0.0), run.to(_KEY, 1)),
-            related=(_KEY,),
-        )
+        message = f"{run.ask('lora.lora_dropout')} {_UNSUPPORTED}"
+        yield _excluded(run, "lora.lora_dropout", message, run.to("lora.lora_dropout", 0.0))
     init = run.ask("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
-        yield RuleViolation(
-            "lora.init_lora_weights",
-            f"{init} looks at whole weights, and each card holds a part of them",
-            notes=(run.operand(_KEY),),
-            fixes=(run.to("lora.init_lora_weights", True), run.to(_KEY, 1)),
-            related=(_KEY,),
-        )
+        message = f"{init} looks at whole weights, and each card holds a part of them"
+        fix = run.to("lora.init_lora_weights", True)
+        yield _excluded(run, "lora.init_lora_weights", message, fix)
 
 
 @rule(
@@ -202,10 +194,6 @@ def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
         return
     optim = run.ask("grpo.optim")
     if optim is not None and optim not in parallel.ELEMENTWISE:
-        yield RuleViolation(
-            "grpo.optim",
-            f"{optim} is not supported while one model is split over several cards",
-            notes=(f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}", run.operand(_KEY)),
-            fixes=(run.to("grpo.optim", "adamw_torch_fused"), run.to(_KEY, 1)),
-            related=(_KEY,),
-        )
+        supported = f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}"
+        fix = run.to("grpo.optim", "adamw_torch_fused")
+        yield _excluded(run, "grpo.optim", f"{optim} {_UNSUPPORTED}", fix, supported)
