@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import train_world as world
+from train_world import hears_a_hang_up  # noqa: F401 - a fixture
 
 from toolkit.train.checkpointing import branch, checkpoint
 
@@ -22,14 +23,6 @@ def ones(completions, **_):
     return [c.count("1") / max(1, len(c)) for c in completions]
 """
 FULL = Path("/dev/full")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hears_a_hang_up():
-    """Also where the tests were started with nohup: what they start inherits it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,13 @@ from pathlib import Path
 import pytest
 import run_phases as phases
 import train_world as world
+from train_world import hears_a_hang_up  # noqa: F401 - a fixture
 
 from toolkit.train.checkpointing import checkpoint
 
 pytestmark = pytest.mark.slow
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOPPED, AT_ONCE = 75, 130
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hears_a_hang_up():
-    """Also where the tests were started with nohup: what they start inherits it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 RUN_FILE = """\
 model: {{model_name: model, max_seq_length: 16, dtype: float32, max_lora_rank: 8}}
 lora: {{r: 4, lora_alpha: 8, use_gradient_checkpointing: false, random_state: 5}}
@@ -221,3 +223,13 @@ class Command:
         if self.out is not None:
             os.close(self.out)
         return None, said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hears_a_hang_up():
+    """SIGHUP has its default action in what the tests of a module start, also under nohup. A module
+    that imports this fixture uses it.
+    """
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
