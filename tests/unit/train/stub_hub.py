@@ -10,22 +10,27 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StubHub:
-    """``repos`` {name: private}, ``files`` {name: bytes} of the last commit, ``tokens`` seen."""
+    """``repos`` {name: private}, ``files`` {name: bytes} of the last commit, ``tokens`` {request:
+    token}.
+    """
 
     def __init__(self, status: int = 200) -> None:
         self.status, self.repos, self.files = status, {}, {}
-        self.tokens, self.messages, self.asked = set(), [], []
+        self.tokens, self.messages, self.asked = {}, [], []
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         size = int(handler.headers.get("Content-Length") or 0)
         body = handler.rfile.read(size)
         path = handler.path.partition("?")[0]
-        self.asked.append(f"{handler.command} {path}")
-        self.tokens.add(handler.headers.get("Authorization"))
+        request = f"{handler.command} {path}"
+        self.asked.append(request)
         status, found = self.status, {"error": "no"}
         if status == 200:
             found = self._found(path, body)
             status = 404 if found is None else 200
+        # Libraries may look names up without a token; what writes must carry one.
+        if found is not None:
+            self.tokens[request] = handler.headers.get("Authorization")
         data = json.dumps(found or {}).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")

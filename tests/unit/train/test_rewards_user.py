@@ -86,9 +86,14 @@ def test_a_file_beside_the_run_file_cannot_pose_as_another_module(tmp_path: Path
     for name in ("json", "fractions", "helper_evil"):
         write(tmp_path, f"{name}.py", "raise SystemExit('evil')")
     write(tmp_path, "mine.py", "import json, fractions\n" + GOOD)
+    before = list(sys.meta_path)
     load_function("mine:tone", ["mine", "fractions", "json"], tmp_path)
     assert sys.modules["json"] is json
-    finders = [finder for finder in sys.meta_path if isinstance(finder, BesideRunFile)]
+    finders = [
+        finder
+        for finder in sys.meta_path
+        if isinstance(finder, BesideRunFile) and finder not in before
+    ]
     assert [finder.top for finder in finders] == ["mine"]
     write(tmp_path, "mine2.py", "import helper_evil\n" + GOOD)
     with pytest.raises(
