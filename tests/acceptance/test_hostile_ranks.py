@@ -65,6 +65,30 @@ def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("phase", ["load_policy", "_evaluate"])
+def test_a_rank_that_is_stopped_before_the_first_step_is_not_waited_for(
+    run_file, tmp_path, victim, phase
+):
+    run_dir = tmp_path / "run"
+
+    def before(number):
+        if number == victim:
+            from toolkit.train import run
+
+            setattr(run, phase, lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
+
+    pids = ranks.start(run_file, run_dir, HALF, "grpo.ddp_timeout=8", before=before)
+    code = world.wait(pids[1 - victim], timeout=120)
+    said = ranks.output(run_dir, 1 - victim).read_text()
+    os.kill(pids[victim], signal.SIGKILL)
+    world.wait(pids[victim])
+    assert code == 4, said
+    assert said.count("error: ") == 1, said
+    assert f"process {victim} of this run has ended unexpectedly" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_whose_disk_is_full_is_told_once(run_file, expected, tmp_path, victim):
     """The files of one rank in checkpoint-4 may not have more than a few bytes."""
     run_dir = tmp_path / "run"

@@ -33,6 +33,8 @@ __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
 """How long a process may take to answer, and the reporting process to report."""
+MOST_TICK_S = 1.0
+"""A longer time between two looks is time in which this process did not run."""
 TELLING = 4
 """The total time may be this many times longer: the process that holds the store may be stopped,
 and then a call of the store does not return.
@@ -76,35 +78,53 @@ def join(timeout_s: float | None = None) -> Peers | None:
             fix="start it with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as"
             " torchrun does",
         ) from problem
-    return Peers(PrefixStore("toolkit", store), number, size)
+    return Peers(PrefixStore("toolkit", store), number, size, patience.total_seconds())
 
 
 class Peers:
     """The other processes of the run, reached through ``store``.
 
     A thread waits for the failure of another process: when this process notices the failure itself,
-    the process that holds the store may have ended.
+    the process that holds the store may have ended. The same thread counts up a number in the
+    store while this process runs. A process whose number has not changed for ``patience_s`` seconds
+    (grpo.ddp_timeout) is stopped or lost, and is no longer waited for.
     """
 
-    def __init__(self, store: Any, number: int, size: int) -> None:
+    def __init__(self, store: Any, number: int, size: int, patience_s: float = TIMEOUT_S) -> None:
         self.store, self.number, self.size = store, number, size
+        self.patience_s = patience_s
         self.heard: int | None = None
         self._over = threading.Event()
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
         """Exchange a JSON value under ``name``: return the values of all processes by rank. Waits
-        for all.
+        for all, however long they take, while they show that they run.
 
         Raises:
-            PeerFailed: another process has failed.
+            PeerFailed: another process has failed, or shows no sign that it runs.
         """
+        signs = _SignsOfLife()
+        # In a thread: a call of the store does not return while the process that holds it is
+        # stopped.
+        outcome = _started(lambda: self._exchange(name, value, signs))
+        while not wait([outcome], POLL_S).done:
+            signs.tick()
+            if signs.silence_s() > self.patience_s:
+                raise PeerFailed(f"no sign of life for {self.patience_s:g} s")
+        return outcome.result()
+
+    def _exchange(self, name: str, value: Any, signs: _SignsOfLife) -> list[Any]:
         self._say(name, value)
         while missing := self._missing(name):
             if self.heard is not None:
                 raise PeerFailed(f"{_named(missing)} did not answer")
+            signs.see({n: self._beat_of(n) for n in missing})
             time.sleep(POLL_S)
         return [json.loads(self.store.get(f"{name}-{n}")) for n in range(self.size)]
+
+    def _beat_of(self, number: int) -> int:
+        return int(self.store.add(f"beat-{number}", 0))
 
     def leave(self) -> None:
         """Wait until all processes have reached the end."""
@@ -162,6 +182,7 @@ class Peers:
     def _listen(self) -> None:
         try:
             while not self._over.wait(LISTEN_S):
+                self.store.add(f"beat-{self.number}", 1)
                 if self.store.check(["failed"]):
                     self.heard = json.loads(self.store.get("failed"))
                     self._say("heard")
@@ -176,10 +197,47 @@ class Peers:
             time.sleep(POLL_S)
 
 
+class _SignsOfLife:
+    """When each process that is waited for was last seen to run, on a clock that pauses while
+    this process is stopped: all processes of a job may be stopped and continued together.
+    """
+
+    def __init__(self) -> None:
+        self._seen = dict[int, tuple[int, float]]()
+        self._clock_s = 0.0
+        self._last_tick = time.monotonic()
+
+    def tick(self) -> None:
+        """Advance the clock. Called far more often than once in ``MOST_TICK_S``."""
+        now = time.monotonic()
+        self._clock_s += min(now - self._last_tick, MOST_TICK_S)
+        self._last_tick = now
+
+    def see(self, beats: dict[int, int]) -> None:
+        """Take the present count of each process; the others are no longer waited for."""
+        old = self._seen
+        self._seen = {
+            n: old[n] if n in old and old[n][0] == beat else (beat, self._clock_s)
+            for n, beat in beats.items()
+        }
+
+    def silence_s(self) -> float:
+        """Seconds since the process that was silent for longest was seen to run."""
+        return self._clock_s - min((when for _, when in self._seen.values()), default=0.0)
+
+
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """Return or raise what ``call`` does; RuntimeError if it does not end in time. A call that
     still waits ends with the process.
     """
+    outcome = _started(call)
+    if not wait([outcome], seconds).done:
+        raise RuntimeError("the store does not answer")
+    return outcome.result()
+
+
+def _started(call: Callable[[], T]) -> Future[T]:
+    """``call``, begun in a thread that ends with the process at the latest."""
     outcome: Future[T] = Future()
 
     def work() -> None:
@@ -189,9 +247,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=work, name="toolkit-telling", daemon=True).start()
-    if not wait([outcome], seconds).done:
-        raise RuntimeError("the store does not answer")
-    return outcome.result()
+    return outcome
 
 
 def is_gone(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -112,6 +113,39 @@ def test_nobody_waits_for_one_that_failed() -> None:
         lambda p: p.exchange("device", None),
     )
     assert isinstance(ended[1], PeerFailed)
+
+
+def test_one_that_shows_no_sign_of_life_is_waited_for_as_long_as_was_said() -> None:
+    class Stopped(Peers):
+        def _listen(self) -> None:
+            """As a process that is stopped: nothing is counted."""
+
+    store = HashStore()
+    Stopped(store, 1, 2)
+    with pytest.raises(PeerFailed, match=r"no sign of life for 0\.4 s"):
+        Peers(store, 0, 2, patience_s=0.4).exchange("device")
+
+
+def test_one_that_works_for_longer_is_waited_for() -> None:
+    def slow(peers: Peers) -> Any:
+        time.sleep(1.0)
+        return peers.exchange("device", 1)
+
+    store = HashStore()
+    other = Peers(store, 1, 2)
+    thread = threading.Thread(target=slow, args=(other,))
+    thread.start()
+    assert Peers(store, 0, 2, patience_s=0.4).exchange("device", 0) == [0, 1]
+    thread.join()
+
+
+def test_a_store_that_never_answers_is_waited_for_as_long_as_was_said() -> None:
+    class Stuck:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: threading.Event().wait()
+
+    with pytest.raises(PeerFailed, match="no sign of life"):
+        Peers(Stuck(), 1, 2, patience_s=0.3).exchange("device")
 
 
 def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
