@@ -38,7 +38,13 @@ class Undisturbed:
 
 
 @pytest.fixture(
-    scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.engine)]
+    scope="module",
+    params=[
+        "transformers",
+        pytest.param("vllm", marks=pytest.mark.engine),
+        # Several packs an optimizer step: their split follows from the lengths alone.
+        pytest.param("transformers, pack_tokens: 24", marks=pytest.mark.slow),
+    ],
 )
 def undisturbed(request, tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
