@@ -13,8 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
+
 if TYPE_CHECKING:
     import pytest
+
+# A busy machine is no fault of what is tested.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # The fixtures share a base in a folder beside them, as the user of a tree of run files may.
 os.environ["TOOLKIT_EXTENDS_FROM"] = str(Path(__file__).parent / "fixtures")

@@ -213,7 +213,7 @@ def test_torchrun_starts_it_too(run_file, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("steps", [pytest.param(1, id="once"), slow(6)])
+@pytest.mark.parametrize("steps", [slow(1), slow(6)])
 def test_two_engines_of_vllm_learn_what_one_learns(run_file, tmp_path, steps):
     pytest.importorskip("vllm")
     one, two = tmp_path / "one", tmp_path / "two"

@@ -55,6 +55,7 @@ def test_the_demo_learns_and_shows_where_everything_lies(demo):
     assert not asked & held_out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not vllm_available(), reason="needs vLLM")  # in a process of its own
 def test_its_world_is_learned_on_vllm_as_on_transformers(demo, tmp_path):
     """The same run file and seed on the engine: other draws, the same rise. The whole of it is

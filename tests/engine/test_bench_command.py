@@ -60,6 +60,7 @@ def test_figures_and_arms_from_before(tmp_path: Path) -> None:
     assert sum(started.values()) == pytest.approx(ours["load_s"] + ours["step_s"][0], rel=0.1)
 
 
+@pytest.mark.slow
 def test_an_arm_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     shown = _bench(tmp_path, "--arms", "ours", "--limit-s", "1", "--json")
     assert json.loads(shown)["arms"][0]["not_run"] == "stopped after 1 s"

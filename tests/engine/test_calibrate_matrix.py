@@ -35,6 +35,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     assert (tmp_path / "calibration.md").read_text() in text + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_the_tiny_matrix_runs_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("vllm")

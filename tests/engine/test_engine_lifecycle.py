@@ -95,6 +95,7 @@ def test_close_leaves_nothing_behind_and_a_second_engine_works(
             use()
 
 
+@pytest.mark.slow
 def test_one_engine_at_a_time(llama_folder: Path, open_small: Callable[..., Engine]) -> None:
     """A notebook's loading cell, run once more: the engine that is held is named, the one that
     nobody holds any more makes room.
@@ -240,6 +241,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, open_small: Callable[..., Eng
         open_small(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_experts_on_a_cpu(tmp_path: Path) -> None:
     """vLLM's own CPU kernel repacks experts, so they are shared where LoRA is on alone; and no
     expert gets an adapter (what does is among the families).

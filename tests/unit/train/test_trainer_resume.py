@@ -29,11 +29,18 @@ CASES = {
     "two iterations": ({"num_iterations": 2}, [1, 4]),
     "reference and dropout": ({"beta": 0.1}, [3]),
 }
+LONG = {
+    ("epochs", False), ("two iterations", False), ("epochs", True), ("two iterations", True),
+    ("reference and dropout", True), ("a generation feeds two steps", True),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [(name, False) for name in CASES] + [("plain", True), ("a generation feeds two steps", True)],
+    [
+        pytest.param(name, engine, marks=[pytest.mark.slow] if (name, engine) in LONG else [])
+        for name, engine in [*((name, False) for name in CASES), *((name, True) for name in CASES)]
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, name, engine):
     grpo, stops = CASES[name]

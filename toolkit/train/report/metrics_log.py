@@ -12,9 +12,7 @@ import hashlib
 import json
 import math
 import os
-import resource
 import stat
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +21,12 @@ from transformers import TrainerCallback
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import FILE_MODE
+from toolkit.base.process_memory import peak_resident_bytes
 from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from toolkit.train.report.reward_watch import RewardWatch
     from toolkit.train.tracking import Tracking
@@ -185,19 +185,7 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
         return int(peaks.so_far())
     if cuda_in_use():
         return int(torch.cuda.max_memory_allocated())
-    return _peak_resident_bytes()
-
-
-def _peak_resident_bytes() -> int:
-    """Peak resident memory of this process in bytes. Linux counts in ru_maxrss what the parent held
-    when it started this process; VmHWM begins at the start of the program.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        high = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(high.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
