@@ -15,8 +15,8 @@ import pytest
 from differential_keys import overrides, runs
 from spoiled_world import Ended, make_model, make_world, serve
 
-from toolkit.config.document import dotted
 from toolkit.config.layers import load_document
+from toolkit.config.source import dotted
 from toolkit.config.validate import validate
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from spoiled_world import Ended, make_world, serve
 
-from toolkit.config.document import dotted
 from toolkit.config.layers import load_document
 from toolkit.config.resolved import DeviceFacts, Situation
+from toolkit.config.source import dotted
 from toolkit.config.validate import validate
 
 for beside in ("fixtures", "engine"):

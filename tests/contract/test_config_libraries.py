@@ -16,9 +16,8 @@ import pytest
 
 from toolkit.config import find_schema, load_run
 from toolkit.config.libraries import RECORDED, installed, package_folder
-from toolkit.config.migration import MOVED
+from toolkit.config.migration import FORCED, MOVED
 from toolkit.config.reward_table import BUILTIN_OPTIONS
-from toolkit.config.rules.keys import FORCED
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig

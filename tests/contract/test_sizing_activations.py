@@ -15,8 +15,7 @@ from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.sizing.activations import activation_bytes
 from toolkit.sizing.lora_bytes import Layout, adapter_parameters
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.trainer_bytes import StepPlan
-from toolkit.sizing.workload import Workload
+from toolkit.sizing.workload import StepPlan, Workload
 
 pytestmark = pytest.mark.contract
 WITHIN = 0.05

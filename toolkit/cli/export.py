@@ -61,11 +61,8 @@ def export(  # noqa: PLR0913 - one argument an option
     if private and push is None:
         raise click.UsageError("--private needs --push")
     prepare_environment()
-    from toolkit.train.checkpointing.trained_run import (  # noqa: PLC0415 - loads torch
-        export_run,
-        open_run,
-        push_export,
-    )
+    from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
+    from toolkit.train.model_card import push_export  # noqa: PLC0415 - loads torch
     from toolkit.train.serving import serve_line  # noqa: PLC0415 - the same
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)

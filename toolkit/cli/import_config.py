@@ -14,7 +14,7 @@ from toolkit.config.importers.formats import TABLES
 
 if TYPE_CHECKING:
     from toolkit.config.finding import Finding
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 STDOUT = "-"
 
@@ -98,8 +98,8 @@ def _write(place: Path, text: str, *, force: bool) -> None:
 
 
 def _judged(text: str, place: Path | None) -> tuple[Finding, ...]:
-    from toolkit.config.document import Source  # noqa: PLC0415 - after the file was read
     from toolkit.config.layers import assemble, load_document  # noqa: PLC0415 - as above
+    from toolkit.config.source import Source  # noqa: PLC0415 - after the file was read
     from toolkit.config.validate import validate  # noqa: PLC0415 - as above
 
     if place is not None:

@@ -75,8 +75,8 @@ def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> Run
         return RunConfig(model=ModelSection(model_name=model))
 
     from toolkit.config.build import build_config  # noqa: PLC0415
-    from toolkit.config.document import Source  # noqa: PLC0415
     from toolkit.config.layers import assemble  # noqa: PLC0415
+    from toolkit.config.source import Source  # noqa: PLC0415
     from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
     text = json.dumps({"model": {"model_name": model}})

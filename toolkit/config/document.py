@@ -1,59 +1,17 @@
-"""A run file as nodes with positions: loading creates them and validation reads them.
-
-Positions are 1-based lines and columns in characters, as editors count them; offsets are 0-based
-into ``Source.text``.
-"""
+"""A run file as nodes with positions: loading creates them and validation reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.source import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from toolkit.config.finding import Finding
-
-KeyPath: TypeAlias = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A source text: a file, standard input, or one ``--set`` override."""
-
-    name: str  # as findings show it
-    text: str
-    folder: Path  # the folder that relative paths in this text are relative to
-    path: Path | None = None  # the file itself; None for standard input and overrides
-    format: str = "yaml"
-    bom: str = ""  # kept for --fix
-    hidden: list[Mark] = field(default_factory=list)  # secrets, which are never shown
-
-    @property
-    def is_override(self) -> bool:
-        """Whether this text is one ``--set`` argument."""
-        return self.format == "set"
-
-    def hide(self, mark: Mark) -> None:
-        """Never show these characters."""
-        self.hidden.append(mark)
-
-    @cached_property
-    def lines(self) -> list[str]:
-        """The lines without line ends, split where YAML, JSON and TOML count lines."""
-        return self.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """The position of a scalar, key or collection in its source."""
-
-    line: int
-    column: int
-    start: int
-    end: int
+    from toolkit.config.source import KeyPath, Source
 
 
 class StopReading(Exception):
@@ -126,11 +84,3 @@ class Document:
             else:
                 return None
         return node
-
-
-def dotted(path: KeyPath) -> str:
-    """``("reward", "functions", 0, "name")`` as ``reward.functions[0].name``."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "the run file"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from toolkit.config.document import KeyPath, Mark, Node, Source
+    from toolkit.config.source import KeyPath, Mark, Source
 
 
 class Severity(StrEnum):
@@ -43,6 +43,13 @@ class Fix:
     moved: tuple[str, str] | None = None
 
 
+class Located(Protocol):
+    """Anything with a place in a source, such as a node of the document."""
+
+    mark: Mark
+    source: Source
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One fault, with everything that a person or a program needs to fix it."""
@@ -55,7 +62,7 @@ class Finding:
     mark: Mark | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
-    related: tuple[Node, ...] = ()  # the other operands
+    related: tuple[Located, ...] = ()  # the other operands
     unknown: bool = False  # not a fault but something that could not be checked on this machine
 
     @property

@@ -7,14 +7,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact
-from toolkit.config.document import dotted
 from toolkit.config.finding import Severity
+from toolkit.config.source import dotted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from toolkit.config.document import Mark, Source
     from toolkit.config.finding import Finding
+    from toolkit.config.source import Mark, Source
 
 VERSION = 1
 DOCS_VARIABLE = "TOOLKIT_DOCS_URL"

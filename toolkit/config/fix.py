@@ -14,9 +14,9 @@ from toolkit.config.validate import Validation, validate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from toolkit.config.document import Source
     from toolkit.config.finding import Edit, Finding, Fix
     from toolkit.config.rules import Situation
+    from toolkit.config.source import Source
 
 # How many characters may be validated again in search of fixes. This allows hundreds of tries for a
 # usual run file and a few for a huge one, within one or two seconds.

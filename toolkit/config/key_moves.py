@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.document import dotted
 from toolkit.config.finding import Edit, Fix, rename
 from toolkit.config.schemas import find_schema
+from toolkit.config.source import dotted
 from toolkit.config.structure import check_structure
 from toolkit.config.wording import spell
 
 if TYPE_CHECKING:
-    from toolkit.config.document import KeyPath, Node, Source
+    from toolkit.config.document import Node
+    from toolkit.config.source import KeyPath, Source
 
 _COMMENT = re.compile(r"[ \t]*(#.*)?")
 

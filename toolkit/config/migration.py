@@ -1,4 +1,4 @@
-"""Old keys of TRL, Unsloth, PEFT and transformers, and what replaced them."""
+"""Old keys of TRL, Unsloth, PEFT and transformers and what replaced them; keys without effect."""
 
 from __future__ import annotations
 
@@ -90,6 +90,35 @@ MOVED: dict[str, Moved] = {
     "lora.lora_target_modules": Moved("lora.target_modules", "PEFT", ""),
     "lora.seed": Moved("lora.random_state", "Unsloth", ""),
     "lora.task_type": Moved(None, "other tools", "it is always CAUSAL_LM"),
+}
+
+
+# Fields that the trainer sets itself, whatever the run file has.
+FORCED = {
+    "grpo.logging_strategy": "metrics are written every step",
+    "grpo.logging_steps": "metrics are written every step",
+    "grpo.disable_tqdm": "the run prints its own progress",
+    "grpo.use_cpu": "a GPU is used if there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "grpo.include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts the tokens",
+    "grpo.include_for_metrics": "GRPO evaluates with rewards and has no compute_metrics",
+    "grpo.remove_unused_columns": "rewards get every column of the data set",
+    "grpo.ddp_backend": "processes communicate over NCCL with a GPU, else over gloo",
+}
+# Fields that nothing in GRPO reads.
+INERT = {
+    "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
+    "grpo.label_names": "the loss of GRPO has no labels",
+    "grpo.batch_eval_metrics": "GRPO evaluates with rewards and has no compute_metrics",
+    "grpo.prediction_loss_only": "GRPO evaluates with rewards and has no compute_metrics",
+    "grpo.eval_do_concat_batches": "GRPO evaluates with rewards and has no compute_metrics",
+    "grpo.logging_first_step": "metrics are written every step",
+    "grpo.num_completions_to_print": "completions are not printed; completions.jsonl has them all",
+    "grpo.train_sampling_strategy": "GRPO uses its own group sampler; see shuffle_dataset",
+    "grpo.length_column_name": "GRPO uses its own group sampler",
+    "grpo.data_seed": "GRPO draws prompts with grpo.seed",
+    "grpo.max_tool_calling_iterations": "there is no section tools",
+    "grpo.restore_callback_states_from_checkpoint": "a resumed run restores all of its state",
+    "grpo.average_tokens_across_devices": "the loss of GRPO counts tokens over all devices itself",
 }
 
 

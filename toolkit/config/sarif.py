@@ -13,8 +13,8 @@ from toolkit.config.rules import all_rules
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from toolkit.config.document import Mark, Source
     from toolkit.config.finding import Finding, Fix
+    from toolkit.config.source import Mark, Source
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 

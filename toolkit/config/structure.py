@@ -11,14 +11,17 @@ else is installed. One difference is on purpose: 8.0 is not an integer here.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from toolkit.config.bounds import MAX_SUGGESTIONS
-from toolkit.config.document import KeyPath, Node, dotted
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import beyond_64_bits
 from toolkit.config.schema_violation import SchemaViolation, fits_type, value_fault
+from toolkit.config.source import KeyPath, dotted
 from toolkit.config.wording import show, spell
+
+if TYPE_CHECKING:
+    from toolkit.config.document import Node
 
 
 class Outcome(NamedTuple):
@@ -28,16 +31,27 @@ class Outcome(NamedTuple):
     bad: set[KeyPath]
 
 
-def check_structure(root: Node, schema: dict[str, Any]) -> Outcome:
-    """Every structural fault of ``root`` under ``schema``."""
-    walk = _Walk(root)
+class KeyAdvice(Protocol):
+    """Notes and fixes for an unknown key (config.suggest.key_advice)."""
+
+    def __call__(
+        self, path: KeyPath, node: Node, properties: dict[str, Any], root: Node
+    ) -> tuple[tuple[str, ...], tuple[Fix, ...]]: ...
+
+
+def check_structure(root: Node, schema: dict[str, Any], advise: KeyAdvice | None = None) -> Outcome:
+    """Every structural fault of ``root`` under ``schema``. ``advise`` says what an unknown key was
+    probably meant to be.
+    """
+    walk = _Walk(root, advise)
     walk.visit(root, schema, ())
     return Outcome(walk.findings, walk.bad)
 
 
 class _Walk:
-    def __init__(self, root: Node) -> None:
+    def __init__(self, root: Node, advise: KeyAdvice | None) -> None:
         self.root = root
+        self.advise = advise
         self.findings: list[Finding] = []
         self.bad: set[KeyPath] = set()
         self.unknown = 0
@@ -78,7 +92,7 @@ class _Walk:
                 self.bad.add((*path, key))
                 self.unknown += 1
                 known = properties if self.unknown <= MAX_SUGGESTIONS else {}
-                self.findings.append(unknown_key(child, (*path, key), known, self.root))
+                self.findings.append(self.unknown_key(child, (*path, key), known))
             elif isinstance(schema.get("additionalProperties"), dict):
                 self.visit(child, schema["additionalProperties"], (*path, key))
             else:
@@ -87,6 +101,23 @@ class _Walk:
             if key not in node.value:
                 self.bad.add((*path, key))
                 self.findings.append(_missing(node, (*path, key), properties[key]))
+
+    def unknown_key(self, node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
+        """KEY001, with the key that was probably meant."""
+        notes: tuple[str, ...] = ()
+        fixes: tuple[Fix, ...] = ()
+        if properties and self.advise is not None:
+            notes, fixes = self.advise(path, node, properties, self.root)
+        return Finding(
+            rule="KEY001",
+            severity=Severity.ERROR,
+            message=f"{dotted(path)}: unknown key",
+            path=path,
+            source=node.source,
+            mark=node.key,
+            notes=notes,
+            fixes=fixes,
+        )
 
     def sequence(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         items = schema.get("items", {})
@@ -140,26 +171,6 @@ def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
         if fits_type(value, branch):
             return branch
     return {"x-either": branches}
-
-
-def unknown_key(node: Node, path: KeyPath, properties: dict[str, Any], root: Node) -> Finding:
-    """KEY001, with the key that was probably meant."""
-    from toolkit.config.suggest import key_advice  # noqa: PLC0415 - only for a fault
-
-    notes: tuple[str, ...] = ()
-    fixes: tuple[Fix, ...] = ()
-    if properties:
-        notes, fixes = key_advice(path, node, properties, root)
-    return Finding(
-        rule="KEY001",
-        severity=Severity.ERROR,
-        message=f"{dotted(path)}: unknown key",
-        path=path,
-        source=node.source,
-        mark=node.key,
-        notes=notes,
-        fixes=fixes,
-    )
 
 
 def _missing(node: Node, path: KeyPath, schema: dict[str, Any]) -> Finding:

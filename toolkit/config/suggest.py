@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import near
-from toolkit.config.document import dotted
 from toolkit.config.finding import Fix, rename
 from toolkit.config.key_moves import at, is_valid, move, schema_of
-from toolkit.config.migration import MOVED, converted
+from toolkit.config.migration import FORCED, MOVED, converted
 from toolkit.config.schemas import find_schema
+from toolkit.config.source import dotted
 
 if TYPE_CHECKING:
-    from toolkit.config.document import KeyPath, Node
+    from toolkit.config.document import Node
+    from toolkit.config.source import KeyPath
 
 
 def key_advice(
@@ -38,8 +39,6 @@ def key_advice(
 
 
 def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
-    from toolkit.config.rules.keys import FORCED  # noqa: PLC0415 - the rules import this module
-
     return "x-refused" not in schema and dotted((*parent, name)) not in FORCED
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.document import KeyPath
+    from toolkit.config.source import KeyPath
 
 Span = tuple[int, int]
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")

@@ -16,6 +16,7 @@ from toolkit.config.layers import load_document
 from toolkit.config.rules import Run, Situation, judging_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.structure import check_structure
+from toolkit.config.suggest import key_advice
 from toolkit.config.text_reader import UNREADABLE
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
     if other is not None:
         findings = [other]
     elif document.readable and document.whole:
-        outcome = check_structure(document.root, find_schema("run"))
+        outcome = check_structure(document.root, find_schema("run"), key_advice)
         run = Run(document, outcome.bad, situation or Situation())
         told = [found for rule in judging_rules() for found in rule.judge(run)]
         better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
-from toolkit.config.document import Document, Mark, Node, Source, StopReading, empty
+from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Edit, Finding, Fix, Severity, error_finding
 from toolkit.config.scalars import (
     TOO_LARGE,
@@ -26,6 +26,7 @@ from toolkit.config.scalars import (
     read_core,
     too_large,
 )
+from toolkit.config.source import Mark, Source
 
 try:
     from yaml.cyaml import CLoader as _Parser

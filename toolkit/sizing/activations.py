@@ -14,8 +14,7 @@ from toolkit.sizing.packs import pass_of
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Block, ModelSpec
     from toolkit.sizing.packs import Pass
-    from toolkit.sizing.trainer_bytes import StepPlan
-    from toolkit.sizing.workload import Workload
+    from toolkit.sizing.workload import StepPlan, Workload
 
 MASTER_BYTES = 4  # policy/lora.py keeps adapters and their gradients in float32
 

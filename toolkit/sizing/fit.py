@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.device import Device
     from toolkit.sizing.engine_plan import EnginePlan
     from toolkit.sizing.model_blocks import ModelSpec
-    from toolkit.sizing.trainer_bytes import StepPlan
-    from toolkit.sizing.workload import Workload
+    from toolkit.sizing.workload import StepPlan, Workload
 
 UNKNOWN_HOST = 4 << 30  # assumed if the host does not report it
 

@@ -16,8 +16,7 @@ from toolkit.sizing.micro_batch import CPU_TOKENS, is_auto
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
     from toolkit.sizing.model_blocks import ModelSpec
-    from toolkit.sizing.trainer_bytes import StepPlan
-    from toolkit.sizing.workload import Workload
+    from toolkit.sizing.workload import StepPlan, Workload
 
 PACKED = ("full", "sliding")
 """Layers whose only mixing of tokens is attention with keys and values for each token."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
     from toolkit.sizing.terms import Term
-    from toolkit.sizing.trainer_bytes import Checkpointing
+    from toolkit.sizing.workload import Checkpointing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,8 @@ from toolkit.sizing.remedies import remedies_for
 from toolkit.sizing.spec import read_spec
 from toolkit.sizing.split import facts_of, one_card
 from toolkit.sizing.step_time import added_seconds, training_seconds
-from toolkit.sizing.trainer_bytes import StepPlan, compute_bytes, is_packed
-from toolkit.sizing.workload import read_workload
+from toolkit.sizing.trainer_bytes import compute_bytes, is_packed
+from toolkit.sizing.workload import StepPlan, read_workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Fit
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.result import SizingResult
-    from toolkit.sizing.trainer_bytes import Checkpointing
-    from toolkit.sizing.workload import Workload
+    from toolkit.sizing.workload import Checkpointing, Workload
 
 
 def solve(

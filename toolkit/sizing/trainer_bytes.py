@@ -8,8 +8,7 @@ tokens x 32768 entries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from toolkit.sizing import lora_bytes
 from toolkit.sizing.activations import MASTER_BYTES, activations
@@ -22,38 +21,10 @@ if TYPE_CHECKING:
     from toolkit.sizing.engine_plan import EnginePlan
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.weight_formats import Quantization
-    from toolkit.sizing.workload import Workload
+    from toolkit.sizing.workload import StepPlan, Workload
 
-Checkpointing = bool | Literal["unsloth"]
 HEAD_TOKENS = 4096  # TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py
 HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """How a training step is done.
-
-    ``pack_tokens``: the most tokens of a pass over packs; None is padded rows, ``micro_batch`` at a
-    time. ``passes``: forward and backward passes of a step, ``accumulation`` where it is None.
-    ``fused``: the kernels of policy/fused_kernels are on the model's layers.
-    """
-
-    micro_batch: int
-    accumulation: int
-    checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
-    compute_bytes: int
-    own_weights: bool
-    packed: bool = False  # the base has bitsandbytes layers, with PEFT's layers around them
-    world_size: int = 1
-    pack_tokens: int | None = None
-    passes: int | None = None
-    fused: bool = False
-    on_gpu: bool = False
-
-    @property
-    def pieces(self) -> int:
-        """Passes of a step."""
-        return self.accumulation if self.passes is None else self.passes
 
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:

@@ -1,9 +1,11 @@
-"""The numbers of a run file on which memory depends, with the defaults of TRL 1.16's GRPOConfig."""
+"""The numbers of a run file on which memory depends, with the defaults of TRL 1.16's GRPOConfig,
+and how a training step is done with them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from toolkit.sizing import lora_bytes
 from toolkit.sizing.micro_batch import TRL_DEFAULTS, batch_of, count
@@ -19,6 +21,9 @@ OPTIMIZER_BYTES = {
     "adamw": 8, "adam": 8, "sgd": 0, "adafactor": 0.1, "lion": 4, "rmsprop": 4, "adagrad": 4,
     "adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw_8bit": 2.1, "lion_8bit": 1.1,
 }  # fmt: skip
+
+
+Checkpointing = bool | Literal["unsloth"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,33 @@ class Workload:
     def adapter_parameters(self, spec: ModelSpec) -> int:
         """Trainable parameters of the adapter on ``spec``."""
         return lora_bytes.adapter_parameters(spec, self.base_rank, self.targets, self.layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How a training step is done.
+
+    ``pack_tokens``: the most tokens of a pass over packs; None is padded rows, ``micro_batch`` at a
+    time. ``passes``: forward and backward passes of a step, ``accumulation`` where it is None.
+    ``fused``: the kernels of policy/fused_kernels are on the model's layers.
+    """
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
+    compute_bytes: int
+    own_weights: bool
+    packed: bool = False  # the base has bitsandbytes layers, with PEFT's layers around them
+    world_size: int = 1
+    pack_tokens: int | None = None
+    passes: int | None = None
+    fused: bool = False
+    on_gpu: bool = False
+
+    @property
+    def pieces(self) -> int:
+        """Passes of a step."""
+        return self.accumulation if self.passes is None else self.passes
 
 
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:

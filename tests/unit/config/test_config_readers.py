@@ -7,14 +7,17 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.document import Document, Node, Source
 from toolkit.config.layers import parse
+from toolkit.config.source import Source
+
+if TYPE_CHECKING:
+    from toolkit.config.document import Document, Node
 
 KEYS = st.text("abcdefgh_", min_size=1, max_size=6)
 SCALARS = (

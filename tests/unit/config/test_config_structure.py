@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.document import Source
 from toolkit.config.layers import parse
 from toolkit.config.schemas import find_schema, schema_names
+from toolkit.config.source import Source
 from toolkit.config.structure import check_structure
 
 # What the walk reads, and what says nothing about a value.

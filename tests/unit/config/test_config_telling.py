@@ -11,13 +11,13 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.envcheck import cli
 from toolkit.config import find_schema
-from toolkit.config.document import Mark, Source, dotted
 from toolkit.config.explain import all_keys, explain
 from toolkit.config.finding_output import shown_line
 from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.arithmetic import divisors_from, multiple_from, nearest_divisor
+from toolkit.config.source import Mark, Source, dotted
 from toolkit.config.validate import validate
 
 

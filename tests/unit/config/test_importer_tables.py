@@ -107,8 +107,8 @@ def test_no_shell_text_is_too_odd(text: str) -> None:
 def test_booleans_of_yaml_1_1_are_booleans() -> None:
     from pathlib import Path
 
-    from toolkit.config.document import Source
     from toolkit.config.layers import parse
+    from toolkit.config.source import Source
 
     document = parse(Source("x.yaml", "base_model: m\nload_in_4bit: yes\ntf32: off\n", Path()))
     made = translate(from_document(document, table("axolotl")), table("axolotl"))

@@ -159,7 +159,7 @@ def test_engine_options_of_a_run_file_reach_the_engine(
     from toolkit.policy.engine_model import engine_options
     from toolkit.policy.model_files import find_checkpoint
 
-    monkeypatch.setattr("toolkit.policy.engine_request.vllm_available", lambda: True)
+    monkeypatch.setattr("toolkit.policy.load_request.vllm_available", lambda: True)
     section = replace(
         config.model,
         max_lora_rank=8,

@@ -14,7 +14,7 @@ from toolkit.base.errors import (
     MissingExtraError,
     UnsupportedError,
 )
-from toolkit.policy import engine_request, load_request
+from toolkit.policy import load_request
 from toolkit.policy.load_arguments import ENGINE_DEFAULTS, REFUSED
 from toolkit.policy.load_request import check_request
 
@@ -150,7 +150,7 @@ def test_refused_with_an_engine(
     words: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_request, "vllm_available", lambda: True)
+    monkeypatch.setattr(load_request, "vllm_available", lambda: True)
     with pytest.raises(kind) as caught:
         check_request({**PLAIN, "fast_inference": True, **arguments})
     for word in words:
@@ -158,7 +158,7 @@ def test_refused_with_an_engine(
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_request, "vllm_available", lambda: False)
+    monkeypatch.setattr(load_request, "vllm_available", lambda: False)
     with pytest.raises(
         ImportError, match=r"grpo-toolkit\[vllm\].*grpo-toolkit\[cpu-engine\]"
     ) as caught:
@@ -167,7 +167,7 @@ def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_auto_is_taken_with_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_request, "vllm_available", lambda: True)
+    monkeypatch.setattr(load_request, "vllm_available", lambda: True)
     arguments = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto", "max_num_seqs": 8}
     checked = check_request({**PLAIN, "fast_inference": True, **arguments})
     assert {name: checked.engine[name] for name in arguments} == arguments

@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 from toolkit.base.errors import ToolkitError
 from toolkit.config.data_facts import DataFacts, data_of
-from toolkit.config.document import Source
 from toolkit.config.layers import parse
+from toolkit.config.source import Source
 from toolkit.train.data.data_checks import prompts_in
 from toolkit.train.data.prompt_format import check_prompts
 from toolkit.train.data.row_reader import read_file

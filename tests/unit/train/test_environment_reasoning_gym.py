@@ -10,8 +10,8 @@ import pytest
 
 from toolkit.base.errors import ConfigError
 from toolkit.config.build import build_config
-from toolkit.config.document import Source
 from toolkit.config.layers import assemble
+from toolkit.config.source import Source
 from toolkit.train.checkpointing.run_directory import as_mapping, fingerprint
 from toolkit.train.rewards import load_rewards
 

@@ -16,8 +16,8 @@ import toolkit
 from toolkit import GRPOConfig
 from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, ToolkitWarning
 from toolkit.policy.chat_templates import CHATML, get_chat_template, standardize_sharegpt
-from toolkit.policy.engine_request import with_standby
 from toolkit.policy.fast_generate import generate
+from toolkit.policy.load_request import with_standby
 from toolkit.policy.saving import gguf_recipe
 from toolkit.train.demo import make_tokenizer
 from toolkit.train.rewards.script import judged

@@ -17,7 +17,7 @@ from toolkit.config.importers.mapping import Row, Table, Unfit, later, left, ref
 from toolkit.config.importers.trl import rewards
 
 if TYPE_CHECKING:
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 _ASYNC = "rollouts and training take turns here, on the newest adapter"
 _TEXT = "the tokenizer's own settings are used"

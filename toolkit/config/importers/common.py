@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.importers.mapping import Unfit
 
 if TYPE_CHECKING:
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 NO_ADAPTER = "all weights are trained there; here an adapter is (lora)"
 

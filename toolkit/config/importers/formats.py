@@ -15,10 +15,11 @@ from toolkit.config.importers.foreign import Computed, Foreign
 from toolkit.config.importers.shell import commands, flags, scalar
 
 if TYPE_CHECKING:
-    from toolkit.config.document import Document, Source
+    from toolkit.config.document import Document
     from toolkit.config.finding import Finding
     from toolkit.config.importers.mapping import Table
     from toolkit.config.importers.shell import Word
+    from toolkit.config.source import Source
 
 # The name of a format -> the module that has its table.
 TABLES = {

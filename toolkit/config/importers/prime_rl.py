@@ -19,7 +19,7 @@ from toolkit.config.importers.mapping import Default, Row, Table, left, refused
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 _APART = "sampling and training are one process here, on the same cards, on the newest adapter"
 _SPREAD = "every GPU has the whole model; several GPUs work data-parallel (--nproc-per-node)"

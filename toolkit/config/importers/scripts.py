@@ -24,7 +24,7 @@ from toolkit.config.importers.syntax import Names, called, owner, parse, shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 _FAST = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoPeftModelForCausalLM")

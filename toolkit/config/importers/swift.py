@@ -27,7 +27,7 @@ from toolkit.config.importers.mapping import (
 )
 
 if TYPE_CHECKING:
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 _SERVER = "the engine runs in the training process; there is no server"
 _TEMPLATE = "the tokenizer's own chat template is used"

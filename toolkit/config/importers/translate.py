@@ -2,95 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import find_secret, is_secret_key
-from toolkit.config.importers.foreign import Computed, Entry, Foreign, Unread
-from toolkit.config.importers.mapping import Later, Row, Table, Unfit, resolve_trl
-from toolkit.config.wording import show
+from toolkit.config.importers.foreign import Computed
+from toolkit.config.importers.mapping import Later, Translation, Unfit, Written, resolve_trl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-HIDDEN = "[hidden]"
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One key of the run file, with why it is there."""
-
-    value: Any
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """A setting that is not in the run file, and why."""
-
-    place: str
-    key: str
-    value: str
-    why: str
-
-
-@dataclass(slots=True)
-class Translation:
-    """A run file in the making, with what became of each setting of the other file."""
-
-    foreign: Foreign
-    table: Table
-    written: dict[str, Written] = field(default_factory=dict)
-    rewards: list[dict[str, Any]] = field(default_factory=list)
-    reward_notes: list[str] = field(default_factory=list)  # beside ``rewards``
-    left_out: list[Told] = field(default_factory=list)
-    refused: list[Told] = field(default_factory=list)
-    unread: list[Unread] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)  # of the user's rewards
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of one of our keys so far."""
-        found = self.written.get(key)
-        return default if found is None else found.value
-
-    def write(self, key: str, value: Any, why: str) -> None:
-        """Write one of our keys; a second setting replaces the first, and the file says so."""
-        before = self.written.get(key)
-        if before is not None and before.value != value:
-            self.notes.append(
-                f"{key}: {show(value)} ({why}) replaces {show(before.value)} ({before.why})"
-            )
-        self.written[key] = Written(value, why)
-
-    def take(self, *keys: str) -> dict[str, Entry]:
-        """The entries with these keys of the other tool, the last of each."""
-        return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
-
-    def value_of(self, key: str, default: Any = None) -> Any:
-        """The value of a key of the other tool, if it is one that could be read."""
-        found = self.take(key).get(key)
-        return default if found is None or isinstance(found.value, Computed) else found.value
-
-    def reward(self, name: str, note: str, **options: Any) -> None:
-        """Add a reward function; ``options`` are its own."""
-        self.rewards.append({"name": name, **({"options": options} if options else {})})
-        self.reward_notes.append(note)
-        module = name.partition(":")[0]
-        if ":" in name and module not in self.modules:
-            self.modules.append(module)
-
-    def refuse(self, entry: Entry, why: str) -> None:
-        """Tell a setting that asks for what is not done here."""
-        self.refused.append(_told(entry, why))
-
-    def leave(self, entry: Entry, why: str) -> None:
-        """Tell a setting that is not needed here."""
-        self.left_out.append(_told(entry, why))
-
-    def miss(self, entry: Entry, why: str) -> None:
-        """Tell a setting that could not be read."""
-        self.unread.append(Unread(entry.place, f"{entry.key}: {_shown(entry)}", why))
+    from toolkit.config.importers.foreign import Entry, Foreign
+    from toolkit.config.importers.mapping import Row, Table
 
 
 def translate(foreign: Foreign, table: Table) -> Translation:
@@ -164,17 +84,6 @@ def _why(entry: Entry, row: Row) -> str:
     return f"{entry.place}: {entry.key}" + (f"; {row.why}" if row.why and not row.trl else "")
 
 
-def _told(entry: Entry, why: str) -> Told:
-    return Told(entry.place, entry.key, _shown(entry), why)
-
-
-def _shown(entry: Entry) -> str:
-    value = entry.value
-    if is_secret_key(entry.key.rpartition(".")[2]):
-        return HIDDEN
-    return value.text if isinstance(value, Computed) else show(value)
-
-
 def _evaluate(made: Translation) -> None:
     """A batch of evaluation that holds whole groups, where the default of 8 does not."""
     size, group = "grpo.per_device_eval_batch_size", made.get("grpo.num_generations")
@@ -194,9 +103,3 @@ def _weigh(made: Translation) -> None:
     del made.written["grpo.reward_weights"]
     for reward, weight in zip(made.rewards, values, strict=True):
         reward["weight"] = weight
-
-
-def entries_of(made: Translation, keys: Iterable[str]) -> list[Entry]:
-    """The entries with these keys, in the order of the file."""
-    wanted = set(keys)
-    return [entry for entry in made.foreign.entries if entry.key in wanted]

@@ -27,7 +27,7 @@ from toolkit.config.importers.mapping import (
 )
 
 if TYPE_CHECKING:
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 _FROM_BITS = "bitsandbytes' nf4 with double quantization is what 4-bit means here"
 # Names that TRL's script knows, and what scores alike here.

@@ -19,15 +19,15 @@ from toolkit.config.importers.mapping import (
     Row,
     Table,
     Unfit,
+    entries_of,
     later,
     left,
     refused,
     text_list,
 )
-from toolkit.config.importers.translate import entries_of
 
 if TYPE_CHECKING:
-    from toolkit.config.importers.translate import Translation
+    from toolkit.config.importers.mapping import Translation
 
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"

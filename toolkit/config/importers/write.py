@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import visible
 from toolkit.base.secrets import redact
-from toolkit.config.importers.translate import Written
+from toolkit.config.importers.mapping import Written
 from toolkit.config.wording import spell
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from toolkit.config.importers.translate import Told, Translation
+    from toolkit.config.importers.mapping import Told, Translation
 
 SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
 _LONGEST = 240

@@ -6,7 +6,8 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.rules.arithmetic import multiple_from, nearest_divisor
-from toolkit.config.rules.violation import RuleViolation, Unjudged, rule
+from toolkit.config.rules.run import Unjudged
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

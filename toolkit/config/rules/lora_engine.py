@@ -14,8 +14,8 @@ from toolkit.config.supported_features import init_with_engine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.document import KeyPath
     from toolkit.config.rules.run import Run
+    from toolkit.config.source import KeyPath
 
 _R = "lora.r"
 _ROOM = "model.max_lora_rank"

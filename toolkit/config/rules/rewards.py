@@ -8,13 +8,15 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.config.code import Found, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
-from toolkit.config.rules.violation import RuleViolation, Unjudged, rule
+from toolkit.config.rules.run import Unjudged
+from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from toolkit.config.document import KeyPath, Node
+    from toolkit.config.document import Node
     from toolkit.config.rules.run import Run
+    from toolkit.config.source import KeyPath
 
 _FUNCTIONS = "reward.functions"
 _WEIGHTS = "grpo.reward_weights"

@@ -8,18 +8,22 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config import parallel
-from toolkit.config.document import Document, KeyPath, Node, dotted
-from toolkit.config.finding import Edit, Finding, Fix, rename
+from toolkit.config.finding import Edit, Fix, rename
 from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
-from toolkit.config.rules.violation import Rule, RuleViolation, Unjudged
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show, spell
 
 if TYPE_CHECKING:
+    from toolkit.config.document import Document, Node
     from toolkit.config.model_facts import ModelFacts
+    from toolkit.config.source import KeyPath
 
 
-__all__ = ["DeviceFacts", "Run", "Situation", "default"]
+__all__ = ["DeviceFacts", "Run", "Situation", "Unjudged", "default", "parts_of"]
+
+
+class Unjudged(Exception):
+    """Raised when an operand is invalid and already reported. The rule then reports nothing."""
 
 
 @cache
@@ -32,7 +36,8 @@ def default(path: str) -> Any:
 
 
 @cache
-def _parts(path: str) -> KeyPath:
+def parts_of(path: str) -> KeyPath:
+    """``lora.rank`` as a key path."""
     return tuple(path.split("."))
 
 
@@ -59,12 +64,12 @@ class Run:
     def node(self, path: str) -> Node | None:
         """The node of a key; None if the key is not written."""
         if path not in self._nodes:
-            self._nodes[path] = self.document.node(_parts(path))
+            self._nodes[path] = self.document.node(parts_of(path))
         return self._nodes[path]
 
     def written(self, path: str) -> bool:
         """Whether a key is written with a value that rules can use."""
-        parts = _parts(path)
+        parts = parts_of(path)
         if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
             raise Unjudged
         return self.node(path) is not None
@@ -79,7 +84,7 @@ class Run:
         node = self.node(path)
         assert node is not None
         if isinstance(node.value, list):
-            parts = _parts(path)
+            parts = parts_of(path)
             if any(bad[: len(parts)] == parts for bad in self.bad):
                 raise Unjudged
             return node.to_plain()
@@ -88,7 +93,7 @@ class Run:
     def mapping(self, path: str) -> dict[str, Any]:
         """The value of a key that is a mapping, as plain data; {} if it is not a mapping."""
         self.value(path)
-        parts = _parts(path)
+        parts = parts_of(path)
         if any(bad[: len(parts)] == parts for bad in self.bad):
             raise Unjudged
         node = self.node(path)
@@ -172,33 +177,3 @@ class Run:
         from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only when a rule asks
 
         return None if self.model is None else template_in(self.model.folder)
-
-    def finding(self, made_by: Rule, fault: RuleViolation) -> Finding:
-        """A rule's fault with its place."""
-        path = _parts(fault.at) if isinstance(fault.at, str) else fault.at
-        node = self._shown(path, fault.related)
-        mark = node.key if fault.on_key and node.key is not None else node.mark
-        return Finding(
-            rule=made_by.id,
-            severity=fault.severity or made_by.severity,
-            message=f"{dotted(path)}: {fault.message}",
-            path=path,
-            source=node.source,
-            mark=mark,
-            notes=fault.notes,
-            fixes=fault.fixes,
-            related=tuple(
-                other for one in fault.related if (other := self.node(one)) and other is not node
-            ),
-            unknown=fault.unknown,
-        )
-
-    def _shown(self, path: KeyPath, related: tuple[str, ...]) -> Node:
-        """The node to report: the fault's own, else a written operand, else the section, else the
-        file.
-        """
-        for candidate in (path, *(_parts(one) for one in related), path[:1]):
-            node = self.document.node(candidate)
-            if node is not None:
-                return node
-        return self.document.root

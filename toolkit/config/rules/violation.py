@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Finding, Fix, Severity
+from toolkit.config.rules.run import Unjudged, parts_of
+from toolkit.config.source import dotted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from toolkit.config.document import KeyPath
+    from toolkit.config.document import Node
     from toolkit.config.rules.run import Run
+    from toolkit.config.source import KeyPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,6 @@ class RuleViolation:
     on_key: bool = False  # the key is wrong, not its value
     severity: Severity | None = None  # if it differs from the rule's own
     unknown: bool = False
-
-
-class Unjudged(Exception):
-    """Raised when an operand is invalid and already reported. The rule then reports nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,41 @@ class Rule:
         """The findings of this rule on ``run``."""
         try:
             for fault in self.check(run):
-                yield run.finding(self, fault)
+                yield _finding(run, self, fault)
         except Unjudged:
             return
+
+
+def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
+    """A rule's fault with its place."""
+    path = parts_of(fault.at) if isinstance(fault.at, str) else fault.at
+    node = _shown(run, path, fault.related)
+    mark = node.key if fault.on_key and node.key is not None else node.mark
+    return Finding(
+        rule=made_by.id,
+        severity=fault.severity or made_by.severity,
+        message=f"{dotted(path)}: {fault.message}",
+        path=path,
+        source=node.source,
+        mark=mark,
+        notes=fault.notes,
+        fixes=fault.fixes,
+        related=tuple(
+            other for one in fault.related if (other := run.node(one)) and other is not node
+        ),
+        unknown=fault.unknown,
+    )
+
+
+def _shown(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
+    """The node to report: the fault's own, else a written operand, else the section, else the
+    file.
+    """
+    for candidate in (path, *(parts_of(one) for one in related), path[:1]):
+        node = run.document.node(candidate)
+        if node is not None:
+            return node
+    return run.document.root
 
 
 RULES: dict[str, Rule] = {}

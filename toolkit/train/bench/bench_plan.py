@@ -21,7 +21,7 @@ from toolkit.sizing import solve
 if TYPE_CHECKING:
     from toolkit.sizing import Device, SizingResult
     from toolkit.sizing.model_blocks import ModelSpec
-    from toolkit.sizing.trainer_bytes import Checkpointing
+    from toolkit.sizing.workload import Checkpointing
     from toolkit.train.bench.arm_settings import Settings
 
 

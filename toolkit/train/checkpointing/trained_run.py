@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
-from toolkit.base.paths import write_file
 from toolkit.config import chat_format
 from toolkit.config.build import build_config
 from toolkit.config.layers import load_document
@@ -158,30 +157,6 @@ def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = 
         if merge:
             return merge_adapter(base, adapter, request_of(config), to, dtype=dtype)
         return write_adapter(base, adapter, to)
-
-
-def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) -> str:
-    """Upload an export of ``run`` to the hub, with a model card made from its manifest; returns the
-    address.
-
-    Raises:
-        InputError: the run has no manifest. What ``policy.hub.push_folder`` raises.
-    """
-    from toolkit.policy.hub import push_folder  # noqa: PLC0415 - for this alone
-    from toolkit.train.model_card import model_card  # noqa: PLC0415 - the same
-
-    try:
-        card = model_card(run, repo_id)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model card is made from manifest.json, which cannot be read: {error}",
-            where=str(run.folder),
-            fix=f"upload without a card: hf upload {repo_id} {folder}",
-        ) from error
-    write_file(folder / "README.md", card)
-    return push_folder(
-        folder, repo_id, private=private or None, message="Adapter trained by grpo-toolkit"
-    )
 
 
 def complete(

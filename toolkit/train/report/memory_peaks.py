@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from toolkit.engine.rollout_engine import RolloutEngine
-    from toolkit.train.trainer_seam import TrainerSeam
+    from toolkit.train.trainer_seam import MemoryPeaks, TrainerSeam
 
 NAME = "memory.json"
 
@@ -171,7 +171,7 @@ def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
 
 def rollout_phase(trainer: TrainerSeam, engine: RolloutEngine) -> AbstractContextManager[None]:
     """Wrap a rollout of ``trainer``; it is measured inside ``measured``."""
-    peaks: PhasePeaks | None = getattr(trainer, "peaks", None)
+    peaks: MemoryPeaks | None = getattr(trainer, "peaks", None)
     return nullcontext() if peaks is None else peaks.sampling(engine)
 
 
