@@ -1,4 +1,4 @@
-"""Imports inside the package have no cycle: neither at module level, in functions, nor for types."""
+"""Imports inside the package have no cycle: at module level, in functions or for types."""
 
 from __future__ import annotations
 
