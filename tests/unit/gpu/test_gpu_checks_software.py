@@ -4,36 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from check_helpers import snapshot_of, verdict
 
 from toolkit.gpu.checks import CheckContext, catalogue
-from toolkit.gpu.checks.software import satisfies
 from toolkit.gpu.reading import NOT_ASKED
-
-
-@pytest.mark.parametrize(
-    ("installed", "requirement", "holds"),
-    [
-        ("2.11.0", "==2.11.0", True),
-        ("2.11.0+cu130", "==2.11.0", True),
-        ("2.11.1", "==2.11.0", False),
-        ("2.11", "==2.11.0", True),
-        ("2.13.9", ">=2.11,<2.14", True),
-        ("2.14", ">=2.11,<2.14", False),
-        ("5.0.1", "<5.1,>=4.7", True),
-        ("1.2.3", "==1.2.*", True),
-        ("1.3", "==1.2.*", False),
-        ("1.9", "~=1.4", True),
-        ("2.0", "~=1.4", False),
-        ("1.0", "!=1.0", False),
-        ("1.0", "nonsense", False),
-    ],
-)
-def test_requirements_as_our_metadata_writes_them(
-    installed: str, requirement: str, holds: bool
-) -> None:
-    assert satisfies(installed, requirement) is holds
 
 
 def test_a_lock_is_compared() -> None:

@@ -239,14 +239,3 @@ def _names(gpus: list[GpuSnapshot], of: int) -> str:
     if len(gpus) == of:
         return f"all {of} GPUs"
     return "GPUs " + ", ".join(str(gpu.index) for gpu in gpus)
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    """``580.159.04`` and ``2.13.0+cpu`` as numbers for comparison; text after them is ignored."""
-    numbers = []
-    for part in text.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import plural
+from toolkit.base.versions import as_version
 from toolkit.gpu import cards
 from toolkit.gpu.checks.check import (
     Check,
@@ -13,7 +14,6 @@ from toolkit.gpu.checks.check import (
     fail,
     judged_cards,
     ok,
-    version_tuple,
     warn,
 )
 from toolkit.gpu.devices import ORDER, VISIBLE, cuda_order, in_mig_mode, mixed
@@ -95,7 +95,7 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     installed = (snapshot.software.packages.value or {}).get("vllm")
     if not snapshot.gpus or not installed or not ("GPU-" in entries or "MIG-" in entries):
         return None
-    if version_tuple(installed)[:2] < VLLM_READS_UUIDS:
+    if as_version(installed).release[:2] < VLLM_READS_UUIDS:
         return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
     if "MIG-" in entries:
         return warn(

