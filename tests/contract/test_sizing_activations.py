@@ -142,7 +142,11 @@ def _peak(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dropout
 
 def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dropout=False):
     work = SimpleNamespace(
-        sequence=size[1], completion=size[1] // 2, rank=64, targets=targets, dropout=dropout
+        sequence_tokens=size[1],
+        completion_tokens=size[1] // 2,
+        rank=64,
+        targets=targets,
+        dropout=dropout,
     )
     assert set(vars(work)) <= set(Workload.__slots__)
     work.adapter_parameters = lambda spec: adapter_parameters(spec, 64, targets, Layout())

@@ -70,8 +70,8 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
         if work.dropout:
             total += (1 + MASTER_BYTES) * linear.in_features
     total += sum(width * features for _, features in groups)
-    total += _attention_saved(block, spec, step, work.sequence)
-    total += _scores_saved(spec, width, work.sequence)
+    total += _attention_saved(block, spec, step, work.sequence_tokens)
+    total += _scores_saved(spec, width, work.sequence_tokens)
     return total + _mlp_saved(block, spec, step)
 
 
@@ -198,7 +198,7 @@ def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan
     """
     if spec.scores == "fused":
         return 0
-    gradients = spec.heads * work.sequence * (MASTER_BYTES + step.compute_bytes // 2)
+    gradients = spec.heads * work.sequence_tokens * (MASTER_BYTES + step.compute_bytes // 2)
     return gradients - _mlp_saved(block, spec, step)
 
 

@@ -50,7 +50,7 @@ def assemble(
     kv_bytes = _kv_bytes(case, fit, utilization)
     terms = list(fit.terms)
     if case.work.uses_engine:
-        sequences = kv_bytes // fit.sequence if fit.sequence else 0
+        sequences = kv_bytes // fit.kv_sequence_bytes if fit.kv_sequence_bytes else 0
         source = f"{sequences:,} sequences of {case.plan.max_model_len} tokens"
         at = next(index for index, term in enumerate(terms) if not term.term.startswith("engine."))
         terms.insert(at, Term("engine.kv", kv_bytes, source))
@@ -66,7 +66,7 @@ def assemble(
         choice=_choice(case, fit, utilization, largest),
         terms=tuple(terms),
         remedies=remedies,
-        short_bytes=fit.short,
+        short_bytes=fit.short_bytes,
         longest_sequence=longest,
     )
 
@@ -78,29 +78,30 @@ def _interval(case: Case, fit: Fit) -> tuple[Interval, float | None]:
             min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
         ), None
     card = case.device.cuda_total_bytes
-    low = math.ceil(fit.least * STEPS / card) / STEPS
-    high = math.floor(max(fit.most, 0) * STEPS / card) / STEPS
+    low = math.ceil(fit.min_bytes * STEPS / card) / STEPS
+    high = math.floor(max(fit.max_bytes, 0) * STEPS / card) / STEPS
     interval = Interval(
         min=low,
         max=high,
         binding_min=fit.binding_min,
         binding_max=fit.binding_max,
-        min_without_margin=math.ceil((fit.least - fit.margin_least) * STEPS / card) / STEPS,
-        max_without_margin=math.floor((fit.most + fit.margin_most) * STEPS / card) / STEPS,
+        min_without_margin=math.ceil((fit.min_bytes - fit.min_margin_bytes) * STEPS / card) / STEPS,
+        max_without_margin=math.floor((fit.max_bytes + fit.max_margin_bytes) * STEPS / card)
+        / STEPS,
     )
     written = case.config.model.gpu_memory_utilization
     if written != "auto":
         return interval, float(written)
-    return interval, high if fit.short <= 0 else None
+    return interval, high if fit.fits else None
 
 
 def _kv_bytes(case: Case, fit: Fit, utilization: float | None) -> int:
-    if fit.kv is not None:
-        return fit.kv
+    if fit.kv_bytes is not None:
+        return fit.kv_bytes
     if case.device is None or utilization is None:
         return 0
     taken = int(utilization * case.device.cuda_total_bytes)
-    return max(0, taken - (fit.least - fit.sequence))
+    return max(0, taken - (fit.min_bytes - fit.kv_sequence_bytes))
 
 
 def _device(device: Device | None) -> dict[str, object] | None:
@@ -210,8 +211,8 @@ def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
         activation_bytes=sizes.get("engine.activations", 0),
         graph_bytes=sizes.get("engine.cuda_graphs", 0),
         fixed_bytes=sum(term.bytes for term in fit.terms if term.term.startswith("engine.")),
-        kv_sequence_bytes=fit.sequence,
-        kv_wanted_bytes=fit.wanted,
+        kv_sequence_bytes=fit.kv_sequence_bytes,
+        kv_wanted_bytes=fit.kv_wanted_bytes,
         kv_bytes=kv_bytes,
         copies_bytes=plan.dequantized,
         copies_note=_copies_note(case, fit),
@@ -238,7 +239,7 @@ def _packs(case: Case) -> PackPart | None:
     return PackPart(
         pack_tokens=budget,
         step_tokens=step_tokens(work, budget),
-        padded_tokens=work.rollouts * work.sequence,
+        padded_tokens=work.rollouts * work.sequence_tokens,
         passes=passes(work, budget),
         passes_half=passes(work, budget, share=0.5),
     )
@@ -265,7 +266,7 @@ def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Ch
         enable_sleep_mode=case.plan.sleep,
         dtype=case.plan.dtype,
         fast_inference=case.work.uses_engine,
-        kv_cache_bytes=fit.kv,
+        kv_cache_bytes=fit.kv_bytes,
         dequantized_rollouts=_dequantized(case),
         target_modules=case.work.targets,
         tensor_parallel_size=case.plan.tensor_parallel,

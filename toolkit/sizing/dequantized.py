@@ -51,13 +51,13 @@ def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
 
 def room_for_copies(case: Case, fit: Fit) -> int:
     """Bytes that are left beside the KV cache of every sequence of a rollout."""
-    most, spare = fit.most_sampling, 0
+    most, spare = fit.max_sampling_bytes, 0
     written = case.config.model.gpu_memory_utilization
     if case.device is not None:
         spare = int(SPARE_SHARE * case.device.cuda_total_bytes)
         if written != "auto":
             most = min(most, int(written * case.device.cuda_total_bytes))
-    return most - spare - fit.least - max(fit.wanted - fit.sequence, 0)
+    return most - spare - fit.min_bytes - max(fit.kv_wanted_bytes - fit.kv_sequence_bytes, 0)
 
 
 def best_copies(case: Case, fit: Fit) -> int:

@@ -67,7 +67,7 @@ def plan_engine(
     if model.max_num_batched_tokens == "auto":
         # A scheduler step never needs more tokens than all prompts and completions together, but at
         # least one of each. Without chunked prefill a whole prompt must fit.
-        needed = max(sequences * work.sequence, model.max_seq_length, 256)
+        needed = max(sequences * work.sequence_tokens, model.max_seq_length, 256)
         least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
         batched = max(min(BATCHED_TOKENS, needed), least)
     else:

@@ -58,13 +58,15 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
     sampling temporaries.
     """
     width = DTYPE_BYTES[plan.dtype]
-    sequence = kv_bytes.sequence_bytes(spec, work.sequence, width, block_tokens=1)
-    growing = 2 * kv_bytes.bytes_per_token(spec, width) * work.sequence // max(spec.layers, 1)
+    sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
+    growing = (
+        2 * kv_bytes.bytes_per_token(spec, width) * work.sequence_tokens // max(spec.layers, 1)
+    )
     return [
         Term(
             "rollout.kv",
             work.rollouts * (sequence + growing),
-            f"{work.rollouts} x {work.sequence} tokens in transformers' cache",
+            f"{work.rollouts} x {work.sequence_tokens} tokens in transformers' cache",
             "rollout",
         ),
         Term(
@@ -108,28 +110,37 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """Bytes: ``least`` and ``most`` are the ends for u x total, ``short`` is missing (<= 0: it
-    fits), ``sequence`` is the KV of one sequence, ``wanted`` the KV of a whole rollout, ``kv``
-    a CPU engine's cache. ``most_sampling`` is ``most`` as far as the rollout phase binds it.
+    """The terms of one candidate, and how they fit.
+
+    ``min_bytes`` and ``max_bytes`` are the ends of u x total, ``short_bytes`` is what is missing
+    (<= 0: it fits). ``kv_sequence_bytes`` is the cache of one sequence, ``kv_wanted_bytes`` that of
+    a whole rollout, ``kv_bytes`` that of a CPU engine. ``max_sampling_bytes`` is ``max_bytes`` as
+    far as the rollout phase limits it; the ``margin`` fields are the margins in the two ends.
     """
 
     terms: tuple[Term, ...]
-    least: int
-    most: int
+    min_bytes: int
+    max_bytes: int
     binding_min: str
     binding_max: str
-    short: int
-    sequence: int
-    wanted: int
-    kv: int | None = None
-    most_sampling: int = 0
-    margin_least: int = 0
-    margin_most: int = 0
+    short_bytes: int
+    kv_sequence_bytes: int
+    kv_wanted_bytes: int
+    kv_bytes: int | None = None
+    max_sampling_bytes: int = 0
+    min_margin_bytes: int = 0
+    max_margin_bytes: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missing."""
+        return self.short_bytes <= 0
 
     @property
     def holds_rollout(self) -> bool:
         """Whether it fits with a KV cache for all sequences of a rollout at once."""
-        return self.short <= 0 and self.most - self.least >= self.wanted - self.sequence
+        cache_bytes = self.max_bytes - self.min_bytes + self.kv_sequence_bytes
+        return self.fits and cache_bytes >= self.kv_wanted_bytes
 
 
 def evaluate(case: Case) -> Fit:
@@ -215,16 +226,16 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
     binding = min(ends, key=lambda name: ends[name])
     return Fit(
         terms=tuple(terms),
-        least=least,
-        most=ends[binding],
+        min_bytes=least,
+        max_bytes=ends[binding],
         binding_min=f"{_largest(engine, 'always', 'rollout')} + KV of one sequence",
         binding_max=binding,
-        short=max(missing, least - ends[binding]),
-        sequence=one,
-        wanted=_wanted(case),
-        most_sampling=most_sampling,
-        margin_least=sum(term.bytes for term in engine if term.term == "margin.engine"),
-        margin_most=sum(term.bytes for term in others if term.term.startswith("margin.")),
+        short_bytes=max(missing, least - ends[binding]),
+        kv_sequence_bytes=one,
+        kv_wanted_bytes=_wanted(case),
+        max_sampling_bytes=most_sampling,
+        min_margin_bytes=sum(term.bytes for term in engine if term.term == "margin.engine"),
+        max_margin_bytes=sum(term.bytes for term in others if term.term.startswith("margin.")),
     )
 
 
@@ -240,14 +251,14 @@ def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
     room = int(available_bytes() * CPU_SHARE)
     return Fit(
         terms=tuple(terms),
-        least=need,
-        most=room,
+        min_bytes=need,
+        max_bytes=room,
         binding_min=_largest(terms, "always", "training"),
         binding_max=f"{CPU_SHARE:.0%} of the available host memory",
-        short=need - room,
-        sequence=one,
-        wanted=one,
-        kv=cache,
+        short_bytes=need - room,
+        kv_sequence_bytes=one,
+        kv_wanted_bytes=one,
+        kv_bytes=cache,
     )
 
 
@@ -264,20 +275,20 @@ def _fit_alone(case: Case, terms: list[Term]) -> Fit:
         )
     return Fit(
         terms=tuple(terms),
-        least=need,
-        most=room,
+        min_bytes=need,
+        max_bytes=room,
         binding_min=_largest(terms, "always", "rollout", "training"),
         binding_max=of,
-        short=need - room,
-        sequence=0,
-        wanted=0,
+        short_bytes=need - room,
+        kv_sequence_bytes=0,
+        kv_wanted_bytes=0,
     )
 
 
 def _wanted(case: Case) -> int:
     """KV of all sequences that the engine runs at once, at the length of the run."""
     sequences = min(case.plan.max_num_seqs, case.work.rollouts)
-    length = min(case.work.sequence, case.plan.max_model_len)
+    length = min(case.work.sequence_tokens, case.plan.max_model_len)
     return sequences * engines.kv_sequence_bytes(case.spec, case.plan, length)
 
 

@@ -24,10 +24,10 @@ def longest_that_fits(
     """The most tokens of a sequence (prompt and completion) with which the run fits, one sequence
     in a pass; 0 where no length does, None where the length is not what is too much.
     """
-    whole = case.work.sequence
+    whole = case.work.sequence_tokens
 
     def fits(length: int) -> bool:
-        return attempt(_shorter(config, case, length)).short <= 0
+        return attempt(_shorter(config, case, length)).fits
 
     if whole <= SHORTEST or fits(whole):
         return None
@@ -45,7 +45,13 @@ def _shorter(config: RunConfig, case: Case, length: int) -> RunConfig:
     down to half of the length.
     """
     work = case.work
-    prompt = max(1, min(work.sequence - min(work.completion, work.sequence - 1), length // 2))
+    prompt = max(
+        1,
+        min(
+            work.sequence_tokens - min(work.completion_tokens, work.sequence_tokens - 1),
+            length // 2,
+        ),
+    )
     rows = work.rollouts
     grpo = {
         **config.grpo,

@@ -30,7 +30,7 @@ class Pass:
     """
 
     tokens: int
-    scored: int
+    scored_tokens: int
     keys: int
 
 
@@ -56,8 +56,8 @@ def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
 
 def longest_pair(work: Workload) -> tuple[int, int]:
     """(tokens of a prompt that are shared, of a completion) of the longest sequence."""
-    completion = min(work.completion, work.sequence)
-    return work.sequence - completion, completion
+    completion = min(work.completion_tokens, work.sequence_tokens)
+    return work.sequence_tokens - completion, completion
 
 
 def groups_of(work: Workload) -> int:
@@ -78,7 +78,7 @@ def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ..
     """The candidates for the tokens of a pass, the largest first; None where rows decide: the
     micro-batch is written, and ``runtime.pack_tokens`` is not.
     """
-    whole, one = whole_tokens(work), work.sequence
+    whole, one = whole_tokens(work), work.sequence_tokens
     written = config.runtime.pack_tokens
     if isinstance(written, int):
         return (max(one, min(written, whole)),)
@@ -95,8 +95,8 @@ def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ..
 
 def pass_of(work: Workload, step: StepPlan) -> Pass:
     """The largest pass of a step."""
-    rows = step.micro_batch * min(work.completion, work.sequence)
-    tokens = step.micro_batch * work.sequence
+    rows = step.micro_batch * min(work.completion_tokens, work.sequence_tokens)
+    tokens = step.micro_batch * work.sequence_tokens
     if step.pack_tokens is None:
         return Pass(tokens, rows, tokens)
     prompt, completion = longest_pair(work)

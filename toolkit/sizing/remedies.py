@@ -83,7 +83,7 @@ def remedies_for(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
     """
     found = []
     for change in _changes(case):
-        left = attempt(change.applied(config))[1].short
+        left = attempt(change.applied(config))[1].short_bytes
         if left < short:
             found.append(_remedy(change, short, left))
     found += _second_card(config, case, short, attempt)
@@ -92,7 +92,7 @@ def remedies_for(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
     if not any(one.enough and one.harm <= ADAPTER for one in found):
         together = _together(config, attempt)
         if together is not None:
-            found.append(_remedy(together, short, attempt(together.applied(config))[1].short))
+            found.append(_remedy(together, short, attempt(together.applied(config))[1].short_bytes))
     return tuple(sorted(found, key=lambda one: (not one.enough, one.harm, -one.frees_bytes)))
 
 
@@ -115,7 +115,7 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
     changed, harms = config, dict[str, int]()
     current, fit = attempt(changed)
     for _ in range(_MOST_STEPS):
-        if fit.short <= 0:
+        if fit.fits:
             break
         step = _next_step(changed, current, fit, attempt)
         if step is None:
@@ -128,7 +128,7 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
         return None
     for group in _groups(taken):
         kept = {key: value for key, value in taken.items() if key not in group}
-        if kept and attempt(_Change(NOTHING, "", kept).applied(config))[1].short <= 0:
+        if kept and attempt(_Change(NOTHING, "", kept).applied(config))[1].fits:
             taken = kept
     text = " and ".join(
         f"{key.rpartition('.')[2]}: {str(value).lower() if isinstance(value, bool) else value}"
@@ -153,9 +153,9 @@ def _next_step(config: RunConfig, case: Case, fit: Fit, attempt: Attempt) -> _Ch
     for change in _changes(case):
         by_harm.setdefault(change.harm, []).append(change)
     for harm in sorted(by_harm):
-        tried = [(attempt(one.applied(config))[1].short, one) for one in by_harm[harm]]
+        tried = [(attempt(one.applied(config))[1].short_bytes, one) for one in by_harm[harm]]
         left, best = min(tried, key=lambda pair: pair[0])
-        if left < fit.short:
+        if left < fit.short_bytes:
             return best
     return None
 
@@ -174,23 +174,27 @@ def _lengths(case: Case) -> Iterator[_Change]:
     length = config.model.max_seq_length
     prompt = config.grpo.get("max_prompt_length")
     stated = isinstance(prompt, int) and prompt > 0
-    need = work.prompt + work.completion if stated else work.completion + _UNKNOWN_PROMPT
+    need = (
+        work.prompt_tokens + work.completion_tokens
+        if stated
+        else work.completion_tokens + _UNKNOWN_PROMPT
+    )
     if need < length:
         cut = "" if stated else f" (prompts of up to {_UNKNOWN_PROMPT})"
         harm = NOTHING if stated else LENGTH
         text = f"max_seq_length {length} -> {need}{cut}"
         yield _Change(harm, text, {"model.max_seq_length": need})
-    if work.completion >= 2 * _SHORTEST:
-        half = work.completion // 2
-        shorter = min(length, max(length - (work.completion - half), 64))
+    if work.completion_tokens >= 2 * _SHORTEST:
+        half = work.completion_tokens // 2
+        shorter = min(length, max(length - (work.completion_tokens - half), 64))
         yield _Change(
             LENGTH,
-            f"max_completion_length {work.completion} -> {half} (max_seq_length {shorter})",
+            f"max_completion_length {work.completion_tokens} -> {half} (max_seq_length {shorter})",
             {"grpo.max_completion_length": half, "model.max_seq_length": shorter},
         )
     if stated and isinstance(prompt, int) and prompt >= 2 * _SHORTEST:
         half = prompt // 2
-        shorter = max(min(length, half + work.completion), 64)
+        shorter = max(min(length, half + work.completion_tokens), 64)
         yield _Change(
             LENGTH,
             f"max_prompt_length {prompt} -> {half} (max_seq_length {shorter})",
@@ -269,7 +273,7 @@ def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
         f"a second card of this kind (--world-size 2) with {MICRO} {micro // 2}",
         {f"grpo.{MICRO}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
     )
-    left = attempt(change.applied(config), 2)[1].short
+    left = attempt(change.applied(config), 2)[1].short_bytes
     if left >= short:
         return []
     return [replace(_remedy(change, short, left), world_size=2)]
@@ -292,7 +296,7 @@ def _split_model(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
             f"{world} cards (--world-size {world}) with tensor_parallel_size {size}",
             {"model.tensor_parallel_size": size},
         )
-        left = attempt(change.applied(config), world)[1].short
+        left = attempt(change.applied(config), world)[1].short_bytes
         if left <= 0:
             return [replace(_remedy(change, short, left), world_size=world)]
     return []
@@ -314,12 +318,12 @@ def _larger_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
         key=lambda card: (card.cuda_bytes, card.aliases[0]),
     )
     place = bisect_left(
-        larger, True, key=lambda card: attempt(config, device=Device.from_card(card))[1].short <= 0
+        larger, True, key=lambda card: attempt(config, device=Device.from_card(card))[1].fits
     )
     if place >= len(larger):
         return []
     card = larger[place]
-    left = attempt(config, device=Device.from_card(card))[1].short
+    left = attempt(config, device=Device.from_card(card))[1].short_bytes
     size = format_bytes(card.cuda_bytes)
     change = _Change(HARDWARE, f"a larger card: {card.aliases[0]} or more ({size})")
     return [replace(_remedy(change, short, left), card=card.aliases[0])]

@@ -51,7 +51,7 @@ def solve(
     ConfigError for impossible numbers (a rank above the engine's largest).
     """
     case, fit = best_case(config, spec, device, world_size)
-    if fit.short <= 0:
+    if fit.fits:
         return assemble(case, fit, largest=_largest_micro_batch(case))
 
     def attempt(
@@ -59,7 +59,7 @@ def solve(
     ) -> tuple[Case, Fit]:
         return best_case(config, spec, device, world_size)
 
-    remedies = remedies_for(config, case, fit.short, attempt)
+    remedies = remedies_for(config, case, fit.short_bytes, attempt)
     longest = longest_that_fits(config, case, lambda one: attempt(one)[1])
     largest = _largest_micro_batch(case)
     return assemble(case, fit, largest=largest, remedies=remedies, longest=longest)
@@ -92,9 +92,9 @@ def best_case(
     for number in numbers:
         model = replace(config.model, tensor_parallel_size=number)
         tried.append(_best_way(replace(config, model=model), spec, device, world_size))
-        if tried[-1][1].short <= 0:
+        if tried[-1][1].fits:
             return tried[-1]
-    return min(tried, key=lambda pair: pair[1].short)
+    return min(tried, key=lambda pair: pair[1].short_bytes)
 
 
 def _splits(
@@ -141,13 +141,13 @@ def _best_way(
     fused = fuses(config, device)
 
     def judge(chosen: EnginePlan, mode: Checkpointing, size: int) -> tuple[Case, Fit]:
-        micro, most = size, size * work.sequence
+        micro, most = size, size * work.sequence_tokens
         if tokens is not None:  # ``size`` is a number of tokens
-            fitting = [one for one in work.micro_batches if one * work.sequence <= size]
+            fitting = [one for one in work.micro_batches if one * work.sequence_tokens <= size]
             micro, most = fitting[0] if fitting else work.micro_batches[-1], size
         step = _step(work, chosen, mode, micro, world_size)
         if packed:
-            most = min(most, max(whole_tokens(work), work.sequence))
+            most = min(most, max(whole_tokens(work), work.sequence_tokens))
             step = replace(step, pack_tokens=most, passes=passes(work, most))
         step = replace(step, fused=fused, on_gpu=device is not None)
         case = Case(
@@ -167,9 +167,9 @@ def _best_way(
     if suiting := [_with_copies(*pair) for pair in found if pair is not None]:
         return min(suiting, key=lambda pair: training_seconds(pair[0]) + added_seconds(pair[0]))
     smallest = [way(sizes[-1]) for way in ways]
-    if fitting := [pair for pair in smallest if pair[1].short <= 0]:
-        return max(fitting, key=lambda pair: pair[1].most - pair[1].least)
-    return min(smallest, key=lambda pair: pair[1].short)
+    if fitting := [pair for pair in smallest if pair[1].fits]:
+        return max(fitting, key=lambda pair: pair[1].max_bytes - pair[1].min_bytes)
+    return min(smallest, key=lambda pair: pair[1].short_bytes)
 
 
 def fuses(config: RunConfig, device: Device | None) -> bool:
@@ -233,7 +233,7 @@ def _suits(case: Case, fit: Fit) -> bool:
     written = case.config.model.gpu_memory_utilization
     if written == "auto" or case.device is None or not case.work.uses_engine:
         return fit.holds_rollout
-    return fit.holds_rollout and written * case.device.cuda_total_bytes <= fit.most
+    return fit.holds_rollout and written * case.device.cuda_total_bytes <= fit.max_bytes
 
 
 def _sleeps(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EnginePlan]:
@@ -272,7 +272,10 @@ def _largest_micro_batch(case: Case) -> int:
         accumulation = max(case.work.accumulation * case.work.micro_batch // micro, 1)
         step = replace(case.step, micro_batch=micro, accumulation=accumulation)
         if step.pack_tokens is not None:
-            most = min(micro * case.work.sequence, max(whole_tokens(case.work), case.work.sequence))
+            most = min(
+                micro * case.work.sequence_tokens,
+                max(whole_tokens(case.work), case.work.sequence_tokens),
+            )
             step = replace(step, pack_tokens=most, passes=passes(case.work, most))
         return evaluate(replace(case, step=step)).holds_rollout
 

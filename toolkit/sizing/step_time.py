@@ -41,7 +41,7 @@ def added_seconds(case: Case) -> float:
     copies = case.plan.dequantized
     weights = (all_copies(case.spec, case.plan) - copies) // COPY_BYTES
     waves = -(-case.work.rollouts // max(case.plan.max_num_seqs, 1))
-    seconds = weights * DEQUANTIZE_S * waves * case.work.completion
+    seconds = weights * DEQUANTIZE_S * waves * case.work.completion_tokens
     return seconds + (SLEEP_S if copies and not case.plan.sleep else 0)
 
 
@@ -52,7 +52,7 @@ def training_seconds(case: Case) -> float:
     host = case.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
     # Forward pass and backward pass to the activations: 2 operations per parameter and token each.
     operations = (6 if again else 4) * active_parameters(case.spec)
-    tokens = float(step.micro_batch * case.work.sequence)
+    tokens = float(step.micro_batch * case.work.sequence_tokens)
     if step.pack_tokens is not None:
         tokens = step_tokens(case.work, step.pack_tokens) / step.pieces
     device = operations * tokens / OPERATIONS_S

@@ -60,7 +60,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
     one = pass_of(work, step)
-    size = f"{step.micro_batch} x {work.sequence} tokens"
+    size = f"{step.micro_batch} x {work.sequence_tokens} tokens"
     if step.pack_tokens is not None:
         size = f"packs of {one.tokens:,} tokens that read {one.keys:,} keys"
     shape = f"{size}, {mode}" + (", fused kernels" if step.fused else "")
@@ -75,7 +75,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head, {one.scored} rows, beyond the activations",
+            f"fused head, {one.scored_tokens} rows, beyond the activations",
             "training",
         ),
     ]
@@ -102,7 +102,7 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     16-bit copy.
     """
     one = pass_of(work, step)
-    rows = one.scored
+    rows = one.scored_tokens
     width = step.compute_bytes
     tile = min(rows, HEAD_TOKENS) * HEAD_COLUMNS * width
     hidden = rows * spec.hidden_size * (width + 4 + width)

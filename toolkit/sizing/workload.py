@@ -28,7 +28,7 @@ Checkpointing = bool | Literal["unsloth"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One process's share of a step. Lengths in tokens; a micro-batch is one forward pass.
+    """One process's share of a step. A micro-batch is the rows of one forward pass.
 
     ``micro_batches`` are the candidates, the largest first. There is only one unless the choice is
     open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it. ``rank`` is the
@@ -40,9 +40,9 @@ class Workload:
     micro_batches: tuple[int, ...]
     rollouts: int
     generations: int
-    prompt: int
-    completion: int
-    sequence: int
+    prompt_tokens: int
+    completion_tokens: int
+    sequence_tokens: int
     rank: int
     base_rank: int
     targets: tuple[str, ...] | str
@@ -105,9 +105,9 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
         micro_batches=micro_batches,
         rollouts=rollouts,
         generations=count(grpo, "num_generations"),
-        prompt=prompt,
-        completion=completion,
-        sequence=sequence,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        sequence_tokens=sequence,
         rank=config.lora.largest_rank,
         base_rank=config.lora.r,
         targets=run.targets,

@@ -96,4 +96,4 @@ def test_a_written_utilization_bounds_them(spec_of, card, run):
     case, fit = best_case(config, spec_of(EIGHT_B), card("h100"), 1)
     taken = int(0.3 * card("h100").cuda_total_bytes)
     assert 0 < case.plan.dequantized < 2 * LAYERS
-    assert fit.least - fit.sequence + fit.wanted <= taken
+    assert fit.min_bytes - fit.kv_sequence_bytes + fit.kv_wanted_bytes <= taken
