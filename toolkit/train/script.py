@@ -15,6 +15,8 @@ from toolkit.train.trl_arguments import refuse_missing
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
+    from toolkit.train.trainer_seam import TrainerSeam
+
 
 def check(given: MutableMapping[str, Any], model: Any) -> None:
     """Check the arguments ``given`` to a trainer of ``model``; rewards are wrapped in checks.
@@ -51,14 +53,14 @@ def _refuse_no_room(config: Any, longest: int | None) -> None:
     )
 
 
-def cut_prompts(trainer: Any, prompt_ids: list[list[int]], images: Any) -> list[list[int]]:
+def cut_prompts(trainer: TrainerSeam, prompt_ids: list[list[int]], images: Any) -> list[list[int]]:
     """Keep the last ``max_prompt_length`` tokens of each prompt, as TRL did before 0.24."""
     most = getattr(getattr(trainer, "args", None), "max_prompt_length", None)
     if most is None or images is not None:
         return prompt_ids
     longest = max(map(len, prompt_ids), default=0)
-    if longest > most and not trainer.__dict__.setdefault("_told_of_cut_prompts", False):
-        trainer._told_of_cut_prompts = True
+    if longest > most and not trainer.cut_reported:
+        trainer.cut_reported = True
         warnings.warn(
             f"a prompt has {longest} tokens, and max_prompt_length={most} keeps its last {most}: "
             "the start of it, often the system prompt, is cut off",

@@ -56,6 +56,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     _bad_loss: bool = False
     collapse_reported: bool = False
     gap_reported: bool = False
+    cut_reported: bool = False
+    rows_at_once: int | None = None
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -178,6 +178,8 @@ class TrainerSeam(Protocol):
     max_bad_steps: int
     collapse_reported: bool
     gap_reported: bool
+    cut_reported: bool
+    rows_at_once: int | None  # rows of a generation that fit, if memory ran out before
 
     # The trainer's own: rollouts and metrics.
     peaks: MemoryPeaks | None

@@ -15,7 +15,7 @@ def trainer(rank: int = 0, ranks: int = 1, *, steps: int = 1, **more: Any) -> An
         model=SimpleNamespace(training=more.pop("training", True)),
         state=SimpleNamespace(global_step=more.pop("global_step", 0)),
         num_iterations=1,
-        _step=more.pop("step", 0),
+        micro_steps=more.pop("step", 0),
         tools=more.pop("tools", None),
     )
 

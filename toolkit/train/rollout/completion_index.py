@@ -72,7 +72,7 @@ class CompletionIndex:
             return "eval", getattr(_of(self.trainer, "state"), "global_step", 0)
         micro_steps = getattr(args, "steps_per_generation", None) or 1
         every = micro_steps * (getattr(self.trainer, "num_iterations", None) or 1)
-        return "train", getattr(self.trainer, "_step", 0) // every
+        return "train", getattr(self.trainer, "micro_steps", 0) // every
 
     def _find(self, prompts: Sequence[list[int]]) -> list[int]:
         """The rows that continue in a turn of the tool loop. TRL does not pass them, so they are

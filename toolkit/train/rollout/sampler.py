@@ -269,11 +269,10 @@ class ModelGeneration:
             ids = cut(sampled_BT, trainer.eos_token_ids, stop, most)
             return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
 
-        kept = trainer.__dict__
-        rollout, kept["_most_at_once"] = in_parts(
+        rollout, trainer.rows_at_once = in_parts(
             run,
             Part(prompts, rows, n=1),
-            kept.get("_most_at_once"),
+            trainer.rows_at_once,
             at_once=len(prompts),
             recover=release_memory,
         )
