@@ -13,7 +13,7 @@ from toolkit.base.errors import EXIT_CODES
 from toolkit.base.symptoms import SYMPTOMS, TEXTS
 from toolkit.config.explain import SECTIONS, about_key, all_keys
 from toolkit.config.importers.formats import TABLES, table
-from toolkit.config.importers.table_text import markdown
+from toolkit.config.importers.write import markdown
 from toolkit.config.rules import all_rules
 from toolkit.gpu.checks import catalogue
 

@@ -232,7 +232,7 @@ def test_from_says_what_is_not_clear(tmp_path: Path) -> None:
 
 
 def test_the_table_of_a_format_is_printed() -> None:
-    from toolkit.config.importers.table_text import markdown
+    from toolkit.config.importers.write import markdown
 
     assert run("--table", "verl").stdout == markdown("verl")
     assert "| `data.max_prompt_length` | `grpo.max_prompt_length` | same |" in markdown("verl")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.sizing.micro_batch import TRL_DEFAULTS
 from toolkit.sizing.trainer_bytes import HEAD_COLUMNS, HEAD_TOKENS
 from toolkit.sizing.weight_bytes import VOCABULARY_PADDING

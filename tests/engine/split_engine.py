@@ -15,8 +15,8 @@ import torch
 from conftest import options
 from transformers import AutoModelForCausalLM
 
+from toolkit.engine.mesh import join_group
 from toolkit.engine.open_engine import open_engine
-from toolkit.engine.process_group import join_group
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
 from toolkit.policy.lora_settings import LoraSettings

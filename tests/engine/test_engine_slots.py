@@ -13,8 +13,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine import sleep
-from toolkit.engine.adapter import Plan, read_pairs
-from toolkit.engine.lora_slots import find_places
+from toolkit.engine.adapter import Plan, find_places, read_pairs
 
 pytestmark = pytest.mark.engine
 

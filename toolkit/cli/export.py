@@ -62,8 +62,7 @@ def export(  # noqa: PLR0913 - one argument an option
         raise click.UsageError("--private needs --push")
     prepare_environment()
     from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
-    from toolkit.train.model_card import push_export  # noqa: PLC0415 - loads torch
-    from toolkit.train.serving import serve_line  # noqa: PLC0415 - the same
+    from toolkit.train.model_card import push_export, serve_line  # noqa: PLC0415 - the same
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
     with quiet(debug=debug_asked()):

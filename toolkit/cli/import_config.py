@@ -22,7 +22,7 @@ STDOUT = "-"
 def _print_table(context: click.Context, _: click.Parameter, form: str | None) -> None:
     if form is None or context.resilient_parsing:
         return
-    from toolkit.config.importers.table_text import markdown  # noqa: PLC0415 - only for --table
+    from toolkit.config.importers.write import markdown  # noqa: PLC0415 - only for --table
 
     click.echo(markdown(form), nl=False)
     context.exit()

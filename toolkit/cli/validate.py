@@ -4,6 +4,7 @@ fix.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ import click
 
 from toolkit.base.errors import InputError
 from toolkit.cli.findings import PRINTERS, choice_lines, fixed_lines
-from toolkit.cli.run_files import expand
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
 from toolkit.config.rules import DeviceFacts, Situation
@@ -185,3 +185,44 @@ def _outside_interval(
         notes=(f"sized for {request.card.name}; envcheck size --gpu shows the whole budget",),
         fixes=(Fix("gpu_memory_utilization: auto"),),
     )
+
+
+def expand(arguments: tuple[str, ...]) -> Iterator[str]:
+    """The run files of the arguments.
+
+    Those of a folder or a pattern are sorted. Raises InputError for a folder or a pattern without
+    run files.
+    """
+    for argument in arguments:
+        if argument == "-":
+            yield argument
+        elif os.path.isdir(argument):
+            found = sorted(_in_folder(argument))
+            if not found:
+                raise InputError(
+                    "contains no run file", where=argument, fix="*.yaml, *.toml, *.json"
+                )
+            yield from found
+        elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
+            import glob  # noqa: PLC0415 - most shells have expanded it
+
+            found = sorted(glob.glob(argument, recursive=True))
+            if not found:
+                raise InputError("matches no file", where=argument)
+            for one in found:
+                if not os.path.isdir(one):
+                    yield one
+        else:
+            yield argument
+
+
+def _in_folder(folder: str) -> Iterator[str]:
+    """YAML and TOML files, and JSON files with a model section (other JSON files are data)."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        for file in files:
+            path, suffix = os.path.join(parent, file), os.path.splitext(file)[1].lower()
+            if suffix in (".yaml", ".yml", ".toml") or (
+                suffix == ".json" and "model" in load_document(path).root.value
+            ):
+                yield path

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.libraries import LEGAL_RANKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -293,3 +293,20 @@ def _legal_values(option: Option) -> dict[str, Any]:
     if option.auto is None:
         return shape
     return {"anyOf": [shape, {"const": "auto", "description": option.auto}]}
+
+
+MAX_GRAPH_SIZE = 1024
+"""Sequences. Graphs of more save too little of the launches to be worth their memory."""
+
+
+def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int | None = None) -> list[int]:
+    """For how many sequences at a time the engine captures CUDA graphs of a decode step, in
+    ascending order; a batch runs in the next larger one.
+
+    1, 2, 4, 8, then two sizes each time that the size doubles, and the largest batch that a rollout
+    can have: vLLM's own list has a size for every 8 sequences, and none above 512. Padding costs
+    little: a decode step reads all weights for one sequence as for many.
+    """
+    largest = min(max_num_seqs, max_num_batched_tokens or max_num_seqs, MAX_GRAPH_SIZE)
+    sizes = {1, 2, 4, 8, *(16 << step for step in range(7)), *(24 << step for step in range(6))}
+    return sorted(size for size in sizes | {largest} if size <= largest)

@@ -9,11 +9,10 @@ import re
 from bisect import bisect_right
 from typing import Any
 
-from toolkit.config.bounds import MAX_DEPTH, MAX_DIGITS, MAX_NODES
 from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.scalars import TOO_LARGE, beyond_64_bits, is_long_integer, too_large
-from toolkit.config.source import Mark, Source
+from toolkit.config.source import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Mark, Source
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')

@@ -7,11 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.bounds import MAX_LAYERS
 from toolkit.config.document import Document, Node
 from toolkit.config.extends import check_chain, content_fault, place_fault, real_path, told
 from toolkit.config.finding import Finding, Severity
-from toolkit.config.source import Mark, Source
+from toolkit.config.source import MAX_LAYERS, Mark, Source
 from toolkit.config.text_reader import Unreadable, failed, read_source
 from toolkit.config.yaml_reader import parse_yaml
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 class Known(NamedTuple):
@@ -147,3 +147,12 @@ def package_folder(package: str) -> Path | None:
         return None
     places = spec.submodule_search_locations if spec is not None else None
     return Path(next(iter(places))) if places else None
+
+
+LEGAL_RANKS: tuple[int, ...] = RECORDED["lora_ranks"].values
+"""The ranks for which vLLM has LoRA slots, as recorded."""
+
+
+def smallest_rank(rank: int, legal: Iterable[int] = LEGAL_RANKS) -> int | None:
+    """The smallest of them that is at least ``rank``; None if ``rank`` is above the largest."""
+    return min((one for one in legal if one >= rank), default=None)

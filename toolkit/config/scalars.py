@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from toolkit.config.bounds import MAX_DIGITS
+from toolkit.config.source import MAX_DIGITS
 
 _LONG = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _INT_12 = re.compile(r"[-+]?[0-9]+")

@@ -1,4 +1,4 @@
-"""Source texts of a run file, and places in them.
+"""Source texts of a run file, places in them, and how large they may be.
 
 Positions are 1-based lines and columns in characters, as editors count them; offsets are 0-based
 into ``Source.text``.
@@ -59,3 +59,17 @@ def dotted(path: KeyPath) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text or "the run file"
+
+
+# Far above what a run needs, and low enough that reading is always fast.
+MAX_BYTES = 1 << 19
+MAX_DEPTH = 40
+MAX_NODES = 50_000
+MAX_ALIASED = 5_000  # values that aliases expand to; an alias bomb is detected early
+MAX_DIGITS = 400  # a longer number stays text: int() of a million digits takes minutes
+MAX_FINDINGS = 500  # further findings are only counted
+MAX_SUGGESTIONS = 50  # unknown keys that get a did-you-mean
+MAX_LAYERS = 16  # files that extend one another
+PIPE_WAIT_S = 1.5
+
+TOO_ALIASED = f"aliases expand to more than {MAX_ALIASED} values"

@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from toolkit.config.bounds import MAX_SUGGESTIONS
 from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import beyond_64_bits
 from toolkit.config.schema_violation import SchemaViolation, fits_type, value_fault
-from toolkit.config.source import KeyPath, dotted
+from toolkit.config.source import MAX_SUGGESTIONS, KeyPath, dotted
 from toolkit.config.wording import show, spell
 
 if TYPE_CHECKING:

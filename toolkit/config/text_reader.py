@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from toolkit.config.bounds import MAX_BYTES, PIPE_WAIT_S
 from toolkit.config.document import Document, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
-from toolkit.config.source import Source
+from toolkit.config.source import MAX_BYTES, PIPE_WAIT_S, Source
 
 FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 STDIN = "-"

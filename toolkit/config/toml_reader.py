@@ -13,12 +13,11 @@ import re
 import tomllib
 from typing import Any
 
-from toolkit.config.bounds import MAX_DEPTH, MAX_NODES
 from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.json_reader import Places
 from toolkit.config.scalars import beyond_64_bits, too_large
-from toolkit.config.source import KeyPath, Mark, Source
+from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Mark, Source
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")

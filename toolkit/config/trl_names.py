@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class Schedule(NamedTuple):
@@ -238,3 +239,25 @@ def needed_packages(
         yield "use_liger_kernel", "true", LIGER
     if cache == "quantized":
         yield "cache_implementation", cache, QUANTIZED_CACHE
+
+
+ENVIRONMENT_ADAPTERS = {"reasoning_gym": Package(("reasoning_gym",), "reasoning-gym")}
+"""The adapters of environments, and the packages behind them."""
+
+
+def _weighs(value: Any) -> bool:
+    return value is not None and value != 0
+
+
+CUT_MATTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "loss_type": lambda value: value == "bnpo",
+        "top_entropy_quantile": lambda value: value is not None and value < 1,
+        "entropy_coef": _weighs,
+        "use_adaptive_entropy": lambda value: value is True,
+        "router_aux_loss_coef": _weighs,
+    }
+)
+"""Fields of TRL 1.16's GRPOConfig, and the values with which the loss is computed per micro-batch:
+a mean over its tokens, a quantile, a bonus or a router loss.
+"""

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.config.bounds import MAX_FINDINGS
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
 from toolkit.config.rules import Run, Situation, judging_rules
 from toolkit.config.schemas import find_schema
+from toolkit.config.source import MAX_FINDINGS
 from toolkit.config.structure import check_structure
 from toolkit.config.suggest import key_advice
 from toolkit.config.text_reader import UNREADABLE

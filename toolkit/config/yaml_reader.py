@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from toolkit.config.bounds import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
 from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Edit, Finding, Fix, Severity, error_finding
 from toolkit.config.scalars import (
@@ -26,7 +25,7 @@ from toolkit.config.scalars import (
     read_core,
     too_large,
 )
-from toolkit.config.source import Mark, Source
+from toolkit.config.source import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED, Mark, Source
 
 try:
     from yaml.cyaml import CLoader as _Parser

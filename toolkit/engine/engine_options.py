@@ -7,8 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
-from toolkit.config.engine_settings import API_OPTIONS, ApiEngineSettings
-from toolkit.config.graph_sizes import graph_sizes
+from toolkit.config.engine_settings import API_OPTIONS, ApiEngineSettings, graph_sizes
 from toolkit.config.lora_targets import SLOTS as LAYERS_WITH_SLOTS
 
 if TYPE_CHECKING:

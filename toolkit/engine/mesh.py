@@ -5,6 +5,8 @@ group, the next N the second. The group of a model is vLLM's own tensor-parallel
 trainer uses too. What accelerate, TRL and DistributedDataParallel take for the whole run is
 torch.distributed's default group. While a mesh is open that is the group of the ranks that hold the
 same part of the model, one of each replica: they train data-parallel, and know nothing of the rest.
+
+vLLM creates its groups from the default group, so ``join_group`` runs before an engine starts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +26,8 @@ from toolkit.base.process_environment import local_world_size, rank, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch.distributed.distributed_c10d import Store
 
 WHERE = "model.tensor_parallel_size"
 
@@ -186,3 +191,26 @@ def close_mesh() -> None:
         distributed_c10d._update_default_pg(_open.world)
         _open = None
         distributed.destroy_process_group(own)
+
+
+TIMEOUT_S = 1800.0
+"""How long a rank waits for another one in a collective call; transformers' default of
+``ddp_timeout``.
+"""
+
+
+def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
+    """Create the default group of all processes of the run: NCCL with a GPU, else gloo.
+
+    Does nothing in a run of one process, or if the group already exists. With ``store`` None, the
+    rendezvous is at ``MASTER_ADDR``. Raises RuntimeError.
+    """
+    if world_size() == 1 or distributed.is_initialized():
+        return
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(seconds=timeout_s or TIMEOUT_S),
+        rank=rank(),
+        world_size=world_size(),
+        store=store,
+    )

@@ -24,8 +24,7 @@ from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.lora_tables import use_table
-from toolkit.engine.mesh import check_world, open_mesh
-from toolkit.engine.process_group import join_group
+from toolkit.engine.mesh import check_world, join_group, open_mesh
 from toolkit.engine.vllm_errors import explain
 from toolkit.engine.vllm_internals import device_type
 

@@ -10,7 +10,7 @@ import torch
 from toolkit.base.errors import ConfigValueError
 from toolkit.base.process_environment import world_size
 from toolkit.config import parallel
-from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
+from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
-from toolkit.policy.adapted_layers import default_for, told_default
 from toolkit.policy.attach import attach
 from toolkit.policy.from_config import request_of
 from toolkit.policy.gradient_checkpointing import (
@@ -22,7 +21,7 @@ from toolkit.policy.load_arguments import WHERE as LOAD_WHERE
 from toolkit.policy.load_arguments import check_checkpointing, refuse_unknown
 from toolkit.policy.load_request import check_request, with_standby
 from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
-from toolkit.policy.lora_settings import WHERE, LoraSettings
+from toolkit.policy.lora_settings import WHERE, LoraSettings, default_for, told_default
 from toolkit.policy.model_loading import load, read_tokenizer, tell_engine
 from toolkit.policy.saved_adapter import read_adapter, same_start
 

@@ -17,7 +17,7 @@ from toolkit.base.errors import (
     UnsupportedError,
 )
 from toolkit.config.engine_settings import API_OPTIONS
-from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.config.supported_features import ENGINE_EXCLUDES, flag_problems
 from toolkit.engine.rollout_engine import vllm_available
 from toolkit.policy.load_arguments import (

@@ -33,7 +33,6 @@ from toolkit.base.errors import (
 )
 from toolkit.config.adapter_facts import KEPT, other_fields
 from toolkit.engine.shards import part, whole
-from toolkit.policy.adapted_layers import experts_of, refuse_experts
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
     WHERE,
@@ -43,6 +42,8 @@ from toolkit.policy.lora_settings import (
     check_settings,
     check_targets,
     check_with_engine,
+    experts_of,
+    refuse_experts,
 )
 from toolkit.policy.model_files import ADAPTER_CONFIG
 

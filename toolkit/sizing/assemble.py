@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import format_bytes
-from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.sizing import engine_bytes as engines
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.dequantized import all_copies, room_for_copies

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import MIB
-from toolkit.config.graph_sizes import graph_sizes
+from toolkit.config.engine_settings import graph_sizes
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
 from toolkit.sizing.split import communication_terms

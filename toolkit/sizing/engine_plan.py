@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from toolkit.config.kv_cache import CPU_BLOCK, GPU_BLOCK
-from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.libraries import LEGAL_RANKS
+from toolkit.config.model_facts import CPU_BLOCK, GPU_BLOCK
 from toolkit.config.parallel import size_of
 from toolkit.sizing import lora_bytes
 from toolkit.sizing.weight_bytes import format_on_load

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from toolkit.config.kv_cache import GPU_BLOCK
+from toolkit.config.model_facts import GPU_BLOCK
 
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Cache, ModelSpec

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.config import lora_targets as names
-from toolkit.config.lora_ranks import LEGAL_RANKS, smallest_rank
+from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
 from toolkit.config.lora_targets import SLOTS
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit.config.batch_cut import CUT_MATTERS
+from toolkit.config.trl_names import CUT_MATTERS
 from toolkit.sizing.micro_batch import CPU_TOKENS, is_auto
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT, build_problem
 from toolkit.base.formatting import format_bytes
 from toolkit.config import parallel
-from toolkit.config.lora_ranks import LEGAL_RANKS
+from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.gpu.cards import CARDS
 from toolkit.sizing.device import Device
 from toolkit.sizing.lora_bytes import legal_rank

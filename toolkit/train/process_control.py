@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
 from toolkit.base.process_environment import rank, world_size
-from toolkit.engine.process_group import TIMEOUT_S, join_group
+from toolkit.engine.mesh import TIMEOUT_S, join_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

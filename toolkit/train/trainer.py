@@ -19,7 +19,7 @@ from toolkit.base.errors import ConfigValueError
 from toolkit.engine.mesh import by_first, mesh
 from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
-from toolkit.policy.tensor_parallel.norm import clip_whole
+from toolkit.policy.tensor_parallel.functions import clip_whole
 from toolkit.train import policy_setup, script
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer

@@ -78,7 +78,7 @@ def grpo_config(
         # transformers would count tokens in the output of the data loader, which is prompts. Every
         # log row would then also have "train_runtime", which marks the summary at the end of a run.
         "include_num_input_tokens_seen": "no",
-        # The process group already exists (engine/process_group). transformers would look for
+        # The process group already exists (engine/mesh). transformers would look for
         # another kind of group, and fails with one process.
         "ddp_backend": None,
         "remove_unused_columns": False,  # rewards read columns that the model does not use

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.config.graph_sizes import MOST, graph_sizes
+from toolkit.config.engine_settings import MAX_GRAPH_SIZE, graph_sizes
 
 
 def test_a_few_sizes_up_to_the_largest_batch():
     assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
     assert graph_sizes(50) == [1, 2, 4, 8, 16, 24, 32, 48, 50]
     assert graph_sizes(1) == [1]
-    assert graph_sizes(4096)[-1] == MOST
+    assert graph_sizes(4096)[-1] == MAX_GRAPH_SIZE
     assert graph_sizes(64, 40)[-1] == 40
 
 

@@ -16,7 +16,7 @@ from toolkit.config.finding_output import shown_line
 from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.rules import Situation, all_rules
-from toolkit.config.rules.arithmetic import divisors_from, multiple_from, nearest_divisor
+from toolkit.config.rules.batch import divisors_from, multiple_from, nearest_divisor
 from toolkit.config.source import Mark, Source, dotted
 from toolkit.config.validate import validate
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.importers.documents import from_document
-from toolkit.config.importers.foreign import Foreign
+from toolkit.config.importers.foreign import Foreign, from_document
 from toolkit.config.importers.formats import TABLES, table
 from toolkit.config.importers.mapping import KINDS, LEFT_OUT, REFUSED, Later, Row, Unfit
 from toolkit.config.importers.shell import commands, flags
-from toolkit.config.importers.table_text import markdown
 from toolkit.config.importers.translate import translate
+from toolkit.config.importers.write import markdown
 from toolkit.config.key_moves import schema_of
 
 ALL = [(form, row) for form in TABLES for row in table(form).rows]

@@ -17,11 +17,11 @@ from toolkit.engine.mesh import Mesh
 from toolkit.engine.shards import Cut, part, shard_of, whole
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
 from toolkit.policy.lora_settings import LoraSettings
-from toolkit.policy.tensor_parallel.norm import clip_whole
+from toolkit.policy.tensor_parallel.functions import clip_whole
 from toolkit.policy.tensor_parallel.split import split_model
 from toolkit.train.checkpointing.state_files import load_optimizer, optimizer_state
 from toolkit.train.step.kept_set import Distribution, score
-from toolkit.train.step.split_head import score_parts
+from toolkit.train.step.sampled_head import score_parts
 
 VOCAB, WIDTH = 100, 128  # the vocabulary, padded to a multiple of 64
 

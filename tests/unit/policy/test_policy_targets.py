@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ToolkitWarning, UnsupportedError
-from toolkit.policy.adapted_layers import default_for
 from toolkit.policy.language_model import SEVEN, FastLanguageModel
 from toolkit.policy.lora import add_lora
-from toolkit.policy.lora_settings import LoraSettings
+from toolkit.policy.lora_settings import LoraSettings, default_for
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from toolkit.config.kv_cache import least_cache_bytes
 from toolkit.config.lora_targets import text_part
+from toolkit.config.model_facts import least_cache_bytes
 from toolkit.sizing import kv_bytes
 from toolkit.sizing.spec import spec_from_values
 from toolkit.sizing.split import one_card

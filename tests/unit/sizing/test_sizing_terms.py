@@ -5,7 +5,7 @@ import json
 import pytest
 
 from toolkit.base.errors import InputError
-from toolkit.config.graph_sizes import graph_sizes
+from toolkit.config.engine_settings import graph_sizes
 from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.sizing import lora_bytes, solve
 from toolkit.sizing.calibrate import calibrate, compare

@@ -23,10 +23,9 @@ from toolkit.cli.export import export
 from toolkit.config import load_run
 from toolkit.policy.hub import push_folder
 from toolkit.train.checkpointing.trained_run import open_run
-from toolkit.train.model_card import model_card
+from toolkit.train.model_card import model_card, serve_arguments, serve_line
 from toolkit.train.run import run
 from toolkit.train.run_context import Options
-from toolkit.train.serving import serve_arguments, serve_line
 
 
 @pytest.fixture(scope="module")

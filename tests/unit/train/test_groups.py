@@ -14,7 +14,7 @@ import torch
 from toolkit.base.errors import ConfigError, NodeError
 from toolkit.engine.mesh import by_first, check_world, mesh
 from toolkit.engine.shards import part, whole, whole_shape
-from toolkit.policy.tensor_parallel.norm import clip_whole
+from toolkit.policy.tensor_parallel.functions import clip_whole
 from toolkit.train import preflight
 from toolkit.train.checkpointing import checkpoint
 

@@ -1,4 +1,6 @@
-"""A translation as the text of a run file: each line says where it comes from."""
+"""A translation as the text of a run file, each line with where it comes from; the table of a
+format for documentation.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import visible
 from toolkit.base.secrets import redact
-from toolkit.config.importers.mapping import Written
+from toolkit.config.importers.formats import table
+from toolkit.config.importers.mapping import Row, Written
 from toolkit.config.wording import spell
 
 if TYPE_CHECKING:
@@ -97,3 +100,25 @@ def _one_line(text: str) -> str:
     """A text for a comment: one line, nothing that a terminal acts on, no secret."""
     line = " ".join(redact(visible(text)).split())
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+
+
+def _fine(row: Row) -> str:
+    """The values of a refused key that ask for nothing, beside those that mean "off"."""
+    usual = Row._field_defaults["off"]
+    return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
+
+
+def markdown(form: str) -> str:
+    """One line a key: its name there, its name here, what happens, and why."""
+    found = table(form)
+    lines = [
+        f"Keys of {found.title}, and what `toolkit import` makes of them.",
+        "",
+        "| key there | key here | what happens | why |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in found.rows:
+        to = f"`{row.to}`" if row.to else ""
+        why = row.why + (f"; fine with {fine}" if (fine := _fine(row)) else "")
+        lines.append(f"| `{row.old}` | {to} | {row.kind} | {why.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"

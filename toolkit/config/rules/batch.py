@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING
 
-from toolkit.config.rules.arithmetic import multiple_from, nearest_divisor
 from toolkit.config.rules.run import Unjudged
 from toolkit.config.rules.violation import RuleViolation, rule
 
@@ -245,3 +244,23 @@ def no_sequence_parallelism(run: Run) -> Iterator[RuleViolation]:
             "GRPO cannot split sequences across processes",
             on_key=True,
         )
+
+
+def divisors_from(number: int, least: int) -> list[int]:
+    """The divisors of ``number`` that are at least ``least``, in ascending order."""
+    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
+    return sorted({one for low in small for one in (low, number // low) if one >= least})
+
+
+def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
+    """The divisor of ``number`` closest to ``wanted``, the smaller one of two equally close. A
+    divisor that leaves more than one group is preferred.
+    """
+    every = divisors_from(number, least) if 0 < number < 10**9 else []
+    found = [one for one in every if one < number] or every
+    return min(found, key=lambda one: (abs(one - wanted), one)) if found else None
+
+
+def multiple_from(step: int, wanted: int) -> int:
+    """The smallest multiple of ``step`` that is at least ``wanted``."""
+    return -(-wanted // step) * step

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.batch_cut import CUT_MATTERS
 from toolkit.config.finding import Fix
-from toolkit.config.rules.arithmetic import multiple_from
-from toolkit.config.rules.batch import ACCUMULATION, GROUP, MICRO, SIZE, STEPS
+from toolkit.config.rules.batch import ACCUMULATION, GROUP, MICRO, SIZE, STEPS, multiple_from
 from toolkit.config.rules.violation import RuleViolation, rule
+from toolkit.config.trl_names import CUT_MATTERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

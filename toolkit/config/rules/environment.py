@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.code import find_function, is_allowed
-from toolkit.config.environments import ADAPTERS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import RuleViolation, rule
+from toolkit.config.trl_names import ENVIRONMENT_ADAPTERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     listed = functions.value if functions is not None else None
     for index, item in enumerate(listed if isinstance(listed, list) else ()):
         name = item.value.get("name") if isinstance(item.value, dict) else None
-        if name is not None and isinstance(name.value, str) and name.value in ADAPTERS:
+        if name is not None and isinstance(name.value, str) and name.value in ENVIRONMENT_ADAPTERS:
             yield ("reward", "functions", index, "name"), name.value
 
 
@@ -44,7 +44,7 @@ def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
     allowed = run.value("runtime.allow_code")
     told = set()
     for at, name in _used(run):
-        module = ADAPTERS[name].modules[0]
+        module = ENVIRONMENT_ADAPTERS[name].modules[0]
         if not is_allowed(module, allowed) and module not in told:
             told.add(module)
             yield RuleViolation(

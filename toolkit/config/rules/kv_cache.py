@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import format_bytes
-from toolkit.config.kv_cache import CPU_BLOCK, ELEMENT_BYTES, GPU_BLOCK, least_cache_bytes
+from toolkit.config.model_facts import CPU_BLOCK, ELEMENT_BYTES, GPU_BLOCK, least_cache_bytes
 from toolkit.config.resolved import dtype_of
 from toolkit.config.rules.violation import RuleViolation, rule
 

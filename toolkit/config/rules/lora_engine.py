@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.libraries import known
-from toolkit.config.lora_ranks import smallest_rank
+from toolkit.config.libraries import known, smallest_rank
 from toolkit.config.rules.training import NO_HEAD, adapts_head
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import init_with_engine

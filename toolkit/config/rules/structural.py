@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from toolkit.config.bounds import MAX_ALIASED, MAX_BYTES, MAX_DEPTH, MAX_FINDINGS, MAX_NODES
 from toolkit.config.finding import Severity
 from toolkit.config.rules.violation import RULES, Rule
+from toolkit.config.source import MAX_ALIASED, MAX_BYTES, MAX_DEPTH, MAX_FINDINGS, MAX_NODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,7 +18,7 @@ from toolkit.gpu.checks.check import (
 )
 from toolkit.gpu.devices import ORDER, VISIBLE, cuda_order, in_mig_mode, mixed
 from toolkit.gpu.devices import visible as visible_devices
-from toolkit.gpu.needs import gpu_needed
+from toolkit.gpu.presence import gpu_needed
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot

@@ -19,8 +19,7 @@ from toolkit.gpu.checks.check import (
     unknown,
     warn,
 )
-from toolkit.gpu.needs import gpu_needed
-from toolkit.gpu.presence import presence
+from toolkit.gpu.presence import gpu_needed, presence
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.formatting import plural
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 from toolkit.gpu.devices import visible
-from toolkit.gpu.needs import gpu_needed
-from toolkit.gpu.presence import how_to_pass_in, presence
+from toolkit.gpu.presence import gpu_needed, how_to_pass_in, presence
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot

@@ -29,7 +29,7 @@ from toolkit.gpu.checks.check import (
     warn,
 )
 from toolkit.gpu.devices import machine_of
-from toolkit.gpu.needs import gpu_needed
+from toolkit.gpu.presence import gpu_needed
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.config.code import is_allowed
-from toolkit.config.environments import ADAPTERS
+from toolkit.config.trl_names import ENVIRONMENT_ADAPTERS
 from toolkit.train.rewards.builtin import (
     Compared,
     ExactMatch,
@@ -120,7 +120,7 @@ def make_function(
 
 
 def _refuse_package(name: str, allow_code: Sequence[str]) -> None:
-    module = ADAPTERS[name].modules[0]
+    module = ENVIRONMENT_ADAPTERS[name].modules[0]
     if not is_allowed(module, allow_code):
         raise ConfigError(
             f"the environment {name} is code, and runtime.allow_code does not allow its module",

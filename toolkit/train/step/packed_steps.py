@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from toolkit.config.batch_cut import CUT_MATTERS
+from toolkit.config.trl_names import CUT_MATTERS
 from toolkit.policy.tensor_parallel.layers import mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import packed_pass, packing
