@@ -15,7 +15,7 @@ _THEMES = (
     "scheduler", "optimizer", "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
     "lora_layers", "lora_start", "experts", "loading", "tensor_parallel", "kv_cache", "features",
     "model_files", "hardware", "keys", "secrets", "rewards", "environment", "data", "given",
-    "runtime", "formats", "structural",
+    "runtime", "structural",
 )  # fmt: skip
 
 
