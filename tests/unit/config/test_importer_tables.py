@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.importers.foreign import Foreign, from_document
+from toolkit.config.importers.documents import from_document
+from toolkit.config.importers.foreign import Foreign
 from toolkit.config.importers.formats import TABLES, table
 from toolkit.config.importers.mapping import KINDS, LEFT_OUT, REFUSED, Later, Row, Unfit
 from toolkit.config.importers.shell import commands, flags

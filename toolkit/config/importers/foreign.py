@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from toolkit.config.scalars import read_legacy
-
-if TYPE_CHECKING:
-    from toolkit.config.document import Document, Node
-    from toolkit.config.importers.mapping import Table
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,51 +47,3 @@ class Foreign:
     def miss(self, place: str, text: str, why: str) -> None:
         """Add one thing that could not be read."""
         self.unread.append(Unread(place, text, why))
-
-
-def from_document(document: Document, table: Table) -> Foreign:
-    """The settings of a parsed file. What the reader of run files does not take (tags, merge keys,
-    keys that are written twice) is listed as not read.
-    """
-    foreign = Foreign(table.form)
-    for found in document.findings:
-        mark = found.mark
-        place = f"line {mark.line}" if mark else "the file"
-        line = document.source.lines[mark.line - 1].strip() if mark else ""
-        foreign.miss(place, line, found.message)
-    _flatten(foreign, table, "", document.root)
-    return foreign
-
-
-def _flatten(foreign: Foreign, table: Table, prefix: str, node: Node) -> None:
-    for name, child in node.value.items():
-        if name.startswith("\0"):
-            continue  # no key at all; among the findings
-        key = f"{prefix}{name}"
-        place = f"line {(child.key or child.mark).line}"
-        whole = (key in table.by_key and key not in table.groups) or not child.value
-        if isinstance(child.value, dict) and not whole:
-            _flatten(foreign, table, f"{key}.", child)
-        elif isinstance(child.value, list) and not whole and _of_mappings(child):
-            _flatten(foreign, table, f"{key}.", child.value[0])
-            for other in child.value[1:]:
-                foreign.miss(f"line {other.mark.line}", key, "only the first item is translated")
-        else:
-            foreign.add(key, plain(child), place)
-
-
-def _of_mappings(node: Node) -> bool:
-    return all(isinstance(item.value, dict) for item in node.value)
-
-
-def plain(node: Node) -> Any:
-    """The value of a node as the other tool reads it: YAML 1.1 has booleans yes, no, on, off."""
-    if isinstance(node.value, dict):
-        return {key: plain(child) for key, child in node.value.items()}
-    if isinstance(node.value, list):
-        return [plain(child) for child in node.value]
-    if node.plain and node.note is not None and isinstance(node.value, str):
-        legacy = read_legacy(node.value)[1]
-        if isinstance(legacy, bool):
-            return legacy
-    return node.value

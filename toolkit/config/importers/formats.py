@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_bytes
-from toolkit.config.importers.foreign import Computed, Foreign, from_document
+from toolkit.config.importers.documents import from_document
+from toolkit.config.importers.foreign import Computed, Foreign
 from toolkit.config.importers.shell import commands, flags, scalar
 
 if TYPE_CHECKING:
