@@ -62,27 +62,27 @@ schemas: setup
 
 # Refresh uv.lock and locks/*.txt from pyproject.toml (public index only); `just lock --check` changes nothing.
 lock *ARGS:
-    containers/lock.sh {{ARGS}}
+    python3 containers/cli.py lock {{ARGS}}
 
 # Build an image: envcheck, train or train-cpu (--stand-in where no registry is reached).
 image TARGET *ARGS: setup
-    containers/build.sh {{TARGET}} {{ARGS}}
+    {{python}} containers/cli.py build {{TARGET}} {{ARGS}}
 
 # Build a SIF for Apptainer: train-cpu (default), train or envcheck (--stand-in; --from-base).
 sif *ARGS: setup
-    containers/sif.sh {{ARGS}}
+    {{python}} containers/cli.py sif {{ARGS}}
 
 # Build the real images and run them as four users, read-only, without network; then the SIF. Minutes.
 image-test *ARGS: setup
-    containers/test.sh {{ARGS}}
+    {{python}} containers/cli.py test {{ARGS}}
 
 # A CycloneDX bill of materials, with hashes, for each lock.
 sbom *ARGS: setup
-    containers/sbom.sh {{ARGS}}
+    {{python}} containers/cli.py sbom {{ARGS}}
 
 # Known vulnerabilities in the locked packages.
 audit *ARGS: setup
-    containers/audit.sh {{ARGS}}
+    {{python}} containers/cli.py audit {{ARGS}}
 
 # Speed and memory beside their goals: the light commands, the demo, and validate beside check-jsonschema.
 bench *ARGS: setup

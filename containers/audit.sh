@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Looks the locked packages up in the vulnerability database of the public index.
-# usage: audit.sh [LOCK...]      default: light cpu cu130 build
+# Run by `cli.py audit`; arguments: LOCK...
 #
 # containers/audit-accepted.txt lists what was looked at and accepted, one identifier a line with the reason behind a #.
 # Exit codes: 0 nothing new, 1 something is known, 4 the database is not reached.
@@ -14,7 +14,6 @@ accepted=()
 while read -r identifier _; do
     case "$identifier" in "" | \#*) ;; *) accepted+=(--ignore-vuln "$identifier") ;; esac
 done <"$REPO/containers/audit-accepted.txt"
-[ "$#" -gt 0 ] || set -- light cpu cu130 build
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Builds one image of containers/Dockerfile so that a second build gives the same digest.
-# usage: build.sh TARGET [--stand-in] [--engine docker|buildah] [--tag NAME]      TARGET: envcheck, train or train-cpu
+# Run by `cli.py build`; arguments: TARGET STAND_IN(0|1) ENGINE(docker|buildah, empty: choose) TAG
 #
-#   --stand-in   build on a base made from the distribution's archive, where no registry is reached (stand-in.sh)
 #   BASE_IMAGE, CPU_BASE_IMAGE   another base, by digest        TOOLKIT_STORE   a store of its own (buildah)
 #   TOOLKIT_BASE_TIMEOUT         seconds to wait for the registry (default 60)
 #
@@ -12,26 +11,14 @@ set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-target="" stand_in=0 engine="" tag=""
-while [ "$#" -gt 0 ]; do
-    case "$1" in
-        envcheck | train | train-cpu) target=$1 ;;
-        --stand-in) stand_in=1 ;;
-        --engine) engine=${2:?} && shift ;;
-        --tag) tag=${2:?} && shift ;;
-        *) die 2 "what is $1? usage: build.sh envcheck|train|train-cpu [--stand-in] [--engine docker|buildah] [--tag NAME]" ;;
-    esac
-    shift
-done
-[ -n "$target" ] || die 2 "usage: build.sh envcheck|train|train-cpu [--stand-in] [--engine docker|buildah] [--tag NAME]"
-tag=${tag:-localhost/toolkit:$target}
+target=$1 stand_in=$2 engine=$3 tag=$4
 case "$target" in
     envcheck) locks=(light.txt) base_variable=CPU_BASE_IMAGE release=bookworm ;;
     train-cpu) locks=(image-torch.txt cpu.txt) base_variable=CPU_BASE_IMAGE release=bookworm ;;
     train) locks=(cu130.txt) base_variable=BASE_IMAGE release=noble ;;
 esac
 
-"$REPO/containers/lock.sh" --check || exit $?
+"$REPO/containers/lock.sh" check || exit $?
 
 if [ -z "$engine" ]; then
     if [ "$stand_in" = 0 ] && command -v docker >/dev/null && docker info >/dev/null 2>&1; then

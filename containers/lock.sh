@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Refreshes uv.lock and locks/*.txt from pyproject.toml, naming the public index only.
-# usage: lock.sh            lock again (newer releases only where pyproject.toml asks: add --upgrade for all)
-#        lock.sh --upgrade  the newest that pyproject.toml allows
-#        lock.sh --check    change nothing; exit 1 when a file is not what pyproject.toml and uv.lock make of it
+# Run by `cli.py lock`; arguments: MODE
+#
+#   lock     lock again (newer releases only where pyproject.toml asks)
+#   upgrade  the newest that pyproject.toml allows
+#   check    change nothing; exit 1 when a file is not what pyproject.toml and uv.lock make of it
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -11,13 +13,7 @@ set -euo pipefail
 TORCH_CPU_VERSION=2.13.0
 TORCH_CPU_SHA256=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
-mode=lock
-case "${1:-}" in
-    "") ;;
-    --check) mode=check ;;
-    --upgrade) mode=upgrade ;;
-    *) die 2 "usage: lock.sh [--check | --upgrade]" ;;
-esac
+mode=$1
 uv=$(find_uv)
 cd "$REPO"
 

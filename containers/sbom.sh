@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Writes a CycloneDX bill of materials for each image, from its lock: every package with its version and the SHA-256 of
 # each file that the build may install. The same lock gives the same bytes.
-# usage: sbom.sh [FOLDER [TARGET...]]      default: dist/sbom, all three
+# Run by `cli.py sbom`; arguments: FOLDER TARGET...
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-folder=${1:-$REPO/dist/sbom}
-[ "$#" -eq 0 ] || shift
-[ "$#" -gt 0 ] || set -- envcheck train-cpu train
+folder=$1
+shift
 python=$(find_python)
 "$python" -c 'import cyclonedx_py' 2>/dev/null || die 3 "cyclonedx-bom is not installed" "run \`just setup\`"
 mkdir -p "$folder"
@@ -40,6 +39,5 @@ for target in "$@"; do
         envcheck) bill envcheck light.txt ;;
         train-cpu) bill train-cpu image-torch.txt cpu.txt ;;
         train) bill train cu130.txt ;;
-        *) die 2 "no target named $target" "envcheck, train-cpu or train" ;;
     esac
 done

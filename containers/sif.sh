@@ -1,28 +1,15 @@
 #!/usr/bin/env bash
 # Builds a SIF of one target by toolkit.def.
-# usage: sif.sh [TARGET] [--from-image | --from-base] [--stand-in] [--output FILE]       TARGET: train-cpu (default), train, envcheck
+# Run by `cli.py sif`; arguments: TARGET SOURCE(image|base) STAND_IN(0|1) OUTPUT(an absolute path, empty: the default)
 #
-#   --from-image   from the image that `build.sh TARGET` made (default; it is built when it is not there)
-#   --from-base    from the base, all of it in the definition's %post, as a cluster without a container engine would
-#   --stand-in     on a base made from the distribution's archive (stand-in.sh)
+#   image   from the image that `cli.py build TARGET` made (it is built when it is not there)
+#   base    from the base, all of it in the definition's %post, as a cluster without a container engine would
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-target=train-cpu source=image stand_in=() output=""
-while [ "$#" -gt 0 ]; do
-    case "$1" in
-        envcheck | train | train-cpu) target=$1 ;;
-        --from-image) source=image ;;
-        --from-base) source=base ;;
-        --stand-in) stand_in=(--stand-in) ;;
-        --output) output=${2:?} && shift ;;
-        *) die 2 "what is $1? usage: sif.sh [TARGET] [--from-image | --from-base] [--stand-in] [--output FILE]" ;;
-    esac
-    shift
-done
-output=${output:-$SETUP/toolkit-$target.sif}
-case "$output" in /*) ;; *) output=$PWD/$output ;; esac
+target=$1 source=$2 stand_in=$3
+output=${4:-$SETUP/toolkit-$target.sif}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 0755 "$work"
@@ -32,7 +19,7 @@ if [ "$source" = image ]; then
     image=localhost/toolkit:$target
     "$REPO/containers/tools.sh" buildah
     buildah_ inspect --type image "$image" >/dev/null 2>&1 ||
-        "$REPO/containers/build.sh" "$target" "${stand_in[@]}" --engine buildah --tag "$image"
+        "$REPO/containers/build.sh" "$target" "$stand_in" buildah "$image"
     # Uncompressed: it is read once, right away.
     buildah_ push --quiet --disable-compression "$image" "oci-archive:$work/image.tar" >/dev/null
     arguments=(--build-arg BOOTSTRAP=oci-archive --build-arg "FROM=$work/image.tar")
@@ -41,7 +28,7 @@ else
     "$(find_python)" "$REPO/containers/pip_secrets.py" "$work"
     release=bookworm
     [ "$target" = train ] && release=noble
-    if [ "${#stand_in[@]}" -gt 0 ]; then
+    if [ "$stand_in" = 1 ]; then
         base=$("$REPO/containers/stand-in.sh" "$release")
         say "NOTE: built on a stand-in base, $base, and not on the pinned one"
         buildah_ push --quiet --disable-compression "$base" "oci-archive:$work/image.tar" >/dev/null

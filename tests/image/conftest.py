@@ -20,7 +20,7 @@ def base_options() -> tuple[str, ...]:
     """Build on the pinned bases where their registry is reached, else on stand-ins, and say so."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
-        pytest.fail(f"not installed: {', '.join(missing)}; containers/test.sh installs them")
+        pytest.fail(f"not installed: {', '.join(missing)}; `just image-test` installs them")
     code = subprocess.run(
         [
             "skopeo",

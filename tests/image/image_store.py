@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import dataclass
@@ -70,10 +71,12 @@ class Store:
             "PIP_TRUSTED_HOST": CANARY,
         }
 
-    def script(self, name: str, *arguments: str, **variables: str) -> tuple[int, str]:
-        """Run a script of containers/: (exit code, what it printed)."""
+    def script(
+        self, name: str, *arguments: str, project: Path | None = None, **variables: str
+    ) -> tuple[int, str]:
+        """Run a command of containers/cli.py: (exit code, what it printed)."""
         result = subprocess.run(
-            ["bash", str(self.tree / "containers" / name), *arguments],
+            [sys.executable, str((project or self.tree) / "containers/cli.py"), name, *arguments],
             env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -84,7 +87,7 @@ class Store:
 
     def build(self, target: str, *options: str) -> str:
         """Build a target and return its name."""
-        code, output = self.script("build.sh", target, "--engine", "buildah", *options)
+        code, output = self.script("build", target, "--engine", "buildah", *options)
         assert code == 0, output
         print(output)
         return f"localhost/toolkit:{target}"

@@ -58,7 +58,7 @@ def registry(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_a_digest_that_the_registry_does_not_have(store: Store, registry: tuple[str, Path]) -> None:
     address, home = registry
     code, output = store.script(
-        "build.sh",
+        "build",
         *("envcheck", "--engine", "buildah"),
         CPU_BASE_IMAGE=f"{address}/library/python:3.11@{NOWHERE}",
         HOME=str(home),
@@ -70,7 +70,7 @@ def test_a_digest_that_the_registry_does_not_have(store: Store, registry: tuple[
 
 def test_a_registry_that_is_not_reached(store: Store) -> None:
     code, output = store.script(
-        "build.sh",
+        "build",
         *("envcheck", "--engine", "buildah"),
         CPU_BASE_IMAGE=f"127.0.0.1:9/library/python@{NOWHERE}",
     )
@@ -81,7 +81,7 @@ def test_a_registry_that_is_not_reached(store: Store) -> None:
 
 def test_a_base_without_a_digest(store: Store) -> None:
     code, output = store.script(
-        "build.sh",
+        "build",
         "envcheck",
         "--engine",
         "buildah",
@@ -93,7 +93,7 @@ def test_a_base_without_a_digest(store: Store) -> None:
 
 def test_a_base_that_the_local_store_does_not_have(store: Store) -> None:
     code, output = store.script(
-        "build.sh",
+        "build",
         *("envcheck", "--engine", "buildah"),
         CPU_BASE_IMAGE=f"localhost/base@{NOWHERE}",
     )
@@ -102,9 +102,9 @@ def test_a_base_that_the_local_store_does_not_have(store: Store) -> None:
 
 
 def test_a_target_that_does_not_exist(store: Store) -> None:
-    code, output = store.script("build.sh", "training")
+    code, output = store.script("build", "training")
     assert code == 2, output
-    assert "what is training?" in output
+    assert "invalid choice: 'training'" in output
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -122,7 +122,7 @@ def test_a_lock_that_does_not_match_pyproject_stops_the_script(
     project = copy_of_the_project(tmp_path)
     text = (project / "pyproject.toml").read_text()
     (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
-    code, output = store.script(str(project / "containers/build.sh"), "envcheck", "--stand-in")
+    code, output = store.script("build", "envcheck", "--stand-in", project=project)
     assert code == 1, output
     assert "uv.lock does not match pyproject.toml" in output
 
@@ -136,8 +136,9 @@ def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build_too(
     (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
     (project / "containers/lock.sh").write_text("#!/bin/sh\nexit 0\n")
     code, output = store.script(
-        str(project / "containers/build.sh"),
+        "build",
         *("envcheck", "--engine", "buildah", "--tag", "localhost/toolkit:spoiled", *base_options),
+        project=project,
         TOOLKIT_SETUP=str(REPO / ".setup/containers"),
     )
     assert code == 1, output

@@ -43,7 +43,7 @@ def apptainer(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
 def sif(store: Store, train_cpu_image: str) -> Iterator[Path]:
     assert train_cpu_image == "localhost/toolkit:train-cpu"
     output = WORK / "test.sif"
-    code, text = store.script("sif.sh", "train-cpu", "--from-image", "--output", str(output))
+    code, text = store.script("sif", "train-cpu", "--from-image", "--output", str(output))
     assert code == 0, text
     print(text)
     yield output
@@ -186,7 +186,7 @@ def test_the_definition_builds_from_a_base_too(
     """Without any image of ours: %post installs by the same lock, as a cluster would."""
     output = folder / "base.sif"
     code, text = store.script(
-        "sif.sh", "envcheck", "--from-base", "--output", str(output), *base_options
+        "sif", "envcheck", "--from-base", "--output", str(output), *base_options
     )
     assert code == 0, text
     result = apptainer("run", str(output), "envcheck", "check")

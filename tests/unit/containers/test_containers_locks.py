@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from urllib.parse import unquote
@@ -62,7 +63,7 @@ def copy_of_the_project(folder: Path) -> Path:
 
 def check(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(folder / "containers/lock.sh"), "--check"],
+        [sys.executable, str(folder / "containers/cli.py"), "lock", "--check"],
         capture_output=True,
         text=True,
         timeout=120,

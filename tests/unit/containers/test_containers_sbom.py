@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 def script(name: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(REPO / "containers" / name), *map(str, arguments)],
+        [sys.executable, str(REPO / "containers/cli.py"), name, *map(str, arguments)],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -24,7 +25,7 @@ def script(name: str, *arguments: str | Path, **variables: str) -> subprocess.Co
 
 
 def test_the_bill_names_every_locked_package_with_its_hashes(tmp_path: Path) -> None:
-    result = script("sbom.sh", tmp_path, "envcheck")
+    result = script("sbom", tmp_path, "envcheck")
     assert result.returncode == 0, result.stderr
     bill = json.loads((tmp_path / "envcheck.cdx.json").read_text())
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
@@ -47,13 +48,13 @@ def test_the_bill_names_every_locked_package_with_its_hashes(tmp_path: Path) -> 
 
 def test_the_same_lock_gives_the_same_bill(tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        assert script("sbom.sh", tmp_path / folder, "envcheck").returncode == 0
+        assert script("sbom", tmp_path / folder, "envcheck").returncode == 0
     first, second = (tmp_path / folder / "envcheck.cdx.json" for folder in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_target_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
-    assert script("sbom.sh", tmp_path, "training").returncode == 2
+    assert script("sbom", tmp_path, "training").returncode == 2
 
 
 FAKE = """
@@ -82,10 +83,10 @@ def test_the_audit_tells_clean_from_known_from_unanswered(
     (tmp_path / "pip_audit/__init__.py").touch()
     (tmp_path / "pip_audit/__main__.py").write_text(FAKE)
     answer = {"dependencies": [{"name": "click", "version": "8.5.1", **package}], "fixes": []}
-    result = script("audit.sh", "light", PYTHONPATH=str(tmp_path), ANSWER=json.dumps(answer))
+    result = script("audit", "light", PYTHONPATH=str(tmp_path), ANSWER=json.dumps(answer))
     assert result.returncode == code, result.stdout + result.stderr
     assert text in result.stdout
 
 
 def test_an_audit_of_no_lock_is_a_usage_error() -> None:
-    assert script("audit.sh", "nothing").returncode == 2
+    assert script("audit", "nothing").returncode == 2
