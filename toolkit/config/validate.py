@@ -16,15 +16,16 @@ from toolkit.config.rules import Run, Situation, judging_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import MAX_FINDINGS
 from toolkit.config.structure import check_structure
-from toolkit.config.suggest import key_advice
 from toolkit.config.text_reader import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from toolkit.config.document import Document
+    from toolkit.config.document import Document, Node
+    from toolkit.config.finding import Fix
     from toolkit.config.run_config import RunConfig
+    from toolkit.config.source import KeyPath
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
     if other is not None:
         findings = [other]
     elif document.readable and document.whole:
-        outcome = check_structure(document.root, find_schema("run"), key_advice)
+        outcome = check_structure(document.root, find_schema("run"), _key_advice)
         run = Run(document, outcome.bad, situation or Situation())
         told = [found for rule in judging_rules() for found in rule.judge(run)]
         better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
@@ -64,6 +65,14 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
         findings += told
     findings = _bounded(sorted(findings, key=_order))
     return Validation(tuple(findings), document)
+
+
+def _key_advice(
+    path: KeyPath, node: Node, properties: dict[str, Any], root: Node
+) -> tuple[tuple[str, ...], tuple[Fix, ...]]:
+    from toolkit.config.suggest import key_advice  # noqa: PLC0415 - only for an unknown key
+
+    return key_advice(path, node, properties, root)
 
 
 def _other_tool(document: Document) -> Finding | None:
