@@ -42,7 +42,11 @@ class Misfit(Exception):
 
 
 class Kind:
-    """The type of the earlier values of a column."""
+    """The type of the earlier values of a column.
+
+    Booleans after floats are accepted, as Arrow does. Booleans before floats are not: whether Arrow
+    converts them depends on how they are nested.
+    """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")
 
