@@ -20,7 +20,9 @@ def again(folder, *arguments):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run_file = world.make(tmp_path_factory.mktemp("w"))
-    return run_file, world.toolkit("train", run_file, "--evaluate")
+    # A folder that is empty: the lock, which the run itself puts there, does not count.
+    arguments = ("train", run_file, "--evaluate", "--set", "runtime.resume=never")
+    return run_file, world.toolkit(*arguments)
 
 
 def test_it_trains_and_leaves_the_run_folder(trained):
@@ -79,6 +81,16 @@ def test_started_again_it_finds_itself_finished(trained):
     done = again(run_file.parent)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-8" in done.stdout
+    assert world.digests(run_file.parent / "run") == before
+
+
+def test_with_resume_never_a_folder_with_a_run_is_refused(trained):
+    run_file, _ = trained
+    before = world.digests(run_file.parent / "run")
+    done = again(run_file.parent, "--set", "runtime.resume=never")
+    assert done.returncode == 1
+    assert "RUN001" in done.stderr
+    assert "is not empty, and resume is never" in done.stderr
     assert world.digests(run_file.parent / "run") == before
 
 

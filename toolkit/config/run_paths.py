@@ -22,6 +22,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 # The file types that base/archives reads (importing it is slow; a test compares the two lists).
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
+LOCK_FILE = ".lock"
+"""The file in a run folder that the run which writes there keeps locked."""
 _WORDS = {"resume": ("auto", "never", "must")}
 _ALWAYS = ("output_dir", "resume", "adapter_path")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.document import Node
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.run_paths import exists, resolve
+from toolkit.config.run_paths import LOCK_FILE, exists, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,8 @@ def _folder(run: Run) -> Path:
 
 
 def _something_in(folder: Path) -> bool:
-    return exists(folder) and (not folder.is_dir() or bool(_names(folder)))
+    """The lock does not count: train itself holds it when it judges the run file again."""
+    return exists(folder) and (not folder.is_dir() or bool(set(_names(folder)) - {LOCK_FILE}))
 
 
 def _names(folder: Path) -> list[str]:

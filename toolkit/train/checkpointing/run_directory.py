@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError, RetryError
 from toolkit.base.paths import make_folder, write_file
 from toolkit.base.secrets import redact_tree
+from toolkit.config.run_paths import LOCK_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-LOCK = ".lock"
 FREE_TO_CHANGE = (
     "runtime",
     "source",
@@ -63,7 +63,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
     try:
         make_folder(run_dir)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        handle = os.open(run_dir / LOCK, flags, 0o644)
+        handle = os.open(run_dir / LOCK_FILE, flags, 0o644)
     except (OSError, FileExistsError) as problem:
         raise ConfigError(
             f"the output folder cannot be written: {problem.strerror}",
