@@ -43,7 +43,7 @@ def grpo_section() -> dict[str, Any]:
     overlay = json.loads((FOLDER / "grpo.overlay.json").read_text(encoding="utf-8"))
     hints = typing.get_type_hints(trl.GRPOConfig)
     texts = docstrings(trl.GRPOConfig)
-    properties = {"max_prompt_length": max_prompt_length()}
+    properties = own_keys()
     for field in dataclasses.fields(trl.GRPOConfig):
         if field.init:
             properties[field.name] = one_field(
@@ -56,7 +56,7 @@ def grpo_section() -> dict[str, Any]:
         )
     return {
         "title": "GRPO training",
-        "description": "The fields of TRL's GRPOConfig under TRL's names, and max_prompt_length.",
+        "description": "The fields of TRL's GRPOConfig under TRL's names, and keys of the toolkit.",
         "$comment": f"Generated from trl {trl.__version__} (Apache-2.0); do not edit.",
         "type": "object",
         "additionalProperties": False,
@@ -64,19 +64,60 @@ def grpo_section() -> dict[str, Any]:
     }
 
 
-def max_prompt_length() -> dict[str, Any]:
-    """The one key that TRL does not have: TRL removed it in 0.28, but too long prompts must
-    be truncated.
+def own_keys() -> dict[str, Any]:
+    """The keys that TRL 1.16 does not have. It removed max_prompt_length in 0.28, but too long
+    prompts must be truncated.
     """
     return {
-        "title": "Max prompt length",
-        "description": "Longer prompts are cut from the left, and the run says how many were. "
-        "null: max_seq_length less max_completion_length.",
-        "type": ["integer", "null"],
-        "minimum": 1,
-        "default": None,
-        "examples": [256, 1024],
-        "x-unit": "tokens",
+        "max_prompt_length": {
+            "title": "Max prompt length",
+            "description": "Longer prompts are cut from the left, and the run says how many were. "
+            "null: max_seq_length less max_completion_length.",
+            "type": ["integer", "null"],
+            "minimum": 1,
+            "default": None,
+            "examples": [256, 1024],
+            "x-unit": "tokens",
+        },
+        "dynamic_sampling": {
+            "title": "Dynamic sampling",
+            "description": "Groups whose rewards have no spread teach nothing. true: they are "
+            "replaced by groups of other prompts of the data set before the step (DAPO, section "
+            "3.2). Costs rollouts and reward calls, not memory.",
+            "type": "boolean",
+            "default": False,
+            "examples": [True],
+        },
+        "max_resample_times": {
+            "title": "Max resample times",
+            "description": "How many times dynamic_sampling draws again for one generation batch. "
+            "Groups that still have no spread are then trained on as they are, and counted.",
+            "type": "integer",
+            "minimum": 1,
+            "default": 3,
+            "examples": [3, 10],
+            "x-unit": "rounds",
+        },
+        "curriculum": {
+            "title": "Curriculum",
+            "description": "true: a part of the prompts of each generation batch is chosen among "
+            "those drawn before, in proportion to the spread of the rewards that they had. With a "
+            "reward of 0 or 1 the spread is largest where half of the completions are right.",
+            "type": "boolean",
+            "default": False,
+            "examples": [True],
+        },
+        "curriculum_share": {
+            "title": "Curriculum share",
+            "description": "The part of the prompts that curriculum chooses among those drawn "
+            "before; the others were not drawn yet, as long as there are any.",
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+            "default": 0.5,
+            "examples": [0.25, 0.5],
+            "x-unit": "share of the prompts",
+        },
     }
 
 

@@ -115,6 +115,10 @@ max_steps=-1 num_train_epochs=0.01
 max_steps=-1 num_train_epochs=0
 max_steps=-1 num_train_epochs=1 gradient_accumulation_steps=64
 dataset.limit=1 steps_per_generation=2
+dynamic_sampling=true
+dynamic_sampling=true max_resample_times=50 curriculum=true curriculum_share=1
+max_resample_times=0 dynamic_sampling=true
+curriculum=true curriculum_share=1.5
 tf32=true
 tf32=false
 torch_compile_backend=x

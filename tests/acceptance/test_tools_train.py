@@ -37,8 +37,16 @@ def bare(text):
     return text
 '''
 SCORE = """\
+import hashlib
+
 def score(completions, **kwargs):
     return [float(len(set(str(messages[0])))) for messages in completions]
+
+def hard(prompts, completions, **kwargs):
+    # Without spread for every prompt but two of the sixteen.
+    asked = [messages[-1]["content"] for messages in prompts]
+    digests = [hashlib.sha256(str(messages).encode()).digest() for messages in completions]
+    return [one[0] / 256 if text in ("3+4=", "8+9=") else 0.0 for text, one in zip(asked, digests)]
 """
 CHAT = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
@@ -97,6 +105,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         "slow": world(tmp_path_factory.mktemp("slow"), "slow", timeout_s=0.2),
         "bare": world(tmp_path_factory.mktemp("bare"), "bare"),
     }
+    cases["again"] = world(tmp_path_factory.mktemp("again"))
+    run_file = cases["again"]["folder"] / "run.yaml"
+    run = json.loads(run_file.read_text())
+    run["grpo"] |= {"dynamic_sampling": True, "max_resample_times": 16}
+    run["reward"] = {"functions": [{"name": "mine:hard"}]}
+    run_file.write_text(json.dumps(run))
     plain = world(tmp_path_factory.mktemp("plain"))
     tokenizer = plain["folder"] / "model" / "tokenizer_config.json"
     values = json.loads(tokenizer.read_text())
@@ -115,6 +129,22 @@ def test_tools_are_called(ended: dict[str, Ended]) -> None:
     assert row["tools/failure_frequency"] == 0
     config = json.loads((run.folder / "out" / "config.json").read_text())
     assert config["tools"] == {"functions": ["my_tools:measure"], "timeout_s": 30.0}
+
+
+def test_groups_are_drawn_again_with_tools(ended: dict[str, Ended]) -> None:
+    run = ended["again"]
+    assert run.returncode == 0, run.stderr
+    (row,) = [row for row in run.rows() if "dynamic_sampling/rounds" in row]
+    assert row["dynamic_sampling/rounds"] > 0
+    assert row["dynamic_sampling/no_spread_after"] == 0
+    assert row["tools/call_frequency"] == 1
+    log = (run.folder / "out" / "completions.jsonl").read_text().splitlines()
+    completions = [json.loads(line) for line in log]
+    assert len(completions) == 4
+    for one in completions:
+        assert one["prompt"][-1]["content"] in ("3+4=", "8+9=")
+        assert one["completion"][0]["tool_calls"][0]["function"]["name"] == "measure"
+        assert one["extra"]["resample_round"] == row["dynamic_sampling/rounds"]
 
 
 def test_a_slow_tool_is_cut_and_counted(ended: dict[str, Ended]) -> None:

@@ -17,6 +17,7 @@ from trl import GRPOTrainer as Upstream
 
 from toolkit.train.step import importance_sampling
 from toolkit.train.trainer import GRPOTrainer
+from toolkit.train.trainer_seam import Drawn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "train"))
 from trainer_helpers import ROWS, arguments, make_policy, make_trainer, ones, put_engine, short
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.contract
 
 OVERRIDDEN = {
     Upstream: [
+        "_generate",
         "_generate_single_turn",
         "_calculate_rewards",
         "_generate_and_score_completions",
@@ -72,6 +74,31 @@ def test_a_trainer_that_was_never_initialised_can_use_every_default():
     assert trainer._observed is None
     assert trainer.signals is None
     assert trainer.timers.take() == {}
+
+
+def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
+    """rollout/dynamic_sampling writes other prompts into the lists that TRL goes on with."""
+    seen = []
+
+    class Replacing(Upstream):
+        def _generate_and_score_completions(self, inputs):
+            self.inputs = inputs
+            return super()._generate_and_score_completions(inputs)
+
+        def _generate(self, prompts):
+            drawn = super()._generate(prompts)
+            assert len(drawn) == len(Drawn._fields)
+            prompts[0], self.inputs[0] = "other", {**self.inputs[0], "answer": "another"}
+            return drawn
+
+        def _calculate_rewards(self, inputs, prompts, *rest):
+            seen.append((inputs[0]["answer"], prompts[0]))
+            return super()._calculate_rewards(inputs, prompts, *rest)
+
+    trainer = make_trainer(tmp_path, kind=Replacing, max_steps=1)
+    trainer.train()
+    assert seen == [("another", "other")]
+    assert trainer._logs["prompt"][0] == "other"
 
 
 TRLS_GAP = "sampling/sampling_logp_difference/mean"

@@ -28,9 +28,12 @@ WRITTEN = "toolkit_written"
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """``trl.GRPOConfig`` that records which fields were passed; the others are set from the model.
 
-    Two fields are ours: ``padding_free`` (True) trains on packed sequences, see ``packed_steps``;
-    ``max_prompt_length`` (tokens; None: whatever fits) cuts prompts on the left. Fields of older
-    releases are translated, see ``older_fields``.
+    Some fields are ours. ``padding_free`` (True) trains on packed sequences, see ``packed_steps``.
+    ``max_prompt_length`` (tokens; None: whatever fits) cuts prompts on the left.
+    ``dynamic_sampling`` (False) replaces groups of equal rewards, at most ``max_resample_times``
+    (3) times per batch, see ``rollout.dynamic_sampling``. ``curriculum`` (False) chooses the share
+    ``curriculum_share`` (0.5) of each batch by the spread of earlier rewards, see
+    ``rollout.difficulty``. Fields of older releases are translated, see ``older_fields``.
 
     Raises:
         ConfigTypeError: a field that nothing has.
@@ -48,6 +51,10 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         setattr(self, WRITTEN, written)
         self.padding_free = bool(given.pop("padding_free", True))
         self.max_prompt_length = _length(given.pop("max_prompt_length", None))
+        self.dynamic_sampling = _switch(given, "dynamic_sampling")
+        self.max_resample_times = _rounds(given.pop("max_resample_times", 3))
+        self.curriculum = _switch(given, "curriculum")
+        self.curriculum_share = _share(given.pop("curriculum_share", 0.5))
         if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
             given["bf16"] = False  # transformers would reject TRL's default True here
         refused = None
@@ -70,6 +77,35 @@ def _length(value: Any) -> int | None:
             fix="leave it out: prompts of any length that the model holds are taken",
         )
     return value
+
+
+def _switch(given: dict[str, Any], name: str) -> bool:
+    value = given.pop(name, False)
+    if not isinstance(value, bool):
+        raise ConfigValueError(
+            f"{name}={value!r} must be True or False", where="GRPOConfig", fix=f"{name}=True"
+        )
+    return value
+
+
+def _rounds(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigValueError(
+            f"max_resample_times={value!r} must be a number of rounds above 0",
+            where="GRPOConfig",
+            fix="leave it out: 3 rounds; dynamic_sampling=False draws nothing again",
+        )
+    return value
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigValueError(
+            f"curriculum_share={value!r} must be above 0 and at most 1",
+            where="GRPOConfig",
+            fix="leave it out: half of each batch; curriculum=False chooses by the sampler alone",
+        )
+    return float(value)
 
 
 def _has_bfloat16(given: dict[str, Any]) -> bool:

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 WHERE = "GRPOConfig"
-OURS = ("padding_free", "max_prompt_length")
+OURS = (
+    "padding_free",
+    "max_prompt_length",
+    "dynamic_sampling",
+    "max_resample_times",
+    "curriculum",
+    "curriculum_share",
+)
 """Fields of the toolkit's GRPOConfig that TRL's does not have."""
 BY_LOADING = "FastLanguageModel.from_pretrained decides it"
 NO_EFFECT: dict[str, str] = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.config.trl_names import needed_packages
 from toolkit.train.rewards.script import judged
+from toolkit.train.rollout import prompt_choice
 from toolkit.train.trl_arguments import refuse_missing
 
 if TYPE_CHECKING:
@@ -22,10 +23,12 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
     """Check the arguments ``given`` to a trainer of ``model``; rewards are wrapped in checks.
 
     Raises:
-        ConfigError: a reward that cannot be called, lengths that leave no room for a completion.
+        ConfigError: a reward that cannot be called, lengths that leave no room for a completion,
+            an argument that excludes dynamic sampling or the curriculum.
         MissingExtraError: a tracker or an optimizer whose package is not installed.
     """
     config = given["args"]
+    prompt_choice.refuse(given)
     given["reward_funcs"] = judged(given.get("reward_funcs"))
     if given.get("optimizers", (None, None))[0] is None:
         refuse_missing(

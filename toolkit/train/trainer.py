@@ -26,18 +26,20 @@ from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
 from toolkit.train.grpo_config import GRPOConfig, default_config
 from toolkit.train.rollout import sampler
 from toolkit.train.rollout.completion_index import CompletionIndex
+from toolkit.train.rollout.prompt_choice import PromptChoice
 from toolkit.train.rollout.sampler import EngineGeneration, Timers, find_engine
 from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import Scope
 from toolkit.train.step.packed_steps import PackedSteps
 from toolkit.train.step.step_retry import Attempt, drop_step, loss_in_parts
-from toolkit.train.trainer_seam import TrlState
+from toolkit.train.trainer_seam import Drawn, TrlState
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.train.rollout.dynamic_sampling import Generation
     from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import MemoryPeaks
 
@@ -58,6 +60,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     gap_reported: bool = False
     cut_reported: bool = False
     rows_at_once: int | None = None
+    left_groups_reported: bool = False
+    _prompt_choice: PromptChoice | None = None
+    _generation: Generation | None = None
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -144,9 +149,21 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
+    @property
+    def prompt_choice(self) -> PromptChoice:
+        """Which prompts a generation draws, beside those of TRL's sampler."""
+        if self._prompt_choice is None:
+            self._prompt_choice = PromptChoice(self)
+        return self._prompt_choice
+
     def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's; then groups without spread are replaced, if the run file says so."""
         self.rows.begin(len(prompts))
-        return super()._generate(prompts)
+        drawn = super()._generate(prompts)
+        generation = self._generation
+        if generation is None or generation.drawing:
+            return drawn
+        return generation.settle(prompts, Drawn(*drawn))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
@@ -174,6 +191,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return drawn
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        if self._generation is not None and self._generation.rewards is not None:
+            return self._generation.rewards  # each completion is scored once
         self._logs["extra"].clear()  # of the previous generation: a reward need not log every time
         rewards = super()._calculate_rewards
         with self.timers("reward_s"):
@@ -183,9 +202,20 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             found = by_first(lambda: rewards(*args, **kwargs).cpu())
             return found.to(self.accelerator.device)
 
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        if not self.model.training or not self.prompt_choice.on:
+            return self._generate_and_score(inputs)
+        self._generation = generation = self.prompt_choice.begin(inputs)
+        try:
+            made = self._generate_and_score(generation.inputs)
+        finally:
+            self._generation = None
+        self.prompt_choice.end(generation)
+        return made
+
     # --- TRL's extra forward pass, skipped if the training forward computes the same numbers
 
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
+    def _generate_and_score(self, inputs: Any) -> Any:
         if not importance_sampling.old_logps_are_redundant(self) or find_engine(self.model) is None:
             return super()._generate_and_score_completions(inputs)
         self.vllm_importance_sampling_correction = False

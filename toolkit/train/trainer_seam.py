@@ -7,7 +7,7 @@ private names.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from transformers import Trainer
 
@@ -23,8 +23,28 @@ if TYPE_CHECKING:
     from toolkit.train.checkpointing.stop_signals import StopSignals
 
 
+COMPLETION_METRICS = "completions/"
+"""How the names of TRL's metrics of a batch's completions begin."""
+
+
+class Drawn(NamedTuple):
+    """What TRL 1.16's ``_generate`` returns, in its order: this rank's completions."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    tool_mask: list[list[int]] | None
+    completions: list[Any]
+    logprobs: list[Any] | None
+    extra_fields: dict[str, Any]
+    images: Any
+    tool_images: Any
+
+
 class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """TRL's private state under public names."""
+
+    tools: Any
+    rollout_func: Any
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
@@ -68,6 +88,65 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         """Whether the loss has an entropy term."""
         return bool(self._entropy_bonus_enabled)
 
+    @property
+    def training_rows(self) -> Any:
+        """The rows of training by number, with the columns that a batch has."""
+        rows = self.__dict__.get("_training_rows")
+        if rows is None:
+            rows = self._remove_unused_columns(self.train_dataset, description="training")
+            self._training_rows = rows
+        return rows
+
+    @property
+    def pending_columns(self) -> Any:
+        """Column -> values that rewards passed to ``log_extra`` and that are not logged yet."""
+        return self._pending_extra_logs
+
+    def draw_completions(self, prompts: list[Any]) -> Any:
+        """Draw a completion for each of this rank's ``prompts``; see ``Drawn``."""
+        return self._generate(prompts)
+
+    def score_completions(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+    ) -> torch.Tensor:
+        """Rewards of all ranks' completions: float32 [completion, function]."""
+        found: torch.Tensor = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        return found
+
+    def completion_metric_counts(self) -> dict[str, int]:
+        """Name of a metric of completions -> how many values it has since the last log row."""
+        values = self.train_metric_values
+        return {name: len(values[name]) for name in values if name.startswith(COMPLETION_METRICS)}
+
+    def describe_completions(
+        self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
+    ) -> None:
+        """Log TRL's metrics of completions that were drawn already, in place of those since
+        ``counts``. TRL computes them in ``_generate``; ``rollout_func`` gives it the completions.
+        The count of tokens seen stays: all that were drawn were processed.
+        """
+        values = self.train_metric_values
+        for name in list(values):
+            if name.startswith(COMPLETION_METRICS):
+                del values[name][counts.get(name, 0) :]
+        made = {
+            "prompt_ids": drawn.prompt_ids,
+            "completion_ids": drawn.completion_ids,
+            "logprobs": drawn.logprobs,
+            "env_mask": drawn.tool_mask,
+        }
+        kept = self.tools, self.rollout_func, self.state.num_input_tokens_seen
+        self.tools, self.rollout_func = None, lambda *_: dict(made)
+        try:
+            super()._generate(prompts)
+        finally:
+            self.tools, self.rollout_func, self.state.num_input_tokens_seen = kept
+        values["num_tokens"] = [self.state.num_input_tokens_seen]
+
 
 class PhaseTimers(Protocol):
     """Seconds by phase (rollout.sampler.Timers)."""
@@ -79,10 +158,19 @@ class PhaseTimers(Protocol):
 class RowNumbers(Protocol):
     """The numbers of completions (rollout.completion_index.CompletionIndex)."""
 
+    @property
+    def generation(self) -> int: ...
     def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]: ...
     def drawn(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> None: ...
+
+
+class PromptRecords(Protocol):
+    """What is recorded of prompts (rollout.prompt_choice.PromptChoice)."""
+
+    def state(self) -> dict[str, torch.Tensor] | None: ...
+    def load(self, state: Mapping[str, torch.Tensor] | None) -> None: ...
 
 
 class GapTotals(Protocol):
@@ -122,6 +210,8 @@ class TrainerSeam(Protocol):
     current_flos: float
     reward_weights: torch.Tensor
     num_iterations: int
+    num_generations: int
+    multi_objective_aggregation: str
     loss_type: str
     temperature: float
     top_p: float
@@ -155,6 +245,22 @@ class TrainerSeam(Protocol):
     def text_tokenizer(self) -> Any: ...
     @property
     def has_entropy_bonus(self) -> bool: ...
+    @property
+    def training_rows(self) -> Any: ...
+    @property
+    def pending_columns(self) -> Any: ...
+    def draw_completions(self, prompts: list[Any]) -> Any: ...
+    def score_completions(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+    ) -> torch.Tensor: ...
+    def completion_metric_counts(self) -> dict[str, int]: ...
+    def describe_completions(
+        self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
+    ) -> None: ...
 
     rollout_buffer: Any
 
@@ -178,6 +284,7 @@ class TrainerSeam(Protocol):
     max_bad_steps: int
     collapse_reported: bool
     gap_reported: bool
+    left_groups_reported: bool
     cut_reported: bool
     rows_at_once: int | None  # rows of a generation that fit, if memory ran out before
 
@@ -188,6 +295,8 @@ class TrainerSeam(Protocol):
     def timers(self) -> PhaseTimers: ...
     @property
     def rows(self) -> RowNumbers: ...
+    @property
+    def prompt_choice(self) -> PromptRecords: ...
     @property
     def disagreement(self) -> GapTotals: ...
     def get_train_dataloader(self) -> Any: ...

@@ -27,6 +27,7 @@ from toolkit.train.demo import make_tokenizer
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 
 CALLS: list[int] = []
+CHOICE = ("dynamic_sampling/rounds", "dynamic_sampling/discarded_tokens", "curriculum/mean_spread")
 
 
 def even(completions: list[str], **_: Any) -> list[float]:
@@ -34,6 +35,12 @@ def even(completions: list[str], **_: Any) -> list[float]:
     CALLS.append(len(completions))
     rank = int(os.environ.get("RANK", "0"))
     return [sum(one in "02468" for one in text) + 0.001 * (rank % 2) for text in completions]
+
+
+def hard(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Without spread for half of the prompts."""
+    pairs = zip(prompts, even(completions), strict=True)
+    return [0.0 if prompt < "22" else value for prompt, value in pairs]
 
 
 def make_model(size: int) -> Any:
@@ -60,7 +67,7 @@ def make_model(size: int) -> Any:
     return model
 
 
-def main(size: int, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
+def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
     world = int(os.environ["WORLD_SIZE"])
     if size > 1:
         distributed.init_process_group("gloo")
@@ -75,22 +82,23 @@ def main(size: int, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
         per_device_train_batch_size=8 // replicas, num_generations=4, max_completion_length=6,
         learning_rate=0.01, max_grad_norm=0.05, seed=3, use_cpu=True, bf16=False,
         gradient_checkpointing=False, disable_tqdm=True,
+        dynamic_sampling=how == "choose", curriculum=how == "choose", max_resample_times=9,
     )  # fmt: skip
     tokenizer = make_tokenizer()
     data = Dataset.from_list([{"prompt": f"{n}+{n % 7}="} for n in range(10, 34)])
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=[even],
+        reward_funcs=[hard if how == "choose" else even],
         args=arguments,
         train_dataset=data,
         processing_class=tokenizer,
     )
     seen = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    trainer.train(resume_from_checkpoint=True if resume else None)
+    trainer.train(resume_from_checkpoint=True if how == "resume" else None)
     whole = whole_trainable(trainer.accelerator.unwrap_model(trainer.model))
     rows = [row for row in trainer.state.log_history if "reward" in row]
     parts = trainable(trainer.accelerator.unwrap_model(trainer.model))
-    names = ("reward", "entropy", "grad_norm", "loss")
+    names = ("reward", "entropy", "grad_norm", "loss", *CHOICE)
     result = {
         "seen": seen,
         "called": bool(CALLS),
@@ -107,5 +115,5 @@ def main(size: int, folder: Path, steps: int, resume: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resume"
+    given = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     print(json.dumps(main(*given)), flush=True)

@@ -41,6 +41,38 @@ def test_a_finished_run(finished: Path) -> None:
     assert stat.S_IMODE((finished / "report.html").stat().st_mode) & ~0o644 == 0
 
 
+def test_dynamic_sampling_and_the_curriculum_are_shown(tmp_path: Path, finished: Path) -> None:
+    run_dir = make_run(tmp_path / "run", 20)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for step, row in enumerate(row for row in rows if "reward" in row):
+        row |= {
+            "dynamic_sampling/no_spread_before": 0.5,
+            "dynamic_sampling/no_spread_after": 0.25,
+            "dynamic_sampling/sampled_completions": 40,
+            "dynamic_sampling/discarded_completions": 8,
+            "curriculum/measured_share": step / 100,
+            "curriculum/repeated_share": 0.5,
+            "curriculum/expected_spread": 0.4,
+            "curriculum/mean_spread": 0.2,
+        }
+    write_rows(run_dir / "metrics.jsonl", rows)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["grpo"] |= {"dynamic_sampling": True, "max_resample_times": 4, "curriculum": True}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    source, parsed = shown(run_dir)
+    titles = (
+        "Dynamic sampling", "Completions drawn and not trained on", "Curriculum",
+        "Difficulty of chosen prompts",
+    )  # fmt: skip
+    assert all(title in parsed.text["h3"] for title in titles)
+    assert "20%" in source
+    assert "of 800 completions were not trained on" in source
+    assert "at most 4 rounds" in source
+    plain, parsed = shown(finished)
+    assert not any(title in parsed.text["h3"] for title in titles)
+    assert "not trained on" not in plain
+
+
 def test_nothing_is_asked_from_anywhere(finished: Path) -> None:
     source, parsed = shown(finished)
     assert re.findall(r"\burl\((?!#)|@import|https?://(?!www\.w3\.org/2000/svg)", source) == []

@@ -150,6 +150,8 @@ def test_every_nth_line_where_the_run_file_says_so():
 
 
 def test_a_skipped_step_says_so():
+    drawn = {"dynamic_sampling/no_spread_before": 0.5, "dynamic_sampling/no_spread_after": 0.125}
+    assert step_line({"step": 1, **drawn}, TIMINGS, 10, 3.0).endswith("no spread 50% -> 12%")
     line = step_line({"step": 1, "loss": None, "skipped": 1.0}, TIMINGS, 10, 3.0)
     assert "skipped: not finite" in line
     assert "loss        -" in line

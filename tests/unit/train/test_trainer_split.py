@@ -44,7 +44,7 @@ def adapter(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,22 @@ def test_processes_that_share_a_model_learn_what_one_learns(
         for mine, theirs in zip(found[0]["rows"], alone[1][0]["rows"], strict=True):
             for name, value in theirs.items():
                 assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_they_draw_the_same_groups_again(tmp_path: Path) -> None:
+    """Dynamic sampling and the curriculum: two groups of two processes, and one process."""
+    alone = train(tmp_path / "alone", 1, 1, 3, "choose")
+    found = train(tmp_path / "four", 4, 2, 3, "choose")
+    rows = alone[0]["rows"]
+    assert sum(row["dynamic_sampling/rounds"] for row in rows) > 0
+    assert rows[-1]["curriculum/mean_spread"] > 0
+    for number, one in enumerate(found):
+        assert one["called"] == (number % 2 == 0)
+        assert distance(adapter(tmp_path / "four", number), adapter(tmp_path / "alone")) < 1e-4
+        for mine, theirs in zip(one["rows"], rows, strict=True):
+            for name, value in theirs.items():  # None: nothing was measured before the first step
+                wanted = value and pytest.approx(value, rel=1e-3, abs=1e-5)
+                assert mine[name] == wanted, (number, name)
 
 
 def test_a_checkpoint_is_whole_and_goes_on_with_any_number(

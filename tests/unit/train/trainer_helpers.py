@@ -47,7 +47,7 @@ def put_engine(model: Any, tokenizer: Any) -> TransformersEngine:
     return engine
 
 
-def arguments(folder: Path, **grpo: Any) -> GRPOConfig:
+def arguments(folder: Path, kind: type[GRPOConfig] = GRPOConfig, **grpo: Any) -> GRPOConfig:
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 6,
@@ -64,7 +64,7 @@ def arguments(folder: Path, **grpo: Any) -> GRPOConfig:
         "disable_tqdm": True,
         "seed": 3,
     }
-    return GRPOConfig(**{**values, **grpo})
+    return kind(**{**values, **grpo})
 
 
 def make_trainer(
@@ -75,6 +75,7 @@ def make_trainer(
     kind: type[GRPOTrainer] = GRPOTrainer,
     lora: dict[str, Any] | None = None,
     eval_rows: Any = None,
+    config: type[GRPOConfig] = GRPOConfig,
     **grpo: Any,
 ) -> GRPOTrainer:
     tokenizer = make_tokenizer()
@@ -84,7 +85,7 @@ def make_trainer(
     trainer = kind(
         model=model,
         reward_funcs=rewards,
-        args=arguments(folder, **grpo),
+        args=arguments(folder, config, **grpo),
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=tokenizer,

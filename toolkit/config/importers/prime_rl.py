@@ -113,13 +113,9 @@ def _rollouts(prefix: str) -> Iterator[Row]:
                     f"{prefix}oversampling_factor", f"{prefix}num_train_workers",
                     f"{prefix}max_off_policy_steps", f"{prefix}renderer.*",
                     f"{prefix}tasks_per_minute", f"{prefix}max_concurrent")  # fmt: skip
-    for name in ("online_difficulty_filtering", "easy_threshold", "hard_threshold"):
-        yield Row(
-            f"{prefix}buffer.{name}",
-            None,
-            "groups without spread are not drawn again here",
-            refused=True,
-        )
+    yield Row(f"{prefix}buffer.online_difficulty_filtering", "grpo.dynamic_sampling")
+    pools = (f"{prefix}buffer.{name}_threshold" for name in ("easy", "hard"))
+    yield from refused("grpo.curriculum chooses by the spread of rewards, not by limits", *pools)
     yield from left("prompts are drawn by grpo.seed", f"{prefix}buffer.*")
     yield from left("held-out data is named in dataset.eval_path", f"{prefix}eval.*",
                     f"{prefix}val.*")  # fmt: skip

@@ -72,6 +72,15 @@ def _interval(value: Any) -> Any:
     return positive(value)
 
 
+def _resamples(value: Any) -> int:
+    """How often is drawn again; verl counts the first batch, and 0 is no limit."""
+    if not is_count(value):
+        raise Unfit("there is a limit here")
+    if value == 1:
+        raise Unfit("nothing is drawn again with 1 batch: set grpo.dynamic_sampling: false")
+    return int(value) - 1
+
+
 def _share(value: Any) -> Any:
     return value if isinstance(value, (int, float)) and value > 0 else None
 
@@ -242,8 +251,10 @@ ROWS = (
     *refused("this toolkit trains GRPO", "algorithm.adv_estimator", off=("grpo",)),
     Row("algorithm.norm_adv_by_std_in_grpo", "grpo.scale_rewards"),
     *refused("the KL term is in the loss (grpo.beta)", "algorithm.use_kl_in_reward"),
-    *refused("groups without spread are not drawn again here", "algorithm.filter_groups.enable"),
-    *left("see filter_groups.enable", "algorithm.filter_groups.*"),
+    Row("algorithm.filter_groups.enable", "grpo.dynamic_sampling"),
+    Row("algorithm.filter_groups.max_num_gen_batches", "grpo.max_resample_times",
+        "the first batch is not counted here", _resamples),
+    *left("the spread of the weighted rewards decides", "algorithm.filter_groups.*"),
     *left("it has no part in GRPO", "algorithm.*", "critic.*", "trainer.critic_warmup"),
     Row("custom_reward_function.path", "reward.functions", "module:function", later),
     Row("custom_reward_function.name", "reward.functions", "", later),

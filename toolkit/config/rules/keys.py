@@ -38,6 +38,8 @@ _SWITCHED = (
     ("grpo.vespo_k_neg", "grpo.loss_type", "vespo"),
     ("grpo.vespo_lambda_pos", "grpo.loss_type", "vespo"),
     ("grpo.vespo_lambda_neg", "grpo.loss_type", "vespo"),
+    ("grpo.max_resample_times", "grpo.dynamic_sampling", True),
+    ("grpo.curriculum_share", "grpo.curriculum", True),
     ("grpo.entropy_target", "grpo.use_adaptive_entropy", True),
     ("grpo.entropy_coef_min", "grpo.use_adaptive_entropy", True),
     ("grpo.entropy_coef_max", "grpo.use_adaptive_entropy", True),

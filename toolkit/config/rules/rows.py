@@ -8,6 +8,7 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from toolkit.config.data_facts import data_of
+from toolkit.config.finding import Severity
 from toolkit.config.rules.batch import (
     ACCUMULATION,
     GROUP,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 _LIMIT, _PATH = "dataset.limit", "dataset.path"
+_ENVIRONMENT, _PROBLEMS = "environment", "environment.size"
+_CHOOSING = ("grpo.dynamic_sampling", "grpo.curriculum")
 
 
 @rule(
@@ -109,6 +112,49 @@ def _largest(step: int, most: int, group: int) -> int:
     """The largest multiple of ``step`` up to ``most`` that holds whole groups; 0 if none exists."""
     both = lcm(step, group)
     return most // both * both
+
+
+@rule(
+    "GRPO070",
+    f"{' '.join(_CHOOSING)} {_PATH} {_LIMIT} {_PROBLEMS} {GROUP} {SIZE}",
+    example="""
+dataset:
+  path: train.jsonl  # 4 rows
+grpo:
+  dynamic_sampling: true
+  generation_batch_size: 32
+  num_generations: 8
+""",
+    fix="dynamic_sampling: false, or more rows",
+    severity=Severity.WARNING,
+)
+def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
+    """With dynamic_sampling or curriculum, the data set has more rows than a generation batch has
+    prompts.
+
+    Both choose other rows than those of the batch. If each batch has all rows, there is nothing to
+    choose, and the key has no effect. Checked if the rows can be counted.
+    """
+    on = [key for key in _CHOOSING if run.ask(key) is True]
+    if not on:
+        return
+    if run.node(_ENVIRONMENT) is not None:
+        rows, origin, where = run.value(_PROBLEMS), run.operand(_PROBLEMS), _PROBLEMS
+    else:
+        (rows, origin), where = _rows(run), _PATH
+    batch, formula, _ = generation_batch(run)
+    group = run.value(GROUP)
+    if rows is None or group < 2 or batch % group or rows != batch // group:  # fewer: GRPO043
+        return
+    for key in on:
+        yield RuleViolation(
+            key,
+            f"has no effect: every generation batch has all {rows} rows, so there are no others",
+            notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
+                   f"rows = {origin}"),
+            fixes=(run.to(key, False),),
+            related=(where, GROUP),
+        )  # fmt: skip
 
 
 @rule(

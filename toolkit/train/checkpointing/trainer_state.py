@@ -68,6 +68,8 @@ class Snapshot:
     positions: dict[str, int] = field(default_factory=dict)
     log_sha256: dict[str, str] = field(default_factory=dict)
     pending_evaluation: bool = False
+    choice: dict[str, torch.Tensor] | None = None
+    """The records of the curriculum, equal on all ranks."""
 
 
 def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
@@ -88,6 +90,7 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
         positions=trainer.journal.positions() if trainer.journal is not None else {},
         log_sha256=trainer.journal.digests() if trainer.journal is not None else {},
         pending_evaluation=pending_evaluation,
+        choice=trainer.prompt_choice.state(),
     )
 
 
@@ -159,6 +162,7 @@ def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
     ]
     own: Tensors = dict(snapshot.tensors)
     flatten(snapshot.buffered, own, "buffered")
+    flatten(snapshot.choice, own, "choice")
     processes: int = trainer.accelerator.num_processes
     return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
 
@@ -196,6 +200,8 @@ def _save_rank(snapshot: Snapshot, folder: Path, rank: int) -> None:
         "generators": snapshot.described,
         "buffered": flatten(snapshot.buffered, tensors, "buffered"),
     }
+    if snapshot.choice is not None:
+        described["choice"] = flatten(snapshot.choice, tensors, "choice")
     save_file(tensors, str(folder / f"rank-{rank}.safetensors"))
     write_file(folder / f"rank-{rank}.json", json.dumps(described) + "\n")
 
@@ -248,6 +254,8 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
         rank, rank_tensors = _read_rank(trainer, folder)
         device = trainer.accelerator.device
         trainer.rollout_buffer = unflatten(rank["buffered"], rank_tensors, device)
+        if "choice" in rank:
+            trainer.prompt_choice.load(unflatten(rank["choice"], rank_tensors))
         trainer.pending_evaluation = described["pending_evaluation"]
 
 

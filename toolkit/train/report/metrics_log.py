@@ -249,6 +249,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         phases = dict.fromkeys(PHASES, 0.0) | self.trainer.timers.take()
         phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
         tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
+        tokens += row.get("dynamic_sampling/discarded_tokens") or 0
         return {
             "step": row["step"],
             "time_s": round(now - self.begin, 4),

@@ -63,7 +63,9 @@ class Progress:
 
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
-    """Step, reward mean and spread, loss, KL, length, tokens/s, time left, in aligned columns."""
+    """Step, reward mean and spread, loss, KL, length, tokens/s, time left, in aligned columns; with
+    dynamic sampling, the groups without spread before and after it.
+    """
     width = len(str(total))
     parts = [
         f"step {row['step']:>{width}}/{total}",
@@ -74,6 +76,9 @@ def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, le
         f"{timings['tokens_per_s']:>7.0f} tok/s",
         f"{format_duration(max(0.0, left_s))} left",
     ]
+    before, after = (row.get(f"dynamic_sampling/no_spread_{name}") for name in ("before", "after"))
+    if before and after is not None:
+        parts.append(f"no spread {before:.0%} -> {after:.0%}")
     if row.get("skipped"):
         parts.append("skipped: not finite")
     return "  ".join(parts)

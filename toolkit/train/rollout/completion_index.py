@@ -34,6 +34,11 @@ class CompletionIndex:
         self._numbers: list[int] | None = None
         self._texts: list[list[int]] = []
 
+    @property
+    def generation(self) -> int:
+        """The number of the generation that is under way, in training."""
+        return self._now()[1]
+
     def begin(self, count: int) -> None:
         """Begin a batch of ``count`` prompt rows on this rank; all ranks have the same number."""
         mode, key = self._now()

@@ -1,0 +1,253 @@
+"""Groups without spread are replaced by groups of other prompts, and everything is counted."""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trainer_helpers import ROWS, adapter_digest, arguments, history, make_trainer
+
+from toolkit.base.errors import ConfigValueError, ToolkitWarning
+from toolkit.train.rollout.difficulty import Difficulty
+from toolkit.train.rollout.group_spread import spread_of
+from toolkit.train.trainer import GRPOConfig, GRPOTrainer
+
+NAME = "dynamic_sampling"
+
+
+class Hard:
+    """A reward that is 0 for prompts of 10 and 11, and differs between completions of others."""
+
+    def __init__(self) -> None:
+        self.scored: list[list[str]] = []
+        self.__name__ = "hard"
+
+    def __call__(self, prompts: list[str], completions: list[str], **more: Any) -> list[float]:
+        self.scored.append(list(prompts))
+        more["log_extra"]("length", [len(one) for one in completions])
+        pairs = zip(prompts, completions, strict=True)
+        return [0.0 if dead(prompt) else value(text) for prompt, text in pairs]
+
+
+def dead(prompt: str) -> bool:
+    return prompt[:2] in ("10", "11")
+
+
+def value(text: str) -> float:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 997 / 997
+
+
+def equal(completions: list[str], **_: Any) -> list[float]:
+    return [0.5] * len(completions)
+
+
+def trained(folder: Any, rewards: Any, **grpo: Any) -> GRPOTrainer:
+    trainer = make_trainer(folder, rewards=rewards, config=GRPOConfig, **grpo)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: GRPOTrainer) -> list[tuple[str, str]]:
+    log = trainer.completion_log
+    return list(zip(log["prompt"], log["completion"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run with dynamic sampling; the first step of one, and of one without it."""
+    place = tmp_path_factory.mktemp("runs")
+    made = SimpleNamespace(reward=Hard())
+    made.whole = trained(
+        place / "w", made.reward, dynamic_sampling=True, max_resample_times=9, max_steps=5
+    )
+    made.plain = trained(place / "p", Hard(), max_steps=1)
+    made.first = trained(
+        place / "f", Hard(), dynamic_sampling=True, max_resample_times=9, max_steps=1
+    )
+    return made
+
+
+def test_replaced_groups_have_spread_and_each_completion_is_scored_once(
+    runs: SimpleNamespace,
+) -> None:
+    rows = history(runs.whole)
+    assert len(rows) == 5
+    assert {row[f"{NAME}/no_spread_after"] for row in rows} == {0}
+    assert {row["frac_reward_zero_std"] for row in rows} == {0}
+    assert max(row[f"{NAME}/no_spread_before"] for row in rows) > 0
+    for row in rows:
+        assert row[f"{NAME}/sampled_completions"] == 8 + row[f"{NAME}/discarded_completions"]
+        again = row[f"{NAME}/no_spread_before"] > 0
+        assert (row[f"{NAME}/rounds"] > 0) == again == (row[f"{NAME}/discarded_tokens"] > 0)
+    scored = sum(map(len, runs.reward.scored))
+    assert scored == sum(row[f"{NAME}/sampled_completions"] for row in rows)
+
+
+def test_groups_with_spread_stay_and_the_others_have_new_prompts(runs: SimpleNamespace) -> None:
+    before, after = logged(runs.plain), logged(runs.first)
+    rounds = list(runs.first.completion_log["extra"]["resample_round"])
+    for place in range(0, 8, 4):
+        group = slice(place, place + 4)
+        if dead(before[place][0]):
+            assert not dead(after[place][0])
+            assert min(rounds[group]) == max(rounds[group]) > 0
+        else:
+            assert after[group] == before[group]
+            assert rounds[group] == [0] * 4
+    assert sum(map(bool, rounds)) > 0
+    assert len({prompt for prompt, _ in after}) == 2  # no prompt twice in a batch
+
+
+def test_metrics_and_columns_are_those_of_what_is_trained_on(runs: SimpleNamespace) -> None:
+    for trainer in (runs.first, runs.whole):
+        (row, log) = history(trainer)[-1], trainer.completion_log
+        (batch,) = trainer.rollout_buffer
+        lengths = batch["completion_mask"].sum(dim=1).double()
+        assert row["completions/mean_length"] == pytest.approx(lengths.mean().item())
+        assert row["completions/max_length"] == lengths.max().item()
+        assert list(log["extra"]["length"]) == [len(text) for text in log["completion"]]
+        assert row["reward"] == pytest.approx(sum(map(value, log["completion"])) / 8)
+    # Tokens of prompts (6 each) and completions, of what was discarded as well.
+    first = history(runs.first)[0]
+    tokens = 8 * first["completions/mean_length"] + first[f"{NAME}/discarded_tokens"]
+    assert first["num_tokens"] == 6 * first[f"{NAME}/sampled_completions"] + tokens
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps", "rounds", "why"),
+    [(2, 2, 2, "max_resample_times is 2"), (50, 1, 11, "all 24 rows of the data set were drawn")],
+)
+def test_at_the_limit_the_groups_are_kept_and_the_run_says_so(
+    tmp_path: Any, limit: int, steps: int, rounds: int, why: str
+) -> None:
+    grpo = {"dynamic_sampling": True, "max_resample_times": limit, "max_steps": steps}
+    with pytest.warns(ToolkitWarning, match=why) as said:
+        trainer = trained(tmp_path / "a", equal, **grpo)
+    assert sum("still have rewards without spread" in str(one.message) for one in said) == 1
+    first = history(trainer)[0]
+    assert first[f"{NAME}/rounds"] == rounds
+    assert first[f"{NAME}/no_spread_before"] == first[f"{NAME}/no_spread_after"] == 1
+    assert first[f"{NAME}/discarded_completions"] == 8 * rounds
+    plain = trained(tmp_path / "b", equal, max_steps=steps)
+    assert logged(trainer) == logged(plain)
+    assert adapter_digest(trainer) == adapter_digest(plain)
+
+
+@pytest.mark.parametrize(
+    "grpo",
+    [
+        pytest.param({"curriculum": True}, marks=pytest.mark.slow),
+        {
+            "dynamic_sampling": True,
+            "max_resample_times": 9,
+            "curriculum": True,
+            "steps_per_generation": 4,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 4,
+        },
+    ],
+    ids=["curriculum", "both, a generation feeds two steps"],
+)
+def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path: Any, grpo: Any) -> None:
+    whole = trained(tmp_path / "a", Hard(), save_strategy="steps", save_steps=3, **grpo)
+    again = make_trainer(tmp_path / "b", rewards=Hard(), config=GRPOConfig, **grpo)
+    again.train(str(tmp_path / "a" / "checkpoint-3"))
+    assert adapter_digest(again) == adapter_digest(whole)
+    assert history(again) == history(whole)
+    assert logged(again) == logged(whole)
+
+
+def test_the_curriculum_draws_prompts_with_spread_again(tmp_path: Any) -> None:
+    reward = Hard()
+    trainer = trained(tmp_path, reward, curriculum=True, max_steps=12)
+    rows = history(trainer)
+    assert rows[0]["curriculum/repeated_share"] == 0
+    assert {row["curriculum/repeated_share"] for row in rows[1:]} == {0.5}
+    assert [row["curriculum/measured_share"] for row in rows[:3]] == [2 / 24, 3 / 24, 4 / 24]
+    expected, of_all = (
+        sum(row[f"curriculum/{name}"] for row in rows[1:])
+        for name in ("expected_spread", "mean_spread")
+    )
+    assert expected > 1.2 * of_all
+    fresh = [batch[0] for batch in reward.scored]  # the share comes last in a batch of two prompts
+    again = [batch[4] for batch in reward.scored[1:]]
+    assert len(set(fresh)) == 12
+    assert sum(map(dead, fresh)) >= 3
+    assert sum(map(dead, again)) <= 2
+
+
+def test_middle_difficulty_comes_first_and_others_come_again() -> None:
+    """Pass rates 0, 1/4, 1/2 and 1 of a reward that is 0 or 1."""
+    difficulty = Difficulty(6)
+    difficulty.record([0, 1, 2, 3], [0.0, 3**0.5 / 4, 0.5, 0.0])
+    orders = [list(difficulty.order(seed, [5, 4], 1.0)) for seed in range(400)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders)
+    assert all(order[4:] == [5, 4] for order in orders)  # not measured, in the given order
+    firsts = [order[0] for order in orders]
+    middle, flat = (firsts.count(1) + firsts.count(2)) / 400, firsts.count(0) + firsts.count(3)
+    assert middle > 0.9
+    assert flat > 0
+    assert [list(difficulty.order(seed, [5, 4], 1.0)) for seed in range(3)] == orders[:3]
+    half = list(difficulty.order(1, [5, 4], 0.5))
+    assert [row in (4, 5) for row in half] == [True, False, True, False, False, False]
+    difficulty.record([2], [0.0])
+    assert difficulty.mean_spread([2]) == 0.25  # half of it is the latest draw
+    with pytest.raises(ValueError, match="records of"):
+        Difficulty(5).load(difficulty.spread_N)
+    with pytest.raises(ValueError, match="negative or infinite"):
+        Difficulty(1).load(torch.tensor([-1.0], dtype=torch.float64))
+
+
+NAN = float("nan")
+SPREADS = [
+    ([[0.1, 0.2], [0.1, 0.2]], [1, 1], False, 0.0),
+    ([[1.0, 0.0], [0.0, 1.0]], [1, 1], False, 0.0),  # only the sum counts
+    ([[1.0, 0.0], [0.0, 1.0]], [1, 2], True, 0.5),
+    ([[1.0, 0.0], [0.0, 0.0]], [0, 1], False, 0.0),
+    ([[NAN, NAN], [1.0, 0.0]], [1, 1], False, 0.0),  # one completion has a reward
+    ([[NAN, NAN], [NAN, NAN]], [1, 1], False, 0.0),
+    ([[NAN, 1.0], [1.0, 1.0]], [1, 1], True, 0.5),
+    ([[1e6 + 0.1, 0.0], [1e6 + 0.2, 0.0]], [1, 1], False, 0.0),  # rounding of float32
+]
+
+
+@pytest.mark.parametrize(("rewards", "weights", "signal", "deviation"), SPREADS)
+def test_what_spread_is(rewards: Any, weights: Any, signal: bool, deviation: float) -> None:
+    other = [[3.0, 0.0], [1.0, 0.0]]
+    values = torch.tensor([*rewards, *other], dtype=torch.float32)
+    given = (values, torch.tensor(weights, dtype=torch.float32), 2)
+    found = spread_of(*given, "sum_then_normalize")
+    assert found.has_signal == [signal, weights[0] > 0]
+    assert found.deviation[0] == pytest.approx(deviation, abs=0.1 if not signal else 1e-9)
+    if weights == [1, 1] and rewards[0] == [1.0, 0.0]:  # each function has spread by itself
+        assert spread_of(*given, "normalize_then_sum").has_signal[0]
+
+
+def test_what_excludes_it_is_said_at_construction(tmp_path: Any) -> None:
+    def refused(match: str, rows: Any = None, fields: Any = None, **more: Any) -> None:
+        with pytest.raises(ConfigValueError, match=match):
+            GRPOTrainer(
+                model="nowhere",
+                reward_funcs=equal,
+                args=arguments(tmp_path, GRPOConfig, **(fields or {"dynamic_sampling": True})),
+                train_dataset=Dataset.from_list(ROWS) if rows is None else rows,
+                **more,
+            )
+
+    refused("does not work with rollout_func", rollout_func=print)
+    refused("does not work with environment_factory", environment_factory=print)
+    refused("does not work with images", Dataset.from_list([{"prompt": "a", "image": "b"}]))
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    refused("train_dataset is a stream", stream)
+    refused("curriculum=True reads rows by their number", stream, {"curriculum": True})
+    for fields, match in (
+        ({"dynamic_sampling": 3}, "dynamic_sampling=3 must be True or False"),
+        ({"max_resample_times": 0}, "max_resample_times=0 must be a number of rounds above 0"),
+        ({"curriculum_share": 1.5}, "curriculum_share=1.5 must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ConfigValueError, match=match):
+            arguments(tmp_path, GRPOConfig, **fields)

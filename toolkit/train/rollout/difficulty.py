@@ -1,0 +1,101 @@
+"""Which prompts are drawn next: by the spread of rewards that earlier draws of them had.
+
+A prompt that the model always solves, or never, gives a group without spread, and GRPO learns
+nothing from it. The rule is in ``Difficulty.order``. It depends on the seed and on the recorded
+spreads alone, so a run that resumes with the same records chooses the same prompts.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+RECENT = 0.5
+"""The weight of the latest draw in a prompt's recorded spread; earlier draws have the rest."""
+LEAST = 0.1
+"""The smallest weight of a measured prompt, as a share of the mean spread: prompts without spread
+are measured again from time to time, because the model changes."""
+
+
+class Difficulty:
+    """The recorded spread of each row of the data set."""
+
+    def __init__(self, rows: int) -> None:
+        self.spread_N = torch.full((rows,), torch.nan, dtype=torch.float64)
+        """float64; NaN for a row that was not drawn yet."""
+
+    def record(self, rows: Sequence[int], deviations: Sequence[float]) -> None:
+        """Add the standard deviation of the rewards in a group drawn for each of ``rows``."""
+        # A new tensor: a snapshot for a checkpoint keeps the old one.
+        spread_N = self.spread_N.clone()
+        for row, deviation in zip(rows, deviations, strict=True):
+            old = spread_N[row].item()
+            spread_N[row] = deviation if old != old else (1 - RECENT) * old + RECENT * deviation
+        self.spread_N = spread_N
+
+    def load(self, spread_N: torch.Tensor) -> None:
+        """Restore the records of a checkpoint. Raises ValueError if they are of other data."""
+        if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
+            raise ValueError(
+                f"the curriculum has records of {tuple(spread_N.shape)} rows, and the data set has"
+                f" {len(self.spread_N)}"
+            )
+        known = spread_N[~spread_N.isnan()]
+        if not (known.isfinite() & (known >= 0)).all():
+            raise ValueError("the curriculum has a spread that is negative or infinite")
+        self.spread_N = spread_N
+
+    def measured(self, rows: Sequence[int]) -> list[int]:
+        """Those of ``rows`` that were drawn before."""
+        return [row for row in rows if not self.spread_N[row].isnan()]
+
+    def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
+        """All rows, in the order in which they are drawn.
+
+        A share of ``share`` are measured rows, at equal distances. They are drawn without
+        replacement, with a probability in proportion to their spread (at least ``LEAST`` of the
+        mean spread). The others were not drawn yet; they come in ``unmeasured_order``. When one
+        kind is used up, the other follows.
+        """
+        measured = iter(self._by_spread(seed))
+        known = (~self.spread_N.isnan()).tolist()
+        fresh = (row for row in unmeasured_order if not known[row])
+        place = 0
+        while True:
+            place += 1
+            repeats = int(place * share + 1e-9) > int((place - 1) * share + 1e-9)
+            first, second = (measured, fresh) if repeats else (fresh, measured)
+            row = next(chain(first, second), None)
+            if row is None:
+                return
+            yield row
+
+    def _by_spread(self, seed: int) -> list[int]:
+        """The measured rows in a random order, in which a larger spread comes earlier (Efraimidis
+        and Spirakis, 2006: weighted sampling without replacement by the key log(u) / weight).
+        """
+        rows = (~self.spread_N.isnan()).nonzero(as_tuple=True)[0]
+        weights = self.spread_N[rows]
+        mean = weights.mean() if len(rows) else torch.tensor(0.0)
+        weights = weights.clamp(min=LEAST * mean) if mean > 0 else torch.ones_like(weights)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        keys = drawn.clamp(min=1e-300).log() / weights
+        found: list[int] = rows[keys.argsort(descending=True, stable=True)].tolist()
+        return found
+
+    def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
+        """The mean spread of the measured rows, of all or of ``rows``; None if there are none."""
+        spread = self.spread_N if rows is None else self.spread_N[list(rows)]
+        known = spread[~spread.isnan()]
+        return known.mean().item() if len(known) else None
+
+    @property
+    def measured_share(self) -> float:
+        """The share of rows that were drawn before."""
+        return (~self.spread_N.isnan()).double().mean().item()

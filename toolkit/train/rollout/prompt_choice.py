@@ -1,0 +1,140 @@
+"""Which prompts a generation draws: those of the sampler, those of the curriculum, and other ones
+where a group has rewards without spread (dynamic sampling).
+
+Everything follows from (run seed, number of the generation) and, with the curriculum, from the
+spreads that a checkpoint records. So nothing else needs to be stored, and all ranks agree.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.base.errors import ConfigValueError
+from toolkit.engine.rollout_request import derive_seed
+from toolkit.train.rollout.difficulty import Difficulty
+from toolkit.train.rollout.dynamic_sampling import Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from toolkit.train.trainer_seam import TrainerSeam
+
+CHOICE = 1 << 21
+"""The number under which the order of a generation's prompts is seeded; no turn has it."""
+
+
+def refuse(given: Mapping[str, Any]) -> None:
+    """Check the arguments ``given`` to a trainer.
+
+    Raises:
+        ConfigValueError: dynamic sampling or the curriculum cannot work with one of them.
+    """
+    config, rows = given["args"], given.get("train_dataset")
+    on = [name for name in ("dynamic_sampling", "curriculum") if _on(config, name)]
+    if not on:
+        return
+    if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise ConfigValueError(
+            f"{on[0]}=True reads rows by their number, and train_dataset is a stream",
+            where="GRPOConfig",
+            fix=f"load the data set without streaming, or set {on[0]}=False",
+        )
+    columns = getattr(rows, "column_names", None) or ()
+    clashes = {
+        "rollout_func": given.get("rollout_func") is not None,
+        "environment_factory": given.get("environment_factory") is not None,
+        "images": "image" in columns or "images" in columns,
+    }
+    why = {
+        "rollout_func": "what it returns beside completions belongs to the whole batch",
+        "environment_factory": "an environment keeps the state of one completion until its reward",
+        "images": "a batch's images are read before its completions are drawn",
+    }
+    found = next((name for name, there in clashes.items() if there), None)
+    if on[0] == "dynamic_sampling" and found is not None:
+        raise ConfigValueError(
+            f"dynamic_sampling=True draws some groups of a batch again, which does not work with "
+            f"{found}: {why[found]}",
+            where="GRPOConfig",
+            fix=f"set dynamic_sampling=False, or train without {found}",
+        )
+
+
+class PromptChoice:
+    """The choice of prompts of one trainer; ``difficulty`` is None without the curriculum."""
+
+    def __init__(self, trainer: TrainerSeam) -> None:
+        args = getattr(trainer, "args", None)
+        self.trainer = trainer
+        self.rounds = getattr(args, "max_resample_times", 0) if _on(args, "dynamic_sampling") else 0
+        self.share = getattr(args, "curriculum_share", None) if _on(args, "curriculum") else None
+        self.difficulty = None if self.share is None else Difficulty(len(trainer.training_rows))
+        self._fresh: list[int] | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to do beside what TRL does."""
+        return self.rounds > 0 or self.difficulty is not None
+
+    def begin(self, inputs: list[dict[str, Any]]) -> Generation:
+        """The generation that now begins; ``inputs`` are this rank's rows, from the sampler."""
+        order = self._order(self.trainer.rows.generation)
+        if self.difficulty is None:
+            return Generation(self.trainer, inputs, order, self.rounds, [])
+        accelerator, group = self.trainer.accelerator, self.trainer.num_generations
+        total = len(inputs) * accelerator.num_processes
+        chosen = [next(order) for _ in range(total // group)]
+        first = len(inputs) * accelerator.process_index
+        mine = [chosen[place // group] for place in range(first, first + len(inputs))]
+        own = [dict(self.trainer.training_rows[row]) for row in mine]
+        return Generation(self.trainer, own, order, self.rounds, chosen)
+
+    def end(self, generation: Generation) -> None:
+        """Log what the generation drew; record it."""
+        values = generation.metrics()
+        if self.difficulty is not None:
+            chosen = generation.rows[: generation.groups]
+            repeated = self.difficulty.measured(chosen)
+            values["curriculum/repeated_share"] = len(repeated) / len(chosen)
+            spreads = {
+                "curriculum/expected_spread": self.difficulty.mean_spread(repeated),
+                "curriculum/mean_spread": self.difficulty.mean_spread(),
+            }
+            values |= {name: value for name, value in spreads.items() if value is not None}
+            self.difficulty.record(generation.rows, generation.deviations)
+            values["curriculum/measured_share"] = self.difficulty.measured_share
+        for name, value in values.items():
+            self.trainer.metric_values[name].append(value)
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint stores; a later generation does not change it."""
+        return None if self.difficulty is None else {"spread": self.difficulty.spread_N}
+
+    def load(self, state: Mapping[str, torch.Tensor] | None) -> None:
+        """Restore ``state``. A checkpoint from before the curriculum was switched on has none.
+        Raises ValueError.
+        """
+        if self.difficulty is not None and state is not None:
+            self.difficulty.load(state["spread"].cpu())
+
+    def _order(self, generation: int) -> Iterator[int]:
+        """Rows in the order in which this generation draws them; each comes once."""
+        seed, rows = self.trainer.args.seed, len(self.trainer.training_rows)
+        now = derive_seed(seed, generation, CHOICE)
+        if self.difficulty is None:
+            generator = torch.Generator().manual_seed(now)
+            return iter(torch.randperm(rows, generator=generator).tolist())
+        assert self.share is not None
+        if self._fresh is None:
+            generator = torch.Generator().manual_seed(seed)
+            shuffled = self.trainer.args.shuffle_dataset
+            order = torch.randperm(rows, generator=generator) if shuffled else torch.arange(rows)
+            self._fresh = order.tolist()
+        return self.difficulty.order(now, self._fresh, self.share)
+
+
+def _on(config: Any, name: str) -> bool:
+    """A switch of the toolkit's GRPOConfig; TRL's does not have it."""
+    return bool(getattr(config, name, False))
