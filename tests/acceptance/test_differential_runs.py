@@ -51,7 +51,7 @@ EXCEPTIONS: dict[str, str] = {
     "tokens, but the engine supports": "how many tokens a prompt has, the tokenizer says, and"
     " validate has none: it imports nothing heavy",
     "reward score took longer": "how long a reward takes shows when it is called",
-    "has no weights": "a folder with config.json alone can be judged and sized, so validate"
+    "contains no weights": "a folder with config.json alone can be judged and sized, so validate"
     " accepts it; envcheck check refuses it",
 }
 """Parts of what a run says, each with the reason why validate cannot say it first."""
