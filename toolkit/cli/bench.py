@@ -16,7 +16,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.learn_settings import LEARN, LearnSettings, Runs
 from toolkit.train.bench.shapes import SHAPES
-from toolkit.train.bench.tasks import TASKS
+from toolkit.train.bench.tasks import MOST_HELD_OUT, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ LEARN_ALONE = {"task", "every", "held_out", "learning_rate"}
 )
 @click.option(
     "--held-out",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_HELD_OUT),
     help="[--learn] Problems of an evaluation. [default: 200]",
 )
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="[--learn]")
@@ -202,9 +202,8 @@ def _learn(
     model = models.resolve() / "smollm2-135m-instruct"
     settings = LearnSettings(model=str(model), **{**LEARN, **written})
     _check_batch(settings)
-    from toolkit.train.bench import learn, tasks  # noqa: PLC0415 - imports torch
+    from toolkit.train.bench import learn  # noqa: PLC0415 - imports torch
 
-    tasks.held_out_problems(settings.task, settings.held_out)  # an error before anything is made
     learn.prepare(model, gguf)
     report = learn.learn(settings, wanted, folder, lambda line: click.echo(line, err=True))
     if as_json:
