@@ -163,7 +163,7 @@ def test_an_evaluation_that_a_stopped_seed_lacks_is_left_out() -> None:
     assert ours.to_target_s is None
 
 
-def test_the_picture_stands_alone_and_shows_every_arm_in_both_panels() -> None:
+def test_the_picture_is_complete_and_shows_every_arm_in_both_panels() -> None:
     report = learn.summary(SETTINGS, RESULTS, 0.5, "NVIDIA <H200>")
     drawn = learn_picture.draw(curves(RESULTS, 0.5), 0.5, report["note"])
     root = ET.fromstring(drawn)

@@ -1,7 +1,7 @@
 """The curves of ``bench --learn`` as one SVG file: accuracy against training time and against
 steps.
 
-Drawn with the report's charts (train/report/chart). The file stands alone: it has its own style, no
+Drawn with the report's charts (train/report/chart). The file is complete: it has its own style, no
 scripts, and loads nothing.
 """
 
