@@ -140,10 +140,12 @@ def test_time_to_the_accuracy_is_the_median_of_the_seeds() -> None:
     assert ours.seconds == [0, 6, 12, 18]
     assert (ours.low[1], ours.high[1]) == (0.4, 0.55)
     assert ours.mean[1] == pytest.approx(0.475)
-    assert (ours.to_target_s, ours.to_target_step) == ((10 + 7) / 2, 15)
-    assert trl.to_target_s == 30
+    # Between two evaluations: 0.4 at 5 s and 0.6 at 10 s; 0.1 at 0 s and 0.55 at 7 s.
+    assert ours.to_target_s == pytest.approx((7.5 + 7 * 0.4 / 0.45) / 2)
+    assert ours.to_target_step == pytest.approx((15 + 10 * 0.4 / 0.45) / 2)
+    assert trl.to_target_s == pytest.approx((20 + 20 * 0.2 / 0.35 + 20) / 2)
     assert headline([ours, trl], 0.5) == (
-        "Training time to 50% accuracy: toolkit 8 s, TRL 30 s (0.28 of the better peer's time)"
+        "Time to 50% accuracy: toolkit 7 s, TRL 26 s; 0.27 of the better peer's time"
     )
 
 
@@ -151,7 +153,7 @@ def test_a_seed_that_does_not_reach_it_makes_it_not_reached() -> None:
     ours, trl = curves(RESULTS, 0.75)
     assert ours.to_target_s is None
     assert headline([ours, trl], 0.75) == (
-        "Training time to 75% accuracy: toolkit not reached, TRL not reached"
+        "Time to 75% accuracy: toolkit not reached, TRL not reached"
     )
     assert headline([], 0.75).endswith("not measured")
 
@@ -177,7 +179,7 @@ def test_the_picture_is_complete_and_shows_every_arm_in_both_panels() -> None:
     bands = [p for p in root.iter(f"{tag}path") if p.get("class") == "band"]
     assert (len(lines), len(bands)) == (4, 4)
     assert all(path.get("d") for path in lines + bands)
-    assert sum("accuracy by" in words for words in texts) == 2
+    assert sum("accuracy against" in words for words in texts) == 2
     assert "href" not in drawn
     assert "script" not in drawn
 
@@ -185,7 +187,7 @@ def test_the_picture_is_complete_and_shows_every_arm_in_both_panels() -> None:
 def test_the_table_has_a_column_for_an_arm_that_did_not_run() -> None:
     rows = {row[0]: row[1:] for row in learn.table(learn.summary(SETTINGS, RESULTS, 0.5, "CPU"))}
     assert rows[""] == ("ours", "trl", "unsloth")
-    assert rows["time to 50%, s"] == ("8.5", "30.0", "not run")
+    assert rows["time to 50%, s"] == ("6.9", "25.7", "not run")
     assert rows["load, s"] == ("21.0", "-", "-")
 
 

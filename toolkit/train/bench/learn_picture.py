@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 1000, 420
 PANEL_WIDTH, PANEL_HEIGHT, PANEL_TOP, GAP = 490, 310, 96, 20
 COLOURS = {"ours": "#0f766e", "trl": "#c2410c", "unsloth": "#6d28d9"}
 STYLE = """
-text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:19px;font-weight:700;fill:#0f172a}
+text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weight:700;fill:#0f172a}
 .note{fill:#64748b}.panel{font-weight:600;fill:#0f172a}.x{text-anchor:middle}.y{text-anchor:end}
 .grid,.zero{stroke:#e2e8f0}.target{stroke:#0f172a;stroke-dasharray:5 4}
 .line{fill:none;stroke-width:2.5}
@@ -39,7 +39,7 @@ def draw(found: Sequence[Curve], target: float, note: str) -> str:
         f'<text class="title" x="20" y="32">{text(said)}</text>',
         f'<text class="note" x="20" y="54">{text(note)}</text>',
         _legend(found),
-        _panel(found, target, 0, "seconds of training, without loading and evaluation", "s"),
+        _panel(found, target, 0, "training time", "s"),
         _panel(found, target, 1, "optimizer steps", "step"),
     ]
     return (
@@ -57,7 +57,7 @@ def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: 
     frame = Frame(PANEL_WIDTH, PANEL_HEIGHT, (0.0, last), (0.0, min(1.0, 1.1 * highest)))
     y = f"{frame.y(target):.1f}"
     body = [
-        f'<text class="panel" x="{LEFT}" y="0">Held-out accuracy by {text(title)}</text>',
+        f'<text class="panel" x="{LEFT}" y="0">Held-out accuracy against {text(title)}</text>',
         grid(frame, axis),
         f'<line class="target" x1="{LEFT}" x2="{PANEL_WIDTH - RIGHT}" y1="{y}" y2="{y}"/>',
     ]

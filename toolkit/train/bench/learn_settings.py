@@ -96,10 +96,23 @@ class LearnResult:
         values = {name: value for name, value in stored.items() if name in known}
         return cls(**values | {"points": [Point(**point) for point in stored["points"]]})
 
-    def reaches(self, accuracy: float) -> Point | None:
-        """The first evaluation with at least this accuracy."""
-        there = (p for p in self.points if p.accuracy is not None and p.accuracy >= accuracy)
-        return next(there, None)
+    def reaches(self, accuracy: float) -> tuple[float, float] | None:
+        """(seconds, steps) until the accuracy, on the line between the first evaluation that has it
+        and the one before; None if no evaluation has it.
+        """
+        before: tuple[float, float, float] | None = None
+        for point in self.points:
+            if point.accuracy is None:
+                continue
+            here = (point.train_s, float(point.step), point.accuracy)
+            if point.accuracy >= accuracy:
+                if before is None:
+                    return here[0], here[1]
+                part = (accuracy - before[2]) / (here[2] - before[2])
+                seconds, steps = (before[i] + part * (here[i] - before[i]) for i in (0, 1))
+                return seconds, steps
+            before = here
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +147,7 @@ def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
         rows = [[points[step] for points in by_step] for step in steps]
         values = [[p.accuracy for p in row if p.accuracy is not None] for row in rows]
         reached = [run.reaches(target) for run in runs]
-        there = [point for point in reached if point is not None]
+        there = [place for place in reached if place is not None]
         whole = len(there) == len(runs)
         found.append(
             Curve(
@@ -145,8 +158,8 @@ def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
                 low=[min(row) for row in values],
                 mean=[sum(row) / len(row) for row in values],
                 high=[max(row) for row in values],
-                to_target_s=median(p.train_s for p in there) if whole else None,
-                to_target_step=median(p.step for p in there) if whole else None,
+                to_target_s=median(seconds for seconds, _ in there) if whole else None,
+                to_target_step=median(steps for _, steps in there) if whole else None,
             )
         )
     return found
@@ -166,8 +179,8 @@ def headline(found: Sequence[Curve], target: float) -> str:
     peers = [s for arm, s in times.items() if arm != "ours" and s is not None]
     ours, more = times.get("ours"), ""
     if ours is not None and peers and min(peers) > 0:
-        more = f" ({ours / min(peers):.2f} of the better peer's time)"
-    return f"Training time to {target:.0%} accuracy: {', '.join(said) or 'not measured'}{more}"
+        more = f"; {ours / min(peers):.2f} of the better peer's time"
+    return f"Time to {target:.0%} accuracy: {', '.join(said) or 'not measured'}{more}"
 
 
 LABELS: Mapping[str, str] = {"ours": "toolkit", "trl": "TRL", "unsloth": "Unsloth"}

@@ -148,7 +148,12 @@ def convert(gguf: Path, folder: Path) -> None:
     repair_tokenizer(tokenizer, pad=PAD)
     read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     values = read.config.to_dict()
-    values |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values |= special
     plain = {name: value for name, value in values.items() if name not in _NOT_COPIED}
     config = AutoConfig.for_model(plain.pop("model_type"), **plain)
     dtype = getattr(torch, _dtype_name())
@@ -157,9 +162,7 @@ def convert(gguf: Path, folder: Path) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in read.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
