@@ -197,6 +197,7 @@ def test_a_resumed_run_over_copies_ends_with_the_same_bytes(
     rows = training.steps(whole)
     assert len(rows) == 4
     assert max(row["sampling/logp_gap_max"] for row in rows) < 1e-4
+    assert all(row["grad_norm"] > 0 for row in rows)
     with trainer_over(engine, llama_folder, tmp_path / "b") as again:
         again.train(str(tmp_path / "a" / "checkpoint-2"))
     assert training.adapter_bytes(again.model) == training.adapter_bytes(whole.model)

@@ -69,6 +69,8 @@ def prepare(folder: Path, given: Path | None) -> None:
     """Make the checkpoint in a process of its own: this one must not use device memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(_prepare, (folder, given))
+        pool.close()
+        pool.join()
 
 
 def _prepare(folder: Path, given: Path | None) -> None:
