@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from toolkit.base.errors import ConfigError
 
@@ -21,8 +22,9 @@ from toolkit.train.bench.tasks import MOST_HELD_OUT, TASKS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-LEARN_ALONE = {"task", "every", "held_out", "learning_rate"}
-"""Options that are settings of ``--learn`` alone."""
+LEARN_ALONE = {"task", "seeds", "accuracy", "every", "held_out", "learning_rate", "gguf"}
+NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
+"""Options that only ``--learn`` uses, and those that it does not use."""
 
 
 @click.command("bench")
@@ -136,14 +138,13 @@ def bench(
         name: options.pop(name) for name in ("learn", "seeds", "accuracy", "gguf")
     }
     written = {name: value for name, value in options.items() if value is not None}
+    _refuse_unused(learn=apart["learn"])
     if apart["learn"]:
         wanted = Runs(
             arms=chosen, seeds=_seeds(apart["seeds"]), target=apart["accuracy"], limit_s=limit_s
         )
         _learn(wanted, Path(models), folder, written, gguf=apart["gguf"], as_json=as_json)
         return
-    for name in LEARN_ALONE & written.keys():
-        raise click.UsageError(f"--{name.replace('_', '-')} is for --learn")
     from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
 
     values: dict[str, object] = {**WORKLOADS[workload], **written}
@@ -169,6 +170,15 @@ def bench(
         if arm["profile"]:
             _echo_profile(arm["profile"])
     click.echo(f"\nreport: {folder / 'bench.json'}")
+
+
+def _refuse_unused(*, learn: bool) -> None:
+    """Raise click.UsageError for a written option without effect."""
+    context = click.get_current_context()
+    for name in sorted(NOT_LEARN if learn else LEARN_ALONE):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            why = "has no effect with --learn" if learn else "has an effect with --learn alone"
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def _check_batch(settings: Settings) -> None:
