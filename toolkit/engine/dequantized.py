@@ -13,6 +13,7 @@ linear layers and their LoRA wrappers call). Read at vLLM 0.25.1 and bitsandbyte
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 from torch.nn import functional
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.base.formatting import format_bytes
 from toolkit.engine import sleep
 from toolkit.engine.live_weights import OFFSETS, is_packed, logical_shape, ordered_states
@@ -255,9 +256,30 @@ def attach(
     return copies
 
 
+def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
+    """Bytes of the copies for ``auto`` without a sizer. Warns if they are not those of all layers.
+
+    A run file is sized before the engine starts, and its sizes say the same.
+    """
+    room, layers = room_beside(model, vllm_config), packed_layers(model)
+    whole = sum(copy_bytes(_weight(layer)) for layer in layers)
+    made = sum(copy_bytes(_weight(layer)) for layer in largest_first(layers, room))
+    if made < whole:
+        what = f"only {format_bytes(made)} are made" if made else "none are made"
+        warnings.warn(
+            f"model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
+            f"{format_bytes(whole)}, and {format_bytes(room)} are left for them beside the KV "
+            f"cache; {what}, so decode steps are slower. A higher gpu_memory_utilization leaves "
+            "more",
+            ToolkitWarning,
+            stacklevel=2,
+        )
+    return made
+
+
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Bytes of the copies for ``auto`` without a sizer: a part of the memory that the engine may
-    use in addition to its weights and a KV cache of configured size.
+    """Bytes for copies: a part of the memory that the engine may use in addition to its weights and
+    a KV cache of configured size.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -109,7 +109,7 @@ def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
             model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
             wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)
             if wanted == "auto":
-                wanted = dequantized.room_beside(model, vllm_config)
+                wanted = dequantized.choose_bytes(model, vllm_config)
             if wanted and (copies := dequantized.attach(model, wanted, **options)):
                 copies.refuse_too_many()
             return model

@@ -17,8 +17,8 @@ def test_a_word_is_a_token(tmp_path: Path) -> None:
 
     folder = make_checkpoint("tiny", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = prompts(Settings(model=str(folder), prompt_tokens=48))["prompt"][:50]
-    assert {len(tokenizer(row).input_ids) for row in rows} == {48}
+    rows = prompts(Settings(model=str(folder), prompt_tokens=48))[:50]
+    assert {len(tokenizer(row["prompt"]).input_ids) for row in rows} == {48}
     completion = tokenizer.decode([1, 3, 7, 2, 8, 9, 0], skip_special_tokens=True)
     assert completion.split() == ["t7", "t8", "t9"]
     assert reward_odd([completion]) == [2 / 3]

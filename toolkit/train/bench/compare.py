@@ -72,24 +72,34 @@ def lacking(arm: str, gpu: bool) -> str | None:
 def _run(arm: str, folder: Path, limit_s: float) -> Result:
     answer = folder / f"{arm}.json"
     answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "toolkit.train.bench.arms", arm]
-    stopped = None
-    with (folder / f"{arm}.log").open("w") as log:
+    values = [arm, str(folder / "settings.json"), str(answer)]
+    problem = run_module("arms", values, folder / f"{arm}.log", limit_s)
+    if not answer.is_file():
+        return Result(arm, not_run=problem or ENDED)
+    result = Result.read(answer)
+    result.not_run = result.not_run or problem
+    return result
+
+
+ENDED = "the process ended unexpectedly; see its log"
+
+
+def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
+    """Run a module of the benchmark in its own process, with its output in ``log``. Returns why it
+    did not finish, or None.
+    """
+    with log.open("w") as output:
         try:
-            subprocess.run(
-                [*command, str(folder / "settings.json"), str(answer)],
-                stdout=log,
+            done = subprocess.run(
+                [sys.executable, "-m", f"toolkit.train.bench.{name}", *values],
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 check=False,
                 timeout=limit_s,
             )
         except subprocess.TimeoutExpired:
-            stopped = f"stopped after {limit_s:.0f} s"
-    if not answer.is_file():
-        return Result(arm, not_run=stopped or "the process ended unexpectedly; see its log")
-    result = Result.read(answer)
-    result.not_run = result.not_run or stopped
-    return result
+            return f"stopped after {limit_s:.0f} s"
+    return ENDED if done.returncode else None
 
 
 def report(

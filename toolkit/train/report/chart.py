@@ -82,7 +82,7 @@ def draw(chart: Chart, number: int) -> str:
     frame = Frame(width, height, span, limits(shown, zero=chart.stacked))
     body = _areas(frame, xs, heights, chart) if chart.stacked else _curves(frame, xs, lines, chart)
     if band:
-        body = _area(frame, xs, band[0], band[1], "band t1") + body
+        body = area(frame, xs, band[0], band[1], "band t1") + body
     body += "".join(
         f'<circle class="mark" cx="{_n(frame.x(x))}" cy="{_n(frame.y(y))}" r="3.5"/>'
         for x, y in chart.dots
@@ -108,7 +108,7 @@ def draw(chart: Chart, number: int) -> str:
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(chart.title)}" '
         f'data-points="{text(data)}">'
         f'<defs><clipPath id="{clip}"><rect {plot}/></clipPath></defs>'
-        f'{_grid(frame)}<g clip-path="url(#{clip})">{body}</g></svg></figure>'
+        f'{grid(frame)}<g clip-path="url(#{clip})">{body}</g></svg></figure>'
     )
 
 
@@ -118,9 +118,9 @@ def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) ->
     parts = []
     for line, values in zip(chart.lines, lines, strict=True):
         if window > 1:
-            parts.append(f'<path class="raw t{line.tone}" d="{_path(frame, xs, values)}"/>')
+            parts.append(f'<path class="raw t{line.tone}" d="{line_path(frame, xs, values)}"/>')
         smoothed = smooth(values, window)
-        parts.append(f'<path class="line t{line.tone}" d="{_path(frame, xs, smoothed)}"/>')
+        parts.append(f'<path class="line t{line.tone}" d="{line_path(frame, xs, smoothed)}"/>')
         parts += [
             f'<circle class="point t{line.tone}" cx="{_n(frame.x(xs[i]))}" '
             f'cy="{_n(frame.y(value))}" r="2.5"/>'
@@ -134,12 +134,12 @@ def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -
     floor: Values = [0.0] * len(xs)
     parts = []
     for line, top in zip(chart.lines, heights, strict=True):
-        parts.append(_area(frame, xs, floor, top, f"stack t{line.tone}"))
+        parts.append(area(frame, xs, floor, top, f"stack t{line.tone}"))
         floor = top
     return "".join(parts)
 
 
-def _area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
+def area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
     """The area between two lines, split where either line has a gap."""
     pieces: list[list[int]] = [[]]
     for index in range(len(xs)):
@@ -156,7 +156,8 @@ def _area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: st
     return f'<path class="{kind}" d="{path}"/>'
 
 
-def _path(frame: Frame, xs: Sequence[float], values: Values) -> str:
+def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
+    """The ``d`` of a line through the values that exist; gaps stay gaps."""
     pen, path = "M", ""
     for x, value in zip(xs, values, strict=True):
         if value is None:
@@ -174,7 +175,8 @@ def _alone(values: Values, index: int) -> bool:
     return before is None and after is None
 
 
-def _grid(frame: Frame) -> str:
+def grid(frame: Frame, axis: str = "step") -> str:
+    """Lines and numbers of both axes; ``axis`` names the quantity of the x axis."""
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
     parts = []
     marks = ticks(*frame.y_range)
@@ -185,7 +187,7 @@ def _grid(frame: Frame) -> str:
             f'<line class="{kind}" x1="{LEFT}" x2="{right}" y1="{_n(y)}" y2="{_n(y)}"/>'
             f'<text class="y" x="{LEFT - 7}" y="{_n(y + 3.5)}">{text(label)}</text>'
         )
-    parts.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">step</text>')
+    parts.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">{text(axis)}</text>')
     low, high = frame.x_range
     for value in ticks(low, high, 8 if frame.width > 600 else 5):
         if value == int(value) and frame.x(value) > LEFT + 12:

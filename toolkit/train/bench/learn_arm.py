@@ -1,0 +1,83 @@
+"""One arm of ``bench --learn`` with one seed, in its own process: ``python -m
+toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
+
+Adapters are saved while the arm trains and evaluated after it (``learn_eval``), so that one
+evaluator judges all arms and no evaluation is in the training time. The clock is stopped while an
+adapter is saved. It starts at the first optimizer step: loading is reported apart.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from toolkit.base.errors import first_line
+from toolkit.train.bench import arms
+from toolkit.train.bench.learn_settings import LearnResult, LearnSettings
+from toolkit.train.bench.tasks import training_problems
+
+
+def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
+    """Load and train; ``result`` is written to ``path`` with every adapter that is saved."""
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # as in ``arms``
+    start = time.perf_counter()
+    trainer = arms.BUILDERS[result.arm](settings, job())
+    result.load_s = time.perf_counter() - start
+    # After the arm, because Unsloth must be imported before torch.
+    from toolkit.train.bench import snapshots  # noqa: PLC0415
+
+    result.versions = arms.versions()
+    result.generation = snapshots.generation_of(trainer)
+    folder = path.parent / result.name
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.add_callback(
+        snapshots.Snapshots(
+            result,
+            settings,
+            lambda step: snapshots.save_adapter(trainer.model, folder, step),
+            lambda: result.write(path),
+        )
+    )
+    trainer.train()
+
+
+def job() -> arms.Job:
+    """Chats with a question, and the built-in reward that compares numbers."""
+    return arms.Job(rows=rows, reward=number_is_right)
+
+
+def rows(settings: Any) -> list[dict[str, Any]]:
+    """The training problems of the settings' seed as chats."""
+    count = settings.prompts * settings.steps
+    return [
+        {"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer}
+        for problem in training_problems(settings.task, count, settings.seed)
+    ]
+
+
+def number_is_right(prompts: Any, completions: Any, answer: Any, **_: Any) -> list[float]:
+    """The toolkit's reward ``numeric_match``, with the name that TRL logs."""
+    from toolkit.train.rewards.builtin import NumericMatch  # noqa: PLC0415 - after the arm
+
+    scores = NumericMatch()(prompts, completions, answer=answer)
+    return [0.0 if score is None else score for score in scores]
+
+
+def main(arm: str, settings_path: str, result_path: str) -> None:
+    """Run one arm and write its result, also if it fails."""
+    settings = LearnSettings.read(Path(settings_path))
+    result = LearnResult(arm, settings.seed)
+    try:
+        run_arm(settings, result, Path(result_path))
+    except Exception as error:  # a failed arm is reported; its log has the traceback
+        result.not_run = f"{type(error).__name__}: {first_line(error)}"
+        raise
+    finally:
+        result.write(Path(result_path))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

@@ -1,0 +1,116 @@
+"""The held-out accuracy of saved adapters, by one evaluator for all arms: ``python -m
+toolkit.train.bench.learn_eval SETTINGS FOLDER``.
+
+Greedy decoding with transformers, the same problems for every adapter. An answer is right if the
+reward of training gives it 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from toolkit import FastLanguageModel
+from toolkit.base.errors import InputError
+from toolkit.train.bench.arm_settings import TARGETS
+from toolkit.train.bench.learn_arm import number_is_right
+from toolkit.train.bench.learn_settings import LearnResult, LearnSettings
+from toolkit.train.bench.snapshots import adapter_tensors
+from toolkit.train.bench.tasks import Problem, held_out_problems
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BATCH = 64
+
+
+class Evaluator:
+    """The base with an adapter whose values are replaced for each evaluation."""
+
+    def __init__(self, settings: LearnSettings) -> None:
+        self.tokens = settings.completion_tokens
+        model, self.tokenizer = FastLanguageModel.from_pretrained(
+            model_name=settings.model,
+            max_seq_length=settings.max_seq_length,
+            load_in_4bit=settings.load_in_4bit,
+            fast_inference=False,
+        )
+        self.model = FastLanguageModel.get_peft_model(
+            model, r=settings.r, lora_alpha=settings.r, target_modules=TARGETS
+        )
+        self.model.eval()
+        self.problems = held_out_problems(settings.task, settings.held_out)
+        self._of_base: float | None = None
+
+    def accuracy(self, adapter: Path) -> float:
+        """The share of held-out problems that the base with this adapter answers rightly.
+
+        Raises:
+            InputError: the file has other tensors than an adapter of these settings.
+        """
+        stored = load_file(adapter)
+        mine = adapter_tensors(self.model)
+        if stored.keys() != mine.keys():
+            odd = sorted(stored.keys() ^ mine.keys())
+            raise InputError(
+                f"it has {len(stored)} tensors and an adapter of these settings {len(mine)}; "
+                f"{len(odd)} names differ, the first is {odd[0]}",
+                where=str(adapter),
+                fix="delete the folder of results and run the benchmark again",
+            )
+        unchanged = not any(bool(v.any()) for name, v in stored.items() if "lora_B" in name)
+        if unchanged and self._of_base is not None:
+            return self._of_base
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(stored[name])
+        right = sum(self._right(batch) for batch in self._batches())
+        share = right / len(self.problems)
+        if unchanged:
+            self._of_base = share
+        return share
+
+    def answers(self, problems: list[Problem]) -> list[str]:
+        """Greedy answers, one text each."""
+        chats = [[{"role": "user", "content": problem.question}] for problem in problems]
+        inputs = self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.tokens)
+        drawn = ids[:, inputs["input_ids"].shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        return texts
+
+    def _right(self, problems: list[Problem]) -> float:
+        texts = self.answers(problems)
+        gold = [problem.answer for problem in problems]
+        return sum(score == 1 for score in number_is_right(gold, texts, answer=gold))
+
+    def _batches(self) -> Iterator[list[Problem]]:
+        for start in range(0, len(self.problems), BATCH):
+            yield self.problems[start : start + BATCH]
+
+
+def evaluate(settings: LearnSettings, folder: Path) -> None:
+    """Fill the accuracy of every point of every run in ``folder`` that has none."""
+    evaluator: Any = None
+    for path in sorted(folder.glob("*-*.json")):
+        result = LearnResult.read(path)
+        for point in result.points:
+            if point.accuracy is None:
+                evaluator = evaluator or Evaluator(settings)
+                point.accuracy = evaluator.accuracy(folder / point.adapter)
+                result.write(path)
+
+
+def main(settings_path: str, folder: str) -> None:
+    """Evaluate the runs in ``folder``."""
+    evaluate(LearnSettings.read(Path(settings_path)), Path(folder))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

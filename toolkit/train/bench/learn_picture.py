@@ -1,0 +1,92 @@
+"""The curves of ``bench --learn`` as one SVG file: accuracy against training time and against
+steps.
+
+Drawn with the report's charts (train/report/chart). The file is complete: it has its own style, no
+scripts, and loads nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.train.bench.learn_settings import LABELS, headline
+from toolkit.train.report.chart import BOTTOM, LEFT, RIGHT, TOP, Frame, area, grid, line_path
+from toolkit.train.report.markup import text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from toolkit.train.bench.learn_settings import Curve
+
+WIDTH, HEIGHT = 1000, 420
+PANEL_WIDTH, PANEL_HEIGHT, PANEL_TOP, GAP = 490, 310, 96, 20
+COLOURS = {"ours": "#0f766e", "trl": "#c2410c", "unsloth": "#6d28d9"}
+STYLE = """
+text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weight:700;fill:#0f172a}
+.note{fill:#64748b}.panel{font-weight:600;fill:#0f172a}.x{text-anchor:middle}.y{text-anchor:end}
+.grid,.zero{stroke:#e2e8f0}.target{stroke:#0f172a;stroke-dasharray:5 4}
+.line{fill:none;stroke-width:2.5}
+.band{opacity:.16}.legend{font-weight:600}
+"""
+
+
+def draw(found: Sequence[Curve], target: float, note: str) -> str:
+    """The picture as text of an SVG file: the headline, a legend, two panels with a line for each
+    arm, a band from the lowest to the highest seed, and the target as a dashed line.
+    """
+    said = headline(found, target)
+    parts = [
+        f'<text class="title" x="20" y="32">{text(said)}</text>',
+        f'<text class="note" x="20" y="54">{text(note)}</text>',
+        _legend(found),
+        _panel(found, target, 0, "training time", "s"),
+        _panel(found, target, 1, "optimizer steps", "step"),
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" aria-label="{text(said)}"><style>{STYLE}</style>'
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: str) -> str:
+    """Accuracy against seconds (``index`` 0) or steps (1)."""
+    places = [list(map(float, (curve.seconds, curve.steps)[index])) for curve in found]
+    last = max((xs[-1] for xs in places if xs), default=0.0) or 1.0
+    highest = max([target, *(value for curve in found for value in curve.high)])
+    frame = Frame(PANEL_WIDTH, PANEL_HEIGHT, (0.0, last), (0.0, min(1.0, 1.1 * highest)))
+    y = f"{frame.y(target):.1f}"
+    body = [
+        f'<text class="panel" x="{LEFT}" y="0">Held-out accuracy against {text(title)}</text>',
+        grid(frame, axis),
+        f'<line class="target" x1="{LEFT}" x2="{PANEL_WIDTH - RIGHT}" y1="{y}" y2="{y}"/>',
+    ]
+    for curve, xs in zip(found, places, strict=True):
+        colour = COLOURS[curve.arm]
+        band = area(frame, xs, list(curve.low), list(curve.high), "band")
+        path = line_path(frame, xs, list(curve.mean))
+        body.append(f'<g fill="{colour}">{band}</g>')
+        body.append(f'<path class="line" stroke="{colour}" d="{path}"/>')
+        reached = (curve.to_target_s, curve.to_target_step)[index]
+        if reached is not None:
+            x = f"{frame.x(reached):.1f}"
+            floor = PANEL_HEIGHT - BOTTOM
+            body.append(
+                f'<line x1="{x}" x2="{x}" y1="{y}" y2="{floor}" stroke="{colour}"/>'
+                f'<circle cx="{x}" cy="{y}" r="4.5" fill="{colour}"/>'
+            )
+    left = 10 + index * (PANEL_WIDTH + GAP - 10)
+    return f'<g transform="translate({left},{PANEL_TOP - TOP + 14})">{"".join(body)}</g>'
+
+
+def _legend(found: Sequence[Curve]) -> str:
+    parts, x = [], 20
+    for curve in found:
+        last = f"{curve.mean[-1]:.0%}" if curve.mean else "not measured"
+        words = f"{LABELS[curve.arm]}: {last} at step {curve.steps[-1] if curve.steps else 0}"
+        parts.append(
+            f'<rect x="{x}" y="66" width="14" height="14" rx="3" fill="{COLOURS[curve.arm]}"/>'
+            f'<text class="legend" x="{x + 20}" y="78">{text(words)}</text>'
+        )
+        x += 40 + 8 * len(words)
+    return "".join(parts)

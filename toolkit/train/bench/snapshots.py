@@ -1,0 +1,88 @@
+"""Adapters of a run while it trains, in one layout for every arm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from toolkit.train.bench.learn_settings import LearnResult, LearnSettings, Point
+from toolkit.train.bench.probes import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+
+class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Saves the adapter before the first step, then every ``settings.every`` steps and after the
+    last one. The seconds of a point are those of the optimizer steps before it.
+    """
+
+    def __init__(
+        self,
+        result: LearnResult,
+        settings: LearnSettings,
+        save: Callable[[int], str],
+        write: Callable[[], None],
+    ) -> None:
+        self.result, self.every, self.last_step = result, settings.every, settings.steps
+        self.save, self.write = save, write
+        self.spent_s, self.started = 0.0, 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self._keep(0)
+        self.started = clock()
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
+        """After an optimizer step: stop the clock, save if it is time, start the clock."""
+        now = clock()
+        self.spent_s += now - self.started
+        step = int(state.global_step)
+        if step % self.every == 0 or step == self.last_step:
+            self._keep(step)
+        self.started = clock()
+
+    def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Keep the mean reward of the step, and the gap between engine and trainer."""
+        logs = logs or {}
+        if "reward" in logs:
+            self.result.rewards.append(float(logs["reward"]))
+        for field, names in (
+            ("logp_gap_mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
+            ("logp_gap_max", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
+        ):
+            found = [float(logs[name]) for name in names if name in logs]
+            if found:
+                setattr(self.result, field, max(getattr(self.result, field) or 0.0, found[0]))
+
+    def _keep(self, step: int) -> None:
+        self.result.points.append(Point(step, self.spent_s, self.save(step)))
+        self.write()
+
+
+def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's parameters by their names without PEFT's and compile wrappers."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            plain = name.replace("base_model.model.", "").replace("_orig_mod.", "")
+            found[plain.replace(".default", "")] = parameter
+    return found
+
+
+def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
+    """Write the adapter in float32; returns the file's name below the folder of results."""
+    path = folder / f"step-{step:05d}.safetensors"
+    tensors = adapter_tensors(model)
+    save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, path)
+    return f"{folder.name}/{path.name}"
+
+
+def generation_of(trainer: Any) -> str:
+    """What draws the completions of a trainer."""
+    return "vLLM" if getattr(trainer, "use_vllm", False) else "transformers"

@@ -1,0 +1,77 @@
+"""Arithmetic problems with answers, made from a seed: training problems, and held-out ones that no
+training seed draws.
+
+A problem is held out if its digest falls into one of eight parts, so the two sets are disjoint for
+every seed and size. The held-out problems are the same for all seeds.
+"""
+
+from __future__ import annotations
+
+import random
+from hashlib import sha256
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+HELD_OUT_PARTS = 8
+MOST_HELD_OUT = 1000
+"""Every task has more different held-out problems than this."""
+
+
+class Problem(NamedTuple):
+    """A question and the number that answers it."""
+
+    question: str
+    answer: str
+
+
+def _sums(draw: random.Random) -> Problem:
+    """Two or three numbers up to 30, added and subtracted; the result is not negative."""
+    while True:
+        values = [draw.randint(1, 30) for _ in range(draw.choice((2, 2, 3)))]
+        signs = [draw.choice((1, 1, -1)) for _ in values[1:]]
+        total = values[0] + sum(s * v for s, v in zip(signs, values[1:], strict=True))
+        if total >= 0:
+            rest = (f" {'+' if s > 0 else '-'} {v}" for s, v in zip(signs, values[1:], strict=True))
+            return Problem(f"What is {values[0]}{''.join(rest)}?", str(total))
+
+
+def _largest(draw: random.Random) -> Problem:
+    values = draw.sample(range(1, 100), 4)
+    listed = f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
+    return Problem(f"Which number is the largest: {listed}?", str(max(values)))
+
+
+TASKS: Mapping[str, Callable[[random.Random], Problem]] = MappingProxyType(
+    {"sums": _sums, "largest": _largest}
+)
+
+
+def training_problems(task: str, count: int, seed: int) -> list[Problem]:
+    """``count`` problems, none of them held out; repetitions are possible."""
+    return _draw(task, count, f"train {seed}", held_out=False)
+
+
+def held_out_problems(task: str, count: int) -> list[Problem]:
+    """``count`` different held-out problems, at most ``MOST_HELD_OUT``."""
+    return _draw(task, count, "held out", held_out=True)
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a problem belongs to the held-out part."""
+    return sha256(question.encode()).digest()[0] % HELD_OUT_PARTS == 0
+
+
+def _draw(task: str, count: int, seed: str, *, held_out: bool) -> list[Problem]:
+    draw = random.Random(f"{task} {seed}")
+    found: list[Problem] = []
+    seen: set[Problem] = set()
+    while len(found) < count:
+        problem = TASKS[task](draw)
+        if is_held_out(problem.question) != held_out or (held_out and problem in seen):
+            continue
+        seen.add(problem)
+        found.append(problem)
+    return found
