@@ -48,6 +48,7 @@ def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> Non
         "exit-codes": {str(code) for code in EXIT_CODES},
         "symptoms": {symptom.id for symptom in SYMPTOMS},
         "import": set(TABLES),
+        "cards": set(),
     }
     found: dict[str, set[str]] = {}
     for path in pages:
