@@ -11,13 +11,13 @@ _TOTALS = "modal-labs/modal-client/pull/2797"  # NVML's totals of seven data cen
 
 # alias of the card -> paths at github.com, or whole addresses
 ADDRESSES: dict[str, str] = {
-    "b200": "scitix/sichek/pull/113",
+    "b200": "unslothai/unsloth/issues/3872 scitix/sichek/pull/113",
     "h200": _CAPTURES,
     "gh200-144": "vllm-project/vllm/issues/18390",
     "gh200": "vllm-project/vllm/issues/9630",
     "h100": f"{_CAPTURES} {_TOTALS}",
     "h100-nvl": "ali-vilab/VACE/issues/56",
-    "h20": "scitix/sichek/pull/113",
+    "h20": "unslothai/unsloth/issues/2962 scitix/sichek/pull/113",
     "a100": f"{_TOTALS} HiDream-ai/VAREdit/issues/6",
     "a100-40": f"bottlerocket-os/bottlerocket/pull/3873 {_TOTALS}",
     "a30": "google/RB-Modulation/issues/5",
@@ -28,7 +28,7 @@ ADDRESSES: dict[str, str] = {
     "l4": f"ArcInstitute/evo2/issues/190 {_TOTALS}",
     "rtx-pro-6000-workstation": "antirez/ds4/issues/431",
     "6000-ada": "DINGYANB/MTVCrafter/issues/21",  # with ECC, which takes a sixteenth
-    "a6000": "ultralytics/ultralytics/issues/19084",
+    "a6000": "flashinfer-ai/flashinfer/issues/5479",
     "a4000": "DengKaiCQ/VGGT-Long/issues/6",
     "a2000": "vllm-project/vllm/issues/12030",
     "5090": "TrajectoryCrafter/TrajectoryCrafter/issues/20",

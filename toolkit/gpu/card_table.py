@@ -30,7 +30,7 @@ from __future__ import annotations
 CARDS = """
 NVIDIA B300 SXM6 AC; 275040; 267.69; 10.3; ; b300; reported; b300 b300-sxm
 NVIDIA GB300; 256703; 0; 10.3; a; ; computed; gb300
-NVIDIA B200; 183359; 178.35; 10.0; ; b200; reported; b200
+NVIDIA B200; 183359; 178.35; 10.0; ; b200; log; b200
 NVIDIA GB200; 189471; 184.31; 10.0; a; gb200; reported; gb200
 NVIDIA H200; 143771; 139.80; 9.0; ; h200; read; h200 h200-sxm
 NVIDIA H200 NVL; 143771; 139.80; 9.0; ; h200; alike; h200-nvl
@@ -40,7 +40,7 @@ NVIDIA H100 80GB HBM3; 81559; 79.19; 9.0; ; h80; read; h100 h100-sxm
 NVIDIA H100 PCIe; 81559; 79.10; 9.0; ; h80; reported; h100-pcie
 NVIDIA H100 NVL; 95830; 93.00; 9.0; ; h94; log; h100-nvl
 NVIDIA H800; 81559; 79.10; 9.0; ; h80; alike; h800
-NVIDIA H20; 97871; 95.09; 9.0; ; h96; reported; h20
+NVIDIA H20; 97871; 95.00; 9.0; ; h96; log; h20
 NVIDIA A100-SXM4-80GB; 81920; 79.14; 8.0; ; a80; reported; a100 a100-80 a100-80gb
 NVIDIA A100 80GB PCIe; 81920; 79.14; 8.0; ; a80; alike; a100-80-pcie
 NVIDIA A100-SXM4-40GB; 40960; 39.39; 8.0; ; a40g; log; a100-40 a100-40gb
@@ -70,7 +70,7 @@ NVIDIA RTX 5000 Ada Generation; 32760; 0; 8.9; ; ; computed; 5000-ada rtx-5000-a
 NVIDIA RTX 4500 Ada Generation; 24570; 0; 8.9; ; ; computed; 4500-ada rtx-4500-ada
 NVIDIA RTX 4000 Ada Generation; 20475; 0; 8.9; ; ; computed; 4000-ada rtx-4000-ada
 NVIDIA RTX 2000 Ada Generation; 16380; 0; 8.9; ; ; computed; 2000-ada rtx-2000-ada
-NVIDIA RTX A6000; 49140; 47.40; 8.6; ; ; reported; a6000 rtx-a6000
+NVIDIA RTX A6000; 49140; 47.40; 8.6; ; ; log; a6000 rtx-a6000
 NVIDIA RTX A5500; 24564; 0; 8.6; ; ; computed; a5500 rtx-a5500
 NVIDIA RTX A5000; 24564; 23.56; 8.6; ; ; alike; a5000 rtx-a5000
 NVIDIA RTX A4500; 20470; 0; 8.6; ; ; computed; a4500 rtx-a4500

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.base.capability import build_problem, torch_list
+from toolkit.base.capability import build_problem, torch_list, vllm_list
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB, MIB
 from toolkit.gpu import card_sources, card_table, cards
@@ -132,3 +132,16 @@ def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> N
     assert "on aarch64 supports 8.0, 9.0" in problem
     assert torch_list("99.0", "x86_64") is None
     assert build_problem((9, 0), machine="x86_64", cuda="99.0") is None
+
+
+def test_vllm_is_judged_by_the_list_of_its_own_cuda() -> None:
+    """Its CUDA 12.9 build of aarch64 has no code for Thor; a V100 runs with older builds."""
+    problem = str(build_problem((11, 0), machine="aarch64", cuda="12.9"))
+    assert "vLLM for CUDA 12.9 on aarch64 supports 8.0, 8.7" in problem
+    assert build_problem((11, 0), machine="aarch64", cuda="12.9", vllm=False) is None
+    assert build_problem((11, 0), machine="aarch64") is None
+    assert "vLLM for CUDA 12.9 needs at least 7.5" in str(
+        build_problem((7, 0), machine="x86_64", cuda="12.9")
+    )
+    assert build_problem((7, 0), machine="x86_64", cuda="12.8") is None
+    assert vllm_list("12.8", "x86_64") is None
