@@ -257,10 +257,15 @@ def _links(addresses: Iterable[str]) -> str:
 
 def _symptom(symptom: Symptom) -> str:
     texts = "\n".join(TEXTS[symptom.id])
+    found = (
+        f"Found before the start by {_finders(symptom.check)}."
+        if symptom.checked
+        else f"Nothing finds it before the start: {_text(symptom.check.removeprefix('none: '))}."
+    )
     return (
         f"# {_text(symptom.title)}\n\n## What to do\n\n{_text(symptom.remedy)}\n\n"
-        f"Exit code [{symptom.exit_code}](../exit-codes/{symptom.exit_code}.md). Found before the"
-        f" start by {_finders(symptom.check)}.\n\n## Texts that mean it\n\n"
+        f"Exit code [{symptom.exit_code}](../exit-codes/{symptom.exit_code}.md). {found}"
+        f"\n\n## Texts that mean it\n\n"
         "`{n}` is a number, `{w}` a word, `{..}` any text.\n\n" + _code_block(texts)
     )
 
