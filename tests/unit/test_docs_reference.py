@@ -82,6 +82,15 @@ def test_the_sizing_page_shows_the_current_output() -> None:
     assert current.split() == shown.split(), "run `just docs-pictures size`"
 
 
+def test_the_picture_of_the_progress_is_that_of_the_shown_output() -> None:
+    pictures = load("pictures")
+    text = (pictures.PICTURES / "demo.txt").read_text(encoding="utf-8")
+    for suffix, columns in pictures.COLUMNS.items():
+        drawn = (pictures.PICTURES / f"progress{suffix}.svg").read_text(encoding="utf-8")
+        assert drawn == pictures.progress_drawing(text, columns), "run `just docs-pictures size`"
+        assert all(len(line) <= columns for line in pictures.progress_lines(text, columns))
+
+
 @pytest.mark.slow
 def test_the_documentation_builds_strictly(tmp_path: Path) -> None:
     done = subprocess.run(
