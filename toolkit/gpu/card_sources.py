@@ -49,6 +49,7 @@ ADDRESSES: dict[str, str] = {
     "v100-16": "kchengiva/Shift-GCN/issues/34",
 }
 
+_HYPERPOD = "aws/sagemaker-hyperpod-cli"
 _GUIDE = "https://docs.nvidia.com/datacenter/tesla/mig-user-guide/"
 
 # family of slices -> the same
@@ -63,7 +64,7 @@ SLICE_ADDRESSES: dict[str, str] = {
     "gh144": "NVIDIA/mig-parted/pull/139",
     "b200": "NVIDIA/gpu-operator/pull/1351",
     "gb200": "NVIDIA/mig-parted/issues/227",
-    "b300": "aws/sagemaker-hyperpod-cli/pull/403",
+    "b300": f"{_HYPERPOD}/pull/403",
     "pro6000": "bigstack-oss/cubecos/issues/312",
 }
 
