@@ -30,7 +30,7 @@ ENTRIES = (
         "NCCL error: remote process exited or there was a network error",
         "remote process exited or there was a network error",
         "is setting up NCCL communicator and{..}ncclUniqueId from",
-        "Connection closed by peer",
+        "Connection closed by peer [",  # gloo, with the address
         "Connection closed by remote peer",
     ),
     entry(
