@@ -35,6 +35,14 @@ demo *ARGS: setup
 test *ARGS: setup
     OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not image" {{ARGS}}
 
+# The lines and branches that tests reach: `just coverage tests/unit/gpu`; without a path all of `just test`, in twice its time.
+coverage *ARGS: setup
+    rm -rf build/coverage
+    mkdir -p build/coverage
+    OMP_NUM_THREADS=1 coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not gpu and not slow and not image" {{ARGS}}
+    coverage combine --quiet
+    coverage report
+
 # The tests that take minutes: fault injection, soak.
 test-slow *ARGS: setup
     OMP_NUM_THREADS=1 pytest -m "slow and not image and not gpu" {{ARGS}}

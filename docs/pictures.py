@@ -6,12 +6,14 @@ the example of sizing.md. Needs Chromium (Debian's package ``chromium``).
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,60 @@ def size_drawing(found: dict[str, Any]) -> str:
     return "\n".join([head, title, *bars, "</svg>", ""])
 
 
+COLUMNS = {"": 110, "-narrow": 50}
+STEPS_SHOWN = 6  # at the start, and the same number at the end
+_AS_WRITTEN: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False}
+_LINE, _CHARACTER, _EDGE = 20, 8.43, 16  # pixels of 14 px monospace
+
+
+def progress_lines(text: str, columns: int) -> list[str]:
+    """The training of ``toolkit demo``'s output as a terminal shows it: the first and the last
+    steps. Where the terminal is narrow, lines end at its edge.
+    """
+    lines = text.split("\n")
+    start = next(n for n, line in enumerate(lines) if line.startswith("$ toolkit train"))
+    stop = next(n for n, line in enumerate(lines) if n > start and line.startswith("report "))
+    shown = lines[start : stop + 1]
+    steps = [n for n, line in enumerate(shown) if line.startswith("step ")]
+    shown[steps[STEPS_SHOWN] : steps[-STEPS_SHOWN]] = ["..."]
+    if columns == COLUMNS[""]:
+        return [part for line in shown for part in textwrap.wrap(line, columns, **_AS_WRITTEN)]
+    return [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in shown]
+
+
+def progress_drawing(text: str, columns: int) -> str:
+    """A terminal with these lines, in SVG; dark, so that it suits light and dark pages."""
+    lines = progress_lines(text, columns)
+    width = round(columns * _CHARACTER + 2 * _EDGE)
+    height = len(lines) * _LINE + 2 * _EDGE
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        ' font-family="ui-monospace, DejaVu Sans Mono, Menlo, Consolas, monospace"'
+        ' font-size="14">'
+    )
+    frame = (
+        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"'
+        ' fill="#0f172a" stroke="#64748b"/>'
+    )
+    drawn = []
+    for number, line in enumerate(lines):
+        colour = "#7dd3fc" if line.startswith("$ ") else "#e2e8f0"
+        length = f' textLength="{len(line) * _CHARACTER:.1f}"' if line.strip() else ""
+        drawn.append(
+            f'<text x="{_EDGE}" y="{_EDGE + 15 + number * _LINE}" xml:space="preserve"'
+            f'{length} fill="{colour}">{html.escape(line, quote=False)}</text>'
+        )
+    return "\n".join([head, frame, *drawn, "</svg>", ""])
+
+
+def write_progress() -> None:
+    """The pictures of a run's progress, from demo.txt."""
+    text = (PICTURES / "demo.txt").read_text(encoding="utf-8")
+    for suffix, columns in COLUMNS.items():
+        drawing = progress_drawing(text, columns)
+        (PICTURES / f"progress{suffix}.svg").write_text(drawing, encoding="utf-8")
+
+
 def shoot(page: Path, picture: Path, width: int, *, dark: bool = False, height: int = 900) -> None:
     """A screenshot of a page in a file, by headless Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -121,19 +177,22 @@ def shoot(page: Path, picture: Path, width: int, *, dark: bool = False, height: 
 
 
 def main() -> None:
-    """Write docs/sizing/output.txt, the drawing of it, demo.txt and the screenshots of the report.
+    """Write docs/sizing/output.txt, the drawing of it, demo.txt, the progress that it shows and the
+    screenshots of the report.
 
-    With the argument ``size`` only the first two, which takes a second.
+    With the argument ``size`` only what needs no run, which takes a second.
     """
     PICTURES.mkdir(exist_ok=True)
     (SIZING / "output.txt").write_text(sizing_output(), encoding="utf-8")
     (PICTURES / "size.svg").write_text(size_drawing(sizing_json()), encoding="utf-8")
     if sys.argv[1:] == ["size"]:
+        write_progress()
         return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
         text = command("toolkit", "demo", "--out", str(out)).replace(str(out), "runs/demo")
         (PICTURES / "demo.txt").write_text(text, encoding="utf-8")
+        write_progress()
         report = next(out.rglob("report.html"))
         for suffix, width in WIDTHS.items():
             shoot(report, PICTURES / f"report{suffix}.png", width)

@@ -15,6 +15,7 @@ from toolkit.config.explain import SECTIONS, about_key, all_keys
 from toolkit.config.importers.formats import TABLES, table
 from toolkit.config.importers.write import markdown
 from toolkit.config.rules import all_rules
+from toolkit.gpu.cards import CARDS
 from toolkit.gpu.checks import catalogue
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from toolkit.base.symptoms import Symptom
     from toolkit.config.rules import Rule
+    from toolkit.gpu.cards import Card
     from toolkit.gpu.checks import Check
 
 FOLDER = "reference"
@@ -53,6 +55,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield from ((_place(f"checks/{check.id}"), _check(check)) for check in checks)
     yield _place("keys/index"), _list_of_keys(keys)
     yield from ((_place(f"keys/{key_name(name)}"), _key(name, keys[name])) for name in keys)
+    yield _place("cards/index"), _list_of_cards()
     yield _place("exit-codes/index"), _list_of_codes()
     yield from ((_place(f"exit-codes/{code}"), _code(code)) for code in EXIT_CODES)
     yield from ((_place(f"import/{form}"), _import(form)) for form in TABLES)
@@ -206,12 +209,63 @@ def _list_of_codes() -> str:
     )
 
 
+_CARD_SOURCES = {
+    "read": "read on the card",
+    "log": "printed in the log",
+    "reserved": "NVML's total less what `nvidia-smi -q` calls reserved",
+    "reported": "commonly reported; an address has NVML's total or an older driver's size",
+    "alike": "as on the card of the same chip and memory",
+    "computed": "NVML's total less the most that a driver reserves on cards of that size",
+    "host": "a part of the host's memory",
+}
+
+
+def _list_of_cards() -> str:
+    return (
+        "# Cards\n\nThe cards that `--gpu` and `--require` know by name, and the slices of those"
+        " that have MIG. `nvidia-smi` prints NVML's total; CUDA sees less, because the driver"
+        " reserves a part, and the sizer counts with what CUDA sees. Any other card: `--gpu"
+        " 24GiB:8.9`.\n\n| card | `--gpu` | NVML, MiB | CUDA, GiB | capability | where it is from |"
+        f"\n| --- | --- | ---: | ---: | --- | --- |\n{''.join(map(_card, CARDS))}"
+        "\n## MIG slices\n\n"
+        f"| card | slices, GiB | from |\n| --- | --- | --- |\n{''.join(map(_slices, CARDS))}"
+    )
+
+
+def _card(card: Card) -> str:
+    major, minor = card.compute_capability
+    return (
+        f"| {card.name} | `{card.aliases[0]}` | {card.total_bytes >> 20}"
+        f" | {card.cuda_bytes / (1 << 30):.2f} | {major}.{minor}"
+        f" | {_CARD_SOURCES[card.source]}{_links(card.addresses)} |\n"
+    )
+
+
+def _slices(card: Card) -> str:
+    if not card.slices:
+        return ""
+    sizes = ", ".join(
+        f"{name} {'about ' if source == 'computed' else ''}{size / (1 << 30):.2f}"
+        for name, size, source in card.slices
+    )
+    return f"| {card.name} | {sizes} |{_links(card.slice_addresses)} |\n"
+
+
+def _links(addresses: Iterable[str]) -> str:
+    return "".join(f" [{number}]({one})" for number, one in enumerate(addresses, 1))
+
+
 def _symptom(symptom: Symptom) -> str:
     texts = "\n".join(TEXTS[symptom.id])
+    found = (
+        f"Found before the start by {_finders(symptom.check)}."
+        if symptom.checked
+        else f"Nothing finds it before the start: {_text(symptom.check.removeprefix('none: '))}."
+    )
     return (
         f"# {_text(symptom.title)}\n\n## What to do\n\n{_text(symptom.remedy)}\n\n"
-        f"Exit code [{symptom.exit_code}](../exit-codes/{symptom.exit_code}.md). Found before the"
-        f" start by {_finders(symptom.check)}.\n\n## Texts that mean it\n\n"
+        f"Exit code [{symptom.exit_code}](../exit-codes/{symptom.exit_code}.md). {found}"
+        f"\n\n## Texts that mean it\n\n"
         "`{n}` is a number, `{w}` a word, `{..}` any text.\n\n" + _code_block(texts)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -60,8 +61,46 @@ def test_every_folder_has_a_short_readme() -> None:
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for folder in folders:
         lines = (folder / "README.md").read_text(encoding="utf-8").split("\n")
-        assert 5 <= len(lines) <= 35, folder.name
+        assert 12 <= len(lines) <= 35, folder.name
         assert f"({folder.name}/)" in listed
+
+
+def test_the_container_example_names_what_exists(copy: Path) -> None:
+    """The Slurm script is there, is valid, and reads the variables of the example; the command in
+    the container takes the run file of the other example.
+    """
+    folder = EXAMPLES / "container-and-slurm"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    batch = next(line for line in text.split("\n") if " sbatch " in line).split()
+    script = folder / batch[batch.index("sbatch") + 1]
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    read = script.read_text(encoding="utf-8")
+    for word in batch[: batch.index("sbatch")]:
+        assert f"${{{word.partition('=')[0]}:-" in read
+    image = next(word for word in text.split() if word.startswith("localhost/"))
+    assert image in (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
+    started = text[text.index(image) :].split("\n")[0].split()[1:]
+    assert started == ["toolkit", "train", batch[-1]]
+    run = copy / "math-word-problems"
+    done = command("envcheck", "validate", started[-1], cwd=run)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_several_gpus_example_gives_each_gpu_64_completions(copy: Path, tmp_path: Path) -> None:
+    """What its README says, sized for the model that it names."""
+    shapes = json.loads((ROOT / "tests/fixtures/sizing/shapes.json").read_text(encoding="utf-8"))
+    shape = next(one for one in shapes if one["id"] == "Qwen/Qwen2.5-1.5B-Instruct")
+    (tmp_path / "config.json").write_text(json.dumps(shape["config"]))
+    done = command(
+        "envcheck", "size", "run.yaml", "--world-size", "4", "--gpu", "4090", "--json",
+        "--set", f"model.model_name={tmp_path}", cwd=copy / "several-gpus",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = json.loads(done.stdout)["choice"]
+    each = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"]
+    assert (each, chosen["tensor_parallel_size"]) == (64, 1)
+    readme = (EXAMPLES / "several-gpus" / "README.md").read_text(encoding="utf-8")
+    assert "256 are 64 on each of four GPUs" in readme
 
 
 @pytest.mark.slow

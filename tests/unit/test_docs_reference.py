@@ -48,6 +48,7 @@ def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> Non
         "exit-codes": {str(code) for code in EXIT_CODES},
         "symptoms": {symptom.id for symptom in SYMPTOMS},
         "import": set(TABLES),
+        "cards": set(),
     }
     found: dict[str, set[str]] = {}
     for path in pages:
@@ -79,6 +80,15 @@ def test_the_sizing_page_shows_the_current_output() -> None:
     shown = (DOCS / "sizing" / "output.txt").read_text(encoding="utf-8")
     current = load("pictures").sizing_output()
     assert current.split() == shown.split(), "run `just docs-pictures size`"
+
+
+def test_the_picture_of_the_progress_is_that_of_the_shown_output() -> None:
+    pictures = load("pictures")
+    text = (pictures.PICTURES / "demo.txt").read_text(encoding="utf-8")
+    for suffix, columns in pictures.COLUMNS.items():
+        drawn = (pictures.PICTURES / f"progress{suffix}.svg").read_text(encoding="utf-8")
+        assert drawn == pictures.progress_drawing(text, columns), "run `just docs-pictures size`"
+        assert all(len(line) <= columns for line in pictures.progress_lines(text, columns))
 
 
 @pytest.mark.slow

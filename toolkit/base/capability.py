@@ -17,7 +17,9 @@ LOCKED_CUDA = "13.0"
 
 X86_64, AARCH64 = "x86_64", "aarch64"
 
-# PyTorch's .ci/manywheel/build_cuda.sh (x86_64) and .ci/aarch64_linux/aarch64_ci_build.sh.
+# PyTorch's .ci/manywheel/build_cuda.sh, with whose lists those of aarch64 are kept:
+# https://github.com/pytorch/pytorch/pull/161257 (CUDA 13.0, sm_80 to sm_120 with Thor's sm_110),
+# .../pull/163764 (aarch64 begins with 8.0) and .../pull/166044 (one script for both machines).
 _TORCH: dict[tuple[str, str], str] = {
     (X86_64, "12.6"): "5.0 6.0 7.0 7.5 8.0 8.6 9.0",
     (X86_64, "12.8"): "7.0 7.5 8.0 8.6 9.0 10.0 12.0",
@@ -28,8 +30,16 @@ _TORCH: dict[tuple[str, str], str] = {
     (AARCH64, "12.9"): "8.0 9.0 10.0 11.0 12.0",
     (AARCH64, "13.0"): "8.0 9.0 10.0 11.0 12.0",
 }
-VLLM_LEAST = {X86_64: (7, 5), AARCH64: (8, 0)}
-"""vLLM's builds for CUDA 13 support Turing and newer; on aarch64 torch's list is the limit."""
+
+# The releases of vLLM since 0.20: CUDA_ARCH_X86 and CUDA_ARCH_AARCH64 of its
+# .buildkite/release-pipeline.yaml, from https://github.com/vllm-project/vllm/pull/39878 (Thor:
+# .../pull/31544). Wheels for other CUDA versions are older, and their lists are not here.
+_VLLM: dict[tuple[str, str], str] = {
+    (X86_64, "12.9"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
+    (X86_64, "13.0"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
+    (AARCH64, "12.9"): "8.0 8.7 8.9 9.0 10.0 12.0",
+    (AARCH64, "13.0"): "8.0 8.7 8.9 9.0 10.0 11.0 12.0",
+}
 
 
 def spelled(capability: tuple[int, int]) -> str:
@@ -39,7 +49,16 @@ def spelled(capability: tuple[int, int]) -> str:
 
 def torch_list(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The capabilities that torch for this CUDA supports on this machine; None if unknown."""
-    known = _TORCH.get((machine, cuda))
+    return _known(_TORCH, cuda, machine)
+
+
+def vllm_list(cuda: str, machine: str) -> tuple[str, ...] | None:
+    """The capabilities that vLLM for this CUDA supports on this machine; None if unknown."""
+    return _known(_VLLM, cuda, machine)
+
+
+def _known(table: dict[tuple[str, str], str], cuda: str, machine: str) -> tuple[str, ...] | None:
+    known = table.get((machine, cuda))
     return None if known is None else tuple(known.split())
 
 
@@ -52,14 +71,20 @@ def build_problem(
     Compiled code runs on its own capability and on higher ones with the same major number.
     """
     text = f"compute capability {spelled(capability)}"
-    least = VLLM_LEAST.get(machine)
-    if vllm and least is not None and capability < least:
+    built = vllm_list(cuda, machine) if vllm else None
+    if built is not None and capability < min(map(_pair, built)):
         on = f" on {machine}" if machine == AARCH64 else ""
-        return f"{text}: vLLM for CUDA {cuda}{on} needs at least {spelled(least)}"
-    known = torch_list(cuda, machine)
-    if known is None:
-        return None
-    pairs = [tuple(int(part) for part in one.split(".")) for one in known]
-    if any(major == capability[0] and minor <= capability[1] for major, minor in pairs):
-        return None
-    return f"{text}: torch for CUDA {cuda} on {machine} supports {', '.join(known)}"
+        return f"{text}: vLLM for CUDA {cuda}{on} needs at least {built[0]}"
+    for name, known in (("torch", torch_list(cuda, machine)), ("vLLM", built)):
+        if known is not None and not any(_runs(one, capability) for one in map(_pair, known)):
+            return f"{text}: {name} for CUDA {cuda} on {machine} supports {', '.join(known)}"
+    return None
+
+
+def _pair(spelled_out: str) -> tuple[int, int]:
+    major, minor = spelled_out.split(".")
+    return int(major), int(minor)
+
+
+def _runs(compiled: tuple[int, int], capability: tuple[int, int]) -> bool:
+    return compiled[0] == capability[0] and compiled[1] <= capability[1]

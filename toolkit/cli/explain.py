@@ -103,6 +103,8 @@ def _told(symptom: Symptom) -> str:
 
 def _command(check: str) -> str:
     """The command that finds it, with the rule, the check or the number to look at."""
+    if check.startswith("none: "):
+        return f"nothing before the run ({check.removeprefix('none: ')})"
     if check.startswith("size: "):
         return f"envcheck size run.yaml ({check.removeprefix('size: ')})"
     return f"envcheck {'validate' if check[0].isupper() else 'check'} ({check})"

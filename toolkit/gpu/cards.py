@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB, MIB
-from toolkit.gpu import card_table
+from toolkit.gpu import card_sources, card_table
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
     """One model of card, or one MIG slice of it. ``total_bytes`` is NVML's total, ``cuda_bytes``
-    the total that CUDA sees. ``source`` is a source of card_table. ``machine`` is aarch64 for cards
-    that exist only there.
+    the total that CUDA sees. ``source`` is a source of card_table, ``addresses`` and
+    ``slice_addresses`` say where the sizes were read. ``machine`` is aarch64 for cards that exist
+    only there.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Card:
     machine: str = "x86_64"
     slices: tuple[tuple[str, int, str], ...] = ()
     aliases: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    slice_addresses: tuple[str, ...] = ()
 
     @property
     def mig_profiles(self) -> tuple[str, ...]:
@@ -87,6 +90,8 @@ def _card(line: str) -> Card:
         machine="aarch64" if machine == "a" else "x86_64",
         slices=_slices(family),
         aliases=tuple(aliases),
+        addresses=card_sources.spelled(card_sources.ADDRESSES.get(aliases[0], "")),
+        slice_addresses=card_sources.spelled(card_sources.SLICE_ADDRESSES.get(family, "")),
     )
 
 

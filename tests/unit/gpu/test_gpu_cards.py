@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.base.capability import build_problem, torch_list
+from toolkit.base.capability import build_problem, torch_list, vllm_list
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB, MIB
-from toolkit.gpu import cards
+from toolkit.gpu import card_sources, card_table, cards
 from toolkit.sizing import Device
 
-SOURCES = {"read", "torch", "reported", "alike", "computed", "host"}
+SOURCES = {"read", "log", "reserved", "reported", "alike", "computed", "host"}
 
 
 def test_the_table_has_cards_and_slices_each_with_its_source() -> None:
@@ -32,12 +32,26 @@ def test_the_table_has_cards_and_slices_each_with_its_source() -> None:
             assert 0.85 * named < size / GIB <= named, (card.name, profile)
 
 
+def test_a_size_from_a_log_has_its_address() -> None:
+    """So has each family of slices; and no address is of a card that there is not."""
+    for card in cards.CARDS:
+        if card.source in {"read", "log", "reserved"}:
+            assert card.addresses, card.name
+        assert all(address.startswith("https://") for address in card.addresses)
+        assert bool(card.slices) == bool(card.slice_addresses), card.name
+    assert set(card_sources.ADDRESSES) <= {card.aliases[0] for card in cards.CARDS}
+    assert set(card_sources.SLICE_ADDRESSES) == set(card_table.SLICES)
+    assert sum(card.source == "reported" for card in cards.CARDS) <= 16
+
+
 @pytest.mark.parametrize(
     ("name", "gib"),
     [
-        ("t4", 14.56), ("l4", 22.03), ("3090", 23.57), ("4090", 23.52), ("5090", 31.36),
+        ("t4", 14.56), ("l4", 22.03), ("3090", 23.56), ("4090", 23.52), ("5090", 31.36),
         ("h100", 79.19), ("b200", 178.35), ("gb200", 184.31), ("h200:1g.18gb", 16.0),
         ("h100-nvl:1g.12gb", 10.75), ("gh200:3g.48gb", 46.5), ("rtx-pro-6000:2g.48gb", 47.375),
+        ("h200:7g.141gb", 139.75), ("b200:2g.45gb", 44.25), ("gb200:1g.47gb", 45.5),
+        ("gh200-144:1g.18gb", 17.5), ("a2000", 11.53), ("2080-super", 7.60),
         ("24GiB", 24.0), ("16384MiB", 16.0), ("24 GB:8.9", 24.0),
     ],
 )  # fmt: skip
@@ -118,3 +132,16 @@ def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> N
     assert "on aarch64 supports 8.0, 9.0" in problem
     assert torch_list("99.0", "x86_64") is None
     assert build_problem((9, 0), machine="x86_64", cuda="99.0") is None
+
+
+def test_vllm_is_judged_by_the_list_of_its_own_cuda() -> None:
+    """Its CUDA 12.9 build of aarch64 has no code for Thor; a V100 runs with older builds."""
+    problem = str(build_problem((11, 0), machine="aarch64", cuda="12.9"))
+    assert "vLLM for CUDA 12.9 on aarch64 supports 8.0, 8.7" in problem
+    assert build_problem((11, 0), machine="aarch64", cuda="12.9", vllm=False) is None
+    assert build_problem((11, 0), machine="aarch64") is None
+    assert "vLLM for CUDA 12.9 needs at least 7.5" in str(
+        build_problem((7, 0), machine="x86_64", cuda="12.9")
+    )
+    assert build_problem((7, 0), machine="x86_64", cuda="12.8") is None
+    assert vllm_list("12.8", "x86_64") is None

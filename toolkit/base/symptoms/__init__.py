@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.symptoms import devices, driver, host, memory, model, software
+from toolkit.base.symptoms import consequences, devices, driver, host, memory, model, software
 from toolkit.base.symptoms.pasted import condensed, streams, telling_lines
 from toolkit.base.symptoms.symptom import Symptom, words_of
 
 if TYPE_CHECKING:
     from toolkit.base.symptoms.symptom import Entry
 
-__all__ = ["SYMPTOMS", "TEXTS", "Symptom", "match", "nearest"]
+__all__ = ["CONSEQUENCES", "SYMPTOMS", "TEXTS", "Symptom", "match", "nearest"]
 
 # Most specific first: a general text comes after the more specific ones.
 _ENTRIES: tuple[Entry, ...] = (
@@ -28,9 +28,11 @@ _ENTRIES: tuple[Entry, ...] = (
     *host.ENTRIES,
     *model.ENTRIES,
 )
-SYMPTOMS: tuple[Symptom, ...] = tuple(entry.symptom for entry in _ENTRIES)
+_ALL = (*_ENTRIES, *consequences.ENTRIES)
+SYMPTOMS: tuple[Symptom, ...] = tuple(entry.symptom for entry in _ALL)
+CONSEQUENCES = frozenset(entry.symptom.id for entry in consequences.ENTRIES)
 TEXTS: dict[str, tuple[str, ...]] = {
-    entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ENTRIES
+    entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ALL
 }
 LONGEST_CUT = 100_000  # line breaks inside words come from text copied from a screen
 _ALIKE = 0.5  # share of a known text's words
@@ -39,7 +41,7 @@ _NEAREST = 3
 
 def match(text: str) -> list[Symptom]:
     """The known failures in a pasted traceback or log, most specific first; empty if there are
-    none.
+    none. Errors that only follow another one count where nothing else was found.
 
     Ignores colours, log prefixes, mixed output of several ranks, and line breaks, also inside a
     word.
@@ -47,8 +49,12 @@ def match(text: str) -> list[Symptom]:
     wrapped, joined = streams(condensed(text))
     forms = [(one, one.lower()) for one in (wrapped, joined[-LONGEST_CUT:])]
     forms = [(one if len(one) == len(low) else low, low) for one, low in forms]
+    return _found(_ENTRIES, forms) or _found(consequences.ENTRIES, forms)
+
+
+def _found(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Symptom]:
     found: dict[str, Symptom] = {}
-    for entry in _ENTRIES:
+    for entry in entries:
         if entry.unless & found.keys():
             continue
         for form, lowered in forms:
@@ -64,7 +70,7 @@ def nearest(text: str) -> list[Symptom]:
     """
     lines = [words_of(line) for line in telling_lines(condensed(text))]
     scores: dict[Symptom, float] = {}
-    for entry in _ENTRIES:
+    for entry in _ALL:
         for known in entry.texts:
             words = known.words
             if len(words) < 2:

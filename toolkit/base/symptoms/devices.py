@@ -309,6 +309,17 @@ ENTRIES = (
         "P2P is disabled between connected GPUs",
     ),
     entry(
+        "nvls",
+        "NCCL cannot use NVLink SHARP (multicast) on this node",
+        "health.fabric",
+        "set NCCL_NVLS_ENABLE=0; on the node, restart nvidia-fabricmanager",
+        3,
+        "nvls.cc:{n} NCCL WARN Cuda failure",
+        "NCCL WARN NVLS multicast",
+        "Failed to bind NVLink SHARP (NVLS) Multicast memory",
+        "Failed to create NVLS multicast",
+    ),
+    entry(
         "nvlink",
         "An NVLink is down",
         "speed.nvlink",

@@ -179,13 +179,15 @@ ENTRIES = (
         "CUDA error 999: the driver could not be started in this process",
         "driver.nodes, health.lost",
         "load nvidia_uvm (`nvidia-modprobe -u -c 0`) and check for a lost GPU; after a suspend "
-        "unload and reload nvidia_uvm, or reboot the node",
+        "unload and reload nvidia_uvm, or reboot the node. Under WSL set "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False",
         3,
         "CUDA unknown error - this may be due to an incorrectly set up environment",
         "error 999:",
         "CUDA_ERROR_UNKNOWN",
         "cudaErrorUnknown",
         "CUDA error: unknown error",
+        "CUDA driver error: unknown error",
         "CUDA driver initialization failed, you might not have a CUDA gpu",
         "CUDA error: initialization error",
     ),

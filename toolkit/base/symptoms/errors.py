@@ -10,7 +10,7 @@ from toolkit.base.errors import (
     UnestablishedError,
     first_line,
 )
-from toolkit.base.symptoms import match
+from toolkit.base.symptoms import CONSEQUENCES, match
 
 KINDS: dict[int, type[ToolkitError]] = {
     1: ConfigError,
@@ -36,13 +36,15 @@ AGAIN = "then start the same command again: it resumes from the last checkpoint"
 
 def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
     """``problem`` as an error with the exit code and the remedy of its symptom; None if it shows no
-    known symptom. ``again`` says what to do after the remedy.
+    known cause. ``again`` says what to do after the remedy.
     """
     for error in chain(problem):
         for symptom in match(f"{type(error).__name__}: {error}"):
+            if symptom.id in CONSEQUENCES:
+                continue
             return KINDS[symptom.exit_code](
                 f"{what}: {symptom.title} ({first_line(error)})",
-                where=f"check {symptom.check}",
+                where=f"check {symptom.check}" if symptom.checked else "the run",
                 fix=f"{symptom.remedy}; {again}" if again else symptom.remedy,
             )
     return None

@@ -123,4 +123,13 @@ ENTRIES = (
         "CPU binding outside of job step allocation",
         "Requested CPU count {n} is greater than the available",
     ),
+    entry(
+        "forked",
+        "A process that already used CUDA was forked",
+        "none: your script used CUDA before the engine started its processes",
+        "set VLLM_WORKER_MULTIPROCESSING_METHOD=spawn and put the script's start behind `if "
+        '__name__ == "__main__":`, and do not call torch.cuda before the trainer is made',
+        1,
+        "Cannot re-initialize CUDA in forked subprocess",
+    ),
 )

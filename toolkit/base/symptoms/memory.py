@@ -53,6 +53,16 @@ ENTRIES = (
         read=numbers.rank,
     ),
     entry(
+        "lora-target",
+        "vLLM does not support an adapter on this layer",
+        "LORA004",
+        "remove the layer that the text names from lora.target_modules (and modules_to_save: vLLM "
+        "supports adapters on linear layers, not on lm_head or embed_tokens)",
+        1,
+        "is unsupported LoRA weight",
+        "expected target modules in [{..}] but received [",
+    ),
+    entry(
         "sampler-warm-up",
         "The engine ran out of memory while warming up its sampler",
         "size: choice.max_num_seqs",

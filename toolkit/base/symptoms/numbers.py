@@ -69,6 +69,13 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
             "max_num_batched_tokens; `envcheck size run.yaml` shows what each saves",
         )
     short = tried - free
+    if short <= 0:  # a limit of the process or of WSL, or pieces that are too small
+        return symptom.but(
+            title=f"CUDA ran out of memory although {free:.2f} GiB of {total:.2f} GiB are free",
+            remedy="lower gpu_memory_utilization, and under WSL give it more of the host's memory "
+            "(.wslconfig): it limits what a process may take. Otherwise set "
+            "PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF to expandable_segments:True",
+        )
     share = math.ceil(short / total * 100) / 100
     return symptom.but(
         title=f"CUDA ran out of memory: {short:.2f} GiB of {total:.2f} GiB are missing",

@@ -11,6 +11,8 @@ LONGEST_TEXT = 400_000
 
 _END = 60_000
 _AROUND = 300
+_MOST_ALIKE = 3
+_NO_DIGITS = dict.fromkeys(map(ord, "0123456789"))
 _MOST_HITS = 400  # of one word, from the start and from the end
 # Parts of words without their first letter, so that an exact search finds both cases.
 _TELLING = (
@@ -19,6 +21,7 @@ _TELLING = (
     "oom", "requires", "exitcode", "unsatisfied", "Unable", "illed", "inactive", "Pending", "PCIe",
     "Persistence", "Remap", "nvalid", "compatible", "deprecated", "Detected", "kew", "ancdata",
     "unresolvable", "symbolic link", "arning", "enied", "xception", "remapper", "Insuff",
+    "fatal", "atchdog",
 )  # fmt: skip
 
 # Prefixes and suffixes that terminals, loggers, launchers and mail add to a line.
@@ -37,6 +40,9 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
     """``text``; for a long text its error lines with context, and its end."""
     if len(text) <= longest:
         return text
+    text = _without_repeats(text)
+    if len(text) <= longest:
+        return text
     spans = sorted((max(0, at - _AROUND), at + _AROUND) for at in _hits(text))
     merged: list[list[int]] = []
     for start, stop in [*spans, (len(text) - min(_END, longest // 4), len(text))]:
@@ -50,6 +56,22 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
         last = text.find("\n", stop, stop + _AROUND)
         parts.append(text[first : stop if last < 0 else last])
     return _ends("\n".join(parts), longest)
+
+
+def _without_repeats(text: str) -> str:
+    """``text`` without lines that differ only in their numbers from three earlier ones, so that the
+    error between a million progress lines is not one of too many hits. Its end is kept.
+    """
+    body, end = text[:-_END], text[-_END:]
+    seen: dict[str, int] = {}
+    kept = []
+    keys = body.translate(_NO_DIGITS).split("\n")
+    for line, key in zip(body.split("\n"), keys, strict=True):
+        count = seen.get(key, 0)
+        if count < _MOST_ALIKE:
+            seen[key] = count + 1
+            kept.append(line)
+    return "\n".join(kept) + end
 
 
 def _hits(text: str) -> set[int]:

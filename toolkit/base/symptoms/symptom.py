@@ -26,7 +26,8 @@ class Symptom:
     """One known failure.
 
     ``check`` names the checks, the rules or the part of ``envcheck size`` that find it before any
-    GPU time is used. ``exit_code`` is one of ``base.errors.EXIT_CODES`` and shows who must act.
+    GPU time is used; after ``none: `` it says why nothing does. ``exit_code`` is one of
+    ``base.errors.EXIT_CODES`` and shows who must act.
     """
 
     id: str
@@ -34,6 +35,11 @@ class Symptom:
     check: str
     remedy: str
     exit_code: int
+
+    @property
+    def checked(self) -> bool:
+        """Something finds it beforehand."""
+        return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
         """This symptom with details from the numbers in a text."""
