@@ -188,9 +188,6 @@ def _check_flags(request: LoadRequest) -> None:
         raise ConfigValueError(problem.message, where=WHERE, fix=problem.advice)
 
 
-OPEN = (None, "auto")
-"""Values with which vLLM, or the sizing of a run file, decides an option."""
-
 ONE_DEVICE = (None, "sequential", "auto", "balanced")
 """Values of device_map that mean the device of the engine."""
 
@@ -217,23 +214,6 @@ def check_engine(request: LoadRequest) -> None:
             where=WHERE,
             fix="remove device_map, and choose the GPU with CUDA_VISIBLE_DEVICES",
         )
-    rank = request.engine["max_lora_rank"]
-    if rank != "auto" and (type(rank) is not int or rank not in LEGAL_RANKS):
-        raise ConfigValueError(
-            (
-                f"max_lora_rank={rank!r} is not supported by vLLM, which supports "
-                f"{', '.join(map(str, LEGAL_RANKS))}"
-            ),
-            where=WHERE,
-            fix=_next_rank(rank),
-        )
-    share = request.engine["gpu_memory_utilization"]
-    if share != "auto" and not (isinstance(share, (int, float)) and 0 < share < 1):
-        raise ConfigValueError(
-            f"gpu_memory_utilization={share!r} must be between 0 and 1",
-            where=WHERE,
-            fix='use for example 0.5, or "auto"',
-        )
     _check_values(request.engine)
     if not vllm_available():
         raise MissingExtraError(
@@ -250,7 +230,7 @@ def _check_values(engine: Mapping[str, Any]) -> None:
     """
     for name, option in API_OPTIONS.items():
         value = engine[name]
-        if value in OPEN:
+        if value == "auto" or (value is None and option.api is None):
             continue
         if option.kind == "count" and (type(value) is not int or value <= 0):
             raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
@@ -259,14 +239,28 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             raise ConfigTypeError(
                 f"{name}={value!r} must be True, False, or an integer above 0", where=WHERE
             )
+        if option.kind == "rank" and (type(value) is not int or value not in LEGAL_RANKS):
+            raise ConfigValueError(
+                f"{name}={value!r} is not supported by vLLM, which supports "
+                f"{', '.join(map(str, LEGAL_RANKS))}",
+                where=WHERE,
+                fix=_next_rank(name, value),
+            )
+        share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+        if option.kind == "share" and not share:
+            raise ConfigValueError(
+                f"{name}={value!r} must be between 0 and 1",
+                where=WHERE,
+                fix='use for example 0.5, or "auto"',
+            )
         if option.kind == "switch" and not isinstance(value, bool):
             raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
 
 
-def _next_rank(asked: Any) -> str:
+def _next_rank(name: str, asked: Any) -> str:
     """The fix for a rank that vLLM does not support."""
     legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
-    return f'use max_lora_rank={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
+    return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
 
 
 STANDBY = "UNSLOTH_VLLM_STANDBY"

@@ -32,7 +32,9 @@ def test_an_option_is_taken_by_from_pretrained(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, option in API_OPTIONS.items() if option.vllm])
 def test_an_option_reaches_vllm(name: str) -> None:
     option = API_OPTIONS[name]
-    value = {"switch": True, "count": 3, "share": 0.25, "rank": 32, "any": 7}[option.kind]
+    value = {"switch": True, "count": 3, "share": 0.25, "rank": 32, "any": 7, "amount": 4}[
+        option.kind
+    ]
     options = EngineOptions(model="m", **{name: value})
     told = options.to_vllm("cuda")
     assert told[option.vllm] == (option.values.get(value, value) if option.values else value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
+from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.importers.common import NO_ADAPTER, dtype, fit_length, split_warmup, targets
 from toolkit.config.importers.foreign import Computed, Foreign
 from toolkit.config.importers.mapping import (
@@ -198,10 +199,8 @@ def _warmup(made: Translation) -> None:
 def _fast() -> Iterator[Row]:
     own = "FastLanguageModel.from_pretrained."
     yield from rows("model", "model_name", "max_seq_length", "load_in_4bit", "load_in_8bit",
-                    "load_in_16bit", "load_in_fp8", "full_finetuning", "fast_inference",
-                    "max_lora_rank", "gpu_memory_utilization", "float8_kv_cache", "revision",
-                    "trust_remote_code", "max_num_seqs", "enforce_eager", "max_loras",
-                    "enable_prefix_caching", "attn_implementation", prefix=own)  # fmt: skip
+                    "load_in_16bit", "load_in_fp8", "full_finetuning", "fast_inference", "revision",
+                    "trust_remote_code", "attn_implementation", *OPTIONS, prefix=own)  # fmt: skip
     yield Row(f"{own}dtype", "model.dtype", convert=dtype)
     yield from left("the checkpoint's files say it", f"{own}rope_scaling", f"{own}fix_tokenizer",
                     f"{own}use_exact_model_name", f"{own}resize_model_vocab")  # fmt: skip

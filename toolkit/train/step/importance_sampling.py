@@ -208,21 +208,17 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     mean = sum(means) / len(means)
     if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
         return
-    if _has_dropout(trainer.model):
+    if has_dropout(trainer.model):
         return
     trainer.gap_reported = True
     warnings.warn(
-        f"{GAP} is {mean:.2g} nats, and at most {limit:g} is rounding: the completions are not"
-        " sampled from the policy that is trained, as if the engine sampled without the adapter."
-        " Stop the run and report it with its run file; if the figure is as large from the first"
-        " step on, compare with fast_inference: false",
+        f"{GAP} is {mean:.2g} nats, and rounding explains at most {limit:g}: the completions are"
+        " not sampled from the policy that is trained, as if the engine sampled without the adapter."
+        " Stop the run and report it with its run file. If the value is as large at the first"
+        " step, compare with fast_inference: false",
         ToolkitWarning,
         stacklevel=2,
     )
-
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    return any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in model.modules())
 
 
 def _unfollowed(trainer: TrainerSeam) -> list[str]:
