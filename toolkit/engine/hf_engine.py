@@ -67,7 +67,7 @@ class TransformersEngine:
         rows: Sequence[int] | None = None,
     ) -> Rollout:
         """``sampling.n`` completions of each prompt (token ids), each drawn from ``seed`` and its
-        row alone; ``rows`` as in ``base.RolloutEngine``.
+        row alone; ``rows`` as in ``rollout_engine.RolloutEngine``.
 
         Log-probabilities are of the distribution sampled from: after temperature, top-k, top-p,
         min-p and penalties. ``adapter`` False samples from the base. The caller's random generators

@@ -116,7 +116,7 @@ def generate(
     lora: LoRARequest | None,
     rows: Sequence[int],
 ) -> Rollout:
-    """``sampling.n`` completions of each prompt; ``rows`` as in ``base.RolloutEngine``.
+    """``sampling.n`` completions of each prompt; ``rows`` as in ``rollout_engine.RolloutEngine``.
 
     Each prompt is one request with n completions, so its prefix is computed once. It has its own
     seed, so the result depends neither on earlier calls nor on the batch that it runs in.

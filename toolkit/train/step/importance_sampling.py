@@ -213,8 +213,8 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     trainer.gap_reported = True
     warnings.warn(
         f"{GAP} is {mean:.2g} nats, and rounding explains at most {limit:g}: the completions are"
-        " not sampled from the policy that is trained, as if the engine sampled without the adapter."
-        " Stop the run and report it with its run file. If the value is as large at the first"
+        " not sampled from the policy that is trained, as if the engine sampled without the"
+        " adapter. Stop the run and report it with its run file. If the value is as large at the first"
         " step, compare with fast_inference: false",
         ToolkitWarning,
         stacklevel=2,
