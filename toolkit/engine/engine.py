@@ -129,7 +129,8 @@ class Engine:
         Args:
             prompts: token ids of each prompt.
             sampling: sampling parameters.
-            seed: the seed of a completion depends on it and on its row (``rollout_request.request_seed``).
+            seed: the seed of a completion depends on it and on its row
+                (``rollout_request.request_seed``).
             rows: the row of each prompt's first completion, if the call is part of a batch.
             adapter: True samples from the adapter last published as ``"default"`` (the base model
                 before any publish), a name from the adapter of that name, False from the base

@@ -214,8 +214,8 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     warnings.warn(
         f"{GAP} is {mean:.2g} nats, and rounding explains at most {limit:g}: the completions are"
         " not sampled from the policy that is trained, as if the engine sampled without the"
-        " adapter. Stop the run and report it with its run file. If the value is as large at the first"
-        " step, compare with fast_inference: false",
+        " adapter. Stop the run and report it with its run file. If the value is as large at"
+        " the first step, compare with fast_inference: false",
         ToolkitWarning,
         stacklevel=2,
     )
