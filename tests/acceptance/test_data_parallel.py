@@ -15,6 +15,7 @@ import rank_world as ranks
 import train_world as world
 
 from toolkit.train.checkpointing import checkpoint
+from toolkit.train.launch import free_port
 
 SLOW = ('reward.functions=[{name: "slow_rewards:ones"}]', "runtime.allow_code=[slow_rewards]")
 HALF = ("grpo.per_device_train_batch_size=4",)
@@ -209,6 +210,24 @@ def test_torchrun_starts_it_too(run_file, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "2 processes" in out
+    assert world.digests(one) == world.digests(two)
+
+
+@pytest.mark.slow
+def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
+    """As the pods of containers/kubernetes/train-groups.yaml: one command for each node."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(ranks.start(run_file, one, *HALF, *SLOW), one)
+    sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
+    words = ["toolkit", "train", str(run_file), "--output-dir", str(two), *sets]
+    place = {"PET_NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nodes = [
+        command(*words, "--nproc-per-node", "1", **place, PET_NODE_RANK=str(n)) for n in (0, 1)
+    ]
+    told = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert "2 processes" in told[0][0]
+    assert told[1][0] == ""
     assert world.digests(one) == world.digests(two)
 
 

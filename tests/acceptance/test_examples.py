@@ -42,7 +42,8 @@ def test_each_run_file_validates(copy: Path) -> None:
     assert RUN_FILES
     for file in RUN_FILES:
         folder = copy / file.parent.relative_to(EXAMPLES)
-        size = ("--world-size", "4") if folder.name == "several-gpus" else ()
+        cards = {"several-gpus": "4", "70b-on-eight-gpus": "8"}.get(folder.name, "1")
+        size = ("--world-size", cards)
         done = command("envcheck", "validate", *size, "run.yaml", cwd=folder, PYTHONPATH=".")
         assert done.returncode == 0, done.stdout
         assert "in run.yaml" in done.stdout  # the line that counts findings

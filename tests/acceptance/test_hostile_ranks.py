@@ -89,6 +89,39 @@ def test_a_rank_that_is_stopped_before_the_first_step_is_not_waited_for(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+def test_a_replica_that_runs_out_of_memory_is_told_once(run_file, expected, tmp_path, victim):
+    """The others wait for it in a collective, so the step is not repeated, and nothing is lost."""
+    run_dir = tmp_path / "run"
+
+    def before(number):
+        if number != victim:
+            return
+        import torch
+
+        from toolkit.train.trainer import GRPOTrainer
+
+        losses = GRPOTrainer._compute_loss
+
+        def narrow(trainer, model, inputs):
+            if trainer.state.global_step == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return losses(trainer, model, inputs)
+
+        GRPOTrainer._compute_loss = narrow
+
+    pids = ranks.start(run_file, run_dir, HALF, before=before)
+    codes = [world.wait(pid) for pid in pids]
+    said = ranks.told(run_dir)
+    assert codes == [1, 1], said
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
+    assert f"process {victim} ran out of memory, and 2 replicas train together" in said
+    assert "Tried to allocate 2.00 GiB" in said
+    assert "resumes from the last checkpoint" in said
+    assert "Traceback" not in said
+    assert resumed(run_file, run_dir) == expected
+
+
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_whose_disk_is_full_is_told_once(run_file, expected, tmp_path, victim):
     """The files of one rank in checkpoint-4 may not have more than a few bytes."""
     run_dir = tmp_path / "run"

@@ -61,6 +61,18 @@ def test_figures_and_arms_from_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_model_over_two_processes(tmp_path: Path) -> None:
+    report = json.loads(_bench(tmp_path, "--arms", "ours", "--ours-cards", "2", "--json"))
+    (ours,) = report["arms"]
+    assert ours["not_run"] is None, (tmp_path / "out" / "ours.log").read_text()
+    assert len(ours["step_s"]) == 2
+    assert ours["completion_tokens"] == [64 * 8] * 2
+    assert ours["logp_gap_max"] < 1e-5
+    assert report["settings"]["ours_cards"] == 2
+    assert (tmp_path / "out" / "ours-1.json").is_file(), "the second process ended too"
+
+
+@pytest.mark.slow
 def test_an_arm_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     shown = _bench(tmp_path, "--arms", "ours", "--limit-s", "1", "--json")
     assert json.loads(shown)["arms"][0]["not_run"] == "stopped after 1 s"

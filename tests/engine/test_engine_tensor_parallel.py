@@ -34,12 +34,14 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def sampled(size: int, families: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def sampled(
+    size: int, families: Sequence[str], folder: Path, worker: Path = WORKER
+) -> list[dict[str, Any]]:
     """What each of ``size`` engines that share a model found, a family after the other."""
     port = free_port()
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *families],
+            [sys.executable, str(worker), str(folder), *families],
             env=environment(number, size, port),
             stdout=subprocess.PIPE,
             text=True,
@@ -71,6 +73,21 @@ def test_two_engines_share_a_model(tmp_path: Path) -> None:
 def test_families_are_split(tmp_path: Path, size: int) -> None:
     """With four processes and two KV heads, each head is in two of them."""
     judge(sampled(size, FAMILIES, tmp_path), size * len(FAMILIES))
+
+
+@pytest.mark.slow
+def test_engines_that_run_out_of_memory_together_repeat_the_rollout(tmp_path: Path) -> None:
+    """If one of them does alone, the other waits in a sum, and the run ends with the reason."""
+    found = sampled(2, [], tmp_path / "model", WORKER.with_name("split_memory.py"))
+    for one in found:
+        assert one["same"]
+        assert one["most"] == 6, "of twelve sequences"
+        assert one["as before"]
+    kind, message, fix = found[1]["alone"]
+    assert kind == "ConfigError"
+    assert "process 1 ran out of memory during a rollout" in message
+    assert "resumes from the last checkpoint" in fix
+    assert found[0]["alone"][0] == "NodeError", "for process_control: its partner is gone"
 
 
 def test_every_kind_that_is_let_through_is_tried() -> None:

@@ -48,6 +48,18 @@ def local_rank(environ: Mapping[str, str] = os.environ) -> int:
     return _number(environ, "LOCAL_RANK", least=0)
 
 
+def node_count(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of nodes on each of which ``--nproc-per-node`` is started: PET_NNODES, torchrun's
+    name. Raises InputError.
+    """
+    return _number(environ, "PET_NNODES", least=1)
+
+
+def node_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of this node among them: PET_NODE_RANK. Raises InputError."""
+    return _number(environ, "PET_NODE_RANK", least=0)
+
+
 def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
     """A variable's value; the smallest valid value if it is not set."""
     text = environ.get(name) or str(least)

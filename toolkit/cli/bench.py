@@ -58,6 +58,11 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--ours-sleep/--ours-no-sleep", default=None, help="Let the KV cache sleep while training."
 )
+@click.option(
+    "--ours-cards",
+    type=click.IntRange(min=1),
+    help="Split the model over this many GPUs in the toolkit's arm.  [default: 1]",
+)
 @click.option("--gpu-memory-utilization", type=float)
 @click.option("--load-in-4bit/--load-in-16bit", default=None)
 @click.option("--profile", is_flag=True, help="Also print where the toolkit's time goes.")

@@ -51,9 +51,11 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
 def _head(result: SizingResult) -> str:
     model = result.model
     held = f"{model.quantization or model.dtype} {format_bytes(model.weight_bytes)}"
+    cards = result.choice.tensor_parallel_size
+    each = f" on each of {cards} cards" if cards > 1 else ""
     lines = [
         f"model   {model.name} ({model.architecture}): {format_parameters(model.parameters)} "
-        f"parameters, {held}, KV {format_bytes(model.kv_bytes_per_token)} per token",
+        f"parameters, {held}, KV {format_bytes(model.kv_bytes_per_token)} per token{each}",
     ]
     if model.margin:
         lines.append(

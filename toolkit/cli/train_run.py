@@ -61,7 +61,8 @@ class Processes(click.IntRange):
     "processes",
     type=Processes(min=1),
     metavar="N|auto",
-    help="Train on N GPUs of this node, or on all visible ones, with one process per GPU.",
+    help="Train on N GPUs of this node, or on all visible ones, with one process per GPU. For "
+    "several nodes: start it on each, with PET_NNODES, PET_NODE_RANK, MASTER_ADDR and MASTER_PORT.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
@@ -93,11 +94,14 @@ def train(  # noqa: PLR0913 - one parameter an option
             "--nproc-per-node cannot be used inside torchrun or srun, "
             "which start the processes themselves"
         )
-    world_size = processes or process_environment.world_size()
+    if processes is None:
+        world_size = process_environment.world_size()
+    else:
+        world_size = processes * process_environment.node_count()
     config, rules = _load(run_file, [*overrides, *named], world_size)
     if dry_run:
         _show(config, world_size)
-    elif processes is None or processes == 1:
+    elif processes is None or world_size == 1:
         _run(config, rules, evaluate=evaluate, debug=debug)
     else:
         sys.exit(_launch(run_file, [*overrides, *named], processes, evaluate, debug))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from toolkit.engine.mesh import close_mesh, mesh
 from toolkit.engine.oom_backoff import Part, in_parts
 from toolkit.engine.rollout_request import check_prompts
 from toolkit.engine.sleep import KvSleep
+from toolkit.engine.together import drawn_together
 from toolkit.engine.vllm_errors import START_AGAIN, closed, died, explain
 from toolkit.engine.vllm_internals import drop_requests, open_internals, shut_down
 
@@ -150,15 +152,13 @@ class Engine:
 
         def draw(part: Part) -> Rollout:
             wanted = sampling if part.n == sampling.n else replace(sampling, n=part.n)
-            return generation.generate(self.llm, part.prompts, wanted, seed, request, part.rows)
+            call = partial(
+                generation.generate, self.llm, part.prompts, wanted, seed, request, part.rows
+            )
+            return call() if shared is None else drawn_together(shared, call)
 
         shared = mesh()
         try:
-            if shared is not None:
-                # Not in parts: one of several that runs out of memory leaves the others waiting.
-                rollout = draw(Part(prompts, rows, sampling.n))
-                shared.check_same("completions", rollout.completion_ids)
-                return rollout
             rollout, self._most_at_once = in_parts(
                 draw,
                 Part(prompts, rows, sampling.n),
@@ -166,7 +166,10 @@ class Engine:
                 at_once=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
                 recover=lambda: drop_requests(self.llm),
             )
-        except ToolkitError:
+            if shared is not None:
+                shared.check_same("completions", rollout.completion_ids)
+        except ToolkitError as problem:
+            self._dead = problem if shared is not None else None
             raise
         except Exception as problem:
             self._dead = explain(problem, "the rollout failed", START_AGAIN)

@@ -12,7 +12,6 @@ vLLM creates its groups from the default group, so ``join_group`` runs before an
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,13 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from toolkit.base.errors import ConfigError, DefectError
-from toolkit.base.process_environment import local_world_size, rank, world_size
+from toolkit.base.errors import DefectError
+from toolkit.base.process_environment import rank, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.distributed.distributed_c10d import Store
-
-WHERE = "model.tensor_parallel_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +116,6 @@ def mesh() -> Mesh | None:
     return _open
 
 
-def check_world(size: int) -> None:
-    """Before an engine starts: the processes of the run make whole groups, each on one node.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if size == 1:
-        return
-    world, here = world_size(), local_world_size()
-    if world % size or "RANK" not in os.environ:
-        raise ConfigError(
-            f"tensor_parallel_size {size} needs a number of processes that is a multiple of {size},"
-            f" and this run has {world}",
-            where=WHERE,
-            fix=f"start it with --nproc-per-node {size} or torchrun",
-        )
-    if here % size:
-        raise ConfigError(
-            f"a group of {size} processes would lie on two nodes: each node has {here} processes",
-            where=WHERE,
-            fix=f"start a multiple of {size} processes on each node, or lower tensor_parallel_size",
-        )
-
-
 def open_mesh(size: int) -> Mesh | None:
     """Once vLLM has made its groups: take its group of this process. Every process of the run calls
     it. None for ``size`` 1.
@@ -214,3 +187,18 @@ def join_group(timeout_s: float | None = None, store: Store | None = None) -> No
         world_size=world_size(),
         store=store,
     )
+
+
+def exchange(value: Any) -> list[Any]:
+    """``value`` of each process of the run, by rank; every one of them calls it. Joins the group.
+
+    The values are sent by the CPU: no GPU of this process is chosen yet.
+    """
+    if world_size() == 1:
+        return [value]
+    join_group()
+    group = distributed.new_group(backend="gloo")
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value, group=group)
+    distributed.destroy_process_group(group)
+    return values

@@ -17,14 +17,15 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
-from toolkit.base.process_environment import world_size
+from toolkit.base.process_environment import local_rank, world_size
 from toolkit.config.lora_targets import has_experts
 from toolkit.config.parallel import size_of
 from toolkit.config.supported_features import cpu_engine_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
+from toolkit.engine.groups import check_groups
 from toolkit.engine.lora_tables import use_table
-from toolkit.engine.mesh import check_world, join_group, open_mesh
+from toolkit.engine.mesh import exchange, join_group, open_mesh
 from toolkit.engine.vllm_errors import explain
 from toolkit.engine.vllm_internals import device_type
 
@@ -44,8 +45,10 @@ def start(options: EngineOptions) -> Engine:
     if again:
         make_room()
     size = size_of(options.tensor_parallel_size)
-    check_world(size)
     device = device_type()
+    check_groups(
+        size, torch.cuda.get_device_name(local_rank()) if device == "cuda" else None, exchange
+    )
     config = check_model(options, device)
     weight_loader.register()
     sleep.register()

@@ -13,43 +13,52 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.process_environment import local_rank, world_size
 from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
+from toolkit.engine.mesh import exchange
 from toolkit.gpu import devices
 from toolkit.gpu.snapshot import take
-from toolkit.sizing import Device, resolve
+from toolkit.sizing import Device, resolve_for_all
 
 if TYPE_CHECKING:
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
 
+SETTLED = ("gpu_memory_utilization", "tensor_parallel_size")
+"""Arguments of ``from_pretrained`` that the sizer settles."""
+
 ADAPTER_FIELDS = ("r", "target_modules", "rank_pattern", "exclude_modules", "layers_to_transform")
 """Fields of an adapter's config that determine its size."""
 
 
-def sized_share(
+def settled(
     checkpoint: Checkpoint,
     request: LoadRequest,
     adapter: Adapter | None,
     *,
     length: int,
     dtype: str,
-) -> float | None:
-    """The gpu_memory_utilization that the sizer chooses for this process's GPU; None without a GPU.
+) -> dict[str, Any]:
+    """``SETTLED`` of the request; the sizer replaces each "auto", as in a run file.
 
-    ``length`` is max_seq_length in tokens, ``dtype`` the name of the weights' format.
+    In a run of several processes all of them call it and get the same values: those for the GPU
+    with the least free memory. Without a GPU ``gpu_memory_utilization`` stays "auto": it is not
+    used there. ``length`` is max_seq_length in tokens, ``dtype`` the name of the weights' format.
 
     Raises:
         ConfigError: the run does not fit next to the engine; the message lists changes that make it
             fit.
     """
+    given = {name: request.engine[name] for name in SETTLED}
+    if "auto" not in given.values():
+        return given
     snapshot = take()
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
-    if gpu is None:
-        return None
+    every = exchange(None if gpu is None else Device.from_node(snapshot, gpu))
+    if every.count(None) == len(every) and given["tensor_parallel_size"] != "auto":
+        return given
     config = as_run(checkpoint, request, adapter, length=length, dtype=dtype)
-    resolved, _ = resolve(config, Device.from_node(snapshot, gpu), world_size=world_size())
-    share = resolved.model.gpu_memory_utilization
-    return None if share == "auto" else share
+    resolved, _, _ = resolve_for_all(config, every, world_size=world_size())
+    return {name: getattr(resolved.model, name) for name in SETTLED}
 
 
 def as_run(
@@ -60,11 +69,10 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """A run file for the same model, with ``gpu_memory_utilization: auto``."""
+    """A run file for the same model."""
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,
-        "gpu_memory_utilization": "auto",
         "model_name": str(checkpoint.folder),
         "max_seq_length": length,
         "dtype": dtype,

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from toolkit.base.errors import ConfigValueError
-from toolkit.base.process_environment import world_size
-from toolkit.config import parallel
 from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
-from toolkit.policy.auto_engine import lora_of, sized_share
+from toolkit.policy.auto_engine import lora_of, settled
 from toolkit.policy.fingerprint import note_checkpoint
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 from toolkit.policy.load_arguments import WHERE
 
 if TYPE_CHECKING:
-    from toolkit.config.engine_settings import Auto
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
@@ -59,9 +53,7 @@ def engine_options(
     """The options of the engine for ``request``. Lengths are in tokens, memory in bytes."""
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
-    size = given["tensor_parallel_size"] = _split(given["tensor_parallel_size"], checkpoint)
-    request = replace(request, engine={**request.engine, "tensor_parallel_size": size})
-    given["gpu_memory_utilization"] = _share(checkpoint, request, adapter)
+    given |= _settled(checkpoint, request, adapter)
     return EngineOptions(
         model=str(checkpoint.folder),
         max_model_len=request.max_seq_length,
@@ -88,32 +80,11 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     )
 
 
-def _split(asked: Any, checkpoint: Checkpoint) -> int:
-    """tensor_parallel_size; "auto" is the smallest size with which the part of the files for one
-    GPU takes at most half of its memory. Sizing resolves "auto" of a run file instead.
-
-    Uses the total memory, not the free memory, so that all processes get the same size.
-    """
-    if asked != "auto":
-        return int(asked)
-    if not torch.cuda.is_available():
-        return 1
-    whole = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
-    room = torch.cuda.mem_get_info()[1] // 2
-    legal = parallel.sizes(checkpoint.read_json("config.json"), world_size())
-    return next((size for size in legal if whole <= size * room), legal[-1])
-
-
-def _share(checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None) -> float | Auto:
-    """gpu_memory_utilization; sizing resolves "auto", as in a run file. Without a GPU the engine
-    ignores it.
-    """
-    asked = request.engine["gpu_memory_utilization"]
-    if asked != "auto":
-        return float(asked)
-    if not torch.cuda.is_available():
-        return "auto"
+def _settled(
+    checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
+) -> dict[str, Any]:
+    """See ``auto_engine.settled``."""
     text = read_config(checkpoint, request).get_text_config()
     length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
     dtype = str(choose_dtype(request)).removeprefix("torch.")
-    return sized_share(checkpoint, request, adapter, length=length, dtype=dtype) or "auto"
+    return settled(checkpoint, request, adapter, length=length, dtype=dtype)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from toolkit.sizing.device import Device
 from toolkit.sizing.model_blocks import ModelSpec
 from toolkit.sizing.result import SizingResult
-from toolkit.sizing.solve import resolve, solve
+from toolkit.sizing.solve import resolve, resolve_for_all, solve
 from toolkit.sizing.spec import read_spec
 
-__all__ = ["Device", "ModelSpec", "SizingResult", "read_spec", "resolve", "solve"]
+__all__ = [
+    "Device",
+    "ModelSpec",
+    "SizingResult",
+    "read_spec",
+    "resolve",
+    "resolve_for_all",
+    "solve",
+]

@@ -11,6 +11,8 @@ from toolkit.config.resolved import DeviceFacts, Situation, vllm_here
 from toolkit.gpu.devices import memory_of, visible
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from toolkit.gpu.cards import Card
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
@@ -122,3 +124,27 @@ def situation_here(
         gpu = seen[gpu_index if gpu_index is not None and gpu_index < len(seen) else 0]
         facts = DeviceFacts(gpu.name.value or gpu.label, gpu.capability or (0, 0))
     return Situation(world_size=world_size, device=facts, vllm=vllm_here())
+
+
+def smallest(found: Sequence[Device | None]) -> Device | None:
+    """Of the devices of all processes of a run, the one with the least free memory; None if all are
+    the CPU.
+
+    Raises:
+        ConfigError: some processes have a GPU and others do not.
+    """
+    cards = [device for device in found if device is not None]
+    if cards and len(cards) < len(found):
+        without = [str(number) for number, device in enumerate(found) if device is None]
+        raise ConfigError(
+            (
+                f"{len(cards)} of {len(found)} processes have a GPU; process {', '.join(without)} "
+                "has none"
+            ),
+            where="pre-flight",
+            fix=(
+                "start one process per visible GPU on each node (CUDA_VISIBLE_DEVICES limits the "
+                "visible ones)"
+            ),
+        )
+    return min(cards, key=lambda card: (card.free_bytes, card.total_bytes), default=None)

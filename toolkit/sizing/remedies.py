@@ -255,7 +255,8 @@ def _engine_changes(case: Case) -> Iterator[_Change]:
 
 
 def _formats(case: Case) -> Iterator[_Change]:
-    if case.plan.quantization is None and _has(case, FOUR_BIT):
+    split = parallel.size_of(case.config.model.tensor_parallel_size) > 1  # excludes packed weights
+    if case.plan.quantization is None and not split and _has(case, FOUR_BIT):
         yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
 
 
@@ -280,25 +281,34 @@ def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
 
 
 def _split_model(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """The smallest number of cards of this kind that hold the run with the model split over them;
-    the batch stays what it is.
+    """The smallest number of cards over which the model can be split so that the run fits: of the
+    cards of the run if there are enough, else of more cards of this kind. The batch of a step stays
+    what it is.
     """
-    written = config.model.tensor_parallel_size
-    if case.device is None or not case.work.uses_engine or written not in (1, "auto"):
+    splits = case.work.uses_engine and case.plan.share_weights and case.plan.quantization is None
+    if case.device is None or not splits:
         return []
-    replicas = case.step.world_size // case.plan.tensor_parallel
-    for size in parallel.sizes(facts_of(case.whole), MOST_CARDS)[1:]:
-        world = size * replicas
-        if size <= case.plan.tensor_parallel or size & (size - 1):
-            continue
-        change = _Change(
-            HARDWARE,
-            f"{world} cards (--world-size {world}) with tensor_parallel_size {size}",
-            {"model.tensor_parallel_size": size},
-        )
-        left = attempt(change.applied(config), world)[1].short_bytes
+    world, own = case.step.world_size, case.plan.tensor_parallel
+    sizes = [n for n in parallel.sizes(facts_of(case.whole), MOST_CARDS) if not n & (n - 1)]
+    for size in (n for n in sizes if n > own and world % n == 0):
+        micro, more = case.step.micro_batch, case.step.accumulation * (size // own)
+        settings = {
+            "model.tensor_parallel_size": size,
+            f"grpo.{MICRO}": micro,
+            f"grpo.{ACCUMULATION}": more,
+        }
+        text = f"tensor_parallel_size {own} -> {size} on the {world} cards ({ACCUMULATION} {more})"
+        change = _Change(TIME, text, settings)
+        left = attempt(change.applied(config))[1].short_bytes
         if left <= 0:
-            return [replace(_remedy(change, short, left), world_size=world)]
+            return [_remedy(change, short, left)]
+    for size in (n for n in sizes if n > own):
+        cards = size * (world // own)
+        text = f"{cards} cards (--world-size {cards}) with tensor_parallel_size {size}"
+        change = _Change(HARDWARE, text, {"model.tensor_parallel_size": size})
+        left = attempt(change.applied(config), cards)[1].short_bytes
+        if left <= 0:
+            return [replace(_remedy(change, short, left), world_size=cards)]
     return []
 
 

@@ -16,7 +16,7 @@ from toolkit.config.resolved import resolve_run
 from toolkit.config.trl_names import LIGER, installed
 from toolkit.sizing.assemble import assemble
 from toolkit.sizing.dequantized import best_copies, written_copies
-from toolkit.sizing.device import situation_of
+from toolkit.sizing.device import situation_of, smallest
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
 from toolkit.sizing.fit import Case, evaluate
@@ -31,7 +31,7 @@ from toolkit.sizing.trainer_bytes import compute_bytes, is_packed
 from toolkit.sizing.workload import StepPlan, read_workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from toolkit.config.run_config import RunConfig
     from toolkit.sizing.device import Device
@@ -74,6 +74,25 @@ def resolve(
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world_size)
     return result.apply(config), result
+
+
+def resolve_for_all(
+    config: RunConfig, devices: Sequence[Device | None], *, world_size: int
+) -> tuple[RunConfig, SizingResult, Device | None]:
+    """``resolve`` for a run whose processes have ``devices``: the same values for all, for the
+    device with the least free memory. Also returns that device.
+
+    Raises:
+        ConfigError: the run does not fit on one of them, or only some processes have a GPU.
+    """
+    device = smallest(devices)
+    resolved, sizing = resolve(config, device, world_size=world_size)
+    for other in devices:
+        # This GPU may have more memory in total but less of it free: the share chosen for the
+        # smallest may be too much.
+        if device is not None and other is not None and other.total_bytes != device.total_bytes:
+            resolve(resolved, other, world_size=world_size)
+    return resolved, sizing, device
 
 
 def best_case(

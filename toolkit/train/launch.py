@@ -1,4 +1,4 @@
-"""``toolkit train --nproc-per-node N``: start the processes of one node and return one exit code.
+"""``toolkit train --nproc-per-node N``: start the processes of this node and return one exit code.
 
 torchrun does this and more, but it exits with 1 whatever the exit codes of its processes. So a
 scheduler cannot see exit code 75, with which a stopped run asks to be queued again. This module
@@ -17,7 +17,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from toolkit.base.errors import StoppedError
+from toolkit.base.errors import InputError, StoppedError
+from toolkit.base.process_environment import node_count, node_rank
 from toolkit.train.checkpointing.stop_signals import SIGNALS, end_listeners, heard
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ stop.
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``toolkit ARGUMENTS`` in ``processes`` processes that train together; return the exit
-    code.
+    """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node that train together, also
+    with those of other nodes; return the exit code.
 
     This is the first nonzero exit code of a process, 128 + signal if all were killed, or 0. Signals
     are passed to every process. Raises StoppedError for a signal that arrived before the processes
@@ -93,16 +94,40 @@ def follow_launcher() -> None:
 
 
 def environment(number: int, processes: int, port: int) -> dict[str, str]:
-    """The environment variables that torchrun sets for its processes on one node."""
+    """The environment variables that torchrun sets for process ``number`` of the ``processes`` on
+    this node. The nodes are those of PET_NNODES; with several, all meet at MASTER_ADDR and
+    MASTER_PORT.
+
+    Raises:
+        InputError: there are several nodes, and no place to meet.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
+    nodes, node = node_count(), node_rank()
+    if nodes > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise InputError(
+            f"PET_NNODES={nodes}: the processes of {nodes} nodes need a place to meet",
+            where="the environment",
+            fix="set MASTER_ADDR to the host name of the first node and MASTER_PORT to a free port "
+            "of it, the same on all nodes, or unset PET_NNODES",
+        )
+    if node >= nodes:
+        raise InputError(
+            f"PET_NODE_RANK={node} must be below PET_NNODES={nodes}",
+            where="the environment",
+            fix="number the nodes from 0",
+        )
+    if nodes > 1:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    else:
+        host = "127.0.0.1"
     return {
         "OMP_NUM_THREADS": threads,
         **os.environ,
-        "RANK": str(number),
+        "RANK": str(node * processes + number),
         "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(processes),
+        "WORLD_SIZE": str(nodes * processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
         LAUNCHER: str(os.getpid()),
     }

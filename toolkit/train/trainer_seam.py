@@ -79,6 +79,15 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return int(self._step)
 
     @property
+    def micro_progress(self) -> tuple[int, float]:
+        """(``micro_steps``, seconds of the current optimizer step)."""
+        return int(self._step), float(self._current_train_step_time)
+
+    @micro_progress.setter
+    def micro_progress(self, value: tuple[int, float]) -> None:
+        self._step, self._current_train_step_time = value
+
+    @property
     def text_tokenizer(self) -> Any:
         """The tokenizer, also where the processing class is a processor."""
         return self._tokenizer
@@ -263,6 +272,7 @@ class TrainerSeam(Protocol):
     ) -> None: ...
 
     rollout_buffer: Any
+    micro_progress: tuple[int, float]
 
     # checkpointing/resumable_trainer
     signals: StopSignals | None

@@ -187,6 +187,15 @@ def test_each_task_of_several_nodes_knows_its_rank(cluster: Path) -> None:
     assert "MASTER_ADDR=node1,MASTER_PORT=29541" in log
 
 
+def test_tasks_are_numbered_node_by_node(cluster: Path) -> None:
+    """Processes that share a model are neighbours, so a group of them is on one node."""
+    shift = 'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"'
+    write(cluster / "srun", f'echo "srun $*" >>"$LOG"\n{shift}')
+    _, log, _ = batch(cluster, "train-multinode.sbatch")
+    (started,) = [line for line in log.splitlines() if line.startswith("srun") and "--wait" in line]
+    assert "--distribution=block" in started
+
+
 def test_the_pre_flight_of_several_nodes_knows_how_many_processes_there_will_be(
     cluster: Path,
 ) -> None:

@@ -7,9 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import yaml
+
+from toolkit.cli import envcheck, train
 
 REPO = Path(__file__).resolve().parents[3]
 CONTAINERS = REPO / "containers"
@@ -113,7 +117,7 @@ def test_every_container_is_closed() -> None:
         for name, pod in pods()
         for container in [*pod.get("initContainers", []), *pod["containers"]]
     ]
-    assert len(containers) == 3
+    assert len(containers) == 5
     for name, container in containers:
         context = container["securityContext"]
         assert context["readOnlyRootFilesystem"] is True, name
@@ -122,12 +126,49 @@ def test_every_container_is_closed() -> None:
         assert "limits" in container["resources"], name
 
 
-def test_the_job_acts_on_the_exit_codes() -> None:
-    job = next(
-        document
-        for document in yaml.safe_load_all((CONTAINERS / "kubernetes/train-job.yaml").read_text())
-        if document["kind"] == "Job"
-    )
+def job_of(manifest: str) -> dict[str, Any]:
+    text = (CONTAINERS / "kubernetes" / manifest).read_text()
+    return next(one for one in yaml.safe_load_all(text) if one["kind"] == "Job")
+
+
+def test_every_container_runs_a_command_that_exists() -> None:
+    programs = {"toolkit": train.cli, "envcheck": envcheck.cli}
+    for name, pod in pods():
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            program, command, *arguments = container["args"]
+            found = programs[program].get_command(click.Context(programs[program]), command)
+            assert found is not None, name
+            paths = ["run.yaml" if one == "/config/run.yaml" else one for one in arguments]
+            found.make_parser(click.Context(found)).parse_args(paths)  # refuses unknown options
+
+
+def test_the_numbers_of_a_job_of_groups_agree() -> None:
+    job = job_of("train-groups.yaml")
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (check,), (train,) = pod["initContainers"], pod["containers"]
+    cards = train["resources"]["limits"]["nvidia.com/gpu"]
+    nodes = spec["completions"]
+    told = {one["name"]: one.get("value") for one in train["env"]}
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == nodes == int(told["PET_NNODES"])
+    assert train["args"][-2:] == ["--nproc-per-node", cards]
+    judged = {one["name"]: one["value"] for one in check["env"]}
+    assert judged["WORLD_SIZE"] == str(nodes * int(cards))
+    assert judged["LOCAL_WORLD_SIZE"] == cards
+    assert told["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert int(told["MASTER_PORT"]) == train["ports"][0]["containerPort"]
+    text = (CONTAINERS / "kubernetes/train-groups.yaml").read_text()
+    service = next(one for one in yaml.safe_load_all(text) if one["kind"] == "Service")
+    assert service["metadata"]["name"] == pod["subdomain"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    index = next(one for one in train["env"] if one["name"] == "PET_NODE_RANK")
+    assert "job-completion-index" in index["valueFrom"]["fieldRef"]["fieldPath"]
+
+
+@pytest.mark.parametrize("manifest", ["train-job.yaml", "train-groups.yaml"])
+def test_the_job_acts_on_the_exit_codes(manifest: str) -> None:
+    job = job_of(manifest)
     rules = job["spec"]["podFailurePolicy"]["rules"]
     actions = {
         (rule["onExitCodes"]["containerName"], code): rule["action"]

@@ -248,3 +248,14 @@ def test_cards_that_share_a_model_want_nvlink() -> None:
     hidden = replace(node, gpus=tuple(replace(gpu, nvlinks=failed("driver")) for gpu in node.gpus))
     assert verdict(hidden, "speed.group_link", group).verdict == "unknown"
     assert "speed.group_link" not in {one.id for one in run_checks(node, CheckContext())}
+
+
+def test_cards_that_share_a_model_are_of_one_kind() -> None:
+    node = snapshot_of("mixed-cards")  # CUDA sorts the slower one to the end
+    group = CheckContext(configured=True, tensor_parallel_size=4, world_size=8)
+    result = verdict(node, "devices.alike", group)
+    assert (result.verdict, result.blame) == ("fail", "user")
+    assert "cards 4 to 7 would share a model, and are NVIDIA" in result.evidence
+    assert "CUDA_VISIBLE_DEVICES" in str(result.remedy)
+    replicas = CheckContext(configured=True, world_size=8)
+    assert verdict(node, "devices.alike", replicas).verdict == "warn"

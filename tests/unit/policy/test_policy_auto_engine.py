@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def opened(model: Path, adapter: Any = None, **arguments: Any) -> Any:
     return engine_options(find_checkpoint(str(model)), check_request(given), adapter)
 
 
-def of_a_run_file(model: Path, lora: str, **keys: Any) -> Any:
+def of_a_run_file(model: Path, lora: str, *, world_size: int = 1, **keys: Any) -> Any:
     """The sizer's choice for a run file on the same GPU."""
     values = {"max_seq_length": 2048, "enable_sleep_mode": False, **keys, "model_name": str(model)}
     run = {"model": values, "dataset": {"path": "t.jsonl"}, "runtime": {"engine": "vllm"}}
@@ -62,7 +63,8 @@ def of_a_run_file(model: Path, lora: str, **keys: Any) -> Any:
     node = auto_engine.take()
     gpu = devices.select(node, 0)
     assert gpu is not None
-    return resolve(load_run(model.parent / "run.json"), Device.from_node(node, gpu))[0].model
+    config, device = load_run(model.parent / "run.json"), Device.from_node(node, gpu)
+    return resolve(config, device, world_size=world_size)[0].model
 
 
 def test_auto_is_what_a_run_file_gets(model: Path) -> None:
@@ -99,3 +101,51 @@ def test_what_does_not_fit_is_told_with_what_would_make_it_fit(model: Path) -> N
 def test_a_number_is_taken_as_it_is(model: Path) -> None:
     options = opened(model, gpu_memory_utilization=0.37, max_lora_rank=8)
     assert (options.gpu_memory_utilization, options.max_lora_rank) == (0.37, 8)
+
+
+LARGE = LLAMA | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "head_dim": 128,
+    "num_attention_heads": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_the_sizer_chooses_over_how_many_cards_a_model_is_split(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "config.json").write_text(json.dumps(LARGE))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(auto_engine, "exchange", lambda own: [own] * 8)
+    lora = '{"use_gradient_checkpointing": "unsloth"}'
+    sized = of_a_run_file(model, lora, world_size=8, tensor_parallel_size="auto")
+    options = opened(model, tensor_parallel_size="auto")
+    assert options.tensor_parallel_size == sized.tensor_parallel_size > 1
+    assert options.gpu_memory_utilization == sized.gpu_memory_utilization
+    written = opened(model, tensor_parallel_size="auto", gpu_memory_utilization=0.9)
+    assert written.gpu_memory_utilization == 0.9
+
+
+def test_all_processes_are_sized_for_the_fullest_card(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = opened(model).gpu_memory_utilization
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fuller = {"free": 30}
+
+    def exchange(own: Any) -> list[Any]:
+        return [own, dataclasses.replace(own, free_bytes=fuller["free"] << 30)]
+
+    monkeypatch.setattr(auto_engine, "exchange", exchange)
+    assert opened(model).gpu_memory_utilization < empty
+    fuller["free"] = 2
+    with pytest.raises(ConfigError, match="fit"):
+        opened(model)
+
+
+def test_one_process_without_a_gpu_holds_the_model(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = dataclasses.replace(auto_engine.take(), gpus=())
+    monkeypatch.setattr(auto_engine, "take", lambda: node)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = opened(model, tensor_parallel_size="auto")
+    assert (options.tensor_parallel_size, options.gpu_memory_utilization) == (1, "auto")

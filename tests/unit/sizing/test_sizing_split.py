@@ -76,6 +76,53 @@ def test_a_run_that_does_not_fit_is_offered_more_cards(spec_of, card, run):
     assert solve(changed, spec_of(SEVEN_B), card("4080"), world_size=2).feasible
 
 
+def split_remedies(result):
+    return [one for one in result.remedies if "tensor_parallel_size" in one.change]
+
+
+def test_the_cards_of_the_run_are_offered_before_more_cards(spec_of, card, run):
+    """Eight cards and a 70B model, and nothing written: the same batch on two groups of four."""
+    spec, config = spec_of("meta-llama/Llama-3.3-70B-Instruct"), run(r=32)
+    result = solve(config, spec, card("h100"), world_size=8)
+    (found,) = split_remedies(result)
+    assert "tensor_parallel_size 1 -> 4 on the 8 cards" in found.change
+    assert found.enough
+    assert found.world_size in (None, 1)
+    settings = dict(found.settings)
+    grpo = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("grpo.")}
+    changed = run(grpo, r=32, tensor_parallel_size=4)
+    fitting = solve(changed, spec, card("h100"), world_size=8)
+    assert fitting.feasible
+    before = result.choice.per_device_train_batch_size * result.choice.gradient_accumulation_steps
+    after = fitting.choice.per_device_train_batch_size * fitting.choice.gradient_accumulation_steps
+    assert after * 2 == before * 8
+
+
+def test_a_number_that_is_too_small_is_offered_a_larger_one(spec_of, card, run):
+    spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
+    result = solve(run(r=64, tensor_parallel_size=2), spec, card("h100"), world_size=2)
+    assert not result.feasible
+    (found,) = split_remedies(result)
+    assert found.change == "4 cards (--world-size 4) with tensor_parallel_size 4"
+    assert not [one for one in result.remedies if "load_in_4bit" in one.change], "TP003 refuses it"
+
+
+def test_packed_weights_are_not_offered_a_split(spec_of, card, run):
+    spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
+    result = solve(run(r=64, load_in_4bit=True), spec, card("4080"))
+    assert not result.feasible
+    assert not split_remedies(result)
+
+
+def test_a_32b_model_is_split_where_its_card_is_too_small_for_it(spec_of, card, run):
+    spec = spec_of("Qwen/Qwen2.5-32B")
+    config = run(r=32, tensor_parallel_size="auto", checkpointing=True)
+    result = solve(config, spec, card("a6000"), world_size=4)  # 48 GB, and 61 of weights
+    assert (result.feasible, result.choice.tensor_parallel_size) == (True, 2)
+    assert term(result, "engine.weights") == pytest.approx(32.76e9, rel=0.02)
+    assert term(result, "engine.communication") > 0
+
+
 def test_facts_are_those_of_the_config(spec_of, all_shapes):
     config = all_shapes[SEVEN_B]["config"]
     for size in range(1, 9):

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -67,6 +67,36 @@ def make_model(size: int) -> Any:
     return model
 
 
+class Narrow(GRPOTrainer):
+    """Runs out of memory in one process: in the forward pass of its first step, in the backward
+    pass of the second, after the last sum of the third.
+    """
+
+    victim = -1
+    failures: ClassVar[list[str]] = []
+
+    def fail(self, place: str, step: int) -> None:
+        mine = int(os.environ.get("RANK", "0")) == self.victim
+        due = mine and self.state.global_step == step and place not in self.failures
+        if due and self.model.training:
+            self.failures.append(place)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def arm(self) -> None:
+        layers = self.model.get_base_model().model.layers
+        layers[1].register_forward_pre_hook(
+            lambda *_: self.fail("forward", 0) if torch.is_grad_enabled() else None
+        )
+        layers[0].mlp.register_full_backward_hook(lambda *_: self.fail("backward", 1))
+        backward = self.accelerator.backward
+
+        def after(loss: torch.Tensor, **keywords: Any) -> None:
+            backward(loss, **keywords)
+            self.fail("end", 2)
+
+        self.accelerator.backward = after
+
+
 def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
     world = int(os.environ["WORLD_SIZE"])
     if size > 1:
@@ -86,7 +116,7 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
     )  # fmt: skip
     tokenizer = make_tokenizer()
     data = Dataset.from_list([{"prompt": f"{n}+{n % 7}="} for n in range(10, 34)])
-    trainer = GRPOTrainer(
+    trainer = (Narrow if how.startswith("narrow") else GRPOTrainer)(
         model=policy,
         reward_funcs=[hard if how == "choose" else even],
         args=arguments,
@@ -94,6 +124,9 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     seen = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    if isinstance(trainer, Narrow):
+        Narrow.victim = int(how[-1])
+        trainer.arm()
     trainer.train(resume_from_checkpoint=True if how == "resume" else None)
     whole = whole_trainable(trainer.accelerator.unwrap_model(trainer.model))
     rows = [row for row in trainer.state.log_history if "reward" in row]
@@ -105,6 +138,9 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         "rows": [{name: row.get(name) for name in names} for row in rows],
         "cut": sum(whole[name].shape != parts[name].shape for name in whole),
         "check": trainer.base_check,
+        "failures": Narrow.failures,
+        "parts": trainer.least_parts,
+        "micro steps": trainer.micro_steps,
     }
     torch.save(whole, folder.with_name(f"{folder.name}-{os.environ['RANK']}.pt"))
     if size > 1:

@@ -5,17 +5,17 @@ says of them.
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from toolkit.base.errors import ConfigError, NodeError
-from toolkit.engine.mesh import by_first, check_world, mesh
+from toolkit.engine.groups import SHARED_LIBRARIES, check_groups, check_world, refuse_unlike
+from toolkit.engine.mesh import by_first, mesh
 from toolkit.engine.shards import part, whole, whole_shape
 from toolkit.policy.tensor_parallel.functions import clip_whole
-from toolkit.train import preflight
 from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
@@ -27,40 +27,41 @@ def launched(monkeypatch: pytest.MonkeyPatch, world: int, here: int) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def peers(*versions: dict[str, Any]) -> Any:
-    return SimpleNamespace(exchange=lambda name, value: list(versions))
-
-
-def told(**changes: str) -> dict[str, Any]:
-    return dict.fromkeys(preflight.SHARED_LIBRARIES, "1") | changes
+def told(card: str = "H100", **changes: str) -> dict[str, Any]:
+    return dict.fromkeys(SHARED_LIBRARIES, "1") | {"card": card} | changes
 
 
 def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 6, 3)
-    with pytest.raises(ConfigError, match="2 processes share a model on one node") as refused:
-        preflight.refuse_groups(2, None)
-    assert "6, 3 of them" in refused.value.message
-    with pytest.raises(ConfigError, match="would lie on two nodes"):
+    with pytest.raises(ConfigError, match="2 processes would lie on two nodes") as refused:
         check_world(2)
+    assert "6 processes, 3 of them" in refused.value.message
     launched(monkeypatch, 8, 4)
-    preflight.refuse_groups(2, peers(told(), told()))
     check_world(2)
 
 
 def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="needs a number of processes that is a multiple of 2"):
-        check_world(2)
-    check_world(1)
-    preflight.refuse_groups("auto", None)
-    preflight.refuse_groups(1, None)
+        check_groups(2, None, lambda own: [own])
+    check_groups(1, None, lambda own: [own])
 
 
 def test_a_group_has_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 2, 2)
+    check_groups(2, "H100", lambda own: [own, own])
     with pytest.raises(NodeError, match="other versions of torch") as refused:
-        preflight.refuse_groups(2, peers(told(), told(torch="2")))
-    assert "process 0: 1, process 1: 2" in refused.value.message
+        check_groups(2, "H100", lambda own: [own, {**own, "torch": "2"}])
+    assert f"process 0: {version('torch')}, process 1: 2" in refused.value.message
+
+
+def test_a_group_has_cards_of_one_kind() -> None:
+    both = [told("A100"), told("A100"), told("H100"), told("H100")]
+    refuse_unlike(2, both)  # replicas may differ
+    with pytest.raises(ConfigError, match="cards of different kinds") as refused:
+        refuse_unlike(4, both)
+    assert "process 1: A100, process 2: H100" in refused.value.message
+    assert "CUDA_VISIBLE_DEVICES" in str(refused.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.base.errors import StoppedError
+from toolkit.base.errors import InputError, StoppedError
 from toolkit.train import launch
 
 if TYPE_CHECKING:
@@ -46,6 +46,26 @@ def test_processes_know_of_each_other(acting, tmp_path: Path) -> None:
     ]
     assert told[0][6:8] == ["2", "127.0.0.1"]
     assert told[0][8] == told[1][8]
+
+
+def test_nodes_count_their_processes_together(
+    acting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of processes that share a model is two neighbours, so it is on one node."""
+    for name, value in (("PET_NNODES", "3"), ("PET_NODE_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="PET_NNODES=3: the processes of 3 nodes need a place"):
+        acting("exit 0")
+    monkeypatch.setenv("MASTER_ADDR", "first.nodes")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    line = 'echo "$LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >out$RANK'
+    assert acting(line) == 0
+    told = [(tmp_path / f"out{n}").read_text().split() for n in (4, 5)]
+    assert told == [[str(n), "6", "2", "first.nodes", "29400"] for n in (0, 1)]
+    monkeypatch.setenv("PET_NODE_RANK", "3")
+    with pytest.raises(InputError, match="PET_NODE_RANK=3 must be below PET_NNODES=3"):
+        acting("exit 0")
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,17 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """All cards of the job are of one kind."""
+    """All cards of the job are of one kind; those that share a model must be."""
     seen = visible_devices(snapshot).devices[: context.gpus_wanted]
     if context.gpus_wanted < 2 or len(seen) < 2:
         return None
+    size = context.tensor_parallel_size
+    for start in range(0, len(seen), size):
+        group = sorted({str(gpu.name.value) for gpu in seen[start : start + size]})
+        if len(group) > 1:
+            last = min(start + size, len(seen)) - 1
+            what = f"cards {start} to {last} would share a model, and are {' and '.join(group)}"
+            return fail("user", what)
     names = {gpu.name.value for gpu in seen}
     if len(names) > 1:
         return warn(f"the job would span {' and '.join(sorted(map(str, names)))}")
@@ -206,7 +213,9 @@ CHECKS = (
     Check(
         "devices.alike",
         "All cards of the job are of one kind",
-        "A job on several cards is limited by the smallest memory and the slowest card.",
+        "A job on several cards is limited by the smallest memory and the slowest card. Cards that "
+        "share a model (model.tensor_parallel_size) must be equal: other kernels round otherwise, "
+        "and then they draw other tokens.",
         "choose equal cards with CUDA_VISIBLE_DEVICES",
         alike,
     ),

@@ -1,7 +1,8 @@
 """The steps between the processes that share a model, with their gradients.
 
 Each is the identity for one direction and a sum for the other: what is whole is the same in all
-processes of the group, value and gradient.
+processes of the group, value and gradient. Memory is allocated before the processes agree on the
+collective (``together.before_collective``), so that none fails between the two.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import distributed
 
 from toolkit.engine.mesh import mesh
 from toolkit.engine.shards import shard_of
+from toolkit.engine.together import before_collective
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +30,7 @@ class _EnterParts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may use it elsewhere
+        before_collective()
         distributed.all_reduce(grad, group=ctx.group)
         return grad, None
 
@@ -37,6 +40,7 @@ class _LeaveParts(torch.autograd.Function):
     def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
         del ctx
         whole = part.clone(memory_format=torch.contiguous_format)
+        before_collective()
         distributed.all_reduce(whole, group=group)
         return whole
 
@@ -55,6 +59,7 @@ class _JoinLast(torch.autograd.Function):
         ctx.start, ctx.length = start, part.shape[-1]
         padded = torch.nn.functional.pad(part, (0, width - part.shape[-1])).contiguous()
         parts = [torch.empty_like(padded) for _ in range(distributed.get_world_size(group))]
+        before_collective()
         distributed.all_gather(parts, padded, group=group)
         return torch.cat(parts, -1)[..., :total]
 
@@ -89,6 +94,7 @@ def join_last(
 def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
     """The largest of the group, place by place; without a gradient."""
     found = part.detach().clone()
+    before_collective()
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=group)
     return found
 

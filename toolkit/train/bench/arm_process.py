@@ -69,9 +69,9 @@ def node_device() -> Device | None:
 
 
 def _work(settings: Settings, model: ModelPart) -> Work:
-    """The sizes of one step of the loaded model."""
+    """The sizes of one step of the loaded model, on one card."""
     return Work(
-        parameters=model.parameters,
+        parameters=model.parameters // settings.ours_cards,
         weight_bytes=model.weight_bytes,
         kv_bytes_per_token=model.kv_bytes_per_token,
         prompts=settings.prompts,

@@ -44,7 +44,8 @@ class Settings:
 
     The ``ours_`` fields are the micro-batch, the tokens of a pass, checkpointing and KV sleep of
     our arm; None is for ``plan.fill``. A written ``ours_batch`` bounds a pass by its rows. The
-    optimizer step sees the same completions, so the work is the same.
+    optimizer step sees the same completions, so the work is the same. ``ours_cards``: the cards
+    that our arm splits the model over, with a process for each.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Settings:
     ours_tokens: int | None = None
     ours_checkpointing: bool | None = None
     ours_sleep: bool | None = None
+    ours_cards: int = 1
     gpu_memory_utilization: float = 0.3
     max_seq_length: int = 1024
     load_in_4bit: bool = False
@@ -102,7 +104,8 @@ class Settings:
         size = f"micro-batch {batch} x {self.sequences // batch}"
         if self.ours_tokens is not None:
             size = f"passes of at most {self.ours_tokens:,} tokens"
-        return f"{size}, {checkpointing}, {sleep}"
+        cards = f", the model over {self.ours_cards} cards" if self.ours_cards > 1 else ""
+        return f"{size}, {checkpointing}, {sleep}{cards}"
 
     @property
     def accumulation(self) -> int:

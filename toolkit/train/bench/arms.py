@@ -98,7 +98,9 @@ def _ours(settings: Settings, job: Job) -> Any:
     checkpointing = settings.gradient_checkpointing
     if settings.ours_checkpointing is not None:
         checkpointing = settings.ours_checkpointing
-    more = {"enable_sleep_mode": True} if settings.ours_sleep else {}
+    more: dict[str, Any] = {"enable_sleep_mode": True} if settings.ours_sleep else {}
+    if settings.ours_cards > 1:
+        more["tensor_parallel_size"] = settings.ours_cards
     model, tokenizer = _load(FastLanguageModel, settings, checkpointing, **more)
     batch = settings.ours_batch or settings.per_device_batch
     arguments = _arguments(

@@ -34,7 +34,8 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
         return by_hand
-    limit = peers_bytes(settings, spec, device)
+    # No other arm splits the model: only the card limits ours then.
+    limit = peers_bytes(settings, spec, device) if settings.ours_cards == 1 else math.inf
     best, fastest = by_hand, math.inf
     for tokens, *kept in product(_budgets(settings), (False, True), (False, True)):
         rows = max(1, tokens // settings.sequence_tokens)
@@ -111,6 +112,7 @@ def size(
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 enable_sleep_mode=settings.ours_sleep is True,
                 fast_inference=True,
+                tensor_parallel_size=settings.ours_cards,
             ),
             lora=LoraSection(
                 r=settings.r,
@@ -135,4 +137,5 @@ def size(
         ),
         spec,
         device,
+        world_size=settings.ours_cards,
     )

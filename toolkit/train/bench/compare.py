@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import format_bytes
 from toolkit.train.bench.arm_settings import ARMS, Result, Settings
+from toolkit.train.launch import PATIENCE_S, POLL_S, environment, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,8 @@ def compare(
             results.append(Result(arm, not_run=missing))
         else:
             say(f"{arm}: running, log in {folder / (arm + '.log')}")
-            results.append(_run(arm, folder, limit_s))
+            cards = settings.ours_cards if arm == "ours" else 1
+            results.append(_run(arm, folder, limit_s, cards))
         say(f"{arm}: {results[-1].not_run or 'done'}")
         yield results
 
@@ -69,11 +72,17 @@ def lacking(arm: str, gpu: bool) -> str | None:
     return None
 
 
-def _run(arm: str, folder: Path, limit_s: float) -> Result:
-    answer = folder / f"{arm}.json"
+def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
+    """The result of one arm: that of its first process, where it has one for each card."""
+    answers = [folder / f"{arm}{f'-{number}' if number else ''}.json" for number in range(cards)]
+    answer = answers[0]
     answer.unlink(missing_ok=True)
-    values = [arm, str(folder / "settings.json"), str(answer)]
-    problem = run_module("arms", values, folder / f"{arm}.log", limit_s)
+    values = [[arm, str(folder / "settings.json"), str(path)] for path in answers]
+    log = folder / f"{arm}.log"
+    if cards == 1:
+        problem = run_module("arms", values[0], log, limit_s)
+    else:
+        problem = _run_together(values, log, limit_s)
     if not answer.is_file():
         return Result(arm, not_run=problem or ENDED)
     result = Result.read(answer)
@@ -100,6 +109,47 @@ def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> s
         except subprocess.TimeoutExpired:
             return f"stopped after {limit_s:.0f} s"
     return ENDED if done.returncode else None
+
+
+def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
+    """``run_module("arms")`` in several processes that share a model, each with its ``values``."""
+    port = free_port()
+    with log.open("w") as output:
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "toolkit.train.bench.arms", *own],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(number, len(values), port),
+            )
+            for number, own in enumerate(values)
+        ]
+        try:
+            ended = _ended(running, limit_s)
+        finally:
+            for one in running:
+                one.kill()
+                one.wait()
+    if not ended:
+        return f"stopped after {limit_s:.0f} s"
+    return ENDED if any(one.returncode for one in running) else None
+
+
+def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
+    """Wait until all processes of an arm have ended; False if that takes longer than ``limit_s``.
+    If one of them fails, the others wait for it, and count as ended soon.
+    """
+    end, last = time.monotonic() + limit_s, None
+    while any(one.poll() is None for one in running):
+        now = time.monotonic()
+        if last is None and any(one.returncode for one in running):
+            last = now + PATIENCE_S
+        if now > end:
+            return False
+        if last is not None and now > last:
+            break
+        time.sleep(POLL_S)
+    return True
 
 
 def report(

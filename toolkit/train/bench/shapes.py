@@ -1,6 +1,7 @@
 """Random checkpoints with the shapes of real models: a benchmark needs only the sizes.
 
-Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B and Qwen3-4B.
+Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B, Qwen3-4B and
+Qwen2.5-32B.
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ SHAPES: dict[str, Shape] = {
             "head_dim": 128,
             "rope_theta": 1000000.0,
             "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-32b": Shape(
+        "qwen2",
+        {
+            "vocab_size": 152064,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
         },
     ),
     "tiny": Shape(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.base.errors import ConfigError, first_line
-from toolkit.engine.mesh import mesh
+from toolkit.base.process_environment import rank
 from toolkit.engine.oom_backoff import is_out_of_memory
+from toolkit.engine.together import phase, watch
 from toolkit.train.checkpointing.state_files import flatten
 from toolkit.train.step.importance_sampling import loss_mask
 from toolkit.train.step.step_errors import logger, release_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from toolkit.train.trainer_seam import TrainerSeam
 
@@ -33,20 +36,28 @@ class Attempt:
         self.inputs: Any = None
         self._gradients = [None if p.grad is None else p.grad.clone() for p in _trained(model)]
         self._marks: dict[str, int] = {}
+        self._progress: tuple[int, float] | None = None
 
     def prepared(self, inputs: Any) -> None:
         """The rollouts are ready: everything from here can be repeated."""
         self.inputs = inputs
         self._marks = {name: len(found) for name, found in self.trainer.train_metric_values.items()}
+        self._progress = self.trainer.micro_progress
+        if self._alone():
+            watch()
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step()``. While memory runs out and a finer cut is possible, repeat it with twice
-        as many parts.
+        as many parts. Processes that share a model repeat it together.
         """
         while True:
             try:
-                return step()
+                with phase(), self._unsynchronized():
+                    if self.inputs is not None and self._alone():
+                        watch()
+                    return step()
             except (RuntimeError, MemoryError) as error:
+                self._refuse_replicas(error)
                 if not self._may_split(error):
                     raise
                 failure = first_line(error)
@@ -61,13 +72,37 @@ class Attempt:
                 failure,
             )
 
+    def _refuse_replicas(self, error: BaseException) -> None:
+        if self.inputs is None or self._alone() or not is_out_of_memory(error):
+            return
+        number = self.trainer.accelerator.num_processes
+        raise ConfigError(
+            f"process {rank()} ran out of memory, and {number} replicas train together, none of "
+            f"which can repeat a step in smaller parts alone: {first_line(error)}",
+            where=f"step {self.trainer.state.global_step + 1}",
+            fix="lower runtime.pack_tokens, grpo.per_device_train_batch_size or "
+            "grpo.max_completion_length (`envcheck size` shows the memory of each), then run the "
+            "same command again: it resumes from the last checkpoint",
+        ) from error
+
     def _may_split(self, error: BaseException) -> bool:
-        # Ranks take part in collectives: one rank cannot repeat a step alone.
-        alone = self.trainer.accelerator.num_processes == 1 and mesh() is None
-        if self.inputs is None or not alone or not is_out_of_memory(error):
+        if self.inputs is None or not self._alone() or not is_out_of_memory(error):
             return False
         rows: int = self.inputs["completion_ids"].shape[0]
         return bool(self._parts() * 2 <= min(MAX_SPLIT, rows))
+
+    def _alone(self) -> bool:
+        """Whether no other replica trains with this one. Replicas take part in collectives of TRL
+        and of DistributedDataParallel, so one of them cannot repeat a step.
+        """
+        return bool(self.trainer.accelerator.num_processes == 1)
+
+    def _unsynchronized(self) -> AbstractContextManager[None]:
+        """DistributedDataParallel over one process (of a group that shares a model) has nothing to
+        synchronize, and refuses another forward pass after a backward pass that did not end.
+        """
+        without = getattr(self.model, "no_sync", None) if self._alone() else None
+        return nullcontext() if without is None else without()
 
     def _parts(self) -> int:
         """The number of parts of the attempt."""
@@ -78,6 +113,8 @@ class Attempt:
             parameter.grad = None if gradient is None else gradient.clone()
         for name, found in self.trainer.train_metric_values.items():
             del found[self._marks.get(name, 0) :]
+        if self._progress is not None:  # another process failed after this one had ended the step
+            self.trainer.micro_progress = self._progress
         release_memory()
 
 

@@ -1,0 +1,71 @@
+"""One of two engines that share a model and run out of memory in a rollout: both of them, then one
+alone. Started by test_engine_tensor_parallel.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_checkpoints
+import torch
+from conftest import options
+
+from toolkit.base.errors import ToolkitError
+from toolkit.engine import together
+from toolkit.engine.mesh import join_group
+from toolkit.engine.open_engine import open_engine
+from toolkit.engine.rollout_request import Sampling
+
+PROMPTS = [[12] * 14, [15] * 16, [12] * 20]
+"""Longer than twelve tokens, so that a step of fewer tokens draws one for each sequence."""
+
+
+def narrow(inner: Any, most: int) -> Any:
+    """``inner`` that has no memory for a step of more than ``most`` sequences."""
+    steps: list[int] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        steps.append(tokens.shape[0])
+        if len(steps) > 3 and most < tokens.shape[0] <= 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return inner(*args, **kwargs)
+
+    return call
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    join_group()
+    rank = os.environ["RANK"]
+    if rank == "0":
+        engine_checkpoints.make(folder, "llama")
+    torch.distributed.barrier()
+    sampling = Sampling(n=4, max_tokens=10)
+    given = options(folder, tensor_parallel_size=2, block_size=32, extra={})
+    engine = open_engine(given)
+    whole = engine.generate(PROMPTS, sampling, seed=6).completion_ids
+    inner = engine.module.forward
+    engine.module.forward = narrow(inner, 5)
+    again = engine.generate(PROMPTS, sampling, seed=6).completion_ids
+    found: dict[str, Any] = {"same": again == whole, "most": engine._most_at_once}
+    engine.module.forward = inner
+    engine._most_at_once = None
+    found["as before"] = engine.generate(PROMPTS, sampling, seed=6).completion_ids == whole
+    together.ANSWER_S = 5.0
+    if rank == "1":
+        engine.module.forward = narrow(inner, 5)
+    try:
+        engine.generate(PROMPTS, sampling, seed=6)
+    except ToolkitError as error:
+        found["alone"] = [type(error).__name__, error.message, str(error.fix)]
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # the other engine waits in a sum
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
