@@ -32,24 +32,22 @@ class Refused(Exception):
 class LocalTool:
     """A function of the user's, and its description for a chat template."""
 
-    def __init__(self, name: str, allow_code: Sequence[str], folder: Path) -> None:
-        """Load ``module:function``.
+    def __init__(
+        self,
+        name: str,
+        allow_code: Sequence[str],
+        folder: Path,
+        schema: dict[str, Any] | None = None,
+    ) -> None:
+        """Load ``module:function``. ``schema``: from an earlier load, because reading it from the
+        function imports transformers and torch.
 
         Raises:
             ConfigError: code that is not allowed or not there, or a function that does not describe
                 itself and its arguments.
         """
-        from transformers.utils import get_json_schema  # noqa: PLC0415 - the worker starts without
-
         self.function: Callable[..., Any] = load_code(name, allow_code, folder, what="tool")
-        try:
-            self.schema: dict[str, Any] = get_json_schema(self.function)
-        except Exception as error:
-            raise ConfigError(
-                f"tool {name}: {first_line(error)}",
-                where=WHERE,
-                fix="give it type hints, and a docstring with a line for each argument (Args:)",
-            ) from error
+        self.schema = schema or _schema(name, self.function)
         self._loop = LoopThread()
 
     def answer(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
@@ -73,6 +71,20 @@ class LocalTool:
                 raise found
             return as_text(found)
         return call_within(seconds, lambda: as_text(self.function(**arguments)))
+
+
+def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    from transformers.utils import get_json_schema  # noqa: PLC0415 - the worker starts without
+
+    try:
+        found: dict[str, Any] = get_json_schema(function)
+    except Exception as error:
+        raise ConfigError(
+            f"tool {name}: {first_line(error)}",
+            where=WHERE,
+            fix="give it type hints, and a docstring with a line for each argument (Args:)",
+        ) from error
+    return found
 
 
 def guarded(call: Callable[[], Any]) -> Any:

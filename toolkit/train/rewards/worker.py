@@ -150,7 +150,8 @@ class Service:
 
     def _load(self, request: Any) -> dict[str, Any]:
         if request.get("what") == "tool":
-            tool = LocalTool(request["name"], request["allow_code"], Path(request["folder"]))
+            folder, schema = Path(request["folder"]), request.get("schema")
+            tool = LocalTool(request["name"], request["allow_code"], folder, schema)
             self._tools.append(tool)
             return {"tool": len(self._tools) - 1, "schema": tool.schema}
         if request.get("what") == "episodes":

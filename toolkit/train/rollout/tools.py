@@ -109,6 +109,7 @@ def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[s
         raise ConfigError(f"{what}: importing it {error}", where=WHERE, fix=FIX) from error
     if "misbehaved" in found:
         raise ConfigError(f"{what}: importing it {found['misbehaved'][0]}", where=WHERE)
+    request["schema"] = found["schema"]  # the worker keeps the request, for a restart
     return found
 
 
