@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path  # noqa: TC003 - pytest reads it
+from pathlib import Path
 
 import pytest
 from spoiled_world import make_model, make_world, serve
@@ -44,3 +44,31 @@ def test_a_run_in_an_environment(tmp_path: Path) -> None:
     (refused,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert refused.returncode == 1
     assert "environment.seed" in refused.stderr
+
+
+def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
+    """The taskset is beside the run file. Its tasks, their rewards, and the tasks after those."""
+    pytest.importorskip("verifiers.v1")
+    taskset = Path(__file__).parents[1] / "unit" / "train" / "environments" / "sums_taskset.py"
+    folder = make_world(
+        tmp_path / "world",
+        make_model(tmp_path),
+        runtime={"allow_code": ["verifiers", "sums_taskset"]},
+    )
+    (folder / "sums_taskset.py").write_text(taskset.read_text())
+    run_file = folder / "run.yaml"
+    run = json.loads(run_file.read_text())
+    del run["dataset"], run["reward"]
+    options = {"most": 12}
+    run["environment"] = {
+        "adapter": "verifiers", "task": "sums-taskset", "size": 8, "eval_size": 2,
+        "options": options,
+    }  # fmt: skip
+    run_file.write_text(json.dumps(run))
+    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert ended.returncode == 0, ended.stderr
+    assert "8 plain prompts from verifiers:sums-taskset" in ended.stdout
+    rows = [row for row in ended.rows() if "rewards/verifiers/mean" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    evaluation = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert evaluation["after"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, Observation, State
@@ -36,10 +37,8 @@ class Game(Environment[Guess, Seen, State]):
             raise RuntimeError("the board is broken")
         if self.fault == "hangs" and self.tries == 2:
             while True:
-                try:
+                with suppress(BaseException):  # not even the alarm stops it
                     time.sleep(600)
-                except BaseException:
-                    pass
         if self.fault == "nonsense":
             return Seen(text="odd", reward=float("nan"))
         if action.number == self.secret:
