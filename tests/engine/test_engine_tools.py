@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
 
@@ -70,15 +70,11 @@ def test_a_run_file_with_tools_on_the_engine(tmp_path: Path, monkeypatch: Any) -
     for ids_BC, mask_BC, tool_BC in masks:
         for ids, mask, own_tokens in zip(ids_BC, mask_BC, tool_BC, strict=True):
             left_out = ids[(mask == 1) & (own_tokens == 0)]
-            assert torch.all(own_tokens[mask == 0] == 0) or len(left_out)
-            said.append(tokenizer.decode(left_out))
+            said.append(re.findall(r"<t>(\d+)", tokenizer.decode(left_out)))
     expected = [
         [row["result"] for row in calls if (row["step"], row["completion"]) == (step, completion)]
         for step in (1, 2)
         for completion in range(4)
     ]
-    assert len(said) == len(expected)
-    for text, results in zip(said, expected, strict=True):
-        # The tool's message, and the header of the model's next one.
-        assert text.count("<t>") == len(results)
-        assert all(result in text for result in results)
+    # TRL shuffles the rows of a batch before training.
+    assert sorted(said) == sorted(expected)

@@ -84,7 +84,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         engine = find_engine(model)
         config = given["args"] = given.get("args") or default_config(model)
         script.check(given, model)
-        sampler.check_keywords(model, config, tools=bool(given.get("tools")))
+        turns = bool(given.get("tools") or given.get("environment_factory"))
+        sampler.check_keywords(model, config, tools=turns)
         policy_setup.prepare(model, engine, config, given.get("peft_config"))
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)

@@ -253,7 +253,7 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
 @rule(
     "ENV008",
     _PYTHON,
-    example="environment: {adapter: openenv, task: my_game:Game, python: no-such-folder/bin/python}",
+    example="environment: {adapter: openenv, task: my_game:Game, python: nowhere/python}",
     fix="python: openenv-venv/bin/python",
     severity=Severity.WARNING,
 )

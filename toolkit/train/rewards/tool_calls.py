@@ -88,8 +88,8 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def guarded(call: Callable[[], Any]) -> Any:
-    """What ``call``, the user's code, returns. Raises Misbehaved for what else it raises, except Refused and
-    ToolkitError.
+    """What ``call``, the user's code, returns. Raises Refused and ToolkitError as they are, and
+    Misbehaved for what else it raises.
     """
     try:
         with process_kept():
