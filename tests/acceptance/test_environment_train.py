@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,28 @@ def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     evaluation = json.loads((folder / "out" / "evaluation.json").read_text())
     assert evaluation["after"]
+
+
+def test_a_missing_package_is_found_before_the_start(tmp_path: Path) -> None:
+    """By check and by train, with the line that installs it; ENV005 is validate's finding."""
+    from spoiled_world import ENVCHECK
+
+    folder = make_world(tmp_path / "world", make_model(tmp_path))
+    python = folder / "venv" / "bin" / "python"
+    (folder / "venv" / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    run_file = folder / "run.yaml"
+    run = json.loads(run_file.read_text())
+    del run["dataset"], run["reward"]
+    run["environment"] = {"adapter": "openenv", "task": "game:Game", "python": "venv/bin/python"}
+    run["runtime"]["allow_code"] = ["openenv", "game"]
+    run_file.write_text(json.dumps(run))
+    line = f"{python} -m pip install 'openenv>=0.10'"
+    words = [ENVCHECK, "check", "--config", "run.yaml", "--json"]
+    checked = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert checked.returncode == 1, checked.stdout
+    assert line in checked.stdout
+    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert ended.returncode == 1
+    assert line in ended.stderr

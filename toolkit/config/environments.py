@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toolkit.config.trl_names import Package, installed
+
+if TYPE_CHECKING:
+    from toolkit.config.run_config import EnvironmentSection
 
 ADAPTERS = {
     "reasoning_gym": Package(("reasoning_gym",), "'reasoning-gym>=0.1.25,<0.2'"),
@@ -36,6 +40,16 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
     folders = list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
     there = any((folder / module).exists() for folder in folders for module in package.modules)
     return package if folders and not there else None
+
+
+def absent(section: EnvironmentSection | None) -> tuple[str, ...]:
+    """The package of a run's environment with the line that installs it, if it is missing."""
+    if section is None:
+        return ()
+    missing = missing_package(section.adapter, section.python)
+    return (
+        () if missing is None else (f"{missing.modules[0]} ({pip_line(missing, section.python)})",)
+    )
 
 
 def is_interpreter(python: str) -> bool:
