@@ -267,7 +267,7 @@ def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
     if python is not None and not is_interpreter(python):
         yield RuleViolation(
             _PYTHON,
-            f"{python} is no file that can be executed",
+            f"{python} is not an executable file",
             fixes=(Fix("python -m venv openenv-venv, and python: openenv-venv/bin/python"),),
             unknown=True,
         )

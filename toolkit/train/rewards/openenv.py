@@ -100,7 +100,7 @@ class Episodes:
         self._live: dict[int, _Live] = {}
 
     def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation of ``request``: after ``arguments``, or the first one if that is None.
+        """The observation of ``request``: after ``arguments``; without them (None) the first one.
 
         Raises Refused, or Misbehaved if the environment failed.
         """
