@@ -78,9 +78,7 @@ def _row(taskset: str, task: Any) -> dict[str, Any]:
 
 def _message(taskset: str, message: Any) -> dict[str, str]:
     if message.role not in ("system", "user", "assistant") or not isinstance(message.content, str):
-        raise _unsupported(
-            taskset, f"its prompt has a message of {message.role} that is not a text"
-        )
+        raise _unsupported(taskset, f"a message of {message.role} in its prompt is not a text")
     return {"role": message.role, "content": message.content}
 
 
