@@ -148,8 +148,9 @@ def test_the_tools_train_on_a_small_model(copy: Path, tmp_path: Path) -> None:
     }
     tokenizer.save_pretrained(model)
     changes = (f"model.model_name={model}", "runtime.engine=transformers", *SMALL)
-    longer = "grpo.max_completion_length=128"
-    sets = [word for change in (*changes, longer) for word in ("--set", change)]
+    lengths = ("model.max_seq_length=256", "grpo.max_prompt_length=120")
+    changes += (*lengths, "grpo.max_completion_length=128")
+    sets = [word for change in changes for word in ("--set", change)]
     done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "tools", PYTHONPATH=".")
     assert done.returncode == 0, done.stdout + done.stderr
     log = copy / "tools" / "runs" / "tools" / "tool_calls.jsonl"
