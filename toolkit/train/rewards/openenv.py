@@ -135,7 +135,9 @@ class Episodes:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenEnv:
-    """The sum of the rewards of a rollout's steps. It reads what the rollout left."""
+    """The sum of the rewards of a rollout's steps. The environment decides the range; it is 0 to 1
+    if one step of a rollout has a reward of 1.
+    """
 
     name: ClassVar[str] = "openenv"
     task: str

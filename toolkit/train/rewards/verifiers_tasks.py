@@ -118,7 +118,9 @@ def _unsupported(taskset: str, reason: str) -> ConfigError:
 
 @dataclass(frozen=True, kw_only=True)
 class Verifiers:
-    """The weighted sum of the task's own rewards for a completion (``Trace.reward``)."""
+    """The weighted sum of the task's own rewards for a completion (``Trace.reward``). The task
+    decides the range; it is 0 to 1 for one reward of weight 1.
+    """
 
     name: ClassVar[str] = "verifiers"
     task: str
