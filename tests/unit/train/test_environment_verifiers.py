@@ -14,8 +14,8 @@ import pytest
 
 from toolkit.base.errors import ConfigError
 from toolkit.config.build import build_config
-from toolkit.config.document import Source
 from toolkit.config.layers import assemble
+from toolkit.config.source import Source
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.problems import code_of, made
 from toolkit.train.rewards.worker_process import Workers

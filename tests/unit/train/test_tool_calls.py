@@ -11,8 +11,8 @@ import pytest
 
 from toolkit.base.errors import ConfigError
 from toolkit.config.build import build_config
-from toolkit.config.document import Source
 from toolkit.config.layers import assemble
+from toolkit.config.source import Source
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal
 from toolkit.train.rewards.worker_process import WorkerProcess
 from toolkit.train.rollout.tool_log import LONGEST_LOGGED, ToolLog
