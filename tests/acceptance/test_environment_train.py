@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path  # noqa: TC003 - pytest reads it
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from spoiled_world import make_model, make_world, serve
@@ -44,3 +46,56 @@ def test_a_run_in_an_environment(tmp_path: Path) -> None:
     (refused,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert refused.returncode == 1
     assert "environment.seed" in refused.stderr
+
+
+def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
+    """The taskset is beside the run file. Its tasks, their rewards, and the tasks after those."""
+    pytest.importorskip("verifiers.v1")
+    taskset = Path(__file__).parents[1] / "unit" / "train" / "environments" / "sums_taskset.py"
+    folder = make_world(
+        tmp_path / "world",
+        make_model(tmp_path),
+        runtime={"allow_code": ["verifiers", "sums_taskset"]},
+    )
+    (folder / "sums_taskset.py").write_text(taskset.read_text())
+    run_file = folder / "run.yaml"
+    run = json.loads(run_file.read_text())
+    del run["dataset"], run["reward"]
+    options = {"most": 12}
+    run["environment"] = {
+        "adapter": "verifiers", "task": "sums-taskset", "size": 8, "eval_size": 2,
+        "options": options,
+    }  # fmt: skip
+    run_file.write_text(json.dumps(run))
+    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert ended.returncode == 0, ended.stderr
+    assert "8 plain prompts from verifiers:sums-taskset" in ended.stdout
+    rows = [row for row in ended.rows() if "rewards/verifiers/mean" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    evaluation = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert evaluation["after"]
+
+
+def test_a_missing_package_is_found_before_the_start(tmp_path: Path) -> None:
+    """By check and by train, with the line that installs it; ENV005 is validate's finding."""
+    from spoiled_world import ENVCHECK
+
+    folder = make_world(tmp_path / "world", make_model(tmp_path))
+    python = folder / "venv" / "bin" / "python"
+    (folder / "venv" / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    run_file = folder / "run.yaml"
+    run = json.loads(run_file.read_text())
+    del run["dataset"], run["reward"]
+    run["environment"] = {"adapter": "openenv", "task": "game:Game", "python": "venv/bin/python"}
+    run["runtime"]["allow_code"] = ["openenv", "game"]
+    run_file.write_text(json.dumps(run))
+    line = f"{python} -m pip install 'openenv>=0.10'"
+    words = [ENVCHECK, "check", "--config", "run.yaml", "--json"]
+    checked = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert checked.returncode == 1, checked.stdout
+    assert line in checked.stdout
+    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert ended.returncode == 1
+    assert line in ended.stderr

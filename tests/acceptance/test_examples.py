@@ -125,3 +125,34 @@ def test_the_script_trains_and_samples(copy: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     saved = copy / "drop-in-script" / "runs" / "script" / "adapter" / "adapter_config.json"
     assert saved.is_file()
+
+
+@pytest.mark.slow
+def test_the_tools_train_on_a_small_model(copy: Path, tmp_path: Path) -> None:
+    """The small model calls a tool with whatever it says, so each call is answered as wrong."""
+    from tiny_llama import make_tokenizer
+
+    model, tokenizer = make_tiny(tmp_path / "model"), make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
+        "{% for c in m['tool_calls'] or [] %}({{ c['function']['name'] }}"
+        "{% for k, v in c['function']['arguments'].items() %} {{ k }} {{ v }}{% endfor %})"
+        "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    call = {"name": "add", "arguments": {"a": "{said}"}}
+    calls = {"open_pattern": "(?P<said>.+)", "repeats": True, "content": "text"}
+    calls["transform"] = {"type": "function", "function": call}
+    tokenizer.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<a>",
+        "fields": {"tool_calls": calls, "content": {"content": "text"}},
+    }
+    tokenizer.save_pretrained(model)
+    changes = (f"model.model_name={model}", "runtime.engine=transformers", *SMALL)
+    lengths = ("model.max_seq_length=256", "grpo.max_prompt_length=120")
+    changes += (*lengths, "grpo.max_completion_length=128")
+    sets = [word for change in changes for word in ("--set", change)]
+    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "tools", PYTHONPATH=".")
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = copy / "tools" / "runs" / "tools" / "tool_calls.jsonl"
+    assert "missing a required argument" in log.read_text(encoding="utf-8")

@@ -74,7 +74,9 @@ def template(function: str) -> dict[str, Any]:
     }
 
 
-def world(folder: Path, function: str = "measure", **more: Any) -> dict[str, Any]:
+def world(
+    folder: Path, function: str = "measure", grpo: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
     """A world whose model calls ``function`` in every completion; the case of a training."""
     sys.path.append(str(FIXTURES))
     from tiny_llama import make_tiny, make_tokenizer
@@ -86,7 +88,12 @@ def world(folder: Path, function: str = "measure", **more: Any) -> dict[str, Any
     place = make_world(
         folder / "world",
         checkpoint,
-        grpo={"max_completion_length": 24, "max_tool_calling_iterations": 1, "max_steps": 1},
+        grpo={
+            "max_completion_length": 24,
+            "max_tool_calling_iterations": 1,
+            "max_steps": 1,
+            **(grpo or {}),
+        },
         runtime={"allow_code": ["mine", "my_tools"]},
     )
     (place / "mine.py").write_text(SCORE)
@@ -104,6 +111,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         "measure": world(tmp_path_factory.mktemp("measure")),
         "slow": world(tmp_path_factory.mktemp("slow"), "slow", timeout_s=0.2),
         "bare": world(tmp_path_factory.mktemp("bare"), "bare"),
+        "strict": world(tmp_path_factory.mktemp("strict"), "slow", timeout_s=0.2, on_error="fail"),
+        "whole": world(tmp_path_factory.mktemp("whole"), grpo={"max_steps": 3, "save_steps": 1}),
     }
     cases["again"] = world(tmp_path_factory.mktemp("again"))
     run_file = cases["again"]["folder"] / "run.yaml"
@@ -128,7 +137,43 @@ def test_tools_are_called(ended: dict[str, Ended]) -> None:
     assert row["tools/call_frequency"] == 1
     assert row["tools/failure_frequency"] == 0
     config = json.loads((run.folder / "out" / "config.json").read_text())
-    assert config["tools"] == {"functions": ["my_tools:measure"], "timeout_s": 30.0}
+    assert config["tools"] == {
+        "functions": ["my_tools:measure"],
+        "timeout_s": 30.0,
+        "on_error": "answer",
+    }
+    calls = run.rows("tool_calls.jsonl")
+    assert [(row["step"], row["completion"], row["turn"]) for row in calls] == [
+        (1, completion, 1) for completion in range(4)
+    ]
+    for row in calls:
+        assert (row["tool"], row["failed"]) == ("measure", False)
+        assert row["result"] == str(len(row["arguments"]["text"]))
+    times = run.rows("tool_timings.jsonl")
+    assert len(times) == 4
+    assert all(row["time_s"] > 0 for row in times)
+
+
+def test_a_resumed_run_logs_the_same_bytes(ended: dict[str, Ended]) -> None:
+    """From the checkpoint of step 2, as after a kill in step 3."""
+    run = ended["whole"]
+    assert run.returncode == 0, run.stderr
+    out = run.folder / "out"
+    logs = ("tool_calls.jsonl", "completions.jsonl", "metrics.jsonl")
+    before = {name: (out / name).read_bytes() for name in logs}
+    assert {row["step"] for row in run.rows("tool_calls.jsonl")} == {1, 2, 3}
+    arguments = ["train", "run.yaml", "--set", "runtime.resume=out/checkpoint-2"]
+    (again,) = serve([{"folder": run.folder, "arguments": arguments, "limit_s": 240}])
+    assert again.returncode == 0, again.stderr
+    assert {name: (out / name).read_bytes() for name in logs} == before
+    assert len(again.rows("tool_timings.jsonl")) == 12
+
+
+def test_a_failing_tool_can_end_the_run(ended: dict[str, Ended]) -> None:
+    run = ended["strict"]
+    assert run.returncode == 1
+    assert "tool my_tools:slow took longer than 0.2 s" in run.stderr
+    assert "tools.on_error: answer" in run.stderr
 
 
 def test_groups_are_drawn_again_with_tools(ended: dict[str, Ended]) -> None:

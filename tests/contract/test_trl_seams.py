@@ -28,6 +28,7 @@ OVERRIDDEN = {
     Upstream: [
         "_generate",
         "_generate_single_turn",
+        "_tool_call_loop",
         "_calculate_rewards",
         "_generate_and_score_completions",
         "_compute_loss",

@@ -104,13 +104,15 @@ def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
 
 def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
     """What a run file requires of its node, as plain values of CheckContext."""
-    from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - only for a run file
+    from toolkit.config.environments import absent  # noqa: PLC0415 - only for a run file
+    from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - as above
     from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
 
     return {
         **resolve_run(run, situation).needs(),
         "world_size": process_environment.local_world_size(),
         "sizer_model_types": tuple(FAMILIES),
+        "absent_packages": absent(run.environment),
     }
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _FLOATS = ("lora_dropout", "timeout_s")
 # Keys that may name a file or a folder. output_dir and resume always name a path; the others only
 # if that path exists.
-_PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path")
+_PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path", "python")
 
 
 def build_config(document: Document) -> RunConfig:

@@ -116,7 +116,9 @@ INERT = {
     "grpo.train_sampling_strategy": "GRPO uses its own group sampler; see shuffle_dataset",
     "grpo.length_column_name": "GRPO uses its own group sampler",
     "grpo.data_seed": "GRPO draws prompts with grpo.seed",
-    "grpo.max_tool_calling_iterations": "there is no section tools",
+    "grpo.max_tool_calling_iterations": (
+        "there is no section tools, and no environment of several turns"
+    ),
     "grpo.restore_callback_states_from_checkpoint": "a resumed run restores all of its state",
     "grpo.average_tokens_across_devices": "the loss of GRPO counts tokens over all devices itself",
 }

@@ -12,6 +12,8 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "format": {"tags": False, "strict": False, "opened": False, "partial": False},
     "length_penalty": {"max_length": True, "margin": False, "unit": False},
     "reasoning_gym": {"task": True, "settings": False},
+    "verifiers": {"task": True, "settings": False},
+    "openenv": {"task": True, "settings": False},
     "math_verify": {"column": False, "tag": False, "seconds_each": False},
 }
 

@@ -94,26 +94,30 @@ class DatasetSection:
 class EnvironmentSection:
     """A package that makes prompts and scores completions, in place of ``dataset.path``.
 
-    ``options`` are the task's own settings.
+    ``options`` are the task's own settings. ``python`` is the interpreter whose packages it uses;
+    None is that of the run.
     """
 
-    adapter: Literal["reasoning_gym"]
+    adapter: Literal["reasoning_gym", "verifiers", "openenv"]
     task: str
     size: int = 1000
     eval_size: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    python: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolsSection:
     """Functions of the user's (``module:function``) that the model may call in a chat.
 
-    ``timeout_s`` is for one call.
+    ``timeout_s`` is for one call. A function that fails is answered to the model, or ends the run
+    (``on_error``).
     """
 
     functions: tuple[str, ...]
     timeout_s: float | None = 30.0
+    on_error: Literal["answer", "fail"] = "answer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

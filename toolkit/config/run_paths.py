@@ -25,7 +25,7 @@ DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
 LOCK_FILE = ".lock"
 """The file in a run folder that the run which writes there keeps locked."""
 _WORDS = {"resume": ("auto", "never", "must")}
-_ALWAYS = ("output_dir", "resume", "adapter_path")
+_ALWAYS = ("output_dir", "resume", "adapter_path", "python")
 
 
 def resolve(text: str, node: Node) -> Path:

@@ -241,10 +241,6 @@ def needed_packages(
         yield "cache_implementation", cache, QUANTIZED_CACHE
 
 
-ENVIRONMENT_ADAPTERS = {"reasoning_gym": Package(("reasoning_gym",), "reasoning-gym")}
-"""The adapters of environments, and the packages behind them."""
-
-
 def _weighs(value: Any) -> bool:
     return value is not None and value != 0
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.migration import MOVED
+from toolkit.config.sampling_keywords import KEYWORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -148,8 +149,11 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
     extra = dict(made.get("generation_kwargs") or {})
     told = []
     for name, value in sampling_fields(params).items():
+        keyword = KEYWORDS["vllm"].get(name)
         if name in SETTLED:
             told.append(f"{name} is left out ({SETTLED[name]})")
+        elif keyword is not None and keyword.unused is not None:
+            told.append(f"{name} is left out ({keyword.unused})")
         elif name in SAMPLED_BY_FIELD and made.get(name) is None:
             made[name] = value
             told.append(f"{name}={value}")

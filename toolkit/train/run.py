@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,24 +29,23 @@ from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
 from toolkit.train.checkpointing.state_files import changed
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data import chat_record
-from toolkit.train.data.dataset import load_data
 from toolkit.train.logging_setup import quiet
 from toolkit.train.preflight import preflight
 from toolkit.train.process_control import Peers, is_first_rank, is_gone, join, world_size
 from toolkit.train.report.memory_peaks import measured
-from toolkit.train.report.metrics_log import Journal, Recorder
+from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal, Recorder
 from toolkit.train.report.progress import Progress
 from toolkit.train.report.reward_watch import RewardWatch
-from toolkit.train.rewards import load_rewards
 from toolkit.train.rollout.evaluate import evaluate, evaluates
 from toolkit.train.rollout.sampler import find_engine
-from toolkit.train.rollout.tools import load_tools
+from toolkit.train.rollout.tool_log import ToolLog
 from toolkit.train.run_context import Options, RunContext, finish, introduce
 from toolkit.train.run_end import refuse_lost, refuse_unfinished, stopped, total_steps
 from toolkit.train.step import step_errors
 from toolkit.train.tracking import open_tracking
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 from toolkit.train.trl_arguments import grpo_config, make_reproducible, require_packages
+from toolkit.train.user_code import load_user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,28 +180,21 @@ def prepare(
     resolved = resolve_run(resolved, situation(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
-    # Errors in data or rewards are found before the engine starts.
-    data = load_data(
-        resolved.dataset,
-        tokenizer,
-        max_prompt_length=resolved.grpo.get("max_prompt_length"),
-        template=resolved.grpo.get("chat_template_kwargs"),
-        environment=resolved.environment,
-    )
-    replicas = parallel.replicas(world_size(), resolved.model.tensor_parallel_size)
-    micro_batch_record.refuse_too_few(resolved, len(data.train), replicas)
-    rewards = load_rewards(resolved, run_dir, columns=data.train.column_names)
-    tools = load_tools(resolved)
-    if tools and not data.report.train.chat:
-        raise ConfigError(
-            "tools are called in a chat, and the prompts are plain text",
-            where="dataset.chat",
-            fix="use a model with a chat template, or remove the section tools",
-        )
+    # Errors in data, rewards and tools are found before the engine starts.
+    user = load_user_code(resolved, tokenizer, run_dir)
     model, tokenizer = load_policy(resolved, tokenizer)
-    reports = {"train": data.report.train, "eval": data.report.eval}
-    digests = {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
-    return RunContext(resolved, run_dir, ready, model, tokenizer, data, rewards, digests, tools)
+    return RunContext(
+        resolved,
+        run_dir,
+        ready,
+        model,
+        tokenizer,
+        user.data,
+        user.rewards,
+        user.digests(),
+        user.tools,
+        user.episodes,
+    )
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
@@ -227,10 +220,17 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
 
 def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
     """Our trainer. With tools, what TRL says against the chat template is a fault of the run."""
-    if not context.tools:
+    if not (context.tools or context.episodes):
         return GRPOTrainer(**arguments)
     try:
-        return GRPOTrainer(**arguments, tools=context.tools)
+        with warnings.catch_warnings():
+            # TRL calls its environment factory experimental. tests/contract holds what is used.
+            warnings.filterwarnings("ignore", message=".*environment_factory")
+            trainer = GRPOTrainer(
+                **arguments, tools=context.tools, environment_factory=context.episodes
+            )
+        trainer.tool_log = ToolLog()
+        return trainer
     except ValueError as error:
         if "template" not in str(error):
             raise
@@ -345,7 +345,11 @@ def _open_journal(
     for line in start.notes:
         options.out.write(f"{line}\n")
     trainer.branch = start.branch
-    trainer.journal = run_dir_watch.journal = journal = Journal(context.run_dir, start.positions)
+    trainer.journal = run_dir_watch.journal = journal = Journal(
+        context.run_dir,
+        start.positions,
+        names=LOGS if trainer.tool_log is None else (*LOGS, *TOOL_LOGS),
+    )
     every = context.config.grpo.get("logging_steps")
     total = total_steps(trainer)
     progress = Progress(options.out, total, every)

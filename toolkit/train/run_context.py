@@ -21,7 +21,7 @@ from toolkit.train.report.progress import number
 from toolkit.train.rollout.evaluate import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from toolkit.config.run_config import RunConfig
@@ -62,6 +62,7 @@ class RunContext:
     rewards: Rewards
     digests: dict[str, str]
     tools: list[Any] = field(default_factory=list)
+    episodes: Callable[[], Any] | None = None
 
 
 def introduce(context: RunContext, seed: int, found: Path | None, options: Options) -> None:

@@ -28,6 +28,7 @@ from toolkit.train.rollout import sampler
 from toolkit.train.rollout.completion_index import CompletionIndex
 from toolkit.train.rollout.prompt_choice import PromptChoice
 from toolkit.train.rollout.sampler import EngineGeneration, Timers, find_engine
+from toolkit.train.rollout.tools import StopRun
 from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import Scope
 from toolkit.train.step.packed_steps import PackedSteps
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.train.rollout.dynamic_sampling import Generation
+    from toolkit.train.rollout.tool_log import ToolLog
     from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import MemoryPeaks
 
@@ -54,6 +56,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     peaks: MemoryPeaks | None = None
     base_check: dict[str, Any] | None = None
     tracking: Tracking | None = None
+    tool_log: ToolLog | None = None
     _attempt: Attempt | None = None
     _bad_loss: bool = False
     collapse_reported: bool = False
@@ -81,7 +84,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         engine = find_engine(model)
         config = given["args"] = given.get("args") or default_config(model)
         script.check(given, model)
-        sampler.check_keywords(model, config, tools=bool(given.get("tools")))
+        turns = bool(given.get("tools") or given.get("environment_factory"))
+        sampler.check_keywords(model, config, tools=turns)
         policy_setup.prepare(model, engine, config, given.get("peft_config"))
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)
@@ -189,6 +193,21 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 drawn = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
             self.rows.drawn(rows, prompt_ids, drawn[0])
             return drawn
+
+    def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; the calls of a training batch are kept for the log, and a tool can end the run."""
+        loop, log = super()._tool_call_loop, self.tool_log
+        try:
+            if log is None or not self.model.training:
+                return loop(prompts, *args, **kwargs)
+            completions = inspect.signature(loop).bind(prompts, *args, **kwargs).arguments
+            step = self.state.global_step
+            calls = log.watch(self, completions["completions"], self.rows.numbers, step)
+            looped = loop(prompts, *args, **kwargs)
+            log.keep(calls)
+            return looped
+        except StopRun as stop:
+            raise stop.error from stop
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         if self._generation is not None and self._generation.rewards is not None:

@@ -65,6 +65,16 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return found
 
     @property
+    def tools_by_row(self) -> list[dict[str, Any]]:
+        """The tools of each completion of the batch on this rank, by name."""
+        found: list[dict[str, Any]] = self._sync_tool_dicts
+        return found
+
+    @tools_by_row.setter
+    def tools_by_row(self, tools: list[dict[str, Any]]) -> None:
+        self._sync_tool_dicts = tools
+
+    @property
     def rollout_buffer(self) -> Any:
         """The micro-batches of the last generation that are buffered for later steps, or None."""
         return self._buffered_inputs
@@ -196,6 +206,12 @@ class RunLogs(Protocol):
     def sync(self) -> None: ...
 
 
+class ToolCalls(Protocol):
+    """The calls of tools since the last row (rollout.tool_log.ToolLog)."""
+
+    def write(self, journal: Any, step: int) -> None: ...
+
+
 class MemoryPeaks(Protocol):
     """Peak memory by phase, in bytes (report.memory_peaks.PhasePeaks)."""
 
@@ -284,6 +300,8 @@ class TrainerSeam(Protocol):
 
     @property
     def journal(self) -> RunLogs | None: ...
+    @property
+    def tool_log(self) -> ToolCalls | None: ...
     @property
     def run_dir(self) -> Path: ...
 

@@ -10,6 +10,7 @@ import torch
 
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.config.build import thaw
+from toolkit.config.environments import missing_package, pip_line
 from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema
 from toolkit.config.trl_names import installed, needed_packages
@@ -120,7 +121,7 @@ def require_packages(config: RunConfig) -> None:
     """Check that the packages that the grpo section needs are installed, before anything is loaded.
 
     Raises:
-        MissingExtraError: a tracker, an optimizer or Liger is not installed.
+        MissingExtraError: a tracker, an optimizer, Liger or an environment is not installed.
     """
     asked = config.grpo.get("report_to")
     trackers = [asked] if isinstance(asked, str) else thaw(asked or ())
@@ -131,6 +132,15 @@ def require_packages(config: RunConfig) -> None:
         cache=config.grpo.get("cache_implementation"),
     )
     refuse_missing(needed, config.source)
+    section = config.environment
+    missing = section and missing_package(section.adapter, section.python)
+    if section and missing:
+        raise MissingExtraError(
+            f"the environment {section.adapter} needs the package {missing.modules[0]}, which is "
+            f"not installed{' for ' + section.python if section.python else ''}",
+            where=config.source or "environment.adapter",
+            fix=pip_line(missing, section.python),
+        )
 
 
 def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.checkpointing.run_directory import as_mapping, fingerprint
 from toolkit.train.rewards import load_rewards
+from toolkit.train.rewards.problems import code_of, made
 
 pytest.importorskip("reasoning_gym")
 TEXT = """
@@ -31,7 +33,8 @@ def config_of(text: str) -> Any:
 def rows_of(config: Any) -> Any:
     from toolkit.train.data.dataset import load_data
 
-    return load_data(config.dataset, None, environment=config.environment)
+    make = partial(made, code_of(config), None, None)
+    return load_data(config.dataset, None, environment=config.environment, make=make)
 
 
 def test_the_same_seed_makes_the_same_problems() -> None:

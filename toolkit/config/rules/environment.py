@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.code import find_function, is_allowed
+from toolkit.config.environments import (
+    ADAPTERS,
+    IN_STEPS,
+    is_interpreter,
+    missing_package,
+    pip_line,
+    task_module,
+)
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.trl_names import ENVIRONMENT_ADAPTERS
+from toolkit.config.run_paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +23,8 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 _ADAPTER = "environment.adapter"
+_TASK = "environment.task"
+_PYTHON = "environment.python"
 _TOOLS = "tools.functions"
 
 
@@ -26,7 +36,7 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     listed = functions.value if functions is not None else None
     for index, item in enumerate(listed if isinstance(listed, list) else ()):
         name = item.value.get("name") if isinstance(item.value, dict) else None
-        if name is not None and isinstance(name.value, str) and name.value in ENVIRONMENT_ADAPTERS:
+        if name is not None and isinstance(name.value, str) and name.value in ADAPTERS:
             yield ("reward", "functions", index, "name"), name.value
 
 
@@ -44,7 +54,7 @@ def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
     allowed = run.value("runtime.allow_code")
     told = set()
     for at, name in _used(run):
-        module = ENVIRONMENT_ADAPTERS[name].modules[0]
+        module = ADAPTERS[name].modules[0]
         if not is_allowed(module, allowed) and module not in told:
             told.add(module)
             yield RuleViolation(
@@ -137,3 +147,127 @@ def tools_need_a_chat(run: Run) -> Iterator[RuleViolation]:
         fixes=(Fix("chat: auto"),),
         related=(_TOOLS,),
     )
+
+
+def _adapter(run: Run) -> str | None:
+    node = run.node(_ADAPTER)
+    return node.value if node is not None and node.value in ADAPTERS else None
+
+
+def _python(run: Run) -> str | None:
+    node = run.node(_PYTHON)
+    written = node is not None and isinstance(node.value, str) and run.written(_PYTHON)
+    return str(local_path("python", node)) if node is not None and written else None
+
+
+@rule(
+    "ENV005",
+    f"{_ADAPTER} {_PYTHON}",
+    example="environment: {adapter: openenv, task: my_game:Game}  # and openenv is not installed",
+    fix="pip install 'openenv>=0.10'",
+    severity=Severity.WARNING,
+)
+def package_is_installed(run: Run) -> Iterator[RuleViolation]:
+    """The package of an environment is installed for the interpreter that the environment uses.
+
+    A missing package is a warning, because the run may be meant for another machine (with --strict
+    it is an error). Training refuses it before the engine starts. OpenEnv and vLLM need different
+    releases of mcp: install OpenEnv into a virtual environment of its own (environment.python).
+    """
+    adapter, python = _adapter(run), _python(run)
+    missing = None if adapter is None else missing_package(adapter, python)
+    if missing is not None:
+        place = f" for {python}" if python else " here"
+        yield RuleViolation(
+            _ADAPTER,
+            f"{adapter} needs the package {missing.modules[0]}, which is not installed{place}",
+            fixes=(Fix(pip_line(missing, python)),),
+            related=(_PYTHON,) if python else (),
+            unknown=True,
+        )
+
+
+@rule(
+    "ENV006",
+    f"{_TASK} runtime.allow_code",
+    example="environment: {adapter: openenv, task: my_game}",
+    fix="environment: {adapter: openenv, task: my_game:Game}",
+)
+def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
+    """A task that is a module of your own has the form of its adapter, and runtime.allow_code
+    names the module.
+
+    verifiers imports the module that a taskset's id names. For openenv a task is module:Class.
+    """
+    adapter, node = _adapter(run), run.node(_TASK)
+    if adapter is None or node is None or not isinstance(node.value, str):
+        return
+    module, task = task_module(adapter, node.value), node.value
+    if module is None:
+        return
+    if not all(map(str.isidentifier, module.split("."))):
+        yield RuleViolation(_TASK, f"{task} does not name a module of Python")
+    elif adapter in IN_STEPS and not task.partition(":")[2].isidentifier():
+        yield RuleViolation(_TASK, f"{task} must have the form module:Class")
+    elif not is_allowed(module, run.value("runtime.allow_code")):
+        top = module.partition(".")[0]
+        yield RuleViolation(
+            _TASK,
+            f"code of {module} is not allowed to run",
+            notes=(run.operand("runtime.allow_code"),),
+            fixes=(Fix(f"runtime: {{allow_code: [{ADAPTERS[adapter].modules[0]}, {top}]}}"),),
+            related=("runtime.allow_code",),
+        )
+
+
+@rule(
+    "ENV007",
+    "environment dataset.chat grpo.eval_strategy",
+    example="environment: {adapter: openenv, task: my_game:Game, eval_size: 10}",
+    fix="remove environment.eval_size",
+)
+def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
+    """An environment of several turns is acted in during training, in a chat.
+
+    The evaluation before and after a run asks for one answer to each prompt. It takes no steps, so
+    there would be nothing to score.
+    """
+    if _adapter(run) not in IN_STEPS:
+        return
+    if run.value("environment.eval_size") is not None:
+        yield RuleViolation(
+            "environment.eval_size",
+            "the evaluation takes no steps in the environment, so it has nothing to score",
+            fixes=(run.to("environment.eval_size", None),),
+            related=(_ADAPTER,),
+        )
+    if run.value("dataset.chat") is False:
+        yield RuleViolation(
+            "dataset.chat",
+            "the model acts with a tool call, which is a message of a chat",
+            fixes=(Fix("chat: auto"),),
+            related=(_ADAPTER,),
+        )
+
+
+@rule(
+    "ENV008",
+    _PYTHON,
+    example="environment: {adapter: openenv, task: my_game:Game, python: nowhere/python}",
+    fix="python: openenv-venv/bin/python",
+    severity=Severity.WARNING,
+)
+def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
+    """The interpreter of an environment is a file that can be executed.
+
+    A missing one is a warning, because the run may be meant for another machine (with --strict it
+    is an error).
+    """
+    python = _python(run)
+    if python is not None and not is_interpreter(python):
+        yield RuleViolation(
+            _PYTHON,
+            f"{python} is not an executable file",
+            fixes=(Fix("python -m venv openenv-venv, and python: openenv-venv/bin/python"),),
+            unknown=True,
+        )

@@ -42,7 +42,8 @@ _OURS = {"completion_length": "completions/mean_length"}
 
 def has_evaluation_data(run: Run) -> bool:
     """Whether the run file names data to evaluate on."""
-    return any(run.ask(f"dataset.{key}") is not None for key in ("eval_path", "eval_split"))
+    keys = ("dataset.eval_path", "dataset.eval_split", "environment.eval_size")
+    return any(run.ask(key) is not None for key in keys)
 
 
 @rule(

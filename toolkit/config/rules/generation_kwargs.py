@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Fix, Severity
+from toolkit.config.rules.keys import has_turns
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.sampling_keywords import NAMES, judge, not_reproduced, what_follows
 
@@ -54,7 +55,8 @@ def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
     """
     engines = _engines(run)
     for name, node in _written(run).items():
-        found = [(engine, judge(name, node.to_plain(), engine)) for engine in engines]
+        value, turns = node.to_plain(), has_turns(run)
+        found = [(engine, judge(name, value, engine, turns=turns)) for engine in engines]
         problems = [(engine, problem) for engine, problem in found if problem is not None]
         if not problems or problems[0][1].kind != kind:
             continue

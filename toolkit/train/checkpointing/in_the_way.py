@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.files import kind_fault
-from toolkit.train.report.metrics_log import LOGS
+from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FOLDERS = ("adapter", "model")
 """What a run leaves at its end, files inside."""
 INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
-ADDED_TO = (*LOGS, BAD_REWARDS_FILE)
+ADDED_TO = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
 REPLACED = (
     ".branch.json",
     "config.json",

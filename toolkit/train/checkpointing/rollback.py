@@ -20,7 +20,7 @@ from toolkit.base.formatting import plural
 from toolkit.base.paths import FOLDER_MODE, sync_folder, write_file
 from toolkit.train.checkpointing import branch as branches
 from toolkit.train.checkpointing import checkpoint
-from toolkit.train.report.metrics_log import LOGS
+from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def begin(
     before = branches.current(run_dir)
     branch = _branch_from(run_dir, found, before)
     left = branches.left_behind(run_dir, before, branch)
-    logs = [_log(run_dir, found, name) for name in LOGS] if with_logs else []
+    logs = [_log(run_dir, found, name) for name in _names(run_dir, found)] if with_logs else []
     foreign = [log for log in logs if log.source != run_dir / log.name]
     notes = list[str]()
     if branch != before or left or any((run_dir / log.name).exists() for log in foreign):
@@ -101,7 +101,7 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
     """Keep what an earlier start left in a folder without a checkpoint (it was stopped before its
     first one, or somebody removed them), and what a person is to know of it.
     """
-    logs = [_Log(name, 0, None) for name in LOGS]
+    logs = [_Log(name, 0, None) for name in _names(run_dir, None)]
     before = branches.current(run_dir)
     aside = _keep_aside(run_dir, before, None, logs, [], bad_rewards_bytes)
     if not aside.exists():
@@ -111,6 +111,13 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
         f"no checkpoint in {run_dir}, which holds {plural(steps, 'row')} of metrics of an earlier"
         f" start: training begins again at step 0; what was there is moved to {aside}",
     )
+
+
+def _names(run_dir: Path, found: Path | None) -> list[str]:
+    """The logs of the run; those of tools where it has or had them."""
+    kept = {} if found is None else checkpoint.read_state(found, "positions", dict)
+    more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
+    return [*LOGS, *more]
 
 
 def _rows(log: Path) -> int:

@@ -17,10 +17,9 @@ from toolkit.config.data_facts import NO_DATA
 from toolkit.train.data import data_checks, prompt_format
 from toolkit.train.data.arrow_columns import as_dataset, from_rows
 from toolkit.train.data.dataset_source import read_source
-from toolkit.train.rewards.reasoning_gym import problems
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import datasets
     import pyarrow as pa
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import DatasetSection, EnvironmentSection
     from toolkit.train.data.arrow_columns import Rows
     from toolkit.train.data.prompt_format import TemplateArguments
+    from toolkit.train.rewards.problems import Row
 
 
 HELD_OUT = 1 << 31
@@ -109,19 +109,22 @@ def load_data(
     max_prompt_length: int | None = None,
     template: TemplateArguments = None,
     environment: EnvironmentSection | None = None,
+    make: Callable[..., list[Row]] | None = None,
 ) -> Data:
     """Read, check and prepare the training split, and the held-out split if the section names one.
 
     With an ``environment``, its problems are both splits, and the keys ``system`` and ``chat`` of
-    ``section`` apply. ``max_prompt_length`` is in tokens, with special tokens and template; longer
-    prompts lose their first tokens. ``template`` is ``grpo.chat_template_kwargs``.
+    ``section`` apply. ``make(seed=, size=, start=)`` makes them (rewards/problems).
+    ``max_prompt_length`` is in tokens, with special tokens and template; longer prompts lose their
+    first tokens. ``template`` is ``grpo.chat_template_kwargs``.
 
     Raises ConfigError if the user must change something, InputError if a file cannot be read,
     RetryError if the hub does not answer.
     """
     if environment is not None:
+        assert make is not None
         return _of_environment(
-            section, environment, Rendering(tokenizer, max_prompt_length, template)
+            section, environment, make, Rendering(tokenizer, max_prompt_length, template)
         )
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
@@ -143,23 +146,30 @@ def load_data(
 
 
 def _of_environment(
-    section: DatasetSection, environment: EnvironmentSection, rendering: Rendering
+    section: DatasetSection,
+    environment: EnvironmentSection,
+    make: Callable[..., list[Row]],
+    rendering: Rendering,
 ) -> Data:
     section = replace(section, prompt="prompt", answer="answer")
 
-    def split(seed: int, size: int) -> tuple[datasets.Dataset, SplitReport]:
-        made = problems(environment.task, environment.options, seed=seed, size=size)
+    def split(seed: int, size: int, start: int = 0) -> tuple[datasets.Dataset, SplitReport]:
+        made = make(seed=seed, size=size, start=start)
+        known = section if "answer" in made[0] else replace(section, answer=None)
         name = f"{environment.adapter}:{environment.task}"
         rows = from_rows(made, lambda index: f"{name} problem {index}")
         digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-        return _prepared(section, rendering, name, (rows, f"sha256:{digest}"))
+        return _prepared(known, rendering, name, (rows, f"sha256:{digest}"))
 
     train, train_report = split(environment.seed, environment.size)
     if environment.eval_size is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
-    # Far from the seeds of training: problem i of a task is made from seed + i.
-    held_out = (environment.seed + HELD_OUT) % 2**32
-    evaluated, eval_report = split(held_out, environment.eval_size)
+    if environment.adapter == "verifiers":  # a list of tasks: the next ones
+        evaluated, eval_report = split(environment.seed, environment.eval_size, environment.size)
+    else:
+        # Far from the seeds of training: problem i of a task is made from seed + i.
+        held_out = (environment.seed + HELD_OUT) % 2**32
+        evaluated, eval_report = split(held_out, environment.eval_size)
     return Data(
         train=train, eval=evaluated, report=DataReport(train=train_report, eval=eval_report)
     )

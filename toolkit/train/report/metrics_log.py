@@ -25,7 +25,7 @@ from toolkit.base.process_memory import peak_resident_bytes
 from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from toolkit.train.report.reward_watch import RewardWatch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
+TOOL_LOGS = ("tool_calls.jsonl", "tool_timings.jsonl")
+"""Logs of a run with tools or an environment of steps."""
 LEADING = (
     "step",
     "reward",
@@ -56,16 +58,22 @@ class Journal:
     checkpoint recorded.
     """
 
-    def __init__(self, run_dir: Path, positions: Mapping[str, int] | None = None) -> None:
-        """Open the logs. ``positions``: bytes to keep of each; without it, they begin empty. Raises
-        OSError.
+    def __init__(
+        self,
+        run_dir: Path,
+        positions: Mapping[str, int] | None = None,
+        *,
+        names: Sequence[str] = LOGS,
+    ) -> None:
+        """Open the logs ``names``. ``positions``: bytes to keep of each; without it, they begin
+        empty. Raises OSError.
         """
         self._run_dir = run_dir
         self._handles: dict[str, int] = {}
         self._missing: list[str] = []
         self._read: dict[str, hashlib._Hash] = {}
         self._sizes: dict[str, int] = {}
-        for name in LOGS:
+        for name in names:
             handle = _open_log(run_dir / name)
             keep = (positions or {}).get(name, 0)
             if os.fstat(handle).st_size > keep:
@@ -231,6 +239,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         if "loss" in logs:
             timings = self._timings(row)
             self.journal.write("timings.jsonl", timings)
+            if self.trainer.tool_log is not None:
+                self.trainer.tool_log.write(self.journal, row["step"])
             if self.completions and "reward" in row:
                 self._write_completions(state.global_step)
         self.on_row(row, timings)

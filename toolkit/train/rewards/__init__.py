@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.config.build import thaw
+from toolkit.config.environments import ADAPTERS
 from toolkit.config.reward_table import metric_names
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
 from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
-from toolkit.train.rewards.reasoning_gym import ReasoningGym
+from toolkit.train.rewards.openenv import OpenEnv
 from toolkit.train.rewards.remote import RemoteMathVerify, RemoteReward
-from toolkit.train.rewards.worker_process import WorkerProcess
+from toolkit.train.rewards.verifiers_tasks import Verifiers
+from toolkit.train.rewards.worker_process import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,19 +32,23 @@ class Rewards(NamedTuple):
 
 
 def load_rewards(
-    config: RunConfig, run_dir: Path, *, columns: Sequence[str] | None = None
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    columns: Sequence[str] | None = None,
+    workers: Workers | None = None,
 ) -> Rewards:
     """Build every reward of a run file with its error policy; bad samples are saved in ``run_dir``.
 
     With ``reward.isolate``, functions of the user and math_verify are built in one shared worker
-    process. ``columns`` are the dataset's (with ``answer``): if they are given, a reward that needs
-    a missing column is rejected now and not in the first step. Raises ConfigError, or
-    MissingExtraError if math_verify's package is not installed.
+    process (``workers``, or a new one). ``columns`` are the dataset's (with ``answer``): if they
+    are given, a reward that needs a missing column is rejected now and not in the first step.
+    Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """
     section = config.reward
     policy = Policy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
-    worker = WorkerProcess()
-    functions = [_build(wanted, config, columns, worker) for wanted in section.functions]
+    workers = workers or Workers.of(config.environment.python if config.environment else None)
+    functions = [_build(wanted, config, columns, workers) for wanted in section.functions]
     names = metric_names([wanted.name for wanted in section.functions])
     return Rewards(
         [guard(name, function, policy) for name, function in zip(names, functions, strict=True)],
@@ -54,14 +60,19 @@ def _build(
     wanted: RewardFunction,
     config: RunConfig,
     columns: Sequence[str] | None,
-    worker: WorkerProcess,
+    workers: Workers,
 ) -> Callable[..., Any] | RemoteReward:
     folder = Path(config.source).resolve().parent if config.source else Path.cwd()
-    is_users = ":" in wanted.name
+    section = config.environment
+    scorer = wanted.name in ADAPTERS and wanted.name != OpenEnv.name
+    elsewhere = scorer and section is not None and section.python is not None
+    isolate = config.reward.isolate or elsewhere
+    # Code of the user's is imported in the worker alone.
+    is_users = ":" in wanted.name or wanted.name == Verifiers.name or elsewhere
     here = None
-    if not is_users or not config.reward.isolate:
+    if not is_users or not isolate:
         here = make_function(wanted, config.runtime.allow_code, folder, columns)
-    if not config.reward.isolate or not (is_users or isinstance(here, (MathVerify, ReasoningGym))):
+    if not isolate or not (is_users or scorer or isinstance(here, MathVerify)):
         assert here is not None
         return here
     request = {
@@ -73,5 +84,5 @@ def _build(
     }
     seed = int(config.grpo.get("seed", 0))  # any constant works if the run file does not set a seed
     if isinstance(here, MathVerify):
-        return RemoteMathVerify(worker, request, seed, here)
-    return RemoteReward(worker, request, seed)
+        return RemoteMathVerify(workers.own, request, seed, here)
+    return RemoteReward(workers.environment if scorer else workers.own, request, seed)

@@ -95,7 +95,7 @@ def attempt(
     call = partial(function, prompts=prompts, completions=completions, **copies)
     size = len(batch.completions)
     try:
-        with _process_kept():
+        with process_kept():
             if not is_async(function):
                 return call_within(seconds, lambda: checked(call(), size))
             ended = loop.call_within(seconds, _awaited(call(), size))
@@ -161,7 +161,7 @@ def _from_the_run(error: BaseException) -> BaseException | None:
 
 
 @contextmanager
-def _process_kept() -> Iterator[None]:
+def process_kept() -> Iterator[None]:
     """Restore the umask and the working folder afterwards, because the run writes files."""
     umask, folder = _umask(), _folder()
     try:

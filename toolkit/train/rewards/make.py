@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
-from toolkit.config.code import is_allowed
-from toolkit.config.trl_names import ENVIRONMENT_ADAPTERS
 from toolkit.train.rewards.builtin import (
     Compared,
     ExactMatch,
@@ -20,8 +18,11 @@ from toolkit.train.rewards.builtin import (
     RegexMatch,
 )
 from toolkit.train.rewards.mathverify import MathVerify
+from toolkit.train.rewards.openenv import OpenEnv
+from toolkit.train.rewards.problems import EnvironmentCode
 from toolkit.train.rewards.reasoning_gym import COLUMN, ReasoningGym
 from toolkit.train.rewards.user import load_function, missing_columns
+from toolkit.train.rewards.verifiers_tasks import Verifiers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,8 +83,12 @@ BUILTINS: dict[str, type[Any]] = {
         LengthPenalty,
         MathVerify,
         ReasoningGym,
+        Verifiers,
+        OpenEnv,
     )
 }
+SCORERS = (ReasoningGym, Verifiers, OpenEnv)
+"""Rewards that score the problems of an environment."""
 
 
 def make_function(
@@ -103,8 +108,8 @@ def make_function(
         reward: Callable[..., Any] = build(wanted.name, _kind(wanted.name), options)
         if there is not None and isinstance(reward, Compared) and reward.column not in there:
             raise _no_column(wanted.name, [reward.column], there)
-        if isinstance(reward, ReasoningGym):
-            _refuse_package(wanted.name, allow_code)
+        if isinstance(reward, SCORERS):
+            EnvironmentCode(wanted.name, reward.task, {}, tuple(allow_code), folder).prepare()
             if there is not None and COLUMN not in there:
                 raise _no_column(wanted.name, [COLUMN], there)
         return reward
@@ -117,15 +122,6 @@ def make_function(
         if missing:
             raise _no_column(wanted.name, missing, there)
     return partial(function, **options) if options else function
-
-
-def _refuse_package(name: str, allow_code: Sequence[str]) -> None:
-    module = ENVIRONMENT_ADAPTERS[name].modules[0]
-    if not is_allowed(module, allow_code):
-        raise ConfigError(
-            f"the environment {name} is code, and runtime.allow_code does not allow its module",
-            fix=f"runtime: {{allow_code: [{module}]}}, if you trust it",
-        )
 
 
 def _kind(name: str) -> type[Any]:

@@ -59,8 +59,7 @@ def load_code(
                 f"[{module_name.partition('.')[0]}]}}"
             ),
         )
-    for allowed in allow_code:
-        _look_in(folder, allowed.partition(".")[0])
+    look_beside(folder, allow_code)
     module = _import(f"{what} {name}", module_name, folder)
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -95,6 +94,12 @@ class BesideRunFile(MetaPathFinder):
         if path is not None or fullname != self.top:
             return None
         return PathFinder.find_spec(fullname, [str(self.folder)])
+
+
+def look_beside(folder: Path, allow_code: Sequence[str]) -> None:
+    """Let the allowed modules be imported from ``folder``, that of the run file."""
+    for allowed in allow_code:
+        _look_in(folder, allowed.partition(".")[0])
 
 
 def _look_in(folder: Path, top: str) -> None:

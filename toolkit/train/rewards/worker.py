@@ -34,7 +34,10 @@ from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
 from toolkit.train.rewards.logged import number, shortened
 from toolkit.train.rewards.make import make_function
+from toolkit.train.rewards.openenv import Episodes
+from toolkit.train.rewards.problems import EnvironmentCode, problems
 from toolkit.train.rewards.returned import Misbehaved, Trouble, raised
+from toolkit.train.rewards.tool_calls import LocalTool, Refused, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,29 +96,40 @@ def _wait(working: int, run: int) -> NoReturn:
 
 
 class Service:
-    """Answers requests: ``load`` adds a function, ``call`` calls one."""
+    """Answers requests: ``load`` adds a function, ``call`` calls one. ``tool`` and ``episode`` are
+    calls of a model's, and ``problems`` makes the rows of an environment.
+    """
 
     def __init__(self, replies: int) -> None:
         self._replies, self._writing = replies, threading.Lock()
         self._functions: list[Callable[..., Any]] = []
+        self._tools: list[LocalTool] = []
+        self._episodes: list[Episodes] = []
         self._loops: list[LoopThread] = []  # one per function: a blocked one stops no other
 
     def serve(self, requests: int) -> None:
         """Answer requests until the other end is closed."""
         working = os.getpid()
         while (request := wire.receive(requests)) is not None:
-            if request["do"] == "load":
-                self._answer(request, self._load)
+            if request["do"] != "call":
+                if request["do"] != "load":
+                    _seed(request)
+                self._answer(request, getattr(self, f"_{request['do']}"))
+                self._end_of_call(working)
             elif is_async(self._functions[request["function"]]):
                 work = partial(self._answer, request, self._call)
                 threading.Thread(target=work, daemon=True).start()
             else:
                 _seed(request)
                 self._answer(request, self._call)
-                if os.getpid() != working:  # a fork that a reward made and that returned
-                    os._exit(0)
-                signal.setitimer(signal.ITIMER_REAL, 0)  # a process that the reward left running
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                self._end_of_call(working)
+
+    @staticmethod
+    def _end_of_call(working: int) -> None:
+        if os.getpid() != working:  # a fork that a reward made and that returned
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # a process that the reward left running
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _answer(self, request: Any, work: Callable[[Any], dict[str, Any]]) -> None:
         try:
@@ -125,6 +139,8 @@ class Service:
             reply = {"error": [kind, error.message, error.where, error.fix]}
         except Misbehaved as error:
             reply = {"misbehaved": list(error.trouble)}
+        except Refused as error:
+            reply = {"refused": str(error)}
         except BaseException as error:  # noqa: BLE001 - also KeyboardInterrupt: nobody else raises it here
             reply = {"misbehaved": list(raised(error))}
         _flush()
@@ -133,12 +149,36 @@ class Service:
             wire.send(self._replies, frame)
 
     def _load(self, request: Any) -> dict[str, Any]:
+        if request.get("what") == "tool":
+            folder, schema = Path(request["folder"]), request.get("schema")
+            tool = LocalTool(request["name"], request["allow_code"], folder, schema)
+            self._tools.append(tool)
+            return {"tool": len(self._tools) - 1, "schema": tool.schema}
+        if request.get("what") == "episodes":
+            self._episodes.append(Episodes(EnvironmentCode.of(request)))
+            return {"episodes": len(self._episodes) - 1, "schema": self._episodes[-1].schema}
         wanted = RewardFunction(name=request["name"], options=request["options"])
         folder, columns = Path(request["folder"]), request["columns"]
         function = make_function(wanted, request["allow_code"], folder, columns)
         self._functions.append(function)
         self._loops.append(LoopThread())
         return {"function": len(self._functions) - 1, "is_async": is_async(function)}
+
+    def _tool(self, request: Any) -> dict[str, Any]:
+        tool = self._tools[request["tool"]]
+        return {"value": tool.answer(request["arguments"], request["seconds"])}
+
+    def _episode(self, request: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self._episodes[request["episodes"]].advance(request)
+        return found
+
+    def _problems(self, request: Any) -> dict[str, Any]:
+        code = EnvironmentCode.of(request)
+        return {
+            "rows": guarded(
+                lambda: problems(code, request["seed"], request["size"], request["start"])
+            )
+        }
 
     def _call(self, request: Any) -> dict[str, Any]:
         logged: list[list[Any]] = []
@@ -198,8 +238,9 @@ _seed_now = 0
 
 def _seed(request: Any) -> None:
     global _seed_now
-    state = request["state"] or {}
-    scored = [request["seed"], state.get("global_step"), request["prompts"], request["completions"]]
+    state = request.get("state") or {}
+    names = ("prompts", "completions") if request["do"] == "call" else ("place", "arguments")
+    scored = [request["seed"], state.get("global_step"), *(request.get(name) for name in names)]
     digest = hashlib.sha256(json.dumps(scored, default=str).encode()).digest()
     _seed_now = int.from_bytes(digest[:4], "big")
     random.seed(_seed_now)

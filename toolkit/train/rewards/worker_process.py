@@ -15,8 +15,10 @@ import weakref
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import toolkit
 from toolkit.base import errors
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime
@@ -26,8 +28,31 @@ START = (
     "import sys; sys.path[:] = sys.argv[4:];"
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
+START_ELSEWHERE = (
+    "import sys, importlib.util as u; root = sys.argv[4];"
+    " s = u.spec_from_file_location('toolkit', root + '/__init__.py',"
+    " submodule_search_locations=[root]); m = sys.modules['toolkit'] = u.module_from_spec(s);"
+    " s.loader.exec_module(m);"
+    " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
+)
+_PACKAGE = Path(toolkit.__file__).parent
 _LAST_S = 5.0  # time for exit handlers of the worker's modules
 _RELOAD_S = 600.0  # time to import the modules again that the run imported at its start
+
+
+class Workers(NamedTuple):
+    """The worker of rewards and tools, and that of the environment: the same one, unless the
+    environment has an interpreter of its own.
+    """
+
+    own: WorkerProcess
+    environment: WorkerProcess
+
+    @classmethod
+    def of(cls, python: str | None) -> Workers:
+        """The workers of a run whose environment uses ``python``. No process is started yet."""
+        own = WorkerProcess()
+        return cls(own, own if python is None else WorkerProcess(python))
 
 
 class Died(Exception):
@@ -41,7 +66,11 @@ class _Replaced(Exception):
 class WorkerProcess:
     """At most one process at a time; after a restart its functions are loaded again."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str | None = None) -> None:
+        """``python``: another interpreter, whose packages the functions use (environment.python).
+        Of this installation it gets the toolkit alone.
+        """
+        self._python = python
         self._lock = threading.RLock()
         self._live: _Live | None = None
         self._loaded: list[dict[str, Any]] = []
@@ -88,7 +117,7 @@ class WorkerProcess:
 
     def _started(self) -> _Live:
         if self._live is None:
-            live = self._live = _Live()
+            live = self._live = _Live(self._python)
             try:
                 for request in self._loaded:
                     _unless_error(live.ask({"do": "load", **request}, _RELOAD_S))
@@ -103,7 +132,7 @@ class _Live:
     caller.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, python: str | None) -> None:
         theirs, self._requests = os.pipe()
         self._replies, answers = os.pipe()
         os.set_blocking(self._requests, False)
@@ -112,7 +141,9 @@ class _Live:
         numbers = [str(number) for number in (theirs, answers, os.getpid())]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START, *numbers, *sys.path],
+                [sys.executable, "-c", START, *numbers, *sys.path]
+                if python is None
+                else [python, "-c", START_ELSEWHERE, *numbers, str(_PACKAGE)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs, answers),
                 start_new_session=True,  # only the run gets Ctrl-C and signals of a scheduler

@@ -49,6 +49,11 @@ class CompletionIndex:
         self._done += count * getattr(accelerator, "num_processes", 1)
         self._numbers, self._turn, self._texts = list(range(first, first + count)), -1, []
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the rows that were drawn last; before a second turn, of all rows."""
+        return list(self._numbers or ())
+
     def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
         """(seed, row of each prompt) of the next sampling call."""
         if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):

@@ -65,7 +65,9 @@ def evaluates(config: RunConfig, asked: bool | None) -> bool:
     """
     if asked is not None:
         return asked
-    given = config.dataset.eval_path is not None or config.dataset.eval_split is not None
+    data, environment = config.dataset, config.environment
+    given = data.eval_path is not None or data.eval_split is not None
+    given = given or (environment is not None and environment.eval_size is not None)
     return given and "eval_strategy" not in config.grpo
 
 

@@ -1,30 +1,70 @@
-"""The tools of a run file: the user's functions, each call under a time limit."""
+"""The tools of a run file, and the environments whose steps are one: called in the worker process,
+each call under a time limit.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-from functools import wraps
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers.utils import get_json_schema
-
-from toolkit.base.errors import ConfigError, first_line
-from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.rewards.user import load_code
+from toolkit.base.errors import ConfigError, ToolkitError
+from toolkit.base.time_limits import OutOfTime
+from toolkit.train.rewards.remote import FIX, RemoteReward
+from toolkit.train.rewards.returned import Misbehaved, Trouble
+from toolkit.train.rewards.tool_calls import WHERE, LocalTool, Refused
+from toolkit.train.rewards.worker_process import Died
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from toolkit.config.run_config import RunConfig
+    from toolkit.train.rewards.problems import EnvironmentCode
+    from toolkit.train.rewards.worker_process import WorkerProcess
 
-WHERE = "tools.functions"
+Place = tuple[int, ...]
+"""Which call it is: step, completion, turn, call. The seed of a tool's random numbers follows."""
 
 
-def load_tools(config: RunConfig) -> list[Callable[..., Any]]:
-    """The functions that ``tools`` names, as TRL 1.16 calls them: by keyword, with what the model
-    wrote. What one raises, the time limit included, is an error that the model sees.
+class CallFailed(Exception):
+    """A call that the model gets an error for; the text is what it reads."""
+
+
+class StopRun(BaseException):
+    """A tool failed, and tools.on_error is fail. TRL answers every Exception to the model."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Tool(dict[str, Any]):
+    """The JSON schema of a tool, which a chat template takes, callable as TRL 1.16 calls a
+    function.
+    """
+
+    def __init__(
+        self, schema: Mapping[str, Any], ask: Callable[[Mapping[str, Any], Place], str]
+    ) -> None:
+        super().__init__(schema)
+        self.__name__ = str(schema["function"]["name"])
+        self.ask = ask
+
+    def __call__(self, /, **arguments: Any) -> str:
+        return self.ask(arguments, ())
+
+
+class ToolPolicy(NamedTuple):
+    """What happens if a tool fails, from the run file."""
+
+    on_error: str
+    timeout_s: float | None
+    seed: int
+
+
+def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
+    """The functions that ``tools`` names; with ``worker``, their code is imported and called there
+    alone.
 
     Raises:
         ConfigError: code that is not allowed or not there, or a function that does not describe
@@ -33,36 +73,195 @@ def load_tools(config: RunConfig) -> list[Callable[..., Any]]:
     if config.tools is None:
         return []
     folder = Path(config.source).resolve().parent if config.source else Path.cwd()
-    tools = []
+    policy = ToolPolicy(
+        config.tools.on_error, config.tools.timeout_s, int(config.grpo.get("seed", 0))
+    )
+    allowed = config.runtime.allow_code
+    made = []
     for name in config.tools.functions:
-        function = load_code(name, config.runtime.allow_code, folder, what="tool")
+        if worker is None:
+            local = LocalTool(name, allowed, folder)
+            made.append(Tool(local.schema, _judged(name, policy, _here(local, policy))))
+            continue
+        request = {"what": "tool", "name": name, "allow_code": list(allowed)}
+        loaded = _loaded(worker, f"tool {name}", {**request, "folder": str(folder)})
+        there = _there(worker, loaded["tool"], policy)
+        made.append(Tool(loaded["schema"], _judged(name, policy, there)))
+    _refuse_twins(made)
+    return made
+
+
+def _refuse_twins(made: list[Tool]) -> None:
+    names = [tool.__name__ for tool in made]
+    twin = next((name for name in names if names.count(name) > 1), None)
+    if twin is not None:
+        raise ConfigError(
+            f"two tools are called {twin}: the model calls a tool by this name alone",
+            where=WHERE,
+            fix="rename one of the functions",
+        )
+
+
+def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found = worker.load(request)
+    except Died as error:
+        raise ConfigError(f"{what}: importing it {error}", where=WHERE, fix=FIX) from error
+    if "misbehaved" in found:
+        raise ConfigError(f"{what}: importing it {found['misbehaved'][0]}", where=WHERE)
+    request["schema"] = found["schema"]  # the worker keeps the request, for a restart
+    return found
+
+
+def _here(tool: LocalTool, policy: ToolPolicy) -> Callable[[Mapping[str, Any], Place], str]:
+    return lambda arguments, _: tool.answer(arguments, policy.timeout_s)
+
+
+def _there(
+    worker: WorkerProcess, number: int, policy: ToolPolicy
+) -> Callable[[Mapping[str, Any], Place], str]:
+    def ask(arguments: Mapping[str, Any], place: Place) -> str:
+        request = {"do": "tool", "tool": number, "arguments": dict(arguments), "place": place}
+        return str(asked(worker, {**request, "seed": policy.seed}, policy.timeout_s)["value"])
+
+    return ask
+
+
+def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+    """The worker's reply. Raises Refused, or Misbehaved for all that is not an answer."""
+    limit = None if seconds is None else seconds + RemoteReward.kill_s
+    try:
+        reply = worker.call({**request, "seconds": seconds}, limit)
+    except OutOfTime:
+        raise Misbehaved(Trouble(f"took longer than {seconds:g} s")) from None
+    except Died as error:
+        raise Misbehaved(Trouble(str(error))) from error
+    except ToolkitError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise Refused(f"wrong arguments: {error}") from error
+    if "refused" in reply:
+        raise Refused(reply["refused"])
+    if "misbehaved" in reply:
+        raise Misbehaved(Trouble(*reply["misbehaved"]))
+    return reply
+
+
+def _judged(
+    name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], Place], str]
+) -> Callable[[Mapping[str, Any], Place], str]:
+    """``ask``, whose failures the model reads, or which end the run."""
+
+    def call(arguments: Mapping[str, Any], place: Place) -> str:
         try:
-            get_json_schema(function)
-        except Exception as error:
-            raise ConfigError(
-                f"tool {name}: {first_line(error)}",
-                where=WHERE,
-                fix="give it type hints, and a docstring with a line for each argument (Args:)",
-            ) from error
-        tools.append(limited(function, config.tools.timeout_s))
-    return tools
-
-
-def limited(function: Callable[..., Any], seconds: float | None) -> Callable[..., Any]:
-    """``function`` with its name and description; a call raises OutOfTime after ``seconds``."""
-    if inspect.iscoroutinefunction(function):
-
-        @wraps(function)
-        async def call_later(**arguments: Any) -> Any:
-            try:
-                return await asyncio.wait_for(function(**arguments), seconds)
-            except TimeoutError:
-                raise OutOfTime(f"took longer than {seconds:g} s") from None
-
-        return call_later
-
-    @wraps(function)
-    def call(**arguments: Any) -> Any:
-        return call_within(seconds, lambda: function(**arguments))
+            return ask(arguments, place)
+        except Refused as error:
+            raise CallFailed(str(error)) from error
+        except Misbehaved as error:
+            what = error.trouble.what
+            if policy.on_error == "fail":
+                longer = " raise tools.timeout_s," if "took longer than" in what else ""
+                said = json.dumps(dict(arguments), ensure_ascii=False, default=str)[:500]
+                raise StopRun(
+                    ConfigError(
+                        f"tool {name} {what}\n  its arguments: {said}",
+                        where=WHERE,
+                        fix=f"correct the function,{longer} or set tools.on_error: answer, so that "
+                        "the model reads the error",
+                    )
+                ) from error
+            raise CallFailed(what) from error
 
     return call
+
+
+class Episode:
+    """A rollout in an environment, in the form that TRL 1.16 takes from an environment factory:
+    ``reset`` begins it, and every other public method is a tool.
+    """
+
+    def __init__(self, host: EpisodeHost, slot: int) -> None:
+        self._host, self._slot = host, slot
+        self._number, self._seed = 0, 0
+        self._past: list[dict[str, Any]] = []
+        self._total, self._done = 0.0, False
+        self._fault: Trouble | None = None
+        self.__dict__["step"] = Tool(host.schema, self._step)
+
+    def __repr__(self) -> str:
+        return f"Episode(seed={self._seed}, steps={len(self._past)}, reward={self._total})"
+
+    def reset(self, **row: Any) -> None:
+        """Begin the problem of a row of the data set. Its prompt is the first observation."""
+        self._number, self._past = self._number + 1, []
+        self._total, self._done, self._fault = 0.0, False, None
+        self._seed = json.loads(row["problem"])["seed"]
+        prompt = row["prompt"]
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        seen = self._advance(None)
+        if seen is not None and not last.endswith(seen["text"]):
+            what = f"gave another first observation for the seed {self._seed} than before"
+            self._fault = Trouble(what, seen["text"][:200])
+
+    def step(self) -> None:
+        """In its place each object has a ``Tool``; TRL looks for the name in the class."""
+        raise NotImplementedError
+
+    def score(self) -> float:
+        """The sum of the rewards. Raises Misbehaved if the environment failed."""
+        if self._fault is not None:
+            raise Misbehaved(self._fault)
+        return self._total
+
+    def _step(self, arguments: Mapping[str, Any], _: Place) -> str:
+        if self._fault is not None:
+            raise CallFailed(f"the environment {self._fault.what}")
+        if self._done:
+            raise CallFailed("the episode has ended")
+        seen = self._advance(dict(arguments))
+        if seen is None:
+            assert self._fault is not None
+            raise CallFailed(f"the environment {self._fault.what}")
+        self._past.append(dict(arguments))
+        self._total, self._done = self._total + seen["reward"], seen["done"]
+        return f"{seen['text']}\n(the episode has ended)" if self._done else str(seen["text"])
+
+    def _advance(self, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
+        request = {
+            "slot": self._slot,
+            "number": self._number,
+            "seed": self._seed,
+            "past": self._past,
+            "arguments": arguments,
+        }
+        try:
+            return self._host.ask(request)
+        except Refused as error:
+            raise CallFailed(str(error)) from error
+        except Misbehaved as error:
+            self._fault = error.trouble
+            return None
+
+
+class EpisodeHost:
+    """Makes the episodes of a run: its environments are in ``worker``."""
+
+    def __init__(self, code: EnvironmentCode, worker: WorkerProcess, seconds: float | None) -> None:
+        """Load the class of the environment.
+
+        Raises:
+            ConfigError: it is not there, not allowed, or cannot be used.
+        """
+        what = f"environment {code.task}"
+        loaded = _loaded(worker, what, {**code.request(), "what": "episodes"})
+        self._number, self.schema = loaded["episodes"], loaded["schema"]
+        self._worker, self._seconds, self._slots = worker, seconds, 0
+
+    def __call__(self) -> Episode:
+        self._slots += 1
+        return Episode(self, self._slots)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One observation. Raises Refused and Misbehaved."""
+        named = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
+        return asked(self._worker, {**request, **named}, self._seconds)

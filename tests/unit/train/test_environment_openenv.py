@@ -1,0 +1,147 @@
+"""OpenEnv as an environment. It and vLLM need different releases of mcp, so the real package is
+installed into a virtual environment of its own, as environment.python is made for.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.config.build import build_config
+from toolkit.config.environments import missing_package
+from toolkit.config.layers import assemble
+from toolkit.config.source import Source
+from toolkit.train.rewards import load_rewards
+from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.worker_process import Workers
+from toolkit.train.rollout.tools import CallFailed, EpisodeHost
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).parent / "environments"
+PACKAGE = "openenv==0.10.0"
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of a virtual environment with OpenEnv; minutes."""
+    folder = tmp_path_factory.mktemp("openenv") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    interpreter = folder / "bin" / "python"
+    pip = [interpreter, "-m", "pip", "install", "-q", PACKAGE]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no package index that has {PACKAGE}: {done.stderr[-200:]}")
+    return str(interpreter)
+
+
+def config_of(python: str, task: str = "guess_game:Game", **options: Any) -> Any:
+    environment = {"adapter": "openenv", "task": task, "size": 3, "seed": 5, "python": python}
+    run = {
+        "model": {"model_name": "m"},
+        "environment": {**environment, "options": options},
+        "reward": {"on_error": "none", "timeout_s": 5},
+        "runtime": {"allow_code": ["openenv", "guess_game"]},
+    }
+    path = FOLDER / "run.json"
+    return build_config(assemble(Source("run.json", json.dumps(run), FOLDER, path, "json")))
+
+
+class World:
+    """The episodes of a run file, with its data and its reward."""
+
+    def __init__(self, config: Any, folder: Path) -> None:
+        from toolkit.train.data.dataset import load_data
+
+        workers, code = Workers.of(config.environment.python), code_of(config)
+        make = partial(made, code, workers.environment, 60)
+        data = load_data(config.dataset, None, environment=config.environment, make=make)
+        self.rows, self.worker = list(data.train), workers.environment
+        self.host = EpisodeHost(code, workers.environment, config.reward.timeout_s)
+        columns = data.train.column_names
+        (self.reward,) = load_rewards(config, folder, columns=columns, workers=workers).functions
+
+    def scores(self, episodes: list[Any]) -> Any:
+        return self.reward(
+            prompts=[""] * len(episodes), completions=[[]] * len(episodes), environments=episodes
+        )
+
+
+def secret(row: dict[str, Any]) -> int:
+    return random.Random(json.loads(row["problem"])["seed"]).randint(1, 9)
+
+
+def test_a_rollout_acts_in_the_environment(python: str, tmp_path: Path) -> None:
+    world = World(config_of(python), tmp_path)
+    assert [row["prompt"] for row in world.rows] == ["Guess a number from 1 to 9."] * 3
+    assert world.host.schema["function"]["name"] == "step"
+    assert world.host.schema["function"]["parameters"]["required"] == ["number"]
+    episodes = [world.host() for _ in world.rows]
+    for episode, row in zip(episodes, world.rows, strict=True):
+        episode.reset(**row)
+    first, second, _ = episodes
+    low = secret(world.rows[0])
+    assert first.step(number=low - 1) == "higher"
+    assert second.step(number=99) == "lower"
+    world.worker.close()  # the environments are made again by the steps so far
+    assert first.step(number=low) == "right\n(the episode has ended)"
+    with pytest.raises(CallFailed, match="the episode has ended"):
+        first.step(number=low)
+    with pytest.raises(CallFailed, match="wrong arguments: number"):
+        second.step(number="many")
+    assert world.scores(episodes) == [pytest.approx(0.9), pytest.approx(-0.1), 0.0]
+    world.worker.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", "raised RuntimeError: the board is broken"),
+        ("hangs", "took longer than 5 s"),
+        ("nonsense", "returned nan, which is not a finite 32-bit number"),
+        ("changes", "gave another first observation for the seed 5 than before"),
+    ],
+)
+def test_a_faulty_environment_follows_the_reward_policy(
+    python: str, tmp_path: Path, fault: str, said: str
+) -> None:
+    """Its rollout has no score, and is saved; the others keep theirs."""
+    world = World(config_of(python, fault=fault), tmp_path)
+    one, other = world.host(), world.host()
+    one.reset(**world.rows[0])
+    other.reset(**world.rows[1] if fault != "changes" else world.rows[0])
+    if fault != "changes":
+        if fault == "hangs":
+            assert one.step(number=99) == "lower"
+        with pytest.raises(CallFailed, match=said):
+            one.step(number=99)
+    expected: list[Any] = [None, None] if fault == "changes" else [None, 0.0]
+    assert world.scores([one, other]) == expected
+    (first, *_) = (tmp_path / "bad_rewards.jsonl").read_text().splitlines()
+    assert said in json.loads(first)["problem"]
+    world.worker.close()
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("guess_game:Nothing", "is not a class of OpenEnv's Environment"),
+        ("guess_game:Untyped", "has no Action class with fields of its own"),
+        ("other_game:Game", "allow_code"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(python: str, tmp_path: Path, task: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        World(config_of(python, task), tmp_path)
+
+
+def test_the_package_is_seen_in_the_other_environment(python: str) -> None:
+    assert missing_package("openenv", python) is None
+    assert missing_package("verifiers", python) is not None

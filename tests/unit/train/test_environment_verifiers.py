@@ -1,0 +1,113 @@
+"""verifiers as an environment: the tasks of a real taskset, their own rewards, and what is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.base.errors import ConfigError
+from toolkit.config.build import build_config
+from toolkit.config.layers import assemble
+from toolkit.config.source import Source
+from toolkit.train.rewards import load_rewards
+from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.worker_process import Workers
+
+pytest.importorskip("verifiers.v1")
+FOLDER = Path(__file__).parent / "environments"
+TEXT = """
+model: {model_name: m}
+environment: {adapter: verifiers, task: sums-taskset, size: 4, eval_size: 2, options: {most: 9}}
+runtime: {allow_code: [verifiers, sums_taskset, odd_tasksets], output_dir: /runs/one}
+"""
+
+
+def config_of(text: str = TEXT) -> Any:
+    return build_config(assemble(Source("run.yaml", text, FOLDER, FOLDER / "run.yaml")))
+
+
+def data_of(config: Any, worker: Any = None) -> Any:
+    from toolkit.train.data.dataset import load_data
+
+    make = partial(made, code_of(config), worker, 60)
+    return load_data(config.dataset, None, environment=config.environment, make=make)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Any:
+    """One worker process, in which the package is imported once."""
+    both = Workers.of(None)
+    yield both
+    both.own.close()
+
+
+def test_tasks_are_rows_and_their_rewards_score(workers: Any, tmp_path: Path) -> None:
+    """Both in the worker process: nothing of the taskset is imported here."""
+    config = config_of()
+    data = data_of(config, workers.environment)
+    assert data.train["prompt"] == ["0+1=", "1+1=", "2+1=", "3+1="]
+    assert data.train["answer"] == ["1", "2", "3", "4"]
+    assert data.eval["prompt"] == ["4+1=", "5+1="]  # the tasks after those of training
+    columns = data.train.column_names
+    (reward,) = load_rewards(config, tmp_path, columns=columns, workers=workers).functions
+    given = {name: list(data.train[name]) for name in columns if name != "prompt"}
+    prompts = list(data.train["prompt"])
+    said = ["1", "two", " 3 ", [{"role": "assistant", "content": "4"}]]
+    # The exact reward has weight 2; the other one gives half for a digit.
+    assert reward(prompts=prompts, completions=said, **given) == [2.5, 0.0, 2.5, 2.5]
+    assert "sums_taskset" not in sys.modules
+
+
+def test_a_seed_shuffles_a_finite_list(workers: Any) -> None:
+    shuffled = config_of(TEXT.replace("size: 4,", "size: 4, seed: 3,"))
+    first, again = (data_of(shuffled, workers.environment).train for _ in range(2))
+    assert first[:] == again[:]
+    assert first["prompt"] != ["0+1=", "1+1=", "2+1=", "3+1="]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("sums-taskset", "sums_tasks", "allow_code"),
+        ("{most: 9}", "{mots: 9}", "does not take these options"),
+        ("{most: 9}", "{most: 3, kind: raises}", "raised RuntimeError: no tasks today"),
+        ("{most: 9}", "{kind: container}", "its tasks run in a container"),
+        ("{most: 9}", "{kind: no_prompt}", "a simulated user opens the conversation"),
+        ("{most: 9}", "{kind: sandbox}", "its reward sandboxed reads a sandbox"),
+        ("{most: 9}", "{kind: no_reward}", "its tasks have no @reward method"),
+        ("{most: 9}", "{kind: tools}", "its tasks have tool servers"),
+        ("eval_size: 2", "eval_size: 2, size: 20", "no more tasks after the first 20"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(workers: Any, old: str, new: str, said: str) -> None:
+    text = TEXT.replace("size: 4, ", "") if "size: 20" in new else TEXT
+    with pytest.raises(ConfigError) as refused:
+        data_of(config_of(text.replace(old, new)), workers.environment)
+    assert said in str(refused.value)
+
+
+@pytest.mark.slow
+def test_making_problems_has_a_time_limit() -> None:
+    config = config_of(TEXT.replace("{most: 9}", "{kind: hangs}"))
+    workers = Workers.of(None)
+    with pytest.raises(ConfigError, match="took longer than 20 s while it made its problems"):
+        made(code_of(config), workers.environment, 20, seed=0, size=2, start=0)
+
+
+def test_a_taskset_that_changes_is_a_fault_of_the_sample(workers: Any, tmp_path: Path) -> None:
+    config = config_of(TEXT + "reward: {on_error: none}")
+    data = data_of(config, workers.environment).train
+    columns = data.column_names
+    (reward,) = load_rewards(config, tmp_path, columns=columns, workers=workers).functions
+    which = [json.dumps({"index": index, "key": "of another task"}) for index in range(4)]
+    given = {"answer": list(data["answer"]), "problem": which}
+    assert reward(prompts=list(data["prompt"]), completions=["1"] * 4, **given) == [None] * 4
+    (first, *_) = (tmp_path / "bad_rewards.jsonl").read_text().splitlines()
+    assert "load() gives another task 0 than when the run began" in first

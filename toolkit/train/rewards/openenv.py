@@ -1,0 +1,223 @@
+"""OpenEnv: an ``Environment`` class as a data set of first observations, a tool, and a reward.
+
+What is used: ``reset(seed=...)``, ``step(action)`` and the observation's ``reward`` and ``done``,
+of an object in the worker process. OpenEnv's own way is a server for each environment; none is
+started and none is called. Each seed is a problem: its prompt is the first observation. The model
+acts with the tool ``step``, whose arguments are the fields of the Action class. The score of a
+rollout is the sum of the rewards of its steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+
+from toolkit.base.errors import ConfigError, MissingExtraError, first_line
+from toolkit.base.time_limits import call_within
+from toolkit.train.rewards.reasoning_gym import COLUMN
+from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
+from toolkit.train.rewards.tool_calls import Refused, as_text, guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.train.rewards.builtin import Score
+    from toolkit.train.rewards.problems import EnvironmentCode
+
+SUPPORTED = (
+    "name an Environment class as module:Class, whose step takes one Action class with fields of "
+    "plain types"
+)
+_OF_THE_PROTOCOL = ("metadata", "done", "reward")
+_MOST_LIVE = 4096
+
+
+def rows(task: str, options: Mapping[str, Any], *, seed: int, size: int) -> list[dict[str, Any]]:
+    """``size`` rows ``{prompt, problem}``, from the seeds ``seed`` to ``seed + size - 1``.
+
+    Raises:
+        ConfigError: there is no such class, or it cannot be used.
+        MissingExtraError: the package is not installed.
+    """
+    game = Game(task, options)
+    made = []
+    for one in range(seed, seed + size):
+        prompt = text_of_observation(game.reset(game.make(), one % 2**32))
+        made.append({"prompt": prompt, COLUMN: json.dumps({"seed": one % 2**32})})
+    return made
+
+
+class Game:
+    """An Environment class and its Action class."""
+
+    def __init__(self, task: str, options: Mapping[str, Any]) -> None:
+        """Import ``task`` (module:Class). ``options`` are arguments of its constructor."""
+        self.kind = _environment_class(task)
+        self.options = dict(options)
+        self.action = _action_class(task, self.kind)
+        self.schema = _schema(self.kind, self.action)
+
+    def make(self) -> Any:
+        """One environment."""
+        return self.kind(**self.options)
+
+    @staticmethod
+    def reset(environment: Any, seed: int) -> Any:
+        """Its first observation for ``seed``."""
+        return environment.reset(seed=seed)
+
+    def step(self, environment: Any, arguments: Mapping[str, Any]) -> Any:
+        """The observation after an action. Raises Refused if the arguments are no action."""
+        try:
+            action = self.action.model_validate(dict(arguments))
+        except ValueError as error:
+            said = "; ".join(line.strip() for line in str(error).split("\n")[1:3])
+            raise Refused(f"wrong arguments: {said}") from None
+        return environment.step(action)
+
+
+@dataclass
+class _Live:
+    number: int
+    environment: Any
+    steps: int = 0
+
+
+class Episodes:
+    """The environments of the rollouts of a batch, in the worker process.
+
+    A request holds the seed and the steps so far, so that a worker that was restarted makes the
+    lost environments again.
+    """
+
+    def __init__(self, code: EnvironmentCode) -> None:
+        """Load the class. Raises ConfigError."""
+        code.prepare()
+        self._game = Game(code.task, code.options)
+        self.schema = self._game.schema
+        self._live: dict[int, _Live] = {}
+
+    def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The observation of ``request``: after ``arguments``; without them (None) the first one.
+
+        Raises Refused, or Misbehaved if the environment failed.
+        """
+
+        def call() -> dict[str, Any]:
+            seen = call_within(request["seconds"], lambda: self._advance(request))
+            (reward,) = checked([0.0 if seen.reward is None else seen.reward], 1)
+            if isinstance(reward, Trouble):
+                raise Misbehaved(reward)
+            return {"text": text_of_observation(seen), "reward": reward, "done": bool(seen.done)}
+
+        found: dict[str, Any] = guarded(call)
+        return found
+
+    def _advance(self, request: Mapping[str, Any]) -> Any:
+        slot, past, arguments = request["slot"], request["past"], request["arguments"]
+        live = self._live.get(slot)
+        seen = None
+        if live is None or (live.number, live.steps) != (request["number"], len(past)):
+            if len(self._live) >= _MOST_LIVE:
+                self._live.clear()
+            live = self._live[slot] = _Live(request["number"], self._game.make())
+            seen = self._game.reset(live.environment, request["seed"])
+            for step in past:
+                self._game.step(live.environment, step)
+                live.steps += 1
+        if arguments is not None:
+            seen = self._game.step(live.environment, arguments)
+            live.steps += 1
+        return seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenEnv:
+    """The sum of the rewards of a rollout's steps. The environment decides the range; it is 0 to 1
+    if one step of a rollout has a reward of 1.
+    """
+
+    name: ClassVar[str] = "openenv"
+    task: str
+    settings: dict[str, Any] | None = None
+
+    def __call__(
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        del prompts, completions
+        return [episode.score() for episode in columns["environments"]]
+
+
+def text_of_observation(observation: Any) -> str:
+    """What the model reads: its only field, if that is a text, else all fields as JSON."""
+    fields = observation.model_dump(mode="json")
+    said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}
+    if len(said) == 1:
+        (value,) = said.values()
+        if isinstance(value, str):
+            return as_text(value)
+    return as_text(json.dumps(said, ensure_ascii=False))
+
+
+def _package() -> Any:
+    try:
+        from openenv.core.env_server import interfaces  # noqa: PLC0415 - only this adapter needs it
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the environment openenv needs the package openenv: {first_line(error)}",
+            fix="install openenv into a virtual environment of its own (it and vLLM need different "
+            "releases of mcp), and name its interpreter in environment.python",
+        ) from error
+    return interfaces
+
+
+def _environment_class(task: str) -> Any:
+    interfaces = _package()
+    module, _, name = task.partition(":")
+    try:
+        kind = getattr(__import__(module, fromlist=[name]), name, None)
+    except ImportError as error:
+        raise ConfigError(
+            f"the environment {task} cannot be imported: {first_line(error)}",
+            where="environment.task",
+            fix="put its module beside the run file, or install it where environment.python is",
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, interfaces.Environment)):
+        raise ConfigError(
+            f"{task} is not a class of OpenEnv's Environment",
+            where="environment.task",
+            fix=SUPPORTED,
+        )
+    return kind
+
+
+def _action_class(task: str, kind: Any) -> Any:
+    from openenv.core.env_server.types import Action  # noqa: PLC0415 - as the package itself
+
+    try:
+        found = get_type_hints(kind.step).get("action")
+    except (NameError, TypeError):
+        found = None
+    fields = getattr(found, "model_fields", {})
+    if not (isinstance(found, type) and issubclass(found, Action) and set(fields) - {"metadata"}):
+        raise ConfigError(
+            f"the step of {task} has no Action class with fields of its own in its type hints",
+            where="environment.task",
+            fix=SUPPORTED,
+        )
+    return found
+
+
+def _schema(kind: Any, action: Any) -> dict[str, Any]:
+    parameters = action.model_json_schema()
+    parameters["properties"].pop("metadata", None)
+    for name in ("title", "description", "additionalProperties"):
+        parameters.pop(name, None)
+    said = inspect.getdoc(kind.step) or "Act in the environment."
+    described = action.__doc__ and inspect.cleandoc(action.__doc__)
+    own = "Base class for all environment actions" not in (described or "")
+    text = described if described and own else said.split("\n\n")[0]
+    function = {"name": "step", "description": text, "parameters": parameters}
+    return {"type": "function", "function": function}

@@ -1,0 +1,123 @@
+"""One call of a tool that a model asked for: the arguments are the model's, the code is the user's.
+
+The training process and the worker process both use it, so a faulty tool is treated the same in
+both. A wrong argument is the model's mistake and is answered. What the function itself does wrong
+(it raises, takes too long, returns too much) is a ``Misbehaved``, as of a reward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from toolkit.base.errors import ConfigError, ToolkitError, first_line
+from toolkit.base.time_limits import OutOfTime, call_within
+from toolkit.train.rewards.attempt import LoopThread, process_kept
+from toolkit.train.rewards.returned import Misbehaved, Trouble, message, raised
+from toolkit.train.rewards.user import load_code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+WHERE = "tools.functions"
+LONGEST_RESULT = 100_000
+"""Characters of a result. A longer one does not fit into a completion, and is a fault."""
+
+
+class Refused(Exception):
+    """The model's call cannot be made; the text is its answer."""
+
+
+class LocalTool:
+    """A function of the user's, and its description for a chat template."""
+
+    def __init__(
+        self,
+        name: str,
+        allow_code: Sequence[str],
+        folder: Path,
+        schema: dict[str, Any] | None = None,
+    ) -> None:
+        """Load ``module:function``. ``schema``: from an earlier load, because reading it from the
+        function imports transformers and torch.
+
+        Raises:
+            ConfigError: code that is not allowed or not there, or a function that does not describe
+                itself and its arguments.
+        """
+        self.function: Callable[..., Any] = load_code(name, allow_code, folder, what="tool")
+        self.schema = schema or _schema(name, self.function)
+        self._loop = LoopThread()
+
+    def answer(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
+        """The result as text.
+
+        Raises:
+            Refused: the function does not take these arguments.
+            Misbehaved: the function failed.
+        """
+        try:
+            inspect.signature(self.function).bind(**arguments)
+        except TypeError as error:
+            raise Refused(f"wrong arguments: {error}") from None
+        text: str = guarded(lambda: self._call(arguments, seconds))
+        return text
+
+    def _call(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
+        if inspect.iscoroutinefunction(self.function):
+            found = self._loop.call_within(seconds, _carried(self.function(**arguments)))
+            if isinstance(found, BaseException):
+                raise found
+            return as_text(found)
+        return call_within(seconds, lambda: as_text(self.function(**arguments)))
+
+
+def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    from transformers.utils import get_json_schema  # noqa: PLC0415 - the worker starts without
+
+    try:
+        found: dict[str, Any] = get_json_schema(function)
+    except Exception as error:
+        raise ConfigError(
+            f"tool {name}: {first_line(error)}",
+            where=WHERE,
+            fix="give it type hints, and a docstring with a line for each argument (Args:)",
+        ) from error
+    return found
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """What ``call``, the user's code, returns. Raises Refused and ToolkitError as they are, and
+    Misbehaved for what else it raises.
+    """
+    try:
+        with process_kept():
+            return call()
+    except (Misbehaved, Refused, ToolkitError):
+        raise
+    except OutOfTime as error:
+        raise Misbehaved(Trouble(str(error))) from error
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise Misbehaved(raised(error)) from error
+
+
+def as_text(value: Any) -> str:
+    """``value`` as the text that the model reads. Raises Misbehaved if it is too long."""
+    try:
+        text = value if type(value) is str else str(value)
+    except Exception as error:
+        raise Misbehaved(Trouble(f"returned a value without a text: {message(error)}")) from error
+    if len(text) > LONGEST_RESULT:
+        what = f"returned {len(text)} characters, more than {LONGEST_RESULT}"
+        raise Misbehaved(Trouble(what, text[:200]))
+    # Half of a character (a lone surrogate) can be neither a token nor a line of a log.
+    return text.encode(errors="backslashreplace").decode()
+
+
+async def _carried(coroutine: Any) -> Any:
+    """The result, or the exception: a SystemExit in a task would end the loop's thread."""
+    try:
+        return await coroutine
+    except BaseException as error:  # noqa: BLE001 - carried to the caller, who decides
+        return error

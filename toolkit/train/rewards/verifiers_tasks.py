@@ -1,0 +1,231 @@
+"""verifiers 0.4: the tasks of a taskset as rows of a data set, and their own rewards as a reward.
+
+What is used: the prompt of a task, and its ``@reward`` methods that judge a finished conversation
+of one turn (``Task.score`` without a runtime). A task that needs more (a container, tool servers, a
+simulated user, a judge model, several agents) is run by verifiers' own servers around an endpoint
+of a model. A training run has none, so such a task is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from toolkit.base.errors import ConfigError, MissingExtraError, first_line
+from toolkit.config.build import thaw
+from toolkit.train.rewards.builtin import text_of
+from toolkit.train.rewards.reasoning_gym import COLUMN
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.train.rewards.builtin import Score
+
+SUPPORTED = (
+    "use a taskset whose tasks have a prompt and are scored by @reward methods of the task and the "
+    "trace: one turn, without tools, container, judge or simulated user"
+)
+
+
+def rows(
+    task: str, options: Mapping[str, Any], *, seed: int, size: int, start: int
+) -> list[dict[str, Any]]:
+    """Tasks ``start`` to ``start + size`` as rows ``{prompt, problem}``, with ``answer`` where the
+    tasks have one. A finite taskset is shuffled by ``seed`` if that is not 0.
+
+    Raises:
+        ConfigError: there is no such taskset, it does not take these options, or a task needs more
+            than a prompt and a score.
+        MissingExtraError: the package is not installed.
+    """
+    taskset = _taskset(task, _canonical(options)).taskset
+    ordered = taskset.shuffle(seed) if seed and taskset.bounded else taskset
+    found = [_row(task, one) for one in ordered.skip(start).take(size)]
+    if not found:
+        raise ConfigError(
+            f"the taskset {task} has no more tasks after the first {start}",
+            where="environment.size",
+            fix="set environment.size and environment.eval_size to fewer rows",
+        )
+    if any(isinstance(row["prompt"], list) for row in found):
+        for row in found:
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    if not all("answer" in row for row in found):
+        for row in found:
+            row.pop("answer", None)
+    return found
+
+
+def _row(taskset: str, task: Any) -> dict[str, Any]:
+    _refuse_unsupported(taskset, task)
+    data = task.data
+    prompt = data.prompt
+    if not isinstance(prompt, str):
+        prompt = [_message(taskset, message) for message in prompt]
+    if data.system_prompt:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = [{"role": "system", "content": data.system_prompt}, *chat]
+    row = {"prompt": prompt, COLUMN: json.dumps({"index": data.idx, "key": task.key})}
+    answer = getattr(data, "answer", None)
+    return row if answer is None else {**row, "answer": str(answer)}
+
+
+def _message(taskset: str, message: Any) -> dict[str, str]:
+    if message.role not in ("system", "user", "assistant") or not isinstance(message.content, str):
+        raise _unsupported(taskset, f"a message of {message.role} in its prompt is not a text")
+    return {"role": message.role, "content": message.content}
+
+
+def _refuse_unsupported(taskset: str, task: Any) -> None:
+    kind, base = type(task), _package().Task
+    needs_runtime = [hook.__name__ for hook in task.hooks("reward") if _needs_runtime(hook)]
+    reasons = {
+        "its tasks run in a container": kind.NEEDS_CONTAINER or task.data.image is not None,
+        "its tasks have no prompt: a simulated user opens the conversation": (
+            task.data.prompt is None
+        ),
+        "its tasks have tool servers": bool(kind.toolsets(task.config)),
+        "its tasks are scored by a judge model": bool(task.config.judges),
+        "its tasks prepare or read a sandbox (setup, finalize)": any(
+            getattr(kind, name) is not getattr(base, name) for name in ("setup", "finalize")
+        ),
+        f"its reward {', '.join(needs_runtime)} reads a sandbox": bool(needs_runtime),
+        "its tasks have no @reward method": not task.hooks("reward"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise _unsupported(taskset, reason)
+
+
+def _needs_runtime(hook: Any) -> bool:
+    parameter = inspect.signature(hook).parameters.get("runtime")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def _unsupported(taskset: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"the taskset {taskset} cannot be trained on here: {reason}",
+        where="environment.task",
+        fix=SUPPORTED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verifiers:
+    """The weighted sum of the task's own rewards for a completion (``Trace.reward``). The task
+    decides the range; it is 0 to 1 for one reward of weight 1.
+    """
+
+    name: ClassVar[str] = "verifiers"
+    task: str
+    settings: dict[str, Any] | None = None
+
+    def __call__(
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Score]:
+        known = _taskset(self.task, _canonical(self.settings or {}))
+
+        async def score() -> list[Score]:
+            scored = (
+                known.score(prompt, text_of(completion), json.loads(which))
+                for prompt, completion, which in zip(
+                    prompts, completions, columns[COLUMN], strict=True
+                )
+            )
+            return list(await asyncio.gather(*scored))
+
+        return asyncio.run(score())
+
+
+class _Known:
+    """A taskset, and its tasks by their number as far as they were needed."""
+
+    def __init__(self, taskset: Any) -> None:
+        self.taskset = taskset
+        self._rest = iter(taskset)
+        self._tasks: list[Any] = []
+
+    def task(self, which: Mapping[str, Any]) -> Any:
+        """The task of a row; raises ValueError if ``load()`` gives another one this time."""
+        index = which["index"]
+        self._tasks += islice(self._rest, max(0, index + 1 - len(self._tasks)))
+        if index >= len(self._tasks) or self._tasks[index].key != which["key"]:
+            raise ValueError(f"load() gives another task {index} than when the run began")
+        return self._tasks[index]
+
+    async def score(self, prompt: Any, said: str, which: Mapping[str, Any]) -> float:
+        vf, task = _package(), self.task(which)
+        from verifiers.v1.state import state_cls  # noqa: PLC0415 - as the package itself
+
+        trace = vf.Trace(
+            task=vf.TraceTask(
+                type=type(task).__name__, data=task.data, key=task.key, hash=task.hash
+            ),
+            state=state_cls(type(task))(),
+            agent=vf.AgentInfo(config=vf.AgentConfig()),
+        )
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*chat, {"role": "assistant", "content": said}]
+        trace.nodes = [
+            vf.MessageNode(
+                parent=None if index == 0 else index - 1,
+                message=message,
+                sampled=index == len(messages) - 1,
+            )
+            for index, message in enumerate(messages)
+        ]
+        await task.score(trace)
+        return float(trace.reward)
+
+
+def _package() -> Any:
+    try:
+        import verifiers.v1  # noqa: PLC0415 - an extra, and only this adapter needs it
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the environment verifiers needs the package verifiers: {first_line(error)}",
+            fix="pip install 'verifiers>=0.4,<0.5'",
+        ) from error
+    return verifiers.v1
+
+
+def _canonical(options: Mapping[str, Any]) -> str:
+    return json.dumps(thaw(options), sort_keys=True)
+
+
+@lru_cache(maxsize=2)
+def _taskset(task: str, options: str) -> _Known:
+    vf = _package()
+    from verifiers.v1.utils import loaders  # noqa: PLC0415 - as the package itself
+
+    try:
+        kind = loaders.taskset_class(task)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"verifiers has no taskset {task}: {first_line(error)}",
+            where="environment.task",
+            fix="the id of an installed taskset package, or a module beside the run file",
+        ) from error
+    try:
+        config = loaders.taskset_config_type(task).model_validate(
+            {**json.loads(options), "id": task}
+        )
+        taskset = kind(config)
+    except ValueError as error:
+        said = "; ".join(str(error).split("\n")[:3])
+        raise ConfigError(
+            f"the taskset {task} does not take these options: {said}",
+            where="environment.options",
+            fix="the fields of the taskset's config class",
+        ) from error
+    if kind.toolsets(config):
+        raise _unsupported(task, "it has tool servers")
+    if not issubclass(vf.SingleAgentEnv, loaders.environment_class(task)):
+        raise _unsupported(task, "it has an Env of its own (several agents, or a simulated user)")
+    return _Known(taskset)

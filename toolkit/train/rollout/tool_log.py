@@ -1,0 +1,154 @@
+"""What a rollout's tools were asked and answered: tool_calls.jsonl, and their times in
+tool_timings.jsonl.
+
+The rows are kept until the step is logged, so that a step that was abandoned leaves none, and a
+resumed run writes the same bytes as one that was not stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+
+from toolkit.engine.mesh import by_first
+from toolkit.train.rewards.logged import saveable, shortened
+from toolkit.train.rollout.tools import CallFailed, StopRun, Tool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Protocol
+
+    from toolkit.train.report.metrics_log import Journal
+
+    class Rollouts(Protocol):
+        """The part of the trainer that is read."""
+
+        tools_by_row: list[dict[str, Any]]
+
+
+CALLS, TIMINGS = "tool_calls.jsonl", "tool_timings.jsonl"
+LONGEST_LOGGED = 2000
+"""Characters of a result in tool_calls.jsonl."""
+_NOT_NAMED = "the arguments are not a mapping of names to values"
+
+
+@dataclass
+class Call:
+    """One call. It is made when TRL looks the tool up, before the arguments are unpacked, which
+    fails if the model wrote no mapping.
+    """
+
+    tool: str
+    completion: int
+    turn: int
+    number: int
+    arguments: Any = None
+    result: str = _NOT_NAMED
+    failed: bool = True
+    time_s: float = 0.0
+
+    def rows(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rows of both files."""
+        which = {
+            "step": step,
+            "completion": self.completion,
+            "turn": self.turn,
+            "call": self.number,
+            "tool": shortened(self.tool, 200),
+        }
+        said = {"arguments": saveable(self.arguments), "failed": self.failed}
+        result = shortened(self.result, LONGEST_LOGGED)
+        return {**which, **said, "result": result}, {**which, "time_s": round(self.time_s, 4)}
+
+
+class ToolLog:
+    """The calls since the last ``write``."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+
+    def watch(
+        self, trainer: Rollouts, completions: list[list[Any]], numbers: list[int], step: int
+    ) -> list[Call]:
+        """Let the tools of each row note their calls in the returned list, turn by turn.
+        ``numbers`` are those of the completions in the whole batch.
+        """
+        calls: list[Call] = []
+        trainer.tools_by_row = [
+            _Watched(tools, calls, messages, (step, number))
+            for tools, messages, number in zip(
+                trainer.tools_by_row, completions, numbers, strict=True
+            )
+        ]
+        return calls
+
+    def keep(self, calls: list[Call]) -> None:
+        """Add the calls of all ranks; every rank calls it."""
+        found = gather_object(calls)
+        self._calls += sorted(found, key=lambda call: (call.completion, call.turn, call.number))
+
+    def write(self, journal: Journal, step: int) -> None:
+        """Append the calls to the log files of the run. Raises OSError."""
+        calls, self._calls = self._calls, []
+        for call in calls:
+            row, timing = call.rows(step)
+            journal.write(CALLS, row)
+            journal.write(TIMINGS, timing)
+
+
+class _Watched(dict[str, Any]):
+    """The tools of one row. It has every name: TRL 1.16 asks ``name in tools``, then calls
+    ``tools[name](**arguments)``, and answers what that raises.
+    """
+
+    def __init__(
+        self,
+        tools: Mapping[str, Any],
+        calls: list[Call],
+        messages: list[Any],
+        place: tuple[int, int],
+    ) -> None:
+        super().__init__(tools)
+        self._calls, self._messages, self._place = calls, messages, place
+        self._last = (0, 0)
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> Any:
+        step, completion = self._place
+        turn = sum(message.get("role") == "assistant" for message in self._messages)
+        number = self._last[1] + 1 if self._last[0] == turn else 1
+        self._last = (turn, number)
+        call = Call(str(name), completion, turn, number)
+        self._calls.append(call)
+        tool = self.get(name)
+
+        def made(**arguments: Any) -> str:
+            call.arguments = arguments
+            begin = perf_counter()
+            failed, text = by_first(lambda: _outcome(tool, call, (step, completion, turn, number)))
+            call.time_s = perf_counter() - begin
+            if isinstance(failed, BaseException):
+                raise failed
+            call.failed, call.result = bool(failed), text
+            if failed:
+                raise CallFailed(text)
+            return str(text)
+
+        return made
+
+
+def _outcome(tool: Tool | None, call: Call, place: tuple[int, ...]) -> tuple[Any, str]:
+    """(failed, text), or (the exception that ends the run, "")."""
+    if tool is None:
+        return True, f"Tool {call.tool} not found."
+    try:
+        return False, tool.ask(call.arguments, place)
+    except CallFailed as error:
+        return True, str(error)
+    except StopRun as error:
+        return error, ""

@@ -1,0 +1,77 @@
+"""What a run file brings from the user: data, rewards, tools and an environment, all loaded before
+the engine starts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.base.errors import ConfigError
+from toolkit.config import parallel
+from toolkit.train.checkpointing import micro_batch_record
+from toolkit.train.data.dataset import load_data
+from toolkit.train.process_control import world_size
+from toolkit.train.rewards import load_rewards
+from toolkit.train.rewards.openenv import OpenEnv
+from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.worker_process import Workers
+from toolkit.train.rollout.tools import EpisodeHost, load_tools
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from toolkit.config.run_config import RunConfig
+    from toolkit.train.data.dataset import Data
+    from toolkit.train.rewards import Rewards
+    from toolkit.train.rollout.tools import Tool
+
+
+class UserCode(NamedTuple):
+    """``episodes`` makes the environments of rollouts with steps; None for a run without."""
+
+    data: Data
+    rewards: Rewards
+    tools: list[Tool]
+    episodes: EpisodeHost | None
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of each split."""
+        reports = {"train": self.data.report.train, "eval": self.data.report.eval}
+        return {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
+
+
+def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode:
+    """Load all of it, each in the process that the run file asks for.
+
+    Raises:
+        ToolkitError: something is missing, not allowed, or fails.
+    """
+    code, seconds, section = code_of(config), config.reward.timeout_s, config.environment
+    workers = Workers.of(section.python if section else None)
+    apart = config.reward.isolate or workers.environment is not workers.own
+    in_steps = code is not None and code.adapter == OpenEnv.name
+    there = workers.environment if apart or in_steps else None
+    data = load_data(
+        config.dataset,
+        tokenizer,
+        max_prompt_length=config.grpo.get("max_prompt_length"),
+        template=config.grpo.get("chat_template_kwargs"),
+        environment=section,
+        make=code and partial(made, code, there, seconds),
+    )
+    replicas = parallel.replicas(world_size(), config.model.tensor_parallel_size)
+    micro_batch_record.refuse_too_few(config, len(data.train), replicas)
+    rewards = load_rewards(config, run_dir, columns=data.train.column_names, workers=workers)
+    tools = load_tools(config, workers.own if config.reward.isolate else None)
+    episodes = None
+    if code is not None and in_steps:
+        episodes = EpisodeHost(code, workers.environment, seconds)
+    if (tools or episodes) and not data.report.train.chat:
+        raise ConfigError(
+            "tools are called in a chat, and the prompts are plain text",
+            where="dataset.chat",
+            fix="use a model with a chat template, or remove the section "
+            + ("tools" if tools else "environment"),
+        )
+    return UserCode(data, rewards, tools, episodes)
