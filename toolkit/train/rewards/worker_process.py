@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import toolkit
 from toolkit.base import errors
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime
@@ -35,7 +34,7 @@ START_ELSEWHERE = (
     " s.loader.exec_module(m);"
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
-_PACKAGE = Path(toolkit.__file__).parent
+_PACKAGE = Path(__file__).resolve().parents[2]
 _LAST_S = 5.0  # time for exit handlers of the worker's modules
 _RELOAD_S = 600.0  # time to import the modules again that the run imported at its start
 
