@@ -13,8 +13,9 @@ from toolkit.train.checkpointing import micro_batch_record
 from toolkit.train.data.dataset import load_data
 from toolkit.train.process_control import world_size
 from toolkit.train.rewards import load_rewards
+from toolkit.train.rewards.environment_code import code_of
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.problems import made
 from toolkit.train.rewards.worker_process import Workers
 from toolkit.train.rollout.tools import EpisodeHost, load_tools
 

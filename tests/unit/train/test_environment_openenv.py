@@ -20,7 +20,8 @@ from toolkit.config.environments import missing_package
 from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.environment_code import code_of
+from toolkit.train.rewards.problems import made
 from toolkit.train.rewards.worker_process import Workers
 from toolkit.train.rollout.tools import CallFailed, EpisodeHost
 

@@ -15,7 +15,8 @@ from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.checkpointing.run_directory import as_mapping, fingerprint
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.environment_code import code_of
+from toolkit.train.rewards.problems import made
 
 pytest.importorskip("reasoning_gym")
 TEXT = """

@@ -17,7 +17,8 @@ from toolkit.config.build import build_config
 from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.problems import code_of, made
+from toolkit.train.rewards.environment_code import code_of
+from toolkit.train.rewards.problems import made
 from toolkit.train.rewards.worker_process import Workers
 
 pytest.importorskip("verifiers.v1")

@@ -17,9 +17,9 @@ from toolkit.train.rewards.builtin import (
     NumericMatch,
     RegexMatch,
 )
+from toolkit.train.rewards.environment_code import EnvironmentCode
 from toolkit.train.rewards.mathverify import MathVerify
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.problems import EnvironmentCode
 from toolkit.train.rewards.reasoning_gym import COLUMN, ReasoningGym
 from toolkit.train.rewards.user import load_function, missing_columns
 from toolkit.train.rewards.verifiers_tasks import Verifiers

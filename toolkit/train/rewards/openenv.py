@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from toolkit.train.rewards.builtin import Score
-    from toolkit.train.rewards.problems import EnvironmentCode
+    from toolkit.train.rewards.environment_code import EnvironmentCode
 
 SUPPORTED = (
     "name an Environment class as module:Class, whose step takes one Action class with fields of "

@@ -32,10 +32,11 @@ from toolkit.config.run_config import RewardFunction
 from toolkit.train.logging_setup import keep_upstream_quiet
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
+from toolkit.train.rewards.environment_code import EnvironmentCode
 from toolkit.train.rewards.logged import number, shortened
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.openenv import Episodes
-from toolkit.train.rewards.problems import EnvironmentCode, problems
+from toolkit.train.rewards.problems import problems
 from toolkit.train.rewards.returned import Misbehaved, Trouble, raised
 from toolkit.train.rewards.tool_calls import LocalTool, Refused, guarded
 

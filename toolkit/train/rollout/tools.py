@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from toolkit.config.run_config import RunConfig
-    from toolkit.train.rewards.problems import EnvironmentCode
+    from toolkit.train.rewards.environment_code import EnvironmentCode
     from toolkit.train.rewards.worker_process import WorkerProcess
 
 Place = tuple[int, ...]

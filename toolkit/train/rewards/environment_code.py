@@ -1,0 +1,79 @@
+"""The code of an environment, and whether the run file allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from toolkit.base.errors import ConfigError
+from toolkit.config.build import thaw
+from toolkit.config.code import is_allowed
+from toolkit.config.environments import ADAPTERS, task_module
+from toolkit.train.rewards.user import look_beside
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from toolkit.config.run_config import RunConfig
+
+
+class EnvironmentCode(NamedTuple):
+    """The code of an environment: its adapter, task and options, and what the run file allows."""
+
+    adapter: str
+    task: str
+    options: dict[str, Any]
+    allow_code: tuple[str, ...]
+    folder: Path
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
+        """The code that a request names."""
+        adapter, task, options = request["adapter"], request["task"], request["options"]
+        folder = Path(request["folder"])
+        return cls(adapter, task, options, tuple(request["allow_code"]), folder)
+
+    def request(self) -> dict[str, Any]:
+        """As JSON, for the worker process."""
+        named = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
+        return {**named, "options": thaw(self.options)}
+
+    def prepare(self) -> None:
+        """Let its modules be imported.
+
+        Raises:
+            ConfigError: runtime.allow_code does not name them.
+        """
+        refuse_package(self.adapter, self.allow_code)
+        module = task_module(self.adapter, self.task)
+        if module is None:
+            return
+        if not is_allowed(module, self.allow_code):
+            raise ConfigError(
+                f"environment.task {self.task} is code of the module {module}, which "
+                "runtime.allow_code does not list",
+                where="environment.task",
+                fix=f"if you trust the module, add {module.partition('.')[0]} to allow_code",
+            )
+        look_beside(self.folder, self.allow_code)
+
+
+def code_of(config: RunConfig) -> EnvironmentCode | None:
+    """The code of the run's environment; None if it has none."""
+    section = config.environment
+    if section is None:
+        return None
+    folder = Path(config.source).resolve().parent if config.source else Path.cwd()
+    options = thaw(section.options)
+    allowed = tuple(config.runtime.allow_code)
+    return EnvironmentCode(section.adapter, section.task, options, allowed, folder)
+
+
+def refuse_package(adapter: str, allow_code: Sequence[str]) -> None:
+    """Raises ConfigError if the package of an environment is not allowed."""
+    module = ADAPTERS[adapter].modules[0]
+    if not is_allowed(module, allow_code):
+        raise ConfigError(
+            f"the environment {adapter} is code, and runtime.allow_code does not allow its module",
+            fix=f"runtime: {{allow_code: [{module}]}}, if you trust it",
+        )
