@@ -75,8 +75,16 @@ class Store:
         self, name: str, *arguments: str, project: Path | None = None, **variables: str
     ) -> tuple[int, str]:
         """Run a command of containers/cli.py: (exit code, what it printed)."""
+        cli = [sys.executable, str((project or self.tree) / "containers/cli.py")]
+        return self._run(*cli, name, *arguments, **variables)
+
+    def stand_in(self, release: str) -> tuple[int, str]:
+        """Make the stand-in base for a release of Debian or Ubuntu in this store."""
+        return self._run(str(self.tree / "containers/stand-in.sh"), release)
+
+    def _run(self, *command: str, **variables: str) -> tuple[int, str]:
         result = subprocess.run(
-            [sys.executable, str((project or self.tree) / "containers/cli.py"), name, *arguments],
+            command,
             env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

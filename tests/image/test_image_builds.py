@@ -37,7 +37,7 @@ def digests(
         if base_options:
             # One after the other: the first makes the archive that both take their base from.
             for where in (store, second):
-                code, output = where.script("stand-in.sh", "bookworm")
+                code, output = where.stand_in("bookworm")
                 assert code == 0, output
         with ThreadPoolExecutor(2) as pool:
             first, other = pool.map(build, (store, second))

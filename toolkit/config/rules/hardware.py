@@ -14,6 +14,7 @@ from toolkit.base.capability import (
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import package_folder
 from toolkit.config.rules.violation import RuleViolation, rule
+from toolkit.config.trl_names import LIGER, installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,6 +86,35 @@ def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
                 severity=Severity.ERROR if here else Severity.WARNING,
                 unknown=not here,
             )
+
+
+@rule(
+    "LOAD027",
+    "runtime.fused_kernels",
+    example="runtime:\n  fused_kernels: true  # with --gpu none",
+    fix="fused_kernels: auto",
+)
+def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
+    """fused_kernels: true needs a CUDA GPU and the package liger-kernel.
+
+    With auto, the kernels are used where both are there. Checked with --gpu, by envcheck check and
+    by train.
+    """
+    device = run.situation.device
+    if device is None or run.value("runtime.fused_kernels") is not True:
+        return
+    here = run.situation.vllm is not None  # the machine that trains
+    if device.compute_capability is None:
+        why = "there is no GPU, and the kernels need CUDA"
+    elif here and not installed(LIGER):
+        why = f"{LIGER.install} is not installed here"
+    else:
+        return
+    yield RuleViolation(
+        "runtime.fused_kernels",
+        f"cannot be true: {why}",
+        fixes=(run.to("runtime.fused_kernels", "auto"),),
+    )
 
 
 @rule(
