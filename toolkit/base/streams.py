@@ -30,10 +30,11 @@ def open_missing() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            os.set_inheritable(number, True)  # what this process starts has them too
+            # processes that this process starts inherit the descriptors
+            os.set_inheritable(number, True)
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - a stream
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - the stream stays open
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def outliving() -> Iterator[None]:
 
 class Outliving:
     """A text stream that is replaced by the null device after its first failure. ``told`` is the
-    stream for the warning. All other attributes are those of the stream.
+    stream that gets the warning. All other attributes are those of the stream.
     """
 
     def __init__(self, stream: TextIO, name: str, told: Outliving | None) -> None:
@@ -61,7 +62,7 @@ class Outliving:
         self._lost = False
 
     def write(self, text: str) -> int:
-        """Write, or drop."""
+        """Write the text, or drop it after a failure."""
         if not self._lost:
             try:
                 self._stream.write(text)
@@ -70,12 +71,12 @@ class Outliving:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write, or drop."""
+        """Write the lines, or drop them after a failure."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or drop."""
+        """Flush the stream; do nothing after a failure."""
         if not self._lost:
             try:
                 self._stream.flush()
@@ -110,7 +111,7 @@ def discard(stream: TextIO) -> None:
 
 
 def settle() -> None:
-    """At the end of a process: write or drop what the streams still buffer."""
+    """At the end of a process: write what the streams still buffer, or drop it if that fails."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,8 +1,9 @@
-"""The model's files before anything loads them: local folder or cached hub snapshot, complete or
-not.
+"""Read the model's files before anything loads them, and find out whether they are complete: in a
+local folder or a cached hub snapshot.
 
-Reads only JSON and directory listings. Sizes are limited, links are followed once and loops are
-detected. This module checks that the files are complete; parameters and shapes belong to the sizer.
+Only JSON files and directory listings are read. Sizes are limited, links are followed once and
+loops are detected. This module checks that the files are complete; the sizer reads parameters and
+shapes.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """A JSON file of limited size.
+    """Parse a JSON file of limited size.
 
     Raises OSError if it does not exist, and ValueError with the reason if it cannot be read.
     """
