@@ -1,9 +1,9 @@
-"""What ``extends`` may name: a run file below the folder of the run file that is loaded, or below a
-folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
+"""Check the files that ``extends`` may name: run files below the folder of the run file that is
+loaded, or below a folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
 
 A run file from someone else must not show lines of other files (``extends: /etc/shadow``). So the
-location of a base is checked before it is read, with every link resolved. If a base is not a run
-file, only the position of the problem is shown.
+location of an extended file is checked before it is read, with every link resolved. If that file is
+not a run file, only the position of the problem is shown.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ def told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
 
 
 def allowed_folders(root: Path) -> list[Path]:
-    """The folders that may contain bases: the run file's folder, and those that the user's
-    environment allows.
+    """The folders that may contain extended files: the folder of the run file ``root``, and the
+    folders that the user's environment allows.
     """
     texts = os.environ.get(VARIABLE, "").split(os.pathsep)
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
 def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
-    """Why the base at ``path`` (links resolved) is not read; None if it may be read."""
+    """The finding that says why the file that ``extends`` names (at ``path``, links resolved) is
+    not read; None if it may be read.
+    """
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
         return told(
             "DOC016",
@@ -80,7 +82,9 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
 
 
 def content_fault(base: Document, node: Node) -> Finding | None:
-    """Why the text read for ``extends`` is not a run file, without showing any of it."""
+    """The finding that says why the text of the extended file is not a run file, without showing
+    any of the text; None if it is one.
+    """
     broken = [found for found in base.findings if found.severity is Severity.ERROR]
     if not base.whole:
         mark = broken[0].mark if broken else None
@@ -107,7 +111,9 @@ def real_path(node: Node) -> Path | None:
 
 
 def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
-    """The chain of files, if a base extends itself or the chain is too long."""
+    """The chain of files as a text, if a file extends itself or the chain is too long; else
+    None.
+    """
     if path in [seen.resolve() for seen in chain] or len(chain) >= most:
         return " -> ".join(seen.name for seen in [*chain, path])
     return None

@@ -1,4 +1,4 @@
-"""The result of validation: a finding with its place, the arithmetic and the fix."""
+"""The result of validation: a finding with its position, the arithmetic and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 class Severity(StrEnum):
-    """An error refuses the run. A warning refuses it only with --strict."""
+    """The severity of a finding. An error refuses the run; a warning refuses it only with
+    --strict.
+    """
 
     ERROR = "error"
     WARNING = "warning"
@@ -34,8 +36,8 @@ def rename(source: Source, key: Mark, name: str) -> Edit:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One possible fix as text, with ``edits`` if rewriting scalars and keys is enough. ``moved``
-    is what --fix prints as old and new if the edits do not show it.
+    """One possible fix as text, with ``edits`` if changing scalars and keys is enough. If the edits
+    do not show what was moved, --fix prints ``moved`` as old and new.
     """
 
     text: str
@@ -44,7 +46,7 @@ class Fix:
 
 
 class Located(Protocol):
-    """Anything with a place in a source, such as a node of the document."""
+    """Anything with a position in a source, such as a node of the document."""
 
     mark: Mark
     source: Source
@@ -62,12 +64,15 @@ class Finding:
     mark: Mark | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
-    related: tuple[Located, ...] = ()  # the other operands
-    unknown: bool = False  # not a fault but something that could not be checked on this machine
+    related: tuple[Located, ...] = ()  # the other keys whose values cause the fault
+    # True: not a fault but something that could not be checked on this machine
+    unknown: bool = False
 
     @property
     def place(self) -> str:
-        """``run.yaml:12:20``, the whole ``run.yaml``, or the ``--set`` argument itself."""
+        """The position as text: ``run.yaml:12:20``, ``run.yaml`` for the whole file, or the
+        ``--set`` argument itself.
+        """
         name = self.source.name if self.source else "run file"
         if self.mark is None or (self.source is not None and self.source.is_override):
             return name
@@ -81,7 +86,9 @@ class Finding:
 def error_finding(
     rule: str, message: str, source: Source, mark: Mark | None = None, *fixes: Fix
 ) -> Finding:
-    """A fault found while reading a text, at one position or in the whole text."""
+    """A finding for a fault that was found while reading a text, at one position or in the whole
+    text.
+    """
     return Finding(
         rule=rule,
         severity=Severity.ERROR,

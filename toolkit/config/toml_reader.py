@@ -1,5 +1,5 @@
-"""TOML to nodes with positions: the standard library reads the values, and a separate scan finds
-their positions.
+"""Parse TOML to nodes with positions: the standard library reads the values, and a separate scan
+finds their positions.
 
 The scan may assume valid TOML, because tomllib has already read the text. A value that the scan
 cannot find (none is known) gets the position of the start of the file. tomlkit does not replace the
@@ -65,7 +65,7 @@ def _read(source: Source, document: Document) -> Node:
 
 
 class _TooMuch(Exception):
-    """Raised when the text has more than a run file needs."""
+    """Raised if the text has more values, tables or dots than a run file needs."""
 
 
 _DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
@@ -99,7 +99,7 @@ def _syntax(source: Source, message: str) -> Finding:
 
 
 class _Builder:
-    """Combine values and positions."""
+    """Combine the values with their positions."""
 
     def __init__(
         self, source: Source, document: Document, places: dict[KeyPath, tuple[Mark, Mark]]

@@ -1,9 +1,9 @@
-"""YAML to nodes with positions; the only module that imports PyYAML. ``layers`` assembles whole run
-files from it.
+"""Parse YAML to nodes with positions. Only this module imports PyYAML.
 
 YAML is read through libyaml's events and not through ``compose``: compose recurses in C, and a file
 of 100,000 brackets would end the process with a segmentation fault. Every limit below is far above
-what a run file needs, and keeps the reading time of any input below one second.
+what a run file needs, and keeps the reading time of any input below one second. The module
+``layers`` assembles complete run files from the parsed texts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from toolkit.config.source import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
 
 try:
     from yaml.cyaml import CLoader as _Parser
-except ImportError:  # PyYAML without libyaml: the same events, slower
+except ImportError:  # without libyaml, PyYAML gives the same events, but slower
     from yaml import Loader as _Parser  # type: ignore[assignment]
 
 
@@ -135,7 +135,7 @@ class _Builder:
         return node
 
     def resolve(self, node: Node, text: str) -> None:
-        """Set the value of a plain scalar, and a note if YAML 1.1 would read a different value."""
+        """Set the value of a plain scalar. Add a note if YAML 1.1 would read a different value."""
         node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):
             self.tell("DOC015", node.mark, too_large(text), "write a smaller number")
@@ -169,7 +169,9 @@ class _Builder:
         return self.copy(target, mark)
 
     def copy(self, target: Node, mark: Mark) -> Node:
-        """The nodes of an alias. They are counted, so that an alias bomb is stopped early."""
+        """A copy of the nodes that an alias refers to. The nodes are counted, so that an alias bomb
+        is stopped early.
+        """
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
             raise StopReading(self.finding("DOC009", mark, TOO_ALIASED))
@@ -202,7 +204,7 @@ class _Builder:
         holder[name] = node
 
     def key(self, node: Node, event: Any) -> tuple[str, Mark]:
-        """A key's name. An invalid key gets a unique name and a finding."""
+        """The name of a key. An invalid key gets a unique name and a finding."""
         nameless = f"\0{node.mark.start}"
         if not isinstance(event, yaml.ScalarEvent):
             self.tell("DOC010", node.mark, "a key must be a plain name", "write a name")

@@ -22,7 +22,7 @@ GROUP = "grpo.num_generations"
 
 
 def micro_batch(run: Run) -> int:
-    """per_device_train_batch_size as a number. Raises Unjudged if it is auto."""
+    """per_device_train_batch_size as a number. Raises Unjudged if the value is auto."""
     micro = run.value(MICRO)
     if not isinstance(micro, int) or run.value(ACCUMULATION) == "auto":
         raise Unjudged  # GRPO028 reports what auto requires
@@ -30,7 +30,7 @@ def micro_batch(run: Run) -> int:
 
 
 def world(run: Run) -> str:
-    """The world size as an operand."""
+    """The world size as text, for the arithmetic of a finding."""
     return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 

@@ -1,5 +1,5 @@
-"""Settings that the loader would refuse, from the table of supported features: flags, attention,
-machine.
+"""Rules on settings that the loader would refuse: flags, attention, machine. The table of supported
+features has the reasons.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ATTENTION = "model.attn_implementation"
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> RuleViolation:
-    """A problem from the table as a fault, with the written values and fixes that can be
-    applied.
+    """The violation for a problem from the table, with the values in the run file and fixes that
+    can be applied.
     """
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
@@ -53,8 +53,8 @@ def fault_of(
 def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
     """load_in_fp8 is false.
 
-    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit needs even
-    less memory.
+    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit is supported
+    and needs even less memory.
     """
     if run.value("model.load_in_fp8"):
         yield RuleViolation(
@@ -148,9 +148,9 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
     Without one there is no mixed precision in float16, and no loss scaling: a float32 model is
-    trained in float32, and a float16 model without scaling. Both are warnings. The vLLM engine
-    samples in float32 there unless model.dtype says otherwise, which is an error, as the trainer is
-    asked for another format. Checked with --gpu.
+    trained in float32, and a float16 model without scaling. Both are warnings. On a CPU the vLLM
+    engine samples in float32 unless model.dtype is set. Then sampler and trainer have different
+    formats, which is an error. Checked with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):

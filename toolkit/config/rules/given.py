@@ -1,5 +1,5 @@
-"""Data that will not be used as it seems: columns that the trainer does not pass on, missing
-answers, chats written as text.
+"""Rules on data that will not be used as it seems: columns that the trainer does not pass on,
+missing answers, chats written as text.
 """
 
 from __future__ import annotations

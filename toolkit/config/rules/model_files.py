@@ -1,4 +1,4 @@
-"""The model's files: whether the model is supported, also by this engine."""
+"""Rules on the model's files: whether the toolkit and the run's engine support the model."""
 
 from __future__ import annotations
 

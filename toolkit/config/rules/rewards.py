@@ -1,4 +1,4 @@
-"""Reward functions: at least one is set, all exist, and TRL can call them."""
+"""Rules on reward functions: at least one is set, all exist, and TRL can call them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
 def some_reward(run: Run) -> Iterator[RuleViolation]:
     """There is at least one reward function.
 
-    GRPO learns only from rewards. An environment brings its own.
+    GRPO learns only from rewards. An environment has its own reward.
     """
     if run.node("environment") is not None:
         return

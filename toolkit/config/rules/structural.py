@@ -1,5 +1,5 @@
-"""Findings of loading and of the schema, described so that `envcheck explain` can explain them like
-rules.
+"""Descriptions of the findings that loading and the schema report, so that `envcheck explain`
+explains them like rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Told(NamedTuple):
-    """The texts of one finding."""
+    """The texts that describe one of these rules."""
 
     summary: str
     why: str
