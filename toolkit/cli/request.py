@@ -13,7 +13,7 @@ from toolkit.base import process_environment
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_bytes
 from toolkit.base.formatting import GIB, KIB, MIB
-from toolkit.base.hub import hub_home
+from toolkit.base.hub_cache import hub_home
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

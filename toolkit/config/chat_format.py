@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.hub import cached_model
+from toolkit.base.hub_cache import cached_model
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig

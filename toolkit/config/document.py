@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.source import Mark
+from toolkit.config.source import Position
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,12 +27,12 @@ class Node:
 
     __slots__ = ("key", "mark", "note", "plain", "source", "value")
 
-    def __init__(self, value: Any, mark: Mark, source: Source, *, plain: bool = False) -> None:
+    def __init__(self, value: Any, mark: Position, source: Source, *, plain: bool = False) -> None:
         self.value = value
         self.mark = mark
         self.source = source
         self.plain = plain  # a plain YAML scalar, whose type comes from its spelling
-        self.key: Mark | None = None  # the key's position, if this is a value in a mapping
+        self.key: Position | None = None  # the key's position, if this is a value in a mapping
         self.note: Finding | None = (
             None  # the value that YAML 1.1 would read; reported unless the node has a worse finding
         )
@@ -59,7 +59,7 @@ class Node:
 
 def empty(source: Source) -> Node:
     """An empty root node."""
-    return Node({}, Mark(1, 1, 0, 0), source)
+    return Node({}, Position(1, 1, 0, 0), source)
 
 
 @dataclass(slots=True)

@@ -37,8 +37,8 @@ SECTIONS = (
 )
 
 
-def told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
-    """A finding at the value of ``extends``."""
+def finding_at(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
+    """A finding at the position of ``node``."""
     return error_finding(rule, message, node.source, node.mark, *fixes)
 
 
@@ -55,18 +55,18 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
     not read; None if it may be read.
     """
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
-        return told(
+        return finding_at(
             "DOC016",
             node,
             f"extends: {node.value} is outside of the run file's folder {root.resolve()}",
             Fix(
-                "move the base below that folder, or allow the base's folder: "
+                "move the file below that folder, or allow the file's folder: "
                 f"{VARIABLE}={path.parent}"
             ),
         )
     if path.suffix.lower() not in FORMATS:
         ends = ", ".join(FORMATS)
-        return told(
+        return finding_at(
             "DOC017",
             node,
             f"extends: {node.value} is not a run file: its name must end in one of {ends}",
@@ -75,9 +75,9 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        return told("DOC011", node, f"extends: {node.value} {os_fault(error)}")
+        return finding_at("DOC011", node, f"extends: {node.value} {os_fault(error)}")
     if not stat.S_ISREG(mode):
-        return told("DOC011", node, f"extends: {node.value} {kind_fault(mode)}")
+        return finding_at("DOC011", node, f"extends: {node.value} {kind_fault(mode)}")
     return None
 
 
@@ -94,11 +94,11 @@ def content_fault(base: Document, node: Node) -> Finding | None:
         what = f"has no section of a run file ({', '.join(SECTIONS[:-2])})"
     else:
         return None
-    return told(
+    return finding_at(
         "DOC017",
         node,
         f"extends: {node.value} is not a run file: it {what}",
-        Fix("name a run file; `envcheck validate` on the base shows what is wrong in it"),
+        Fix("name a run file; `envcheck validate` on that file shows what is wrong in it"),
     )
 
 

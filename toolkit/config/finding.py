@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from toolkit.config.source import KeyPath, Mark, Source
+    from toolkit.config.source import KeyPath, Position, Source
 
 
 class Severity(StrEnum):
@@ -29,7 +29,7 @@ class Edit:
     text: str
 
 
-def rename(source: Source, key: Mark, name: str) -> Edit:
+def rename(source: Source, key: Position, name: str) -> Edit:
     """The edit that renames a key."""
     return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
 
@@ -48,7 +48,7 @@ class Fix:
 class Located(Protocol):
     """Anything with a position in a source, such as a node of the document."""
 
-    mark: Mark
+    mark: Position
     source: Source
 
 
@@ -61,7 +61,7 @@ class Finding:
     message: str
     path: KeyPath = ()
     source: Source | None = None
-    mark: Mark | None = None  # None: the whole file
+    mark: Position | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[Located, ...] = ()  # the other keys whose values cause the fault
@@ -84,7 +84,7 @@ class Finding:
 
 
 def error_finding(
-    rule: str, message: str, source: Source, mark: Mark | None = None, *fixes: Fix
+    rule: str, message: str, source: Source, mark: Position | None = None, *fixes: Fix
 ) -> Finding:
     """A finding for a fault that was found while reading a text, at one position or in the whole
     text.

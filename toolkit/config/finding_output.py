@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from toolkit.config.finding import Finding
-    from toolkit.config.source import Mark, Source
+    from toolkit.config.source import Position, Source
 
 VERSION = 1
 DOCS_VARIABLE = "TOOLKIT_DOCS_URL"
@@ -41,7 +41,7 @@ def _harmless(text: str) -> str:
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def shown_line(source: Source, mark: Mark) -> str:
+def shown_line(source: Source, mark: Position) -> str:
     """The source line at a position, with secrets hidden. A long line is shortened to the part
     around the column.
     """
@@ -145,7 +145,7 @@ def to_json(found: Finding) -> dict[str, Any]:
     }
 
 
-def end_column(mark: Mark) -> int:
+def end_column(mark: Position) -> int:
     """The column after the last character of the range ``mark``."""
     return mark.column + max(mark.end - mark.start, 0)
 

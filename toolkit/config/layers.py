@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import Document, Node
-from toolkit.config.extends import check_chain, content_fault, place_fault, real_path, told
+from toolkit.config.extends import check_chain, content_fault, finding_at, place_fault, real_path
 from toolkit.config.finding import Finding, Severity
-from toolkit.config.source import MAX_LAYERS, Mark, Source
+from toolkit.config.source import MAX_LAYERS, Position, Source
 from toolkit.config.text_reader import Unreadable, failed, read_source
 from toolkit.config.yaml_reader import parse_yaml
 
@@ -55,7 +55,7 @@ def parse(source: Source) -> Document:
     if not isinstance(document.root.value, dict):
         kind = "empty" if document.root.value is None else "not a mapping of keys"
         if not document.findings:
-            document.findings.append(told("DOC001", document.root, f"the run file is {kind}"))
+            document.findings.append(finding_at("DOC001", document.root, f"the run file is {kind}"))
         document.whole = False
         document.root = Node({}, document.root.mark, source)
     return document
@@ -84,20 +84,20 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
     it.
     """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
-        return told("DOC011", node, "extends: must be the path of one run file")
+        return finding_at("DOC011", node, "extends: must be the path of one run file")
     path = real_path(node)
     if path is None:
-        return told(
+        return finding_at(
             "DOC011", node, f"extends: {node.value} cannot be opened: its links form a loop"
         )
     if around := check_chain(path, chain, MAX_LAYERS):
-        return told("DOC011", node, f"extends forms a loop: {around}")
+        return finding_at("DOC011", node, f"extends forms a loop: {around}")
     if fault := place_fault(path, node, root):
         return fault
     try:
         base = parse(read_source(_shown(path, node), real=path))
     except Unreadable as error:
-        return told("DOC011", node, f"extends: {node.value} {error.finding.message}")
+        return finding_at("DOC011", node, f"extends: {node.value} {error.finding.message}")
     return content_fault(base, node) or base
 
 
@@ -125,11 +125,11 @@ def _override(document: Document, text: str) -> None:
     """Apply one override ``key.path=value``."""
     name, equals, written = text.partition("=")
     source = Source(f"--set {text}", written, Path.cwd(), None, "set")
-    at = Node(None, Mark(1, 1, 0, len(written)), source)
+    at = Node(None, Position(1, 1, 0, len(written)), source)
     keys = name.strip().split(".")
     if not equals or not all(keys):
         document.findings.append(
-            told("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
+            finding_at("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
         )
         return
     parsed = parse_yaml(source)
@@ -140,7 +140,7 @@ def _override(document: Document, text: str) -> None:
     value.key = at.mark
     problem = _put(document.root, keys, value)
     if problem:
-        document.findings.append(told("DOC012", at, problem))
+        document.findings.append(finding_at("DOC012", at, problem))
 
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:

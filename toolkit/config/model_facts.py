@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base import files
 from toolkit.base.errors import InputError
-from toolkit.base.hub import cached_model
+from toolkit.base.hub_cache import cached_model
 from toolkit.config.lora_targets import has_experts, text_part
 from toolkit.config.run_paths import exists, resolve
 from toolkit.config.supported_features import head_size

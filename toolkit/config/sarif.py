@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from toolkit.config.finding import Finding, Fix
-    from toolkit.config.source import Mark, Source
+    from toolkit.config.source import Position, Source
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -82,7 +82,7 @@ def _artifact(source: Source | None) -> dict[str, str]:
     return {"uri": PurePath(name).as_posix().replace("%", "%25").replace(" ", "%20")}
 
 
-def _location(source: Source | None, mark: Mark | None) -> dict[str, Any]:
+def _location(source: Source | None, mark: Position | None) -> dict[str, Any]:
     # code scanning requires a line, even if the finding is about the whole file
     region = {"startLine": 1}
     if mark is not None:

@@ -26,14 +26,14 @@ class Source:
     path: Path | None = None  # the path of the file; None for standard input and overrides
     format: str = "yaml"
     bom: str = ""  # the unchanged bytes, for --fix
-    hidden: list[Mark] = field(default_factory=list)  # secrets, which are never shown
+    hidden: list[Position] = field(default_factory=list)  # secrets, which are never shown
 
     @property
     def is_override(self) -> bool:
         """Whether this text is one ``--set`` argument."""
         return self.format == "set"
 
-    def hide(self, mark: Mark) -> None:
+    def hide(self, mark: Position) -> None:
         """Hide these characters in all output, because they are a secret."""
         self.hidden.append(mark)
 
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Position:
     """The position of a scalar, key or collection in its source."""
 
     line: int

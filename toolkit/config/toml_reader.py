@@ -18,7 +18,7 @@ from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.json_reader import Places
 from toolkit.config.scalars import beyond_64_bits, too_large
-from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Mark, Source
+from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Position, Source
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
@@ -81,7 +81,7 @@ def _long_integer(source: Source) -> StopReading:
     return StopReading(_too_large(source, Places(source.text).mark(*span)))
 
 
-def _too_large(source: Source, mark: Mark) -> Finding:
+def _too_large(source: Source, mark: Position) -> Finding:
     text = source.text[mark.start : mark.end]
     return error_finding("DOC015", too_large(text), source, mark, Fix("write a smaller number"))
 
@@ -92,9 +92,9 @@ def _syntax(source: Source, message: str) -> Finding:
     text = text[:1].lower() + text[1:]
     if found is None or found[1] is None:
         last = len(source.lines)
-        mark = Mark(last, len(source.lines[-1]) + 1, len(source.text), len(source.text))
+        mark = Position(last, len(source.lines[-1]) + 1, len(source.text), len(source.text))
     else:
-        mark = Mark(int(found[1]), int(found[2]), 0, 0)
+        mark = Position(int(found[1]), int(found[2]), 0, 0)
     return error_finding("DOC001", f"TOML syntax: {text}", source, mark)
 
 
@@ -102,7 +102,7 @@ class _Builder:
     """Combine the values with their positions."""
 
     def __init__(
-        self, source: Source, document: Document, places: dict[KeyPath, tuple[Mark, Mark]]
+        self, source: Source, document: Document, places: dict[KeyPath, tuple[Position, Position]]
     ) -> None:
         self.source, self.document, self.places = source, document, places
         self.count = 0
@@ -113,7 +113,7 @@ class _Builder:
             raise _TooMuch(f"more than {MAX_NODES} values")
         if len(path) > MAX_DEPTH:
             raise _TooMuch(f"nested deeper than {MAX_DEPTH} levels")
-        key, mark = self.places.get(path, (None, Mark(1, 1, 0, 0)))
+        key, mark = self.places.get(path, (None, Position(1, 1, 0, 0)))
         node = Node(self.below(value, path), mark, self.source)
         node.key = key if path and isinstance(path[-1], str) else None
         if beyond_64_bits(value):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_FOLDER_FILES, read_json
-from toolkit.base.hub import MODEL_ID, cached_model
+from toolkit.base.hub_cache import MODEL_ID, cached_model
 from toolkit.base.vllm_models import vllm_lists
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported

@@ -36,7 +36,7 @@ def renamed(value: Any, names: dict[str, Any], other: Any = _SAME) -> Any:
     return value if other is _SAME else other
 
 
-def whole(value: Any) -> Any:
+def as_integer(value: Any) -> Any:
     """``16.0`` as the integer 16; any other value unchanged. Some tools write integers as
     floats.
     """
@@ -49,7 +49,7 @@ def positive(value: Any) -> Any:
     """A count; None for -1, 0 and null, which mean "no limit" in some tools."""
     if value is None or (isinstance(value, (int, float)) and value <= 0):
         return None
-    return whole(value)
+    return as_integer(value)
 
 
 def targets(value: Any) -> Any:

@@ -125,7 +125,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Omission:
     """A setting that is left out of the run file, and why."""
 
     place: str
@@ -143,8 +143,8 @@ class Translation:
     written: dict[str, Written] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
     reward_notes: list[str] = field(default_factory=list)  # a note for each of ``rewards``
-    left_out: list[Told] = field(default_factory=list)
-    refused: list[Told] = field(default_factory=list)
+    left_out: list[Omission] = field(default_factory=list)
+    refused: list[Omission] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)  # modules of the user's rewards
@@ -188,19 +188,19 @@ class Translation:
 
     def refuse(self, entry: Entry, why: str) -> None:
         """Record a setting that requests something that this toolkit does not do."""
-        self.refused.append(_told(entry, why))
+        self.refused.append(_omission(entry, why))
 
     def leave(self, entry: Entry, why: str) -> None:
         """Record a setting that a run file does not need."""
-        self.left_out.append(_told(entry, why))
+        self.left_out.append(_omission(entry, why))
 
     def miss(self, entry: Entry, why: str) -> None:
         """Record a setting that could not be read."""
         self.unread.append(Unread(entry.place, f"{entry.key}: {_shown(entry)}", why))
 
 
-def _told(entry: Entry, why: str) -> Told:
-    return Told(entry.place, entry.key, _shown(entry), why)
+def _omission(entry: Entry, why: str) -> Omission:
+    return Omission(entry.place, entry.key, _shown(entry), why)
 
 
 def _shown(entry: Entry) -> str:

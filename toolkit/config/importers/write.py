@@ -17,7 +17,7 @@ from toolkit.config.wording import spell
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from toolkit.config.importers.mapping import Told, Translation
+    from toolkit.config.importers.mapping import Omission, Translation
 
 SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
 _LONGEST = 240
@@ -66,8 +66,10 @@ def _section(made: Translation, section: str) -> Iterator[str]:
         yield f"  # allow_code: [{modules}]"
 
 
-def _block(title: str, told: Iterable[Told]) -> list[str]:
-    lines = [f"#   {one.place}: {_one_line(f'{one.key}: {one.value} - {one.why}')}" for one in told]
+def _block(title: str, omissions: Iterable[Omission]) -> list[str]:
+    lines = [
+        f"#   {one.place}: {_one_line(f'{one.key}: {one.value} - {one.why}')}" for one in omissions
+    ]
     return ["", f"# {title}", *lines] if lines else []
 
 

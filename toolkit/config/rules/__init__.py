@@ -30,6 +30,6 @@ def all_rules() -> dict[str, Rule]:
 @cache
 def judging_rules() -> tuple[Rule, ...]:
     """The rules that check a run directly, without the rules that loading and the schema report."""
-    from toolkit.config.rules.structural import TOLD  # noqa: PLC0415 - after all topics
+    from toolkit.config.rules.structural import RULE_TEXTS  # noqa: PLC0415 - after all topics
 
-    return tuple(rule for name, rule in all_rules().items() if name not in TOLD)
+    return tuple(rule for name, rule in all_rules().items() if name not in RULE_TEXTS)
