@@ -1,4 +1,4 @@
-"""GRPO fine-tuning with LoRA on a model that has a vLLM engine on it, made reproducible.
+"""Reproducible GRPO fine-tuning with LoRA, with vLLM generating on the same GPU.
 
 ``from toolkit import FastLanguageModel, GRPOTrainer`` loads torch on first use; ``import toolkit``
 alone does not (PEP 562).

@@ -193,8 +193,8 @@ def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Itera
 
 
 class _Capped:
-    """A file that limits the size of one read, because zipfile accepts a directory of any stated
-    size.
+    """Limit the size of one read from a file, because a zip file may state any size for its
+    directory, and zipfile reads that much at once.
     """
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:

@@ -107,7 +107,7 @@ def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
 
 
 def decoded(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as a text. Raises InputError."""
+    """Decode UTF-8 bytes. Raises InputError at ``where``."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:

@@ -103,7 +103,7 @@ def _run() -> str:
 
 
 def _folders() -> list[Path]:
-    """Folders for a report, the best first."""
+    """The folders that a report may be written to, the preferred one first."""
     own = [Work.folder] if Work.folder is not None and Work.folder.is_dir() else []
     with suppress(OSError):  # the current folder may have been removed
         own.append(Path.cwd())

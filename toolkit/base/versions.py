@@ -1,5 +1,5 @@
-"""Compare versions as PEP 440 does. ``packaging`` is imported here alone, on first use: its import
-takes as long as a whole light command.
+"""Compare versions as PEP 440 does. Only this module imports ``packaging``, on first use, because
+the import takes as long as a light command.
 """
 
 from __future__ import annotations

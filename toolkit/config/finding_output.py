@@ -1,4 +1,4 @@
-"""Print findings as text for people, as GitHub annotations, and as JSON."""
+"""Convert findings to text for people, to GitHub annotations, and to JSON."""
 
 from __future__ import annotations
 

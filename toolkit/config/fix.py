@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from toolkit.config.rules import Situation
     from toolkit.config.source import Source
 
-# How many characters may be validated again in search of fixes. This allows hundreds of tries for a
-# usual run file and a few for a huge one, within one or two seconds.
+# The number of characters that may be validated again in search of fixes. This allows hundreds of
+# tries for a usual run file and a few for a huge one, within one or two seconds.
 MAX_JUDGED = 600_000
 _KEY = re.compile(r"""["'\w.-]+[ \t]*[:=][ \t]*$""")
 OVERHEAD = 500  # the fixed cost of one validation, as a number of characters

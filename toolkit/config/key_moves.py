@@ -72,7 +72,7 @@ def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
         edit = _removal(root, old, node) if same else None
         if edit is None:
             return Fix(f"use {to}, which is already written" if not same else "remove it")
-        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} already says it)"))
+        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} has this value)"))
     if old[:-1] == new[:-1]:
         edits = _in_place(node, new, value)
     else:
@@ -149,7 +149,7 @@ def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, 
             return ()
         return (Edit(source, start, start, f"{before}{line}{newline}"),)
     if section is not None and section.source is source:
-        return ()  # an empty section, or one that is not a mapping
+        return ()  # the section is empty or not a mapping
     return _new_section(root, source, str(new[0]), pair, line)
 
 

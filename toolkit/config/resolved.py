@@ -30,9 +30,9 @@ else transformers.
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """The facts of a card that the decisions need. ``compute_capability`` None means no GPU, and
-    (0, 0) a card that does not report it. ``machine`` is set for a card that is not in this
-    machine; for it the locked builds are checked. For a card in this machine `envcheck check`
-    checks the installed builds.
+    (0, 0) a card that does not report it. ``machine`` is set only for a card that is not in this
+    machine. For such a card the locked builds are checked; for a card in this machine, `envcheck
+    check` checks the installed builds.
     """
 
     name: str

@@ -29,7 +29,7 @@ _LOG_SECONDS = 0.5
 
 
 def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any]]:
-    """The fields of ``DriverSnapshot`` that come from files."""
+    """Read the fields of ``DriverSnapshot`` that come from files."""
     return {
         "kernel_module": asked(lambda: kernel_module(root)),
         "libcuda": asked(lambda: libcuda(environ, root)),

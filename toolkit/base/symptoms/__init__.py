@@ -66,8 +66,8 @@ def _found(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Sym
 
 
 def nearest(text: str) -> list[Symptom]:
-    """For a text without a known error: at most three symptoms whose texts share the most words
-    with its error lines, best first.
+    """At most three symptoms for a text without a known error: those whose texts share the most
+    words with its error lines, best first.
     """
     lines = [words_of(line) for line in telling_lines(condensed(text))]
     scores: dict[Symptom, float] = {}

@@ -72,7 +72,9 @@ class Text:
         return re.compile(joined, re.IGNORECASE | re.DOTALL)
 
     def find(self, text: str, lowered: str) -> tuple[re.Match[str], str] | None:
-        """The match and the characters around it."""
+        """The match of this text in ``text``, with the characters around it; None if the text does
+        not occur.
+        """
         for at in places(lowered, self.anchor):
             around = text[max(0, at - self.window) : at + self.window]
             if hit := self.pattern.search(around):

@@ -171,7 +171,7 @@ _TRL_OWN = (
     *left("one process scores, beside the run", "trl.reward_num_workers"),
     *refused("there is no replay of older rollouts here", "trl.replay_buffer_size",
              "trl.replay_recompute_logps", off=(True,)),
-    Row("trl.reroll_start_fraction", None, "there is no deferred second draw here", refused=True,
+    Row("trl.reroll_start_fraction", None, "no deferred second sampling here", refused=True,
         off=(None, 1.0, 1)),
     Row("trl.reroll_max_groups", None, "see reroll_start_fraction"),
     *refused("there is no such control of the entropy here; see grpo.use_adaptive_entropy",

@@ -61,7 +61,7 @@ def module_function(name: str) -> str:
     """``package.module.function`` as ``package.module:function``."""
     head, _, last = name.rpartition(".")
     if not head or not all(part.isidentifier() for part in name.split(".")):
-        raise Unfit("it is no module.function")
+        raise Unfit("it is not of the form module.function")
     return f"{head}:{last}"
 
 

@@ -31,7 +31,7 @@ def read_notebook(raw: bytes, name: str) -> Foreign:
         try:
             parse("\n".join(kept))
         except ValueError as error:
-            unread.append(Unread(f"cell {number}", _first(kept), f"it is no Python: {error}"))
+            unread.append(Unread(f"cell {number}", _first(kept), f"it is not Python: {error}"))
             continue
         lines += kept
         places += [f"cell {number}, line {line}" for line in range(1, len(kept) + 1)]

@@ -156,7 +156,9 @@ def _rewards(made: Translation) -> None:
             if name.isidentifier():
                 made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
             else:
-                made.refuse(entry, f"{name} is no function by its name: give a function of yours")
+                made.refuse(
+                    entry, f"{name} is not the name of a function: give a function of yours"
+                )
     if made.modules:
         made.notes.append(
             "Move the reward functions into rewards.py beside this file: a run file names "

@@ -79,9 +79,9 @@ def _resamples(value: Any) -> int:
     limit.
     """
     if not is_count(value):
-        raise Unfit("there is a limit here")
+        raise Unfit("the limit must be a positive number here")
     if value == 1:
-        raise Unfit("nothing is drawn again with 1 batch: set grpo.dynamic_sampling: false")
+        raise Unfit("with 1 batch verl samples nothing again: set grpo.dynamic_sampling: false")
     return int(value) - 1
 
 

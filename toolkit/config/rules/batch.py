@@ -253,8 +253,8 @@ def divisors_from(number: int, least: int) -> list[int]:
 
 
 def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` closest to ``wanted``, the smaller one of two equally close. A
-    divisor that leaves more than one group is preferred.
+    """The divisor of ``number`` that is closest to ``wanted``; if two are equally close, the
+    smaller one. A divisor that leaves more than one group is preferred.
     """
     every = divisors_from(number, least) if 0 < number < 10**9 else []
     found = [one for one in every if one < number] or every

@@ -112,7 +112,7 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         at = ("tools", "functions", index)
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-            yield RuleViolation(at, f"{name} is no module:function")
+            yield RuleViolation(at, f"{name} is not of the form module:function")
         elif not is_allowed(module, run.value("runtime.allow_code")):
             top = module.partition(".")[0]
             yield RuleViolation(

@@ -77,7 +77,8 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
         f"the evaluation has no metric {metric}",
         notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
         fixes=(run.to(METRIC, close),),
-        # A name from metrics.jsonl (eval/reward) is never a metric here, whatever the rewards log.
+        # A name from metrics.jsonl (eval/reward) is never a metric here, even if rewards log
+        # metrics.
         severity=None if only_ours or name != plain else Severity.WARNING,
     )
 

@@ -42,7 +42,7 @@ def _written(run: Run) -> Mapping[str, Node]:
 
 
 def _finite(value: Any) -> bool:
-    """False for numbers that rule DOC006 refuses."""
+    """Whether a value contains no number that rule DOC006 refuses."""
     return not isinstance(value, float) or math.isfinite(value)
 
 

@@ -183,8 +183,8 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
 
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
-    """Modules of the model that get the adapter, judged by their names; [] if the weights are not
-    on this machine or the targets are a regular expression.
+    """Modules of the model that get the adapter, found by their names; [] if the weights are not on
+    this machine or the targets are a regular expression.
     """
     targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None

@@ -265,8 +265,8 @@ reward:
 def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
     """A function that runs in the training process has a time limit.
 
-    With reward.isolate a signal can stop waiting for a function that hangs. In the training process
-    only the time limit can, because such a function may swallow the signal's exception.
+    With reward.isolate a signal can stop waiting for a function that hangs. Without reward.isolate
+    only the time limit can, because such a function may catch the exception that the signal raises.
     """
     if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
         return

@@ -39,7 +39,7 @@ def default(path: str) -> Any:
 
 @cache
 def parts_of(path: str) -> KeyPath:
-    """``lora.rank`` as a key path."""
+    """A dotted key such as ``lora.rank`` as a key path."""
     return tuple(path.split("."))
 
 

@@ -61,7 +61,7 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _KEY,
             f"{size} does not divide the world size {run.processes}",
-            notes=("the world size is what torchrun starts; --world-size says it here",),
+            notes=("torchrun starts this many processes; --world-size sets it here",),
             fixes=fixes,
         )
 
@@ -177,7 +177,7 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
         yield _excluded(run, "lora.lora_dropout", message, run.to("lora.lora_dropout", 0.0))
     init = run.ask("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
-        message = f"{init} looks at whole weights, and each card holds a part of them"
+        message = f"{init} depends on the complete weights, and each card holds a part of them"
         fix = run.to("lora.init_lora_weights", True)
         yield _excluded(run, "lora.init_lora_weights", message, fix)
 

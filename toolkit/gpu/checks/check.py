@@ -31,8 +31,8 @@ ASK_AGAIN = (
 class CheckContext:
     """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    ``configured`` says that the values come from a run file, so whatever is not required is not
-    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
+    ``configured`` is true if the values come from a run file. Then the job needs only what they
+    require. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
     ``world_size`` counts this node's processes. ``node`` checks every card of the node and ignores
     the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
     ``model_type`` values that the sizer knows exactly. ``absent_packages`` are those of the run's
