@@ -8,7 +8,7 @@ for each CUDA version and machine type.
 from __future__ import annotations
 
 FOUR_BIT = (7, 0)  # bitsandbytes' NF4 kernels need Volta or newer
-BFLOAT16 = (8, 0)  # Ampere
+BFLOAT16 = (8, 0)  # Ampere and newer
 FLOAT8_CACHE = (8, 0)  # stored in 8 bits and converted at every use ...
 FLOAT8_NATIVE = (8, 9)  # ... before Ada, which computes in 8 bits
 

@@ -53,12 +53,12 @@ def outliving() -> Iterator[None]:
 
 
 class Outliving:
-    """A text stream that is replaced by the null device after its first failure. ``told`` is the
+    """A text stream that is replaced by the null device after its first failure. ``other`` is the
     stream that gets the warning. All other attributes are those of the stream.
     """
 
-    def __init__(self, stream: TextIO, name: str, told: Outliving | None) -> None:
-        self._stream, self._name, self._told = stream, name, told
+    def __init__(self, stream: TextIO, name: str, other: Outliving | None) -> None:
+        self._stream, self._name, self._other = stream, name, other
         self._lost = False
 
     def write(self, text: str) -> int:
@@ -86,12 +86,12 @@ class Outliving:
     def _lose(self, error: Exception) -> None:
         self._lost = True
         discard(self._stream)
-        if self._told is not None:
+        if self._other is not None:
             said = getattr(error, "strerror", None) or str(error)
-            self._told.write(
+            self._other.write(
                 f"warning: {self._name} is lost ({said}); the run continues without it\n"
             )
-            self._told.flush()
+            self._other.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

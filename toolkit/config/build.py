@@ -71,8 +71,8 @@ def build_config(document: Document) -> RunConfig:
 def _with_scorer(
     rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
 ) -> tuple[RewardFunction, ...]:
-    """The rewards, with the environment's own reward added. It is not added if the run file has it
-    already: with a weight that the user chose, or because the file is the config.json of a run.
+    """The rewards, with the environment's own reward added, unless the run file already has it:
+    with a weight that the user chose, or because the file is the config.json of a run.
     """
     if environment is None or any(one.name == environment.adapter for one in rewards):
         return rewards

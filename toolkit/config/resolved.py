@@ -113,8 +113,8 @@ def resolve_run(
     template: bool | None = None,
 ) -> ResolvedRun:
     """Decide the values that ``config`` does not set. ``targets`` are the default layers of the
-    model (``config.targets.default_targets``), if it is available. ``template`` says whether its
-    tokenizer has a chat template.
+    model (``config.lora_targets.default_targets``), if the model is available. ``template`` says
+    whether its tokenizer has a chat template.
 
     Raises:
         ConfigError: ``dataset.chat`` is true, and the tokenizer has no chat template.

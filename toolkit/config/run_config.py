@@ -42,9 +42,9 @@ class ModelSection(EngineSettings):
 class LoraSection:
     """The adapter that is trained; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
 
-    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model. ``adapter_path``
-    is the adapter that training starts from. Keys that the run file does not set then come from
-    that adapter.
+    ``target_modules`` "auto" is ``config.lora_targets.default_targets`` of the model.
+    ``adapter_path`` is the adapter from which training starts. Keys that the run file does not set
+    then come from that adapter.
     """
 
     r: int = 16

@@ -64,7 +64,9 @@ def beyond_64_bits(value: Any) -> bool:
 
 
 def too_large(text: str) -> str:
-    """The message for an integer that does not fit into 64 bits, as it was written."""
+    """The message for an integer that does not fit into 64 bits. ``text`` is its spelling in the
+    file.
+    """
     shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
     return (
         f"{shown} ({len(text)} characters) does not fit into 64 bits: an integer must be from "

@@ -103,7 +103,7 @@ def _weigh(made: Translation) -> None:
         return
     values = weights.value if isinstance(weights.value, list) else [weights.value]
     if len(values) != len(made.rewards):
-        return  # the validator compares the two
+        return  # the validator reports that the numbers differ
     del made.written["grpo.reward_weights"]
     for reward, weight in zip(made.rewards, values, strict=True):
         reward["weight"] = weight

@@ -55,7 +55,7 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
     """
     group = run.value(GROUP)
     if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
-        return  # GRPO002, GRPO003
+        return  # GRPO002 or GRPO003 reports it
     batch, formula, factor = generation_batch(run)
     if batch % group == 0:
         return

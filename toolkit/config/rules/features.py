@@ -73,13 +73,14 @@ def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
 def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
-    A weight has 16 bits or 32. A weight that is quantized to 4 or 8 bits has no gradient.
+    A weight is stored in either 16 or 32 bits. A weight that is quantized to 4 or 8 bits has no
+    gradient.
     """
     names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
     values = {name: run.ask(f"model.{name}") for name in names}
     for problem in flag_problems(**values):
         if run.engine == "vllm" and values["full_finetuning"]:
-            continue  # LOAD003
+            continue  # LOAD003 reports it
         involved = (problem.key, *(key for key, _ in problem.fixes))
         note = "; ".join(run.operand(key) for key in dict.fromkeys(involved))
         yield fault_of(run, problem, note=note)
@@ -159,7 +160,7 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     dtype = dtype_of(written, run.situation, load_in_16bit=run.ask("model.load_in_16bit"))
     refused = run.engine == "vllm" and dtype != "float16"
     if (refused and written != "auto") or run.ask("grpo.bf16"):
-        return  # RUN020 and GRPO023
+        return  # RUN020 and GRPO023 report it
     if refused:
         what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
     elif dtype == "float16":

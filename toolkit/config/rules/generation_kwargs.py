@@ -177,7 +177,7 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
                 on_key=True,
             )
     there = run.engine != "transformers" and run.value(_REGEX) is not None
-    if there and _no_automaton(run) is None:  # GRPO064
+    if there and _no_automaton(run) is None:  # GRPO064 reports it
         yield RuleViolation(
             _REGEX,
             "the training pass does not reproduce it",

@@ -67,7 +67,7 @@ def builds_have_code(run: Run) -> Iterator[RuleViolation]:
 def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0.
 
-    The kernels of bitsandbytes run on Volta GPUs and newer. Checked with --gpu.
+    The kernels of bitsandbytes run on Volta and newer GPUs. Checked with --gpu.
     """
     for bits in (4, 8):
         key = f"model.load_in_{bits}bit"

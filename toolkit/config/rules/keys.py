@@ -211,7 +211,7 @@ def older_names(run: Run) -> Iterator[RuleViolation]:
     for old, moved in MOVED.items():
         node = run.node(old)
         if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
-            continue  # GRPO019
+            continue  # GRPO019 reports it
         yield RuleViolation(
             old,
             moved.sentence,

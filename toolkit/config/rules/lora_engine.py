@@ -66,7 +66,7 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
     room, legal = run.value(_ROOM), known("lora_ranks")
     largest = max(legal.values)
     if room != "auto" and room not in legal.values:
-        return  # LORA002
+        return  # LORA002 reports it
     most = largest if room == "auto" else room
     for at, operand, rank in _ranks(run):
         if rank <= most:
@@ -157,16 +157,16 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     if "kv_b_proj" in targets:
         wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
         yield _TARGETS, wrong, Fix("remove kv_b_proj")
-    if adapts_head(run) and not _head_told_elsewhere(run):
+    if adapts_head(run) and not _head_reported_elsewhere(run):
         yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
     wrong_init = init_with_engine(init)
-    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005
+    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports it
     if wrong_init is not None and not told:
         yield "lora.init_lora_weights", wrong_init, run.to("lora.init_lora_weights", True)
 
 
-def _head_told_elsewhere(run: Run) -> bool:
+def _head_reported_elsewhere(run: Run) -> bool:
     """Whether GRPO013 or GRPO014 already reports the adapter on lm_head."""
     return bool(run.ask("grpo.use_liger_kernel") or run.ask("grpo.cast_lm_head_to_fp32"))
 
@@ -183,7 +183,7 @@ def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
     TRL computes log-probabilities from lm_head.weight directly, so an adapter on it would be
     ignored and never trained. TRL would refuse it after the model has loaded.
     """
-    if run.engine == "transformers" and adapts_head(run) and not _head_told_elsewhere(run):
+    if run.engine == "transformers" and adapts_head(run) and not _head_reported_elsewhere(run):
         yield RuleViolation(
             _TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,)
         )

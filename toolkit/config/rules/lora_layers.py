@@ -70,7 +70,7 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     if why is None or run.engine != "transformers":
         return  # with the engine, LORA004 reports the method
     if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
-        return  # LORA005
+        return  # LORA005 reports it
     yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
 
 
@@ -114,7 +114,7 @@ def _there(run: Run, leaf: str) -> bool:
     """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
-        return False  # LORA028
+        return False  # LORA028 reports it
     return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
 
 

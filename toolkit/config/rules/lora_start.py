@@ -97,7 +97,7 @@ def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
     node = run.node(_PATH)
     values = None if node is None or not node.value else read_adapter(resolve(node.value, node))
     if values is None or values.get("peft_type") != "LORA":
-        return  # LORA024
+        return  # LORA024 reports it
     problem = start_problem(values)
     if problem is not None:
         yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
