@@ -179,7 +179,7 @@ def _umask() -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, which a rename alone does not ensure."""
+    """Wait until the names in a folder are on the disk. After a rename alone they may not be."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

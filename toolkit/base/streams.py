@@ -39,8 +39,8 @@ def open_missing() -> None:
 
 @contextmanager
 def outliving() -> Iterator[None]:
-    """Inside this context a failing stdout or stderr is not an error. One warning goes to the other
-    stream, and further output is dropped.
+    """Inside this context a failing stdout or stderr is not an error. Further output to the stream
+    is dropped. A failure of stdout is reported once on stderr.
     """
     before = sys.stdout, sys.stderr
     err = Outliving(before[1], "stderr", None)

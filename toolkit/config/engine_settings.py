@@ -255,7 +255,7 @@ API_OPTIONS = _options_of(ApiEngineSettings)
 """Keyword of ``from_pretrained`` -> its record."""
 
 SIZED = tuple(name for name, option in OPTIONS.items() if option.sized)
-"""Options whose "auto" the sizer replaces by a value."""
+"""Options for which the sizer replaces "auto" by a value."""
 
 
 def schema_properties() -> dict[str, dict[str, Any]]:

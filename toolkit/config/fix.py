@@ -60,7 +60,7 @@ class _Fixer:
 
     def run(self, source: Source) -> Repair:
         applied: list[Applied] = []
-        # for each current line, its line in the first text
+        # lines[i] is the line in the first text of the current line i + 1
         lines = list(range(1, len(source.lines) + 1))
         now = self.judge(source)
         while True:

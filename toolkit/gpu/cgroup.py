@@ -55,7 +55,8 @@ def _groups(root: Path) -> dict[str, str]:
 def _chain(base: Path, group: str) -> list[Path]:
     """The group's folder and its parents up to ``base``.
 
-    In a container the path may be that of the host and not exist; then ``base`` is the group.
+    In a container, the path of the group may be a path on the host that does not exist here. Then
+    only ``base`` is returned.
     """
     folder = base / group.lstrip("/")
     if ".." in group.split("/") or not folder.is_dir():
