@@ -1,4 +1,4 @@
-"""GRPO fine-tuning with LoRA on a model that has a vLLM engine on it, made reproducible.
+"""Reproducible GRPO fine-tuning with LoRA, with vLLM generating on the same GPU.
 
 ``from toolkit import FastLanguageModel, GRPOTrainer`` loads torch on first use; ``import toolkit``
 alone does not (PEP 562).
@@ -61,18 +61,18 @@ _ELSEWHERE = {
     "apply_chat_template": "give the trainer a prompt column of messages: it applies the template",
     "to_sharegpt": "use standardize_sharegpt, which makes role and content of from and value",
 }
-"""Names that notebooks import from the original, and what to use in place of each."""
+"""Names that notebooks import from Unsloth, each with what to use instead."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
-        # An AttributeError would become a text of Python's own, without the way out.
+        # With an AttributeError, Python would print its own text, without what to use instead.
         raise ImportError(f"toolkit has no {name}: {_ELSEWHERE[name]}", name="toolkit")
     if name not in _LAZY:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415 - on first use, so that the light floor stays light
+    from importlib import import_module  # noqa: PLC0415 - imported on first use, so that the import of the package stays fast
 
-    from toolkit.train.logging_setup import ignore_false_alarms  # noqa: PLC0415 - the same
+    from toolkit.train.logging_setup import ignore_false_alarms  # noqa: PLC0415 - as above
 
     ignore_false_alarms()
     return getattr(import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""``python -m toolkit`` and ``torchrun -m toolkit`` are the ``toolkit`` command."""
+"""Make ``python -m toolkit`` and ``torchrun -m toolkit`` run the ``toolkit`` command."""
 
 from toolkit.cli.train import main
 

@@ -1,4 +1,4 @@
-"""``from toolkit.chat_templates import get_chat_template``, as notebooks import it."""
+"""Provide ``from toolkit.chat_templates import get_chat_template``, which notebooks use."""
 
 from __future__ import annotations
 

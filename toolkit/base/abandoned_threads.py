@@ -1,7 +1,7 @@
-"""Threads that nobody waits for, and the end of a process in which one still hangs.
+"""Threads that nobody waits for, and how a process ends while such a thread still hangs.
 
-A library that such a thread has started may wait for its server as the interpreter ends (W&B does),
-so that a server which does not answer would keep a finished process alive.
+A library that was called in such a thread may wait for its server when the interpreter ends (W&B
+does). If the server does not answer, the finished process would never end.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import threading
 from contextlib import suppress
 
 PREFIX = "abandoned: "
-"""How the name of such a thread begins."""
+"""The name of such a thread begins with this text."""
 
 
 def exit_past_them(code: object) -> None:
-    """End the process with ``code`` now, without the libraries' last calls, if such a thread is
-    still at work; else return.
+    """End the process with ``code`` if a thread that nobody waits for still runs; else return.
 
-    ``code`` is that of a SystemExit: a number, None (0), or a text (1), which is printed. The
-    streams are settled before.
+    Functions that libraries registered for the end of the process are not called. ``code`` is that
+    of a SystemExit: a number, None (0), or a text (1), which is printed. Buffered output is written
+    before.
     """
     if not any(thread.name.startswith(PREFIX) for thread in threading.enumerate()):
         return

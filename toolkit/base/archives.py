@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
-MAX_MEMBERS = 10_000  # an archive is for one data file and what lies beside it
+MAX_MEMBERS = 10_000  # one archive has one data file and a few files beside it
 MAX_DIRECTORY_BYTES = 4 * MIB  # the headers of a zip file's members
-_ENCRYPTED = 1  # a bit of a zip member's flags
+_ENCRYPTED = 1  # a bit of a zip member's flags that means: the member is encrypted
 UNREADABLE = (
     *UNPACKING_ERRORS,
     tarfile.TarError,
@@ -82,10 +82,10 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
 
 
 def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
-    """The names of the files in an archive that ``unpack`` would take, without writing any; None
-    where more than ``most_bytes_read`` would have to be unpacked to see all of them.
+    """The names of the files in an archive that ``unpack`` would write; nothing is written. None if
+    more than ``most_bytes_read`` bytes would have to be unpacked to find all names.
 
-    Raises as ``unpack``. What is not one of its headers is not read.
+    Raises the same errors as ``unpack``. Only headers are read, not the contents of members.
     """
     names: list[str] = []
     total_bytes = 0
@@ -106,11 +106,13 @@ def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
 
 @contextmanager
 def _reading(archive: Path) -> Iterator[None]:
-    """What goes wrong with the bytes of an archive is an InputError about the archive."""
+    """Inside the block, an error about the bytes of an archive becomes an InputError that
+    names it.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # gzip's and bz2's own
+        if error.errno is None:  # errors of gzip and bz2
             raise _unreadable(archive, error) from error
         raise InputError(
             f"cannot be unpacked: {error.strerror or error}", where=str(archive)
@@ -132,7 +134,7 @@ def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: in
 def _checked(
     archive: Path, into: Path, members: Iterator[Member], limit_bytes: int
 ) -> Iterator[Member]:
-    """The members, each once it is known to be one that can be written below ``into``."""
+    """Yield each member after checking that it can be written below ``into``."""
     seen: set[Path] = set()
     total_bytes = 0
     for member in members:
@@ -147,7 +149,7 @@ def _checked(
 
 
 def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
-    """The bytes written, at most ``limit_bytes``."""
+    """Write one member; return the number of bytes written, which is at most ``limit_bytes``."""
     try:
         return _copy(archive, member, safe_join(into, member.name), limit_bytes)
     except OSError as error:
@@ -180,7 +182,7 @@ def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
 
 @contextmanager
 def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
-    """The members in their order. The content of each must be read before the next is requested."""
+    """The members in their order. Read the content of a member before requesting the next one."""
     file.seek(0)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(_Capped(archive, file)) as zipped:
@@ -191,8 +193,8 @@ def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Itera
 
 
 class _Capped:
-    """A file that limits the size of one read, because zipfile accepts a directory of any stated
-    size.
+    """Limit the size of one read from a file, because a zip file may state any size for its
+    directory, and zipfile reads that much at once.
     """
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:
@@ -211,7 +213,9 @@ class _Capped:
 
 
 def _counted(archive: Path, number: int) -> None:
-    """Refuse the first member that is too many; what is ignored counts."""
+    """Raise ConfigError if ``number``, the number of this member, is above the limit. Ignored
+    members count too.
+    """
     if number > MAX_MEMBERS:
         raise ConfigError(
             f"holds more than {MAX_MEMBERS} members",

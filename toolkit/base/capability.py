@@ -1,23 +1,23 @@
 """What a card supports, by its compute capability.
 
 Rules and the sizer use it for a named card, checks and remedies for an installed card. One table
-has the number formats; one has the cards that builds of torch and vLLM support, by CUDA version and
-machine.
+contains the number formats. Another contains the cards that the builds of torch and vLLM support,
+for each CUDA version and machine type.
 """
 
 from __future__ import annotations
 
 FOUR_BIT = (7, 0)  # bitsandbytes' NF4 kernels need Volta or newer
-BFLOAT16 = (8, 0)  # Ampere
+BFLOAT16 = (8, 0)  # Ampere and newer
 FLOAT8_CACHE = (8, 0)  # stored in 8 bits and converted at every use ...
 FLOAT8_NATIVE = (8, 9)  # ... before Ada, which computes in 8 bits
 
 LOCKED_CUDA = "13.0"
-"""The CUDA of the torch and vLLM builds in the lock files."""
+"""The CUDA version of the torch and vLLM builds in the lock files."""
 
 X86_64, AARCH64 = "x86_64", "aarch64"
 
-# PyTorch's .ci/manywheel/build_cuda.sh, with whose lists those of aarch64 are kept:
+# Source for x86_64: PyTorch's .ci/manywheel/build_cuda.sh. Sources for aarch64:
 # https://github.com/pytorch/pytorch/pull/161257 (CUDA 13.0, sm_80 to sm_120 with Thor's sm_110),
 # .../pull/163764 (aarch64 begins with 8.0) and .../pull/166044 (one script for both machines).
 _TORCH: dict[tuple[str, str], str] = {
@@ -33,7 +33,8 @@ _TORCH: dict[tuple[str, str], str] = {
 
 # The releases of vLLM since 0.20: CUDA_ARCH_X86 and CUDA_ARCH_AARCH64 of its
 # .buildkite/release-pipeline.yaml, from https://github.com/vllm-project/vllm/pull/39878 (Thor:
-# .../pull/31544). Wheels for other CUDA versions are older, and their lists are not here.
+# .../pull/31544). The wheels for other CUDA versions are older; this table does not contain their
+# lists.
 _VLLM: dict[tuple[str, str], str] = {
     (X86_64, "12.9"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
     (X86_64, "13.0"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
@@ -43,7 +44,7 @@ _VLLM: dict[tuple[str, str], str] = {
 
 
 def spelled(capability: tuple[int, int]) -> str:
-    """``8.9``."""
+    """A compute capability as text: ``8.9``."""
     return ".".join(map(str, capability))
 
 

@@ -1,4 +1,5 @@
-"""Which files are data, and how their bytes are read: for the validator and for training alike.
+"""Which files are data files, and how their bytes are read. The validator and training use the same
+functions.
 
 The suffix gives the type of a file. A text file with an additional ``.gz`` is unpacked while
 reading, with a limit on the unpacked size.
@@ -25,7 +26,7 @@ TABLES = (".parquet", ".arrow")
 PACKED = ".gz"
 FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
 MAX_COLUMNS = 2_000
-MAX_JSON_DATA_BYTES = GIB  # read as a whole, not line by line
+MAX_JSON_DATA_BYTES = GIB  # suffixes of files that are read as a whole, not line by line
 OTHER_PACKERS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
     ".lzma": "unlzma", ".br": "brotli -d",
@@ -51,7 +52,7 @@ def data_kind(path: Path) -> Kind | None:
 
 
 def no_kind(path: Path) -> tuple[str, str]:
-    """(what, fix) for a file whose name is not that of a data file."""
+    """The message and the fix, as (what, fix), for a file whose name is not that of a data file."""
     suffix = path.suffix.lower()
     what = f"is not a supported type of data file: {suffix or 'no suffix'!r}"
     if suffix in OTHER_PACKERS:
@@ -65,12 +66,14 @@ def unreadable_table(kind: str, why: str) -> str:
 
 
 def not_one(count: int) -> str:
-    """The message for an archive that contains so many data files."""
+    """The message for an archive that contains ``count`` data files instead of one."""
     return f"holds {count} data files, not one"
 
 
 def path_fault(path: Path) -> str | None:
-    """Why ``path`` cannot be read as a file, in words; None if it can, or if it is a folder."""
+    """A message that says why ``path`` cannot be read as a file; None if it can, or if it is a
+    folder.
+    """
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -88,15 +91,15 @@ def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]
         if kind is None or not kind.packed:
             yield file
             return
-        import gzip  # noqa: PLC0415 - few files need it
+        import gzip  # noqa: PLC0415 - only .gz files need it
 
         source = gzip.GzipFile(fileobj=file, mode="rb")
         yield io.BufferedReader(Unpacked(path, file, source, limit), buffer_size=MIB)
 
 
 def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line; a byte-order mark is removed. Raises InputError for a line that
-    is too long or not UTF-8.
+    """Yield (number, text) of each line, without a byte-order mark. Raises InputError for a line
+    that is too long or not UTF-8.
     """
     for number, raw in enumerate(lines_of(file, path), start=1):
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -104,7 +107,7 @@ def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
 
 
 def decoded(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as a text. Raises InputError."""
+    """Decode UTF-8 bytes. Raises InputError at ``where``."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -113,8 +116,9 @@ def decoded(raw: bytes, where: str) -> str:
 
 
 def json_value(text: str) -> Any:
-    """A JSON value of a data file. Raises ValueError also for what Python's reader lets pass: NaN
-    and a key that an object has twice, of which only the last value would be kept.
+    """Parse the text of a JSON value in a data file. Raises ValueError also for two things that
+    Python's json module accepts: NaN, and an object with the same key twice (only the last value
+    would be kept).
     """
     return _DECODER.decode(text)
 
@@ -165,7 +169,7 @@ def is_text(value: Any) -> bool:
 
 
 def names_fault(names: Iterable[str]) -> str | None:
-    """What is wrong with column names, in words."""
+    """A message that says what is wrong with column names; None if nothing is."""
     seen: set[str] = set()
     for name in names:
         if not is_text(name):

@@ -1,4 +1,6 @@
-"""The report of a defect of the toolkit, for attaching to an issue. It contains no secrets."""
+"""Write the report of a defect of the toolkit, which a user attaches to an issue. The report
+contains no secrets.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,16 @@ MAX_TRACEBACK_CHARACTERS = 200_000
 
 
 class Work:
-    """What this process works on, for the report: the folder and the run."""
+    """What this process works on: the folder and the run, for the report."""
 
     folder: Path | None = None
     run: Callable[[], Mapping[str, Any]] | None = None
 
 
 def working_on(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None) -> None:
-    """Remember the run folder and how to describe the run, for a report that may be written."""
+    """Remember the run folder and a function that describes the run, in case a report is
+    written.
+    """
     Work.folder, Work.run = folder, run
 
 
@@ -59,7 +63,7 @@ def write_report(error: BaseException) -> Path | None:
 
 
 def report(error: BaseException) -> str:
-    """Versions, command, traceback and run, redacted."""
+    """The text of the report: versions, command, traceback and run, without secrets."""
     told = "".join(traceback.format_exception(error))
     sections = {
         "what": f"{type(error).__name__}: {error}",
@@ -74,7 +78,7 @@ def report(error: BaseException) -> str:
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, the platform, and the libraries that are installed."""
+    """The versions of this package, of Python, of the platform and of the installed libraries."""
     found = {
         "toolkit": __version__,
         "python": platform.python_version(),
@@ -99,7 +103,7 @@ def _run() -> str:
 
 
 def _folders() -> list[Path]:
-    """Folders for a report, the best first."""
+    """The folders that a report may be written to, the preferred one first."""
     own = [Work.folder] if Work.folder is not None and Work.folder.is_dir() else []
     with suppress(OSError):  # the current folder may have been removed
         own.append(Path.cwd())

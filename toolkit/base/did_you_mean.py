@@ -1,4 +1,4 @@
-"""Did you mean: the known words that are most similar to a misspelled one."""
+"""Find the known words that are most similar to a misspelled word ("did you mean ...")."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 _LONGEST = 80
 EQUALLY_SIMILAR = 0.02
-"""Two words whose similarity differs by less are equally similar."""
+"""Two words count as equally similar if their similarities differ by less than this."""
 
 
 def near(
     word: str, words: Iterable[str], *, cutoff: float = 0.7, within: float = EQUALLY_SIMILAR
 ) -> list[str]:
-    """The words that ``word`` may be a misspelling of, at most three, the most similar one first.
+    """At most three words that ``word`` may be a misspelling of, the most similar one first.
 
-    Case and ``-`` or ``_`` do not matter. ``cutoff`` is the least similarity (0 to 1); ``within``
-    is how much less similar than the first one the others may be.
+    Case is ignored, and ``-`` equals ``_``. Every result has a similarity of at least ``cutoff`` (0
+    to 1), and of at most ``within`` less than the first result.
     """
     if len(word) > _LONGEST:
         return []
@@ -37,6 +37,8 @@ def near(
 
 
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.7) -> str | None:
-    """The word that ``word`` is most likely a misspelling of; None if two are equally likely."""
+    """The word that ``word`` is most likely a misspelling of; None if two words are equally similar
+    to it, or if none is similar.
+    """
     close = near(word, words, cutoff=cutoff)
     return close[0] if len(close) == 1 else None

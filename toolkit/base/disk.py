@@ -1,8 +1,8 @@
 """Turn a disk failure, from whichever library, into an error with an exit code.
 
-OSError has a number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into the
-message, Arrow "[errno 28]". torch's archive writer gives no number, but it chains the original
-error or leaves a full disk.
+An OSError has an error number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into
+the message, and Arrow writes "[errno 28]". torch's archive writer gives no number, but either the
+original error is chained to its error, or the disk is full afterwards.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _WORDS = {
     "disk quota exceeded": errno.EDQUOT,
     "read-only file system": errno.EROFS,
 }
-# torch 2.11 and 2.13, of torch.save; the second means that the file is shorter than what was
-# written.
+# Messages of torch.save in torch 2.11 and 2.13. The second one means that the file is shorter than
+# the data that was written.
 _WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. unexpected pos")
 
 
@@ -120,8 +120,8 @@ def translate(
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """``translate`` for a command that has only the error. It covers a full, read-only or failing
-    disk, but not a file without read permission.
+    """Like ``translate``, for a command that knows only the error and not the path. This function
+    covers a full, read-only or failing disk, but not a file without read permission.
     """
     found = reason(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):
@@ -130,7 +130,7 @@ def failed(error: Exception) -> ToolkitError | None:
 
 
 def _account(place: Path, number: int, needed: int | None, name: str | None) -> str:
-    """The needed, free and missing space."""
+    """A text with the needed, the free and the missing space."""
     free = None if number == errno.EDQUOT else free_bytes(place)
     wanted = "" if needed is None else f"{format_bytes(needed)} needed"
     if free is None:
@@ -159,7 +159,9 @@ def free_bytes(path: Path) -> int | None:
 
 
 def file_system(path: Path) -> str:
-    """`` (file system /data, ext4)`` of ``path``; empty if the kernel does not report it."""
+    """A text with the file system of ``path``, `` (file system /data, ext4)``; empty if the kernel
+    does not report it.
+    """
     try:
         real = str(_existing(path).resolve())
         lines = MOUNTS.read_text(errors="replace").splitlines()
@@ -172,7 +174,7 @@ def file_system(path: Path) -> str:
             continue
         mount = _unescaped(fields[4])
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        # of two mounts at one path the later one is visible
+        # if two file systems are mounted at one path, the later one is visible
         if inside and len(mount) >= len(best[0]):
             best = mount, line.partition(" - ")[2].split(" ")[0]
     return f" (file system {best[0]}, {best[1]})" if best[0] else ""

@@ -25,7 +25,7 @@ EXIT_CODES: dict[int, str] = {
 
 
 class ToolkitError(Exception):
-    """What happened (``message``), where (``where``) and what to do (``fix``)."""
+    """The base class: what happened (``message``), where (``where``) and what to do (``fix``)."""
 
     exit_code: ClassVar[int] = 70
 
@@ -40,35 +40,35 @@ class ToolkitError(Exception):
 
 
 class ConfigError(ToolkitError):
-    """The config or the request must change."""
+    """The run file or the request must change."""
 
     exit_code = 1
 
 
 class ConfigValueError(ConfigError, ValueError):
-    """A value that the drop-in API refuses."""
+    """The drop-in API refuses a value."""
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """A type, or a keyword, that the drop-in API refuses."""
+    """The drop-in API refuses the type of a value, or a keyword."""
 
 
 class UnsupportedError(ConfigError, NotImplementedError):
-    """A request that is understood but not supported."""
+    """The toolkit understands the request but does not support it."""
 
 
 class MissingExtraError(ConfigError, ImportError):
-    """A package is missing; ``fix`` names the extra that installs it."""
+    """A package is missing; ``fix`` names the extra of the toolkit that installs it."""
 
 
 class InputError(ToolkitError):
-    """Usage, or input that cannot be read."""
+    """A command is used wrongly, or its input cannot be read."""
 
     exit_code = 2
 
 
 class NodeError(ToolkitError):
-    """This node is bad: its owner must act, another node may work."""
+    """This node is bad: its owner must act. The job may work on another node."""
 
     exit_code = 3
 
@@ -80,13 +80,15 @@ class RetryError(ToolkitError):
 
 
 class UnestablishedError(ToolkitError):
-    """The answer could not be established."""
+    """The toolkit could not find the answer."""
 
     exit_code = 5
 
 
 class StoppedError(ToolkitError):
-    """Stopped on purpose after a checkpoint; the scheduler should requeue the job."""
+    """The run was stopped on purpose and saved a checkpoint; the scheduler should requeue the
+    job.
+    """
 
     exit_code = 75
 
@@ -98,9 +100,9 @@ class DefectError(ToolkitError):
 
 
 def first_line(error: BaseException, *, longest: int = 300) -> str:
-    """The message of another library's error in one line of at most ``longest`` characters; the
-    name of its class if the message is empty (``MemoryError()``). For a pydantic error, its single
-    messages, because its text begins with a count.
+    """The message of an error of another library, in one line of at most ``longest`` characters. If
+    the message is empty (``MemoryError()``), the name of the error's class. For a pydantic error,
+    its single messages, because its text begins with a count.
     """
     judged = getattr(error, "errors", None)
     if callable(judged) and "validation error" in str(error):
@@ -111,6 +113,6 @@ def first_line(error: BaseException, *, longest: int = 300) -> str:
 
 
 class ToolkitWarning(UserWarning):
-    """Something the user should know although nothing failed: a choice that the toolkit made, or a
-    setting without effect.
+    """A warning about something that did not fail: a choice that the toolkit made, or a setting
+    without effect.
     """

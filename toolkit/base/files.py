@@ -22,10 +22,10 @@ from toolkit.base.formatting import GIB, MIB, format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_JSON_BYTES = 64 * MIB  # config.json, indices of weights, tokenizers' settings
+MAX_JSON_BYTES = 64 * MIB  # limit for config.json, the index of weights, a tokenizer's settings
 MAX_ADAPTER_BYTES = 16 * GIB
 MAX_DATA_BYTES = 64 * GIB
-MAX_LINE_BYTES = 256 * MIB  # one row of a data file
+MAX_LINE_BYTES = 256 * MIB  # limit for one row of a data file
 MAX_BLANK_LINES = 1_000_000
 MAX_FOLDER_FILES = 20_000
 FIX_AGAIN = "get the file again: it is truncated, or is not what its name says"
@@ -41,19 +41,19 @@ _CHUNK_BYTES = 1 << 20
 
 
 def unusable(path: str | Path, what: str, *, fix: str | None = FIX_AGAIN) -> InputError:
-    """The error for a file that cannot be used, with the same wording everywhere."""
+    """The error for a file that cannot be used. Every command uses this wording."""
     return InputError(f"the file {what}", where=str(path), fix=fix)
 
 
 def kind_fault(mode: int) -> str | None:
-    """Why a file of this mode is not read, or None for a regular file."""
+    """Why a file with this mode is not read; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     return f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
 
 
 def os_fault(error: OSError | ValueError) -> str:
-    """Why a file cannot be opened, in a few words."""
+    """A few words that say why a file cannot be opened."""
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "cannot be opened: its links form a loop"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -128,7 +128,7 @@ def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON file that contains an object. Raises InputError."""
+    """The object in a JSON file. Raises InputError if the file contains anything else."""
     value = read_json(path, limit=limit)
     if not isinstance(value, dict):
         raise unusable(path, "is not a JSON object")
@@ -136,7 +136,7 @@ def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, A
 
 
 def parse_json(raw: bytes, path: str | Path) -> Any:
-    """JSON from bytes. Raises InputError for duplicate keys, too deep nesting, NaN, numbers of
+    """Parse JSON bytes. Raises InputError for duplicate keys, too deep nesting, NaN, numbers of
     thousands of digits and undecodable bytes.
     """
     try:

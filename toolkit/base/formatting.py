@@ -1,6 +1,6 @@
-"""Text for people: bytes, durations and counts in readable units, unprintable characters shown.
+"""Format bytes, durations and counts in readable units, and make unprintable characters visible.
 
-Names elsewhere carry their unit: ``_bytes``, ``_gib``, ``_tokens``, ``_s``.
+Names in other modules contain their unit: ``_bytes``, ``_gib``, ``_tokens``, ``_s``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """``text`` with such characters replaced by their number: ``[U+202E]``. Line feeds and tabs
-    stay.
+    """``text`` with each unprintable character replaced by its number: ``[U+202E]``. Line feeds and
+    tabs stay.
     """
     return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
@@ -28,7 +28,7 @@ GIB = 1024 * MIB
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in binary units: ``1.50 GiB``, ``12.0 MiB``, ``17 B``."""
+    """A number of bytes in binary units: ``1.50 GiB``, ``12.0 MiB``, ``17 B``."""
     sign, size = ("-", -count) if count < 0 else ("", count)
     if size >= GIB:
         return f"{sign}{size / GIB:.2f} GiB"
@@ -40,12 +40,12 @@ def format_bytes(count: float) -> str:
 
 
 def format_parameters(count: int) -> str:
-    """Parameters of a model or an adapter: ``8.030 B``, ``0.46 M``."""
+    """A number of parameters of a model or an adapter: ``8.030 B``, ``0.46 M``."""
     return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 warning``, ``2 warnings``."""
+    """A count with its noun: ``1 warning``, ``2 warnings``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

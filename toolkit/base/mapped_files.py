@@ -1,10 +1,10 @@
-"""Memory-mapped files: weights are copied out of them, and a bus error ends the process cleanly.
+"""Copy weights out of memory-mapped files, and end the process with a clear message on a bus error.
 
-safetensors maps a file into memory, and on a CPU loaders keep tensors that lie in the map. If the
-file is truncated or overwritten in place during the run, the process ends with SIGBUS, or the base
-changes silently. So tensors are copied out of such maps. torch is not imported here: the methods
-of the model's own tensors are used. For files that stay mapped, ``report_bus_errors`` prints one
-line and ends the process with exit code 2.
+safetensors maps a file into memory, and on a CPU loaders keep tensors that are in the map. If the
+file is truncated or overwritten in place during the run, the process ends with SIGBUS, or the
+weights of the model change silently. So tensors are copied out of such maps. This module does not
+import torch: it uses the methods of the model's own tensors. For files that stay mapped,
+``report_bus_errors`` prints one line and ends the process with exit code 2.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def _end(_number: int) -> None:
 
 
 def report_bus_errors() -> None:
-    """From now on a bus error ends this process with one line and exit code 2. Does nothing if it
-    was called before or if other code handles the signal.
+    """After this call a bus error ends this process with one line and exit code 2. Does nothing if
+    it was called before or if other code handles the signal.
     """
     if _kept or signal.getsignal(signal.SIGBUS) is not signal.SIG_DFL:
         return
-    import ctypes  # noqa: PLC0415 - only where a run begins
+    import ctypes  # noqa: PLC0415 - only a run needs it
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)
     library = ctypes.CDLL(None)
@@ -67,8 +67,8 @@ def mapped_files() -> list[tuple[int, int, str]]:
 
 
 def _is_weights(path: str) -> bool:
-    """Whether a mapping is of a weights file. A hub snapshot links to blobs, whose names are
-    digests without a suffix.
+    """Whether a mapped file is a weights file. In a hub snapshot, links lead to blobs, whose names
+    are digests without a suffix.
     """
     plain = path.removesuffix(" (deleted)")
     return plain.startswith("/") and (plain.endswith(_WEIGHT_FILES) or "/blobs/" in plain)

@@ -1,5 +1,5 @@
-"""Count the bytes that come out of a packed stream (gzip, bzip2, xz), so that a decompression bomb
-is refused while it is unpacked.
+"""Count the bytes that come out of a packed stream (gzip, bzip2, xz), and refuse a decompression
+bomb while it is unpacked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from toolkit.base.formatting import MIB, format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_RATIO = 200  # unpacked bytes per packed byte ...
+MAX_RATIO = 200  # limit of unpacked bytes per packed byte ...
 RATIO_FREE_BYTES = 64 * MIB  # ... checked after this many bytes
 XZ_MEMORY_BYTES = 256 * MIB
 READ_BYTES = MIB // 4
@@ -24,27 +24,31 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """How many bytes may come out of this many packed bytes, at most ``limit``."""
+    """The most bytes that ``packed_bytes`` may unpack to, at most ``limit``."""
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 
 def source_of(file: IO[bytes]) -> IO[bytes] | None:
-    """The unpacked stream of a file, by its first bytes; None if it is not packed."""
+    """The unpacked stream of a file, whose first bytes show the format; None if it is not
+    packed.
+    """
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"\x1f\x8b"):
-        import gzip  # noqa: PLC0415 - few files need it
+        import gzip  # noqa: PLC0415 - only packed files need it
 
         return gzip.GzipFile(fileobj=file, mode="rb")  # type: ignore[return-value]
     if start.startswith(b"BZh"):
-        import bz2  # noqa: PLC0415 - few files need it
+        import bz2  # noqa: PLC0415 - only packed files need it
 
         return bz2.BZ2File(file)
     return _Xz(file) if start == b"\xfd7zXZ\x00" else None  # type: ignore[return-value]
 
 
 class _Xz:
-    """lzma's own file class has no memory limit, and a header may request gigabytes."""
+    """Unpack an xz file with a limit on memory, because its header may request gigabytes and lzma's
+    own file class has no limit.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file

@@ -1,4 +1,5 @@
-"""Paths that cannot leave their folder, and files with mode 0644 at most (folders: 0755).
+"""Join paths that cannot leave their folder, and write files with mode 0644 at most (folders:
+0755).
 
 Names from a file (a weights index, the state of a saved dataset, a member of an archive) are joined
 with ``safe_join``. The toolkit writes with ``make_folder``, ``write_file`` and ``append_line``, and
@@ -42,8 +43,8 @@ def safe_join(
     """``root / name`` for a ``name`` from an untrusted source: it must not lead outside ``root``.
 
     Raises ConfigError at ``where`` (default ``root``) for an absolute path, a drive, ``..``, a NUL
-    or an empty name. Also for a link that leads outside, unless ``links`` allows it (the hub cache
-    consists of links).
+    or an empty name. A link that leads outside also raises ConfigError, unless ``links`` is true
+    (the hub cache consists of links).
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
@@ -103,7 +104,9 @@ def write_file(
 
 
 def write_named_file(path: Path, content: str) -> Path:
-    """``write_file`` for a path that a user named: a link stays one. Raises OSError."""
+    """``write_file`` for a path that the user named: if the path is a link, the file that it leads
+    to is replaced. Raises OSError.
+    """
     if path.is_symlink() and path.exists():
         _refuse_special(path.resolve())
         write_file(path.resolve(), content)
@@ -112,7 +115,9 @@ def write_named_file(path: Path, content: str) -> Path:
 
 
 def _refuse_special(path: Path) -> None:
-    """Raises OSError for what a rename would replace: ``/dev/null`` too, where root writes."""
+    """Raise OSError for a device, a pipe or a socket, because a rename would replace it (as root
+    even ``/dev/null``).
+    """
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -128,7 +133,7 @@ def rewrite_file(path: Path, content: str) -> None:
     place = path.resolve()
     mode = stat.S_IMODE(place.stat().st_mode)
     write_file(place, content, mode=mode)
-    place.chmod(mode)  # restores what the umask removed
+    place.chmod(mode)  # restores the bits that the umask removed
 
 
 def append_line(path: Path, line: str) -> None:
@@ -161,7 +166,9 @@ def set_modes(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """The umask of this process. Only without /proc must it be changed to read it."""
+    """The umask of this process. If /proc does not have it, the umask is changed for a moment in
+    order to read it.
+    """
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("\nUmask:")[2].split()[0], 8)
@@ -172,7 +179,7 @@ def _umask() -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk (after a rename alone they may not be)."""
+    """Wait until the names in a folder are on the disk. After a rename alone they may not be."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""torch's variable, and its older name."""
+"""torch's variable for its CUDA allocator, and the older name of that variable."""
 WANTED = "expandable_segments:True"
 
 
 def expands(setting: str) -> bool:
-    """Whether a value of these variables contains the needed setting, in any spelling."""
+    """Whether ``setting``, a value of these variables, turns on expandable_segments."""
     return WANTED.lower() in setting.lower().replace(" ", "")
 
 
@@ -29,8 +29,8 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes of this run on this node; all of them if only the world size is set.
-    Raises InputError.
+    """The number of processes of this run on this node; all processes of the run if only the world
+    size is set. Raises InputError.
     """
     name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
     return _number(environ, name, least=1)
@@ -56,12 +56,16 @@ def node_count(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def node_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this node among them: PET_NODE_RANK. Raises InputError."""
+    """The number of this node among the nodes of the run, from 0: PET_NODE_RANK. Raises
+    InputError.
+    """
     return _number(environ, "PET_NODE_RANK", least=0)
 
 
 def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
-    """A variable's value; the smallest valid value if it is not set."""
+    """The value of a variable as an integer of at least ``least``; ``least`` if it is not set.
+    Raises InputError.
+    """
     text = environ.get(name) or str(least)
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < least:
         raise InputError(

@@ -9,8 +9,8 @@ from pathlib import Path
 def peak_resident_bytes() -> int:
     """Peak resident memory of this process in bytes, since its program began.
 
-    Linux counts in ru_maxrss what the parent held when it started this process; VmHWM of
-    /proc/self/status begins at the start of the program.
+    Linux counts in ru_maxrss also what the parent process held when it started this one. VmHWM of
+    /proc/self/status counts from the start of the program.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

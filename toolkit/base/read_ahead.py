@@ -1,8 +1,8 @@
-"""Read files of weights into the system's cache while something else is imported.
+"""Read files of weights into the operating system's cache while other modules are imported.
 
-With a cold cache a start spends its first half minute on imports, which need one core and no disk,
-and then waits for the disk. Nothing is kept here, and nothing that is read is looked at: whoever
-loads the weights finds the pages in memory.
+With a cold cache, the first half minute of a start is spent on imports, which need one core and no
+disk; after that the start waits for the disk. This module discards the bytes that it reads. The
+loader of the weights then finds them in memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ BLOCK = 8 << 20
 PIECE = 256 << 20
 THREADS = 4
 MEMORY_SHARE = 0.6
-"""Of the memory that is available: larger checkpoints would push their own beginning out again."""
+"""The largest share of the available memory that is filled. The end of a larger checkpoint would
+push its beginning out of the cache.
+"""
 
 _begun: set[Path] = set()
 
 
 class ReadAhead:
-    """Threads that read; they end by themselves, and with the process."""
+    """Threads that read files. They end when all is read, or with the process."""
 
     def __init__(self, files: list[Path]) -> None:
         self._pieces = list(chain.from_iterable(_pieces(path) for path in files))
@@ -36,12 +38,12 @@ class ReadAhead:
         ]
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Start the threads; return at once."""
         for thread in self._threads:
             thread.start()
 
     def wait(self) -> None:
-        """Until all is read."""
+        """Wait until all files are read."""
         for thread in self._threads:
             thread.join()
 
@@ -55,7 +57,7 @@ class ReadAhead:
             try:
                 self._read(path, start, end, buffer)
             except OSError:
-                return  # whoever loads the file says what is wrong with it
+                return  # the loader of the file reports what is wrong with it
 
     def _read(self, path: Path, start: int, end: int, buffer: bytearray) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -72,8 +74,8 @@ class ReadAhead:
 
 
 def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
-    """Begin to read the weights in ``folder``, once a process; None where there is nothing to read,
-    or too little memory to keep it.
+    """Start to read the weights in ``folder``, once per process. Return None if there is nothing to
+    read, or too little memory to keep the weights.
     """
     path = Path(folder)
     if path in _begun or not path.is_dir():
@@ -89,7 +91,9 @@ def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
 
 
 def free_bytes() -> int:
-    """Memory that nobody uses now, not even as cache: less than what is available."""
+    """Bytes of memory that nothing uses now, not even the cache. This is less than the available
+    memory.
+    """
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -99,7 +103,7 @@ def _pieces(path: Path) -> list[tuple[Path, int, int]]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file; 0 of anything else."""
+    """Size of a regular file in bytes; 0 for anything else."""
     try:
         facts = path.stat()
     except OSError:

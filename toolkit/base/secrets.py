@@ -1,4 +1,4 @@
-"""Find tokens and keys, and keep them out of everything that is printed or written.
+"""Find tokens and keys, and remove them from everything that is printed or written.
 
 Two methods find a secret: its form (the published prefixes of common services), and its value (the
 values of environment variables whose names suggest a secret). ``protect_output`` applies both to
@@ -95,8 +95,8 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """A copy of a tree of mappings, lists and scalars without secrets: by key name, by form and by
-    known value.
+    """A copy of a tree of mappings, lists and scalars without secrets. A secret is found by the
+    name of its key, by its form, and by the values of the environment.
     """
     if isinstance(value, str):
         return redact(value, environ)
@@ -115,7 +115,7 @@ def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
 
 
 def protect_output() -> Callable[[], None]:
-    """From now on no secret reaches stdout, stderr or a log record of this process, including
+    """After this call no secret reaches stdout, stderr or a log record of this process, including
     threads and exit handlers.
 
     Call the returned function to remove the protection. Code that writes directly to the file
@@ -169,7 +169,9 @@ class _Redacting:
 
 
 class _RedactingBytes:
-    """The same for the binary buffer of a text stream (click writes to it in a C locale)."""
+    """Like ``_Redacting``, for the binary buffer of a text stream (click writes to it in a C
+    locale).
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -189,11 +191,12 @@ def _message(record: logging.LogRecord) -> str:
     except Exception:  # noqa: BLE001 - a wrong format string, or an argument whose __str__ raises
         try:
             return f"{record.msg} {record.args}"
-        except Exception:  # noqa: BLE001 - the argument's own code
+        except Exception:  # noqa: BLE001 - an error in the argument's own code
             return f"{type(record.msg).__name__} that cannot be displayed"
 
 
-_seen: dict[str, str] = {}  # secret -> variable, of this process's environment until now
+# secret -> its variable; every secret that this process's environment has had so far
+_seen: dict[str, str] = {}
 _order: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
 
 
@@ -242,8 +245,8 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """A secret unchanged, and as ``repr`` (also of bytes, and applied twice), JSON, URLs and
-    ``visible`` write it.
+    """The forms in which a secret may be printed: unchanged, and as ``repr`` (also of bytes, and
+    applied twice), JSON, URLs and ``visible`` write it.
     """
     once = _quoted(secret)
     forms = [
@@ -266,8 +269,8 @@ def _quoted(text: str) -> list[str]:
     for quote_it in (repr, ascii):
         found += [
             quote_it(text)[1:-1],
-            # in a longer text with both quote characters one is escaped
+            # ``repr`` of a text that contains both quote characters escapes the single one
             quote_it(f"{text}'\"")[1:-4],
-            quote_it(f"{text}'")[1:-2],  # in a text with only single quotes none is
+            quote_it(f"{text}'")[1:-2],  # ``repr`` of a text with only single quotes escapes none
         ]
     return found

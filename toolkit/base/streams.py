@@ -30,16 +30,17 @@ def open_missing() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            os.set_inheritable(number, True)  # what this process starts has them too
+            # processes that this process starts inherit the descriptors
+            os.set_inheritable(number, True)
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - a stream
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - the stream stays open
 
 
 @contextmanager
 def outliving() -> Iterator[None]:
-    """Inside this context a failing stdout or stderr is not an error. One warning goes to the other
-    stream, and further output is dropped.
+    """Inside this context a failing stdout or stderr is not an error. Further output to the stream
+    is dropped. A failure of stdout is reported once on stderr.
     """
     before = sys.stdout, sys.stderr
     err = Outliving(before[1], "stderr", None)
@@ -52,16 +53,16 @@ def outliving() -> Iterator[None]:
 
 
 class Outliving:
-    """A text stream that is replaced by the null device after its first failure. ``told`` is the
-    stream for the warning. All other attributes are those of the stream.
+    """A text stream that is replaced by the null device after its first failure. ``other`` is the
+    stream that gets the warning. All other attributes are those of the stream.
     """
 
-    def __init__(self, stream: TextIO, name: str, told: Outliving | None) -> None:
-        self._stream, self._name, self._told = stream, name, told
+    def __init__(self, stream: TextIO, name: str, other: Outliving | None) -> None:
+        self._stream, self._name, self._other = stream, name, other
         self._lost = False
 
     def write(self, text: str) -> int:
-        """Write, or drop."""
+        """Write the text, or drop it after a failure."""
         if not self._lost:
             try:
                 self._stream.write(text)
@@ -70,12 +71,12 @@ class Outliving:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write, or drop."""
+        """Write the lines, or drop them after a failure."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or drop."""
+        """Flush the stream; do nothing after a failure."""
         if not self._lost:
             try:
                 self._stream.flush()
@@ -85,12 +86,12 @@ class Outliving:
     def _lose(self, error: Exception) -> None:
         self._lost = True
         discard(self._stream)
-        if self._told is not None:
+        if self._other is not None:
             said = getattr(error, "strerror", None) or str(error)
-            self._told.write(
+            self._other.write(
                 f"warning: {self._name} is lost ({said}); the run continues without it\n"
             )
-            self._told.flush()
+            self._other.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -110,7 +111,7 @@ def discard(stream: TextIO) -> None:
 
 
 def settle() -> None:
-    """At the end of a process: write or drop what the streams still buffer."""
+    """At the end of a process: write what the streams still buffer, or drop it if that fails."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,7 +1,8 @@
 """The members of a tar file, read once from front to back, with limits.
 
 tarfile reads a header of any stated size into memory, follows headers that point backwards, and
-unpacks whatever is between two headers. So it gets a stream that prevents this.
+unpacks whatever is between two headers. ``Forward``, the stream that tarfile reads from, prevents
+all three.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-MAX_HEADER_BYTES = MIB  # of one member, extended headers included
-MAX_HEADERS_BYTES = 16 * MIB  # of all
+MAX_HEADER_BYTES = MIB  # limit for one member, extended headers included
+MAX_HEADERS_BYTES = 16 * MIB  # limit for all members
 
 
 class Forward:
-    """The stream that tarfile reads from: it reads only forwards, and limits the size of one
-    read.
+    """The stream that tarfile reads from. The stream reads only forwards, and limits the size of
+    one read.
     """
 
     def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
@@ -82,4 +83,5 @@ def tar_members(
             stream.in_headers = False
             yield info, tar.extractfile(info) if info.isreg() and not info.issparse() else None
             stream.in_headers = True
-            tar.members = []  # type: ignore[attr-defined]  # each is looked at once
+            # tarfile keeps every member; this list is not needed
+            tar.members = []  # type: ignore[attr-defined]

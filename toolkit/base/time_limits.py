@@ -33,7 +33,9 @@ class OutOfTime(Exception):
 
 
 class _Cut(BaseException):
-    """Raised inside the call; no ``except Exception`` of the called code stops it."""
+    """Raised inside the call when its time is over. It is not an ``Exception``, so no ``except
+    Exception`` in the called code catches it.
+    """
 
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
@@ -52,7 +54,7 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     def on_alarm(signum: int, frame: FrameType | None) -> None:
         left = deadline - time.monotonic()
         if left > 0:
-            # Not this module's alarm: a signal handler set it during the call.
+            # This alarm is not from this module: a signal handler set it during the call.
             signal.setitimer(signal.ITIMER_REAL, left, _AGAIN_S)
             if callable(old_handler):
                 old_handler(signum, frame)
@@ -64,7 +66,8 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
     old_left, old_interval = signal.getitimer(signal.ITIMER_REAL)
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)  # may fire immediately
+            # the alarm may fire immediately
+            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
             return call()
         finally:
             armed = False
@@ -74,7 +77,7 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
         armed = False
         left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
         if left and interval != _AGAIN_S and callable(old_handler):
-            # The run's alarm, set during the call: it continues.
+            # The run set this alarm during the call, so it continues.
             old_left, old_interval = left, interval
         elif old_left:  # an outer limit continues to count
             old_left = max(old_left - (time.monotonic() - started), 1e-3)
@@ -88,7 +91,7 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
     def work() -> None:
         try:
             outcome.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - carried to the caller, who decides
+        except BaseException as error:  # noqa: BLE001 - the error is raised again in the caller's thread
             outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True, name="reward").start()
@@ -108,7 +111,7 @@ def memory_within(more_bytes: int) -> Iterator[None]:
     try:
         has = _address_space()
     except OSError:
-        yield  # without /proc only the time is limited
+        yield  # without /proc there is no limit on memory
         return
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([has + more_bytes, *limits]), hard))

@@ -1,5 +1,5 @@
-"""Compare versions as PEP 440 does. ``packaging`` is imported here alone, on first use: its import
-takes as long as a whole light command.
+"""Compare versions as PEP 440 does. Only this module imports ``packaging``, on first use, because
+the import takes as long as a light command.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @cache
 def as_version(text: str) -> Version:
-    """``2.13.0+cpu`` or a driver's ``580.159.04``, for comparison. Of a text that is not a version,
-    such as ``580.65.06-server``, only the numbers at its start count.
+    """The version in ``2.13.0+cpu`` or in a driver's ``580.159.04``, for comparison. If a text is
+    not a version, such as ``580.65.06-server``, only the numbers at its start count.
     """
     from packaging.version import InvalidVersion, Version  # noqa: PLC0415 - see above
 

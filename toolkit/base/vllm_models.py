@@ -1,4 +1,4 @@
-"""The architectures that the installed vLLM supports: its registry, read as text."""
+"""Find the architectures that the installed vLLM supports, by reading its registry as text."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from toolkit.base.errors import ConfigError
 
-# Only tables: bench.run imports torch.
+# imports only tables; bench.run imports torch
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.learn_settings import LEARN, LearnSettings, Runs
 from toolkit.train.bench.shapes import SHAPES
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LEARN_ALONE = {"task", "seeds", "accuracy", "every", "held_out", "learning_rate", "gguf"}
 NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
-"""Options that only ``--learn`` uses, and those that it does not use."""
+"""Options that only ``--learn`` uses, and options that ``--learn`` does not use."""
 
 
 @click.command("bench")
@@ -114,7 +114,7 @@ def bench(
     as_json: bool,
     **options: object,
 ) -> None:
-    """Measure load time, step time, memory, log-probability gap and changes of the base.
+    """Measure load time, step time, memory, log-probability gap and changes of the base weights.
 
     Every arm trains the same random checkpoint on the same prompts in its own process. Without a
     GPU use only `--shape tiny`. The sizer chooses what no `--ours-...` option sets, within the
@@ -178,7 +178,7 @@ def bench(
 
 
 def _refuse_unused(*, learn: bool) -> None:
-    """Raise click.UsageError for a written option without effect."""
+    """Raise click.UsageError if an option is given that has no effect here."""
     context = click.get_current_context()
     for name in sorted(NOT_LEARN if learn else LEARN_ALONE):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -213,7 +213,7 @@ def _learn(
     gguf: Path | None,
     as_json: bool,
 ) -> None:
-    """``bench --learn``."""
+    """Run ``bench --learn`` and print the results."""
     model = models.resolve() / "smollm2-135m-instruct"
     settings = LearnSettings(model=str(model), **{**LEARN, **written})
     _check_batch(settings)
@@ -230,7 +230,7 @@ def _learn(
 
 
 def _echo(rows: Sequence[Sequence[str]]) -> None:
-    """Columns, the first to the left."""
+    """Print rows as aligned columns; the first column is aligned left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -239,7 +239,7 @@ def _echo(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _echo_profile(profile: Mapping[str, Any]) -> None:
-    """The three accounts of our arm."""
+    """Print the three tables of the profile of the toolkit's own run."""
     from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
 
     click.echo()

@@ -1,4 +1,4 @@
-"""``envcheck calibrate``: compare a run's measured memory with the prediction of the sizer, term by
+"""``envcheck calibrate``: compare the measured memory of a run with the sizer's prediction, term by
 term.
 """
 
@@ -35,7 +35,7 @@ def calibrate(run: Path, as_json: bool) -> None:
 
 
 def text_of(found: Calibration) -> str:
-    """The table, followed by the verdict."""
+    """The table of terms, followed by the verdict."""
     rows = [_row(row) for row in found.rows]
     lines = [table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
     if not found.measured:

@@ -1,4 +1,4 @@
-"""``envcheck check``: check this node for a job, or its health alone."""
+"""``envcheck check``: check whether this node can run a job, or check only its health."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ def check(
 def text_of(
     results: Sequence[CheckResult], context: CheckContext, *, verbose: bool, strict: bool = False
 ) -> str:
-    """One paragraph per finding with its remedy, then the passed checks, then the count."""
+    """The output for people: one paragraph per finding with its remedy, then the passed checks,
+    then the count.
+    """
     from toolkit.gpu.checks import catalogue, exit_code  # noqa: PLC0415 - as above
 
     order = {"fail": 0, "unknown": 1, "warn": 2, "ok": 3}
@@ -125,7 +127,7 @@ def text_of(
             continue
         first = f"{verdict_word(result.verdict)} {result.id:<{width}}  "
         indent = " " * (7 + 1 + width + 2)
-        # The escape codes of a coloured word have no width.
+        # The escape codes of a coloured word take no space on the terminal.
         text = paragraph(result.evidence, first=" " * len(indent), indent=indent).lstrip()
         lines.append(first + text)
         if result.remedy:

@@ -86,8 +86,8 @@ def choose_folder(out: str | None) -> Path:
 
 
 def step(program: str, arguments: Sequence[str]) -> None:
-    """Run a command as a user would type it, in this process. Exit with its exit code if it
-    fails.
+    """Run a command as a user would type it, but in this process. If it fails, exit with its exit
+    code.
     """
     from toolkit.cli import envcheck, train  # noqa: PLC0415 - train imports this table's module
 
@@ -102,7 +102,7 @@ def step(program: str, arguments: Sequence[str]) -> None:
 
 
 def finish(folder: Path, *, seconds: float) -> None:
-    """Print where everything is; the last line is the result."""
+    """Print where the results are; the last line is the accuracy before and after training."""
     result = json.loads((folder / "run" / "evaluation.json").read_text())
     before, after = result["before"], result["after"]
     run_file, run = folder / "run.yaml", folder / "run"

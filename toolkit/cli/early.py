@@ -1,8 +1,8 @@
-"""Handle signals before the run installs its own handlers: they end the process with the exit code
-of a stopped run.
+"""Handle signals before the run installs its own handlers: a signal then ends the process with the
+exit code of a stopped run.
 
 Reading the command line, the run file and the imports takes seconds. A job that is preempted in
-this time must not look like a failed one.
+this time must not look like a failed job.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class StoppableGroup(LazyGroup):
-    """The command ``train`` can be stopped as soon as its command line is read, and continues if
-    its output is lost.
+    """A click group whose command ``train`` can be stopped as soon as its command line is read, and
+    continues if its output is lost.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +35,7 @@ class StoppableGroup(LazyGroup):
 
 @contextmanager
 def listening_early() -> Iterator[None]:
-    """Raises StoppedError for a signal inside the block. With several ranks no rank does, because
+    """Inside the block, a signal raises StoppedError. With several ranks no rank raises it, because
     their launcher reports the signal once.
     """
     from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - as above
@@ -52,8 +52,9 @@ def listening_early() -> Iterator[None]:
                 yield
             finally:
                 if early.received is not None or early.ended:
-                    early.ignore()  # remaining output is still printed, and the exit code stays
-    # compiled modules turn an exception raised in them into the latter
+                    # the output that remains is still printed, and the exit code stays
+                    early.ignore()
+    # Compiled modules turn an exception that is raised inside them into an ImportError.
     except (StepAbandoned, ImportError):
         if early.received is None:
             raise

@@ -43,7 +43,7 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         if error.exit_code == DefectError.exit_code:
             _leave(_defect(error), error.exit_code, debug=debug)
         _leave(f"error: {error}", error.exit_code, debug=debug)
-    except Exception as error:  # noqa: BLE001 - a disk's, a known one of upstream's, or a defect
+    except Exception as error:  # noqa: BLE001 - a disk failure, a known upstream error, or a defect
         if (known := _known(error)) is not None:
             _leave(f"error: {known}", known.exit_code, debug=debug)
         _leave(_defect(error), DefectError.exit_code, debug=debug)
@@ -85,7 +85,7 @@ def debug_asked() -> bool:
 
 
 def _known(error: Exception) -> ToolkitError | None:
-    """A failure of a disk or a known upstream failure, as a toolkit error."""
+    """A toolkit error for a disk failure or a known error of another library; else None."""
     from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
 
     return disk.failed(error) or explained(error, "the command failed")
@@ -109,8 +109,8 @@ def _defect(error: Exception) -> str:
 def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    with suppress(OSError):  # stderr is closed, so only the exit code reports it
-        click.echo(visible(text), err=True)  # it may contain a name from an untrusted source
+    with suppress(OSError):  # stderr is closed, so only the exit code reports the failure
+        click.echo(visible(text), err=True)  # the text may contain a name from an untrusted source
     sys.exit(code)
 
 

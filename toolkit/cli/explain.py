@@ -44,14 +44,16 @@ def _one(word: str) -> str:
 
 
 def _check_names() -> list[str]:
-    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only when nothing else is meant
+    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
     return list(catalogue())
 
 
 def _check(word: str) -> str | None:
-    """A check of envcheck check, by its id."""
-    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only when nothing else is meant
+    """The text about a check of envcheck check, by the id of the check; None if there is no such
+    check.
+    """
+    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
     check = catalogue().get(word.lower())
     if check is None:
@@ -77,7 +79,7 @@ def _pasted(text: str) -> str:
 
 
 def _not_known(text: str) -> UnestablishedError:
-    """No symptom found: show the nearest ones for comparison."""
+    """The error if no symptom was found. It shows the nearest symptoms for comparison."""
     from toolkit.base.symptoms import nearest  # noqa: PLC0415 - only for a traceback
 
     near = [f"{symptom.title} ({symptom.check})" for symptom in nearest(text)]
@@ -102,7 +104,7 @@ def _told(symptom: Symptom) -> str:
 
 
 def _command(check: str) -> str:
-    """The command that finds it, with the rule, the check or the number to look at."""
+    """The command that finds the problem, with the rule, the check or the number to look at."""
     if check.startswith("none: "):
         return f"nothing before the run ({check.removeprefix('none: ')})"
     if check.startswith("size: "):

@@ -1,4 +1,4 @@
-"""``toolkit export RUN --to DIR``: the adapter of a run, or merged weights."""
+"""``toolkit export RUN --to DIR``: write the adapter of a run, or merged weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from toolkit.cli.request import TRUST
 )
 @click.option("--private", is_flag=True, help="Make the repository of --push a private one.")
 @TRUST
-def export(  # noqa: PLR0913 - one argument an option
+def export(  # noqa: PLR0913 - one argument per option
     run: Path,
     to: Path,
     merge: bool,
@@ -54,7 +54,7 @@ def export(  # noqa: PLR0913 - one argument an option
 
     The last line is the command that serves it with plain vLLM.
     """
-    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
+    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - as in the other commands
 
     if dtype != "auto" and not merge:
         raise click.UsageError("--dtype needs --merge")
@@ -62,7 +62,7 @@ def export(  # noqa: PLR0913 - one argument an option
         raise click.UsageError("--private needs --push")
     prepare_environment()
     from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
-    from toolkit.train.model_card import push_export, serve_line  # noqa: PLC0415 - the same
+    from toolkit.train.model_card import push_export, serve_line  # noqa: PLC0415 - as above
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
     with quiet(debug=debug_asked()):

@@ -92,7 +92,7 @@ class Github(Printer):
 
 
 class Collected(Printer):
-    """JSON and SARIF are one document, printed at the end."""
+    """Collect findings for JSON or SARIF, which are one document that is printed at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,9 @@ PRINTERS: dict[str, type[Printer]] = {
 
 
 def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
-    """Print what --fix did: each edit as old -> new, with its line before any edit."""
+    """Yield a line for each edit that --fix made: old -> new, with its line in the text before any
+    edit.
+    """
     for edit in repair.applied:
         text = f"{name}:{edit.line}: {edit.old} -> {edit.new} ({edit.rule})"
         yield redact(visible(text))
@@ -148,7 +150,7 @@ def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
 
 
 def choice_lines(repair: Repair) -> Iterator[str]:
-    """Print the findings that --fix left unchanged because they have more than one fix."""
+    """Yield a line for each finding that --fix left unchanged because it has more than one fix."""
     for found in repair.choices:
         ways = " or ".join(fix.text for fix in found.fixes)
         text = f"{found.place}: {found.rule} is not fixed, choose one of: {ways}"

@@ -1,4 +1,4 @@
-"""``toolkit generate RUN "prompt"``: completions from the policy that a run trained."""
+"""``toolkit generate RUN "prompt"``: print completions from the policy that a run trained."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Generate completions of PROMPTS with the policy that RUN trained; "-" reads one prompt per
     line from stdin.
     """
-    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - with the others
+    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - as in the other commands
 
     as_json, texts = options.pop("as_json"), _texts(prompts)
     prepare_environment()
@@ -77,7 +77,9 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
 
 def shown(text: str) -> str:
-    """The model's text: unchanged into a pipe, without control characters on a terminal."""
+    """The model's text: unchanged if the output is a pipe, without control characters on a
+    terminal.
+    """
     return visible(text) if sys.stdout.isatty() else text
 
 

@@ -1,4 +1,4 @@
-"""``toolkit import FILE``: the config, script or notebook of another tool as a run file."""
+"""``toolkit import FILE``: turn the config, script or notebook of another tool into a run file."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
 
 
 def _place(file: str, to: str | None) -> Path | None:
-    """Where the run file is written; None for standard output."""
+    """The path that the run file is written to; None for standard output."""
     if to == STDOUT or (to is None and file == STDOUT):
         return None
     if to is not None:

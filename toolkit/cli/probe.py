@@ -1,4 +1,4 @@
-"""``envcheck probe``: the GPUs as NVML sees them, as a table, JSON or Prometheus metrics."""
+"""``envcheck probe``: print the GPUs that NVML reports, as a table, JSON or Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def probe(
         sys.stdout.flush()
         try:
             time.sleep(interval)
-        except KeyboardInterrupt:  # how a watch ends
+        except KeyboardInterrupt:  # Ctrl-C ends a watch
             break
     if not snapshot.gpus:
         sys.exit(NO_GPU_EXIT)
@@ -75,7 +75,7 @@ def probe(
 def show(
     snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
 ) -> None:
-    """One reading in the requested format; ``one_line`` is for streamed JSON."""
+    """Print one snapshot in the requested format; ``one_line`` is for streamed JSON."""
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
@@ -139,7 +139,7 @@ def _row(
 
 
 def state_of(gpu: GpuSnapshot) -> str:
-    """The card's worst problem in a few words, else ``ok``; ``envcheck check`` shows more."""
+    """A few words on the card's worst problem, else ``ok``; ``envcheck check`` shows more."""
     from toolkit.gpu.checks.health import FABRIC_NOT_READY  # noqa: PLC0415 - as above
     from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above

@@ -86,7 +86,7 @@ def _read(file: Path) -> Any:
 
 
 def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
-    """Where the verdicts of this version differ from the recorded ones."""
+    """A text that lists where the verdicts of this version differ from the recorded ones."""
     now = {result.id: result.verdict for result in results}
     both = verdicts.keys() & now.keys()
     changed = [

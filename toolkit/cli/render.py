@@ -35,12 +35,12 @@ def styled(text: str, colour: str | None = None, *, bold: bool = False) -> str:
 
 
 def verdict_word(verdict: str) -> str:
-    """A verdict in its colour, padded to the length of the longest."""
+    """A verdict in its colour, padded to the length of the longest verdict."""
     return styled(f"{verdict:<7}", COLOURS.get(verdict), bold=verdict == "fail")
 
 
 def terminal_width() -> int:
-    """The width in columns: the terminal's, or COLUMNS; at least 80."""
+    """The width of the terminal in columns, or COLUMNS; at least 80."""
     return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
 
 
@@ -55,7 +55,7 @@ def table(
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     excess = sum(widths) + 2 * (len(widths) - 1) - terminal_width()
     if excess > 0:
-        # The first column has names, which users copy.
+        # The first column contains names, which users copy.
         widest = max(range(len(widths))[1:] or [0], key=widths.__getitem__)
         widths[widest] = max(8, widths[widest] - excess)
     head, *lines = [line for row in cells for line in _lines(row, widths, right)]
@@ -63,7 +63,7 @@ def table(
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
-    """One row on as many lines as its longest cell needs."""
+    """The lines of one row: as many as its longest cell needs."""
     cells = [textwrap.wrap(text, width) for text, width in zip(row, widths, strict=True)]
     lines = []
     for parts in zip_longest(*cells, fillvalue=""):
@@ -76,7 +76,9 @@ def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> l
 
 
 def paragraph(text: str, *, first: str = "", indent: str = "") -> str:
-    """Text wrapped to the terminal, after ``first`` on its first line and ``indent`` on others."""
+    """Text wrapped to the terminal. ``first`` is put before its first line and ``indent`` before
+    the other lines.
+    """
     return textwrap.fill(
         text,
         width=min(terminal_width(), 110),

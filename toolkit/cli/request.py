@@ -13,7 +13,7 @@ from toolkit.base import process_environment
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_bytes
 from toolkit.base.formatting import GIB, KIB, MIB
-from toolkit.base.hub import hub_home
+from toolkit.base.hub_cache import hub_home
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def examine(
     )
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after parsing
 
-    choose(**choice)  # report a misspelt name before anything is read
+    choose(**choice)  # reports a misspelt name before anything is read
     values = requirements(require)
     if lock is not None:
         values["lock"] = read_lock(lock)
@@ -80,13 +80,16 @@ def examine(
     if document is not None and not exit_code(results, node=node):
         from toolkit.config.validate import accepted  # noqa: PLC0415 - only for a run file
 
-        # Only now, because on a bad node a missing GPU is not an error of the run file.
+        # Only now are the findings reported, because on a bad node a missing GPU is not an error of
+        # the run file.
         accepted(document, situation)
     return snapshot, context, results
 
 
 def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
-    """The run file and its resolved run, for any device. Raises as ``accepted``."""
+    """The document of a run file and its resolved run, for any device. Raises the same errors as
+    ``accepted``.
+    """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
     from toolkit.config.validate import accepted  # noqa: PLC0415 - as above
@@ -117,7 +120,7 @@ def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
 
 
 def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:
-    """The folders that a run writes to, by role."""
+    """The folders that a run writes to, by role (``output_dir``, ``HF_HOME`` ...)."""
     cache = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     paths = {
         "HF_HOME": hub_home(environ),

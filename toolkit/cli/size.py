@@ -1,5 +1,5 @@
-"""``envcheck size``: the interval of gpu_memory_utilization, the choice for every "auto", the
-budget.
+"""``envcheck size``: print the interval of gpu_memory_utilization, the choice for every "auto", and
+the memory budget.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def size(
         click.echo(text_of(result, config))
     _judge(result, config, quiet=not as_json)
     if write and document is not None:
-        from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only when asked
+        from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only with the option
 
         click.echo(write_choice(document, result.apply(config)), err=as_json)
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
-    """The named card, or the card of this node.
+    """The device to size for: the card that the options name, or the card of this node.
 
-    None without a card: then the CPU is sized, and if there is a GPU that cannot be used, the
+    None if there is no card: then the CPU is sized. If there is a GPU that cannot be used, the
     reason is printed. Raises ConfigError for an unknown card or index.
     """
     from toolkit.base.errors import ConfigError  # noqa: PLC0415 - after the arguments are parsed
@@ -108,7 +108,9 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
 
 
 def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
-    """Exit with 1 if the run does not fit, or if the written utilization is not possible."""
+    """Exit with 1 if the run does not fit, or if the utilization in the run file is not
+    possible.
+    """
     if not result.feasible:
         if not quiet:
             click.echo(f"error: {result.error()}", err=True)

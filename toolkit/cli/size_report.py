@@ -1,4 +1,6 @@
-"""The text output of ``envcheck size``: the interval, the choice, the budget and its bar."""
+"""The text output of ``envcheck size``: the interval, the choice, and the memory budget with its
+bar.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.terms import Term
 
 WHEN = {"always": "always", "rollout": "rollouts", "training": "training"}
-# (letter of the bar, its meaning, beginnings of the terms' names); the first match counts.
+# (letter of the bar, its meaning, beginnings of the terms' names); the first row that matches is
+# used.
 LETTERS = (
     ("C", "context", ("context",)),
     ("W", "weights", ("engine.weights", "trainer.weights")),
@@ -31,7 +34,7 @@ OTHER_LETTERS = (("x", "held by other processes"), (".", "free"), ("!", "too muc
 
 
 def text_of(result: SizingResult, config: RunConfig) -> str:
-    """The whole answer as text."""
+    """The whole result as text."""
     parts = [_head(result), _interval(result, config), _choice(result, config), _budget(result)]
     parts += [_bars(result), _ranks(result), _peaks(result)]
     if result.model.notes:
@@ -119,7 +122,8 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]
     if choice.fast_inference:
-        names = [name for name in SIZED if name != "gpu_memory_utilization"]  # has its own rows
+        # these terms have their own rows
+        names = [name for name in SIZED if name != "gpu_memory_utilization"]
         rows += [_row(f"model.{name}", getattr(choice, name), config.model) for name in names]
     rows.append(_row("model.dtype", choice.dtype, config.model))
     rows.append(_row("model.fast_inference", choice.fast_inference, config.model))
@@ -181,7 +185,9 @@ def _budget(result: SizingResult) -> str:
 
 
 def _bars(result: SizingResult) -> str:
-    """One bar per phase, as wide as the terminal; a letter is a share of the card."""
+    """One bar per phase, as wide as the terminal. Each letter stands for the same share of the
+    card.
+    """
     if result.device is None:
         return ""
     whole = int(result.device["cuda_total_bytes"])
@@ -223,8 +229,8 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
 
 
 def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
-    """The number of letters per part of the bar: in proportion, at least one for each part, and
-    ``most`` in total. The largest parts are shortened first.
+    """The number of letters for each part of the bar, in proportion to its size: at least one per
+    part, and ``most`` in total. The largest parts are shortened first.
     """
     total = sum(sizes.values())
     shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}

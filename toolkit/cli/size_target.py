@@ -1,4 +1,6 @@
-"""The target of ``envcheck size``: a run file, or a model with the defaults of a run."""
+"""Read the target of ``envcheck size``: a run file, or a model, which is sized with the defaults of
+a run.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def read_target(
     """The run to size, and its document if it is a run file.
 
     Raises: ConfigError: the run file has errors (except in data and rewards), or an override is
-    invalid. InputError: it cannot be read.
+    invalid. InputError: the target cannot be read.
     """
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
@@ -68,8 +70,8 @@ def _of_run_file(
 
 
 def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
-    """A run of ``model`` with all defaults and ``overrides``. Overrides are validated like a run
-    file. Defaults are only checked for what the card does not support.
+    """A run of ``model`` with ``overrides`` and otherwise defaults. Overrides are validated like a
+    run file. Of the defaults, only those are checked that the card may not support.
     """
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))

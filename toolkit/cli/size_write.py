@@ -1,5 +1,5 @@
-"""``envcheck size --write``: replace each written "auto" by the chosen value and change nothing
-else.
+"""``envcheck size --write``: replace each "auto" in the run file by the chosen value and change
+nothing else.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WRITABLE = {
 
 
 def write_choice(document: Document, resolved: RunConfig) -> str:
-    """Rewrite the run file and report what was written where.
+    """Rewrite the run file; return a text that lists which value was written where.
 
-    Comments, order, quoting of other values and line ends stay: only the characters of each
-    "auto" are replaced.
+    Comments, order, quoting of other values and line ends stay: only the characters of each "auto"
+    are replaced.
 
     Raises ConfigError if the document is not a file (standard input), or if other values would
     change too.
@@ -76,7 +76,7 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
 
 
 def _spelled(value: Any, node: Node) -> str:
-    """The value as a scalar of the file's format."""
+    """The value as text, in the format of the file."""
     if isinstance(value, str) and node.source.format == "yaml":
         return value
     return json.dumps(value)

@@ -1,4 +1,4 @@
-"""``toolkit``: train, demo, generate, export, tune, import, bench."""
+"""``toolkit``: the group of the commands train, demo, generate, export, tune, import and bench."""
 
 from __future__ import annotations
 

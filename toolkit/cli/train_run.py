@@ -1,4 +1,4 @@
-"""``toolkit train``: a run file, from pre-flight to report."""
+"""``toolkit train``: train a run file, from the pre-flight checks to the report."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ FIRST_SPEAKS_S = 5.0
 
 
 class Processes(click.IntRange):
-    """A number of processes, or ``auto``: one per visible GPU, or one without a GPU."""
+    """The type of an option that is a number of processes or ``auto``: one per visible GPU, or one
+    without a GPU.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number. Raises click.UsageError for an invalid one."""
+        """The value as a number. Raises click.UsageError if it is invalid."""
         if value != "auto":
             return int(super().convert(value, param, ctx))
         from toolkit.gpu import devices  # noqa: PLC0415 - only here
@@ -66,7 +68,7 @@ class Processes(click.IntRange):
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
-def train(  # noqa: PLR0913 - one parameter an option
+def train(  # noqa: PLR0913 - one parameter per option
     run_file: str,
     overrides: tuple[str, ...],
     output_dir: str | None,
@@ -121,8 +123,8 @@ def _launch(
 def _load(
     run_file: str, overrides: list[str], world_size: int
 ) -> tuple[RunConfig, Callable[[Situation], object]]:
-    """The run, and what judges its file again once the machine is known."""
-    from toolkit.config.layers import load_document  # noqa: PLC0415 - heavy floors are imported when they are run
+    """The run, and a function that validates its file again once the machine is known."""
+    from toolkit.config.layers import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
     from toolkit.config.resolved import Situation  # noqa: PLC0415
     from toolkit.config.validate import accepted  # noqa: PLC0415
 
@@ -161,7 +163,9 @@ def _run(
 
 
 def _read_weights_ahead(config: RunConfig) -> None:
-    """Let the disk work while the libraries are imported. What is missing is reported later."""
+    """Read the weights from the disk while the libraries are imported. Missing files are reported
+    later.
+    """
     from toolkit.base.read_ahead import read_ahead  # noqa: PLC0415
     from toolkit.sizing.fit import available_bytes  # noqa: PLC0415
     from toolkit.sizing.model_source import find_model  # noqa: PLC0415

@@ -1,4 +1,6 @@
-"""``toolkit tune``: measure vLLM's LoRA kernels on this card, write the table of the fastest."""
+"""``toolkit tune``: measure vLLM's LoRA kernels on this card, and write a table of the fastest
+settings.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
 
     prepare_environment()
     from toolkit.engine.lora_tables import write_table  # noqa: PLC0415
-    from toolkit.engine.lora_tune import Shape, tune_card  # noqa: PLC0415 - torch, vLLM
+    from toolkit.engine.lora_tune import Shape, tune_card  # noqa: PLC0415 - imports torch and vLLM
 
     shapes = [Shape(rows, wide, rank) for rows, wide in found for rank in widths]
     table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))

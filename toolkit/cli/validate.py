@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """The command line, parsed."""
+    """The parsed command line."""
 
     strict: bool
     fix: bool
@@ -138,7 +138,7 @@ def _rewrite(name: str, request: _Request) -> None:
     try:
         source = read_source(name)
     except Unreadable:
-        return  # reported when it is validated
+        return  # an error in the fixed text is reported when it is validated
     repair = fix_source(source, request.overrides, request.situation)
     if repair.source.text != source.text:
         with writing(Path(name)):
@@ -171,7 +171,8 @@ def _outside_interval(
             free, spec, Device.from_card(request.card), world_size=request.situation.world_size
         )
     except ToolkitError:
-        return  # the model is missing (MODEL001) or nothing fits: envcheck size reports that
+        # the model is missing (MODEL001) or the run does not fit: envcheck size reports both
+        return
     low, high = sized.interval.min, sized.interval.max
     if low is None or high is None or low <= node.value <= high:
         return
@@ -204,7 +205,7 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
                 )
             yield from found
         elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
-            import glob  # noqa: PLC0415 - most shells have expanded it
+            import glob  # noqa: PLC0415 - most shells have expanded the pattern
 
             found = sorted(glob.glob(argument, recursive=True))
             if not found:
@@ -217,7 +218,9 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
 
 
 def _in_folder(folder: str) -> Iterator[str]:
-    """YAML and TOML files, and JSON files with a model section (other JSON files are data)."""
+    """The run files in a folder: YAML and TOML files, and JSON files with a model section (other
+    JSON files are data).
+    """
     for parent, folders, files in os.walk(folder):
         folders[:] = [one for one in folders if not one.startswith(".")]
         for file in files:

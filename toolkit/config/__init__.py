@@ -1,7 +1,7 @@
-"""The run file: load with positions, validate, judge, freeze.
+"""The run file: read it with positions, validate it, apply the rules, and freeze it.
 
-``load_run(path, overrides)`` is what the trainer and the sizer call; names are loaded on first
-use, so importing only ``toolkit.config.run_config`` does not load a YAML parser.
+``load_run(path, overrides)`` is what the trainer and the sizer call. Names are imported on first
+use, so importing only ``toolkit.config.run_config`` does not import a YAML parser.
 """
 
 from __future__ import annotations
@@ -42,6 +42,6 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'toolkit.config' has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415 - on first use
+    from importlib import import_module  # noqa: PLC0415 - imported on first use
 
     return getattr(import_module(f"toolkit.config.{_HOME[name]}"), name)

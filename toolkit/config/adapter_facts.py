@@ -1,4 +1,4 @@
-"""Facts of the adapter of ``lora.adapter_path``, read from its adapter_config.json."""
+"""Read the facts of the adapter that ``lora.adapter_path`` names from its adapter_config.json."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ INHERITED = (
 """Keys of the ``lora`` section that an adapter sets."""
 
 API_ONLY = ("lora_bias", "target_parameters", "trainable_token_indices")
-"""What get_peft_model can put into an adapter, and a run file cannot."""
+"""Fields of an adapter that get_peft_model can set and a run file cannot."""
 
 KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
 BOOKKEEPING = (*KEPT, "peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping")
-"""Fields of adapter_config.json that shape nothing."""
+"""Fields of adapter_config.json that do not change the shape of the adapter."""
 
 SUPPORTED = (*INHERITED, *API_ONLY, "init_lora_weights", "loftq_config")
-"""Fields that shape an adapter and that are read here; a file that sets any other is refused."""
+"""Fields that shape an adapter and that this module reads. A file that sets any other such field is
+refused.
+"""
 
 PEFT_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""Other fields that PEFT 0.21 writes a value for though nobody asked (held by tests/contract)."""
+"""Other fields that PEFT 0.21 always writes, with these values (tests/contract checks this)."""
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
@@ -67,8 +69,8 @@ def other_fields(values: Mapping[str, Any]) -> list[str]:
 
 
 def start_problem(values: Mapping[str, Any]) -> Problem | None:
-    """Whether a run can start from the adapter of this adapter_config.json, for the rule and for
-    the loader.
+    """Why a run cannot start from the adapter with this adapter_config.json; None if it can. The
+    rule and the loader use this function.
     """
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(REWRITING_INITS):

@@ -1,8 +1,9 @@
-"""Whether a file is one of Arrow (the IPC file or stream format), from its framing alone; no
-pyarrow.
+"""Find out whether a file is an Arrow file (the IPC file or stream format) from its framing alone,
+without pyarrow.
 
-A stream is messages: a mark, the length of the metadata, the metadata (a flatbuffer, of which one
-number is read here: the length of the body) and the body. A file is a stream between two magics.
+A stream is a sequence of messages. Each message has a mark, the length of the metadata, the
+metadata (a flatbuffer; only the length of the body is read from it) and the body. A file is a
+stream between two magic numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ MAGIC = b"ARROW1"
 CONTINUATION = 0xFFFFFFFF
 MAX_MESSAGES = 10_000
 MAX_METADATA_BYTES = 64 << 20
-_BODY_LENGTH = 3  # the field's number in Message (Message.fbs)
+_BODY_LENGTH = 3  # number of the field bodyLength in Message (Message.fbs)
 
 
 def arrow_fault(file: IO[bytes]) -> str | None:
-    """What is wrong with the framing, in words; None where nothing is, as far as is looked at."""
+    """A message that says what is wrong with the framing; None if the parts that are checked are
+    right.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = 0
@@ -39,7 +42,8 @@ def _walk(file: IO[bytes], at: int, end: int) -> str | None:
         file.seek(at)
         head = file.read(8)
         if len(head) < 8:
-            return "it holds no schema" if number == 0 else None  # a stream may end without a mark
+            # a stream may end without an end mark
+            return "it holds no schema" if number == 0 else None
         mark, length = struct.unpack("<II", head)
         if mark != CONTINUATION:
             return (
@@ -58,15 +62,15 @@ def _walk(file: IO[bytes], at: int, end: int) -> str | None:
 
 
 def _body_length(metadata: bytes) -> int:
-    """A flatbuffer begins with the place of its table, which begins with how far before it its list
-    of fields is.
+    """The length of a message's body. A flatbuffer begins with the position of its table. The table
+    begins with the distance back to its list of fields.
     """
     (table,) = struct.unpack_from("<I", metadata, 0)
     (back,) = struct.unpack_from("<i", metadata, table)
     (size,) = struct.unpack_from("<H", metadata, table - back)
     place = 4 + 2 * _BODY_LENGTH
     if place + 2 > size:
-        return 0  # a field that is not there has its default
+        return 0  # a missing field has its default value
     (offset,) = struct.unpack_from("<H", metadata, table - back + place)
     if offset == 0:
         return 0

@@ -1,5 +1,5 @@
-"""From validated nodes to the frozen RunConfig, with relative paths resolved against the file that
-contains them.
+"""Build the frozen RunConfig from validated nodes. Relative paths are resolved against the folder
+of the file that contains them.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def build_config(document: Document) -> RunConfig:
 def _with_scorer(
     rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
 ) -> tuple[RewardFunction, ...]:
-    """The rewards with the environment's own, unless the run file has that one already (with a
-    weight of its own, or because it is the config.json of a run).
+    """The rewards, with the environment's own reward added, unless the run file already has it:
+    with a weight that the user chose, or because the file is the config.json of a run.
     """
     if environment is None or any(one.name == environment.adapter for one in rewards):
         return rewards
@@ -95,7 +95,7 @@ def _value(key: str, node: Node) -> Any:
 
 
 def freeze(value: Any) -> Any:
-    """Lists as tuples and mappings as read-only views, at every level."""
+    """Freeze a value at every level: lists become tuples and mappings become read-only views."""
     if isinstance(value, dict):
         frozen: Mapping[str, Any] = MappingProxyType(
             {key: freeze(below) for key, below in value.items()}

@@ -1,11 +1,11 @@
-"""Whether prompts that are plain text become user messages: ``dataset.chat``, resolved.
+"""Resolve ``dataset.chat``: whether prompts that are plain text become user messages.
 
 ``auto`` is true if the tokenizer has a chat template, because such a model was trained on that
-format. Messages in the prompt column are always chats. ``dataset.system`` does not matter here:
-without messages it is text before the prompt.
+format. Messages in the prompt column are always chats. ``dataset.system`` does not matter here: if
+prompts do not become messages, it is text before the prompt.
 
-The fact "has a chat template" is decided only in ``usable``, both for a template read from files
-and for one of a loaded tokenizer.
+Only ``usable`` decides whether a tokenizer has a chat template, both for a template that is read
+from files and for one of a loaded tokenizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.hub import cached_model
+from toolkit.base.hub_cache import cached_model
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
@@ -87,7 +87,7 @@ def chosen(chat: bool | str, template: bool | None) -> bool | None:
 
 
 def refuse_chats(config: RunConfig, template: bool | None) -> None:
-    """Raise ConfigError where ``dataset.chat`` is true and the tokenizer has no chat template."""
+    """Raise ConfigError if ``dataset.chat`` is true and the tokenizer has no chat template."""
     if config.dataset.chat is True and template is False:
         raise ConfigError(
             NO_TEMPLATE.format(model=config.model.model_name),

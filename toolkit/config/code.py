@@ -1,4 +1,4 @@
-"""A user's function by ``module:name``: found and read as source. It is never imported, because
+"""Find a user's function ``module:name`` and read its source. The module is never imported, because
 importing would run it.
 """
 

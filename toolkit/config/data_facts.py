@@ -1,5 +1,5 @@
-"""Facts of a data set's files that rules need: its columns, and how many prompts are empty or
-repeated.
+"""Read the facts of a data set's files that rules need: the columns, and how many prompts are empty
+or repeated.
 
 JSONL, JSON and CSV are read up to a limit. Of Parquet files and saved folders only the columns are
 read. Hub data sets are not read.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document
 
 LOOK_BYTES = 64 << 20
-"""What is unpacked to see what is in an archive."""
+"""At most this many bytes are unpacked to see what an archive contains."""
 NO_DATA = "no data set is set, so there are no prompts to train on"
 
 
@@ -64,7 +64,7 @@ def _limit(document: Document, key: str) -> int | None:
 
 
 def _leads_nowhere(path: Path) -> bool:
-    """A broken link. Its target may exist on the machine that the run is meant for."""
+    """Whether a path is a broken link. The target may exist on the machine that trains."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -81,7 +81,9 @@ def _text(document: Document, key: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, wanted: Wanted, split: str, _stamp: tuple[int, int]) -> DataFacts:
-    """``_stamp`` makes the cache forget a file that has changed."""
+    """Read the facts of the file at ``path``. ``_stamp`` changes with the file, so that the cache
+    does not return the facts of an older version.
+    """
     try:
         return _facts(path, wanted, split)
     except Unscanned:
@@ -108,7 +110,7 @@ def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
         return DataFacts(path, problem=no_kind(path)[0])
     with open_data(path) as file:
         if kind.suffix == ".arrow":
-            from toolkit.config.arrow_file import arrow_fault  # noqa: PLC0415 - rarely needed
+            from toolkit.config.arrow_file import arrow_fault  # noqa: PLC0415 - only Arrow files need it
 
             fault = arrow_fault(file)
             told = fault and unreadable_table("Arrow", fault)
@@ -122,7 +124,7 @@ def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
 
 
 def _parquet(file: IO[bytes], path: Path, wanted: Wanted) -> DataFacts:
-    from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - rarely needed
+    from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - only Parquet files need it
 
     if fault := parquet_fault(file):
         return DataFacts(path, problem=unreadable_table("Parquet", fault))
@@ -133,7 +135,7 @@ def _parquet(file: IO[bytes], path: Path, wanted: Wanted) -> DataFacts:
 
 
 def _archive(path: Path) -> DataFacts:
-    from toolkit.base.archives import look_into  # noqa: PLC0415 - rarely needed
+    from toolkit.base.archives import look_into  # noqa: PLC0415 - only archives need it
 
     names = look_into(path, most_bytes_read=LOOK_BYTES)
     count = 1 if names is None else sum(data_kind(Path(name)) is not None for name in names)
@@ -141,7 +143,9 @@ def _archive(path: Path) -> DataFacts:
 
 
 def _unpack_on(file: IO[bytes]) -> None:
-    """Past the bytes from which on a packed file is a bomb. Raises InputError where it is one."""
+    """Read on in a packed file, past the number of bytes after which a decompression bomb is
+    noticed. Raises InputError if the file is one.
+    """
     left = RATIO_FREE_BYTES + 2 * READ_BYTES
     while left > 0 and (chunk := file.read(READ_BYTES)):
         left -= len(chunk)
@@ -149,7 +153,7 @@ def _unpack_on(file: IO[bytes]) -> None:
 
 def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
     """The columns of a folder that datasets' save_to_disk wrote."""
-    from toolkit.config.model_facts import read_json  # noqa: PLC0415 - rarely needed
+    from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only saved folders need it
 
     if (folder / "dataset_dict.json").is_file():
         name = split.partition("[")[0]

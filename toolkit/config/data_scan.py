@@ -1,7 +1,7 @@
-"""The rows of a text file of data, read up to a bound: its columns, and what training would not
-take.
+"""Scan the rows of a text file of data up to a limit, for its columns and for rows that training
+refuses.
 
-A row that training refuses is refused here with its words (``config.data_types``).
+This scan and training use the same messages for a refused row (``config.data_types``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HALF = "\\ud"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which columns a run reads, and of how many rows (None: all)."""
+    """The columns that a run reads, and the number of rows that it reads (None: all)."""
 
     prompt: str
     answer: str | None = None
@@ -35,7 +35,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """``columns`` None: not told by this kind. Counts are over the rows that were looked at."""
+    """Facts of a data file. ``columns`` is None if this type of file does not show its columns. The
+    numbers count the rows that were read.
+    """
 
     path: Path
     columns: tuple[str, ...] | None = None
@@ -44,33 +46,35 @@ class DataFacts:
     repeated: int = 0
     unanswered: int = 0  # rows whose answer is null
     chats: int = 0  # prompts that are chats written as JSON text
-    whole: bool = True  # all rows were looked at
+    whole: bool = True  # all rows were read
     problem: str | None = None
-    messages: bool | None = None  # the prompts are lists of messages (else texts)
-    refused: str | None = None  # the first row that training does not take, and why
+    messages: bool | None = None  # whether the prompts are lists of messages (else texts)
+    refused: str | None = None  # the first row that training refuses, and why
 
 
 class Unscanned(Exception):
-    """There is more in the file than is looked at here, so that nothing is known of it."""
+    """Raised if the file has more than is read here, so that nothing is known about it."""
 
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row is ("line 3"), and its values."""
+"""The position of a row ("line 3"), and its values."""
 
 
 class _Types:
-    """The first row that does not fit those before it, or whose prompt is none."""
+    """Find the first row that does not have the types of the earlier rows, or whose prompt is not
+    valid.
+    """
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted, self.left = wanted, wanted.limit
         self.kinds: dict[str, Kind] = {}
         self.firsts: dict[str, Any] = {}
-        self.plain: str | None = None  # with prompts taken as they are
-        self.parsed: str | None = None  # with texts that are chats in JSON taken as chats
+        self.plain: str | None = None  # the fault if prompts stay text
+        self.parsed: str | None = None  # the fault if prompts that are JSON chats become chats
         self.lists: bool | None = None
 
     def take(self, place: str, row: dict[str, Any], chat: list[Any] | None) -> None:
-        """``chat`` is the chat that the row's prompt is in JSON."""
+        """Check one row. ``chat`` is the chat that the row's prompt contains as JSON, if any."""
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
@@ -89,7 +93,7 @@ class _Types:
                 continue
             first = self.firsts.setdefault(name, value)
             if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
-                continue  # most columns
+                continue  # limit on the number of columns
             try:
                 self._kind(name, first).take(value)
             except Misfit:
@@ -113,7 +117,7 @@ class _Types:
 
 
 def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
-    """The facts of ``rows``, of which None says that there are more than are looked at."""
+    """The facts of ``rows``. A None in ``rows`` means that the file has more rows than are read."""
     columns: dict[str, None] = {}
     seen: set[int] = set()
     count = empty = repeated = unanswered = chats = 0
@@ -170,7 +174,9 @@ def _has_text(prompt: str | list[Any]) -> bool:
 
 
 def rows_of(file: IO[bytes], path: Path, suffix: str) -> Iterator[Row | None]:
-    """The rows of a text file, and None where there are more than are looked at."""
+    """Yield the rows of a text file, and None at the end if the file has more rows than are
+    read.
+    """
     if suffix in (".csv", ".tsv"):
         return _csv_rows(file, "\t" if suffix == ".tsv" else ",")
     return _json_rows(file) if suffix == ".json" else _jsonl_rows(file, path)
@@ -221,7 +227,8 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
 def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row | None]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     cut: list[bool] = []
-    # The library's own limit is 128 KiB a field; training has one as well, a much larger one.
+    # The csv module's own limit is 128 KiB per field. Training also has a limit, which is much
+    # larger.
     old_limit = csv.field_size_limit(MAX_SCAN_BYTES)
     reader = csv.reader(_bounded(text, cut), delimiter=delimiter, strict=True)
     try:

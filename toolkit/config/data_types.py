@@ -1,7 +1,7 @@
 """Check the rows of a data set: one type per column, and prompts that are texts or chats.
 
-The same words for a rule, which has no pyarrow, and for training, which has it. That the two agree
-on what a column can hold is tested against pyarrow.
+A rule, which has no pyarrow, and training, which has it, use these messages. A test compares the
+types that a column may contain with pyarrow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INT64 = range(-(1 << 63), 1 << 63)
 EXACT = range(-(1 << 53), (1 << 53) + 1)
-"""Whole numbers that a column of floats takes."""
+"""The largest integer that a column of floats accepts, because floats represent it exactly."""
 MAX_DEPTH = 64
 _WORDS = {
     dict: "an object",
@@ -23,7 +23,7 @@ _WORDS = {
 
 
 def kind_of(value: Any) -> str:
-    """The type of a JSON value, in words."""
+    """The name of a JSON value's type, for messages."""
     return "null" if value is None else _WORDS.get(type(value), "a number")
 
 
@@ -38,7 +38,7 @@ MISFIT_FIX = "give every row of the column the same type"
 
 
 class Misfit(Exception):
-    """A value does not fit those before it."""
+    """Raised if the type of a value differs from the earlier values of its column."""
 
 
 class Kind:
@@ -60,10 +60,11 @@ class Kind:
         """Raise Misfit if ``value`` has another type than the earlier values."""
         if value is None:
             return
-        kind: type = float if type(value) is int else type(value)  # both are numbers
+        # ``value`` and the earlier values are numbers
+        kind: type = float if type(value) is int else type(value)
         if self.type is not kind:
             if kind is bool and self.floats:
-                return  # Arrow makes 1.0 and 0.0 of it
+                return  # Arrow converts true and false to 1.0 and 0.0
             if self.type is not None or depth > MAX_DEPTH:
                 raise Misfit
             self.type = kind
@@ -89,7 +90,9 @@ class Kind:
 
 
 def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
-    """What is wrong with a prompt of a column of ``chats`` (else of texts); None if nothing is."""
+    """A message that says what is wrong with a prompt in a column of chats (``chats``) or of texts;
+    None if nothing is.
+    """
     if chats:
         return wrong_chat(prompt or [])
     if prompt is None or isinstance(prompt, str):
@@ -98,12 +101,12 @@ def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
 
 
 def no_prompt(kind: str) -> str:
-    """The message for prompts of a Python type that prompts cannot have."""
+    """The message for a column whose Python type ``kind`` cannot be a prompt."""
     return f"must be a text or a list of messages, not {kind}"
 
 
 def wrong_chat(messages: list[Any]) -> str | None:
-    """What is wrong with a chat prompt; None if it is valid."""
+    """A message that says what is wrong with a chat prompt; None if it is valid."""
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {number} has no role: each is {{role: ..., content: ...}}"

@@ -1,11 +1,11 @@
-"""A run file as nodes with positions: loading creates them and validation reads them."""
+"""A run file as nodes with positions. The readers create the nodes and validation reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.source import Mark
+from toolkit.config.source import Position
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class StopReading(Exception):
-    """Raised when reading a text cannot continue; carries the finding that says why."""
+    """Raised if the rest of a text cannot be read; carries the finding that says why."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.message)
@@ -27,18 +27,18 @@ class Node:
 
     __slots__ = ("key", "mark", "note", "plain", "source", "value")
 
-    def __init__(self, value: Any, mark: Mark, source: Source, *, plain: bool = False) -> None:
+    def __init__(self, value: Any, mark: Position, source: Source, *, plain: bool = False) -> None:
         self.value = value
         self.mark = mark
         self.source = source
         self.plain = plain  # a plain YAML scalar, whose type comes from its spelling
-        self.key: Mark | None = None  # the key's position, if this is a value in a mapping
+        self.key: Position | None = None  # the key's position, if this is a value in a mapping
         self.note: Finding | None = (
-            None  # what YAML 1.1 would read here; reported unless a worse finding is
+            None  # the value that YAML 1.1 would read; reported unless the node has a worse finding
         )
 
     def to_plain(self) -> Any:
-        """The value without positions: dict, list and scalars."""
+        """The value of this node as dict, list and scalars, without positions."""
         value = self.value
         if isinstance(value, dict):
             return {key: child.to_plain() for key, child in value.items()}
@@ -59,12 +59,12 @@ class Node:
 
 def empty(source: Source) -> Node:
     """An empty root node."""
-    return Node({}, Mark(1, 1, 0, 0), source)
+    return Node({}, Position(1, 1, 0, 0), source)
 
 
 @dataclass(slots=True)
 class Document:
-    """A loaded run file: its layers merged, and what loading found wrong."""
+    """A loaded run file: its merged layers, and the findings of loading."""
 
     source: Source
     root: Node
@@ -73,7 +73,7 @@ class Document:
     whole: bool = True  # False: reading stopped early, so missing keys mean nothing
 
     def node(self, path: KeyPath) -> Node | None:
-        """The node at ``path``, or None if it is not written."""
+        """The node at ``path``, or None if the run file does not set it."""
         node: Node | None = self.root
         for part in path:
             value = node.value if node is not None else None

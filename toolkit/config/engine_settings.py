@@ -1,8 +1,8 @@
-"""Every option of the vLLM engine that a user may set: one record for each.
+"""The options of the vLLM engine that a user may set, with one record for each.
 
 A field of ``EngineSettings`` is a key of the run file's ``model`` section; ``ApiEngineSettings``
-adds what only ``FastLanguageModel.from_pretrained`` takes. The field's type, its default and its
-``Option`` are the record. Everything else follows from it:
+adds the options that only ``FastLanguageModel.from_pretrained`` accepts. The field's type, its
+default and its ``Option`` are the record. Everything else follows from it:
 
 - ``schemas/run.schema.json`` (``just schemas`` writes ``schema_properties`` into it),
 - the run file's ``ModelSection``, and ``EngineOptions`` with its arguments for vLLM,
@@ -32,7 +32,7 @@ share: a number between 0 and 1; rank: one of vLLM's adapter ranks; any: vLLM ch
 
 
 class Option(NamedTuple):
-    """What is known of one option beside its name, type and default.
+    """The properties of one option besides its name, type and default.
 
     ``api``: the default of ``from_pretrained``, where None leaves the choice to vLLM. ``vllm``: the
     argument of ``vllm.LLM``, None where the toolkit acts on the option itself; ``values`` maps a
@@ -233,7 +233,9 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiEngineSettings(EngineSettings):
-    """The engine options of ``from_pretrained``: those of a run file and vLLM's own for scripts."""
+    """The engine options of ``from_pretrained``: the options of a run file, and options of vLLM for
+    scripts.
+    """
 
     disable_log_stats: bool = _option(True, "switch", api=True, vllm="disable_log_stats")
     max_logprobs: int | None = _option(None, "any", api=None, vllm="max_logprobs")
@@ -247,13 +249,13 @@ def _options_of(settings: type[EngineSettings]) -> Mapping[str, Option]:
 
 
 OPTIONS = _options_of(EngineSettings)
-"""Key of the run file's model section -> its record."""
+"""Key in the run file's model section -> its record."""
 
 API_OPTIONS = _options_of(ApiEngineSettings)
 """Keyword of ``from_pretrained`` -> its record."""
 
 SIZED = tuple(name for name, option in OPTIONS.items() if option.sized)
-"""Options whose "auto" is filled by sizing."""
+"""Options for which the sizer replaces "auto" by a value."""
 
 
 def schema_properties() -> dict[str, dict[str, Any]]:
@@ -296,16 +298,18 @@ def _legal_values(option: Option) -> dict[str, Any]:
 
 
 MAX_GRAPH_SIZE = 1024
-"""Sequences. Graphs of more save too little of the launches to be worth their memory."""
+"""The largest number of sequences for which a graph is captured. Larger graphs save too little
+launch time to be worth their memory.
+"""
 
 
 def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int | None = None) -> list[int]:
-    """For how many sequences at a time the engine captures CUDA graphs of a decode step, in
-    ascending order; a batch runs in the next larger one.
+    """The batch sizes (in sequences) for which the engine captures CUDA graphs of a decode step, in
+    ascending order. A batch runs in the graph of the next larger size.
 
-    1, 2, 4, 8, then two sizes each time that the size doubles, and the largest batch that a rollout
-    can have: vLLM's own list has a size for every 8 sequences, and none above 512. Padding costs
-    little: a decode step reads all weights for one sequence as for many.
+    The sizes are 1, 2, 4, 8, then two sizes for each doubling, and the largest batch that a rollout
+    can have. vLLM's own list has a size for every 8 sequences, and none above 512. Padding costs
+    little, because a decode step reads all weights for any number of sequences.
     """
     largest = min(max_num_seqs, max_num_batched_tokens or max_num_seqs, MAX_GRAPH_SIZE)
     sizes = {1, 2, 4, 8, *(16 << step for step in range(7)), *(24 << step for step in range(6))}

@@ -1,4 +1,4 @@
-"""The adapters of environments, and the packages behind them."""
+"""The adapters of environments, and the packages that they need."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ ADAPTERS = {
     "openenv": Package(("openenv",), "'openenv>=0.10'"),
 }
 IN_STEPS = ("openenv",)
-"""Adapters whose rollouts act in the environment, with a tool, over several turns."""
+"""Adapters with a tool, whose rollouts act in the environment over several turns."""
 
 
 def task_module(adapter: str, task: str) -> str | None:
-    """The user's module that a task names; None if the adapter's package has all tasks itself."""
+    """The user's module that a task names; None if the adapter's package provides all tasks."""
     if adapter == "reasoning_gym":
         return None
-    if adapter == "verifiers":  # verifiers imports this name for an id owner/name@version
+    # verifiers imports the module of this name for the id owner/name@version
+    if adapter == "verifiers":
         return task.rsplit("/", 1)[-1].split("@", 1)[0].replace("-", "_").lower()
     return task.partition(":")[0]
 
 
 def missing_package(adapter: str, python: str | None) -> Package | None:
-    """The package of an adapter, if it is not installed where the environment runs. Nothing is
-    imported and no interpreter is started: a virtual environment is read as files. None also if
-    that cannot be seen.
+    """The package of an adapter if it is not installed for the interpreter of the environment, else
+    None. Nothing is imported and no interpreter is started: a virtual environment is read as files.
+    None also if this cannot be found out.
     """
     package = ADAPTERS[adapter]
     if python is None:
@@ -43,7 +44,9 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
 
 
 def absent(section: EnvironmentSection | None) -> tuple[str, ...]:
-    """The package of a run's environment with the line that installs it, if it is missing."""
+    """The missing package of a run's environment, with the command that installs it; empty if none
+    is missing.
+    """
     if section is None:
         return ()
     missing = missing_package(section.adapter, section.python)
@@ -58,5 +61,5 @@ def is_interpreter(python: str) -> bool:
 
 
 def pip_line(package: Package, python: str | None) -> str:
-    """The command that installs it."""
+    """The command that installs ``package`` for the interpreter ``python``."""
     return f"{python + ' -m ' if python else ''}pip install {package.install}"

@@ -1,4 +1,4 @@
-"""The meaning of a rule, a key or an exit code: what, why, an example, and the fix."""
+"""Explain a rule, a key or an exit code: what it means, why, an example, and the fix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo"
 def explain(asked: str) -> str | None:
     """The explanation of a rule id, a key (dotted, or its last part), ``exit-codes`` or ``rules``.
 
-    None when ``asked`` is none of these.
+    None if ``asked`` is something else.
     """
     word = asked.strip()
     if word == "exit-codes":
@@ -54,7 +54,7 @@ def exit_codes() -> str:
 
 
 def rule_list() -> str:
-    """Every rule in one line."""
+    """A text with one line per rule."""
     return "\n".join(
         f"{rule.id:<10} {rule.severity:<8} {rule.summary}"
         for rule in sorted(all_rules().values(), key=lambda one: one.id)
@@ -99,7 +99,9 @@ def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def about_keys(asked: str) -> str | None:
-    """The explanation of a key; of several keys if its last part occurs in several sections."""
+    """The explanation of a key. If ``asked`` is the last part of several keys, the explanation of
+    each.
+    """
     found = [(name, schema) for name, schema in all_keys() if name == asked]
     if not found:
         found = [(name, schema) for name, schema in all_keys() if name.rpartition(".")[2] == asked]
@@ -107,7 +109,7 @@ def about_keys(asked: str) -> str | None:
 
 
 def about_key(name: str, schema: dict[str, Any]) -> str:
-    """A key's meaning, type, default, units, examples, and the rules on it."""
+    """The meaning of a key, its type, default, units, examples, and the rules about it."""
     lines = [name, *_wrapped(schema["description"])]
     if "x-refused" in schema:
         return "\n".join(lines)

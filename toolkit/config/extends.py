@@ -1,9 +1,9 @@
-"""What ``extends`` may name: a run file below the folder of the run file that is loaded, or below a
-folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
+"""Check the files that ``extends`` may name: run files below the folder of the run file that is
+loaded, or below a folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
 
 A run file from someone else must not show lines of other files (``extends: /etc/shadow``). So the
-location of a base is checked before it is read, with every link resolved. If a base is not a run
-file, only the position of the problem is shown.
+location of an extended file is checked before it is read, with every link resolved. If that file is
+not a run file, only the position of the problem is shown.
 """
 
 from __future__ import annotations
@@ -37,34 +37,36 @@ SECTIONS = (
 )
 
 
-def told(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
-    """A finding at the value of ``extends``."""
+def finding_at(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
+    """A finding at the position of ``node``."""
     return error_finding(rule, message, node.source, node.mark, *fixes)
 
 
 def allowed_folders(root: Path) -> list[Path]:
-    """The folders that may contain bases: the run file's folder, and those that the user's
-    environment allows.
+    """The folders that may contain extended files: the folder of the run file ``root``, and the
+    folders that the user's environment allows.
     """
     texts = os.environ.get(VARIABLE, "").split(os.pathsep)
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
 def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
-    """Why the base at ``path`` (links resolved) is not read; None if it may be read."""
+    """The finding that says why the file that ``extends`` names (at ``path``, links resolved) is
+    not read; None if it may be read.
+    """
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
-        return told(
+        return finding_at(
             "DOC016",
             node,
             f"extends: {node.value} is outside of the run file's folder {root.resolve()}",
             Fix(
-                "move the base below that folder, or allow the base's folder: "
+                "move the file below that folder, or allow the file's folder: "
                 f"{VARIABLE}={path.parent}"
             ),
         )
     if path.suffix.lower() not in FORMATS:
         ends = ", ".join(FORMATS)
-        return told(
+        return finding_at(
             "DOC017",
             node,
             f"extends: {node.value} is not a run file: its name must end in one of {ends}",
@@ -73,14 +75,16 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        return told("DOC011", node, f"extends: {node.value} {os_fault(error)}")
+        return finding_at("DOC011", node, f"extends: {node.value} {os_fault(error)}")
     if not stat.S_ISREG(mode):
-        return told("DOC011", node, f"extends: {node.value} {kind_fault(mode)}")
+        return finding_at("DOC011", node, f"extends: {node.value} {kind_fault(mode)}")
     return None
 
 
 def content_fault(base: Document, node: Node) -> Finding | None:
-    """Why the text read for ``extends`` is not a run file, without showing any of it."""
+    """The finding that says why the text of the extended file is not a run file, without showing
+    any of the text; None if it is one.
+    """
     broken = [found for found in base.findings if found.severity is Severity.ERROR]
     if not base.whole:
         mark = broken[0].mark if broken else None
@@ -90,11 +94,11 @@ def content_fault(base: Document, node: Node) -> Finding | None:
         what = f"has no section of a run file ({', '.join(SECTIONS[:-2])})"
     else:
         return None
-    return told(
+    return finding_at(
         "DOC017",
         node,
         f"extends: {node.value} is not a run file: it {what}",
-        Fix("name a run file; `envcheck validate` on the base shows what is wrong in it"),
+        Fix("name a run file; `envcheck validate` on that file shows what is wrong in it"),
     )
 
 
@@ -107,7 +111,9 @@ def real_path(node: Node) -> Path | None:
 
 
 def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
-    """The chain of files, if a base extends itself or the chain is too long."""
+    """The chain of files as a text, if a file extends itself or the chain is too long; else
+    None.
+    """
     if path in [seen.resolve() for seen in chain] or len(chain) >= most:
         return " -> ".join(seen.name for seen in [*chain, path])
     return None

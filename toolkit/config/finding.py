@@ -1,4 +1,4 @@
-"""The result of validation: a finding with its place, the arithmetic and the fix."""
+"""The result of validation: a finding with its position, the arithmetic and the fix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from toolkit.config.source import KeyPath, Mark, Source
+    from toolkit.config.source import KeyPath, Position, Source
 
 
 class Severity(StrEnum):
-    """An error refuses the run. A warning refuses it only with --strict."""
+    """The severity of a finding. An error refuses the run; a warning refuses it only with
+    --strict.
+    """
 
     ERROR = "error"
     WARNING = "warning"
@@ -27,15 +29,15 @@ class Edit:
     text: str
 
 
-def rename(source: Source, key: Mark, name: str) -> Edit:
+def rename(source: Source, key: Position, name: str) -> Edit:
     """The edit that renames a key."""
     return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One possible fix as text, with ``edits`` if rewriting scalars and keys is enough. ``moved``
-    is what --fix prints as old and new if the edits do not show it.
+    """One possible fix as text, with ``edits`` if changing scalars and keys is enough. If the edits
+    do not show what was moved, --fix prints ``moved`` as old and new.
     """
 
     text: str
@@ -44,9 +46,9 @@ class Fix:
 
 
 class Located(Protocol):
-    """Anything with a place in a source, such as a node of the document."""
+    """Anything with a position in a source, such as a node of the document."""
 
-    mark: Mark
+    mark: Position
     source: Source
 
 
@@ -59,15 +61,18 @@ class Finding:
     message: str
     path: KeyPath = ()
     source: Source | None = None
-    mark: Mark | None = None  # None: the whole file
+    mark: Position | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
-    related: tuple[Located, ...] = ()  # the other operands
-    unknown: bool = False  # not a fault but something that could not be checked on this machine
+    related: tuple[Located, ...] = ()  # the other keys whose values cause the fault
+    # True: not a fault but something that could not be checked on this machine
+    unknown: bool = False
 
     @property
     def place(self) -> str:
-        """``run.yaml:12:20``, the whole ``run.yaml``, or the ``--set`` argument itself."""
+        """The position as text: ``run.yaml:12:20``, ``run.yaml`` for the whole file, or the
+        ``--set`` argument itself.
+        """
         name = self.source.name if self.source else "run file"
         if self.mark is None or (self.source is not None and self.source.is_override):
             return name
@@ -79,9 +84,11 @@ class Finding:
 
 
 def error_finding(
-    rule: str, message: str, source: Source, mark: Mark | None = None, *fixes: Fix
+    rule: str, message: str, source: Source, mark: Position | None = None, *fixes: Fix
 ) -> Finding:
-    """A fault found while reading a text, at one position or in the whole text."""
+    """A finding for a fault that was found while reading a text, at one position or in the whole
+    text.
+    """
     return Finding(
         rule=rule,
         severity=Severity.ERROR,

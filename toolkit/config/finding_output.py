@@ -1,4 +1,4 @@
-"""Findings as text for people, as GitHub annotations, and as JSON."""
+"""Convert findings to text for people, to GitHub annotations, and to JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from toolkit.config.finding import Finding
-    from toolkit.config.source import Mark, Source
+    from toolkit.config.source import Position, Source
 
 VERSION = 1
 DOCS_VARIABLE = "TOOLKIT_DOCS_URL"
@@ -25,8 +25,8 @@ _HIDDEN = "[hidden]"
 
 
 def rule_page(rule: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The page of a rule in the documentation; None if ``TOOLKIT_DOCS_URL`` does not say where the
-    documentation is (the address of its front page).
+    """The address of a rule's page in the documentation. None if TOOLKIT_DOCS_URL, the address of
+    the documentation's front page, is not set.
     """
     base = environ.get(DOCS_VARIABLE, "").rstrip("/")
     return f"{base}/reference/rules/{rule}/" if base else None
@@ -41,12 +41,14 @@ def _harmless(text: str) -> str:
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def shown_line(source: Source, mark: Mark) -> str:
-    """The source line of a mark, with secrets hidden. A long line is cut around the column."""
+def shown_line(source: Source, mark: Position) -> str:
+    """The source line at a position, with secrets hidden. A long line is shortened to the part
+    around the column.
+    """
     line = source.lines[mark.line - 1]
     start = mark.start - (mark.column - 1)
-    # Cut twice: first wide enough to keep every possible secret whole for redaction, then to the
-    # shown width.
+    # Shorten twice: first to a width that keeps every possible secret complete for redaction, then
+    # to the shown width.
     low = max(0, min(mark.column - _MARGIN, len(line) - 2 * _MARGIN))
     line, start = line[low : low + 2 * _MARGIN], start + low
     for hidden in sorted(source.hidden, key=lambda one: one.start, reverse=True):
@@ -55,7 +57,7 @@ def shown_line(source: Source, mark: Mark) -> str:
             line = line[: max(first, 0)] + _HIDDEN + line[last:]
     line = _harmless(line.replace("\t", "    ") if line.startswith("\t") else line)
     if len(line) <= _WIDEST and low == 0:
-        return line  # texts that are shown whole are redacted with the rest
+        return line  # a line that is shown in full is redacted later, with the rest
     line = redact(line)
     column = min(mark.column - low, len(line))
     first = max(0, min(column - _WIDEST // 2, len(line) - _WIDEST))
@@ -112,7 +114,7 @@ def _escape(text: str, also: str = "") -> str:
 
 
 def to_json(found: Finding) -> dict[str, Any]:
-    """One finding in the form of findings.schema.json."""
+    """A finding as an object of findings.schema.json."""
     mark = found.mark
     return {
         "rule": found.rule,
@@ -143,8 +145,8 @@ def to_json(found: Finding) -> dict[str, Any]:
     }
 
 
-def end_column(mark: Mark) -> int:
-    """The column after the last character of what a mark covers."""
+def end_column(mark: Position) -> int:
+    """The column after the last character of the range ``mark``."""
     return mark.column + max(mark.end - mark.start, 0)
 
 

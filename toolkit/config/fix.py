@@ -1,5 +1,5 @@
-"""Apply fixes. Only scalars and keys that a finding names are rewritten or moved; comments and
-order stay. If there is a choice, the user makes it.
+"""Apply fixes. Only scalars and keys that a finding names are changed or moved; comments and order
+stay. If several fixes are possible, the user chooses.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from toolkit.config.rules import Situation
     from toolkit.config.source import Source
 
-# How many characters may be validated again in search of fixes. This allows hundreds of tries for a
-# usual run file and a few for a huge one, within one or two seconds.
+# The number of characters that may be validated again in search of fixes. This allows hundreds of
+# tries for a usual run file and a few for a huge one, within one or two seconds.
 MAX_JUDGED = 600_000
 _KEY = re.compile(r"""["'\w.-]+[ \t]*[:=][ \t]*$""")
-OVERHEAD = 500  # the fixed cost of one validation, in characters
+OVERHEAD = 500  # the fixed cost of one validation, as a number of characters
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """An edit that was made. ``line`` is the line in the text before any edit."""
+    """An edit that was applied. ``line`` is the line in the text before any edit."""
 
     rule: str
     line: int
@@ -37,7 +37,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The text with all fixes, the edits made, and the findings that leave a choice."""
+    """The text with all fixes, the applied edits, and the findings with more than one fix."""
 
     source: Source
     applied: tuple[Applied, ...]
@@ -45,7 +45,7 @@ class Repair:
 
 
 def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
-    """Apply every fix that is the only one of its finding and changes only this text.
+    """Apply each fix that is the only one of its finding and changes only this text.
 
     Fixes are tried one finding at a time. A fix that would only cause a different finding is not
     applied. If a finding offers several fixes, none is applied.
@@ -60,7 +60,7 @@ class _Fixer:
 
     def run(self, source: Source) -> Repair:
         applied: list[Applied] = []
-        # the line of the first text for each current line
+        # lines[i] is the line in the first text of the current line i + 1
         lines = list(range(1, len(source.lines) + 1))
         now = self.judge(source)
         while True:
@@ -81,7 +81,9 @@ class _Fixer:
     def improved(
         self, source: Source, found: Finding, now: Validation
     ) -> tuple[Source, Validation] | None:
-        """The text after the fix of ``found``, if that is its only fix and it helps."""
+        """The text after the fix of ``found``. None if the finding has several fixes or if the fix
+        does not help.
+        """
         if len(found.fixes) != 1 or self.left < 0:
             return None
         edits = found.fixes[0].edits
@@ -89,7 +91,7 @@ class _Fixer:
             return None
         candidate = replace(source, text=apply(source.text, edits), hidden=[])
         after = self.judge(candidate)
-        # A value that no rule could use may cause another finding once it is fixed.
+        # If no rule could use the old value, the fixed value may cause another finding.
         allowed = len(now.findings) - (0 if found.rule.startswith("KEY") else 1)
         if len(after.findings) <= allowed and not _same(found, after):
             return candidate, after
@@ -135,8 +137,8 @@ def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
 
 
 def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
-    """For each line after ``edits``, its line in the first text. An inserted line has that of the
-    line where it was inserted.
+    """For each line after ``edits``, its line in the first text. An inserted line gets the number
+    of the line at which it was inserted.
     """
     after = list(lines)
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
@@ -147,7 +149,7 @@ def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]
 
 
 def apply(text: str, edits: Sequence[Edit]) -> str:
-    """``text`` with the edits made from the end, so that offsets stay valid."""
+    """``text`` with the edits applied from the end, so that offsets stay valid."""
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]
     return text

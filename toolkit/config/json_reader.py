@@ -1,5 +1,5 @@
-"""JSON to nodes with places (RFC 8259): what the standard library reads, plus the position of each
-value.
+"""Parse JSON to nodes with positions (RFC 8259). Everything that the standard library accepts is
+accepted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.scalars import TOO_LARGE, beyond_64_bits, is_long_integer, too_large
-from toolkit.config.source import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Mark, Source
+from toolkit.config.source import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Position, Source
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"')
@@ -23,19 +23,21 @@ _FOREIGN = re.compile(r"NaN|-?Infinity")
 
 
 class Places:
-    """From an offset in a text to its line and column."""
+    """Convert an offset in a text to its line and column."""
 
     def __init__(self, text: str) -> None:
         self.starts = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
 
-    def mark(self, start: int, end: int) -> Mark:
-        """The mark of characters ``start`` to ``end``."""
+    def mark(self, start: int, end: int) -> Position:
+        """The position of the characters from ``start`` to ``end``."""
         line = bisect_right(self.starts, start)
-        return Mark(line, start - self.starts[line - 1] + 1, start, end)
+        return Position(line, start - self.starts[line - 1] + 1, start, end)
 
 
 def parse_json(source: Source) -> Document:
-    """A JSON text as nodes. The first syntax error stops reading and becomes a finding."""
+    """Parse a JSON text to nodes. At the first syntax error reading stops, and the error becomes a
+    finding.
+    """
     reader = _Reader(source)
     document = Document(source, empty(source), reader.findings)
     try:
@@ -58,7 +60,7 @@ class _Reader:
         mark = self.places.mark(self.at, self.at + 1)
         return StopReading(self.finding(rule, mark, message, fix))
 
-    def finding(self, rule: str, mark: Mark, message: str, fix: str | None) -> Finding:
+    def finding(self, rule: str, mark: Position, message: str, fix: str | None) -> Finding:
         return error_finding(rule, message, self.source, mark, *([Fix(fix)] if fix else []))
 
     def space(self) -> str:
@@ -168,7 +170,7 @@ class _Reader:
             if not self.more("}"):
                 return members
 
-    def keep(self, members: dict[str, Node], key: str, mark: Mark, node: Node) -> None:
+    def keep(self, members: dict[str, Node], key: str, mark: Position, node: Node) -> None:
         if key in members:
             first = members[key].key
             lines = f"lines {first.line if first else mark.line} and {mark.line}"
@@ -181,7 +183,7 @@ class _Reader:
         members[key] = node
 
     def more(self, closing: str) -> bool:
-        """After an item: True at a comma, False at the closing bracket."""
+        """After an item: True if a comma follows, False if the closing bracket follows."""
         following = self.space()
         if following not in (",", closing) or not following:
             raise self.fault(f"JSON syntax: expected a comma or {closing} here")

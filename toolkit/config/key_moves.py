@@ -1,4 +1,4 @@
-"""Edits that move a key to another section, or remove it, in YAML, JSON and TOML.
+"""Make edits that move a key to another section, or remove it, in YAML, JSON and TOML.
 
 Only keys with a scalar on one line are moved, and only in text with a known layout. Otherwise there
 is no edit, and the finding says in words what to do.
@@ -54,9 +54,9 @@ def drop(root: Node, old: KeyPath) -> Fix:
 
 
 def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
-    """The fix that writes ``value`` at the dotted key ``to`` in place of the key ``old``.
+    """The fix that sets the dotted key ``to`` to ``value`` in place of the key ``old``.
 
-    There are no edits if ``to`` is already written with another value, or does not accept this one.
+    There are no edits if ``to`` is already set to another value, or does not accept this one.
     """
     node, new = at(root, old), tuple(to.split("."))
     spelling = spell(value, "yaml")
@@ -72,7 +72,7 @@ def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
         edit = _removal(root, old, node) if same else None
         if edit is None:
             return Fix(f"use {to}, which is already written" if not same else "remove it")
-        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} already says it)"))
+        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} has this value)"))
     if old[:-1] == new[:-1]:
         edits = _in_place(node, new, value)
     else:
@@ -88,7 +88,7 @@ def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
 
 
 def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """Rename the key in place, and change its value if needed."""
+    """The edits that rename the key in place, and change its value if needed."""
     if node.key is None or node.source.is_override:
         return ()
     edits = [rename(node.source, node.key, str(new[-1]))]
@@ -105,7 +105,7 @@ def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
     if source.is_override or key is None or parent is None or not one_line:
         return None
     if isinstance(node.value, (dict, list)) or len(_own(parent, source)) < 2:
-        return None  # an empty section would be left
+        return None  # removing the key would leave an empty section
     if _is_flow(parent):
         return _flow_removal(node)
     start, end, before, after = _line(source.text, key.start, node.mark.end)
@@ -115,7 +115,7 @@ def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
 
 
 def _flow_removal(node: Node) -> Edit | None:
-    """Remove from {a: 1, b: 2}, with one of the adjacent commas."""
+    """The edit that removes a key from {a: 1, b: 2}, with one of the adjacent commas."""
     assert node.key is not None
     text, start, end = node.source.text, node.key.start, node.mark.end
     behind = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
@@ -128,7 +128,7 @@ def _flow_removal(node: Node) -> Edit | None:
 
 
 def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """The edit that writes a key into its section of the same text, or creates the section."""
+    """The edits that insert a key into its section of the same text, or create the section."""
     source = node.source
     section, name = at(root, new[:-1]), str(new[-1])
     if source.is_override or len(new) != 2:
@@ -149,7 +149,7 @@ def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, 
             return ()
         return (Edit(source, start, start, f"{before}{line}{newline}"),)
     if section is not None and section.source is source:
-        return ()  # an empty section, or one that is not a mapping
+        return ()  # the section is empty or not a mapping
     return _new_section(root, source, str(new[0]), pair, line)
 
 
@@ -176,7 +176,7 @@ def _new_section(
 
 
 def _comment(node: Node) -> str:
-    """The comment after a key that has its own line. It moves with the key."""
+    """The comment after a key that has its own line. The comment moves with the key."""
     if node.key is None:
         return ""
     _, _, before, after = _line(node.source.text, node.key.start, node.mark.end)
@@ -185,7 +185,7 @@ def _comment(node: Node) -> str:
 
 
 def _own(mapping: Node, source: Source) -> list[Node]:
-    """The entries of this text, in source order."""
+    """The entries of a mapping that are in this text, in source order."""
     if not isinstance(mapping.value, dict):
         return []
     entries = [one for one in mapping.value.values() if one.source is source and one.key]

@@ -1,5 +1,5 @@
-"""A complete run file: its own text merged over the files that it extends, and the ``--set``
-overrides over both.
+"""Load a complete run file: its own text is merged over the files that it extends, and the
+``--set`` overrides are merged over the result.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import Document, Node
-from toolkit.config.extends import check_chain, content_fault, place_fault, real_path, told
+from toolkit.config.extends import check_chain, content_fault, finding_at, place_fault, real_path
 from toolkit.config.finding import Finding, Severity
-from toolkit.config.source import MAX_LAYERS, Mark, Source
+from toolkit.config.source import MAX_LAYERS, Position, Source
 from toolkit.config.text_reader import Unreadable, failed, read_source
 from toolkit.config.yaml_reader import parse_yaml
 
@@ -30,7 +30,9 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
-    """A text merged over the files that it extends, with the overrides on top."""
+    """The document of a text: merged over the files that it extends, then changed by the
+    overrides.
+    """
     document = parse(source)
     _extend(document, [source.path] if source.path else [], source.folder)
     for text in overrides:
@@ -39,7 +41,7 @@ def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
 
 
 def parse(source: Source) -> Document:
-    """One text parsed in its format."""
+    """Parse one text in its format (YAML, JSON or TOML)."""
     if source.format == "json":
         from toolkit.config.json_reader import parse_json  # noqa: PLC0415 - most run files are YAML
 
@@ -53,15 +55,15 @@ def parse(source: Source) -> Document:
     if not isinstance(document.root.value, dict):
         kind = "empty" if document.root.value is None else "not a mapping of keys"
         if not document.findings:
-            document.findings.append(told("DOC001", document.root, f"the run file is {kind}"))
+            document.findings.append(finding_at("DOC001", document.root, f"the run file is {kind}"))
         document.whole = False
         document.root = Node({}, document.root.mark, source)
     return document
 
 
 def _extend(document: Document, chain: list[Path], root: Path) -> None:
-    """Merge ``document`` over the file that its ``extends`` names, and that one over its own base
-    in turn. All files must be below ``root`` or a folder that the user allows.
+    """Merge ``document`` over the file that its ``extends`` names, after merging that file over the
+    file that it extends itself. All files must be below ``root`` or a folder that the user allows.
     """
     node = document.root.value.pop("extends", None)
     if node is None:
@@ -78,28 +80,30 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
 
 
 def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
-    """The document that ``extends`` names, or a finding that says what is wrong with it."""
+    """The document of the file that ``extends`` names, or a finding that says what is wrong with
+    it.
+    """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
-        return told("DOC011", node, "extends: must be the path of one run file")
+        return finding_at("DOC011", node, "extends: must be the path of one run file")
     path = real_path(node)
     if path is None:
-        return told(
+        return finding_at(
             "DOC011", node, f"extends: {node.value} cannot be opened: its links form a loop"
         )
     if around := check_chain(path, chain, MAX_LAYERS):
-        return told("DOC011", node, f"extends forms a loop: {around}")
+        return finding_at("DOC011", node, f"extends forms a loop: {around}")
     if fault := place_fault(path, node, root):
         return fault
     try:
         base = parse(read_source(_shown(path, node), real=path))
     except Unreadable as error:
-        return told("DOC011", node, f"extends: {node.value} {error.finding.message}")
+        return finding_at("DOC011", node, f"extends: {node.value} {error.finding.message}")
     return content_fault(base, node) or base
 
 
 def _shown(path: Path, node: Node) -> Path:
-    """The base as findings show it: relative if the file that names it was given as a relative
-    path.
+    """The path of an extended file as findings show it: relative if the file that names it was
+    given as a relative path.
     """
     return Path(node.source.name).parent / node.value if node.source.path else path
 
@@ -118,14 +122,14 @@ def merge(below: Node, above: Node) -> Node:
 
 
 def _override(document: Document, text: str) -> None:
-    """Apply one ``key.path=value``."""
+    """Apply one override ``key.path=value``."""
     name, equals, written = text.partition("=")
     source = Source(f"--set {text}", written, Path.cwd(), None, "set")
-    at = Node(None, Mark(1, 1, 0, len(written)), source)
+    at = Node(None, Position(1, 1, 0, len(written)), source)
     keys = name.strip().split(".")
     if not equals or not all(keys):
         document.findings.append(
-            told("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
+            finding_at("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
         )
         return
     parsed = parse_yaml(source)
@@ -136,12 +140,12 @@ def _override(document: Document, text: str) -> None:
     value.key = at.mark
     problem = _put(document.root, keys, value)
     if problem:
-        document.findings.append(told("DOC012", at, problem))
+        document.findings.append(finding_at("DOC012", at, problem))
 
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
-    """Set ``value`` at ``keys``, creating mappings where needed. Returns an error text if an
-    existing value blocks the path.
+    """Set ``value`` at ``keys``, creating mappings where needed. Return an error text if an
+    existing value is in the way.
     """
     node = root
     for depth, key in enumerate(keys):

@@ -1,8 +1,8 @@
-"""Legal values that a library defines: from its installed source, or from a recorded table if it is
-not installed.
+"""Find the legal values that a library defines: in its installed source, or in a recorded table if
+it is not installed.
 
 The sources are read as text and never imported (importing vLLM would take seconds and create a GPU
-context). A contract test compares the table with what is installed.
+context). A contract test compares the table with the installed libraries.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RECORDED: dict[str, Known] = {
     ),
 }  # fmt: skip
 
-# package, file inside it, name for people, pattern that finds the values in the text
+# (package, file inside it, name for people, pattern that finds the values in the text)
 _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
     "lora_ranks": (
         "vllm",
@@ -90,12 +90,14 @@ def installed(which: str) -> Known | None:
     else:
         values = tuple(ast.literal_eval(found[1]))
     if which == "lora_inits" and "lora_ga" not in values:
-        values = (*values, "lora_ga")  # accepted by PEFT but missing in its annotation
+        values = (*values, "lora_ga")  # PEFT accepts it, but its annotation does not list it
     return Known(values, f"the {name} installed here")
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers supports for a model_type; None is unknown."""
+    """What the installed transformers supports for a model_type; a field is None if that is
+    unknown.
+    """
 
     known: bool | None = None
     causal: bool | None = None
@@ -104,8 +106,9 @@ class ModelType(NamedTuple):
 
 @cache
 def model_type(name: str) -> ModelType:
-    """Whether transformers has the type, whether it has it as a causal language model, and which
-    attention ("sdpa", "flash", "flex") that model supports. Read from its sources at 5.17.
+    """Whether transformers has the model_type, whether it has a causal language model of this type,
+    and which attention ("sdpa", "flash", "flex") that model supports. This is read from the sources
+    of the installed transformers (written for 5.17).
     """
     folder = package_folder("transformers")
     try:
@@ -125,7 +128,9 @@ def model_type(name: str) -> ModelType:
 
 
 def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
-    """Which of them the model's module says it has; empty if there is no such module."""
+    """The attention functions that the model's module supports; empty if there is no such
+    module.
+    """
     special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
     moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)
     module = moved[1] if moved else name.replace("-", "_")
@@ -150,9 +155,11 @@ def package_folder(package: str) -> Path | None:
 
 
 LEGAL_RANKS: tuple[int, ...] = RECORDED["lora_ranks"].values
-"""The ranks for which vLLM has LoRA slots, as recorded."""
+"""The recorded ranks for which vLLM has LoRA slots."""
 
 
 def smallest_rank(rank: int, legal: Iterable[int] = LEGAL_RANKS) -> int | None:
-    """The smallest of them that is at least ``rank``; None if ``rank`` is above the largest."""
+    """The smallest rank in ``legal`` that is at least ``rank``; None if ``rank`` is above the
+    largest.
+    """
     return min((one for one in legal if one >= rank), default=None)

@@ -1,9 +1,9 @@
-"""Which layers get an adapter: the default of a model, and what the names mean on a mixture of
-experts.
+"""Decide which layers get an adapter: the default for a model, and the meaning of the names in a
+mixture of experts.
 
 The engine's LoRA slots are on linear layers. vLLM's slots on routed experts take gigabytes (3.1 GiB
-at rank 32 on Qwen3-30B-A3B), and adapters are not published to them. So the default for a mixture
-of experts is its attention.
+at rank 32 on Qwen3-30B-A3B), and the toolkit does not send adapters to them. So the default for a
+mixture of experts is its attention.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _Value = TypeVar("_Value")
 ATTENTION = SEVEN_PROJECTIONS[:4]
 MLP = SEVEN_PROJECTIONS[4:]
 # The layers that get LoRA slots in the engine by default, under vLLM's names (q_b_proj is the query
-# of multi-head latent attention). Without this list vLLM also wraps embeddings, the head and
-# experts, which costs memory and time at every token.
+# of multi-head latent attention). Without this list vLLM also adds slots to embeddings, the head
+# and experts, which costs memory, and time for every token.
 SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
-# Checkpoints whose own layers are fused (transformers 5.17).
+# Types of checkpoints that store fused layers (transformers 5.17).
 FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
 LONGEST_PATTERN, MOST_GROUPS = 1000, 10
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -41,8 +41,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether a config.json, or a Hugging Face config as a dict, is of a mixture of experts.
 
-    A count of one is not a mixture: dense models of such families have it (Hunyuan, Jamba). Some
-    configs list the count of each layer.
+    A model with one expert is not a mixture: dense models of some families have this count
+    (Hunyuan, Jamba). Some configs list the count for each layer.
     """
     text = text_part(config)
     return any(_most(text.get(name)) > 1 for name in EXPERTS)
@@ -103,9 +103,10 @@ def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
 
 
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
-    """Which of gate_proj, up_proj, down_proj PEFT moves to the stacked experts of this family.
+    """The names among gate_proj, up_proj and down_proj that PEFT applies to the stacked experts of
+    this family.
 
-    These names then no longer mean the modules of dense and shared layers.
+    Then these names do not mean the modules of dense and shared layers.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()

@@ -1,4 +1,6 @@
-"""Old keys of TRL, Unsloth, PEFT and transformers and what replaced them; keys without effect."""
+"""Old keys of TRL, Unsloth, PEFT and transformers with their replacements, and keys without
+effect.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
-    """``to`` is the current dotted key (None: removed). If both are in one section, it is a rename
-    in place.
+    """What became of an old key. ``to`` is the current dotted key (None: the key was removed). If
+    both keys are in one section, the key is renamed in place.
     """
 
     to: str | None
@@ -16,7 +18,7 @@ class Moved(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What replaced the key."""
+        """A sentence that says what replaced the key."""
         if self.to is None:
             return f"{self.since} had it: {self.told}" if self.told else f"{self.since} had it"
         return f"this is its name in {self.since}; here it is {self.to}" + (
@@ -93,7 +95,7 @@ MOVED: dict[str, Moved] = {
 }
 
 
-# Fields that the trainer sets itself, whatever the run file has.
+# Fields that the trainer always sets itself; the run file cannot change them.
 FORCED = {
     "grpo.logging_strategy": "metrics are written every step",
     "grpo.logging_steps": "metrics are written every step",
@@ -104,7 +106,7 @@ FORCED = {
     "grpo.remove_unused_columns": "rewards get every column of the data set",
     "grpo.ddp_backend": "processes communicate over NCCL with a GPU, else over gloo",
 }
-# Fields that nothing in GRPO reads.
+# Fields that no code of GRPO reads.
 INERT = {
     "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
     "grpo.label_names": "the loss of GRPO has no labels",
@@ -125,7 +127,8 @@ INERT = {
 
 
 class Conversion(NamedTuple):
-    """What replaces an old key with the same meaning: a value at ``to``, or nothing.
+    """How --fix replaces an old key without changing its meaning: by the key ``to`` with a value,
+    or by nothing.
 
     ``values`` None keeps every value; otherwise values that it does not contain cannot be
     converted. With a value in ``drop`` the key only repeats the default and can be removed.
@@ -157,14 +160,14 @@ CONVERSIONS: dict[str, Conversion] = {
     "model.device_map": Conversion(drop=("auto",)),
     "lora.task_type": Conversion(drop=("CAUSAL_LM",)),
 }
-"""What --fix may do with an old key. A key of ``MOVED`` that is missing here keeps its value under
-its new name.
+"""How --fix converts old keys. A key of ``MOVED`` that is missing here keeps its value under its
+new name.
 """
 
 
 def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
-    """The current key and value; (None, None) if the key must be removed; None if only the user can
-    say what was meant.
+    """The current key and value for an old key; (None, None) if the key must be removed; None if
+    only the user can say what was meant.
     """
     conversion = CONVERSIONS.get(old)
     if conversion is None:

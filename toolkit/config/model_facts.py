@@ -1,4 +1,4 @@
-"""Facts of a model that rules need, read from config.json and the names of its weights, without
+"""Read the facts of a model that rules need from config.json and the names of its weights, without
 torch.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base import files
 from toolkit.base.errors import InputError
-from toolkit.base.hub import cached_model
+from toolkit.base.hub_cache import cached_model
 from toolkit.config.lora_targets import has_experts, text_part
 from toolkit.config.run_paths import exists, resolve
 from toolkit.config.supported_features import head_size
@@ -35,16 +35,18 @@ class ModelFacts:
 
     @property
     def source(self) -> str:
-        """The file that the facts come from."""
+        """The path of the config.json that the facts come from."""
         return str(self.folder / "config.json")
 
     @cached_property
     def text(self) -> dict[str, Any]:
-        """The part that describes the language model."""
+        """The part of config.json that describes the language model."""
         return dict(text_part(self.config))
 
     def whole(self, *names: str) -> int | None:
-        """The first of these keys that is a positive integer."""
+        """The value of the first of these keys that is a positive integer; None if there is
+        none.
+        """
         for name in names:
             value = self.text.get(name)
             if type(value) is int and value > 0:
@@ -53,7 +55,7 @@ class ModelFacts:
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence in tokens, with the config's own rope scaling."""
+        """The longest sequence in tokens, including the rope scaling in config.json."""
         length = self.whole(*_LENGTHS)
         scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters")
         if length is None or not isinstance(scaling, dict):
@@ -80,12 +82,12 @@ class ModelFacts:
 
     @property
     def max_length_from(self) -> str:
-        """The key that gives ``max_length``."""
+        """The name of the key that ``max_length`` comes from."""
         return next((name for name in _LENGTHS if type(self.text.get(name)) is int), _LENGTHS[0])
 
     @property
     def heads(self) -> int | None:
-        """Attention heads."""
+        """The number of attention heads."""
         return self.whole("num_attention_heads", "n_head")
 
     @property
@@ -125,7 +127,9 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Why a loader could not read a model's folder in bounded time, in words; None if it could."""
+    """A message that says why a loader could not read a model's folder in limited time; None if it
+    could.
+    """
     try:
         for name, fault in files.irregular_files(folder):
             return f"{name} {fault}"
@@ -135,12 +139,12 @@ def folder_fault(folder: Path) -> str | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and not a model."""
+    """Whether a folder contains an adapter and not a model."""
     return exists(folder / ADAPTER_CONFIG) and not exists(folder / "config.json")
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of limited size; None if it is missing or not JSON."""
+    """The value in a JSON file of limited size; None if the file is missing or not JSON."""
     try:
         return files.read_json(path)
     except InputError:
@@ -165,7 +169,7 @@ def _weight_names(folder: Path) -> list[str] | None:
     return [name for name in header if name != "__metadata__"]
 
 
-GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens of a KV block (vllm/platforms/{cuda,cpu}.py)
+GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens per KV block (vllm/platforms/{cuda,cpu}.py)
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 OTHER_CACHES = (
     "mamba", "linear_", "conv_L_cache", "ssm", "hybrid_override", "full_attn_idxs",
@@ -177,13 +181,13 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def least_cache_bytes(
     text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
 ) -> int | None:
-    """Bytes of one sequence of ``tokens`` and of the block that vLLM keeps empty, or fewer; None
-    for models that keep something else than keys and values of each layer.
+    """A lower bound of the KV cache in bytes: one sequence of ``tokens``, and the block that vLLM
+    keeps empty. None for models that keep other state than the keys and values of each layer.
 
-    ``text`` is the part of config.json that describes the language model. A window counts for all
-    layers: the bound is then lower than need be. ``cards`` is the number of GPUs that share the
-    model: each has its part of the KV heads, at least one. The sizer has the exact number, for
-    every family (``sizing.kv_bytes``).
+    ``text`` is the part of config.json that describes the language model. If one layer has a
+    sliding window, the window is used for all layers, so the bound may be too low. ``cards`` is the
+    number of GPUs that share the model: each has its part of the KV heads, at least one. The sizer
+    computes the exact number for every family (``sizing.kv_bytes``).
     """
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
     counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
@@ -201,7 +205,7 @@ def least_cache_bytes(
 
 
 def _has_others(text: Mapping[str, Any]) -> bool:
-    """Whether some layers keep a state instead (Mamba, linear attention), or caches are shared, by
-    the keys that say so; KV heads under another key than the usual one count as well.
+    """Whether keys in config.json show that some layers keep another state (Mamba, linear
+    attention), that layers share a cache, or that the number of KV heads has an unusual key.
     """
     return any(name.startswith(OTHER_CACHES) for name in text)

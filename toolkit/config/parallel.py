@@ -1,7 +1,7 @@
-"""How the processes of a run share the model: groups of N that hold one model between them (tensor
-parallelism), and the replicas that such groups are (data parallelism).
+"""How the processes of a run share the model. Tensor parallelism: each group of N processes holds
+one model. Data parallelism: each such group is a replica.
 
-World size = N x replicas. What each replica draws and trains on is its own; within a group all
+World size = N x replicas. Each replica samples and trains on its own rows; within a group all
 processes work on the same rows.
 """
 
@@ -19,40 +19,40 @@ KEY = "model.tensor_parallel_size"
 SPLIT_MODELS = frozenset(
     ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3")
 )
-"""Model types (transformers 5.17) whose layers vLLM splits in a way that the trainer follows: q, k,
-v, o, gate, up and down projections apart, whole heads, no mixture of experts. Held by
+"""Model types (transformers 5.17) whose layers vLLM splits in a way that the trainer supports:
+separate q, k, v, o, gate, up and down projections, whole heads, no mixture of experts. Checked by
 tests/engine/test_engine_tensor_parallel.py.
 """
 
 ELEMENTWISE = frozenset(("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"))
-"""Optimizers that update each value of a tensor by itself: a part of a tensor is updated as in the
-whole.
+"""Optimizers that update each value of a tensor independently, so that updating a part of a tensor
+gives the same values as updating the whole tensor.
 """
 
 SLICED_INITS = (True, False, "gaussian")
-"""Values of init_lora_weights that look at no weight of the base: a rank keeps its part of what one
-process would have drawn.
+"""Values of init_lora_weights that do not depend on the base weights: each rank keeps its part of
+the values that one process would have drawn.
 """
 
 VOCABULARY_PADDING = 64
-"""vLLM pads the vocabulary to a multiple of this before it is split (0.25.1 to 0.31.0)."""
+"""vLLM pads the vocabulary to a multiple of this number before it splits it (0.25.1 to 0.31.0)."""
 
 
 def size_of(value: Any) -> int:
-    """N as a number: "auto" that is not settled counts as 1."""
+    """tensor_parallel_size as a number: an "auto" that is not resolved yet counts as 1."""
     return value if isinstance(value, int) else 1
 
 
 def replicas(world_size: int, size: Any) -> int:
-    """How many groups of ``size`` processes a run has; all processes where that is not settled,
-    or does not divide them.
+    """The number of groups of ``size`` processes in a run. If ``size`` is not resolved yet or does
+    not divide ``world_size``, the number of processes.
     """
     number = size_of(size)
     return world_size // number if number > 0 and world_size % number == 0 else world_size
 
 
 def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
-    """Why a model (its config.json) cannot be split over ``size`` cards, or None."""
+    """Why the model of this config.json cannot be split over ``size`` cards; None if it can."""
     text = text_part(config)
     heads = _whole(text, "num_attention_heads")
     kv_heads = _whole(text, "num_key_value_heads") or heads
@@ -73,7 +73,7 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
 
 
 def model_problem(config: Mapping[str, Any]) -> str | None:
-    """Why a model of this kind (its config.json) is not split at all, or None."""
+    """Why a model of this kind (its config.json) cannot be split at all; None if it can."""
     text = text_part(config)
     kind = str(text.get("model_type") or config.get("model_type") or "")
     if has_experts(dict(text)):
@@ -87,7 +87,9 @@ def model_problem(config: Mapping[str, Any]) -> str | None:
 
 
 def sizes(config: Mapping[str, Any] | None, world_size: int) -> list[int]:
-    """The N that "auto" may choose from, the smallest first; ``config`` None is not known."""
+    """The values of tensor_parallel_size that "auto" may choose from, in ascending order.
+    ``config`` is None if the model is not on this machine.
+    """
     found = [number for number in range(1, world_size + 1) if world_size % number == 0]
     if config is None:
         return found

@@ -1,5 +1,5 @@
-"""The column names of a Parquet file, and whether its parts lie where its footer says
-(parquet.thrift, compact protocol); no pyarrow.
+"""Read the column names of a Parquet file, and check that its parts are where its footer says
+(parquet.thrift, compact protocol), without pyarrow.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ _BOOLS = (1, 2)
 _BINARY, _LIST, _SET, _STRUCT = 8, 9, 10, 12
 _SCHEMA, _NAME, _CHILDREN = 2, 4, 5  # field numbers of FileMetaData and SchemaElement
 _DEEPEST = 32
-_TYPE, _REPETITION, _CONVERTED, _LOGICAL = 1, 3, 6, 10  # of SchemaElement
+_TYPE, _REPETITION, _CONVERTED, _LOGICAL = 1, 3, 6, 10  # field numbers of SchemaElement
 _REPEATED = 2
 _NUMBERS = {0: "bool", 1: "int", 2: "int", 4: "float", 5: "float"}
-_GROUPS, _COLUMNS, _COLUMN_METADATA = 4, 1, 3  # of FileMetaData, RowGroup and ColumnChunk
-_PATH, _CHUNK_BYTES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11  # of ColumnMetaData
-_PAGE_BYTES = 3  # of PageHeader
+# field numbers of FileMetaData, RowGroup and ColumnChunk
+_GROUPS, _COLUMNS, _COLUMN_METADATA = 4, 1, 3
+_PATH, _CHUNK_BYTES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11  # field numbers of ColumnMetaData
+_PAGE_BYTES = 3  # field number of PageHeader
 _PAGE_HEAD_BYTES = 1 << 16
 MAX_CHUNKS, MAX_PAGES = 2_000, 1_000
 _UNREADABLE = (OSError, struct.error, IndexError, KeyError, TypeError, ValueError, AttributeError)
 
 
 def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
-    """The top-level columns; None if the file is not a Parquet file."""
+    """The names of the top-level columns; None if the file is not a Parquet file."""
     try:
         metadata, _ = _footer(file)
         return _top_level(metadata[_SCHEMA])
@@ -35,8 +36,8 @@ def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
 
 
 def number_column(file: IO[bytes], name: str) -> str | None:
-    """Python's name for the values of the column ``name`` where these are plain numbers or truth
-    values; None where they are something else, or it is not known.
+    """Python's name for the type of the column ``name`` if its values are plain numbers or
+    booleans; None if they are something else, or the type is unknown.
     """
     try:
         metadata, _ = _footer(file)
@@ -52,8 +53,8 @@ def number_column(file: IO[bytes], name: str) -> str | None:
 
 
 def parquet_fault(file: IO[bytes]) -> str | None:
-    """What is wrong with a file, in words; None where nothing is, as far as is looked at: the
-    footer, and the head of each page. What the pages hold is not unpacked.
+    """A message that says what is wrong with a file; None if the footer and the head of each page
+    are right. The content of the pages is not unpacked.
     """
     size = file.seek(0, os.SEEK_END)
     if size < 12:
@@ -65,7 +66,7 @@ def parquet_fault(file: IO[bytes]) -> str | None:
     if length > size - 12:
         return f"its footer of {length} bytes is longer than the file"
     if length > MAX_FOOTER_BYTES:
-        return None  # not looked at
+        return None  # such a file is not checked further
     try:
         metadata, end = _footer(file)
         _top_level(metadata[_SCHEMA])
@@ -80,7 +81,7 @@ def parquet_fault(file: IO[bytes]) -> str | None:
 
 
 def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
-    """The metadata of the file, and where it begins."""
+    """The metadata of the file, and the offset at which it begins."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 8, 0))
     length, magic = struct.unpack("<I4s", file.read(8))
@@ -91,7 +92,7 @@ def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
 
 
 def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
-    """What is wrong with the pages of one column."""
+    """A message that says what is wrong with the pages of one column; None if nothing is."""
     try:
         name = b".".join(told[_PATH]).decode("utf-8", "replace")
         starts = [told[place] for place in (_DATA_PAGE, _DICTIONARY_PAGE) if told.get(place)]
@@ -113,7 +114,9 @@ def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
 
 
 def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
-    """The schema is a tree in pre-order, its root first."""
+    """The names of the top-level columns. ``elements`` is a tree in pre-order, beginning with its
+    root.
+    """
     names: list[str] = []
     index = 1
     for _ in range(elements[0][_CHILDREN]):
@@ -126,7 +129,7 @@ def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
 
 
 class _Thrift:
-    """The part of Thrift's compact protocol that a footer needs."""
+    """A reader for the part of Thrift's compact protocol that a footer uses."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -174,7 +177,7 @@ class _Thrift:
             return self.items(depth)
         if kind == _STRUCT:
             return self.struct(depth)
-        raise ValueError(f"a value of kind {kind}")  # a map: footers have none
+        raise ValueError(f"a value of kind {kind}")  # a map, which a footer does not contain
 
     def items(self, depth: int) -> list[Any]:
         head = self.byte()

@@ -1,9 +1,9 @@
-"""Decide what a run is, once: engine, dtype, processes, device, the adapter's layers, and what the
-node must have.
+"""Decide what a run is, in one place: engine, dtype, processes, device, the adapter's layers, and
+what the node must have.
 
-``validate``, ``check``, ``size``, ``train`` and the drop-in API all use this module. Facts of the
-machine come in as plain values (``Situation``); this module reads nothing itself. A written value
-is never changed, so resolving twice gives the same result.
+``validate``, ``check``, ``size``, ``train`` and the drop-in API all use this module. The caller
+passes the facts of the machine as plain values (``Situation``); this module reads nothing itself. A
+value that the run file sets is never changed, so resolving twice gives the same result.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import Dtype, RunConfig
 
 Engine = Literal["vllm", "transformers", "maybe"]
-"""``maybe`` is vLLM if the run trains on a GPU and vLLM is installed, else transformers."""
+"""The engine that generates. ``maybe`` is vLLM if the run trains on a GPU and vLLM is installed,
+else transformers.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """The facts of a card that the decisions need. ``compute_capability`` None means no GPU, and
-    (0, 0) a card that does not report it. ``machine`` is set for a card that is not in this
-    machine; for it the locked builds are checked. For a card in this machine `envcheck check`
-    checks the installed builds.
+    (0, 0) a card that does not report it. ``machine`` is set only for a card that is not in this
+    machine. For such a card the locked builds are checked; for a card in this machine, `envcheck
+    check` checks the installed builds.
     """
 
     name: str
@@ -40,7 +42,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What is known besides the run file.
+    """Facts that are not in the run file.
 
     ``world_size`` is the number of training processes. ``device`` None is unknown. ``vllm`` says
     whether vLLM is installed on the machine that trains. None is unknown, and on a GPU it counts as
@@ -54,8 +56,8 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRun:
-    """``config`` has engine, dtype, the adapter's layers and the chat format filled as far as they
-    are known.
+    """A run with its open decisions made. In ``config``, engine, dtype, the adapter's layers and
+    the chat format are set as far as they are known.
 
     ``dtype`` and ``targets`` stay "auto" if the machine or the model is unknown. ``chat`` says
     whether plain prompts become user messages (``config.chat_format``); None is unknown.
@@ -73,7 +75,9 @@ class ResolvedRun:
 
     @property
     def replicas(self) -> int:
-        """How many groups of processes have rows of their own: all, unless a model is split."""
+        """The number of groups of processes that have rows of their own: one per process, unless
+        several processes share a model.
+        """
         size = self.config.model.tensor_parallel_size
         return replicas(self.world_size, 1 if self.engine == "transformers" else size)
 
@@ -108,9 +112,9 @@ def resolve_run(
     targets: tuple[str, ...] | None = None,
     template: bool | None = None,
 ) -> ResolvedRun:
-    """Decide what ``config`` leaves open. ``targets`` are the default layers of the model
-    (``config.targets.default_targets``), if it is available. ``template`` says whether its
-    tokenizer has a chat template.
+    """Decide the values that ``config`` does not set. ``targets`` are the default layers of the
+    model (``config.lora_targets.default_targets``), if the model is available. ``template`` says
+    whether its tokenizer has a chat template.
 
     Raises:
         ConfigError: ``dataset.chat`` is true, and the tokenizer has no chat template.
@@ -143,7 +147,7 @@ def resolve_run(
 
 
 def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
-    """The engine that generates: ``runtime.engine`` if written, else ``model.fast_inference``, else
+    """The engine that generates: ``runtime.engine`` if set, else ``model.fast_inference``, else
     vLLM if there is a GPU and vLLM is installed.
     """
     if engine != "auto":

@@ -1,10 +1,10 @@
-"""The built-in rewards and their options, as ``toolkit.train.rewards`` has them (a test compares
-them), and the arguments that every reward receives.
+"""The built-in rewards and their options, and the arguments that every reward receives. A test
+compares them with ``toolkit.train.rewards``.
 """
 
 from __future__ import annotations
 
-# reward -> option -> whether it must be given
+# reward -> option -> whether the option is required
 BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "exact_match": {"column": False, "tag": False, "ignore_case": False},
     "numeric_match": {"column": False, "tag": False, "tolerance": False},
@@ -18,7 +18,7 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 # The arguments that TRL 1.16 passes to every reward besides the columns of the data set. Columns
-# cannot have these names (GRPOTrainer._calculate_rewards) ...
+# cannot have these names (GRPOTrainer._calculate_rewards).
 PASSED_ALWAYS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
@@ -28,7 +28,7 @@ LEFT_OUT = {
     **dict.fromkeys(("image", "images"), "the trainer reads it as images, but it trains on text"),
     "completion": "the trainer uses this name for its own completions",
 }
-# Passed if the run has environments.
+# All arguments that TRL may pass to a reward; environments only if the run has environments.
 PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
 
 

@@ -1,6 +1,6 @@
 """The validated run file as frozen values.
 
-The trainer gets this object; there is no second parse. ``"auto"`` is a value here.
+The trainer gets this object, so the run file is parsed only once. ``"auto"`` is a value here.
 ``toolkit.sizing`` replaces it, and the run's config.json records the result. Names and defaults are
 those of the drop-in API, of PEFT and of TRL's GRPOConfig.
 """
@@ -42,8 +42,9 @@ class ModelSection(EngineSettings):
 class LoraSection:
     """The adapter that is trained; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
 
-    ``target_modules`` "auto" is ``config.targets.default_targets`` of the model. ``adapter_path``
-    is the adapter that training starts from. Keys that are not written then come from that adapter.
+    ``target_modules`` "auto" is ``config.lora_targets.default_targets`` of the model.
+    ``adapter_path`` is the adapter from which training starts. Keys that the run file does not set
+    then come from that adapter.
     """
 
     r: int = 16
@@ -72,8 +73,9 @@ class LoraSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
-    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id; None is
-    refused, because there is nothing to train on. ``config.chat_format`` resolves ``chat`` "auto".
+    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id. None is
+    refused, because there would be nothing to train on. ``config.chat_format`` resolves ``chat``
+    "auto".
     """
 
     path: str | None = None
@@ -94,8 +96,8 @@ class DatasetSection:
 class EnvironmentSection:
     """A package that makes prompts and scores completions, in place of ``dataset.path``.
 
-    ``options`` are the task's own settings. ``python`` is the interpreter whose packages it uses;
-    None is that of the run.
+    ``options`` are the task's own settings. ``python`` is the interpreter with the package; None is
+    the interpreter of the run.
     """
 
     adapter: Literal["reasoning_gym", "verifiers", "openenv"]
@@ -109,10 +111,10 @@ class EnvironmentSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolsSection:
-    """Functions of the user's (``module:function``) that the model may call in a chat.
+    """Functions of the user (``module:function``) that the model may call in a chat.
 
-    ``timeout_s`` is for one call. A function that fails is answered to the model, or ends the run
-    (``on_error``).
+    ``timeout_s`` limits one call. If a function fails, the model gets the error as an answer, or
+    the run ends (``on_error``).
     """
 
     functions: tuple[str, ...]
@@ -162,7 +164,9 @@ class RuntimeSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run. ``grpo`` holds TRL GRPOConfig fields as written, plus ``max_prompt_length``."""
+    """A complete run. ``grpo`` contains the fields of TRL's GRPOConfig that the run file sets, and
+    ``max_prompt_length``.
+    """
 
     model: ModelSection
     lora: LoraSection = field(default_factory=LoraSection)

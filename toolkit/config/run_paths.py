@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
 LOCK_FILE = ".lock"
-"""The file in a run folder that the run which writes there keeps locked."""
+"""The name of the file in a run folder that a run keeps locked while it writes there."""
 _WORDS = {"resume": ("auto", "never", "must")}
 _ALWAYS = ("output_dir", "resume", "adapter_path", "python")
 

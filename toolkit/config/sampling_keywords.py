@@ -1,5 +1,5 @@
-"""Every sampling keyword of both engines: what it accepts, how it changes the policy, and which
-field of GRPOConfig has the same meaning.
+"""The sampling keywords of both engines: which values each accepts, how it changes the policy, and
+which field of GRPOConfig has the same meaning.
 
 The rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines all use this table, so
 all refuse the same keywords with the same message. A contract test compares it with the fields of
@@ -27,9 +27,9 @@ class Effect(StrEnum):
 
     NONE = "none"
     REPRODUCED = "reproduced"
-    """The training pass applies it too: the sampled policy is the trained policy."""
+    """The training pass applies the keyword too: the sampled policy is the trained policy."""
     NOT_REPRODUCED = "not reproduced"
-    """The training pass scores the distribution without it."""
+    """The training pass uses the distribution without the keyword."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +38,20 @@ class Keyword:
 
     name: str
     takes: str
-    """What a value must be, in words: ``a whole number, at least 0``."""
+    """What the value must be, as text: ``a whole number, at least 0``."""
     accepts: Callable[[Any], bool]
     effect: Effect = Effect.NONE
     field: str | None = None
     """The field of GRPOConfig with the same meaning."""
     owned: str | None = None
-    """Why the toolkit sets it itself."""
+    """Why only the toolkit sets the keyword; None if a user may set it."""
     unused: str | None = None
-    """Why it would have no effect or could not work."""
+    """Why the keyword would have no effect or could not work; None if it works."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a keyword cannot be used. ``kind`` tells the rules apart."""
+    """Why a keyword cannot be used. Each rule reports one ``kind`` of problem."""
 
     kind: Literal["owned", "unread", "field", "value"]
     message: str
@@ -375,7 +375,7 @@ def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]
 
 
 def what_follows(engine: Engine) -> str:
-    """What it means for training if the sampled policy differs from the trained one."""
+    """What happens in training if the sampled policy differs from the trained one, as text."""
     if engine == "vllm":
         return (
             "the engine's log-probabilities are those of the restricted distribution, but "

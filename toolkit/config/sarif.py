@@ -1,4 +1,6 @@
-"""Findings as SARIF 2.1.0 (docs.oasis-open.org/sarif), for code-scanning services and editors."""
+"""Convert findings to SARIF 2.1.0 (docs.oasis-open.org/sarif), for code-scanning services and
+editors.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from toolkit.config.finding import Finding, Fix
-    from toolkit.config.source import Mark, Source
+    from toolkit.config.source import Position, Source
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A SARIF log of one run; ``results`` are those of ``result``."""
+    """A SARIF log of one run. ``results`` are objects that ``result`` returned."""
     used = {found["ruleId"] for found in results}
     rules = [rule for name, rule in all_rules().items() if name in used]
     return {
@@ -58,7 +60,7 @@ def _help_uri(rule: str) -> dict[str, str]:
 
 
 def result(found: Finding) -> dict[str, Any]:
-    """One finding as a SARIF result."""
+    """A finding as a SARIF result."""
     text = "\n".join(map(redact, (found.message, *found.notes)))
     made: dict[str, Any] = {
         "ruleId": found.rule,
@@ -80,7 +82,7 @@ def _artifact(source: Source | None) -> dict[str, str]:
     return {"uri": PurePath(name).as_posix().replace("%", "%25").replace(" ", "%20")}
 
 
-def _location(source: Source | None, mark: Mark | None) -> dict[str, Any]:
+def _location(source: Source | None, mark: Position | None) -> dict[str, Any]:
     # code scanning requires a line, even if the finding is about the whole file
     region = {"startLine": 1}
     if mark is not None:

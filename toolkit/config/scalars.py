@@ -1,8 +1,8 @@
-"""How a plain YAML scalar is read: by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
+"""Read a plain YAML scalar by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
 
 Run files are YAML 1.2 core (yaml.org/spec/1.2.2, 10.3.2). Many readers, such as PyYAML, still
-follow YAML 1.1 (yaml.org/type). A value that the two read differently is a trap: ``5e-6`` is text
-in 1.1 and a number in 1.2.
+follow YAML 1.1 (yaml.org/type). A value that 1.1 and 1.2 read differently is a trap: ``5e-6`` is
+text in 1.1 and a number in 1.2.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def beyond_64_bits(value: Any) -> bool:
 
 
 def too_large(text: str) -> str:
-    """The message for an integer that does not fit into 64 bits, as it was written."""
+    """The message for an integer that does not fit into 64 bits. ``text`` is its spelling in the
+    file.
+    """
     shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
     return (
         f"{shown} ({len(text)} characters) does not fit into 64 bits: an integer must be from "
@@ -100,8 +102,8 @@ def read_core(text: str) -> Any:
 
 
 def read_legacy(text: str) -> tuple[str, Any]:
-    """What YAML 1.1 reads for a plain scalar: the name of the type for people, and the value if it
-    is cheap to compute.
+    """The value that YAML 1.1 reads for a plain scalar: the name of its type for people, and the
+    value itself if it is cheap to compute.
     """
     if text in _WORDS_11:
         value = _WORDS_11[text]
@@ -151,7 +153,9 @@ def _base_60(text: str) -> float:
 
 
 def differs(text: str, core: Any) -> str | None:
-    """What YAML 1.1 reads if it differs from ``core``; None if the two agree."""
+    """A text that says what YAML 1.1 reads, if that differs from ``core``; None if it is the same
+    value.
+    """
     if isinstance(core, str):
         first = text[0]
         if not (first.isdigit() or first in "+-.=<") and text not in _WORDS_11:
@@ -186,7 +190,7 @@ _SAFE_TEXT = re.compile(r"[A-Za-z_./][A-Za-z0-9_./ -]*(?<! )")
 
 
 def quote_if_needed(text: str) -> str:
-    """Text as a plain scalar if every reader reads it as text, otherwise in double quotes."""
+    """``text`` as a plain scalar if every reader reads it as text, otherwise in double quotes."""
     if (
         _SAFE_TEXT.fullmatch(text)
         and isinstance(read_core(text), str)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """The most likely value that ``text`` means and ``schema`` accepts; empty if there is none."""
+    """The values that ``text`` most likely means and that ``schema`` accepts; empty if there is
+    none.
+    """
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
     candidates += [int(value) for value in candidates if isinstance(value, float) and _whole(value)]
@@ -40,7 +42,9 @@ def _whole(value: float) -> bool:
 
 
 class SchemaViolation(NamedTuple):
-    """A rule id, the sentence that follows the key, replacement values, and further lines."""
+    """Why a value violates a schema: a rule id, the sentence that follows the key, values to write
+    instead, and further lines.
+    """
 
     rule: str
     message: str
@@ -75,7 +79,9 @@ _PYTHON: dict[str, type] = {
 
 
 def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
-    """What is wrong with this value itself, without the values below it."""
+    """What is wrong with this value itself; values inside a collection are not checked. None if
+    nothing is.
+    """
     if "x-either" in schema or ("type" in schema and not fits_type(value, schema)):
         return _type_fault(value, schema)
     if "enum" in schema or "const" in schema:
@@ -95,7 +101,7 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
         return SchemaViolation("KEY006", f"null is not allowed here: must be {wanted}")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
-        from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a fault
+        from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a violation
 
         fixes = coerce(value, schema, value_fault)
     elif (
@@ -122,7 +128,7 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
         return SchemaViolation(
             "KEY006", f"null is not allowed here: must be one of {', '.join(map(show, legal))}"
         )
-    from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a fault
+    from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a violation
 
     close = (
         nearest(value, [one for one in legal if isinstance(one, str)])

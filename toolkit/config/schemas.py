@@ -15,7 +15,7 @@ _FOLDERS = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "
 
 
 def schema_path(name: str) -> Path:
-    """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...); InputError for an
+    """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...). Raises InputError for an
     unknown name.
     """
     for folder in _FOLDERS:

@@ -1,4 +1,4 @@
-"""Source texts of a run file, places in them, and how large they may be.
+"""Source texts of a run file, positions in them, and limits on their size.
 
 Positions are 1-based lines and columns in characters, as editors count them; offsets are 0-based
 into ``Source.text``.
@@ -20,21 +20,21 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 class Source:
     """A source text: a file, standard input, or one ``--set`` override."""
 
-    name: str  # as findings show it
+    name: str  # the name that findings show
     text: str
     folder: Path  # the folder that relative paths in this text are relative to
-    path: Path | None = None  # the file itself; None for standard input and overrides
+    path: Path | None = None  # the path of the file; None for standard input and overrides
     format: str = "yaml"
-    bom: str = ""  # kept for --fix
-    hidden: list[Mark] = field(default_factory=list)  # secrets, which are never shown
+    bom: str = ""  # the unchanged bytes, for --fix
+    hidden: list[Position] = field(default_factory=list)  # secrets, which are never shown
 
     @property
     def is_override(self) -> bool:
         """Whether this text is one ``--set`` argument."""
         return self.format == "set"
 
-    def hide(self, mark: Mark) -> None:
-        """Never show these characters."""
+    def hide(self, mark: Position) -> None:
+        """Hide these characters in all output, because they are a secret."""
         self.hidden.append(mark)
 
     @cached_property
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Position:
     """The position of a scalar, key or collection in its source."""
 
     line: int
@@ -66,7 +66,7 @@ MAX_BYTES = 1 << 19
 MAX_DEPTH = 40
 MAX_NODES = 50_000
 MAX_ALIASED = 5_000  # values that aliases expand to; an alias bomb is detected early
-MAX_DIGITS = 400  # a longer number stays text: int() of a million digits takes minutes
+MAX_DIGITS = 400  # a longer number stays text, because int() of a million digits takes minutes
 MAX_FINDINGS = 500  # further findings are only counted
 MAX_SUGGESTIONS = 50  # unknown keys that get a did-you-mean
 MAX_LAYERS = 16  # files that extend one another

@@ -1,5 +1,5 @@
-"""Check a document against a JSON Schema and report positions: unknown keys, types, legal values,
-ranges.
+"""Check the structure of a document with a JSON Schema, and report unknown keys, types, illegal
+values and ranges with their positions.
 
 This reads the part of JSON Schema that run.schema.json uses (one test checks that the schema uses
 nothing else, and another compares the verdicts with the jsonschema library on generated instances).
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 class KeyAdvice(Protocol):
-    """Notes and fixes for an unknown key (config.suggest.key_advice)."""
+    """A function that returns notes and fixes for an unknown key (config.suggest.key_advice)."""
 
     def __call__(
         self, path: KeyPath, node: Node, properties: dict[str, Any], root: Node
@@ -39,8 +39,8 @@ class KeyAdvice(Protocol):
 
 
 def check_structure(root: Node, schema: dict[str, Any], advise: KeyAdvice | None = None) -> Outcome:
-    """Every structural fault of ``root`` under ``schema``. ``advise`` says what an unknown key was
-    probably meant to be.
+    """The outcome of checking ``root`` with ``schema``. ``advise`` finds out which key an unknown
+    key was probably meant to be.
     """
     walk = _Walk(root, advise)
     walk.visit(root, schema, ())
@@ -102,7 +102,7 @@ class _Walk:
                 self.findings.append(_missing(node, (*path, key), properties[key]))
 
     def unknown_key(self, node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
-        """KEY001, with the key that was probably meant."""
+        """The finding KEY001, with the key that was probably meant."""
         notes: tuple[str, ...] = ()
         fixes: tuple[Fix, ...] = ()
         if properties and self.advise is not None:
@@ -124,7 +124,7 @@ class _Walk:
             self.visit(child, items, (*path, index))
 
     def anything(self, node: Node, path: KeyPath) -> None:
-        """A value that the schema does not restrict: only ambiguous YAML is reported."""
+        """Check a value that the schema does not restrict: only ambiguous YAML is reported."""
         for _, below in node.walk(path):
             if below.note is not None:
                 self.findings.append(below.note)
@@ -160,8 +160,8 @@ def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
 
 
 def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
-    """The branch of an anyOf to check a value against: one that it matches, else one of its type,
-    else a description of all branches.
+    """The branch of an anyOf that a value is checked with: a branch that it matches, else one of
+    its type, else a description of all branches.
     """
     for branch in branches:
         if value_fault(value, branch) is None:

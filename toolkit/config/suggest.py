@@ -1,4 +1,6 @@
-"""Did you mean: the nearest legal word, and the section that a misplaced key belongs to."""
+"""Suggest what an unknown key was meant to be: the nearest legal word, or the section that a
+misplaced key belongs to.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def key_advice(
     path: KeyPath, node: Node, properties: dict[str, Any], root: Node
 ) -> tuple[tuple[str, ...], tuple[Fix, ...]]:
     """Notes and fixes for an unknown key. A fix has an edit only if the value is valid for the new
-    key and that key is not yet written.
+    key and the run file does not set that key yet.
     """
     key, parent = str(path[-1]), path[:-1]
     other = _elsewhere(path, node, root)

@@ -1,7 +1,8 @@
-"""What is supported: stored weight formats, load_in_* flags, architectures, attention, inits.
+"""What the toolkit supports: stored weight formats, load_in_* flags, architectures, attention,
+initializations.
 
-One table for rules (a finding with its line), sizer (a note), loader, engine and drop-in API (a
-refusal). Each function takes plain values and returns a ``Problem`` or None.
+Rules (a finding with its line), the sizer (a note), the loader, the engine and the drop-in API (a
+refusal) all use this table. Each function takes plain values and returns a ``Problem`` or None.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ ATTENTION_PACKAGES = {
 }
 
 NO_CPU_BACKWARD = frozenset(("flex_attention",))
-"""Attention functions that torch 2.13 computes on a CPU, and has no gradient of there."""
+"""Attention functions for which torch 2.13 on a CPU has a forward pass but no gradient."""
 
 DROPS_SOFTCAP = frozenset(("sdpa",))
 """Hugging Face's default accepts ``softcap`` as a keyword but silently ignores it
@@ -101,7 +102,7 @@ DROPS_SOFTCAP = frozenset(("sdpa",))
 """
 
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that change the base weights; pissa_niter_N too."""
+"""Initializations that change the base weights; pissa_niter_N is one too."""
 
 DATA_INITS = {
     "corda": "it needs a pass over data before the adapter is created",
@@ -115,8 +116,8 @@ DATA_INITS = {
 
 
 def init_with_engine(init: bool | str) -> str | None:
-    """Why an adapter with this init_lora_weights cannot be sampled by an engine that shares the
-    base; None where it can.
+    """Why an adapter with this init_lora_weights cannot be used by an engine that shares the base
+    weights; None if it can.
     """
     if not isinstance(init, str):
         return None
@@ -193,8 +194,8 @@ def flag_problems(
     full_finetuning: bool,
     dtype: str,
 ) -> list[Problem]:
-    """What is wrong with flags that are true together. A separate rule checks that only one format
-    is chosen.
+    """What is wrong with the combination of flags. Another rule checks that only one format is
+    chosen.
     """
     found = []
     for name, on in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
@@ -316,8 +317,8 @@ def attention_problem(
 def attention_lacks(
     asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
 ) -> Problem | None:
-    """What the machine lacks for flash attention. ``installed`` says whether its package is
-    installed.
+    """What the machine lacks for the attention function ``asked``; None if nothing. ``installed``
+    says whether the package of flash attention is installed.
     """
     key, name = "model.attn_implementation", asked or ""
     if name in NO_CPU_BACKWARD and not on_gpu:

@@ -1,4 +1,6 @@
-"""Read the bytes of a run file as text within limits, or return a finding that says why not."""
+"""Read the bytes of a run file as text within limits, or raise an error with a finding that says
+why not.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ _MARKS = (
 
 
 class Unreadable(StopReading):
-    """Raised when no text could be read."""
+    """Raised if the text of a run file cannot be read; carries the finding."""
 
 
 def read_source(path: str | Path, *, real: Path | None = None) -> Source:
-    """The text of a run file, ``-`` for standard input; raises Unreadable. ``real`` is the path
-    that is read, if it differs from the path to show.
+    """The text of a run file; ``path`` ``-`` is standard input. Raises Unreadable. ``real`` is the
+    path that is read, if it differs from the path to show.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
@@ -80,8 +82,8 @@ def _read_file(source: Source, file: Path) -> bytes:
 
 
 def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
-    """At most MAX_BYTES from a descriptor; ``wait_s`` limits the wait for a pipe; None waits until
-    the writer closes it.
+    """Read at most MAX_BYTES from a descriptor. ``wait_s`` limits the waiting for a pipe; with
+    None, reading waits until the writer closes it.
     """
     chunks: list[bytes] = []
     total = 0

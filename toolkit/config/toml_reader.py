@@ -1,5 +1,5 @@
-"""TOML to nodes with positions: the standard library reads the values, and a separate scan finds
-their positions.
+"""Parse TOML to nodes with positions: the standard library reads the values, and a separate scan
+finds their positions.
 
 The scan may assume valid TOML, because tomllib has already read the text. A value that the scan
 cannot find (none is known) gets the position of the start of the file. tomlkit does not replace the
@@ -18,7 +18,7 @@ from toolkit.config.document import Document, Node, StopReading, empty
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.json_reader import Places
 from toolkit.config.scalars import beyond_64_bits, too_large
-from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Mark, Source
+from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Position, Source
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
@@ -65,7 +65,7 @@ def _read(source: Source, document: Document) -> Node:
 
 
 class _TooMuch(Exception):
-    """Raised when the text has more than a run file needs."""
+    """Raised if the text has more values, tables or dots than a run file needs."""
 
 
 _DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
@@ -81,7 +81,7 @@ def _long_integer(source: Source) -> StopReading:
     return StopReading(_too_large(source, Places(source.text).mark(*span)))
 
 
-def _too_large(source: Source, mark: Mark) -> Finding:
+def _too_large(source: Source, mark: Position) -> Finding:
     text = source.text[mark.start : mark.end]
     return error_finding("DOC015", too_large(text), source, mark, Fix("write a smaller number"))
 
@@ -92,17 +92,17 @@ def _syntax(source: Source, message: str) -> Finding:
     text = text[:1].lower() + text[1:]
     if found is None or found[1] is None:
         last = len(source.lines)
-        mark = Mark(last, len(source.lines[-1]) + 1, len(source.text), len(source.text))
+        mark = Position(last, len(source.lines[-1]) + 1, len(source.text), len(source.text))
     else:
-        mark = Mark(int(found[1]), int(found[2]), 0, 0)
+        mark = Position(int(found[1]), int(found[2]), 0, 0)
     return error_finding("DOC001", f"TOML syntax: {text}", source, mark)
 
 
 class _Builder:
-    """Combine values and positions."""
+    """Combine the values with their positions."""
 
     def __init__(
-        self, source: Source, document: Document, places: dict[KeyPath, tuple[Mark, Mark]]
+        self, source: Source, document: Document, places: dict[KeyPath, tuple[Position, Position]]
     ) -> None:
         self.source, self.document, self.places = source, document, places
         self.count = 0
@@ -113,7 +113,7 @@ class _Builder:
             raise _TooMuch(f"more than {MAX_NODES} values")
         if len(path) > MAX_DEPTH:
             raise _TooMuch(f"nested deeper than {MAX_DEPTH} levels")
-        key, mark = self.places.get(path, (None, Mark(1, 1, 0, 0)))
+        key, mark = self.places.get(path, (None, Position(1, 1, 0, 0)))
         node = Node(self.below(value, path), mark, self.source)
         node.key = key if path and isinstance(path[-1], str) else None
         if beyond_64_bits(value):

@@ -1,4 +1,4 @@
-"""Positions of keys and values in a TOML text that is known to be valid."""
+"""Find the positions of keys and values in a TOML text that is known to be valid."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _WORD = re.compile(r"[^\s,#\]}]+(?: [0-9][^\s,#\]}]*)?")
 
 
 def scan(text: str) -> Iterator[tuple[KeyPath, Span, Span]]:
-    """Each value's path, the span of its key, and the span of the value. Tables have the spans of
-    their header.
+    """Yield the path of each value, the span of its key, and the span of the value. A table has the
+    span of its header.
     """
     return _Scan(text).run()
 
@@ -31,7 +31,8 @@ class _Scan:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        self.tables: dict[KeyPath, int] = {}  # how many items an array of tables has so far
+        # the number of items that each array of tables has so far
+        self.tables: dict[KeyPath, int] = {}
 
     def skip(self, pattern: re.Pattern[str]) -> str:
         found = pattern.match(self.text, self.at)
@@ -65,11 +66,13 @@ class _Scan:
         return self.latest(path)
 
     def latest(self, path: KeyPath) -> KeyPath:
-        """A path through an array of tables goes through its last item."""
+        """The path with the number of the last item after each array of tables, because a header
+        refers to the last item.
+        """
         return (*path, self.tables[path]) if path in self.tables else path
 
     def key(self) -> tuple[list[str], Span]:
-        """A dotted key; the span is its last part's."""
+        """Read a dotted key; the span is that of its last part."""
         parts: list[str] = []
         while True:
             self.skip(_INLINE)
@@ -86,7 +89,7 @@ class _Scan:
 
     def pair(self, prefix: KeyPath) -> Iterator[tuple[KeyPath, Span, Span]]:
         parts, key = self.key()
-        self.at += 1  # the equals sign
+        self.at += 1  # skip the equals sign
         self.skip(_INLINE)
         path = (*prefix, *parts)
         for depth in range(len(prefix) + 1, len(path)):
@@ -108,7 +111,7 @@ class _Scan:
         else:
             self.skip(_WORD)
         if self.at == start:
-            self.at = len(self.text)  # always advance
+            self.at = len(self.text)  # always advance, so that the loop ends
         yield path, key, (start, self.at)
         yield from below
 

@@ -1,9 +1,9 @@
-"""Values that the upstream trainer accepts by name: schedules, optimizers, trackers, and their
+"""The values that the upstream trainer accepts by name: schedules, optimizers, trackers, and their
 packages.
 
-Recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file is validated without
-importing them. tests/contract/test_config_upstream.py compares the tables with the installed
-versions.
+They were recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file is validated
+without importing these libraries. tests/contract/test_config_upstream.py compares the tables with
+the installed versions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Schedule(NamedTuple):
 
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    reads_kwargs: bool = True  # get_scheduler passes lr_scheduler_kwargs on
+    reads_kwargs: bool = True  # whether get_scheduler passes lr_scheduler_kwargs to it
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ WHOLE = (
 class Package(NamedTuple):
     """A package that a key needs: the module whose presence shows it, and the name to install."""
 
-    modules: tuple[str, ...]  # any of them
+    modules: tuple[str, ...]  # any of these modules shows the package
     install: str
 
 
@@ -140,7 +140,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     name: optimizer for optimizer, names in _FAMILIES for name in names.split()
 }
 TARGETED = ("galore", "apollo")
-"""Only optimizers of these families read optim_target_modules."""
+"""Beginnings of the names of optimizers; no other optimizer reads optim_target_modules."""
 
 TRACKERS: dict[str, Package | None] = {
     "azure_ml": Package(("azureml",), "azureml-core"),
@@ -158,7 +158,7 @@ TRACKERS: dict[str, Package | None] = {
     "swanlab": Package(("swanlab",), "swanlab"),
     "kubeflow": None,  # needs no package: it talks to its server directly
 }
-"""report_to: trackers under their transformers names."""
+"""The trackers for report_to, under their names in transformers."""
 NO_TRACKER = ("none", "all")
 LIGER = Package(("liger_kernel",), "liger-kernel")
 
@@ -192,7 +192,7 @@ COMPILERS = (
     "fx2trt", "onnxrt", "tensorrt", "aot_torchxla_trace_once", "torchxla_trace_once", "tvm",
     "hpu_backend", "neuron",
 )  # fmt: skip
-"""torch_compile_backend: what accelerate accepts, except "no"."""
+"""The values of torch_compile_backend: those that accelerate accepts, except "no"."""
 COMPILE_MODES = (
     "default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune",
 )  # fmt: skip
@@ -213,7 +213,7 @@ computed.
 
 @cache
 def installed(package: Package) -> bool:
-    """Whether one of its modules is installed. Nothing is imported."""
+    """Whether one of the package's modules is installed. Nothing is imported."""
     return any(_is_there(module) for module in package.modules)
 
 
@@ -227,7 +227,7 @@ def _is_there(module: str) -> bool:
 def needed_packages(
     report_to: Sequence[str], optim: str, *, use_liger: bool, cache: str | None = None
 ) -> Iterator[tuple[str, str, Package]]:
-    """(key, value, package) of each key of ``grpo`` whose value needs a package."""
+    """Yield (key, value, package) for each key of ``grpo`` whose value needs a package."""
     for tracker in report_to:
         package = TRACKERS.get(tracker)
         if package is not None:
@@ -254,6 +254,6 @@ CUT_MATTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "router_aux_loss_coef": _weighs,
     }
 )
-"""Fields of TRL 1.16's GRPOConfig, and the values with which the loss is computed per micro-batch:
-a mean over its tokens, a quantile, a bonus or a router loss.
+"""Fields of TRL 1.16's GRPOConfig, each with a test for the values that make the loss depend on the
+micro-batch: a mean over its tokens, a quantile, a bonus or a router loss.
 """

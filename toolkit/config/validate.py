@@ -1,5 +1,5 @@
-"""Validate a document: first its structure, then every rule. The same document becomes the frozen
-RunConfig.
+"""Validate a document: first its structure, then every rule. Build the frozen RunConfig from the
+same document.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Validation:
 
     @cached_property
     def config(self) -> RunConfig | None:
-        """The validated run, frozen; None if it is refused."""
+        """The validated run, frozen; None if a finding refuses it."""
         return build_config(self.document) if self.ok else None
 
 
 def validate(document: Document, situation: Situation | None = None) -> Validation:
-    """Validate a loaded document; ``situation`` is the world size and the card."""
+    """Validate a loaded document. ``situation`` has the world size and the facts of the card."""
     findings = list(document.findings)
     other = _other_tool(document)
     if other is not None:
@@ -76,17 +76,19 @@ def _key_advice(
 
 
 def _other_tool(document: Document) -> Finding | None:
-    """IMPORT001 for a file of another tool: one finding instead of one for each of its keys."""
+    """IMPORT001 if the document is a file of another tool: one finding instead of one for each of
+    its keys. Else None.
+    """
     model = document.node(("model", "model_name"))
     if model is not None or not document.readable:
         return None
-    from toolkit.config.importers.formats import found_foreign  # noqa: PLC0415 - no run file
+    from toolkit.config.importers.formats import found_foreign  # noqa: PLC0415 - only for a file that is not a run file
 
     return found_foreign(document)
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:
-    """At most MAX_FINDINGS findings, and one more that counts the rest."""
+    """At most MAX_FINDINGS findings, followed by one that counts the others."""
     if len(findings) <= MAX_FINDINGS:
         return findings
     last = findings[MAX_FINDINGS]
@@ -97,12 +99,12 @@ def _bounded(findings: list[Finding]) -> list[Finding]:
     return [*findings[:MAX_FINDINGS], replace(counted, related=(), unknown=False)]
 
 
-# These say more about a key than that it is unknown.
+# These rules say more about an unknown key than KEY001.
 _BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
 
 
 def _order(found: Finding) -> tuple[bool, str, int, int, str]:
-    """Sort by position, the overrides last."""
+    """The sort key of a finding: by position, overrides last."""
     source, mark = found.source, found.mark
     is_override = source is not None and source.is_override
     line, column = (mark.line, mark.column) if mark else (0, 0)
@@ -119,7 +121,9 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
 
 
 def accepted(document: Document, situation: Situation | None = None) -> RunConfig:
-    """The run of a loaded document, validated for ``situation``. Raises as ``load_run`` does."""
+    """The run of a loaded document, validated for ``situation``. Raises the same errors as
+    ``load_run``.
+    """
     outcome = validate(document, situation)
     if outcome.config is not None:
         return outcome.config
@@ -138,11 +142,11 @@ def refusal(document: Document, findings: Sequence[Finding]) -> InputError | Con
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:
-    """What the jsonschema library finds wrong with a JSON value under one of the project's schemas;
-    empty if it is valid.
+    """The errors that the jsonschema library finds in a JSON value under one of the project's
+    schemas; empty if the value is valid.
     """
-    from jsonschema import Draft202012Validator  # noqa: PLC0415 - from 60 ms to a second
-    from referencing import Registry  # noqa: PLC0415 - comes with it
+    from jsonschema import Draft202012Validator  # noqa: PLC0415 - the import takes from 60 ms to a second
+    from referencing import Registry  # noqa: PLC0415 - part of jsonschema
 
     # Use an own registry, because the library would otherwise fetch an unknown $ref.
     validator = Draft202012Validator(find_schema(schema_name), registry=Registry())

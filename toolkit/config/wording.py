@@ -1,4 +1,4 @@
-"""Values and schemas as text for messages."""
+"""Write values and schemas as text for messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST = 60
 
 
 def show(value: Any) -> str:
-    """A value in one short piece: text in quotes if needed, collections by their first items."""
+    """A value as a short text: text in quotes if needed, collections by their first items."""
     if isinstance(value, dict):
         return "a mapping" if value else "{}"
     if isinstance(value, (list, tuple)):
@@ -25,7 +25,7 @@ def show(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """``text``, ``a list``, ``an integer`` ..."""
+    """The type of a value as text: ``text``, ``a list``, ``an integer`` ..."""
     if isinstance(value, bool):
         return "a boolean"
     for kind, name in ((int, "an integer"), (float, "a float"), (str, "text"), (list, "a list")):
@@ -35,7 +35,7 @@ def kind_of(value: Any) -> str:
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """What a schema requires: ``an integer, at least 1, or auto``."""
+    """What a schema requires, as text: ``an integer, at least 1, or auto``."""
     if "x-either" in schema:
         parts = [describe(branch) for branch in schema["x-either"]]
         return " or ".join(part for part in parts if part != "null") or "null"
@@ -52,7 +52,7 @@ def describe(schema: dict[str, Any]) -> str:
 
 
 def spell(value: Any, form: str) -> str:
-    """A scalar as written in a file of format ``form``."""
+    """A scalar as it is written in a file of format ``form``."""
     text = plain_spelling(value)
     if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
         return f'"{text}"'

@@ -1,9 +1,9 @@
-"""YAML to nodes with positions; the only module that imports PyYAML. ``layers`` assembles whole run
-files from it.
+"""Parse YAML to nodes with positions. Only this module imports PyYAML.
 
 YAML is read through libyaml's events and not through ``compose``: compose recurses in C, and a file
 of 100,000 brackets would end the process with a segmentation fault. Every limit below is far above
-what a run file needs, and keeps the reading time of any input below one second.
+what a run file needs, and keeps the reading time of any input below one second. The module
+``layers`` assembles complete run files from the parsed texts.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from toolkit.config.scalars import (
     read_core,
     too_large,
 )
-from toolkit.config.source import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED, Mark, Source
+from toolkit.config.source import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED, Position, Source
 
 try:
     from yaml.cyaml import CLoader as _Parser
-except ImportError:  # PyYAML without libyaml: the same events, slower
+except ImportError:  # without libyaml, PyYAML gives the same events, but slower
     from yaml import Loader as _Parser  # type: ignore[assignment]
 
 
@@ -43,7 +43,7 @@ def parse_yaml(source: Source) -> Document:
         document.findings.append(fault.finding)
         document.whole = False
         return document
-    document.root = root if root is not None else Node(None, Mark(1, 1, 0, 0), source)
+    document.root = root if root is not None else Node(None, Position(1, 1, 0, 0), source)
     return document
 
 
@@ -61,14 +61,14 @@ class _Builder:
         self.anchors: dict[str, Node] = {}
         self.stack: list[Node] = []  # the open collections
         # for each of them, the key that has no value yet
-        self.keys: list[tuple[str, Mark] | None] = []
+        self.keys: list[tuple[str, Position] | None] = []
         self.root: Node | None = None
         self.count = self.aliased = 0
 
-    def finding(self, rule: str, mark: Mark, message: str, *fixes: Fix) -> Finding:
+    def finding(self, rule: str, mark: Position, message: str, *fixes: Fix) -> Finding:
         return error_finding(rule, message, self.source, mark, *fixes)
 
-    def tell(self, rule: str, mark: Mark, message: str, fix: str) -> None:
+    def tell(self, rule: str, mark: Position, message: str, fix: str) -> None:
         self.findings.append(self.finding(rule, mark, message, Fix(fix)))
 
     def build(self) -> Node | None:
@@ -107,9 +107,9 @@ class _Builder:
         node = self.stack.pop()
         self.keys.pop()
         start = node.mark
-        node.mark = Mark(start.line, start.column, start.start, event.end_mark.index)
+        node.mark = Position(start.line, start.column, start.start, event.end_mark.index)
 
-    def bounded(self, mark: Mark) -> None:
+    def bounded(self, mark: Position) -> None:
         self.count += 1
         if self.count > MAX_NODES:
             raise StopReading(self.finding("DOC009", mark, f"more than {MAX_NODES} values"))
@@ -135,7 +135,7 @@ class _Builder:
         return node
 
     def resolve(self, node: Node, text: str) -> None:
-        """Set the value of a plain scalar, and a note if YAML 1.1 would read a different value."""
+        """Set the value of a plain scalar. Add a note if YAML 1.1 would read a different value."""
         node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):
             self.tell("DOC015", node.mark, too_large(text), "write a smaller number")
@@ -159,7 +159,7 @@ class _Builder:
                 ),
             )
 
-    def alias(self, anchor: str, mark: Mark) -> Node:
+    def alias(self, anchor: str, mark: Position) -> Node:
         target = self.anchors.get(anchor)
         if target is None:
             message = f"YAML syntax: no anchor &{anchor} is defined above"
@@ -168,8 +168,10 @@ class _Builder:
             raise StopReading(self.finding("DOC009", mark, f"*{anchor} contains itself"))
         return self.copy(target, mark)
 
-    def copy(self, target: Node, mark: Mark) -> Node:
-        """The nodes of an alias. They are counted, so that an alias bomb is stopped early."""
+    def copy(self, target: Node, mark: Position) -> Node:
+        """A copy of the nodes that an alias refers to. The nodes are counted, so that an alias bomb
+        is stopped early.
+        """
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
             raise StopReading(self.finding("DOC009", mark, TOO_ALIASED))
@@ -201,8 +203,8 @@ class _Builder:
         node.key = mark
         holder[name] = node
 
-    def key(self, node: Node, event: Any) -> tuple[str, Mark]:
-        """A key's name. An invalid key gets a unique name and a finding."""
+    def key(self, node: Node, event: Any) -> tuple[str, Position]:
+        """The name of a key. An invalid key gets a unique name and a finding."""
         nameless = f"\0{node.mark.start}"
         if not isinstance(event, yaml.ScalarEvent):
             self.tell("DOC010", node.mark, "a key must be a plain name", "write a name")
@@ -215,9 +217,9 @@ class _Builder:
 
     def syntax(self, error: yaml.MarkedYAMLError) -> Finding:
         at = error.problem_mark or error.context_mark
-        mark = Mark(1, 1, 0, 0)
+        mark = Position(1, 1, 0, 0)
         if at is not None:
-            mark = Mark(at.line + 1, at.column + 1, at.index, at.index)
+            mark = Position(at.line + 1, at.column + 1, at.index, at.index)
         lines = self.source.lines
         line = lines[mark.line - 1] if mark.line <= len(lines) else ""
         if "\t" in line[: mark.column]:
@@ -232,11 +234,11 @@ class _Builder:
     def character(self, error: yaml.reader.ReaderError) -> Finding:
         before = self.source.text[: error.position]
         column = error.position - (before.rfind("\n") + 1) + 1
-        mark = Mark(before.count("\n") + 1, column, error.position, error.position + 1)
+        mark = Position(before.count("\n") + 1, column, error.position, error.position + 1)
         message = "a control character that YAML does not allow"
         return self.finding("DOC013", mark, message, Fix("remove it"))
 
 
-def _mark(event: Any) -> Mark:
+def _mark(event: Any) -> Position:
     start, end = event.start_mark, event.end_mark
-    return Mark(start.line + 1, start.column + 1, start.index, end.index)
+    return Position(start.line + 1, start.column + 1, start.index, end.index)

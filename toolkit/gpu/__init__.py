@@ -1,5 +1,5 @@
-"""Facts about this node: GPUs through NVML, the host, the installed software.
+"""Read facts about this node (GPUs through NVML, the host, the installed software), check them, and
+write reports.
 
-Values, checks, reports. This package only reads: it changes no settings, creates no CUDA context
-and needs no privileges.
+This package only reads: it changes no settings, creates no CUDA context and needs no privileges.
 """

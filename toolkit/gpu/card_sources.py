@@ -1,13 +1,13 @@
 """Where the sizes of card_table were read: public logs and reports, by the card's first alias.
 
 A card without an entry has the size of another card (``alike``), a computed size, or a part of the
-host's memory; what the words mean is in card_table.
+host's memory; card_table explains these words.
 """
 
 from __future__ import annotations
 
 _CAPTURES = "utkuozdemir/nvidia_gpu_exporter/tree/main/internal/captures"
-_TOTALS = "modal-labs/modal-client/pull/2797"  # NVML's totals of seven data center cards
+_TOTALS = "modal-labs/modal-client/pull/2797"  # log with NVML's totals of seven data-center cards
 
 # alias of the card -> paths at github.com, or whole addresses
 ADDRESSES: dict[str, str] = {
@@ -27,7 +27,8 @@ ADDRESSES: dict[str, str] = {
     "l40": "QwenLM/Qwen3-VL/issues/2097",
     "l4": f"ArcInstitute/evo2/issues/190 {_TOTALS}",
     "rtx-pro-6000-workstation": "antirez/ds4/issues/431",
-    "6000-ada": "DINGYANB/MTVCrafter/issues/21",  # with ECC, which takes a sixteenth
+    # cards with ECC, which takes a sixteenth of the memory
+    "6000-ada": "DINGYANB/MTVCrafter/issues/21",
     "a6000": "flashinfer-ai/flashinfer/issues/5479",
     "a4000": "DengKaiCQ/VGGT-Long/issues/6",
     "a2000": "vllm-project/vllm/issues/12030",
@@ -52,7 +53,7 @@ ADDRESSES: dict[str, str] = {
 _HYPERPOD = "aws/sagemaker-hyperpod-cli"
 _GUIDE = "https://docs.nvidia.com/datacenter/tesla/mig-user-guide/"
 
-# family of slices -> the same
+# family of MIG slices -> paths or whole addresses
 SLICE_ADDRESSES: dict[str, str] = {
     "a30": _GUIDE,
     "a40g": _GUIDE,
@@ -70,7 +71,7 @@ SLICE_ADDRESSES: dict[str, str] = {
 
 
 def spelled(paths: str) -> tuple[str, ...]:
-    """The whole addresses of an entry."""
+    """The paths of an entry, written as whole addresses."""
     return tuple(
         path if path.startswith("https://") else f"https://github.com/{path}"
         for path in paths.split()

@@ -4,20 +4,17 @@
 (``cudaMemGetInfo``, and what torch prints as "total capacity"), in GiB: it is below NVML's total,
 because the driver reserves a part. Sources:
 
-- ``read``: both read on the card.
-- ``log``: ``cuda`` as torch, vLLM, deviceQuery, Ollama or another engine prints it in the public
-  log at the address in card_sources, ``nvml`` as ``nvidia-smi`` prints it in public logs.
-- ``reserved``: NVML's total less what ``nvidia-smi -q`` calls "Reserved", in the log at the
-  address.
-- ``reported``: ``cuda`` as commonly reported on today's drivers; no log with the card's name was
-  found. An address in card_sources is that of NVML's total, or of the size on an older driver,
-  which reserved less.
-- ``alike``: ``nvml`` as ``nvidia-smi`` prints it, ``cuda`` as on the card of the same chip and
-  memory in this table.
-- ``computed``: ``nvml`` as ``nvidia-smi`` prints it in public logs, or the data sheet's size;
-  ``cuda`` is less by what the driver reserves on cards of that size (the largest value seen): 500
-  MiB up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above.
-- ``host``: integrated memory, which is a part of the host's memory.
+- ``read``: both sizes were read on the card. - ``log``: ``cuda`` as torch, vLLM, deviceQuery,
+Ollama or another engine prints it in the public log at the address in card_sources, ``nvml`` as
+``nvidia-smi`` prints it in public logs. - ``reserved``: NVML's total less what ``nvidia-smi -q``
+calls "Reserved", in the log at the address. - ``reported``: ``cuda`` as commonly reported on
+today's drivers; no log with the card's name was found. An address in card_sources is that of NVML's
+total, or of the size on an older driver, which reserved less. - ``alike``: ``nvml`` as
+``nvidia-smi`` prints it, ``cuda`` as on the card of the same chip and memory in this table. -
+``computed``: ``nvml`` as ``nvidia-smi`` prints it in public logs, or the data sheet's size;
+``cuda`` is less by what the driver reserves on cards of that size (the largest value seen): 500 MiB
+up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above. - ``host``: integrated memory, which is a part
+of the host's memory.
 
 The ``gib`` of a slice is what ``nvidia-smi mig -lgip`` prints in the public logs of card_sources
 (the smallest, where drivers differ) and in NVIDIA's MIG guide; a ``computed`` one is the smallest
@@ -124,7 +121,7 @@ NVIDIA Jetson AGX Orin 64GB; 62841; 61.36; 8.7; a; ; host; orin agx-orin orin-64
 NVIDIA Jetson AGX Orin 32GB; 30698; 29.97; 8.7; a; ; host; orin-32
 """  # noqa: E501 - a row is a card
 
-# (profiles of a family: profile GiB; "~" before a computed size)
+# the MIG slices of a family of cards: profile -> GiB, with "~" before a computed size
 SLICES = {
     "a30": "1g.6gb 5.81, 2g.12gb 11.69, 4g.24gb 23.44",
     "a40g": "1g.5gb 4.75, 1g.10gb 9.75, 2g.10gb 9.75, 3g.20gb 19.62, 4g.20gb 19.62, 7g.40gb 39.50",

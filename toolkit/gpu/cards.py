@@ -1,5 +1,5 @@
-"""Cards by name, present or not: the meaning of ``--gpu h200``, ``--gpu h100:3g.40gb`` and ``--gpu
-24GiB:8.9``, and the cards that ``--require`` accepts.
+"""Find a card by its name, whether this machine has one or not. This module defines ``--gpu h200``,
+``--gpu h100:3g.40gb`` and ``--gpu 24GiB:8.9``, and the cards that ``--require`` accepts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Card:
 
     @property
     def mig_profiles(self) -> tuple[str, ...]:
-        """The names of its slices."""
+        """The names of the card's MIG slices."""
         return tuple(profile for profile, _, _ in self.slices)
 
 
@@ -46,14 +46,14 @@ ARCHITECTURES = {
     "hopper": ((9, 0), (9, 9)),
     "blackwell": ((10, 0), (12, 9)),
 }
-"""Families by compute capability, for --require."""
+"""Architecture -> compute capabilities, for --require."""
 
 ASSUMED_CAPABILITY = (8, 0)
-"""The compute capability for a plain size: the lowest that supports every number format of the
-toolkit.
+"""The compute capability of a card that is given only by its size: the lowest one that supports
+every number format of the toolkit.
 """
 
-# The most that the driver reserves on cards up to this many MiB (see card_table).
+# The most MiB that the driver reserves on a card of up to so many MiB (see card_table).
 _RESERVED = ((36 << 10, 500), (100 << 10, 690), (1 << 30, 1000))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(gib|gb|g|mib)(?::(\d+)\.(\d))?")
 _OTHERS = (
@@ -99,7 +99,9 @@ CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip()
 
 
 def _key(name: str) -> str:
-    """``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090`` are one name."""
+    """A name in the form for comparison: ``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090``
+    are equal.
+    """
     return re.sub(r"nvidia|tesla|geforce|[^a-z0-9.]", "", name.lower())
 
 
@@ -107,8 +109,8 @@ _BY_KEY = {_key(alias): card for card in CARDS for alias in (card.name, *card.al
 
 
 def find(name: str, *, where: str = "--gpu") -> Card:
-    """The card of that name or alias, ``CARD:PROFILE`` (``h100:3g.40gb``, a MIG slice), or a plain
-    size, ``24GiB`` or ``24GiB:8.9`` with the compute capability.
+    """Find a card. ``name`` is the name or alias of a card, ``CARD:PROFILE`` for a MIG slice
+    (``h100:3g.40gb``), or a size (``24GiB``, or ``24GiB:8.9`` with the compute capability).
 
     Raises ConfigError at ``where`` for an unknown card or profile; the fix names the nearest.
     """
@@ -122,7 +124,7 @@ def find(name: str, *, where: str = "--gpu") -> Card:
 
 
 def _plain(found: re.Match[str]) -> Card:
-    """A card of a given size, all of it usable by CUDA."""
+    """A card of the given size. CUDA can use all of its memory."""
     size = int(float(found[1]) * (MIB if found[2] == "mib" else GIB))
     capability = (int(found[3]), int(found[4])) if found[3] else ASSUMED_CAPABILITY
     unit = "MiB" if found[2] == "mib" else "GiB"
@@ -171,9 +173,8 @@ def of_name(name: str) -> Card | None:
 
 
 def check_family(wanted: str, *, where: str = "--require") -> None:
-    """Whether ``wanted`` is a card, a family of cards (``a100``, ``rtx-40``) or an architecture.
-
-    Raises ConfigError at ``where`` for anything else.
+    """Raise ConfigError at ``where`` if ``wanted`` is neither a card, nor a family of cards
+    (``a100``, ``rtx-40``), nor an architecture.
     """
     if wanted.lower() in ARCHITECTURES:
         return

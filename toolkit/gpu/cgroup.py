@@ -1,4 +1,6 @@
-"""Limits of this process's control group (versions 1 and 2): what the job may use."""
+"""Read the limits of this process's control group (versions 1 and 2): the memory and the CPUs that
+the job may use.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Version 1 writes "no limit" as the largest multiple of a page below 2^63.
+# In version 1, "no limit" is the largest multiple of a page below 2^63.
 _NO_LIMIT = 1 << 60
 
 
@@ -41,7 +43,7 @@ def read_cgroup(root: Path) -> dict[str, Any]:
 
 
 def _groups(root: Path) -> dict[str, str]:
-    """Controller to the path of this process's group ("" for version 2)."""
+    """Controller -> path of this process's group. For version 2 the only key is ""."""
     groups: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         parts = line.split(":", 2)
@@ -53,7 +55,8 @@ def _groups(root: Path) -> dict[str, str]:
 def _chain(base: Path, group: str) -> list[Path]:
     """The group's folder and its parents up to ``base``.
 
-    In a container the path may be that of the host and not exist; then ``base`` is the group.
+    In a container, the path of the group may be a path on the host that does not exist here. Then
+    only ``base`` is returned.
     """
     folder = base / group.lstrip("/")
     if ".." in group.split("/") or not folder.is_dir():

@@ -1,7 +1,8 @@
 """Map CUDA's device numbers (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER) to NVML's cards.
 
-Follows the CUDA programming guide: a list of indices or of UUIDs (a unique prefix is enough). The
-first unknown entry ends the list, and CUDA uses only one MIG slice.
+The rules are those of the CUDA programming guide. CUDA_VISIBLE_DEVICES is a list of indices or of
+UUIDs (a unique prefix is enough). The first unknown entry ends the list, and CUDA uses only one MIG
+slice.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Visible:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that CUDA can use; ``integrated`` memory is shared with the CPU (GB10, Jetson)."""
+    """The bytes that CUDA can use on a device. ``integrated`` memory is shared with the CPU (GB10,
+    Jetson).
+    """
 
     total_bytes: int
     free_bytes: int
@@ -37,7 +40,7 @@ class Memory:
 
 
 def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
-    """All answering cards in CUDA's own order, before CUDA_VISIBLE_DEVICES.
+    """All cards that respond, in CUDA's own order, before CUDA_VISIBLE_DEVICES is applied.
 
     Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts by speed with an undocumented rule. Equal cards
     keep the bus order. For unequal cards this function guesses by capability and memory, and the
@@ -98,13 +101,17 @@ def _named(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
 
 
 def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
-    """``MIG-GPU-<uuid of the card>/<gpu instance>/<compute instance>``, drivers before 470."""
+    """The name that drivers before 470 gave a MIG slice: ``MIG-GPU-<uuid of the card>/<gpu
+    instance>/<compute instance>``.
+    """
     card = next(card for card in cards if card.index == part.parent)
     return f"mig-{card.uuid.value}/{part.gpu_instance.value}/{part.compute_instance.value}".lower()
 
 
 def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
-    """In MIG mode a card can only be used through a slice, and CUDA uses exactly one."""
+    """The visible devices, with a slice in place of each card in MIG mode. Such a card can only be
+    used through a slice, and CUDA uses exactly one.
+    """
     slices = [device if device.parent is not None else device.slices[:1] for device in devices]
     first = next((part for part in slices if part), None)
     if first is not None:
@@ -152,8 +159,8 @@ def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
 
 
 def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
-    """The whole card of a slice; for a card, the card itself. Health belongs to the card, memory to
-    the slice.
+    """The whole card of a slice; for a card, the card itself. Health is a property of the card,
+    memory one of the slice.
     """
     if gpu.parent is None:
         return gpu
@@ -161,7 +168,9 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
 
 
 def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
-    """The node's machine type (x86_64, aarch64); in a recording without it, the one of the card."""
+    """The node's machine type (x86_64, aarch64). If a recording does not have it, the machine type
+    of the card.
+    """
     if snapshot.software.machine.value:
         return snapshot.software.machine.value
     card = cards.of_name(card_of(snapshot, gpu).name.value or "")

@@ -1,8 +1,8 @@
-"""Facts about the driver from the file system: which libcuda is loaded, device nodes, the kernel's
-log.
+"""Read facts about the driver from the file system: which libcuda is loaded, device nodes, the
+kernel's log.
 
-Nothing is loaded: a library's version is read from its file name, and the loader's cache is read as
-bytes. Paths are relative to ``root`` so that tests can create their own node.
+No library is loaded: a library's version is read from its file name, and the loader's cache is read
+as bytes. Paths are relative to ``root`` so that tests can create their own node.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOG_SECONDS = 0.5
 
 
 def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any]]:
-    """The fields of ``DriverSnapshot`` that come from files."""
+    """Read the fields of ``DriverSnapshot`` that come from files."""
     return {
         "kernel_module": asked(lambda: kernel_module(root)),
         "libcuda": asked(lambda: libcuda(environ, root)),
@@ -41,7 +41,9 @@ def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any
 
 
 def asked(question: Callable[[], Any]) -> Reading[Any]:
-    """The outcome of reading the file system; a missing file is "not supported"."""
+    """The reading of the value that ``question`` returns, a function that reads files. A missing
+    file becomes "not supported".
+    """
     try:
         return of(question())
     except FileNotFoundError as error:
@@ -64,7 +66,9 @@ def kernel_module(root: Path = ROOT) -> str:
 
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
-    """Every libcuda.so.1 in the loader's order (the first is loaded), and where it was found."""
+    """Every libcuda.so.1 in the loader's order (the first one is loaded), each with the place where
+    it was found.
+    """
     found: dict[Path, dict[str, Any]] = {}
     for path, target, source in shared_library("libcuda.so.1", environ, root):
         version = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", target.name)
@@ -95,7 +99,7 @@ def shared_library(
 
 
 def _cached(name: str, root: Path) -> list[Path]:
-    """Paths of a library in the loader's cache, which is a table of NUL-ended strings."""
+    """The paths of a library in the loader's cache, which is a table of NUL-terminated strings."""
     try:
         data = (root / "etc/ld.so.cache").read_bytes()
     except OSError:
@@ -119,7 +123,7 @@ def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
 
 
 def pci_gpus(root: Path = ROOT) -> int:
-    """NVIDIA display controllers on the PCI bus, with or without a driver."""
+    """The number of NVIDIA display controllers on the PCI bus, with or without a driver."""
     count = 0
     for device in (root / "sys/bus/pci/devices").iterdir():
         try:
@@ -138,7 +142,7 @@ def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
 
 
 def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
-    """XID and SXID events since boot: number, bus id, and age in seconds if known."""
+    """The XID and SXID events since boot: number, bus id, and age in seconds if known."""
     try:
         return of(_events(root / "dev/kmsg"))
     except OSError as error:
@@ -156,7 +160,9 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
 
 
 def _events(kmsg: Path) -> list[dict[str, Any]]:
-    """The ring buffer, one record per read, until it would block; limited in time."""
+    """The records of the kernel's ring buffer. One read returns one record; reading ends when a
+    read would block, or after a time limit.
+    """
     descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
     events, until = [], time.monotonic() + _LOG_SECONDS
     now_us = time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6
@@ -186,7 +192,7 @@ def _events(kmsg: Path) -> list[dict[str, Any]]:
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    if "Non-fatal" in line:  # NVSwitch writes those too, but corrects them itself
+    if "Non-fatal" in line:  # NVSwitch also writes such events, but corrects the errors itself
         return None
     for kind, pattern in (("xid", _XID), ("sxid", _SXID)):
         found = pattern.search(line)

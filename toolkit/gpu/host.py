@@ -1,8 +1,8 @@
-"""The host as the job will see it: the limits of its cgroup instead of the machine's totals, disks,
-clock.
+"""Read the host as the job will see it: the limits of its cgroup instead of the machine's totals,
+disks, clock.
 
-Read-only: the kernel is asked whether a folder is writable (``access``), nothing is written. Paths
-are relative to ``root`` so that tests can create their own host.
+Nothing is written: the kernel reports whether a folder is writable (``access``). Paths are relative
+to ``root`` so that tests can create their own host.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class HostSnapshot:
 
 
 def relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """Only the variables that checks read."""
+    """The variables of ``environ`` that checks read."""
     return {name: environ[name] for name in VARIABLES if name in environ}
 
 
@@ -91,7 +91,7 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
 
 
 def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
-    """Bytes of main memory: total, and available without swapping."""
+    """Bytes of main memory: the total, and the memory that is available without swapping."""
     return asked(lambda: _memory(root))
 
 
@@ -109,7 +109,9 @@ def _space(path: Path) -> dict[str, int]:
 
 
 def disk(role: str, path: Path) -> dict[str, Any]:
-    """The file system that a folder is on, or will be on once it is created."""
+    """Facts about the file system of a folder. If the folder does not exist yet, its nearest parent
+    counts.
+    """
     existing = path.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -148,7 +150,7 @@ def clock() -> Reading[dict[str, Any]]:
 
 
 def _user(environ: Mapping[str, str]) -> Reading[str]:
-    """The account name. torch and triton need it and fail if the uid has none."""
+    """The account name. torch and triton need it and fail if the user id has no name."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environ.get(name):
             return of("from the environment")
@@ -160,7 +162,7 @@ def _user(environ: Mapping[str, str]) -> Reading[str]:
 
 
 def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
-    """Container engine, orchestrator, scheduler and WSL, recognised by their files and
+    """The container engine, orchestrator, scheduler and WSL, recognised by their files and
     variables.
     """
     container = None

@@ -1,8 +1,9 @@
-"""The model's files before anything loads them: local folder or cached hub snapshot, complete or
-not.
+"""Read the model's files before anything loads them, and find out whether they are complete: in a
+local folder or a cached hub snapshot.
 
-Reads only JSON and directory listings. Sizes are limited, links are followed once and loops are
-detected. This module checks that the files are complete; parameters and shapes belong to the sizer.
+Only JSON files and directory listings are read. Sizes are limited, links are followed once and
+loops are detected. This module checks that the files are complete; the sizer reads parameters and
+shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_FOLDER_FILES, read_json
-from toolkit.base.hub import MODEL_ID, cached_model
+from toolkit.base.hub_cache import MODEL_ID, cached_model
 from toolkit.base.vllm_models import vllm_lists
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
@@ -83,7 +84,7 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """A JSON file of limited size.
+    """Parse a JSON file of limited size.
 
     Raises OSError if it does not exist, and ValueError with the reason if it cannot be read.
     """

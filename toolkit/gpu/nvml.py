@@ -1,8 +1,8 @@
 """Read NVML, one query at a time.
 
-The only module that imports pynvml. Every result is a ``Reading``; a lost card affects only its own
-row. Nothing is set: no persistence mode, no clocks. ``nvmlSystemGetCudaDriverVersion`` is not
-called, because it opens libcuda; the driver's version shows which CUDA it can run.
+This is the only module that imports pynvml. Every result is a ``Reading``; a lost card affects only
+its own row. No setting of a card is changed. ``nvmlSystemGetCudaDriverVersion`` is not called,
+because it opens libcuda; the driver's version shows which CUDA it can run.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
 
 
 def _read() -> NvmlAnswers:
-    import pynvml  # noqa: PLC0415 - 15 ms, and only where NVML is asked
+    import pynvml  # noqa: PLC0415 - takes 15 ms, and only these commands need it
 
     start = ask(pynvml, pynvml.nvmlInit)
     if not start.known:
@@ -122,7 +122,9 @@ def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
 
 
 def _slices(nvml: Any, parent: Any) -> list[Answers]:
-    """The MIG devices of a card. Numbers may have gaps and end when NVML returns "not found"."""
+    """The MIG devices of a card. Their numbers may have gaps; they end when NVML returns "not
+    found".
+    """
     rows = []
     most = ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
     for index in range(most):
@@ -135,7 +137,7 @@ def _slices(nvml: Any, parent: Any) -> list[Answers]:
 
 
 def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
-    """1 or 0 per link, up to the first link that the card does not have."""
+    """For each NVLink of the card 1 (up) or 0, up to the first link that the card does not have."""
     states: list[int] = []
     for link in range(MAX_NVLINKS):
         state = ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
@@ -146,7 +148,9 @@ def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
 
 
 def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
-    """What the driver requests: 0 nothing, 1 reset, 2 reboot, 3 and 4 drain (driver >= 570)."""
+    """The action that the driver requests: 0 nothing, 1 reset, 2 reboot, 3 and 4 drain (driver >=
+    570).
+    """
     answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
     if answer.value is None:
         return answer
@@ -157,7 +161,7 @@ def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
 
 
 def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
-    """``[i, j, status]`` of P2P reads for every pair of cards; status 0 is OK."""
+    """For each pair of cards, ``[i, j, status]`` of P2P reads; status 0 is OK."""
     if len(handles) < 2:
         return unsupported("fewer than two GPUs")
     pairs = []

@@ -1,8 +1,8 @@
-"""The NVML queries about a card: the field of ``GpuSnapshot`` and the call.
+"""The NVML queries about a card. The table maps each field of ``GpuSnapshot`` to a function.
 
-A query gets the pynvml module and a device handle and returns plain values (what JSON can hold).
-NVMLError passes through; ``nvml.ask`` records it. Units are those of NVML: bytes (never MiB), mW,
-MHz, degrees Celsius.
+A query gets the pynvml module and a device handle and returns plain values (what JSON can hold). A
+query does not catch NVMLError; ``nvml.ask`` records it. Units are those of NVML: bytes (never MiB),
+mW, MHz, degrees Celsius.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _SLOWDOWN = 1
 
 
 def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
-    """The first query that this driver supports; older drivers lack the newer call."""
+    """The result of the first query that this driver supports; older drivers lack the newer
+    calls.
+    """
     for query in queries[:-1]:
         try:
             return query()
@@ -38,7 +40,9 @@ def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
 
 
 def memory(nvml: Any, handle: Any) -> dict[str, Any]:
-    """Bytes. Version 2 reports what the driver reserves separately; version 1 counts it as used."""
+    """The memory of a card in bytes. Version 2 of the call reports the memory that the driver
+    reserves separately; version 1 counts it as used.
+    """
 
     def version_2() -> dict[str, Any]:
         info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
@@ -65,9 +69,10 @@ def memory(nvml: Any, handle: Any) -> dict[str, Any]:
 
 
 def processes(nvml: Any, handle: Any) -> list[dict[str, Any]]:
-    """Who uses memory: pid, bytes (None if hidden), kind, and whether it is this process.
+    """The processes that use memory of the card: pid, bytes (None if hidden), kind, and whether it
+    is this process.
 
-    In a pid namespace the list is empty or its pids are not valid here; then ``name`` is None.
+    In a pid namespace the list is empty, or its pids are not valid here; then ``name`` is None.
     """
     kinds = (
         ("compute", "nvmlDeviceGetComputeRunningProcesses"),
@@ -99,7 +104,9 @@ def _command(pid: int) -> str | None:
 
 
 def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
-    """NVSwitch fabric: state 3 is ready; status is an NVML code, meaningful in state 3."""
+    """The state of the NVSwitch fabric: state 3 is ready; status is an NVML code, valid only in
+    state 3.
+    """
 
     def newer(kind: Any) -> dict[str, int | None]:
         info = kind()
@@ -124,7 +131,7 @@ def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
 
 
 def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
-    """Memory rows that were remapped (Ampere and later)."""
+    """The number of memory rows that were remapped (Ampere and later)."""
     correctable, uncorrectable, pending, failure = nvml.nvmlDeviceGetRemappedRows(handle)
     return {
         "correctable": int(correctable),
@@ -135,8 +142,8 @@ def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
-    """Memory pages that were retired (before Ampere) after many single-bit errors or one double-bit
-    error.
+    """The number of memory pages that were retired (before Ampere) after many single-bit errors or
+    one double-bit error.
     """
     return {
         "single_bit": len(nvml.nvmlDeviceGetRetiredPages(handle, 0)),
@@ -158,7 +165,7 @@ def pcie(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def clocks(nvml: Any, handle: Any) -> dict[str, int]:
-    """Current and maximum clocks in MHz."""
+    """The current and the maximum clocks in MHz."""
     return {
         "sm": int(nvml.nvmlDeviceGetClockInfo(handle, _SM)),
         "max_sm": int(nvml.nvmlDeviceGetMaxClockInfo(handle, _SM)),
@@ -179,7 +186,7 @@ def clock_reasons(nvml: Any, handle: Any) -> int:
 
 
 def temperature(nvml: Any, handle: Any) -> int:
-    """Temperature of the GPU in degrees Celsius."""
+    """The temperature of the GPU in degrees Celsius."""
     return int(
         first_of(
             nvml,

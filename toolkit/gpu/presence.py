@@ -1,5 +1,5 @@
-"""Why there is no usable GPU (no card, no driver, a version mismatch, no permission, or no
-response; each has its own text), and whether a job needs one.
+"""Find out why there is no usable GPU, and whether a job needs one. There is a text for each cause:
+no card, no driver, a version mismatch, no permission, or no response.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """Why this process cannot use a GPU: ``text`` says why, ``remedy`` what to do."""
+    """Whether this process can use a GPU. If it cannot, ``text`` says why and ``remedy`` what to
+    do.
+    """
 
     kind: Kind
     text: str
@@ -40,7 +42,7 @@ _ELSEWHERE = "use a machine with an NVIDIA GPU"
 
 
 def presence(snapshot: NodeSnapshot) -> Presence:
-    """Why there is a GPU, or why not."""
+    """Whether this process can use a GPU, with the reason if it cannot."""
     if snapshot.gpus:
         return Presence("gpus", plural(len(snapshot.gpus), "GPU"), "")
     start, cards = snapshot.driver.nvml, snapshot.driver.pci_gpus.value
@@ -77,7 +79,9 @@ def presence(snapshot: NodeSnapshot) -> Presence:
 
 
 def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
-    """No library, no kernel module, or no card: the PCI bus shows which."""
+    """What is missing if NVML does not start: the card, the library or the kernel module. ``cards``
+    is the number of cards on the PCI bus.
+    """
     start = snapshot.driver.nvml
     if not cards:
         seen = "" if cards == 0 else " as far as known (the PCI bus could not be read)"
@@ -117,8 +121,8 @@ def how_to_pass_in(snapshot: NodeSnapshot) -> str:
 def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
     """Why this job cannot run without a GPU; None if it can, or if nothing requires one.
 
-    The transformers engine and the CPU build of vLLM run without one. So without one of the reasons
-    below, a missing GPU is reported but is not a failure.
+    The transformers engine and the CPU build of vLLM run without one. So if this function finds no
+    reason, a missing GPU is reported but is not a failure.
     """
     packages = snapshot.software.packages.value or {}
     reasons = (

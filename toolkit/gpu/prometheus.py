@@ -1,4 +1,6 @@
-"""Prometheus' text format, for node_exporter's textfile collector. Unknown values are left out."""
+"""Write a snapshot in Prometheus' text format, for node_exporter's textfile collector. Unknown
+values are left out.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def _part(reading: Reading[Any], key: str) -> float | None:
     return None if reading.value is None else reading.value[key]
 
 
-# name -> (help, value of a card)
+# name of the metric -> (help text, function that returns the value of a card)
 _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
     "utilization_ratio": (
         "Fraction of time in which a kernel ran.",

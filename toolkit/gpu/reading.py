@@ -1,6 +1,6 @@
-"""The result of one query: a value, not supported, or failed.
+"""The result of one query: a value, "not supported", or "failed".
 
-Unknown is never a pass: code that reads ``value`` must handle its absence.
+An unknown value is never a pass: code that reads ``value`` must handle its absence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Reading(Generic[T_co]):
 
     @property
     def known(self) -> bool:
-        """Whether there is a value."""
+        """Whether this reading has a value."""
         return self.reason is None
 
     @property
@@ -36,7 +36,9 @@ class Reading(Generic[T_co]):
         return self.reason is not None and not self.unsupported
 
     def to_json(self) -> dict[str, Any]:
-        """``{"value": ...}``, ``{"unsupported": why}`` or ``{"failed": why}``, with the code."""
+        """This reading as JSON: ``{"value": ...}``, ``{"unsupported": why}`` or ``{"failed":
+        why}``, with the code.
+        """
         if self.known:
             return {"value": self.value}
         answer: dict[str, Any] = {"unsupported" if self.unsupported else "failed": self.reason}
@@ -44,17 +46,17 @@ class Reading(Generic[T_co]):
 
 
 def of(value: T) -> Reading[T]:
-    """A query that succeeded."""
+    """The reading of a query that succeeded."""
     return Reading(value=value)
 
 
 def unsupported(reason: str, code: int | None = None) -> Reading[Any]:
-    """A query that is not supported here."""
+    """The reading of a query that is not supported here."""
     return Reading(reason=reason, unsupported=True, code=code)
 
 
 def failed(reason: str, code: int | None = None) -> Reading[Any]:
-    """A query that failed."""
+    """The reading of a query that failed."""
     return Reading(reason=reason, code=code)
 
 

@@ -1,8 +1,8 @@
-"""A node in a file, for a bug report: all raw readings, without names of persons or hosts.
+"""Write a node into a file for a bug report: all raw readings, without names of persons or hosts.
 
 UUIDs are replaced by others that still distinguish cards, and pids by small numbers. Names of
-processes, users and hosts are removed. The environment contains only allowed variables from the
-start.
+processes, users and hosts are removed. The snapshot already contains only allowed environment
+variables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ _DROPPED = {"SLURM_JOB_ID": "1"}
 def recording(
     snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
 ) -> dict[str, Any]:
-    """The content of the file, redacted. ``replay`` compares its result with ``verdicts``."""
+    """The content of the file, redacted. ``verdicts`` are the recorded results; ``replay`` compares
+    its own results with them.
+    """
     data: dict[str, Any] = {
         "schema": SCHEMA_ID,
         "kind": "record",
@@ -57,9 +59,9 @@ _LOCK = "software.lock"
 
 
 def _names_here() -> dict[str, str]:
-    """What must not leave this machine: home folder, account name, host name."""
+    """The names that must not leave this machine: home folder, account name, host name."""
     names = {str(Path.home()): "~"}
-    with suppress(KeyError, OSError):  # a uid without an account
+    with suppress(KeyError, OSError):  # a user id without an account
         names[getpass.getuser()] = "USER"
     host = socket.gethostname()
     names[host] = "HOST"
@@ -68,7 +70,7 @@ def _names_here() -> dict[str, str]:
 
 
 def redact(data: Any, names: dict[str, str]) -> Any:
-    """The same object with every text redacted and every process anonymous."""
+    """The same object with every text redacted, and every process without its name and pid."""
     pids: dict[int, int] = {}
     salt = os.urandom(16)
 

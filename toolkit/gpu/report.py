@@ -1,4 +1,4 @@
-"""The JSON of ``probe --json``, ``check --json`` and preflight.json (report.schema.json)."""
+"""Build the JSON of ``probe --json``, ``check --json`` and preflight.json (report.schema.json)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_GPU_EXIT = NodeError.exit_code
 
 
 def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:
-    """The node without verdicts. Exit code 0 with a GPU, 3 without."""
+    """The report of a node without verdicts. Its exit code is 0 with a GPU and 3 without."""
     code = 0 if snapshot.gpus else NO_GPU_EXIT
     return {**_head("probe", code), **_node(snapshot)}
 
@@ -37,8 +37,8 @@ def check_report(
     node: bool = False,
     run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The node and every check's result. ``run`` is what a run adds for its preflight.json:
-    ``device`` (the card that it is sized for; None is the CPU) and ``sizing``.
+    """The report of a node and of every check. ``run`` is added for the preflight.json of a run:
+    ``device`` (the card that the run is sized for; None is the CPU) and ``sizing``.
     """
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
@@ -53,7 +53,7 @@ def check_report(
 
 
 def overall(results: Sequence[CheckResult]) -> str:
-    """The worst verdict: fail, then unknown, then warn."""
+    """The overall verdict: the worst of the results, in the order fail, unknown, warn."""
     verdicts = {result.verdict for result in results}
     return next((one for one in ("fail", "unknown", "warn") if one in verdicts), "ok")
 

@@ -1,4 +1,5 @@
-"""A node as values: ``take`` reads it, ``record`` writes it, and checks use it.
+"""A snapshot holds the facts of a node as plain values. ``take`` reads a node, ``record`` writes a
+snapshot to a file, and checks judge it.
 
 ``GpuSnapshot`` and ``NodeSnapshot`` contain only ``Reading``s, so a snapshot of another node (or of
 a broken one) has the same type.
@@ -87,7 +88,7 @@ class GpuSnapshot:
 
     @property
     def label(self) -> str:
-        """Its name in messages: ``GPU 3`` or ``GPU 3 MIG 1``."""
+        """The name of the card or slice in messages: ``GPU 3`` or ``GPU 3 MIG 1``."""
         return f"GPU {self.index}" if self.parent is None else f"GPU {self.parent} MIG {self.index}"
 
 

@@ -1,4 +1,4 @@
-"""A snapshot as JSON and back: what `record` writes and `replay` reads."""
+"""Convert a snapshot to JSON and back: `record` writes this JSON and `replay` reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 def node_to_json(snapshot: NodeSnapshot) -> dict[str, Any]:
-    """Plain objects, the inverse of ``node_from_json``."""
+    """A snapshot as plain objects; ``node_from_json`` reads them."""
     return {
         "format": FORMAT,
         "driver": values_of(snapshot.driver),
@@ -39,7 +39,7 @@ _NOT_READINGS = {"index", "parent", "slices"}
 
 
 def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
-    """A card and its slices as plain objects; queries that were not made are left out."""
+    """A card and its slices as plain objects, without the queries that were not made."""
     readings = {
         item.name: getattr(gpu, item.name).to_json()
         for item in fields(gpu)

@@ -1,4 +1,4 @@
-"""The installed software, read from package metadata and files. Nothing is imported."""
+"""Read which software is installed, from package metadata and files. No package is imported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
 
 def version_of(name: str) -> str | None:
     """The installed version of a distribution; None if it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - the import takes 20 ms
 
     try:
         return version(name)
@@ -79,7 +79,9 @@ def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
 
 
 def _torch_cuda() -> str | None:
-    """``13.0``, or None for a CPU build. Raises FileNotFoundError if torch is not installed."""
+    """The CUDA version that the installed torch was built for (``13.0``), or None for a CPU build.
+    Raises FileNotFoundError if torch is not installed.
+    """
     path = on_import_path("torch/version.py")
     if path is None:
         raise FileNotFoundError(2, "not installed", "torch")
@@ -89,14 +91,16 @@ def _torch_cuda() -> str | None:
 
 
 def on_import_path(name: str) -> Path | None:
-    """A file of an importable package, found without importing it; None if it does not exist."""
+    """The path of a file in an importable package, without importing it; None if there is no such
+    file.
+    """
     return next(
         (path for entry in sys.path if entry and (path := Path(entry, name)).is_file()), None
     )
 
 
 def _pins() -> list[dict[str, Any]]:
-    """What the toolkit's metadata requires, with what is installed.
+    """The requirements in the toolkit's metadata, each with the installed version.
 
     Raises FileNotFoundError in a checkout that is not installed.
     """

@@ -312,7 +312,9 @@ def _list(names: Iterable[str] | None) -> list[str]:
 
 
 def default_for(model: Any) -> tuple[str, ...]:
-    """The layers that are adapted if the user names none (``config.targets.default_targets``)."""
+    """The layers that get an adapter if the user names none
+    (``config.lora_targets.default_targets``).
+    """
     return default_targets(model.config.to_dict())
 
 

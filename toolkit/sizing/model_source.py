@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_json
-from toolkit.base.hub import cached_model, hub_cache
+from toolkit.base.hub_cache import cached_model, hub_cache
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 

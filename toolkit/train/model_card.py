@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError
-from toolkit.base.hub import MODEL_ID
+from toolkit.base.hub_cache import MODEL_ID
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact
 from toolkit.config.build import thaw

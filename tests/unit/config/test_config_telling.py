@@ -17,7 +17,7 @@ from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.batch import divisors_from, multiple_from, nearest_divisor
-from toolkit.config.source import Mark, Source, dotted
+from toolkit.config.source import Position, Source, dotted
 from toolkit.config.validate import validate
 
 
@@ -28,7 +28,7 @@ def source(text: str) -> Source:
 
 def test_a_long_line_is_cut_around_the_place() -> None:
     text = "a: " + "x" * 5000 + "HERE" + "y" * 5000
-    line = shown_line(source(text), Mark(1, 5004, 5003, 5007))
+    line = shown_line(source(text), Position(1, 5004, 5003, 5007))
     assert "HERE" in line
     assert line.startswith("...")
     assert line.endswith("...")
@@ -39,15 +39,15 @@ def test_a_secret_at_the_edge_of_a_long_line_is_not_shown() -> None:
     token = "hf_" + "canary" * 6
     for gap in range(0, 240, 3):
         text = "a: x " + " " * gap + token + " " * 2000
-        assert "canary" not in shown_line(source(text), Mark(1, 4, 3, 4))
+        assert "canary" not in shown_line(source(text), Position(1, 4, 3, 4))
 
 
 def test_hidden_characters_and_terminal_sequences() -> None:
     shown = source("password: hunter2 # and more\n")
-    shown.hide(Mark(1, 11, 10, 17))
-    assert shown_line(shown, Mark(1, 1, 0, 8)) == "password: [hidden] # and more"
+    shown.hide(Position(1, 11, 10, 17))
+    assert shown_line(shown, Position(1, 1, 0, 8)) == "password: [hidden] # and more"
     hostile = source("a: \x1b[31mred\x07\u202e\n")
-    assert shown_line(hostile, Mark(1, 1, 0, 1)) == "a: \ufffd[31mred\ufffd\ufffd"
+    assert shown_line(hostile, Position(1, 1, 0, 1)) == "a: \ufffd[31mred\ufffd\ufffd"
 
 
 def test_paths_are_spelled_as_they_are_asked_for() -> None:

@@ -1,9 +1,10 @@
-"""The most common error texts, each with the check that finds the problem beforehand and what to
+"""The most common error texts. Each has the check that finds the problem beforehand, and what to
 do.
 
 ``match`` searches a traceback or a log. ``envcheck explain -`` prints the result, and ``toolkit``
-commands explain upstream errors with it. The texts are those of vLLM 0.8 to 0.31, torch 2.6 to
-2.13, the driver, NCCL, containers and Slurm. tests/contract fails if upstream changes a text.
+commands use it to explain errors of other libraries. The texts are those of vLLM 0.8 to 0.31, torch
+2.6 to 2.13, the driver, NCCL, containers and Slurm. tests/contract fails if upstream changes a
+text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONSEQUENCES", "SYMPTOMS", "TEXTS", "Symptom", "match", "nearest"]
 
-# Most specific first: a general text comes after the more specific ones.
+# The most specific symptoms come first, the general ones last.
 _ENTRIES: tuple[Entry, ...] = (
     *memory.ENTRIES,
     *driver.ENTRIES,
@@ -35,13 +36,13 @@ TEXTS: dict[str, tuple[str, ...]] = {
     entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ALL
 }
 LONGEST_CUT = 100_000  # line breaks inside words come from text copied from a screen
-_ALIKE = 0.5  # share of a known text's words
+_ALIKE = 0.5  # the least share of a known text's words that must occur
 _NEAREST = 3
 
 
 def match(text: str) -> list[Symptom]:
-    """The known failures in a pasted traceback or log, most specific first; empty if there are
-    none. Errors that only follow another one count where nothing else was found.
+    """The known failures in a pasted traceback or log, the most specific first; empty if there are
+    none. An error that only follows another error counts only if no other error is found.
 
     Ignores colours, log prefixes, mixed output of several ranks, and line breaks, also inside a
     word.
@@ -65,8 +66,8 @@ def _found(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Sym
 
 
 def nearest(text: str) -> list[Symptom]:
-    """For a text without a known error: at most three symptoms whose texts share the most words
-    with its error lines, best first.
+    """At most three symptoms for a text without a known error: those whose texts share the most
+    words with its error lines, best first.
     """
     lines = [words_of(line) for line in telling_lines(condensed(text))]
     scores: dict[Symptom, float] = {}

@@ -1,5 +1,5 @@
-"""Texts that follow an error of another process and name no cause. They count only in a text that
-has no other known error.
+"""Error texts that only follow the error of another process. They count only in a text that has no
+other known error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENTRIES = (
         "NCCL error: remote process exited or there was a network error",
         "remote process exited or there was a network error",
         "is setting up NCCL communicator and{..}ncclUniqueId from",
-        "Connection closed by peer [",  # gloo, with the address
+        "Connection closed by peer [",  # a message of gloo, with the address
         "Connection closed by remote peer",
     ),
     entry(

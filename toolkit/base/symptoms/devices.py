@@ -1,4 +1,4 @@
-"""Texts about the cards that a job gets, and their health."""
+"""Error texts about the cards that a job gets, and the health of the cards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ USER_XIDS: dict[int, str] = {
 
 
 def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Who must act on this XID number."""
+    """Add to the symptom of an XID who must act, by its number."""
     del around
     number = int(hit.group(2).rstrip("."))
     if number in FATAL_XIDS:

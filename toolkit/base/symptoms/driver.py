@@ -1,4 +1,4 @@
-"""Texts about the driver, its libraries and the container's access to it."""
+"""Error texts about the driver, its libraries, and access to the driver from a container."""
 
 from __future__ import annotations
 

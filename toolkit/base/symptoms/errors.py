@@ -1,4 +1,4 @@
-"""Turn an upstream exception into a toolkit error with the texts of its symptom."""
+"""Turn an exception of another library into a toolkit error with the texts of its symptom."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: dict[int, type[ToolkitError]] = {
 
 
 def chain(problem: BaseException) -> list[BaseException]:
-    """``problem`` and what caused it, the outermost first."""
+    """``problem`` and the exceptions that caused it, the outermost first."""
     found: list[BaseException] = []
     current: BaseException | None = problem
     while current is not None and current not in found:
@@ -31,7 +31,7 @@ def chain(problem: BaseException) -> list[BaseException]:
 
 
 AGAIN = "then start the same command again: it resumes from the last checkpoint"
-"""What to do after a fault that ended a run."""
+"""The advice for a fault that ended a run."""
 
 
 def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:

@@ -1,4 +1,4 @@
-"""Texts about the host: memory, disks, limits, clock, CPUs."""
+"""Error texts about the host: memory, disks, limits, clock, CPUs."""
 
 from __future__ import annotations
 

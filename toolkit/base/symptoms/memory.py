@@ -1,4 +1,4 @@
-"""Texts about GPU memory."""
+"""Error texts about GPU memory."""
 
 from __future__ import annotations
 

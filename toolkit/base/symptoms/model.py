@@ -1,4 +1,4 @@
-"""Texts about the model and its files."""
+"""Error texts about the model and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Read the numbers in an error text: who holds the memory, what is missing, what fits."""
+"""Read the numbers in an error text, and add to the symptom who holds the memory, what is missing
+and what fits.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
             "max_num_batched_tokens; `envcheck size run.yaml` shows what each saves",
         )
     short = tried - free
-    if short <= 0:  # a limit of the process or of WSL, or pieces that are too small
+    if short <= 0:  # the process or WSL has a limit, or the free pieces are too small
         return symptom.but(
             title=f"CUDA ran out of memory although {free:.2f} GiB of {total:.2f} GiB are free",
             remedy="lower gpu_memory_utilization, and under WSL give it more of the host's memory "
@@ -97,8 +99,8 @@ def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
 
 
 def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read free and total memory: the largest utilization that fits. On a nearly empty card no
-    other process holds memory, so waiting would not help.
+    """Read free and total memory, and add the largest utilization that fits. On a nearly empty card
+    no other process holds memory, so waiting would not help.
     """
     del hit
     amounts = re.search(r"\(\s*([\d.]+)\s*/\s*([\d.]+)\s*GiB\)", around[:300])
@@ -120,7 +122,7 @@ def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read what vLLM computed: the longest sequence, and the missing cache."""
+    """Read vLLM's message: the longest sequence that fits, and the missing size of the cache."""
     del hit
     said = around[:900]
     longest = re.search(r"estimated maximum model length is (\d+)", said, re.I) or re.search(
@@ -146,7 +148,9 @@ def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom
 
 
 def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the rank of the adapter: the smallest legal max_lora_rank that is at least that."""
+    """Read the rank of the adapter, and add the smallest legal max_lora_rank that is at least that
+    rank.
+    """
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     fits = next((one for one in _NEXT_RANKS if numbers and one >= numbers[0]), None)
@@ -197,7 +201,7 @@ def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """``12040`` is the CUDA 12.4 that the driver supports."""
+    """Read the CUDA version that the driver supports: ``12040`` means CUDA 12.4."""
     del hit
     found = re.search(r"found version (\d+)", around[:300], re.I)
     needed = re.search(r"cuda ?>= ?(\d+\.\d+)", around[:300], re.I)
@@ -222,7 +226,7 @@ def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the requested and the available number."""
+    """Read the requested and the available number of cards."""
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     if len(numbers) < 2:

@@ -13,8 +13,9 @@ _END = 60_000
 _AROUND = 300
 _MOST_ALIKE = 3
 _NO_DIGITS = dict.fromkeys(map(ord, "0123456789"))
-_MOST_HITS = 400  # of one word, from the start and from the end
-# Parts of words without their first letter, so that an exact search finds both cases.
+_MOST_HITS = 400  # of one word, counted from the start and from the end
+# Parts of the words that mark an error, from the start and from the end of a log. The first letter
+# of a word is left out, so that an exact search finds it in upper and lower case.
 _TELLING = (
     "rror", "RROR", "GPU", "memory", "pport", "CUDA_", "ailed", "AILED", "annot", "No ", "is not",
     "ould not", "ouldn't", "Active", "ailure", "not found", "undefined symbol", "Xid", "mismatch",
@@ -33,11 +34,13 @@ _PREFIX = re.compile(
     r"[\w.-]{1,60}[ \t]+\|(?=\s))[ \t]*){1,8}"
 )
 _RANK = re.compile(r"\[rank(\d{1,4})\]:|\(([^()\n]{0,80}\bpid=\d{1,9})\)")
-_FRAME = " \t\r│┃"  # at the end of a line
+_FRAME = " \t\r│┃"  # what such programs add at the end of a line
 
 
 def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
-    """``text``; for a long text its error lines with context, and its end."""
+    """``text`` unchanged if it is at most ``longest``; else its error lines with context, and its
+    end.
+    """
     if len(text) <= longest:
         return text
     text = _without_repeats(text)
@@ -59,8 +62,8 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _without_repeats(text: str) -> str:
-    """``text`` without lines that differ only in their numbers from three earlier ones, so that the
-    error between a million progress lines is not one of too many hits. Its end is kept.
+    """``text`` without lines that differ only in their numbers from three earlier lines. So an
+    error between a million progress lines is still found. The end of the text is kept.
     """
     body, end = text[:-_END], text[-_END:]
     seen: dict[str, int] = {}
@@ -91,7 +94,9 @@ def _hits(text: str) -> set[int]:
 
 
 def _ends(text: str, longest: int) -> str:
-    """Both ends of a text that is still too long: the first and the last error."""
+    """The first and the last part of a text that is still too long: they contain the first and the
+    last error.
+    """
     if len(text) <= longest:
         return text
     half = longest // 2
@@ -99,8 +104,8 @@ def _ends(text: str, longest: int) -> str:
 
 
 def streams(text: str) -> tuple[str, str]:
-    """``text`` without prefixes and suffixes, with the lines of each rank together: once with line
-    breaks as spaces, and once without them.
+    """``text`` without prefixes and suffixes, with the lines of each rank together. The first
+    result has a space for each line break, the second has nothing.
     """
     if "\x1b" in text:
         text = _ESCAPES.sub("", text)
@@ -116,7 +121,7 @@ def streams(text: str) -> tuple[str, str]:
 
 
 def telling_lines(text: str, most: int = 80) -> list[str]:
-    """The last lines with an error word; if there are none, the last lines."""
+    """The last ``most`` lines that contain an error word; if there are none, the last lines."""
     lines = [line for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
     return (telling or lines)[-most:]

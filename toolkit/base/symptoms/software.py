@@ -1,4 +1,4 @@
-"""Texts about the installed software, and what a card supports."""
+"""Error texts about the installed software, and about what a card supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classes of a known failure, and the small pattern language of its texts."""
+"""The classes of a known failure, and the pattern language of its texts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _PARTS = {
     "{....}": r".{0,4000}?",
 }
 _SPLIT = re.compile(r"(\{(?:n|w|\.\.|\.\.\.\.)\})")
-NEAR, FAR = 700, 5000  # characters searched on either side of a text's longest literal part
-_MOST_PLACES = 12  # occurrences checked from the start, and the same number from the end
+# number of characters searched on either side of a text's longest literal part
+NEAR, FAR = 700, 5000
+_MOST_PLACES = 12  # number of occurrences checked from the start, and the same number from the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,19 @@ class Symptom:
 
     @property
     def checked(self) -> bool:
-        """Something finds it beforehand."""
+        """Whether some check, rule or command finds this failure beforehand."""
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """This symptom with details from the numbers in a text."""
+        """This symptom with ``values``, details from the numbers in a text."""
         return replace(self, **values)  # type: ignore[arg-type]
 
 
 class Text:
-    """One upstream text. ``{n}`` is a number, ``{w}`` a word, ``{..}`` up to 300 characters and
-    ``{....}`` up to 4000; everything else is literal, in any case.
+    """One error text of another library. ``{n}`` is a number, ``{w}`` a word, ``{..}`` up to 300
+    characters and ``{....}`` up to 4000; everything else is literal, and case is ignored.
 
-    ``anchor`` is the longest literal part. If it does not occur, nothing else is searched.
+    ``anchor`` is the longest literal part. If the anchor does not occur, the rest is not searched.
     """
 
     def __init__(self, text: str) -> None:
@@ -62,14 +63,18 @@ class Text:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Compiled only after the anchor was found, so that imports stay fast."""
+        """The compiled pattern. It is compiled only after the anchor was found, so that imports
+        stay fast.
+        """
         joined = "".join(
             _PARTS[part] if part in _PARTS else re.escape(part) for part in self._parts
         )
         return re.compile(joined, re.IGNORECASE | re.DOTALL)
 
     def find(self, text: str, lowered: str) -> tuple[re.Match[str], str] | None:
-        """The match and the characters around it."""
+        """The match of this text in ``text``, with the characters around it; None if the text does
+        not occur.
+        """
         for at in places(lowered, self.anchor):
             around = text[max(0, at - self.window) : at + self.window]
             if hit := self.pattern.search(around):
@@ -78,7 +83,7 @@ class Text:
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of its literal parts."""
+        """The words of the text's literal parts."""
         return words_of(" ".join(self._parts[::2]))
 
 
@@ -88,7 +93,7 @@ def words_of(text: str) -> frozenset[str]:
 
 
 def places(text: str, wanted: str) -> list[int]:
-    """The positions of ``wanted``: the first and the last dozen."""
+    """The positions of ``wanted`` in ``text``: at most the first dozen and the last dozen."""
     found: list[int] = []
     at = text.find(wanted)
     while at >= 0 and len(found) < _MOST_PLACES:
@@ -115,7 +120,7 @@ class Entry:
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
-        """The symptom of the first text that occurs."""
+        """The symptom, if one of its texts occurs: the first that does."""
         for one in self.texts:
             if found := one.find(text, lowered):
                 return self.read(self.symptom, *found) if self.read else self.symptom
@@ -132,6 +137,6 @@ def entry(  # noqa: PLR0913 - a row of a table
     read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None,
     unless: tuple[str, ...] = (),
 ) -> Entry:
-    """One entry of the tables."""
+    """Create one entry of the tables."""
     symptom = Symptom(symptom_id, title, check, remedy, exit_code)
     return Entry(symptom, tuple(Text(text) for text in texts), read, frozenset(unless))

@@ -1,7 +1,7 @@
-"""Configs of other tools as run files: what each key is called here, and what could not be read.
+"""Convert configs of other tools to run files, and list what could not be converted.
 
-One module a format (axolotl, trl, scripts, verl, prime_rl, swift), each with its table of keys.
-Nothing of a foreign file is executed: scripts and notebooks are read by ``ast``.
+There is one module per format (axolotl, trl, scripts, verl, prime_rl, swift), each with a table of
+keys. No foreign file is executed: scripts and notebooks are read with ``ast``.
 """
 
 from toolkit.config.importers.formats import TABLES, guess, read_foreign

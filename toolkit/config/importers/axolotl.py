@@ -1,4 +1,6 @@
-"""axolotl: YAML with ``base_model`` and ``rl: grpo`` (docs/grpo.qmd, utils/schemas)."""
+"""The format of axolotl: YAML with ``base_model`` and ``rl: grpo`` (docs/grpo.qmd,
+utils/schemas).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ _TRACKER = "a run writes metrics.jsonl and a report; grpo.report_to names a trac
 
 
 def _steps(value: Any) -> Any:
-    """axolotl: a share of an epoch, where below 1."""
+    """Convert axolotl's number of steps: a value below 1 is a fraction of an epoch."""
     if isinstance(value, float) and 0 < value < 1:
         raise Unfit("there it is a share of an epoch, here of the run: write steps")
     return value
@@ -169,7 +171,7 @@ _TRL_OWN = (
     *left("one process scores, beside the run", "trl.reward_num_workers"),
     *refused("there is no replay of older rollouts here", "trl.replay_buffer_size",
              "trl.replay_recompute_logps", off=(True,)),
-    Row("trl.reroll_start_fraction", None, "there is no deferred second draw here", refused=True,
+    Row("trl.reroll_start_fraction", None, "no deferred second sampling here", refused=True,
         off=(None, 1.0, 1)),
     Row("trl.reroll_max_groups", None, "see reroll_start_fraction"),
     *refused("there is no such control of the entropy here; see grpo.use_adaptive_entropy",

@@ -13,7 +13,7 @@ NO_ADAPTER = "all weights are trained there; here an adapter is (lora)"
 
 
 def dtype(value: Any) -> str | None:
-    """A torch dtype by its name; None is what the checkpoint or the card says."""
+    """The name of a torch dtype; None if the checkpoint or the card decides."""
     if value in (None, "auto", ""):
         return None
     name = str(value).removeprefix("torch.")
@@ -28,28 +28,32 @@ _SAME = object()
 
 
 def renamed(value: Any, names: dict[str, Any], other: Any = _SAME) -> Any:
-    """What ``names`` calls a text; ``other`` for anything else, or the value as it is."""
+    """The value that ``names`` has for ``value``. If it has none: ``other`` if given, else
+    ``value`` unchanged.
+    """
     if isinstance(value, str) and value in names:
         return names[value]
     return value if other is _SAME else other
 
 
-def whole(value: Any) -> Any:
-    """A number that some tools take as text or as 16.0, as an integer where it is one."""
+def as_integer(value: Any) -> Any:
+    """``16.0`` as the integer 16; any other value unchanged. Some tools write integers as
+    floats.
+    """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value
 
 
 def positive(value: Any) -> Any:
-    """A count where -1, 0 and null mean that there is none."""
+    """A count; None for -1, 0 and null, which mean "no limit" in some tools."""
     if value is None or (isinstance(value, (int, float)) and value <= 0):
         return None
-    return whole(value)
+    return as_integer(value)
 
 
 def targets(value: Any) -> Any:
-    """Target modules: all-linear by name or alone in a list, else as they are."""
+    """Target modules: ["all-linear"] becomes the text all-linear; any other value is unchanged."""
     return "all-linear" if value == ["all-linear"] else value
 
 
@@ -57,12 +61,12 @@ def module_function(name: str) -> str:
     """``package.module.function`` as ``package.module:function``."""
     head, _, last = name.rpartition(".")
     if not head or not all(part.isidentifier() for part in name.split(".")):
-        raise Unfit("it is no module.function")
+        raise Unfit("it is not of the form module.function")
     return f"{head}:{last}"
 
 
 def from_file(path: Any, name: Any) -> str:
-    """A function of a Python file as ``module:function``; the file's folder is not kept."""
+    """A function in a Python file as ``module:function``. The folder of the file is left out."""
     stem = str(path).replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     if not stem.isidentifier():
         raise Unfit(f"{stem} is not the name of a module")
@@ -70,8 +74,8 @@ def from_file(path: Any, name: Any) -> str:
 
 
 def fit_length(made: Translation) -> None:
-    """Write model.max_seq_length where the lengths of prompt and completion do not fit into its
-    default, and nothing else said it.
+    """Set model.max_seq_length if the lengths of prompt and completion do not fit into its default,
+    and nothing else has set it.
     """
     if "model.max_seq_length" in made.written:
         return
@@ -88,14 +92,16 @@ def fit_length(made: Translation) -> None:
 
 
 def whole_batch(made: Translation, completions: int, why: str) -> None:
-    """One optimizer step of ``completions``, cut by the sizer as the card allows."""
+    """Set the batch to one optimizer step of ``completions``, which the sizer splits into
+    micro-batches that fit the card.
+    """
     made.write("grpo.generation_batch_size", completions, why)
     made.write("grpo.per_device_train_batch_size", "auto", "cut as the card allows; same gradient")
     made.write("grpo.gradient_accumulation_steps", "auto", "as above")
 
 
 def split_warmup(made: Translation) -> None:
-    """Keep one of warm-up by steps and by share: steps win, as in transformers."""
+    """If warm-up is given both in steps and as a fraction, keep the steps, as transformers does."""
     steps, share = made.take("warmup_steps"), made.take("warmup_ratio")
     if steps and share:
         entry = steps["warmup_steps"]

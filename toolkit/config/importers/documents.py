@@ -1,4 +1,4 @@
-"""YAML, JSON and TOML files of other tools as entries."""
+"""Read YAML, JSON and TOML files of other tools as entries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def from_document(document: Document, table: Table) -> Foreign:
-    """The settings of a parsed file. What the reader of run files does not take (tags, merge keys,
-    keys that are written twice) is listed as not read.
+    """The settings of a parsed file. Features that the reader of run files does not accept (tags,
+    merge keys, duplicate keys) are listed as not read.
     """
     foreign = Foreign(table.form)
     for found in document.findings:
@@ -29,7 +29,7 @@ def from_document(document: Document, table: Table) -> Foreign:
 def _flatten(foreign: Foreign, table: Table, prefix: str, node: Node) -> None:
     for name, child in node.value.items():
         if name.startswith("\0"):
-            continue  # no key at all; among the findings
+            continue  # not a key of the file; the findings report it
         key = f"{prefix}{name}"
         place = f"line {(child.key or child.mark).line}"
         whole = (key in table.by_key and key not in table.groups) or not child.value
@@ -48,7 +48,9 @@ def _of_mappings(node: Node) -> bool:
 
 
 def plain(node: Node) -> Any:
-    """The value of a node as the other tool reads it: YAML 1.1 has booleans yes, no, on, off."""
+    """The value of a node as the other tool reads it: in YAML 1.1, yes, no, on and off are
+    booleans.
+    """
     if isinstance(node.value, dict):
         return {key: plain(child) for key, child in node.value.items()}
     if isinstance(node.value, list):

@@ -1,4 +1,4 @@
-"""A foreign file as entries: a key in its tool's words, a value, and its place."""
+"""A foreign file as entries: a key under the other tool's name, a value, and a position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A value that only running the file would give; ``text`` is how it is written."""
+    """A value that is only known by running the file; ``text`` is the expression in the file."""
 
     text: str
     why: str = "it is computed when the file runs"
@@ -25,7 +25,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """What could not be read, and why."""
+    """A part of the file that could not be read, and why."""
 
     place: str
     text: str
@@ -34,7 +34,9 @@ class Unread:
 
 @dataclass(slots=True)
 class Foreign:
-    """What a reader made of a file. ``form`` is the format's name in ``formats.TABLES``."""
+    """The settings that a reader found in a file. ``form`` is the format's name in
+    ``formats.TABLES``.
+    """
 
     form: str
     entries: list[Entry] = field(default_factory=list)
@@ -45,5 +47,5 @@ class Foreign:
         self.entries.append(Entry(key, value, place))
 
     def miss(self, place: str, text: str, why: str) -> None:
-        """Add one thing that could not be read."""
+        """Add one part of the file that could not be read."""
         self.unread.append(Unread(place, text, why))

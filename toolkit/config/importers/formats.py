@@ -1,4 +1,4 @@
-"""Which tool a file is of, and its reader."""
+"""Find out which tool a file belongs to, and read it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from toolkit.config.importers.shell import Word
     from toolkit.config.source import Source
 
-# The name of a format -> the module that has its table.
+# name of a format -> the module with its table
 TABLES = {
     "axolotl": "axolotl",
     "trl": "trl",
@@ -32,7 +32,8 @@ TABLES = {
 }
 MAX_NOTEBOOK_BYTES = 32 << 20
 SCRIPT_SUFFIXES = (".py", ".ipynb", ".sh", ".bash", ".txt")
-# Keys that a tool's files have and no run file has: two of them, or one of ``_SURE``.
+# Keys that only occur in the files of one tool, never in a run file. A file belongs to the tool if
+# it has two of them, or one of ``_SURE``.
 _SIGNS: dict[str, tuple[str, ...]] = {
     "axolotl": ("base_model", "micro_batch_size", "sequence_len", "datasets", "rl", "adapter",
                 "lora_target_linear", "num_epochs", "trl"),
@@ -60,8 +61,8 @@ def table(form: str) -> Table:
 
 
 def guess(document: Document) -> tuple[str, tuple[str, ...]] | None:
-    """The format that a loaded file looks like, with the keys or words that say so; None for a run
-    file, and for what is like nothing that is known.
+    """The format that a loaded file looks like, with the keys or words that show it. None for a run
+    file, and for a file of an unknown kind.
     """
     root = document.root.value
     if isinstance(root, dict) and root:
@@ -84,7 +85,9 @@ TITLES = {
 
 
 def found_foreign(document: Document) -> Finding | None:
-    """The finding for a loaded file that looks like another tool's; None where it does not."""
+    """The finding for a loaded file that looks like a file of another tool; None for other
+    files.
+    """
     from toolkit.config.finding import Fix, error_finding  # noqa: PLC0415 - only for such a file
 
     found = guess(document)
@@ -135,8 +138,8 @@ _COMMANDS = {
 
 
 def read_foreign(name: str, form: str | None = None) -> Foreign:
-    """The settings of the file ``name``, as ``form`` or as what it looks like. Raises InputError
-    for a file that cannot be read or is like nothing that is known.
+    """The settings of the file ``name``, in the format ``form`` or the format that the file looks
+    like. Raises InputError if the file cannot be read or its format is unknown.
     """
     from toolkit.config.layers import parse  # noqa: PLC0415 - config.layers is above this package
     from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
@@ -165,7 +168,7 @@ def read_foreign(name: str, form: str | None = None) -> Foreign:
 
 
 def _notebook(name: str) -> Foreign:
-    from toolkit.config.importers.notebooks import read_notebook  # noqa: PLC0415 - for these alone
+    from toolkit.config.importers.notebooks import read_notebook  # noqa: PLC0415 - only notebooks need it
 
     try:
         return _something(read_notebook(read_bytes(name, limit=MAX_NOTEBOOK_BYTES), name), name)
@@ -174,7 +177,7 @@ def _notebook(name: str) -> Foreign:
 
 
 def _script(source: Source) -> Foreign:
-    from toolkit.config.importers.scripts import read_script  # noqa: PLC0415 - for these alone
+    from toolkit.config.importers.scripts import read_script  # noqa: PLC0415 - only scripts need it
 
     try:
         return _something(read_script(source.text), source.name)
@@ -189,7 +192,7 @@ def _something(foreign: Foreign, name: str) -> Foreign:
 
 
 def _commands(source: Source, form: str | None) -> Foreign:
-    """The first command of a shell script that trains."""
+    """The settings of the first training command in a shell script."""
     for words in commands(source.text):
         line = " ".join(word.text for word in words[:8])
         found = form or next(
@@ -237,7 +240,7 @@ def _overrides(foreign: Foreign, words: list[Word]) -> None:
 
 
 def unknown(name: str) -> InputError:
-    """The error for a file that is like nothing that is known."""
+    """The error for a file whose format is unknown."""
     return InputError(
         "is like no file that can be imported: axolotl (YAML), TRL (YAML, command line, script), "
         "Unsloth (script, notebook), verl (YAML, overrides), prime-rl (TOML), ms-swift (YAML, "

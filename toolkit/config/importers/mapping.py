@@ -1,4 +1,4 @@
-"""The table of a format, one row a key, and the run file that is made with it."""
+"""The table of a format, with one row per key, and the run file that is made with it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ KINDS = (SAME, RENAMED, LEFT_OUT, REFUSED)
 
 
 class Unfit(Exception):
-    """A value that has no counterpart here; the text says why."""
+    """Raised for a value that a run file cannot express; the text says why."""
 
 
 class Later(Exception):
-    """A key that the table's ``finish`` works out, with others."""
+    """Marks a key that the table's ``finish`` converts together with other keys."""
 
 
 def later(_value: Any) -> Any:
-    """The conversion of such a key."""
+    """The conversion function of a key that ``finish`` converts."""
     raise Later
 
 
 class Row(NamedTuple):
-    """What became of the key ``old``.
+    """One row of a table: what the key ``old`` of the other tool becomes.
 
-    ``to`` is our dotted key; None: the key is left out, or with ``refused`` it asks for what this
-    toolkit does not do. ``off`` are the values of a refused key that ask for nothing. ``trl``: the
-    rows of config/migration decide about a key of TRL's. ``computed``: why a value that is
-    computed in a script does not matter.
+    ``to`` is the dotted key of the run file. None means that the key is left out, or, with
+    ``refused``, that it requests something that this toolkit does not do. ``off`` are the values of
+    a refused key that turn it off. ``trl``: the key is a key of TRL, and config/migration decides.
+    ``computed``: why a value that a script computes does not matter.
     """
 
     old: str
@@ -52,21 +52,23 @@ class Row(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """One of ``KINDS``."""
+        """The kind of this row, one of ``KINDS``."""
         if self.to is None:
             return REFUSED if self.refused else LEFT_OUT
         same = self.to.rpartition(".")[2] == self.old.rpartition(".")[2]
         return SAME if same else RENAMED
 
     def is_off(self, value: Any) -> bool:
-        """Whether the value of a refused key asks for nothing."""
+        """Whether a value turns the refused key off."""
         return value in ([], {}) or any(
             type(one) is type(value) and one == value for one in self.off
         )
 
 
 class Default(NamedTuple):
-    """What a tool does where its file says nothing, if that differs from here."""
+    """The default of another tool for a key that its file does not set, if it differs from this
+    toolkit's default.
+    """
 
     to: str
     value: Any
@@ -77,7 +79,7 @@ class Default(NamedTuple):
 class Table:
     """A format: its name for people, its rows, and the defaults of its tool.
 
-    ``finish`` works out what needs several keys (batches, lengths) after all rows were applied.
+    ``finish`` converts what needs several keys (batches, lengths) after all rows were applied.
     """
 
     form: str
@@ -88,14 +90,14 @@ class Table:
 
     @cached_property
     def by_key(self) -> dict[str, Row]:
-        """The rows by the key of the other tool."""
+        """The rows, by the key of the other tool."""
         found = {row.old: row for row in self.rows}
         assert len(found) == len(self.rows), "a key has two rows"
         return found
 
     @cached_property
     def groups(self) -> frozenset[str]:
-        """What has keys below it."""
+        """The names of the keys that contain other keys."""
         return frozenset(
             ".".join(parts[:count])
             for parts in (row.old.split(".") for row in self.rows)
@@ -103,7 +105,7 @@ class Table:
         )
 
     def find(self, key: str) -> Row | None:
-        """The row of a key: its own, or that of a group ``name.*`` that it is in."""
+        """The row of a key: its own, or that of a group ``name.*`` that contains it."""
         row = self.by_key.get(key)
         while row is None and "." in key:
             key = key.rpartition(".")[0]
@@ -116,15 +118,15 @@ HIDDEN = "[hidden]"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One key of the run file, with why it is there."""
+    """One key of the run file, and why it is there."""
 
     value: Any
     why: str
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A setting that is not in the run file, and why."""
+class Omission:
+    """A setting that is left out of the run file, and why."""
 
     place: str
     key: str
@@ -134,26 +136,28 @@ class Told:
 
 @dataclass(slots=True)
 class Translation:
-    """A run file in the making, with what became of each setting of the other file."""
+    """A run file in the making, and what became of each setting of the other file."""
 
     foreign: Foreign
     table: Table
     written: dict[str, Written] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
-    reward_notes: list[str] = field(default_factory=list)  # beside ``rewards``
-    left_out: list[Told] = field(default_factory=list)
-    refused: list[Told] = field(default_factory=list)
+    reward_notes: list[str] = field(default_factory=list)  # a note for each of ``rewards``
+    left_out: list[Omission] = field(default_factory=list)
+    refused: list[Omission] = field(default_factory=list)
     unread: list[Unread] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)  # of the user's rewards
+    modules: list[str] = field(default_factory=list)  # modules of the user's rewards
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of one of our keys so far."""
+        """The value of a key of the run file so far."""
         found = self.written.get(key)
         return default if found is None else found.value
 
     def write(self, key: str, value: Any, why: str) -> None:
-        """Write one of our keys; a second setting replaces the first, and the file says so."""
+        """Set a key of the run file. If it was set before, the new value replaces the old one, and
+        a note says so.
+        """
         before = self.written.get(key)
         if before is not None and before.value != value:
             self.notes.append(
@@ -162,16 +166,20 @@ class Translation:
         self.written[key] = Written(value, why)
 
     def take(self, *keys: str) -> dict[str, Entry]:
-        """The entries with these keys of the other tool, the last of each."""
+        """The entries with these keys of the other tool; if a key occurs several times, its last
+        entry.
+        """
         return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
 
     def value_of(self, key: str, default: Any = None) -> Any:
-        """The value of a key of the other tool, if it is one that could be read."""
+        """The value of a key of the other tool; ``default`` if it is missing or could not be
+        read.
+        """
         found = self.take(key).get(key)
         return default if found is None or isinstance(found.value, Computed) else found.value
 
     def reward(self, name: str, note: str, **options: Any) -> None:
-        """Add a reward function; ``options`` are its own."""
+        """Add a reward function with its ``options``."""
         self.rewards.append({"name": name, **({"options": options} if options else {})})
         self.reward_notes.append(note)
         module = name.partition(":")[0]
@@ -179,20 +187,20 @@ class Translation:
             self.modules.append(module)
 
     def refuse(self, entry: Entry, why: str) -> None:
-        """Tell a setting that asks for what is not done here."""
-        self.refused.append(_told(entry, why))
+        """Record a setting that requests something that this toolkit does not do."""
+        self.refused.append(_omission(entry, why))
 
     def leave(self, entry: Entry, why: str) -> None:
-        """Tell a setting that is not needed here."""
-        self.left_out.append(_told(entry, why))
+        """Record a setting that a run file does not need."""
+        self.left_out.append(_omission(entry, why))
 
     def miss(self, entry: Entry, why: str) -> None:
-        """Tell a setting that could not be read."""
+        """Record a setting that could not be read."""
         self.unread.append(Unread(entry.place, f"{entry.key}: {_shown(entry)}", why))
 
 
-def _told(entry: Entry, why: str) -> Told:
-    return Told(entry.place, entry.key, _shown(entry), why)
+def _omission(entry: Entry, why: str) -> Omission:
+    return Omission(entry.place, entry.key, _shown(entry), why)
 
 
 def _shown(entry: Entry) -> str:
@@ -209,18 +217,18 @@ def entries_of(made: Translation, keys: Iterable[str]) -> list[Entry]:
 
 
 def rows(to: str, *names: str, prefix: str = "") -> Iterator[Row]:
-    """Rows of keys that keep their name in our section ``to``."""
+    """Rows of keys that have the same name in the section ``to`` of the run file."""
     return (Row(f"{prefix}{name}", f"{to}.{name}") for name in names)
 
 
 def left(why: str, *names: str) -> Iterator[Row]:
-    """Rows of keys that are left out for one reason."""
+    """Rows of keys that are left out for the same reason."""
     return (Row(name, None, why) for name in names)
 
 
 def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
-    """Rows of keys that ask for what this toolkit does not do. ``off``: further values that ask for
-    nothing.
+    """Rows of keys that request something that this toolkit does not do. ``off``: additional values
+    that turn such a key off.
     """
     return (Row(name, None, why, refused=True, off=(*Row("", None).off, *off)) for name in names)
 
@@ -250,7 +258,7 @@ _PUBLISH = "a run writes to its run folder only; toolkit export and the hub's ow
 _SPREAD = "every GPU has the whole model; several GPUs work data-parallel (--nproc-per-node)"
 _ONE_PROCESS = "the engine runs in the training process; there is no server"
 _FORMAT = "model.dtype auto is bfloat16 where the card has it"
-# Keys of TRL's that a run file refuses, where leaving them out is right.
+# Keys of TRL that a run file refuses. For an imported file it is right to leave them out.
 _OURS = {
     row.old: row
     for row in (
@@ -283,13 +291,13 @@ _OURS = {
 
 
 def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
-    """Where a value of a key of TRL's goes today: the key and the value; the key is None where it
-    is to go. Raises Unfit where only a person can say what was meant.
+    """The current key and value for a key of TRL. The key is None if the setting is dropped. Raises
+    Unfit if only the user can say what was meant.
     """
     assert row.trl is not None
     today = converted(row.trl, value)
     if today is None and row.trl in MOVED and row.to is None:
-        return None, None  # gone, with nothing to decide
+        return None, None  # removed, and nothing needs a decision
     if today is None:
         raise Unfit(row.why or "a run file has no such key")
     return today

@@ -1,4 +1,4 @@
-"""Notebooks: the code of their cells as one script, without magics. Nothing is executed."""
+"""Read notebooks: the code of the cells becomes one script, without magics. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from toolkit.config.importers.syntax import parse
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Cell magics whose cell is Python all the same.
+# Cell magics whose cell is Python nevertheless.
 _PYTHON = re.compile(r"%%(capture|time|timeit|prun)\b")
 _MAGIC = re.compile(r"(\s*)(%|!)")
 _INSTALL = re.compile(r"\s*[!%]\s*(uv |python3? -m )?(pip|conda|uv|apt|apt-get)\b")
 
 
 def read_notebook(raw: bytes, name: str) -> Foreign:
-    """The settings of a notebook. Raises InputError if the bytes are not a notebook, ValueError if
-    it has no Python.
+    """The settings of a notebook. Raises InputError if the bytes are not a notebook, and ValueError
+    if the notebook has no Python.
     """
     lines: list[str] = []
     places: list[str] = []
@@ -31,7 +31,7 @@ def read_notebook(raw: bytes, name: str) -> Foreign:
         try:
             parse("\n".join(kept))
         except ValueError as error:
-            unread.append(Unread(f"cell {number}", _first(kept), f"it is no Python: {error}"))
+            unread.append(Unread(f"cell {number}", _first(kept), f"it is not Python: {error}"))
             continue
         lines += kept
         places += [f"cell {number}, line {line}" for line in range(1, len(kept) + 1)]
@@ -45,7 +45,7 @@ def _cells(notebook: Any) -> Iterator[tuple[int, str]]:
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     sheets = notebook.get("worksheets") if isinstance(notebook, dict) else None
     if cells is None and isinstance(sheets, list) and sheets and isinstance(sheets[0], dict):
-        cells = sheets[0].get("cells")  # nbformat 3
+        cells = sheets[0].get("cells")  # notebook format 3
     if not isinstance(cells, list):
         raise ValueError("it has no cells")
     for number, cell in enumerate(cells, 1):
@@ -56,7 +56,9 @@ def _cells(notebook: Any) -> Iterator[tuple[int, str]]:
 
 
 def _code(source: str, number: int, unread: list[Unread]) -> list[str]:
-    """The lines of a cell with ``pass`` in place of magics, which are listed."""
+    """The lines of a cell, with ``pass`` in place of each magic. The magics are added to
+    ``unread``.
+    """
     lines = source.split("\n")
     first = next((line for line in lines if line.strip()), "")
     if first.startswith("%%") and not _PYTHON.match(first):

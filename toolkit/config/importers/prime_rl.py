@@ -1,4 +1,6 @@
-"""prime-rl: the TOML of ``rl``, or those of its trainer, orchestrator and inference alone."""
+"""The formats of prime-rl: the TOML file of ``rl``, and the separate files of its trainer,
+orchestrator and inference.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def _checkpointing(value: Any) -> bool:
 
 
 def _model(prefix: str) -> Iterator[Row]:
-    """[model] of the whole, of the trainer, of the orchestrator."""
+    """The rows of a [model] table: of the whole file, of the trainer, or of the orchestrator."""
     yield Row(f"{prefix}model.name", "model.model_name")
     yield Row(f"{prefix}model.trust_remote_code", "model.trust_remote_code")
     yield Row(f"{prefix}model.seq_len", "model.max_seq_length")

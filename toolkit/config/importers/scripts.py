@@ -1,5 +1,5 @@
-"""Python scripts and notebooks that train with TRL or Unsloth: the arguments of the calls that
-matter, read by ``ast``.
+"""Read Python scripts and notebooks that train with TRL or Unsloth: the arguments of the relevant
+calls are found with ``ast``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _FAST = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoPeftModelForCausalLM")
-# Calls whose keywords are settings: the name of the call, and the prefix of its keys.
+# Calls whose keywords are settings: name of the call -> prefix of the keys.
 _CALLS = {"GRPOConfig": "GRPOConfig", "LoraConfig": "LoraConfig",
           "BitsAndBytesConfig": "BitsAndBytesConfig", "GRPOTrainer": "GRPOTrainer",
           "load_dataset": "load_dataset"}  # fmt: skip
@@ -41,8 +41,8 @@ _SAMPLING = "vllm_sampling_params"
 
 
 def read_script(text: str, place: Callable[[int], str] | None = None) -> Foreign:
-    """The settings of a script. ``place`` names a line for people. Raises ValueError for text that
-    is no Python.
+    """The settings of a script. ``place`` turns a line number into text for people. Raises
+    ValueError if the text is not Python.
     """
     reader = _Reader(parse(text), place or (lambda line: f"line {line}"))
     reader.read()
@@ -134,7 +134,9 @@ class _Reader:
                 self.foreign.add(key, self.names.value(keyword.value), self.place(found.lineno))
 
     def attributes(self) -> None:
-        """``training_args.max_steps = 100`` behind ``training_args = GRPOConfig(...)``."""
+        """Read assignments such as ``training_args.max_steps = 100`` after ``training_args =
+        GRPOConfig(...)``.
+        """
         for name, attribute, value, line in self.names.settings:
             made = self.names.lookup(name)
             if isinstance(made, ast.Call) and called(made.func) in ("GRPOConfig", "LoraConfig"):
@@ -154,7 +156,9 @@ def _rewards(made: Translation) -> None:
             if name.isidentifier():
                 made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
             else:
-                made.refuse(entry, f"{name} is no function by its name: give a function of yours")
+                made.refuse(
+                    entry, f"{name} is not the name of a function: give a function of yours"
+                )
     if made.modules:
         made.notes.append(
             "Move the reward functions into rewards.py beside this file: a run file names "

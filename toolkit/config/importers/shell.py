@@ -1,4 +1,4 @@
-"""Shell scripts as commands of words, with the lines that they are on. Nothing is executed."""
+"""Split shell scripts into commands of words with line numbers. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENDS = "\n;|&()"
 
 @dataclass(slots=True)
 class Word:
-    """A word of a command. ``unknown``: what only the shell knows of it."""
+    """A word of a command. ``unknown`` is the part whose value only the shell knows."""
 
     text: str
     line: int
@@ -28,7 +28,7 @@ class Word:
 
     @property
     def value(self) -> Any:
-        """The word as a value: a scalar of YAML 1.2, or a list or mapping in JSON."""
+        """The value of the word: a scalar of YAML 1.2, or a list or mapping in JSON."""
         if self.unknown:
             return Computed(self.text or self.unknown, f"{self.unknown} is set by the shell")
         return scalar(self.text)
@@ -52,7 +52,7 @@ class _Shell:
 
 
 def scalar(text: str) -> Any:
-    """A text of a command line as a value."""
+    """The value of a text on a command line."""
     if text[:1] in "{[" and text:
         try:
             return json.loads(text)
@@ -67,7 +67,7 @@ def scalar(text: str) -> Any:
 
 
 def _flow(text: str) -> Any:
-    """A list of hydra's: [console,wandb]."""
+    """A list in hydra's form: [console,wandb]."""
     if not (text.startswith("[") and text.endswith("]")) or "[" in text[1:]:
         return text
     items = [one.strip().strip("'\"") for one in text[1:-1].split(",")]
@@ -75,7 +75,7 @@ def _flow(text: str) -> Any:
 
 
 def commands(text: str) -> Iterator[list[Word]]:
-    """The commands of a shell script, assignments of literal values put in for their names."""
+    """The commands of a shell script. Variables with a literal value are replaced by that value."""
     shell = _Shell(text)
     words: list[Word] = []
     while shell.at < len(text):
@@ -149,7 +149,7 @@ def _escaped(shell: _Shell, quote: str) -> str:
 
 
 def _expansion(shell: _Shell, sign: str, word: Word) -> str:
-    """What ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes stand for, if that is known."""
+    """The text that ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes stand for, if it is known."""
     if sign == "`":
         return _unknown(shell, word, "`", "`")
     if shell.peek() == "(":
@@ -179,8 +179,8 @@ def _unknown(shell: _Shell, word: Word, begin: str, end: str) -> str:
 
 
 def flags(words: list[Word]) -> Iterator[tuple[str, Any, int]]:
-    """``(name, value, line)`` of ``--name value``, ``--name=value``, ``--name a b`` (a list) and
-    ``--name`` (true), hyphens as underscores.
+    """Yield ``(name, value, line)`` for ``--name value``, ``--name=value``, ``--name a b`` (a list)
+    and ``--name`` (true). Hyphens in names become underscores.
     """
     at = 0
     while at < len(words):

@@ -1,4 +1,6 @@
-"""ms-swift: ``swift rlhf --rlhf_type grpo`` as a command line, a YAML file or args.json."""
+"""The format of ms-swift: ``swift rlhf --rlhf_type grpo`` as a command line, a YAML file or
+args.json.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constants of a Python file, folded from its syntax tree. Nothing is executed."""
+"""Compute the constants in a Python file from its syntax tree. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LARGEST = 1e15
 
 
 class _Unfolded(Exception):
-    """An expression that is no constant; the text says why."""
+    """Raised for an expression that is not a constant; the text says why."""
 
 
 def parse(text: str) -> ast.Module:
-    """The syntax tree. Raises ValueError with a reason for text that is no Python."""
+    """The syntax tree of a text. Raises ValueError with a reason if the text is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -38,12 +38,15 @@ def parse(text: str) -> ast.Module:
 
 
 class Names:
-    """What each name of a file stands for, where it is set once and not in a branch or loop."""
+    """The values of the names in a file. Only names that are set once, outside branches and loops,
+    have one.
+    """
 
     def __init__(self, tree: ast.Module) -> None:
         self.counts: Counter[str] = Counter()
         self.assigned: dict[str, ast.expr] = {}
-        self.settings: list[tuple[str, str, ast.expr, int]] = []  # name.attribute = value
+        # assignments name.attribute = value
+        self.settings: list[tuple[str, str, ast.expr, int]] = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
                 self.counts[node.id] += 1
@@ -70,11 +73,11 @@ class Names:
                 self.settings.append((target.value.id, target.attr, value, statement.lineno))
 
     def lookup(self, name: str) -> ast.expr | None:
-        """The expression that a name stands for; None where that is not sure."""
+        """The expression that was assigned to a name; None if that is not certain."""
         return self.assigned.get(name) if self.counts[name] == 1 else None
 
     def value(self, node: ast.expr) -> Any:
-        """The constant that an expression is, or ``Computed``."""
+        """The constant that an expression evaluates to, or ``Computed``."""
         try:
             return self._fold(node, 0)
         except _Unfolded as reason:
@@ -139,12 +142,14 @@ def _sign(sign: ast.unaryop, value: Any) -> Any:
 
 
 def _is_main(node: ast.AST) -> bool:
-    """``if __name__ == "__main__":``, whose body is like the module's."""
+    """Whether a statement is ``if __name__ == "__main__":``, whose body is treated like the
+    module's.
+    """
     return isinstance(node, ast.If) and "__name__" in ast.dump(node.test)
 
 
 def shown(node: ast.expr) -> str:
-    """An expression in one short line."""
+    """An expression as one short line of text."""
     try:
         text = " ".join(ast.unparse(node).split())
     except RecursionError:
@@ -153,12 +158,16 @@ def shown(node: ast.expr) -> str:
 
 
 def called(node: ast.expr) -> str:
-    """The last name of what is called: ``GRPOConfig`` of ``trl.GRPOConfig(...)``."""
+    """The last part of the name of a called function: ``GRPOConfig`` for
+    ``trl.GRPOConfig(...)``.
+    """
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def owner(node: ast.expr) -> str:
-    """Before the last dot: ``FastLanguageModel`` of ``FastLanguageModel.from_pretrained``."""
+    """The part of the name before the last dot: ``FastLanguageModel`` for
+    ``FastLanguageModel.from_pretrained``.
+    """
     return called(node.value) if isinstance(node, ast.Attribute) else ""

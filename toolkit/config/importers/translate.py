@@ -1,4 +1,6 @@
-"""Entries of a foreign file, by the rows of its table, to the keys of a run file."""
+"""Translate the entries of a foreign file to the keys of a run file, by the rows of the format's
+table.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def _why(entry: Entry, row: Row) -> str:
 
 
 def _evaluate(made: Translation) -> None:
-    """A batch of evaluation that holds whole groups, where the default of 8 does not."""
+    """Set an evaluation batch size of one group if the default of 8 is not a multiple of
+    num_generations.
+    """
     size, group = "grpo.per_device_eval_batch_size", made.get("grpo.num_generations")
     held_out = made.get("dataset.eval_path") or made.get("dataset.eval_split")
     if held_out and size not in made.written and type(group) is int and group > 0 and 8 % group:
@@ -93,13 +97,13 @@ def _evaluate(made: Translation) -> None:
 
 
 def _weigh(made: Translation) -> None:
-    """Hand ``grpo.reward_weights`` to the rewards, which have them here."""
+    """Move the weights in ``grpo.reward_weights`` to the rewards, where a run file has them."""
     weights = made.written.get("grpo.reward_weights")
     if weights is None or not made.rewards:
         return
     values = weights.value if isinstance(weights.value, list) else [weights.value]
     if len(values) != len(made.rewards):
-        return  # the validator compares the two
+        return  # the validator reports that the numbers differ
     del made.written["grpo.reward_weights"]
     for reward, weight in zip(made.rewards, values, strict=True):
         reward["weight"] = weight

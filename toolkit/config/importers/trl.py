@@ -1,5 +1,5 @@
-"""TRL: the YAML file or the command line of ``trl grpo`` (TRL 1.16's ScriptArguments, ModelConfig,
-DatasetMixtureConfig and GRPOConfig).
+"""The format of TRL: the YAML file or the command line of ``trl grpo`` (TRL 1.16's ScriptArguments,
+ModelConfig, DatasetMixtureConfig and GRPOConfig).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Translation
 
 _FROM_BITS = "bitsandbytes' nf4 with double quantization is what 4-bit means here"
-# Names that TRL's script knows, and what scores alike here.
+# Rewards that TRL's script knows by name -> the built-in reward with the same scores.
 _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "accuracy_reward": ("math_verify", {"column": "solution"}, "TRL's accuracy_reward"),
     "think_format_reward": (
@@ -40,7 +40,7 @@ _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def rewards(made: Translation, key: str = "reward_funcs") -> None:
-    """The reward functions that ``key`` names, as TRL's script finds them."""
+    """Add the reward functions that ``key`` names. Names are resolved as in TRL's script."""
     for entry in made.take(key).values():
         for name in map(str, text_list(entry.value)):
             if name in _REWARDS:
@@ -54,7 +54,7 @@ def rewards(made: Translation, key: str = "reward_funcs") -> None:
 
 
 def adapter(made: Translation) -> None:
-    """Refuse training of all weights, which TRL does unless use_peft is set."""
+    """Refuse training of all weights, which is TRL's default unless use_peft is set."""
     if made.value_of("use_peft") is not True:
         made.notes.append(f"There is no use_peft: true in the file: {NO_ADAPTER}")
 

@@ -1,4 +1,6 @@
-"""verl: hydra's YAML or overrides of ``verl.trainer.main_ppo`` (docs/examples/config.rst)."""
+"""The format of verl: hydra's YAML or overrides of ``verl.trainer.main_ppo``
+(docs/examples/config.rst).
+"""
 
 from __future__ import annotations
 
@@ -73,11 +75,13 @@ def _interval(value: Any) -> Any:
 
 
 def _resamples(value: Any) -> int:
-    """How often is drawn again; verl counts the first batch, and 0 is no limit."""
+    """How often a batch is sampled again. verl also counts the first batch, and 0 means no
+    limit.
+    """
     if not is_count(value):
-        raise Unfit("there is a limit here")
+        raise Unfit("the limit must be a positive number here")
     if value == 1:
-        raise Unfit("nothing is drawn again with 1 batch: set grpo.dynamic_sampling: false")
+        raise Unfit("with 1 batch verl samples nothing again: set grpo.dynamic_sampling: false")
     return int(value) - 1
 
 
@@ -86,7 +90,9 @@ def _share(value: Any) -> Any:
 
 
 def _batches(made: Translation) -> None:
-    """Prompts and samples there are completions here; a mini-batch is an optimizer step."""
+    """Convert the batch sizes: verl counts prompts and samples, a run file counts completions. A
+    mini-batch of verl is an optimizer step.
+    """
     samples = made.value_of(f"{_ROLLOUT}.n")
     prompts = made.value_of("data.train_batch_size")
     mini = made.value_of(f"{_ACTOR}.ppo_mini_batch_size")

@@ -1,5 +1,5 @@
-"""A translation as the text of a run file, each line with where it comes from; the table of a
-format for documentation.
+"""Write a translation as the text of a run file, in which each line says where it comes from, and
+the table of a format for the documentation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from toolkit.config.wording import spell
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from toolkit.config.importers.mapping import Told, Translation
+    from toolkit.config.importers.mapping import Omission, Translation
 
 SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
 _LONGEST = 240
@@ -25,7 +25,7 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def run_file_text(made: Translation, name: str) -> str:
-    """The run file, in YAML. ``name`` is the file that it was made from."""
+    """The text of the run file in YAML. ``name`` is the file that it was made from."""
     if "runtime.output_dir" not in made.written:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem).strip("-") or "run"
         made.written["runtime.output_dir"] = Written(f"runs/{stem}", "the file names none")
@@ -66,8 +66,10 @@ def _section(made: Translation, section: str) -> Iterator[str]:
         yield f"  # allow_code: [{modules}]"
 
 
-def _block(title: str, told: Iterable[Told]) -> list[str]:
-    lines = [f"#   {one.place}: {_one_line(f'{one.key}: {one.value} - {one.why}')}" for one in told]
+def _block(title: str, omissions: Iterable[Omission]) -> list[str]:
+    lines = [
+        f"#   {one.place}: {_one_line(f'{one.key}: {one.value} - {one.why}')}" for one in omissions
+    ]
     return ["", f"# {title}", *lines] if lines else []
 
 
@@ -77,7 +79,7 @@ def _unread(made: Translation) -> list[str]:
 
 
 def flow(value: Any) -> str:
-    """A value on one line of YAML."""
+    """A value as YAML on one line."""
     if isinstance(value, dict):
         pairs = (f"{_key(name)}: {flow(below)}" for name, below in value.items())
         return "{" + ", ".join(pairs) + "}"
@@ -92,24 +94,30 @@ def _key(name: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """Without characters that YAML does not take, and without line ends, inside of quotes."""
+    """Text that is safe inside quotes: without line ends and without characters that YAML does not
+    accept.
+    """
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
 
 def _one_line(text: str) -> str:
-    """A text for a comment: one line, nothing that a terminal acts on, no secret."""
+    """Text for a comment: one line, without characters that control a terminal and without
+    secrets.
+    """
     line = " ".join(redact(visible(text)).split())
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def _fine(row: Row) -> str:
-    """The values of a refused key that ask for nothing, beside those that mean "off"."""
+    """The values that turn a refused key off, besides those that mean "off" everywhere."""
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
 
 
 def markdown(form: str) -> str:
-    """One line a key: its name there, its name here, what happens, and why."""
+    """A table with one line per key: the other tool's name, the name in a run file, what happens,
+    and why.
+    """
     found = table(form)
     lines = [
         f"Keys of {found.title}, and what `toolkit import` makes of them.",

@@ -1,4 +1,4 @@
-"""Every rule on a run file, by topic. Each rule is one small function."""
+"""All rules on a run file, by topic. Each rule is one small function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def all_rules() -> dict[str, Rule]:
 
 @cache
 def judging_rules() -> tuple[Rule, ...]:
-    """The rules that judge a run directly, without those that loading and the schema report."""
-    from toolkit.config.rules.structural import TOLD  # noqa: PLC0415 - after all themes
+    """The rules that check a run directly, without the rules that loading and the schema report."""
+    from toolkit.config.rules.structural import RULE_TEXTS  # noqa: PLC0415 - after all topics
 
-    return tuple(rule for name, rule in all_rules().items() if name not in TOLD)
+    return tuple(rule for name, rule in all_rules().items() if name not in RULE_TEXTS)

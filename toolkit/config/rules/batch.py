@@ -22,7 +22,7 @@ GROUP = "grpo.num_generations"
 
 
 def micro_batch(run: Run) -> int:
-    """per_device_train_batch_size as a number. Raises Unjudged if it is auto."""
+    """per_device_train_batch_size as a number. Raises Unjudged if the value is auto."""
     micro = run.value(MICRO)
     if not isinstance(micro, int) or run.value(ACCUMULATION) == "auto":
         raise Unjudged  # GRPO028 reports what auto requires
@@ -30,7 +30,7 @@ def micro_batch(run: Run) -> int:
 
 
 def world(run: Run) -> str:
-    """The world size as an operand."""
+    """The world size as text, for the arithmetic of a finding."""
     return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 
@@ -55,7 +55,7 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
     """
     group = run.value(GROUP)
     if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
-        return  # GRPO002, GRPO003
+        return  # GRPO002 or GRPO003 reports it
     batch, formula, factor = generation_batch(run)
     if batch % group == 0:
         return
@@ -253,8 +253,8 @@ def divisors_from(number: int, least: int) -> list[int]:
 
 
 def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` closest to ``wanted``, the smaller one of two equally close. A
-    divisor that leaves more than one group is preferred.
+    """The divisor of ``number`` that is closest to ``wanted``; if two are equally close, the
+    smaller one. A divisor that leaves more than one group is preferred.
     """
     every = divisors_from(number, least) if 0 < number < 10**9 else []
     found = [one for one in every if one < number] or every

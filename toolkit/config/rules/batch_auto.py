@@ -1,5 +1,5 @@
-"""An auto micro-batch, whose size the sizer chooses: what it requires, and which losses depend on
-it.
+"""Rules on an auto micro-batch, whose size the sizer chooses: what the run file must set, and which
+losses depend on the size.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ USUAL, USUAL_MICRO = 64, 8  # completions per step, and per micro-batch
 def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
     """auto_find_batch_size is refused.
 
-    It halves the batch on an out-of-memory error, so the batch no longer holds whole groups.
-    `envcheck size` finds a batch that fits before the run starts.
+    transformers would halve the batch after an out-of-memory error, so the batch no longer holds
+    whole groups. `envcheck size` finds a batch that fits before the run starts.
     """
     if run.value("grpo.auto_find_batch_size"):
         yield RuleViolation(
@@ -91,7 +91,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
 
 
 def _in_place(run: Run, size: int) -> Fix:
-    """generation_batch_size in place of steps_per_generation."""
+    """The fix that replaces steps_per_generation by generation_batch_size."""
     node = run.node(STEPS)
     assert node is not None
     name = SIZE.rpartition(".")[2]
@@ -142,7 +142,7 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
 
 
 def _numbers(run: Run) -> Fix:
-    """The fix that writes a split of the generation batch."""
+    """The fix that sets both numbers, so that they split the generation batch."""
     size = run.value(SIZE)
     own = size // run.world_size if size and size % run.world_size == 0 else USUAL
     micro = next(one for one in range(USUAL_MICRO, 0, -1) if own % one == 0)

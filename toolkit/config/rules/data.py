@@ -1,6 +1,4 @@
-"""The files that the run file names: those of the model and the data, if they are on this
-machine.
-"""
+"""Rules on the files of the model and of the data, if they are on this machine."""
 
 from __future__ import annotations
 
@@ -205,13 +203,14 @@ def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
 def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
     """A system prompt is a message, and dataset.chat: false makes no messages.
 
-    The text of dataset.system is then put before each prompt, followed by an empty line. This is
-    right for a base model. A model with a chat template was not trained on this format.
+    The text of dataset.system is then put before each prompt, followed by an empty line. A
+    pretrained model without a chat template can use this format. A model with a chat template was
+    not trained on it.
     """
     if run.value("dataset.chat") is not False or not run.value("dataset.system"):
         return
     if run.chat_template is False:
-        return  # this model reads only plain text
+        return  # this module reads only plain text
     yield RuleViolation(
         "dataset.system",
         "it is put before each prompt as plain text, because dataset.chat is false",
@@ -266,7 +265,8 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
 def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     """There is a data set to train on.
 
-    Every completion answers one of its prompts, so a run needs it whatever grpo.max_steps is.
+    Every completion answers a prompt of the data set, so a run needs a data set for any value of
+    grpo.max_steps.
     """
     if run.value("dataset.path") is None and run.node("environment") is None:
         yield RuleViolation(
@@ -285,11 +285,11 @@ def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     fix="give every row of a column the same type, and every prompt a text or messages",
 )
 def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
-    """A column holds one type, and a prompt is a text or a list of messages.
+    """A column must have one type for all rows. A prompt must be text or messages, not a number or
+    a boolean.
 
-    A column of texts and numbers has no type that a data set could have; a prompt that is a number
-    or a truth value cannot be asked. Checked in the first rows of JSONL, JSON and CSV files on this
-    machine, and in the schema of Parquet files; training checks every row.
+    The rule checks the first rows of JSONL, JSON and CSV files on this machine, and the schema of
+    Parquet files. Training checks every row.
     """
     for which in _PATHS:
         data = data_of(run.document, which)

@@ -1,4 +1,4 @@
-"""Environments and tools: their code may run, and there is one source of prompts."""
+"""Rules on environments and tools: their code must be allowed, and prompts come from one source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ _TOOLS = "tools.functions"
 
 
 def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
-    """Each adapter that the run uses: as its environment, or as a reward by its name."""
+    """Each adapter that the run uses, as its environment or as a reward, with the path of the key
+    that names it.
+    """
     if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
     functions = run.node("reward.functions")
@@ -47,9 +49,10 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     fix="runtime: {allow_code: [reasoning_gym]}",
 )
 def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
-    """The package of an environment is one that runtime.allow_code names.
+    """runtime.allow_code names the package of an environment.
 
-    It makes the prompts and scores the completions, so its code runs, as that of a reward does.
+    The package makes the prompts and scores the completions, so its code runs, like the code of a
+    reward function.
     """
     allowed = run.value("runtime.allow_code")
     told = set()
@@ -98,10 +101,10 @@ def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
     fix="tools: {functions: [my_tools:search]}",
 )
 def tools_exist(run: Run) -> Iterator[RuleViolation]:
-    """A tool is module:function of a module that runtime.allow_code lets in.
+    """A tool is module:function, and runtime.allow_code allows the module.
 
-    The module is looked for beside the run file and on the Python path. Its source is read; it is
-    not imported. One that is not here is a warning (an error under --strict).
+    The module is searched next to the run file and on the Python path. Its source is read, not
+    imported. A missing module is a warning (with --strict an error).
     """
     if run.node(_TOOLS) is None or not run.written(_TOOLS):
         return
@@ -109,7 +112,7 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         at = ("tools", "functions", index)
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-            yield RuleViolation(at, f"{name} is no module:function")
+            yield RuleViolation(at, f"{name} is not of the form module:function")
         elif not is_allowed(module, run.value("runtime.allow_code")):
             top = module.partition(".")[0]
             yield RuleViolation(
@@ -137,7 +140,7 @@ dataset: {chat: false}
 def tools_need_a_chat(run: Run) -> Iterator[RuleViolation]:
     """Tools are called in a chat.
 
-    A call and its result are messages of the chat template, which a plain text has no place for.
+    A call and its result are messages. Only a chat template can put them into the text.
     """
     if run.node(_TOOLS) is None or run.value("dataset.chat") is not False:
         return
@@ -227,10 +230,10 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     fix="remove environment.eval_size",
 )
 def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
-    """An environment of several turns is acted in during training, in a chat.
+    """An environment with several turns is for training only, in a chat.
 
-    The evaluation before and after a run asks for one answer to each prompt. It takes no steps, so
-    there would be nothing to score.
+    The evaluation before and after a run asks for one answer to each prompt. It does not act in the
+    environment, so there would be nothing to score.
     """
     if _adapter(run) not in IN_STEPS:
         return

@@ -1,4 +1,6 @@
-"""Evaluation during training: its data, its metrics, and what depends on them."""
+"""Rules on evaluation during training: its data, its metrics, and the settings that depend on
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ METRICS = (
     "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
     "clip_ratio/region_mean", "runtime", "samples_per_second", "steps_per_second",
 )  # fmt: skip
-"""Metrics of every GRPO evaluation, besides the rewards and what user code logs."""
+"""Metrics of every GRPO evaluation, besides the rewards and the metrics that user code logs."""
 SOMETIMES = (
     "kl", "aux_loss", "entropy_coef", "policy_loss", "cispo_clip_ratio", "vespo/phi_seq_mean",
     "sampling/logp_gap_mean", "sampling/logp_gap_max", "sampling/sampling_logp_difference/mean",
@@ -75,7 +77,8 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
         f"the evaluation has no metric {metric}",
         notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
         fixes=(run.to(METRIC, close),),
-        # A name from metrics.jsonl (eval/reward) is wrong here, whatever the rewards log.
+        # A name from metrics.jsonl (eval/reward) is never a metric here, even if rewards log
+        # metrics.
         severity=None if only_ours or name != plain else Severity.WARNING,
     )
 
@@ -123,7 +126,9 @@ def _rewards(run: Run) -> tuple[list[str], bool]:
 
 
 def _follows(run: Run) -> bool:
-    """Whether the schedule depends on a metric. Then there is a default metric."""
+    """Whether the learning rate schedule depends on a metric. Then transformers has a default
+    metric.
+    """
     return run.ask(_SCHEDULER) in FOLLOWERS
 
 

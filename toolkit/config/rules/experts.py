@@ -1,4 +1,4 @@
-"""LoRA on a mixture-of-experts model."""
+"""Rules on LoRA for a mixture-of-experts model."""
 
 from __future__ import annotations
 

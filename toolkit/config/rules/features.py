@@ -1,5 +1,5 @@
-"""Settings that the loader would refuse, from the table of supported features: flags, attention,
-machine.
+"""Rules on settings that the loader would refuse: flags, attention, machine. The table of supported
+features has the reasons.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ATTENTION = "model.attn_implementation"
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> RuleViolation:
-    """A problem from the table as a fault, with the written values and fixes that can be
-    applied.
+    """The violation for a problem from the table, with the values in the run file and fixes that
+    can be applied.
     """
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
@@ -53,8 +53,8 @@ def fault_of(
 def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
     """load_in_fp8 is false.
 
-    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit needs even
-    less memory.
+    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit is supported
+    and needs even less memory.
     """
     if run.value("model.load_in_fp8"):
         yield RuleViolation(
@@ -73,13 +73,14 @@ def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
 def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
-    A weight has 16 bits or 32. A weight that is quantized to 4 or 8 bits has no gradient.
+    A weight is stored in either 16 or 32 bits. A weight that is quantized to 4 or 8 bits has no
+    gradient.
     """
     names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
     values = {name: run.ask(f"model.{name}") for name in names}
     for problem in flag_problems(**values):
         if run.engine == "vllm" and values["full_finetuning"]:
-            continue  # LOAD003
+            continue  # LOAD003 reports it
         involved = (problem.key, *(key for key, _ in problem.fixes))
         note = "; ".join(run.operand(key) for key in dict.fromkeys(involved))
         yield fault_of(run, problem, note=note)
@@ -148,9 +149,9 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
     Without one there is no mixed precision in float16, and no loss scaling: a float32 model is
-    trained in float32, and a float16 model without scaling. Both are warnings. The vLLM engine
-    samples in float32 there unless model.dtype says otherwise, which is an error, as the trainer is
-    asked for another format. Checked with --gpu.
+    trained in float32, and a float16 model without scaling. Both are warnings. On a CPU the vLLM
+    engine samples in float32 unless model.dtype is set. Then sampler and trainer have different
+    formats, which is an error. Checked with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
@@ -159,7 +160,7 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     dtype = dtype_of(written, run.situation, load_in_16bit=run.ask("model.load_in_16bit"))
     refused = run.engine == "vllm" and dtype != "float16"
     if (refused and written != "auto") or run.ask("grpo.bf16"):
-        return  # RUN020 and GRPO023
+        return  # RUN020 and GRPO023 report it
     if refused:
         what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
     elif dtype == "float16":

@@ -1,4 +1,6 @@
-"""Sampling keywords: what the run's engine does with each key of ``grpo.generation_kwargs``."""
+"""Rules on sampling keywords: what the run's engine does with each key of
+``grpo.generation_kwargs``.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ _KEYS = f"{_KWARGS} runtime.engine model.fast_inference"
 
 
 def _written(run: Run) -> Mapping[str, Node]:
-    """The keywords, without those whose value is already invalid by itself."""
+    """The keywords in the run file, without those whose value is already invalid by itself."""
     node = run.node(_KWARGS)
     if node is None or not isinstance(node.value, dict) or not run.written(_KWARGS):
         return {}
@@ -40,18 +42,18 @@ def _written(run: Run) -> Mapping[str, Node]:
 
 
 def _finite(value: Any) -> bool:
-    """False for numbers that rule DOC006 refuses."""
+    """Whether a value contains no number that rule DOC006 refuses."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """The engines that may generate. The one that is used if it is installed comes first."""
+    """The engines that may generate. The first one generates if it is installed."""
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 
 
 def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
-    """Keywords whose first problem is of ``kind``. If one of two possible engines accepts the
-    keyword, it is a warning.
+    """A violation for each keyword whose first problem is of ``kind``. If one of two possible
+    engines accepts the keyword, the violation is a warning.
     """
     engines = _engines(run)
     for name, node in _written(run).items():
@@ -175,7 +177,7 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
                 on_key=True,
             )
     there = run.engine != "transformers" and run.value(_REGEX) is not None
-    if there and _no_automaton(run) is None:  # GRPO064
+    if there and _no_automaton(run) is None:  # GRPO064 reports it
         yield RuleViolation(
             _REGEX,
             "the training pass does not reproduce it",

@@ -1,5 +1,5 @@
-"""Data that will not be used as it seems: columns that the trainer does not pass on, missing
-answers, chats written as text.
+"""Rules on data that will not be used as it seems: columns that the trainer does not pass on,
+missing answers, chats written as text.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def answers_are_there(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
-    """If any prompt is a chat written as JSON text, all prompts are.
+    """If one prompt is a chat written as JSON text, all prompts must be such texts.
 
-    Then they are read as chats. If only some are, all prompts are read as plain text, and the model
-    sees the JSON.
+    If all prompts are, they are read as chats. If only some are, all prompts are read as plain
+    text, and the model sees the JSON.
     """
     for which in _PATHS:
         data = data_of(run.document, which)

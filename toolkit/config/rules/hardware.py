@@ -1,4 +1,4 @@
-"""What a GPU must support, checked for the card of --gpu NAME or for --gpu none."""
+"""Rules on what a GPU must support, for the card of --gpu NAME or for --gpu none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def lacks(run: Run, needed: tuple[int, int]) -> str | None:
-    """Why the card does not meet ``needed``; None if it does or no card is named."""
+    """Why the card does not have the compute capability ``needed``; None if it has, or if no card
+    is named.
+    """
     device = run.situation.device
     if device is None:
         return None
@@ -66,7 +68,7 @@ def builds_have_code(run: Run) -> Iterator[RuleViolation]:
 def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0.
 
-    The kernels of bitsandbytes run on Volta GPUs and newer. Checked with --gpu.
+    The kernels of bitsandbytes run on Volta and newer GPUs. Checked with --gpu.
     """
     for bits in (4, 8):
         key = f"model.load_in_{bits}bit"
@@ -130,7 +132,7 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     bits. Checked with --gpu.
     """
     if not run.value("model.float8_kv_cache") or run.engine == "transformers":
-        return  # nothing reads it (KEY008 reports that)
+        return  # no engine reads it (KEY008 reports that)
     why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
     if why or slow:
         yield RuleViolation(

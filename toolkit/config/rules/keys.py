@@ -1,4 +1,4 @@
-"""Keys that a run file may not set, keys without effect, and keys that were renamed."""
+"""Rules on keys that a run file may not set, keys without effect, and keys that were renamed."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
 
 
 def has_turns(run: Run) -> bool:
-    """Whether the model may act before it has answered: with tools, or in an environment."""
+    """Whether the model may act before it answers: with tools, or in an environment."""
     adapter = run.value("environment.adapter") if run.node("environment.adapter") else None
     return run.node("tools") is not None or adapter in IN_STEPS
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Keys that this engine does not read, written or not, with the reason."""
+    """Yield each key that this engine does not read, set or not, with the reason."""
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
         why = f"{run.operand(key)}, but only the vLLM engine reads it"
@@ -169,7 +169,9 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
-    """Evaluation keys of a run without evaluation, and metric keys that decide nothing."""
+    """Yield the evaluation keys of a run without evaluation, and metric keys that have no
+    effect.
+    """
     evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
     if not evaluated and not has_evaluation_data(run):
         why = f"evaluation is off: {run.operand('grpo.eval_strategy')}"
@@ -185,7 +187,7 @@ def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
-    """Keys of trackers that report_to does not name."""
+    """Yield the keys of trackers that report_to does not name."""
     asked = run.ask("grpo.report_to") or []
     named = [asked] if isinstance(asked, str) else asked
     why = run.operand("grpo.report_to")
@@ -209,7 +211,7 @@ def older_names(run: Run) -> Iterator[RuleViolation]:
     for old, moved in MOVED.items():
         node = run.node(old)
         if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
-            continue  # GRPO019
+            continue  # GRPO019 reports it
         yield RuleViolation(
             old,
             moved.sentence,

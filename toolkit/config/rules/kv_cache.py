@@ -1,4 +1,4 @@
-"""The engine's KV cache against the model's own shape."""
+"""Rules on the size of the KV cache for the model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _LENGTH = "model.max_seq_length"
 def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     """kv_cache_bytes holds one sequence of max_seq_length tokens.
 
-    vLLM does not start with less, as no request could end. Checked if the model is on this
-    machine, from its config.json: layers x 2 x KV heads x head size x bytes per value x tokens, in
-    whole blocks, and one block that vLLM keeps empty. envcheck size has the exact number.
+    With a smaller cache vLLM does not start, because it could not hold one sequence of full length.
+    Checked if the model is on this machine. The size follows from config.json: layers x 2 x KV
+    heads x head size x bytes per value x tokens, in whole blocks, and one block that vLLM keeps
+    empty. envcheck size has the exact number.
     """
     written, length = run.value(_CACHE), run.value(_LENGTH)
     if type(written) is not int or type(length) is not int:

@@ -1,4 +1,4 @@
-"""Lengths that must fit into the context."""
+"""Rules on lengths that must fit into the context."""
 
 from __future__ import annotations
 
@@ -87,8 +87,9 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is not much larger than prompt and completion together.
 
     The engine reserves KV cache for at least one sequence of max_seq_length, and sizes its tables
-    and prompt passes for it. It never uses more than max_prompt_length + max_completion_length.
-    Above 4 times that, this is a warning. Checked if max_prompt_length is written.
+    and prompt passes for it. A sequence never has more than max_prompt_length +
+    max_completion_length tokens. A max_seq_length above 4 times this sum is a warning. Checked if
+    max_prompt_length is set.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     if not prompt or run.engine == "transformers" or not run.written(_CONTEXT):
@@ -148,8 +149,8 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
     length.
 
     Above original_max_position_embeddings vLLM uses the long factors for every sequence, but the
-    trainer uses them only for sequences that are longer. The run would sample a different policy
-    than it trains. Checked when the model is on this machine.
+    trainer uses them only for sequences that are longer than this length. The run would sample a
+    different policy than it trains. Checked when the model is on this machine.
     """
     model = run.model
     if run.engine == "transformers" or model is None or model.longrope_original is None:

@@ -1,4 +1,4 @@
-"""How the model is loaded, and what the engine requires."""
+"""Rules on how the model is loaded, and on what the engine requires."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHARE = "model.gpu_memory_utilization"
 def one_format(run: Run) -> Iterator[RuleViolation]:
     """At most one of load_in_4bit, load_in_8bit and load_in_16bit is true.
 
-    Weights are kept in one format.
+    Weights can be stored in only one format.
     """
     chosen = [name for name in _FORMATS if run.ask(f"model.{name}")]
     if len(chosen) > 1:
@@ -53,8 +53,8 @@ def one_format(run: Run) -> Iterator[RuleViolation]:
 def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     """fast_inference excludes trust_remote_code, full_finetuning and load_in_8bit.
 
-    The engine runs its own model code, not the checkpoint's. It shares the base weights with the
-    trainer, so they must not change. It has no 8-bit bitsandbytes kernels for LoRA.
+    The engine runs its own model code, not the checkpoint's. Engine and trainer share the base
+    weights, so these must not change. The engine has no 8-bit bitsandbytes kernels for LoRA.
     """
     if run.engine == "transformers":
         return
@@ -116,8 +116,9 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
     """gpu_memory_utilization is above 0 and below 1, and in the range that the sizer finds for the
     card.
 
-    It is the fraction of the card's memory that vLLM may use. The range is checked with --gpu NAME
-    when the model is on this machine; `envcheck size` shows the whole budget.
+    gpu_memory_utilization is the fraction of the card's memory that vLLM may use. The range is
+    checked with --gpu NAME when the model is on this machine; `envcheck size` shows the whole
+    budget.
     """
     node = run.node(_SHARE)
     if node is None or type(node.value) not in (int, float) or 0 < node.value < 1:
@@ -164,10 +165,11 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
-    """A written dequantized_rollouts needs a 4-bit base and an engine on one GPU.
+    """dequantized_rollouts: true needs base weights in 4 bits and an engine on one GPU.
 
-    It replaces 4-bit weights by 16-bit copies while sampling. Weights in 16 bits are used as they
-    are; an engine over several GPUs has workers of its own, which the toolkit does not reach.
+    The key replaces 4-bit weights by 16-bit copies while the engine samples. Weights that are
+    stored in 16 bits need no copy. An engine on several GPUs has worker processes, in which the
+    toolkit cannot replace weights.
     """
     key = "model.dequantized_rollouts"
     written = run.value(key)

@@ -1,4 +1,4 @@
-"""The adapter without the engine: what PEFT requires."""
+"""Rules on the adapter that apply without the engine: what PEFT requires."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INIT = "lora.init_lora_weights"
 def positive_rank(run: Run) -> Iterator[RuleViolation]:
     """lora.r is an integer above 0.
 
-    The adapter of a layer is B times A with r columns and rows.
+    The adapter of a layer is the product B times A. B has r columns and A has r rows.
     """
     node = run.node(_R)
     if node is not None and type(node.value) is int and node.value <= 0:
@@ -47,10 +47,10 @@ lora:
     fix="init_lora_weights: true",
 )
 def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
-    """LoftQ starts from a base that is not quantized.
+    """init_lora_weights: loftq needs base weights that are not quantized.
 
-    LoftQ quantizes the base itself and initializes the adapter with the quantization error. A base
-    that is already quantized has no original weights to compare with.
+    LoftQ quantizes the base weights itself and initializes the adapter with the quantization error.
+    For weights that are already quantized, the original weights are missing.
     """
     if run.value(_INIT) != "loftq":
         return

@@ -1,4 +1,4 @@
-"""The adapter in the engine: what vLLM supports."""
+"""Rules on the adapter in the engine: what vLLM supports."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
     """max_lora_rank is one of the ranks that vLLM has kernels for.
 
     vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512 (read from the installed vLLM, if
-    any). auto chooses the smallest of these that is at least lora.r. A written value is never
-    changed.
+    any). auto chooses the smallest of these that is at least lora.r. A value that the run file sets
+    is never changed.
     """
     node = run.node(_ROOM)
     if node is None or run.engine == "transformers" or type(node.value) is not int:
@@ -66,7 +66,7 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
     room, legal = run.value(_ROOM), known("lora_ranks")
     largest = max(legal.values)
     if room != "auto" and room not in legal.values:
-        return  # LORA002
+        return  # LORA002 reports it
     most = largest if room == "auto" else room
     for at, operand, rank in _ranks(run):
         if rank <= most:
@@ -90,7 +90,9 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
 
 
 def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
-    """Each requested rank: its place, its text for arithmetic, and its value."""
+    """Yield each rank that the run file sets: its key path, its text for the arithmetic, and its
+    value.
+    """
     yield ("lora", "r"), run.operand(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():
         at = ("lora", "rank_pattern", key)
@@ -98,7 +100,7 @@ def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
 
 
 def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
-    """The fix that writes a lower rank at its place."""
+    """The fix that sets the key ``at`` to a lower rank."""
     node = run.document.node(at)
     if len(at) == 2 or node is None or node.source.is_override:
         return run.to(_R, rank) if len(at) == 2 else Fix(f"{at[-1]}: {rank}")
@@ -116,8 +118,8 @@ def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
     trained biases, DoRA or modules_to_save.
 
     It does not support an adapter on embed_tokens or lm_head. Its latent attention (DeepSeek)
-    ignores an adapter on kv_b_proj. An initialization that rewrites the base (PiSSA, OLoRA, CorDA,
-    LoftQ, EVA, LoRA-GA) would change the weights that engine and trainer share.
+    ignores an adapter on kv_b_proj. An initialization that rewrites the base weights (PiSSA, OLoRA,
+    CorDA, LoftQ, EVA, LoRA-GA) would change the weights that engine and trainer share.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):
         return
@@ -155,17 +157,17 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     if "kv_b_proj" in targets:
         wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
         yield _TARGETS, wrong, Fix("remove kv_b_proj")
-    if adapts_head(run) and not _head_told_elsewhere(run):
+    if adapts_head(run) and not _head_reported_elsewhere(run):
         yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
     wrong_init = init_with_engine(init)
-    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005
+    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports it
     if wrong_init is not None and not told:
         yield "lora.init_lora_weights", wrong_init, run.to("lora.init_lora_weights", True)
 
 
-def _head_told_elsewhere(run: Run) -> bool:
-    """GRPO013 and GRPO014 report an adapter on lm_head."""
+def _head_reported_elsewhere(run: Run) -> bool:
+    """Whether GRPO013 or GRPO014 already reports the adapter on lm_head."""
     return bool(run.ask("grpo.use_liger_kernel") or run.ask("grpo.cast_lm_head_to_fp32"))
 
 
@@ -181,7 +183,7 @@ def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
     TRL computes log-probabilities from lm_head.weight directly, so an adapter on it would be
     ignored and never trained. TRL would refuse it after the model has loaded.
     """
-    if run.engine == "transformers" and adapts_head(run) and not _head_told_elsewhere(run):
+    if run.engine == "transformers" and adapts_head(run) and not _head_reported_elsewhere(run):
         yield RuleViolation(
             _TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,)
         )

@@ -1,4 +1,6 @@
-"""Where the adapter is: existing layers, modules that can have an adapter, engine slots."""
+"""Rules on where the adapter is: existing layers, modules that can have an adapter, engine
+slots.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def layers_are_there(run: Run) -> Iterator[RuleViolation]:
     """layers_to_transform names layers that the model has.
 
     Layers are counted from 0. PEFT silently skips a layer that does not exist, so the adapter would
-    be smaller than written. Checked when the model is on this machine.
+    have fewer layers than the run file names. Checked when the model is on this machine.
     """
     layers = run.value(_LAYERS)
     count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
@@ -66,9 +68,9 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     init = run.value(_INIT)
     why = DATA_INITS.get(init) if isinstance(init, str) else None
     if why is None or run.engine != "transformers":
-        return  # LORA004 reports it for the engine
+        return  # with the engine, LORA004 reports the method
     if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
-        return  # LORA005
+        return  # LORA005 reports it
     yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
 
 
@@ -107,10 +109,12 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
 
 
 def _there(run: Run, leaf: str) -> bool:
-    """Whether the model may have such a module. LORA007 reports modules that do not exist."""
+    """Whether the model may have a module with this name. LORA007 reports names that do not
+    exist.
+    """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
-        return False  # LORA028
+        return False  # LORA028 reports it
     return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
 
 

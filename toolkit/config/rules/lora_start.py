@@ -1,5 +1,5 @@
-"""The adapter layer by layer (different ranks and alphas, excluded modules), and the adapter to
-start from.
+"""Rules on the adapter's settings per layer (ranks, alphas, excluded modules), and on the adapter
+that training starts from.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ WEIGHTS = "adapter_model.safetensors"
     fix="remove r, or r: 8",
 )
 def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
-    """adapter_path is the folder of a LoRA adapter, and the other written lora keys match it.
+    """adapter_path is the folder of a LoRA adapter, and the other lora keys that are set match it.
 
-    Keys of the lora section that are not written come from the adapter. A written key with a
-    different value would need different tensors. When both are loaded, the run checks that the
-    adapter was trained on this base.
+    Keys of the lora section that are not set come from the adapter. A key that is set to a
+    different value would need different tensors. When model and adapter are loaded, the run checks
+    that the adapter was trained on this model.
     """
     node = run.node(_PATH)
     if node is None or run.value(_PATH) is None:
@@ -86,24 +86,26 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     fix="an adapter with init_lora_weights true",
 )
 def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
-    """The adapter of adapter_path belongs to the checkpoint as it is, and is one of a lora section.
+    """The adapter of adapter_path was trained on the unchanged weights of the checkpoint, and a
+    lora section can describe it.
 
-    PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base before training; the tensors of such an
-    adapter are wrong on the weights of the checkpoint. target_parameters and other fields of PEFT
-    that the lora section does not have would make another adapter than the one that is sized.
+    PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base weights before training, so the tensors
+    of such an adapter are wrong for the weights of the checkpoint. target_parameters and other
+    fields of PEFT that the lora section does not have would create a different adapter than the one
+    that is sized.
     """
     node = run.node(_PATH)
     values = None if node is None or not node.value else read_adapter(resolve(node.value, node))
     if values is None or values.get("peft_type") != "LORA":
-        return  # LORA024
+        return  # LORA024 reports it
     problem = start_problem(values)
     if problem is not None:
         yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
 
 
 def _comparable(value: Any, name: str) -> Any:
-    """The value in a form that can be compared: names unordered, numbers of one type, missing
-    values as PEFT's default.
+    """The value in a form that can be compared: lists of names as sets, numbers of one type,
+    missing values as PEFT's default.
     """
     if isinstance(value, (list, tuple)):
         return sorted(map(str, value))
@@ -181,8 +183,8 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
 
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
-    """Modules of the model that get the adapter, judged by their names; [] if the weights are not
-    on this machine or the targets are a regular expression.
+    """Modules of the model that get the adapter, found by their names; [] if the weights are not on
+    this machine or the targets are a regular expression.
     """
     targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None
@@ -190,7 +192,7 @@ def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
         return []
     assert run.model is not None
     if targets == "auto":
-        from toolkit.config.lora_targets import default_targets  # noqa: PLC0415 - with a model alone
+        from toolkit.config.lora_targets import default_targets  # noqa: PLC0415 - only needed if the model is here
 
         targets = default_targets(run.model.config)
     if isinstance(targets, str):

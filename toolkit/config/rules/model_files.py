@@ -1,4 +1,4 @@
-"""The model's files: whether the model is supported, also by this engine."""
+"""Rules on the model's files: whether the toolkit and the run's engine support the model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
 def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
     """model_name is a model, not the folder of an adapter.
 
-    lora.adapter_path starts from an adapter; its adapter_config.json names the base.
+    lora.adapter_path starts from an adapter; its adapter_config.json names the model that it
+    belongs to.
     """
     folder = _folder(run)
     if folder is None or not is_adapter(folder):

@@ -1,4 +1,4 @@
-"""The optimizer: its package, its targets and its arguments."""
+"""Rules on the optimizer: its package, its targets and its arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORDS = (
     "momentum_dtype", "variance_dtype", "compensation_buffer_dtype", "bf16_stochastic_round",
     "kahan_sum", "decouple_lr",
 )  # fmt: skip
-"""Options that are not numbers."""
+"""Options whose value is not a number."""
 
 
 @rule(

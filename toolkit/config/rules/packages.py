@@ -1,4 +1,4 @@
-"""Trackers by name, and packages that a key needs."""
+"""Rules on the names of trackers, and on packages that a key needs."""
 
 from __future__ import annotations
 

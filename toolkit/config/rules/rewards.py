@@ -1,4 +1,4 @@
-"""Reward functions: at least one is set, all exist, and TRL can call them."""
+"""Rules on reward functions: at least one is set, all exist, and TRL can call them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
 def some_reward(run: Run) -> Iterator[RuleViolation]:
     """There is at least one reward function.
 
-    GRPO learns only from rewards. An environment brings its own.
+    GRPO learns only from rewards. An environment has its own reward.
     """
     if run.node("environment") is not None:
         return
@@ -265,8 +265,8 @@ reward:
 def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
     """A function that runs in the training process has a time limit.
 
-    With reward.isolate a signal can stop waiting for a function that hangs. In the training process
-    only the time limit can, because such a function may swallow the signal's exception.
+    With reward.isolate a signal can stop waiting for a function that hangs. Without reward.isolate
+    only the time limit can, because such a function may catch the exception that the signal raises.
     """
     if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
         return

@@ -1,5 +1,5 @@
-"""The number of data rows compared with the prompts of one generation batch, and the length of the
-run.
+"""Rules on the number of data rows (compared with the prompts of one generation batch), and on the
+length of the run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     rows, origin = _rows(run)
     batch, formula, factor = generation_batch(run)
     group = run.value(GROUP)
-    if rows is None or group < 2 or batch % group:  # GRPO001, GRPO002
+    if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports it
         return
     needed = batch // group
     if rows >= needed:
@@ -74,7 +74,9 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
 
 
 def _rows(run: Run) -> tuple[int | None, str]:
-    """The maximum number of rows to train on, and where it comes from; None if unknown."""
+    """The largest number of rows to train on, and where the number comes from; (None, text) if it
+    is unknown.
+    """
     limit = run.value(_LIMIT)
     data = data_of(run.document, "path")
     if data is None or not data.rows or not data.whole:
@@ -86,7 +88,7 @@ def _rows(run: Run) -> tuple[int | None, str]:
 
 
 def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> tuple[Fix, ...]:
-    """A smaller batch that the rows fill, and more rows if dataset.limit is too low."""
+    """The fixes: a smaller batch that the rows fill, and more rows if dataset.limit is too low."""
     fixes = []
     group = run.value(GROUP)
     if factor == SIZE:
@@ -132,8 +134,8 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     """With dynamic_sampling or curriculum, the data set has more rows than a generation batch has
     prompts.
 
-    Both choose other rows than those of the batch. If each batch has all rows, there is nothing to
-    choose, and the key has no effect. Checked if the rows can be counted.
+    Each of the two keys can replace rows of the batch by other rows. If every batch needs all rows,
+    there are no other rows, and the key has no effect. Checked if the rows can be counted.
     """
     on = [key for key in _CHOOSING if run.ask(key) is True]
     if not on:
@@ -144,7 +146,8 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
         (rows, origin), where = _rows(run), _PATH
     batch, formula, _ = generation_batch(run)
     group = run.value(GROUP)
-    if rows is None or group < 2 or batch % group or rows != batch // group:  # fewer: GRPO043
+    # GRPO043 reports fewer rows
+    if rows is None or group < 2 or batch % group or rows != batch // group:
         return
     for key in on:
         yield RuleViolation(

@@ -1,5 +1,5 @@
-"""The input of a rule: written values, defaults, places, and facts of model and data if
-available.
+"""The input of a rule: values in the run file, defaults, positions, and facts of the model and the
+data if they are available.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ __all__ = ["DeviceFacts", "Run", "Situation", "Unjudged", "default", "parts_of"]
 
 
 class Unjudged(Exception):
-    """Raised when an operand is invalid and already reported. The rule then reports nothing."""
+    """Raised if a value that a rule needs is invalid and already reported. The rule then reports
+    nothing.
+    """
 
 
 @cache
@@ -37,7 +39,7 @@ def default(path: str) -> Any:
 
 @cache
 def parts_of(path: str) -> KeyPath:
-    """``lora.rank`` as a key path."""
+    """A dotted key such as ``lora.rank`` as a key path."""
     return tuple(path.split("."))
 
 
@@ -52,31 +54,33 @@ class Run:
 
     @property
     def processes(self) -> int:
-        """How many processes the run has."""
+        """The number of processes of the run."""
         return self.situation.world_size
 
     @property
     def world_size(self) -> int:
-        """How many processes, or groups of them that share one model, have rows of their own."""
+        """The number of processes, or of process groups that share one model, that have rows of
+        their own.
+        """
         size = self.ask(parallel.KEY)
         return parallel.replicas(self.processes, size if self.engine != "transformers" else 1)
 
     def node(self, path: str) -> Node | None:
-        """The node of a key; None if the key is not written."""
+        """The node of a key; None if the run file does not set the key."""
         if path not in self._nodes:
             self._nodes[path] = self.document.node(parts_of(path))
         return self._nodes[path]
 
     def written(self, path: str) -> bool:
-        """Whether a key is written with a value that rules can use."""
+        """Whether the run file sets a key to a value that rules can use."""
         parts = parts_of(path)
         if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
             raise Unjudged
         return self.node(path) is not None
 
     def value(self, path: str) -> Any:
-        """The value of a key as plain data. If the key is not written: the value of the adapter
-        that the run starts from, else the default.
+        """The value of a key as plain data. If the run file does not set the key: the value of the
+        adapter that the run starts from, else the default.
         """
         if not self.written(path):
             name = path.removeprefix("lora.")
@@ -101,8 +105,9 @@ class Run:
         return dict(value) if isinstance(value, dict) else {}
 
     def ask(self, path: str) -> Any:
-        """Like ``value``, but the default if the written value is invalid by itself. For a rule
-        with several independent parts, so that one invalid value does not disable the other parts.
+        """Like ``value``, but returns the default if the value in the run file is invalid by
+        itself. A rule with several independent parts uses this function, so that one invalid value
+        does not disable the other parts.
         """
         try:
             return self.value(path)
@@ -110,12 +115,16 @@ class Run:
             return default(path)
 
     def operand(self, path: str) -> str:
-        """``num_generations 8 (line 12)``, for the arithmetic of a finding."""
+        """A key with its value and line, ``num_generations 8 (line 12)``, for the arithmetic of a
+        finding.
+        """
         name, node = path.rpartition(".")[2], self.node(path)
         return f"{name} {show(self.ask(path))} ({self.origin(node)})"
 
     def origin(self, node: Node | None) -> str:
-        """Where a value comes from: a line, another file's line, an override, or the default."""
+        """Where a value comes from, as text: a line, another file's line, an override, or the
+        default.
+        """
         if node is None:
             return "default"
         if node.source.is_override:
@@ -124,7 +133,9 @@ class Run:
         return line if node.source is self.document.source else f"{node.source.name} {line}"
 
     def to(self, path: str, value: Any) -> Fix:
-        """The fix that writes ``value`` at ``path``. It can be applied if the key is written."""
+        """The fix that sets ``path`` to ``value``. --fix can apply it if the run file sets
+        the key.
+        """
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
             return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
@@ -132,7 +143,7 @@ class Run:
         return Fix(f"{name}: {fix.text}", fix.edits)
 
     def replace(self, node: Node, value: Any) -> Fix:
-        """The fix that writes ``value`` in place of a scalar."""
+        """The fix that replaces a scalar by ``value``."""
         if value is None and node.source.format == "toml":
             return Fix("remove it")  # TOML has no null
         spelling = spell(value, node.source.format)
@@ -146,7 +157,7 @@ class Run:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that generates (``config.resolved``)."""
+        """The engine that generates, as ``config.resolved`` decides."""
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
         return engine_of(engine, fast, self.situation)
 

@@ -1,4 +1,4 @@
-"""The run folder, resuming from it, and the number format of trainer and engine."""
+"""Rules on the run folder, on resuming, and on the number format of trainer and engine."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def _folder(run: Run) -> Path:
 
 
 def _something_in(folder: Path) -> bool:
-    """The lock does not count: train itself holds it when it judges the run file again."""
+    """Whether a path is a file, or a folder with more than the lock file. The command train holds
+    this lock when it validates the run file again.
+    """
     return exists(folder) and (not folder.is_dir() or bool(set(_names(folder)) - {LOCK_FILE}))
 
 
@@ -102,8 +104,8 @@ def _names(folder: Path) -> list[str]:
 def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     """pack_tokens needs padding_free.
 
-    Padded batches are cut by rows, per_device_train_batch_size at a time: a number of tokens would
-    have no effect.
+    A padded batch is split by rows, per_device_train_batch_size in each part, so a number of tokens
+    would have no effect.
     """
     if run.value("runtime.pack_tokens") == "auto" or run.value("runtime.padding_free"):
         return
@@ -125,8 +127,9 @@ def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
 def one_liger(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true and use_liger_kernel: true exclude each other.
 
-    Both put liger-kernel on the model. fused_kernels compares each kernel with the layer that it
-    replaces; use_liger_kernel is TRL's own switch, and with fused_kernels: auto it is followed.
+    Both keys apply liger-kernel to the model. fused_kernels compares each kernel with the layer
+    that it replaces; use_liger_kernel is TRL's own key. With fused_kernels: auto, use_liger_kernel
+    decides.
     """
     if run.value("runtime.fused_kernels") is True and run.value("grpo.use_liger_kernel"):
         yield RuleViolation(
@@ -151,8 +154,9 @@ def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
     A float32 engine with a bfloat16 trainer samples a slightly different policy than it trains: the
-    log-probabilities differ by 3e-3 to 6e-3 nats per token instead of 1e-6. Without the engine the
-    trained model also samples, in one format. GRPO023 covers two different 16-bit formats.
+    log-probabilities differ by 3e-3 to 6e-3 nats per token instead of 1e-6. Without the engine, the
+    trained model itself samples, so there is only one format. GRPO023 covers two different 16-bit
+    formats.
     """
     if run.engine != "vllm" or run.ask("model.dtype") != "float32":
         return

@@ -1,4 +1,6 @@
-"""How completions are sampled, and how importance sampling corrects for the sampler."""
+"""Rules on how completions are sampled, and on the importance sampling that corrects for the
+sampler.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _CORRECTION = "grpo.vllm_importance_sampling_correction"
 _LEVEL = "grpo.importance_sampling_level"
 _SUMMED = ("bnpo", "dr_grpo", "dapo", "cispo")
 
-# key -> (what it must be, test, the nearest legal value)
+# key -> (what its value must be, the test, the nearest legal value)
 _RANGES: dict[str, tuple[str, Any, Any]] = {
     "grpo.temperature": ("from 0 to 2", lambda value: 0 <= value <= 2, lambda _: 1.0),
     "grpo.top_p": ("more than 0 and at most 1", lambda value: 0 < value <= 1, lambda _: 1.0),

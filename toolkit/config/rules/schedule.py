@@ -1,5 +1,5 @@
-"""When the run evaluates, saves and changes its learning rate: what transformers' TrainingArguments
-requires.
+"""Rules on when the run evaluates, saves and changes its learning rate: what transformers'
+TrainingArguments requires.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def one_half_precision(run: Run) -> Iterator[RuleViolation]:
 def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     """load_best_model_at_end is for full fine-tuning, and needs every checkpoint to be evaluated.
 
-    A LoRA run ends with its last adapter. runtime.keep_best keeps the best checkpoints too, and
+    A LoRA run ends with its last adapter. runtime.keep_best also keeps the best checkpoints, and
     `toolkit export --checkpoint` exports one of them. With full fine-tuning, eval_strategy and
     save_strategy must be the same (or save_strategy is best). If both are steps, save_steps must be
     a multiple of eval_steps.
@@ -82,7 +82,8 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
         return
     if run.value(_EVAL) != run.value(_SAVE):
         data = run.ask("dataset.eval_path") is not None or run.ask("dataset.eval_split") is not None
-        evaluating = (run.to(_EVAL, run.value(_SAVE)),) if data else ()  # else DATA005 refuses it
+        # otherwise DATA005 refuses it
+        evaluating = (run.to(_EVAL, run.value(_SAVE)),) if data else ()
         yield RuleViolation(
             _BEST,
             "checkpoints that are not evaluated cannot be compared",

@@ -1,4 +1,4 @@
-"""The learning rate schedule: which keywords its function accepts."""
+"""Rules on the learning rate schedule: which keywords its function accepts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GREEDY_MIN_LR = 1e-3  # the lowest rate of greedy without min_lr
 
 
 def _given(run: Run) -> dict[str, Node] | None:
-    """The written keywords; None if lr_scheduler_kwargs is invalid by itself."""
+    """The keywords in the run file; None if lr_scheduler_kwargs is invalid by itself."""
     node = run.node(KWARGS)
     if node is None or node.value is None:
         return {}
@@ -117,7 +117,9 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
 
 
 def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> RuleViolation:
-    """A keyword that the schedule does not have or that the trainer passes."""
+    """The violation for a keyword that the schedule does not have or that the trainer passes
+    itself.
+    """
     fixes: tuple[Fix, ...] = (Fix("remove it"),)
     known = ", ".join(schedule.keywords) or "none"
     message = f"{kind} has no keyword {name}; it takes: {known}"
@@ -138,7 +140,7 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
 
 
 def _wanted(name: str, node: Node) -> str | None:
-    """What the keyword accepts, if its value is not valid."""
+    """What the keyword accepts, as text, if its value is not valid; else None."""
     value: Any = node.value
     if name in CHOICES:
         return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"
@@ -149,7 +151,7 @@ def _wanted(name: str, node: Node) -> str | None:
         fits = type(value) is int and value >= least
         return None if fits else f"a whole number of at least {least} for {name}"
     if name in ("min_lr", "max_lr") and isinstance(value, list):
-        return None  # one for each parameter group
+        return None  # one value for each parameter group
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"a number for {name}"
     if name == "factor" and not 0 < value < 1:

@@ -1,4 +1,6 @@
-"""No secrets in a run file, because it is copied into the run folder and shared."""
+"""A rule against secrets in a run file, because the file is copied into the run folder and
+shared.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ def no_secrets(run: Run) -> Iterator[RuleViolation]:
     """A run file contains no token, key or password.
 
     Secrets are recognised by the key's name or by the form of the value. A run file is copied into
-    the run folder and shared. Put a secret into the environment, or use the login of its own tool.
-    The value is never printed.
+    the run folder and shared. Put a secret into the environment, or log in with the tool of the
+    service. The value is never printed.
     """
     for path, node in run.document.root.walk():
         name = path[-1] if path else ""

@@ -1,4 +1,6 @@
-"""One model over several cards: what its number, the model and the rest of the run must be."""
+"""Rules on tensor_parallel_size, which splits one model over several cards: its value, the model
+and the other settings.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ _CARDS = "model:\n  tensor_parallel_size: 2"
 
 
 def _split(run: Run) -> bool:
-    """Whether the run may share one model between several processes."""
+    """Whether several processes of the run may share one model."""
     return bool(run.value(_KEY) == "auto" or run.value(_KEY) > 1)
 
 
 def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleViolation:
-    """A violation at ``key``, whose value cannot be used while one model is split."""
+    """A violation at ``key``, whose value cannot be used while processes share one model."""
     return RuleViolation(
         key,
         message,
@@ -39,9 +41,10 @@ def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleVi
 def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
-    Each card of a group holds whole heads, and the run has groups of that many processes. The model
-    is judged where it is on this machine; the world size is --world-size. Fewer KV heads than cards
-    are fine where the number is a multiple of them: cards then hold the same ones.
+    Each card of a group holds complete attention heads, and every group has tensor_parallel_size
+    processes. There may be fewer KV heads than cards if tensor_parallel_size is a multiple of their
+    number: then several cards hold the same KV head. The model is checked if it is on this machine.
+    --world-size gives the world size.
     """
     size = run.value(_KEY)
     if size in (1, "auto"):
@@ -58,7 +61,7 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _KEY,
             f"{size} does not divide the world size {run.processes}",
-            notes=("the world size is what torchrun starts; --world-size says it here",),
+            notes=("torchrun starts this many processes; --world-size sets it here",),
             fixes=fixes,
         )
 
@@ -72,8 +75,8 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
 def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size above 1 needs share_weights: true.
 
-    The trainer computes on the part of the model that the engine of its process holds. A second,
-    whole copy in each process would undo what splitting saves.
+    The trainer computes with the part of the model that the engine of its process holds. A second,
+    complete copy in each process would take the memory that splitting saves.
     """
     if _split(run) and not run.value(_SHARE) and run.engine != "transformers":
         yield RuleViolation(
@@ -92,11 +95,11 @@ def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     fix="tensor_parallel_size: 1",
 )
 def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
-    """tensor_parallel_size above 1 needs a model whose layers the trainer can follow.
+    """tensor_parallel_size above 1 needs a model whose split layers the trainer supports.
 
-    Dense decoders with separate projections are followed. A mixture of experts, fused projections
-    (Phi-3), models that vLLM runs through its Transformers backend, and packed 4-bit weights are
-    not. The model is judged where it is on this machine.
+    The trainer supports dense decoders with separate projections. It does not support a mixture of
+    experts, fused projections (Phi-3), models that vLLM runs through its Transformers backend, and
+    packed 4-bit weights. Checked if the model is on this machine.
     """
     if run.value(_KEY) in (1, "auto") or run.engine == "transformers":
         return
@@ -136,10 +139,10 @@ _PENALTIES = ("presence_penalty", "frequency_penalty")
     fix="top_p: 1.0",
 )
 def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
-    """With tensor_parallel_size above 1 no token is cut off or penalized while sampling.
+    """With tensor_parallel_size above 1, sampling uses no top_p, top_k, min_p and penalties.
 
-    Training applies the sampler's steps to its own logits. Each card holds the logits of a part of
-    the vocabulary, and which tokens top_p, top_k, min_p and penalties keep depends on all of them.
+    Training applies these settings to its own logits. Each card holds the logits of only a part of
+    the vocabulary, but the settings depend on the logits of all tokens.
     """
     if not _split(run) or run.engine == "transformers":
         return
@@ -160,10 +163,12 @@ def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
     fix="lora_dropout: 0.0",
 )
 def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
-    """With tensor_parallel_size above 1 the adapter has no dropout, and a plain initialization.
+    """With tensor_parallel_size above 1, the adapter has no dropout, and its initialization does
+    not depend on the base weights.
 
-    Each process would drop other inputs than one process does. Initializations that look at the
-    weights of the base see only a part of them.
+    With dropout, each process would draw its own mask, so the result would differ from that of one
+    process. Each process holds only a part of the base weights, so an initialization from them
+    would differ too.
     """
     if not _split(run) or run.engine == "transformers":
         return
@@ -172,7 +177,7 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
         yield _excluded(run, "lora.lora_dropout", message, run.to("lora.lora_dropout", 0.0))
     init = run.ask("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
-        message = f"{init} looks at whole weights, and each card holds a part of them"
+        message = f"{init} depends on the complete weights, and each card holds a part of them"
         fix = run.to("lora.init_lora_weights", True)
         yield _excluded(run, "lora.init_lora_weights", message, fix)
 
@@ -184,11 +189,11 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     fix="optim: adamw_torch_fused",
 )
 def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
-    """With tensor_parallel_size above 1 the optimizer updates each value by itself.
+    """With tensor_parallel_size above 1, the optimizer updates each value independently.
 
-    Each process holds a part of the adapter. Optimizers that look at whole rows or columns
-    (adafactor), at blocks of values (8 bits) or at the norm of a tensor would make another step
-    than one process does.
+    Each process holds a part of the adapter. Optimizers that use whole rows or columns (adafactor),
+    blocks of values (8 bits) or the norm of a tensor would make a different step than in one
+    process.
     """
     if not _split(run) or run.engine == "transformers":
         return

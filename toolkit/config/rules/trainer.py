@@ -1,4 +1,4 @@
-"""Keys that transformers' trainer, accelerate and torch read: what they accept and require."""
+"""Rules on keys that transformers' trainer, accelerate and torch read: which values they accept."""
 
 from __future__ import annotations
 
@@ -226,8 +226,8 @@ def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
 def cache_is_known(run: Run) -> Iterator[RuleViolation]:
     """cache_implementation is one of transformers' caches; offloaded ones need a GPU.
 
-    It is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked with
-    --gpu.
+    This cache is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked
+    with --gpu.
     """
     key = "grpo.cache_implementation"
     name = run.value(key)

@@ -1,4 +1,6 @@
-"""Losses, reference models, schedules: what TRL's trainer requires besides the batch."""
+"""Rules on losses, reference models and schedules: what TRL's trainer requires besides the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,8 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
             fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
             related=tuple(clashes),
         )
-    elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:  # GRPO066's
+    # GRPO066 reports the other case
+    elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:
         yield RuleViolation(
             _LIGER,
             f"needs {LIGER.install}, which is not installed here",
@@ -109,7 +112,7 @@ def _plain(run: Run, key: str) -> object:
     fix="remove lm_head from target_modules",
 )
 def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
-    """cast_lm_head_to_fp32 excludes an adapter on lm_head, and weights that are tied.
+    """cast_lm_head_to_fp32 excludes an adapter on lm_head, and tied weights.
 
     The cast replaces lm_head by a float32 copy, so an adapter on it would be lost. If lm_head is
     tied to the embedding, TRL 1.16 looks for the embedding under a name that a model with an
@@ -144,7 +147,8 @@ def sync_needs_reference(run: Run) -> Iterator[RuleViolation]:
     """sync_ref_model needs beta above 0 and full fine-tuning.
 
     With beta 0 there is no reference model. With LoRA the reference is a frozen copy of the adapter
-    that the run starts from, on the same base, so that there is no second model to synchronize.
+    that the run starts from. Both use the same base weights, so there is no second model to
+    synchronize.
     """
     if not run.value("grpo.sync_ref_model"):
         return
@@ -194,8 +198,8 @@ def one_warmup(run: Run) -> Iterator[RuleViolation]:
 def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     """learning_rate is between 1e-7 and 1.
 
-    Below this range LoRA hardly changes in thousands of steps; above it, training diverges. Nearly
-    always the exponent is mistyped. Usual for GRPO with LoRA is 1e-6 to 5e-5.
+    Below this range an adapter hardly changes in thousands of steps; above it, training diverges.
+    Nearly always the exponent is mistyped. Usual for GRPO with LoRA is 1e-6 to 5e-5.
     """
     rate = run.value("grpo.learning_rate")
     if not SLOWEST <= rate <= FASTEST:

@@ -1,4 +1,4 @@
-"""A rule is a function with an id, texts for people, and the faults that it yields."""
+"""A rule: a function with an id, texts for people, and the violations that it yields."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class RuleViolation:
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[str, ...] = ()
-    on_key: bool = False  # the key is wrong, not its value
-    severity: Severity | None = None  # if it differs from the rule's own
+    on_key: bool = False  # whether the key is wrong, not its value
+    severity: Severity | None = None  # the severity, if it differs from the rule's own
     unknown: bool = False
 
 
@@ -54,7 +54,7 @@ class Rule:
 
 
 def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
-    """A rule's fault with its place."""
+    """The finding for a violation, with its position."""
     path = parts_of(fault.at) if isinstance(fault.at, str) else fault.at
     node = _shown(run, path, fault.related)
     mark = node.key if fault.on_key and node.key is not None else node.mark
@@ -75,8 +75,8 @@ def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
 
 
 def _shown(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
-    """The node to report: the fault's own, else a written operand, else the section, else the
-    file.
+    """The node to report: the one that the violation names, else one of the related keys in the run
+    file, else the section, else the file.
     """
     for candidate in (path, *(parts_of(one) for one in related), path[:1]):
         node = run.document.node(candidate)

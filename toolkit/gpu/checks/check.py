@@ -1,4 +1,6 @@
-"""A check is a small function from a snapshot and a context to an outcome, with its texts."""
+"""A check is a small function that gets a snapshot and a context and returns an outcome, with texts
+for people.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ ASK_AGAIN = (
 class CheckContext:
     """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    ``configured`` says that the values come from a run file, so whatever is not required is not
-    needed. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
+    ``configured`` is true if the values come from a run file. Then the job needs only what they
+    require. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
     ``world_size`` counts this node's processes. ``node`` checks every card of the node and ignores
     the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
     ``model_type`` values that the sizer knows exactly. ``absent_packages`` are those of the run's
@@ -61,8 +63,8 @@ class CheckContext:
 
     @property
     def gpus_wanted(self) -> int:
-        """Cards of this node that the job uses. The engine splits a model over the trainer's ranks,
-        so the number is the larger of the two, not their product.
+        """The number of cards of this node that the job uses. One process uses one card, so this is
+        the largest of required_gpus, world_size and tensor_parallel_size.
         """
         return max(self.required_gpus, self.world_size, self.tensor_parallel_size)
 
@@ -140,7 +142,7 @@ class Check:
 
     @property
     def family(self) -> str:
-        """The part of the id before the point."""
+        """The part of the id before the dot."""
         return self.id.partition(".")[0]
 
     def result(self, snapshot: NodeSnapshot, context: CheckContext) -> CheckResult | None:
@@ -166,28 +168,29 @@ def checks_of(rows: tuple[Row, ...], about_node: tuple[str, ...] = ()) -> tuple[
 
 
 def ok(evidence: str) -> Outcome:
-    """Everything is as it should be."""
+    """The outcome of a check that found no problem."""
     return Outcome("ok", evidence)
 
 
 def warn(evidence: str, remedy: str | None = None) -> Outcome:
-    """The run will work, but not as well as it could."""
+    """The outcome if the run will work, but not as well as it could."""
     return Outcome("warn", evidence, remedy=remedy)
 
 
 def fail(blame: Blame, evidence: str, remedy: str | None = None) -> Outcome:
-    """The run will not work here; ``blame`` says who must act."""
+    """The outcome if the run will not work here; ``blame`` says who must act."""
     return Outcome("fail", evidence, blame, remedy)
 
 
 def unknown(evidence: str, remedy: str | None = None) -> Outcome:
-    """It could not be established."""
+    """The outcome if the check could not find out."""
     return Outcome("unknown", evidence, remedy=remedy)
 
 
 def unread(reading: Reading[Any], what: str) -> Outcome | None:
-    """If it is not supported, there is nothing to check. If reading failed, the result is unknown,
-    never a pass.
+    """The outcome for a reading without a value. If the driver does not support the query, there is
+    nothing to check. If the query failed, the result is unknown, never a pass. None if there is a
+    value.
     """
     return None if reading.unsupported else unknown(f"{what} not read: {reading.reason}")
 
@@ -208,8 +211,8 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
 
 
 def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """The whole cards of the devices in ``judged``: health belongs to the card, even if the job has
-    only a slice of it.
+    """The whole cards of the devices in ``judged``, because health is a property of the card, even
+    if the job has only a slice of it.
     """
     cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
     return tuple({card.index: card for card in cards}.values())
@@ -218,8 +221,8 @@ def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnap
 def each(
     gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
 ) -> Outcome | None:
-    """One outcome for all cards: the worst, with every card that has it. Lost cards are skipped,
-    because ``health.lost`` reports them.
+    """One outcome for all cards: the worst one, with every card that has it. Lost cards are
+    skipped, because the check ``health.lost`` reports them.
     """
     seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]
     outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]

@@ -70,7 +70,7 @@ def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card has the name and the compute capability that --require demands."""
+    """The card matches the name and the compute capability that --require gives."""
     gpus = [gpu for gpu in judged_cards(snapshot, context) if not gpu.lost]
     if not gpus or not (context.required_card or context.required_capability):
         return None
@@ -107,7 +107,7 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """CUDA numbers the cards like NVML, or the check warns that it may not."""
+    """CUDA numbers the cards like NVML; if that is not certain, the check warns."""
     if len(snapshot.gpus) < 2:
         return None
     by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
@@ -138,7 +138,7 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """All cards of the job are of one kind; those that share a model must be."""
+    """All cards of the job are of one kind. For cards that share a model this is a requirement."""
     seen = visible_devices(snapshot).devices[: context.gpus_wanted]
     if context.gpus_wanted < 2 or len(seen) < 2:
         return None

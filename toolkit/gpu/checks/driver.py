@@ -1,5 +1,5 @@
-"""Driver and runtime: whether there is a driver, which libcuda is loaded, and whether it runs the
-CUDA that torch needs.
+"""Checks of the driver: whether there is one, which libcuda is loaded, and whether it runs the CUDA
+that torch needs.
 
 The causes of CUDA errors 802, 803 and 804 are found without creating a CUDA context.
 """
@@ -24,8 +24,8 @@ from toolkit.gpu.presence import gpu_needed, presence
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# Oldest driver branch for a CUDA major release (NVIDIA's CUDA Compatibility guide): within a major
-# release, newer minor releases run on it too.
+# The oldest driver branch for each major release of CUDA (NVIDIA's CUDA Compatibility guide). A
+# driver runs all minor releases of its major release, newer ones included.
 MINIMUM_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 # Driver branch -> the CUDA version that it supports, newest first.
 SHIPPED_CUDA = (
@@ -102,7 +102,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
-    """What to do about an old driver; forward compatibility only if the cards support it."""
+    """The remedy for an old driver. It names forward compatibility only if the cards support it."""
     newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
     if any(_no_compat(gpu) for gpu in snapshot.gpus):
         return f"{newer}; forward compatibility is only for data-centre cards, and this is not one"
@@ -112,8 +112,8 @@ def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
 
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
-    """Whether the card supports forward compatibility: desktop cards and those with integrated
-    memory do not.
+    """Whether the card does not support forward compatibility: desktop cards and cards with
+    integrated memory do not.
     """
     name = gpu.name.value or ""
     return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))
@@ -199,7 +199,7 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The driver is at least the one that --require demands."""
+    """The driver has at least the version that --require gives."""
     if not context.required_driver:
         return None
     driver = snapshot.driver.version.value

@@ -1,4 +1,4 @@
-"""Health of the card: memory errors, the NVSwitch fabric, and the kernel's log."""
+"""Checks of the card's health: memory errors, the NVSwitch fabric, and the kernel's log."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RECOVERY = {
     6: "a bus reset",
     7: "a reboot of the system",
 }
-# nvmlGpuFabricInfo: state, and healthSummary (versions from 3 on).
+# nvmlGpuFabricInfo has a state, and from version 3 on a healthSummary.
 _NO_FABRIC, _NOT_STARTED, _IN_PROGRESS, _COMPLETED = 0, 1, 2, 3
 FABRIC_NOT_READY = (_NOT_STARTED, _IN_PROGRESS)
 _UNHEALTHY, _LIMITED = 2, 3
@@ -149,7 +149,7 @@ XID_RECENT_S = 3600
 
 
 def _meaning(event: dict[str, Any]) -> str:
-    """The meaning of an event of the kernel's log, in words."""
+    """A few words that say what an event of the kernel's log means."""
     if event["kind"] == "sxid":
         return "NVSwitch fault"
     number = event["number"]
@@ -180,7 +180,9 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _bus(text: str) -> str:
-    """``00000000:3B:00.0`` and ``0000:3b:00`` as ``3b:00``, with the domain where it is not 0."""
+    """A short bus id: ``00000000:3B:00.0`` and ``0000:3b:00`` become ``3b:00``. The domain is kept
+    if it is not 0.
+    """
     domain, _, rest = text.lower().partition(":")
     short = rest.split(".")[0]
     return short if domain.strip("0") == "" else f"{domain.lstrip('0')}:{short}"

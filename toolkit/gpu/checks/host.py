@@ -1,4 +1,4 @@
-"""The host: shared memory, limits, disks, clock, account, environment."""
+"""Checks of the host: shared memory, limits, disks, clock, account, environment."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         )
     if space.value["free"] >= SHM_WANTED:
         return ok(text)
-    # Even so, a Python semaphore needs one page of it.
+    # a Python semaphore needs one page of /dev/shm in any case
     if context.configured and context.gpus_wanted == 1 and space.value["free"] >= MIB:
         return ok(f"{text}; a job with one process does not use it")
     return warn(text)

@@ -1,4 +1,6 @@
-"""Memory of the card: how much is free, who uses the rest, and whether the job's share is free."""
+"""Checks of the card's memory: how much is free, who uses the rest, and whether the job's share is
+free.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,20 @@ if TYPE_CHECKING:
 
 # An empty card still shows some MiB (driver, display, a persistence daemon's context).
 NEGLIGIBLE_BYTES = 700 * MIB
-TENANT_SHARE = 0.2  # fraction of the card: above it a job sized for the whole card does not fit
-# fraction of the memory used by others: above it the card drives a display, and waiting does not
-# help
+# if others use more than this fraction of the card, a job sized for it does not fit
+TENANT_SHARE = 0.2
+# If the display uses more than this fraction of the memory that others use, the card drives a
+# display, and waiting does not help.
 DISPLAY_SHARE = 0.5
 DISPLAY = "the display"
-# A CUDA context and cuBLAS of the job itself, before it allocates a byte (measured on an H100).
+# Memory of the job's own CUDA context and cuBLAS, before the job allocates a byte (measured on an
+# H100).
 CONTEXT_BYTES = 600 * MIB
 
 
 def held_by_others(gpu: GpuSnapshot) -> int | None:
-    """Bytes in use by other processes. Version 1 of the call counts the driver's reserved memory as
-    used.
+    """Bytes in use by other processes. Version 1 of NVML's memory call counts the memory that the
+    driver reserves as used.
     """
     memory = gpu.memory.value
     if memory is None:
@@ -46,8 +50,8 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
 
 
 def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
-    """The display user of the card, if it uses most of the memory that others use: a desktop, or
-    Windows with WSL; else None. Waiting does not free this memory.
+    """The program that drives the display, if it uses most of the memory that others use: a
+    desktop, or Windows with WSL; else None. Waiting does not free this memory.
     """
     held = held_by_others(gpu) or 0
     if held <= NEGLIGIBLE_BYTES:
@@ -71,7 +75,7 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
 
 
 def beside_display(gpu: GpuSnapshot) -> str:
-    """What to do if a display uses memory."""
+    """The remedy if a display uses memory of the card."""
     return (
         f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size says "
         "whether that is enough), close graphical programs, or use another card for the display"
@@ -79,7 +83,9 @@ def beside_display(gpu: GpuSnapshot) -> str:
 
 
 def holders(gpu: GpuSnapshot) -> str:
-    """Who uses memory, by pid. In a pid namespace the list is empty or has the host's pids."""
+    """A text with the processes that use memory, by pid. In a pid namespace NVML's list is empty or
+    has the host's pids.
+    """
     others: list[dict[str, Any]] = [p for p in gpu.processes.value or [] if not p["mine"]]
     if not others:
         return "hidden processes"
@@ -145,7 +151,7 @@ def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome | None:
         held, total = held_by_others(gpu), gpu.total_bytes
         if held is None or not total:
-            return None  # integrated memory, or memory.readable says why
+            return None  # the memory is integrated, or memory.readable says why
         if held <= NEGLIGIBLE_BYTES:
             return ok("no other process uses memory")
         evidence = f"{format_bytes(held)} used by others: {holders(gpu)}"

@@ -1,4 +1,4 @@
-"""The model's files: complete, readable, and supported by the sizer and vLLM."""
+"""Checks of the model's files: they are complete, readable, and supported by the sizer and vLLM."""
 
 from __future__ import annotations
 

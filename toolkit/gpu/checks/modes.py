@@ -1,4 +1,4 @@
-"""Modes of the card that its owner sets: persistence, compute mode, MPS."""
+"""Checks of the modes that the owner of the card sets: persistence, compute mode, MPS."""
 
 from __future__ import annotations
 

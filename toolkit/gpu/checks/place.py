@@ -1,5 +1,5 @@
-"""The environment of the process (container, Kubernetes, Slurm, WSL), and whether it has access to
-GPUs.
+"""Checks of the environment of the process (container, Kubernetes, Slurm, WSL), and of its access
+to GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The container runtime was asked to provide CUDA's library."""
+    """The container was started with a request for CUDA's library."""
     value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
     if value is None or not snapshot.gpus:
         return None

