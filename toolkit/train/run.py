@@ -138,7 +138,7 @@ def _begin(
             checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
     context = prepare(as_begun, run_dir, control.peers, options.rules)
-    config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
+    config = chat_record.recorded_config(micro_batch_record.recorded_config(config, context.config), context.config)
     _refuse_changes(config, context, found)
     _train(context, config, found, options, control, begun)
 

@@ -92,7 +92,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         hidden = nullcontext() if engine is None else _without_vllm(config)
         with hidden, kept_float32(model):
             super().__init__(**given)
-        policy_setup.settle(self, model, engine, fresh=given.get("peft_config") is not None)
+        policy_setup.after_init(self, model, engine, fresh=given.get("peft_config") is not None)
         if engine is not None:
             self._use_engine(engine)
 
@@ -167,7 +167,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         generation = self._generation
         if generation is None or generation.drawing:
             return drawn
-        return generation.settle(prompts, Drawn(*drawn))
+        return generation.replace_empty_groups(prompts, Drawn(*drawn))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
@@ -184,7 +184,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             longest = getattr(self.accelerator.unwrap_model(self.model), "max_seq_length", None)
             if longest is not None:
                 check_prompts(prompt_ids, self.max_completion_length, longest)
-            own = sampler.ModelGeneration(self)
+            own = sampler.TransformersGeneration(self)
             if own.can(images, multimodal_fields):
                 return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
             seed, rows = self.rows.call(prompt_ids)

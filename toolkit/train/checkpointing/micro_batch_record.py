@@ -48,7 +48,7 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     return _with(config, cut, tokens) if same else config
 
 
-def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
+def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """What a checkpoint records: ``config`` as the user wrote it, with the cut from
     ``resolved``.
     """

@@ -49,7 +49,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     source: Path | None = None
     _branch: Branch | None = None
     _place: Path | None = None
-    snapshot: trainer_state.Snapshot | None = None
+    snapshot: trainer_state.TrainerSnapshot | None = None
     _saved_step: int = -1
     _epochs_done: int = 0
 
@@ -193,7 +193,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         else:
             self.save_snapshot(trainer_state.take(self))
 
-    def save_snapshot(self, snapshot: trainer_state.Snapshot) -> None:
+    def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
         """Write the checkpoint of a snapshot unless it exists, and remove checkpoints beyond the
         limit. Every rank calls it.
         """

@@ -110,7 +110,7 @@ class StopSignals:
         try:
             yield
         finally:
-            self.settle()
+            self.cancel_alarm()
             self.immediate = True
 
     def shield(self) -> None:
@@ -121,7 +121,7 @@ class StopSignals:
         """Weights and files are consistent again."""
         self._shields = max(0, self._shields - 1)
 
-    def settle(self) -> None:
+    def cancel_alarm(self) -> None:
         """The run is at a safe point: cancel the alarm."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -57,7 +57,7 @@ COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
 
 
 @dataclass
-class Snapshot:
+class TrainerSnapshot:
     """The state that changes during a step, as it was at the end of the previous step."""
 
     hf_state: Any
@@ -72,7 +72,7 @@ class Snapshot:
     """The records of the curriculum, equal on all ranks."""
 
 
-def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
+def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
     """A snapshot of ``trainer``. It is cheap: rollouts are not copied."""
     described, tensors = generators()
     state = copy.copy(trainer.state)
@@ -81,7 +81,7 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     # Rollouts that the next step does not read are not stored.
     spent = trainer.micro_steps % generate_every == 0
-    return Snapshot(
+    return TrainerSnapshot(
         hf_state=state,
         counters={name: getattr(trainer, name) for name in COUNTERS},
         buffered=None if spent else trainer.rollout_buffer,
@@ -116,7 +116,7 @@ def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> No
     save_file(stored, str(folder / ADAPTER), metadata={"format": "pt"})
 
 
-def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None:
+def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path | None:
     """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
     first rank.
 
@@ -152,7 +152,7 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
     return folder
 
 
-def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
+def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
     """Estimated size of a checkpoint in bytes: the tensors of all ranks."""
     tensors: Tensors = {}
     flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
@@ -168,7 +168,7 @@ def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
 
 
 def _save_shared(
-    trainer: TrainerSeam, snapshot: Snapshot, folder: Path, state: Mapping[str, Any]
+    trainer: TrainerSeam, snapshot: TrainerSnapshot, folder: Path, state: Mapping[str, Any]
 ) -> None:
     """``state`` is the optimizer's."""
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
@@ -194,7 +194,7 @@ def _save_shared(
     write_file(folder / STATE, json.dumps(described, indent=1) + "\n")
 
 
-def _save_rank(snapshot: Snapshot, folder: Path, rank: int) -> None:
+def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
     tensors = dict(snapshot.tensors)
     described = {
         "generators": snapshot.described,

@@ -33,7 +33,7 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     return config if then[KEY] is None else _with(config, then[KEY])
 
 
-def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
+def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """What a checkpoint records: ``config`` as the user wrote it, with the format from
     ``resolved``.
     """

@@ -79,7 +79,7 @@ class GuardedReward:
             found = self._one_by_one(batch, error.trouble)
         for index, value in enumerate(found):
             if isinstance(value, Trouble):
-                self._settle(batch, index, value)
+                self._apply_policy(batch, index, value)
         if self.policy.on_error == "none" and "log_metric" in batch.columns:
             failed = sum(isinstance(value, Trouble) for value in found)
             batch.columns["log_metric"](f"rewards/{self.__name__}/failed", failed / len(found))
@@ -123,7 +123,7 @@ class GuardedReward:
             for _ in found
         ]
 
-    def _settle(self, batch: Batch, index: int, trouble: Trouble) -> None:
+    def _apply_policy(self, batch: Batch, index: int, trouble: Trouble) -> None:
         saved = self._save(batch.only(index), index, trouble)
         if self.policy.on_error == "fail":
             size = len(batch.completions)

@@ -82,7 +82,7 @@ class Generation:
         """True while this object draws more completions."""
         self._logged = trainer.completion_metric_counts()
 
-    def settle(self, prompts: list[Any], drawn: Drawn) -> Drawn:
+    def replace_empty_groups(self, prompts: list[Any], drawn: Drawn) -> Drawn:
         """Score ``drawn``, and replace its groups without spread, here and in ``prompts``."""
         self.drawing = True
         mine = self._completions([None] * len(prompts), prompts, drawn)

@@ -227,7 +227,7 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
     return num_generations
 
 
-class ModelGeneration:
+class TransformersGeneration:
     """Completions from the model itself with TRL's generation config. If memory runs out, the batch
     is halved.
     """
