@@ -134,11 +134,13 @@ def _begin(
             options.out.write(f"skipped {line}\n")
     if found is not None:
         size = parallel.size_of(config.model.tensor_parallel_size)
-        if config.model.tensor_parallel_size != "auto":  # else once it is settled
+        if config.model.tensor_parallel_size != "auto":  # else checked after sizing
             checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
     context = prepare(as_begun, run_dir, control.peers, options.rules)
-    config = chat_record.recorded_config(micro_batch_record.recorded_config(config, context.config), context.config)
+    config = chat_record.recorded_config(
+        micro_batch_record.recorded_config(config, context.config), context.config
+    )
     _refuse_changes(config, context, found)
     _train(context, config, found, options, control, begun)
 
@@ -219,7 +221,9 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
 
 
 def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
-    """Our trainer. With tools, what TRL says against the chat template is a fault of the run."""
+    """The toolkit's trainer. With tools, TRL may reject the chat template: that is a
+    ConfigError.
+    """
     if not (context.tools or context.episodes):
         return GRPOTrainer(**arguments)
     try:
@@ -242,7 +246,9 @@ def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
 
 
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
-    """Build our trainer from the parts of the run, without upstream's callbacks that print."""
+    """Build the toolkit's trainer from the parts of the run, without upstream's callbacks that
+    print.
+    """
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
@@ -316,12 +322,13 @@ def _end(
     options: Options,
     peers: Peers | None,
 ) -> None:
-    """What a run leaves, written by the first process, and the end of the others."""
+    """Finish a run: the first process writes the results, and all processes wait for each other."""
     after = _evaluate(context, options, adapter=True)
     if is_first_rank():
         finish(context, before, after, options.out, base=trainer.base_check)
     elif shares_with_first():
-        save_lora(context.model, context.run_dir / "adapter")  # its part; the first one writes
+        # Every process gives its part of the adapter; the first one writes it.
+        save_lora(context.model, context.run_dir / "adapter")
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:

@@ -76,7 +76,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
         Raises:
             ConfigValueError: an importance-sampling mode that the loss type cannot use, a format
-                that the engine does not compute in, or a base that was written to.
+                that the engine does not compute in, or base weights that were changed.
             UnsupportedError: an adapter that the engine cannot sample from.
         """
         given = SIGNATURE.bind(self, model, *args, **kwargs).arguments
@@ -149,19 +149,19 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def rows(self) -> CompletionIndex:
-        """The numbers of the completions in the whole batch that this rank draws."""
+        """The numbers, in the whole batch, of the completions that this rank draws."""
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
     @property
     def prompt_choice(self) -> PromptChoice:
-        """Which prompts a generation draws, beside those of TRL's sampler."""
+        """The choice of the prompts of a generation, in addition to TRL's sampler."""
         if self._prompt_choice is None:
             self._prompt_choice = PromptChoice(self)
         return self._prompt_choice
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """TRL's; then groups without spread are replaced, if the run file says so."""
+        """As in TRL; then groups without spread are replaced if ``dynamic_sampling`` is on."""
         self.rows.begin(len(prompts))
         drawn = super()._generate(prompts)
         generation = self._generation
@@ -176,7 +176,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """TRL's, also called by the tool loop. Each completion is drawn with its own seed."""
+        """As in TRL, which also calls it in the tool loop, but each completion has its own seed."""
         parent = super()._generate_single_turn
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
@@ -195,7 +195,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return drawn
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; the calls of a training batch are kept for the log, and a tool can end the run."""
+        """As in TRL, but calls of a training batch are kept for the log, and a tool can end the
+        run.
+        """
         loop, log = super()._tool_call_loop, self.tool_log
         try:
             if log is None or not self.model.training:
@@ -217,7 +219,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         with self.timers("reward_s"):
             if mesh() is None:
                 return rewards(*args, **kwargs)
-            # On the host: a device of another process is not this one's.
+            # On the host, because a process cannot use the device of another one.
             found = by_first(lambda: rewards(*args, **kwargs).cpu())
             return found.to(self.accelerator.device)
 
@@ -273,7 +275,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return self._attempt.inputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's; if memory runs out, the step is repeated in smaller parts with the same
+        """As in TRL, but if memory runs out, the step is repeated in smaller parts with the same
         gradient.
         """
         step = super().training_step
@@ -288,7 +290,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, part by part if the batch is cut: into packs, or after memory ran out."""
+        """As in TRL, but part by part if the batch is split: into packs, or after memory ran
+        out.
+        """
         loss = super().compute_loss
         if not self.model.training:
             return loss(model, inputs, return_outputs, num_items_in_batch)
@@ -299,7 +303,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """transformers'; where processes share a model, by the norm of the whole adapter."""
+        """As in transformers, but if processes share a model, by the norm of the whole adapter."""
         if mesh() is None:
             return super()._clip_grad_norm(model)
         return clip_whole(model.parameters(), self.args.max_grad_norm)
@@ -323,14 +327,14 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     # --- metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', but without cutting the losses of the last batch to the number of dataset
-        rows. TRL's sampler repeats each row, so the cut would remove losses of the last processes.
+        """As in transformers, but the losses of the last batch are not limited to the number of
+        dataset rows: TRL's sampler repeats each row, so losses of the last processes would be lost.
         """
         self.gather_function = self.accelerator.gather
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, plus the metrics of the difference between engine and trainer."""
+        """As in TRL, plus the metrics of the difference between engine and trainer."""
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
@@ -338,15 +342,15 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         importance_sampling.warn_of_gap(self)
         super().log(logs, start_time)
         if self.signals is not None:
-            # It would grow with every step and is copied at each step; the log files have all of
-            # it.
+            # Keep only the last row: the list is copied at each step, and the log files have all
+            # rows.
             self.state.log_history[:-1] = []
 
 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
-    """In TRL's ``__init__``: it must not build its own engine, nor read vLLM's keywords as Hugging
-    Face's.
+    """In the block, TRL's ``__init__`` does not build its own engine, and does not read vLLM's
+    keywords as those of Hugging Face.
     """
     kept = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None

@@ -3,7 +3,7 @@ toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
 
 Adapters are saved while the arm trains and evaluated after it (``learn_eval``), so that one
 evaluator judges all arms and no evaluation is in the training time. The clock is stopped while an
-adapter is saved. It starts at the first optimizer step: loading is reported apart.
+adapter is saved. It starts at the first optimizer step: the time of loading is reported separately.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
 
 
 def job() -> arms.Job:
-    """Chats with a question, and the built-in reward that compares numbers."""
+    """Chats with a question, scored by the built-in reward that compares numbers."""
     return arms.Job(rows=rows, reward=number_is_right)
 
 

@@ -32,7 +32,7 @@ EARLIER = ""
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A sequence of steps. ``parents`` are the earlier branches, each with its last step that
-    belongs to this one.
+    belongs to this branch.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -62,7 +62,9 @@ class Branch:
 
 
 def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
-    """The branch that wrote an intact checkpoint, and the step in it (None if it records none)."""
+    """The branch that wrote an intact checkpoint, and the step that the checkpoint records, or
+    None.
+    """
     try:
         state = checkpoint.read_json(folder, checkpoint.STATE)
         step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]

@@ -43,7 +43,7 @@ class RunDirWatch:
         os.close(self._handle)
 
     def in_place(self) -> bool:
-        """Whether ``path`` is still the folder."""
+        """Whether the folder is still at ``path``."""
         try:
             return os.path.samestat(os.fstat(self._handle), self.path.stat())
         except OSError:

@@ -170,7 +170,7 @@ def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
 def _save_shared(
     trainer: TrainerSeam, snapshot: TrainerSnapshot, folder: Path, state: Mapping[str, Any]
 ) -> None:
-    """``state`` is the optimizer's."""
+    """Write the files that are not per rank. ``state`` is the optimizer's."""
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
     tensors: Tensors = {}
     optimizer = flatten(state, tensors, "optimizer")
@@ -242,10 +242,10 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
         tensors = _read_tensors(folder / OPTIMIZER)
-        asked = rates.asked(trainer)
+        wanted = rates.settings_of(trainer)
         load_optimizer(_inner(trainer.optimizer), unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
-        rates.apply(trainer, asked)
+        rates.apply(trainer, wanted)
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and described["scaler"] is not None:
             scaler.load_state_dict(unflatten(described["scaler"], {}))
@@ -268,8 +268,8 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """The error for a checkpoint with correct checksums and wrong content: another program or
-    another release wrote it.
+    """Raise InputError if the block cannot use the content of a checkpoint with correct checksums:
+    another program or another release wrote it.
     """
     try:
         yield

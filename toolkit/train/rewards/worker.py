@@ -97,8 +97,8 @@ def _wait(working: int, run: int) -> NoReturn:
 
 
 class Service:
-    """Answers requests: ``load`` adds a function, ``call`` calls one. ``tool`` and ``episode`` are
-    calls of a model's, and ``problems`` makes the rows of an environment.
+    """Answers requests: ``load`` adds a function, ``call`` calls one. ``tool`` and ``episode`` make
+    a call that a model wrote, and ``problems`` makes the rows of an environment.
     """
 
     def __init__(self, replies: int) -> None:

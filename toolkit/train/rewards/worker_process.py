@@ -63,11 +63,11 @@ class _Replaced(Exception):
 
 
 class WorkerProcess:
-    """At most one process at a time; after a restart its functions are loaded again."""
+    """The worker: at most one process at a time. After a restart its functions are loaded again."""
 
     def __init__(self, python: str | None = None) -> None:
         """``python``: another interpreter, whose packages the functions use (environment.python).
-        Of this installation it gets the toolkit alone.
+        From this installation that interpreter gets only the toolkit.
         """
         self._python = python
         self._lock = threading.RLock()
@@ -167,7 +167,7 @@ class _Live:
             try:
                 sent = wire.send(self._requests, frame, deadline)
             except wire.Broken:
-                sent = True  # it has ended: the reading thread knows how
+                sent = True  # the worker has ended: the reading thread finds out how
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             return reply.result(left if sent else 0)
@@ -200,7 +200,9 @@ def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
 
 
 def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code (negative: a signal), or None if it still runs. The process is not reaped."""
+    """The exit code of ``process`` (negative: a signal), or None if it still runs. It is not
+    reaped.
+    """
     deadline = time.monotonic() + seconds
     look = os.WEXITED | os.WNOWAIT | os.WNOHANG
     while True:

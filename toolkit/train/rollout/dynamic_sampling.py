@@ -38,7 +38,7 @@ ROUND = "resample_round"
 
 @dataclass(slots=True)
 class Completion:
-    """One completion with all that belongs to it."""
+    """One completion, with its prompt, tokens and log-probabilities."""
 
     row: int | None
     """Its row of the data set; None for those that TRL's sampler chose."""
@@ -49,11 +49,13 @@ class Completion:
     completion: Any
     logprobs: Any
     columns: dict[str, Any]
-    """What rewards passed to ``log_extra`` for it."""
+    """The values that rewards passed to ``log_extra`` for this completion."""
 
 
 class Generation:
-    """One generation of training, from the choice of its prompts to what is trained on."""
+    """One generation of training, from the choice of its prompts to the completions that are
+    trained on.
+    """
 
     def __init__(
         self,
@@ -63,9 +65,9 @@ class Generation:
         rounds: int,
         chosen: list[int],
     ) -> None:
-        """``inputs`` are this rank's rows; ``order`` has further rows of the data set; at most
-        ``rounds`` times are groups drawn again. ``chosen`` are the rows of the groups of all ranks
-        if the curriculum chose them.
+        """``inputs`` are this rank's rows; ``order`` has further rows of the data set; groups are
+        drawn again at most ``rounds`` times. ``chosen`` are the rows of the groups of all ranks if
+        the curriculum chose them.
         """
         self.trainer, self.order, self.most_rounds = trainer, order, rounds
         self.inputs = list(inputs)
@@ -73,7 +75,9 @@ class Generation:
         self.ranks: int = trainer.accelerator.num_processes
         self.groups = len(inputs) * self.ranks // self.group
         self.rewards: torch.Tensor | None = None
-        """Of all ranks' completions that are trained on, a column per function, once settled."""
+        """The rewards of the completions of all ranks, a column per function, after
+        ``replace_empty_groups``.
+        """
         self.rows = chosen
         """The data set's row of each group that was drawn, with ``deviations`` of its rewards."""
         self.deviations: list[float] = []
@@ -212,7 +216,7 @@ class Generation:
         return found
 
     def _set_columns(self, mine: list[Completion], round_of: list[int]) -> None:
-        """What TRL will log of each trained completion."""
+        """Give TRL the columns that it will log for each trained completion."""
         pending = self.trainer.pending_columns
         pending.clear()
         for name in sorted({name for one in mine for name in one.columns}):
@@ -260,7 +264,7 @@ class Generation:
         )
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of dynamic sampling; shares are of the groups of the batch."""
+        """The metrics of dynamic sampling; shares are relative to the groups of the batch."""
         if not self.most_rounds:
             return {}
         name = "dynamic_sampling"

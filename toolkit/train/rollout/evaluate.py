@@ -1,4 +1,4 @@
-"""Greedy evaluation on held-out prompts: every reward's mean, with and without the adapter."""
+"""Evaluate greedily on held-out prompts: the mean of every reward, with and without the adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Evaluation:
     length: float
 
     def to_json(self) -> dict[str, Any]:
-        """As in evaluation.json."""
+        """The entry in evaluation.json."""
         return {
             "count": self.count,
             "reward": self.reward,
@@ -97,8 +97,8 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
     adapter: bool,
     template: TemplateArguments = None,
 ) -> Evaluation:
-    """One greedy completion per row of ``dataset``; ``adapter`` False evaluates the base model.
-    ``template`` is ``grpo.chat_template_kwargs``.
+    """Evaluate one greedy completion per row of ``dataset``; ``adapter`` False evaluates the base
+    model. ``template`` is ``grpo.chat_template_kwargs``.
     """
     engine = engine_of(model, tokenizer)
     if adapter:

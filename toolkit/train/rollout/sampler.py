@@ -212,11 +212,11 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """How many equal neighbouring prompts make a group: ``num_generations``, or 1 if a group is cut
-    or mixed.
+    """How many equal neighbouring prompts make a group: ``num_generations``, or 1 if this rank has
+    only a part of a group, or the prompts of a group differ.
 
-    The prompt of a group is computed once if the group is one request. Groups are cut if a rank
-    holds part of one, and mixed after a tool turn, which makes neighbours differ.
+    The prompt of a group is computed once if the group is one request. The prompts of a group
+    differ after a turn with a tool.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1
@@ -228,16 +228,16 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
 
 
 class TransformersGeneration:
-    """Completions from the model itself with TRL's generation config. If memory runs out, the batch
-    is halved.
+    """Draws completions from the model itself with TRL's generation config. If memory runs out, the
+    batch is halved.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
     def can(self, images: Any, multimodal_fields: Any) -> bool:
-        """False for what TRL generates itself: images, beams, continuous batching, sharded
-        models.
+        """Whether this class can generate; if not (images, beams, continuous batching, sharded
+        models), TRL does.
         """
         trainer = self.trainer
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(

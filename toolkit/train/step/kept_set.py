@@ -7,8 +7,8 @@ a sequence would then be the product of the probability masses of its kept sets.
 applies the sampler's steps to its own logits ("keep sampling mask" in the DeepSeek-V3.2 report,
 arXiv 2512.02556).
 
-Every function is pure in the logits of N tokens, so a caller may cut the tokens into chunks in any
-way. The choice of the kept set has no gradient; the log-probabilities in it do. A sampled token
+Every function is pure in the logits of N tokens, so a caller may split the tokens into chunks in
+any way. The choice of the kept set has no gradient; the log-probabilities in it do. A sampled token
 always counts as kept: near a boundary the sampler and the trainer may round differently, and its
 log-probability must stay finite.
 
@@ -71,7 +71,9 @@ class Distribution:
 
 
 class Scored(NamedTuple):
-    """Both (N), float32. ``entropy`` is that of the distribution that is sampled from."""
+    """Log-probabilities and entropies of N tokens, float32. ``entropy`` is that of the distribution
+    that is sampled from.
+    """
 
     logps: torch.Tensor
     entropy: torch.Tensor
