@@ -43,7 +43,7 @@ class Settings:
     ``completion_tokens``. Without it, all completions have ``completion_tokens``.
 
     The ``ours_`` fields are for the toolkit's arm: the micro-batch, the tokens of a pass,
-    checkpointing and KV sleep. A field that is None is chosen by ``bench_plan.fill``. If
+    checkpointing and KV sleep. ``bench_plan.fill`` chooses each field with the value None. If
     ``ours_batch`` is set, it limits the rows of a pass. Each optimizer step trains on the same
     completions in every arm, so the work is the same. ``ours_cards`` is the number of cards over
     which the toolkit's arm splits the model, with one process for each.
