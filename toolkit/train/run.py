@@ -71,7 +71,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     Every rank of ``torchrun`` calls it; only the first one writes.
 
     Raises:
-        ToolkitError: its exit code says what went wrong; StoppedError (75) after a signal.
+        ToolkitError: with the exit code of the error; a StoppedError (75) after a signal.
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
@@ -148,7 +148,7 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, the same one on every rank; see ``branch.choose``."""
+    """The checkpoint to resume from, which is the same on every rank; see ``branch.choose``."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
     # The first rank chooses and reports: the others may read a folder to which it already writes.
@@ -167,8 +167,8 @@ def _checkpoint(
 def prepare(
     config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
 ) -> RunContext:
-    """Check the node, judge the run file for it (``rules``), size, load data, rewards and policy;
-    config.json and preflight.json are written.
+    """Check the node, check the run file for this node (``rules``), size the run, and load data,
+    rewards and policy. Writes config.json and preflight.json.
     """
     require_packages(config)
     ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
@@ -228,7 +228,8 @@ def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
         return GRPOTrainer(**arguments)
     try:
         with warnings.catch_warnings():
-            # TRL calls its environment factory experimental. tests/contract holds what is used.
+            # TRL warns that its environment factory is experimental. tests/contract checks what is
+            # used of it.
             warnings.filterwarnings("ignore", message=".*environment_factory")
             trainer = GRPOTrainer(
                 **arguments, tools=context.tools, environment_factory=context.episodes

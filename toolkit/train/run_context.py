@@ -39,8 +39,8 @@ FREE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Output of the run, and what it does besides training. ``evaluate`` None: the run file decides
-    (``rollout.evaluate.evaluates``). ``rules`` judges the run file for the machine that is found.
+    """The output of a run, and options beside its run file. With ``evaluate`` None, the run file
+    decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this machine.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)

@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer on an engine that shares the model's weights, with exact resume.
 
-A subclass with TRL's arguments; upstream's source is not patched. Each override is short and names
-the method of TRL 1.16 or transformers 5.17 that it overrides; the work is done in other modules.
-State has class-level defaults because TRL's own tests build trainers with ``object.__new__``.
+The class is a subclass with TRL's arguments; upstream's source is not patched. Each override is
+short and names the method of TRL 1.16 or transformers 5.17 that it overrides; the work is done in
+other modules. State has class-level defaults because TRL's own tests build trainers with
+``object.__new__``.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         self._last_loaded_step = -1
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's ``train``; then ``base_check`` verifies that the base weights did not change.
+        """As in TRL; then ``base_check`` verifies that the base weights did not change.
 
         Raises:
             DefectError: the base weights changed.

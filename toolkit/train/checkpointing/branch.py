@@ -130,8 +130,8 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     """The checkpoint that ``runtime.resume`` selects, and a line for each one that was skipped.
 
     Raises:
-        ConfigError: ``never`` in a folder that holds a run; ``must`` without a checkpoint to resume
-            from.
+        ConfigError: ``never`` in a folder that contains a run; ``must`` without a checkpoint to
+            resume from.
         InputError: the path is not an intact checkpoint.
     """
     if resume in ("auto", "must"):

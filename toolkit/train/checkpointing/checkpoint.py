@@ -1,8 +1,8 @@
 """A checkpoint is a folder that is complete or does not exist.
 
-It is written under a temporary name, synced, given checksums, and renamed. A reader verifies every
-checksum before it uses the files. All files are JSON or safetensors, so that loading a checkpoint
-cannot run code.
+The folder gets a temporary name at first; when its files are synced and have checksums, it is
+renamed. A reader verifies every checksum before it uses the files. All files are JSON or
+safetensors, so that loading a checkpoint cannot run code.
 """
 
 from __future__ import annotations

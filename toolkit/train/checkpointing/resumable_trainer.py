@@ -64,7 +64,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     @property
     def branch(self) -> Branch:
-        """The branch that checkpoints are written on."""
+        """The branch to which new checkpoints belong."""
         if self._branch is None:
             self._branch = Branch()
         return self._branch
@@ -113,7 +113,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.snapshot = trainer_state.take(self)
             alone = self.accelerator.num_processes == 1 and mesh() is None
             if alone and self.signals.number and self._saved_step == self.state.global_step:
-                # The signal came while the checkpoint was written: stop at once.
+                # If a signal came while the checkpoint was written, stop at once.
                 self.stopping = self.control.should_training_stop = True
                 self.signals.end()
             self.signals.unshield()

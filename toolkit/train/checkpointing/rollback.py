@@ -142,7 +142,7 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the one
+    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the log
     next to ``found`` (in an abandoned branch, or another run folder).
     """
     positions = checkpoint.read_state(found, "positions", dict)
@@ -181,8 +181,9 @@ def _keep_aside(
     left: list[int],
     bad_rewards_bytes: int | None,
 ) -> Path:
-    """Copy the logs and move the results of the abandoned branch into a folder, and return it. The
-    folder of a rollback that was killed before it was recorded is used again.
+    """Copy the logs and move the results of the abandoned branch into a folder, and return the
+    folder. If an earlier rollback was killed before its branch was recorded, its folder is used
+    again.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}

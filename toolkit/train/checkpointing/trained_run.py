@@ -42,7 +42,7 @@ def open_run(
     ``trust_remote_code``.
 
     Raises:
-        InputError: it is not a run folder.
+        InputError: ``folder`` is not a run folder.
         ConfigValueError: the run has no policy, or its config.json asks for code that the caller
             did not allow.
     """

@@ -96,7 +96,8 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSn
 
 def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
     """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors); equal
-    values give equal bytes. ``tensors`` are its values, if ``model`` has only a part of them.
+    values give equal bytes. ``tensors`` are the adapter's values, if ``model`` has only a part of
+    them.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]

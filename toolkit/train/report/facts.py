@@ -115,7 +115,7 @@ def notices(run: RunFiles) -> str:
 
 
 def evaluation(run: RunFiles) -> str:
-    """Rewards on held-out prompts before and after training, as bars."""
+    """The mean rewards on held-out prompts before and after training, as bars."""
     before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
     rows = [
         (name, section(before, "rewards").get(name), value)

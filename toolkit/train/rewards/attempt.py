@@ -1,8 +1,8 @@
-"""One call of a reward function: with copies of its arguments, a time limit, and a check of the
+"""Call a reward function once, with copies of its arguments, a time limit, and a check of the
 result.
 
-The training process and the reward worker both use it, so a faulty reward is treated the same in
-both.
+The training process and the reward worker both use this module, so each treats a faulty reward in
+the same way.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class AsyncGuardedReward(GuardedReward):
     rewards.
     """
 
-    async def __call__(  # type: ignore[override]  # TRL asks of what kind __call__ is
+    async def __call__(  # type: ignore[override]  # TRL checks if __call__ is async
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
         """As in GuardedReward; runs in a worker thread, so that rewards do not wait for each

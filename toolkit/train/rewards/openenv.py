@@ -91,8 +91,8 @@ class _Live:
 class Episodes:
     """The environments of the rollouts of a batch, in the worker process.
 
-    A request holds the seed and the steps so far, so that a worker that was restarted makes the
-    lost environments again.
+    A request has the seed and the steps so far, so that a worker that was restarted makes the lost
+    environments again.
     """
 
     def __init__(self, code: EnvironmentCode) -> None:

@@ -1,7 +1,7 @@
-"""One call of a tool that a model asked for: the arguments are the model's, the code is the user's.
+"""Make a call of a tool that a model wrote: the arguments are the model's, the code is the user's.
 
-The training process and the worker process both use it, so a faulty tool is treated the same in
-both. A wrong argument is the model's mistake, and the model gets an answer. An error of the
+The training process and the worker process both use this module, so each treats a faulty tool in
+the same way. A wrong argument is the model's mistake, and the model gets an answer. An error of the
 function itself (it raises, takes too long, returns too much) raises ``Misbehaved``, as for a
 reward.
 """

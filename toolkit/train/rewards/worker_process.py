@@ -1,6 +1,7 @@
 """The run's side of the reward worker: start it when needed, and kill it if it does not answer.
 
-A new interpreter and not a fork, because the training process may use CUDA and an engine.
+The worker is a new interpreter and not a fork, because the training process may use CUDA and an
+engine.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _RELOAD_S = 600.0  # time to import the modules again that the run imported at i
 
 
 class Workers(NamedTuple):
-    """The worker of rewards and tools, and that of the environment: the same one, unless the
-    environment has an interpreter of its own.
+    """The worker of rewards and tools, and the worker of the environment. They are the same object
+    unless the environment has its own interpreter.
     """
 
     own: WorkerProcess
@@ -146,7 +147,7 @@ class _Live:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs, answers),
                 start_new_session=True,  # only the run gets Ctrl-C and signals of a scheduler
-                # Then a set of texts has the same order after a restart.
+                # With a fixed hash seed, a set of texts has the same order after a restart.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
         finally:

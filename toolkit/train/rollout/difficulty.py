@@ -1,8 +1,8 @@
 """Choose which prompts are drawn next, by the spread of rewards in earlier draws of each prompt.
 
 A prompt that the model always solves, or never, gives a group without spread, and GRPO learns
-nothing from it. The rule is in ``Difficulty.order``. It depends on the seed and on the recorded
-spreads alone, so a run that resumes with the same records chooses the same prompts.
+nothing from it. The rule is in ``Difficulty.order``. The order depends only on the seed and the
+recorded spreads, so a run that resumes with the same records chooses the same prompts.
 """
 
 from __future__ import annotations

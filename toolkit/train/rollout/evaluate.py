@@ -43,7 +43,9 @@ class Evaluation:
 
 
 def engine_of(model: Any, tokenizer: Any) -> Any:
-    """The engine on the model, or Hugging Face generation with the same interface."""
+    """The vLLM engine on ``model`` if there is one, else Hugging Face generation with the same
+    interface.
+    """
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
         return engine
@@ -60,8 +62,8 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
 def evaluates(config: RunConfig, asked: bool | None) -> bool:
     """Whether held-out prompts are evaluated before the first step and after the last.
 
-    ``--evaluate`` and ``--no-evaluate`` decide. Without either, it is True unless
-    ``grpo.eval_strategy`` is set, so that given held-out data is used.
+    ``--evaluate`` and ``--no-evaluate`` decide. Without one of these options, the result is True
+    unless ``grpo.eval_strategy`` is set: then held-out data is already used during training.
     """
     if asked is not None:
         return asked

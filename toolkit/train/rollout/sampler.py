@@ -1,6 +1,7 @@
 """Sample completions from the engine on the model, or with Hugging Face generation on the model
-itself. Both draw each completion with its own seed (``completion_index``). TRL draws from the
-global generator of the process, so that a completion would depend on everything that ran before.
+itself. In both cases each completion has its own seed (``completion_index``). TRL itself draws from
+the global generator of the process, so that a completion would depend on everything that ran
+before.
 """
 
 from __future__ import annotations
@@ -280,8 +281,8 @@ class TransformersGeneration:
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:
-        """TRL's generation config with values that transformers takes (floats, and 0 for no top-k),
-        and the stop strings, for which ``generate`` needs a tokenizer.
+        """TRL's generation config with values that transformers accepts (floats, and 0 for no
+        top-k), and the stop strings, for which ``generate`` needs a tokenizer.
         """
         config = copy.deepcopy(self.trainer.generation_config)
         for name in ("temperature", "top_p", "repetition_penalty"):

@@ -51,7 +51,7 @@ class Call:
     time_s: float = 0.0
 
     def rows(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The rows of both files."""
+        """The row of tool_calls.jsonl and the row of tool_timings.jsonl."""
         which = {
             "step": step,
             "completion": self.completion,

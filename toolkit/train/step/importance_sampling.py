@@ -1,5 +1,5 @@
-"""The difference between the sampler's and the trainer's log-probabilities, and the importance
-weights that correct for it.
+"""Measure the difference between the sampler's and the trainer's log-probabilities, and compute the
+importance weights that correct for this difference.
 
 TRL 1.16 runs an extra forward pass over every batch to get the log-probabilities of the policy that
 sampled it. If one generation feeds one optimizer step and there is no dropout, the training forward

@@ -181,8 +181,8 @@ def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Place
 
 @torch.no_grad()
 def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
-    """(N, V) bool: the tokens that are kept after min-p, top-k and top-p in sequence. Tokens as
-    likely as the last of the top k are kept, as in both engines.
+    """(N, V) bool: the tokens that are kept after min-p, top-k and top-p in sequence. Tokens with
+    the same probability as the last of the top k are kept too, as in vLLM and transformers.
     """
     steps: list[tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = [
         (distribution.top_k > 0, lambda x: _top_k(x, distribution.top_k)),

@@ -35,7 +35,7 @@ class UpstreamTracker:
         self._call("on_train_end", model=self._trainer.model, processing_class=None)
 
     def _call(self, event: str, *, step: int | None = None, **more: Any) -> None:
-        state = copy.copy(self._trainer.state)  # the trainer's own is at a later step by now
+        state = copy.copy(self._trainer.state)  # the trainer's own state may be at a later step
         if step is not None:
             state.global_step = step
         getattr(self._callback, event)(self._trainer.args, state, self._trainer.control, **more)
