@@ -1,7 +1,7 @@
 """Translate keyword arguments of GRPOConfig from older versions of TRL, transformers and Unsloth.
 
-Older scripts and notebooks pass them. Each one is translated, or dropped because it has no effect
-any more. One warning lists all of them.
+Older scripts and notebooks pass such arguments. Each argument is translated, or dropped if it has
+no effect any more. One warning lists all of them.
 """
 
 from __future__ import annotations

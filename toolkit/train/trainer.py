@@ -98,8 +98,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             self._use_engine(engine)
 
     def _use_engine(self, engine: Any) -> None:
-        """Set up the engine after TRL's ``__init__``: with ``use_vllm`` it would build its own
-        VLLMGeneration.
+        """Set up the engine after TRL's ``__init__``, which would build its own VLLMGeneration if
+        ``use_vllm`` were set in it.
         """
         modes = ("token_truncate", "token_mask")
         if (
@@ -140,8 +140,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
-        """The difference between engine and trainer, of training or of evaluation, whichever is
-        running.
+        """The totals of the difference between engine and trainer: of training, or of the
+        evaluation that is running.
         """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}

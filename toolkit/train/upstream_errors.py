@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 OURS = Path(__file__).resolve().parents[1]
 MOST_NAMED = 4
 A_CLASS = 16
-"""A word of at least this length in the exception's text is matched with part of a key, because
-upstream reads the key into a class of a similar name.
+"""A word of the exception's text with at least this length may match a part of a key, because
+upstream reads such a key into a class with a similar name.
 """
 
 

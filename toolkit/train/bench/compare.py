@@ -48,7 +48,7 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """Existing results of arms that do not run now; results with other settings are deleted."""
+    """The existing results of arms that do not run now. Deletes results with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
     stored = folder / "settings.json"

@@ -128,7 +128,8 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a sound tokenizer.
+    """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a repaired
+    tokenizer.
 
     transformers does not save a model whose config names GGUF, so the weights are moved to a model
     with a plain config.

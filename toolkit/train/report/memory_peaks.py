@@ -90,7 +90,7 @@ class PhasePeaks:
     """
 
     statistics: Statistics
-    account: Mapping[str, int] = field(default_factory=dict)  # the engine's own, by term
+    account: Mapping[str, int] = field(default_factory=dict)  # the engine's own figures, by term
     rollout: int = 0
     training: int = 0
     step: int = 0

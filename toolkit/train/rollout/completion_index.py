@@ -76,8 +76,8 @@ class CompletionIndex:
         self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
 
     def _now(self) -> tuple[str, int]:
-        """("train", the number of the generation), or in evaluation ("eval", the step before
-        it).
+        """What is drawn now: ("train", number of the generation), or ("eval", step before the
+        evaluation).
         """
         model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
         if not getattr(model, "training", True):

@@ -3,10 +3,10 @@
 
 TRL 1.16 has no option for it. Its ``_generate_and_score_completions`` draws completions with
 ``_generate(prompts)``, computes log-probabilities, scores with ``_calculate_rewards(inputs,
-prompts, ...)`` and normalizes. A ``Generation`` completes the batch between draw and
-log-probabilities, so that those are computed for trained completions only: it scores what was
-drawn, draws and scores groups of other prompts, and writes them into the lists ``inputs`` and
-``prompts``, which TRL uses afterwards. Each completion is scored once.
+prompts, ...)`` and normalizes. A ``Generation`` completes the batch after the draw and before
+log-probabilities are computed, so that these are computed only for completions that are trained on.
+It scores the drawn completions, draws and scores groups of other prompts, and writes them into the
+lists ``inputs`` and ``prompts``, which TRL uses afterwards. Each completion is scored once.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Generation:
             tokens += sum(len(one.completion_ids) for one in self._own(new))
             self.sampled += len(new)
             found = self._spread(scored)
-            if self.rows:  # of the curriculum, which records what it chose
+            if self.rows:  # chosen by the curriculum, which records its choices
                 self.rows = [*self.rows, *rows]
                 self.deviations += found.deviation
             good = [place for place, signal in enumerate(found.has_signal) if signal]
@@ -147,7 +147,9 @@ class Generation:
     def _put(
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
-        """Place ``group`` at row ``first`` of the whole batch, as far as it is on this rank."""
+        """Place the part of ``group`` that is on this rank; ``first`` is its row in the whole
+        batch.
+        """
         begin = self.trainer.accelerator.process_index * len(mine)
         for place, one in enumerate(group, start=first - begin):
             if 0 <= place < len(mine):

@@ -18,8 +18,10 @@ class GroupSpread(NamedTuple):
 
     has_signal: list[bool]
     deviation: list[float]
-    """Standard deviation of the weighted sum of rewards; 0 without two scored completions. Where a
-    reward is 0 or 1 it is sqrt(p (1 - p)) of the pass rate p, and largest at one half."""
+    """Standard deviation of the weighted sum of rewards; 0 without two scored completions. If
+    rewards are 0 or 1, the deviation is sqrt(p (1 - p)) with the pass rate p, and largest at p =
+    1/2.
+    """
 
 
 def spread_of(
