@@ -258,8 +258,8 @@ def _started(call: Callable[[], T]) -> Future[T]:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """True if the error or one of its causes only says that another process does not answer, or
-    ran out of memory: that process reports the reason.
+    """True if the error, or one of its causes, only reports that another process does not answer or
+    ran out of memory. The other process then reports the reason.
     """
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)

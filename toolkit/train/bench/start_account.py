@@ -33,7 +33,7 @@ class StartAccount(logging.Handler):
         self._last = time.perf_counter()
 
     def begin(self) -> None:
-        """Import what a run imports, by package, and listen to vLLM from then on."""
+        """Import the packages of a run, measure each import, and listen to vLLM from then on."""
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
         import torch  # noqa: F401, PLC0415
 

@@ -106,7 +106,9 @@ class Service:
         self._functions: list[Callable[..., Any]] = []
         self._tools: list[LocalTool] = []
         self._episodes: list[Episodes] = []
-        self._loops: list[LoopThread] = []  # one per function: a blocked one stops no other
+        self._loops: list[
+            LoopThread
+        ] = []  # one per function: a blocked loop stops no other function
 
     def serve(self, requests: int) -> None:
         """Answer requests until the other end is closed."""

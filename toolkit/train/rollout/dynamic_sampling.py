@@ -185,8 +185,9 @@ class Generation:
                 yield row
 
     def _next_rows(self, further: Iterator[int], needed: int) -> list[int]:
-        """At least ``needed`` rows, if there are as many. Their completions can be divided equally
-        between the ranks, as TRL's collectives need it; so a round is never larger than the batch.
+        """The next rows: at least ``needed``, if so many are left. Their completions can be divided
+        equally between the ranks, which TRL's collectives need. A round is never larger than the
+        batch.
         """
         step = self.ranks // math.gcd(self.ranks, self.group)
         rows = list(islice(further, -(-needed // step) * step))

@@ -23,7 +23,9 @@ PROJECT = "huggingface"
 """The project of a run whose run file names none: the default of ``grpo.project``."""
 
 TRACKIO = ("space_id", "bucket_id", "static_space_id")
-"""Keys of ``grpo`` for trackio, after ``trackio_``; without them it is local."""
+"""Keys of ``grpo`` for trackio, without their prefix ``trackio_``. If none is set, trackio's
+project is local.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
