@@ -46,8 +46,8 @@ def score(completions, answer, **kwargs):
 """
 
 EXCEPTIONS: dict[str, str] = {
-    "a prompt cannot be cut to grpo.max_prompt_length": "how long a chat template is alone, the"
-    " tokenizer says, and validate has none: it imports nothing heavy",
+    "a prompt cannot be shortened to grpo.max_prompt_length": "how long a chat template is alone,"
+    " the tokenizer says, and validate has none: it imports nothing heavy",
     "tokens, but the engine supports": "how many tokens a prompt has, the tokenizer says, and"
     " validate has none: it imports nothing heavy",
     "reward score took longer": "how long a reward takes shows when it is called",

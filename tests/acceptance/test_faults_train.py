@@ -138,7 +138,7 @@ def test_memory_that_runs_out_in_a_step_costs_no_step(ended) -> None:
     run, whole = ended["small card"], ended["undisturbed"]
     assert run.returncode == whole.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
-        "warning: training step: out of memory, the micro-batch is cut into 2 parts from now on"
+        "warning: training step: out of memory, the micro-batch is split into 2 parts from now on"
         " (CUDA out of memory. Tried to allocate 2.00 GiB)"
     ]
     assert whole.stderr == ""

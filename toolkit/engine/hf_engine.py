@@ -1,5 +1,7 @@
-"""Hugging Face generation on the trainer's model with the interface of
-``rollout_engine.RolloutEngine``, without vLLM.
+"""Hugging Face generation on a model, with the interface of ``rollout_engine.RolloutEngine``.
+
+Evaluation and ``fast_generate`` use it for a model without vLLM. Training does not: its rollouts
+are drawn by ``train.rollout.sampler.TransformersGeneration``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The base weights never change: a checksum proves it at the end of each run, and a change that is
-found earlier raises an error.
+"""Check that a run does not change the base weights: their checksum at its end must be the one at
+its start. A change that is found earlier raises an error.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ AGAIN = "load the model again; do not write to its weights or merge an adapter i
 
 
 class BaseCheck:
-    """Checksums of the frozen weights of ``model``, taken when its engine loaded them, else now."""
+    """Checksums of the frozen weights of ``model``, taken when its engine loaded them, else when
+    this object is made.
+    """
 
     def __init__(self, model: Any) -> None:
         at_load = getattr(model, AT_LOAD, None)
         self._model, self._before = model, at_load if at_load is not None else base_sums(model)
 
     def refuse_changed(self) -> None:
-        """Check before a run that the engine's weights are still the ones that it loaded.
+        """Check before a run that the engine's weights are still the ones that the engine loaded.
 
         Raises:
             ConfigValueError: something wrote to the weights that engine and trainer share.
         """
         if names := changed(self._before, base_sums(self._model)):
             raise ConfigValueError(
-                f"{_told(names)} of the base model changed after the engine loaded them: engine "
+                f"{_text(names)} of the base model changed after the engine loaded them: engine "
                 "and trainer share these weights",
                 where="model",
                 fix=AGAIN,
@@ -43,7 +45,7 @@ class BaseCheck:
         after = base_sums(self._model)
         if names := changed(self._before, after):
             raise DefectError(
-                f"{_told(names)} of the base model changed during the run, and only the adapter "
+                f"{_text(names)} of the base model changed during the run, and only the adapter "
                 "may change: the trained adapter does not fit the base model on disk",
                 where="model",
                 fix="do not use this adapter; check rewards and callbacks for code that writes "
@@ -76,11 +78,11 @@ def refuse_untrainable(model: Any, engine: Any) -> None:
     own = [name for name, p in trained.items() if p.untyped_storage().data_ptr() in shared]
     if own:
         raise UnsupportedError(
-            f"{_told(own)} would be trained, and the engine samples from the same weights",
+            f"{_text(own)} would be trained, and the engine samples from the same weights",
             where="GRPOTrainer",
             fix="train an adapter only, or load with fast_inference=False",
         )
 
 
-def _told(names: list[str]) -> str:
+def _text(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} weights (first {names[0]})"

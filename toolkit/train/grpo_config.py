@@ -28,17 +28,18 @@ WRITTEN = "toolkit_written"
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
     """``trl.GRPOConfig`` that records which fields were passed; the others are set from the model.
 
-    Some fields are ours. ``padding_free`` (True) trains on packed sequences, see ``packed_steps``.
-    ``max_prompt_length`` (tokens; None: whatever fits) cuts prompts on the left.
-    ``dynamic_sampling`` (False) replaces groups of equal rewards, at most ``max_resample_times``
-    (3) times per batch, see ``rollout.dynamic_sampling``. ``curriculum`` (False) chooses the share
-    ``curriculum_share`` (0.5) of each batch by the spread of earlier rewards, see
-    ``rollout.difficulty``. Fields of older releases are translated, see ``older_fields``.
+    Some fields are the toolkit's own. ``padding_free`` (True) trains on packed sequences, see
+    ``packed_steps``. ``max_prompt_length`` (in tokens; None: no limit of its own) removes the first
+    tokens of longer prompts. ``dynamic_sampling`` (False) replaces groups of equal rewards, at most
+    ``max_resample_times`` (3) times per batch, see ``rollout.dynamic_sampling``. ``curriculum``
+    (False) chooses the share ``curriculum_share`` (0.5) of each batch by the spread of earlier
+    rewards, see ``rollout.difficulty``. Fields of older releases are translated, see
+    ``older_fields``.
 
     Raises:
-        ConfigTypeError: a field that nothing has.
-        ConfigValueError: a value that is refused; where a batch does not hold whole groups the
-            message lists the sizes that do.
+        ConfigTypeError: an unknown field.
+        ConfigValueError: an invalid value; if a batch does not contain whole groups, the message
+            lists sizes that do.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # the same
@@ -64,7 +65,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
             if "divisible by" not in str(problem):
                 raise
             refused = problem
-        if refused is not None:  # here, so that TRL's own words are not shown above ours
+        if refused is not None:  # here, so that TRL's message is not shown above this one
             refuse_partial_groups(self, written)
             raise refused
 
@@ -120,8 +121,9 @@ def default_config(model: Any) -> GRPOConfig:
 
 
 def is_written(config: Any, name: str) -> bool:
-    """True if the user set ``bf16`` or ``fp16``. In a plain ``trl.GRPOConfig`` only a value that
-    differs from TRL's default shows it.
+    """True if the user set the field ``name``, which is ``bf16`` or ``fp16``. A plain
+    ``trl.GRPOConfig`` does not record it, so there a value that differs from TRL's default counts
+    as set.
     """
     written = getattr(config, WRITTEN, None)
     if written is not None:

@@ -99,7 +99,7 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
     MASTER_PORT.
 
     Raises:
-        InputError: there are several nodes, and no place to meet.
+        InputError: there are several nodes, but no address at which they meet.
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     nodes, node = node_count(), node_rank()

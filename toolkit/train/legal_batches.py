@@ -31,7 +31,9 @@ def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
         return
     size, whole = config.generation_batch_size, config.generation_batch_size is not None
     if whole and size % group:
-        raise ConfigValueError(_told(config, written), where=WHERE, fix=_choices(config, written))
+        raise ConfigValueError(
+            _partial_groups_text(config, written), where=WHERE, fix=_choices(config, written)
+        )
     per_eval = config.per_device_eval_batch_size * config.world_size
     wanted = config.num_generations_eval or group
     if config.eval_strategy not in (None, "no") and per_eval % wanted:
@@ -57,7 +59,7 @@ def _next(value: int, others: int, group: int) -> int:
     return -(-value // step) * step
 
 
-def _told(config: Any, written: Collection[str]) -> str:
+def _partial_groups_text(config: Any, written: Collection[str]) -> str:
     size, group = config.generation_batch_size, config.num_generations
     if "generation_batch_size" in written:
         return f"generation_batch_size={size} is not a multiple of num_generations={group}"
@@ -80,7 +82,7 @@ def _steps_name(written: Collection[str]) -> str:
 
 
 def _choices(config: Any, written: Collection[str]) -> str:
-    """Each choice changes one field to a valid value."""
+    """The choices as text; each changes one field to a valid value."""
     group, size = config.num_generations, config.generation_batch_size
     per_device, ranks = config.per_device_train_batch_size, config.world_size
     steps = config.steps_per_generation

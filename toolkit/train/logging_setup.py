@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    # TRL imports vLLM where it is installed.
+    # TRL imports vLLM if it is installed, also for a run without an engine.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -37,7 +37,7 @@ LOUD = ("transformers", "trl", "accelerate", "datasets", "peft", "torch", "huggi
 
 
 def prepare_environment() -> None:
-    """Set the environment; call it before torch and transformers are imported."""
+    """Set ``ENVIRONMENT``. Call this before torch and transformers are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ignore_false_alarms()
@@ -54,7 +54,7 @@ def ignore_false_alarms() -> None:
 
 
 def keep_upstream_quiet() -> None:
-    """As ``quiet``, for the whole life of a process that has not yet imported these libraries."""
+    """As ``quiet``, but until the process ends, and before it has imported these libraries."""
     ignore_false_alarms()
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)

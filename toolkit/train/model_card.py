@@ -1,5 +1,5 @@
-"""The model card of a trained adapter: README.md of its repository, from what the run recorded, and
-the command that serves it.
+"""Write the model card of a trained adapter (README.md of its repository) from what the run
+recorded, and the command that serves the adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
     address.
 
     Raises:
-        InputError: the run has no manifest. What ``policy.hub.push_folder`` raises.
+        InputError: the run has no manifest. Errors of ``policy.hub.push_folder`` are raised too.
     """
     from toolkit.policy.hub import push_folder  # noqa: PLC0415 - for this alone
 
@@ -54,8 +54,8 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
 
 
 def model_card(run: FinishedRun, repo_id: str) -> str:
-    """README.md for the adapter of ``run`` in ``repo_id``: what it is, how it was trained, what it
-    reached, how to use it. Paths of this machine are not in it.
+    """The text of README.md for the adapter of ``run`` in ``repo_id``: what the adapter is, how it
+    was trained, its results, and how to use it. The text contains no paths of this machine.
 
     Raises:
         OSError: the run folder has no manifest.json.
@@ -75,7 +75,9 @@ def model_card(run: FinishedRun, repo_id: str) -> str:
 
 
 def _hub_name(name: str) -> str | None:
-    """``name`` where it is one of the hub's: a folder of this machine says nothing to others."""
+    """``name`` if it is a name on the hub. None if it is a folder, which other machines do not
+    have.
+    """
     return name if MODEL_ID.fullmatch(name) and not Path(name).exists() else None
 
 

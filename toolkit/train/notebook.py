@@ -12,8 +12,8 @@ from toolkit.base.errors import ToolkitWarning
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this machine can train in bfloat16: its GPU supports it, or it trains on the CPU,
-    which does.
+    """Whether this machine can train in bfloat16: true on a GPU that supports the format, and on a
+    CPU.
     """
     return not torch.cuda.is_available() or bool(is_torch_bf16_gpu_available())
 

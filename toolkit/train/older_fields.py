@@ -1,7 +1,7 @@
 """Translate keyword arguments of GRPOConfig from older versions of TRL, transformers and Unsloth.
 
-Older scripts and notebooks pass them. Each one is translated, or dropped because it has no effect
-any more. One warning lists all of them.
+Older scripts and notebooks pass such arguments. Each argument is translated, or dropped if it has
+no effect any more. One warning lists all of them.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
 
 
 def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
-    """transformers 5 reads ``warmup_steps`` below 1 as a share of the run; steps win over a
-    ratio, as they did in transformers 4.
+    """transformers 5 reads ``warmup_steps`` below 1 as a share of the run; if steps and a ratio are
+    given, the steps apply, as in transformers 4.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ConfigValueError(
@@ -172,7 +172,7 @@ def sampling_fields(params: Any) -> dict[str, Any]:
     """The fields of ``params`` that differ from the defaults of its class.
 
     Raises:
-        ConfigTypeError: it is neither vLLM's SamplingParams nor a mapping.
+        ConfigTypeError: ``params`` is neither vLLM's SamplingParams nor a mapping.
     """
     if params is None:
         return {}

@@ -1,7 +1,7 @@
-"""Check a model and its trainer against each other: one GPU, one number format, an adapter that the
-engine supports.
+"""Check that a model fits its trainer: one GPU, one number format, an adapter that the engine
+supports.
 
-``prepare`` runs before TRL gets the model, ``settle`` afterwards. Both accept models from any
+``prepare`` runs before TRL gets the model, ``after_init`` afterwards. Both accept models from any
 loader.
 """
 
@@ -66,7 +66,7 @@ def _refuse_other_engines(config: Any) -> None:
             )
 
 
-def settle(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
+def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
     """After TRL has built its trainer: make the adapter float32 and register it with the engine.
     ``fresh``: TRL has just added the adapter to ``model``.
 
@@ -90,8 +90,8 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 
 def _refuse_other_device(model: Any, config: Any) -> None:
-    """Reject two devices: transformers would move the model to the trainer's device, which makes a
-    second copy.
+    """Reject a trainer on another device than the model: transformers would move the model there,
+    which makes a second copy.
     """
     here, there = next(model.parameters()).device, torch.device(config.device)
     if here.type != there.type or (here.index or 0) != (there.index or 0):

@@ -56,7 +56,7 @@ class Preflight:
     checks: tuple[CheckResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As in preflight.json (report.schema.json)."""
+        """The content of preflight.json (report.schema.json)."""
         device = None if self.device is None else self.device.name
         run = {"device": device, "sizing": self.sizing.to_json()}
         return check_report(self.snapshot, self.checks, run=run)
@@ -80,11 +80,11 @@ def preflight(
 
     Every rank inspects its own GPU; all are sized for the smallest one, so that they agree.
     ``rules`` judges the run file for the device and the packages that are found, as ``envcheck
-    check`` does: not before the node is known to be well, as a missing GPU of a bad node is no
-    fault of the file.
+    check`` does. This comes after the checks of the node, because a GPU that is missing on a bad
+    node is not an error of the file.
 
     Raises:
-        ConfigError: a rule refuses the run file here.
+        ConfigError: a rule rejects the run file on this machine.
         NodeError, RetryError, ConfigError: a check failed; the message is that of the first one.
         ConfigError: the run does not fit; the message lists changes that make it fit, with the
             memory each one saves.
@@ -134,7 +134,8 @@ def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckC
     return CheckContext(
         **run.needs(),
         world_size=local_world_size(),
-        # A check reports that there are too few GPUs; then this process has no GPU to inspect.
+        # If there is no GPU for this process, nothing is inspected; a check reports that there are
+        # too few.
         gpu_index=local_rank() if local_rank() < seen else None,
         sizer_model_types=tuple(FAMILIES),
     )

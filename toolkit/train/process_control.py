@@ -1,4 +1,4 @@
-"""The processes of one run: the number of this one, and what they exchange outside training.
+"""The processes of one run: the number of this process, and messages between them outside training.
 
 Training uses torch's collectives. A message that must arrive although another process may have
 ended goes through the key-value store of the rendezvous. So one process reports a failure, and the
@@ -35,10 +35,12 @@ POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
 """How long a process may take to answer, and the reporting process to report."""
 MOST_TICK_S = 1.0
-"""A longer time between two looks is time in which this process did not run."""
+"""If two ticks of the clock are further apart, the rest is time in which this process was
+stopped.
+"""
 TELLING = 4
-"""The total time may be this many times longer: the process that holds the store may be stopped,
-and then a call of the store does not return.
+"""Reporting an error may take this many times ``ANSWER_S``. The limit is needed because a call of
+the store does not return while the process that holds the store is stopped.
 """
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
@@ -138,8 +140,8 @@ class Peers:
             distributed.destroy_process_group()
 
     def ending(self, error: Exception) -> BaseException:
-        """How this process ends: with an error if it is the one that reports, else with the exit
-        code of the one that does.
+        """What this process raises to end: an error if this process reports the failure, else the
+        exit code of the process that reports it.
         """
         try:
             told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
@@ -215,7 +217,9 @@ class _SignsOfLife:
         self._last_tick = now
 
     def see(self, beats: dict[int, int]) -> None:
-        """Take the present count of each process; the others are no longer waited for."""
+        """Record the current count of each process in ``beats``; other processes are no longer
+        waited for.
+        """
         old = self._seen
         self._seen = {
             n: old[n] if n in old and old[n][0] == beat else (beat, self._clock_s)
@@ -238,7 +242,9 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _started(call: Callable[[], T]) -> Future[T]:
-    """``call``, begun in a thread that ends with the process at the latest."""
+    """Start ``call`` in a thread that ends with the process at the latest; return its future
+    result.
+    """
     outcome: Future[T] = Future()
 
     def work() -> None:
@@ -252,8 +258,8 @@ def _started(call: Callable[[], T]) -> Future[T]:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """True if the error or one of its causes only says that another process does not answer, or
-    ran out of memory: that process reports the reason.
+    """True if the error, or one of its causes, only reports that another process does not answer or
+    ran out of memory. The other process then reports the reason.
     """
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
@@ -286,6 +292,6 @@ def _named(numbers: Iterable[int]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence, without the location in gloo's source at its beginning."""
+    """The first sentence of ``error``, without the location in gloo's source at its beginning."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S*\] ", "", line).split(". ")[0][:200]

@@ -71,7 +71,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     Every rank of ``torchrun`` calls it; only the first one writes.
 
     Raises:
-        ToolkitError: its exit code says what went wrong; StoppedError (75) after a signal.
+        ToolkitError: with the exit code of the error; a StoppedError (75) after a signal.
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
@@ -134,11 +134,13 @@ def _begin(
             options.out.write(f"skipped {line}\n")
     if found is not None:
         size = parallel.size_of(config.model.tensor_parallel_size)
-        if config.model.tensor_parallel_size != "auto":  # else once it is settled
+        if config.model.tensor_parallel_size != "auto":  # else checked after sizing
             checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
     context = prepare(as_begun, run_dir, control.peers, options.rules)
-    config = chat_record.settled(micro_batch_record.settled(config, context.config), context.config)
+    config = chat_record.recorded_config(
+        micro_batch_record.recorded_config(config, context.config), context.config
+    )
     _refuse_changes(config, context, found)
     _train(context, config, found, options, control, begun)
 
@@ -146,7 +148,7 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, the same one on every rank; see ``branch.choose``."""
+    """The checkpoint to resume from, which is the same on every rank; see ``branch.choose``."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
     # The first rank chooses and reports: the others may read a folder to which it already writes.
@@ -165,8 +167,8 @@ def _checkpoint(
 def prepare(
     config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
 ) -> RunContext:
-    """Check the node, judge the run file for it (``rules``), size, load data, rewards and policy;
-    config.json and preflight.json are written.
+    """Check the node, check the run file for this node (``rules``), size the run, and load data,
+    rewards and policy. Writes config.json and preflight.json.
     """
     require_packages(config)
     ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
@@ -219,12 +221,15 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
 
 
 def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
-    """Our trainer. With tools, what TRL says against the chat template is a fault of the run."""
+    """The toolkit's trainer. With tools, TRL may reject the chat template: that is a
+    ConfigError.
+    """
     if not (context.tools or context.episodes):
         return GRPOTrainer(**arguments)
     try:
         with warnings.catch_warnings():
-            # TRL calls its environment factory experimental. tests/contract holds what is used.
+            # TRL warns that its environment factory is experimental. tests/contract checks what is
+            # used of it.
             warnings.filterwarnings("ignore", message=".*environment_factory")
             trainer = GRPOTrainer(
                 **arguments, tools=context.tools, environment_factory=context.episodes
@@ -242,7 +247,9 @@ def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
 
 
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
-    """Build our trainer from the parts of the run, without upstream's callbacks that print."""
+    """Build the toolkit's trainer from the parts of the run, without upstream's callbacks that
+    print.
+    """
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
@@ -316,12 +323,13 @@ def _end(
     options: Options,
     peers: Peers | None,
 ) -> None:
-    """What a run leaves, written by the first process, and the end of the others."""
+    """Finish a run: the first process writes the results, and all processes wait for each other."""
     after = _evaluate(context, options, adapter=True)
     if is_first_rank():
         finish(context, before, after, options.out, base=trainer.base_check)
     elif shares_with_first():
-        save_lora(context.model, context.run_dir / "adapter")  # its part; the first one writes
+        # Every process gives its part of the adapter; the first one writes it.
+        save_lora(context.model, context.run_dir / "adapter")
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:

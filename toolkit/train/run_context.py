@@ -39,8 +39,8 @@ FREE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Output of the run, and what it does besides training. ``evaluate`` None: the run file decides
-    (``rollout.evaluate.evaluates``). ``rules`` judges the run file for the machine that is found.
+    """The output of a run, and options beside its run file. With ``evaluate`` None, the run file
+    decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this machine.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
@@ -108,7 +108,7 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
 
 
 def _copies(sizing: SizingResult) -> list[str]:
-    """What is said of 16-bit copies of 4-bit weights: how much, or why none."""
+    """The line on 16-bit copies of 4-bit weights: how large they are, or why there are none."""
     if sizing.engine.copies_note is not None:
         return [f"rollouts {sizing.engine.copies_note}"]
     copies = sizing.engine.copies_bytes
@@ -116,7 +116,7 @@ def _copies(sizing: SizingResult) -> list[str]:
 
 
 def _groups(config: RunConfig) -> str:
-    """How the processes share the model, where they do."""
+    """How the processes share the model, as text; empty if each has its own."""
     size = parallel.size_of(config.model.tensor_parallel_size)
     if size == 1:
         return ""
@@ -140,7 +140,7 @@ def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
 
 
 def is_free(gpu: GpuSnapshot) -> bool:
-    """True if nearly all of its memory is free."""
+    """True if nearly all memory of ``gpu`` is free."""
     free, total = gpu.free_bytes, gpu.total_bytes
     return bool(free is not None and total and free >= FREE_SHARE * total)
 

@@ -1,4 +1,4 @@
-"""How a run ends: the number of its steps, and the errors of a run that ended early."""
+"""Check how a run ended: the number of its steps, and the errors for a run that ended early."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def refuse_lost(
 
 
 def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """The message after a stop. ``begun``: the run had chosen what it resumes from."""
+    """The error for a run that a signal stopped. ``begun``: the run had already chosen the
+    checkpoint that it resumes from.
+    """
     run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
     named = asked not in ("auto", "must", "never")
     fix = "run the same command again: it resumes from there"

@@ -43,7 +43,9 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
 
 
 def _refuse_no_room(config: Any, longest: int | None) -> None:
-    """``max_seq_length`` holds a prompt and its completion, with an engine and without one."""
+    """Reject a ``max_completion_length`` that leaves no room for a prompt: ``max_seq_length``
+    (``longest``) limits both together, with an engine and without one.
+    """
     wanted = config.max_completion_length
     if longest is None or wanted is None or wanted < longest:
         return

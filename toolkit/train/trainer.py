@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer on an engine that shares the model's weights, with exact resume.
 
-A subclass with TRL's arguments; upstream's source is not patched. Each override is short and names
-the method of TRL 1.16 or transformers 5.17 that it overrides; the work is done in other modules.
-State has class-level defaults because TRL's own tests build trainers with ``object.__new__``.
+The class is a subclass with TRL's arguments; upstream's source is not patched. Each override is
+short and names the method of TRL 1.16 or transformers 5.17 that it overrides; the work is done in
+other modules. State has class-level defaults because TRL's own tests build trainers with
+``object.__new__``.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
         Raises:
             ConfigValueError: an importance-sampling mode that the loss type cannot use, a format
-                that the engine does not compute in, or a base that was written to.
+                that the engine does not compute in, or base weights that were changed.
             UnsupportedError: an adapter that the engine cannot sample from.
         """
         given = SIGNATURE.bind(self, model, *args, **kwargs).arguments
@@ -92,13 +93,13 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         hidden = nullcontext() if engine is None else _without_vllm(config)
         with hidden, kept_float32(model):
             super().__init__(**given)
-        policy_setup.settle(self, model, engine, fresh=given.get("peft_config") is not None)
+        policy_setup.after_init(self, model, engine, fresh=given.get("peft_config") is not None)
         if engine is not None:
             self._use_engine(engine)
 
     def _use_engine(self, engine: Any) -> None:
-        """Set up the engine after TRL's ``__init__``: with ``use_vllm`` it would build its own
-        VLLMGeneration.
+        """Set up the engine after TRL's ``__init__``, which would build its own VLLMGeneration if
+        ``use_vllm`` were set in it.
         """
         modes = ("token_truncate", "token_mask")
         if (
@@ -119,7 +120,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         self._last_loaded_step = -1
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's ``train``; then ``base_check`` verifies that the base weights did not change.
+        """As in TRL; then ``base_check`` verifies that the base weights did not change.
 
         Raises:
             DefectError: the base weights changed.
@@ -139,8 +140,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
-        """The difference between engine and trainer, of training or of evaluation, whichever is
-        running.
+        """The totals of the difference between engine and trainer: of training, or of the
+        evaluation that is running.
         """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}
@@ -149,25 +150,25 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def rows(self) -> CompletionIndex:
-        """The numbers of the completions in the whole batch that this rank draws."""
+        """The numbers, in the whole batch, of the completions that this rank draws."""
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
     @property
     def prompt_choice(self) -> PromptChoice:
-        """Which prompts a generation draws, beside those of TRL's sampler."""
+        """The choice of the prompts of a generation, in addition to TRL's sampler."""
         if self._prompt_choice is None:
             self._prompt_choice = PromptChoice(self)
         return self._prompt_choice
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """TRL's; then groups without spread are replaced, if the run file says so."""
+        """As in TRL; then groups without spread are replaced if ``dynamic_sampling`` is on."""
         self.rows.begin(len(prompts))
         drawn = super()._generate(prompts)
         generation = self._generation
         if generation is None or generation.drawing:
             return drawn
-        return generation.settle(prompts, Drawn(*drawn))
+        return generation.replace_empty_groups(prompts, Drawn(*drawn))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
@@ -176,7 +177,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """TRL's, also called by the tool loop. Each completion is drawn with its own seed."""
+        """As in TRL, which also calls it in the tool loop, but each completion has its own seed."""
         parent = super()._generate_single_turn
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
@@ -184,7 +185,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             longest = getattr(self.accelerator.unwrap_model(self.model), "max_seq_length", None)
             if longest is not None:
                 check_prompts(prompt_ids, self.max_completion_length, longest)
-            own = sampler.ModelGeneration(self)
+            own = sampler.TransformersGeneration(self)
             if own.can(images, multimodal_fields):
                 return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
             seed, rows = self.rows.call(prompt_ids)
@@ -195,7 +196,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return drawn
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; the calls of a training batch are kept for the log, and a tool can end the run."""
+        """As in TRL, but calls of a training batch are kept for the log, and a tool can end the
+        run.
+        """
         loop, log = super()._tool_call_loop, self.tool_log
         try:
             if log is None or not self.model.training:
@@ -217,7 +220,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         with self.timers("reward_s"):
             if mesh() is None:
                 return rewards(*args, **kwargs)
-            # On the host: a device of another process is not this one's.
+            # On the host, because a process cannot use the device of another one.
             found = by_first(lambda: rewards(*args, **kwargs).cpu())
             return found.to(self.accelerator.device)
 
@@ -273,7 +276,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return self._attempt.inputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's; if memory runs out, the step is repeated in smaller parts with the same
+        """As in TRL, but if memory runs out, the step is repeated in smaller parts with the same
         gradient.
         """
         step = super().training_step
@@ -288,7 +291,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, part by part if the batch is cut: into packs, or after memory ran out."""
+        """As in TRL, but part by part if the batch is split: into packs, or after memory ran
+        out.
+        """
         loss = super().compute_loss
         if not self.model.training:
             return loss(model, inputs, return_outputs, num_items_in_batch)
@@ -299,7 +304,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """transformers'; where processes share a model, by the norm of the whole adapter."""
+        """As in transformers, but if processes share a model, by the norm of the whole adapter."""
         if mesh() is None:
             return super()._clip_grad_norm(model)
         return clip_whole(model.parameters(), self.args.max_grad_norm)
@@ -323,14 +328,14 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     # --- metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', but without cutting the losses of the last batch to the number of dataset
-        rows. TRL's sampler repeats each row, so the cut would remove losses of the last processes.
+        """As in transformers, but the losses of the last batch are not limited to the number of
+        dataset rows: TRL's sampler repeats each row, so losses of the last processes would be lost.
         """
         self.gather_function = self.accelerator.gather
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, plus the metrics of the difference between engine and trainer."""
+        """As in TRL, plus the metrics of the difference between engine and trainer."""
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
@@ -338,15 +343,15 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         importance_sampling.warn_of_gap(self)
         super().log(logs, start_time)
         if self.signals is not None:
-            # It would grow with every step and is copied at each step; the log files have all of
-            # it.
+            # Keep only the last row: the list is copied at each step, and the log files have all
+            # rows.
             self.state.log_history[:-1] = []
 
 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
-    """In TRL's ``__init__``: it must not build its own engine, nor read vLLM's keywords as Hugging
-    Face's.
+    """In the block, TRL's ``__init__`` does not build its own engine, and does not read vLLM's
+    keywords as those of Hugging Face.
     """
     kept = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 COMPLETION_METRICS = "completions/"
-"""How the names of TRL's metrics of a batch's completions begin."""
+"""The names of TRL's metrics of the completions in a batch begin with this."""
 
 
 class Drawn(NamedTuple):
@@ -145,8 +145,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
     ) -> None:
         """Log TRL's metrics of completions that were drawn already, in place of those since
-        ``counts``. TRL computes them in ``_generate``; ``rollout_func`` gives it the completions.
-        The count of tokens seen stays: all that were drawn were processed.
+        ``counts``. TRL computes these metrics in ``_generate``, which gets the completions from
+        ``rollout_func``. The count of tokens seen does not change: all drawn tokens were processed.
         """
         values = self.train_metric_values
         for name in list(values):
@@ -186,7 +186,7 @@ class RowNumbers(Protocol):
 
 
 class PromptRecords(Protocol):
-    """What is recorded of prompts (rollout.prompt_choice.PromptChoice)."""
+    """The records of prompts (rollout.prompt_choice.PromptChoice)."""
 
     def state(self) -> dict[str, torch.Tensor] | None: ...
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None: ...

@@ -33,8 +33,8 @@ ENGINE_KEYS = ("use_vllm", "vllm_mode")
 def grpo_config(
     config: RunConfig, run_dir: Path, build: Callable[..., Any], *, has_eval: bool
 ) -> Any:
-    """``build`` is the class GRPOConfig. The toolkit logs metrics at every step; TRL writes
-    nothing.
+    """TRL's arguments for ``config``; ``build`` is the class GRPOConfig. The toolkit logs metrics
+    at every step; TRL writes nothing.
 
     Raises:
         ConfigError: TRL rejects a value.
@@ -87,7 +87,7 @@ def grpo_config(
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
-    if run.engine == "vllm":  # rule KEY008 says that it has no effect then
+    if run.engine == "vllm":  # rule KEY008 reports that it has no effect then
         forced["use_transformers_continuous_batching"] = False
     if uploads:
         forced["num_completions_to_print"] = 0
@@ -144,7 +144,8 @@ def require_packages(config: RunConfig) -> None:
 
 
 def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | None = None) -> None:
-    """``needed`` is what ``needed_packages`` gave; ``source`` the run file that asks for it.
+    """Check that the packages ``needed``, from ``needed_packages``, are installed. ``source`` is
+    the run file that needs them.
 
     Raises:
         MissingExtraError: for the first package that is not installed.
@@ -161,7 +162,7 @@ def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | Non
 def make_reproducible() -> None:
     """Use deterministic kernels where torch has them.
 
-    On the CPU, runs with the same number of threads give equal results without it. On a GPU it
+    On the CPU, runs with the same number of threads give equal results without this. On a GPU it
     covers cuBLAS and cuDNN; operations without a deterministic form, such as some scatter-adds,
     only warn.
     """

@@ -3,8 +3,8 @@ raised.
 
 If upstream raises an exception while it uses keys that the run file sets, these keys are the cause,
 and the run ends with exit code 1. An exception from the toolkit's own code, or without such a key,
-is a defect of the toolkit and is reported as one. The table is for transformers 5.17, TRL 1.16 and
-torch 2.11 to 2.13; tests/contract/test_train_upstream.py checks the names of files and functions.
+is reported as a defect of the toolkit. The table is for transformers 5.17, TRL 1.16 and torch 2.11
+to 2.13; tests/contract/test_train_upstream.py checks the names of files and functions.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 OURS = Path(__file__).resolve().parents[1]
 MOST_NAMED = 4
 A_CLASS = 16
-"""A word of at least this length in the exception's text is matched with part of a key, because
-upstream reads the key into a class of a similar name.
+"""A word of the exception's text with at least this length may match a part of a key, because
+upstream reads such a key into a class with a similar name.
 """
 
 
@@ -33,7 +33,7 @@ class Phase(NamedTuple):
 
     doing: str
     places: tuple[str, ...]
-    """``file`` or ``file:function``; a file that ends with / is a folder."""
+    """Each is ``file`` or ``file:function``; a name that ends with / is a folder."""
     keys: tuple[str, ...] | None
     """None: the keys that the exception names."""
 
@@ -186,7 +186,7 @@ class Blame(NamedTuple):
 def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
     """The keys of ``written`` (the run file's ``grpo``) that caused ``error``; None if no key did.
 
-    Frames are searched from the one that raised outwards, up to the first frame of the toolkit.
+    Frames are searched from the innermost outwards, up to the first frame of the toolkit.
     """
     for file, function in _upstream_frames(error):
         for phase in PHASES:

@@ -1,5 +1,5 @@
-"""What a run file brings from the user: data, rewards, tools and an environment, all loaded before
-the engine starts.
+"""Load the user's parts of a run before the engine starts: data, rewards, tools and an
+environment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 
 class UserCode(NamedTuple):
-    """``episodes`` makes the environments of rollouts with steps; None for a run without."""
+    """The user's data, rewards, tools and environment. ``episodes`` makes the environments of
+    rollouts with steps; it is None if the run has none.
+    """
 
     data: Data
     rewards: Rewards
@@ -43,7 +45,7 @@ class UserCode(NamedTuple):
 
 
 def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode:
-    """Load all of it, each in the process that the run file asks for.
+    """Load data, rewards, tools and environment, each in the process that the run file selects.
 
     Raises:
         ToolkitError: something is missing, not allowed, or fails.

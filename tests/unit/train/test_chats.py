@@ -60,7 +60,7 @@ def resolve(made: RunConfig, template: bool | None) -> RunConfig:
 def test_what_is_recorded_is_the_resolved_format() -> None:
     resolved = resolve(config(), True)
     assert resolved.dataset.chat is True
-    assert chat_record.settled(config(), resolved).dataset.chat is True
+    assert chat_record.recorded_config(config(), resolved).dataset.chat is True
     assert resolve(config(), None).dataset.chat == "auto"
     assert resolve(config(), False).dataset.chat is False
     assert resolve(config(chat=False), True).dataset.chat is False

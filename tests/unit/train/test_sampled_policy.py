@@ -15,7 +15,7 @@ from trainer_helpers import history, make_trainer
 from toolkit.base.errors import ConfigValueError, ToolkitWarning
 from toolkit.engine.hf_sampling import draw
 from toolkit.train.rollout import sampler
-from toolkit.train.rollout.sampler import ModelGeneration
+from toolkit.train.rollout.sampler import TransformersGeneration
 from toolkit.train.step import kept_set
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "fixtures"))
@@ -53,7 +53,7 @@ def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name:
     monkeypatch.setattr(sampler, "draw", listening)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 100)
     trainer.rows.begin(len(PROMPTS))
-    completions = ModelGeneration(trainer).generate(PROMPTS)
+    completions = TransformersGeneration(trainer).generate(PROMPTS)
     left, right = max(map(len, PROMPTS)), max(map(len, completions))
     ids = torch.full((len(PROMPTS), left + right), 0)
     mask = torch.zeros_like(ids)
@@ -81,7 +81,7 @@ def test_training_on_an_engines_face(tmp_path: Path) -> None:
 
 def completions_of(trainer: Any) -> list[list[int]]:
     trainer.rows.begin(len(PROMPTS))
-    return ModelGeneration(trainer).generate(PROMPTS)
+    return TransformersGeneration(trainer).generate(PROMPTS)
 
 
 def test_the_checkpoints_own_options_stay_out(tmp_path: Path) -> None:

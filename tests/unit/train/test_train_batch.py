@@ -64,8 +64,8 @@ def test_a_checkpoint_without_numbers_leaves_the_choice_open(tmp_path: Path) -> 
 
 def test_what_is_recorded_are_the_numbers() -> None:
     resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
-    assert cut(micro_batch_record.settled(config(), resolved)) == (8, 4)
-    assert micro_batch_record.settled(resolved, config()) is resolved
+    assert cut(micro_batch_record.recorded_config(config(), resolved)) == (8, 4)
+    assert micro_batch_record.recorded_config(resolved, config()) is resolved
 
 
 def test_the_tokens_of_a_pass_stay_as_the_checkpoint_has_them(tmp_path: Path) -> None:
@@ -79,5 +79,5 @@ def test_the_tokens_of_a_pass_stay_as_the_checkpoint_has_them(tmp_path: Path) ->
     assert kept.runtime.pack_tokens == 5000
     assert fingerprint(kept, {})["runtime.pack_tokens"] == 5000
     assert "runtime.pack_tokens" not in fingerprint(config(), {})
-    assert micro_batch_record.settled(config(), kept).runtime.pack_tokens == 5000
-    assert micro_batch_record.settled(kept, config()) is kept
+    assert micro_batch_record.recorded_config(config(), kept).runtime.pack_tokens == 5000
+    assert micro_batch_record.recorded_config(kept, config()) is kept

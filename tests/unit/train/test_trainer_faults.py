@@ -52,7 +52,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, capl
     parts.train()
     assert parts.least_parts >= 4
     assert Narrow.refused >= 2  # the whole, its halves; then parts that fit, also in the next step
-    assert f"the micro-batch is cut into {parts.least_parts} parts from now on" in caplog.text
+    assert f"the micro-batch is split into {parts.least_parts} parts from now on" in caplog.text
     torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-6, rtol=1e-4)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
     for mine, theirs in zip(*rows, strict=True):
@@ -66,7 +66,7 @@ def test_an_error_without_a_text_is_one_too(tmp_path, caplog):
         error = MemoryError()
 
     make_trainer(tmp_path, kind=Bare, max_steps=1).train()
-    assert "the micro-batch is cut into 2 parts from now on (MemoryError)" in caplog.text
+    assert "the micro-batch is split into 2 parts from now on (MemoryError)" in caplog.text
 
 
 def test_memory_that_never_suffices_is_given_up_on(tmp_path):
@@ -84,7 +84,7 @@ def test_memory_that_never_suffices_is_given_up_on(tmp_path):
 
 def test_an_option_that_needs_the_whole_micro_batch_is_not_cut(tmp_path):
     trainer = make_trainer(tmp_path, kind=Narrow, top_entropy_quantile=0.5)
-    with pytest.raises(RuntimeError, match="cannot be cut"):
+    with pytest.raises(RuntimeError, match="cannot be split"):
         trainer.train()
 
 

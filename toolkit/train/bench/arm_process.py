@@ -1,4 +1,6 @@
-"""The whole benchmark: checkpoint, floor, arms, results."""
+"""Run the whole benchmark: make the checkpoint, measure the floor, run the arms, collect their
+results.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def bench(
     *,
     limit_s: float,
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Returns the report (also at ``folder/bench.json``, after each arm) and the table's rows.
+    """Run the benchmark. Returns the report, which is also written to ``folder/bench.json`` after
+    each arm, and the rows of the table.
 
     The checkpoint is created and the GPU measured in separate processes, because this process must
     not use device memory while the arms run.
@@ -69,7 +72,7 @@ def node_device() -> Device | None:
 
 
 def _work(settings: Settings, model: ModelPart) -> Work:
-    """The sizes of one step of the loaded model, on one card."""
+    """The sizes that decide how long one step of ``model`` takes on one card."""
     return Work(
         parameters=model.parameters // settings.ours_cards,
         weight_bytes=model.weight_bytes,

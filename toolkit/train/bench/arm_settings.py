@@ -1,4 +1,4 @@
-"""The settings that every arm of the benchmark gets, and the result that it returns."""
+"""The settings that every arm of the benchmark gets, and the result that each arm returns."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class Settings:
     With ``mean_tokens``, completion lengths are geometric with that mean and at most
     ``completion_tokens``. Without it, all completions have ``completion_tokens``.
 
-    The ``ours_`` fields are the micro-batch, the tokens of a pass, checkpointing and KV sleep of
-    our arm; None is for ``plan.fill``. A written ``ours_batch`` bounds a pass by its rows. The
-    optimizer step sees the same completions, so the work is the same. ``ours_cards``: the cards
-    that our arm splits the model over, with a process for each.
+    The ``ours_`` fields are for the toolkit's arm: the micro-batch, the tokens of a pass,
+    checkpointing and KV sleep. ``bench_plan.fill`` chooses each field with the value None. If
+    ``ours_batch`` is set, it limits the rows of a pass. Each optimizer step trains on the same
+    completions in every arm, so the work is the same. ``ours_cards`` is the number of cards over
+    which the toolkit's arm splits the model, with one process for each.
     """
 
     model: str
@@ -124,8 +125,8 @@ class Settings:
 
 @dataclass(slots=True)
 class Result:
-    """The measurements of one arm, in seconds, bytes and nats; None if the arm does not have
-    one.
+    """The measurements of one arm, in seconds, bytes and nats. A measurement that the arm does not
+    have is None.
     """
 
     arm: str
@@ -184,8 +185,8 @@ class Result:
 
     @property
     def padding_share(self) -> float | None:
-        """The share of padding in a padded batch of these lengths, which a padded pass computes
-        without use.
+        """The share of padding tokens in a padded batch of these lengths. A padded pass computes
+        them although nothing uses them.
         """
         if not sum(self.padded_tokens):
             return None

@@ -1,9 +1,10 @@
-"""One arm in its own process: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
+"""Run one arm in its own process: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
 
-All three train the same checkpoint on the same prompts with the same TRL options. The toolkit's arm
-and TRL's use the pinned TRL. Unsloth needs its own version, so each arm has its own process.
+All three arms train the same checkpoint on the same prompts with the same TRL options. The
+toolkit's arm and TRL's use the pinned TRL. Unsloth needs its own version, so each arm has its own
+process.
 
-What they train on is a ``Job``: random words here, tasks with answers in ``learn_arm``.
+The arms train on a ``Job``: random words here, tasks with answers in ``learn_arm``.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ class Job:
 
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
-    """Load, train ``settings.steps`` steps, and fill ``result``, written to ``path`` each step."""
-    # Every arm uses the same sampler; flashinfer's is compiled on first use and needs a CUDA
-    # toolkit.
+    """Load, train ``settings.steps`` steps, and fill ``result``, which is written to ``path`` after
+    each step.
+    """
+    # Every arm uses the same sampler. It is not flashinfer's, which is compiled on first use and
+    # needs a CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
     account = None
@@ -63,8 +66,8 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
 
 
 def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
-    """Train, and fill ``result.profile``: the phases of the start, a decode step, a training step
-    (the last one, without its rollout).
+    """Train, and fill ``result.profile`` with the phases of the start, a decode step, and the last
+    training step without its rollout.
     """
     from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
 
@@ -174,7 +177,9 @@ def _trl(settings: Settings, job: Job) -> Any:
 
 
 def _colocate(settings: Settings) -> dict[str, Any]:
-    """Without these TRL generates with transformers, as on a CPU."""
+    """TRL's arguments for vLLM in the same process. Without them, as on a CPU, TRL generates with
+    transformers.
+    """
     return {
         "use_vllm": True,
         "vllm_mode": "colocate",
@@ -191,7 +196,7 @@ BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
-    """The load calls, which are the same for Unsloth's class and the toolkit's."""
+    """Load the model with an adapter; the calls are the same for Unsloth and the toolkit."""
     model, tokenizer = fast_language_model.from_pretrained(
         model_name=settings.model,
         max_seq_length=settings.max_seq_length,
@@ -270,7 +275,8 @@ def prompts(settings: Settings) -> list[dict[str, Any]]:
 
 def stop_tokens(settings: Settings) -> list[int]:
     """Tokens that end a completion. A random model samples almost uniformly, so if one in
-    ``mean_tokens`` tokens of the vocabulary ends it, lengths are geometric with that mean.
+    ``mean_tokens`` tokens of the vocabulary ends a completion, lengths are geometric with that
+    mean.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 

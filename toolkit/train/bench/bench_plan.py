@@ -2,9 +2,9 @@
 other arms.
 
 The other arms get a micro-batch and gradient checkpointing from the settings. The toolkit's arm
-uses the sizer, as a run with "auto" does. Its memory limit is the prediction of sizing for the
-other arm with the smaller peak, which moves its checkpoints to the host. So the arms are compared
-by time, and the toolkit's arm uses no more memory.
+uses the sizer, as a run with "auto" does. Its memory limit is the peak that sizing predicts for
+Unsloth's arm, the smaller of the other two, because Unsloth moves activation checkpoints to the
+host. So the arms are compared by time, and the toolkit's arm uses no more memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
     """``settings`` with a value for every ``ours_`` field left at None.
 
-    Choose the fastest cut, by the sizer's estimate, whose peak memory is within that of the other
-    arms. Without a GPU, or if no cut is within it, use the cut of the other arms.
+    The values are those with the shortest step, as the sizer estimates it, among those whose peak
+    memory is within that of the other arms. Without a GPU, or if none is within it, the toolkit's
+    arm gets the micro-batch of the other arms.
     """
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
         return by_hand
-    # No other arm splits the model: only the card limits ours then.
+    # The other arms do not split the model, so if the toolkit's arm does, only the card limits its
+    # memory.
     limit = peers_bytes(settings, spec, device) if settings.ours_cards == 1 else math.inf
     best, fastest = by_hand, math.inf
     for tokens, *kept in product(_budgets(settings), (False, True), (False, True)):
@@ -74,7 +76,7 @@ def _budgets(settings: Settings) -> list[int]:
 def _filled(
     settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
 ) -> Settings:
-    """What was written in the settings stays."""
+    """``settings`` with these values in each ``ours_`` field that the user did not set."""
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
@@ -96,8 +98,8 @@ def size(
     checkpointing: Checkpointing | None = None,
     padded: bool = False,
 ) -> SizingResult:
-    """The sizing request of the toolkit's arm; ``checkpointing`` replaces the value in
-    ``settings``. ``padded``: with padded rows and plain layers, as in TRL.
+    """The sizing result for the toolkit's arm. ``checkpointing`` replaces the value in
+    ``settings``; ``padded`` sizes padded rows and plain layers, as in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
     if checkpointing is None:

@@ -27,8 +27,8 @@ def compare(
     limit_s: float,
     gpu: bool,
 ) -> Iterator[list[Result]]:
-    """Run each arm in its own process, so that none inherits memory of another; its output goes to
-    a log.
+    """Run each arm in its own process, so that no memory of an earlier arm is in use. The output of
+    an arm goes to a log.
 
     Yields the results so far after each arm. An arm that takes longer than ``limit_s`` seconds is
     stopped, and its results until then count. Results of other arms with the same settings that are
@@ -48,7 +48,7 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """Existing results of arms that do not run now; results with other settings are deleted."""
+    """The existing results of arms that do not run now. Deletes results with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
     stored = folder / "settings.json"
@@ -73,7 +73,7 @@ def lacking(arm: str, gpu: bool) -> str | None:
 
 
 def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
-    """The result of one arm: that of its first process, where it has one for each card."""
+    """Run one arm and return its result: with one process per card, that of the first process."""
     answers = [folder / f"{arm}{f'-{number}' if number else ''}.json" for number in range(cards)]
     answer = answers[0]
     answer.unlink(missing_ok=True)
@@ -94,8 +94,8 @@ ENDED = "the process ended unexpectedly; see its log"
 
 
 def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
-    """Run a module of the benchmark in its own process, with its output in ``log``. Returns why it
-    did not finish, or None.
+    """Run a module of the benchmark in its own process, with its output in ``log``. Returns why the
+    module did not finish, or None.
     """
     with log.open("w") as output:
         try:
@@ -137,7 +137,7 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
 
 def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
     """Wait until all processes of an arm have ended; False if that takes longer than ``limit_s``.
-    If one of them fails, the others wait for it, and count as ended soon.
+    If one process fails, the others wait for it forever, so this returns True after ``PATIENCE_S``.
     """
     end, last = time.monotonic() + limit_s, None
     while any(one.poll() is None for one in running):

@@ -45,8 +45,8 @@ class Work:
 
 
 def measure_card() -> Card:
-    """Measure the copy and the product of large bf16 matrices; the best of five. On a CPU they are
-    smaller and float32.
+    """Measure the copy and the product of large bf16 matrices; the best of five measurements
+    counts. On a CPU the matrices are smaller and float32.
     """
     import torch  # noqa: PLC0415 - heavy
 

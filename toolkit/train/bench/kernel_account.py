@@ -1,7 +1,7 @@
-"""Where the time of a decode step and of a training step goes: kernels by kind, and the host.
+"""Measure how much of a decode step and of a training step each kind of kernel takes, and the host.
 
-Both are measured with torch.profiler. On a GPU the kinds are those of kernels; on the CPU those of
-torch's operations, by their own time. The rest of the wall clock is host time: Python, the
+Both steps are measured with torch.profiler. On the CPU, torch's operations replace kernels, each
+without the time of operations that it calls. The rest of the wall clock is host time: Python, the
 scheduler, launches that the device waits for. The profiler itself slows the host down.
 """
 
@@ -46,7 +46,7 @@ TOP = 12
 
 @dataclass(slots=True)
 class Account:
-    """Seconds of ``steps`` steps together. ``kinds``: kind -> [seconds, calls]."""
+    """The profile of ``steps`` steps, summed. ``kinds`` maps a kind to [seconds, calls]."""
 
     steps: int
     wall_s: float
@@ -64,7 +64,7 @@ class Account:
         return max(0.0, self.wall_s - self.busy_s)
 
     def less(self, other: Account, steps: int) -> Account:
-        """The difference to ``other``, which leaves ``steps`` steps."""
+        """This account minus ``other``, as an account of ``steps`` steps."""
         left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():
             before = other.kinds.get(kind, [0.0, 0])
@@ -98,7 +98,7 @@ def kind_of(name: str) -> str:
 
 
 class Recorder:
-    """torch.profiler around a block, and its account."""
+    """Profiles a block with torch.profiler and makes its account."""
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
@@ -108,17 +108,17 @@ class Recorder:
         self.wall_s = 0.0
 
     def start(self) -> None:
-        """Begin."""
+        """Start the profiler."""
         self._profiler.start()
         self._began = self._now()
 
     def stop(self) -> None:
-        """End."""
+        """Stop the profiler."""
         self.wall_s = self._now() - self._began
         self._profiler.stop()
 
     def account(self, steps: int) -> Account:
-        """The recorded account, as ``steps`` steps."""
+        """The account of the recorded block, which has ``steps`` steps."""
         sums: dict[str, list[float]] = {}
         for event in self._profiler.key_averages():
             on_device = event.device_type.name != "CPU"
@@ -145,7 +145,7 @@ class Recorder:
 
 @contextmanager
 def recorded() -> Iterator[Recorder]:
-    """Record the block."""
+    """Profile the block."""
     recorder = Recorder()
     recorder.start()
     try:
@@ -155,8 +155,8 @@ def recorded() -> Iterator[Recorder]:
 
 
 def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
-    """One decode step of ``len(prompts) * generations`` sequences on ``engine``: the difference of
-    two rollouts, of which the second is ``DECODE_STEPS`` tokens longer.
+    """The account of decode steps of ``len(prompts) * generations`` sequences on ``engine``: the
+    difference of two rollouts, of which the second is ``DECODE_STEPS`` tokens longer.
     """
 
     def run(tokens: int) -> Recorder:
@@ -180,20 +180,20 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.recorder: Recorder | None = None
 
     def rolled_out(self) -> None:
-        """A rollout has ended."""
+        """Called at the end of a rollout; starts the recording at the last step."""
         if self.step == self.last and self.recorder is None:
             self.recorder = Recorder()
             self.recorder.start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """The end of an optimizer step."""
+        """Called at the end of an optimizer step; ends the recording."""
         if self.recorder is not None and self.step == self.last:
             self.recorder.stop()
         self.step += 1
 
 
 def table_of(name: str, account: dict[str, Any]) -> list[list[str]]:
-    """Rows of text: a kind, milliseconds a step, calls a step, share of the wall clock."""
+    """Rows of text: a kind, milliseconds per step, calls per step, share of the wall clock."""
     wall = account["wall_s"] or 1.0
     rows = [[name, f"{1e3 * wall:.2f} ms", "", ""]]
     for kind, found in account["kinds"].items():

@@ -36,11 +36,11 @@ OURS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep")
 def learn(
     settings: LearnSettings, wanted: Runs, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run what has no result with these settings in ``folder``, evaluate it, and write
-    ``learn.json`` and ``learn.svg``. Returns the report.
+    """Run every arm and seed that has no result with these settings in ``folder``, evaluate them,
+    and write ``learn.json`` and ``learn.svg``. Returns the report.
 
-    The settings of our arm are completed as in the speed benchmark: the same optimizer step, cut
-    within the memory of the other arms.
+    The settings of the toolkit's arm are completed as in the speed benchmark: the same optimizer
+    step, in micro-batches that need no more memory than the other arms.
     """
     device = arm_process.node_device()
     filled = bench_plan.fill(settings, read_spec(settings.model), device)
@@ -66,7 +66,7 @@ def learn(
 
 
 def prepare(folder: Path, given: Path | None) -> None:
-    """Make the checkpoint in a process of its own: this one must not use device memory."""
+    """Make the checkpoint in another process, because this process must not use device memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(_prepare, (folder, given))
         pool.close()
@@ -118,7 +118,7 @@ def _note(
 
 
 def _keep_or_clear(settings: LearnSettings, folder: Path) -> None:
-    """Results with other settings are deleted; the seed belongs to the run."""
+    """Delete the results in ``folder`` if they were measured with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if not path.is_file() or LearnSettings.read(path) != settings:
@@ -130,7 +130,7 @@ def _keep_or_clear(settings: LearnSettings, folder: Path) -> None:
 def _train(
     settings: LearnSettings, arm: str, folder: Path, say: Callable[[str], None], limit_s: float
 ) -> None:
-    """One run. A complete one with the same settings is kept."""
+    """Train one arm with one seed, unless ``folder`` has its complete result."""
     empty = LearnResult(arm, settings.seed)
     answer = folder / f"{empty.name}.json"
     if answer.is_file():

@@ -2,8 +2,9 @@
 toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
 
 Adapters are saved while the arm trains and evaluated after it (``learn_eval``), so that one
-evaluator judges all arms and no evaluation is in the training time. The clock is stopped while an
-adapter is saved. It starts at the first optimizer step: loading is reported apart.
+evaluator is used for all arms and the training time includes no evaluation. The clock is stopped
+while an adapter is saved. It starts at the first optimizer step: the time of loading is reported
+separately.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from toolkit.train.bench.tasks import training_problems
 
 
 def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
-    """Load and train; ``result`` is written to ``path`` with every adapter that is saved."""
+    """Load and train; after each saved adapter, ``result`` is written to ``path``."""
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # as in ``arms``
     start = time.perf_counter()
     trainer = arms.BUILDERS[result.arm](settings, job())
@@ -45,7 +46,7 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
 
 
 def job() -> arms.Job:
-    """Chats with a question, and the built-in reward that compares numbers."""
+    """Chats with a question, scored by the built-in reward that compares numbers."""
     return arms.Job(rows=rows, reward=number_is_right)
 
 

@@ -1,8 +1,8 @@
-"""The held-out accuracy of saved adapters, by one evaluator for all arms: ``python -m
+"""Measure the held-out accuracy of saved adapters, with one evaluator for all arms: ``python -m
 toolkit.train.bench.learn_eval SETTINGS FOLDER``.
 
-Greedy decoding with transformers, the same problems for every adapter. An answer is right if the
-reward of training gives it 1.
+Answers are decoded greedily with transformers, to the same problems for every adapter. An answer is
+right if the reward of training scores it 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 64
 
 
 class Evaluator:
-    """The base with an adapter whose values are replaced for each evaluation."""
+    """The base model with an adapter whose values are replaced for each evaluation."""
 
     def __init__(self, settings: LearnSettings) -> None:
         self.tokens = settings.completion_tokens
@@ -47,7 +47,7 @@ class Evaluator:
         self._of_base: float | None = None
 
     def accuracy(self, adapter: Path) -> float:
-        """The share of held-out problems that the base with this adapter answers rightly.
+        """The share of held-out problems that the base model with this adapter answers correctly.
 
         Raises:
             InputError: the file has other tensors than an adapter of these settings.
@@ -75,7 +75,7 @@ class Evaluator:
         return share
 
     def answers(self, problems: list[Problem]) -> list[str]:
-        """Greedy answers, one text each."""
+        """The greedy answer to each problem, as text."""
         chats = [[{"role": "user", "content": problem.question}] for problem in problems]
         inputs = self.tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -96,7 +96,7 @@ class Evaluator:
 
 
 def evaluate(settings: LearnSettings, folder: Path) -> None:
-    """Fill the accuracy of every point of every run in ``folder`` that has none."""
+    """Measure the accuracy of every point without one, of all runs in ``folder``, and store it."""
     evaluator: Any = None
     for path in sorted(folder.glob("*-*.json")):
         result = LearnResult.read(path)

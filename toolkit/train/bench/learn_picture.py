@@ -1,8 +1,7 @@
-"""The curves of ``bench --learn`` as one SVG file: accuracy against training time and against
-steps.
+"""Draw the curves of ``bench --learn`` as one SVG file: accuracy over training time and over steps.
 
-Drawn with the report's charts (train/report/chart). The file is complete: it has its own style, no
-scripts, and loads nothing.
+The picture is drawn with the report's charts (train/report/chart). The file is complete: it has its
+own style, no scripts, and loads nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def draw(found: Sequence[Curve], target: float, note: str) -> str:
 
 
 def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: str) -> str:
-    """Accuracy against seconds (``index`` 0) or steps (1)."""
+    """The panel with accuracy over seconds (``index`` 0) or over steps (1)."""
     places = [list(map(float, (curve.seconds, curve.steps)[index])) for curve in found]
     last = max((xs[-1] for xs in places if xs), default=0.0) or 1.0
     highest = max([target, *(value for curve in found for value in curve.high)])

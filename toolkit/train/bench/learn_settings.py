@@ -1,4 +1,4 @@
-"""The settings of one run of ``bench --learn``, its result, and what several runs say together."""
+"""The settings of one run of ``bench --learn``, its result, and the summary of several runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ LEARN: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnSettings(Settings):
-    """One arm with one seed. The adapter is evaluated every ``every`` optimizer steps on
-    ``held_out`` problems of ``task``.
+    """The settings of one arm with one seed. The adapter is evaluated every ``every`` optimizer
+    steps on ``held_out`` problems of ``task``.
     """
 
     task: str = "sums"
@@ -64,7 +64,7 @@ class Point:
 
 @dataclass(slots=True)
 class LearnResult:
-    """One arm with one seed. ``generation`` says what draws the completions."""
+    """The result of one arm with one seed. ``generation`` names what draws the completions."""
 
     arm: str
     seed: int
@@ -79,7 +79,7 @@ class LearnResult:
 
     @property
     def name(self) -> str:
-        """The name of its files."""
+        """The name of the run's files."""
         return f"{self.arm}-{self.seed}"
 
     def write(self, path: Path) -> None:
@@ -97,8 +97,8 @@ class LearnResult:
         return cls(**values | {"points": [Point(**point) for point in stored["points"]]})
 
     def reaches(self, accuracy: float) -> tuple[float, float] | None:
-        """(seconds, steps) until the accuracy, on the line between the first evaluation that has it
-        and the one before; None if no evaluation has it.
+        """(seconds, steps) at which the run reaches ``accuracy``, interpolated between the first
+        evaluation that has it and the evaluation before; None if no evaluation has it.
         """
         before: tuple[float, float, float] | None = None
         for point in self.points:
@@ -117,9 +117,9 @@ class LearnResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One arm over its seeds: by evaluation, the step, the mean seconds, and the lowest, mean and
-    highest accuracy. ``to_target_s`` and ``to_target_step`` are medians over the seeds, None if a
-    seed does not reach the target.
+    """One arm, summarised over its seeds: for each evaluation the step, the mean seconds, and the
+    lowest, mean and highest accuracy. ``to_target_s`` and ``to_target_step`` are medians over the
+    seeds, None if a seed does not reach the target.
     """
 
     arm: str
@@ -170,7 +170,9 @@ def _accuracies(run: LearnResult) -> list[float]:
 
 
 def headline(found: Sequence[Curve], target: float) -> str:
-    """One sentence: the time of each arm to the accuracy, and ours over the best peer's."""
+    """One sentence: the time in which each arm reaches ``target``, and the ratio between the
+    toolkit's time and that of the fastest other arm.
+    """
     times = {curve.arm: curve.to_target_s for curve in found}
     said = [
         f"{LABELS[arm]} {'not reached' if seconds is None else f'{seconds:,.0f} s'}"

@@ -24,7 +24,9 @@ def clock() -> float:
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """The wall clock of every optimizer step, into ``result.step_s``; ``save`` runs after each."""
+    """Records the seconds of every optimizer step in ``result.step_s``, and calls ``save`` after
+    each.
+    """
 
     def __init__(self, result: Result, save: Callable[[], None]) -> None:
         self.result, self.save, self.last = result, save, 0.0
@@ -97,8 +99,8 @@ def base_digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _digest(raw: torch.Tensor) -> str:
-    """SHA-256 on the CPU. On a GPU two sums, because copying a model to the host takes longer than
-    a step.
+    """A digest of the bytes: SHA-256 on the CPU, and two sums on a GPU, because copying a model to
+    the host takes longer than a step.
 
     The second sum is weighted by position, so that it also detects swapped bytes.
     """
@@ -114,10 +116,11 @@ def _digest(raw: torch.Tensor) -> str:
 
 
 class MemoryWatch:
-    """Peak bytes in use on the device while the block runs, sampled every 20 ms.
+    """Measures the peak of bytes in use on the device while the block runs, every 20 ms.
 
     torch's own peak counts a sleeping KV cache as allocated, although its memory is free again. The
-    memory that a GPU needs is what the driver reports. Both stay None on a CPU.
+    memory that a GPU needs is what the driver reports. ``peak_torch_bytes`` and
+    ``peak_device_bytes`` stay None on a CPU.
     """
 
     def __init__(self, result: Result) -> None:
@@ -143,7 +146,7 @@ class MemoryWatch:
 
 
 def compare_bases(before: dict[str, str], after: dict[str, str], result: Result) -> None:
-    """The number of base tensors that the run changed."""
+    """Record in ``result`` how many base tensors there are, and how many the run changed."""
     shared = before.keys() & after.keys()
     result.base_total = len(shared)
     result.base_changed = sum(before[name] != after[name] for name in shared)

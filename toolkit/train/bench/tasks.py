@@ -1,8 +1,8 @@
 """Arithmetic problems with answers, made from a seed: training problems, and held-out ones that no
 training seed draws.
 
-A problem is held out if its digest falls into one of eight parts, so the two sets are disjoint for
-every seed and size. The held-out problems are the same for all seeds.
+A problem is held out if its digest is in a fixed eighth of all digests, so the two sets are
+disjoint for every seed and size. The held-out problems are the same for all seeds.
 """
 
 from __future__ import annotations

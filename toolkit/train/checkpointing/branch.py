@@ -32,7 +32,7 @@ EARLIER = ""
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A sequence of steps. ``parents`` are the earlier branches, each with its last step that
-    belongs to this one.
+    belongs to this branch.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -62,7 +62,9 @@ class Branch:
 
 
 def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
-    """The branch that wrote an intact checkpoint, and the step in it (None if it records none)."""
+    """The branch that wrote an intact checkpoint, and the step that the checkpoint records, or
+    None.
+    """
     try:
         state = checkpoint.read_json(folder, checkpoint.STATE)
         step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
@@ -128,8 +130,8 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     """The checkpoint that ``runtime.resume`` selects, and a line for each one that was skipped.
 
     Raises:
-        ConfigError: ``never`` in a folder that holds a run; ``must`` without a checkpoint to resume
-            from.
+        ConfigError: ``never`` in a folder that contains a run; ``must`` without a checkpoint to
+            resume from.
         InputError: the path is not an intact checkpoint.
     """
     if resume in ("auto", "must"):

@@ -1,8 +1,8 @@
 """A checkpoint is a folder that is complete or does not exist.
 
-It is written under a temporary name, synced, given checksums, and renamed. A reader verifies every
-checksum before it uses the files. All files are JSON or safetensors, so that loading a checkpoint
-cannot run code.
+The folder gets a temporary name at first; when its files are synced and have checksums, it is
+renamed. A reader verifies every checksum before it uses the files. All files are JSON or
+safetensors, so that loading a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STATE = "state.json"
 FORMAT = 1
 MAX_STATE_BYTES = GIB  # trainer_state.json has one row per step
 ASIDE = "abandoned-"
-MOST_FAULTS = 20  # reported of one checkpoint
+MOST_FAULTS = 20  # the most that are reported for one checkpoint
 _NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
 _ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,7}})")
 Kind = TypeVar("Kind")
@@ -42,7 +42,7 @@ def place(run_dir: Path, step: int) -> Path:
 
 
 def partial_place(run_dir: Path, step: int) -> Path:
-    """The temporary path next to it, under a name that readers ignore."""
+    """The temporary path next to that of the checkpoint, with a name that readers ignore."""
     return run_dir / f".checkpoint-{step}.partial"
 
 
@@ -166,7 +166,7 @@ def _fault(folder: Path, name: str, expected: Any) -> str | None:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether ``faults`` finds none. It is read again only if its files changed."""
+    """Whether the checkpoint has no faults. It is read again only if its files changed."""
     stamp = _stamp(folder)
     if stamp is not None and _READ.get(folder) == stamp:
         return True
@@ -189,8 +189,8 @@ def _stamp(folder: Path) -> Stamp | None:
 def list_steps(run_dir: Path) -> list[int]:
     """The steps of the checkpoints in a run folder, intact or damaged, the latest first.
 
-    Ignored are links, names that are not written (``checkpoint-007``), and folders with neither
-    checksums nor state: the toolkit did not write them.
+    Links, names that the toolkit does not write (``checkpoint-007``), and folders with neither
+    checksums nor state are ignored.
     """
     steps = (step_named(entry.name) for entry in _entries(run_dir))
     return sorted((s for s in steps if s is not None and _is_ours(place(run_dir, s))), reverse=True)
@@ -214,9 +214,9 @@ def _is_ours(folder: Path) -> bool:
 
 
 def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
-    """Check the number of processes: a checkpoint has the state of each process with its own rows,
-    with its buffered rollouts and random generators; ``size`` processes that share a model have the
-    same state.
+    """Check that a run has as many processes as the run that wrote the checkpoint, which stores
+    buffered rollouts and random generators for each process. The ``size`` processes that share a
+    model have the same state and count as one.
 
     Raises:
         ConfigError: another number of processes wrote it.
@@ -233,7 +233,7 @@ def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
 
 
 def split_of(folder: Path) -> int:
-    """Over how many processes the model was split when a checkpoint was written."""
+    """The number of processes over which the model was split when a checkpoint was written."""
     state = read_json(folder, STATE)
     size = state.get("tensor_parallel_size", 1) if isinstance(state, dict) else 1
     return size if isinstance(size, int) else 1
@@ -243,8 +243,8 @@ def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
     """The value of ``key`` in state.json of a checkpoint that has been verified.
 
     Raises:
-        InputError: it is missing or not a ``kind``: the checksums match, but the toolkit did not
-            write it.
+        InputError: the value is missing or not a ``kind``: the checksums match, but the toolkit did
+            not write it.
     """
     state = read_json(folder, STATE)
     value = state.get(key) if isinstance(state, dict) else None
@@ -261,7 +261,7 @@ def read_json(folder: Path, name: str) -> Any:
     """Read a JSON file of a checkpoint that has been verified; NaN is allowed.
 
     Raises:
-        InputError: it is not a regular file, or not JSON.
+        InputError: the file is not a regular file, or not JSON.
     """
     file = folder / name
     try:

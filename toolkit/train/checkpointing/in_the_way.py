@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDERS = ("adapter", "model")
-"""What a run leaves at its end, files inside."""
+"""Folders that a run writes at its end, with files inside."""
 INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
 ADDED_TO = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
 REPLACED = (

@@ -1,8 +1,8 @@
 """Keep an automatically chosen micro-batch when the run is resumed.
 
-The cut of the batch decides the order of sums, and what a checkpoint in the middle of a generation
-contains. So a run keeps the cut that it began with. A checkpoint records it as numbers, and it is
-not chosen again on another GPU.
+The split of a batch into micro-batches decides the order of sums, and what a checkpoint in the
+middle of a generation contains. So a run keeps the split that it began with. A checkpoint records
+it as numbers, which are not chosen again on another GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = (MICRO, ACCUMULATION)
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """``config`` with auto replaced by the cut that the checkpoint ``found`` records.
+    """``config`` with auto replaced by the micro-batch that the checkpoint ``found`` records.
 
     If the size of the run changed, the numbers do not apply; a later check reports the change.
     """
@@ -37,7 +37,8 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     then = checkpoint.read_state(found, "run", dict)
     cut = {key: then.get(f"grpo.{key}") for key in KEYS}
     micro, accumulation = cut[MICRO], cut[ACCUMULATION]
-    # A checkpoint of a version without it was cut by rows, and so it is cut from here on.
+    # A checkpoint without the number comes from a version that split by rows; the run keeps to
+    # that.
     tokens = then.get(PACK_TOKENS, config.runtime.pack_tokens)
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
@@ -48,9 +49,9 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     return _with(config, cut, tokens) if same else config
 
 
-def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """What a checkpoint records: ``config`` as the user wrote it, with the cut from
-    ``resolved``.
+def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
+    """The config that a checkpoint records: ``config`` as the user wrote it, with the micro-batch
+    of ``resolved``.
     """
     if not is_auto(config.grpo):
         return config
@@ -58,12 +59,12 @@ def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 
 def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
-    """Check that there are enough prompts for one generation. A generation takes whole prompts, and
-    the prompts that remain at the end of an epoch are dropped. So with fewer prompts no step would
-    run.
+    """Check that there are enough prompts for one generation. TRL drops the prompts that do not
+    fill a generation at the end of an epoch, so with fewer prompts no step would run.
 
     Raises:
-        ConfigError: there are too few; the message has both numbers.
+        ConfigError: there are too few prompts; the message says how many there are and how many are
+            needed.
     """
     _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=processes)
     group = count(config.grpo, "num_generations")

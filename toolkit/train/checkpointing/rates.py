@@ -24,30 +24,33 @@ SETTINGS = frozenset(
         "decay_rate",
     }
 )
-"""What a param group holds of the run file's. The schedule decides ``lr``, and some optimizers keep
-their progress there too (schedule-free ones, Prodigy): that is the checkpoint's.
+"""The entries of a param group that come from the run file. The others come from the checkpoint:
+``lr``, which the schedule decides, and progress that some optimizers keep in the param group
+(schedule-free ones, Prodigy).
 """
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The settings in the run file for each param group, and its rate without a schedule."""
+class FileSettings:
+    """The settings in the run file for each param group, and the group's learning rate before the
+    schedule scales it.
+    """
 
     groups: list[dict[str, Any]]
     base_lrs: list[float]
 
 
-def asked(trainer: Any) -> Asked:
+def settings_of(trainer: Any) -> FileSettings:
     """The settings of the optimizer and the scheduler that ``trainer`` has just created."""
     optimizer, scheduler = _inner(trainer)
     groups = [
         {key: value for key, value in group.items() if key in SETTINGS}
         for group in optimizer.param_groups
     ]
-    return Asked(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
+    return FileSettings(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
 
 
-def apply(trainer: Any, wanted: Asked) -> None:
+def apply(trainer: Any, wanted: FileSettings) -> None:
     """Restore ``wanted`` after the state of a checkpoint was loaded; the next step uses the rate of
     the schedule at that step.
     """
@@ -57,7 +60,7 @@ def apply(trainer: Any, wanted: Asked) -> None:
         before, now = group.get("initial_lr"), settings.get("initial_lr")
         group.update(settings)
         if before and now is not None and before != now and not _has_lambdas(scheduler):
-            group["lr"] *= now / before  # a schedule that follows the run, not the step
+            group["lr"] *= now / before  # such a schedule does not compute the rate from the step
     if wanted.base_lrs:
         scheduler.base_lrs = list(wanted.base_lrs)
     if _has_lambdas(scheduler):

@@ -49,7 +49,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     source: Path | None = None
     _branch: Branch | None = None
     _place: Path | None = None
-    snapshot: trainer_state.Snapshot | None = None
+    snapshot: trainer_state.TrainerSnapshot | None = None
     _saved_step: int = -1
     _epochs_done: int = 0
 
@@ -64,7 +64,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     @property
     def branch(self) -> Branch:
-        """The branch that checkpoints are written on."""
+        """The branch to which new checkpoints belong."""
         if self._branch is None:
             self._branch = Branch()
         return self._branch
@@ -79,7 +79,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return self._place or Path(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; ``resume_from_checkpoint=True`` takes the latest valid checkpoint."""
+        """As in TRL; ``resume_from_checkpoint=True`` resumes from the latest valid checkpoint."""
         run_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
             folder, passed = choose(run_dir, "must")
@@ -113,7 +113,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.snapshot = trainer_state.take(self)
             alone = self.accelerator.num_processes == 1 and mesh() is None
             if alone and self.signals.number and self._saved_step == self.state.global_step:
-                # The signal came while the checkpoint was written: stop at once.
+                # If a signal came while the checkpoint was written, stop at once.
                 self.stopping = self.control.should_training_stop = True
                 self.signals.end()
             self.signals.unshield()
@@ -141,7 +141,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.control.should_training_stop = True
 
     def _find_place(self) -> None:
-        """The path to which the run folder was moved, as found by the first rank."""
+        """Set the path to which the run folder was moved, as the first rank finds it, on every
+        rank.
+        """
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
         if (shared := mesh()) is not None:
             found = [shared.from_first_of_all(found[0])]
@@ -169,7 +171,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return adapted and not self._sharded()
 
     def is_world_process_zero(self) -> bool:
-        """transformers'; of the processes that share a model the first reports."""
+        """Whether this process logs and saves: the first one, also among the processes that share a
+        model.
+        """
         shared = mesh()
         return bool(super().is_world_process_zero() and (shared is None or shared.first))
 
@@ -193,7 +197,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         else:
             self.save_snapshot(trainer_state.take(self))
 
-    def save_snapshot(self, snapshot: trainer_state.Snapshot) -> None:
+    def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
         """Write the checkpoint of a snapshot unless it exists, and remove checkpoints beyond the
         limit. Every rank calls it.
         """
@@ -224,8 +228,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', which with a limit of 1 removes all but the best: here ``_rotate`` decides
-        what is removed.
+        """As in transformers, but no checkpoint is removed: with a limit of 1 transformers would
+        keep only the best, and here ``_rotate`` decides.
         """
         limit = self.args.save_total_limit
         if self._stores_adapter():
@@ -263,8 +267,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's, with its generator advanced to the resumed epoch (it draws one order per
-        epoch).
+        """TRL's sampler, whose generator draws one order per epoch: it is advanced to the resumed
+        epoch.
         """
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self._epochs_done if self.shuffle_dataset else 0):

@@ -48,8 +48,8 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log as a checkpoint records it: the file ``source`` has its first ``keep`` bytes; None if
-    no file has them.
+    """A log as a checkpoint records it: its first ``keep`` bytes are in the file ``source``; None
+    if no file has them.
     """
 
     name: str
@@ -64,8 +64,9 @@ def begin(
     with_logs: bool = True,
     bad_rewards_bytes: int | None = None,
 ) -> Start:
-    """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run). What
-    bad_rewards.jsonl holds beyond ``bad_rewards_bytes`` (None: nothing) is of this run.
+    """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run). Rows
+    of bad_rewards.jsonl after the first ``bad_rewards_bytes`` belong to this run (None: no rows
+    do).
 
     The first rank calls it, after all checks that can reject the run. Raises OSError.
     """
@@ -98,8 +99,8 @@ def begin(
 
 
 def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
-    """Keep what an earlier start left in a folder without a checkpoint (it was stopped before its
-    first one, or somebody removed them), and what a person is to know of it.
+    """Move the files of an earlier start aside if the folder has no checkpoint: the start was
+    stopped before its first one, or somebody removed them. Returns what to tell the user.
     """
     logs = [_Log(name, 0, None) for name in _names(run_dir, None)]
     before = branches.current(run_dir)
@@ -114,7 +115,7 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
 
 
 def _names(run_dir: Path, found: Path | None) -> list[str]:
-    """The logs of the run; those of tools where it has or had them."""
+    """The names of the run's logs, with those of tools if the run has or had tools."""
     kept = {} if found is None else checkpoint.read_state(found, "positions", dict)
     more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
     return [*LOGS, *more]
@@ -141,7 +142,7 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the one
+    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the log
     next to ``found`` (in an abandoned branch, or another run folder).
     """
     positions = checkpoint.read_state(found, "positions", dict)
@@ -180,8 +181,9 @@ def _keep_aside(
     left: list[int],
     bad_rewards_bytes: int | None,
 ) -> Path:
-    """Copy the logs and move the results of the abandoned branch into a folder, and return it. The
-    folder of a rollback that was killed before it was recorded is used again.
+    """Copy the logs and move the results of the abandoned branch into a folder, and return the
+    folder. If an earlier rollback was killed before its branch was recorded, its folder is used
+    again.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}
@@ -215,7 +217,7 @@ def _keep_aside(
 
 
 def _return_rest(aside: Path, own: Path, length: int) -> None:
-    """What ``aside`` holds beyond ``length`` bytes goes to ``own``."""
+    """Move the bytes of ``aside`` after the first ``length`` to the file ``own``."""
     if _size(aside) <= length:
         return
     with aside.open("r+b") as file:

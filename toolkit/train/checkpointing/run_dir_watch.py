@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class RunDirWatch:
-    """The folder at ``path``, held open. Raises OSError."""
+    """Keeps the folder at ``path`` open until the ``with`` block ends. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journal: Journal | None = None
         bad = path / BAD_REWARDS_FILE
         self.bad_rewards_bytes = bad.stat().st_size if bad.is_file() else 0
-        """Of the samples that were saved before this process."""
+        """The size of bad_rewards.jsonl before this process."""
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def __enter__(self) -> RunDirWatch:
@@ -43,7 +43,7 @@ class RunDirWatch:
         os.close(self._handle)
 
     def in_place(self) -> bool:
-        """Whether ``path`` is still the folder."""
+        """Whether the folder is still at ``path``."""
         try:
             return os.path.samestat(os.fstat(self._handle), self.path.stat())
         except OSError:

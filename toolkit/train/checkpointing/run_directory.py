@@ -41,7 +41,7 @@ FREE_TO_CHANGE = (
     "grpo.trackio_space_id",
     "grpo.trackio_bucket_id",
     "grpo.trackio_static_space_id",
-    # Exact to rounding, which the run says (run_context.introduce).
+    # Results may differ by rounding, which run_context.introduce reports.
     "model.tensor_parallel_size",
 )
 """Keys that may differ when a run is resumed, because they do not change any number that the run
@@ -57,7 +57,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
     """Create the folder if needed, and lock it against other processes that write to it.
 
     Raises:
-        ConfigError: it cannot be created or written.
+        ConfigError: the folder cannot be created or written.
         RetryError: another run has locked it.
     """
     try:
@@ -94,8 +94,8 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> Path:
-    """Write config.json: the resolved run, without secrets. It is itself a run file. Raises
-    OSError.
+    """Write config.json: the resolved run, without secrets. The file is itself a valid run file.
+    Raises OSError.
     """
     text = json.dumps(redact_tree(as_mapping(config)), indent=2) + "\n"
     return write_file(run_dir / "config.json", text)
@@ -106,9 +106,8 @@ def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
     flat = {f"data.{name}": digest for name, digest in data.items()}
     _flatten(as_mapping(config), "", flat)
     tokens = flat[PACK_TOKENS]
-    kept = (
-        {} if tokens == "auto" else {PACK_TOKENS: tokens}
-    )  # it decides in which order sums are made
+    # The number of tokens per pass decides the order of sums.
+    kept = {} if tokens == "auto" else {PACK_TOKENS: tokens}
     return kept | {
         key: value
         for key, value in flat.items()

@@ -104,19 +104,21 @@ def trainable(model: Any) -> Tensors:
 
 
 def whole_trainable(model: Any) -> Tensors:
-    """``trainable``, put together where processes share a model: all of them call it."""
+    """``trainable`` as whole tensors, also if processes share a model; then all of them must call
+    this.
+    """
     return {name: whole(parameter) for name, parameter in trainable(model).items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state_dict, with the state of parameters that are cut put together: as one process would
-    have it.
+    """The optimizer's state_dict as one process would have it: where processes share a model, the
+    parts of each state are joined.
     """
     return _state_as(optimizer, optimizer.state_dict(), whole)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Undo ``optimizer_state``: of each state that is cut, this process's part."""
+    """Undo ``optimizer_state``: load this process's part of each joined state."""
     optimizer.load_state_dict(_state_as(optimizer, state, part))
 
 

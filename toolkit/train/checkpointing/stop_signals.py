@@ -83,7 +83,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def end(self) -> None:
-        """The run stops for the signal that came; later signals do not change that."""
+        """Begin to end the run because of the received signal; later signals do not change that."""
         self._ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -110,19 +110,19 @@ class StopSignals:
         try:
             yield
         finally:
-            self.settle()
+            self.cancel_alarm()
             self.immediate = True
 
     def shield(self) -> None:
-        """No interruption from here to ``unshield``: weights or files change."""
+        """Prevent interruption until ``unshield`` is called, because weights or files change."""
         self._shields += 1
 
     def unshield(self) -> None:
-        """Weights and files are consistent again."""
+        """Allow interruption again, because weights and files are consistent."""
         self._shields = max(0, self._shields - 1)
 
-    def settle(self) -> None:
-        """The run is at a safe point: cancel the alarm."""
+    def cancel_alarm(self) -> None:
+        """Cancel the alarm, because the run is at a safe point."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -146,7 +146,8 @@ class StopSignals:
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.immediate or self._ended or self.received is None:  # or a reward set the alarm
+        # If no signal was received, a reward set the alarm.
+        if self.immediate or self._ended or self.received is None:
             return
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)

@@ -21,8 +21,8 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """``config`` is the resolved one. ``adapter`` is the folder of the finished adapter;
-    ``checkpoint`` is read instead if set.
+    """A run folder to read. ``config`` is the resolved one. ``adapter`` is the folder of the
+    finished adapter; ``checkpoint``, if set, is the folder to read instead.
     """
 
     folder: Path
@@ -42,9 +42,9 @@ def open_run(
     ``trust_remote_code``.
 
     Raises:
-        InputError: it is not a run folder.
-        ConfigValueError: it has no policy, or its config.json asks for code that the caller did not
-            allow.
+        InputError: ``folder`` is not a run folder.
+        ConfigValueError: the run has no policy, or its config.json asks for code that the caller
+            did not allow.
     """
     from toolkit.train.checkpointing import branch, checkpoint  # noqa: PLC0415 - light start
 
@@ -131,14 +131,15 @@ def read_checkpoint(model: Any, folder: Path) -> None:
 
 
 def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
-    """Write the run's adapter to ``to``, or with ``merge`` the base with it merged in.
+    """Write the run's adapter to ``to``, or with ``merge`` the base model with the adapter merged
+    into it.
 
     An adapter is written as a PEFT folder with the tokenizer; merged weights load with plain
     transformers.
 
     Raises:
         ConfigValueError: ``to`` is not empty.
-        InputError: it cannot be written.
+        InputError: ``to`` cannot be written.
     """
     from toolkit.policy.from_config import request_of  # noqa: PLC0415
     from toolkit.policy.merged_export import check_empty, merge_adapter, write_adapter  # noqa: PLC0415
@@ -168,10 +169,10 @@ def complete(
     engine: EngineName = "transformers",
     **options: Any,
 ) -> list[list[str]]:
-    """Completions of each prompt, as text. ``base`` samples without the adapter.
+    """Completions of each prompt, as text; with ``base``, of the base model without the adapter.
 
     With ``chat`` a prompt becomes a user message after the run's system prompt, in the tokenizer's
-    template. None does the same as the run did with its data. ``options`` are those of
+    template. With None, prompts get the format that the run's data had. ``options`` are those of
     ``fast_generate``.
 
     Raises:

@@ -57,7 +57,7 @@ COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
 
 
 @dataclass
-class Snapshot:
+class TrainerSnapshot:
     """The state that changes during a step, as it was at the end of the previous step."""
 
     hf_state: Any
@@ -72,7 +72,7 @@ class Snapshot:
     """The records of the curriculum, equal on all ranks."""
 
 
-def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
+def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
     """A snapshot of ``trainer``. It is cheap: rollouts are not copied."""
     described, tensors = generators()
     state = copy.copy(trainer.state)
@@ -81,7 +81,7 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     # Rollouts that the next step does not read are not stored.
     spent = trainer.micro_steps % generate_every == 0
-    return Snapshot(
+    return TrainerSnapshot(
         hf_state=state,
         counters={name: getattr(trainer, name) for name in COUNTERS},
         buffered=None if spent else trainer.rollout_buffer,
@@ -96,7 +96,8 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> Snapshot:
 
 def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
     """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors); equal
-    values give equal bytes. ``tensors`` are its values, if ``model`` has only a part of them.
+    values give equal bytes. ``tensors`` are the adapter's values, if ``model`` has only a part of
+    them.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
@@ -116,7 +117,7 @@ def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> No
     save_file(stored, str(folder / ADAPTER), metadata={"format": "pt"})
 
 
-def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None:
+def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path | None:
     """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
     first rank.
 
@@ -152,7 +153,7 @@ def save(trainer: TrainerSeam, snapshot: Snapshot, run_dir: Path) -> Path | None
     return folder
 
 
-def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
+def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
     """Estimated size of a checkpoint in bytes: the tensors of all ranks."""
     tensors: Tensors = {}
     flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
@@ -168,9 +169,9 @@ def _size_of(trainer: TrainerSeam, snapshot: Snapshot) -> int:
 
 
 def _save_shared(
-    trainer: TrainerSeam, snapshot: Snapshot, folder: Path, state: Mapping[str, Any]
+    trainer: TrainerSeam, snapshot: TrainerSnapshot, folder: Path, state: Mapping[str, Any]
 ) -> None:
-    """``state`` is the optimizer's."""
+    """Write the files that are not per rank. ``state`` is the optimizer's."""
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
     tensors: Tensors = {}
     optimizer = flatten(state, tensors, "optimizer")
@@ -194,7 +195,7 @@ def _save_shared(
     write_file(folder / STATE, json.dumps(described, indent=1) + "\n")
 
 
-def _save_rank(snapshot: Snapshot, folder: Path, rank: int) -> None:
+def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
     tensors = dict(snapshot.tensors)
     described = {
         "generators": snapshot.described,
@@ -242,10 +243,10 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
         tensors = _read_tensors(folder / OPTIMIZER)
-        asked = rates.asked(trainer)
+        wanted = rates.settings_of(trainer)
         load_optimizer(_inner(trainer.optimizer), unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
-        rates.apply(trainer, asked)
+        rates.apply(trainer, wanted)
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and described["scaler"] is not None:
             scaler.load_state_dict(unflatten(described["scaler"], {}))
@@ -268,8 +269,8 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """The error for a checkpoint with correct checksums and wrong content: another program or
-    another release wrote it.
+    """Raise InputError if the block cannot use the content of a checkpoint with correct checksums:
+    another program or another release wrote it.
     """
     try:
         yield

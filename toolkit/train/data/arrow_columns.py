@@ -20,7 +20,7 @@ ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, Typ
 
 
 class Rows(NamedTuple):
-    """A table; ``place(i)`` says where row ``i`` is in the file ("train.jsonl:12", "train.csv row
+    """A table; ``place(i)`` is the place of row ``i`` in the file ("train.jsonl:12", "train.csv row
     7").
     """
 
@@ -149,7 +149,7 @@ def _first_misfit(values: list[Any]) -> int:
 
 
 def broken(where: str, what: str) -> NoReturn:
-    """Raise InputError for a data file that is not what its name says."""
+    """Raise InputError for a data file whose content is not of the format that its name gives."""
     raise InputError(what, where=where, fix="correct or remove it")
 
 
@@ -158,7 +158,7 @@ def _has_surrogate(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts and keys in a tree, joined."""
+    """Each character of every text and key in a tree."""
     if isinstance(value, str):
         yield from value
     elif isinstance(value, dict):

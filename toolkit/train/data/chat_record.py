@@ -33,16 +33,16 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     return config if then[KEY] is None else _with(config, then[KEY])
 
 
-def settled(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """What a checkpoint records: ``config`` as the user wrote it, with the format from
-    ``resolved``.
+def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
+    """The config that a checkpoint records: ``config`` as the user wrote it, with the chat format
+    of ``resolved``.
     """
     return _with(config, resolved.dataset.chat)
 
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """The fingerprint ``then`` of the checkpoint ``found``, with its format filled in. None where
-    auto still means the same.
+    """The fingerprint ``then`` of the checkpoint ``found``, with the chat format filled in; None if
+    it is unknown, but auto still resolves to the same format.
     """
     if then.get(KEY) is not None:
         return dict(then)
@@ -53,8 +53,8 @@ def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
 
 
 def was_chat(run_dir: Path) -> bool | None:
-    """Whether the prompts of a run were chats, judged by the first completion in its log. None
-    where the log has none.
+    """Whether the prompts of a run were chats, judged by the first completion in its log; None if
+    the log has no completion.
     """
     try:
         with files.open_bytes(run_dir / "completions.jsonl") as file:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from toolkit.train.data.prompt_format import Prompt
 
 MIN_CHARACTERS = 1 << 16  # characters; shorter prompts are always read whole
-CHARACTERS_PER_TOKEN = 64  # at least so many characters are kept per token of the limit ...
-MOST_CHARACTERS_PER_TOKEN = 256  # ... and at most so many, for a vocabulary with longer tokens
+CHARACTERS_PER_TOKEN = 64  # fewest characters that are kept per token of the limit
+MOST_CHARACTERS_PER_TOKEN = 256  # most, for a vocabulary with longer tokens
 
 
 def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 HELD_OUT = 1 << 31
-"""From a seed of training to that of the held-out problems of an environment."""
+"""The distance from an environment's seed for training to the seed of its held-out problems."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
     """What was found in one split. ``digest`` goes into the manifest, the counts into the report.
-    ``wrapped``: the prompts were texts, and dataset.chat made each one a user message.
+    ``wrapped`` is true if the prompts were texts and dataset.chat made each one a user message.
     """
 
     source: str
@@ -113,8 +113,8 @@ def load_data(
 ) -> Data:
     """Read, check and prepare the training split, and the held-out split if the section names one.
 
-    With an ``environment``, its problems are both splits, and the keys ``system`` and ``chat`` of
-    ``section`` apply. ``make(seed=, size=, start=)`` makes them (rewards/problems).
+    With an ``environment``, both splits are problems that ``make(seed=, size=, start=)`` makes
+    (rewards/problems), and only the keys ``system`` and ``chat`` of ``section`` apply.
     ``max_prompt_length`` is in tokens, with special tokens and template; longer prompts lose their
     first tokens. ``template`` is ``grpo.chat_template_kwargs``.
 
@@ -164,7 +164,7 @@ def _of_environment(
     train, train_report = split(environment.seed, environment.size)
     if environment.eval_size is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
-    if environment.adapter == "verifiers":  # a list of tasks: the next ones
+    if environment.adapter == "verifiers":  # a list of tasks: those after the training tasks
         evaluated, eval_report = split(environment.seed, environment.eval_size, environment.size)
     else:
         # Far from the seeds of training: problem i of a task is made from seed + i.
@@ -266,8 +266,8 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
 
 
 def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
-    """The prompts cut to the limit in tokens, how many were cut, and the token count of the longest
-    before.
+    """The prompts shortened to the limit in tokens, how many were shortened, and the token count of
+    the longest prompt before that.
     """
     tokenizer, limit, template = rendering
     if limit is None:

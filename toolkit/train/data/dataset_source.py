@@ -38,8 +38,8 @@ def read_source(
 ) -> tuple[Rows, str]:
     """The first ``limit`` rows, and the digest of the source, which goes into the manifest.
 
-    ``sha256:...`` is over the bytes of a file, over the data files of a saved folder, or over the
-    rows from the hub. Raises InputError, ConfigError, or RetryError if the hub does not answer.
+    The digest ``sha256:...`` is made of the bytes of a file, the data files of a saved folder, or
+    the rows from the hub. Raises InputError, ConfigError, or RetryError if the hub does not answer.
     """
     local = Path(path).expanduser()
     if fault := path_fault(local) if os.path.lexists(local) else None:

@@ -65,7 +65,7 @@ def check_template(
         )
     try:
         length_of(tokenizer, prompt, template)
-    except ConfigError:  # also of a template under limits
+    except ConfigError:  # also of a template that exceeds its limits
         raise
     except Exception as error:  # a tokenizer of a script's own
         raise refused(tokenizer, error) from error
@@ -126,8 +126,8 @@ def truncate(
 
 def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
     return ConfigError(
-        f"a prompt cannot be cut to grpo.max_prompt_length ({limit} tokens): {what} alone have "
-        f"{tokens} tokens",
+        f"a prompt cannot be shortened to grpo.max_prompt_length ({limit} tokens): {what} alone "
+        f"have {tokens} tokens",
         fix="raise grpo.max_prompt_length, or shorten dataset.system",
     )
 
@@ -135,7 +135,7 @@ def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
 def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
     """Remove first tokens of ``text`` until ``over(text)`` is at most 0, or the text is empty.
 
-    The rest is counted again, because tokens at the cut may merge differently.
+    The rest is counted again, because the first tokens of the rest may merge differently.
     """
     starts = _token_starts(tokenizer, text)
     dropped = 0

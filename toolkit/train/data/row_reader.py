@@ -42,7 +42,8 @@ MAX_ROWS = 50_000_000  # a Parquet file of a few kilobytes can declare any numbe
 
 
 def read_file(path: Path, limit: int | None = None) -> Rows:
-    """Read the first ``limit`` rows of a file, in the format of its suffix; no file stays mapped.
+    """Read the first ``limit`` rows of a file, in the format of its suffix; no file stays mapped
+    into memory.
 
     Raises InputError if the file is missing, unreadable, not a regular file, or broken (with the
     line). Raises ConfigError if a column mixes types, or the suffix is unknown.

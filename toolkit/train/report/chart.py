@@ -169,7 +169,7 @@ def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
 
 
 def _alone(values: Values, index: int) -> bool:
-    """Draw a point without neighbours as a dot, because no line would show it."""
+    """Whether a point has no neighbours, and so is drawn as a dot: no line would show it."""
     before = values[index - 1] if index else None
     after = values[index + 1] if index + 1 < len(values) else None
     return before is None and after is None

@@ -1,4 +1,4 @@
-"""The numbers in the report: key figures, notices, evaluation, memory, set-up."""
+"""The facts in the report: key figures, notices, evaluation, memory, set-up."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _reward_tile(run: RunFiles) -> tuple[str, str, str]:
 
 
 def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
-    """What dynamic sampling cost; a tile without a value is not shown."""
+    """The tile with the cost of dynamic sampling; a tile without a value is not shown."""
     counts = {
         name: sum(value or 0 for value in column(run.metrics, f"dynamic_sampling/{name}"))
         for name in ("discarded_completions", "sampled_completions")
@@ -115,7 +115,7 @@ def notices(run: RunFiles) -> str:
 
 
 def evaluation(run: RunFiles) -> str:
-    """Rewards on held-out prompts before and after training, as bars."""
+    """The mean rewards on held-out prompts before and after training, as bars."""
     before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
     rows = [
         (name, section(before, "rewards").get(name), value)
@@ -182,7 +182,7 @@ def memory(run: RunFiles) -> str:
 
 
 def setup(run: RunFiles) -> str:
-    """A summary of the configuration; the whole of it is folded below."""
+    """A summary of the configuration. ``folded`` has the complete one."""
     model, lora, grpo = (section(run.config, key) for key in ("model", "lora", "grpo"))
     data, reward = section(run.config, "dataset"), section(run.config, "reward")
     functions = reward.get("functions")
@@ -209,7 +209,7 @@ def setup(run: RunFiles) -> str:
 
 
 def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How prompts are chosen, as far as it is not by TRL's sampler alone."""
+    """The options that choose prompts in addition to TRL's sampler, as rows of a table."""
     options = (
         ("dynamic_sampling", "max_resample_times", "at most {} rounds"),
         ("curriculum", "curriculum_share", "{} of each batch"),

@@ -91,7 +91,7 @@ def _is_eval(row: dict[str, Any]) -> bool:
 
 
 def _by_step(rows: Any) -> list[dict[str, Any]]:
-    """Sorted by step, one row per step: the one that was written last."""
+    """The rows sorted by step. If a step has several rows, the last one is taken."""
     found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
     return [found[step] for step in sorted(found)]
 

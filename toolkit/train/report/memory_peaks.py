@@ -90,7 +90,7 @@ class PhasePeaks:
     """
 
     statistics: Statistics
-    account: Mapping[str, int] = field(default_factory=dict)  # the engine's own, by term
+    account: Mapping[str, int] = field(default_factory=dict)  # the engine's own figures, by term
     rollout: int = 0
     training: int = 0
     step: int = 0
@@ -130,7 +130,7 @@ class PhasePeaks:
         self.on_card = max(self.on_card, now.elsewhere() + now.peak_reserved() - asleep)
 
     def so_far(self) -> int:
-        """The peak of torch's allocator until now, over both phases."""
+        """The peak of torch's allocator until now, over rollouts and training."""
         now = 0
         if self._stepping:
             now = self.statistics.peak_allocated() - self.statistics.asleep()

@@ -49,13 +49,13 @@ LEADING = (
 RENAMED = {"completions/mean_length": "completion_length"}
 WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
 MOST_SAID = 200_000
-"""Characters of one prompt or completion in completions.jsonl."""
+"""The most characters of one prompt or completion in completions.jsonl."""
 PHASES = ("rollout_s", "publish_s", "reward_s")
 
 
 class Journal:
-    """The run's log files, which are only appended to; each is first cut to the length that the
-    checkpoint recorded.
+    """The run's log files, which are only appended to. On resume, each is first shortened to the
+    length that the checkpoint recorded.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Journal:
         """Append one row in one write, so that after a kill only the last row can be incomplete.
         Raises OSError.
         """
-        # A reward may use half of a character in the name of a metric.
+        # A reward may put half of a character (a lone surrogate) into the name of a metric.
         line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode(errors="replace")
         written = os.write(self._handles[name], line)
         self._sizes[name] += written
@@ -111,7 +111,9 @@ class Journal:
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:
-        """The logs that another program changed (deleted, moved, replaced, cut or extended)."""
+        """The logs that another program changed (deleted, moved, replaced, shortened or
+        extended).
+        """
         if self._handles:
             found = self._handles.items()
             self._missing = [name for name, handle in found if not self._in_place(name, handle)]
@@ -134,7 +136,7 @@ class Journal:
 
 def _open_log(path: Path) -> int:
     """Open a log to append to; it is created if needed. A pipe would block the run when it is full,
-    and a link may lead to another file, which would be cut. Raises OSError.
+    and a link may lead to another file, which would be shortened. Raises OSError.
 
     Raises:
         ConfigError: the path is not a regular file.
@@ -198,7 +200,8 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None);
-    ``watch`` sees each metrics row before it is written; ``tracking`` gets all of it afterwards.
+    ``watch`` sees each metrics row before it is written; ``tracking`` gets metrics, timings and
+    completions after they are written.
     """
 
     def __init__(

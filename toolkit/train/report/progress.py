@@ -64,7 +64,7 @@ class Progress:
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
     """Step, reward mean and spread, loss, KL, length, tokens/s, time left, in aligned columns; with
-    dynamic sampling, the groups without spread before and after it.
+    dynamic sampling, the groups without spread before and after the replacement.
     """
     width = len(str(total))
     parts = [

@@ -39,7 +39,9 @@ def _step(step: int, rows: list[dict[str, Any]]) -> str:
 
 
 def _spread(group: list[dict[str, Any]]) -> float:
-    """Prefer prompts whose completions differ in reward, because a step learns from these."""
+    """The difference between the best and the worst reward of a group. Groups with a large one are
+    shown first, because a step learns from them.
+    """
     rewards = [number(row.get("reward")) or 0.0 for row in group]
     return max(rewards) - min(rewards)
 

@@ -16,8 +16,8 @@ MAX_POINTS = 400
 def thin(
     xs: Sequence[float], columns: Sequence[Sequence[float | None]]
 ) -> tuple[list[float], list[Values]]:
-    """At most MAX_POINTS points, each the mean of consecutive points; its x is that of the last
-    one.
+    """At most MAX_POINTS points. Each is the mean of consecutive points, at the x of the last of
+    them.
     """
     size = -(-len(xs) // MAX_POINTS) or 1
     starts = range(0, len(xs), size)

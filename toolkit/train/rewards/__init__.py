@@ -67,7 +67,7 @@ def _build(
     scorer = wanted.name in ADAPTERS and wanted.name != OpenEnv.name
     elsewhere = scorer and section is not None and section.python is not None
     isolate = config.reward.isolate or elsewhere
-    # Code of the user's is imported in the worker alone.
+    # Code of the user is imported only in the worker.
     is_users = ":" in wanted.name or wanted.name == Verifiers.name or elsewhere
     here = None
     if not is_users or not isolate:

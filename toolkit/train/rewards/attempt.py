@@ -1,8 +1,8 @@
-"""One call of a reward function: with copies of its arguments, a time limit, and a check of the
+"""Call a reward function once, with copies of its arguments, a time limit, and a check of the
 result.
 
-The training process and the reward worker both use it, so a faulty reward is treated the same in
-both.
+The training process and the reward worker both use this module, so each treats a faulty reward in
+the same way.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def attempt(
 
 
 def copied(value: Any) -> Any:
-    """A copy of the lists and dicts in ``value``, so that a reward cannot change those of
-    others.
+    """A copy of the lists and dicts in ``value``, so that a reward cannot change the arguments of
+    other rewards.
     """
     if isinstance(value, list):
         return value[:] if set(map(type, value)) <= _PLAIN else [copied(item) for item in value]
@@ -134,15 +134,15 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def drop(*_: Any) -> None:
-    """Replaces ``log_metric`` and ``log_extra`` if nothing is logged."""
+    """Does nothing: replaces ``log_metric`` and ``log_extra`` if their values are not logged."""
     return
 
 
 async def _awaited(
     coroutine: Coroutine[Any, Any, Any], size: int
 ) -> list[Score | Trouble] | BaseException:
-    """The checked result, or the exception. It is returned and not raised, because a SystemExit in
-    a task would end the loop's thread.
+    """The checked result, or the exception, which is returned and not raised, because a SystemExit
+    in a task would end the loop's thread.
     """
     try:
         return checked(await coroutine, size)
@@ -175,7 +175,7 @@ def process_kept() -> Iterator[None]:
 def _folder() -> Path | None:
     try:
         return Path.cwd()
-    except OSError:  # it is gone
+    except OSError:  # the working folder was removed
         return None
 
 

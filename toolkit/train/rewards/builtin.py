@@ -209,8 +209,8 @@ class Format:
 class LengthPenalty:
     """0 up to ``max_length - margin``, then linearly down to -1 at ``max_length`` and beyond.
 
-    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). Lengths are tokens, as
-    the trainer counts them, or characters with ``unit: characters``.
+    This is the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). Lengths are
+    tokens, as the trainer counts them, or characters with ``unit: characters``.
     """
 
     name: ClassVar[str] = "length_penalty"

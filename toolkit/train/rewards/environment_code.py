@@ -1,4 +1,4 @@
-"""The code of an environment, and whether the run file allows it."""
+"""Describe the code of an environment, and check that the run file allows it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class EnvironmentCode(NamedTuple):
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)
 
     def request(self) -> dict[str, Any]:
-        """As JSON, for the worker process."""
+        """The code as JSON, for the worker process."""
         named = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
         return {**named, "options": thaw(self.options)}
 
     def prepare(self) -> None:
-        """Let its modules be imported.
+        """Allow the modules of the environment to be imported.
 
         Raises:
-            ConfigError: runtime.allow_code does not name them.
+            ConfigError: runtime.allow_code does not name these modules.
         """
         refuse_package(self.adapter, self.allow_code)
         module = task_module(self.adapter, self.task)

@@ -1,4 +1,4 @@
-"""What happens if a reward fails: it raises, hangs, or returns an invalid value.
+"""Apply the error policy if a reward fails: it raises, hangs, or returns an invalid value.
 
 ``fail`` saves the sample and stops the run. ``none`` scores the sample None (TRL leaves it out of
 the mean) and counts it. In both cases the failing sample is searched: a reward is called with the
@@ -62,8 +62,8 @@ class GuardedReward:
         return self.scores(Batch(prompts, completions, columns))
 
     def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
-        """The same outside training, async or not; this method adds the arguments that TRL
-        passes.
+        """The rewards outside training, also of an async function. This method adds the arguments
+        that TRL would pass.
         """
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
@@ -79,7 +79,7 @@ class GuardedReward:
             found = self._one_by_one(batch, error.trouble)
         for index, value in enumerate(found):
             if isinstance(value, Trouble):
-                self._settle(batch, index, value)
+                self._apply_policy(batch, index, value)
         if self.policy.on_error == "none" and "log_metric" in batch.columns:
             failed = sum(isinstance(value, Trouble) for value in found)
             batch.columns["log_metric"](f"rewards/{self.__name__}/failed", failed / len(found))
@@ -123,7 +123,7 @@ class GuardedReward:
             for _ in found
         ]
 
-    def _settle(self, batch: Batch, index: int, trouble: Trouble) -> None:
+    def _apply_policy(self, batch: Batch, index: int, trouble: Trouble) -> None:
         saved = self._save(batch.only(index), index, trouble)
         if self.policy.on_error == "fail":
             size = len(batch.completions)
@@ -160,9 +160,11 @@ class GuardedReward:
 
 
 class AsyncGuardedReward(GuardedReward):
-    """The same for a coroutine function: TRL awaits it together with the other async rewards."""
+    """A GuardedReward of a coroutine function: TRL awaits it together with the other async
+    rewards.
+    """
 
-    async def __call__(  # type: ignore[override]  # TRL asks of what kind __call__ is
+    async def __call__(  # type: ignore[override]  # TRL checks if __call__ is async
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
         """As in GuardedReward; runs in a worker thread, so that rewards do not wait for each
@@ -179,7 +181,9 @@ def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
 
 
 def _both(whole: Trouble, alone: Trouble) -> Trouble:
-    """The error of one sample; if it differs from the error of the batch, both."""
+    """The error of one sample. If the whole batch had a different error, the text has both
+    errors.
+    """
     if alone.traceback or alone.what == whole.what:
         return alone
     return alone._replace(what=f"{whole.what}, and with this sample alone {alone.what}")

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 10_000  # characters of one text
 LONGEST_NAME = 200
 MOST_ITEMS = 10_000  # texts and numbers in one saved value
-_BEYOND = 4096  # also searched, for a secret that is on both sides of the cut
+_BEYOND = (
+    4096  # characters after the limit that are searched too: a secret may begin before the limit
+)
 
 
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
     """At most ``longest`` characters of ``text`` without secrets and lone surrogates. A text that
-    is cut ends with its length.
+    is shortened ends with its full length.
     """
     if len(text) <= longest:
         return _whole(redact(text))

@@ -20,7 +20,7 @@ class MathVerify(Compared):
 
     Source: https://github.com/huggingface/Math-Verify. The toolkit replaces its two time limits by
     one per comparison (``seconds_each``). A comparison that takes longer scores 0, even if native
-    code does not return (rewards/remote). An answer that it cannot read scores None.
+    code does not return (rewards/remote). An answer that Math-Verify cannot read scores None.
     """
 
     name: ClassVar[str] = "math_verify"

@@ -54,8 +54,8 @@ def numbers_in(text: str) -> list[Number]:
 def answer_in(text: str) -> Number | None:
     """The number that ``text`` gives as its answer.
 
-    The first number after the last ``####`` (GSM8K, arXiv 2110.14168), else the last one in the
-    last ``\\boxed{}``, else the last one in the text. None if there is none.
+    It is the first number after the last ``####`` (GSM8K, arXiv 2110.14168), else the last number
+    in the last ``\\boxed{}``, else the last number in the text. None if there is no number.
     """
     if "####" in text:
         behind = numbers_in(text.rsplit("####", 1)[1])

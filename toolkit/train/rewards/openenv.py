@@ -1,10 +1,11 @@
-"""OpenEnv: an ``Environment`` class as a data set of first observations, a tool, and a reward.
+"""Use an ``Environment`` class of OpenEnv as a data set of first observations, a tool, and a
+reward.
 
-What is used: ``reset(seed=...)``, ``step(action)`` and the observation's ``reward`` and ``done``,
-of an object in the worker process. OpenEnv's own way is a server for each environment; none is
-started and none is called. Each seed is a problem: its prompt is the first observation. The model
-acts with the tool ``step``, whose arguments are the fields of the Action class. The score of a
-rollout is the sum of the rewards of its steps.
+The toolkit calls ``reset(seed=...)`` and ``step(action)`` of an object in the worker process, and
+reads the observation's ``reward`` and ``done``. OpenEnv itself runs a server for each environment;
+the toolkit starts and calls none. Each seed is a problem: its prompt is the first observation. The
+model acts with the tool ``step``, whose arguments are the fields of the Action class. The score of
+a rollout is the sum of the rewards of its steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def rows(task: str, options: Mapping[str, Any], *, seed: int, size: int) -> list
     """``size`` rows ``{prompt, problem}``, from the seeds ``seed`` to ``seed + size - 1``.
 
     Raises:
-        ConfigError: there is no such class, or it cannot be used.
+        ConfigError: the class does not exist, or cannot be used.
         MissingExtraError: the package is not installed.
     """
     game = Game(task, options)
@@ -60,16 +61,18 @@ class Game:
         self.schema = _schema(self.kind, self.action)
 
     def make(self) -> Any:
-        """One environment."""
+        """Make one environment."""
         return self.kind(**self.options)
 
     @staticmethod
     def reset(environment: Any, seed: int) -> Any:
-        """Its first observation for ``seed``."""
+        """The first observation of ``environment`` for ``seed``."""
         return environment.reset(seed=seed)
 
     def step(self, environment: Any, arguments: Mapping[str, Any]) -> Any:
-        """The observation after an action. Raises Refused if the arguments are no action."""
+        """The observation after an action. Raises Refused if the arguments do not make an
+        action.
+        """
         try:
             action = self.action.model_validate(dict(arguments))
         except ValueError as error:
@@ -88,8 +91,8 @@ class _Live:
 class Episodes:
     """The environments of the rollouts of a batch, in the worker process.
 
-    A request holds the seed and the steps so far, so that a worker that was restarted makes the
-    lost environments again.
+    A request has the seed and the steps so far, so that a worker that was restarted makes the lost
+    environments again.
     """
 
     def __init__(self, code: EnvironmentCode) -> None:
@@ -100,7 +103,8 @@ class Episodes:
         self._live: dict[int, _Live] = {}
 
     def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation of ``request``: after ``arguments``; without them (None) the first one.
+        """The observation after the action ``arguments`` of ``request``, or the first observation
+        if they are None.
 
         Raises Refused, or Misbehaved if the environment failed.
         """
@@ -151,7 +155,9 @@ class OpenEnv:
 
 
 def text_of_observation(observation: Any) -> str:
-    """What the model reads: its only field, if that is a text, else all fields as JSON."""
+    """The observation as the model reads it: the only field if that is a text, else all fields as
+    JSON.
+    """
     fields = observation.model_dump(mode="json")
     said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}
     if len(said) == 1:

@@ -1,4 +1,4 @@
-"""The problems of an environment as rows of a data set: which code makes them, in which process."""
+"""Make the problems of an environment as rows of a data set, in this process or in the worker."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Row = dict[str, Any]
 
 
 def problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> list[Row]:
-    """Up to ``size`` rows ``{prompt, problem}`` (with ``answer`` where the task has one), the same
-    for the same seed. ``start``: the first one of a finite list of tasks, as held-out rows follow
-    those of training there.
+    """Up to ``size`` rows ``{prompt, problem}`` (with ``answer`` if the task has one), the same for
+    the same seed. ``start`` is a position in a finite list of tasks, in which the held-out rows
+    follow the training rows.
 
     Raises:
         ConfigError: there is no such task, it does not take these options, or it needs something
@@ -44,7 +44,8 @@ def made(
     """``problems`` in the worker process (None: in this one), within ``seconds``.
 
     Raises:
-        ConfigError: as ``problems``, or the environment failed, took too long or ended its process.
+        ConfigError: as in ``problems``, or the environment failed, took too long or ended its
+            process.
     """
     try:
         if worker is None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 COLUMN = "problem"
-"""The column that says which problem a row is: JSON with its seed, index and size."""
-_LATEST = 8  # data sets that a scorer keeps: one a split
+"""The column that identifies the problem of a row: JSON with its seed, index and size."""
+_LATEST = 8  # data sets that a scorer keeps, one per split
 
 
 def problems(

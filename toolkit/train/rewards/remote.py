@@ -89,8 +89,8 @@ class RemoteReward:
 
 
 class RemoteMathVerify(RemoteReward):
-    """math_verify with one comparison per request, so that one that cannot be interrupted loses
-    only its own score.
+    """math_verify with one comparison per request, so that a comparison that cannot be interrupted
+    loses only its own score.
     """
 
     def __init__(

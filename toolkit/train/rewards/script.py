@@ -27,11 +27,11 @@ FIX = "return a list with one number (or None) for each completion"
 def judged(rewards: Any) -> Any:
     """``reward_funcs`` of a trainer: each function is checked now, and its result at each call.
 
-    Models and names of models stay as they are, and so does what an exception of a function says.
-    Lengths are TRL's to compare.
+    Models and names of models are returned unchanged. An exception of a function is raised
+    unchanged. TRL itself checks the number of values.
 
     Raises:
-        ConfigTypeError: a function that does not take every keyword, or no function.
+        ConfigTypeError: a function does not take every keyword, or a reward is not a function.
     """
     if isinstance(rewards, (list, tuple)):
         return [_judged(one) for one in rewards]
@@ -116,7 +116,9 @@ def _name(reward: Any) -> str:
 
 
 def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
-    """Whether a function without ``**kwargs`` names all that TRL passes beside the columns."""
+    """Whether the parameters of a function without ``**kwargs`` include all arguments that TRL
+    passes besides the columns.
+    """
     try:
         names = set(inspect.signature(reward).parameters)
     except (TypeError, ValueError):

@@ -1,8 +1,9 @@
-"""One call of a tool that a model asked for: the arguments are the model's, the code is the user's.
+"""Make a call of a tool that a model wrote: the arguments are the model's, the code is the user's.
 
-The training process and the worker process both use it, so a faulty tool is treated the same in
-both. A wrong argument is the model's mistake and is answered. What the function itself does wrong
-(it raises, takes too long, returns too much) is a ``Misbehaved``, as of a reward.
+The training process and the worker process both use this module, so each treats a faulty tool in
+the same way. A wrong argument is the model's mistake, and the model gets an answer. An error of the
+function itself (it raises, takes too long, returns too much) raises ``Misbehaved``, as for a
+reward.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
 WHERE = "tools.functions"
 LONGEST_RESULT = 100_000
-"""Characters of a result. A longer one does not fit into a completion, and is a fault."""
+"""The most characters of a result. A longer one does not fit into a completion, and is an error."""
 
 
 class Refused(Exception):
-    """The model's call cannot be made; the text is its answer."""
+    """The call of the model cannot be made; the model reads the text of this exception as the
+    answer.
+    """
 
 
 class LocalTool:
@@ -39,12 +42,12 @@ class LocalTool:
         folder: Path,
         schema: dict[str, Any] | None = None,
     ) -> None:
-        """Load ``module:function``. ``schema``: from an earlier load, because reading it from the
-        function imports transformers and torch.
+        """Load ``module:function``. ``schema`` is that of an earlier load, if there was one:
+        reading it from the function imports transformers and torch.
 
         Raises:
-            ConfigError: code that is not allowed or not there, or a function that does not describe
-                itself and its arguments.
+            ConfigError: the code is not allowed or does not exist, or the function does not
+                describe itself and its arguments.
         """
         self.function: Callable[..., Any] = load_code(name, allow_code, folder, what="tool")
         self.schema = schema or _schema(name, self.function)
@@ -74,7 +77,7 @@ class LocalTool:
 
 
 def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
-    from transformers.utils import get_json_schema  # noqa: PLC0415 - the worker starts without
+    from transformers.utils import get_json_schema  # noqa: PLC0415 - the worker starts without it
 
     try:
         found: dict[str, Any] = get_json_schema(function)
@@ -88,8 +91,8 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def guarded(call: Callable[[], Any]) -> Any:
-    """What ``call``, the user's code, returns. Raises Refused and ToolkitError as they are, and
-    Misbehaved for what else it raises.
+    """Return what ``call``, the user's code, returns. Refused and ToolkitError are raised
+    unchanged; any other exception becomes Misbehaved.
     """
     try:
         with process_kept():
@@ -116,7 +119,9 @@ def as_text(value: Any) -> str:
 
 
 async def _carried(coroutine: Any) -> Any:
-    """The result, or the exception: a SystemExit in a task would end the loop's thread."""
+    """The result of ``coroutine``, or its exception, which is not raised: a SystemExit in a task
+    would end the loop's thread.
+    """
     try:
         return await coroutine
     except BaseException as error:  # noqa: BLE001 - carried to the caller, who decides

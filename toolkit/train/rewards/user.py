@@ -43,7 +43,8 @@ def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callabl
 def load_code(
     name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
 ) -> Callable[..., Any]:
-    """The callable at ``module:name``; ``folder`` is that of the run file. Errors call it ``what``.
+    """The callable at ``module:name``; ``folder`` is that of the run file. Errors call the function
+    ``what``.
 
     Raises ConfigError if the name is malformed, the module is not allowed or cannot be imported
     (whatever its code raises), or the callable does not exist.
@@ -97,7 +98,9 @@ class BesideRunFile(MetaPathFinder):
 
 
 def look_beside(folder: Path, allow_code: Sequence[str]) -> None:
-    """Let the allowed modules be imported from ``folder``, that of the run file."""
+    """Allow the modules in ``allow_code`` to be imported from ``folder``, the folder of the run
+    file.
+    """
     for allowed in allow_code:
         _look_in(folder, allowed.partition(".")[0])
 
@@ -157,7 +160,7 @@ def check_signature(name: str, function: Callable[..., Any]) -> None:
     """Refuse a function that cannot be called as TRL calls a reward.
 
     Raises:
-        ConfigError: it does not take every keyword.
+        ConfigError: the function does not take every keyword.
     """
     parameters = _parameters(function)
     if not parameters:

@@ -1,9 +1,10 @@
-"""verifiers 0.4: the tasks of a taskset as rows of a data set, and their own rewards as a reward.
+"""Use the tasks of a taskset of verifiers 0.4 as rows of a data set, and their rewards as a reward.
 
-What is used: the prompt of a task, and its ``@reward`` methods that judge a finished conversation
-of one turn (``Task.score`` without a runtime). A task that needs more (a container, tool servers, a
-simulated user, a judge model, several agents) is run by verifiers' own servers around an endpoint
-of a model. A training run has none, so such a task is refused with the reason.
+The toolkit uses the prompt of a task, and its ``@reward`` methods that judge a finished
+conversation of one turn (``Task.score`` without a runtime). For a task that needs more (a
+container, tool servers, a simulated user, a judge model, several agents), verifiers runs servers
+around an endpoint of a model. A training run has no such servers, so it rejects the task with the
+reason.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Verifiers:
 
 
 class _Known:
-    """A taskset, and its tasks by their number as far as they were needed."""
+    """A taskset, and those of its tasks that were needed, by number."""
 
     def __init__(self, taskset: Any) -> None:
         self.taskset = taskset
@@ -152,7 +153,7 @@ class _Known:
         self._tasks: list[Any] = []
 
     def task(self, which: Mapping[str, Any]) -> Any:
-        """The task of a row; raises ValueError if ``load()`` gives another one this time."""
+        """The task of a row; raises ValueError if ``load()`` now returns another task for it."""
         index = which["index"]
         self._tasks += islice(self._rest, max(0, index + 1 - len(self._tasks)))
         if index >= len(self._tasks) or self._tasks[index].key != which["key"]:

@@ -97,8 +97,8 @@ def _wait(working: int, run: int) -> NoReturn:
 
 
 class Service:
-    """Answers requests: ``load`` adds a function, ``call`` calls one. ``tool`` and ``episode`` are
-    calls of a model's, and ``problems`` makes the rows of an environment.
+    """Answers requests: ``load`` adds a function, ``call`` calls one. ``tool`` and ``episode`` make
+    a call that a model wrote, and ``problems`` makes the rows of an environment.
     """
 
     def __init__(self, replies: int) -> None:
@@ -106,7 +106,9 @@ class Service:
         self._functions: list[Callable[..., Any]] = []
         self._tools: list[LocalTool] = []
         self._episodes: list[Episodes] = []
-        self._loops: list[LoopThread] = []  # one per function: a blocked one stops no other
+        self._loops: list[
+            LoopThread
+        ] = []  # one per function: a blocked loop stops no other function
 
     def serve(self, requests: int) -> None:
         """Answer requests until the other end is closed."""

@@ -1,6 +1,7 @@
 """The run's side of the reward worker: start it when needed, and kill it if it does not answer.
 
-A new interpreter and not a fork, because the training process may use CUDA and an engine.
+The worker is a new interpreter and not a fork, because the training process may use CUDA and an
+engine.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _RELOAD_S = 600.0  # time to import the modules again that the run imported at i
 
 
 class Workers(NamedTuple):
-    """The worker of rewards and tools, and that of the environment: the same one, unless the
-    environment has an interpreter of its own.
+    """The worker of rewards and tools, and the worker of the environment. They are the same object
+    unless the environment has its own interpreter.
     """
 
     own: WorkerProcess
@@ -63,11 +64,11 @@ class _Replaced(Exception):
 
 
 class WorkerProcess:
-    """At most one process at a time; after a restart its functions are loaded again."""
+    """The worker: at most one process at a time. After a restart its functions are loaded again."""
 
     def __init__(self, python: str | None = None) -> None:
         """``python``: another interpreter, whose packages the functions use (environment.python).
-        Of this installation it gets the toolkit alone.
+        From this installation that interpreter gets only the toolkit.
         """
         self._python = python
         self._lock = threading.RLock()
@@ -146,7 +147,7 @@ class _Live:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs, answers),
                 start_new_session=True,  # only the run gets Ctrl-C and signals of a scheduler
-                # Then a set of texts has the same order after a restart.
+                # With a fixed hash seed, a set of texts has the same order after a restart.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
         finally:
@@ -167,7 +168,7 @@ class _Live:
             try:
                 sent = wire.send(self._requests, frame, deadline)
             except wire.Broken:
-                sent = True  # it has ended: the reading thread knows how
+                sent = True  # the worker has ended: the reading thread finds out how
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             return reply.result(left if sent else 0)
@@ -200,7 +201,9 @@ def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
 
 
 def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code (negative: a signal), or None if it still runs. The process is not reaped."""
+    """The exit code of ``process`` (negative: a signal), or None if it still runs. It is not
+    reaped.
+    """
     deadline = time.monotonic() + seconds
     look = os.WEXITED | os.WNOWAIT | os.WNOHANG
     while True:

@@ -2,7 +2,7 @@
 
 The seed of a completion comes from (run seed, generation, turn, row): ``row`` counts over all
 ranks, in the order in which the sampler deals the prompts. The seed depends neither on the rank nor
-on how a generation is cut into micro-batches. So two ranks draw the same completions as one rank
+on how a generation is split into micro-batches. So two ranks draw the same completions as one rank
 with twice the batch, and a resumed run draws the same completions as an uninterrupted one.
 """
 
@@ -22,8 +22,8 @@ EVALUATION = 1 << 20
 
 
 class CompletionIndex:
-    """Numbers the completions that ``trainer`` draws. It does not need our trainer's ``__init__``,
-    because TRL's tests build trainers with ``object.__new__``.
+    """Numbers the completions that ``trainer`` draws. It does not need the ``__init__`` of the
+    toolkit's trainer, because TRL's tests build trainers with ``object.__new__``.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
@@ -76,7 +76,9 @@ class CompletionIndex:
         self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
 
     def _now(self) -> tuple[str, int]:
-        """In training the number of the generation, in evaluation the step before it."""
+        """What is drawn now: ("train", number of the generation), or ("eval", step before the
+        evaluation).
+        """
         model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
         if not getattr(model, "training", True):
             return "eval", getattr(_of(self.trainer, "state"), "global_step", 0)

@@ -1,8 +1,8 @@
-"""Which prompts are drawn next: by the spread of rewards that earlier draws of them had.
+"""Choose which prompts are drawn next, by the spread of rewards in earlier draws of each prompt.
 
 A prompt that the model always solves, or never, gives a group without spread, and GRPO learns
-nothing from it. The rule is in ``Difficulty.order``. It depends on the seed and on the recorded
-spreads alone, so a run that resumes with the same records chooses the same prompts.
+nothing from it. The rule is in ``Difficulty.order``. The order depends only on the seed and the
+recorded spreads, so a run that resumes with the same records chooses the same prompts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Difficulty:
         self.spread_N = spread_N
 
     def load(self, spread_N: torch.Tensor) -> None:
-        """Restore the records of a checkpoint. Raises ValueError if they are of other data."""
+        """Restore the records of a checkpoint. Raises ValueError if the records belong to other
+        data.
+        """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
                 f"the curriculum has records of {tuple(spread_N.shape)} rows, and the data set has"

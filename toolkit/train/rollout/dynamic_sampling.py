@@ -3,10 +3,10 @@
 
 TRL 1.16 has no option for it. Its ``_generate_and_score_completions`` draws completions with
 ``_generate(prompts)``, computes log-probabilities, scores with ``_calculate_rewards(inputs,
-prompts, ...)`` and normalizes. A ``Generation`` completes the batch between draw and
-log-probabilities, so that those are computed for trained completions only: it scores what was
-drawn, draws and scores groups of other prompts, and writes them into the lists ``inputs`` and
-``prompts``, which TRL uses afterwards. Each completion is scored once.
+prompts, ...)`` and normalizes. A ``Generation`` completes the batch after the draw and before
+log-probabilities are computed, so that these are computed only for completions that are trained on.
+It scores the drawn completions, draws and scores groups of other prompts, and writes them into the
+lists ``inputs`` and ``prompts``, which TRL uses afterwards. Each completion is scored once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROUND = "resample_round"
 
 @dataclass(slots=True)
 class Completion:
-    """One completion with all that belongs to it."""
+    """One completion, with its prompt, tokens and log-probabilities."""
 
     row: int | None
     """Its row of the data set; None for those that TRL's sampler chose."""
@@ -49,11 +49,13 @@ class Completion:
     completion: Any
     logprobs: Any
     columns: dict[str, Any]
-    """What rewards passed to ``log_extra`` for it."""
+    """The values that rewards passed to ``log_extra`` for this completion."""
 
 
 class Generation:
-    """One generation of training, from the choice of its prompts to what is trained on."""
+    """One generation of training, from the choice of its prompts to the completions that are
+    trained on.
+    """
 
     def __init__(
         self,
@@ -63,9 +65,9 @@ class Generation:
         rounds: int,
         chosen: list[int],
     ) -> None:
-        """``inputs`` are this rank's rows; ``order`` has further rows of the data set; at most
-        ``rounds`` times are groups drawn again. ``chosen`` are the rows of the groups of all ranks
-        if the curriculum chose them.
+        """``inputs`` are this rank's rows; ``order`` has further rows of the data set; groups are
+        drawn again at most ``rounds`` times. ``chosen`` are the rows of the groups of all ranks if
+        the curriculum chose them.
         """
         self.trainer, self.order, self.most_rounds = trainer, order, rounds
         self.inputs = list(inputs)
@@ -73,7 +75,9 @@ class Generation:
         self.ranks: int = trainer.accelerator.num_processes
         self.groups = len(inputs) * self.ranks // self.group
         self.rewards: torch.Tensor | None = None
-        """Of all ranks' completions that are trained on, a column per function, once settled."""
+        """The rewards of the completions of all ranks, a column per function, after
+        ``replace_empty_groups``.
+        """
         self.rows = chosen
         """The data set's row of each group that was drawn, with ``deviations`` of its rewards."""
         self.deviations: list[float] = []
@@ -82,7 +86,7 @@ class Generation:
         """True while this object draws more completions."""
         self._logged = trainer.completion_metric_counts()
 
-    def settle(self, prompts: list[Any], drawn: Drawn) -> Drawn:
+    def replace_empty_groups(self, prompts: list[Any], drawn: Drawn) -> Drawn:
         """Score ``drawn``, and replace its groups without spread, here and in ``prompts``."""
         self.drawing = True
         mine = self._completions([None] * len(prompts), prompts, drawn)
@@ -125,7 +129,7 @@ class Generation:
             tokens += sum(len(one.completion_ids) for one in self._own(new))
             self.sampled += len(new)
             found = self._spread(scored)
-            if self.rows:  # of the curriculum, which records what it chose
+            if self.rows:  # chosen by the curriculum, which records its choices
                 self.rows = [*self.rows, *rows]
                 self.deviations += found.deviation
             good = [place for place, signal in enumerate(found.has_signal) if signal]
@@ -143,7 +147,9 @@ class Generation:
     def _put(
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
-        """Place ``group`` at row ``first`` of the whole batch, as far as it is on this rank."""
+        """Place the part of ``group`` that is on this rank; ``first`` is its row in the whole
+        batch.
+        """
         begin = self.trainer.accelerator.process_index * len(mine)
         for place, one in enumerate(group, start=first - begin):
             if 0 <= place < len(mine):
@@ -179,8 +185,9 @@ class Generation:
                 yield row
 
     def _next_rows(self, further: Iterator[int], needed: int) -> list[int]:
-        """At least ``needed`` rows, if there are as many. Their completions can be divided equally
-        between the ranks, as TRL's collectives need it; so a round is never larger than the batch.
+        """The next rows: at least ``needed``, if so many are left. Their completions can be divided
+        equally between the ranks, which TRL's collectives need. A round is never larger than the
+        batch.
         """
         step = self.ranks // math.gcd(self.ranks, self.group)
         rows = list(islice(further, -(-needed // step) * step))
@@ -212,7 +219,7 @@ class Generation:
         return found
 
     def _set_columns(self, mine: list[Completion], round_of: list[int]) -> None:
-        """What TRL will log of each trained completion."""
+        """Give TRL the columns that it will log for each trained completion."""
         pending = self.trainer.pending_columns
         pending.clear()
         for name in sorted({name for one in mine for name in one.columns}):
@@ -260,7 +267,7 @@ class Generation:
         )
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of dynamic sampling; shares are of the groups of the batch."""
+        """The metrics of dynamic sampling; shares are relative to the groups of the batch."""
         if not self.most_rounds:
             return {}
         name = "dynamic_sampling"

@@ -1,4 +1,4 @@
-"""Greedy evaluation on held-out prompts: every reward's mean, with and without the adapter."""
+"""Evaluate greedily on held-out prompts: the mean of every reward, with and without the adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Evaluation:
     length: float
 
     def to_json(self) -> dict[str, Any]:
-        """As in evaluation.json."""
+        """The entry in evaluation.json."""
         return {
             "count": self.count,
             "reward": self.reward,
@@ -43,7 +43,9 @@ class Evaluation:
 
 
 def engine_of(model: Any, tokenizer: Any) -> Any:
-    """The engine on the model, or Hugging Face generation with the same interface."""
+    """The vLLM engine on ``model`` if there is one, else Hugging Face generation with the same
+    interface.
+    """
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
         return engine
@@ -60,8 +62,8 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
 def evaluates(config: RunConfig, asked: bool | None) -> bool:
     """Whether held-out prompts are evaluated before the first step and after the last.
 
-    ``--evaluate`` and ``--no-evaluate`` decide. Without either, it is True unless
-    ``grpo.eval_strategy`` is set, so that given held-out data is used.
+    ``--evaluate`` and ``--no-evaluate`` decide. Without one of these options, the result is True
+    unless ``grpo.eval_strategy`` is set: then held-out data is already used during training.
     """
     if asked is not None:
         return asked
@@ -97,8 +99,8 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
     adapter: bool,
     template: TemplateArguments = None,
 ) -> Evaluation:
-    """One greedy completion per row of ``dataset``; ``adapter`` False evaluates the base model.
-    ``template`` is ``grpo.chat_template_kwargs``.
+    """Evaluate one greedy completion per row of ``dataset``; ``adapter`` False evaluates the base
+    model. ``template`` is ``grpo.chat_template_kwargs``.
     """
     engine = engine_of(model, tokenizer)
     if adapter:

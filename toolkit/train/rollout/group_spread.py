@@ -14,19 +14,22 @@ PER_FUNCTION = "normalize_then_sum"
 
 
 class GroupSpread(NamedTuple):
-    """Per group of the batch, in its order."""
+    """One value per group of the batch, in the order of the groups."""
 
     has_signal: list[bool]
     deviation: list[float]
-    """Standard deviation of the weighted sum of rewards; 0 without two scored completions. Where a
-    reward is 0 or 1 it is sqrt(p (1 - p)) of the pass rate p, and largest at one half."""
+    """Standard deviation of the weighted sum of rewards; 0 without two scored completions. If
+    rewards are 0 or 1, the deviation is sqrt(p (1 - p)) with the pass rate p, and largest at p =
+    1/2.
+    """
 
 
 def spread_of(
     rewards_BF: torch.Tensor, weights_F: torch.Tensor, group: int, aggregation: str
 ) -> GroupSpread:
-    """``rewards_BF`` has a row per completion, groups next to each other, a column per reward
-    function, and NaN where a function does not apply. ``aggregation`` is TRL's.
+    """The spread of rewards in each group. ``rewards_BF`` has a row per completion, groups next to
+    each other, a column per reward function, and NaN where a function does not apply.
+    ``aggregation`` is TRL's.
     """
     rewards_BF = rewards_BF.detach().double().cpu()
     weights_F = weights_F.detach().double().cpu()

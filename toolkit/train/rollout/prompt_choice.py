@@ -1,5 +1,5 @@
-"""Which prompts a generation draws: those of the sampler, those of the curriculum, and other ones
-where a group has rewards without spread (dynamic sampling).
+"""Choose the prompts of a generation: those of TRL's sampler, those of the curriculum, and further
+prompts in place of groups whose rewards have no spread (dynamic sampling).
 
 Everything follows from (run seed, number of the generation) and, with the curriculum, from the
 spreads that a checkpoint records. So nothing else needs to be stored, and all ranks agree.
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 CHOICE = 1 << 21
-"""The number under which the order of a generation's prompts is seeded; no turn has it."""
+"""The order of a generation's prompts is seeded with this number, which no turn has."""
 
 
 def refuse(given: Mapping[str, Any]) -> None:
     """Check the arguments ``given`` to a trainer.
 
     Raises:
-        ConfigValueError: dynamic sampling or the curriculum cannot work with one of them.
+        ConfigValueError: dynamic sampling or the curriculum cannot work with one of the arguments.
     """
     config, rows = given["args"], given.get("train_dataset")
     on = [name for name in ("dynamic_sampling", "curriculum") if _on(config, name)]
@@ -75,7 +75,7 @@ class PromptChoice:
 
     @property
     def on(self) -> bool:
-        """Whether there is anything to do beside what TRL does."""
+        """Whether dynamic sampling or the curriculum is on."""
         return self.rounds > 0 or self.difficulty is not None
 
     def begin(self, inputs: list[dict[str, Any]]) -> Generation:
@@ -92,7 +92,9 @@ class PromptChoice:
         return Generation(self.trainer, own, order, self.rounds, chosen)
 
     def end(self, generation: Generation) -> None:
-        """Log what the generation drew; record it."""
+        """Log the metrics of the generation, and record the spread of its groups for the
+        curriculum.
+        """
         values = generation.metrics()
         if self.difficulty is not None:
             chosen = generation.rows[: generation.groups]
@@ -109,7 +111,9 @@ class PromptChoice:
             self.trainer.metric_values[name].append(value)
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """What a checkpoint stores; a later generation does not change it."""
+        """The state that a checkpoint stores; a later generation does not change the returned
+        tensors.
+        """
         return None if self.difficulty is None else {"spread": self.difficulty.spread_N}
 
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None:

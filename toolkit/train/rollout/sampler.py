@@ -1,6 +1,7 @@
 """Sample completions from the engine on the model, or with Hugging Face generation on the model
-itself. Both draw each completion with its own seed (``completion_index``). TRL draws from the
-global generator of the process, so that a completion would depend on everything that ran before.
+itself. In both cases each completion has its own seed (``completion_index``). TRL itself draws from
+the global generator of the process, so that a completion would depend on everything that ran
+before.
 """
 
 from __future__ import annotations
@@ -212,11 +213,11 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """How many equal neighbouring prompts make a group: ``num_generations``, or 1 if a group is cut
-    or mixed.
+    """How many equal neighbouring prompts make a group: ``num_generations``, or 1 if this rank has
+    only a part of a group, or the prompts of a group differ.
 
-    The prompt of a group is computed once if the group is one request. Groups are cut if a rank
-    holds part of one, and mixed after a tool turn, which makes neighbours differ.
+    The prompt of a group is computed once if the group is one request. The prompts of a group
+    differ after a turn with a tool.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1
@@ -227,17 +228,17 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
     return num_generations
 
 
-class ModelGeneration:
-    """Completions from the model itself with TRL's generation config. If memory runs out, the batch
-    is halved.
+class TransformersGeneration:
+    """Draws completions from the model itself with TRL's generation config. If memory runs out, the
+    batch is halved.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
     def can(self, images: Any, multimodal_fields: Any) -> bool:
-        """False for what TRL generates itself: images, beams, continuous batching, sharded
-        models.
+        """Whether this class can generate; if not (images, beams, continuous batching, sharded
+        models), TRL does.
         """
         trainer = self.trainer
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
@@ -280,8 +281,8 @@ class ModelGeneration:
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:
-        """TRL's generation config with values that transformers takes (floats, and 0 for no top-k),
-        and the stop strings, for which ``generate`` needs a tokenizer.
+        """TRL's generation config with values that transformers accepts (floats, and 0 for no
+        top-k), and the stop strings, for which ``generate`` needs a tokenizer.
         """
         config = copy.deepcopy(self.trainer.generation_config)
         for name in ("temperature", "top_p", "repetition_penalty"):

@@ -1,4 +1,4 @@
-"""What a rollout's tools were asked and answered: tool_calls.jsonl, and their times in
+"""Log the calls of tools in rollouts: arguments and results in tool_calls.jsonl, times in
 tool_timings.jsonl.
 
 The rows are kept until the step is logged, so that a step that was abandoned leaves none, and a
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from toolkit.train.report.metrics_log import Journal
 
     class Rollouts(Protocol):
-        """The part of the trainer that is read."""
+        """The part of the trainer that this module reads."""
 
         tools_by_row: list[dict[str, Any]]
 
 
 CALLS, TIMINGS = "tool_calls.jsonl", "tool_timings.jsonl"
 LONGEST_LOGGED = 2000
-"""Characters of a result in tool_calls.jsonl."""
+"""The most characters of a result in tool_calls.jsonl."""
 _NOT_NAMED = "the arguments are not a mapping of names to values"
 
 
 @dataclass
 class Call:
-    """One call. It is made when TRL looks the tool up, before the arguments are unpacked, which
-    fails if the model wrote no mapping.
+    """One call of a tool. This object is made when TRL looks the tool up, so that a call is logged
+    even if its arguments are not a mapping and cannot be unpacked.
     """
 
     tool: str
@@ -51,7 +51,7 @@ class Call:
     time_s: float = 0.0
 
     def rows(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The rows of both files."""
+        """The row of tool_calls.jsonl and the row of tool_timings.jsonl."""
         which = {
             "step": step,
             "completion": self.completion,
@@ -100,8 +100,8 @@ class ToolLog:
 
 
 class _Watched(dict[str, Any]):
-    """The tools of one row. It has every name: TRL 1.16 asks ``name in tools``, then calls
-    ``tools[name](**arguments)``, and answers what that raises.
+    """The tools of one row. Every name is in it, so that calls of unknown tools are logged too: TRL
+    1.16 checks ``name in tools``, calls ``tools[name](**arguments)``, and answers an exception.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class _Watched(dict[str, Any]):
 
 
 def _outcome(tool: Tool | None, call: Call, place: tuple[int, ...]) -> tuple[Any, str]:
-    """(failed, text), or (the exception that ends the run, "")."""
+    """Call ``tool``; return (failed, text), or (the exception that ends the run, "")."""
     if tool is None:
         return True, f"Tool {call.tool} not found."
     try:

@@ -1,5 +1,5 @@
-"""The tools of a run file, and the environments whose steps are one: called in the worker process,
-each call under a time limit.
+"""The tools of a run file, and environments whose ``step`` is a tool. Both are called in the worker
+process, with a time limit for each call.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.worker_process import WorkerProcess
 
 Place = tuple[int, ...]
-"""Which call it is: step, completion, turn, call. The seed of a tool's random numbers follows."""
+"""The place of a call: step, completion, turn, call. The seed of the tool's random numbers is made
+from it.
+"""
 
 
 class CallFailed(Exception):
-    """A call that the model gets an error for; the text is what it reads."""
+    """A call failed; the model reads the text of this exception."""
 
 
 class StopRun(BaseException):
-    """A tool failed, and tools.on_error is fail. TRL answers every Exception to the model."""
+    """A tool failed, and tools.on_error is fail. A BaseException, because TRL would answer an
+    Exception to the model and continue.
+    """
 
     def __init__(self, error: ConfigError) -> None:
         super().__init__(error.message)
@@ -63,11 +67,11 @@ class ToolPolicy(NamedTuple):
 
 
 def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
-    """The functions that ``tools`` names; with ``worker``, their code is imported and called there
-    alone.
+    """The functions that ``tools`` names; with ``worker``, their code is imported and called only
+    there.
 
     Raises:
-        ConfigError: code that is not allowed or not there, or a function that does not describe
+        ConfigError: the code is not allowed or does not exist, or a function does not describe
             itself and its arguments.
     """
     if config.tools is None:
@@ -128,7 +132,7 @@ def _there(
 
 
 def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """The worker's reply. Raises Refused, or Misbehaved for all that is not an answer."""
+    """The worker's reply. Raises Refused, or Misbehaved for every other failure."""
     limit = None if seconds is None else seconds + RemoteReward.kill_s
     try:
         reply = worker.call({**request, "seconds": seconds}, limit)
@@ -150,7 +154,7 @@ def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None)
 def _judged(
     name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], Place], str]
 ) -> Callable[[Mapping[str, Any], Place], str]:
-    """``ask``, whose failures the model reads, or which end the run."""
+    """``ask`` with ``policy``: a failure is an answer to the model, or ends the run."""
 
     def call(arguments: Mapping[str, Any], place: Place) -> str:
         try:
@@ -204,11 +208,13 @@ class Episode:
             self._fault = Trouble(what, seen["text"][:200])
 
     def step(self) -> None:
-        """In its place each object has a ``Tool``; TRL looks for the name in the class."""
+        """Exists because TRL looks for the method in the class; each object has a ``Tool`` in its
+        place.
+        """
         raise NotImplementedError
 
     def score(self) -> float:
-        """The sum of the rewards. Raises Misbehaved if the environment failed."""
+        """The sum of the rewards of all steps. Raises Misbehaved if the environment failed."""
         if self._fault is not None:
             raise Misbehaved(self._fault)
         return self._total
@@ -250,7 +256,7 @@ class EpisodeHost:
         """Load the class of the environment.
 
         Raises:
-            ConfigError: it is not there, not allowed, or cannot be used.
+            ConfigError: the class does not exist, is not allowed, or cannot be used.
         """
         what = f"environment {code.task}"
         loaded = _loaded(worker, what, {**code.request(), "what": "episodes"})

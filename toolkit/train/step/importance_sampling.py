@@ -1,5 +1,5 @@
-"""The difference between the sampler's and the trainer's log-probabilities, and the importance
-weights that correct for it.
+"""Measure the difference between the sampler's and the trainer's log-probabilities, and compute the
+importance weights that correct for this difference.
 
 TRL 1.16 runs an extra forward pass over every batch to get the log-probabilities of the policy that
 sampled it. If one generation feeds one optimizer step and there is no dropout, the training forward
@@ -194,7 +194,7 @@ GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
     """Warn once, on the first rank, if the gap of a logging window is more than rounding. Then the
-    sampled policy is not the trained one, for example the base without its adapter.
+    sampled policy is not the trained one, for example the base model without its adapter.
 
     No warning if ``warn_of_collapse`` has warned, or if sampling options or dropout explain the
     gap: the engine samples without dropout.

@@ -7,8 +7,8 @@ a sequence would then be the product of the probability masses of its kept sets.
 applies the sampler's steps to its own logits ("keep sampling mask" in the DeepSeek-V3.2 report,
 arXiv 2512.02556).
 
-Every function is pure in the logits of N tokens, so a caller may cut the tokens into chunks in any
-way. The choice of the kept set has no gradient; the log-probabilities in it do. A sampled token
+Every function is pure in the logits of N tokens, so a caller may split the tokens into chunks in
+any way. The choice of the kept set has no gradient; the log-probabilities in it do. A sampled token
 always counts as kept: near a boundary the sampler and the trainer may round differently, and its
 log-probability must stay finite.
 
@@ -71,7 +71,9 @@ class Distribution:
 
 
 class Scored(NamedTuple):
-    """Both (N), float32. ``entropy`` is that of the distribution that is sampled from."""
+    """Log-probabilities and entropies of N tokens, float32. ``entropy`` is that of the distribution
+    that is sampled from.
+    """
 
     logps: torch.Tensor
     entropy: torch.Tensor
@@ -179,8 +181,8 @@ def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Place
 
 @torch.no_grad()
 def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
-    """(N, V) bool: the tokens that are kept after min-p, top-k and top-p in sequence. Tokens as
-    likely as the last of the top k are kept, as in both engines.
+    """(N, V) bool: the tokens that are kept after min-p, top-k and top-p in sequence. Tokens with
+    the same probability as the last of the top k are kept too, as in vLLM and transformers.
     """
     steps: list[tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = [
         (distribution.top_k > 0, lambda x: _top_k(x, distribution.top_k)),

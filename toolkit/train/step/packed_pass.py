@@ -67,7 +67,8 @@ def refusal(model: Any) -> str | None:
 
 def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
     """Install packed attention on ``model`` (no wrapper), and compare it once with ``padded``,
-    TRL's pass. Return why it cannot be used, or None. The answer is stored on the model.
+    TRL's pass. Return why packed attention cannot be used, or None. The answer is stored on the
+    model.
     """
     known: str | None
     if "toolkit_packed_refusal" in model.__dict__:
@@ -101,8 +102,9 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
-    """Compare a small batch both ways. A wrong attention function differs about as much as
-    completions without their prompts do; rounding differs far less.
+    """Compare the packed with the padded pass on a small batch; return how they differ, or None. A
+    wrong attention function differs about as much as completions without their prompts do; rounding
+    differs far less.
     """
     training = model.training
     model.eval()
@@ -142,8 +144,8 @@ def _logps(
 
 
 def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
-    """Why packs would lose a sliding window, or None. A layer may set it only in its mask and not
-    pass it to the attention function.
+    """Why packs would lose a sliding window, or None. A layer may use its window only in the mask,
+    and not pass it to the attention function.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)

@@ -1,5 +1,5 @@
-"""The half of the trainer that scores packs: which rows a pass needs, how a batch is cut, and which
-values replace rows that are left out.
+"""The half of the trainer that scores packs: which rows a pass needs, how a batch is split, and
+which values replace rows that are left out.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     _reported_padded: bool = False
 
     def merge_micro_batches(self, args: Any, model: Any) -> None:
-        """Merge the micro-batches of one optimizer step into one batch. Then its lengths decide how
-        it is cut (``row_parts``), and the group of a prompt is not spread over micro-batches.
+        """Merge the micro-batches of one optimizer step into one batch. Then the lengths of its
+        rows decide how it is split (``row_parts``), and the group of a prompt is not spread over
+        micro-batches.
 
-        The gradient is the same for every cut, except with the losses in ``CUT_MATTERS``: these
+        The gradient is the same for every split, except with the losses in ``CUT_MATTERS``: these
         keep their micro-batches.
         """
         self.padding_free = getattr(args, "padding_free", True)
@@ -69,7 +70,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         args.steps_per_generation //= merged
         args.gradient_accumulation_steps //= merged
 
-    # --- how a batch is cut
+    # --- how a batch is split
 
     def row_parts(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The rows of each part of a micro-batch; each part has its own backward pass.
@@ -162,7 +163,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         raise NotImplementedError
 
     def _padded_pass(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, for the distribution that was sampled from: policy, old policy, reference."""
+        """TRL's padded pass, for the distribution that was sampled from: policy, old policy,
+        reference.
+        """
         with scoring(self, model):
             return self._trl_pass(model, *args, **kwargs)
 
@@ -245,9 +248,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     @contextmanager
     def own_entropy(self) -> Iterator[None]:
-        """Around the loss of a micro-batch: replace the entropy that TRL logs by the mean over all
-        computed tokens of all parts and ranks. ``SKIPPED`` is the share of the rows, of all ranks,
-        that were left out.
+        """In the block, which computes the loss of a micro-batch, replace the entropy that TRL logs
+        by the mean over all computed tokens of all parts and ranks. ``SKIPPED`` is the share of the
+        rows, of all ranks, that were left out.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:

@@ -70,7 +70,7 @@ def read_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int
 ) -> list[Row]:
     """The rows of a padded batch in TRL's layout: prompts padded on the left, completions on the
-    right. (B, P + T) both.
+    right. Both tensors are (B, P + T).
     """
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     lengths = mask[:, -logits_to_keep:].sum(1).tolist()
@@ -175,7 +175,7 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     """Distribute ``rows`` over evenly filled packs of at most ``limit`` tokens; a greedy rule keeps
     the number of packs small.
 
-    Rows of one prompt stay together; a group larger than ``limit`` is cut. Groups are placed
+    Rows of one prompt stay together; a group larger than ``limit`` is split. Groups are placed
     longest first, each into the pack with the fewest tokens. The result depends only on the lengths
     and the order of the rows, so a resumed run gets the same packs. A row longer than ``limit`` is
     a pack of its own.
@@ -190,7 +190,7 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
     """Distribute ``rows`` over exactly ``number`` evenly filled packs; some are empty if there are
-    fewer rows. A group with more than ``limit`` tokens, or more than the average pack, is cut.
+    fewer rows. A group with more than ``limit`` tokens, or more than the average pack, is split.
     """
     share = max(1, -(-tokens_of(rows) // number))
     units = _units(rows, share if limit is None else min(limit, share))
@@ -220,7 +220,7 @@ def _spread(units: list[list[Row]], number: int) -> list[list[Row]]:
     """Distribute units over ``number`` packs, longest first, each into the pack with the fewest
     tokens.
     """
-    while len(units) < number:  # fewer groups than packs: cut the longest in two
+    while len(units) < number:  # fewer groups than packs: split the longest in two
         longest = max(units, key=lambda unit: (len(unit) > 1, tokens_of(unit)))
         if len(longest) < 2:
             break

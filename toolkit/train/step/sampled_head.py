@@ -105,7 +105,9 @@ def _forward(
 
 
 def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
-    """The same for a pack, whose labels are at the tokens that predict them: both (1, N)."""
+    """``_forward`` for a pack, whose labels are at the tokens that predict them. Results are (1,
+    N).
+    """
     labels_1N = kwargs.pop("shift_labels")
     batch: PaddedBatch | None = kwargs.pop(BATCH, None)
     hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
@@ -145,7 +147,8 @@ class Head:
         places_N: torch.Tensor,
     ) -> Scored:
         """``kept_set.score`` of all tokens; gradients flow into the hidden states and the head."""
-        # Of a head that is split, rows with their padding: as many in every process.
+        # If processes share the head, its rows count with padding, so that the number is the same
+        # in every process.
         rows = getattr(self.layer, "width", self.layer.weight.shape[0])
         size = max(1, kept_set.CHUNK_ELEMENTS // rows)
         parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, places_N)]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 MAX_SPLIT = 64
-"""A micro-batch is cut into at most this many parts before the run fails with out of memory."""
+"""A micro-batch is split into at most this many parts before the run fails with out of memory."""
 
 
 class Attempt:
@@ -47,7 +47,7 @@ class Attempt:
             watch()
 
     def run(self, step: Callable[[], Any]) -> Any:
-        """Run ``step()``. While memory runs out and a finer cut is possible, repeat it with twice
+        """Run ``step()``. While memory runs out and a finer split is possible, repeat it with twice
         as many parts. Processes that share a model repeat it together.
         """
         while True:
@@ -65,7 +65,7 @@ class Attempt:
             self.trainer.least_parts = 2 * self._parts()
             logger.warning(
                 (
-                    "training step: out of memory, the micro-batch is cut into %d parts from now "
+                    "training step: out of memory, the micro-batch is split into %d parts from now "
                     "on (%s)"
                 ),
                 self.trainer.least_parts,
@@ -98,8 +98,9 @@ class Attempt:
         return bool(self.trainer.accelerator.num_processes == 1)
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
-        """DistributedDataParallel over one process (of a group that shares a model) has nothing to
-        synchronize, and refuses another forward pass after a backward pass that did not end.
+        """Switch DistributedDataParallel off where it has one process (a group that shares a
+        model). It has nothing to synchronize then, but would refuse a forward pass after a backward
+        pass that did not end.
         """
         without = getattr(self.model, "no_sync", None) if self._alone() else None
         return nullcontext() if without is None else without()
@@ -225,7 +226,8 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
 def split_weights(
     trainer: TrainerSeam, inputs: dict[str, Any], parts: list[torch.Tensor]
 ) -> list[tuple[Any, float]]:
-    """Cut ``inputs`` into ``parts`` along the batch, each with the weight that keeps the gradient.
+    """Split ``inputs`` into ``parts`` along the batch, each with the weight that keeps the
+    gradient.
 
     The weight depends on what the loss type averages over: sequences (grpo, sapo, dr_grpo, luspo),
     tokens of the micro-batch (bnpo), or a number that is already fixed (dapo, cispo, vespo: weight
@@ -237,7 +239,7 @@ def split_weights(
     whole_batch = trainer.top_entropy_quantile < 1.0 or trainer.has_entropy_bonus
     if whole_batch or trainer.aux_loss_enabled or inputs.get("pixel_values") is not None:
         raise RuntimeError(
-            "out of memory, and the micro-batch cannot be cut: top_entropy_quantile, an entropy "
+            "out of memory, and the micro-batch cannot be split: top_entropy_quantile, an entropy "
             "bonus, a router loss or images need the whole micro-batch"
         )
     size = inputs["completion_ids"].shape[0]

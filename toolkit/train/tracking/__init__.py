@@ -37,7 +37,7 @@ TABLES = 20
 """Approximate number of completion tables of a whole run."""
 TABLE_ROWS = 16
 FLUSH_S, STOPPED_S = 30.0, 5.0
-"""How long the end of a run waits for its trackers, and the end of one that a signal stopped."""
+"""Seconds that a run waits for its trackers at its end, and after a stop by a signal."""
 
 
 def named(asked: Any) -> list[str]:
@@ -57,7 +57,9 @@ class Tracking:
         self._every = max(1, total // TABLES)
 
     def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        """A row of metrics.jsonl and, for a step, of timings.jsonl (here under ``timing/``)."""
+        """Send a row of metrics.jsonl and, for a step, of timings.jsonl (with names under
+        ``timing/``).
+        """
         step = int(row["step"])
         values = {name: value for name, value in row.items() if name != "step"}
         for name, value in (timings or {}).items():
@@ -71,7 +73,7 @@ class Tracking:
         self._tell()
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The rows of completions.jsonl of a step, of which a part is sent."""
+        """Send a part of the rows of completions.jsonl of a step."""
         if step != 1 and step % self._every:
             return
         table = [flat(row) for row in rows[:TABLE_ROWS]]

@@ -24,7 +24,7 @@ class Lane:
     """A tracker that ``make`` creates in a thread, and its queue of calls.
 
     A tracker has ``row(step, numbers)``, ``table(step, rows)``, ``close()`` and ``note``, a line
-    that says where it writes.
+    about where the tracker writes.
     """
 
     def __init__(self, tracker: str, make: Callable[[], Any]) -> None:

@@ -1,4 +1,6 @@
-"""What a tracker begins with: names, the config, and the ids by which a resumed run continues."""
+"""The values that a tracker starts with: names, the config, and the ids by which a resumed run
+continues.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ PROJECT = "huggingface"
 """The project of a run whose run file names none: the default of ``grpo.project``."""
 
 TRACKIO = ("space_id", "bucket_id", "static_space_id")
-"""Keys of ``grpo`` for trackio, after ``trackio_``; without them it is local."""
+"""Keys of ``grpo`` for trackio, without their prefix ``trackio_``. If none is set, trackio's
+project is local.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """``step`` is the last one that an earlier part of the run has logged for good; ``run_id`` is
-    the same for all parts of a run. ``config`` holds no secret.
+    """What a tracker starts with. ``step`` is the last step of the earlier parts of the run that
+    this part does not repeat; ``run_id`` is the same for all parts of a run. ``config`` holds no
+    secret.
     """
 
     run_dir: Path

@@ -1,4 +1,6 @@
-"""MLflow: the server of MLFLOW_TRACKING_URI, else files in ``mlruns/`` of the run folder."""
+"""Send a run to MLflow: to the server of MLFLOW_TRACKING_URI, else to files in ``mlruns/`` of the
+run folder.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ AT_ONCE = 100  # parameters in one call
 
 
 class MlflowTracker:
-    """Metrics by step, the config as parameters, completions as tables among the artifacts."""
+    """Sends metrics by step, the config as parameters, and completions as tables among the
+    artifacts.
+    """
 
     def __init__(self, start: Start) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")

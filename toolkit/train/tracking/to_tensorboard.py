@@ -1,4 +1,4 @@
-"""TensorBoard: event files in ``tensorboard/`` of the run folder."""
+"""Write a run for TensorBoard: event files in ``tensorboard/`` of the run folder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LONGEST = 2000  # characters of one text in a table
 
 
 class TensorBoardTracker:
-    """Scalars under the names of metrics.jsonl; config and completions as texts."""
+    """Writes scalars under the names of metrics.jsonl; config and completions as texts."""
 
     def __init__(self, start: Start) -> None:
         writer = _writer()
         folder = start.run_dir / FOLDER
-        # What an earlier part of the run logged after its checkpoint, and what lies there of
-        # another run, is not shown.
+        # TensorBoard then hides what an earlier part of the run logged after its checkpoint, and
+        # what another run left in the folder.
         self._writer = writer(
             log_dir=str(folder),
             purge_step=start.step + 1 if start.resumed else 0,

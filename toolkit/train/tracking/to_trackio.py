@@ -1,4 +1,4 @@
-"""trackio: a local project, or a Space of the hub where the run file names one."""
+"""Send a run to trackio: to a local project, or to a Space of the hub if the run file names one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class TrackioTracker:
-    """Numbers by step; completions as trackio's table. A resumed run has the name that it had."""
+    """Sends numbers by step, and completions as trackio's table. A resumed run keeps its name."""
 
     def __init__(self, start: Start) -> None:
         import trackio  # noqa: PLC0415 - seconds, and only where it is asked for
@@ -44,7 +44,7 @@ class TrackioTracker:
             self._run.log({"completions": table}, step=step)
 
     def close(self) -> None:
-        """Hand over what is left; a static Space is made of it where the run file names one."""
+        """Send what is left. If the run file names a static Space, it is made from the run."""
         self._run.finish()
         static = self._start.trackio.get("static_space_id")
         if static:

@@ -1,4 +1,4 @@
-"""Trackers that transformers has a callback for, and the toolkit has no code of its own."""
+"""Send a run to trackers through callbacks of transformers, if the toolkit has no code for them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class UpstreamTracker:
         self._call("on_train_begin", model=trainer.model, processing_class=None)
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The numbers as the trainer's logs."""
+        """Send the numbers in the form of the trainer's logs."""
         self._call("on_log", step=step, model=self._trainer.model, logs=dict(numbers))
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """These callbacks have no tables."""
+        """Do nothing, because these callbacks have no tables."""
 
     def close(self) -> None:
-        """The end of training."""
+        """Report the end of training."""
         self._call("on_train_end", model=self._trainer.model, processing_class=None)
 
     def _call(self, event: str, *, step: int | None = None, **more: Any) -> None:
-        state = copy.copy(self._trainer.state)  # the trainer's own is at a later step by now
+        state = copy.copy(self._trainer.state)  # the trainer's own state may be at a later step
         if step is not None:
             state.global_step = step
         getattr(self._callback, event)(self._trainer.args, state, self._trainer.control, **more)

@@ -1,4 +1,4 @@
-"""Weights & Biases: online where a key is set and the server answers, else offline."""
+"""Send a run to Weights & Biases: online if a key is set and the server answers, else offline."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 class WandbTracker:
-    """Numbers by ``step``, which a resumed run may repeat; completions as a table."""
+    """Sends numbers by ``step``, which a resumed run may repeat, and completions as a table."""
 
     def __init__(self, start: Start) -> None:
         import wandb  # noqa: PLC0415 - seconds, and only where it is asked for
 
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
-        options: dict[str, Any] = {"mode": mode}  # W&B judges what WANDB_MODE says
+        options: dict[str, Any] = {"mode": mode}  # W&B checks the value of WANDB_MODE
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or start.project,
             name=start.name,
@@ -58,12 +58,14 @@ class WandbTracker:
             self._run.log({"completions": table, "step": step})
 
     def close(self) -> None:
-        """Hand over what is left."""
+        """Send what is left, and end the run in W&B."""
         self._run.finish()
 
 
 def _online() -> bool:
-    """Whether there is a key, and a server that answers (or a proxy, which is not asked)."""
+    """Whether there is a key, and the server answers. Behind a proxy the server is not
+    contacted.
+    """
     if not any(os.environ.get(name) for name in KEYS) and not _in_netrc():
         return False
     if getproxies():
