@@ -22,7 +22,7 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.live_weights import engine_name, rename_mapper
-from toolkit.engine.shards import whole
+from toolkit.engine.shards import gather_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -209,8 +209,10 @@ class AdapterSlots:
         for pair in pairs:
             prefix = PEFT_PREFIX + pair.module
             # Whole, also where layers are split: vLLM takes its part.
-            tensors[f"{prefix}.lora_A.weight"] = whole(pair.a).detach().to("cpu", dtype, copy=True)
-            scaled = whole(pair.held).detach() * pair.scaling
+            tensors[f"{prefix}.lora_A.weight"] = (
+                gather_parts(pair.a).detach().to("cpu", dtype, copy=True)
+            )
+            scaled = gather_parts(pair.held).detach() * pair.scaling
             tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
             identity,

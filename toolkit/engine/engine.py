@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm import LLM
 
-    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.dequantized import Copies
     from toolkit.engine.engine_options import EngineOptions
     from toolkit.engine.rollout_request import Rollout, Sampling
@@ -42,7 +42,7 @@ class Engine:
     ``rollout_engine.RolloutEngine``.
     """
 
-    reads: Reads = "vllm"
+    sampler_name: SamplerName = "vllm"
 
     def __init__(self, llm: LLM, options: EngineOptions, *, owns_process_group: bool) -> None:
         self._llm: LLM | None = llm

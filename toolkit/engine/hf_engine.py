@@ -18,7 +18,7 @@ from toolkit.engine.rollout_request import Rollout, check_prompts, request_seed
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.rollout_request import Sampling
 
 WHERE = "sampling"
@@ -32,7 +32,7 @@ class TransformersEngine:
     ``max_model_len`` (tokens, prompt plus completion) None takes the value of the model's config.
     """
 
-    reads: Reads = "transformers"
+    sampler_name: SamplerName = "transformers"
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class TransformersEngine:
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
         for name in extra:
-            problem = unknown(name, self.reads)
+            problem = unknown(name, self.sampler_name)
             if problem is not None:
                 raise ConfigTypeError(problem.message, where=WHERE, fix=problem.fix)
         _check_ranges(sampling)

@@ -101,7 +101,7 @@ class Tuner:
         return self.table(shapes)
 
     def _tune_one(self, op: str, shape: Shape, batch: int, folder: Path, end: float) -> None:
-        case = Case(op, shape, batch, folder, self.card)
+        case = KernelCase(op, shape, batch, folder, self.card)
         config = case.default()
         wanted = case.result(config)
         first = fastest = case.seconds(config)
@@ -193,7 +193,7 @@ def forget() -> None:
     upstream.get_lora_op_configs.cache_clear()
 
 
-class Case:
+class KernelCase:
     """One kernel at one shape and batch, all tokens on one adapter."""
 
     def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:

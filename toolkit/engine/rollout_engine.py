@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.rollout_request import Rollout, Sampling
 
 
@@ -20,7 +20,7 @@ class RolloutEngine(Protocol):
     implement it.
     """
 
-    reads: Reads
+    sampler_name: SamplerName
     """The library whose sampling keywords and order of sampling steps it uses."""
 
     def publish(self, peft_model: Any, name: str = "default") -> None:

@@ -53,7 +53,7 @@ def shard_of(parameter: Any) -> Shard | None:
 
 
 @torch.no_grad()
-def whole(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
+def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     """The whole of a part: of ``tensor``, cut as the parameter ``like`` (itself) is. Every process
     of the group calls it. What is whole already is returned as it is.
     """

@@ -20,7 +20,7 @@ from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
 from toolkit.engine.mesh import mesh
-from toolkit.engine.shards import whole
+from toolkit.engine.shards import gather_parts
 from toolkit.policy.fingerprint import marks_of
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
@@ -65,7 +65,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     target, shared, state = Path(folder), mesh(), None
     if shared is not None:
         own = model.named_parameters()
-        state = {key: whole(value) for key, value in own if "lora_" in key}
+        state = {key: gather_parts(value) for key, value in own if "lora_" in key}
         if not shared.first:
             return target
     with beside(target) as work:

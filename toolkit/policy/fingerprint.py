@@ -36,11 +36,11 @@ all.
 """
 
 AS_LOADED = "toolkit_as_loaded"
-"""Attribute of a base model that this package loaded: its ``Marks`` at that time."""
+"""Attribute of a base model that this package loaded: its ``BaseDigests`` at that time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class BaseDigests:
     """The digests of a base: of its files and of its loaded weights. None if there is no such
     digest.
     """
@@ -51,19 +51,19 @@ class Marks:
 
 def note_checkpoint(model: Any, folder: Path) -> None:
     """Record on the base ``model`` the checkpoint that it was loaded from."""
-    setattr(model, AS_LOADED, Marks(of_checkpoint(folder), of_weights(model)))
+    setattr(model, AS_LOADED, BaseDigests(of_checkpoint(folder), of_weights(model)))
 
 
-def marks_of(model: Any) -> Marks:
+def marks_of(model: Any) -> BaseDigests:
     """The current digests of ``model``.
 
     The digest of the files is None if the weights have changed since they were loaded, for example
     because an adapter was merged.
     """
     base, weights = _base(model), of_weights(model)
-    loaded: Marks | None = getattr(base, AS_LOADED, None)
+    loaded: BaseDigests | None = getattr(base, AS_LOADED, None)
     unchanged = loaded is not None and loaded.weights == weights
-    return Marks(loaded.checkpoint if loaded is not None and unchanged else None, weights)
+    return BaseDigests(loaded.checkpoint if loaded is not None and unchanged else None, weights)
 
 
 def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:

@@ -32,7 +32,7 @@ from toolkit.base.errors import (
     first_line,
 )
 from toolkit.config.adapter_facts import KEPT, other_fields
-from toolkit.engine.shards import part, whole
+from toolkit.engine.shards import gather_parts, part
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
     WHERE,
@@ -173,7 +173,7 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
         model, adapter_name=name, save_embedding_layers=False
     )
     cut = _parameters(model, name)
-    return {key: whole(tensor, cut.get(key)) for key, tensor in tensors.items()}
+    return {key: gather_parts(tensor, cut.get(key)) for key, tensor in tensors.items()}
 
 
 def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:

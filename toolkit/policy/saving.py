@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from toolkit.base.errors import ConfigValueError, UnsupportedError
 from toolkit.base.paths import set_modes
 from toolkit.policy.adapter_io import save_lora
-from toolkit.policy.hub import push_folder
+from toolkit.policy.hub_upload import push_folder
 from toolkit.policy.merged_export import check_empty, merge_adapter, write_model
 from toolkit.policy.saved_adapter import read_adapter
 
@@ -93,7 +93,7 @@ def push_to_hub_merged(
     """As ``save_pretrained_merged``, to the hub's repository ``repo_id``; returns its address.
 
     Raises:
-        The errors of ``save_pretrained_merged`` and ``hub.push_folder``.
+        The errors of ``save_pretrained_merged`` and ``hub_upload.push_folder``.
     """
     _check_method(save_method)
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from toolkit.base.errors import InputError, ToolkitWarning, first_line
 from toolkit.base.files import check_folder
-from toolkit.policy.chat_template import limit_template
+from toolkit.policy.render_template import limit_template
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -100,12 +100,12 @@ def locate(
     """
     target = rename(name)
     if target in sources.shapes:
-        return whole(target, shape, sources)
+        return whole_tensor(target, shape, sources)
     layer, _, attribute = target.rpartition(".")
     for inner in EXPERT_MODULES if attribute in EXPERT_TENSORS else ():
         source = join(layer, inner, EXPERT_TENSORS[attribute])
         if source in sources.shapes:
-            return whole(source, shape, sources)
+            return whole_tensor(source, shape, sources)
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in sources.packed.items():
         source = join(parent, fused, attribute)
@@ -122,7 +122,7 @@ def locate(
     raise UnsupportedError("the engine does not have this tensor")
 
 
-def whole(source: str, shape: Shape, sources: Sources) -> Slice:
+def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
     """All of a tensor, or its first rows if the engine has padded it."""
     have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]

@@ -35,9 +35,9 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
     address.
 
     Raises:
-        InputError: the run has no manifest. What ``policy.hub.push_folder`` raises.
+        InputError: the run has no manifest. What ``policy.hub_upload.push_folder`` raises.
     """
-    from toolkit.policy.hub import push_folder  # noqa: PLC0415 - for this alone
+    from toolkit.policy.hub_upload import push_folder  # noqa: PLC0415 - for this alone
 
     try:
         card = model_card(run, repo_id)
