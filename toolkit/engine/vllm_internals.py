@@ -1,6 +1,6 @@
-"""All uses of vLLM's internals, each in one function. For vLLM 0.25.1 and 0.31.0.
+"""Contain all uses of vLLM's internals, each in one function, for vLLM 0.25.1 and 0.31.0.
 
-``tests/contract/test_vllm_seams.py`` checks each of them and names the one that moved.
+``tests/contract/test_vllm_seams.py`` checks each internal and names the one that upstream changed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def device_type() -> str:
 
 
 def open_worker(llm: LLM) -> Any:
-    """The one worker of an engine that runs in this process."""
+    """The only worker of an engine that runs in this process."""
     workers = llm.collective_rpc(_itself)
     if len(workers) != 1:
         raise UnsupportedError(
@@ -75,10 +75,10 @@ def drop_requests(llm: LLM) -> None:
     """Remove every request from an engine whose step raised, so that it can be used again, and free
     the blocks that torch caches.
 
-    vLLM treats such an engine as dead, because it cannot know what failed. But after a failed
+    vLLM treats such an engine as unusable, because it cannot know what failed. But after a failed
     allocation its state is intact. A failed step leaves requests in the output processor and the
-    scheduler, running batches (asynchronous scheduling), and the runner's record of a forward whose
-    tokens were not sampled yet.
+    scheduler, running batches (asynchronous scheduling), and the runner's record of a forward pass
+    whose tokens were not sampled yet.
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.packs import Pass
     from toolkit.sizing.workload import StepPlan, Workload
 
-MASTER_BYTES = 4  # # policy/lora.py keeps adapters and their gradients in float32
+MASTER_BYTES = 4  # policy/lora.py keeps adapters and their gradients in float32
 
 
 def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
@@ -132,7 +132,7 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
     norms = block.vectors % spec.hidden_size
     norm_bytes = width if step.fused else 4
     head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
-    if _by_kernel(spec, step):  # # keys and values are counted per key, and there is no mask
+    if _by_kernel(spec, step):  # keys and values are counted per key, and there is no mask
         return width * (query + out) + 4 * spec.heads + head_norms
     # One KV head is broadcast without a copy; several are repeated for their queries.
     keys, values = query, out

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.workload import StepPlan, Workload
 
-UNKNOWN_HOST = 4 << 30  # # assumed if the host does not report its memory
+UNKNOWN_HOST = 4 << 30  # assumed if the host does not report its memory
 
 
 def available_bytes() -> int:
@@ -43,7 +43,7 @@ def available_bytes() -> int:
     try:
         group = read_cgroup(ROOT)
     except (OSError, ValueError):
-        return found  # # the host has no control groups
+        return found  # the host has no control groups
     limit, used = group["memory_limit"], group["memory_used"]
     return found if limit is None else min(found, max(int(limit) - int(used or 0), 0))
 
@@ -90,7 +90,7 @@ EXPERT_MARGIN = 0.10
 RETURNED_SHARE = 0.5
 ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
 CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
-# # fraction of the available memory; the rest is for data, tokenizer and other processes
+# fraction of the available memory; the rest is for data, tokenizer and other processes
 CPU_SHARE = 0.8
 
 
@@ -214,7 +214,7 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
         )
         ends[name] = beside_pieces
     least = fixed + one
-    missing = least - room  # # without KV sleep: at most the amount missing for u_min
+    missing = least - room  # without KV sleep: at most the amount missing for u_min
     if candidate.plan.sleep:
         # Memory missing while the cache sleeps is missing at every u, so the interval is empty by
         # that amount.

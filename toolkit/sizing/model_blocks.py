@@ -62,8 +62,8 @@ class Cache:
     kind: AttentionKind
     key_elements: int = 0  # per token, all KV heads
     value_elements: int = 0
-    window: int | None = None  # # in tokens; None = unlimited
-    state_elements: int = 0  # # per sequence, only for linear attention
+    window: int | None = None  # in tokens; None = unlimited
+    state_elements: int = 0  # per sequence, only for linear attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +117,16 @@ class ModelSpec:
     tied: bool
     blocks: tuple[Block, ...]
     final_vectors: int
-    extra_parameters: int = 0  # # those of a vision tower and its projector
+    extra_parameters: int = 0  # those of a vision tower and its projector
     head_bias: bool = False
     quantization: Quantization | None = None
     stored: StoredWeights | None = None
-    weights_by_headers: bool = False  # # True: weights are as large as the files
-    margin: float = 0.0  # # of weight and KV terms; 0 for a known architecture
+    weights_by_headers: bool = False  # True: weights are as large as the files
+    margin: float = 0.0  # of weight and KV terms; 0 for a known architecture
     lora_tables: tuple[str, ...] = ()  # embedding and head, if they have LoRA slots in the engine
     rope_tables: tuple[RopeTable, ...] = ()
     scores: Scores = "fused"
-    targets: tuple[str, ...] = SEVEN_PROJECTIONS  # # the value of lora.target_modules for "auto"
+    targets: tuple[str, ...] = SEVEN_PROJECTIONS  # the value of lora.target_modules for "auto"
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -90,7 +90,7 @@ def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ..
         return None
     if whole <= one:
         return (one,)
-    if on_cpu:  # # the choice must not depend on the free memory
+    if on_cpu:  # the choice must not depend on the free memory
         return (max(one, min(whole, CPU_TOKENS)),)
     step = max(_STEP, whole // _CANDIDATES // _STEP * _STEP)
     between = range((whole - 1) // step * step, one, -step)

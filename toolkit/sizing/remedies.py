@@ -50,10 +50,10 @@ HARM = {
     LENGTH: "shorter texts",
     HARDWARE: "more hardware",
 }
-_SHORTEST = 128  # # completions and prompts are not shortened to fewer tokens
+_SHORTEST = 128  # completions and prompts are not shortened to fewer tokens
 _MOST_STEPS = 40
-MOST_CARDS = 8  # # the largest number of cards of one node over which a model is split
-_UNKNOWN_PROMPT = 1024  # # tokens that are reserved for prompts of unknown length
+MOST_CARDS = 8  # the largest number of cards of one node over which a model is split
+_UNKNOWN_PROMPT = 1024  # tokens that are reserved for prompts of unknown length
 
 
 @dataclass(frozen=True, slots=True)

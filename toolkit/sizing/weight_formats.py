@@ -36,9 +36,7 @@ class Quantization:
 
     method: Method
     bits: int = 4
-    group: int = (
-        128  # # weights along the input that share one scale; 0 = one scale per output channel
-    )
+    group: int = 128  # weights along the input per scale; 0 = one scale per output channel
     block: tuple[int, int] | None = None  # (out, in) of FP8 block scales
     nested: bool = False
     skipped: tuple[str, ...] = ()

@@ -51,7 +51,7 @@ class Workload:
     optimizer_bytes: float
     uses_engine: bool
     dropout: bool
-    reference: bool = False  # # TRL keeps a copy of the starting adapter for the KL term
+    reference: bool = False  # TRL keeps a copy of the starting adapter for the KL term
 
     def adapter_parameters(self, spec: ModelSpec) -> int:
         """The number of trainable parameters of the adapter on ``spec``."""
@@ -73,7 +73,7 @@ class StepPlan:
     checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
     compute_bytes: int
     own_weights: bool
-    packed: bool = False  # # the base model has bitsandbytes layers, with PEFT's layers around them
+    packed: bool = False  # the base model has bitsandbytes layers, with PEFT's layers around them
     world_size: int = 1
     pack_tokens: int | None = None
     passes: int | None = None

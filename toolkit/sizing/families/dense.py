@@ -171,6 +171,6 @@ def phi3(fields: Fields) -> Shape:
     ]
     window = fields.integer("sliding_window", default=0, low=0) or None
     if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
-        window = None  # # a window as long as the context has no effect
+        window = None  # a window as long as the context has no effect
     blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=4096)
