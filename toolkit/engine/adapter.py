@@ -152,8 +152,8 @@ class AdapterSlots:
         """Copy the current values of adapter ``name`` into its slot.
 
         Raises:
-            ConfigValueError: its rank is above ``max_lora_rank``.
-            UnsupportedError: the engine has no slot for one of its layers.
+            ConfigValueError: the adapter's rank is above ``max_lora_rank``.
+            UnsupportedError: the engine has no slot for a layer of the adapter.
         """
         pairs = read_pairs(peft_model, name)
         if not pairs:

@@ -46,7 +46,7 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
     """How vLLM's ``module`` splits the Hugging Face linear layer ``name``.
 
     Raises:
-        UnsupportedError: the engine has no such layer, or one of another kind.
+        UnsupportedError: the engine does not have this layer, or has another kind of layer there.
     """
     shared = mesh()
     assert shared is not None

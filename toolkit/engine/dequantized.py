@@ -85,7 +85,7 @@ class Copies:
         """Raise an error if the copies do not fit into the free GPU memory.
 
         Raises:
-            ConfigError: naming both numbers.
+            ConfigError: the copies do not fit; the message has their bytes and the free bytes.
         """
         free = torch.cuda.mem_get_info()[0] if self._on_gpu else self.nbytes
         if self.nbytes > free:
@@ -97,7 +97,7 @@ class Copies:
             )
 
     def weight(self, index: int) -> torch.Tensor:
-        """The copy of layer ``index``, shape (out, in)."""
+        """The copy of layer ``index``, of shape (out, in)."""
         if not self.filled:
             self.fill()
         return self._tensors[index]
@@ -108,7 +108,7 @@ class Copies:
         copies are filled.
 
         Raises:
-            RuntimeError: there is not enough memory; then none is allocated.
+            RuntimeError: there is not enough memory; then nothing stays allocated.
         """
         if self.filled:
             return

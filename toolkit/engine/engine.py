@@ -105,7 +105,7 @@ class Engine:
 
         Raises:
             ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
-            UnsupportedError: the engine has no slot for one of its layers.
+            UnsupportedError: the engine has no slot for a layer of the adapter.
         """
         self._check_alive()
         if self._adapters is None:

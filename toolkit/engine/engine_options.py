@@ -93,9 +93,7 @@ class EngineOptions(ApiEngineSettings):
                 )
 
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """The keyword arguments of ``vllm.LLM``. vLLM chooses the value of an argument that is
-        None.
-        """
+        """The keyword arguments of ``vllm.LLM``. For None, vLLM chooses the value."""
         arguments: dict[str, Any] = {
             "model": self.model,
             "revision": self.revision,

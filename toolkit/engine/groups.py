@@ -26,7 +26,7 @@ def check_world(size: int) -> None:
     """Check that the processes of the run make whole groups of ``size``, each on one node.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: there is an incomplete group, or a group on several nodes.
     """
     if size == 1:
         return

@@ -51,7 +51,7 @@ class LiveWeights:
 
 
 def borrow(module: nn.Module) -> LiveWeights:
-    """The live tensors of a vLLM module."""
+    """The engine's own tensors in a vLLM module."""
     parameters = plain_parameters(module)
     return LiveWeights(
         parameters=parameters,

@@ -88,7 +88,7 @@ def read_table(path: Path) -> dict[str, Any]:
     """Read a table that ``write_table`` wrote.
 
     Raises:
-        InputError: it cannot be read, or a key is missing.
+        InputError: the file cannot be read, or a key is missing.
     """
     table = read_json(path)
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)

@@ -176,7 +176,7 @@ def tune_card(
 
 
 def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
-    """vLLM's own choice."""
+    """The kernel configuration that vLLM uses without a table."""
     os.environ.pop(FOLDER_VARIABLE, None)
     forget()
     return dict(
@@ -222,7 +222,7 @@ class KernelCase:
         self.meta.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
 
     def default(self) -> dict[str, Any]:
-        """vLLM's own choice."""
+        """The configuration that vLLM uses without a table."""
         return default_config(self.op, self.shape, self.batch)
 
     def use(self, config: Mapping[str, Any]) -> None:

@@ -100,7 +100,7 @@ class Mesh:
         """Raise an error if the processes of the group have sampled different tokens.
 
         Raises:
-            DefectError: they have.
+            DefectError: the tokens differ.
         """
         own = hashlib.sha256(repr([list(row) for row in values]).encode()).hexdigest()
         told: list[Any] = [None] * self.size

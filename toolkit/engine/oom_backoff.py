@@ -46,11 +46,13 @@ class Part:
 
     @property
     def size(self) -> int:
-        """The number of completions."""
+        """The number of completions in this part."""
         return len(self.prompts) * self.n
 
     def halves(self) -> tuple[Part, Part]:
-        """Split the prompts in two, or the completions of a single prompt; in order."""
+        """Split this part by its prompts, or a single prompt by its completions; the halves are in
+        order.
+        """
         if len(self.prompts) > 1:
             middle = len(self.prompts) // 2
             first = Part(self.prompts[:middle], self.rows[:middle], self.n)
@@ -61,7 +63,9 @@ class Part:
         return Part(self.prompts, [row], middle), rest
 
     def fit(self, most: int | None) -> list[Part]:
-        """Parts of at most ``most`` completions, in order; None means no limit."""
+        """Split this part into parts of at most ``most`` completions, in order; None means no
+        limit.
+        """
         if most is None or self.size <= max(most, 1):
             return [self]
         return [part for half in self.halves() for part in half.fit(most)]

@@ -66,7 +66,7 @@ def prepare_environment() -> None:
     """Set vLLM's environment variables; values that the user has set are kept.
 
     Raises:
-        ConfigError: the user has set one to a value that prevents weight sharing.
+        ConfigError: the user has set a variable to a value that prevents weight sharing.
     """
     for name, value in REQUIRED_ENVIRONMENT.items():
         found = os.environ.setdefault(name, value)

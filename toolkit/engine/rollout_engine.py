@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the policy under training. The vLLM engine and Hugging Face generation both
-    implement it.
+    """Samples from the policy that is trained. The vLLM engine and Hugging Face generation
+    implement this interface.
     """
 
     sampler_name: SamplerName
@@ -54,7 +54,7 @@ class RolloutEngine(Protocol):
         """Allocate the memory that ``sleep`` freed; called before the next ``generate``."""
 
     def close(self) -> None:
-        """Release everything; a second call does nothing."""
+        """Release the engine and its memory. A second call does nothing."""
 
 
 def vllm_available() -> bool:

@@ -55,7 +55,7 @@ def shard_of(parameter: Any) -> Shard | None:
 @torch.no_grad()
 def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     """The whole tensor of which ``tensor`` is this process's part. ``tensor`` is split as the
-    parameter ``like`` is, or as its own mark says for None. Every process of the group must call
+    parameter ``like`` is, or, for None, by its own mark. Every process of the group must call
     this function. A tensor that is not split is returned unchanged.
     """
     shard, shared = shard_of(tensor if like is None else like), mesh()

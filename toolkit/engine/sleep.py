@@ -31,7 +31,7 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
     """
 
     def suspend(self, level: int = 1) -> None:
-        """Release the KV cache, whatever the level."""
+        """Release the KV cache, for every ``level``."""
         del level
         self._state = "SUSPENDED"
         release_tag(KV_TAG)
@@ -131,7 +131,7 @@ def _allocator() -> tuple[Any, Any, Any]:
     """vLLM's allocator of this process and its two primitives. The import is here because it needs
     CUDA.
     """
-    from vllm.device_allocator import cumem  # noqa: PLC0415 - wants the CUDA runtime library
+    from vllm.device_allocator import cumem  # noqa: PLC0415 - needs the CUDA runtime library
 
     return cumem.CuMemAllocator.get_instance(), cumem.unmap_and_release, cumem.create_and_map
 

@@ -147,7 +147,8 @@ def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> N
     4-bit weights, and the tuned LoRA kernels of the GPU.
     """
     if options.share_weights and has_experts(config.to_dict()):
-        arguments.setdefault("moe_backend", "triton")  # the only one that keeps expert weights
+        # Only this backend does not change expert weights.
+        arguments.setdefault("moe_backend", "triton")
     if options.dequantized_rollouts and has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
         arguments["model_loader_extra_config"] = {
@@ -219,7 +220,7 @@ def read_config(options: EngineOptions) -> Any:
     """The checkpoint's Hugging Face config.
 
     Raises:
-        InputError: it does not exist, or cannot be read.
+        InputError: the config does not exist or cannot be read.
     """
     try:
         return transformers.AutoConfig.from_pretrained(options.model, revision=options.revision)

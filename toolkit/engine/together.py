@@ -61,7 +61,7 @@ def phase() -> Iterator[None]:
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this one did, and the others do not answer.
+        ConfigError: this process ran out of memory, and the others do not answer.
     """
     global _watched
     try:
@@ -82,7 +82,7 @@ def before_collective() -> None:
     outside of a watched phase.
 
     Raises:
-        OutOfMemoryElsewhere: one of them ran out of memory instead.
+        OutOfMemoryElsewhere: another process ran out of memory instead.
     """
     shared = mesh()
     if not _watched or shared is None:
@@ -97,7 +97,7 @@ def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this one did, and the others do not answer.
+        ConfigError: this process ran out of memory, and the others do not answer.
     """
     try:
         result = draw()

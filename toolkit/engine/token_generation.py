@@ -157,7 +157,7 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
     """Convert vLLM's outputs to TRL's layout.
 
     Raises:
-        ConfigError: vLLM aborted one of them.
+        ConfigError: vLLM aborted a request.
     """
     prompt_ids: list[list[int]] = []
     completion_ids: list[list[int]] = []

@@ -1,4 +1,5 @@
-"""Contain all uses of vLLM's internals, each in one function, for vLLM 0.25.1 and 0.31.0.
+"""Access vLLM's internals. Every use of them is one function of this module, for vLLM 0.25.1 and
+0.31.0.
 
 ``tests/contract/test_vllm_seams.py`` checks each internal and names the one that upstream changed.
 """
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Internals:
-    """The internals of a started engine: the runner, its live module and the slots of its adapters
-    (None without LoRA).
+    """The internals of a started engine: the runner, its module of the model, and the slots of its
+    adapters (None without LoRA).
     """
 
     runner: Any
@@ -102,7 +103,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if not keep_process_group:
         client.shutdown()
         return
-    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: would shut down again at gc
+    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: it would shut down again later
     if finalizer is not None:
         finalizer.detach()
     core = client.engine_core
@@ -111,7 +112,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     core.scheduler.shutdown()
     gc.unfreeze()
     parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:  # vLLM's own group on top of the trainer's
+    if parallel_state._WORLD is not None:  # vLLM's group, which is not the trainer's
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
 

@@ -23,8 +23,8 @@ def choose_attention(
     ``"eager"``.
 
     Raises:
-        ConfigValueError: ``asked`` is not an attention function, or one that ignores the cap, that
-            the model does not have, or that this machine cannot run (``config.features``).
+        ConfigValueError: ``asked`` is not an attention function, or it ignores the cap, or the
+            model or this machine does not support it (``config.features``).
     """
     text = config.get_text_config()
     cap, kind = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")

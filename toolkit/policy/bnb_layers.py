@@ -29,7 +29,7 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
     number of rows of each part.
 
     Raises:
-        UnsupportedError: the cut is inside a part.
+        UnsupportedError: the rows begin or end inside a part.
     """
     edges = [0]
     for part in rows:
@@ -147,7 +147,9 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
 
 
 class FourBitBase(NamedTuple):
-    """A frozen ``Linear4bit`` as the base of an adapted layer (``adapted_linear.PackedBase``)."""
+    """A frozen ``Linear4bit`` as the base layer of an adapted layer (an
+    ``adapted_linear.PackedBase``).
+    """
 
     layer: Any
 
@@ -182,5 +184,5 @@ def four_bit_dtype(layer: Any) -> torch.dtype | None:
 
 def mark_4bit(model: nn.Module) -> None:
     """Mark the linear layers as 4-bit layers, with the attribute that PEFT and TRL read."""
-    # # nn.Module declares every attribute as a tensor or a module.
+    # nn.Module declares every attribute as a tensor or a module.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

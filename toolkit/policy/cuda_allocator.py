@@ -24,10 +24,10 @@ support it.
 
 def use_expandable_segments() -> None:
     """Set the environment variables for expandable segments, and configure an allocator that is
-    already in use. Does nothing if the user has set the variables, or if a GPU does not support it.
+    already in use. Does nothing if a GPU does not support expandable segments.
 
-    A value that the user has set under one of the two names is copied to the other, for libraries
-    that read only that one.
+    If the user has set one of the two variables, its value is kept, and copied to the other
+    variable for libraries that read only that one.
     """
     found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     if found is None and not _maps_virtual_memory():

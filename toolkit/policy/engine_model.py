@@ -67,8 +67,8 @@ def engine_options(
 
 
 def _rank(asked: Any, adapter: Adapter | None) -> int:
-    """The largest adapter rank that the engine shall support. "auto" is the smallest possible rank
-    for the given adapter, else for ``get_peft_model``'s default, as in a run file.
+    """The engine's largest adapter rank. "auto" is the smallest possible rank for the given
+    adapter, else for ``get_peft_model``'s default, as in a run file.
     """
     if asked != "auto":
         return int(asked)

@@ -1,5 +1,5 @@
-"""Define ``model.fast_generate``, with prompts and options that both engines support, and each
-engine's own options.
+"""Define ``model.fast_generate``: some prompts and options work with vLLM and with transformers,
+others only with one of them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
     not changed.
 
     Raises:
-        InputError, ConfigValueError: it cannot be read, belongs to another base, does not fit, or
-            has a rank above the engine's.
+        InputError, ConfigValueError: the adapter cannot be read, belongs to another base
+            model, does not fit, or has a rank above the engine's.
     """
     adapter = read_adapter(folder)
     with _borrowed(model, adapter):  # raises an error if the adapter does not fit
@@ -65,11 +65,11 @@ def fast_generate(
 ) -> Any:
     """Sample completions of ``prompts``: text, token ids, ``{"prompt": ...}``, or a list of these.
 
-    Options that both engines take: n, max_tokens, temperature (0 is greedy), top_p, top_k, min_p,
-    repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, or as a mapping or
-    ``Sampling`` in ``sampling_params``. With an engine, ``sampling_params`` may be vLLM's own
-    SamplingParams; without one, ``input_ids=...`` and any keyword of transformers' ``generate`` are
-    passed to it.
+    Options that work with and without an engine: n, max_tokens, temperature (0 is greedy), top_p,
+    top_k, min_p, repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, or as a
+    mapping or ``Sampling`` in ``sampling_params``. With an engine, ``sampling_params`` may be
+    vLLM's own SamplingParams; without an engine, ``input_ids=...`` and any keyword of transformers'
+    ``generate`` are passed to ``generate``.
 
     ``lora_request``: by default the model with its current adapter; None means the base model;
     other values are results of ``load_lora``.

@@ -61,7 +61,7 @@ class FastModel(FastLanguageModel):
 
 
 class FastVisionModel:
-    """Images are not supported: each method raises an error that says so."""
+    """Images are not supported: each method raises UnsupportedError."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:

@@ -50,9 +50,7 @@ class BaseDigests:
 
 
 def note_checkpoint(model: Any, folder: Path) -> None:
-    """Record on the base ``model`` the digests of the checkpoint ``folder`` that it was loaded
-    from.
-    """
+    """Record on the base model the digests of the checkpoint ``folder`` that it was loaded from."""
     setattr(model, AS_LOADED, BaseDigests(of_checkpoint(folder), of_weights(model)))
 
 

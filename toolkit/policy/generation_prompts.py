@@ -1,5 +1,5 @@
 """Read the prompts and options of ``fast_generate``, and create its results, in the same way for
-both engines.
+vLLM and transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEUTRAL = (
     "logprobs",
     "seed",
 )
-"""Options that both engines support, under vLLM's names."""
+"""Options that vLLM and transformers both support, under vLLM's names."""
 
 VLLM_ONLY = ("use_tqdm", "priority", "tokenization_kwargs")
 

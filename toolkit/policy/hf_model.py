@@ -100,7 +100,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
     """Raise an error if config.json has an architecture or a storage format that is not supported
-    (``config.features``). A file that is not JSON is reported later.
+    (``config.features``). A file that is not JSON is reported later, by ``read_config``.
     """
     try:
         values = checkpoint.read_json("config.json")
@@ -169,8 +169,8 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 
 def _quantization(config: Any, request: LoadRequest) -> Any:
-    """bitsandbytes' settings for the request: NF4 with float32 scales that are not quantized, as in
-    the engine; or None.
+    """bitsandbytes' settings for the request, or None: NF4 with float32 scales that are not
+    quantized, as in the engine.
     """
     if getattr(config, "quantization_config", None) is not None:
         return None  # the checkpoint is already quantized, as the request states

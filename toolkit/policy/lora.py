@@ -105,7 +105,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
 
 
 def to_peft(settings: LoraSettings) -> Any:
-    """The ``peft.LoraConfig`` of ``settings``."""
+    """The ``peft.LoraConfig`` for ``settings``."""
     values: dict[str, Any] = {}
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -133,7 +133,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
     """Return ``model``, which already has an adapter, if ``settings`` describe the same adapter.
 
     Raises:
-        ConfigTypeError: they describe another one; the message lists the differences.
+        ConfigTypeError: the settings describe another adapter; the message lists the differences.
     """
     check_settings(settings)
     different = differences(model.peft_config["default"], settings)
@@ -267,7 +267,7 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
     """The trainable ``peft.LoraConfig`` of the JSON object in adapter_config.json.
 
     Raises:
-        ConfigValueError: it is not a LoRA adapter, or PEFT rejects its values.
+        ConfigValueError: ``values`` are not those of a LoRA adapter, or PEFT rejects them.
     """
     kind = values.get("peft_type")
     if kind != "LORA":

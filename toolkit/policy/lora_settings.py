@@ -234,7 +234,7 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
     """Check that every target names a module of the model, by its full name or its last parts.
 
     Raises:
-        ConfigValueError: a target does not; the message suggests the most similar name.
+        ConfigValueError: a target names no module; the message suggests the most similar name.
     """
     names = [name for name in module_names if name]
     targets = settings.target_modules
@@ -263,7 +263,7 @@ def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
     others.
 
     Raises:
-        ConfigValueError: a name is not; the message suggests the most similar one.
+        ConfigValueError: no module has such a name; the message suggests the most similar name.
     """
     names = list(module_names) if settings.modules_to_save else []
     for name in settings.modules_to_save or ():
@@ -281,7 +281,7 @@ def check_layers(settings: LoraSettings, count: int | None) -> None:
     ignores them.
 
     Raises:
-        ConfigValueError: a layer does not exist; the message lists them.
+        ConfigValueError: layers do not exist; the message lists them.
     """
     beyond = layers_beyond(settings.layers_to_transform, count)
     if beyond:

@@ -46,7 +46,7 @@ def merge_adapter(
 
     Raises:
         ConfigValueError: ``to`` is not empty, or the adapter belongs to another base.
-        UnsupportedError: the adapter is on embeddings or head, and the two are tied.
+        UnsupportedError: the adapter is on embeddings or head, which are tied to each other.
         InputError: something cannot be read or written.
     """
     if dtype not in DTYPES:
@@ -79,7 +79,7 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
     """Write a fully trained model and its tokenizer to ``to``, and replace existing files.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: a file cannot be written.
     """
     with beside(to) as work:
         model.save_pretrained(str(work))

@@ -44,7 +44,7 @@ class Checkpoint:
         """The JSON object in ``file`` of the folder.
 
         Raises:
-            InputError: it is missing, unreadable, or not a JSON object.
+            InputError: the file is missing, unreadable, or not a JSON object.
         """
         return read_object(self.folder / file)
 
@@ -55,8 +55,8 @@ class Checkpoint:
         Raises:
             InputError: no config.json, no weights, or a file that a loader cannot read in bounded
                 time (a pipe, a device).
-            ConfigError: its index of weights names a file outside the folder.
-            ConfigValueError: it has only pickled weights, which are read only with ``pickle``.
+            ConfigError: the index of weights names a file outside the folder.
+            ConfigValueError: the folder has only pickled weights, and ``pickle`` is False.
         """
         check_folder(self.folder)
         if not self._has("config.json"):

@@ -146,8 +146,8 @@ def tell_engine(peft_model: Any) -> Any:
     engine does not support is rejected now and not in the first rollout. Returns ``peft_model``.
 
     Raises:
-        UnsupportedError, ConfigValueError: the engine does not support it; the adapter is removed
-            again.
+        UnsupportedError, ConfigValueError: the engine does not support the adapter, which is
+            then removed.
     """
     engine = getattr(peft_model, "toolkit_engine", None)
     if engine is not None:

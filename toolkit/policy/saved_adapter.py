@@ -114,8 +114,8 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
     The adapter's initialization is not compared, because its values exist.
 
     Raises:
-        ConfigTypeError: they differ; the message lists the differences.
-        UnsupportedError: no run can start from it.
+        ConfigTypeError: the settings differ; the message lists the differences.
+        UnsupportedError: no run can start from an adapter of this kind.
     """
     problem = start_problem(adapter.config.to_dict())
     if problem is not None:
@@ -183,7 +183,7 @@ def check_base(model: Any, adapter: Adapter) -> None:
     else hub ids.
 
     Raises:
-        ConfigValueError: the bases differ; the message names both.
+        ConfigValueError: the base models differ; the message names both.
     """
     theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
     same = is_base_of(adapter.base, model)

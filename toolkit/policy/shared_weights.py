@@ -206,8 +206,8 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
     tokens, in nats.
 
     Raises:
-        UnsupportedError: the difference is more than rounding, so the two compute different
-            functions.
+        UnsupportedError: the difference is more than rounding, so engine and model compute
+            different functions.
         ConfigValueError: the model's logits are not finite.
     """
     device = next(model.parameters()).device

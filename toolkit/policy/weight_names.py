@@ -71,7 +71,7 @@ def plan_views(
 
     Raises:
         UnsupportedError: a parameter has no tensor in the engine, or its shape differs; the message
-            says which and why.
+            names the parameter and the reason.
     """
     found: dict[str, Slice] = {}
     problems: dict[str, str] = {}
@@ -166,7 +166,7 @@ def available(source: str, sources: Sources) -> Shape:
     """The shape of the engine tensor ``source``.
 
     Raises:
-        UnsupportedError: it no longer has the values of the checkpoint.
+        UnsupportedError: the tensor no longer has the values of the checkpoint.
     """
     if source in sources.rewritten:
         raise UnsupportedError(f"vLLM has rewritten {source} for a kernel on this device")

@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All rows, and the predicted bound of torch's peak."""
+    """The rows of all terms, and the predicted bound of torch's peak."""
 
     rows: tuple[Row, ...]
     bound: int

@@ -1,4 +1,6 @@
-"""The card to size for: a card of this node (GpuSnapshot) or a card of the table (Card)."""
+"""Describe the card to size for: a card of this node (GpuSnapshot) or a card of the table
+(Card).
+"""
 
 from __future__ import annotations
 

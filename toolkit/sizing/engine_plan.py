@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
     from toolkit.sizing.workload import Workload
 
-MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more costs only sampler and graph memory
+MAX_SEQUENCES = 1024  # vLLM's default on large cards; more only costs sampler and graph memory
 BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """Engine settings with every "auto" decided."""
+    """The engine settings, with a value for every "auto"."""
 
     on_gpu: bool
     dtype: str

@@ -170,8 +170,8 @@ def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, 
 
 
 def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
-    """Ranks of ``linear`` summed over the layers of ``block``. If a model has several kinds of
-    layers, their order is unknown here, so each counts with the largest rank.
+    """The ranks of ``linear``, summed over the layers of ``block``. If a model has several kinds of
+    layers, their order is unknown here, so each layer counts with the largest rank.
     """
     if layout.plain:
         return block.count * rank

@@ -83,7 +83,7 @@ def resolve_for_all(
     values, which are those for the device with the least free memory. Also returns that device.
 
     Raises:
-        ConfigError: the run does not fit on one of them, or only some processes have a GPU.
+        ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
     """
     device = smallest(devices)
     resolved, sizing = resolve(config, device, world_size=world_size)

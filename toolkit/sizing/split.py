@@ -35,7 +35,7 @@ def one_card(spec: ModelSpec, size: int) -> ModelSpec:
     card.
 
     Raises:
-        ConfigError: the model cannot be split so.
+        ConfigError: the model cannot be split over ``size`` cards.
     """
     if size == 1:
         return spec

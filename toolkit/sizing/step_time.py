@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LAYER_S = 0.0096
 """Seconds of the host for one layer's forward and backward pass."""
 RECOMPUTED = 1.4
-"""Factor of that time with checkpointing, which adds a second forward pass."""
+"""Factor by which ``LAYER_S`` grows with checkpointing, which adds a second forward pass."""
 OPERATIONS_S = 4.0e14
 """Operations per second in bfloat16, including the time between matrix products."""
 SLEEP_S = 0.25

@@ -10,7 +10,7 @@ Phase = Literal["always", "rollout", "training"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """``bytes`` that ``term`` needs during ``phase``, and the source of the number."""
+    """The ``bytes`` that ``term`` needs during ``phase``, and the source of this number."""
 
     term: str
     bytes: int

@@ -43,7 +43,7 @@ def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
     """Replace the layers of ``model`` (on the meta device) by this process's parts of them.
 
     Raises:
-        UnsupportedError: a layer whose cut the trainer does not follow.
+        UnsupportedError: the trainer does not support how the engine splits a layer.
     """
     problem = model_problem(model.config.to_dict())
     if problem is not None:

@@ -52,7 +52,7 @@ def qwen3_5_moe(fields: Fields) -> Shape:
 
 
 def _tied_by(fields: Fields, shape: Shape) -> Shape:
-    """``shape``, whose embeddings are tied if the outer config says so, as in transformers."""
+    """``shape`` with the outer config's value of tie_word_embeddings, as in transformers."""
     return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
 
 
