@@ -39,7 +39,8 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
     """vLLM's unquantized experts, computed in torch if vLLM has chosen Triton."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weights unchanged, and reject options that ``forward_cpu`` does not compute.
+        """Keep the loaded weights unchanged, and raise an error for options that ``forward_cpu``
+        does not support.
 
         Raises:
             UnsupportedError: the layer has another activation, biases, or router weights that are

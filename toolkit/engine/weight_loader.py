@@ -75,7 +75,9 @@ def register() -> None:
 FOUR_BIT = "bitsandbytes"
 """vLLM's name of its loader for 4-bit weights, which vLLM chooses itself."""
 WANTED = "dequantized_rollouts"
-"""Key of ``model_loader_extra_config`` whose value is the amount to dequantize."""
+"""Key of ``model_loader_extra_config`` whose value sets the copies: True for all layers, or a
+number of bytes.
+"""
 
 
 def register_dequantizing() -> None:

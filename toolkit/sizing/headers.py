@@ -1,8 +1,8 @@
 """Read safetensors headers without the safetensors library and without trusting the file.
 
 The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of
-JSON mapping each tensor's name to its dtype, shape and data offsets. A file may be wrong about each
-of these. Every wrong value raises ``InputError``, in limited time and memory and without reading
+JSON that map each tensor's name to its dtype, shape and data offsets. Any of these values may be
+wrong in a file. A wrong value raises ``InputError``, in limited time and memory and without reading
 any weight.
 """
 

@@ -24,7 +24,9 @@ MESH = "toolkit_mesh"
 
 
 def mesh_of(model: Any) -> Mesh | None:
-    """The mesh over which ``model`` (no wrapper) is split, or None."""
+    """The mesh over which ``model`` is split, or None. ``model`` must be the Hugging Face model
+    itself, without PEFT's wrapper.
+    """
     found: Mesh | None = getattr(model, MESH, None)
     return found
 

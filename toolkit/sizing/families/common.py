@@ -149,8 +149,8 @@ def decoder(
     lora_tables: tuple[str, ...] = (),
     max_position: int = 2048,
 ) -> Shape:
-    """A decoder of these blocks between an embedding and a head; ``tied`` and ``max_position`` are
-    the defaults of its config class.
+    """The shape of a decoder: an embedding, ``blocks`` and a head. ``tied`` and ``max_position``
+    are the defaults that apply if config.json does not set them.
     """
     longest = fields.integer("max_position_embeddings", default=max_position)
     columns = rotary_columns(fields, heads.head_dim)
