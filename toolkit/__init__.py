@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolkit.policy.chat_templates import get_chat_template, standardize_sharegpt
     from toolkit.policy.fast_models import FastModel, FastVisionModel
     from toolkit.policy.language_model import FastLanguageModel
+    from toolkit.policy.notebook_templates import get_chat_template, standardize_sharegpt
     from toolkit.train.notebook import (
         PatchFastRL,
         is_bf16_supported,
@@ -41,7 +41,9 @@ _LAZY = {
     "FastLanguageModel": "toolkit.policy.language_model",
     **dict.fromkeys(("FastModel", "FastVisionModel"), "toolkit.policy.fast_models"),
     **dict.fromkeys(("GRPOConfig", "GRPOTrainer"), "toolkit.train.trainer"),
-    **dict.fromkeys(("get_chat_template", "standardize_sharegpt"), "toolkit.policy.chat_templates"),
+    **dict.fromkeys(
+        ("get_chat_template", "standardize_sharegpt"), "toolkit.policy.notebook_templates"
+    ),
     **dict.fromkeys(
         ("PatchFastRL", "is_bf16_supported", "is_bfloat16_supported", "vLLMSamplingParams"),
         "toolkit.train.notebook",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.policy.chat_templates import (
+from toolkit.policy.notebook_templates import (
     get_chat_template,
     standardize_data_formats,
     standardize_sharegpt,

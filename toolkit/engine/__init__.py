@@ -1,1 +1,1 @@
-"""vLLM in this process. The only package that imports vllm."""
+"""Run vLLM in this process. Only this package imports vllm."""

@@ -1,13 +1,13 @@
-"""Publish the adapter under training: copy it from memory into the engine's LoRA slots.
+"""Publish the adapter that is being trained: copy it from memory into the engine's LoRA slots.
 
 The first publish goes through vLLM's own manager, which registers the adapter and chooses its slot.
 Every later publish only copies into the stacked tensors of that slot on the device, so the
 addresses that CUDA graphs captured stay valid.
 
-Scaling (alpha/r, or alpha/sqrt(r) with rsLoRA: arXiv 2106.09685, 2312.03732) is multiplied into B
-during the copy, in the trainer's dtype. vLLM gets alpha = r. Otherwise it would multiply lora_B by
-alpha/r in place (``LoRALayerWeights.optimize``), and so change the tensors under training; and
-before 0.31 its packing of expert layers ignores rsLoRA.
+The scaling (alpha/r, or alpha/sqrt(r) with rsLoRA: arXiv 2106.09685, 2312.03732) is multiplied into
+B during the copy, in the trainer's dtype, and vLLM gets alpha = r. With another alpha vLLM would
+multiply lora_B by alpha/r in place (``LoRALayerWeights.optimize``) and so change the tensors that
+are being trained; and before 0.31 its packing of expert layers ignores rsLoRA.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.live_weights import engine_name, rename_mapper
-from toolkit.engine.shards import whole
+from toolkit.engine.shards import gather_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 PEFT_PREFIX = "base_model.model."
 PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
-"""PEFT 0.21's variants that compute W + s B A, MiCA with a B that is not trained."""
+"""PEFT 0.21's variants that compute W + s B A; MiCA is one of them, with a B that is not
+trained.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The live tensors A (r, in) and B (out, r) of one adapted layer, and the factor of B. If the
-    layer is split, they are what this process computes with; ``held`` is the part of B that it
-    trains.
+    """The tensors A (r, in) and B (out, r) of one adapted layer, not copied, and the factor of B.
+    If the layer is split, A and B are what this process computes with, and ``held`` is the part of
+    B that it trains.
     """
 
     module: str
@@ -53,7 +55,7 @@ class Pair:
 
 @dataclass(slots=True)
 class Plan:
-    """The live tensors and the slots that they are copied to, as lists for one fused kernel."""
+    """The trained tensors and the slots that they are copied to, as lists for one fused kernel."""
 
     signature: tuple[object, ...]
     a_from: list[torch.Tensor] = field(default_factory=list)
@@ -64,7 +66,9 @@ class Plan:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Copy every tensor into its slot and cast it; the source does not change."""
+        """Copy every tensor into its slot, in the slot's dtype; the source tensors do not
+        change.
+        """
         torch._foreach_copy_(self.a_to, self.a_from)
         if all(factor == 1.0 for factor in self.factors):
             torch._foreach_copy_(self.b_to, self.b_from)
@@ -73,7 +77,7 @@ class Plan:
 
 
 def read_pairs(peft_model: Any, name: str) -> list[Pair]:
-    """The layers that adapter ``name`` of a PEFT model adapts.
+    """The tensor pairs of the layers that adapter ``name`` of a PEFT model adapts.
 
     Raises:
         ConfigValueError: the model has no adapter of that name.
@@ -133,8 +137,8 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
 
 
 class AdapterSlots:
-    """The adapters of one engine. ``slots`` is vLLM's LoRAModelManager, with ``dtype`` and
-    ``device`` of its slots.
+    """The adapters of one engine. ``slots`` is vLLM's LoRAModelManager; ``dtype`` and ``device``
+    are those of its slots.
     """
 
     def __init__(self, slots: Any, module: Any, max_lora_rank: int) -> None:
@@ -148,8 +152,8 @@ class AdapterSlots:
         """Copy the current values of adapter ``name`` into its slot.
 
         Raises:
-            ConfigValueError: its rank is above ``max_lora_rank``.
-            UnsupportedError: the engine has no slot for one of its layers.
+            ConfigValueError: the adapter's rank is above ``max_lora_rank``.
+            UnsupportedError: the engine has no slot for a layer of the adapter.
         """
         pairs = read_pairs(peft_model, name)
         if not pairs:
@@ -170,11 +174,13 @@ class AdapterSlots:
         plan.run()
 
     def is_active(self, name: str) -> bool:
-        """False if the adapter was never published, or another one has replaced it in its slot."""
+        """Whether adapter ``name`` is in its slot: it was published, and no other adapter has
+        replaced it.
+        """
         return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
 
     def forget(self) -> None:
-        """Drop the references to all live tensors."""
+        """Drop the references to all trained tensors."""
         self._plans.clear()
         self.ids.clear()
 
@@ -197,26 +203,29 @@ class AdapterSlots:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
     def _register(self, pairs: Sequence[Pair], name: str) -> None:
-        """Publish with copies through vLLM's own path, because vLLM writes to the tensors that it
+        """Publish copies through vLLM's own functions, because vLLM writes to the tensors that it
         gets.
         """
         for pair in pairs:
-            self._places(pair.module)  # vLLM silently skips modules that it has no layer for
+            self._places(pair.module)  # raises an error; vLLM would skip the module silently
         identity = self.ids.setdefault(name, 1 + len(self.ids))
         rank = max(pair.rank for pair in pairs)
         dtype = self._slots.lora_config.lora_dtype
         tensors: dict[str, torch.Tensor] = {}
         for pair in pairs:
             prefix = PEFT_PREFIX + pair.module
-            # Whole, also where layers are split: vLLM takes its part.
-            tensors[f"{prefix}.lora_A.weight"] = whole(pair.a).detach().to("cpu", dtype, copy=True)
-            scaled = whole(pair.held).detach() * pair.scaling
+            # vLLM takes its part of the tensors itself, so they are passed whole also if layers are
+            # split.
+            tensors[f"{prefix}.lora_A.weight"] = (
+                gather_parts(pair.a).detach().to("cpu", dtype, copy=True)
+            )
+            scaled = gather_parts(pair.held).detach() * pair.scaling
             tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
             identity,
             tensors,
             PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
-            device="cpu",  # vLLM keeps these copies, so they must not be in GPU memory
+            device="cpu",  # vLLM keeps these copies, so they must not use GPU memory
             dtype=dtype,
             weights_mapper=rename_mapper(self._module),
             skip_prefixes=getattr(self._module, "lora_skip_prefixes", None),
@@ -244,8 +253,8 @@ class AdapterSlots:
         return plan
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
-        """The (layer, part) slots of an adapted layer: one, or one per part if the Hugging Face
-        layer is fused.
+        """The (vLLM layer, part) slots of an adapted layer: one slot, or one per part if the
+        Hugging Face layer is fused.
         """
         return find_places(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module
@@ -255,8 +264,8 @@ class AdapterSlots:
 def find_places(
     module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
 ) -> list[tuple[Any, int]]:
-    """The slot for the LoRA of the Hugging Face layer ``module``: vLLM's layer and the index among
-    its fused parts.
+    """The slots for the LoRA of the Hugging Face layer ``module``: vLLM's layers, each with the
+    index of the part among the parts that it fuses.
 
     Raises:
         UnsupportedError: vLLM has no layer with slots there, its model skips adapters under that
@@ -271,8 +280,8 @@ def find_places(
             )
     parent, _, leaf = name.rpartition(".")
     if leaf == "kv_b_proj" and hasattr(vllm_module.get_submodule(parent), "mla_attn"):
-        # The slots exist, but an adapter in them has no effect: vLLM uses the layer without LoRA
-        # for prompts, and copies of its weight (W_UK and W_UV) for later tokens.
+        # The slots exist, but an adapter in them would have no effect: vLLM uses the layer without
+        # LoRA for prompts, and copies of its weight (W_UK and W_UV) for later tokens.
         raise UnsupportedError(
             f"vLLM's latent attention ignores an adapter on {module}",
             where="lora.target_modules",

@@ -1,7 +1,8 @@
-"""Which part of a Hugging Face layer the engine of this process holds.
+"""Find the part of a Hugging Face layer that the engine of this process has.
 
-vLLM's own layer says how it was cut (``ColumnParallelLinear``, ``RowParallelLinear``,
-``VocabParallelEmbedding``, read at 0.25.1 and 0.31.0). Nothing here knows an architecture.
+vLLM's own layer records how it is split (``ColumnParallelLinear``, ``RowParallelLinear``,
+``VocabParallelEmbedding``, read at 0.25.1 and 0.31.0). This module does not depend on an
+architecture.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ WHERE = "model.tensor_parallel_size"
 
 
 class EngineCuts:
-    """The cuts of vLLM's ``module``, by Hugging Face names."""
+    """How the layers of vLLM's ``module`` are split, by their Hugging Face names."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def of_layer(self, name: str, out_features: int) -> Cut:
-        """See ``cut_of``."""
+        """Return the result of ``cut_of`` for the linear layer ``name``."""
         return cut_of(self.module, name, out_features)
 
     def of_table(self, name: str) -> tuple[Cut, int]:
-        """See ``vocabulary_cut``."""
+        """Return the result of ``vocabulary_cut`` for the embedding or head ``name``."""
         return vocabulary_cut(self.module, name)
 
 
 def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
-    """How vLLM's ``module`` holds the Hugging Face linear layer ``name``.
+    """How vLLM's ``module`` splits the Hugging Face linear layer ``name``.
 
     Raises:
-        UnsupportedError: the engine has no such layer, or one of another kind.
+        UnsupportedError: the engine does not have this layer, or has another kind of layer there.
     """
     shared = mesh()
     assert shared is not None
@@ -72,8 +73,8 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
 
 
 def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
-    """(the rows of the embedding or head ``name`` that are here, rows of each process with the
-    padding).
+    """(the rows of the embedding or head ``name`` in this process, the number of rows of each
+    process including padding).
     """
     layer, _ = _layer_of(module, name)
     if not isinstance(layer, VocabParallelEmbedding):
@@ -85,7 +86,7 @@ def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
 
 
 def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
-    """(vLLM's layer, the number of the part in it) of a Hugging Face layer."""
+    """(vLLM's layer, the index of the part in it) for the Hugging Face layer ``name``."""
     target = engine_name(module, name)
     parent, _, leaf = target.rpartition(".")
     candidates = [(target, 0)]

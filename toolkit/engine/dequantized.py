@@ -1,14 +1,14 @@
-"""16-bit copies of the engine's 4-bit weights while a rollout runs.
+"""Make 16-bit copies of the engine's 4-bit weights for the time of a rollout.
 
 bitsandbytes dequantizes every weight at every decode step, but the weights do not change during a
 rollout. So they are dequantized once at its beginning, and decode steps are plain matrix products
-with the copies. The values are those that the 4-bit layer uses (``dequantize_4bit`` of the same
-codes, in bfloat16). The trainer keeps the 4-bit weights. At the end of the rollout the memory is
-released. Its addresses stay reserved, so captured CUDA graphs stay valid, and the next rollout
-fills the copies again.
+with the copies. The copies have the values that the 4-bit layer uses (``dequantize_4bit`` of the
+same codes, in bfloat16). The trainer keeps the 4-bit weights. At the end of the rollout the memory
+of the copies is released. Their addresses stay reserved, so captured CUDA graphs stay valid, and
+the next rollout fills the copies again.
 
 ``DequantizedMethod`` replaces the quantization method of a layer (``quant_method``, which vLLM's
-linear layers and their LoRA wrappers call). Read at vLLM 0.25.1 and bitsandbytes 0.50.2.
+linear layers and their LoRA wrappers call). Written for vLLM 0.25.1 and bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ COPIES = "_toolkit_dequantized"
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""If this much memory is free in addition to the copies, torch keeps its cached memory of the
-trainer's step.
+"""torch keeps the cached memory of the trainer's step if this much memory is free in addition to
+the copies.
 """
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
-"""``auto`` without a sizer: the copies' share of the engine's memory without weights, and the
-minimum that is left for the KV cache and activations.
+"""For ``auto`` without a sizer: the share of the engine's memory without weights that copies may
+take, and the bytes that must be left for the KV cache and activations.
 """
 
 
@@ -62,7 +62,7 @@ def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
 
 
 class Copies:
-    """The copies of some layers of one model. ``weight`` fills them if they are empty."""
+    """The 16-bit copies of some layers of one model. ``weight`` fills them if they are empty."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class Copies:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies while they are filled."""
+        """The bytes of all copies when they are filled."""
         return sum(copy_bytes(packed, self._dtype) for packed in self._packed)
 
     def refuse_too_many(self) -> None:
         """Raise an error if the copies do not fit into the free GPU memory.
 
         Raises:
-            ConfigError: naming both numbers.
+            ConfigError: the copies do not fit; the message has their bytes and the free bytes.
         """
         free = torch.cuda.mem_get_info()[0] if self._on_gpu else self.nbytes
         if self.nbytes > free:
@@ -97,17 +97,18 @@ class Copies:
             )
 
     def weight(self, index: int) -> torch.Tensor:
-        """The copy of layer ``index``, shape (out, in)."""
+        """The copy of layer ``index``, of shape (out, in)."""
         if not self.filled:
             self.fill()
         return self._tensors[index]
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Allocate the memory and dequantize into it; does nothing if the copies are filled.
+        """Allocate memory for the copies and dequantize the weights into it. Does nothing if the
+        copies are filled.
 
         Raises:
-            RuntimeError: there is not enough memory; then none is allocated.
+            RuntimeError: there is not enough memory; then nothing stays allocated.
         """
         if self.filled:
             return
@@ -124,7 +125,9 @@ class Copies:
         self.filled = True
 
     def release(self) -> None:
-        """Release the memory; on a GPU the addresses stay reserved. A second call does nothing."""
+        """Release the memory of the copies; on a GPU their addresses stay reserved. A second call
+        does nothing.
+        """
         self.filled = False
         if not self._tensors:
             return
@@ -135,9 +138,9 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release memory and addresses. The copies cannot be used afterwards."""
+        """Release memory and addresses of the copies, which cannot be used afterwards."""
         if self._on_gpu and self._tensors:
-            sleep.map_tag(TAG)  # what is not mapped cannot be freed
+            sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
             sleep.drop_pool(TAG)
         self._tensors.clear()
@@ -151,8 +154,8 @@ class Copies:
     def _allocate(self) -> None:
         made: list[torch.Tensor] = []
         pool = sleep.tagged_pool(TAG) if self._on_gpu else nullcontext()
-        # The first forward pass, which calls this, runs in inference mode. Tensors that are created
-        # in it could not be written outside it.
+        # The first forward pass calls this function in inference mode. Tensors that are created in
+        # that mode cannot be written outside it, so the mode is switched off.
         with torch.inference_mode(False), pool:
             for packed in self._packed:
                 shape = logical_shape(packed)
@@ -167,7 +170,9 @@ class Copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
-        """A fused layer has the rows of its parts one after another, each with its own state."""
+        """Dequantize one layer into ``copy``. A fused layer has the rows of its parts one after
+        another, each part with its own quantization state.
+        """
         offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
         row = 0
         for part, state in enumerate(ordered_states(packed)):
@@ -184,13 +189,13 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
         self.original, self.copies, self.index = original, copies, index
 
     def create_weights(self, *arguments: Any, **keywords: Any) -> None:
-        """As in the original method."""
+        """Call the original method, which creates the 4-bit weights."""
         self.original.create_weights(*arguments, **keywords)
 
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``x`` (..., in) to (..., out) in the dtype of ``x``."""
+        """Multiply ``x`` (..., in) by the copy: (..., out) in the dtype of ``x``."""
         del layer
         weight = self.copies.weight(self.index)
         out = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -199,12 +204,12 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
 
 def _weight(layer: nn.Module) -> torch.Tensor:
     weight = layer.weight
-    assert isinstance(weight, torch.Tensor)  # nn.Module types every attribute as either
+    assert isinstance(weight, torch.Tensor)  # nn.Module declares a tensor or a module
     return weight
 
 
 def copy_bytes(packed: torch.Tensor, dtype: torch.dtype = COMPUTE_DTYPE) -> int:
-    """Bytes of the copy of a packed weight."""
+    """The bytes of the copy of a packed weight."""
     rows, columns = logical_shape(packed)
     return rows * columns * dtype.itemsize
 
@@ -220,8 +225,8 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
-    """The layers whose copies take at most ``most`` bytes in total: the largest first, equal ones
-    in their order.
+    """The layers with the largest copies that together take at most ``most`` bytes; layers of equal
+    size in their order.
     """
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
@@ -239,8 +244,8 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Make layers of ``model`` compute with copies: all 4-bit ones (True), or the largest within
-    ``wanted`` bytes. None if there are none.
+    """Make layers of ``model`` compute with copies: all 4-bit layers (True), or the largest within
+    ``wanted`` bytes. Returns None if no layer has a copy.
 
     Call it after vLLM has loaded the model and before its first forward pass, in which the copies
     are created. CUDA graphs are captured later.
@@ -257,9 +262,11 @@ def attach(
 
 
 def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
-    """Bytes of the copies for ``auto`` without a sizer. Warns if they are not those of all layers.
+    """The bytes of the copies for ``auto`` without a sizer. Warns if they are too few for all
+    layers.
 
-    A run file is sized before the engine starts, and its sizes say the same.
+    For a run file the sizer decides instead, before the engine starts; its notes report layers
+    without a copy.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
@@ -278,8 +285,8 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Bytes for copies: a part of the memory that the engine may use in addition to its weights and
-    a KV cache of configured size.
+    """The bytes that copies may take: a part of the memory that the engine may use in addition to
+    its weights and a KV cache of configured size.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

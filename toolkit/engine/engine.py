@@ -1,4 +1,4 @@
-"""A started engine, as the rest of the toolkit uses it."""
+"""Define a started engine, as the rest of the toolkit uses it."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm import LLM
 
-    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.dequantized import Copies
     from toolkit.engine.engine_options import EngineOptions
     from toolkit.engine.rollout_request import Rollout, Sampling
 
 IN_MEMORY = "in-memory"  # a LoRARequest needs a path even for an adapter in memory
-FILE_IDS_FROM = 1000  # ids of adapters from files begin here, those of published ones at 1
+FILE_IDS_FROM = 1000  # ids of adapters from files begin here, ids of published adapters at 1
 
 
 class Engine:
-    """vLLM in this process. Created by ``open_engine.open_engine``; a context manager; implements
-    ``rollout_engine.RolloutEngine``.
+    """An engine: vLLM in this process. ``open_engine.open_engine`` creates it. It is a context
+    manager and implements ``rollout_engine.RolloutEngine``.
     """
 
-    reads: Reads = "vllm"
+    sampler_name: SamplerName = "vllm"
 
     def __init__(self, llm: LLM, options: EngineOptions, *, owns_process_group: bool) -> None:
         self._llm: LLM | None = llm
@@ -64,7 +64,7 @@ class Engine:
 
     @property
     def llm(self) -> LLM:
-        """The ``vllm.LLM`` itself.
+        """The ``vllm.LLM`` of the engine.
 
         Raises:
             ConfigError: the engine is closed.
@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The live vLLM module, whose parameters the trainer shares."""
+        """vLLM's module of the model, whose parameters the trainer shares."""
         if self._module is None:
             raise closed()
         return self._module
@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Maximum length of prompt plus completion, in tokens."""
+        """The maximum length of prompt plus completion, in tokens."""
         return int(self.llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
@@ -98,14 +98,14 @@ class Engine:
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
         """Publish the current values of adapter ``name`` of a PEFT model, and drop cached prefixes
-        of the old values.
+        that were computed with earlier values.
 
-        The model does not change: scaling is applied to the copies, which are cast to the engine's
-        dtype.
+        The PEFT model does not change: the scaling is applied to the copies, which have the
+        engine's dtype.
 
         Raises:
             ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
-            UnsupportedError: the engine has no slot for one of its layers.
+            UnsupportedError: the engine has no slot for a layer of the adapter.
         """
         self._check_alive()
         if self._adapters is None:
@@ -180,13 +180,13 @@ class Engine:
         return rollout
 
     def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
-        """``vllm.LLM.generate`` itself, with its arguments and results."""
+        """Call ``vllm.LLM.generate`` with its own arguments; returns its results."""
         self._check_alive()
         self.wake()
         return generation.vllm_generate(self.llm, inputs, sampling_params, **keywords)
 
     def lora_request(self, name: str = "default") -> LoRARequest:
-        """A request for a published adapter, for your own calls of ``llm.generate``."""
+        """The request for a published adapter, to pass to ``llm.generate``."""
         self._check_alive()
         if self._adapters is None or name not in self._adapters.ids:
             raise ConfigValueError(
@@ -194,14 +194,14 @@ class Engine:
             )
         if not self._adapters.is_active(name):  # an adapter from a file has replaced it in its slot
             self.publish(self._published[name], name)
-        # vLLM keys cached prefixes by this name, so entries of older values of the adapter are
-        # never found, even if the cache could not be reset.
+        # vLLM stores cached prefixes under this name. Each version of the adapter has its own name,
+        # so prefixes of earlier values are never used, even if the cache could not be reset.
         version = f"{name}@{self._versions[name]}"
         return LoRARequest(version, self._adapters.ids[name], IN_MEMORY)
 
     def load_lora(self, folder: str) -> LoRARequest:
-        """A request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads it on first
-        use.
+        """The request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads the folder
+        when the request is first used.
         """
         self._check_alive()
         if folder not in self._files:
@@ -210,7 +210,7 @@ class Engine:
 
     def sleep(self) -> None:
         """Release the KV cache, if the engine was built with ``sleep``, and the 16-bit copies of
-        4-bit weights; weights and slots stay where they are.
+        4-bit weights. Weights and LoRA slots are not released.
         """
         if self._copies is not None:
             self._copies.release()
@@ -250,7 +250,7 @@ class Engine:
             self._adapters.forget()
         self._adapters = self._sleep = self._copies = None
         self._published.clear()
-        close_mesh()  # vLLM takes its groups apart
+        close_mesh()  # vLLM destroys its process groups
         shut_down(llm, keep_process_group=not self._owns_process_group)
         del llm
         gc.collect()

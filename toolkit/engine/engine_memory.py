@@ -1,6 +1,6 @@
-"""vLLM's own memory figures in the terms of sizing, and the bytes of the sleeping KV cache.
+"""Read vLLM's own memory figures in the terms of sizing, and the bytes of the sleeping KV cache.
 
-Read at vLLM 0.25.1 and 0.31.0 (``v1/worker/gpu_worker.py``, ``determine_available_memory``).
+Written for vLLM 0.25.1 and 0.31.0 (``v1/worker/gpu_worker.py``, ``determine_available_memory``).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def engine_memory(llm: LLM) -> dict[str, int]:
-    """Bytes by term, as vLLM's worker measured them while it started; empty on the CPU.
+    """The bytes of each term as vLLM's worker measured them at start; empty on the CPU.
 
-    ``engine.loaded`` is weights, LoRA slots and tables. A term that is not measured is left out: a
-    KV cache of a configured size is not profiled.
+    ``engine.loaded`` is the sum of weights, LoRA slots and tables. A term that vLLM did not measure
+    is omitted: with a KV cache of a configured size there is no profiling run.
     """
     if device_type() != "cuda":
         return {}
@@ -34,7 +34,7 @@ def engine_memory(llm: LLM) -> dict[str, int]:
 
 
 def account(worker: Any) -> dict[str, int]:
-    """The memory terms of one worker."""
+    """The memory terms that one worker measured."""
 
     def read(name: str) -> int:
         return int(getattr(worker, name, 0) or 0)
@@ -56,9 +56,11 @@ def account(worker: Any) -> dict[str, int]:
 
 
 def asleep_bytes() -> int:
-    """Bytes that torch counts as allocated but that are not mapped now: the sleeping KV cache."""
-    # Not imported here: the module needs the CUDA runtime, and only a cache that it mapped can
-    # sleep.
+    """The bytes of the sleeping KV cache: torch counts them as allocated, but they are not mapped
+    now.
+    """
+    # The module is not imported here, because it needs the CUDA runtime. If it is not loaded, no
+    # cache can be asleep.
     cumem = sys.modules.get("vllm.device_allocator.cumem")
     allocator = None if cumem is None else cumem.CuMemAllocator.instance
     if allocator is None:

@@ -1,4 +1,4 @@
-"""The options of an engine, and the arguments of ``vllm.LLM`` for them."""
+"""Define the options of an engine and convert them to the arguments of ``vllm.LLM``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OWNED = frozenset(
 class EngineOptions(ApiEngineSettings):
     """All options of an engine: those that a user may set, and those that the toolkit decides.
 
-    Lengths are in tokens, memory in bytes, ``gpu_memory_utilization`` is a share of the GPU's total
+    Lengths are in tokens, memory in bytes; ``gpu_memory_utilization`` is a share of the GPU's total
     memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM engine argument
     under vLLM's own name. ``lora_target_modules`` are the layers with adapter slots, by the last
     part of their name; None means every layer that vLLM supports.
@@ -93,9 +93,7 @@ class EngineOptions(ApiEngineSettings):
                 )
 
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """The keyword arguments of ``vllm.LLM``. vLLM decides about arguments with the value
-        None.
-        """
+        """The keyword arguments of ``vllm.LLM``. For None, vLLM chooses the value."""
         arguments: dict[str, Any] = {
             "model": self.model,
             "revision": self.revision,
@@ -104,8 +102,8 @@ class EngineOptions(ApiEngineSettings):
             "dtype": self.dtype,
             "seed": self.seed,
             "skip_tokenizer_init": self.skip_tokenizer_init,
-            # Log-probabilities after temperature, top-k, top-p, min-p and penalties: those of the
-            # distribution sampled from.
+            # Request log-probabilities after temperature, top-k, top-p, min-p and penalties, which
+            # are those of the distribution that tokens are sampled from.
             "logprobs_mode": "processed_logprobs",
             "use_tqdm_on_load": False,
             **self._settings(device),
@@ -124,8 +122,8 @@ class EngineOptions(ApiEngineSettings):
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _graphs(self) -> dict[str, Any]:
-        """The sizes of captured CUDA graphs: if the largest batch is known, only a few sizes up to
-        it.
+        """The arguments for CUDA graphs. If the largest batch is known, only a few sizes up to it
+        are captured.
         """
         sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if not isinstance(sequences, int):
@@ -134,7 +132,7 @@ class EngineOptions(ApiEngineSettings):
         return {**GRAPHS_ONLY, "cudagraph_capture_sizes": sizes}
 
     def _settings(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """Options that a user may set, by vLLM's names; None means that vLLM decides."""
+        """The options that a user may set, under vLLM's names."""
         arguments = {}
         for name, option in API_OPTIONS.items():
             unused = (option.on_gpu and device == "cpu") or (
@@ -147,9 +145,9 @@ class EngineOptions(ApiEngineSettings):
 
 
 GRAPHS_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-"""CUDA graphs for decode steps, and no torch.compile: rollouts are mostly decode steps, and with a
-graph compilation does not save more time. On an H100 and the Llama-3.2-1B shape (vLLM 0.25.1, 64
-sequences) both decode 15k to 17k tokens/s; without compilation the engine starts 27 s faster with a
-cold cache, and without graphs for mixed batches another 10 s faster. ``compilation_config``
-overrides it.
+"""Use CUDA graphs for decode steps and no torch.compile. Rollouts are mostly decode steps, and with
+a graph compilation does not save more time. On an H100 and the Llama-3.2-1B shape (vLLM 0.25.1, 64
+sequences) decode reaches 15k to 17k tokens/s with and without compilation. Without compilation the
+engine starts 27 s faster with a cold cache, and without graphs for mixed batches another 10 s
+faster. ``compilation_config`` overrides these settings.
 """

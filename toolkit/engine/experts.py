@@ -1,10 +1,10 @@
-"""Mixtures of experts on a CPU engine with LoRA.
+"""Run mixtures of experts on a CPU engine with LoRA.
 
-With LoRA, vLLM 0.31 runs experts only with Triton kernels, even if no expert has an adapter, and a
-CPU does not have them. vLLM's CPU kernel would repack the experts, so that they could not be
-shared. This module has the layer in plain torch on the loaded weights. It is registered through
-vLLM's interface for custom layers (``CustomOp.register_oot``). It is slow and exact, and is meant
-for machines without a GPU.
+With LoRA, vLLM 0.31 runs experts only with Triton kernels, even if no expert has an adapter, and
+Triton kernels do not run on a CPU. vLLM's CPU kernel would repack the experts, so that they could
+not be shared. This module computes the layer in plain torch on the loaded weights. It is registered
+through vLLM's interface for custom layers (``CustomOp.register_oot``). It is slow and exact, and is
+meant for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "UnquantizedFusedMoEMethod"
-"""vLLM's class, whose name ``TorchExperts`` is registered under."""
+"""The name of vLLM's class that ``TorchExperts`` replaces."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -36,10 +36,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's experts without quantization, computed here if vLLM has chosen Triton."""
+    """vLLM's unquantized experts, computed in torch if vLLM has chosen Triton."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weights unchanged, and reject options that are not computed here.
+        """Keep the loaded weights unchanged, and raise an error for options that ``forward_cpu``
+        does not support.
 
         Raises:
             UnsupportedError: the layer has another activation, biases, or router weights that are
@@ -65,7 +66,7 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """(T, H): the weighted sum of the outputs of each token's K experts.
+        """Return (T, H): for each token the weighted sum of the outputs of its K experts.
 
         ``x`` (T, H), ``topk_weights`` and ``topk_ids`` (T, K); ``layer.w13_weight`` (E, 2 I, H) has
         the gate rows above the up rows, ``layer.w2_weight`` is (E, H, I).

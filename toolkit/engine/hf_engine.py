@@ -20,21 +20,22 @@ from toolkit.engine.rollout_request import Rollout, check_prompts, request_seed
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.rollout_request import Sampling
 
 WHERE = "sampling"
 
 
 class TransformersEngine:
-    """Samples from the current weights of ``model`` (transformers or PEFT), so a publish is not
-    needed.
+    """Samples from the current weights of ``model`` (transformers or PEFT), so nothing has to be
+    published.
 
-    ``end_ids`` are the token ids that end a completion, ``pad_id`` fills the left of a batch;
-    ``max_model_len`` (tokens, prompt plus completion) None takes the value of the model's config.
+    ``end_ids`` are the token ids that end a completion; ``pad_id`` fills the left of a batch.
+    ``max_model_len`` is in tokens (prompt plus completion); None means the value in the model's
+    config.
     """
 
-    reads: Reads = "transformers"
+    sampler_name: SamplerName = "transformers"
 
     def __init__(
         self,
@@ -51,7 +52,8 @@ class TransformersEngine:
         self.max_model_len = max_model_len or longest or 2**31
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Does nothing, because the trained model itself samples.
+        """Check that ``peft_model`` is the sampled model. Nothing is copied, because the trained
+        model itself samples.
 
         Raises:
             ConfigValueError: ``peft_model`` is another model.
@@ -68,12 +70,12 @@ class TransformersEngine:
         adapter: bool | str = True,
         rows: Sequence[int] | None = None,
     ) -> Rollout:
-        """``sampling.n`` completions of each prompt (token ids), each drawn from ``seed`` and its
-        row alone; ``rows`` as in ``rollout_engine.RolloutEngine``.
+        """Draw ``sampling.n`` completions of each prompt (token ids). Each depends only on ``seed``
+        and its row; ``rows`` is explained in ``rollout_engine.RolloutEngine``.
 
-        Log-probabilities are of the distribution sampled from: after temperature, top-k, top-p,
-        min-p and penalties. ``adapter`` False samples from the base. The caller's random generators
-        and the model's training mode are restored.
+        Log-probabilities are those of the distribution that tokens are sampled from: after
+        temperature, top-k, top-p, min-p and penalties. ``adapter`` False samples from the base
+        model. The caller's random generators and the model's training mode are restored.
 
         Raises:
             ConfigValueError: prompts that do not fit, or values that transformers rejects.
@@ -111,9 +113,7 @@ class TransformersEngine:
         """Does nothing: the model belongs to the caller."""
 
     def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopAt | None]:
-        """``sampling`` as a generation config of transformers, and the criterion for its stop
-        strings.
-        """
+        """``sampling`` as transformers' generation config, with the criterion for stop strings."""
         if sampling.structured_outputs_regex is not None or "structured_outputs" in sampling.extra:
             raise UnsupportedError(
                 "structured outputs need the vLLM engine",
@@ -123,7 +123,7 @@ class TransformersEngine:
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
         for name in extra:
-            problem = unknown(name, self.reads)
+            problem = unknown(name, self.sampler_name)
             if problem is not None:
                 raise ConfigTypeError(problem.message, where=WHERE, fix=problem.fix)
         _check_ranges(sampling)
@@ -161,7 +161,9 @@ def _collect(
     scores: Sequence[torch.Tensor],
     sampling: Sampling,
 ) -> Rollout:
-    """The generated tokens of each completion, up to and including the token that ended it."""
+    """The rollout with the generated tokens of each completion, up to and including the token that
+    ended it.
+    """
     repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
     if sampling.logprobs is None:
         return Rollout(repeated, completions, None, None)
@@ -198,10 +200,10 @@ def _check_ranges(sampling: Sampling) -> None:
 def _logprobs(
     scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
-    """(log-probabilities, token ids), each [sequence][position][rank], most likely first.
+    """(log-probabilities, token ids), each [sequence][position][rank], the most likely token first.
 
-    ``scores`` are T tensors (B, V), processed logits. With ``count`` 0 only the sampled token; else
-    the ``count`` most likely tokens, and the sampled one at its rank.
+    ``scores`` are T tensors (B, V) of processed logits. With ``count`` 0 a position has only the
+    sampled token; else the ``count`` most likely tokens, and the sampled one at its rank.
     """
     values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
     tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]

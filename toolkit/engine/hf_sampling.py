@@ -1,4 +1,4 @@
-"""Hugging Face generation in which every row is sampled with its own seed.
+"""Sample with Hugging Face's generate so that every row has its own seed.
 
 transformers samples a whole batch from one global generator, so the result of a row depends on its
 position in the batch. But a batch may be split over ranks, or halved if memory runs out. So here
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 AHEAD = 32
-"""Number of tokens whose random numbers are drawn at once, to copy them to the GPU together."""
+"""Number of tokens whose random numbers are drawn at once, so that they are copied to the GPU
+together.
+"""
 
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """The last logits processor: it keeps only the sampled token of each row.
+    """The last logits processor, which keeps only the sampled token of each row.
 
-    ``scores`` keeps the input, one (B, V) tensor per token, if requested.
+    If requested, ``scores`` keeps the input of each call, one (B, V) tensor per token.
     """
 
     def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
@@ -47,26 +49,26 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         self.scores: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores: 0 for the token drawn, -inf for the others."""
+        """Return (B, V) scores: 0 for the sampled token, -inf for the others."""
         del input_ids
         if self._keep:
             self.scores.append(scores_BV)
         number_B1 = self._next(scores_BV.device)
         heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
         total_B1 = heights_BV[:, -1:].contiguous()
-        # Below the total, also after rounding, so that the selected token has a positive
-        # probability.
+        # The number is below the total probability also after rounding, so that the selected token
+        # has a positive probability.
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         token_B1 = torch.searchsorted(
             heights_BV, torch.minimum(number_B1 * total_B1, below_B1), right=True
         )
         token_B1 = token_B1.clamp(max=scores_BV.shape[1] - 1)
         drawn_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
-        # transformers raises the error for NaN.
+        # For NaN, transformers raises the error.
         return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
 
     def _next(self, device: torch.device) -> torch.Tensor:
-        """(B, 1) float64 in [0, 1): the next number of each row."""
+        """Return (B, 1) float64 in [0, 1): the next random number of each row."""
         if not self._ahead:
             table = [torch.rand(AHEAD, generator=g, dtype=torch.float64) for g in self._generators]
             self._ahead = list(torch.stack(table, dim=1).to(device))
@@ -81,8 +83,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """The function for ``generate(custom_generate=...)`` (transformers 5.17): transformers' own
-        sampling loop, with this sampling after its processors.
+        """Run transformers' own sampling loop with this processor after the others. This is the
+        function for ``generate(custom_generate=...)`` (transformers 5.17).
         """
         own = [self] if generation_config.do_sample else []
         real = model_kwargs["attention_mask"].bool()
@@ -101,8 +103,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
 
 class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
     """transformers' repetition penalty without its effect on padding. In 5.17 it also penalizes the
-    padding token of shorter prompts. This is often the token that ends a completion, so a row would
-    depend on its neighbours.
+    padding token of shorter prompts, which is often the token that ends a completion. So a row
+    would depend on the other rows of the batch.
 
     ``real_BP`` (B, P) bool: False on the padding left of the prompts.
     """
@@ -111,7 +113,7 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
         self._penalty, self._real_BP = penalty, real_BP
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores; padding is replaced by the last token of the prompt."""
+        """Return the penalized (B, V) scores; padding counts as the last token of the prompt."""
         width = self._real_BP.shape[1]
         last_B1 = input_ids[:, width - 1 : width]
         prompt_BP = torch.where(self._real_BP, input_ids[:, :width], last_B1)
@@ -121,9 +123,11 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
 
 
 class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
-    """Stop strings, and the length of each row when it reached one; the rest of the row is padding.
+    """The criterion for stop strings. It records the length of each row when the row reached one;
+    the rest of the row is padding.
 
-    With a callable for decoding, transformers 5.17 drops the tokenizer that ``generate`` gets.
+    If ``generate`` gets a callable for decoding, transformers 5.17 does not pass on the tokenizer,
+    so this class has its own.
 
     Raises:
         ConfigValueError: transformers cannot stop at these texts or with this tokenizer.
@@ -143,7 +147,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
         self._width = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
-        """(B) bool: rows that end in a stop string."""
+        """Return (B) bool: True for rows that end in a stop string."""
         done_B: torch.Tensor = self._strings(input_ids, scores, **more)
         met_B = torch.zeros_like(input_ids[:, 0]) if self._met_B is None else self._met_B
         self._width = input_ids.shape[1]
@@ -151,7 +155,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
-        """Number of tokens of each completion, at most ``tokens``, the longest."""
+        """The number of tokens of each completion; ``tokens`` for rows without a stop string."""
         if self._met_B is None:
             return []
         met = self._met_B.tolist()
@@ -167,7 +171,7 @@ def draws_by_row(config: GenerationConfig) -> bool:
 def generate_rows(
     model: Any, inputs: dict[str, Any], config: GenerationConfig, seeds: Sequence[int]
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """``model.generate`` with one seed per row of the output.
+    """Call ``model.generate`` with one seed per row of the output.
 
     ``inputs``: input_ids and attention_mask, both (B, P) int64, and other arguments of
     ``generate``. Returns the sequences (B, P + T) and, if ``config.output_scores``, T tensors (B,
@@ -189,12 +193,13 @@ def draw(
     seeds: Sequence[int],
     more: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """One completion per seed, rows (B, T), and the scores if ``config`` requests them, T x (B, V).
+    """Draw one completion per seed. Returns rows (B, T) and, if ``config`` requests scores, T x (B,
+    V).
 
     Prompts are padded on the left with ``config.pad_token_id``; ``more`` is passed to ``generate``.
-    Options that ``config`` does not set are off; the checkpoint's own generation config is ignored.
-    That config, the random generators and the model's training mode are restored. Raises
-    ValueError.
+    Options that ``config`` does not set are off, because the checkpoint's own generation config is
+    ignored. The checkpoint's config, the random generators and the model's training mode are
+    restored. Raises ValueError if transformers rejects an option.
     """
     width = max(len(prompt) for prompt in prompts)
     pad = config.pad_token_id
@@ -211,8 +216,8 @@ def draw(
 
 
 def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
-    """The maximum tokens of each of ``rows`` completions, if prompt plus completion have at most
-    ``longest`` tokens. Each prompt has the same number of consecutive rows.
+    """The maximum number of tokens of each of ``rows`` completions, so that prompt plus completion
+    have at most ``longest`` tokens. Each prompt has the same number of consecutive rows.
     """
     each = rows // len(prompts)
     return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
@@ -224,8 +229,9 @@ def cut(
     stop: StopAt | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Each row up to and including the first token of ``ends``, or the last of a stop string; at
-    most ``most`` tokens of each row, which is what vLLM does at the end of its context.
+    """Each row up to and including its first token of ``ends`` or the end of its stop string, and
+    at most ``most`` tokens of each row. vLLM shortens completions in the same way at the end of its
+    context.
     """
     rows: list[list[int]] = sampled_BT.tolist()
     if most is not None:
@@ -239,8 +245,8 @@ def cut(
 
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
-    """Evaluation mode in the block: no dropout, and no gradient checkpointing, which disables the
-    cache.
+    """Set ``model`` to evaluation mode in the block: no dropout, and no gradient checkpointing,
+    which would disable the cache.
     """
     was = model.training
     model.eval()
@@ -253,8 +259,9 @@ def _inference(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_defaults(model: Any) -> Iterator[None]:
-    """Switch off the checkpoint's generation config. transformers takes missing options from it, so
-    for example a no_repeat_ngram_size that the user did not set would become part of the policy.
+    """Ignore the checkpoint's generation config in the block. transformers takes missing options
+    from it, so for example a no_repeat_ngram_size that the user did not set would become part of
+    the policy.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.generation_config
@@ -271,6 +278,8 @@ def _without_defaults(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _kept_generators(device: torch.device) -> Iterator[None]:
-    """Restore the global generators, from which transformers' loop draws without effect."""
+    """Restore the global random generators after the block. transformers' loop draws from them, but
+    the draws are not used.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

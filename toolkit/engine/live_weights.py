@@ -1,4 +1,6 @@
-"""The engine's live parameters by their plain names, and the parts of its fused layers."""
+"""List the engine's parameters, not copied, by their plain names, and the parts of its fused
+layers.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +15,35 @@ if TYPE_CHECKING:
     from torch import nn
 
 READ_NAMES = "_toolkit_read_names"
-"""Attribute that ``engine.weight_loader`` sets on the module: names of the tensors in the
+"""Attribute that ``engine.weight_loader`` sets on the module: the names of the tensors in the
 checkpoint's files.
 """
 
 AS_LOADED = "_toolkit_as_loaded"
-"""Attribute that ``engine.weight_loader`` sets on the module: plain name -> ``sample`` of the
-loaded values.
+"""Attribute that ``engine.weight_loader`` sets on the module: a mapping from plain name to
+``sample`` of the loaded values.
 """
 SAMPLE_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LiveWeights:
-    """The engine's own tensors, not copies: a write to one of them changes the output of the
+    """The engine's own tensors, not copies: writing to one of them changes the output of the
     engine.
     """
 
     parameters: Mapping[str, torch.Tensor]
-    """Plain name (no ``base_layer``) -> tensor; a tied parameter is listed under each of its
-    names.
+    """A mapping from plain name (without ``base_layer``) to tensor; a tied parameter is listed
+    under each of its names.
     """
     packed: Mapping[str, tuple[str, ...]]
-    """Fused layer -> its parts in order, e.g. ``qkv_proj -> (q_proj, k_proj, v_proj)``; the model's
-    own mapping.
+    """A mapping from fused layer to its parts in order, e.g. ``qkv_proj -> (q_proj, k_proj,
+    v_proj)``; it is the model's own mapping.
     """
     padded: frozenset[str]
-    """Names of embeddings and heads: the engine may have padded their rows (the vocabulary)."""
+    """Names of embeddings and heads, whose rows (the vocabulary) the engine may have padded."""
     read_names: frozenset[str]
-    """Names of the tensors in the checkpoint; empty if another loader read it."""
+    """Names of the tensors in the checkpoint; empty if another loader read the checkpoint."""
     rewritten: frozenset[str]
     """Names of tensors that vLLM rewrote for a kernel after loading: they no longer have the
     checkpoint's values.
@@ -49,7 +51,7 @@ class LiveWeights:
 
 
 def borrow(module: nn.Module) -> LiveWeights:
-    """The live tensors of a vLLM module."""
+    """The engine's own tensors in a vLLM module."""
     parameters = plain_parameters(module)
     return LiveWeights(
         parameters=parameters,
@@ -80,13 +82,15 @@ def rewritten(
 
 
 def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter of a vLLM module, without vLLM's ``base_layer`` (with LoRA)."""
+    """The parameters of a vLLM module by their names without ``base_layer``, which vLLM adds with
+    LoRA.
+    """
     named = module.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in named}
 
 
 def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Fused layer -> its parts, collected from all submodules that define them."""
+    """A mapping from fused layer to its parts, collected from all submodules that define one."""
     found: dict[str, tuple[str, ...]] = {}
     for child in module.modules():
         mapping = getattr(child, "packed_modules_mapping", None)
@@ -108,10 +112,11 @@ def padded_parameters(module: nn.Module) -> frozenset[str]:
 
 
 def rename_mapper(module: Any) -> Any | None:
-    """The model's name mapper without the fusion of q/k/v, with which adapter names would collide.
+    """The model's name mapper without the fusion of q/k/v, which would give the adapters of q, k
+    and v the same name.
 
-    ``get_unstacked_mapper`` in vLLM 0.25.1, ``get_rename_mapper`` in 0.31.0. None if the model has
-    none.
+    The method is ``get_unstacked_mapper`` in vLLM 0.25.1 and ``get_rename_mapper`` in 0.31.0. None
+    if the model has no mapper.
     """
     mapper = getattr(module, "hf_to_vllm_mapper", None)
     if mapper is None:
@@ -132,7 +137,7 @@ def engine_name(module: Any, name: str) -> str:
 
 
 def uses_transformers_backend(module: Any) -> bool:
-    """True if vLLM has no own model for the architecture and runs Hugging Face's."""
+    """True if vLLM has no model class for the architecture and runs Hugging Face's."""
     return type(module).__module__.startswith("vllm.model_executor.models.transformers")
 
 
@@ -144,15 +149,15 @@ def is_packed(tensor: torch.Tensor) -> bool:
     """True for a 4-bit weight of the engine.
 
     vLLM (read at 0.25.1) keeps the weights of a fused layer as one packed tensor (n, 1) of uint8,
-    two NF4 values a byte, with ``bnb_shard_offsets`` (start of each part, in bytes) and
-    ``bnb_quant_state`` {part: QuantState}, whose absmax has been un-nested.
+    two NF4 values per byte. Its attributes are ``bnb_shard_offsets`` (start of each part, in bytes)
+    and ``bnb_quant_state`` {part: QuantState}, whose absmax is no longer quantized.
     """
     return isinstance(getattr(tensor, STATES, None), dict)
 
 
 def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape (out, in) of the weight that is packed in ``tensor``; its own shape if it is not
-    packed.
+    """The shape (out, in) of the weight that is packed in ``tensor``; the shape of ``tensor`` if it
+    is not packed.
     """
     if not is_packed(tensor):
         return tuple(tensor.shape)
@@ -164,6 +169,6 @@ def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def ordered_states(tensor: torch.Tensor) -> list[Any]:
-    """The quantization states of the parts, in their order."""
+    """The quantization states of the parts of ``tensor``, in the order of the parts."""
     states: Mapping[int, Any] = getattr(tensor, STATES)
     return [states[index] for index in sorted(states)]

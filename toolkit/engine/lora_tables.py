@@ -1,12 +1,12 @@
 """Choose the table of tuned configurations of vLLM's LoRA kernels for a GPU.
 
 vLLM reads ``CARD_SHRINK.json``, ``CARD_EXPAND_TRUE.json`` and ``CARD_EXPAND_FALSE.json`` from
-VLLM_TUNED_CONFIG_FOLDER, CARD being the device's name (``lora/ops/triton_ops/utils.py``, 0.25.1). A
-table of the toolkit is one file with all three and the vLLM version that it was measured with
-(``engine.lora_tune`` writes it): in another version the kernels may use the values differently, so
-the table is ignored there. Tables that come with the package are in ``tuned/``, one for each class
-of cards; TOOLKIT_LORA_TABLE names another one, or is ``off``. A folder that the user has set for
-vLLM is kept.
+VLLM_TUNED_CONFIG_FOLDER; CARD is the device's name (``lora/ops/triton_ops/utils.py``, 0.25.1). A
+table of the toolkit is one file with the contents of all three and the vLLM version that it was
+measured with (``engine.lora_tune`` writes it). In another version the kernels may use the values
+differently, so the table is ignored there. Tables that come with the package are in ``tuned/``, one
+for each class of cards. TOOLKIT_LORA_TABLE names another table, or is ``off``. If the user has set
+VLLM_TUNED_CONFIG_FOLDER, that folder is used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES = (
     (r"\bH100\b|\bH800\b|\bH20\b", ("h100", "h200")),
     (r"\bA100\b|\bA800\b", ("a100",)),
 )
-"""Pattern of a device's name -> tables for it, the best first. H100 and H200 have the same
+"""Pattern of a device's name, and the tables for it, the best first. H100 and H200 have the same
 multiprocessors.
 """
 
@@ -48,7 +48,7 @@ def class_of(card: str) -> tuple[str, ...]:
 
 
 def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
-    """The table for a device: that in TOOLKIT_LORA_TABLE, else a shipped one."""
+    """The table for a device: the one in TOOLKIT_LORA_TABLE, else a shipped one, else None."""
     written = os.environ.get(TABLE_VARIABLE)
     if written:
         return None if written == OFF else Path(written).expanduser()
@@ -57,8 +57,8 @@ def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
 
 
 def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | None:
-    """Make vLLM read the table for ``card``. Returns the folder that vLLM reads, or None without a
-    table. Warns once if a table is ignored.
+    """Make vLLM read the table for ``card``. Returns the folder that vLLM reads, or None if there
+    is no table. Warns once if a table is ignored.
 
     Raises:
         InputError: the file in TOOLKIT_LORA_TABLE is not a table.
@@ -88,7 +88,7 @@ def read_table(path: Path) -> dict[str, Any]:
     """Read a table that ``write_table`` wrote.
 
     Raises:
-        InputError: it cannot be read, or a key is missing.
+        InputError: the file cannot be read, or a key is missing.
     """
     table = read_json(path)
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)

@@ -1,10 +1,10 @@
-"""Measure configurations of vLLM's LoRA kernels on this GPU, and create a table of the fastest.
+"""Measure configurations of vLLM's LoRA kernels on this GPU, and write a table of the fastest.
 
-For each kernel, number of fused slices, shape and batch the configuration is improved one value at
-a time, starting from vLLM's own choice. A configuration that is not faster, or gives another
-result, is rejected. Batches above ``LARGEST_TUNED`` (prompts) keep vLLM's choice. A configuration
-is set through vLLM's own interface (``engine.lora_tables``). It is timed in a captured graph over
-the weights of many layers, so that weights are not in the cache, as in decode steps.
+For each kernel, number of fused slices, shape and batch, the configuration is improved one value at
+a time, starting from vLLM's own choice. A configuration is rejected if it is not faster or gives
+another result. Batches of more than ``LARGEST_TUNED`` prompts keep vLLM's choice. A configuration
+is set through vLLM's own interface (``engine.lora_tables``). The kernel is timed in a captured
+graph over the weights of many layers, so that weights are not in the cache, as in decode steps.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LARGEST_TUNED = BATCHES[-1]
 PROMPTS = (1024, 2048, 8192)
 MAX_LORAS = 1
 SLICES = 8
-"""Every number of slices up to this one has an entry, because vLLM fails if one is missing
-(0.25.1).
+"""The table has an entry for every number of slices up to this one, because vLLM fails if one is
+missing (0.25.1).
 """
 VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "shrink": {
@@ -57,12 +57,14 @@ VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 REPEATS = 5
 COLD_BYTES = 128 << 20
-"""Bytes of weights of several layers that one measurement reads: more than the cache of a GPU."""
+"""The minimum bytes of weights that one measurement reads, from several layers: more than the cache
+of a GPU.
+"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """One fused LoRA layer: for each of its slices A (rank, wide) and B (rows, rank)."""
+    """The shape of a fused LoRA layer: each of its slices has A (rank, wide) and B (rows, rank)."""
 
     rows: tuple[int, ...]
     wide: int
@@ -75,13 +77,15 @@ class Shape:
 
     @property
     def tall(self) -> int:
-        """The value that vLLM calls the hidden size of an expand kernel."""
+        """The hidden size of an expand kernel, as vLLM counts it."""
         return max(self.rows)
 
 
 @dataclass(slots=True)
 class Tuner:
-    """``seconds`` limits the total time; cases that are not reached keep vLLM's own choice."""
+    """Measures the kernels. ``seconds`` limits the total time; kernels that are not reached keep
+    vLLM's own choice.
+    """
 
     card: str
     seconds: float = 600.0
@@ -90,10 +94,10 @@ class Tuner:
     gains: list[tuple[str, Shape, int, float, float]] = field(default_factory=list)
 
     def tune(self, shapes: Sequence[Shape]) -> dict[str, Any]:
-        """The table for ``shapes`` (``lora_tables.write_table``)."""
+        """Measure and return the table for ``shapes`` (written by ``lora_tables.write_table``)."""
         end = time.monotonic() + self.seconds
         with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
-            # The batches of rollouts come first, in case the time is too short.
+            # The batch sizes of rollouts come first, in case the time is too short for all.
             for batch in sorted(BATCHES, key=lambda size: (size not in (8, 64), size)):
                 for shape in shapes:
                     for op in ("shrink", "expand"):
@@ -101,7 +105,7 @@ class Tuner:
         return self.table(shapes)
 
     def _tune_one(self, op: str, shape: Shape, batch: int, folder: Path, end: float) -> None:
-        case = Case(op, shape, batch, folder, self.card)
+        case = KernelCase(op, shape, batch, folder, self.card)
         config = case.default()
         wanted = case.result(config)
         first = fastest = case.seconds(config)
@@ -122,7 +126,9 @@ class Tuner:
         )
 
     def table(self, shapes: Iterable[Shape]) -> dict[str, Any]:
-        """All operations, in the nesting that vLLM reads: loras, slices, tokens, in, out."""
+        """The configurations of all operations, nested as vLLM reads them: loras, slices, tokens,
+        in, out.
+        """
         ops: dict[str, Any] = {}
         for shape in shapes:
             for batch in PROMPTS:
@@ -152,8 +158,7 @@ class Tuner:
 def tune_card(
     shapes: Iterable[Shape], seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float]:
-    """The table for this machine's GPU, and the sum of all cases before and after tuning, in
-    seconds.
+    """(table for this machine's GPU, seconds of all kernels before tuning, seconds after tuning).
 
     Raises:
         NodeError: there is no CUDA GPU.
@@ -171,7 +176,7 @@ def tune_card(
 
 
 def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
-    """vLLM's own choice."""
+    """The kernel configuration that vLLM uses without a table."""
     os.environ.pop(FOLDER_VARIABLE, None)
     forget()
     return dict(
@@ -188,13 +193,13 @@ def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
 
 
 def forget() -> None:
-    """Make vLLM read its files again."""
+    """Make vLLM read its table files again."""
     upstream.load_lora_op_config.cache_clear()
     upstream.get_lora_op_configs.cache_clear()
 
 
-class Case:
-    """One kernel at one shape and batch, all tokens on one adapter."""
+class KernelCase:
+    """One kernel with one shape and batch size, where all tokens use one adapter."""
 
     def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:
         self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card
@@ -217,11 +222,11 @@ class Case:
         self.meta.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
 
     def default(self) -> dict[str, Any]:
-        """vLLM's own choice."""
+        """The configuration that vLLM uses without a table."""
         return default_config(self.op, self.shape, self.batch)
 
     def use(self, config: Mapping[str, Any]) -> None:
-        """Make vLLM use ``config`` for the next calls."""
+        """Make vLLM use ``config`` for the next calls of the kernel."""
         table: Any = config
         tall = self.shape.rank if self.op == "shrink" else self.shape.tall
         wide = self.shape.wide if self.op == "shrink" else self.shape.rank
@@ -234,7 +239,7 @@ class Case:
         forget()
 
     def call(self, layer: Sequence[torch.Tensor]) -> None:
-        """One launch."""
+        """Launch the kernel once, on the weights of ``layer``."""
         arguments = self.meta.meta_args(self.batch, False)
         if self.op == "shrink":
             lora_shrink(self.wide, list(layer), self.narrow, *arguments, 1.0)
@@ -244,7 +249,9 @@ class Case:
             )
 
     def result(self, config: Mapping[str, Any]) -> torch.Tensor:
-        """The result for the first layer; the output buffer is restored."""
+        """The kernel's result for the first layer with ``config``; the output buffer is
+        restored.
+        """
         self.use(config)
         out = self.narrow if self.op == "shrink" else self.wide
         before = out.clone()
@@ -254,20 +261,24 @@ class Case:
         return made
 
     def try_seconds(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
-        """Seconds of one launch; None if the kernel does not compile or gives another result."""
+        """The seconds of one launch with ``config``; None if the kernel does not compile or its
+        result is not ``wanted``.
+        """
         try:
             found = self.result(config)
             if not torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02):
                 return None
             return self.seconds(config)
         except Exception:  # noqa: BLE001
-            # A configuration that fails for any reason is not used: too much shared memory, too
-            # many registers, a block size that Triton rejects.
+            # A configuration that fails for any reason is not used: it may need too much shared
+            # memory or too many registers, or Triton may reject a block size.
             torch.cuda.synchronize()
             return None
 
     def seconds(self, config: Mapping[str, Any]) -> float:
-        """Seconds of one launch: the median of a few runs of a graph with one launch per layer."""
+        """The seconds of one launch: the median of a few runs of a graph with one launch per
+        layer.
+        """
         self.use(config)
         for layer in self.layers[:2]:
             self.call(layer)

@@ -1,12 +1,13 @@
-"""The processes of a run as a mesh: groups of N that share one model, and replicas of that model.
+"""Arrange the processes of a run as a mesh: groups of N processes that share one model; each group
+has one replica of the model.
 
-vLLM lays the ranks out (external_launcher, read at 0.25.1 and 0.31.0): ranks 0 to N-1 are the first
-group, the next N the second. The group of a model is vLLM's own tensor-parallel group, which the
-trainer uses too. What accelerate, TRL and DistributedDataParallel take for the whole run is
-torch.distributed's default group. While a mesh is open that is the group of the ranks that hold the
-same part of the model, one of each replica: they train data-parallel, and know nothing of the rest.
+vLLM assigns the ranks (external_launcher, read at 0.25.1 and 0.31.0): ranks 0 to N-1 are the first
+group, the next N ranks the second. The group of a model is vLLM's tensor-parallel group, which the
+trainer uses too. accelerate, TRL and DistributedDataParallel use torch.distributed's default group
+as the whole run. While a mesh is open, the default group has the ranks with the same part of the
+model, one of each replica. These ranks train data-parallel and do not communicate with the others.
 
-vLLM creates its groups from the default group, so ``join_group`` runs before an engine starts.
+vLLM creates its groups from the default group, so ``join_group`` must run before an engine starts.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """``size`` processes share a model, this one is number ``rank`` among them; ``replica`` counts
-    the groups. ``group`` carries tensors on their device, ``host_group`` objects.
+    """This process's place in the mesh: ``size`` processes share a model, and this process has
+    number ``rank`` among them. ``replica`` is the number of their group. ``group`` transfers
+    tensors on their device, ``host_group`` transfers objects.
     """
 
     size: int
@@ -42,53 +44,63 @@ class Mesh:
     group: Any
     host_group: Any
     world: Any
-    """The default group over all processes, as it was before."""
+    """The default group of all processes, as it was before the mesh was opened."""
 
     @property
     def first(self) -> bool:
-        """True in the process that speaks for its group."""
+        """Whether this process is the first of its group."""
         return self.rank == 0
 
     def from_first(self, value: Any) -> Any:
-        """What the first process of the group gave; every one of them calls it."""
+        """The ``value`` that the first process of the group passed; every process of the group must
+        call this method.
+        """
         held = [value]
         distributed.broadcast_object_list(held, group_src=0, group=self.host_group)
         return held[0]
 
     def largest(self, flag: int, device: torch.device) -> int:
-        """The largest ``flag`` of all processes of the run; every one of them calls it."""
+        """The largest ``flag`` of all processes of the run; every process of the run must call this
+        method.
+        """
         told = torch.tensor([int(flag)], device=device)
         distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world)
         return int(told)
 
     def from_first_of_all(self, value: Any) -> Any:
-        """What the first process of the run gave; every one of them calls it."""
+        """The ``value`` that the first process of the run passed; every process of the run must
+        call this method.
+        """
         held = [value]
         distributed.broadcast_object_list(held, group_src=0, group=self.world)
         return held[0]
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """``tensor`` of each process of the group, all of one shape, in their order."""
+        """The ``tensor`` of each process of the group, in the order of the processes. All must have
+        one shape.
+        """
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the group, in place."""
+        """Add up ``tensor`` over the group, in place, and return it."""
         distributed.all_reduce(tensor, group=self.group)
         return tensor
 
     def digest_of_all(self, own: str) -> str:
-        """One digest of those of all processes of the group; every one of them calls it."""
+        """One digest of the digests ``own`` of all processes of the group; every process of the
+        group must call this method.
+        """
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, own, group=self.host_group)
         return hashlib.sha256("".join(told).encode()).hexdigest()[:16]
 
     def check_same(self, what: str, values: Sequence[Sequence[int]]) -> None:
-        """Refuse to go on where the processes of the group have drawn different tokens.
+        """Raise an error if the processes of the group have sampled different tokens.
 
         Raises:
-            DefectError: they have.
+            DefectError: the tokens differ.
         """
         own = hashlib.sha256(repr([list(row) for row in values]).encode()).hexdigest()
         told: list[Any] = [None] * self.size
@@ -105,20 +117,22 @@ _open: Mesh | None = None
 
 
 def by_first(call: Callable[[], Any]) -> Any:
-    """``call()``: where several processes share a model, made by the first of them for all."""
+    """Return the result of ``call()``. If several processes share a model, only the first of them
+    calls it, and all get its result.
+    """
     if _open is None:
         return call()
     return _open.from_first(call() if _open.first else None)
 
 
 def mesh() -> Mesh | None:
-    """The mesh of this process; None where each process holds a whole model."""
+    """The mesh of this process; None if each process has a whole model."""
     return _open
 
 
 def open_mesh(size: int) -> Mesh | None:
-    """Once vLLM has made its groups: take its group of this process. Every process of the run calls
-    it. None for ``size`` 1.
+    """Open the mesh with the groups that vLLM has created. Every process of the run must call this
+    function. Returns None for ``size`` 1.
     """
     if size == 1:
         return None
@@ -133,8 +147,8 @@ def open_mesh(size: int) -> Mesh | None:
 
 
 def settle(size: int, group: Any, host_group: Any) -> Mesh:
-    """The mesh whose models are shared over ``group``; the default group is that of the replicas
-    from here on. Every process of the run calls it.
+    """Create the mesh of models that are shared over ``group``, and make the group of the replicas
+    the default group. Every process of the run must call this function.
     """
     global _open
     whole, number = distributed.get_world_size(), distributed.get_rank()
@@ -151,13 +165,13 @@ def settle(size: int, group: Any, host_group: Any) -> Mesh:
         host_group=host_group,
         world=distributed.group.WORLD,
     )
-    # torch 2.11 and 2.13: the one place that functions without a group of their own look at.
+    # In torch 2.11 and 2.13, functions without a group argument read only this attribute.
     distributed_c10d._update_default_pg(own)
     return _open
 
 
 def close_mesh() -> None:
-    """The default group is that of all processes again. A second call does nothing."""
+    """Make the group of all processes the default group again. A second call does nothing."""
     global _open
     if _open is not None:
         own = distributed.group.WORLD
@@ -167,7 +181,7 @@ def close_mesh() -> None:
 
 
 TIMEOUT_S = 1800.0
-"""How long a rank waits for another one in a collective call; transformers' default of
+"""Seconds that a rank waits for another one in a collective call; transformers' default of
 ``ddp_timeout``.
 """
 
@@ -190,9 +204,10 @@ def join_group(timeout_s: float | None = None, store: Store | None = None) -> No
 
 
 def exchange(value: Any) -> list[Any]:
-    """``value`` of each process of the run, by rank; every one of them calls it. Joins the group.
+    """The ``value`` of each process of the run, by rank. Every process must call this function,
+    which joins the default group.
 
-    The values are sent by the CPU: no GPU of this process is chosen yet.
+    The values are sent by the CPU, because this process has not chosen its GPU yet.
     """
     if world_size() == 1:
         return [value]

@@ -1,7 +1,8 @@
 """Retry a rollout in smaller parts if memory runs out, with the same completions.
 
-A completion depends only on the seed and its row (``rollout_request.request_seed``), not on other
-completions in the call. So a call that did not fit is repeated in halves, and only time is lost.
+A completion depends only on the seed and its row (``rollout_request.request_seed``), not on the
+other completions of the call. So a call that did not fit is repeated in halves with the same
+result, and only time is lost.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a batch: ``n`` completions of each of ``prompts``; the first of prompt i is row
-    ``rows[i]``.
+    """A part of a batch: ``n`` completions of each of ``prompts``. ``rows[i]`` is the row of the
+    first completion of prompt i.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -45,11 +46,13 @@ class Part:
 
     @property
     def size(self) -> int:
-        """The number of completions."""
+        """The number of completions in this part."""
         return len(self.prompts) * self.n
 
     def halves(self) -> tuple[Part, Part]:
-        """Split the prompts in two, or the completions of a single prompt; in order."""
+        """Split this part by its prompts, or a single prompt by its completions; the halves are in
+        order.
+        """
         if len(self.prompts) > 1:
             middle = len(self.prompts) // 2
             first = Part(self.prompts[:middle], self.rows[:middle], self.n)
@@ -60,7 +63,9 @@ class Part:
         return Part(self.prompts, [row], middle), rest
 
     def fit(self, most: int | None) -> list[Part]:
-        """Parts of at most ``most`` completions, in order; None means no limit."""
+        """Split this part into parts of at most ``most`` completions, in order; None means no
+        limit.
+        """
         if most is None or self.size <= max(most, 1):
             return [self]
         return [part for half in self.halves() for part in half.fit(most)]
@@ -74,11 +79,12 @@ def in_parts(
     at_once: int,
     recover: Callable[[], None],
 ) -> tuple[Rollout, int | None]:
-    """(outputs for ``whole``, the number of completions at a time that fits).
+    """(rollout of ``whole``, the number of completions at a time that fits; ``most`` if no call
+    failed).
 
-    ``at_once`` is how many sequences the engine runs at a time. ``recover`` makes the engine usable
-    after a failed call. An error other than out of memory is raised, and so is out of memory with a
-    single completion.
+    ``draw`` samples one part. ``at_once`` is the number of sequences that the engine runs at a
+    time. ``recover`` makes the engine usable after a failed call. An error other than out of memory
+    is raised, and so is out of memory with a single completion.
     """
     waiting, done = whole.fit(most), []
     while waiting:
@@ -90,7 +96,8 @@ def in_parts(
             if part.size < 2 or not is_out_of_memory(error):
                 raise
             failure = str(error).strip().partition("\n")[0][:300]
-        # Outside the handler, because the traceback references tensors of the failed call.
+        # This is outside the exception handler, because the traceback references tensors of the
+        # failed call.
         tried = min(part.size, at_once)
         most = tried // 2
         logger.warning(
@@ -105,7 +112,7 @@ def in_parts(
 
 
 def _joined(rollouts: Sequence[Rollout]) -> Rollout:
-    """Join the outputs in order."""
+    """One rollout with the completions of ``rollouts`` in their order."""
     if len(rollouts) == 1:
         return rollouts[0]
     logprobs = [r.logprobs for r in rollouts if r.logprobs is not None]

@@ -23,11 +23,11 @@ DEFAULT_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # It is compiled on first use and needs a CUDA toolkit, which the run-time image does not have;
-    # it does not support processed log-probabilities.
+    # FlashInfer's sampler is compiled on first use and needs a CUDA toolkit, which the run-time
+    # image does not have; and it does not support processed log-probabilities.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
-"""Set unless the user has set them."""
+"""Values that are set unless the user has set the variables."""
 
 
 def open_engine(options: EngineOptions) -> Engine:
@@ -66,7 +66,7 @@ def prepare_environment() -> None:
     """Set vLLM's environment variables; values that the user has set are kept.
 
     Raises:
-        ConfigError: the user has set one to a value that prevents weight sharing.
+        ConfigError: the user has set a variable to a value that prevents weight sharing.
     """
     for name, value in REQUIRED_ENVIRONMENT.items():
         found = os.environ.setdefault(name, value)

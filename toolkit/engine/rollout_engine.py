@@ -1,5 +1,5 @@
-"""The interface of a sampler for training, and the check that vLLM is installed. Importable without
-torch or vLLM.
+"""Define the interface of a sampler for training, and check that vLLM is installed. This module
+imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from toolkit.config.sampling_keywords import Engine as Reads
+    from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.rollout_request import Rollout, Sampling
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the policy under training. The vLLM engine and Hugging Face generation both
-    implement it.
+    """Samples from the policy that is trained. The vLLM engine and Hugging Face generation
+    implement this interface.
     """
 
-    reads: Reads
-    """The library whose sampling keywords and order of sampling steps it uses."""
+    sampler_name: SamplerName
+    """The library whose names of sampling options and order of sampling steps the engine uses."""
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
         """Publish the current values of adapter ``name`` of ``peft_model``; the next ``generate``
@@ -37,26 +37,26 @@ class RolloutEngine(Protocol):
         adapter: bool = True,
         rows: Sequence[int] | None = None,
     ) -> Rollout:
-        """``sampling.n`` completions of each prompt (token ids). Same seed, same prompts, same
-        policy: same completions.
+        """Sample ``sampling.n`` completions of each prompt (token ids). The same seed, prompts and
+        policy give the same completions.
 
-        If the call is part of a batch, ``rows`` is the index in the batch of each prompt's first
+        If the call is part of a batch, ``rows`` has the index in the batch of each prompt's first
         completion. A completion depends only on the seed and its row, not on the rest of the call.
         None means 0, n, 2n and so on.
         """
 
     def sleep(self) -> None:
-        """Free memory that only sampling needs. Weights stay. Has no effect if there is nothing to
-        free.
+        """Free memory that only sampling needs; the weights stay. Does nothing if there is no such
+        memory.
         """
 
     def wake(self) -> None:
-        """Allocate it again; called before the next ``generate``."""
+        """Allocate the memory that ``sleep`` freed; called before the next ``generate``."""
 
     def close(self) -> None:
-        """Release everything; a second call does nothing."""
+        """Release the engine and its memory. A second call does nothing."""
 
 
 def vllm_available() -> bool:
-    """True if vLLM can be imported here; it is not imported."""
+    """True if vLLM can be imported here. The check does not import it."""
     return find_spec("vllm") is not None

@@ -1,4 +1,6 @@
-"""The request to a sampler and its result, in TRL's layout. Plain values, without torch or vLLM."""
+"""Define the request to a sampler and its result, in TRL's layout, as plain values without torch or
+vLLM.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ SEED_LIMIT = 2**62
 class Sampling:
     """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means off. ``logprobs`` None requests none, 0 that of the sampled token, k also
-    those of the k most likely tokens; they are of the distribution sampled from (after temperature,
-    top-k, top-p, min-p and penalties). ``extra`` holds ``generation_kwargs``: any other sampling
-    argument of the engine under its own name; it takes precedence over the fields.
+    ``top_k`` 0 means off. ``logprobs``: None requests none, 0 those of the sampled tokens, k also
+    those of the k most likely tokens. They belong to the distribution that tokens are sampled from
+    (after temperature, top-k, top-p, min-p and penalties). ``extra`` holds ``generation_kwargs``:
+    any other sampling argument of the engine under its own name. It takes precedence over the
+    fields.
     """
 
     n: int = 1
@@ -66,10 +69,10 @@ class Rollout:
     """Completions in the layout of ``trl.generation.vllm_generation.VLLMGeneration.generate`` (TRL
     1.16).
 
-    The four lists have ``len(prompts) * n`` entries, with the n completions of a prompt next to
-    each other. ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], most likely
-    first (with ``logprobs=0`` one entry: the sampled token); both are None if none were requested.
-    A log-probability that is NaN becomes None.
+    The four lists have ``len(prompts) * n`` entries; the n completions of a prompt are adjacent.
+    ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], the most likely token
+    first (with ``logprobs=0`` only the sampled token); both are None if none were requested. A
+    log-probability that is NaN becomes None.
     """
 
     prompt_ids: list[list[int]]
@@ -95,15 +98,15 @@ def request_seed(seed: int, row: int) -> int:
 
 
 def derive_seed(run_seed: int, step: int, call: int = 0) -> int:
-    """The seed of one call of ``generate``: from the run's seed, the optimizer step, and the number
-    of the call in that step.
+    """The seed of one call of ``generate``, computed from the run's seed, the optimizer step, and
+    the number of the call in that step.
     """
     digest = hashlib.blake2b(f"{run_seed}|{step}|{call}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
-    """Reject prompts that are empty, or too long for at least one completion token.
+    """Raise an error for prompts that are empty, or too long for at least one completion token.
 
     Raises:
         ConfigValueError: the message names the first such prompt and a fix.

@@ -1,5 +1,5 @@
-"""Parameters of which each process of a group holds a part: a mark on the parameter says which, and
-parts are put together again.
+"""Mark parameters of which each process of a group has only a part, and put the parts together
+again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from toolkit.base.errors import DefectError
 from toolkit.engine.mesh import mesh
 
 MARK = "_toolkit_shard"
-"""Attribute of an adapter's parameter that is a part of a larger one."""
+"""Attribute of an adapter's parameter that is a part of a larger parameter: its ``Shard``."""
 
 
 Style = Literal["rows", "columns", "whole"]
@@ -21,9 +21,9 @@ Style = Literal["rows", "columns", "whole"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a layer is cut: the ``rows`` or ``columns`` of its weight from ``start`` on, ``length``
-    of ``total``, are here. ``repeated``: other processes hold the same ones (there are more of them
-    than KV heads).
+    """How a layer is split: this process has the ``rows`` or ``columns`` of its weight from
+    ``start`` on, ``length`` of ``total``. ``repeated``: other processes have the same ones, because
+    there are fewer KV heads than processes.
     """
 
     style: Style
@@ -35,27 +35,28 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A mark on a parameter: along ``dim`` this process holds its equal part of ``total``."""
+    """The mark on a parameter: this process has its equal part of ``total`` along ``dim``."""
 
     dim: int
     total: int
 
 
 def mark(parameter: torch.Tensor, dim: int, total: int) -> None:
-    """Note that ``parameter`` is this process's part of ``total`` along ``dim``."""
+    """Mark ``parameter`` as this process's part of ``total`` along ``dim``."""
     setattr(parameter, MARK, Shard(dim, total))
 
 
 def shard_of(parameter: Any) -> Shard | None:
-    """The mark on a parameter; None for one that every process of the group holds whole."""
+    """The mark on a parameter; None if every process of the group has the whole parameter."""
     found: Shard | None = getattr(parameter, MARK, None)
     return found
 
 
 @torch.no_grad()
-def whole(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
-    """The whole of a part: of ``tensor``, cut as the parameter ``like`` (itself) is. Every process
-    of the group calls it. What is whole already is returned as it is.
+def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
+    """The whole tensor of which ``tensor`` is this process's part. ``tensor`` is split as the
+    parameter ``like`` is, or, for None, by its own mark. Every process of the group must call
+    this function. A tensor that is not split is returned unchanged.
     """
     shard, shared = shard_of(tensor if like is None else like), mesh()
     if shard is None:
@@ -66,22 +67,23 @@ def whole(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
 
 
 def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """The part of a whole ``tensor`` that this process holds of the parameter ``like``."""
+    """This process's part of the whole ``tensor``, which is split as the parameter ``like`` is."""
     shard, shared = shard_of(like), mesh()
     if shard is None:
         return tensor
     if shared is None:
         raise DefectError("a part of a parameter, and its engine is closed")
     if tensor.dim() == 0 or tensor.shape[shard.dim] != shard.total:
-        return tensor  # for the caller to find that it is no such tensor
+        return tensor  # its shape is wrong, which the caller reports
     length = shard.total // shared.size
     own = tensor.narrow(shard.dim, shared.rank * length, length)
-    # A copy: fused optimizers read memory in order, and the whole is not to be kept.
+    # This is a copy, because fused optimizers read memory in order, and the whole tensor should be
+    # freed.
     return own.clone(memory_format=torch.contiguous_format)
 
 
 def whole_shape(parameter: Any) -> torch.Size:
-    """The shape of the whole of a parameter."""
+    """The shape of the whole parameter, of which ``parameter`` may be a part."""
     shape, shard = list(parameter.shape), shard_of(parameter)
     if shard is not None:
         shape[shard.dim] = shard.total

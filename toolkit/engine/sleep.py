@@ -1,5 +1,5 @@
-"""KV-only sleep: while the trainer works, the KV cache's memory is released and the shared weights
-stay.
+"""Release the memory of the KV cache while the trainer works, and keep the shared weights (KV-only
+sleep).
 
 vLLM's own sleep also unmaps the weights (level 1 moves them to the host, level 2 drops them), so
 the trainer's views would point to unmapped memory. vLLM's factory of sleep backends
@@ -31,7 +31,7 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
     """
 
     def suspend(self, level: int = 1) -> None:
-        """Release the KV cache, whatever the level."""
+        """Release the KV cache, for every ``level``."""
         del level
         self._state = "SUSPENDED"
         release_tag(KV_TAG)
@@ -52,17 +52,17 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
 
     @classmethod
     def preserves_communicators(cls) -> bool:
-        """Communicator buffers live outside the pool."""
+        """True, because communicator buffers are outside the pool."""
         return True
 
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
-        """Addresses stay reserved, so compiled code and CUDA graphs stay valid."""
+        """True, because addresses stay reserved, so compiled code and CUDA graphs stay valid."""
         return True
 
 
 def register() -> None:
-    """Make the backend known to vLLM's factory, once."""
+    """Register the backend in vLLM's factory, once."""
     if NAME not in SleepModeBackendFactory._registry:
         SleepModeBackendFactory.register_backend(NAME, __name__, KvOnlyBackend.__name__)
 
@@ -81,7 +81,7 @@ def release_tag(tag: str) -> None:
 
 def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     """Map memory at the addresses of every released allocation with the tag ``tag``; its contents
-    are undefined. torch keeps its cache if ``spare_bytes`` stay free in addition.
+    are undefined. torch keeps its cached memory if ``spare_bytes`` stay free in addition.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -91,7 +91,8 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     enough = spare_bytes is not None and torch.cuda.mem_get_info()[0] >= needed + spare_bytes
     if asleep and not enough:
         # The trainer's step leaves memory of its activations in torch's cache. Without this call
-        # the GPU would need memory for both, which sleep must avoid.
+        # the GPU would need memory for the activations and the KV cache at once, which sleep must
+        # avoid.
         torch.cuda.empty_cache()
     for data in asleep:
         create_and_map(data.handle)
@@ -101,7 +102,7 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
 @contextmanager
 def tagged_pool(tag: str) -> Iterator[None]:
     """Tensors that are created in the block can be released and mapped by ``tag``, also without
-    ``enable_sleep_mode``. There is one pool per tag.
+    ``enable_sleep_mode``. Each tag has one pool.
     """
     allocator, _, _ = _allocator()
     with allocator.use_memory_pool(tag=tag):
@@ -127,16 +128,16 @@ def drop_pool(tag: str) -> None:
 
 
 def _allocator() -> tuple[Any, Any, Any]:
-    """vLLM's allocator of this process and its two primitives; imported here because it needs
+    """vLLM's allocator of this process and its two primitives. The import is here because it needs
     CUDA.
     """
-    from vllm.device_allocator import cumem  # noqa: PLC0415 - wants the CUDA runtime library
+    from vllm.device_allocator import cumem  # noqa: PLC0415 - needs the CUDA runtime library
 
     return cumem.CuMemAllocator.get_instance(), cumem.unmap_and_release, cumem.create_and_map
 
 
 class KvSleep:
-    """The switch of one engine that was built with ``enable_sleep_mode``."""
+    """Puts one engine that was built with ``enable_sleep_mode`` to sleep and wakes it."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -160,5 +161,5 @@ class KvSleep:
             self.asleep = False
 
     def wake_for_close(self) -> None:
-        """Wake before a shut-down, because freeing unmapped memory would fail."""
+        """Map the KV cache before a shut-down, because freeing unmapped memory would fail."""
         self.wake()

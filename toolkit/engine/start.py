@@ -1,5 +1,5 @@
-"""Start an engine from its options. Imports vLLM; call it only through ``open_engine``, which
-prepares the environment.
+"""Start an engine from its options. This module imports vLLM; call it only through ``open_engine``,
+which prepares the environment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
 
 
-_SET_NUM_THREADS = torch.set_num_threads  # before any engine of this process replaces it
+_SET_NUM_THREADS = torch.set_num_threads  # torch's own; an engine may replace it later
 _started: weakref.ref[Engine] | None = None
 """The last engine that was started in this process."""
 
@@ -70,9 +70,9 @@ def start(options: EngineOptions) -> Engine:
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _started = weakref.ref(engine)
         if again:
-            # vLLM froze all existing objects for the garbage collector, also the model of a
-            # previous engine. Unfreeze them, so that its weights are freed when the caller drops
-            # it.
+            # vLLM has frozen all existing objects for the garbage collector, also the model of a
+            # previous engine. Unfreeze them, so that the weights of that model are freed when the
+            # caller drops it.
             gc.unfreeze()
         return engine
     except ToolkitError:
@@ -80,17 +80,19 @@ def start(options: EngineOptions) -> Engine:
     except Exception as problem:
         raise explain(problem, "the engine did not start") from problem
     finally:
-        # vLLM seeds torch's generator, and its CPU worker replaces this function by one without
-        # effect (0.31.0). Restore both, because the trainer runs in this process too.
+        # vLLM seeds torch's generator, and its CPU worker replaces ``set_num_threads`` by a
+        # function without effect (0.31.0). Restore both, because the trainer runs in this process
+        # too.
         torch.set_rng_state(state)
         torch.set_num_threads = _SET_NUM_THREADS
 
 
 def sum_over_gloo() -> None:
-    """Have vLLM's CPU workers add up over torch.distributed (gloo).
+    """Make vLLM's CPU workers add up over torch.distributed (gloo).
 
-    Its own sums over shared memory (``CpuCommunicator``, 0.31.0) wait without end for a process
-    that is gone, and all runs of a machine share one name of the memory under external_launcher.
+    vLLM's own sums over shared memory (``CpuCommunicator``, 0.31.0) wait without end for a process
+    that has ended, and with external_launcher all runs on a machine use one name for the shared
+    memory.
     """
     from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415 - CPU only
 
@@ -99,8 +101,8 @@ def sum_over_gloo() -> None:
 
 
 def make_room() -> None:
-    """Free a previous engine that is no longer referenced, and reject a start while another engine
-    is open. vLLM keeps its groups and the memory pool of a sleeping KV cache per process, so
+    """Free a previous engine that is no longer referenced, and raise an error if another engine is
+    open. vLLM has its groups and the memory pool of a sleeping KV cache once per process, so
     closing one of two engines would break the other.
 
     Raises:
@@ -123,9 +125,9 @@ def make_room() -> None:
 
 
 def fit_cpu(arguments: dict[str, Any]) -> None:
-    """Additional arguments for vLLM's CPU worker.
+    """Add the arguments that vLLM's CPU worker needs to ``arguments``.
 
-    Prompts are prefilled in one piece: after a partial prefill vLLM rewinds the request's
+    A prompt is prefilled in one scheduler step: after a partial prefill vLLM rewinds the request's
     generator, which torch's CPU generators do not support ("CPU Generator does not use offset",
     0.25.1 to 0.31.0).
     """
@@ -141,11 +143,12 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
 
 
 def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
-    """Additional arguments for vLLM's GPU worker: unchanged expert weights, copies of 4-bit
-    weights, and the tuned LoRA kernels of the GPU.
+    """Add arguments for vLLM's GPU worker to ``arguments``: unchanged expert weights, copies of
+    4-bit weights, and the tuned LoRA kernels of the GPU.
     """
     if options.share_weights and has_experts(config.to_dict()):
-        arguments.setdefault("moe_backend", "triton")  # the only one that keeps expert weights
+        # Only this backend does not change expert weights.
+        arguments.setdefault("moe_backend", "triton")
     if options.dequantized_rollouts and has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
         arguments["model_loader_extra_config"] = {
@@ -160,7 +163,8 @@ CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def check_model(options: EngineOptions, device: str) -> Any:
-    """Reject models that would fail after minutes of loading. Returns the model's config.
+    """Raise an error for models that would fail after minutes of loading. Returns the model's
+    config.
 
     Raises:
         InputError: no readable config.
@@ -216,7 +220,7 @@ def read_config(options: EngineOptions) -> Any:
     """The checkpoint's Hugging Face config.
 
     Raises:
-        InputError: it does not exist, or cannot be read.
+        InputError: the config does not exist or cannot be read.
     """
     try:
         return transformers.AutoConfig.from_pretrained(options.model, revision=options.revision)

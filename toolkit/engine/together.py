@@ -1,12 +1,12 @@
-"""What processes that share a model decide together when one of them runs out of memory.
+"""Make processes that share a model act together when one of them runs out of memory.
 
-A process that repeats its work alone leaves the others in a collective that it never joins, so all
-of them repeat or none does. They agree over the group's host side, never over the group that
-carries tensors.
+If a process repeated its work alone, the others would wait in a collective that it never joins. So
+all of them repeat, or none does. They agree over the group's CPU connection, never over the
+connection that transfers tensors.
 
 * In a watched phase (a training step) the processes agree before each collective of the group. A
-  process that runs out of memory answers the agreement that the others reach next. All have then
-  made the same collectives, and all repeat the phase.
+  process that runs out of memory reports that in the agreement that the others reach next. At that
+  point all have made the same collectives, and all repeat the phase.
 * The collectives inside vLLM cannot be watched. There the processes agree after the call: if all
   return, with a result or out of memory, all repeat it. If one of them stays in a collective, the
   process that failed gets no answer within ``ANSWER_S``, and the run ends.
@@ -35,18 +35,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_S = 60.0
-"""How long a process that ran out of memory waits for the others to answer."""
+"""Seconds that a process that ran out of memory waits for the others to answer."""
 
 _watched = False
 
 
 class OutOfMemoryElsewhere(RuntimeError):
-    """Another process of the group ran out of memory, and all repeat what they did."""
+    """Raised if another process of the group ran out of memory, so that all repeat the same
+    work.
+    """
 
 
 def watch() -> None:
-    """From here to the end of the ``phase`` each collective of the group is preceded by an
-    agreement. Every process of the group calls it at the same point.
+    """Make each collective of the group wait for an agreement, until the ``phase`` ends. Every
+    process of the group must call this function at the same point.
     """
     global _watched
     _watched = mesh() is not None
@@ -54,12 +56,12 @@ def watch() -> None:
 
 @contextmanager
 def phase() -> Iterator[None]:
-    """Around work that can be repeated. If a process runs out of memory after ``watch``, all
+    """Surround work that can be repeated. If a process runs out of memory after ``watch``, all
     processes of the group leave with an out-of-memory error.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this one did, and the others do not answer.
+        ConfigError: this process ran out of memory, and the others do not answer.
     """
     global _watched
     try:
@@ -76,11 +78,11 @@ def phase() -> Iterator[None]:
 
 
 def before_collective() -> None:
-    """Agree that every process of the group makes the next collective. Does nothing outside of a
-    watched phase.
+    """Agree with the other processes of the group that all make the next collective. Does nothing
+    outside of a watched phase.
 
     Raises:
-        OutOfMemoryElsewhere: one of them ran out of memory instead.
+        OutOfMemoryElsewhere: another process ran out of memory instead.
     """
     shared = mesh()
     if not _watched or shared is None:
@@ -90,12 +92,12 @@ def before_collective() -> None:
 
 
 def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
-    """``draw()``, a call of the engine in every process of the group. Out of memory in one of them
-    is raised in all.
+    """Return the result of ``draw()``, a call of the engine in every process of the group. Out of
+    memory in one process is raised in all.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this one did, and the others do not answer.
+        ConfigError: this process ran out of memory, and the others do not answer.
     """
     try:
         result = draw()
@@ -109,7 +111,9 @@ def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
 
 
 def _answer(shared: Mesh, error: BaseException, during: str) -> None:
-    """Tell the others that this process ran out of memory; returns once all have told."""
+    """Report to the other processes that this one ran out of memory. Returns after all have
+    reported their state.
+    """
     try:
         if not _idle():
             raise RuntimeError("a collective of this process does not end")
@@ -127,12 +131,12 @@ def _answer(shared: Mesh, error: BaseException, during: str) -> None:
 
 
 def _idle() -> bool:
-    """Whether the GPU has done all that this process asked of it: then every collective that it
-    began has been made by the others too.
+    """Whether the GPU has completed all work of this process. Then the other processes have also
+    made every collective that this process started.
     """
-    cuda: Any = torch.cuda  # which has no types
+    cuda: Any = torch.cuda  # torch.cuda has no types
     if not cuda.is_initialized():
-        return True  # a collective of the CPU has ended when it returns
+        return True  # a collective on the CPU is complete when it returns
     asked = cuda.Event()
     asked.record()
     end = time.monotonic() + ANSWER_S

@@ -34,7 +34,9 @@ ValueError.
 """
 
 GIVEN_UP = frozenset({"abort", "error"})
-"""Finish reasons of a request that failed by itself, e.g. on a grammar that does not compile."""
+"""Finish reasons of a request that failed without an exception, e.g. because of a grammar that does
+not compile.
+"""
 
 
 def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
@@ -58,7 +60,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         "logprobs": sampling.logprobs,
         "seed": seed,
         "detokenize": False,
-        # One flat list per sequence instead of a dict of objects per token.
+        # Request one flat list per sequence instead of a dict of objects per token.
         "flat_logprobs": True,
     }
     if sampling.stop_token_ids:
@@ -69,7 +71,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     structured = keywords.get("structured_outputs")
     bias = keywords.get("logit_bias")
     try:
-        if isinstance(bias, dict):  # keys are token ids, but the keys of a run file are texts
+        if isinstance(bias, dict):  # the keys are token ids, but in a run file they are texts
             keywords["logit_bias"] = {int(token): value for token, value in bias.items()}
         if sampling.structured_outputs_regex is not None:
             keywords["structured_outputs"] = StructuredOutputsParams(
@@ -87,7 +89,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
 
 @contextmanager
 def judging(llm: LLM) -> Iterator[None]:
-    """Around a call of ``llm.generate``: convert vLLM's rejection of a request to an error of the
+    """Surround a call of ``llm.generate``: convert vLLM's rejection of a request to an error of the
     toolkit.
 
     Raises:
@@ -116,10 +118,11 @@ def generate(
     lora: LoRARequest | None,
     rows: Sequence[int],
 ) -> Rollout:
-    """``sampling.n`` completions of each prompt; ``rows`` as in ``rollout_engine.RolloutEngine``.
+    """Sample ``sampling.n`` completions of each prompt; ``rows`` is explained in
+    ``rollout_engine.RolloutEngine``.
 
-    Each prompt is one request with n completions, so its prefix is computed once. It has its own
-    seed, so the result depends neither on earlier calls nor on the batch that it runs in.
+    Each prompt is one request with n completions, so its prefix is computed once. The request has
+    its own seed, so the result depends neither on earlier calls nor on the batch that it runs in.
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     params = [
@@ -128,7 +131,7 @@ def generate(
     ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
-    # vLLM also draws from torch's global generators: restore them for the trainer.
+    # vLLM also draws from torch's global generators, so they are restored for the trainer.
     with judging(llm), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         if requests:
@@ -137,7 +140,7 @@ def generate(
 
 
 def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
-    """Plain ``llm.generate``. If it is interrupted, no request stays in the engine.
+    """Call ``llm.generate``. If the call is interrupted, no request stays in the engine.
 
     Raises:
         ConfigValueError: vLLM rejects the request.
@@ -151,10 +154,10 @@ def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) 
 
 
 def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
-    """vLLM's outputs in TRL's layout.
+    """Convert vLLM's outputs to TRL's layout.
 
     Raises:
-        ConfigError: vLLM aborted one of them.
+        ConfigError: vLLM aborted a request.
     """
     prompt_ids: list[list[int]] = []
     completion_ids: list[list[int]] = []
@@ -183,10 +186,11 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
 
 
 def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
-    """One sequence's log-probabilities and their tokens, [position][rank], most likely first.
+    """The log-probabilities of one sequence and their tokens, [position][rank], the most likely
+    token first.
 
-    vLLM lists the sampled token first and then the k most likely ones, which may contain it again.
-    As in TRL, it is kept once, at its rank.
+    vLLM lists the sampled token first and then the k most likely tokens, which may contain the
+    sampled one again. The result has each token once, at its rank, as in TRL.
     """
     size = len(flat.logprobs)
     if size == len(flat.start_indices):  # one per position, the usual case: no sorting, no objects

@@ -9,8 +9,8 @@ from toolkit.base.symptoms.errors import AGAIN, explained
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION = "VLLMValidationError"
-"""vLLM's validation error, which is not a ValueError from 0.31. By name, because this module does
-not import vLLM.
+"""The name of vLLM's validation error, which is not a ValueError from 0.31. A name and not the
+class, because this module does not import vLLM.
 """
 
 
@@ -34,8 +34,8 @@ def died(error: ToolkitError) -> ToolkitError:
 
 
 def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
-    """``problem`` (and what caused it) as a ToolkitError with the exit code and the remedy of the
-    known symptom in its text.
+    """Convert ``problem`` (and the exceptions that caused it) to a ToolkitError. If the text has a
+    known symptom, the error has its exit code and remedy.
 
     Unknown texts are quoted. The error is a ConfigError if vLLM rejected a value, else a NodeError,
     because the config may be correct. ``fix`` replaces the fix of that NodeError, for an engine

@@ -1,6 +1,7 @@
-"""All uses of vLLM's internals, each in one function. For vLLM 0.25.1 and 0.31.0.
+"""Access vLLM's internals. Every use of them is one function of this module, for vLLM 0.25.1 and
+0.31.0.
 
-``tests/contract/test_vllm_seams.py`` checks each of them and names the one that moved.
+``tests/contract/test_vllm_seams.py`` checks each internal and names the one that upstream changed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Internals:
-    """The internals of a started engine: the runner, its live module and the slots of its adapters
-    (None without LoRA).
+    """The internals of a started engine: the runner, its module of the model, and the slots of its
+    adapters (None without LoRA).
     """
 
     runner: Any
@@ -46,7 +47,7 @@ def device_type() -> str:
 
 
 def open_worker(llm: LLM) -> Any:
-    """The one worker of an engine that runs in this process."""
+    """The only worker of an engine that runs in this process."""
     workers = llm.collective_rpc(_itself)
     if len(workers) != 1:
         raise UnsupportedError(
@@ -75,10 +76,10 @@ def drop_requests(llm: LLM) -> None:
     """Remove every request from an engine whose step raised, so that it can be used again, and free
     the blocks that torch caches.
 
-    vLLM treats such an engine as dead, because it cannot know what failed. But after a failed
+    vLLM treats such an engine as unusable, because it cannot know what failed. But after a failed
     allocation its state is intact. A failed step leaves requests in the output processor and the
-    scheduler, running batches (asynchronous scheduling), and the runner's record of a forward whose
-    tokens were not sampled yet.
+    scheduler, running batches (asynchronous scheduling), and the runner's record of a forward pass
+    whose tokens were not sampled yet.
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -102,7 +103,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if not keep_process_group:
         client.shutdown()
         return
-    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: would shut down again at gc
+    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: it would shut down again later
     if finalizer is not None:
         finalizer.detach()
     core = client.engine_core
@@ -111,7 +112,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     core.scheduler.shutdown()
     gc.unfreeze()
     parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:  # vLLM's own group on top of the trainer's
+    if parallel_state._WORLD is not None:  # vLLM's group, which is not the trainer's
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
 

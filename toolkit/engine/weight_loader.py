@@ -1,18 +1,17 @@
-"""The toolkit's model loader, registered with vLLM's ``register_model_loader``.
+"""Define the toolkit's model loader, which is registered with vLLM's ``register_model_loader``.
 
-It reads checkpoints as vLLM's default loader does, and in addition:
+The loader reads checkpoints as vLLM's default loader does, and in addition:
 
-* on a CPU it asks each linear layer to keep its weight as loaded. Otherwise vLLM would prepack it
-  for its matrix kernel and drop the original, which then could not be shared
+* On a CPU it makes each linear layer keep its weight as loaded. Otherwise vLLM would prepack the
+  weight for its matrix kernel and drop the original, which then could not be shared
   (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
-* it records the name of every tensor that it read, so that ``policy.shared_weights`` can reject a
-checkpoint
-  with tensors that belong to no parameter of the model. It also records a few loaded values of each
-  parameter, to detect parameters that vLLM later rewrites for a kernel (experts on a CPU), which
-  cannot be shared.
+* It records the name of every tensor that it read, so that ``policy.shared_weights`` can reject a
+  checkpoint with tensors that belong to no parameter of the model. It also records a few loaded
+  values of each parameter, to detect parameters that vLLM later rewrites for a kernel (experts on a
+  CPU), which cannot be shared.
 
-For 4-bit models vLLM always chooses its own loader. ``register_dequantizing`` replaces it by one
-with which layers compute with 16-bit copies (``engine.dequantized``).
+For 4-bit models vLLM always chooses its own loader. ``register_dequantizing`` replaces that loader
+by one whose layers compute with 16-bit copies (``engine.dequantized``).
 """
 
 from __future__ import annotations
@@ -60,28 +59,30 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every (name, tensor) of the checkpoint; the names are recorded."""
+        """Yield every (name, tensor) of the checkpoint and record the names."""
         for name, tensor in super().get_all_weights(model_config, model):
             self._names.add(name)
             yield name, tensor
 
 
 def register() -> None:
-    """Register the loader in vLLM under ``engine_options.LOADER``. A second call registers it again
-    without effect.
+    """Register the loader in vLLM under ``engine_options.LOADER``. A second call has no further
+    effect.
     """
     register_model_loader(LOADER)(SharedWeightsLoader)
 
 
 FOUR_BIT = "bitsandbytes"
-"""vLLM's name of its loader for 4-bit weights, which cannot be set by an argument."""
+"""vLLM's name of its loader for 4-bit weights, which vLLM chooses itself."""
 WANTED = "dequantized_rollouts"
-"""Key of ``model_loader_extra_config`` with the amount to dequantize."""
+"""Key of ``model_loader_extra_config`` whose value sets the copies: True for all layers, or a
+number of bytes.
+"""
 
 
 def register_dequantizing() -> None:
-    """Replace vLLM's 4-bit loader by ``dequantizing`` around it. Does nothing if this vLLM has no
-    such loader (0.31 moved it out), or on a second call.
+    """Replace vLLM's 4-bit loader by the class that ``dequantizing`` makes of it. Does nothing if
+    this vLLM has no such loader (0.31 moved it), or on a second call.
     """
     module = "vllm.model_executor.model_loader"
     if find_spec(f"{module}.bitsandbytes_loader") is None:
@@ -97,11 +98,11 @@ def register_dequantizing() -> None:
 
 
 def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
-    """``loader`` (a vLLM loader of packed weights), with copies for as many layers as
-    ``model_loader_extra_config`` asks for. ``options`` are those of ``dequantized.attach``.
+    """A subclass of ``loader`` (a vLLM loader of packed weights) with copies for as many layers as
+    ``model_loader_extra_config`` requests. ``options`` are those of ``dequantized.attach``.
     """
 
-    class DequantizingLoader(loader):  # type: ignore[misc]  # a class that is not known here
+    class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time
         def load_model(
             self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
         ) -> nn.Module:

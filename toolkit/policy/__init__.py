@@ -1,1 +1,1 @@
-"""The model under training: Hugging Face modules on the engine's tensors, and LoRA."""
+"""Build the model that is trained: Hugging Face modules on the engine's tensors, and LoRA."""

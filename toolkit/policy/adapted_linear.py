@@ -1,13 +1,14 @@
-"""A linear layer with its LoRA update as one autograd function.
+"""Compute a linear layer with its LoRA update as one autograd function.
 
-PEFT's own forward (0.21.2) casts the input up to the float32 of the adapter, autocast casts it down
+PEFT's own forward pass (0.21.2) casts the input up to the adapter's float32, autocast casts it down
 again, and the update is scaled and added in separate passes. Autograd then keeps a copy of the
-input for every adapted layer. Here the original input is kept once (q, k and v share it). The
-matrix product that computes the update also adds it, and likewise for the gradient of the input.
+input for every adapted layer. This function keeps only the original input, once (q, k and v share
+it). The matrix product that computes the update also adds it, and the same applies to the gradient
+of the input.
 
     y = x W^T + bias + s (x A^T) B^T        (LoRA: arXiv 2106.09685)
 
-Letters: T rows (tokens), I in, O out, R rank.
+Suffixes of names: T rows (tokens), I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def adapted_linear(
     b_OR: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """(..., O) in the dtype of ``x`` (..., I), which is also that of the frozen weight and bias.
+    """Map ``x`` (..., I) to (..., O) in the same dtype, which is also that of the frozen weight and
+    bias.
 
     The adapter may have another dtype. It is cast to that of ``x`` for the computation, as under
-    autocast, and its gradients have its own dtype.
+    autocast. Its gradients have the adapter's own dtype.
     """
     out: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, weight_OI, bias_O, a_RI, b_OR, scaling
@@ -44,17 +46,17 @@ class PackedBase(Protocol):
     """A frozen layer with a packed weight, which is unpacked for one product at a time."""
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """(T, O): x W^T + bias, in the dtype of ``x_TI``."""
+        """Return x W^T + bias (T, O), in the dtype of ``x_TI``."""
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """(O, I): the weight, unpacked for this call."""
+        """Return the weight (O, I), unpacked for this call."""
 
 
 def adapted_packed(
     x: torch.Tensor, base: PackedBase, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """``adapted_linear`` with a packed base. The weight is unpacked once in the forward and once in
-    the backward pass; neither copy is kept.
+    """Compute ``adapted_linear`` with a packed base layer. The weight is unpacked once in the
+    forward and once in the backward pass; neither copy is kept.
     """
     out: torch.Tensor = _AdaptedPacked.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, base, a_RI, b_OR, scaling
@@ -77,7 +79,7 @@ class _AdaptedLinear(torch.autograd.Function):
         hidden_TR = x_TI @ a_RI.to(x.dtype).T
         out_TO = linear(x_TI, weight_OI, bias_O)
         out_TO.addmm_(hidden_TR, b_OR.to(x.dtype).T, alpha=scaling)
-        # Views reference x itself, not a copy.
+        # ``x_TI`` is a view, so this saves ``x`` itself and not a copy.
         ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, hidden_TR)
         ctx.scaling, ctx.shape = scaling, x.shape
         return out_TO.view(*x.shape[:-1], weight_OI.shape[0])
@@ -126,7 +128,9 @@ def _gradients(
     weight: Callable[[torch.dtype], torch.Tensor],
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of input, A and B, if they are needed (``needs``, in this order)."""
+    """The gradients of the input, A and B; None for those that are not needed (``needs``, in this
+    order).
+    """
     x_TI, a_RI, b_OR, hidden_TR = saved
     grad_TO = grad.reshape(-1, grad.shape[-1])
     grad_hidden_TR = (grad_TO @ b_OR.to(grad.dtype)).mul_(ctx.scaling)

@@ -1,5 +1,5 @@
-"""Write an adapter as a PEFT folder: only safetensors, atomically, with equal bytes for equal
-adapters.
+"""Write an adapter as a PEFT folder: only safetensors, atomically, and with the same bytes for the
+same adapter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
 from toolkit.engine.mesh import mesh
-from toolkit.engine.shards import whole
+from toolkit.engine.shards import gather_parts
 from toolkit.policy.fingerprint import marks_of
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
@@ -44,15 +44,18 @@ def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, tor
 
 
 BASE_FILE = "base.json"
-"""A file next to PEFT's that identifies the base, so that an adapter is not put on another base."""
+"""A file next to PEFT's files that identifies the base model, so that the adapter is not put on
+another model.
+"""
 
 
 def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "default") -> Path:
-    """Write the adapter ``name`` of ``model`` to ``folder`` and return the folder. Equal adapters
-    give equal bytes.
+    """Write the adapter ``name`` of ``model`` to ``folder`` and return the folder. The same adapter
+    gives the same bytes.
 
     The files appear together at the end: after a full disk or a kill, the previous files are
-    unchanged. If processes share a model, all of them call it, and the first one writes.
+    unchanged. If processes share a model, all of them must call this function, and the first one
+    writes.
 
     Raises:
         ConfigValueError: the model has no adapter.
@@ -65,11 +68,11 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     target, shared, state = Path(folder), mesh(), None
     if shared is not None:
         own = model.named_parameters()
-        state = {key: whole(value) for key, value in own if "lora_" in key}
+        state = {key: gather_parts(value) for key, value in own if "lora_" in key}
         if not shared.first:
             return target
     with beside(target) as work:
-        # With this value PEFT does not ask the hub whether the vocabulary has the base's size.
+        # With this value PEFT does not query the hub for the base model's vocabulary size.
         resized = bool(getattr(model, "toolkit_resized", False))
         more = {} if state is None else {"state_dict": state}
         model.save_pretrained(
@@ -115,7 +118,9 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def _sort_config(path: Path) -> None:
-    """PEFT writes sets in hash order; sort them, so that the file is the same in every process."""
+    """Sort the lists in adapter_config.json. PEFT writes sets in hash order, which differs between
+    processes.
+    """
     values = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(key), list):
@@ -124,6 +129,6 @@ def _sort_config(path: Path) -> None:
 
 
 def base_name(model: Any) -> str | None:
-    """The name or folder that the base was loaded from, or None."""
+    """The name or folder that the base model was loaded from, or None."""
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None

@@ -1,4 +1,4 @@
-"""The attributes that the toolkit sets on a model, beyond those of transformers and PEFT."""
+"""Set the toolkit's own attributes on a model, in addition to those of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push
 
 
 def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
-    """Set ``carried`` (or those of the model ``like``) on ``model`` and bind its methods; returns
-    it.
+    """Set the attributes ``carried`` (or those of the model ``like``) on ``model``, bind the
+    toolkit's methods, and return ``model``.
 
-    ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are those of
-    ``policy.fast_generate`` and ``policy.adapter_io``; the others are those of ``policy.saving``.
+    The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are functions of
+    ``policy.fast_generate`` and ``policy.adapter_io``; the others are functions of
+    ``policy.saving``.
     """
     if like is not None:
         carried = {name: getattr(like, name, None) for name in CARRIED}

@@ -18,13 +18,13 @@ def choose_attention(
     """The ``attn_implementation`` for the model of ``config``; None means Hugging Face's default.
 
     Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM applies the cap on every
-    device, but Hugging Face's default does not. The policy under training would then differ from
-    the sampled one: by 0.4 nats with a large adapter on a small model. So such a model gets
+    device, but Hugging Face's default attention does not. The trained policy would then differ from
+    the sampled one, by 0.4 nats with a large adapter on a small model. So such a model gets
     ``"eager"``.
 
     Raises:
-        ConfigValueError: ``asked`` is not an attention function, or one that ignores the cap, that
-            the model does not have, or that this machine cannot run (``config.features``).
+        ConfigValueError: ``asked`` is not an attention function, or it ignores the cap, or the
+            model or this machine does not support it (``config.features``).
     """
     text = config.get_text_config()
     cap, kind = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")

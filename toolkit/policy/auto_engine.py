@@ -2,8 +2,8 @@
 gets.
 
 This is the only module of ``policy`` that uses sizing. The training settings are not known when the
-model is loaded. So the adapter is that of the folder, else the default one, and the batch is TRL's
-default.
+model is loaded. So sizing assumes the adapter of the folder, else the default adapter, and TRL's
+default batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from toolkit.policy.saved_adapter import Adapter
 
 SETTLED = ("gpu_memory_utilization", "tensor_parallel_size")
-"""Arguments of ``from_pretrained`` that the sizer settles."""
+"""Arguments of ``from_pretrained`` whose "auto" the sizer replaces."""
 
 ADAPTER_FIELDS = ("r", "target_modules", "rank_pattern", "exclude_modules", "layers_to_transform")
-"""Fields of an adapter's config that determine its size."""
+"""Fields of an adapter's config that determine the adapter's size."""
 
 
 def settled(
@@ -38,11 +38,12 @@ def settled(
     length: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """``SETTLED`` of the request; the sizer replaces each "auto", as in a run file.
+    """The arguments ``SETTLED`` of the request; the sizer replaces each "auto", as in a run file.
 
-    In a run of several processes all of them call it and get the same values: those for the GPU
-    with the least free memory. Without a GPU ``gpu_memory_utilization`` stays "auto": it is not
-    used there. ``length`` is max_seq_length in tokens, ``dtype`` the name of the weights' format.
+    In a run of several processes all of them must call this function and get the same values: those
+    for the GPU with the least free memory. Without a GPU ``gpu_memory_utilization`` stays "auto",
+    because it is not used there. ``length`` is max_seq_length in tokens, ``dtype`` the name of the
+    weights' format.
 
     Raises:
         ConfigError: the run does not fit next to the engine; the message lists changes that make it
@@ -69,7 +70,7 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """A run file for the same model."""
+    """The run configuration for the same model, with the given length and dtype."""
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,
@@ -87,7 +88,9 @@ def as_run(
 
 
 def lora_of(adapter: Adapter | None, checkpointing: Any = "auto") -> LoraSection:
-    """The adapter for sizing: the given one, else ``get_peft_model``'s default."""
+    """The ``lora`` section for sizing: that of the given adapter, else ``get_peft_model``'s
+    default.
+    """
     config = None if adapter is None else adapter.config
     found = {name: getattr(config, name, None) for name in ADAPTER_FIELDS}
     values: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""A checksum of the base model's weights, cheap enough to take before and after every run.
+"""Compute a checksum of the base model's weights, cheap enough to compute before and after every
+run.
 
 Each frozen tensor is summed as 64-bit integers, modulo 2^64, on its own device: one pass over the
-weights, without a copy or rounding. The sums stay equal while no value changes.
+weights, without a copy or rounding. The sums are equal as long as no value changes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ CHUNK_BYTES = 1 << 24
 """Number of bytes that are widened at once if a tensor cannot be read as 64-bit integers."""
 
 AT_LOAD = "toolkit_base_sums"
-"""Attribute of a model that shares its weights with an engine: the sums at its creation."""
+"""Attribute of a model that shares its weights with an engine: the sums when the model was
+created.
+"""
 
 
 class Sum(NamedTuple):
-    """The sum of one tensor. With another dtype or shape it counts as another tensor, not as a
-    changed one.
+    """The sum of one tensor, with its dtype and shape. Sums with different dtypes or shapes belong
+    to different tensors, so they do not count as a change.
     """
 
     dtype: torch.dtype
@@ -35,7 +38,7 @@ class Sum(NamedTuple):
 
 
 def base_sums(model: Any) -> dict[str, Sum]:
-    """The sum of every frozen tensor of the base, by its name without PEFT's wrappers."""
+    """The sum of every frozen tensor of the base model, by its name without PEFT's wrappers."""
     names, values = [], []
     for name, parameter in model.named_parameters():
         own = any(part in name for part in TRAINED)
@@ -49,7 +52,9 @@ def base_sums(model: Any) -> dict[str, Sum]:
 
 
 def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
-    """Names of the tensors in both with the same dtype and shape but different values."""
+    """The names of the tensors that have the same dtype and shape in ``before`` and ``after`` but
+    different values.
+    """
     return [
         name
         for name, found in after.items()
@@ -65,7 +70,7 @@ def digest(sums: Mapping[str, Sum]) -> str:
 
 def _add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor's bytes, as a 0-dimensional int64 on its device."""
-    # As a plain tensor, because bitsandbytes' parameter class overrides slicing.
+    # Use a plain tensor, because bitsandbytes' parameter class overrides slicing.
     plain = tensor.detach().as_subclass(torch.Tensor)
     flat = plain.contiguous().reshape(-1).view(torch.uint8)
     whole = flat.numel() - flat.numel() % 8
@@ -79,7 +84,7 @@ def _add_up(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_host(values: list[torch.Tensor]) -> list[int]:
-    """One copy to the host per device, not one per tensor."""
+    """The sums as ints, with one copy to the host per device instead of one per tensor."""
     found: dict[int, int] = {}
     for device in {value.device for value in values}:
         places = [index for index, value in enumerate(values) if value.device == device]

@@ -1,9 +1,9 @@
-"""4-bit weights that the engine and the trainer share: bitsandbytes layers on the engine's packed
-shards.
+"""Build 4-bit layers whose weights the engine and the trainer share: bitsandbytes layers on the
+engine's packed shards.
 
-Each part of a fused layer is a complete 4-bit weight (``engine.weights.is_packed``): ``Linear4bit``
-(read at bitsandbytes 0.50.2) on that slice and state computes the same as the engine, without a
-copy.
+Each part of a fused layer is a complete 4-bit weight (``engine.live_weights.is_packed``):
+``Linear4bit`` (bitsandbytes 0.50.2) on that slice and quantization state computes the same as the
+engine, without a copy.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 def find_parts(rows: Sequence[int], start: int, count: int) -> range:
-    """The parts that make up rows ``start`` to ``start + count``, given the rows of each part.
+    """The indices of the parts that make up rows ``start`` to ``start + count``; ``rows`` has the
+    number of rows of each part.
 
     Raises:
-        UnsupportedError: the cut is inside a part.
+        UnsupportedError: the rows begin or end inside a part.
     """
     edges = [0]
     for part in rows:
@@ -63,15 +64,16 @@ def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slic
     layer = linear_4bit(packed, state)
     layer.train(old.training)
     if old.bias is not None:
-        # Its own parameter, which is bound like every other one.
+        # The layer has its own parameter, which is bound to the engine's tensor like every other
+        # one.
         layer.register_parameter("bias", old.bias)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
 
 
 def join_states(states: Sequence[Any], where: str) -> Any:
-    """One state for adjacent parts: the state of a single part, else a state with their absmax
-    values concatenated.
+    """One quantization state for adjacent parts: the state of a single part, else a state with the
+    concatenated absmax values of all.
 
     Raises:
         UnsupportedError: nested states, or parts with different quantization.
@@ -145,12 +147,14 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
 
 
 class FourBitBase(NamedTuple):
-    """A frozen ``Linear4bit`` as the base of an adapted layer (``adapted_linear.PackedBase``)."""
+    """A frozen ``Linear4bit`` as the base layer of an adapted layer (an
+    ``adapted_linear.PackedBase``).
+    """
 
     layer: Any
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """(T, O) as ``Linear4bit`` computes it in the dtype of ``x_TI``."""
+        """Return (T, O), as ``Linear4bit`` computes it in the dtype of ``x_TI``."""
         from bitsandbytes import matmul_4bit  # noqa: PLC0415 - only for 4-bit
 
         weight, bias = self.layer.weight, self.layer.bias
@@ -159,7 +163,7 @@ class FourBitBase(NamedTuple):
         return out
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """(O, I)."""
+        """Return the weight (O, I) in ``dtype``."""
         from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
 
         weight = self.layer.weight
@@ -180,5 +184,5 @@ def four_bit_dtype(layer: Any) -> torch.dtype | None:
 
 def mark_4bit(model: nn.Module) -> None:
     """Mark the linear layers as 4-bit layers, with the attribute that PEFT and TRL read."""
-    # nn.Module types every attribute as a tensor or a module.
+    # nn.Module declares every attribute as a tensor or a module.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A model with a vLLM engine: the engine has the weights, and the model is a view of them."""
+"""Load a model with a vLLM engine: the engine has the weights, and the model is a view of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 def load_on_engine(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> tuple[Any, Any]:
-    """(model, engine): the model shares the engine's weights, unless ``share_weights`` is False.
+    """Load (model, engine). The model shares the engine's weights, unless ``share_weights`` is
+    False.
 
     Raises:
         InputError, ConfigValueError: the checkpoint cannot be used with these arguments. Also all
             errors of ``open_engine`` and ``shared_model``; the engine is then closed.
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
-    # Before vLLM starts: rejects a max_seq_length beyond the model's, or attention without its cap.
+    # This runs before vLLM starts, to reject a max_seq_length beyond the model's, or an attention
+    # function that ignores the model's cap.
     config = read_config(checkpoint, request)
     choose_attention(config, request.attn_implementation, WHERE)
     engine = open_engine(engine_options(checkpoint, request, adapter))
@@ -65,8 +67,8 @@ def engine_options(
 
 
 def _rank(asked: Any, adapter: Adapter | None) -> int:
-    """The largest adapter rank that the engine supports. "auto" is the smallest supported rank for
-    the given adapter, else for ``get_peft_model``'s default, as in a run file.
+    """The engine's largest adapter rank. "auto" is the smallest possible rank for the given
+    adapter, else for ``get_peft_model``'s default, as in a run file.
     """
     if asked != "auto":
         return int(asked)
@@ -83,7 +85,7 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
 def _settled(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> dict[str, Any]:
-    """See ``auto_engine.settled``."""
+    """The result of ``auto_engine.settled`` for the length and the dtype of the request."""
     text = read_config(checkpoint, request).get_text_config()
     length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
     dtype = str(choose_dtype(request)).removeprefix("torch.")

@@ -1,5 +1,5 @@
-"""``model.fast_generate``: common prompts and options for both engines, and in addition each
-engine's own options.
+"""Define ``model.fast_generate``: some prompts and options work with vLLM and with transformers,
+others only with one of them.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 POLICY: Any = "policy"
-"""Default of ``lora_request``: sample from the model with its current adapter."""
+"""The default of ``lora_request``: sample from the model with its current adapter."""
 
 BORROWED = "toolkit_request"
-"""Temporary name of a requested adapter on a model."""
+"""The temporary name of a requested adapter on a model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraRequest:
-    """A saved adapter for generation, with the values from when it was loaded."""
+    """A saved adapter for generation, with the values that it had when it was loaded."""
 
     folder: Path
     adapter: Adapter
 
 
 def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
-    """A request for the adapter saved in ``folder``, for ``fast_generate``; the model is not
-    changed.
+    """The request for the adapter saved in ``folder``, to pass to ``fast_generate``; the model is
+    not changed.
 
     Raises:
-        InputError, ConfigValueError: it cannot be read, belongs to another base, does not fit, or
-            has a rank above the engine's.
+        InputError, ConfigValueError: the adapter cannot be read, belongs to another base
+            model, does not fit, or has a rank above the engine's.
     """
     adapter = read_adapter(folder)
-    with _borrowed(model, adapter):  # raises an error here if it does not fit
+    with _borrowed(model, adapter):  # raises an error if the adapter does not fit
         return LoraRequest(Path(folder), adapter)
 
 
@@ -63,16 +63,16 @@ def fast_generate(
     lora_request: Any = POLICY,
     **kwargs: Any,
 ) -> Any:
-    """Completions of ``prompts``: text, token ids, ``{"prompt": ...}``, or a list of these.
+    """Sample completions of ``prompts``: text, token ids, ``{"prompt": ...}``, or a list of these.
 
-    Options that both engines take: n, max_tokens, temperature (0 is greedy), top_p, top_k, min_p,
-    repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, or as a mapping or
-    ``Sampling`` in ``sampling_params``. With an engine, ``sampling_params`` may be vLLM's own
-    SamplingParams; without one, ``input_ids=...`` and any keyword of transformers' ``generate`` are
-    passed to it.
+    Options that work with and without an engine: n, max_tokens, temperature (0 is greedy), top_p,
+    top_k, min_p, repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, or as a
+    mapping or ``Sampling`` in ``sampling_params``. With an engine, ``sampling_params`` may be
+    vLLM's own SamplingParams; without an engine, ``input_ids=...`` and any keyword of transformers'
+    ``generate`` are passed to ``generate``.
 
-    ``lora_request``: by default the model with its current adapter; None means the base model; else
-    the result of ``load_lora``.
+    ``lora_request``: by default the model with its current adapter; None means the base model;
+    other values are results of ``load_lora``.
 
     Returns:
         A list with one entry per prompt: ``.outputs[i].text``, ``.token_ids``, ``.finish_reason``.
@@ -100,7 +100,7 @@ def fast_generate(
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own ``generate`` of ``model``, in evaluation mode.
+    """Call transformers' own ``generate`` of ``model``, in evaluation mode.
 
     After ``trainer.train()`` a model is in training mode: dropout is on, and gradient checkpointing
     disables the cache, so that all tokens except the first would be wrong.
@@ -133,7 +133,7 @@ def _face(policy: Any, model: Any) -> TransformersEngine:
 def _vllm_generate(
     model: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """vLLM's own generate with its own SamplingParams; returns its RequestOutputs."""
+    """Call vLLM's own generate with its own SamplingParams; returns its RequestOutputs."""
     refuse_beside_sampling_params(kwargs)
     engine = model.toolkit_engine
     texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
@@ -148,7 +148,7 @@ def _vllm_generate(
 def _transformers_generate(
     policy: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """transformers' own generate with its own arguments, in evaluation mode."""
+    """Call transformers' own generate with its own arguments, in evaluation mode."""
     if prompts is not None or sampling_params is not None:
         raise ConfigTypeError(
             "input_ids cannot be used with prompts or sampling_params",
@@ -164,10 +164,10 @@ def _transformers_generate(
 
 @contextmanager
 def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
-    """(model to sample from, name of its adapter or None for the base); the engine, if any, gets
-    the adapter.
+    """Yield (model to sample from, name of its adapter or None for the base model). If there is an
+    engine, the adapter is published to it.
 
-    A requested adapter is on the model only in the block, under its own name.
+    A requested adapter is on the model only in the block, under a temporary name.
     """
     engine = getattr(model, "toolkit_engine", None)
     # true inside `with model.disable_adapter():`
@@ -190,7 +190,7 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
 
 @contextmanager
 def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
-    """``model`` with ``adapter`` active; the previous state is restored afterwards."""
+    """Yield ``model`` with ``adapter`` active; the previous state is restored afterwards."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None
     training = model.training

@@ -1,4 +1,4 @@
-"""``FastModel`` and ``FastVisionModel``: other names of the drop-in API, for text models."""
+"""Define ``FastModel`` and ``FastVisionModel``: other names of the drop-in API, for text models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ ATTENTION, MLP = SEVEN[:4], SEVEN[4:]
 
 
 class FastModel(FastLanguageModel):
-    """``FastLanguageModel``; ``get_peft_model`` also takes the four ``finetune_*`` switches."""
+    """The same as ``FastLanguageModel``, except that ``get_peft_model`` also takes the four
+    ``finetune_*`` switches.
+    """
 
     @staticmethod
     def get_peft_model(
@@ -28,8 +30,8 @@ class FastModel(FastLanguageModel):
         finetune_mlp_modules: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """As ``FastLanguageModel.get_peft_model``; without ``target_modules`` the switches choose
-        the projections of attention and MLP.
+        """Do the same as ``FastLanguageModel.get_peft_model``. Without ``target_modules`` the
+        switches choose the projections of attention and MLP.
 
         Raises:
             UnsupportedError: ``finetune_vision_layers``.
@@ -59,7 +61,7 @@ class FastModel(FastLanguageModel):
 
 
 class FastVisionModel:
-    """Images are not supported: each method raises an error that says so."""
+    """Images are not supported: each method raises UnsupportedError."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:

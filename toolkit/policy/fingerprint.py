@@ -1,9 +1,9 @@
 """Identify base models, so that an adapter is never put on the wrong one.
 
-There are two short digests. The digest of the checkpoint's files does not depend on how the
+A base model has two short digests. The digest of the checkpoint's files does not depend on how the
 checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any number of shards.
 The digest of the loaded weights also covers models without local files, and copies with another
-layout. One of them is enough to identify a base.
+layout. One equal digest is enough to identify a base model.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
 WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names: those of adapter parameters, and those of its wrappers around
-base layers.
+"""Parts of PEFT's parameter names: parts that mark adapter parameters, and parts from its wrappers
+around base layers.
 """
 
 SAMPLE = 16
 """Number of values per tensor in a digest."""
 SAMPLED_TENSORS = 1024
 """Number of tensors of a checkpoint whose values are read; the digest has the names and shapes of
-all.
+all tensors.
 """
 
 AS_LOADED = "toolkit_as_loaded"
-"""Attribute of a base model that this package loaded: its ``Marks`` at that time."""
+"""Attribute of a base model that this package loaded: its ``BaseDigests`` when it was loaded."""
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
-    """The digests of a base: of its files and of its loaded weights. None if there is no such
+class BaseDigests:
+    """The digests of a base model: of its files and of its loaded weights. None if there is no such
     digest.
     """
 
@@ -50,32 +50,32 @@ class Marks:
 
 
 def note_checkpoint(model: Any, folder: Path) -> None:
-    """Record on the base ``model`` the checkpoint that it was loaded from."""
-    setattr(model, AS_LOADED, Marks(of_checkpoint(folder), of_weights(model)))
+    """Record on the base model the digests of the checkpoint ``folder`` that it was loaded from."""
+    setattr(model, AS_LOADED, BaseDigests(of_checkpoint(folder), of_weights(model)))
 
 
-def marks_of(model: Any) -> Marks:
+def marks_of(model: Any) -> BaseDigests:
     """The current digests of ``model``.
 
     The digest of the files is None if the weights have changed since they were loaded, for example
     because an adapter was merged.
     """
     base, weights = _base(model), of_weights(model)
-    loaded: Marks | None = getattr(base, AS_LOADED, None)
+    loaded: BaseDigests | None = getattr(base, AS_LOADED, None)
     unchanged = loaded is not None and loaded.weights == weights
-    return Marks(loaded.checkpoint if loaded is not None and unchanged else None, weights)
+    return BaseDigests(loaded.checkpoint if loaded is not None and unchanged else None, weights)
 
 
 def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
-    """Whether ``model`` is the base that ``recorded`` (a base.json) describes; None if nothing can
-    be compared.
+    """Whether ``model`` is the base model that ``recorded`` (a base.json) describes; None if no
+    digest can be compared.
     """
     own = marks_of(model)
     weights = recorded.get("fingerprint")
     pairs = [
         (recorded.get("checkpoint"), own.checkpoint),
         (weights, own.weights),
-        # Version 0.1 with an engine listed a tied head as a separate parameter.
+        # With an engine, version 0.1 listed a tied head as a separate parameter.
         (weights, of_weights(model, tied_twice=True)),
     ]
     known = [theirs == ours for theirs, ours in pairs if theirs is not None and ours is not None]
@@ -83,18 +83,18 @@ def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the parts from PEFT's wrappers."""
+    """A parameter's name without the parts that PEFT's wrappers add."""
     for part in WRAPPERS:
         name = name.replace(part, ".")
     return name
 
 
 def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
-    """A digest of names, shapes and a few values of every frozen weight, rounded to bfloat16.
+    """The digest of names, shapes and a few values of every frozen weight, rounded to bfloat16.
 
     Values are rounded so that a bfloat16 checkpoint has the same digest in every dtype. None for
-    quantized weights, and for a part of a model. ``tied_twice`` lists tied weights under each of
-    their names.
+    quantized weights, and for a part of a model. With ``tied_twice`` tied weights are listed under
+    each of their names.
     """
     if getattr(_base(model), "toolkit_mesh", None) is not None:
         return None
@@ -111,7 +111,7 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
 
 
 def of_checkpoint(folder: Path) -> str | None:
-    """A digest of names, shapes and a few values of the tensors in a checkpoint's safetensors.
+    """The digest of names, shapes and a few values of the tensors in a checkpoint's safetensors.
 
     Floating-point values are rounded to bfloat16. None if there are no such files.
 
@@ -128,7 +128,7 @@ def of_checkpoint(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that transformers reads, in the order in which it looks for them."""
+    """The safetensors files that transformers reads, in the order in which it looks for them."""
     single, index = folder / "model.safetensors", "model.safetensors.index.json"
     if single.is_file():
         return [single]

@@ -1,4 +1,4 @@
-"""Convert a run file's model section to a load request, and choose its engine."""
+"""Convert a run file's model section to a load request, and choose the engine of the run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MODEL_FIELDS = (
 
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
-    """The engine for ``config`` on this machine (``config.resolved.engine_of``)."""
+    """The engine that ``config`` uses on this machine (``config.resolved.engine_of``)."""
     engine = engine_of(config.runtime.engine, config.model.fast_inference, situation())
     assert engine != "maybe"  # only if the device is unknown
     return engine
 
 
 def request_of(config: RunConfig) -> LoadRequest:
-    """The load request of a run file; values that sizing has not resolved are chosen for this
+    """The load request of a run file. Values that sizing has not replaced are chosen for this
     machine.
 
     Raises:
@@ -53,7 +53,8 @@ def request_of(config: RunConfig) -> LoadRequest:
             "fast_inference": engine,
             "random_state": config.lora.random_state,
             "use_gradient_checkpointing": config.lora.use_gradient_checkpointing,
-            # TRL's own switch puts Liger's layers on the model itself.
+            # TRL's own switch puts Liger's layers on the model, so the toolkit's switch is off
+            # then.
             "fused_kernels": config.runtime.fused_kernels
             if not config.grpo.get("use_liger_kernel")
             else False,

@@ -1,11 +1,11 @@
-"""Fused kernels of liger-kernel on a model's own layers: RMSNorm, rotary embedding, gated MLP.
+"""Put fused kernels of liger-kernel on a model's own layers: RMSNorm, rotary embedding, gated MLP.
 
 Each kind of layer is compared once with the kernel, forward and backward, on a small random input,
 with the device and dtype of the model. A kernel that does not compute the layer's function is not
-used. Only ``forward`` of the layer instances changes. So parameters may be views of an engine's
+used. Only the ``forward`` of the layer instances changes. So parameters may be views of an engine's
 tensors, and other models of the process do not change.
 
-For liger-kernel 0.8.5 (its ``functional`` module) and transformers 5.17.
+Written for liger-kernel 0.8.5 (its ``functional`` module) and transformers 5.17.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROUNDINGS = 2
 """A kernel may differ from the layer by this many rounding errors of the dtype (root mean
 square).
 """
-_LEAST = 1e-5  # in float32 the order of sums differs
+_LEAST = 1e-5  # in float32 the order of additions makes a difference
 _TOKENS, _HEADS = 16, 4
 
 
@@ -54,8 +54,8 @@ class Kernels(NamedTuple):
 
 @dataclass(slots=True)
 class Applied:
-    """The result for each kind of layer: ``layers`` counts those that use a kernel, by class;
-    ``refused`` has the reason for the others.
+    """The result for each kind of layer: ``layers`` counts the layers that use a kernel, by class;
+    ``refused`` has the reason for each class that does not.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def load_kernels() -> Kernels | None:
 
 
 def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
-    """Put fused kernels on ``model`` (before any adapter), as ``runtime.fused_kernels`` says:
+    """Put fused kernels on ``model`` (before any adapter) according to ``runtime.fused_kernels``:
     "auto", True or False. Returns None if no kernel was tried.
 
     Raises:
@@ -140,7 +140,9 @@ def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
 
 
 def _kinds_of(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """("norm" | "mlp" | "rotary", class, what else makes layers of one kind differ)."""
+    """Yield ("norm" | "mlp" | "rotary", class, other properties in which layers of that class
+    differ).
+    """
     kind = type(module)
     if "RMSNorm" in kind.__name__ and _takes_one(module) and _epsilon(module) is not None:
         weight = getattr(module, "weight", None)
@@ -168,18 +170,18 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-# --- the kernel of a layer: a forward for its instances, or the reason why there is none
+# --- for each kind of layer: the forward with the kernel, or the reason why there is none
 
 
 def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Llama multiplies by the weight in its own dtype, Gemma by 1 + weight in float32, OLMo 2 by
-    the weight in float32.
+    """The forward of a norm with the kernel, or the reason why there is none. Llama multiplies by
+    the weight in its own dtype, Gemma by 1 + weight in float32, OLMo 2 by the weight in float32.
     """
     weight, eps = module.weight, _epsilon(module)
     assert isinstance(weight, nn.Parameter)
     forwards = []
     for offset, casting in ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma")):
-        # in_place would overwrite a gradient that the residual stream shares.
+        # The kernel's in_place option would overwrite a gradient that the residual stream shares.
         kernel = partial(kernels.rms_norm, offset=offset, casting_mode=casting, in_place=False)
         forwards.append(_norm_forward(kernel, eps))
     shape = (1, _TOKENS, weight.shape[0])
@@ -195,8 +197,9 @@ def _norm_forward(kernel: Forward, eps: float | None) -> Forward:
 
 
 def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """The activation decides. It is compared separately in float32, because GELU's two forms differ
-    by less than bfloat16 resolves.
+    """The forward of an MLP with the kernel for its activation, or the reason why there is none.
+    The activation is compared separately in float32, because the two forms of GELU differ by less
+    than bfloat16 resolves.
     """
     activation: Any = getattr(module, "act_fn", None)
     if activation is None:
@@ -223,7 +226,9 @@ def _mlp_forward(kernel: Forward) -> Forward:
 
 
 def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """The class's own forward, in which the kernel replaces the plain function."""
+    """The class's own forward, in which the kernel replaces the plain rotary function; or the
+    reason why there is none.
+    """
     own = type(module).forward
     plain = own.__globals__[ROTARY]
     width = getattr(module, "head_dim", None)
@@ -234,7 +239,7 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
     inputs = [_random(shape, model, dtype, number) for number, shape in enumerate(shapes)]
 
     def turned(function: Forward, angles: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        # As in the layer: views of a projection's output, to which a kernel may write.
+        # As in the layer, these are views of a projection's output, to which a kernel may write.
         queries, keys = ((x * 1).transpose(1, 2) for x in inputs)
         return list(function(queries, keys, *angles))
 
@@ -259,7 +264,7 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
 
 
 def _angles(model: nn.Module, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cosines and sines of the model's own rotary embeddings, of each type of layer."""
+    """(cosines, sines) of the model's own rotary embeddings, for each type of layer."""
     device = next(model.parameters()).device
     embedding = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
     x = torch.zeros(1, _TOKENS, 8, dtype=dtype, device=device)
@@ -282,7 +287,7 @@ _CHOICES: dict[str, Callable[[nn.Module, nn.Module, Kernels], Forward | str]] = 
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's computation: that of its floating-point weights."""
+    """The dtype in which the model computes: that of its floating-point weights."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
@@ -321,7 +326,9 @@ def _as_list(function: Forward, *inputs: Any) -> list[torch.Tensor]:
 def _with_gradients(
     function: Callable[[], list[torch.Tensor]], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The outputs, and the gradients of the inputs for the same random gradient of each output."""
+    """The outputs of ``function``, and the gradients of the inputs for the same random gradient of
+    each output.
+    """
     outputs = function()
     drawn = torch.Generator().manual_seed(7)
     weights = [torch.randn(y.shape, generator=drawn).to(y.device, y.dtype) for y in outputs]
@@ -332,7 +339,7 @@ def _with_gradients(
 def _difference(
     ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> str | None:
-    """Why two results differ by more than rounding, or None."""
+    """The reason why two results differ by more than rounding, or None if they do not."""
     limit = max(_LEAST, ROUNDINGS * torch.finfo(dtype).eps)
     for mine, other in zip(ours, theirs, strict=True):
         if mine.shape != other.shape or mine.dtype != other.dtype:

@@ -1,4 +1,6 @@
-"""Prompts, options and results of ``fast_generate``, the same on both engines."""
+"""Read the prompts and options of ``fast_generate``, and create its results, in the same way for
+vLLM and transformers.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ NEUTRAL = (
     "logprobs",
     "seed",
 )
-"""Options of both engines, by vLLM's names."""
+"""Options that vLLM and transformers both support, under vLLM's names."""
 
 VLLM_ONLY = ("use_tqdm", "priority", "tokenization_kwargs")
 
@@ -52,13 +54,13 @@ HUGGING_FACE = {
     "streamer": None,
     "logits_processor": None,
 }
-"""Arguments of transformers' generate, and the common option that replaces each."""
+"""A mapping from arguments of transformers' generate to the common option that replaces each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion; the names are those of vLLM's CompletionOutput. ``logprobs`` as in
-    ``Rollout``.
+    """One completion, with the attribute names of vLLM's CompletionOutput. ``logprobs`` has the
+    layout of ``Rollout``.
     """
 
     index: int
@@ -70,7 +72,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One prompt's completions; the names are those of vLLM's RequestOutput."""
+    """The completions of one prompt, with the attribute names of vLLM's RequestOutput."""
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -84,8 +86,8 @@ def is_vllms(params: Any) -> bool:
 
 
 def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tuple[Sampling, int]:
-    """The options of both engines, and the seed. Without a seed, it is drawn from torch's global
-    generator.
+    """(sampling options, seed) from the arguments. Without a seed argument, the seed is drawn from
+    torch's global generator.
 
     Raises:
         ConfigTypeError: this engine (``engine``: vLLM's) does not support an argument.
@@ -121,7 +123,9 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
 
 
 def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
-    """Reject keywords that vLLM's generate does not accept in addition to its SamplingParams."""
+    """Raise an error for keywords that vLLM's generate does not accept in addition to its
+    SamplingParams.
+    """
     for name in kwargs:
         if name in NEUTRAL:
             raise ConfigTypeError(
@@ -135,7 +139,7 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
 
 def _refuse(name: str, *, engine: bool) -> None:
     """Raise an error for an argument that is not in NEUTRAL; the message names the engine that
-    supports it, if any.
+    supports the argument, if any.
     """
     if name in VLLM_ONLY and not engine:
         raise ConfigTypeError(
@@ -160,7 +164,8 @@ def _refuse(name: str, *, engine: bool) -> None:
 
 
 def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
-    """(texts, token ids) of one prompt or a list; a text is None if token ids were given.
+    """(texts, token ids) of one prompt or a list of prompts; a text is None if token ids were
+    given.
 
     Texts are tokenized with the tokenizer's own special tokens, as vLLM does.
 
@@ -203,7 +208,9 @@ def answers(
     sampling: Sampling,
     ends: Collection[int],
 ) -> list[Answer]:
-    """``rollout`` as one result per prompt; ``ends`` are the token ids that end a completion."""
+    """Convert ``rollout`` to one result per prompt; ``ends`` are the token ids that end a
+    completion.
+    """
     found = []
     for place, text in enumerate(texts):
         rows = range(place * sampling.n, (place + 1) * sampling.n)
@@ -214,7 +221,7 @@ def answers(
     return found
 
 
-def _completion(  # the parts of one row
+def _completion(  # takes the values of one row
     tokenizer: Any,
     rollout: Rollout,
     row: int,
@@ -234,7 +241,7 @@ def _completion(  # the parts of one row
 
 
 def check_request(request: Any, kind: type) -> None:
-    """Reject a ``lora_request`` that is not a result of ``load_lora``."""
+    """Raise an error for a ``lora_request`` that is not a result of ``load_lora``."""
     if not isinstance(request, kind):
         raise ConfigValueError(
             f"lora_request has the type {type(request).__name__}",

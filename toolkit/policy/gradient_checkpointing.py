@@ -1,4 +1,5 @@
-"""Gradient checkpointing by ``use_gradient_checkpointing``: True, False, "unsloth" or "auto".
+"""Apply gradient checkpointing as ``use_gradient_checkpointing`` sets it: True, False, "unsloth" or
+"auto".
 
 True recomputes each layer in the backward pass (arXiv 1604.06174). "unsloth" also moves the hidden
 state of each layer, from which recomputation starts, to pinned host memory: transformers'
@@ -23,8 +24,8 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
     """Switch ``model`` (a transformers or PEFT model) to ``mode``, and return the mode with "auto"
     resolved.
 
-    The mode is kept when TRL 1.16 switches checkpointing off and on around each rollout. TRL passes
-    its own arguments, with which offloading would be lost.
+    The mode stays when TRL 1.16 switches checkpointing off and on around each rollout. TRL passes
+    its own arguments, which would disable offloading.
 
     Raises:
         UnsupportedError: the model does not support it.
@@ -48,7 +49,9 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
 
 
 def pause_checkpointing(model: Any) -> None:
-    """Switch checkpointing off for inference; the mode is remembered."""
+    """Switch checkpointing off for inference; the mode stays recorded for
+    ``resume_checkpointing``.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.gradient_checkpointing_disable()
 
@@ -62,7 +65,7 @@ def resume_checkpointing(model: Any) -> None:
 
 
 def _offloads(base: Any) -> bool:
-    """True if hidden states are moved to the host; on a CPU they are already there."""
+    """Whether hidden states are moved to the host; on a CPU they are already there."""
     return bool(base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu")
 
 
@@ -81,8 +84,8 @@ def _enable(
     every_n_layers: int = 1,
     offload: bool = False,
 ) -> None:
-    """transformers' ``gradient_checkpointing_enable``, with offloading if it was chosen for the
-    model.
+    """Call transformers' ``gradient_checkpointing_enable``, with offloading if it was chosen for
+    the model.
     """
     kwargs = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
     offload = (kwargs.pop("offload", False) or offload) and base.device.type != "cpu"
@@ -94,14 +97,14 @@ def _enable(
 
 
 def choose_mode(base: Any, *, max_seq_length: int | None) -> bool | str:
-    """The mode that "auto" resolves to for ``base`` now.
+    """The mode that "auto" means for ``base`` with the memory that is free now.
 
     False if the activations of a whole micro-batch fit in half the free memory, True if its hidden
     states fit in a quarter, else "unsloth".
 
     Without recomputation, the activations of a layer take about as many bytes as 34 hidden states
     with 2 bytes per value (arXiv 2205.05198, with attention that does not store a score matrix).
-    With recomputation it is one hidden state.
+    With recomputation they take as many as one hidden state.
     """
     config = base.config.get_text_config()
     tokens = REFERENCE_SEQUENCES * (max_seq_length or config.max_position_embeddings)
@@ -114,7 +117,9 @@ def choose_mode(base: Any, *, max_seq_length: int | None) -> bool | str:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes free on ``device`` now: the driver's count on a GPU, the kernel's on the host."""
+    """The bytes that are free on ``device`` now: on a GPU the driver's count, on the host the
+    kernel's.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)

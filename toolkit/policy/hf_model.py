@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model from a checkpoint: dtype, device, quantization,
+"""Load a Hugging Face causal language model from a checkpoint: dtype, device, quantization,
 positions.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def check_quantization(request: LoadRequest) -> None:
-    """Reject 4-bit and 8-bit loading if it cannot run.
+    """Raise an error if 4-bit or 8-bit loading is requested but cannot run.
 
     Raises:
         UnsupportedError: there is no CUDA GPU.
@@ -100,7 +100,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
     """Raise an error if config.json has an architecture or a storage format that is not supported
-    (``config.features``). A file that is not JSON is reported later.
+    (``config.features``). A file that is not JSON is reported later, by ``read_config``.
     """
     try:
         values = checkpoint.read_json("config.json")
@@ -169,9 +169,11 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 
 def _quantization(config: Any, request: LoadRequest) -> Any:
-    """bitsandbytes' settings: NF4 with plain float32 scales, as in the engine."""
+    """bitsandbytes' settings for the request, or None: NF4 with float32 scales that are not
+    quantized, as in the engine.
+    """
     if getattr(config, "quantization_config", None) is not None:
-        return None  # the checkpoint is stored quantized, as the flag says
+        return None  # the checkpoint is already quantized, as the request states
     if request.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not request.load_in_4bit:
@@ -185,7 +187,9 @@ def _quantization(config: Any, request: LoadRequest) -> Any:
 
 
 def _device_map(asked: Any) -> Any:
-    """``"sequential"`` (the default) puts the whole model on this process's device."""
+    """The device map for ``asked``; ``"sequential"`` (the default) means the whole model on this
+    process's device.
+    """
     cuda = torch.cuda.is_available()
     if asked in (None, "sequential", "auto", "balanced") and not cuda:
         return None

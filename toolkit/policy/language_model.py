@@ -1,4 +1,4 @@
-"""FastLanguageModel: load a model, add an adapter, switch between training and inference."""
+"""Define FastLanguageModel: load a model, add an adapter, switch between training and inference."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ LORA_KWARGS = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Keyword arguments of get_peft_model beyond its signature: fields of PEFT's LoraConfig with that
-name.
+"""Keyword arguments of get_peft_model that are not in its signature but are fields of PEFT's
+LoraConfig.
 """
 
 
 class FastLanguageModel:
-    """The drop-in API. Every method is static, because the state is on the model."""
+    """The drop-in API. Every method is static, because the state is in the model."""
 
     @staticmethod
     def from_pretrained(  # noqa: PLR0913 - the drop-in signature
@@ -81,13 +81,14 @@ class FastLanguageModel:
     ) -> tuple[Any, Any]:
         """Load ``model_name`` and its tokenizer.
 
-        ``model_name`` is a folder, a hub id, or the folder of an adapter. Then its base is loaded
-        with the adapter, which is trainable. ``dtype`` None means bfloat16 (or float16) on a GPU
-        and float32 on a CPU. ``max_seq_length`` is in tokens. With ``fast_inference`` a vLLM engine
-        holds the weights and the model is a view of them; ``gpu_memory_utilization`` and
-        ``max_lora_rank`` are its share of the card and its largest adapter rank; "auto" is what the
-        sizer gives a run file with the same keys (the adapter of the folder, else of rank 16).
-        ``kwargs`` are engine options such as ``max_num_seqs``, and ``attn_implementation``.
+        ``model_name`` is a folder, a hub id, or the folder of an adapter. For an adapter, its base
+        model is loaded with the adapter, which is trainable. ``dtype`` None means bfloat16 (or
+        float16) on a GPU and float32 on a CPU. ``max_seq_length`` is in tokens. With
+        ``fast_inference`` a vLLM engine has the weights and the model is a view of them. Then
+        ``gpu_memory_utilization`` is the engine's share of the card and ``max_lora_rank`` its
+        largest adapter rank; "auto" means the value that the sizer chooses for a run file with the
+        same keys (with the adapter of the folder, else one of rank 16). ``kwargs`` are engine
+        options such as ``max_num_seqs``, and ``attn_implementation``.
 
         Returns:
             (model, tokenizer). The model also has ``fast_generate``, ``save_lora``, ``load_lora``,
@@ -125,8 +126,8 @@ class FastLanguageModel:
 
         The update of a weight is s B A, with s = alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with
         ``use_rslora`` (arXiv 2312.03732). B is 0 at first, so logits do not change; the same
-        ``random_state`` gives the same bytes. If the model already has this adapter, a warning is
-        raised. The default layers are the projections of attention and MLP, or only those of
+        ``random_state`` gives the same bytes. If the model already has this adapter, there is only
+        a warning. By default the projections of attention and MLP are adapted, or only those of
         attention in a mixture of experts.
 
         Raises:
@@ -169,9 +170,10 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
-        """``model`` in training mode, with the gradient checkpointing that was set for it.
+        """Set ``model`` to training mode, with the gradient checkpointing that was chosen for it,
+        and return it.
 
-        With ``use_gradient_checkpointing`` False it stays off.
+        With ``use_gradient_checkpointing`` False checkpointing stays off.
         """
         model.train()
         if use_gradient_checkpointing is False:
@@ -182,8 +184,8 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """``model`` in evaluation mode, without gradient checkpointing (it would disable the
-        cache).
+        """Set ``model`` to evaluation mode, without gradient checkpointing (which would disable the
+        cache), and return it.
         """
         model.eval()
         pause_checkpointing(model)
@@ -201,8 +203,8 @@ def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -
 
 
 def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """(model with its adapter, tokenizer) of a resolved run file; ``runtime.engine`` decides the
-    engine. ``tokenizer`` is the result of ``policy_tokenizer``, if it was called before.
+    """Load (model with its adapter, tokenizer) of a resolved run file; ``runtime.engine`` decides
+    the engine. ``tokenizer`` is the result of ``policy_tokenizer``, if that was called before.
 
     Raises:
         As ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
@@ -220,8 +222,8 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """(model with the trainable adapter from ``lora.adapter_path``, tokenizer). The engine, if any,
-    has the adapter too.
+    """Load (model with the trainable adapter from ``lora.adapter_path``, tokenizer). If there is an
+    engine, the adapter is published to it.
 
     Raises:
         ConfigTypeError: the ``lora`` section has other settings than the adapter.
@@ -240,15 +242,15 @@ def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def policy_tokenizer(config: RunConfig) -> Any:
-    """The tokenizer of ``load_policy``, without loading the model and its engine. Raises
+    """Load the tokenizer that ``load_policy`` returns, without the model and its engine. Raises
     InputError.
     """
     return read_tokenizer(request_of(config))
 
 
 def _check_length(model: Any, max_seq_length: int) -> None:
-    """Check ``max_seq_length``: it is set when the model is loaded, so only that value or the
-    default is accepted here.
+    """Raise an error for another ``max_seq_length`` than that of the loaded model or the default,
+    because the length is fixed when the model is loaded.
     """
     loaded = getattr(model, "max_seq_length", None)
     if max_seq_length not in (loaded, 2048) and loaded is not None:

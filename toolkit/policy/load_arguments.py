@@ -1,7 +1,7 @@
-"""Every parameter of ``FastLanguageModel.from_pretrained``: each one is applied or rejected by
+"""List every parameter of ``FastLanguageModel.from_pretrained``: each one is applied or rejected by
 name. None is silently ignored.
 
-The tables list them; ``policy.load_request`` applies them before anything is loaded.
+``policy.load_request`` applies the parameters in these tables before anything is loaded.
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
         ),
     }
 )
-"""Parameter -> (its neutral value, why other values are rejected, the fix)."""
+"""A mapping from parameter to (its neutral value, the reason why other values are rejected, the
+fix).
+"""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known name nearest to ``name``, or nothing."""
+    """Returns `` (did you mean 'x'?)`` for the known name that is most similar to ``name``, or an
+    empty text.
+    """
     match = near(name, sorted(known), cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
@@ -70,7 +74,9 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def check_checkpointing(value: Any, where: str) -> None:
-    """Reject a ``use_gradient_checkpointing`` other than True, False, "unsloth" and "auto"."""
+    """Raise an error for a ``use_gradient_checkpointing`` other than True, False, "unsloth" and
+    "auto".
+    """
     if not any(
         value is known or (isinstance(value, str) and value == known) for known in CHECKPOINTING
     ):

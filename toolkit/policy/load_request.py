@@ -1,5 +1,5 @@
-"""One call of ``FastLanguageModel.from_pretrained`` as a checked value. A wrong call fails here,
-before anything is loaded.
+"""Check one call of ``FastLanguageModel.from_pretrained``, before anything is loaded, and represent
+it as a value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """A checked call of ``from_pretrained``. Lengths are in tokens; ``engine`` has the arguments
+    """A checked call of ``from_pretrained``. Lengths are in tokens. ``engine`` has the arguments
     that only an engine uses.
     """
 
@@ -98,10 +98,11 @@ _SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
 
 
 def _honour_special(values: dict[str, Any]) -> None:
-    """Check parameters without effect, and parameters that another one expresses.
+    """Remove parameters without effect from ``values`` after a check, and replace a parameter that
+    only is another way to set a third one.
 
-    Model names are never mapped, only text models are loaded, and float32 mixed precision is
-    expressed as dtype.
+    Model names are never mapped and only text models are loaded, so two switches have no effect.
+    ``float32_mixed_precision`` is replaced by dtype.
     """
     for name in ("use_exact_model_name", "text_only"):
         value = values.pop(name, False)
@@ -139,7 +140,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _check_types(request: LoadRequest) -> None:
-    """Reject values of the wrong type; ``max_seq_length`` is in tokens."""
+    """Raise an error for values of the wrong type; ``max_seq_length`` is in tokens."""
     if not request.model_name:
         raise ConfigValueError("model_name is empty", where=WHERE, fix="name a folder or a hub id")
     for name in (
@@ -169,7 +170,9 @@ def _check_types(request: LoadRequest) -> None:
 
 
 def _check_flags(request: LoadRequest) -> None:
-    """Check that at most one ``load_in_*`` is set, and no quantized one with full fine-tuning."""
+    """Raise an error if more than one ``load_in_*`` is set, or a quantized one with full
+    fine-tuning.
+    """
     chosen = [name for name in LOAD_FLAGS[:3] if getattr(request, name)]
     hint = "load_in_4bit is True by default: pass load_in_4bit=False"
     if len(chosen) > 1:
@@ -225,8 +228,8 @@ def check_engine(request: LoadRequest) -> None:
 
 
 def _check_values(engine: Mapping[str, Any]) -> None:
-    """Check types here, because vLLM accepts some wrong values or misreads them: a text for a
-    switch counts as on.
+    """Check the types of engine arguments, because vLLM accepts some wrong values or misreads them:
+    a text counts as True.
     """
     for name, option in API_OPTIONS.items():
         value = engine[name]
@@ -271,7 +274,7 @@ _API_EXCLUDES = {
 
 
 def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """``arguments`` of one call, with the effect of the variable UNSLOTH_VLLM_STANDBY: between
+    """``arguments`` of one call, changed as the variable UNSLOTH_VLLM_STANDBY requires: between
     rollouts the trainer may use the memory of the KV cache. ``enable_sleep_mode`` in the call takes
     precedence.
     """
@@ -288,8 +291,8 @@ def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> di
 
 
 def warn_engine_only(engine: Mapping[str, Any]) -> None:
-    """Warn of engine options without effect. max_lora_rank and similar options are valid without an
-    engine, but unused.
+    """Warn of engine options that have no effect without an engine. max_lora_rank and similar
+    options are valid without one, but unused.
     """
     idle = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
     if idle:

@@ -1,8 +1,10 @@
-"""The adapter under training. Only this module, ``lora_layer`` and ``engine.adapter`` import PEFT.
+"""Create, read and change the adapter that is trained. Only this module, ``lora_layer`` and
+``engine.adapter`` import PEFT.
 
-Adapter weights are float32 for every dtype of the base (PEFT's default). In a bfloat16 adapter,
-with 8 bits of mantissa, Adam's steps below 1/256 of a weight would be lost, and its moments would
-be bfloat16 too. The forward pass computes in the base's dtype under autocast, as the engine does.
+Adapter weights are float32 for every dtype of the base model (PEFT's default). In a bfloat16
+adapter, with 8 bits of mantissa, Adam's steps below 1/256 of a weight would be lost, and its
+moments would be bfloat16 too. The forward pass computes in the base model's dtype under autocast,
+as the engine does.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from toolkit.base.errors import (
     first_line,
 )
 from toolkit.config.adapter_facts import KEPT, other_fields
-from toolkit.engine.shards import part, whole
+from toolkit.engine.shards import gather_parts, part
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
     WHERE,
@@ -76,7 +78,8 @@ DIFFERING = (
 
 
 def add_lora(model: Any, settings: LoraSettings) -> Any:
-    """``model`` (a transformers model) with a new adapter: a ``peft.PeftModelForCausalLM``.
+    """Add a new adapter to ``model`` (a transformers model); returns a
+    ``peft.PeftModelForCausalLM``.
 
     B is 0, so logits do not change. A is drawn on the CPU from ``settings.random_state``, so the
     same seed gives the same bytes on every device. The caller's random generators are restored.
@@ -102,7 +105,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
 
 
 def to_peft(settings: LoraSettings) -> Any:
-    """The ``peft.LoraConfig`` of ``settings``."""
+    """The ``peft.LoraConfig`` for ``settings``."""
     values: dict[str, Any] = {}
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -122,7 +125,7 @@ def _plain(value: Any) -> Any:
 
 
 def is_peft(model: Any) -> bool:
-    """True if ``model`` already carries an adapter."""
+    """Whether ``model`` already has an adapter."""
     return isinstance(model, PeftModel)
 
 
@@ -130,7 +133,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
     """Return ``model``, which already has an adapter, if ``settings`` describe the same adapter.
 
     Raises:
-        ConfigTypeError: they describe another one; the message lists the differences.
+        ConfigTypeError: the settings describe another adapter; the message lists the differences.
     """
     check_settings(settings)
     different = differences(model.peft_config["default"], settings)
@@ -151,7 +154,9 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
 def differences(
     current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
 ) -> list[str]:
-    """How the ``peft.LoraConfig`` ``current`` differs from ``settings``, one sentence per field."""
+    """The differences between the ``peft.LoraConfig`` ``current`` and ``settings``, one sentence
+    per field.
+    """
     asked = to_peft(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
     return [f"{name} is {is_!r}, but the call has {to!r}" for name, is_, to in pairs if is_ != to]
@@ -167,17 +172,17 @@ def _plain_set(config: Any, name: str) -> Any:
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names in its file, on their device, not copied. If processes
-    share a model, they are joined from their parts, and all of the processes call it.
+    share a model, their parts are joined, and all of the processes must call this function.
     """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
     )
     cut = _parameters(model, name)
-    return {key: whole(tensor, cut.get(key)) for key, tensor in tensors.items()}
+    return {key: gather_parts(tensor, cut.get(key)) for key, tensor in tensors.items()}
 
 
 def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """The parameters of an adapter under the names that its file has."""
+    """The parameters of an adapter under the names that they have in its file."""
     own = ((key.replace(f".{name}.", "."), value) for key, value in model.named_parameters())
     return {key: value for key, value in own if "lora_" in key}
 
@@ -185,7 +190,9 @@ def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
 def set_adapter_tensors(
     model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
 ) -> None:
-    """Write ``tensors`` (checked against ``adapter_tensors`` by the caller) into the adapter."""
+    """Write ``tensors`` into the adapter; the caller has checked them against
+    ``adapter_tensors``.
+    """
     cut = _parameters(model, name)
     own = {k: part(v, cut[k]) if k in cut else v for k, v in tensors.items()}
     set_peft_model_state_dict(model, own, adapter_name=name)
@@ -193,7 +200,8 @@ def set_adapter_tensors(
 
 @torch.no_grad()
 def merge(model: Any, name: str = "default") -> Any:
-    """The base model with the adapter ``name`` added into its weights: in float32, rounded once.
+    """Merge the adapter ``name`` into the base model's weights, in float32 and rounded once;
+    returns the base model.
 
     PEFT's own merge rounds the update before the addition; it is used only for layers that are not
     plain.
@@ -209,7 +217,7 @@ def merge(model: Any, name: str = "default") -> Any:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """True if the adapter only adds s B A to the weight of ``layer``."""
+    """Whether the adapter only adds s B A to the weight of ``layer``."""
     if name in layer.lora_embedding_A or hasattr(layer, "parameter_name"):
         return False
     if name not in layer.lora_A:
@@ -218,8 +226,8 @@ def _is_plain(layer: Any, name: str) -> bool:
 
 
 def refuse_unserved(model: Any, config: Any, engine: Any, where: str) -> None:
-    """Reject an adapter that the ``engine`` on ``model`` cannot sample from, or that would change
-    the shared weights. ``config`` is any ``peft.PeftConfig``.
+    """Raise an error for an adapter that the ``engine`` on ``model`` cannot sample from, or that
+    would change the shared weights. ``config`` is any ``peft.PeftConfig``.
 
     An engine without its own LoRA slots samples from the trained model itself, so it supports every
     adapter.
@@ -259,7 +267,7 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
     """The trainable ``peft.LoraConfig`` of the JSON object in adapter_config.json.
 
     Raises:
-        ConfigValueError: it is not a LoRA adapter, or PEFT rejects its values.
+        ConfigValueError: ``values`` are not those of a LoRA adapter, or PEFT rejects them.
     """
     kind = values.get("peft_type")
     if kind != "LORA":
@@ -275,7 +283,9 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
 
 
 def settings_of(config: Any) -> LoraSettings:
-    """The settings of a ``peft.LoraConfig``, for the checks of ``policy.lora_settings``."""
+    """The settings that a ``peft.LoraConfig`` describes, for the checks of
+    ``policy.lora_settings``.
+    """
     values = {item.name: getattr(config, item.name, None) for item in fields(LoraSettings)}
     kept = {name: value for name, value in values.items() if value is not None}
     for name, value in kept.items():
@@ -285,7 +295,9 @@ def settings_of(config: Any) -> LoraSettings:
 
 
 def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
-    """``model`` with an adapter ``name`` of the layout in ``config``; its values are set later."""
+    """Add an adapter ``name`` with the layout in ``config`` to ``model``; its values are set
+    later.
+    """
     use_fast_layers(config)
     try:
         if is_peft(model):
@@ -310,8 +322,8 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
 
 @contextmanager
 def kept_float32(model: Any) -> Iterator[None]:
-    """Restore the values of the adapter on ``model`` after the block, in which other code may round
-    them.
+    """Restore the values of the adapter on ``model`` after the block, because other code may round
+    them in the block.
 
     TRL 1.16 casts the adapter of a model that is loaded in 4 or 8 bits to bfloat16
     (GRPOTrainer.__init__), as the QLoRA paper does. GRPO's updates are smaller than that rounding
@@ -331,8 +343,8 @@ def kept_float32(model: Any) -> Iterator[None]:
 
 
 def _repeat_reference(model: Any) -> None:
-    """Set the copy of the starting adapter that TRL 1.16 keeps for the KL term (``ref``, if beta is
-    above 0) to the unrounded values, so that the KL term is 0 before the first step.
+    """Set TRL's copy of the starting adapter to the unrounded values, so that the KL term is 0
+    before the first step. TRL 1.16 keeps this copy, ``ref``, for the KL term if beta is above 0.
     """
     named = dict(model.named_parameters()) if is_peft(model) else {}
     for name, parameter in named.items():
@@ -342,7 +354,7 @@ def _repeat_reference(model: Any) -> None:
 
 
 def widen_adapter(model: Any) -> None:
-    """Convert every trained LoRA tensor on ``model`` to float32, whatever created it."""
+    """Convert every trained LoRA tensor on ``model`` to float32, whatever code created it."""
     for name, parameter in model.named_parameters():
         half = parameter.dtype in (torch.bfloat16, torch.float16)
         if "lora_" in name and parameter.requires_grad and half:

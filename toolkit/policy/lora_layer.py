@@ -1,6 +1,6 @@
-"""PEFT's LoRA layer with ``adapted_linear`` as its forward if that computes the same.
+"""Define PEFT's LoRA layer with ``adapted_linear`` as its forward pass if that computes the same.
 
-It is registered through PEFT's ``LoraConfig._register_custom_module`` (see its guide "Custom
+The layer is registered through PEFT's ``LoraConfig._register_custom_module`` (see its guide "Custom
 models"). Names, parameters, saving and merging are those of PEFT.
 """
 
@@ -20,10 +20,10 @@ from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 
 
 class FastForward(nn.Module):
-    """A forward for a PEFT layer that is faster and needs less memory under autocast.
+    """A forward pass for a PEFT layer that is faster and needs less memory under autocast.
 
-    It is for training: a frozen layer in the dtype of autocast, and one plain adapter in another
-    dtype. All other cases use PEFT's forward, that of the next class.
+    It is used for training with a frozen layer in the dtype of autocast and one plain adapter in
+    another dtype. All other cases use PEFT's forward pass, which is that of the next base class.
     """
 
     base_layer: Any
@@ -38,7 +38,7 @@ class FastForward(nn.Module):
     lora_dropout: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Maps ``x`` (..., in) to (..., out)."""
+        """Map ``x`` (..., in) to (..., out)."""
         name = None if args or kwargs else self._single_adapter()
         if name is None or not self._as_under_autocast(x, name):
             out: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -50,7 +50,7 @@ class FastForward(nn.Module):
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
-        """The active adapter, if it is the only one and plain; else None."""
+        """The name of the active adapter, if it is the only one and plain; else None."""
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -60,7 +60,7 @@ class FastForward(nn.Module):
         return None if drops else str(active[0])
 
     def _as_under_autocast(self, x: torch.Tensor, name: str) -> bool:
-        """True if autocast would compute base layer and adapter in the dtype of ``x``."""
+        """Whether autocast would compute base layer and adapter in the dtype of ``x``."""
         device, weight = x.device.type, self.base_layer.weight
         computed = four_bit_dtype(self.base_layer) or weight.dtype
         return (
@@ -72,19 +72,21 @@ class FastForward(nn.Module):
 
 
 class LoraLinear(FastForward, Linear):  # type: ignore[misc]  # PEFT ships no types that strict mode can use
-    """``peft.tuners.lora.Linear`` with the faster forward."""
+    """``peft.tuners.lora.Linear`` with the faster forward pass."""
 
 
 @cache
 def _four_bit_class() -> Any:
-    """``peft.tuners.lora.bnb.Linear4bit``, which is there with bitsandbytes, with the same."""
+    """``peft.tuners.lora.bnb.Linear4bit`` with the faster forward pass. PEFT's class exists only
+    with bitsandbytes.
+    """
     from peft.tuners.lora.bnb import Linear4bit  # noqa: PLC0415 - only with bitsandbytes
 
     return type("LoraLinear4bit", (FastForward, Linear4bit), {"__doc__": Linear4bit.__doc__})
 
 
 def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwargs: Any) -> Any:
-    """Made as PEFT 0.21.2 makes its own (``dispatch_bnb_4bit``)."""
+    """Create the 4-bit layer in the same way as PEFT 0.21.2 (``dispatch_bnb_4bit``)."""
     own = {
         "compute_dtype": base.compute_dtype,
         "compress_statistics": base.weight.compress_statistics,
@@ -94,14 +96,16 @@ def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwar
 
 
 def use_fast_layers(config: Any) -> Any:
-    """``config`` (a ``peft.LoraConfig``), changed to adapt linear layers with ``LoraLinear``."""
+    """Change ``config`` (a ``peft.LoraConfig``) to adapt linear layers with ``LoraLinear``, and
+    return it.
+    """
     config._register_custom_module({nn.Linear: _layer_for})
     return config
 
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """A layer factory for PEFT: the toolkit's class for a plain or 4-bit linear layer, None for
-    PEFT's own choice.
+    """Create a layer for PEFT: the toolkit's class for a plain or 4-bit linear layer, None to let
+    PEFT choose.
 
     PEFT's layer is used for other subclasses, and for layers that a hook of accelerate moves.
     """

@@ -1,4 +1,4 @@
-"""The settings of an adapter, and the checks of get_peft_model that do not need PEFT."""
+"""Define the settings of an adapter, and the checks of get_peft_model that do not need PEFT."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ INITS = (
 )
 """PEFT's values of init_lora_weights other than True and False; ``pissa_niter_N`` is valid too."""
 PISSA_ITERATIONS = r"pissa_niter_\d{1,3}"
-"""More than 999 iterations (16 are usual) only take more time."""
+"""The pattern of ``pissa_niter_N``; more than 999 iterations (16 are usual) only take more time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """An adapter: W + s B A with A (r, in) and B (out, r).
+    """The settings of an adapter W + s B A with A (r, in) and B (out, r).
 
     The scaling s is alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with ``use_rslora`` (arXiv
     2312.03732).
@@ -78,17 +78,17 @@ class LoraSettings:
         names = [f.name for f in fields(section) if f.name in known]
         values = {name: getattr(section, name) for name in names}
         for name in ("rank_pattern", "alpha_pattern"):
-            values[name] = values[name] or None  # "no value" in PEFT's config
+            values[name] = values[name] or None  # PEFT's config has None for an empty value
         return cls(**values)
 
     @property
     def scaling(self) -> float:
-        """alpha/r, or alpha/sqrt(r) with use_rslora."""
+        """The scaling: alpha/r, or alpha/sqrt(r) with use_rslora."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 def check_settings(settings: LoraSettings) -> None:
-    """Reject values that are invalid for every model.
+    """Raise an error for values that are invalid for every model.
 
     Raises:
         ConfigTypeError: r or another number has the wrong type.
@@ -173,8 +173,8 @@ def _check_layers(settings: LoraSettings) -> None:
 
 
 def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
-    """Reject settings that an engine on the model does not support. ``max_lora_rank`` is the
-    engine's.
+    """Raise an error for settings that an engine on the model does not support. ``max_lora_rank``
+    is the engine's.
 
     Raises:
         ConfigValueError: the rank is above that of the engine's slots.
@@ -234,7 +234,7 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
     """Check that every target names a module of the model, by its full name or its last parts.
 
     Raises:
-        ConfigValueError: a target does not; the message suggests the most similar name.
+        ConfigValueError: a target names no module; the message suggests the most similar name.
     """
     names = [name for name in module_names if name]
     targets = settings.target_modules
@@ -263,7 +263,7 @@ def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
     others.
 
     Raises:
-        ConfigValueError: a name is not; the message suggests the most similar one.
+        ConfigValueError: no module has such a name; the message suggests the most similar name.
     """
     names = list(module_names) if settings.modules_to_save else []
     for name in settings.modules_to_save or ():
@@ -277,10 +277,11 @@ def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
 
 
 def check_layers(settings: LoraSettings, count: int | None) -> None:
-    """Reject layers that a model of ``count`` layers does not have, because PEFT ignores them.
+    """Raise an error for layers that a model of ``count`` layers does not have, because PEFT
+    ignores them.
 
     Raises:
-        ConfigValueError: a layer does not exist; the message lists them.
+        ConfigValueError: layers do not exist; the message lists them.
     """
     beyond = layers_beyond(settings.layers_to_transform, count)
     if beyond:
@@ -319,7 +320,9 @@ def default_for(model: Any) -> tuple[str, ...]:
 
 
 def told_default(model: Any) -> tuple[str, ...]:
-    """``default_for``, with a warning if it differs from the drop-in API's seven projections."""
+    """The result of ``default_for``, with a warning for a mixture of experts, whose default is not
+    the seven projections of the drop-in API.
+    """
     chosen = default_for(model)
     if has_experts(model.config.to_dict()):
         warnings.warn(
@@ -339,7 +342,7 @@ def experts_of(settings: LoraSettings, model: Any) -> frozenset[str]:
 
 
 def refuse_experts(found: frozenset[str], where: str) -> None:
-    """For a model with an engine. Raises UnsupportedError if experts would be adapted."""
+    """Raise UnsupportedError if experts would be adapted; called for a model with an engine."""
     if found:
         names = ", ".join(name for name in MLP if name in found)
         raise UnsupportedError(

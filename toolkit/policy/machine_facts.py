@@ -1,4 +1,4 @@
-"""Facts about this machine from torch, as plain values for ``config.resolved``."""
+"""Read facts about this machine from torch, as plain values for ``config.resolved``."""
 
 from __future__ import annotations
 

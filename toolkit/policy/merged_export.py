@@ -1,4 +1,4 @@
-"""Write merged weights, W + s B A of each adapted layer, rounded once, as a plain transformers
+"""Write merged weights (W + s B A of each adapted layer, rounded once) as a plain transformers
 checkpoint.
 """
 
@@ -38,14 +38,15 @@ def merge_adapter(
 ) -> Path:
     """Write the base ``checkpoint`` with the merged ``adapter``, and its tokenizer, to ``to``.
 
-    ``dtype`` "auto" means that of the checkpoint. The sum is computed in float32 and rounded once
-    to it. In float32 the logits equal those of base and adapter up to the order of sums (about
-    1e-5). In bfloat16 an update below half a unit in the last place of the weight is lost. If the
-    base was trained in 4 bits, the unquantized weights of the checkpoint are merged.
+    ``dtype`` "auto" means the dtype of the checkpoint. The sum is computed in float32 and rounded
+    once to ``dtype``. In float32 the logits equal those of base model and adapter up to the order
+    of additions (about 1e-5). In bfloat16 an update below half a unit in the last place of the
+    weight is lost. If the base model was trained in 4 bits, the adapter is merged into the
+    unquantized weights of the checkpoint.
 
     Raises:
         ConfigValueError: ``to`` is not empty, or the adapter belongs to another base.
-        UnsupportedError: the adapter is on embeddings or head, and the two are tied.
+        UnsupportedError: the adapter is on embeddings or head, which are tied to each other.
         InputError: something cannot be read or written.
     """
     if dtype not in DTYPES:
@@ -62,7 +63,8 @@ def merge_adapter(
     )
     base = load_base(checkpoint, plain)
     _check_ties(base, adapter)
-    # A 4-bit base has no fingerprint, so a mismatch is detected only by names and shapes.
+    # A 4-bit base model has no fingerprint, so another base model is detected only by names and
+    # shapes.
     model = merge(put_saved(base, adapter))
     tokenizer = load_tokenizer(
         checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
@@ -77,7 +79,7 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
     """Write a fully trained model and its tokenizer to ``to``, and replace existing files.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: a file cannot be written.
     """
     with beside(to) as work:
         model.save_pretrained(str(work))
@@ -90,8 +92,8 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
 
 
 def _check_ties(base: Any, adapter: Adapter) -> None:
-    """Reject a merge into a tied tensor, because the other layer with this tensor would change as
-    well.
+    """Raise an error for a merge into a tied tensor, because the other layer with this tensor would
+    change as well.
     """
     touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
     if touched and base.config.tie_word_embeddings:
@@ -104,7 +106,7 @@ def _check_ties(base: Any, adapter: Adapter) -> None:
 
 
 def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
-    """Write ``adapter``, which was read and checked, and the tokenizer of its base to ``to``.
+    """Write ``adapter``, which was read and checked, and the tokenizer of its base model to ``to``.
 
     Raises:
         ConfigValueError: ``to`` is not empty.
@@ -121,7 +123,7 @@ def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype in config.json; ``float32`` if it has none that merging supports."""
+    """The dtype in config.json; ``float32`` if config.json has no dtype that merging supports."""
     values: dict[str, Any] = checkpoint.read_json("config.json")
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     return (
@@ -132,7 +134,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def check_empty(to: Path) -> None:
-    """Reject a target that is a file or a folder that is not empty.
+    """Raise an error if the target is a file or a folder that is not empty.
 
     Raises:
         ConfigValueError: the target is not usable.
@@ -147,8 +149,8 @@ def check_empty(to: Path) -> None:
 
 @contextmanager
 def into(to: Path) -> Iterator[Path]:
-    """A temporary folder next to ``to``, which is renamed to it after everything is written. Modes
-    are 0644 for files and 0755 for the folder, minus the umask.
+    """Yield a temporary folder next to ``to``, and rename it to ``to`` after everything is written.
+    Modes are 0644 for files and 0755 for the folder, minus the umask.
     """
     with beside(to) as work:
         yield work

@@ -1,6 +1,6 @@
-"""Find a checkpoint: a folder, or a hub id that becomes the folder of one snapshot.
+"""Find a checkpoint: a folder, or a hub id, of which one snapshot folder is used.
 
-Engine and trainer read the same folder, so they cannot see two revisions of one name.
+Engine and trainer read the same folder, so they cannot read two revisions of one name.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``folder`` on disk; ``name`` is for messages: the hub id, or the absolute folder."""
+    """A checkpoint in ``folder`` on disk. ``name`` is for messages: the hub id, or the absolute
+    folder.
+    """
 
     folder: Path
     name: str
 
     @property
     def is_adapter(self) -> bool:
-        """True for the folder of a PEFT adapter, which has no model weights."""
+        """Whether the folder is that of a PEFT adapter, which has no model weights."""
         weights = [*self.folder.glob("model*.safetensors"), *self.folder.glob("pytorch_model*.bin")]
         return self._has(ADAPTER_CONFIG) and not weights
 
@@ -42,19 +44,19 @@ class Checkpoint:
         """The JSON object in ``file`` of the folder.
 
         Raises:
-            InputError: it is missing, unreadable, or not a JSON object.
+            InputError: the file is missing, unreadable, or not a JSON object.
         """
         return read_object(self.folder / file)
 
     def check_model(self, *, pickle: bool = False) -> None:
-        """Reject a folder that is not a model checkpoint; weights must be safetensors unless
-        ``pickle``.
+        """Raise an error if the folder is not a model checkpoint; weights must be safetensors
+        unless ``pickle``.
 
         Raises:
             InputError: no config.json, no weights, or a file that a loader cannot read in bounded
                 time (a pipe, a device).
-            ConfigError: its index of weights names a file outside the folder.
-            ConfigValueError: it has only pickled weights, which are read only with ``pickle``.
+            ConfigError: the index of weights names a file outside the folder.
+            ConfigValueError: the folder has only pickled weights, and ``pickle`` is False.
         """
         check_folder(self.folder)
         if not self._has("config.json"):
@@ -85,7 +87,8 @@ class Checkpoint:
 def find_checkpoint(
     name: str, *, revision: str | None = None, token: str | bool | None = None, pickle: bool = False
 ) -> Checkpoint:
-    """The checkpoint called ``name``, downloaded if it is a hub id. ``token`` reads gated ones.
+    """The checkpoint called ``name``, downloaded if it is a hub id. ``token`` gives access to gated
+    repositories.
 
     Raises:
         InputError: the folder or repository does not exist, or the hub cannot be reached.

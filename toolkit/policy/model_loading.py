@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 def load(
     request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of ``request``; for the folder of an adapter, its base with the adapter on
-    it.
+    """Load (model, tokenizer) of ``request``; for the folder of an adapter, its base model with the
+    adapter.
 
-    With ``adapter_folder``, ``request.model_name`` is the base, and that adapter is put on it. A
+    With ``adapter_folder``, ``request.model_name`` is the base model, which gets that adapter. A
     tokenizer from ``read_tokenizer`` is not read again.
 
     Raises:
@@ -54,9 +54,10 @@ def load(
 
 
 def read_tokenizer(request: LoadRequest) -> Any:
-    """The tokenizer that ``load`` returns, without loading the model: for lengths and templates.
+    """Read the tokenizer that ``load`` returns, without loading the model: for lengths and
+    templates.
 
-    Its padding is not set yet, because it depends on the model. Raises InputError.
+    The tokenizer's padding is not set yet, because it depends on the model. Raises InputError.
     """
     return _tokenizer_of(*_locate(request), request)
 
@@ -97,9 +98,9 @@ def _finish(
     adapter: Adapter | None,
     tokenizer: Any,
 ) -> tuple[Any, Any]:
-    """Set the model's name and padding, add the adapter, bind the methods."""
-    # transformers stores the snapshot's folder as name, but adapters must record the name that the
-    # user gave.
+    """Set the model's name and padding, add the adapter, and bind the toolkit's methods."""
+    # transformers stores the snapshot's folder as the model's name, but adapters must record the
+    # name that the user gave.
     model.name_or_path = model.config._name_or_path = base.name
     if request.fix_tokenizer:
         fix_tokenizer(tokenizer, model)
@@ -108,8 +109,8 @@ def _finish(
     attach(
         model,
         toolkit_engine=engine,
-        # Not referenced, so that closing the engine can free its memory before the model is
-        # dropped.
+        # The method does not reference the model, so that closing the engine can free its memory
+        # before the model is dropped.
         vllm_engine=None if engine is None else weakref.proxy(engine.llm),
         max_seq_length=length,
         toolkit_tokenizer=tokenizer,
@@ -141,12 +142,12 @@ def _fuse(model: Any, request: LoadRequest) -> Applied | None:
 
 
 def tell_engine(peft_model: Any) -> Any:
-    """Publish a new adapter to the engine on its model, if there is one. So a layer that the engine
-    does not support is rejected now and not in the first rollout. Returns ``peft_model``.
+    """Publish a new adapter to the engine on its model, if there is an engine. So a layer that the
+    engine does not support is rejected now and not in the first rollout. Returns ``peft_model``.
 
     Raises:
-        UnsupportedError, ConfigValueError: the engine does not support it; the adapter is removed
-            again.
+        UnsupportedError, ConfigValueError: the engine does not support the adapter, which is
+            then removed.
     """
     engine = getattr(peft_model, "toolkit_engine", None)
     if engine is not None:

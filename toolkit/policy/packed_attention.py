@@ -1,15 +1,15 @@
-"""Attention over a packed sequence: many completions in one row, without padding, with one copy of
-each prompt.
+"""Compute attention over a packed sequence: many completions in one row, without padding, with one
+copy of each prompt.
 
-A pack is a sequence of *segments*. A segment is a run of consecutive tokens. It attends causally to
-itself, and to all of its *prefix*, which is another segment of the pack or empty. So the
-completions of a group share one copy of their prompt, and a mask over the whole pack is not needed.
+A pack is a sequence of *segments*. A segment is a series of consecutive tokens. It attends causally
+to itself, and to all of its *prefix*, which is another segment of the pack or empty. So the
+completions of a group share one copy of their prompt, and no mask over the whole pack is needed.
 
 The function is registered with transformers' public ``AttentionInterface`` in addition to the
 model's own function. Without a layout among its keywords it calls the model's own function. On a
-GPU in half precision it is ``torch.nn.attention.varlen`` (FlashAttention-2); otherwise, and for
-models with a soft cap or attention sinks, the model's own function gets the segments in batches of
-similar length.
+GPU in half precision it uses ``torch.nn.attention.varlen`` (FlashAttention-2). Otherwise, and for
+models with a soft cap or attention sinks, it calls the model's own function with the segments in
+batches of similar length.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ _kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA 
 
 
 class Segment(NamedTuple):
-    """Tokens ``start`` to ``start + length`` of the pack, which follow those of its prefix."""
+    """The tokens ``start`` to ``start + length`` of the pack, which follow the tokens of
+    ``prefix``.
+    """
 
     start: int
     length: int
@@ -55,12 +57,12 @@ class Segment(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """Number of tokens that its last token attends to."""
+        """The number of tokens that the segment's last token attends to."""
         return self.prefix_length + self.length
 
 
 class Batch(NamedTuple):
-    """Query blocks of segments of similar size, padded, for the model's own attention function."""
+    """Padded query blocks of segments of similar size, for the model's own attention function."""
 
     queries_ST: torch.Tensor  # indices into the pack; padding repeats a real token
     keys_SK: torch.Tensor
@@ -70,7 +72,7 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class PackedLayout:
-    """The segments of a pack and their index tensors, all on ``device``."""
+    """The segments of a pack and their index tensors, which are all on ``device``."""
 
     segments: Sequence[Segment]
     device: torch.device
@@ -91,14 +93,15 @@ class PackedLayout:
         self.key_index, self.key_uses = self._key_index()
 
     def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
-        """0 and the running sums, int32, in the kernel's format."""
+        """0 and the cumulative sums of ``lengths`` as int32, the kernel's format."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.device)
 
     def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """The token indices of all segments' keys, segment by segment (K). For the backward pass
-        also pairs of (tokens of the pack, their positions in that layout): the first use of each
-        token, the second use of those that have one, and so on.
+        """(the token indices of all segments' keys (K), segment by segment; pairs for the backward
+        pass). A pair is (tokens of the pack, their positions among the K keys). The first pair has
+        the first use of each token, the second pair the second use of those tokens that have one,
+        and so on.
         """
         parts = [
             torch.arange(begin, begin + size)
@@ -118,7 +121,7 @@ class PackedLayout:
 
     @property
     def batches(self) -> list[Batch]:
-        """The segments for the model's own function."""
+        """The segments in batches for the model's own function."""
         if self._batches is None:
             blocks = list(self._blocks())
             self._batches = [self._batch(group) for group in _grouped(blocks)]
@@ -136,7 +139,9 @@ class PackedLayout:
         return self._order_N
 
     def _blocks(self) -> list[tuple[Segment, int, int]]:
-        """(segment, first query, end of queries): long segments are split along their queries."""
+        """(segment, first query, end of queries) of each block; long segments are split along their
+        queries.
+        """
         blocks = []
         for segment in self.segments:
             step = max(1, _MAX_SCORES // segment.keys)
@@ -163,8 +168,8 @@ class PackedLayout:
         return Batch(*(x.to(self.device) for x in (queries, keys, positions, counts)))
 
     def mask(self, number: int, window: int | None) -> torch.Tensor:
-        """(S, 1, T, K), True where the query of batch ``number`` attends to the key. ``window`` is
-        the number of tokens that a token attends to, including itself.
+        """A mask (S, 1, T, K), True where the query of batch ``number`` attends to the key.
+        ``window`` is the number of tokens that a token attends to, including itself.
         """
         known = self._masks.get((number, window))
         if known is not None:
@@ -180,7 +185,7 @@ class PackedLayout:
 
 
 def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
-    """Group blocks of similar size, so that padding to the largest wastes little."""
+    """Groups of blocks of similar size, so that padding to the largest wastes little."""
     groups: list[list[tuple[Segment, int, int]]] = []
     real = 0
 
@@ -203,7 +208,7 @@ def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segm
 
 
 class _GatherKeys(torch.autograd.Function):
-    """``x_NHD[key_index]``; the backward pass sums in a fixed order, in float32.
+    """Computes ``x_NHD[key_index]``; the backward pass adds up in a fixed order, in float32.
 
     The default gradient of indexing uses atomic additions on a GPU, so its bits vary between runs,
     and each addition rounds to the dtype of ``x``.
@@ -222,7 +227,7 @@ class _GatherKeys(torch.autograd.Function):
             (layout.tokens, *gradient_KHD.shape[1:]), dtype=torch.float32
         )
         for tokens, places in layout.key_uses:
-            # No token occurs twice in one addition.
+            # No token occurs twice in one addition, so the order is fixed.
             total_NHD[tokens] += gradient_KHD.index_select(0, places).float()
         return total_NHD.to(gradient_KHD.dtype), None
 
@@ -233,7 +238,9 @@ def _varlen(
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """(N, H, D) from the kernel, which needs the keys of each segment to be contiguous."""
+    """Attention (N, H, D) computed by the kernel, which needs the keys of each segment to be
+    contiguous.
+    """
     query_NHD, key_NHD, value_NHD = states
     output: torch.Tensor = _kernel(
         query_NHD,
@@ -244,8 +251,8 @@ def _varlen(
         layout.max_queries,
         layout.max_keys,
         scale=scale,
-        # The kernel's window counts the tokens before the query; causal masks are aligned to the
-        # end.
+        # The kernel's window counts the tokens before the query, and causal masks are aligned to
+        # the end.
         window_size=(-1 if window is None else window - 1, 0),
     )
     return output
@@ -264,7 +271,7 @@ def _by_the_model(
     additive: bool,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """(1, N, H, D) from the model's own attention function, over batches of segments."""
+    """Attention (1, N, H, D) computed by the model's own function, over batches of segments."""
     query_NHD, key_NHD, value_NHD = states
     outputs = []
     for number, batch in enumerate(layout.batches):
@@ -306,9 +313,10 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """transformers' attention function ``plain``; with ``packed_layout`` it computes a pack.
+    """Compute transformers' attention function ``plain``; with ``packed_layout``, compute it over a
+    pack.
 
-    ``query``: (B, H, T, D); returns (B, T, H, D) and the weights (None for a pack).
+    ``query`` is (B, H, T, D). Returns (B, T, H, D) and the weights (None for a pack).
     """
     layout: PackedLayout | None = kwargs.pop(KEYWORD, None)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -332,7 +340,7 @@ def packed_attention(
 
 
 def register() -> None:
-    """Register the packed form of each plain function, with the masks of the plain function."""
+    """Register the packed form of each plain function, with the masks of that function."""
     for plain in PLAIN:
         AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))
         AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])

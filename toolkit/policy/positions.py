@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def set_positions(config: Any, request: LoadRequest, name: str) -> None:
-    """Apply ``rope_scaling``, or stretch the positions if ``max_seq_length`` is larger.
+    """Apply ``rope_scaling``, or extend the positions if ``max_seq_length`` is larger than the
+    trained length.
 
-    Stretching is dynamic NTK, which does not change sequences within the trained length.
+    The extension is dynamic NTK, which does not change sequences within the trained length.
     """
     longest = getattr(config, "max_position_embeddings", None)
     wanted = request.max_seq_length

@@ -46,8 +46,8 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter read from ``folder``: its PEFT config, its tensors (on the CPU) and the identity
-    of its base.
+    """An adapter that was read from ``folder``: its PEFT config, its tensors (on the CPU) and the
+    identity of its base model.
     """
 
     folder: Path
@@ -57,8 +57,8 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """The adapter in ``folder``; checks that every value is finite and every rank matches its
-    config.
+    """Read the adapter in ``folder``, and check that every value is finite and every rank matches
+    its config.
 
     Raises:
         InputError: a file is missing or unreadable.
@@ -81,7 +81,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     except (ConfigValueError, ConfigTypeError) as error:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, re.error) as error:
-        raise ConfigValueError(  # PEFT used a value of the wrong type
+        raise ConfigValueError(  # PEFT failed on a value of the wrong type
             f"cannot be used: {first_line(error)}",
             where=str(path / ADAPTER_CONFIG),
             fix="copy the adapter again",
@@ -109,13 +109,13 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
 
 
 def same_start(adapter: Adapter, settings: LoraSettings) -> None:
-    """Reject ``adapter`` as a start if ``settings`` differ from it.
+    """Raise an error if ``adapter`` cannot be the start of a run with ``settings``.
 
-    Its initialization is ignored, because its values exist.
+    The adapter's initialization is not compared, because its values exist.
 
     Raises:
-        ConfigTypeError: they differ; the message lists the differences.
-        UnsupportedError: no run can start from it.
+        ConfigTypeError: the settings differ; the message lists the differences.
+        UnsupportedError: no run can start from an adapter of this kind.
     """
     problem = start_problem(adapter.config.to_dict())
     if problem is not None:
@@ -156,7 +156,9 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _finite(value: torch.Tensor) -> bool:
-    """isfinite does not support float8."""
+    """Whether all values are finite; float8 is converted first, because isfinite does not support
+    it.
+    """
     plain = value.float() if value.is_floating_point() else value
     return bool(torch.isfinite(plain).all())
 
@@ -177,10 +179,11 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
 
 
 def check_base(model: Any, adapter: Adapter) -> None:
-    """Reject an adapter of another base. Digests are compared if both have one, else hub ids.
+    """Raise an error for an adapter of another base model. Digests are compared if both have one,
+    else hub ids.
 
     Raises:
-        ConfigValueError: the bases differ; the message names both.
+        ConfigValueError: the base models differ; the message names both.
     """
     theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
     same = is_base_of(adapter.base, model)
@@ -208,7 +211,7 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
     """The file's tensors, after a check that they match the adapter ``name`` of ``model``.
 
     PEFT also stores embeddings and head if an adapter is on them. They must equal those of the base
-    and are left out, so base weights are never written.
+    model and are left out, so base weights are never written.
 
     Raises:
         ConfigValueError: tensors are missing, unexpected or of another shape; the message names the
@@ -241,13 +244,15 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
 
 
 def _equal(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal after both are rounded to bfloat16, because either may have been stored in it."""
+    """Whether the tensors are equal after both are rounded to bfloat16, because either may have
+    been stored in bfloat16.
+    """
     return torch.equal(own.detach().to("cpu", torch.bfloat16), other.to(torch.bfloat16))
 
 
 def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
-    """``model`` with the saved ``adapter`` under ``name``, after a check of base, targets and
-    shapes.
+    """Add the saved ``adapter`` to ``model`` under ``name``, after a check of base model, targets
+    and shapes.
 
     Raises:
         ConfigValueError: the adapter belongs to another base, or does not fit; the message names

@@ -1,5 +1,5 @@
-"""Methods for notebooks to save a trained model: merged weights on disk or on the hub, and
-instructions for GGUF. ``policy.attach`` binds them to each model of the toolkit.
+"""Define the methods with which notebooks save a trained model: merged weights on disk or on the
+hub, and instructions for GGUF. ``policy.attach`` binds them to each model of the toolkit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from toolkit.base.errors import ConfigValueError, UnsupportedError
 from toolkit.base.paths import set_modes
 from toolkit.policy.adapter_io import save_lora
-from toolkit.policy.hub import push_folder
+from toolkit.policy.hub_upload import push_folder
 from toolkit.policy.merged_export import check_empty, merge_adapter, write_model
 from toolkit.policy.saved_adapter import read_adapter
 
@@ -30,15 +30,15 @@ NAMES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"
 
 
 class Source(NamedTuple):
-    """The origin of a model: the checkpoint of its base, and the call that loaded it."""
+    """The origin of a model: the checkpoint of its base model, and the call that loaded it."""
 
     checkpoint: Checkpoint
     request: LoadRequest
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
-        """The record on a model, in plain values without the token, because a model may be copied
-        and pickled.
+        """The origin in plain values without the token, because it is stored on a model, and a
+        model may be copied and pickled.
         """
         return cls(checkpoint, replace(request, token=None, engine=dict(request.engine)))
 
@@ -55,8 +55,8 @@ def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
 ) -> Path:
     """Write ``model`` to ``save_directory``, which must be empty, and return it.
 
-    ``merged_16bit``: the base with the adapter merged into it, in 16 bits, as plain transformers
-    and vLLM load it. ``lora``: the adapter alone. ``tokenizer`` None is the model's own.
+    ``merged_16bit``: the base model with the adapter merged into it, in 16 bits, in the format that
+    transformers and vLLM load. ``lora``: only the adapter. ``tokenizer`` None is the model's own.
     ``push_to_hub`` also uploads the folder, to the repository that ``save_directory`` names.
 
     Raises:
@@ -90,10 +90,11 @@ def push_to_hub_merged(
     token: str | None = None,
     private: bool | None = None,
 ) -> str:
-    """As ``save_pretrained_merged``, to the hub's repository ``repo_id``; returns its address.
+    """Do the same as ``save_pretrained_merged``, but write to the hub's repository ``repo_id``.
+    Returns its address.
 
     Raises:
-        The errors of ``save_pretrained_merged`` and ``hub.push_folder``.
+        The errors of ``save_pretrained_merged`` and ``hub_upload.push_folder``.
     """
     _check_method(save_method)
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,7 +109,7 @@ def save_pretrained_gguf(
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
-    """Not supported, because llama.cpp writes GGUF files: the error lists the steps.
+    """Raise an error that lists the steps to a GGUF file, because llama.cpp writes GGUF files.
 
     Raises:
         UnsupportedError: always.
@@ -128,13 +129,13 @@ def push_to_hub_gguf(
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
-    """As ``save_pretrained_gguf``. Raises UnsupportedError."""
+    """Do the same as ``save_pretrained_gguf``: raise UnsupportedError."""
     del kwargs
     save_pretrained_gguf(model, repo_id.rpartition("/")[2], tokenizer, quantization_method)
 
 
 def gguf_recipe(folder: str, types: list[str]) -> str:
-    """The commands that make GGUF files of ``types`` from the merged weights in ``folder``."""
+    """The commands that convert the merged weights in ``folder`` to GGUF files of ``types``."""
     steps = [f"model.save_pretrained_merged({folder!r}, tokenizer), then in a shell:"]
     first = next((one for one in types if one in DIRECT), "f16")
     steps += [
@@ -183,4 +184,4 @@ def _merge(model: Any, tokenizer: Any, to: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         adapter = read_adapter(save_lora(model, Path(scratch) / "adapter"))
         merge_adapter(source.checkpoint, adapter, source.request, to, dtype=half)
-    tokenizer.save_pretrained(str(to))  # the user's: it may have a chat template of their own
+    tokenizer.save_pretrained(str(to))  # the user's tokenizer, which may have its own chat template

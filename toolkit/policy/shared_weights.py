@@ -1,5 +1,5 @@
-"""A Hugging Face model on the engine's tensors: it is built on the meta device, then every
-parameter is bound to a view.
+"""Build a Hugging Face model on the engine's tensors: create it on the meta device, then bind every
+parameter to a view.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ is accepted as rounding.
 def shared_model(
     engine: Engine, *, attn_implementation: str | None = None, check: bool = True
 ) -> PreTrainedModel:
-    """The engine's model as a Hugging Face model without its own weights.
+    """Create the engine's model as a Hugging Face model without its own weights.
 
-    Every parameter is a view of a live tensor of the engine, frozen (``requires_grad`` False);
-    buffers (rotary tables) are its own. The function checks that every parameter is bound to engine
+    Every parameter is a view of an engine's tensor, frozen (``requires_grad`` False); the model has
+    its own buffers (rotary tables). The function checks that every parameter is bound to engine
     storage with the right shape and dtype, that the checkpoint has no tensor that the model lacks,
     and that the log-probabilities of a few tokens agree with the engine's (``check``).
 
-    Drop the model soon after the engine: the memory is freed only when both are dropped.
+    Drop the model soon after the engine is closed: the memory is freed only when both are dropped.
 
     Args:
         engine: a running engine.
@@ -80,8 +80,8 @@ def shared_model(
 
 
 def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
-    """Reject LongRoPE (Phi-3) above its original length. There vLLM 0.25 to 0.31 uses the long
-    factors for every sequence, but Hugging Face only for longer ones.
+    """Raise an error for LongRoPE (Phi-3) above its original length. There vLLM 0.25 to 0.31 uses
+    the long factors for every sequence, but Hugging Face only for longer ones.
 
     Raises:
         UnsupportedError: max_seq_length is too large.
@@ -99,16 +99,17 @@ def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
 
 
 def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
-    """Reject a checkpoint with tensors that the model does not have, or without a tensor that it
-    needs. vLLM itself may accept the former, and leaves the latter uninitialised.
+    """Raise an error for a checkpoint with tensors that the model does not have, or without a
+    tensor that the model needs. vLLM itself may accept the former, and leaves the missing tensors
+    uninitialised.
 
-    Names that Hugging Face also ignores are accepted.
+    Names that Hugging Face ignores too are accepted.
 
     Raises:
         UnsupportedError: tensors do not match; the message names them.
     """
     if not live.read_names:
-        return  # another loader has read it
+        return  # another loader has read the checkpoint
     prefix = f"{model.base_model_prefix}."
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     own = stored_names(shapes, live.read_names)
@@ -127,7 +128,7 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
 
 
 def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
-    """Raise an error if any of ``names`` is not ignored.
+    """Raise an error if any of ``names`` does not match ``ignored``.
 
     Raises:
         UnsupportedError: the message names the first five.
@@ -143,7 +144,7 @@ def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.
 
 
 def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
-    """Replace every parameter of ``model`` by a frozen view of a live tensor."""
+    """Replace every parameter of ``model`` by a frozen view of an engine's tensor."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     sources = Sources(
         shapes={name: logical_shape(tensor) for name, tensor in live.parameters.items()},
@@ -177,7 +178,7 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
 
 
 def tied_names(model: nn.Module) -> list[frozenset[str]]:
-    """Groups of names of the same parameter."""
+    """Groups of names that belong to the same parameter."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)
@@ -205,8 +206,8 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
     tokens, in nats.
 
     Raises:
-        UnsupportedError: the difference is more than rounding, so the two compute different
-            functions.
+        UnsupportedError: the difference is more than rounding, so engine and model compute
+            different functions.
         ConfigValueError: the model's logits are not finite.
     """
     device = next(model.parameters()).device

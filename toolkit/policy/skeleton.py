@@ -1,4 +1,6 @@
-"""The Hugging Face model without weights: parameters on the meta device, real buffers."""
+"""Build the Hugging Face model without weights: its parameters are on the meta device, its buffers
+are real.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,7 @@ if TYPE_CHECKING:
 
 
 def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
-    """The architecture with parameters on the meta device and real buffers on the engine's
-    device.
-    """
+    """The model with parameters on the meta device and real buffers on the engine's device."""
     options = engine.options
     config = AutoConfig.from_pretrained(options.model, revision=options.revision)
     device = next(engine.module.parameters()).device
@@ -50,7 +50,7 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
             setattr(module, name, buffer.to(device))
     model.config.name_or_path = options.model
     model.name_or_path = options.model
-    # If the checkpoint has none, the values from the config are kept.
+    # If the checkpoint has no generation config, the values from the model's config are kept.
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(
             options.model, revision=options.revision
@@ -61,9 +61,10 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
 def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The model class of ``config``, from a second import of its module.
 
-    If vLLM has no own model, it runs the Hugging Face class, and changes that class for the whole
-    process (bases, ``__init__`` and ``__call__`` in ``support_torch_compile``, vLLM 0.31.0). Then
-    the class cannot be built outside vLLM. So its file is imported again under another name.
+    If vLLM has no model class for the architecture, it runs the Hugging Face class, and changes
+    that class for the whole process (bases, ``__init__`` and ``__call__`` in
+    ``support_torch_compile``, vLLM 0.31.0). Then the class cannot be built outside vLLM. So its
+    file is imported again under another name.
     """
     touched = AutoModelForCausalLM._model_mapping[type(config)]
     name = f"{touched.__module__}_untouched"

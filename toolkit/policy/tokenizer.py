@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, prepared for generation in batches."""
+"""Load the tokenizer of a checkpoint, prepared for generation in batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from toolkit.base.errors import InputError, ToolkitWarning, first_line
 from toolkit.base.files import check_folder
-from toolkit.policy.chat_template import limit_template
+from toolkit.policy.render_template import limit_template
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -26,15 +26,16 @@ PAD_NAMES = (
     "<|dummy_0|>",
     "<unk>",
 )
-"""Padding tokens of published vocabularies that do not occur in text, best first (Llama 3, Qwen,
-Phi, ...).
+"""Padding tokens of published vocabularies that do not occur in text, the best first (Llama 3,
+Qwen, Phi, ...).
 """
 
 
 def load_tokenizer(
     folder: Path, *, max_seq_length: int | None, trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer in ``folder``; ``max_seq_length`` (tokens) becomes its ``model_max_length``.
+    """Load the tokenizer in ``folder``; ``max_seq_length`` (tokens) becomes its
+    ``model_max_length``.
 
     Raises:
         InputError: the folder has no tokenizer.
@@ -56,11 +57,12 @@ def load_tokenizer(
 
 
 def fix_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Pad on the left, with a token that does not end a sequence if the vocabulary has one.
+    """Make ``tokenizer`` pad on the left, with a token that does not end a sequence if the
+    vocabulary has one.
 
-    No token is added, because that would change the embeddings. The pad id is set in ``model``'s
-    configs. Generation from a batch needs left padding. If the pad token were also the end of
-    sequence, the loss would exclude the end of each completion.
+    No token is added to the vocabulary, because that would change the embeddings. The pad id is set
+    in ``model``'s configs. Generation from a batch needs left padding. If the pad token were also
+    the end of sequence, the loss would exclude the end of each completion.
     """
     tokenizer.padding_side = "left"
     ends = end_ids(tokenizer, model)
@@ -80,7 +82,7 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
 
 
 def end_ids(tokenizer: Any, model: Any) -> set[int]:
-    """Every token id that ends a completion: the tokenizer's and the generation config's."""
+    """Every token id that ends a completion, from the tokenizer and the generation config."""
     ends: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if isinstance(listed, int):

@@ -1,4 +1,5 @@
-"""Map each Hugging Face parameter to rows of an engine tensor. Pure functions of names and shapes.
+"""Map each Hugging Face parameter to rows of an engine tensor, by pure functions of names and
+shapes.
 
 The engine fuses layers (``qkv_proj`` has the rows of q, then k, then v) and pads the vocabulary.
 The model's own ``packed_modules_mapping`` defines which layers are fused and in what order. The
@@ -23,16 +24,22 @@ WHY_SHARE = "model.share_weights"
 FALLBACK = "set share_weights: false (the trainer then has its own copy), or fast_inference: false"
 
 EXPERT_TENSORS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
-"""Stacked experts, Hugging Face (transformers 5) -> vLLM: (expert, out, in) on both sides."""
+"""A mapping of the tensors of stacked experts from Hugging Face's names (transformers 5) to vLLM's;
+both are (expert, out, in).
+"""
 EXPERT_MODULES = ("routed_experts", "")
-"""The module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), if any."""
+"""The name of the module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), which
+may be absent.
+"""
 ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
-"""A tensor of one expert, as in most checkpoints; the group is its name within the expert."""
+"""The pattern for a tensor of one expert, as in most checkpoints; the group is its name within the
+expert.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Rows ``start`` to ``start + rows`` of the engine's tensor ``source``."""
+    """The rows ``start`` to ``start + rows`` of the engine's tensor ``source``."""
 
     source: str
     start: int
@@ -41,7 +48,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The engine's side: shapes by name, fused layers and their parts, and the names that may be
+    """The engine's tensors: shapes by name, fused layers and their parts, and the names that may be
     padded.
     """
 
@@ -54,7 +61,7 @@ class Sources:
 def plan_views(
     wanted: Mapping[str, Shape], tied: Iterable[frozenset[str]], sources: Sources, rename: Rename
 ) -> dict[str, Slice]:
-    """A slice for every Hugging Face parameter of ``wanted`` (name -> shape).
+    """Find a slice for every Hugging Face parameter of ``wanted`` (name -> shape).
 
     Args:
         wanted: Hugging Face parameters; tied ones under each of their names.
@@ -64,7 +71,7 @@ def plan_views(
 
     Raises:
         UnsupportedError: a parameter has no tensor in the engine, or its shape differs; the message
-            says which and why.
+            names the parameter and the reason.
     """
     found: dict[str, Slice] = {}
     problems: dict[str, str] = {}
@@ -74,7 +81,8 @@ def plan_views(
         except UnsupportedError as problem:
             problems[name] = problem.message
     for group in tied:
-        # One slice for all tied names, whatever names the engine has: they are one parameter.
+        # All tied names get one slice, whatever names the engine has, because they are one
+        # parameter.
         placed = next((found[name] for name in wanted if name in group and name in found), None)
         if placed is not None:
             found |= dict.fromkeys(group, placed)
@@ -93,19 +101,19 @@ def plan_views(
 def locate(
     name: str, shape: Shape, wanted: Mapping[str, Shape], sources: Sources, rename: Rename
 ) -> Slice:
-    """The slice of one parameter.
+    """The slice for the parameter ``name``.
 
     Raises:
         UnsupportedError: no tensor has that shape.
     """
     target = rename(name)
     if target in sources.shapes:
-        return whole(target, shape, sources)
+        return whole_tensor(target, shape, sources)
     layer, _, attribute = target.rpartition(".")
     for inner in EXPERT_MODULES if attribute in EXPERT_TENSORS else ():
         source = join(layer, inner, EXPERT_TENSORS[attribute])
         if source in sources.shapes:
-            return whole(source, shape, sources)
+            return whole_tensor(source, shape, sources)
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in sources.packed.items():
         source = join(parent, fused, attribute)
@@ -122,8 +130,8 @@ def locate(
     raise UnsupportedError("the engine does not have this tensor")
 
 
-def whole(source: str, shape: Shape, sources: Sources) -> Slice:
-    """All of a tensor, or its first rows if the engine has padded it."""
+def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
+    """The slice of a whole tensor, or of its first rows if the engine has padded it."""
     have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
     if have != shape and not padded:
@@ -136,7 +144,7 @@ def whole(source: str, shape: Shape, sources: Sources) -> Slice:
 def part_of(
     leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
 ) -> Slice:
-    """The rows of one part of a fused tensor, which follow those of the earlier parts."""
+    """The slice of one part of a fused tensor; its rows follow those of the earlier parts."""
     have = available(source, sources)
     known = [shape for shape in shapes if shape is not None]
     if len(known) != len(parts):
@@ -155,10 +163,10 @@ def part_of(
 
 
 def available(source: str, sources: Sources) -> Shape:
-    """The shape of an engine tensor.
+    """The shape of the engine tensor ``source``.
 
     Raises:
-        UnsupportedError: it no longer has the values of the checkpoint.
+        UnsupportedError: the tensor no longer has the values of the checkpoint.
     """
     if source in sources.rewritten:
         raise UnsupportedError(f"vLLM has rewritten {source} for a kernel on this device")
@@ -169,8 +177,8 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
     """The names of ``wanted`` in the spelling of a checkpoint with the tensors ``read``.
 
     Hugging Face stacks the experts of a layer (``mlp.experts.down_proj``, expert first), but most
-    checkpoints have one tensor per expert (``mlp.experts.7.down_proj.weight``). Then every expert
-    of every layer needs each tensor that any of them has.
+    checkpoints have one tensor per expert (``mlp.experts.7.down_proj.weight``). For such a
+    checkpoint, every expert of every layer must have each tensor that any of them has.
     """
     tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
     names = set()

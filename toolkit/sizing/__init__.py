@@ -1,7 +1,7 @@
-"""How much memory a run needs, computed only from config.json and safetensors headers.
+"""Compute how much memory a run needs, only from config.json and safetensors headers.
 
-Never imports torch. Training calls ``resolve(config, device)``: it reads the model, solves, and
-replaces every "auto".
+The package never imports torch. Training calls ``resolve(config, device)``, which reads the model,
+solves, and replaces every "auto".
 """
 
 from __future__ import annotations

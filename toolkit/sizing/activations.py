@@ -1,7 +1,7 @@
-"""Activations of a training step, counted tensor by tensor as autograd saves them.
+"""Count the activations of a training step, tensor by tensor, as autograd saves them.
 
-Read at transformers 5.17 and PEFT 0.21.2; tests/contract/test_sizing_activations.py compares the
-count with what they really save.
+Written for transformers 5.17 and PEFT 0.21.2; tests/contract/test_sizing_activations.py compares
+the count with the bytes that autograd saves in these versions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MASTER_BYTES = 4  # policy/lora.py keeps adapters and their gradients in float32
 
 
 def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """Peak bytes of activations in a forward and backward pass, without the head."""
+    """The peak bytes of activations in a forward and backward pass, without the output head."""
     return sum(activations(spec, work, step))
 
 
 def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
-    """(bytes that all layers keep, bytes of the one layer being recomputed, temporaries of that
-    layer's backward pass).
+    """(bytes that all layers keep, bytes that one layer keeps while it is recomputed, temporary
+    bytes of that layer's backward pass).
     """
     one = pass_of(work, step)
     tokens = one.tokens
@@ -53,12 +53,12 @@ def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, i
 
 
 def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """Bytes that autograd saves for one token of one layer."""
+    """The bytes that autograd saves for one token in one layer."""
     width = step.compute_bytes
     casts = _casts(work, step)
     hidden = spec.hidden_size
     norms = block.vectors // hidden
-    # A fused norm keeps its input as it came and one number of each token.
+    # A fused norm keeps its input in the input's dtype and one number per token.
     total = (width * hidden + 4) * norms if step.fused else 4 * hidden * norms
     groups: set[tuple[str, int]] = set()
     for linear in lora_bytes.adapted(spec, block, work.targets):
@@ -76,22 +76,25 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
 
 
 def _casts(work: Workload, step: StepPlan) -> bool:
-    """Whether PEFT's own forward pass runs. It casts each adapted input up and autocast casts it
-    down again, which makes one copy per module. policy/lora_layer.py avoids this, but uses PEFT's
-    pass for dropout.
+    """Whether PEFT's own forward pass runs. PEFT casts each adapted input up and autocast casts it
+    down again, which makes one copy per module. policy/lora_layer.py avoids the copies, but uses
+    PEFT's forward pass if the adapter has dropout.
     """
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
 def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
-    """Whether packs go through ``varlen_attn`` (policy/packed_attention.can_use_kernel)."""
+    """Whether ``varlen_attn`` computes attention over packs
+    (policy/packed_attention.can_use_kernel).
+    """
     half = step.compute_bytes < MASTER_BYTES
     return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
 
 
 def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """Keys and values that a layer keeps for packs, laid out segment by segment: with the kernel as
-    they are, else repeated for their queries, in batches that may be a quarter padding.
+    """The keys and values that a layer keeps for packs, arranged segment by segment. The kernel
+    uses them unchanged. Without the kernel they are repeated for the query heads, in batches of
+    which up to a quarter is padding.
     """
     if step.pack_tokens is None:
         return 0
@@ -99,13 +102,14 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
     if _by_kernel(spec, step):
         return one.keys * elements * step.compute_bytes
     repeated = 2 * spec.heads * spec.head_dim
-    # One copy of each token is counted beside the queries.
+    # The copy of each token's keys and values is counted with the queries.
     return int(1.25 * (one.keys - one.tokens) * repeated) * step.compute_bytes
 
 
 def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """Temporaries of attention's backward over packs: the gradients of all keys and values, and
-    their sums over the segments in float32, when what the MLP saved has gone.
+    """The temporary tensors of attention's backward pass over packs: the gradients of all keys and
+    values, and their float32 sums over the segments. They exist after the tensors saved by the MLP
+    are freed.
     """
     if step.pack_tokens is None:
         return 0
@@ -117,8 +121,8 @@ def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> in
 
 
 def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: int) -> int:
-    """sdpa keeps q, k, v (repeated for grouped queries), the output, the log-sum-exp, and the mask
-    as a bias of its dtype.
+    """The bytes that sdpa saves: q, k, v (repeated for grouped queries), the output, the
+    log-sum-exp, and the mask as a bias in the dtype of the scores.
     """
     width = step.compute_bytes
     if block.cache.kind == "linear":
@@ -128,7 +132,7 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
     norms = block.vectors % spec.hidden_size
     norm_bytes = width if step.fused else 4
     head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
-    if _by_kernel(spec, step):  # keys and values are counted by key, and there is no mask
+    if _by_kernel(spec, step):  # keys and values are counted per key, and there is no mask
         return width * (query + out) + 4 * spec.heads + head_norms
     # One KV head is broadcast without a copy; several are repeated for their queries.
     keys, values = query, out
@@ -139,8 +143,8 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
 
 
 def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
-    """The score matrices per token that attention without a fused kernel keeps: the softmax in
-    float32, the factor of the values, and with soft-capping the tanh.
+    """The bytes per token of the score matrices that attention without a fused kernel saves: the
+    softmax in float32, its copy that multiplies the values, and with soft-capping the tanh.
     """
     if spec.scores == "fused":
         return 0
@@ -150,8 +154,8 @@ def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
 
 
 def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
-    """The gate, its activation and the up projection, for each active expert. A fused MLP computes
-    the activation again.
+    """The bytes per token that the MLP saves: the gate, its activation and the up projection, for
+    each active expert. A fused MLP recomputes the activation instead of saving it.
     """
     total, width = 0, step.compute_bytes
     for linear in block.linears:
@@ -165,9 +169,10 @@ def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
 
 
 def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """Temporaries of one layer's backward: gradients of the MLP's inner tensors.
+    """The temporary bytes per token of one layer's backward pass: the gradients of the MLP's inner
+    tensors.
 
-    They are float32 where PEFT cast an adapted input up. The hidden gradient exists twice.
+    The gradients are float32 where PEFT cast an adapted input up. The hidden gradient exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -178,7 +183,7 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     if down is not None:
         inner = down.in_features * block.uses(down)
     targeted = down is not None and lora_bytes.targeted(down, work.targets)
-    # A fused MLP writes two of the gradients over what it saved.
+    # A fused MLP overwrites two of its saved tensors with their gradients.
     less = 1 if _fused_mlp(block, step) else 0
     if step.packed:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
@@ -186,15 +191,16 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     elif step.compute_bytes == MASTER_BYTES:
         mlp = 2 * step.compute_bytes * inner
     else:
-        # Three gradients; an adapted down projection frees its saved input before the third.
+        # There are three gradients; an adapted down projection frees its saved input before the
+        # third.
         copies = ((4 if _casts(work, step) else 2) if targeted else 3) - less
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
     return max(mlp, _scores_moving(block, spec, work, step))
 
 
 def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The same for the score matrices: 1.5 times their gradients in float32, after the tensors
-    saved by the MLP are freed.
+    """The temporary bytes per token of the score matrices' backward pass: 1.5 times their gradients
+    in float32, after the tensors saved by the MLP are freed.
     """
     if spec.scores == "fused":
         return 0
@@ -203,6 +209,8 @@ def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan
 
 
 def _fused_mlp(block: Block, step: StepPlan) -> bool:
-    """Whether a kernel is on the MLP: a gate and an up projection of their own, no experts."""
+    """Whether a fused kernel computes the MLP: the MLP has separate gate and up projections and no
+    experts.
+    """
     leaves = {linear.leaf for linear in block.linears if linear.copies == 1}
     return step.fused and not block.active_experts and {"gate_proj", "up_proj"} <= leaves

@@ -1,4 +1,6 @@
-"""Build the SizingResult of a candidate and its fit: parts, choice, peaks, and the whole budget."""
+"""Build the SizingResult of a candidate and its fit: the parts, the choice, the peaks, and the
+budget of all terms.
+"""
 
 from __future__ import annotations
 
@@ -29,41 +31,43 @@ from toolkit.sizing.trainer_bytes import compute_bytes
 
 if TYPE_CHECKING:
     from toolkit.sizing.device import Device
-    from toolkit.sizing.fit import Case, Fit
+    from toolkit.sizing.fit import Candidate, Fit
     from toolkit.sizing.result import Remedy
 
 STEPS = 1000  # the interval and the choice are rounded to 0.001
 
 
 def assemble(
-    case: Case,
+    candidate: Candidate,
     fit: Fit,
     *,
     largest: int,
     remedies: tuple[Remedy, ...] = (),
     longest: int | None = None,
 ) -> SizingResult:
-    """The result of ``case``; ``largest`` is the largest micro-batch that fits, ``longest`` the
-    longest sequence (``longest.longest_that_fits``).
+    """The result of ``candidate``. ``largest`` is the largest micro-batch that fits, ``longest``
+    the longest sequence that fits (``longest.longest_that_fits``).
     """
-    interval, utilization = _interval(case, fit)
-    kv_bytes = _kv_bytes(case, fit, utilization)
+    interval, utilization = _interval(candidate, fit)
+    kv_bytes = _kv_bytes(candidate, fit, utilization)
     terms = list(fit.terms)
-    if case.work.uses_engine:
+    if candidate.work.uses_engine:
         sequences = kv_bytes // fit.kv_sequence_bytes if fit.kv_sequence_bytes else 0
-        source = f"{sequences:,} sequences of {case.plan.max_model_len} tokens"
+        source = f"{sequences:,} sequences of {candidate.plan.max_model_len} tokens"
         at = next(index for index, term in enumerate(terms) if not term.term.startswith("engine."))
         terms.insert(at, Term("engine.kv", kv_bytes, source))
-    if case.device is not None:
-        terms.insert(0, Term("context", case.device.context_bytes, "CUDA context of the process"))
+    if candidate.device is not None:
+        terms.insert(
+            0, Term("context", candidate.device.context_bytes, "CUDA context of the process")
+        )
     return SizingResult(
-        device=_device(case.device),
-        model=_model(case, fit),
-        engine=_engine(case, fit, kv_bytes),
-        trainer=_trainer(case, fit),
-        peaks=_peaks(case, fit, kv_bytes),
+        device=_device(candidate.device),
+        model=_model(candidate, fit),
+        engine=_engine(candidate, fit, kv_bytes),
+        trainer=_trainer(candidate, fit),
+        peaks=_peaks(candidate, fit, kv_bytes),
         interval=interval,
-        choice=_choice(case, fit, utilization, largest),
+        choice=_choice(candidate, fit, utilization, largest),
         terms=tuple(terms),
         remedies=remedies,
         short_bytes=fit.short_bytes,
@@ -71,13 +75,15 @@ def assemble(
     )
 
 
-def _interval(case: Case, fit: Fit) -> tuple[Interval, float | None]:
-    """The interval, rounded inwards, and the choice: the written value, else the upper end."""
-    if case.device is None or not case.work.uses_engine:
+def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
+    """The interval, rounded inwards, and the chosen utilization: the value in the run file, else
+    the upper end of the interval.
+    """
+    if candidate.device is None or not candidate.work.uses_engine:
         return Interval(
             min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
         ), None
-    card = case.device.cuda_total_bytes
+    card = candidate.device.cuda_total_bytes
     low = math.ceil(fit.min_bytes * STEPS / card) / STEPS
     high = math.floor(max(fit.max_bytes, 0) * STEPS / card) / STEPS
     interval = Interval(
@@ -89,18 +95,18 @@ def _interval(case: Case, fit: Fit) -> tuple[Interval, float | None]:
         max_without_margin=math.floor((fit.max_bytes + fit.max_margin_bytes) * STEPS / card)
         / STEPS,
     )
-    written = case.config.model.gpu_memory_utilization
+    written = candidate.config.model.gpu_memory_utilization
     if written != "auto":
         return interval, float(written)
     return interval, high if fit.fits else None
 
 
-def _kv_bytes(case: Case, fit: Fit, utilization: float | None) -> int:
+def _kv_bytes(candidate: Candidate, fit: Fit, utilization: float | None) -> int:
     if fit.kv_bytes is not None:
         return fit.kv_bytes
-    if case.device is None or utilization is None:
+    if candidate.device is None or utilization is None:
         return 0
-    taken = int(utilization * case.device.cuda_total_bytes)
+    taken = int(utilization * candidate.device.cuda_total_bytes)
     return max(0, taken - (fit.min_bytes - fit.kv_sequence_bytes))
 
 
@@ -118,10 +124,10 @@ def _device(device: Device | None) -> dict[str, object] | None:
     }
 
 
-def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
+def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
     """The predicted peak of torch's allocator in each phase, without margins.
 
-    It does not include the CUDA context and the engine's runtime.
+    The peak does not include the CUDA context and the engine's runtime.
     """
     counted = [
         term
@@ -129,11 +135,11 @@ def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
         if not term.term.startswith("margin.") and term.term != "engine.runtime"
     ]
     always = total(counted, "always")
-    asleep = kv_bytes if case.plan.sleep else 0
+    asleep = kv_bytes if candidate.plan.sleep else 0
     rollout = always + kv_bytes + total(counted, "rollout")
     training = always + kv_bytes - asleep + total(counted, "training")
     margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
-    activations = total(counted, "rollout") - case.plan.dequantized
+    activations = total(counted, "rollout") - candidate.plan.dequantized
     margin += int(activations * (1 - RETURNED_SHARE))
     return Peaks(
         rollout_bytes=rollout,
@@ -143,38 +149,42 @@ def _peaks(case: Case, fit: Fit, kv_bytes: int) -> Peaks:
     )
 
 
-def _model(case: Case, fit: Fit) -> ModelPart:
-    spec, plan = case.spec, case.plan
+def _model(candidate: Candidate, fit: Fit) -> ModelPart:
+    spec, plan = candidate.spec, candidate.plan
     weights = next(term.bytes for term in fit.terms if term.term.endswith(".weights"))
     return ModelPart(
         name=spec.name,
         architecture=spec.architecture,
-        parameters=case.whole.parameters,
-        trainable_parameters=case.work.adapter_parameters(case.whole),
+        parameters=candidate.unsplit.parameters,
+        trainable_parameters=candidate.work.adapter_parameters(candidate.unsplit),
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
         dtype=plan.dtype,
-        quantization=how if (how := _format(case)) != plan.dtype else None,
+        quantization=how if (how := _format(candidate)) != plan.dtype else None,
         margin=spec.margin,
-        notes=(*spec.notes, *_notes(case, fit)),
+        notes=(*spec.notes, *_notes(candidate, fit)),
     )
 
 
-def _format(case: Case) -> str:
-    """How the weights are stored in memory, as one word."""
-    if case.spec.weights_by_headers:
+def _format(candidate: Candidate) -> str:
+    """The name of the format of the weights in memory."""
+    if candidate.spec.weights_by_headers:
         return "as stored"
-    return case.plan.quantization.method if case.plan.quantization else case.plan.dtype
+    return (
+        candidate.plan.quantization.method if candidate.plan.quantization else candidate.plan.dtype
+    )
 
 
-def _copies_note(case: Case, fit: Fit) -> str | None:
-    """What becomes of the copies of 4-bit weights where not all of them are made by themselves."""
-    copies, whole = case.plan.dequantized, all_copies(case.spec, case.plan)
-    left_open = case.config.model.dequantized_rollouts == "auto" and case.work.uses_engine
+def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
+    """A note if the engine makes 16-bit copies of only some of the 4-bit weights, or of none,
+    unless the run file decides the number of copies.
+    """
+    copies, whole = candidate.plan.dequantized, all_copies(candidate.spec, candidate.plan)
+    left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
     if not left_open or copies >= whole:
         return None
-    left = room_for_copies(case, fit) + copies
+    left = room_for_copies(candidate, fit) + copies
     made = f"{format_bytes(copies)} of them are made" if copies else "none are made"
     return (
         f"4-bit weights: 16-bit copies for the rollouts would take {format_bytes(whole)}, and "
@@ -182,28 +192,29 @@ def _copies_note(case: Case, fit: Fit) -> str | None:
     )
 
 
-def _notes(case: Case, fit: Fit) -> list[str]:
-    notes = [note] if (note := _copies_note(case, fit)) is not None else []
-    experts = any(block.active_experts for block in case.spec.blocks)
-    if experts and case.work.targets == case.spec.targets:
+def _notes(candidate: Candidate, fit: Fit) -> list[str]:
+    notes = [note] if (note := _copies_note(candidate, fit)) is not None else []
+    experts = any(block.active_experts for block in candidate.spec.blocks)
+    if experts and candidate.work.targets == candidate.spec.targets:
         notes.append(
-            f"a mixture of experts: the adapter is on {', '.join(case.spec.targets)}, for which "
-            "the engine has LoRA slots"
+            f"a mixture of experts: the adapter is on {', '.join(candidate.spec.targets)}, for "
+            "which the engine has LoRA slots"
         )
-    if not case.work.adapter_parameters(case.spec):
+    if not candidate.work.adapter_parameters(candidate.spec):
         notes.append("lora.target_modules names no layer of this model: no adapter is counted")
-    if case.plan.tensor_parallel > 1 and case.work.uses_engine:
+    if candidate.plan.tensor_parallel > 1 and candidate.work.uses_engine:
         notes.append(
-            f"tensor_parallel_size {case.plan.tensor_parallel}: all bytes are those of one card"
+            f"tensor_parallel_size {candidate.plan.tensor_parallel}: all bytes are those of one "
+            "card"
         )
     return notes
 
 
-def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
+def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
     sizes = {term.term: term.bytes for term in fit.terms}
-    plan = case.plan
-    everywhere = lora_bytes.engine_elements(case.spec, plan.max_lora_rank, plan.max_loras)
-    uses = case.work.uses_engine
+    plan = candidate.plan
+    everywhere = lora_bytes.engine_elements(candidate.spec, plan.max_lora_rank, plan.max_loras)
+    uses = candidate.work.uses_engine
     ranks = LEGAL_RANKS if uses else ()
     return EnginePart(
         lora_bytes=everywhere * compute_bytes(plan.dtype) if uses else 0,
@@ -215,25 +226,25 @@ def _engine(case: Case, fit: Fit, kv_bytes: int) -> EnginePart:
         kv_wanted_bytes=fit.kv_wanted_bytes,
         kv_bytes=kv_bytes,
         copies_bytes=plan.dequantized,
-        copies_note=_copies_note(case, fit),
-        ranks=tuple((rank, engines.slot_bytes(case.spec, plan, rank)) for rank in ranks),
+        copies_note=_copies_note(candidate, fit),
+        ranks=tuple((rank, engines.slot_bytes(candidate.spec, plan, rank)) for rank in ranks),
     )
 
 
-def _trainer(case: Case, fit: Fit) -> TrainerPart:
+def _trainer(candidate: Candidate, fit: Fit) -> TrainerPart:
     trainer = [term for term in fit.terms if term.term.startswith("trainer.")]
     resident, step = total(trainer, "always"), total(trainer, "training")
     return TrainerPart(
         resident_bytes=resident,
         step_bytes=step,
         peak_bytes=resident + step,
-        step_s_estimate=round(training_seconds(case), 3),
-        packs=_packs(case),
+        step_s_estimate=round(training_seconds(candidate), 3),
+        packs=_packs(candidate),
     )
 
 
-def _packs(case: Case) -> PackPart | None:
-    budget, work = case.step.pack_tokens, case.work
+def _packs(candidate: Candidate) -> PackPart | None:
+    budget, work = candidate.step.pack_tokens, candidate.work
     if budget is None:
         return None
     return PackPart(
@@ -245,31 +256,32 @@ def _packs(case: Case) -> PackPart | None:
     )
 
 
-def _dequantized(case: Case) -> bool | int:
-    """The value of model.dequantized_rollouts: all (True), the largest layers in so many bytes, or
-    none.
+def _dequantized(candidate: Candidate) -> bool | int:
+    """The value of model.dequantized_rollouts: True for copies of all layers, a number of bytes for
+    copies of the largest layers, False for no copies.
     """
-    copies = case.plan.dequantized
-    return copies if 0 < copies < all_copies(case.spec, case.plan) else copies > 0
+    copies = candidate.plan.dequantized
+    return copies if 0 < copies < all_copies(candidate.spec, candidate.plan) else copies > 0
 
 
-def _choice(case: Case, fit: Fit, utilization: float | None, largest: int) -> Choice:
+def _choice(candidate: Candidate, fit: Fit, utilization: float | None, largest: int) -> Choice:
     return Choice(
         gpu_memory_utilization=utilization,
-        max_lora_rank=case.plan.max_lora_rank,
-        max_num_seqs=case.plan.max_num_seqs,
-        max_num_batched_tokens=case.plan.max_num_batched_tokens,
-        gradient_checkpointing=case.step.checkpointing,
-        per_device_train_batch_size=case.step.micro_batch,
-        gradient_accumulation_steps=case.step.accumulation,
+        max_lora_rank=candidate.plan.max_lora_rank,
+        max_num_seqs=candidate.plan.max_num_seqs,
+        max_num_batched_tokens=candidate.plan.max_num_batched_tokens,
+        gradient_checkpointing=candidate.step.checkpointing,
+        per_device_train_batch_size=candidate.step.micro_batch,
+        gradient_accumulation_steps=candidate.step.accumulation,
         largest_micro_batch=largest,
-        enable_sleep_mode=case.plan.sleep,
-        dtype=case.plan.dtype,
-        fast_inference=case.work.uses_engine,
+        enable_sleep_mode=candidate.plan.sleep,
+        dtype=candidate.plan.dtype,
+        fast_inference=candidate.work.uses_engine,
         kv_cache_bytes=fit.kv_bytes,
-        dequantized_rollouts=_dequantized(case),
-        target_modules=case.work.targets,
-        tensor_parallel_size=case.plan.tensor_parallel,
-        # Where rows are written, they bound a pass, at the width of what was sampled.
-        pack_tokens=case.step.pack_tokens if is_auto(case.config.grpo) else None,
+        dequantized_rollouts=_dequantized(candidate),
+        target_modules=candidate.work.targets,
+        tensor_parallel_size=candidate.plan.tensor_parallel,
+        # If the run file sets the rows of a micro-batch, a pass has at most that many rows, padded
+        # as sampled.
+        pack_tokens=candidate.step.pack_tokens if is_auto(candidate.config.grpo) else None,
     )

@@ -1,7 +1,7 @@
-"""Compare predicted with measured memory, using the files of a run.
+"""Compare predicted with measured memory, using the files in a run folder.
 
-``preflight.json`` has the prediction, ``timings.jsonl`` the peak of torch's allocator after each
-step, and ``memory.json``, if it exists, the engine's report of its memory.
+``preflight.json`` has the prediction, ``timings.jsonl`` has the peak of torch's allocator after
+each step, and ``memory.json``, if it exists, has the memory that the engine reports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_TIMINGS_BYTES = 64 << 20
-# A number that the engine reports, and the terms of the budget that it covers.
+# Each number that the engine reports, with the terms of the budget that it covers.
 MEASURED_AS = {
     "engine.loaded": ("engine.weights", "engine.lora", "engine.rope_tables"),
     "engine.activations": ("engine.activations",),
@@ -44,7 +44,9 @@ PEAKS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One term: bytes predicted, bytes measured (None: nothing measured it)."""
+    """The predicted and the measured bytes of one term; ``measured`` is None if nothing measured
+    it.
+    """
 
     term: str
     predicted: int
@@ -52,7 +54,7 @@ class Row:
 
     @property
     def off(self) -> float | None:
-        """Predicted / measured - 1: positive if the prediction is higher."""
+        """The relative error, predicted / measured - 1: positive if the prediction is higher."""
         if not self.measured:
             return None
         return self.predicted / self.measured - 1
@@ -68,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All rows, and the predicted bound of torch's peak."""
+    """The rows of all terms, and the predicted bound of torch's peak."""
 
     rows: tuple[Row, ...]
     bound: int
@@ -122,7 +124,7 @@ def calibrate(run_dir: Path) -> Calibration:
 
 
 def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibration:
-    """Rows for every term that can be measured. ``sizing`` is ``SizingResult.to_json()``.
+    """The rows of every term that can be measured. ``sizing`` is ``SizingResult.to_json()``.
 
     Raises InputError if parts are missing.
     """
@@ -147,7 +149,7 @@ def _bytes(value: Any) -> int | None:
 
 
 def _torch_peak(path: Path) -> int | None:
-    """The largest peak of the timings; None if there is none (no GPU)."""
+    """The largest peak in the timings; None if they have no peak (no GPU)."""
     if not path.is_file() or path.stat().st_size > MAX_TIMINGS_BYTES:
         return None
     largest = 0

@@ -1,4 +1,6 @@
-"""The card to size for: a card of this node (GpuSnapshot) or of the table (Card)."""
+"""Describe the card to size for: a card of this node (GpuSnapshot) or a card of the table
+(Card).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from toolkit.gpu.cards import Card
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# Memory of a process's CUDA context outside torch's allocator, including libraries loaded on first
-# use: 682 MiB on an H100 (driver 580, torch 2.11, CUDA 13).
+# Memory of a process's CUDA context outside torch's allocator, including libraries that are loaded
+# on first use: 682 MiB on an H100 (driver 580, torch 2.11, CUDA 13).
 CONTEXT_BYTES = 682 * MIB
 # NVML's total includes what the driver reserves; cudaMemGetInfo's total, which vLLM multiplies by
 # gpu_memory_utilization, does not. On H100 and H200 the difference is 0.4 to 0.6 % of the card.
@@ -26,8 +28,8 @@ RESERVED_SHARE = 0.0055
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One card. ``total_bytes`` and ``free_bytes`` are NVML's; ``cuda_total_bytes`` is the total
-    that gpu_memory_utilization is a fraction of.
+    """One card. ``total_bytes`` and ``free_bytes`` are the numbers of NVML; ``cuda_total_bytes`` is
+    the total that vLLM multiplies by gpu_memory_utilization.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Device:
 
     @classmethod
     def from_card(cls, card: Card) -> Device:
-        """An empty card of the table."""
+        """The device for a card of the table, with all its memory free."""
         return cls(
             name=card.name,
             total_bytes=card.total_bytes,
@@ -61,10 +63,11 @@ class Device:
 
     @classmethod
     def from_node(cls, snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Device:
-        """The device ``gpu`` of a node; with integrated memory, its memory is what the host has
-        available.
+        """The device for ``gpu`` of a node. On a GPU with integrated memory, the free bytes are
+        those that the host has available.
 
-        A MIG slice is sized by its own memory, not by its card's. Raises ConfigError as below.
+        A MIG slice is sized by its own memory, not by its card's. Raises ConfigError if NVML does
+        not report the memory.
         """
         memory = memory_of(snapshot, gpu)
         if memory is None or not memory.integrated:
@@ -79,8 +82,8 @@ class Device:
 
     @classmethod
     def from_snapshot(cls, gpu: GpuSnapshot) -> Device:
-        """The card in its current state, including memory used by other processes. Raises
-        ConfigError if NVML does not report its memory.
+        """The device for a card in its current state, including memory used by other processes.
+        Raises ConfigError if NVML does not report the memory.
         """
         total, free = gpu.total_bytes, gpu.free_bytes
         if total is None or free is None:
@@ -102,7 +105,7 @@ class Device:
 
 def situation_of(device: Device | None, world_size: int = 1) -> Situation:
     """The situation of a run on ``device`` (None is the CPU). For a card that is not in this node,
-    vLLM counts as installed.
+    vLLM is assumed to be installed.
     """
     here = device is None or device.here
     facts = DeviceFacts("no GPU", None)
@@ -115,8 +118,8 @@ def situation_of(device: Device | None, world_size: int = 1) -> Situation:
 def situation_here(
     snapshot: NodeSnapshot, *, gpu_index: int | None = None, world_size: int = 1
 ) -> Situation:
-    """The situation of a run on this node: the GPU that CUDA numbers ``gpu_index`` (the first for
-    None or where there are fewer), or none.
+    """The situation of a run on this node: on the GPU that CUDA numbers ``gpu_index`` (the first
+    GPU for None or if there are fewer), or on the CPU.
     """
     seen = visible(snapshot).devices
     facts = DeviceFacts("no GPU", None)
@@ -127,7 +130,7 @@ def situation_here(
 
 
 def smallest(found: Sequence[Device | None]) -> Device | None:
-    """Of the devices of all processes of a run, the one with the least free memory; None if all are
+    """The device with the least free memory among those of all processes of a run; None if all are
     the CPU.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Memory of the engine besides weights, LoRA and KV: activations of its profiling run, the sampler,
-CUDA graphs, its runtime.
+"""Compute the memory of the engine besides weights, LoRA and KV cache: the activations of its
+profiling run, the sampler, CUDA graphs, and its runtime.
 
-Read at vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``): all of this is part of
-gpu_memory_utilization x total, and the rest is the KV cache. Activations and sampler are returned
-to the allocator after profiling, so the training phase of the same process can use them; the rest
-stays.
+Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``):
+gpu_memory_utilization x total includes all of these terms, and the rest is the KV cache.
+Activations and sampler are returned to the allocator after profiling, so the training phase of the
+same process can use that memory. The other terms stay.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.weight_formats import Quantization
 
-# cuBLAS workspaces, the attention backend's buffers and Triton's buffers: outside torch's allocator
-# or in small persistent tensors.
+# Bytes of cuBLAS workspaces, the attention backend's buffers and Triton's buffers: they are outside
+# torch's allocator or in small persistent tensors.
 RUNTIME_BYTES = 192 * MIB
-# One captured graph of one layer (driver structures and its private pool), from published start-up
-# logs of 1B to 8B models: 67 sizes x 32 layers take 0.5 to 0.6 GiB.
+# Bytes of one captured graph of one layer (driver structures and its private pool), from published
+# start-up logs of 1B to 8B models: 67 sizes x 32 layers take 0.5 to 0.6 GiB.
 GRAPH_LAYER_BYTES = 256 * 1024
-# Bytes per logit of the sampler's temporaries: bf16 logits, their fp32 copy, log-probabilities,
-# probabilities and the exponential noise (v1/sample/sampler.py and ops/topk_topp_sampler.py).
+# Bytes per logit of the sampler's temporary tensors: bf16 logits, their fp32 copy,
+# log-probabilities, probabilities and the exponential noise (v1/sample/sampler.py and
+# ops/topk_topp_sampler.py).
 SAMPLER_BYTES = 18
 
 
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
-    """Every term but KV; ``spec`` is what one card holds (``split.one_card``)."""
+    """Every term of the engine except the KV cache; ``spec`` is the part on one card
+    (``split.one_card``).
+    """
     width = DTYPE_BYTES[plan.dtype]
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
     how = plan.quantization.method if plan.quantization else plan.dtype
@@ -85,14 +88,16 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
 
 
 def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
-    """LoRA buffers of the engine at ``rank``, with the toolkit's settings."""
+    """The bytes of the engine's LoRA buffers for adapters of ``rank``, with the toolkit's
+    settings.
+    """
     elements = lora_bytes.engine_elements(spec, rank, plan.max_loras, plan.lora_modules)
     return elements * DTYPE_BYTES[plan.dtype]
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """Peak of one compiled forward pass of max_num_batched_tokens tokens: the larger of attention
-    and MLP of one layer.
+    """The peak bytes of one compiled forward pass of max_num_batched_tokens tokens: the larger of
+    attention and MLP of one layer.
     """
     width = DTYPE_BYTES[plan.dtype]
     widest = 0
@@ -115,7 +120,9 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
-    """bitsandbytes unpacks one fused weight to 16 bits for a batch of more than a few tokens."""
+    """The bytes of the largest unpacked weight: bitsandbytes unpacks one fused weight to 16 bits
+    for a batch of more than a few tokens.
+    """
     if quantization is None or quantization.method != "bnb-nf4":
         return 0
     largest = 0
@@ -130,8 +137,8 @@ def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
 
 
 def sampler_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """Peak of the sampler's warm-up with max_num_seqs sequences, while the hidden states of the
-    forward pass still exist.
+    """The peak bytes of the sampler's warm-up with max_num_seqs sequences, while the hidden states
+    of the forward pass still exist.
     """
     hidden = plan.max_num_batched_tokens * spec.hidden_size * DTYPE_BYTES[plan.dtype]
     sequences = min(plan.max_num_seqs, plan.max_num_batched_tokens)
@@ -139,7 +146,7 @@ def sampler_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """Memory that graph capture keeps."""
+    """The bytes that the captured CUDA graphs occupy."""
     if plan.enforce_eager:
         return 0
     sizes = graph_sizes(plan.max_num_seqs, plan.max_num_batched_tokens)
@@ -147,12 +154,12 @@ def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def kv_element_bytes(plan: EnginePlan) -> int:
-    """Bytes of one number in the KV cache."""
+    """The bytes of one number in the KV cache."""
     return 1 if plan.float8_kv_cache else DTYPE_BYTES[plan.dtype]
 
 
 def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
-    """KV of one sequence as the engine allocates it."""
+    """The KV bytes that the engine allocates for one sequence of ``tokens``."""
     return kv_bytes.sequence_bytes(
         spec,
         tokens,

@@ -1,4 +1,6 @@
-"""The settings of an engine, with a candidate for each "auto": the input of every engine term."""
+"""Choose the settings of an engine, with a candidate value for each "auto". Every engine term is
+computed from them.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
     from toolkit.sizing.workload import Workload
 
-MAX_SEQUENCES = 1024  # vLLM's own default on large cards; more costs only sampler and graph memory
+MAX_SEQUENCES = 1024  # vLLM's default on large cards; more only costs sampler and graph memory
 BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """Engine settings with every "auto" decided."""
+    """The engine settings, with a value for every "auto"."""
 
     on_gpu: bool
     dtype: str
@@ -42,7 +44,8 @@ class EnginePlan:
     lora_modules: tuple[str, ...]
     tensor_parallel: int = 1
     dequantized: int = 0
-    """Bytes of 16-bit copies of 4-bit weights while a rollout runs (sizing/dequantized)."""
+    """Bytes of the 16-bit copies of 4-bit weights that exist during a rollout (sizing/dequantized).
+    """
 
     def with_sleep(self, sleep: bool) -> EnginePlan:
         return replace(self, sleep=sleep)
@@ -54,8 +57,8 @@ class EnginePlan:
 def plan_engine(
     config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
 ) -> EnginePlan:
-    """The candidate for ``config`` (resolved: its dtype is known): written values unchanged, the
-    rest from the workload. Raises ConfigError on an illegal rank.
+    """The engine plan for ``config`` (resolved: its dtype is known): values that the run file sets
+    are unchanged, the others are computed from the workload. Raises ConfigError on an illegal rank.
     """
     model = config.model
     if model.max_num_seqs == "auto":
@@ -65,8 +68,8 @@ def plan_engine(
     else:
         sequences = model.max_num_seqs
     if model.max_num_batched_tokens == "auto":
-        # A scheduler step never needs more tokens than all prompts and completions together, but at
-        # least one of each. Without chunked prefill a whole prompt must fit.
+        # A scheduler step never needs more tokens than all prompts and completions have together,
+        # but it needs at least one token of each. Without chunked prefill a whole prompt must fit.
         needed = max(sequences * work.sequence_tokens, model.max_seq_length, 256)
         least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
         batched = max(min(BATCHED_TOKENS, needed), least)

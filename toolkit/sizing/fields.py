@@ -1,9 +1,9 @@
-"""Typed reads from an untrusted config.json: every value is checked and limited before it is used
-in arithmetic.
+"""Read typed values from an untrusted config.json: every value is checked and limited before
+arithmetic uses it.
 
-A missing size, or one with a wrong type, a negative or an absurd value (a vocabulary of 2**60)
-raises ``InputError`` with the file and the key. So a hostile or truncated file causes an error
-message, but never costs time or memory.
+A size that is missing, has a wrong type, or is negative or absurd (a vocabulary of 2**60) raises
+``InputError`` with the file and the key. So a hostile or truncated file causes an error message,
+but never costs time or memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from toolkit.base.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Far above every dimension of a real model, so products of dimensions stay in a safe range.
+# This limit is far above every dimension of a real model, and products of dimensions below it stay
+# in a safe range.
 MAX_DIMENSION = 1 << 24
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 14
@@ -57,7 +58,9 @@ class Fields:
         return default
 
     def number(self, key: str, *, default: float, low: float, high: float) -> float:
-        """A number within [low, high]; the default if null or absent. Raises InputError."""
+        """The number under ``key``, within [low, high]; the default if it is null or absent. Raises
+        InputError.
+        """
         value = self.values.get(key)
         if value is None:
             return default
@@ -68,7 +71,7 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """A boolean; the default if null or absent. Raises InputError."""
+        """The boolean under ``key``; the default if it is null or absent. Raises InputError."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -77,7 +80,7 @@ class Fields:
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """A string, or the default. Raises InputError."""
+        """The string under ``key``, or the default. Raises InputError."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -86,7 +89,9 @@ class Fields:
         return value
 
     def section(self, key: str) -> Fields | None:
-        """A nested mapping, or None. Raises InputError if it is something else."""
+        """The nested mapping under ``key``, or None if it is absent. Raises InputError if the value
+        is not a mapping.
+        """
         value = self.values.get(key)
         if value is None:
             return None
@@ -95,7 +100,9 @@ class Fields:
         return Fields(value, f"{self.where}: {key}")
 
     def items(self, key: str, kind: type) -> tuple[Any, ...] | None:
-        """A list whose members are all of ``kind``, or None. Raises InputError."""
+        """The list under ``key``, whose members are all of ``kind``; None if it is absent. Raises
+        InputError.
+        """
         value = self.values.get(key)
         if value is None:
             return None

@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.workload import StepPlan, Workload
 
-UNKNOWN_HOST = 4 << 30  # assumed if the host does not report it
+UNKNOWN_HOST = 4 << 30  # assumed if the host does not report its memory
 
 
 def available_bytes() -> int:
-    """Bytes that can still be allocated."""
+    """The bytes of host memory that this process can still allocate."""
     memory = read_memory().value
     found = UNKNOWN_HOST if memory is None else memory["available"]
     try:
         group = read_cgroup(ROOT)
     except (OSError, ValueError):
-        return found  # no control groups here
+        return found  # the host has no control groups
     limit, used = group["memory_limit"], group["memory_used"]
     return found if limit is None else min(found, max(int(limit) - int(used or 0), 0))
 
 
-# float32 logits, scores, sorted copies and probabilities of one position in generation/utils.py
-# ``_sample``.
+# The tensors of one position in ``_sample`` (generation/utils.py), all float32: logits, scores,
+# sorted copies and probabilities.
 LOGIT_BYTES = 24
 
 
 def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
-    """KV of all rollouts at once (twice while a layer's cache grows by concatenation), and the
-    sampling temporaries.
+    """The terms of sampling with transformers: the KV cache of all rollouts at once (twice while
+    the cache of a layer grows by concatenation), and the temporary tensors of sampling.
     """
     width = DTYPE_BYTES[plan.dtype]
     sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
@@ -78,14 +78,15 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
     ]
 
 
-# Stated margins: what the estimates may be off, and what the caching allocator holds beyond what is
-# in use. With expandable segments (policy/cuda_allocator.py) that is a page here and there.
+# The margins: possible errors of the estimates, and memory that the caching allocator reserves but
+# that is not in use. With expandable segments (policy/cuda_allocator.py) the latter is a few pages.
 STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
 # tokens are routed unevenly to experts, and no measurement bounds their number
 EXPERT_MARGIN = 0.10
 # The engine frees its activations to the allocator after its profiling run, and the training step
-# reuses them. Compiled, they are smaller than the bound in u_min; this fraction counts as reusable.
+# reuses them. Compiled activations are smaller than the bound in u_min, so only this fraction
+# counts as reusable.
 RETURNED_SHARE = 0.5
 ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
 CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
@@ -94,14 +95,14 @@ CPU_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """Everything that one evaluation needs. ``spec`` is what one card holds of ``whole``: all of
-    it, unless the model is split.
+class Candidate:
+    """The input of one evaluation. ``unsplit`` is the spec of the whole model, ``spec`` that of the
+    part on one card. They are equal if the model is not split.
     """
 
     config: RunConfig
     spec: ModelSpec
-    whole: ModelSpec
+    unsplit: ModelSpec
     device: Device | None
     work: Workload
     plan: EnginePlan
@@ -110,12 +111,13 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The terms of one candidate, and how they fit.
+    """The terms of one candidate, and whether they fit.
 
-    ``min_bytes`` and ``max_bytes`` are the ends of u x total, ``short_bytes`` is what is missing
-    (<= 0: it fits). ``kv_sequence_bytes`` is the cache of one sequence, ``kv_wanted_bytes`` that of
-    a whole rollout, ``kv_bytes`` that of a CPU engine. ``max_sampling_bytes`` is ``max_bytes`` as
-    far as the rollout phase limits it; the ``margin`` fields are the margins in the two ends.
+    ``min_bytes`` and ``max_bytes`` are the ends of u x total; ``short_bytes`` is the missing memory
+    (<= 0: the candidate fits). ``kv_sequence_bytes`` is the KV cache of one sequence,
+    ``kv_wanted_bytes`` that of all sequences of a rollout, ``kv_bytes`` that of a CPU engine.
+    ``max_sampling_bytes`` is the limit that the rollout phase alone puts on ``max_bytes``. The
+    ``margin`` fields are the margins in the two ends.
     """
 
     terms: tuple[Term, ...]
@@ -133,29 +135,29 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether no memory is missing."""
         return self.short_bytes <= 0
 
     @property
     def holds_rollout(self) -> bool:
-        """Whether it fits with a KV cache for all sequences of a rollout at once."""
+        """Whether the candidate fits with a KV cache for all sequences of a rollout at once."""
         cache_bytes = self.max_bytes - self.min_bytes + self.kv_sequence_bytes
         return self.fits and cache_bytes >= self.kv_wanted_bytes
 
 
-def evaluate(case: Case) -> Fit:
-    """The terms of one candidate and how they fit."""
-    trainer = trainer_terms(case.spec, case.plan, case.work, case.step)
-    if not case.work.uses_engine:
-        rollout = transformers_terms(case.spec, case.plan, case.work)
-        return _fit_alone(case, [*rollout, *trainer, *_margins(case, [], trainer)])
-    engine = engines.engine_terms(case.spec, case.plan)
-    terms = [*engine, *trainer, *_margins(case, engine, trainer)]
-    return _fit_on_card(case, terms) if case.device else _fit_on_host(case, terms)
+def evaluate(candidate: Candidate) -> Fit:
+    """The terms of ``candidate`` and whether they fit."""
+    trainer = trainer_terms(candidate.spec, candidate.plan, candidate.work, candidate.step)
+    if not candidate.work.uses_engine:
+        rollout = transformers_terms(candidate.spec, candidate.plan, candidate.work)
+        return _fit_alone(candidate, [*rollout, *trainer, *_margins(candidate, [], trainer)])
+    engine = engines.engine_terms(candidate.spec, candidate.plan)
+    terms = [*engine, *trainer, *_margins(candidate, engine, trainer)]
+    return _fit_on_card(candidate, terms) if candidate.device else _fit_on_host(candidate, terms)
 
 
-def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
-    unknown = case.spec.margin
+def _margins(candidate: Candidate, engine: list[Term], trainer: list[Term]) -> list[Term]:
+    unknown = candidate.spec.margin
     estimated = sum(term.bytes for term in engine if term.term in ESTIMATED)
     weights = sum(term.bytes for term in (*engine, *trainer) if term.term.endswith(".weights"))
     margins = []
@@ -168,9 +170,9 @@ def _margins(case: Case, engine: list[Term], trainer: list[Term]) -> list[Term]:
                 + (f", {unknown:.0%} of the weights" if unknown else ""),
             )
         )
-    fixed = STEP_MARGIN_BYTES if case.device else 0
+    fixed = STEP_MARGIN_BYTES if candidate.device else 0
     share = STEP_MARGIN + unknown
-    if any(block.active_experts for block in case.spec.blocks):
+    if any(block.active_experts for block in candidate.spec.blocks):
         share += EXPERT_MARGIN
     margins.append(
         Term(
@@ -187,33 +189,33 @@ def _in_engine(term: Term) -> bool:
     return term.term.startswith("engine.") or term.term == "margin.engine"
 
 
-def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
-    device = case.device
+def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
+    device = candidate.device
     assert device is not None
     engine = [term for term in terms if _in_engine(term)]
     others = [term for term in terms if not _in_engine(term)]
-    one = engines.kv_sequence_bytes(case.spec, case.plan, case.plan.max_model_len)
+    one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
     fixed, given_back = total(engine), total(engine, "rollout")
-    copies = case.plan.dequantized
+    copies = candidate.plan.dequantized
     kept, step = total(others, "always"), total(others, "training")
     room = device.free_bytes - device.context_bytes
     ends = {
         "free memory - context - what the trainer keeps (rollout phase)": room - kept,
         "the card": device.cuda_total_bytes,
     }
-    # What sleeps is mapped again while torch still reserves memory of the last step.
+    # The sleeping KV cache is mapped again while torch still reserves memory of the last step.
     pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
     beside_pieces = room - kept - pieces
     most_sampling = min(*ends.values(), beside_pieces)
-    if case.plan.sleep or copies:
+    if candidate.plan.sleep or copies:
         name = (
             "free memory - context - what the trainer keeps and torch still reserves "
             "(rollout phase)"
         )
         ends[name] = beside_pieces
     least = fixed + one
-    missing = least - room  # awake: at most the amount missing for u_min
-    if case.plan.sleep:
+    missing = least - room  # without KV sleep: at most the amount missing for u_min
+    if candidate.plan.sleep:
         # Memory missing while the cache sleeps is missing at every u, so the interval is empty by
         # that amount.
         missing = fixed - given_back + kept + step - room
@@ -232,17 +234,17 @@ def _fit_on_card(case: Case, terms: list[Term]) -> Fit:
         binding_max=binding,
         short_bytes=max(missing, least - ends[binding]),
         kv_sequence_bytes=one,
-        kv_wanted_bytes=_wanted(case),
+        kv_wanted_bytes=_wanted(candidate),
         max_sampling_bytes=most_sampling,
         min_margin_bytes=sum(term.bytes for term in engine if term.term == "margin.engine"),
         max_margin_bytes=sum(term.bytes for term in others if term.term.startswith("margin.")),
     )
 
 
-def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
-    """The CPU engine: its KV cache has a set size, not a fraction of a card."""
-    one = engines.kv_sequence_bytes(case.spec, case.plan, case.plan.max_model_len)
-    wanted = _wanted(case)
+def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
+    """The fit of a CPU engine, whose KV cache has a fixed size instead of a fraction of a card."""
+    one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
+    wanted = _wanted(candidate)
     cache = max(one, min(2 * wanted, CPU_KV_MOST), CPU_KV_LEAST)
     engine = [term for term in terms if _in_engine(term)]
     others = [term for term in terms if not _in_engine(term)]
@@ -262,9 +264,11 @@ def _fit_on_host(case: Case, terms: list[Term]) -> Fit:
     )
 
 
-def _fit_alone(case: Case, terms: list[Term]) -> Fit:
-    """No engine: the trainer's separate model, and transformers' generate."""
-    device = case.device
+def _fit_alone(candidate: Candidate, terms: list[Term]) -> Fit:
+    """The fit of a run without an engine: the trainer's own model, which also samples with
+    transformers' generate.
+    """
+    device = candidate.device
     need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))
     if device is not None:
         room, of = device.free_bytes - device.context_bytes, "free memory - context"
@@ -285,11 +289,11 @@ def _fit_alone(case: Case, terms: list[Term]) -> Fit:
     )
 
 
-def _wanted(case: Case) -> int:
-    """KV of all sequences that the engine runs at once, at the length of the run."""
-    sequences = min(case.plan.max_num_seqs, case.work.rollouts)
-    length = min(case.work.sequence_tokens, case.plan.max_model_len)
-    return sequences * engines.kv_sequence_bytes(case.spec, case.plan, length)
+def _wanted(candidate: Candidate) -> int:
+    """The KV bytes of all sequences that the engine runs at once, at the run's maximum length."""
+    sequences = min(candidate.plan.max_num_seqs, candidate.work.rollouts)
+    length = min(candidate.work.sequence_tokens, candidate.plan.max_model_len)
+    return sequences * engines.kv_sequence_bytes(candidate.spec, candidate.plan, length)
 
 
 def _largest(terms: list[Term], *phases: str) -> str:

@@ -1,8 +1,8 @@
-"""safetensors headers, read without safetensors and without trusting them.
+"""Read safetensors headers without the safetensors library and without trusting the file.
 
 The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of
-JSON mapping each tensor's name to its dtype, shape and data offsets. A file may be wrong about each
-of these. Every wrong value raises ``InputError``, in limited time and memory and without reading
+JSON that map each tensor's name to its dtype, shape and data offsets. Any of these values may be
+wrong in a file. A wrong value raises ``InputError``, in limited time and memory and without reading
 any weight.
 """
 
@@ -32,7 +32,7 @@ FIX = "download the file again; it is truncated or was not written by safetensor
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One entry of a header: safetensors' name of the dtype, and the shape."""
+    """One entry of a header: the dtype under safetensors' name, and the shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """All headers of a checkpoint together."""
+    """The contents of all headers of a checkpoint."""
 
     files: int
     nbytes: int

@@ -1,5 +1,5 @@
-"""Memory of the engine's KV cache: per token, per sequence, for all sequences.
-tests/contract/test_sizing_engine.py compares it with vLLM's KVCacheSpec (page_size_bytes /
+"""Compute the memory of the engine's KV cache: per token, per sequence, and for all sequences.
+tests/contract/test_sizing_engine.py compares the results with vLLM's KVCacheSpec (page_size_bytes /
 block_size and max_memory_usage_bytes).
 """
 
@@ -17,7 +17,7 @@ STATES = 2
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
-    """KV bytes that one more token adds while no sliding window is full."""
+    """The KV bytes that one more token adds while no sliding window is full."""
     return sum(block.count * _token_bytes(block.cache, element_bytes) for block in spec.blocks)
 
 
@@ -29,10 +29,10 @@ def sequence_bytes(
     block_tokens: int = GPU_BLOCK,
     batched_tokens: int = 0,
 ) -> int:
-    """KV bytes of one sequence of ``tokens``, rounded up to blocks.
+    """The KV bytes of one sequence of ``tokens`` tokens, rounded up to blocks.
 
-    A sliding layer keeps its window, the tokens of the step in flight (``batched_tokens``) and one
-    more block (SlidingWindowSpec.max_memory_usage_bytes).
+    A sliding-window layer keeps its window, the tokens of the current scheduler step
+    (``batched_tokens``) and one more block (SlidingWindowSpec.max_memory_usage_bytes).
     """
     return sum(
         layers * _layer_bytes(cache, tokens, element_bytes, block_tokens, batched_tokens)
@@ -41,11 +41,11 @@ def sequence_bytes(
 
 
 def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
-    """Layers grouped by what they cache, padded like in the engine.
+    """The number of layers for each kind of cache, padded as in the engine.
 
-    Layers of different kinds share pools of pages, so they are put into groups of equal size: that
-    of the rarest kind, or of the commonest where it is less than 1.5 times as common
-    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
+    Layers of different kinds share pools of pages, so vLLM puts them into groups of equal size. The
+    size is the number of layers of the rarest kind, or of the commonest kind if that has less than
+    1.5 times as many (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()
     for block in spec.blocks:
@@ -63,7 +63,8 @@ def _layer_bytes(
     cache: Cache, tokens: int, element_bytes: int, block_tokens: int, batched_tokens: int
 ) -> int:
     if cache.kind == "linear":
-        # Two states per sequence with prefix caching (MambaSpec, mode "align"), never in 8 bits.
+        # With prefix caching there are two states per sequence (MambaSpec, mode "align"), which are
+        # never stored in 8 bits.
         return STATES * cache.state_elements * max(element_bytes, 2)
     page = _token_bytes(cache, element_bytes) * block_tokens
     if cache.window is not None:

@@ -1,4 +1,6 @@
-"""The longest sequence that can be trained on, where a run does not fit with one at a time."""
+"""Find the longest sequence that can be trained, for a run that does not fit even with one sequence
+per pass.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from toolkit.config.run_config import RunConfig
-    from toolkit.sizing.fit import Case, Fit
+    from toolkit.sizing.fit import Candidate, Fit
 
 SHORTEST = 32
-"""Tokens of a sequence below which nothing is tried."""
+"""Lengths in tokens below this one are not tried."""
 
 
 def longest_that_fits(
-    config: RunConfig, case: Case, attempt: Callable[[RunConfig], Fit]
+    config: RunConfig, candidate: Candidate, attempt: Callable[[RunConfig], Fit]
 ) -> int | None:
-    """The most tokens of a sequence (prompt and completion) with which the run fits, one sequence
-    in a pass; 0 where no length does, None where the length is not what is too much.
+    """The largest number of tokens of a sequence (prompt and completion) with which the run fits,
+    with one sequence per pass. 0 if no length fits. None if the length is not the problem: the run
+    fits with one sequence per pass, or its sequences have at most ``SHORTEST`` tokens.
     """
-    whole = case.work.sequence_tokens
+    whole = candidate.work.sequence_tokens
 
     def fits(length: int) -> bool:
-        return attempt(_shorter(config, case, length)).fits
+        return attempt(_shorter(config, candidate, length)).fits
 
     if whole <= SHORTEST or fits(whole):
         return None
@@ -40,11 +43,11 @@ def longest_that_fits(
     return low
 
 
-def _shorter(config: RunConfig, case: Case, length: int) -> RunConfig:
-    """``config`` with sequences of ``length`` tokens, one in a pass: the completion is cut first,
-    down to half of the length.
+def _shorter(config: RunConfig, candidate: Candidate, length: int) -> RunConfig:
+    """``config`` with sequences of ``length`` tokens, one per pass. The completion is shortened
+    first, to no less than half of the length.
     """
-    work = case.work
+    work = candidate.work
     prompt = max(
         1,
         min(

@@ -1,9 +1,10 @@
-"""LoRA: the engine's slot buffers at max_lora_rank, and the trained adapter at r.
+"""Count the bytes of LoRA: the engine's slot buffers at max_lora_rank, and the trained adapter at
+r.
 
 vLLM gives layers buffers of max_loras slots (vllm/lora/layers/*.py, ``create_lora_weights``): every
-linear layer, the experts and, in some models, embeddings and head. A list of modules restricts
-this, and the toolkit's engine restricts it to the projections. tests/contract/test_sizing_engine.py
-checks that the bytes match vLLM's allocation exactly.
+linear layer, the experts and, in some models, embeddings and head. A list of modules limits the
+layers, and the toolkit's engine limits them to the projections.
+tests/contract/test_sizing_engine.py checks that the bytes equal vLLM's allocation.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def legal_rank(rank: int) -> int:
 def engine_elements(
     spec: ModelSpec, rank: int, slots: int, modules: Collection[str] | None = None
 ) -> int:
-    """Elements of the engine's LoRA buffers.
+    """The number of elements of the engine's LoRA buffers.
 
-    ``modules`` are the last names of the layers that get slots (vLLM's lora_target_modules); None
+    ``modules`` are the last names of the layers that get slots (vLLM's lora_target_modules). None
     is vLLM's own default: every linear layer, the experts, and the embedding tables that a model
     lists.
     """
@@ -84,13 +85,15 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The layers that get slots in the toolkit's engine: all layers that can be trained with it."""
+    """The names of the layers that get slots in the toolkit's engine: all layers that can be
+    trained with it.
+    """
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
-    """Fused layers get slots for all their slices if one is requested
-    (``is_in_target_modules``).
+    """Whether ``linear`` gets slots. A fused layer gets slots for all its slices if one of them is
+    in ``modules`` (``is_in_target_modules``).
     """
     if linear.copies > 1:
         return "experts" in modules
@@ -103,14 +106,17 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Which of gate_proj, up_proj, down_proj mean this model's stacked experts."""
+    """Those of gate_proj, up_proj and down_proj in ``targets`` that PEFT applies to this model's
+    stacked experts.
+    """
     return names.expert_targets(spec.family, targets)
 
 
 def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
-    """Whether PEFT adapts this module: by leaf name or dotted end, or by full-match regex.
+    """Whether PEFT adapts this module: its last name or dotted end is in the list ``targets``, or
+    its full name matches the regular expression ``targets``.
 
-    Stacked experts are not modules: see ``expert_targets``.
+    Stacked experts are not modules: ``expert_targets`` handles them.
     """
     if linear.copies > 1:
         return False
@@ -131,7 +137,9 @@ def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> li
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What differs between layers: modules and layers without an adapter, and different ranks."""
+    """The differences between layers: some modules or layers may have no adapter or another
+    rank.
+    """
 
     exclude: tuple[str, ...] | str | None = None
     rank_pattern: tuple[tuple[str, int], ...] = ()
@@ -139,11 +147,11 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """Whether all layers are equal."""
+        """Whether all layers have the same adapter."""
         return not (self.exclude or self.rank_pattern or self.layers is not None)
 
     def rank(self, module: str, layer: int, rank: int) -> int:
-        """The rank of a module of a layer; 0 if it has no adapter."""
+        """The rank of ``module`` in ``layer``; 0 if it has no adapter."""
         if self.layers is not None and layer not in self.layers:
             return 0
         name = f"model.layers.{layer}.{module}"
@@ -162,8 +170,8 @@ def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, 
 
 
 def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
-    """Ranks of ``linear`` summed over the layers of ``block``. If a model has several kinds of
-    layers, their order is unknown here, so each counts with the largest rank.
+    """The ranks of ``linear``, summed over the layers of ``block``. If a model has several kinds of
+    layers, their order is unknown here, so each layer counts with the largest rank.
     """
     if layout.plain:
         return block.count * rank
@@ -174,9 +182,11 @@ def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: 
 def adapter_parameters(
     spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: Layout = PLAIN
 ) -> int:
-    """Trainable parameters of the adapter: r x (in + out) per targeted module (arXiv 2106.09685).
+    """The number of trainable parameters of the adapter: r x (in + out) per targeted module (arXiv
+    2106.09685).
 
-    Experts: A is (E r, in) and B is (out, E r); the fused gate and up have twice the rank.
+    For experts, A is (E r, in) and B is (out, E r); the fused gate and up projection has twice the
+    rank.
     """
     moved = expert_targets(spec, targets)
     total = 0
@@ -200,7 +210,9 @@ def adapter_parameters(
 
 
 def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
-    """Elements of one layer's adapted expert weights: PEFT computes their whole update at once."""
+    """The number of elements of the expert weights of one layer that have an adapter: PEFT computes
+    the update of all of them at once.
+    """
     moved = expert_targets(spec, targets)
     return max(
         sum(

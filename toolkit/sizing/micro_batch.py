@@ -1,8 +1,9 @@
-"""Micro-batch x accumulation of one process: as written, or the candidates for "auto".
+"""Read micro-batch and accumulation of one process from the run file, or list the candidates for
+"auto".
 
-With ``auto`` a generation batch is one optimizer step, however it is split: the micro-batch divides
-the completions of one process, and accumulation is the quotient. The gradient is the same for every
-split (rule GRPO029 refuses losses for which it is not).
+With ``auto`` a generation batch is one optimizer step, however the batch is split: the micro-batch
+divides the completions of one process, and accumulation is the quotient. The gradient is the same
+for every split (rule GRPO029 refuses losses for which it is not).
 """
 
 from __future__ import annotations
@@ -89,14 +90,14 @@ def batch_of(
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    """The divisors of a number above 0, in descending order."""
+    """The divisors of ``number`` (above 0), in descending order."""
     small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
     return tuple(sorted({*small, *(number // one for one in small)}, reverse=True))
 
 
 def count(grpo: Mapping[str, Any], key: str) -> int:
-    """The number under ``key``, or TRL's default. Raises ConfigError unless it is a number of at
-    least 1.
+    """The number under ``key``, or TRL's default. Raises ConfigError if the value is not a number
+    of at least 1.
     """
     value = grpo.get(key)
     if value is None:

@@ -1,9 +1,9 @@
-"""The parts of a model that matter for memory: blocks of linear maps, vectors, and what each block
-caches per token.
+"""Describe the parts of a model that matter for memory: blocks of linear maps, vectors, and the
+cache of each block per token.
 
-Everything else (parameters, weight bytes under a quantization, KV bytes, LoRA buffers, activations)
-is arithmetic on these values, so every term uses the same description of an architecture, and a
-test of one term also protects the others.
+Parameters, weight bytes under a quantization, KV bytes, LoRA buffers and activations are computed
+from these values. So every term uses the same description of an architecture, and a test of one
+term also protects the others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
 
 AttentionKind = Literal["full", "sliding", "mla", "linear", "none"]
-# How the trainer computes attention scores: a fused kernel keeps none, "eager" keeps one matrix per
-# head, and "capped" (soft-capping, which Hugging Face's fused default ignores) one more.
+# How the trainer computes attention scores: a fused kernel saves no scores, "eager" saves one
+# matrix per head, and "capped" (soft-capping, which Hugging Face's fused default ignores) saves one
+# more.
 Scores = Literal["fused", "eager", "capped"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -54,19 +55,21 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """What one block keeps: per token (full, sliding, mla), or one state per sequence (linear)."""
+    """The cache of one block: bytes per token (full, sliding, mla), or one state per sequence
+    (linear).
+    """
 
     kind: AttentionKind
     key_elements: int = 0  # per token, all KV heads
     value_elements: int = 0
-    window: int | None = None  # tokens; None = unlimited
-    state_elements: int = 0  # per sequence, linear attention only
+    window: int | None = None  # in tokens; None = unlimited
+    state_elements: int = 0  # per sequence, only for linear attention
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Cosines and sines of ``rows`` positions, ``columns`` of each, in the engine's dtype unless
-    ``float32``.
+    """A table with the cosines and sines of ``rows`` positions, ``columns`` numbers per position,
+    in the engine's dtype unless ``float32``.
     """
 
     rows: int
@@ -79,8 +82,8 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """``count`` identical layers. ``vectors`` is the number of parameters outside linear maps
-    (norms, sinks, convolutions).
+    """A group of ``count`` identical layers. ``vectors`` is the number of parameters outside linear
+    maps (norms, sinks, convolutions).
     """
 
     count: int
@@ -90,7 +93,7 @@ class Block:
     active_experts: int = 0
 
     def uses(self, linear: Linear) -> int:
-        """How many of the copies of ``linear`` one token goes through."""
+        """The number of copies of ``linear`` that compute one token."""
         return self.active_experts if linear.copies > 1 else 1
 
     @property
@@ -100,7 +103,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A model as described by config.json (and the safetensors headers, if present)."""
+    """A model as config.json (and the safetensors headers, if present) describes it."""
 
     name: str
     architecture: str
@@ -114,16 +117,16 @@ class ModelSpec:
     tied: bool
     blocks: tuple[Block, ...]
     final_vectors: int
-    extra_parameters: int = 0  # a vision tower and its projector
+    extra_parameters: int = 0  # those of a vision tower and its projector
     head_bias: bool = False
     quantization: Quantization | None = None
     stored: StoredWeights | None = None
-    weights_by_headers: bool = False  # an unknown weight format, as large as its files
-    margin: float = 0.0  # margin of the weight and KV terms: 0 if the architecture is known
+    weights_by_headers: bool = False  # True: weights are as large as the files
+    margin: float = 0.0  # of weight and KV terms; 0 for a known architecture
     lora_tables: tuple[str, ...] = ()  # embedding and head, if they have LoRA slots in the engine
     rope_tables: tuple[RopeTable, ...] = ()
     scores: Scores = "fused"
-    targets: tuple[str, ...] = SEVEN_PROJECTIONS  # what lora.target_modules auto means
+    targets: tuple[str, ...] = SEVEN_PROJECTIONS  # the value of lora.target_modules for "auto"
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -1,5 +1,5 @@
-"""The location of a model's files: a folder, a config.json, or a snapshot in the Hugging Face
-cache. Nothing is downloaded.
+"""Find a model's files: a folder, a config.json, or a snapshot in the Hugging Face cache. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """``folder`` contains the weights (None if only a config.json was given); ``config`` is the
-    config.json.
+    """The files of a model: ``folder`` contains the weights (None if only a config.json was given);
+    ``config`` is the config.json.
     """
 
     folder: Path | None

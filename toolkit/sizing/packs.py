@@ -1,8 +1,9 @@
-"""Training passes over packs: how many tokens one has at most, and how many passes a step takes.
+"""Compute the training passes over packs: the maximum number of tokens per pass, and the number of
+passes per step.
 
-A pack holds the completions of one pass and each of their prompts once (train/step/packing). Its
-size is bounded by a number of tokens, not of rows, so a group of long sequences shares its prompt
-where the tokens fit. Lengths here are the longest that the run file allows: the worst case.
+A pack holds the completions of one pass, and each of their prompts once (train/step/packing). Its
+size is limited by tokens, not by rows. So the sequences of a group share one copy of their prompt
+if they fit into one pack. Lengths here are the longest that the run file allows.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
     from toolkit.sizing.workload import StepPlan, Workload
 
 PACKED = ("full", "sliding")
-"""Layers whose only mixing of tokens is attention with keys and values for each token."""
+"""Kinds of layers that packs support: tokens interact only through attention, with keys and values
+for each token.
+"""
 _STEP, _CANDIDATES = 256, 512
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward and backward pass: tokens that go through the layers, those whose hidden states
-    reach the head, and the keys that attention reads (a prompt's once for each completion).
+    """One forward and backward pass: the tokens that the layers compute, the tokens whose hidden
+    states the head reads, and the keys that attention reads (those of a prompt once per
+    completion).
     """
 
     tokens: int
@@ -35,8 +39,8 @@ class Pass:
 
 
 def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
-    """Whether training merges its micro-batches and cuts them by tokens, as far as the run file and
-    the architecture tell. False is the safe answer: rows are counted then.
+    """Whether training merges its micro-batches and splits them by tokens, as far as run file and
+    architecture decide it. If False, sizing counts padded rows, which is the safe assumption.
     """
     grpo = config.grpo
     if not config.runtime.padding_free or config.model.attn_implementation not in (
@@ -49,19 +53,19 @@ def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
         return False
     experts = any(block.active_experts for block in spec.blocks)
     if experts and grpo.get("router_aux_loss_coef") is None:
-        # The model's own config may ask for a router's loss, which needs whole micro-batches.
+        # The model's own config may enable a router loss, which needs whole micro-batches.
         return False
     return all(block.cache.kind in PACKED for block in spec.blocks)
 
 
 def longest_pair(work: Workload) -> tuple[int, int]:
-    """(tokens of a prompt that are shared, of a completion) of the longest sequence."""
+    """(tokens of the shared prompt, tokens of the completion) of the longest sequence."""
     completion = min(work.completion_tokens, work.sequence_tokens)
     return work.sequence_tokens - completion, completion
 
 
 def groups_of(work: Workload) -> int:
-    """Groups that one process's rollouts belong to, at most."""
+    """The maximum number of groups that the rollouts of one process belong to."""
     rows, group = work.rollouts, work.generations
     if rows % group == 0:
         return rows // group
@@ -69,14 +73,14 @@ def groups_of(work: Workload) -> int:
 
 
 def whole_tokens(work: Workload) -> int:
-    """Tokens of a pack of all rollouts of a process."""
+    """The tokens of a pack that contains all rollouts of one process."""
     prompt, completion = longest_pair(work)
     return groups_of(work) * prompt + work.rollouts * completion
 
 
 def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ...] | None:
-    """The candidates for the tokens of a pass, the largest first; None where rows decide: the
-    micro-batch is written, and ``runtime.pack_tokens`` is not.
+    """The candidates for the tokens per pass, the largest first. None if rows limit a pass: the run
+    file sets the micro-batch, but not ``runtime.pack_tokens``.
     """
     whole, one = whole_tokens(work), work.sequence_tokens
     written = config.runtime.pack_tokens
@@ -86,7 +90,7 @@ def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ..
         return None
     if whole <= one:
         return (one,)
-    if on_cpu:  # the choice must not depend on what memory is free
+    if on_cpu:  # the choice must not depend on the free memory
         return (max(one, min(whole, CPU_TOKENS)),)
     step = max(_STEP, whole // _CANDIDATES // _STEP * _STEP)
     between = range((whole - 1) // step * step, one, -step)
@@ -102,13 +106,13 @@ def pass_of(work: Workload, step: StepPlan) -> Pass:
     prompt, completion = longest_pair(work)
     tokens = step.pack_tokens
     scored = min(tokens, work.rollouts * completion)
-    # With short completions a pack holds all rows, and each reads the keys of its prompt.
+    # With short completions a pack has all rows, and each row reads the keys of its prompt.
     return Pass(tokens, scored, tokens + min(work.rollouts, tokens) * prompt)
 
 
 def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
-    """Packs of at most ``tokens`` that a step takes where completions have ``share`` of their
-    longest length on average.
+    """The number of packs of at most ``tokens`` tokens per step. Completions have on average
+    ``share`` of their maximum length.
     """
     prompt, longest = longest_pair(work)
     completion = max(1, round(longest * share))
@@ -122,8 +126,8 @@ def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
 
 
 def step_tokens(work: Workload, tokens: int) -> int:
-    """Tokens of all passes of a step in the worst case: a group that is cut brings its prompt into
-    each of its packs.
+    """The maximum tokens of all passes of a step. If a group is split over packs, each of them
+    contains the prompt.
     """
     prompt, _ = longest_pair(work)
     number, groups = passes(work, tokens), groups_of(work)

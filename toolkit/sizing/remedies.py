@@ -1,8 +1,8 @@
-"""Changes that make a run fit, ordered by their harm and then by the bytes that they free.
+"""Find changes that make a run fit, ordered by their harm and then by the bytes that they free.
 
-Each is tried alone; if none is enough, the least harmful ones are combined. Only changes that the
-rules accept for the card are offered (base.capability). ``settings`` are the values to write, so
-that a remedy can be applied directly.
+Each change is tried alone; if no single one is enough, the least harmful ones are combined. A
+change is offered only if the rules accept it for the card (base.capability). ``settings`` are the
+values to set in the run file, so that a remedy can be applied directly.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from toolkit.config.run_config import RunConfig
-    from toolkit.sizing.fit import Case, Fit
+    from toolkit.sizing.fit import Candidate, Fit
 
     class Attempt(Protocol):
-        """The best case of a changed run: on the same card or another, on the same number of cards
-        or more.
+        """Returns the best case of a changed run, on the same or another card, and on the same
+        number of cards or more.
         """
 
         def __call__(
             self, config: RunConfig, world_size: int = ..., device: Device | None = ...
-        ) -> tuple[Case, Fit]: ...
+        ) -> tuple[Candidate, Fit]: ...
 
 
-# The cost of a change, the least harm first.
+# The costs of changes, from the least to the greatest harm.
 NOTHING, TIME, PRECISION, ADAPTER, LENGTH, HARDWARE = range(6)
 HARM = {
     NOTHING: "loses nothing",
@@ -50,22 +50,24 @@ HARM = {
     LENGTH: "shorter texts",
     HARDWARE: "more hardware",
 }
-_SHORTEST = 128  # completions and prompts are not shortened below it
+_SHORTEST = 128  # completions and prompts are not shortened to fewer tokens
 _MOST_STEPS = 40
-MOST_CARDS = 8  # of one node, over which a model is split
-_UNKNOWN_PROMPT = 1024  # reserved for prompts of unknown length
+MOST_CARDS = 8  # the largest number of cards of one node over which a model is split
+_UNKNOWN_PROMPT = 1024  # tokens that are reserved for prompts of unknown length
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """Values to write (dotted keys), their text for people, and their harm."""
+    """A change: the values to set in the run file (by dotted keys), a text that describes them, and
+    their harm.
+    """
 
     harm: int
     text: str
     settings: dict[str, Any] = field(default_factory=dict)
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """``config`` with these values."""
+        """``config`` with the values of the change."""
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
             if section == "grpo":
@@ -76,19 +78,21 @@ class _Change:
         return config
 
 
-def remedies_for(config: RunConfig, case: Case, short: int, attempt: Attempt) -> tuple[Remedy, ...]:
-    """Changes of ``config`` that free memory. First those that are enough (alone or combined), then
-    the rest; each group sorted by harm and then by bytes. ``attempt`` gives the best case of a
-    changed run.
+def remedies_for(
+    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+) -> tuple[Remedy, ...]:
+    """The changes of ``config`` that free memory: first those that are enough (alone or combined),
+    then the others. Each group is sorted by harm and then by bytes. ``attempt`` returns the best
+    case of a changed run.
     """
     found = []
-    for change in _changes(case):
+    for change in _changes(candidate):
         left = attempt(change.applied(config))[1].short_bytes
         if left < short:
             found.append(_remedy(change, short, left))
-    found += _second_card(config, case, short, attempt)
-    found += _split_model(config, case, short, attempt)
-    found += _larger_card(config, case, short, attempt)
+    found += _second_card(config, candidate, short, attempt)
+    found += _split_model(config, candidate, short, attempt)
+    found += _larger_card(config, candidate, short, attempt)
     if not any(one.enough and one.harm <= ADAPTER for one in found):
         together = _together(config, attempt)
         if together is not None:
@@ -108,8 +112,9 @@ def _remedy(change: _Change, short: int, left: int) -> Remedy:
 
 
 def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
-    """The least harmful changes, added one after the other until the run fits, without those that
-    are not needed in the end. None if even all together are not enough, or if a single one is.
+    """The combination of the least harmful changes with which the run fits: they are added one by
+    one, and those that turn out not to be needed are removed. None if even all of them are not
+    enough, or if no change is needed.
     """
     taken: dict[str, Any] = {}
     changed, harms = config, dict[str, int]()
@@ -138,7 +143,9 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 
 def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Keys that must change together, the most recent (and so most harmful) first."""
+    """The groups of keys to try to undo: single keys first, the last change first; then the keys
+    that only change together.
+    """
     batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
     lengths = ("model.max_seq_length", "grpo.max_completion_length", "grpo.max_prompt_length")
@@ -147,10 +154,14 @@ def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
     return [*reversed(alone), *joint]
 
 
-def _next_step(config: RunConfig, case: Case, fit: Fit, attempt: Attempt) -> _Change | None:
-    """The least harmful change that frees memory; of several, the one that frees most."""
+def _next_step(
+    config: RunConfig, candidate: Candidate, fit: Fit, attempt: Attempt
+) -> _Change | None:
+    """The least harmful change that frees memory; among equally harmful ones, the one that frees
+    most.
+    """
     by_harm: dict[int, list[_Change]] = {}
-    for change in _changes(case):
+    for change in _changes(candidate):
         by_harm.setdefault(change.harm, []).append(change)
     for harm in sorted(by_harm):
         tried = [(attempt(one.applied(config))[1].short_bytes, one) for one in by_harm[harm]]
@@ -160,17 +171,17 @@ def _next_step(config: RunConfig, case: Case, fit: Fit, attempt: Attempt) -> _Ch
     return None
 
 
-def _changes(case: Case) -> Iterator[_Change]:
-    yield from _lengths(case)
-    yield from _step_changes(case)
-    yield from _ranks(case)
-    if case.plan.on_gpu and case.work.uses_engine:
-        yield from _engine_changes(case)
-    yield from _formats(case)
+def _changes(candidate: Candidate) -> Iterator[_Change]:
+    yield from _lengths(candidate)
+    yield from _step_changes(candidate)
+    yield from _ranks(candidate)
+    if candidate.plan.on_gpu and candidate.work.uses_engine:
+        yield from _engine_changes(candidate)
+    yield from _formats(candidate)
 
 
-def _lengths(case: Case) -> Iterator[_Change]:
-    config, work = case.config, case.work
+def _lengths(candidate: Candidate) -> Iterator[_Change]:
+    config, work = candidate.config, candidate.work
     length = config.model.max_seq_length
     prompt = config.grpo.get("max_prompt_length")
     stated = isinstance(prompt, int) and prompt > 0
@@ -202,8 +213,8 @@ def _lengths(case: Case) -> Iterator[_Change]:
         )
 
 
-def _step_changes(case: Case) -> Iterator[_Change]:
-    micro, accumulation = case.step.micro_batch, case.step.accumulation
+def _step_changes(candidate: Candidate) -> Iterator[_Change]:
+    micro, accumulation = candidate.step.micro_batch, candidate.step.accumulation
     if micro > 1:
         smaller = next(one for one in divisors(micro) if one <= micro // 2)
         more = accumulation * micro // smaller
@@ -212,15 +223,15 @@ def _step_changes(case: Case) -> Iterator[_Change]:
             f"{MICRO} {micro} -> {smaller} ({ACCUMULATION} {accumulation} -> {more})",
             {f"grpo.{MICRO}": smaller, f"grpo.{ACCUMULATION}": more},
         )
-    if not case.step.checkpointing:
+    if not candidate.step.checkpointing:
         text = "use_gradient_checkpointing: true"
         yield _Change(TIME, text, {"lora.use_gradient_checkpointing": True})
 
 
-def _ranks(case: Case) -> Iterator[_Change]:
-    lora = case.config.lora
-    most = case.plan.max_lora_rank
-    if case.work.uses_engine and most > legal_rank(lora.largest_rank):
+def _ranks(candidate: Candidate) -> Iterator[_Change]:
+    lora = candidate.config.lora
+    most = candidate.plan.max_lora_rank
+    if candidate.work.uses_engine and most > legal_rank(lora.largest_rank):
         rank = legal_rank(lora.largest_rank)
         text = f"max_lora_rank {most} -> {rank}"
         yield _Change(NOTHING, text, {"model.max_lora_rank": rank})
@@ -231,18 +242,18 @@ def _ranks(case: Case) -> Iterator[_Change]:
         yield _Change(ADAPTER, f"lora.r {lora.r} -> {rank}", settings)
 
 
-def _engine_changes(case: Case) -> Iterator[_Change]:
-    plan = case.plan
+def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
+    plan = candidate.plan
     flags = (
         (not plan.share_weights, NOTHING, "share_weights"),
         (not plan.sleep, TIME, "enable_sleep_mode"),
         (not plan.enforce_eager, TIME, "enforce_eager"),
-        (not plan.float8_kv_cache and _has(case, FLOAT8_NATIVE), PRECISION, "float8_kv_cache"),
+        (not plan.float8_kv_cache and _has(candidate, FLOAT8_NATIVE), PRECISION, "float8_kv_cache"),
     )
     for possible, harm, name in flags:
         if possible:
             yield _Change(harm, f"{name}: true", {f"model.{name}": True})
-    if plan.dequantized and case.config.model.dequantized_rollouts is not False:
+    if plan.dequantized and candidate.config.model.dequantized_rollouts is not False:
         text = "dequantized_rollouts: false"
         yield _Change(TIME, text, {"model.dequantized_rollouts": False})
     tokens, sequences = plan.max_num_batched_tokens, plan.max_num_seqs
@@ -254,20 +265,26 @@ def _engine_changes(case: Case) -> Iterator[_Change]:
         yield _Change(TIME, text, {"model.max_num_seqs": sequences // 2})
 
 
-def _formats(case: Case) -> Iterator[_Change]:
-    split = parallel.size_of(case.config.model.tensor_parallel_size) > 1  # excludes packed weights
-    if case.plan.quantization is None and not split and _has(case, FOUR_BIT):
+def _formats(candidate: Candidate) -> Iterator[_Change]:
+    split = (
+        parallel.size_of(candidate.config.model.tensor_parallel_size) > 1
+    )  # excludes packed weights
+    if candidate.plan.quantization is None and not split and _has(candidate, FOUR_BIT):
         yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
 
 
-def _has(case: Case, needed: tuple[int, int]) -> bool:
-    return case.device is not None and case.device.compute_capability >= needed
+def _has(candidate: Candidate, needed: tuple[int, int]) -> bool:
+    return candidate.device is not None and candidate.device.compute_capability >= needed
 
 
-def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """Two cards of this kind, each with half of the micro-batch, so the steps do not change."""
-    micro, accumulation = case.step.micro_batch, case.step.accumulation
-    if case.device is None or case.step.world_size > 1 or micro % 2:
+def _second_card(
+    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+) -> list[Remedy]:
+    """The remedy of two cards of this kind, if it frees memory: each gets half of the micro-batch,
+    so the steps do not change.
+    """
+    micro, accumulation = candidate.step.micro_batch, candidate.step.accumulation
+    if candidate.device is None or candidate.step.world_size > 1 or micro % 2:
         return []
     change = _Change(
         HARDWARE,
@@ -280,18 +297,24 @@ def _second_card(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
     return [replace(_remedy(change, short, left), world_size=2)]
 
 
-def _split_model(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """The smallest number of cards over which the model can be split so that the run fits: of the
-    cards of the run if there are enough, else of more cards of this kind. The batch of a step stays
-    what it is.
+def _split_model(
+    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+) -> list[Remedy]:
+    """The remedy with the smallest number of cards over which the model can be split so that the
+    run fits: cards of the run if it has enough, else more cards of this kind. The batch of a step
+    does not change.
     """
-    splits = case.work.uses_engine and case.plan.share_weights and case.plan.quantization is None
-    if case.device is None or not splits:
+    splits = (
+        candidate.work.uses_engine
+        and candidate.plan.share_weights
+        and candidate.plan.quantization is None
+    )
+    if candidate.device is None or not splits:
         return []
-    world, own = case.step.world_size, case.plan.tensor_parallel
-    sizes = [n for n in parallel.sizes(facts_of(case.whole), MOST_CARDS) if not n & (n - 1)]
+    world, own = candidate.step.world_size, candidate.plan.tensor_parallel
+    sizes = [n for n in parallel.sizes(facts_of(candidate.unsplit), MOST_CARDS) if not n & (n - 1)]
     for size in (n for n in sizes if n > own and world % n == 0):
-        micro, more = case.step.micro_batch, case.step.accumulation * (size // own)
+        micro, more = candidate.step.micro_batch, candidate.step.accumulation * (size // own)
         settings = {
             "model.tensor_parallel_size": size,
             f"grpo.{MICRO}": micro,
@@ -312,15 +335,17 @@ def _split_model(config: RunConfig, case: Case, short: int, attempt: Attempt) ->
     return []
 
 
-def _larger_card(config: RunConfig, case: Case, short: int, attempt: Attempt) -> list[Remedy]:
-    """The smallest card of the table on which the unchanged run fits."""
-    if case.device is None:
+def _larger_card(
+    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+) -> list[Remedy]:
+    """The remedy with the smallest card of the table on which the unchanged run fits."""
+    if candidate.device is None:
         return []
     larger = sorted(
         (
             card
             for card in CARDS
-            if card.cuda_bytes > case.device.cuda_total_bytes
+            if card.cuda_bytes > candidate.device.cuda_total_bytes
             and card.source != "host"
             and "Laptop" not in card.name
             and build_problem(card.compute_capability, machine=card.machine) is None

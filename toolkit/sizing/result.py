@@ -1,5 +1,5 @@
-"""The result of sizing: the interval, the choice, the whole budget, and the run file with every
-"auto" replaced.
+"""Define the result of sizing: the interval, the choice, the budget of all terms, and the run file
+with every "auto" replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPart:
-    """Facts of the model as loaded."""
+    """The sizes of the loaded model."""
 
     name: str
     architecture: str
@@ -39,13 +39,13 @@ class ModelPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePart:
-    """Facts of the engine as it would be built.
+    """The sizes of the engine.
 
-    ``lora_bytes`` is vLLM's own allocation, with slots on every layer that it can adapt (experts,
-    embeddings and head too); ``lora_slots_bytes`` is what this toolkit's engine takes, which
-    requests slots on the projections only. ``copies_bytes`` are 16-bit copies of 4-bit weights
-    while sampling, and ``copies_note`` says why there are not more. ``ranks`` prices each legal
-    max_lora_rank in LoRA slots.
+    ``lora_bytes`` is the allocation that vLLM makes by default, with slots on every layer that it
+    can adapt (experts, embeddings and head too). ``lora_slots_bytes`` is that of the toolkit's
+    engine, which requests slots only on the projections. ``copies_bytes`` are 16-bit copies of
+    4-bit weights while sampling, and ``copies_note`` is the reason if some weights have no copy.
+    ``ranks`` has the LoRA bytes for each legal max_lora_rank.
     """
 
     lora_bytes: int
@@ -63,9 +63,10 @@ class EnginePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPart:
-    """Training on packs: ``pack_tokens`` is the most that one pass has. ``step_tokens`` and
-    ``passes`` are a step's where every sequence has its longest length, ``passes_half`` where
-    completions have half of it on average; ``padded_tokens`` are what padded rows would be.
+    """The sizes of training on packs: ``pack_tokens`` is the maximum number of tokens of a pass.
+    ``step_tokens`` and ``passes`` are those of a step in which every sequence has its maximum
+    length; ``passes_half`` is the number of passes if completions have half of it on average;
+    ``padded_tokens`` are the tokens of the same step with padded rows.
     """
 
     pack_tokens: int
@@ -77,9 +78,10 @@ class PackPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerPart:
-    """``resident_bytes`` stay during rollouts; ``step_bytes`` exist only during a micro-batch.
+    """The sizes of the trainer: ``resident_bytes`` exist also during rollouts, ``step_bytes`` only
+    during a micro-batch.
 
-    ``step_s_estimate`` (``pace``) is a rough time of a step without rollouts, only for ranking
+    ``step_s_estimate`` is a rough time of a step without rollouts, which only serves to rank
     candidates.
     """
 
@@ -92,7 +94,9 @@ class TrainerPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peaks:
-    """Predicted peaks of torch's allocator per phase, and the upper bound (with margins)."""
+    """The predicted peaks of torch's allocator in each phase, and the upper bound (with
+    margins).
+    """
 
     rollout_bytes: int
     training_bytes: int
@@ -102,8 +106,8 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """The range [min, max] of gpu_memory_utilization, with the term that limits each end. None
-    without a GPU.
+    """The range [min, max] of gpu_memory_utilization, with the term that limits each end. The
+    fields are None without a GPU.
     """
 
     min: float | None
@@ -120,7 +124,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The values for every "auto"."""
+    """The values that replace every "auto"."""
 
     gpu_memory_utilization: float | None
     max_lora_rank: int
@@ -142,9 +146,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change (or several combined), what it frees, whether that is enough, and what it costs:
-    ``harm`` counts from 0 (nothing is lost). ``settings`` are the keys and values to write;
-    ``world_size`` and ``card`` are the cards that it needs, if different.
+    """A change (or several combined), the bytes that it frees, whether that is enough, and its
+    costs. ``harm`` is at least 0 (nothing is lost). ``settings`` are the keys and values to set in
+    the run file; ``world_size`` and ``card`` are the number and kind of cards that the change
+    needs, if they differ from those of the run.
     """
 
     change: str
@@ -212,8 +217,8 @@ class SizingResult:
         }
 
     def error(self) -> ConfigError:
-        """The error for an empty interval: the missing memory, the limiting terms, and the list of
-        changes.
+        """The error for a run that does not fit: the missing memory, the limiting terms, and the
+        list of changes.
         """
         name = self.device["name"] if self.device else "this host"
         listed = "\n       ".join(str(remedy) for remedy in self.remedies)
@@ -227,7 +232,7 @@ class SizingResult:
 
     @property
     def too_long(self) -> str:
-        """What is said of a single sequence that does not fit, with the length that does."""
+        """The sentence about a single sequence that does not fit, with the length that fits."""
         if self.longest_sequence is None:
             return ""
         if self.longest_sequence == 0:
@@ -238,8 +243,8 @@ class SizingResult:
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """What is wrong with a written gpu_memory_utilization that is outside the interval
-        (ignoring margins).
+        """The error for a gpu_memory_utilization in the run file that is outside the interval
+        (margins are ignored); None if it is inside.
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin
@@ -259,7 +264,7 @@ class SizingResult:
     def apply(self, config: RunConfig) -> RunConfig:
         """``config`` with every "auto" replaced; raises ConfigError if the run does not fit.
 
-        gpu_memory_utilization stays "auto" without a GPU: it is not used there.
+        Without a GPU gpu_memory_utilization stays "auto", because it is not used there.
         """
         if not self.feasible:
             raise self.error()

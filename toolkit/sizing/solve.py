@@ -1,5 +1,5 @@
-"""``solve`` computes the interval of gpu_memory_utilization, the choice and the budget of a run
-file, a model and a card.
+"""Compute the interval of gpu_memory_utilization, the choice and the budget for a run file, a model
+and a card.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from toolkit.sizing.dequantized import best_copies, written_copies
 from toolkit.sizing.device import situation_of, smallest
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
-from toolkit.sizing.fit import Case, evaluate
+from toolkit.sizing.fit import Candidate, evaluate
 from toolkit.sizing.longest import longest_that_fits
 from toolkit.sizing.micro_batch import batch_of, count, divisors
 from toolkit.sizing.packs import budgets, passes, uses_packs, whole_tokens
@@ -45,24 +45,24 @@ if TYPE_CHECKING:
 def solve(
     config: RunConfig, spec: ModelSpec, device: Device | None, *, world_size: int = 1
 ) -> SizingResult:
-    """Size the run; ``device`` None is the CPU.
+    """Size the run on ``device``; None is the CPU.
 
     If the interval is empty, the result has ``feasible`` False and a list of remedies. Raises
-    ConfigError for impossible numbers (a rank above the engine's largest).
+    ConfigError for values that no run can have (a rank above the engine's largest).
     """
-    case, fit = best_case(config, spec, device, world_size)
+    candidate, fit = best_case(config, spec, device, world_size)
     if fit.fits:
-        return assemble(case, fit, largest=_largest_micro_batch(case))
+        return assemble(candidate, fit, largest=_largest_micro_batch(candidate))
 
     def attempt(
         config: RunConfig, world_size: int = world_size, device: Device | None = device
-    ) -> tuple[Case, Fit]:
+    ) -> tuple[Candidate, Fit]:
         return best_case(config, spec, device, world_size)
 
-    remedies = remedies_for(config, case, fit.short_bytes, attempt)
-    longest = longest_that_fits(config, case, lambda one: attempt(one)[1])
-    largest = _largest_micro_batch(case)
-    return assemble(case, fit, largest=largest, remedies=remedies, longest=longest)
+    remedies = remedies_for(config, candidate, fit.short_bytes, attempt)
+    longest = longest_that_fits(config, candidate, lambda one: attempt(one)[1])
+    largest = _largest_micro_batch(candidate)
+    return assemble(candidate, fit, largest=largest, remedies=remedies, longest=longest)
 
 
 def resolve(
@@ -79,17 +79,17 @@ def resolve(
 def resolve_for_all(
     config: RunConfig, devices: Sequence[Device | None], *, world_size: int
 ) -> tuple[RunConfig, SizingResult, Device | None]:
-    """``resolve`` for a run whose processes have ``devices``: the same values for all, for the
-    device with the least free memory. Also returns that device.
+    """Do the same as ``resolve`` for a run whose processes have ``devices``: all get the same
+    values, which are those for the device with the least free memory. Also returns that device.
 
     Raises:
-        ConfigError: the run does not fit on one of them, or only some processes have a GPU.
+        ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
     """
     device = smallest(devices)
     resolved, sizing = resolve(config, device, world_size=world_size)
     for other in devices:
-        # This GPU may have more memory in total but less of it free: the share chosen for the
-        # smallest may be too much.
+        # Another GPU may have more memory in total but less of it free. Then the share that was
+        # chosen for the first device may be too large there.
         if device is not None and other is not None and other.total_bytes != device.total_bytes:
             resolve(resolved, other, world_size=world_size)
     return resolved, sizing, device
@@ -97,17 +97,18 @@ def resolve_for_all(
 
 def best_case(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
-) -> tuple[Case, Fit]:
-    """Of the suitable candidates (``Fit.holds_rollout``, and consistent with written values), the
-    one with the fastest training step.
+) -> tuple[Candidate, Fit]:
+    """The candidate with the fastest training step among the suitable ones, with its fit. A
+    candidate is suitable if ``Fit.holds_rollout`` is true and its values are those that the run
+    file sets.
 
-    If none is suitable: with the smallest micro-batch, the one that fits with the widest interval,
-    else the one that is closest to fitting. Candidates vary checkpointing and KV sleep, each with
-    its largest suitable micro-batch. With
-    tensor_parallel_size auto: the smallest number of cards with which the run fits.
+    If no candidate is suitable: among those with the smallest micro-batch, the one that fits with
+    the widest interval, else the one with the least missing memory. Candidates differ in
+    checkpointing and KV sleep, each with its largest suitable micro-batch. With
+    tensor_parallel_size "auto" the result has the smallest number of cards with which the run fits.
     """
     numbers = _splits(config, spec, device, world_size)
-    tried: list[tuple[Case, Fit]] = []
+    tried: list[tuple[Candidate, Fit]] = []
     for number in numbers:
         model = replace(config.model, tensor_parallel_size=number)
         tried.append(_best_way(replace(config, model=model), spec, device, world_size))
@@ -119,8 +120,8 @@ def best_case(
 def _splits(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> list[int]:
-    """The tensor_parallel_size that is written, or those to try: with each, groups of completions
-    are dealt evenly.
+    """The tensor_parallel_size in the run file, or for "auto" the sizes to try: those with which
+    the completions of a generation divide evenly over the replicas.
     """
     written = config.model.tensor_parallel_size
     if written != "auto":
@@ -133,7 +134,9 @@ def _splits(
 
 
 def _deals_evenly(config: RunConfig, replicas: int) -> bool:
-    """Whether ``replicas`` can share a generation in whole groups."""
+    """Whether the completions of a generation make whole groups and divide evenly over
+    ``replicas``.
+    """
     try:
         _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=replicas)
         return own * replicas % count(config.grpo, "num_generations") == 0
@@ -143,14 +146,14 @@ def _deals_evenly(config: RunConfig, replicas: int) -> bool:
 
 def _best_way(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
-) -> tuple[Case, Fit]:
-    """``best_case`` of one tensor_parallel_size."""
+) -> tuple[Candidate, Fit]:
+    """``best_case`` for one tensor_parallel_size."""
     run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
     config = run.config
-    whole = spec
+    unsplit = spec
     work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
-    spec = one_card(whole, plan.tensor_parallel)
+    spec = one_card(unsplit, plan.tensor_parallel)
     if work.uses_engine:
         plan = plan.with_copies(written_copies(config, spec, plan))
     _check_cache(config, spec, work, plan)
@@ -159,7 +162,7 @@ def _best_way(
     tokens = budgets(config, work, on_cpu=device is None) if packed else None
     fused = fuses(config, device)
 
-    def judge(chosen: EnginePlan, mode: Checkpointing, size: int) -> tuple[Case, Fit]:
+    def judge(chosen: EnginePlan, mode: Checkpointing, size: int) -> tuple[Candidate, Fit]:
         micro, most = size, size * work.sequence_tokens
         if tokens is not None:  # ``size`` is a number of tokens
             fitting = [one for one in work.micro_batches if one * work.sequence_tokens <= size]
@@ -169,16 +172,16 @@ def _best_way(
             most = min(most, max(whole_tokens(work), work.sequence_tokens))
             step = replace(step, pack_tokens=most, passes=passes(work, most))
         step = replace(step, fused=fused, on_gpu=device is not None)
-        case = Case(
+        candidate = Candidate(
             config=config,
             spec=spec,
-            whole=whole,
+            unsplit=unsplit,
             device=device,
             work=work,
             plan=chosen,
             step=step,
         )
-        return case, evaluate(case)
+        return candidate, evaluate(candidate)
 
     ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]
     sizes = work.micro_batches if tokens is None else tokens
@@ -192,32 +195,36 @@ def _best_way(
 
 
 def fuses(config: RunConfig, device: Device | None) -> bool:
-    """Whether fused kernels will be on the model. For a card that is not here liger-kernel is taken
-    to be installed: it is part of the cuda extra.
+    """Whether the model will use fused kernels. For a card that is not in this node, liger-kernel
+    is assumed to be installed, because it is part of the cuda extra.
     """
     if device is None or config.runtime.fused_kernels is False:
         return False
     return installed(LIGER) if device.here else True
 
 
-def _with_copies(case: Case, fit: Fit) -> tuple[Case, Fit]:
-    """``case`` with the copies of 4-bit weights that fit, where the run file leaves that open."""
-    if case.config.model.dequantized_rollouts != "auto" or not case.work.uses_engine:
-        return case, fit
-    copies = best_copies(case, fit)
+def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
+    """``candidate`` with the 16-bit copies of 4-bit weights that fit, if the run file has "auto"
+    for them.
+    """
+    if candidate.config.model.dequantized_rollouts != "auto" or not candidate.work.uses_engine:
+        return candidate, fit
+    copies = best_copies(candidate, fit)
     if not copies:
-        return case, fit
-    tried = replace(case, plan=case.plan.with_copies(copies))
+        return candidate, fit
+    tried = replace(candidate, plan=candidate.plan.with_copies(copies))
     new = evaluate(tried)
-    return (tried, new) if _suits(tried, new) else (case, fit)
+    return (tried, new) if _suits(tried, new) else (candidate, fit)
 
 
 def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:
-    """Refuse a written KV cache that is too small for one sequence: vLLM would not start."""
+    """Raise ConfigError if the run file sets a KV cache that is too small for one sequence: vLLM
+    would not start.
+    """
     written = config.model.kv_cache_bytes
     if not work.uses_engine or not isinstance(written, int):
         return
-    # vLLM reserves one empty block (BlockPool's null block).
+    # vLLM reserves one empty block (the null block of BlockPool).
     lengths = (plan.max_model_len, 1)
     least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
     if written < least:
@@ -230,10 +237,12 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
 
 
 def _largest(
-    way: Callable[[int], tuple[Case, Fit]], micros: tuple[int, ...]
-) -> tuple[Case, Fit] | None:
-    """The first suitable one of ``micros``, which are in descending order."""
-    pairs: dict[int, tuple[Case, Fit]] = {}
+    way: Callable[[int], tuple[Candidate, Fit]], micros: tuple[int, ...]
+) -> tuple[Candidate, Fit] | None:
+    """The candidate with the first suitable number of ``micros``, which are in descending order;
+    None if none is suitable.
+    """
+    pairs: dict[int, tuple[Candidate, Fit]] = {}
 
     def suits(micro: int) -> bool:
         pairs[micro] = way(micro)
@@ -241,18 +250,20 @@ def _largest(
 
     if suits(micros[0]):
         return pairs[micros[0]]
-    # Among the rest, a smaller one never needs more memory. The first needs no accumulation, so it
-    # may need less than the next.
+    # After the first, a smaller micro-batch never needs more memory. The first one needs no
+    # accumulation, so it may need less memory than the next.
     place = bisect_left(micros, True, lo=1, key=suits)
     return pairs[micros[place]] if place < len(micros) else None
 
 
-def _suits(case: Case, fit: Fit) -> bool:
-    """Whether the run fits at the written utilization, with the whole rollout in its KV cache."""
-    written = case.config.model.gpu_memory_utilization
-    if written == "auto" or case.device is None or not case.work.uses_engine:
+def _suits(candidate: Candidate, fit: Fit) -> bool:
+    """Whether the run fits at the utilization that the run file sets, with a KV cache for all
+    sequences of a rollout.
+    """
+    written = candidate.config.model.gpu_memory_utilization
+    if written == "auto" or candidate.device is None or not candidate.work.uses_engine:
         return fit.holds_rollout
-    return fit.holds_rollout and written * case.device.cuda_total_bytes <= fit.max_bytes
+    return fit.holds_rollout and written * candidate.device.cuda_total_bytes <= fit.max_bytes
 
 
 def _sleeps(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EnginePlan]:
@@ -280,24 +291,24 @@ def _step(
     )
 
 
-def _largest_micro_batch(case: Case) -> int:
+def _largest_micro_batch(candidate: Candidate) -> int:
     """The largest micro-batch that fits and divides the generation batch evenly; 0 if not even 1
     fits.
 
-    As for the choice, the KV cache must hold all sequences of a rollout.
+    The KV cache must hold all sequences of a rollout, as in ``best_case``.
     """
 
     def fits(micro: int) -> bool:
-        accumulation = max(case.work.accumulation * case.work.micro_batch // micro, 1)
-        step = replace(case.step, micro_batch=micro, accumulation=accumulation)
+        accumulation = max(candidate.work.accumulation * candidate.work.micro_batch // micro, 1)
+        step = replace(candidate.step, micro_batch=micro, accumulation=accumulation)
         if step.pack_tokens is not None:
             most = min(
-                micro * case.work.sequence_tokens,
-                max(whole_tokens(case.work), case.work.sequence_tokens),
+                micro * candidate.work.sequence_tokens,
+                max(whole_tokens(candidate.work), candidate.work.sequence_tokens),
             )
-            step = replace(step, pack_tokens=most, passes=passes(case.work, most))
-        return evaluate(replace(case, step=step)).holds_rollout
+            step = replace(step, pack_tokens=most, passes=passes(candidate.work, most))
+        return evaluate(replace(candidate, step=step)).holds_rollout
 
-    micros = divisors(case.work.rollouts)
+    micros = divisors(candidate.work.rollouts)
     place = bisect_left(micros, True, key=fits)
     return micros[place] if place < len(micros) else 0

@@ -1,5 +1,5 @@
-"""``read_spec``: a ModelSpec from only config.json and safetensors headers. It needs no torch,
-downloads nothing and reads no weights.
+"""Read a ModelSpec from only config.json and safetensors headers. This needs no torch, downloads
+nothing and reads no weights.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.families.common import Shape
     from toolkit.sizing.headers import StoredWeights
 
-# The additional margin of all terms for an unknown architecture.
+# The margin that is added to all terms for an unknown architecture.
 UNKNOWN_MARGIN = 0.10
 UNTRAINED = "sized, but training it is not supported"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
-    """Read the model at a folder, a config.json, or a cached hub id.
+    """Read the description of a model from a folder, a config.json, or a cached hub id.
 
     Raises InputError if files are missing or broken, and UnsupportedError if the architecture is
     unknown and there are no headers to size it from.
@@ -51,8 +51,8 @@ def spec_from_values(
     where: str = "config.json",
     stored: StoredWeights | None = None,
 ) -> ModelSpec:
-    """A ModelSpec from the mapping of a config.json and its headers, if any. Raises as
-    ``read_spec`` does.
+    """The ModelSpec for the mapping of a config.json and the checkpoint's headers, if any. Raises
+    the errors of ``read_spec``.
     """
     fields = Fields(values, where)
     model_type = fields.text("model_type") or ""
@@ -72,7 +72,8 @@ def spec_from_values(
                 fix="give a folder with the safetensors files",
             )
     elif quantization is not None and quantization.method == "mxfp4":
-        # To 128 x 256 by Marlin, which is 9 % more of gpt-oss's 2880 x 2880, to 64 by Triton.
+        # Marlin pads expert weights to 128 x 256, which adds 9 % to gpt-oss's 2880 x 2880; Triton
+        # pads to 64.
         notes.append("MXFP4 experts are padded as vLLM's kernel for the card requires")
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
@@ -141,7 +142,7 @@ def _dtype(fields: Fields) -> str:
 
 
 def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
-    """A note if unquantized headers have a different number of values than the config."""
+    """A note if unquantized headers have a different number of values than the config describes."""
     if stored is None or quantization is not None:
         return []
     spec = ModelSpec(

@@ -1,9 +1,9 @@
-"""A model split over several cards: what one card holds, as a model of its own, and which numbers
-of cards a model can be split over.
+"""Size a model that is split over several cards: the part on one card, as a ModelSpec, and the
+numbers of cards over which a model can be split.
 
-vLLM cuts q, k, v, gate and up by rows and o and down by columns, the vocabulary tables by rows;
-norms are whole on every card. Fewer KV heads than cards: a head is then on several of them (read
-at vLLM 0.25.1 and 0.31.0, ``QKVParallelLinear``).
+vLLM splits q, k, v, gate, up and the vocabulary tables by rows, and o and down by columns; every
+card has all norms. If there are fewer KV heads than cards, several cards have the same head (vLLM
+0.25.1 and 0.31.0, ``QKVParallelLinear``).
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 BY_COLUMNS = ("o_proj", "down_proj", "out_proj")
 KV = ("k_proj", "v_proj")
 COMMUNICATION_BYTES = 512 * MIB
-"""NCCL's buffers and the all-reduce buffers of vLLM on one card of a group: an estimate, not
+"""Bytes of NCCL's buffers and vLLM's all-reduce buffers on one card of a group: an estimate, not
 measured.
 """
 
 
 def one_card(spec: ModelSpec, size: int) -> ModelSpec:
-    """What each of ``size`` cards holds of ``spec``, as a spec; ``spec`` itself for one.
+    """The spec of the part of ``spec`` that is on each of ``size`` cards; ``spec`` itself for one
+    card.
 
     Raises:
-        ConfigError: the model cannot be split so.
+        ConfigError: the model cannot be split over ``size`` cards.
     """
     if size == 1:
         return spec
@@ -53,7 +54,9 @@ def one_card(spec: ModelSpec, size: int) -> ModelSpec:
 
 
 def facts_of(spec: ModelSpec) -> Mapping[str, Any]:
-    """The values of a config.json that splitting asks for, as ``config.parallel`` reads them."""
+    """The values of config.json that determine how a model can be split, under the names that
+    ``config.parallel`` reads.
+    """
     block = spec.blocks[0]
     down = [linear for linear in block.linears if linear.leaf == "down_proj"]
     experts = max((linear.copies for linear in block.linears), default=1)
@@ -70,7 +73,7 @@ def facts_of(spec: ModelSpec) -> Mapping[str, Any]:
 
 
 def communication_terms(size: int, *, on_gpu: bool) -> list[Term]:
-    """What the cards of a group keep to talk to each other."""
+    """The terms of the buffers that each card of a group needs for communication."""
     if size == 1 or not on_gpu:
         return []
     what = f"NCCL and all-reduce buffers of a group of {size} cards, estimated"
@@ -94,7 +97,7 @@ def _linear(linear: Linear, spec: ModelSpec, size: int) -> Linear:
 
 
 def _cache(cache: Cache, spec: ModelSpec, size: int) -> Cache:
-    """At least one KV head is on each card."""
+    """The part of ``cache`` on one card, which has at least one KV head."""
     return replace(
         cache,
         key_elements=max(cache.key_elements // size, spec.head_dim),

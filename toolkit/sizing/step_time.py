@@ -1,13 +1,14 @@
-"""A rough estimate of the time of a training step, to rank candidates (micro-batch, checkpointing,
-KV sleep).
+"""Estimate roughly the time of a training step, to rank candidates (micro-batch, checkpointing, KV
+sleep).
 
-A micro-batch takes the larger of the card's compute time and the host's launch time.
-Both rates were measured on one H100 with an 8B Llama and 64 sequences of 320 tokens per step:
+The time of a micro-batch is the larger of the card's compute time and the host's launch time. Both
+rates were measured on one H100 with an 8B Llama and 64 sequences of 320 tokens per step:
 
     micro-batch    8 plain   16 plain   32, 64 with checkpointing
     seconds        2.46      1.82       2.31, 2.29
 
-A slower card is fully used earlier, so there a larger micro-batch gains less than estimated.
+A slower card is fully used with smaller micro-batches, so there a larger micro-batch gains less
+than this estimate.
 """
 
 from __future__ import annotations
@@ -18,49 +19,57 @@ from toolkit.sizing.dequantized import COPY_BYTES, all_copies
 from toolkit.sizing.packs import step_tokens
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fit import Case
+    from toolkit.sizing.fit import Candidate
     from toolkit.sizing.model_blocks import ModelSpec
 
 LAYER_S = 0.0096
-"""Host time of one layer's forward and backward pass."""
+"""Seconds of the host for one layer's forward and backward pass."""
 RECOMPUTED = 1.4
-"""The same with the second forward pass of checkpointing, as a factor."""
+"""Factor by which ``LAYER_S`` grows with checkpointing, which adds a second forward pass."""
 OPERATIONS_S = 4.0e14
 """Operations per second in bfloat16, including the time between matrix products."""
 SLEEP_S = 0.25
-"""Time to release the KV cache and map it again, with the memory of a step that torch frees."""
+"""Seconds to release the KV cache and map it again, including the memory of a step that torch
+frees.
+"""
 
 
 DEQUANTIZE_S = 1.5e-12
-"""A 4-bit weight in one decode step on top of its product in 16 bits: 18 ms a step of an 8B model
-were measured where 16-bit weights take about 7."""
+"""Seconds to dequantize one 4-bit weight in one decode step, in addition to its product in 16 bits:
+18 ms per step of an 8B model were measured, of which about 7 are needed with 16-bit weights.
+"""
 
 
-def added_seconds(case: Case) -> float:
-    """Seconds of one rollout that 4-bit weights without a copy add, or copies to be made."""
-    copies = case.plan.dequantized
-    weights = (all_copies(case.spec, case.plan) - copies) // COPY_BYTES
-    waves = -(-case.work.rollouts // max(case.plan.max_num_seqs, 1))
-    seconds = weights * DEQUANTIZE_S * waves * case.work.completion_tokens
-    return seconds + (SLEEP_S if copies and not case.plan.sleep else 0)
+def added_seconds(candidate: Candidate) -> float:
+    """The seconds that 4-bit weights add to one rollout, because weights without a copy are
+    dequantized in each step and copies are made once.
+    """
+    copies = candidate.plan.dequantized
+    weights = (all_copies(candidate.spec, candidate.plan) - copies) // COPY_BYTES
+    waves = -(-candidate.work.rollouts // max(candidate.plan.max_num_seqs, 1))
+    seconds = weights * DEQUANTIZE_S * waves * candidate.work.completion_tokens
+    return seconds + (SLEEP_S if copies and not candidate.plan.sleep else 0)
 
 
-def training_seconds(case: Case) -> float:
-    """Seconds of one optimizer step without its rollouts, including the time for KV sleep."""
-    step = case.step
+def training_seconds(candidate: Candidate) -> float:
+    """The seconds of one optimizer step without its rollouts, including the time for KV sleep."""
+    step = candidate.step
     again = bool(step.checkpointing)
-    host = case.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
-    # Forward pass and backward pass to the activations: 2 operations per parameter and token each.
-    operations = (6 if again else 4) * active_parameters(case.spec)
-    tokens = float(step.micro_batch * case.work.sequence_tokens)
+    host = candidate.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
+    # The forward pass, and the backward pass to the activations, take 2 operations each per
+    # parameter and token.
+    operations = (6 if again else 4) * active_parameters(candidate.spec)
+    tokens = float(step.micro_batch * candidate.work.sequence_tokens)
     if step.pack_tokens is not None:
-        tokens = step_tokens(case.work, step.pack_tokens) / step.pieces
+        tokens = step_tokens(candidate.work, step.pack_tokens) / step.pieces
     device = operations * tokens / OPERATIONS_S
-    return step.pieces * max(host, device) + SLEEP_S * case.plan.sleep
+    return step.pieces * max(host, device) + SLEEP_S * candidate.plan.sleep
 
 
 def active_parameters(spec: ModelSpec) -> int:
-    """Parameters of the linear maps that one token passes through, including the head."""
+    """The number of parameters of the linear maps that one token passes through, including the
+    head.
+    """
     total = spec.hidden_size * spec.vocab_size
     for block in spec.blocks:
         for linear in block.linears:

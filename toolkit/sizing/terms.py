@@ -1,4 +1,4 @@
-"""One line of the budget."""
+"""Define a term, which is one line of the budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Phase = Literal["always", "rollout", "training"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """``bytes`` that ``term`` needs during ``phase``, and the source of the number."""
+    """The ``bytes`` that ``term`` needs during ``phase``, and the source of this number."""
 
     term: str
     bytes: int
@@ -27,5 +27,5 @@ class Term:
 
 
 def total(terms: tuple[Term, ...] | list[Term], *phases: Phase) -> int:
-    """Bytes of the terms of these phases (all phases if none is named)."""
+    """The sum of the bytes of the terms in these phases (in all phases if none is named)."""
     return sum(term.bytes for term in terms if not phases or term.phase in phases)

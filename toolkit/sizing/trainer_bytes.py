@@ -1,7 +1,7 @@
-"""Memory of the trainer: the adapter and its optimizer states permanently; gradients, activations
-and the head during a step.
+"""Compute the memory of the trainer: the adapter and its optimizer states permanently; gradients,
+activations and the head during a step.
 
-Read at transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL scores completions with a fused head
+Written for transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL scores completions with a fused head
 (trl/kernels/chunked_logprob.py): no (batch, length, vocabulary) tensor exists, only tiles of 4096
 tokens x 32768 entries.
 """
@@ -28,7 +28,7 @@ HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
 
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
-    """Every term of the trainer; those of phase "always" exist during rollouts too."""
+    """Every term of the trainer; terms of phase "always" exist during rollouts too."""
     count = work.adapter_parameters(spec)
     states = work.optimizer_bytes
     terms = []
@@ -98,8 +98,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
 
 
 def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """Peak of TRL's fused head: one tile, the scored hidden states, their float32 gradient and its
-    16-bit copy.
+    """The peak bytes of TRL's fused head: one tile, the scored hidden states, their float32
+    gradient and its 16-bit copy.
     """
     one = pass_of(work, step)
     rows = one.scored_tokens
@@ -111,12 +111,12 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def is_packed(quantization: Quantization | None) -> bool:
-    """True if bitsandbytes quantizes the base, at loading or already in its files."""
+    """True if bitsandbytes quantizes the base model when it is loaded, or did so in its files."""
     return quantization is not None and quantization.method.startswith("bnb")
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The largest weight of a quantized base, unpacked for one product."""
+    """The bytes of the largest weight of a quantized base model, unpacked for one product."""
     largest = max(
         linear.out_features * linear.in_features
         for block in spec.blocks
@@ -126,5 +126,5 @@ def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def compute_bytes(dtype: str) -> int:
-    """Bytes of an activation under autocast."""
+    """The bytes of one activation value under autocast."""
     return DTYPE_BYTES[dtype]

@@ -1,5 +1,5 @@
-"""Size an unknown architecture from its headers: matrices by name and layer, attention from the
-usual keys.
+"""Size an unknown architecture from its headers: matrices by their names and layers, attention by
+the usual keys of config.json.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
 def _groups(
     layers: dict[int, dict[str, StoredTensor]],
 ) -> list[tuple[dict[str, StoredTensor], int]]:
-    """Layers with the same tensors together, with their number."""
+    """The layers grouped by equal tensors: (tensors, number of layers with them)."""
     found: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[dict[str, StoredTensor], int]] = {}
     for tensors in layers.values():
         key = tuple(sorted((name, tensor.shape) for name, tensor in tensors.items()))

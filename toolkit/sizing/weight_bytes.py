@@ -1,4 +1,4 @@
-"""Bytes of the weights: in the engine, and in a separate trainer model."""
+"""Compute the bytes of the weights in the engine and in the trainer's own model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ VOCABULARY_PADDING = 64
 
 
 def padded_vocab(vocab: int) -> int:
-    """The vocabulary rows that the engine allocates."""
+    """The number of vocabulary rows that the engine allocates."""
     return -(-vocab // VOCABULARY_PADDING) * VOCABULARY_PADDING
 
 
 def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | None:
-    """The weight format in memory: the checkpoint's own, else what ``load_in_*`` asks for."""
+    """The format of the weights in memory: that of the checkpoint, else the one that ``load_in_*``
+    requests.
+    """
     if spec.quantization is not None:
         return spec.quantization
     if section.load_in_4bit:
@@ -36,11 +38,11 @@ def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | Non
 def weight_bytes(
     spec: ModelSpec, dtype: str, quantization: Quantization | None, *, engine: bool = False
 ) -> int:
-    """Bytes of all weights; ``engine`` counts the padded vocabulary rows of vLLM."""
+    """The bytes of all weights; with ``engine`` including vLLM's padded vocabulary rows."""
     if spec.weights_by_headers and spec.stored is not None:
         return spec.stored.nbytes
     if engine and quantization is not None and quantization.nested:
-        # vLLM's bitsandbytes loader reverts the second quantization of the block scales.
+        # vLLM's bitsandbytes loader undoes the second quantization of the block scales.
         quantization = replace(quantization, nested=False)
     width = DTYPE_BYTES[dtype]
     vocab = padded_vocab(spec.vocab_size) if engine else spec.vocab_size
@@ -56,8 +58,8 @@ def weight_bytes(
 
 
 def _unpacked_latent_bytes(block: Block, width: int, quantization: Quantization) -> int:
-    """Latent attention keeps W_UK and W_UV, the halves of kv_b_proj, unpacked in addition to a
-    quantized kv_b_proj; of an unquantized one they are views
+    """The bytes of W_UK and W_UV, the halves of kv_b_proj. Latent attention keeps them unpacked in
+    addition to a quantized kv_b_proj; if kv_b_proj is not quantized they are views of it
     (vllm/model_executor/layers/attention/mla_attention.py).
     """
     return sum(
@@ -83,7 +85,9 @@ def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None)
 
 
 def stays_unquantized(linear: Linear, quantization: Quantization) -> bool:
-    """Routers and convolutions stay in 16 bits; MXFP4 quantizes only the experts."""
+    """Whether ``linear`` is not quantized: routers and convolutions stay in 16 bits, and MXFP4
+    quantizes only the experts.
+    """
     if linear.leaf in ("gate", "router", "shared_expert_gate", "conv1d"):
         return True
     if quantization.method == "mxfp4" and linear.copies == 1:

@@ -1,4 +1,4 @@
-"""Bytes of a weight in each stored or requested format, including metadata.
+"""Compute the bytes of a weight, including metadata, in each stored or requested format.
 
 Sources: bitsandbytes functional.quantize_4bit (blocks of 64, one float32 absmax each; double
 quantization: uint8 absmax plus one float32 per 256 blocks and 16 + 256 code floats per tensor);
@@ -36,13 +36,13 @@ class Quantization:
 
     method: Method
     bits: int = 4
-    group: int = 128  # weights that share one scale along the input; 0 = per output channel
+    group: int = 128  # weights along the input per scale; 0 = one scale per output channel
     block: tuple[int, int] | None = None  # (out, in) of FP8 block scales
     nested: bool = False
     skipped: tuple[str, ...] = ()
 
     def skips(self, name: str) -> bool:
-        """Whether the module of this dotted name is left in 16 bits."""
+        """Whether the module with this dotted name stays in 16 bits."""
         pieces = name.split(".")
         return any(
             fragment == name
@@ -53,7 +53,7 @@ class Quantization:
         )
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of one (out, in) matrix with its metadata."""
+        """The bytes of one (out, in) matrix with its metadata."""
         count = out_features * in_features
         match self.method:
             case "bnb-nf4":
@@ -89,10 +89,10 @@ FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "e
 
 
 def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | str | None:
-    """``quantization_config`` of a config.json.
+    """Read the ``quantization_config`` of a config.json.
 
-    Returns None if there is none, and the method's name (a string) if it is unknown: the caller
-    then sizes from the safetensors headers.
+    Returns None if there is no quantization, and the method's name (a string) if the method is
+    unknown: the caller then sizes from the safetensors headers.
     """
     if values is None:
         return None
@@ -125,8 +125,8 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
 
 
 def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
-    """Supports one group with float or integer 8-bit weights; anything else is sized from the
-    headers.
+    """The compressed-tensors format with one group of float or integer 8-bit weights. None for
+    other formats, which are sized from the headers.
     """
     groups = fields.section("config_groups")
     if groups is None or len(groups.values) != 1:
@@ -145,7 +145,6 @@ def _skipped(fields: Fields) -> tuple[str, ...]:
     named: list[str] = []
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers"):
         named += [name for name in fields.items(key, str) or () if not name.startswith("re:")]
-    # The head and the embeddings are not quantized in any of these formats, unless a checkpoint
-    # says so.
+    # In all these formats, head and embeddings are not quantized unless a checkpoint sets it.
     named += ["lm_head", "embed_tokens"]
     return tuple(dict.fromkeys(name.replace("model.layers.*.", "") for name in named))

@@ -1,5 +1,5 @@
-"""The numbers of a run file on which memory depends, with the defaults of TRL 1.16's GRPOConfig,
-and how a training step is done with them.
+"""Read the numbers of a run file on which memory depends, with the defaults of TRL 1.16's
+GRPOConfig, and the plan of a training step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Checkpointing = bool | Literal["unsloth"]
 class Workload:
     """One process's share of a step. A micro-batch is the rows of one forward pass.
 
-    ``micro_batches`` are the candidates, the largest first. There is only one unless the choice is
-    open; then ``micro_batch`` is the largest and ``accumulation`` belongs to it. ``rank`` is the
+    ``micro_batches`` are the candidates, the largest first; only one if the run file sets it.
+    ``micro_batch`` is the largest of them, and ``accumulation`` belongs to it. ``rank`` is the
     largest rank of the adapter, ``base_rank`` that of modules which ``layout`` does not name.
     """
 
@@ -54,17 +54,18 @@ class Workload:
     reference: bool = False  # TRL keeps a copy of the starting adapter for the KL term
 
     def adapter_parameters(self, spec: ModelSpec) -> int:
-        """Trainable parameters of the adapter on ``spec``."""
+        """The number of trainable parameters of the adapter on ``spec``."""
         return lora_bytes.adapter_parameters(spec, self.base_rank, self.targets, self.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """How a training step is done.
+    """The settings of a training step.
 
-    ``pack_tokens``: the most tokens of a pass over packs; None is padded rows, ``micro_batch`` at a
-    time. ``passes``: forward and backward passes of a step, ``accumulation`` where it is None.
-    ``fused``: the kernels of policy/fused_kernels are on the model's layers.
+    ``pack_tokens`` is the maximum number of tokens of a pass over packs; with None a pass has
+    ``micro_batch`` padded rows. ``passes`` is the number of forward and backward passes of a step;
+    None means ``accumulation``. ``fused``: the model's layers use the kernels of
+    policy/fused_kernels.
     """
 
     micro_batch: int
@@ -72,7 +73,7 @@ class StepPlan:
     checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
     compute_bytes: int
     own_weights: bool
-    packed: bool = False  # the base has bitsandbytes layers, with PEFT's layers around them
+    packed: bool = False  # the base model has bitsandbytes layers, with PEFT's layers around them
     world_size: int = 1
     pack_tokens: int | None = None
     passes: int | None = None
@@ -81,7 +82,7 @@ class StepPlan:
 
     @property
     def pieces(self) -> int:
-        """Passes of a step."""
+        """The number of passes of a step."""
         return self.accumulation if self.passes is None else self.passes
 
 

@@ -35,9 +35,10 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
     address.
 
     Raises:
-        InputError: the run has no manifest. Errors of ``policy.hub.push_folder`` are raised too.
+        InputError: the run has no manifest. Errors of ``policy.hub_upload.push_folder`` are raised
+            too.
     """
-    from toolkit.policy.hub import push_folder  # noqa: PLC0415 - for this alone
+    from toolkit.policy.hub_upload import push_folder  # noqa: PLC0415 - for this alone
 
     try:
         card = model_card(run, repo_id)

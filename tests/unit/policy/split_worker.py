@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolkit.engine import mesh as meshes
 from toolkit.engine.mesh import Mesh
-from toolkit.engine.shards import Cut, part, shard_of, whole
+from toolkit.engine.shards import Cut, gather_parts, part, shard_of
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
 from toolkit.policy.lora_settings import LoraSettings
 from toolkit.policy.tensor_parallel.functions import clip_whole
@@ -132,8 +132,11 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
             optimizer.zero_grad()
             step(policy, tokens, scores)
             if number == 0:
-                gradients = {n: whole(p.grad, p).clone() for n, p in policy.named_parameters()
-                             if p.requires_grad}  # fmt: skip
+                gradients = {
+                    n: gather_parts(p.grad, p).clone()
+                    for n, p in policy.named_parameters()
+                    if p.requires_grad
+                }
                 found.setdefault("gradients", []).append(gradients)
             if policy is ours:
                 norm = clip_whole(trained, 0.5)
@@ -166,7 +169,7 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
         for name, value in held.items()
     )
     parameter = next(p for p in ours.parameters() if shard_of(p) is not None)
-    found["parts"] = torch.equal(part(whole(parameter), parameter), parameter)
+    found["parts"] = torch.equal(part(gather_parts(parameter), parameter), parameter)
     replicated = torch.cat([p.detach().flatten() for p in ours.parameters()
                             if p.requires_grad and shard_of(p) is None])  # fmt: skip
     found["replicas equal"] = all(torch.equal(replicated, one) for one in shared.gather(replicated))

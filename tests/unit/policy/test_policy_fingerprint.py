@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigValueError, InputError
-from toolkit.policy.fingerprint import Marks, is_base_of, marks_of, of_checkpoint, of_weights
+from toolkit.policy.fingerprint import BaseDigests, is_base_of, marks_of, of_checkpoint, of_weights
 from toolkit.policy.language_model import FastLanguageModel
 
 
@@ -69,7 +69,7 @@ def test_a_base_in_4_bits_is_known_by_its_files(folder: Path) -> None:
     whole, packed = plain(folder), plain(folder)
     layer = packed.get_submodule("model.layers.0.mlp.up_proj")
     layer.weight = torch.nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False)
-    packed.toolkit_as_loaded = Marks(of_checkpoint(folder), None)
+    packed.toolkit_as_loaded = BaseDigests(of_checkpoint(folder), None)
     assert of_weights(packed) is None
     assert is_base_of(described(packed), whole) is True
     assert is_base_of(described(whole), packed) is True

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.policy import chat_template
-from toolkit.policy.chat_template import limit_template
+from toolkit.policy import render_template
+from toolkit.policy.render_template import limit_template
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data.prompt_format import check_template, length_of
 
@@ -57,7 +57,7 @@ def tokenizer(text: str) -> Any:
     ],
 )
 def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> None:
-    monkeypatch.setattr(chat_template, "TIME_S", 1.0)
+    monkeypatch.setattr(render_template, "TIME_S", 1.0)
     limited = limit_template(tokenizer(text))
     begin = time.monotonic()
     with pytest.raises(ConfigError, match=rf"the chat template of this tokenizer ({says})"):

@@ -9,7 +9,7 @@ from toolkit.sizing.solve import best_case
 from toolkit.sizing.step_time import active_parameters, training_seconds
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fit import Case
+    from toolkit.sizing.fit import Candidate
 
 EIGHT_B = "meta-llama/Llama-3.1-8B"
 # 64 sequences of 320 tokens a step, r = 64: (micro-batch, checkpointing, seconds measured).
@@ -21,7 +21,7 @@ MEASURED = [
 ]
 
 
-def _case(run, spec, device, micro, checkpointing, **values) -> Case:
+def _case(run, spec, device, micro, checkpointing, **values) -> Candidate:
     grpo = {
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": 64 // micro,

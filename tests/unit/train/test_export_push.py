@@ -21,7 +21,7 @@ import train_world
 from toolkit.base.errors import ConfigError, RetryError
 from toolkit.cli.export import export
 from toolkit.config import load_run
-from toolkit.policy.hub import push_folder
+from toolkit.policy.hub_upload import push_folder
 from toolkit.train.checkpointing.trained_run import open_run
 from toolkit.train.model_card import model_card, serve_arguments, serve_line
 from toolkit.train.run import run

@@ -14,7 +14,7 @@ import torch
 from toolkit.base.errors import ConfigError, NodeError
 from toolkit.engine.groups import SHARED_LIBRARIES, check_groups, check_world, refuse_unlike
 from toolkit.engine.mesh import by_first, mesh
-from toolkit.engine.shards import part, whole, whole_shape
+from toolkit.engine.shards import gather_parts, part, whole_shape
 from toolkit.policy.tensor_parallel.functions import clip_whole
 from toolkit.train.checkpointing import checkpoint
 
@@ -92,7 +92,7 @@ def test_one_process_holds_everything() -> None:
     assert mesh() is None
     assert by_first(lambda: 7) == 7
     tensor = torch.ones(2, 3, requires_grad=True)
-    assert whole(tensor) is tensor
+    assert gather_parts(tensor) is tensor
     assert part(tensor, tensor) is tensor
     assert whole_shape(tensor) == (2, 3)
 

@@ -62,7 +62,7 @@ def loaded(dtype, *, engine=False):
     model.toolkit_full_finetuning = False
     if engine:
         model.toolkit_engine = SimpleNamespace(
-            reads="vllm", dtype=dtype, options=SimpleNamespace(max_lora_rank=8)
+            sampler_name="vllm", dtype=dtype, options=SimpleNamespace(max_lora_rank=8)
         )
     return model
 
@@ -203,7 +203,9 @@ def test_an_adapter_that_the_engine_cannot_serve_is_refused(name, tmp_path):
     make, words = UNSERVED[name]
     model = make_model(7)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    model.toolkit_engine = SimpleNamespace(reads="vllm", options=SimpleNamespace(max_lora_rank=8))
+    model.toolkit_engine = SimpleNamespace(
+        sampler_name="vllm", options=SimpleNamespace(max_lora_rank=8)
+    )
     with pytest.raises(ConfigError, match=words) as caught:
         trainer_of(model, arguments(tmp_path), peft_config=make())
     assert caught.value.where == "peft_config"
@@ -224,7 +226,9 @@ def test_every_kind_of_peft_but_lora_is_refused():
 
 def test_an_adapter_that_peft_has_put_on_is_looked_at_too(tmp_path):
     model = make_model(7)
-    model.toolkit_engine = SimpleNamespace(reads="vllm", options=SimpleNamespace(max_lora_rank=8))
+    model.toolkit_engine = SimpleNamespace(
+        sampler_name="vllm", options=SimpleNamespace(max_lora_rank=8)
+    )
     policy = peft.get_peft_model(model, peft.LoraConfig(**LORA, use_dora=True))
     with pytest.raises(UnsupportedError, match="adapter 'default' of the model: DoRA"):
         trainer_of(policy, arguments(tmp_path))

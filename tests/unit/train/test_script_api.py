@@ -15,9 +15,9 @@ from trainer_helpers import ROWS, arguments, make_policy, make_trainer, ones, pu
 import toolkit
 from toolkit import GRPOConfig
 from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, ToolkitWarning
-from toolkit.policy.chat_templates import CHATML, get_chat_template, standardize_sharegpt
 from toolkit.policy.fast_generate import generate
 from toolkit.policy.load_request import with_standby
+from toolkit.policy.notebook_templates import CHATML, get_chat_template, standardize_sharegpt
 from toolkit.policy.saving import gguf_recipe
 from toolkit.train.demo import make_tokenizer
 from toolkit.train.rewards.script import judged

@@ -1,8 +1,9 @@
-"""The steps between the processes that share a model, with their gradients.
+"""Communicate between the processes that share a model, with gradients.
 
-Each is the identity for one direction and a sum for the other: what is whole is the same in all
-processes of the group, value and gradient. Memory is allocated before the processes agree on the
-collective (``together.before_collective``), so that none fails between the two.
+Most functions are the identity in one direction and a sum in the other. A whole tensor has the same
+value and gradient in all processes of the group. Memory is allocated before the processes agree on
+the collective (``together.before_collective``), so that no allocation can fail between agreement
+and collective.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class _EnterParts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may use it elsewhere
+        # A copy, because autograd may use the original gradient elsewhere.
+        grad = grad.clone(memory_format=torch.contiguous_format)
         before_collective()
         distributed.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -70,13 +72,15 @@ class _JoinLast(torch.autograd.Function):
 
 
 def enter_parts(whole: torch.Tensor, group: Any) -> torch.Tensor:
-    """A whole tensor before each process computes its part: the gradients of the parts add up."""
+    """Return ``whole`` unchanged, as the input of the part that each process computes. The backward
+    pass adds up the gradients of all processes.
+    """
     out: torch.Tensor = _EnterParts.apply(whole, group)  # type: ignore[no-untyped-call]
     return out
 
 
 def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum of what each process has computed; its gradient is that of each summand."""
+    """The sum of ``part`` over all processes; every process gets the gradient of the sum."""
     out: torch.Tensor = _LeaveParts.apply(part, group)  # type: ignore[no-untyped-call]
     return out
 
@@ -84,15 +88,15 @@ def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
 def join_last(
     part: torch.Tensor, group: Any, *, start: int, width: int, total: int
 ) -> torch.Tensor:
-    """The parts (..., at most ``width``) of all processes side by side, cut to ``total``; this one
-    begins at ``start``.
+    """Concatenate the parts (..., at most ``width``) of all processes, without entries beyond
+    ``total``. The part of this process begins at ``start``.
     """
     out: torch.Tensor = _JoinLast.apply(part, group, start, width, total)  # type: ignore[no-untyped-call]
     return out
 
 
 def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The largest of the group, place by place; without a gradient."""
+    """The elementwise maximum over the group, without a gradient."""
     found = part.detach().clone()
     before_collective()
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=group)
@@ -102,7 +106,8 @@ def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
 @torch.no_grad()
 def clip_whole(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
     """Scale the gradients so that their norm over all processes is at most ``most``; returns the
-    norm before. What every process holds whole counts once. As ``torch.nn.utils.clip_grad_norm_``.
+    norm before scaling. Parameters that every process has whole count once. Otherwise the same as
+    ``torch.nn.utils.clip_grad_norm_``.
     """
     known = [one for one in parameters if one.grad is not None]
     if not known:

@@ -1,7 +1,7 @@
-"""Linear layers, embedding and head of which each process holds a part.
+"""Define linear layers, embedding and head of which each process has a part.
 
-``in_features`` and ``out_features`` are those of the part; ``whole_in`` and ``whole_out`` of the
-layer.
+``in_features`` and ``out_features`` are the sizes of the part, ``whole_in`` and ``whole_out`` those
+of the whole layer.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ MESH = "toolkit_mesh"
 
 
 def mesh_of(model: Any) -> Mesh | None:
-    """The mesh over which ``model`` (no wrapper) is split, or None."""
+    """The mesh over which ``model`` is split, or None. ``model`` must be the Hugging Face model
+    itself, without PEFT's wrapper.
+    """
     found: Mesh | None = getattr(model, MESH, None)
     return found
 
 
 class SplitLinear(nn.Linear):
-    """A linear layer cut by rows (a part of the output) or by columns (a part of the input).
+    """A linear layer that is split by rows (its output is a part) or by columns (its input is a
+    part).
 
-    ``entered``: the module around it has let its input through ``enter_parts`` already.
+    ``entered``: the module around the layer has already applied ``enter_parts`` to its input.
     """
 
     def __init__(self, layer: nn.Linear, cut: Cut, mesh: Mesh) -> None:
@@ -48,29 +51,31 @@ class SplitLinear(nn.Linear):
         self.cut, self.mesh, self.entered = cut, mesh, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., part of out) of (..., in), or (..., out) of (..., part of in)."""
+        """Map (..., in) to (..., part of out), or (..., part of in) to (..., out)."""
         return self.leave(linear(self.enter(x), self.weight, self.own_bias))
 
     @property
     def own_bias(self) -> torch.Tensor | None:
-        """The bias that this process adds: a whole one is added by the first alone."""
+        """The bias that this process adds; only the first process adds a bias that is not split."""
         if self.cut.style == "rows" or self.mesh.first:
             return self.bias
         return None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as this process uses it."""
+        """The input in the form that this process computes with."""
         if self.cut.style == "columns" or self.entered:
             return x
         return enter_parts(x, self.mesh.group)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """The output as the layers after it use it."""
+        """The output in the form that the following layers use."""
         return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
 
 
 class SplitEmbedding(nn.Embedding):
-    """The rows ``cut.start`` and after of an embedding; ``scale`` multiplies what is looked up."""
+    """An embedding of which this process has the rows from ``cut.start`` on; the result is
+    multiplied by ``scale``.
+    """
 
     def __init__(self, layer: nn.Embedding, cut: Cut, mesh: Mesh) -> None:
         super().__init__(cut.length, layer.embedding_dim, device="meta", dtype=layer.weight.dtype)
@@ -78,7 +83,7 @@ class SplitEmbedding(nn.Embedding):
         self.scale: torch.Tensor | None = getattr(layer, "embed_scale", None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(..., hidden), the same in all processes."""
+        """Return (..., hidden), which is the same in all processes."""
         own = ids - self.cut.start
         here = (own >= 0) & (own < self.cut.length)
         found = embedding(own.where(here, 0), self.weight)
@@ -87,8 +92,8 @@ class SplitEmbedding(nn.Embedding):
 
 
 class SplitHead(nn.Linear):
-    """The rows ``cut.start`` and after of an output layer. ``width``: rows of each process with
-    the padding of the vocabulary.
+    """An output layer of which this process has the rows from ``cut.start`` on. ``width`` is the
+    number of rows of each process, including the padding of the vocabulary.
     """
 
     def __init__(self, layer: nn.Linear, cut: Cut, width: int, mesh: Mesh) -> None:
@@ -102,7 +107,7 @@ class SplitHead(nn.Linear):
         self.cut, self.width, self.mesh = cut, width, mesh
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., vocabulary): all logits, in all processes. Training uses ``part``."""
+        """Return all logits (..., vocabulary), in all processes. Training uses ``part``."""
         return join_last(
             self.part(hidden),
             self.mesh.group,
@@ -112,15 +117,16 @@ class SplitHead(nn.Linear):
         )
 
     def part(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., part of the vocabulary)."""
+        """Return the logits (..., part of the vocabulary) of this process."""
         return linear(enter_parts(hidden, self.mesh.group), self.weight, self.bias)
 
 
 def enter_once(module: nn.Module, mesh: Mesh) -> None:
-    """Let the input of ``module`` through ``enter_parts`` once for all of its layers that are cut
-    by rows: one sum of gradients for q, k and v, one for gate and up.
+    """Apply ``enter_parts`` to the input of ``module`` once instead of in each of its layers that
+    are split by rows: then one sum of gradients serves q, k and v, and one serves gate and up.
 
-    Only where every layer of it is cut, so that nothing else uses the input.
+    This is only done if all linear layers of ``module`` are split, so that nothing else uses the
+    input.
     """
     layers = [child for child in module.children() if isinstance(child, nn.Linear)]
     split = [child for child in layers if isinstance(child, SplitLinear)]
@@ -133,7 +139,9 @@ def enter_once(module: nn.Module, mesh: Mesh) -> None:
 
 
 class _Enter:
-    """A hook of a module whose first argument, or ``hidden_states``, is the input of its layers."""
+    """A hook that applies ``enter_parts`` to the input of a module: its first argument, or
+    ``hidden_states``.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh

@@ -1,8 +1,9 @@
-"""PEFT's LoRA layer on a layer that is split.
+"""Define PEFT's LoRA layer on a layer that is split.
 
-Cut by rows, A is whole in every process and B is cut with the layer; cut by columns, A is cut and B
-is whole. What is whole takes part in every process's share of the output, so its gradients add up.
-B of a KV head that several processes hold is whole in all of them, and each uses its rows.
+If the layer is split by rows, every process has all of A, and B is split with the layer. If it is
+split by columns, A is split and every process has all of B. A tensor that is not split is used by
+every process for its part of the output, so its gradients are added up. If several processes have
+the same KV head, all of them have B of that head, and each uses its own rows.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
     out_features: int
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, on the whole layer, so that the same values are drawn for every number of
-        processes; then this process's part of them is kept.
+        """Let PEFT create the adapter of the whole layer, so that the same values are drawn for
+        every number of processes, and keep this process's part of it.
         """
         base = self.base_layer
         own = self.in_features, self.out_features
@@ -54,7 +55,7 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
             _keep(self.lora_B[adapter_name], 0, base)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(..., part of out) of (..., in), or (..., out) of (..., part of in)."""
+        """Map (..., in) to (..., part of out), or (..., part of in) to (..., out)."""
         if args or kwargs:
             raise UnsupportedError("adapter_names are not supported on a model that is split")
         base: SplitLinear = self.base_layer
@@ -73,8 +74,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return base.leave(out)
 
     def used_rows(self, name: str) -> torch.Tensor:
-        """The rows of B that this process computes with: all that it has, or those of its KV
-        heads. A view.
+        """The rows of B that this process computes with: all rows that it has, or those of its KV
+        heads. The result is a view.
         """
         cut, b = self.base_layer.cut, self.lora_B[name].weight
         rows: torch.Tensor = b
@@ -83,7 +84,9 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return rows
 
     def _halves(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B as this process uses them; the gradient of a whole one is summed."""
+        """A and B in the form that this process computes with; the gradient of a tensor that is not
+        split is summed.
+        """
         base, group = self.base_layer, self.base_layer.mesh.group
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if base.cut.style == "columns":
@@ -103,7 +106,7 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return active[0]
 
     def _as_under_autocast(self, x: torch.Tensor, a: torch.Tensor) -> bool:
-        """True if autocast would compute base layer and adapter in the dtype of ``x``."""
+        """Whether autocast would compute base layer and adapter in the dtype of ``x``."""
         device = x.device.type
         return (
             torch.is_autocast_enabled(device)
@@ -112,7 +115,9 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         )
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Not here: no process has the whole weight. ``toolkit export`` merges into the files."""
+        """Raise an error: no process has the whole weight. ``toolkit export`` merges into the
+        files.
+        """
         raise UnsupportedError(
             "an adapter cannot be merged into a model that is split over several processes",
             where="merge",
@@ -121,7 +126,9 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
 
 
 def _keep(layer: nn.Linear, dim: int, base: SplitLinear) -> None:
-    """Of a half of an adapter, the part that belongs to this process's part of ``base``."""
+    """Keep this process's part of A or B (``layer``), which is split along ``dim`` as
+    ``base`` is.
+    """
     old, cut = layer.weight, base.cut
     kept = old.detach().narrow(dim, cut.start, cut.length).clone()
     layer.weight = nn.Parameter(kept, requires_grad=old.requires_grad)

@@ -1,4 +1,6 @@
-"""A Hugging Face model without weights, given the layers of which this process holds a part."""
+"""Replace layers of a Hugging Face model without weights by layers of which this process has a
+part.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,22 @@ WHERE = "model.tensor_parallel_size"
 
 
 class Cuts(Protocol):
-    """Which part of each layer the process holds, as its engine split it."""
+    """Returns the part of each layer that this process has, as its engine split the layer."""
 
     def of_layer(self, name: str, out_features: int) -> Cut:
-        """Of the linear layer ``name``. Raises UnsupportedError."""
+        """Return the part of the linear layer ``name``. Raises UnsupportedError."""
 
     def of_table(self, name: str) -> tuple[Cut, int]:
-        """Of the embedding or head ``name``, and the rows of each process with the padding."""
+        """Return the part of the embedding or head ``name``, and the number of rows of each process
+        including padding.
+        """
 
 
 def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
-    """Replace the layers of ``model`` (on the meta device) by those of this process's part.
+    """Replace the layers of ``model`` (on the meta device) by this process's parts of them.
 
     Raises:
-        UnsupportedError: a layer whose cut the trainer does not follow.
+        UnsupportedError: the trainer does not support how the engine splits a layer.
     """
     problem = model_problem(model.config.to_dict())
     if problem is not None:
@@ -79,7 +83,9 @@ def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
 
 
 def _fit_heads(layer: nn.Module) -> None:
-    """Queries of a process for each of its KV heads: fewer, where a KV head is on several."""
+    """Set the number of queries per KV head of this process, which is smaller if several processes
+    have the same KV head.
+    """
     query, key = getattr(layer, "q_proj", None), getattr(layer, "k_proj", None)
     if not isinstance(query, SplitLinear) or not isinstance(key, SplitLinear):
         return

@@ -1,5 +1,5 @@
-"""Shared code of the families: attention and MLP linears, layer kinds, and the value that each
-family function returns.
+"""The shared code of the families: attention and MLP linears, layer kinds, and the class ``Shape``
+that each family function returns.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import RopeTable, Scores
 
 
-# Which tables a vLLM model class lists in ``embedding_modules``.
+# The embedding tables that a vLLM model class lists in ``embedding_modules``.
 BOTH_TABLES = ("embedding", "head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The architecture part of a ModelSpec."""
+    """The part of a ModelSpec that the architecture determines."""
 
     hidden: int
     vocab: int
@@ -46,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Attention head counts and sizes."""
+    """The counts and sizes of attention heads."""
 
     hidden: int
     heads: int
@@ -63,8 +63,8 @@ class Heads:
 
 
 def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
-    """Heads with the defaults of transformers: kv heads = heads, head_dim = hidden // heads unless
-    written.
+    """The heads with the defaults of transformers: if config.json does not set them, kv heads =
+    heads and head_dim = hidden // heads.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -83,7 +83,7 @@ def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
 
 
 def attention(heads: Heads, *, qkv_bias: bool = False, out_bias: bool = False) -> list[Linear]:
-    """q, k, v and o projections."""
+    """The q, k, v and o projections of an attention layer."""
     return [
         Linear("self_attn.q_proj", heads.query, heads.hidden, qkv_bias),
         Linear("self_attn.k_proj", heads.key, heads.hidden, qkv_bias),
@@ -93,7 +93,7 @@ def attention(heads: Heads, *, qkv_bias: bool = False, out_bias: bool = False) -
 
 
 def gated_mlp(hidden: int, inner: int, *, bias: bool = False, prefix: str = "mlp") -> list[Linear]:
-    """gate, up and down projections (arXiv 2002.05202)."""
+    """The gate, up and down projections of a gated MLP (arXiv 2002.05202)."""
     return [
         Linear(f"{prefix}.gate_proj", inner, hidden, bias),
         Linear(f"{prefix}.up_proj", inner, hidden, bias),
@@ -107,8 +107,8 @@ def layer_count(fields: Fields) -> int:
 
 
 def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...]:
-    """``layer_types`` as written, else ``default(index)`` for every layer. Raises InputError on a
-    wrong length.
+    """``layer_types`` if config.json has it, else ``default(index)`` for every layer. Raises
+    InputError on a wrong length.
     """
     count = layer_count(fields)
     written = fields.items("layer_types", str)
@@ -124,7 +124,9 @@ def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...
 
 
 def kv_cache(heads: Heads, window: int | None = None) -> Cache:
-    """What an attention layer caches per token; ``window`` in tokens, None for all of them."""
+    """The cache of an attention layer per token; ``window`` is in tokens, None if the layer attends
+    to all tokens.
+    """
     return Cache(
         kind="full" if window is None else "sliding",
         key_elements=heads.key,
@@ -147,8 +149,8 @@ def decoder(
     lora_tables: tuple[str, ...] = (),
     max_position: int = 2048,
 ) -> Shape:
-    """A decoder of these blocks between an embedding and a head; ``tied`` and ``max_position`` are
-    the defaults of its config class.
+    """The shape of a decoder: an embedding, ``blocks`` and a head. ``tied`` and ``max_position``
+    are the defaults that apply if config.json does not set them.
     """
     longest = fields.integer("max_position_embeddings", default=max_position)
     columns = rotary_columns(fields, heads.head_dim)

@@ -1,8 +1,8 @@
-"""Dense decoders: Llama and its copies, Mistral, Qwen2/2.5, Qwen3, SmolLM, Granite, OLMo 2/3,
-Phi-3/4.
+"""Shapes of dense decoders: Llama and models with its architecture, Mistral, Qwen2/2.5, Qwen3,
+SmolLM, Granite, OLMo 2/3, Phi-3/4.
 
-Read from the configuration and modeling classes of transformers 5.17;
-tests/contract/test_sizing_parameters.py compares the parameter counts with them.
+Written from the configuration and modeling classes of transformers 5.17;
+tests/contract/test_sizing_parameters.py compares the parameter counts with those of the classes.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> 
 
 
 def qwen2(fields: Fields) -> Shape:
-    """Qwen2 and 2.5, DeepSeek distills of Qwen: always has biases on q, k and v, whatever the
-    config says.
+    """Qwen2 and 2.5, DeepSeek distills of Qwen: q, k and v always have biases, for every value in
+    the config.
     """
     heads = read_heads(fields)
     linears = attention(heads, qkv_bias=True)
@@ -125,7 +125,9 @@ def qwen3(fields: Fields) -> Shape:
 
 
 def olmo2(fields: Fields) -> Shape:
-    """OLMo 2: norms after attention and MLP, and over the whole query and key width."""
+    """OLMo 2: norms after attention and MLP, and norms over all query heads and all key heads
+    together.
+    """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
@@ -136,7 +138,7 @@ def olmo2(fields: Fields) -> Shape:
 
 
 def olmo3(fields: Fields) -> Shape:
-    """OLMo 3: OLMo 2 with three sliding layers for each full one."""
+    """OLMo 3: OLMo 2 with three sliding-window layers for each full-attention layer."""
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
@@ -158,7 +160,7 @@ def olmo3(fields: Fields) -> Shape:
 
 
 def phi3(fields: Fields) -> Shape:
-    """Phi-3 and Phi-4: qkv and gate/up are fused in the checkpoint itself."""
+    """Phi-3 and Phi-4: the checkpoint itself has fused qkv and gate/up tensors."""
     heads = read_heads(fields)
     inner = fields.integer("intermediate_size")
     linears = [

@@ -1,5 +1,5 @@
-"""Gemma 2 and 3: four norms per layer, sliding and full layers mixed. Gemma 3 has many class
-defaults that config files omit.
+"""Shapes of Gemma 2 and 3: four norms per layer, some layers with sliding windows and some with
+full attention. Gemma 3 has many class defaults that config files omit.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
 
 
 def gemma2(fields: Fields) -> Shape:
-    """Gemma 2: every other layer uses a sliding window, and scores are soft-capped unless the
-    config has null.
+    """Gemma 2: every other layer uses a sliding window. Scores are soft-capped unless the config
+    has null for the cap.
     """
     full = _with_defaults(fields, GEMMA2_DEFAULTS)
     capped = fields.values.get("attn_logit_softcapping", 50.0) is not None
@@ -91,8 +91,8 @@ def gemma2(fields: Fields) -> Shape:
 
 
 def gemma3_text(fields: Fields) -> Shape:
-    """Gemma 3, text only: five sliding layers for each full one, a norm on each query and key
-    head.
+    """Gemma 3, text only: five sliding-window layers for each full-attention layer, a norm on each
+    query and key head.
     """
     full = _with_defaults(fields, GEMMA3_DEFAULTS)
     pattern = full.integer("sliding_window_pattern", "_sliding_window_pattern", high=64)
@@ -100,7 +100,7 @@ def gemma3_text(fields: Fields) -> Shape:
 
 
 def gemma3(fields: Fields) -> Shape:
-    """Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError without a
+    """Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError if the config has no
     text_config.
     """
     text = fields.section("text_config")
@@ -130,7 +130,7 @@ def gemma3(fields: Fields) -> Shape:
 
 
 def _siglip(vision: Fields) -> int:
-    """Parameters of SiglipVisionModel (arXiv 2303.15343) with vision_use_head false."""
+    """The number of parameters of SiglipVisionModel (arXiv 2303.15343) without a head."""
     hidden = vision.integer("hidden_size", default=768)
     inner = vision.integer("intermediate_size", default=3072)
     layers = vision.integer("num_hidden_layers", default=12)

@@ -1,5 +1,6 @@
-"""Gemma 4: full layers with larger heads (whose keys are also the values), layers that share the
-cache of an earlier one, an embedding per layer, experts in addition to the MLP.
+"""The shape of Gemma 4: full-attention layers have larger heads, whose keys are also the values;
+some layers share the cache of an earlier layer; each layer has its own embedding; experts are added
+to the MLP.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def gemma4(fields: Fields) -> Shape:
-    """Gemma 4's language model (transformers' Gemma4TextConfig), alone or as a text_config. Towers
-    for images and sound are not counted.
+    """The language model of Gemma 4 (transformers' Gemma4TextConfig), alone or as a text_config.
+    Towers for images and sound are not counted.
     """
     text = fields.section("text_config") or fields
     shape = _text(text)
@@ -88,7 +89,7 @@ def _text(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, heads: Heads, *, alone: bool, values: bool
 ) -> tuple[list[Linear], int]:
-    """Projections and head norms. A layer that shares a cache has only queries."""
+    """The projections and head norms of attention. A layer that shares a cache has only queries."""
     bias = fields.flag("attention_bias", False)
     linears = [Linear("self_attn.q_proj", heads.query, heads.hidden, bias)]
     if alone:
@@ -100,7 +101,7 @@ def _attention(
 
 
 def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Linear], int, int]:
-    """The MLP and the experts: linears, vectors and active experts."""
+    """(linears, number of vector parameters, active experts) of the MLP and the experts."""
     double = 2 if shared and fields.flag("use_double_wide_mlp", False) else 1
     linears = gated_mlp(hidden, double * fields.integer("intermediate_size", default=9216))
     if not fields.flag("enable_moe_block", False):
@@ -117,7 +118,7 @@ def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Li
 
 
 def _layer_inputs(fields: Fields, hidden: int, inputs: int, layers: int) -> int:
-    """Parameters of the per-layer embedding and of its projection."""
+    """The number of parameters of the per-layer embedding and of its projection."""
     if not inputs:
         return 0
     vocab = fields.integer("vocab_size_per_layer_input", default=262144)

@@ -1,5 +1,5 @@
-"""Qwen3-Next and Qwen3.5 / 3.6: three gated delta-net layers (one state per sequence) for each full
-attention layer; either all layers have experts or none.
+"""Shapes of Qwen3-Next and Qwen3.5 / 3.6: three gated delta-net layers (with one state per
+sequence) for each full-attention layer. All layers of a model have experts, or none has.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def qwen3_5_moe(fields: Fields) -> Shape:
 
 
 def _tied_by(fields: Fields, shape: Shape) -> Shape:
-    """As in transformers, the outer config decides whether embeddings are tied."""
+    """``shape`` with the outer config's value of tie_word_embeddings, as in transformers."""
     return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
 
 
 def _sparse(
     fields: Fields, *, experts_default: int, active_default: int
 ) -> tuple[list[Linear], int]:
-    """Routed experts with a gated shared expert, and how many of them a token uses."""
+    """(linears, active experts) of routed experts with a gated shared expert."""
     hidden = fields.integer("hidden_size")
     count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)
@@ -143,6 +143,7 @@ def _delta_net(fields: Fields, hidden: int, *, fused: bool) -> tuple[list[Linear
         Linear("linear_attn.conv1d", convolved, kernel),
     ]
     vectors = 2 * value_heads + value_dim
-    # Engine state per sequence: the recurrent matrix and the convolution's last kernel - 1 inputs.
+    # The engine's state per sequence: the recurrent matrix and the last kernel - 1 inputs of the
+    # convolution.
     state = value_heads * key_dim * value_dim + convolved * (kernel - 1)
     return linears, vectors, Cache(kind="linear", state_elements=state)

@@ -1,5 +1,5 @@
-"""DeepSeek V2 and V3: multi-head latent attention (arXiv 2405.04434) caches one latent and one
-rotary key for all heads.
+"""Shapes of DeepSeek V2 and V3: multi-head latent attention (arXiv 2405.04434) caches one latent
+and one rotary key for all heads together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def deepseek(fields: Fields) -> Shape:
     shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
     first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
     step = fields.integer("moe_layer_freq", default=1)
-    # One latent and one rotary key per token, for any number of heads; values are not cached.
+    # Per token one latent and one rotary key are cached, for any number of heads; values are not
+    # cached.
     cache = Cache(kind="mla", key_elements=latent + rope)
 
     def make(kind: str, count: int) -> Block:
@@ -73,7 +74,7 @@ def deepseek(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, hidden: int, heads: int, sizes: tuple[int, int, int, int]
 ) -> tuple[list[Linear], int]:
-    """The projections of latent attention, and the norm parameters of a layer."""
+    """(projections, number of norm parameters) of a layer with latent attention."""
     nope, rope, latent, value = sizes
     bias = fields.flag("attention_bias", False)
     query_rank = fields.integer("q_lora_rank", default=0, low=0)

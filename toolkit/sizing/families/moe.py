@@ -1,4 +1,4 @@
-"""Mixtures of experts with ordinary attention: Mixtral, Qwen3-MoE, GLM-4.x, gpt-oss."""
+"""Shapes of mixtures of experts with ordinary attention: Mixtral, Qwen3-MoE, GLM-4.x, gpt-oss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def experts(hidden: int, inner: int, count: int) -> list[Linear]:
-    """Routed experts of gate, up and down."""
+    """The gate, up and down projections of ``count`` routed experts."""
     return [
         Linear("mlp.experts.gate_proj", inner, hidden, copies=count),
         Linear("mlp.experts.up_proj", inner, hidden, copies=count),
@@ -53,7 +53,7 @@ def mixtral(fields: Fields) -> Shape:
 
 
 def qwen3_moe(fields: Fields) -> Shape:
-    """Qwen3-MoE: every decoder_sparse_step-th layer is sparse unless mlp_only_layers names it."""
+    """Qwen3-MoE: every decoder_sparse_step-th layer has experts unless mlp_only_layers names it."""
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     count = fields.integer("num_experts", "num_local_experts", default=128, high=MAX_EXPERTS)
@@ -88,8 +88,8 @@ def qwen3_moe(fields: Fields) -> Shape:
 
 
 def glm4_moe(fields: Fields) -> Shape:
-    """GLM-4.5 to 4.7 (transformers' Glm4MoeConfig): dense layers first, then experts with a shared
-    one, half of each head rotated.
+    """GLM-4.5 to 4.7 (transformers' Glm4MoeConfig): the first layers are dense, the others have
+    experts and a shared expert; half of each head is rotated.
     """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
@@ -122,8 +122,8 @@ def glm4_moe(fields: Fields) -> Shape:
 
 
 def gpt_oss(fields: Fields) -> Shape:
-    """gpt-oss: biases everywhere, one attention sink per head, alternating windows, experts with
-    biases.
+    """gpt-oss: biases on all linears and experts, one attention sink per head, a sliding window on
+    every other layer.
     """
     heads = read_heads(fields, default_head_dim=64)
     count = fields.integer("num_local_experts", "num_experts", default=128, high=MAX_EXPERTS)
@@ -152,7 +152,7 @@ def gpt_oss(fields: Fields) -> Shape:
         )
 
     blocks = blocks_by_kind(layer_kinds(fields, default), make)
-    # transformers has no fused kernel for sinks.
+    # transformers has no fused attention kernel that supports sinks.
     shape = decoder(fields, heads, blocks, max_position=32768)
     tables = tuple(replace(table, float32=True) for table in shape.rope_tables)
     return replace(shape, scores="eager", rope_tables=tables)

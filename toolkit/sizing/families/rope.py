@@ -1,6 +1,6 @@
-"""The engine's tables of cosines and sines: one per kind of rotary embedding in a model.
+"""Size the engine's tables of cosines and sines: one table per kind of rotary embedding in a model.
 
-They have one row per possible position, whatever max_seq_length is
+The tables have one row per possible position, for every max_seq_length
 (vllm/model_executor/layers/rotary_embedding; checked by tests/contract/test_sizing_engine.py).
 """
 
@@ -20,8 +20,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 def rope_tables(
     fields: Fields, columns: int, max_position: int, *, local: bool = False
 ) -> tuple[RopeTable, ...]:
-    """The tables of a model whose scaling is under rope_parameters (transformers 5) or
-    rope_scaling. ``local``: sliding layers have their own unscaled table.
+    """The tables of a model. Its scaling is under rope_parameters (transformers 5) or rope_scaling.
+    ``local``: sliding-window layers have their own unscaled table.
     """
     scaling = _scaling(fields)
     by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
@@ -32,7 +32,7 @@ def rope_tables(
 
 
 def rotary_columns(fields: Fields, head_dim: int, *, default: float = 1.0) -> int:
-    """Columns of a table: the part of a head that is rotated."""
+    """The number of columns of a table: the size of the part of a head that is rotated."""
     scaling = _scaling(fields)
     inner = (
         scaling.number("partial_rotary_factor", default=default, low=0, high=1)

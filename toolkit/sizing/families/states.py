@@ -1,5 +1,5 @@
-"""Hybrids with attention and short convolutions (LFM2) or Mamba 2 (Nemotron-H): these layers have
-one state per sequence instead of a cache.
+"""Shapes of hybrids of attention with short convolutions (LFM2) or with Mamba 2 (Nemotron-H).
+Convolution and Mamba layers have one state per sequence instead of a cache.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def nemotron_h(fields: Fields) -> Shape:
 
 
 def _kinds(fields: Fields) -> tuple[str, ...]:
-    """``layers_block_type``, or ``hybrid_override_pattern`` of M, *, - and E."""
+    """The kinds of the layers: ``layers_block_type``, or ``hybrid_override_pattern``, which has the
+    letters M, *, - and E.
+    """
     written = fields.items("layers_block_type", str)
     if written is None:
         pattern = fields.text("hybrid_override_pattern") or ""
@@ -130,7 +132,7 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
 
 
 def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, Cache, int]:
-    """Linears, vectors, cache and active experts of one kind of layer."""
+    """(linears, number of vector parameters, cache, active experts) of one kind of layer."""
     none = Cache(kind="none")
     if kind == "attention":
         bias = fields.flag("attention_bias", False)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from toolkit.base.errors import ConfigError, UnsupportedError
-from toolkit.engine.shards import part, shard_of, whole, whole_shape
+from toolkit.engine.shards import gather_parts, part, shard_of, whole_shape
 from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ def whole_trainable(model: Any) -> Tensors:
     """``trainable`` as whole tensors, also if processes share a model; then all of them must call
     this.
     """
-    return {name: whole(parameter) for name, parameter in trainable(model).items()}
+    return {name: gather_parts(parameter) for name, parameter in trainable(model).items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state_dict as one process would have it: where processes share a model, the
     parts of each state are joined.
     """
-    return _state_as(optimizer, optimizer.state_dict(), whole)
+    return _state_as(optimizer, optimizer.state_dict(), gather_parts)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

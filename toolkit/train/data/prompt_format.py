@@ -13,7 +13,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.build import thaw
 from toolkit.config.data_types import wrong_prompt
-from toolkit.policy.chat_template import refused
+from toolkit.policy.render_template import refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -72,11 +72,11 @@ def find_engine(model: Any) -> RolloutEngine | None:
     return None
 
 
-def reads(model: Any, config: Any) -> Engine:
+def sampler_name(model: Any, config: Any) -> Engine:
     """The name of the sampler whose keywords a trainer of ``model`` with ``config`` uses."""
     engine = find_engine(model)
     if engine is not None:
-        return engine.reads
+        return engine.sampler_name
     return "vllm" if getattr(config, "use_vllm", False) else "transformers"
 
 
@@ -88,7 +88,7 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
     Raises:
         ConfigValueError: a keyword is not supported; the message names the first.
     """
-    keywords, engine = getattr(config, "generation_kwargs", None) or {}, reads(model, config)
+    keywords, engine = getattr(config, "generation_kwargs", None) or {}, sampler_name(model, config)
     for name, value in keywords.items():
         problem = judge(name, value, engine, turns=tools)
         if problem is not None:
@@ -128,7 +128,7 @@ def distribution(trainer: TrainerSeam) -> Distribution:
         repetition_penalty=getattr(trainer, "repetition_penalty", 1.0),
         presence_penalty=extra.get("presence_penalty", 0.0),
         frequency_penalty=extra.get("frequency_penalty", 0.0),
-        min_p_first=reads(getattr(trainer, "model", None), args) == "vllm",
+        min_p_first=sampler_name(getattr(trainer, "model", None), args) == "vllm",
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from toolkit.base.errors import ToolkitWarning
 from toolkit.config.sampling_keywords import not_reproduced
 from toolkit.train.process_control import is_first_rank
-from toolkit.train.rollout.sampler import reads
+from toolkit.train.rollout.sampler import sampler_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -224,7 +224,7 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
 def _unfollowed(trainer: TrainerSeam) -> list[str]:
     """Options that are set but that the training pass cannot apply."""
     args = trainer.args
-    names = list(not_reproduced(args.generation_kwargs or {}, reads(trainer.model, args)))
+    names = list(not_reproduced(args.generation_kwargs or {}, sampler_name(trainer.model, args)))
     if args.vllm_structured_outputs_regex is not None:
         names.append("vllm_structured_outputs_regex")
     return names

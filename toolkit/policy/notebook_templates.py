@@ -1,5 +1,5 @@
-"""Helpers for chat templates that notebooks import. A template comes from the checkpoint; these
-functions check that it is the expected one.
+"""Provide the helpers for chat templates that notebooks import. A template comes from the
+checkpoint; these functions check that it is the expected one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ MARKS: Mapping[str, str] = {
     "mistral": "[INST]",
     "gpt-oss": "<|channel|>",
 }
-"""A text that the template of a family contains, by the beginning of the family's name."""
+"""For each family of models, by the beginning of its name: a text that the family's chat template
+contains.
+"""
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
     "tool": "tool", "function": "tool",
 }  # fmt: skip
-"""ShareGPT's names of roles -> the roles of chat templates."""
+"""A mapping from ShareGPT's names of roles to the roles of chat templates."""
 
 
 def get_chat_template(
@@ -45,11 +47,11 @@ def get_chat_template(
     map_eos_token: bool = True,
     system_message: str | None = None,
 ) -> Any:
-    """``tokenizer`` with the requested chat template.
+    """Return ``tokenizer`` with the requested chat template.
 
     ``chat_template`` is Jinja text, or the name of a family ("llama-3.1", "qwen-2.5", "gemma-3",
-    "chatml", ...). A family's template is that of its instruct checkpoints: a tokenizer that has it
-    is returned unchanged. Only ChatML is also set on a tokenizer without a template.
+    "chatml", ...). A family's template is the one in its instruct checkpoints: a tokenizer that has
+    it is returned unchanged. Only ChatML is also set on a tokenizer without a template.
 
     Raises:
         ConfigValueError: the tokenizer has no template of that family.
@@ -79,10 +81,11 @@ def get_chat_template(
 
 
 def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
-    """``dataset`` (of the datasets library) whose chats are lists of ``role`` and ``content``.
+    """Convert the chats of ``dataset`` (of the datasets library) to lists of ``role`` and
+    ``content``.
 
     ShareGPT's ``from`` and ``value`` are renamed; chats with role and content stay unchanged.
-    ``column`` None takes conversations, messages or prompt, whichever exists.
+    ``column`` None means the first existing column of conversations, messages and prompt.
     """
     names = [column] if column else ["conversations", "messages", "prompt"]
     found = next((name for name in names if name in dataset.column_names), None)
@@ -108,7 +111,9 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Supervised fine-tuning's mask. Raises UnsupportedError."""
+    """Always raises UnsupportedError: this function sets the loss mask of supervised
+    fine-tuning.
+    """
     del trainer, args, kwargs
     raise UnsupportedError(
         "TRL masks the loss of supervised fine-tuning",

@@ -1,9 +1,10 @@
 """Run chat templates with limits, because a template is a program that comes with the checkpoint.
 
-transformers renders it in jinja's sandbox. The sandbox protects the process, but does not limit
-time or the size of the text. Here a rendering has limited time and memory, and its text is checked
-for its size before it is tokenized. The limits are an alarm and an address space limit in this
-process, because a chat takes a tenth of a millisecond, and there may be a million of them.
+transformers renders a template in jinja's sandbox, which protects the process but does not limit
+time or the size of the text. Here a rendering has limited time and memory, and the size of its text
+is checked before the text is tokenized. The limits are an alarm and an address space limit in this
+process: another process would be too slow, because a chat takes a tenth of a millisecond and there
+may be a million chats.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ TIME_S = 10.0
 EACH_S = 0.1  # additional time per chat of a batch
 MEMORY_BYTES = 1 << 30
 LONGEST = 1_000_000  # characters that a template may add ...
-TIMES = 20  # ... and how often it may repeat its input
+TIMES = 20  # ... and how many times as long as its input the text may be
 
 
 def limit_template(tokenizer: Any) -> Any:
-    """``tokenizer`` with an ``apply_chat_template`` that raises ConfigError if the template exceeds
-    the limits.
+    """Give ``tokenizer`` an ``apply_chat_template`` that raises ConfigError if the template exceeds
+    the limits, and return it.
     """
     tokenizer.apply_chat_template = _LimitedTemplate(tokenizer)
     return tokenizer
 
 
 class _LimitedTemplate:
-    """A callable attribute of one tokenizer, which unlike a bound function is copied and pickled
-    with it.
+    """A callable attribute of one tokenizer. Unlike a bound function, it is copied and pickled with
+    the tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -46,8 +47,8 @@ class _LimitedTemplate:
 
 
 def _apply(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``apply_chat_template`` of transformers 5.17, but the text is rendered first and then
-    tokenized.
+    """Do what ``apply_chat_template`` of transformers 5.17 does, but render the text first and then
+    tokenize it.
     """
     upstream = type(tokenizer).apply_chat_template
     values = {**_defaults(upstream), **kwargs}
@@ -90,7 +91,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         raise _too_much(
             tokenizer, f"needs too much memory ({type(error).__name__}; the limit is 1 GiB)"
         ) from None
-    except Exception as error:  # a template raises what it likes, jinja2's and its own
+    except Exception as error:  # a template may raise any error, jinja2's or its own
         raise refused(tokenizer, error) from error
     size = _size(made) if isinstance(made, str | list) else 0
     if size > most:
@@ -123,7 +124,7 @@ def _too_much(tokenizer: Any, what: str) -> ConfigError:
 
 
 def _size(value: Any) -> int:
-    """The number of characters of all texts in a tree."""
+    """The number of characters of all texts in a tree of lists and mappings."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
