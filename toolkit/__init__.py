@@ -55,6 +55,8 @@ _ELSEWHERE = {
     "FastDiffusionModel": "only language models are trained here",
     "PatchDPOTrainer": "nothing is patched here: use trl.DPOTrainer on the model",
     "PatchKTOTrainer": "nothing is patched here: use trl.KTOTrainer on the model",
+    "SFTTrainer": "use trl.SFTTrainer",
+    "SFTConfig": "use trl.SFTConfig",
     "UnslothTrainer": "use trl.SFTTrainer for supervised fine-tuning, GRPOTrainer for rewards",
     "UnslothTrainingArguments": "use trl.SFTConfig, or GRPOConfig for rewards",
     "UnslothVisionDataCollator": "only text is trained here",

@@ -44,7 +44,7 @@ def test_each_run_file_validates(copy: Path) -> None:
         folder = copy / file.parent.relative_to(EXAMPLES)
         cards = {"several-gpus": "4", "70b-on-eight-gpus": "8"}.get(folder.name, "1")
         size = ("--world-size", cards)
-        done = command("envcheck", "validate", *size, "run.yaml", cwd=folder, PYTHONPATH=".")
+        done = command("envcheck", "validate", *size, "run.yaml", cwd=folder)
         assert done.returncode == 0, done.stdout
         assert "in run.yaml" in done.stdout  # the line that counts findings
         assert "error[" not in done.stdout
@@ -109,7 +109,7 @@ def test_the_own_reward_trains_on_a_small_model(copy: Path, tmp_path: Path) -> N
     model = make_tiny(tmp_path / "model")
     changes = (f"model.model_name={model}", "runtime.engine=transformers", *SMALL)
     sets = [word for change in changes for word in ("--set", change)]
-    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "own-reward", PYTHONPATH=".")
+    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "own-reward")
     assert done.returncode == 0, done.stdout + done.stderr
     run = copy / "own-reward" / "runs" / "own-reward"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
@@ -152,7 +152,7 @@ def test_the_tools_train_on_a_small_model(copy: Path, tmp_path: Path) -> None:
     lengths = ("model.max_seq_length=256", "grpo.max_prompt_length=120")
     changes += (*lengths, "grpo.max_completion_length=128")
     sets = [word for change in changes for word in ("--set", change)]
-    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "tools", PYTHONPATH=".")
+    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "tools")
     assert done.returncode == 0, done.stdout + done.stderr
     log = copy / "tools" / "runs" / "tools" / "tool_calls.jsonl"
     assert "missing a required argument" in log.read_text(encoding="utf-8")

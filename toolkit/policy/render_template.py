@@ -103,8 +103,15 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def refused(tokenizer: Any, error: Exception) -> ConfigError:
-    """The error for a template that raised ``error``."""
+    """The error for a template that raised ``error``, or for a tokenizer without one."""
     said = first_line(error) or type(error).__name__
+    if not getattr(tokenizer, "chat_template", None):
+        return ConfigError(
+            "the prompts are lists of messages, and the tokenizer has no chat template",
+            where=str(getattr(tokenizer, "name_or_path", "")) or None,
+            fix="use an instruct model, write the prompts as plain texts, or in a script set a "
+            'template: tokenizer = get_chat_template(tokenizer, "chatml")',
+        )
     return ConfigError(
         f"the tokenizer's chat template rejects the prompts: {said}",
         where=str(getattr(tokenizer, "name_or_path", "")) or None,

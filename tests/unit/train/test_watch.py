@@ -28,6 +28,21 @@ def test_no_spread_for_many_steps_is_said_once(tmp_path: Path) -> None:
     assert "what to do: read completions.jsonl" in said[0]
 
 
+def test_a_short_run_without_any_spread_is_said_at_its_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    watch = RewardWatch(tmp_path, said.append)
+    for step in (1, 2):
+        watch.see(row(step, 0.0, 1.0))
+    assert said == []
+    watch.end()
+    assert "for 2 steps in a row all completions of each prompt had the same reward" in said[0]
+    other = RewardWatch(tmp_path, said.append)
+    other.see(row(1, 0.5, 0.5))
+    other.see(row(2, 0.5, 1.0))
+    other.end()
+    assert len(said) == 1
+
+
 def test_one_group_with_spread_begins_the_count_again(tmp_path: Path) -> None:
     said: list[str] = []
     watch = RewardWatch(tmp_path, said.append)

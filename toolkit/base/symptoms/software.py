@@ -10,7 +10,8 @@ ENTRIES = (
         "bfloat16",
         "The card does not support bfloat16",
         "software.features, LOAD005",
-        "set model.dtype: auto (float16 on such a card), and grpo.bf16: false",
+        "set model.dtype: auto (float16 on such a card), and grpo.bf16: false; in a script on a "
+        "machine without a GPU, GRPOConfig(use_cpu=True)",
         1,
         "Bfloat16 is only supported on GPUs with compute capability of at least",
         "Your setup doesn't support bf16/gpu",

@@ -231,6 +231,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         """
         del args, control, kwargs
         if "train_runtime" in logs:
+            if self.watch is not None and state.global_step >= state.max_steps:
+                self.watch.end()
             return
         row = plain(row_of(state.global_step, logs))
         if row.get("skipped"):

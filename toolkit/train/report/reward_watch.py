@@ -3,7 +3,8 @@ every group.
 
 GRPO learns from the differences within a group. Without differences the advantages are 0, and the
 rewards do not change the weights, however long the run is. metrics.jsonl counts consecutive steps
-of this kind (``steps_without_signal``), and the terminal shows one warning.
+of this kind (``steps_without_signal``). The terminal shows one warning after many of them, or at
+the end of a run that had no others.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class RewardWatch:
         self.say = say
         self.count = _last_count(run_dir / "metrics.jsonl")
         self.said: set[str] = set()
+        self.any_signal = False
+        self.last: Mapping[str, Any] = {}
 
     def see(self, row: dict[str, Any]) -> None:
         """Check a row of metrics.jsonl; the count is added to the row if it is not 0."""
@@ -37,12 +40,20 @@ class RewardWatch:
         unscored = row["reward"] is None
         flat = row.get("frac_reward_zero_std") == 1
         self.count = self.count + 1 if unscored or flat else 0
+        self.last, self.any_signal = row, self.any_signal or not self.count
         if self.count:
             row[COUNT] = self.count
         if unscored:
             self._once("unscored", unscored_text(row))
         elif self.count >= LIMIT:
             self._once("flat", flat_text(row, self.count))
+
+    def end(self) -> None:
+        """At the end of training: report a run that is too short for the warning above, in which no
+        step had a signal.
+        """
+        if self.count and not self.any_signal and not self.said:
+            self._once("flat", flat_text(self.last, self.count))
 
     def _once(self, kind: str, text: str) -> None:
         if kind not in self.said:
@@ -67,13 +78,17 @@ def flat_text(row: Mapping[str, Any], count: int) -> str:
         share = 100 * row["completions/clipped_ratio"]
         facts.append(f"{share:.0f}% of completions cut at grpo.max_completion_length")
     return (
-        f"warning: for {count} steps in a row all completions of each prompt had the same reward, "
+        f"warning: for {_steps(count)} all completions of each prompt had the same reward, "
         f"so the model learns nothing from the rewards.\n  step {row['step']}: {', '.join(facts)}\n"
         "  likely causes: the task is too hard or too easy for the model; the reward cannot read "
         "the answers (wrong format, or cut at the limit); the completions are too similar\n  what "
         "to do: read completions.jsonl in the run folder; then change the data or the reward, "
         "raise grpo.num_generations, grpo.temperature or grpo.max_completion_length"
     )
+
+
+def _steps(count: int) -> str:
+    return f"{count} steps in a row" if count > 1 else "one step"
 
 
 def _shown(value: Any) -> str:
