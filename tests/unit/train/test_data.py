@@ -13,6 +13,7 @@ from data_helpers import make_tokenizer, user
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.config.run_config import DatasetSection
+from toolkit.train import demo
 from toolkit.train.data import dataset_source
 from toolkit.train.data.dataset import load_data
 
@@ -213,6 +214,16 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
         "the column 'answer' is left out: dataset.answer names the column 'a' for it",
         "the column 'completions' is left out: rewards receive something else as completions",
     )
+
+
+def test_prompts_that_the_tokenizer_has_no_tokens_for_are_noted(tmp_path: Path) -> None:
+    rows = [{"q": "Ada has 5 pens", "a": 1}, {"q": "12+30=", "a": 42}]
+    data = load(write(tmp_path, rows), demo.make_tokenizer())
+    assert data.report.train.notes == (
+        "65% of the tokens of the first prompts are unknown to the tokenizer (<pad>), so the model "
+        "cannot read them",
+    )
+    assert load(write(tmp_path, rows[1:]), demo.make_tokenizer()).report.train.notes == ()
 
 
 def test_the_usual_names(tmp_path: Path) -> None:

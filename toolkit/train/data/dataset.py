@@ -234,6 +234,7 @@ def _prepared(
             rendering.tokenizer, prompts[0], section.prompt, rendering.template
         )
     prompts, truncated, longest = _truncated(rendering, prompts)
+    unknown = prompt_format.unknown_note(rendering.tokenizer, prompts, rendering.template)
     table, notes, missing = _columns(rows, kept, section, prompts, path)
     report = SplitReport(
         source=path,
@@ -248,7 +249,7 @@ def _prepared(
         longest_tokens=longest,
         columns=tuple(table.column_names),
         no_answer=missing,
-        notes=(*read_as, *data_checks.answer_note(missing, len(kept)), *notes),
+        notes=(*read_as, *unknown, *data_checks.answer_note(missing, len(kept)), *notes),
     )
     return as_dataset(table, "prompt" if isinstance(prompts[0], list) else None), report
 

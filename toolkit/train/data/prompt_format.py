@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
+SAMPLED = 64
+"""Number of prompts whose tokens are compared with the unknown token."""
+UNKNOWN_SHARE = 0.05
+"""Share of unknown tokens from which the run says so; rare characters are normal."""
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
@@ -87,6 +91,35 @@ def token_ids(
         )
         return list(rendered["input_ids"])
     return list(tokenizer(text=list(prompts))["input_ids"])
+
+
+def unknown_note(
+    tokenizer: Any, prompts: Sequence[Prompt], template: TemplateArguments = None
+) -> list[str]:
+    """A note for the user if the tokenizer has no token for much of the first prompts: the model
+    then sees its unknown token in their place.
+    """
+    unknown = _unknown_id(tokenizer)
+    if unknown is None or not prompts:
+        return []
+    ids = [one for row in token_ids(prompts[:SAMPLED], tokenizer, template) for one in row]
+    share = ids.count(unknown) / max(1, len(ids))
+    if share < UNKNOWN_SHARE:
+        return []
+    return [
+        f"{share:.0%} of the tokens of the first prompts are unknown to the tokenizer "
+        f"({tokenizer.convert_ids_to_tokens(unknown)}), so the model cannot read them"
+    ]
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id of the unknown token; tokenizers without the attribute may have one in their model."""
+    if (found := getattr(tokenizer, "unk_token_id", None)) is not None:
+        return int(found)
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    name = getattr(model, "unk_token", None)
+    found = tokenizer.convert_tokens_to_ids(name) if name else None
+    return None if found is None else int(found)
 
 
 def length_of(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
