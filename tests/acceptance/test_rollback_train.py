@@ -107,15 +107,15 @@ def test_folders_that_are_not_the_runs_change_nothing(run_file, tmp_path):
 def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
     def unjudged():
         """What validate cannot count (a hub's data set) is counted when it has been read."""
-        from toolkit.train import run
+        from toolkit.train import user_code
 
-        read = run.load_data
+        read = user_code.load_data
 
         def shorter(*args, **kwargs):
             data = read(*args, **kwargs)
             return dataclasses.replace(data, train=data.train.select([0]))
 
-        run.load_data = shorter
+        user_code.load_data = shorter
 
     code, said = go(run_file, tmp_path / "run", before=unjudged)
     assert code == 1, said

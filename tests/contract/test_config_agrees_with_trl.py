@@ -66,9 +66,8 @@ def judged(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None, list[s
 
 
 def build(config: RunConfig, folder: Path) -> None:
-    """TRL's config as training makes it."""
-    import trl
-
+    """TRL's config as training makes it, with the fields that ours adds."""
+    from toolkit.train.grpo_config import GRPOConfig
     from toolkit.train.trl_arguments import grpo_config
 
     with warnings.catch_warnings():
@@ -80,7 +79,7 @@ def build(config: RunConfig, folder: Path) -> None:
                 "gradient_accumulation_steps": 1,
             }
         config = replace(config, grpo=grpo)
-        grpo_config(config, folder, trl.GRPOConfig, has_eval=True)
+        grpo_config(config, folder, GRPOConfig, has_eval=True)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))

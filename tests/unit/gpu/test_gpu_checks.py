@@ -56,7 +56,11 @@ def test_every_check_is_seen_in_trouble_by_a_fixture_or_a_test_here() -> None:
 def test_symptoms_name_checks_and_rules_that_exist() -> None:
     for symptom in SYMPTOMS:
         for name in symptom.check.split(", "):
-            known = name in catalogue() or name.startswith("size: ") or explain(name) is not None
+            known = (
+                name in catalogue()
+                or name.startswith(("size: ", "none: "))
+                or explain(name) is not None
+            )
             assert known, f"{symptom.id} names {name}"
 
 

@@ -102,7 +102,10 @@ def unknown_note(
     unknown = _unknown_id(tokenizer)
     if unknown is None or not prompts:
         return []
-    ids = [one for row in token_ids(prompts[:SAMPLED], tokenizer, template) for one in row]
+    try:
+        ids = [one for row in token_ids(prompts[:SAMPLED], tokenizer, template) for one in row]
+    except Exception:  # noqa: BLE001 - a template that rejects a prompt is reported where it is used
+        return []
     share = ids.count(unknown) / max(1, len(ids))
     if share < UNKNOWN_SHARE:
         return []
