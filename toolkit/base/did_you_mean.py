@@ -19,7 +19,7 @@ def near(
     """At most three words that ``word`` may be a misspelling of, the most similar one first.
 
     Case is ignored, and ``-`` equals ``_``. Every result has a similarity of at least ``cutoff`` (0
-    to 1), and of at most ``within`` less than the first result.
+    to 1), and is at most ``within`` less similar than the first result.
     """
     if len(word) > _LONGEST:
         return []

@@ -153,7 +153,6 @@ class EngineSettings:
         auto="as many as fit beside the KV cache of a whole rollout",
         examples=("auto", True, False),
         unit="bytes",
-        rule="LOAD040",
         on_gpu=True,
         sized=True,
     )

@@ -94,7 +94,7 @@ def _rounds(value: Any) -> int:
         raise ConfigValueError(
             f"max_resample_times={value!r} must be a number of rounds above 0",
             where="GRPOConfig",
-            fix="leave it out: 3 rounds; dynamic_sampling=False draws nothing again",
+            fix="leave it out for 3 rounds, or set dynamic_sampling=False",
         )
     return value
 
@@ -104,7 +104,7 @@ def _share(value: Any) -> float:
         raise ConfigValueError(
             f"curriculum_share={value!r} must be above 0 and at most 1",
             where="GRPOConfig",
-            fix="leave it out: half of each batch; curriculum=False chooses by the sampler alone",
+            fix="leave it out for half of each batch, or set curriculum=False",
         )
     return float(value)
 

@@ -126,7 +126,8 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
         raise InputError(
             f"unknown kinds of layers: {', '.join(wrong) or 'none is written'}",
             where=fields.where,
-            fix="layers_block_type, or hybrid_override_pattern of M, *, - and E",
+            fix="set layers_block_type in config.json, or hybrid_override_pattern with the letters "
+            "M, *, - and E",
         )
     return kinds
 

@@ -188,7 +188,8 @@ def _environment_class(task: str) -> Any:
         raise ConfigError(
             f"the environment {task} cannot be imported: {first_line(error)}",
             where="environment.task",
-            fix="put its module beside the run file, or install it where environment.python is",
+            fix="put its module beside the run file, or install it for the interpreter that "
+            "environment.python names",
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, interfaces.Environment)):
         raise ConfigError(
