@@ -111,7 +111,7 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         output_dir=str(folder), max_steps=steps, save_steps=2, logging_steps=1, report_to="none",
         per_device_train_batch_size=8 // replicas, num_generations=4, max_completion_length=6,
         learning_rate=0.01, max_grad_norm=0.05, seed=3, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, disable_tqdm=True,
+        gradient_checkpointing=False, disable_tqdm=True, lr_scheduler_type="constant",
         dynamic_sampling=how == "choose", curriculum=how == "choose", max_resample_times=9,
     )  # fmt: skip
     tokenizer = make_tokenizer()
