@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.code import find_function, is_allowed
+from toolkit.config.code import is_allowed
 from toolkit.config.environments import (
     ADAPTERS,
     IN_STEPS,
@@ -14,6 +14,7 @@ from toolkit.config.environments import (
     task_module,
 )
 from toolkit.config.finding import Fix, Severity
+from toolkit.config.rules.rewards import unusable
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import local_path
 
@@ -113,19 +114,8 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
             yield RuleViolation(at, f"{name} is not of the form module:function")
-        elif not is_allowed(module, run.value("runtime.allow_code")):
-            top = module.partition(".")[0]
-            yield RuleViolation(
-                at,
-                f"code of {module} is not allowed to run",
-                notes=(run.operand("runtime.allow_code"),),
-                fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
-            )
         else:
-            found = find_function(module, function, run.document.source.folder)
-            if found.problem:
-                severity = Severity.WARNING if found.unknown else Severity.ERROR
-                yield RuleViolation(at, found.problem, severity=severity, unknown=found.unknown)
+            yield from unusable(run, at, module, function)
 
 
 @rule(

@@ -126,19 +126,26 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
         if not _identifiers(module) or not function.isidentifier():
             yield RuleViolation(at, f"{text} must have the form module:function")
             continue
-        if not _allowed(run, module):
-            top = module.partition(".")[0]
-            yield RuleViolation(
-                at,
-                f"code of {module} is not allowed to run",
-                notes=(run.operand("runtime.allow_code"),),
-                fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
-            )
-            continue
-        found = find_function(module, function, run.document.source.folder)
-        if found.problem:
-            severity = Severity.WARNING if found.unknown else Severity.ERROR
-            yield RuleViolation(at, found.problem, severity=severity, unknown=found.unknown)
+        yield from unusable(run, at, module, function)
+
+
+def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[RuleViolation]:
+    """Why the user's ``module:function`` at key ``at`` cannot be called: runtime.allow_code does
+    not allow the module, or its source does not define the function.
+    """
+    if not _allowed(run, module):
+        top = module.partition(".")[0]
+        yield RuleViolation(
+            at,
+            f"code of {module} is not allowed to run",
+            notes=(run.operand("runtime.allow_code"),),
+            fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
+        )
+        return
+    found = find_function(module, function, run.document.source.folder)
+    if found.problem:
+        severity = Severity.WARNING if found.unknown else Severity.ERROR
+        yield RuleViolation(at, found.problem, severity=severity, unknown=found.unknown)
 
 
 def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
