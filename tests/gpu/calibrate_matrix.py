@@ -56,7 +56,8 @@ class Run:
 @dataclass(frozen=True)
 class EngineCase:
     """One engine: checkpoint shape, weights, largest rank and length, eager or with CUDA graphs,
-    whether its KV cache sleeps while the trainer works, and whether layers have fused kernels.
+    whether its KV cache sleeps while the trainer works, whether layers have fused kernels, and how
+    many sequences it decodes at once.
     """
 
     name: str
@@ -68,6 +69,7 @@ class EngineCase:
     runs: tuple[Run, ...]
     sleep: bool = False
     fused: bool = True
+    max_num_seqs: int = 8
 
 
 ENGINES = (
@@ -165,6 +167,27 @@ ENGINES = (
         True,
         (Run(64, 1024, 8, False), Run(64, 1024, 8, True)),
         fused=False,
+    ),
+    # 256 sequences: the memory of CUDA graphs with LoRA, and of the sampler's logits.
+    EngineCase(
+        "8b-graphs-256",
+        "llama-8b",
+        False,
+        64,
+        1024,
+        False,
+        (Run(64, 1024, 8, True),),
+        max_num_seqs=256,
+    ),
+    EngineCase(
+        "8b-4bit-graphs-256",
+        "llama-8b",
+        True,
+        64,
+        1024,
+        False,
+        (Run(64, 1024, 8, True),),
+        max_num_seqs=256,
     ),
 )
 DRY = (

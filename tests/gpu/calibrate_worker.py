@@ -44,7 +44,7 @@ def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunCo
             load_in_4bit=case["four_bit"],
             max_lora_rank=case["max_lora_rank"],
             enforce_eager=case["eager"],
-            max_num_seqs=8,
+            max_num_seqs=case["max_num_seqs"],
             max_num_batched_tokens=8192,
             enable_sleep_mode=case["sleep"],
             fast_inference=True,
@@ -79,6 +79,7 @@ def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
         fused_kernels="auto" if case["fused"] else False,
         max_num_seqs=choice.max_num_seqs,
         max_num_batched_tokens=choice.max_num_batched_tokens,
+        dequantized_rollouts=choice.dequantized_rollouts,
         **more,
     )
 

@@ -30,6 +30,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 # Families whose experts PEFT adapts under the names of the MLP (transformers' conversion
 # "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
 EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
+# The layers of an expert that transformers stores as one parameter. PEFT adapts both or neither.
+FUSED_EXPERT = ("gate_proj", "up_proj")
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.lora_targets import MLP, default_targets, expert_targets
+from toolkit.config.lora_targets import FUSED_EXPERT, MLP, default_targets, expert_targets
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from toolkit.config.rules.run import Run
 
@@ -50,8 +50,55 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
             f"{names} are the experts of this model, and the engine has no LoRA slots for them",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
-                Fix(f"target_modules: [{', '.join(default_targets(run.model.config))}]"),
+                Fix(_listed(default_targets(run.model.config))),
                 run.to("runtime.engine", "transformers"),
             ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )
+
+
+@rule(
+    "LORA029",
+    f"{_TARGETS} model.model_name",
+    example="""
+model:
+  model_name: Qwen/Qwen3-30B-A3B
+runtime: {engine: transformers}
+lora:
+  target_modules: [q_proj, gate_proj]
+""",
+    fix="target_modules: [q_proj, gate_proj, up_proj]",
+)
+def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
+    """gate_proj and up_proj of routed experts need an adapter together, or neither gets one.
+
+    transformers stores the two layers of an expert as one parameter, gate_up_proj, and PEFT adapts
+    it only if both names are in target_modules. Checked for the transformers engine when the model
+    is on this machine. LORA013 reports experts with the vLLM engine.
+    """
+    if run.model is None or not run.model.experts or run.ask("model.full_finetuning"):
+        return
+    targets = run.value(_TARGETS)
+    if run.engine == "vllm" or targets == "auto":
+        return
+    found = expert_targets(str(run.model.config.get("model_type")), targets)
+    present = [name for name in FUSED_EXPERT if name in found]
+    if len(present) != 1:
+        return
+    missing = next(name for name in FUSED_EXPERT if name not in found)
+    fixes = (Fix("target_modules: auto"),)
+    if not isinstance(targets, str):
+        with_both = (*targets, missing)
+        with_neither = [name for name in targets if not name.endswith(present[0])]
+        fixes = (Fix(_listed(with_both)), *((Fix(_listed(with_neither)),) if with_neither else ()))
+    yield RuleViolation(
+        _TARGETS,
+        f"{present[0]} is adapted without {missing}, but the experts of this model store both as "
+        "one parameter, gate_up_proj",
+        notes=(f"experts from {run.model.source}",),
+        fixes=fixes,
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"target_modules: [{', '.join(names)}]"

@@ -25,7 +25,7 @@ from toolkit.train.bench.tasks import Problem, held_out_problems
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BATCH = 64
+BATCH = 256
 
 
 class Evaluator:
