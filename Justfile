@@ -1,4 +1,4 @@
-# Every task of the project. The README's line brings `just` itself; everything else is installed by `setup`.
+# Every task of the project. The command in the README installs `just` itself. The recipe `setup` installs everything else.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
@@ -9,7 +9,7 @@ export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
 default:
     @just --list
 
-# Install the locked CPU environment and the tools into .venv; does nothing when they are there.
+# Install the locked CPU environment and the tools into .venv, if they are not installed.
 setup:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -21,21 +21,21 @@ setup:
     pip() { {{python}} -m pip --disable-pip-version-check -q "$@"; }
     pip install --no-deps --require-hashes -r locks/cpu.txt
     pip install --no-deps --require-hashes -r locks/dev.txt
-    # After the lock, which holds what torch asks for: on the public index this brings the CUDA libraries of that build as well.
+    # Install torch after the lock, which has all requirements of torch. The build on the public index also installs its CUDA libraries.
     pip install -r locks/cpu-torch.txt
     pip install --no-deps -e .
     echo "$want" > .venv/setup-stamp
     echo "setup: done"
 
-# The main job: make a small model and its data, check, size, validate, train, evaluate.
+# Make a small model and its data, then check, size, validate, train and evaluate.
 demo *ARGS: setup
     toolkit demo {{ARGS}}
 
-# The tests that a change must pass (under ten minutes on two cores).
+# Run the tests that a change must pass (under ten minutes on two cores).
 test *ARGS: setup
     OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not image" {{ARGS}}
 
-# The lines and branches that tests reach: `just coverage tests/unit/gpu`; without a path all of `just test`, in twice its time.
+# Print the lines and branches that tests reach, for a path (`just coverage tests/unit/gpu`) or for all of `just test`. Takes twice the time of the tests.
 coverage *ARGS: setup
     rm -rf build/coverage
     mkdir -p build/coverage
@@ -43,11 +43,11 @@ coverage *ARGS: setup
     coverage combine --quiet
     coverage report
 
-# The tests that take minutes: fault injection, soak.
+# Run the tests that take minutes: fault injection and soak.
 test-slow *ARGS: setup
     OMP_NUM_THREADS=1 pytest -m "slow and not image and not gpu" {{ARGS}}
 
-# What needs a CUDA GPU.
+# Run the tests that need a CUDA GPU.
 test-gpu *ARGS:
     {{ if path_exists(".venv/bin/pytest") == "true" { ".venv/bin/pytest" } else { "python3 -m pytest" } }} -m gpu tests/gpu {{ARGS}}
 
@@ -59,12 +59,12 @@ lint: setup
     lint-imports --no-logo
     codespell toolkit tests containers schemas *.md Justfile
 
-# Rewrite what the formatters can.
+# Format the code, and apply ruff's automatic fixes.
 format: setup
     ruff check --fix .
     ruff format .
 
-# Make the grpo part of run.schema.json from the pinned TRL.
+# Generate the grpo part of run.schema.json from the pinned TRL.
 schemas: setup
     {{python}} schemas/generate.py
 
@@ -72,7 +72,7 @@ schemas: setup
 lock *ARGS:
     python3 containers/cli.py lock {{ARGS}}
 
-# Build an image: envcheck, train or train-cpu (--stand-in where no registry is reached).
+# Build an image: envcheck, train or train-cpu (--stand-in if no container registry is available).
 image TARGET *ARGS: setup
     {{python}} containers/cli.py build {{TARGET}} {{ARGS}}
 
@@ -80,45 +80,45 @@ image TARGET *ARGS: setup
 sif *ARGS: setup
     {{python}} containers/cli.py sif {{ARGS}}
 
-# Build the real images and run them as four users, read-only, without network; then the SIF. Minutes.
+# Build the real images and the SIF, and run them as four users, read-only, without network (takes minutes).
 image-test *ARGS: setup
     {{python}} containers/cli.py test {{ARGS}}
 
-# A CycloneDX bill of materials, with hashes, for each lock.
+# Write a CycloneDX bill of materials, with hashes, for each image.
 sbom *ARGS: setup
     {{python}} containers/cli.py sbom {{ARGS}}
 
-# Known vulnerabilities in the locked packages.
+# List known vulnerabilities in the locked packages.
 audit *ARGS: setup
     {{python}} containers/cli.py audit {{ARGS}}
 
-# Speed and memory beside their goals: the light commands, the demo, and validate beside check-jsonschema.
+# Measure speed and memory of the light commands and the demo beside their goals, and validate beside check-jsonschema.
 bench *ARGS: setup
     {{python}} tests/bench/bench_commands.py {{ARGS}}
     {{python}} tests/bench/bench_validate.py
 
-# 100,000 hostile run files; 20,000 hostile data files, archives and adapters each; bounded in time.
+# Pass 100,000 hostile run files, and 20,000 data files, archives and adapters each, to the readers, with a time limit for each.
 fuzz COUNT="100000" OTHERS="20000": setup
     {{python}} tests/fuzz/fuzz_run_file.py {{COUNT}}
     {{python}} tests/fuzz/fuzz_data.py {{OTHERS}}
     {{python}} tests/fuzz/fuzz_archives.py {{OTHERS}}
     {{python}} tests/fuzz/fuzz_adapters.py {{OTHERS}}
 
-# Predicted against measured memory on this machine's GPU; says "not measured" where there is none.
+# Compare predicted and measured memory on this machine's GPU. Prints "not measured" if there is no GPU.
 calibrate *ARGS:
     {{ if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" } }} tests/gpu/calibrate_matrix.py {{ARGS}}
 
-# The documentation at http://127.0.0.1:8000, rebuilt when a page changes.
+# Serve the documentation at http://127.0.0.1:8000, and rebuild it when a page changes.
 docs: setup
     NO_MKDOCS_2_WARNING=1 mkdocs serve
 
-# Build the documentation into site/; a broken link or a missing page is an error.
+# Build the documentation into site/. A broken link or a missing page is an error.
 docs-build: setup
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
-# Make the pictures and outputs that the documentation shows again (needs Chromium; a minute).
+# Remake the pictures and outputs that the documentation shows (needs Chromium, takes a minute).
 docs-pictures: setup
     {{python}} docs/pictures.py
 
-# What `.ci/run` does: ten minutes of tests, a quarter of an hour of images.
+# Run everything that `.ci/run` runs (ten minutes of tests, a quarter of an hour of images).
 ci: lint docs-build test image-test

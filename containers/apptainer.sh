@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs apptainer (or singularity): the one of this machine if there is one, else Debian's own in a folder beside the build.
+# Runs apptainer or singularity. If this machine has neither, Debian's apptainer is installed into a folder of its own and run.
 # usage: apptainer.sh ARGUMENTS...
 #
-#   TOOLKIT_APPTAINER_USER=UID   as this ordinary user, when called as root (default 1000; 0: stay root)
-#   TOOLKIT_APPTAINER_BIND=DIR   one more folder that the program can see (the repository and /tmp always are)
+#   TOOLKIT_APPTAINER=debian     use Debian's apptainer even if this machine has one
+#   TOOLKIT_APPTAINER_USER=UID   the ordinary user to run it as, if the caller is root (default 1000; 0: remain root)
+#   TOOLKIT_APPTAINER_BIND=DIR   one more folder that the program can read (it can always read the repository and /tmp)
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -14,22 +15,22 @@ for program in apptainer singularity; do
     fi
 done
 
-[ "$(id -u)" -eq 0 ] || die 3 "apptainer is not installed here" "install it, or run this as root on Debian"
+[ "$(id -u)" -eq 0 ] || die 3 "apptainer is not installed on this machine" "install apptainer, or run this script as root on Debian"
 root=$SETUP/apptainer-root
 if [ ! -e "$root/usr/bin/apptainer" ]; then
     "$REPO/containers/tools.sh" mmdebstrap
-    say "fetching apptainer from Debian (once)"
+    say "downloading apptainer from Debian (only once)"
     rm -rf "$root"
     mkdir -p "$SETUP"
     SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=apt --mode=root --include=apptainer,mount,squashfuse \
         --aptopt='Acquire::Check-Valid-Until "false"' sid "$root" >&2 ||
-        die 4 "mmdebstrap could not fetch apptainer" "is Debian's archive reached from here?"
+        die 4 "mmdebstrap could not fetch apptainer" "check that this machine can reach Debian's archive"
     echo 'builder:x:1000:1000:builder:/home/builder:/bin/sh' >>"$root/etc/passwd"
     echo 'builder:x:1000:' >>"$root/etc/group"
     install -d -o 1000 -g 1000 "$root/home/builder"
 fi
 
-# pivot_root and not chroot: apptainer makes a mount namespace of its own, which the kernel refuses inside a chroot.
+# pivot_root is used instead of chroot, because apptainer makes its own mount namespace, which the kernel refuses inside a chroot.
 export root REPO USER_ID="${TOOLKIT_APPTAINER_USER:-1000}" EXTRA="${TOOLKIT_APPTAINER_BIND:-}" FROM_DIR=$PWD
 # shellcheck disable=SC2016 # expanded by the inner shell
 exec unshare --mount --propagation private bash -euc '
@@ -37,12 +38,12 @@ exec unshare --mount --propagation private bash -euc '
     mount --rbind /proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
-    # Ordinary users may open /dev/fuse on a normal machine. (A node of its own: several may start at once.)
+    # On a normal machine, ordinary users may open /dev/fuse. Each call makes its own device node, because several calls may start at once.
     mknod -m 0666 "$root/run/fuse-$$" c 10 229
     mount --bind "$root/run/fuse-$$" "$root/dev/fuse"
     rm "$root/run/fuse-$$"
     for file in /etc/resolv.conf /etc/hosts /etc/localtime; do
-        # Apptainer reads and binds these; each may be a link on this machine, and in that folder.
+        # Apptainer reads and binds these files. Each may be a link, on this machine and in the folder of Debian.
         if [ -e "$file" ]; then
             [ ! -L "$root$file" ] || rm -f "$root$file"
             touch "$root$file"

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Installs the named distribution packages that the base lacks, and leaves no trace of having done so.
+# Installs those of the named distribution packages that the base does not have, and removes all logs and caches of the installation.
 # usage: base-packages.sh PACKAGE...
 #
-# APT_SNAPSHOT=YYYYMMDDTHHMMSSZ takes the archive as it was at that moment, so that a later build gives the same
-# bytes; an empty value takes today's (then only builds of the same day agree).
+# APT_SNAPSHOT=YYYYMMDDTHHMMSSZ uses the distribution's archive of that time, so that a later build gives the same
+# bytes. An empty value uses the current archive; then only builds of the same day are equal.
 set -eu
 
 missing=""
 for package in "$@"; do
-    # A base may bring Python by another way than its package manager (python:3.11-slim does).
+    # A base may have a Python that its package manager did not install (python:3.11-slim).
     case "$package" in
         python3 | python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null && continue ;;
     esac
@@ -18,13 +18,13 @@ done
 if [ -n "$missing" ]; then
     # shellcheck source=/dev/null
     . /etc/os-release
-    # Sandbox::User: in a user namespace of one user (Apptainer's) there is no _apt to become.
+    # Sandbox::User: a user namespace with one user (Apptainer's) has no user _apt.
     set -- -o Acquire::Check-Valid-Until=false -o Acquire::Languages=none -o APT::Sandbox::User=root
     if [ -s /run/secrets/ca ]; then
         set -- "$@" -o Acquire::https::CAInfo=/run/secrets/ca
     fi
     if [ -n "${APT_SNAPSHOT:-}" ]; then
-        # A list of our own, outside /etc, so that the image's own stays as the base has it.
+        # A separate package list, outside /etc, so that the list of the base does not change.
         list=/tmp/snapshot.list
         case "$ID" in
             debian)
@@ -43,7 +43,7 @@ if [ -n "$missing" ]; then
                 done >"$list"
                 ;;
             *)
-                echo "base-packages: no archive snapshots known for $ID: build with --build-arg APT_SNAPSHOT=" >&2
+                echo "base-packages: no archive snapshots are known for the distribution $ID: build with an empty APT_SNAPSHOT (--build-arg APT_SNAPSHOT=)" >&2
                 exit 1
                 ;;
         esac
@@ -55,8 +55,8 @@ if [ -n "$missing" ]; then
     apt-get "$@" install -y --no-install-recommends $missing
 fi
 
-# The forward-compatibility libraries break newer drivers when a hook or a stray path picks them up: they wait where
-# nothing looks, and the entry point brings them in when asked (TOOLKIT_CUDA_COMPAT=1) and the driver needs them.
+# If a hook or a search path finds the forward-compatibility libraries, they break newer drivers. So they are moved to a folder
+# that no program searches. The entry point uses them if TOOLKIT_CUDA_COMPAT=1 is set and the driver needs them.
 for compat in /usr/local/cuda-*/compat; do
     if [ -d "$compat" ] && [ ! -L "$compat" ]; then
         rm -rf /opt/cuda-compat
@@ -64,6 +64,6 @@ for compat in /usr/local/cuda-*/compat; do
     fi
 done
 
-# Logs and caches differ from build to build.
+# Logs and caches are removed, because they differ between builds.
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/aux-cache \
     /var/lib/dpkg/*-old /var/log/apt /var/log/alternatives.log /var/log/dpkg.log /var/log/bootstrap.log /tmp/snapshot.list

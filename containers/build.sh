@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Builds one image of containers/Dockerfile so that a second build gives the same digest.
-# Run by `cli.py build`; arguments: TARGET STAND_IN(0|1) ENGINE(docker|buildah, empty: choose) TAG
+# Builds one image of containers/Dockerfile. A second build gives the same digest.
+# `cli.py build` runs this script. Arguments: TARGET STAND_IN(0|1) ENGINE(docker|buildah, empty: choose) TAG
 #
-#   BASE_IMAGE, CPU_BASE_IMAGE   another base, by digest        TOOLKIT_STORE   a store of its own (buildah)
+#   BASE_IMAGE, CPU_BASE_IMAGE   another base, by digest
+#   TOOLKIT_STORE                another folder for buildah's images
 #   TOOLKIT_BASE_TIMEOUT         seconds to wait for the registry (default 60)
 #
-# Settings of pip on this machine (index, certificate) reach the build as secrets and stay in no layer; wheels that its
-# find-links folders hold can be used (the CPU build of torch).
+# The pip settings of this machine (index, certificate) are passed to the build as secrets, and no layer contains them. Wheels in
+# pip's find-links folders can be used (the CPU build of torch).
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -36,19 +37,19 @@ if [ "$stand_in" = 1 ]; then
     [ "$engine" = buildah ] || die 2 "--stand-in needs buildah"
     base=$("$REPO/containers/stand-in.sh" "$release")
     snapshot=(--build-arg APT_SNAPSHOT=)
-    say "NOTE: built on a stand-in base, $base, and not on the pinned one: same release and packages, another digest"
+    say "NOTE: this build uses the stand-in base $base instead of the pinned base: release and packages are the same, the digest differs"
 elif [[ $base != localhost/* && $base != *@sha256:* ]]; then
-    die 1 "$base_variable=$base is not pinned by digest" "append @sha256:... (skopeo inspect docker://$base shows it)"
+    die 1 "$base_variable=$base is not pinned by digest" "append @sha256:... to the name (skopeo inspect docker://$base prints the digest)"
 elif [ "$engine" = buildah ] && ! buildah_ inspect --type image "$base" >/dev/null 2>&1; then
-    # Asked here, so that a wrong digest and a registry out of reach are two different answers.
-    [[ $base != localhost/* ]] || die 1 "$base_variable=$base is not in the local store" "build or load it first, or name another"
-    reference=$(sed 's/:[^:@/]*@/@/' <<<"$base") # a name with both tag and digest is none that skopeo reads
+    # The registry is queried here, so that a wrong digest and an unreachable registry give different errors.
+    [[ $base != localhost/* ]] || die 1 "$base_variable=$base is not in the local store" "build or load this image first, or name another image"
+    reference=$(sed 's/:[^:@/]*@/@/' <<<"$base") # skopeo does not read a name with both tag and digest
     answer=$(timeout "${TOOLKIT_BASE_TIMEOUT:-60}" skopeo inspect --raw "docker://$reference" 2>&1 >/dev/null) || {
         case "$answer" in
             *"manifest unknown"* | *"does not match"* | *"not found"* | *"invalid reference"* | *"invalid checksum"*)
-                die 1 "$base_variable: the registry has no image $base" "correct the digest: skopeo inspect docker://${base%@*} shows the present one"
+                die 1 "$base_variable: the registry has no image $base" "correct the digest: skopeo inspect docker://${base%@*} prints the current one"
                 ;;
-            *) die 4 "the registry of $base is not reached" "try again, or build on a stand-in base: --stand-in" ;;
+            *) die 4 "the registry of $base cannot be reached" "try again, or build on a stand-in base with --stand-in" ;;
         esac
     }
 fi
@@ -78,8 +79,8 @@ if [ "$engine" = docker ]; then
     digest=$(docker image inspect --format '{{.Id}}' "$tag")
     size=$(docker image inspect --format '{{.Size}}' "$tag")
 else
-    # chroot isolation works in a container and without a user namespace. The docker format is the one that has a place for
-    # the HEALTHCHECK, and everything reads it; fixed_config.py takes out what it holds of the builder. Hence no tag yet.
+    # chroot isolation works in a container and without a user namespace. Only the docker format can store the HEALTHCHECK, and all
+    # engines read it. fixed_config.py removes the builder's random names from it, so the image gets its tag only after that.
     buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format docker --identity-label=false \
         --ignorefile containers/Dockerfile.dockerignore --file containers/Dockerfile --target "$target" \
         "${arguments[@]}" --iidfile "$private/id" . >"$private/log" 2>&1 || {
@@ -91,4 +92,4 @@ else
     skopeo copy --quiet --insecure-policy "dir:$private/fixed" "containers-storage:$(store_of_images)$tag"
     digest=$(buildah_ inspect --type image --format '{{.FromImageDigest}}' "$tag")
 fi
-say "built $tag $digest ($((size / 1000000)) MB, its base included)"
+say "built $tag $digest ($((size / 1000000)) MB, with its base)"

@@ -1,7 +1,8 @@
-"""The command line of the scripts of this folder: check the arguments, then become the script.
+"""Check the arguments of a command, then run the script of that name in this folder.
 
-The scripts read no options. Each gets plain arguments, always the same in the same order. Needs the
-standard library alone. Exit code 2 is a wrong command line; all others are the scripts' own.
+The scripts have no options. Each gets a fixed list of positional arguments. This module needs only
+the standard library. Exit code 2 means a wrong command line. All other exit codes are those of the
+scripts.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ LOCKS = ("light", "cpu", "cu130", "build")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Return the parser with all commands and their options."""
     top = argparse.ArgumentParser(prog="containers/cli.py", description=__doc__.partition("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="build one image, reproducibly")
     build.add_argument("target", choices=TARGETS)
     build.add_argument(
-        "--stand-in", action="store_true", help="on a base from the distribution's archive"
+        "--stand-in", action="store_true", help="build on a base from the distribution's archive"
     )
     build.add_argument(
-        "--engine", choices=("docker", "buildah"), help="default: docker, if it runs"
+        "--engine",
+        choices=("docker", "buildah"),
+        help="container engine; default: docker if it is running, else buildah",
     )
-    build.add_argument("--tag", help="default: localhost/toolkit:TARGET")
+    build.add_argument("--tag", help="name of the image; default: localhost/toolkit:TARGET")
 
     sif = commands.add_parser("sif", help="build a SIF of one target for Apptainer")
     sif.add_argument("target", nargs="?", choices=TARGETS, default="train-cpu")
@@ -40,20 +43,22 @@ def parser() -> argparse.ArgumentParser:
         action="store_const",
         const="image",
         default="image",
-        help="from the image (default; it is built if it is missing)",
+        help="build from the image, which is built first if it is missing (default)",
     )
     source.add_argument(
         "--from-base",
         dest="source",
         action="store_const",
         const="base",
-        help="from the base, as a cluster without a container engine would",
+        help="build from the base, as on a cluster without a container engine",
     )
     sif.add_argument(
-        "--stand-in", action="store_true", help="on a base from the distribution's archive"
+        "--stand-in", action="store_true", help="build on a base from the distribution's archive"
     )
     sif.add_argument(
-        "--output", metavar="FILE", help="default: .setup/containers/toolkit-TARGET.sif"
+        "--output",
+        metavar="FILE",
+        help="file to write; default: .setup/containers/toolkit-TARGET.sif",
     )
 
     lock = commands.add_parser("lock", help="refresh uv.lock and locks/*.txt from pyproject.toml")
@@ -71,28 +76,36 @@ def parser() -> argparse.ArgumentParser:
         dest="mode",
         action="store_const",
         const="upgrade",
-        help="the newest that pyproject.toml allows",
+        help="lock the newest releases that pyproject.toml allows",
     )
 
     test = commands.add_parser("test", help="build the real images and the SIF and run them")
     test.add_argument(
-        "--quick", action="store_true", help="the envcheck image alone, about two minutes"
+        "--quick", action="store_true", help="test only the envcheck image, about two minutes"
     )
 
     sbom = commands.add_parser("sbom", help="write a CycloneDX bill of materials for each image")
     sbom.add_argument("folder", nargs="?", default=str(FOLDER.parent / "dist/sbom"))
-    sbom.add_argument("targets", nargs="*", metavar="target", help=f"default: {' '.join(TARGETS)}")
+    sbom.add_argument(
+        "targets", nargs="*", metavar="target", help=f"images; default: {' '.join(TARGETS)}"
+    )
 
-    audit = commands.add_parser("audit", help="known vulnerabilities in the locked packages")
-    audit.add_argument("locks", nargs="*", metavar="lock", help=f"default: {' '.join(LOCKS)}")
+    audit = commands.add_parser("audit", help="list known vulnerabilities in the locked packages")
+    audit.add_argument(
+        "locks", nargs="*", metavar="lock", help=f"locks to check; default: {' '.join(LOCKS)}"
+    )
     return top
 
 
 def script(words: list[str]) -> list[str]:
-    """The script of a command line, and its arguments. SystemExit (2) for a wrong one."""
+    """Return the path of the script for a command line, and its arguments.
+
+    Raises:
+        SystemExit: the command line is wrong (exit code 2).
+    """
     top = parser()
     given, rest = top.parse_known_args(words)
-    if rest and given.command != "test":  # `test` hands the rest to pytest
+    if rest and given.command != "test":  # `test` passes the rest to pytest
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if given.command == "build":
         stand_in = "1" if given.stand_in else "0"
@@ -112,7 +125,7 @@ def script(words: list[str]) -> list[str]:
     elif given.command == "sbom":
         for target in given.targets:
             if target not in TARGETS:
-                top.error(f"there is no target {target}; it is one of {', '.join(TARGETS)}")
+                top.error(f"there is no target {target}; the targets are {', '.join(TARGETS)}")
         values = [given.folder, *(given.targets or TARGETS)]
     else:
         values = given.locks or list(LOCKS)

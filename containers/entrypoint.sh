@@ -1,21 +1,23 @@
 #!/bin/sh
-# The entry point of every image, and the %runscript of the SIF: makes a home for whoever calls, runs the pre-flight
-# before a training command, then becomes the command (exec: signals reach it, its exit code is the container's).
+# The entry point of every image, and the %runscript of the SIF. It sets a home folder and cache folders that the caller can
+# write, and runs the pre-flight before a training command. Then the command replaces this script (exec), so that the command
+# receives signals, and its exit code is that of the container.
 #
-#   TOOLKIT_PREFLIGHT   check (default): run `envcheck check --config RUN.yaml` first and leave with its exit code
-#                       warn: run it, print it, go on whatever it says      skip: do not run it
-#   TOOLKIT_CACHE       where caches go; default: the first writable of /cache, $HOME, $TMPDIR, /tmp, /dev/shm
-#   TOOLKIT_CUDA_COMPAT 1: use the forward-compatibility libraries, if this driver is older than they are
+#   TOOLKIT_PREFLIGHT   check (default): run `envcheck check --config RUN.yaml` first; if it fails, end with its exit code
+#                       warn: run the pre-flight and print it, but start the training even if it fails
+#                       skip: do not run the pre-flight
+#   TOOLKIT_CACHE       the folder for caches; default: the first writable of /cache, $HOME, $TMPDIR, /tmp, /dev/shm
+#   TOOLKIT_CUDA_COMPAT 1: use the forward-compatibility libraries, if the driver is older than these libraries
 set -eu
 
 say() { echo "toolkit-entrypoint: $*" >&2; }
 
-writable() { # DIR: can this caller make a file there? Asked by doing, since root squash and read-only mounts lie to `test -w`.
+writable() { # DIR: whether this caller can write there. Tried with a folder, because `test -w` is wrong for root squash and read-only mounts.
     probe="$1/.toolkit-$$"
     (umask 077 && mkdir "$probe") 2>/dev/null && rmdir "$probe"
 }
 
-# ---- a place to write ----------------------------------------------------------------------------------------
+# ---- a folder to write to ----------------------------------------------------------------------------------------
 [ -z "${TOOLKIT_CACHE:-}" ] || (umask 077 && mkdir -p "$TOOLKIT_CACHE") 2>/dev/null || true
 place=""
 for candidate in "${TOOLKIT_CACHE:-}" /cache "${HOME:-}" "${TMPDIR:-}" /tmp /dev/shm; do
@@ -26,22 +28,22 @@ for candidate in "${TOOLKIT_CACHE:-}" /cache "${HOME:-}" "${TMPDIR:-}" /tmp /dev
     fi
     if [ "$candidate" = "${TOOLKIT_CACHE:-}" ]; then
         say "error: TOOLKIT_CACHE=$candidate cannot be written by uid $(id -u), gid $(id -g)"
-        say "  fix: mount a folder of yours there, or unset TOOLKIT_CACHE"
+        say "  fix: mount a folder there that this user can write, or unset TOOLKIT_CACHE"
         exit 1
     fi
 done
 if [ -z "$place" ]; then
     say "error: no writable place for caches: tried /cache, HOME=${HOME:-unset}, TMPDIR=${TMPDIR:-unset}, /tmp, /dev/shm as uid $(id -u), gid $(id -g)"
-    say "  fix: mount one, for example --tmpfs /cache:rw,mode=1777 or -v \"\$PWD/cache:/cache\", or set TOOLKIT_CACHE"
+    say "  fix: mount a writable folder, for example with --tmpfs /cache:rw,mode=1777 or -v \"\$PWD/cache:/cache\", or set TOOLKIT_CACHE"
     exit 1
 fi
 
-# Temporary files: with a read-only root and no mount on /tmp, Python finds no place for any.
+# With a read-only root and no mount on /tmp, Python finds no folder for temporary files.
 if ! writable "${TMPDIR:-/tmp}"; then
     export TMPDIR="$place"
 fi
 
-# ---- who calls: an unknown uid has no passwd entry, and torch and Triton ask for one ----------------------------
+# ---- home and user name: an unknown uid has no passwd entry, but torch and Triton read them ---------------------
 given_home=${HOME:-}
 if [ -z "$given_home" ] || [ "$given_home" = / ] || ! writable "$given_home"; then
     HOME=$place
@@ -50,18 +52,18 @@ USER=${USER:-$(id -un 2>/dev/null || echo "uid$(id -u)")}
 LOGNAME=${LOGNAME:-$USER}
 export HOME USER LOGNAME
 
-# ---- caches: the caller's own settings win ----------------------------------------------------------------------
-# Large and worth keeping (models) and small and made again (compiled kernels) alike; compiled files go beneath the uid,
-# because two users of one /cache must not run each other's code.
+# ---- caches: variables that the caller has set are not changed --------------------------------------------------
+# The caches are those of downloaded models and those of compiled kernels. Compiled files are in a folder with the uid in its
+# name, because two users of one /cache must not run each other's code.
 case "$place" in
     /cache | "${TOOLKIT_CACHE:-/cache}") caches=$place ;;
-    # A home folder: where each of them looks without us.
+    # In a home folder, use the default folder of each library.
     "$given_home") caches=$place/.cache ;;
     *) caches=$place ;;
 esac
 compiled="$caches/toolkit-$(id -u)"
-# A tmpfs of Docker's is mounted noexec unless told otherwise: kernels would be compiled there and could not be loaded.
-executable() { # DIR: does a file in it run?
+# Docker mounts a tmpfs noexec by default. Kernels could be compiled there, but not loaded.
+executable() { # DIR: whether a file in this folder can be executed
     probe="$1/.toolkit-$$"
     (umask 077 && printf '#!/bin/sh\n' >"$probe" && chmod 0700 "$probe") 2>/dev/null && "$probe" 2>/dev/null
     code=$?
@@ -79,8 +81,8 @@ if ! executable "$place"; then
     if [ -n "$elsewhere" ]; then
         compiled="$elsewhere/toolkit-$(id -u)"
     elif [ "${1:-}" = toolkit ]; then
-        say "warning: $place is mounted noexec, and there is no other place to write: compiled kernels cannot be loaded from it"
-        say "  fix: --tmpfs /cache:rw,exec,mode=1777, or mount a folder at /cache"
+        say "warning: $place is mounted noexec, and no other folder is writable: compiled kernels cannot be loaded from $place"
+        say "  fix: start the container with --tmpfs /cache:rw,exec,mode=1777, or mount a folder at /cache"
     fi
 fi
 export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$caches}"
@@ -96,12 +98,12 @@ export FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$compiled}"
 export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$compiled/numba}"
 export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$compiled/cuda}"
 export MPLCONFIGDIR="${MPLCONFIGDIR:-$caches/matplotlib}"
-# A run that asks a telemetry host from a closed node waits for the time-out; nobody asked for it either.
+# Telemetry is off: on a node without a network, a run would wait for the time-out of the telemetry host.
 export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}" HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 
-# ---- threads: a container may use fewer CPUs than it sees; one thread for each that it sees would fight for them ----------
+# ---- threads: not one per visible CPU, because a container may have a limit below the number of visible CPUs --------------
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    # cgroup v2 has both numbers in one file ("max 100000" or "200000 100000"), v1 one in each of two.
+    # cgroup v2 has quota and period in one file ("max 100000" or "200000 100000"). cgroup v1 has one file for each.
     limits=$(cat "${TOOLKIT_CPU_MAX:-/sys/fs/cgroup/cpu.max}" 2>/dev/null || cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us 2>/dev/null || true)
     quota=$(echo "$limits" | awk 'NR == 1 { q = $1; p = $2 } NR == 2 { p = $1 } END { if (q + 0 > 0 && p + 0 > 0) print int((q + p - 1) / p) }')
     if [ -n "$quota" ] && [ "$quota" -lt "$(nproc)" ]; then
@@ -109,36 +111,36 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     fi
 fi
 
-# ---- CUDA forward compatibility: only when asked, only when this driver needs it --------------------------------
+# ---- CUDA forward compatibility: only if TOOLKIT_CUDA_COMPAT=1 and this driver needs it -------------------------
 if [ "${TOOLKIT_CUDA_COMPAT:-0}" = 1 ]; then
     compat=${TOOLKIT_COMPAT_DIR:-/opt/cuda-compat}
     library=""
     for file in "$compat"/libcuda.so.*.*; do
         if [ -e "$file" ]; then library=$file; fi
     done
-    # NVRM version: NVIDIA UNIX (Open) Kernel Module for x86_64  580.65.06  Release Build ...: the first word of numbers and dots
+    # The driver version is the first word of digits and dots in "NVRM version: NVIDIA UNIX (Open) Kernel Module for x86_64  580.65.06  ..."
     driver=$(sed -n 's/^NVRM version:.* \([0-9][0-9]*\)\.[0-9][0-9.]* .*/\1/p' \
         "${TOOLKIT_PROC_DRIVER:-/proc/driver/nvidia/version}" 2>/dev/null || true)
     ours=${library##*libcuda.so.}
     ours=${ours%%.*}
     if [ -z "$library" ]; then
-        say "error: TOOLKIT_CUDA_COMPAT=1, and this image has no compatibility libraries"
+        say "error: TOOLKIT_CUDA_COMPAT=1 is set, but this image has no compatibility libraries"
         say "  fix: use the \`train\` image, or unset TOOLKIT_CUDA_COMPAT"
         exit 1
     elif [ -z "$driver" ]; then
-        say "error: TOOLKIT_CUDA_COMPAT=1, and the version of the driver cannot be read"
-        say "  fix: pass the GPU in (--gpus all, --nv), or unset TOOLKIT_CUDA_COMPAT"
+        say "error: TOOLKIT_CUDA_COMPAT=1 is set, but the version of the driver cannot be read"
+        say "  fix: give the container the GPU (--gpus all, --nv), or unset TOOLKIT_CUDA_COMPAT"
         exit 3
     elif [ "$driver" -ge "$ours" ]; then
-        say "TOOLKIT_CUDA_COMPAT=1 not applied: driver $driver is as new as the libraries ($ours), which would break it"
+        say "TOOLKIT_CUDA_COMPAT=1 is not applied: driver $driver is not older than the compatibility libraries ($ours), which would break this driver"
     else
         export LD_LIBRARY_PATH="$compat${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-        say "driver $driver is older than CUDA 13.0 wants: using the compatibility libraries ($ours)"
+        say "driver $driver is older than CUDA 13.0 requires: using the compatibility libraries ($ours)"
     fi
 fi
 
 # ---- pre-flight --------------------------------------------------------------------------------------------------
-# `toolkit train RUN.yaml OPTIONS...`: what the options change in the run file is changed for the pre-flight too.
+# The options of `toolkit train RUN.yaml OPTIONS...` may change values of the run file. The pre-flight gets the same changes.
 run_file=""
 if [ "${1:-}" = toolkit ] && [ "${2:-}" = train ]; then
     run_file=$(
@@ -159,7 +161,7 @@ fi
 check_run_file() { # TRAIN-ARGUMENTS...
     arguments=$#
     while [ "$arguments" -gt 0 ]; do
-        # The arguments are turned round in place: each is taken from the front, what the check needs goes to the back.
+        # Each argument is removed from the front of the list. The arguments that the check needs are appended at the end.
         argument=$1
         shift
         arguments=$((arguments - 1))
@@ -189,23 +191,24 @@ preflight=${TOOLKIT_PREFLIGHT:-check}
 case "$preflight" in
     check | warn | skip) ;;
     *)
-        say "error: TOOLKIT_PREFLIGHT=$preflight: check, warn or skip"
+        say "error: TOOLKIT_PREFLIGHT=$preflight is not a valid value"
+        say "  fix: set TOOLKIT_PREFLIGHT to check, warn or skip"
         exit 2
         ;;
 esac
 if [ -n "$run_file" ] && [ "$preflight" != skip ]; then
-    # The report goes to stderr, so that stdout stays the command's own.
+    # The report is printed to stderr, so that stdout has only the output of the command.
     verdict=0
     (
         shift 2
         check_run_file "$@"
     ) >&2 || verdict=$?
     if [ "$verdict" -ne 0 ] && [ "$preflight" = check ]; then
-        say "the pre-flight said no (exit code $verdict): not started. TOOLKIT_PREFLIGHT=warn starts it all the same"
+        say "the pre-flight failed (exit code $verdict), so the training is not started. TOOLKIT_PREFLIGHT=warn starts it even then"
         exit "$verdict"
     fi
     if [ "$verdict" -ne 0 ]; then
-        say "the pre-flight said no (exit code $verdict); starting, since TOOLKIT_PREFLIGHT=warn"
+        say "the pre-flight failed (exit code $verdict). The training is started, because TOOLKIT_PREFLIGHT=warn is set"
     fi
 fi
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes /opt/toolkit inside an image build: a virtual environment from locks, every wheel checked by its hash.
-# usage: environment.sh LOCK...      the locks lie beside this script
+# Makes the virtual environment /opt/toolkit inside an image build, from locks. Every wheel is checked by its hash.
+# usage: environment.sh LOCK...      the locks must be in the folder of this script
 set -eu
 here=$(dirname "$0")
 # shellcheck source=containers/pip.sh
@@ -9,7 +9,7 @@ here=$(dirname "$0")
 python3 -m venv --without-pip /opt/toolkit
 python3 -m venv "$PIP_HOME"
 for lock in "$@"; do
-    # The CPU build of torch is not on the public index: from the folder of wheels if it is there, else from its own index.
+    # The CPU build of torch is not on the public index. It is installed from the folder of wheels, or else from torch's own index.
     source_of_wheels=""
     if [ "$lock" = image-torch ]; then
         source_of_wheels="--index-url=${TORCH_INDEX:?}"
@@ -21,7 +21,7 @@ for lock in "$@"; do
     pip_into install --quiet --no-compile --no-deps --only-binary :all: --require-hashes $source_of_wheels \
         -r "$here/$lock.txt"
 done
-# Names the place that a wheel came from; nothing reads it at run time.
+# This file names the source of a wheel, which may differ between builds. Nothing reads it at run time.
 find /opt/toolkit -name direct_url.json -delete
 compile /opt/toolkit/lib
 rm -rf "$PIP_HOME"

@@ -1,12 +1,12 @@
-"""Take the builder's random names out of an image's configuration, so that one build is as another.
+"""Remove the builder's random names from an image's configuration, so that two builds are equal.
 
-buildah's docker format (the one with a place for the HEALTHCHECK) records the container that each
-step ran in, its host name and the ids of the images between. None of it describes the image, and
-Docker itself no longer writes it. Standard library only.
+buildah's docker format (the only one that can store a HEALTHCHECK) records the container of each
+build step, its host name and the ids of the intermediate images. These values do not describe the
+image, and Docker itself no longer writes them. This script needs only the standard library.
 
-Usage: fixed_config.py INSPECTED FOLDER; INSPECTED is what `buildah inspect --type image` prints.
-FOLDER becomes a `dir:` image without layers: those stay in the store, where a copy finds them.
-Prints how many bytes the layers have.
+Usage: fixed_config.py INSPECTED FOLDER. INSPECTED is a file with the output of `buildah inspect
+--type image`. FOLDER becomes a `dir:` image without layers. The layers remain in buildah's store,
+where `skopeo copy` finds them. The script prints the total bytes of the layers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Fields of the docker format that hold names made up for the build.
+# Fields of the docker format with random names of the build.
 OF_THE_BUILDER = ("container", "container_config", "parent")
 INTERMEDIATE = re.compile(r"FROM [0-9a-f]{12}")
 
 
 def fixed(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` without what two builds of the same files differ in."""
+    """Return ``config`` without the values in which two builds of the same files differ."""
     kept = {name: value for name, value in config.items() if name not in OF_THE_BUILDER}
     kept["config"] = {**config["config"], "Hostname": ""}
     kept["history"] = [
@@ -39,7 +39,7 @@ def fixed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(inspected: dict[str, Any], folder: Path) -> int:
-    """Write manifest and configuration in the layout of `dir:`; returns the layers' bytes."""
+    """Write manifest and configuration in the layout of `dir:`. Return the bytes of all layers."""
     content = json.dumps(fixed(json.loads(inspected["Config"])), separators=(",", ":")).encode()
     digest = hashlib.sha256(content).hexdigest()
     manifest = json.loads(inspected["Manifest"])

@@ -1,8 +1,9 @@
-"""Write an image's own manifest, and refuse to when its lock does not serve pyproject.toml.
+"""Write an image's manifest, or report an error if its lock does not match pyproject.toml.
 
-Runs inside the build, with the Python of the environment that it describes. A run's manifest.json
-records the file that this writes (``TOOLKIT_IMAGE_MANIFEST``), so a result can be traced to an
-image whose tag has long moved on. Standard library only.
+This script runs inside the build, with the Python of the environment that it describes. A run's
+manifest.json records the content of the image's manifest (``TOOLKIT_IMAGE_MANIFEST``). So a result
+can be traced to its image, even if the tag now names another image. Needs only the standard
+library.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = "grpo-toolkit"
-# Target -> the extra that it serves, the lock files that made it, in the order of installation.
+# Target -> (its extra in pyproject.toml, its lock files in the order of installation).
 TARGETS = {
     "envcheck": (None, ("light.txt",)),
     "train-cpu": ("cpu-engine", ("image-torch.txt", "cpu.txt")),
@@ -26,19 +27,21 @@ TARGETS = {
 
 
 def normalize(name: str) -> str:
-    """A project's name as indexes compare it (PEP 503)."""
+    """Return a project's name in the normalized form that indexes compare (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed() -> dict[str, str]:
-    """Every installed package but ours: normalized name -> version."""
+    """Return every installed package except the toolkit: normalized name -> version."""
     found = {normalize(d.metadata["Name"]): d.version for d in metadata.distributions()}
     found.pop(PROJECT, None)
     return dict(sorted(found.items()))
 
 
 def locked(path: Path) -> dict[str, set[str]]:
-    """What a lock file names: normalized name -> versions (several where a marker decides)."""
+    """Return the packages of a lock file: normalized name -> versions (several if a marker chooses
+    one of them).
+    """
     pins: dict[str, set[str]] = {}
     for match in re.finditer(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", path.read_text(), re.MULTILINE):
         pins.setdefault(normalize(match[1]), set()).add(match[2])
@@ -46,18 +49,25 @@ def locked(path: Path) -> dict[str, set[str]]:
 
 
 def key(version: str) -> tuple[int, ...]:
-    """The release numbers of a version; our pins have no use for the local part (+cpu)."""
+    """Return the release numbers of a version, without the local part (+cpu)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
 
 
 def satisfies(version: str, specifier: str) -> bool:
-    """``version`` against what pyproject.toml uses: ``==``, ``>=``, ``<=``, ``<``, ``>``, comma."""
+    """Whether ``version`` meets ``specifier``. The operators are those that pyproject.toml uses:
+    ``==``, ``>=``, ``<=``, ``<``, ``>``, separated by commas.
+
+    Raises:
+        SystemExit: a clause of the specifier has another form.
+    """
     width = 6
     have = (key(version) + (0,) * width)[:width]
     for clause in filter(None, specifier.replace(" ", "").split(",")):
         match = re.fullmatch(r"(==|>=|<=|<|>)([0-9][0-9.]*)", clause)
         if match is None:
-            raise SystemExit(f"image_manifest: cannot read the requirement {clause!r}")
+            raise SystemExit(
+                f"image_manifest: pyproject.toml: unknown form of requirement: {clause!r}"
+            )
         want = (key(match[2]) + (0,) * width)[:width]
         verdicts = {
             "==": have == want,
@@ -72,7 +82,12 @@ def satisfies(version: str, specifier: str) -> bool:
 
 
 def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
-    """What the project asks for with ``extra`` and the extras it names: name -> specifiers."""
+    """Return the requirements of the project with ``extra``, and with the extras that it includes:
+    name -> specifiers.
+
+    Raises:
+        SystemExit: a requirement has an unknown form.
+    """
     asked: dict[str, list[str]] = {}
     todo: list[str | None] = [None, *([extra] if extra else [])]
     seen: set[str | None] = set()
@@ -88,7 +103,9 @@ def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
                 continue
             match = re.fullmatch(r"([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?\s*\(?([^)]*)\)?", body)
             if match is None:
-                raise SystemExit(f"image_manifest: cannot read the requirement {requirement!r}")
+                raise SystemExit(
+                    f"image_manifest: pyproject.toml: unknown form of requirement: {requirement!r}"
+                )
             if normalize(match[1]) == PROJECT:
                 todo.extend(normalize(name.strip()) for name in (match[2] or "").split(","))
             else:
@@ -97,7 +114,7 @@ def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
 
 
 def faults(target: str, locks: Path, have: dict[str, str]) -> list[str]:
-    """Every way in which lock, environment and pyproject.toml disagree; empty when they agree."""
+    """Return one text for each difference between lock, environment and pyproject.toml."""
     extra, files = TARGETS[target]
     pins: dict[str, set[str]] = {}
     for name in files:
@@ -109,14 +126,15 @@ def faults(target: str, locks: Path, have: dict[str, str]) -> list[str]:
         for specifier in specifiers:
             if version is None:
                 found.append(
-                    f"pyproject.toml wants {package}{specifier}, the lock has no {package}"
+                    f"pyproject.toml requires {package}{specifier}, but the lock has no {package}"
                 )
             elif not satisfies(version, specifier):
                 found.append(
-                    f"pyproject.toml wants {package}{specifier}, the lock has {package}=={version}"
+                    f"pyproject.toml requires {package}{specifier}, but the lock has "
+                    f"{package}=={version}"
                 )
     found += [
-        f"{package} {version} is installed and not locked"
+        f"{package} {version} is installed, but it is not in the lock"
         for package, version in have.items()
         if version not in pins.get(package, set())
     ]
@@ -124,7 +142,7 @@ def faults(target: str, locks: Path, have: dict[str, str]) -> list[str]:
 
 
 def digest(files: list[Path]) -> str:
-    """One SHA-256 over lock files, in order, each as its bytes."""
+    """Return one SHA-256 over the bytes of all lock files, in the given order."""
     total = hashlib.sha256()
     for path in files:
         total.update(path.read_bytes())
@@ -132,7 +150,7 @@ def digest(files: list[Path]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, then write. Exit 1 when the lock must be refreshed."""
+    """Check the lock, then write the manifest. Return 1 if the lock must be refreshed, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--locks", required=True, type=Path)
@@ -145,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     wrong = faults(options.target, options.locks, have)
     if wrong:
         lines = ["error: the lock does not match pyproject.toml", *(f"  {line}" for line in wrong)]
-        lines.append("  fix: run `just lock`, look at what moved, commit it")
+        lines.append("  fix: run `just lock`, check the changes, and commit them")
         sys.stderr.write("\n".join(lines) + "\n")
         return 1
     files = [options.locks / name for name in TARGETS[options.target][1]]

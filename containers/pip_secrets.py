@@ -1,8 +1,9 @@
-"""Write what a build may know of this machine's pip: DIR/pip.conf, DIR/ca.crt, DIR/wheels/.
+"""Write the pip settings of this machine that an image build needs: DIR/pip.conf, DIR/ca.crt and
+DIR/wheels/.
 
-Paths of this machine mean nothing inside a build, so they are left out; the wheels that the locks
-cannot get from the public index (torch's CPU build) are handed over as files. All of it is for
-secrets and bind mounts: it must reach no layer.
+Paths of this machine do not exist inside a build, so they are left out. Wheels that are not on the
+public index (torch's CPU build) are copied to DIR/wheels/. The build gets all these files as
+secrets and bind mounts, so that no layer contains them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ PASSED_ON = {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}
 
 
 def pip_settings() -> list[tuple[str, str]]:
-    """(option, value) as pip itself merges its files and variables, least important first."""
+    """Return (option, value) pairs from pip's files and variables, in the order in which pip merges
+    them. A later pair has priority.
+    """
     command = [sys.executable, "-m", "pip", "config", "list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     pairs = (line.partition("=") for line in listing.splitlines())
@@ -27,12 +30,14 @@ def pip_settings() -> list[tuple[str, str]]:
 
 
 def words(value: str) -> list[str]:
-    """The words of a setting; `pip config list` prints line breaks as ``\\n``."""
+    """Split a setting into its words. `pip config list` prints line breaks as ``\\n``."""
     return [word for word in re.split(r"\s+|\\n", value) if word]
 
 
 def write(folder: Path, locks: Path) -> None:
-    """Fill ``folder``, with the wheels that ``locks/image-torch.txt`` names."""
+    """Write pip.conf, ca.crt and wheels/ to ``folder``. ``image-torch.txt`` of ``locks`` names the
+    torch release of the wheels.
+    """
     kept: dict[str, str] = {}
     links: list[str] = []
     for option, value in pip_settings():

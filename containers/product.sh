@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes /out inside an image build: the product's own files, laid out as in the final image.
-# usage: product.sh TARGET      from /build/src
+# Makes /out inside an image build: the product's own files, with the folders of the final image.
+# usage: product.sh TARGET      reads the sources in /build/src
 set -eu
 target=$1
 cd /build/src
@@ -16,15 +16,15 @@ compile /out/opt/toolkit/lib
 
 install -D -m 0755 containers/entrypoint.sh /out/usr/local/bin/toolkit-entrypoint
 install -D -m 0755 containers/healthcheck.sh /out/usr/local/bin/toolkit-health
-# Anyone may work here, whatever their uid: sticky, as /tmp.
+# Users with any uid may write here. The folders have the sticky bit, like /tmp.
 install -d -m 1777 /out/work /out/cache
-# A name for the default user, by a line and not by useradd, which leaves dates and backups.
+# The name of the default user. It is added as a line, because useradd writes dates and backup files.
 install -d -m 0755 /out/etc /out/usr/share/toolkit
 cp /etc/passwd /etc/group /out/etc/
 echo 'toolkit:x:1000:1000:toolkit:/cache:/bin/sh' >>/out/etc/passwd
 echo 'toolkit:x:1000:' >>/out/etc/group
 
-# Last, since it judges what lies there: the lock against what pyproject.toml asks for.
+# This step is last, because it checks the installed packages and the lock against the requirements of pyproject.toml.
 site=$(/opt/toolkit/bin/python -c 'import site; print(site.getsitepackages()[0])')
 PYTHONPATH="/out$site" /opt/toolkit/bin/python containers/image_manifest.py --target "$target" --locks locks \
     --revision "${REVISION:-unknown}" --base "${BASE_NAME:-unknown}" --source-date-epoch "$SOURCE_DATE_EPOCH" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Writes a CycloneDX bill of materials for each image, from its lock: every package with its version and the SHA-256 of
+# Writes a CycloneDX bill of materials for each image, from its lock. It lists every package with its version, and the SHA-256 of
 # each file that the build may install. The same lock gives the same bytes.
-# Run by `cli.py sbom`; arguments: FOLDER TARGET...
+# `cli.py sbom` runs this script. Arguments: FOLDER TARGET...
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -20,14 +20,14 @@ bill() { # TARGET LOCK...
     for name in "$@"; do cat "$REPO/locks/$name"; done >"$work/$target.txt"
     "$python" -m cyclonedx_py requirements "$work/$target.txt" --pyproject "$REPO/pyproject.toml" --mc-type application \
         --index-url https://pypi.org/simple --spec-version 1.6 --output-reproducible --output-format JSON -o "$folder/$target.cdx.json" 2>"$work/log" ||
-        { cat "$work/log" >&2 && die 70 "no bill for $target"; }
+        { cat "$work/log" >&2 && die 70 "cyclonedx-py could not write the bill of materials of $target"; }
     count=$("$python" - "$folder/$target.cdx.json" <<'END'
 import json, sys
 
 bill = json.load(open(sys.argv[1]))
 bare = [c["name"] for c in bill["components"] if not any(r.get("hashes") for r in c.get("externalReferences", []))]
 if bare:
-    sys.exit(f"no hash for {', '.join(bare)}")
+    sys.exit(f"the lock has no hash for {', '.join(bare)}")
 print(len(bill["components"]))
 END
     ) || die 1 "a package of $target has no hash" "run \`just lock\`"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds a SIF of one target by toolkit.def.
-# Run by `cli.py sif`; arguments: TARGET SOURCE(image|base) STAND_IN(0|1) OUTPUT(an absolute path, empty: the default)
+# Builds a SIF of one target from toolkit.def.
+# `cli.py sif` runs this script. Arguments: TARGET SOURCE(image|base) STAND_IN(0|1) OUTPUT(an absolute path, empty: the default)
 #
-#   image   from the image that `cli.py build TARGET` made (it is built when it is not there)
-#   base    from the base, all of it in the definition's %post, as a cluster without a container engine would
+#   image   build from the image of `cli.py build TARGET`; if there is no image, build it first
+#   base    build from the base; the %post of the definition installs everything, as on a cluster without a container engine
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -20,7 +20,7 @@ if [ "$source" = image ]; then
     "$REPO/containers/tools.sh" buildah
     buildah_ inspect --type image "$image" >/dev/null 2>&1 ||
         "$REPO/containers/build.sh" "$target" "$stand_in" buildah "$image"
-    # Uncompressed: it is read once, right away.
+    # The archive is not compressed, because it is read only once, directly after this.
     buildah_ push --quiet --disable-compression "$image" "oci-archive:$work/image.tar" >/dev/null
     arguments=(--build-arg BOOTSTRAP=oci-archive --build-arg "FROM=$work/image.tar")
 else
@@ -30,7 +30,7 @@ else
     [ "$target" = train ] && release=noble
     if [ "$stand_in" = 1 ]; then
         base=$("$REPO/containers/stand-in.sh" "$release")
-        say "NOTE: built on a stand-in base, $base, and not on the pinned one"
+        say "NOTE: this build uses the stand-in base $base instead of the pinned base"
         buildah_ push --quiet --disable-compression "$base" "oci-archive:$work/image.tar" >/dev/null
         arguments+=(--build-arg BOOTSTRAP=oci-archive --build-arg "FROM=$work/image.tar" --build-arg APT_SNAPSHOT=)
     elif [ "$release" = bookworm ]; then
@@ -39,10 +39,10 @@ else
     fi
 fi
 
-cd "$REPO" # %files of the definition are named from here
+cd "$REPO" # the paths in %files of the definition are relative to this folder
 say "building $output ($target, from the $source)"
-# As an ordinary user, as on a cluster: apptainer maps it to root inside. (Real root would need every capability there is.)
-# zstd: a third of the time of gzip, and smaller; every kernel since 4.14 reads it.
+# The build runs as an ordinary user, as on a cluster, and apptainer maps this user to root inside. (Real root would need every capability.)
+# zstd takes a third of the time of gzip, and the file is smaller. Every kernel since 4.14 reads it.
 [ "$(id -u)" -ne 0 ] || chown 1000:1000 "$work"
 "$REPO/containers/apptainer.sh" build --notest --mksquashfs-args "-comp zstd -Xcompression-level 3" "${arguments[@]}" \
     --build-arg "TARGET=$target" --build-arg "REVISION=$revision" "$work/toolkit.sif" "$REPO/containers/toolkit.def"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds the real images and the real SIF and runs them: as four users, read-only, without network or capabilities.
-# Run by `cli.py test`; arguments: MARKS(of pytest) PYTEST-ARGUMENTS...
+# Builds the real images and the real SIF, and runs them as four users, read-only, without network or capabilities.
+# `cli.py test` runs this script. Arguments: MARKS(of pytest) PYTEST-ARGUMENTS...
 #
-# Where the registry of the pinned bases is not reached, stand-in bases are made, and the output says so.
+# If the registry of the pinned bases cannot be reached, the images are built on stand-in bases, and the output reports this.
 set -euo pipefail
 # shellcheck source=containers/lib.sh
 . "$(dirname "$0")/lib.sh"

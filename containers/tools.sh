@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes sure that the named programs are here: installs their Debian packages as root, else says which are missing.
+# Makes sure that the named programs are installed. Root installs missing Debian packages; for other users, missing packages are an error.
 # usage: tools.sh PROGRAM...      PROGRAM: buildah podman skopeo umoci runc mmdebstrap mksquashfs unsquashfs bwrap
 set -euo pipefail
 # shellcheck source=containers/lib.sh
@@ -20,7 +20,7 @@ done
 [ "${#packages[@]}" -gt 0 ] || exit 0
 
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-    die 3 "not installed here: ${packages[*]}" "install them (as root on Debian or Ubuntu: apt-get install ${packages[*]})"
+    die 3 "these packages are not installed: ${packages[*]}" "install them (as root on Debian or Ubuntu: apt-get install ${packages[*]})"
 fi
 say "installing ${packages[*]}"
 export DEBIAN_FRONTEND=noninteractive

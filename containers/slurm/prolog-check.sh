@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# For slurm.conf's Prolog (or HealthCheckProgram): is this node fit for GPU jobs?
+# Checks whether this node is fit for GPU jobs. It is for slurm.conf's Prolog or HealthCheckProgram:
 #   Prolog=/etc/slurm/prolog-check.sh            HealthCheckProgram=/etc/slurm/prolog-check.sh
 #
-# A Prolog that fails drains the node, so this fails for one reason only: the check established that this node is bad (exit code
-# 3). Everything else lets the job start: a user's mistake (1, 2), a card that is busy (4), what could not be established (5), a
-# defect of ours (70), a check that hangs or is not installed. It knows no run file and no job, so no user can make it fail.
+# If a Prolog fails, Slurm drains the node. So this script fails for one reason only: the check found that this node is bad (exit
+# code 3). In all other cases the job starts: a user's mistake (1, 2), a card that is busy (4), a check without a result (5), a
+# defect of the toolkit (70), or a check that hangs or is not installed. The script reads no run file and no job, so no user can
+# make it fail.
 #
-# Slurm requeues the job of a failed Prolog held; SchedulerParameters=nohold_on_prolog_fail lets it start elsewhere at once.
+# Slurm requeues the job of a failed Prolog in the state "held". With SchedulerParameters=nohold_on_prolog_fail the job starts on
+# another node at once.
 #
-#   ENVCHECK        the command, default: envcheck from PATH, else `apptainer exec --nv $SIF envcheck`
-#   CHECK_SECONDS   how long it may take, default 20 (Slurm kills a Prolog after PrologEpilogTimeout)
+#   ENVCHECK        the command of the check; default: envcheck from PATH, else `apptainer exec --nv $SIF envcheck`
+#   CHECK_SECONDS   the time limit of the check; default: 20 (Slurm kills a Prolog after PrologEpilogTimeout)
 set -u
 
 log() { logger -t toolkit-prolog -- "$*" 2>/dev/null || echo "toolkit-prolog: $*" >&2; }
@@ -21,11 +23,11 @@ elif command -v envcheck >/dev/null; then
 elif [ -n "${SIF:-}" ] && command -v apptainer >/dev/null; then
     check=(apptainer exec --nv "$SIF" envcheck)
 else
-    log "envcheck is not installed here: nothing checked"
+    log "envcheck is not installed on this node, so the node was not checked"
     exit 0
 fi
 
-# Nothing of the job's environment: CUDA_VISIBLE_DEVICES or LD_PRELOAD of a user must not decide on a node.
+# The environment of the job is not used, because a user's CUDA_VISIBLE_DEVICES or LD_PRELOAD must not affect the result.
 report=$(env -i PATH="$PATH" HOME=/tmp LANG=C.UTF-8 TOOLKIT_CACHE=/tmp \
     timeout --kill-after=5 "${CHECK_SECONDS:-20}" "${check[@]}" check --node 2>&1)
 code=$?
@@ -36,7 +38,7 @@ case "$code" in
         log "this node is bad: $report"
         exit 1
         ;;
-    124 | 137) log "the check took longer than ${CHECK_SECONDS:-20} s: nothing established" ;;
-    *) log "exit code $code, not the node's fault as far as established: $report" ;;
+    124 | 137) log "the check took longer than ${CHECK_SECONDS:-20} s, so it has no result" ;;
+    *) log "the check ended with exit code $code, but did not find that this node is bad: $report" ;;
 esac
 exit 0

@@ -69,7 +69,7 @@ FOUND = {"id": "PYSEC-1", "fix_versions": ["9.0"], "aliases": [], "description":
 @pytest.mark.parametrize(
     ("package", "code", "text"),
     [
-        ({"vulns": []}, 0, "1 packages, nothing known"),
+        ({"vulns": []}, 0, "1 packages, no known vulnerability"),
         ({"vulns": [FOUND]}, 1, "click 8.5.1: PYSEC-1, fixed in 9.0"),
         # pip-audit itself ends with 0 here: nothing was found, since nothing was looked up.
         ({"skip_reason": "not found"}, 4, "no answer for 1 of 1"),

@@ -119,7 +119,7 @@ def test_a_job_is_not_requeued_for_ever(cluster: Path) -> None:
         cluster, "train.sbatch", CODE="75", SLURM_RESTART_COUNT="3", MOST_RESTARTS="3"
     )
     assert "scontrol requeue" not in log
-    assert "not again" in stderr
+    assert "it is not requeued" in stderr
 
 
 def started(cluster: Path, name: str) -> subprocess.Popen[bytes]:
