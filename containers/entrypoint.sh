@@ -53,8 +53,8 @@ LOGNAME=${LOGNAME:-$USER}
 export HOME USER LOGNAME
 
 # ---- caches: variables that the caller has set are not changed --------------------------------------------------
-# The caches are those of downloaded models and those of compiled kernels. Compiled files are in a folder with the uid in its
-# name, because two users of one /cache must not run each other's code.
+# There are caches for downloaded models and for compiled kernels. Compiled files are in a folder with the uid in its name,
+# because two users of one /cache must not run each other's code.
 case "$place" in
     /cache | "${TOOLKIT_CACHE:-/cache}") caches=$place ;;
     # In a home folder, use the default folder of each library.

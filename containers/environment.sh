@@ -21,7 +21,7 @@ for lock in "$@"; do
     pip_into install --quiet --no-compile --no-deps --only-binary :all: --require-hashes $source_of_wheels \
         -r "$here/$lock.txt"
 done
-# This file names the source of a wheel, which may differ between builds. Nothing reads it at run time.
+# direct_url.json names the source of a wheel, which may differ between builds. No program reads this file at run time.
 find /opt/toolkit -name direct_url.json -delete
 compile /opt/toolkit/lib
 rm -rf "$PIP_HOME"

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = "grpo-toolkit"
-# Target -> (its extra in pyproject.toml, its lock files in the order of installation).
+# For each target: its extra in pyproject.toml, and its lock files in the order of installation.
 TARGETS = {
     "envcheck": (None, ("light.txt",)),
     "train-cpu": ("cpu-engine", ("image-torch.txt", "cpu.txt")),
