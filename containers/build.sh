@@ -80,7 +80,8 @@ if [ "$engine" = docker ]; then
     size=$(docker image inspect --format '{{.Size}}' "$tag")
 else
     # chroot isolation works in a container and without a user namespace. Only the docker format can store the HEALTHCHECK, and all
-    # engines read it. fixed_config.py removes the builder's random names from it, so the image gets its tag only after that.
+    # engines read it. fixed_config.py removes the builder's random names from the image's configuration. So the image gets its
+    # tag only after that.
     buildah_ bud --isolation chroot --network host --timestamp "$EPOCH" --layers --format docker --identity-label=false \
         --ignorefile containers/Dockerfile.dockerignore --file containers/Dockerfile --target "$target" \
         "${arguments[@]}" --iidfile "$private/id" . >"$private/log" 2>&1 || {
