@@ -92,7 +92,7 @@ sbom *ARGS: setup
 audit *ARGS: setup
     {{python}} containers/cli.py audit {{ARGS}}
 
-# Measure speed and memory of the light commands and the demo beside their goals, and validate beside check-jsonschema.
+# Compare speed and memory of the light commands and the demo with their goals, and the speed of validate with check-jsonschema.
 bench *ARGS: setup
     {{python}} tests/bench/bench_commands.py {{ARGS}}
     {{python}} tests/bench/bench_validate.py
