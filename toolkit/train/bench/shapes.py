@@ -1,4 +1,4 @@
-"""Random checkpoints with the shapes of real models: a benchmark needs only the sizes.
+"""Make random checkpoints with the shapes of real models. A speed benchmark needs no real weights.
 
 Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B, Qwen3-4B and
 Qwen2.5-32B.

@@ -1,8 +1,9 @@
-"""Arithmetic problems with answers, made from a seed: training problems, and held-out ones that no
-training seed draws.
+"""Make arithmetic problems with answers from a seed: training problems, and held-out problems that
+are never used for training.
 
-A problem is held out if its digest is in a fixed eighth of all digests, so the two sets are
-disjoint for every seed and size. The held-out problems are the same for all seeds.
+A problem is held out if its digest is in a fixed eighth of all digests. So training problems and
+held-out problems are disjoint for every seed and size. The held-out problems are the same for all
+seeds.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ TASKS: Mapping[str, Callable[[random.Random], Problem]] = MappingProxyType(
 
 
 def training_problems(task: str, count: int, seed: int) -> list[Problem]:
-    """``count`` problems, none of them held out; repetitions are possible."""
+    """Return ``count`` training problems. Repetitions are possible."""
     return _draw(task, count, f"train {seed}", held_out=False)
 
 
 def held_out_problems(task: str, count: int) -> list[Problem]:
-    """``count`` different held-out problems, at most ``MOST_HELD_OUT``."""
+    """Return ``count`` different held-out problems. ``count`` is at most ``MOST_HELD_OUT``."""
     return _draw(task, count, "held out", held_out=True)
 
 
