@@ -44,10 +44,10 @@ class Settings:
 
     The ``ours_`` fields are for the toolkit's arm only: its micro-batch (``ours_batch``), the
     tokens of a forward pass, gradient checkpointing, and whether the KV cache is freed during
-    training (``ours_sleep``). ``bench_plan.fill`` chooses a value for each field that is None. If
-    ``ours_batch`` is set, it also limits the rows of a pass. An optimizer step has the same number
-    of completions in every arm, so the work is the same. ``ours_cards`` is the number of cards over
-    which the toolkit's arm splits the model, with one process per card.
+    training (``ours_sleep``). ``bench_plan.fill`` chooses a value for each field with the value
+    None. If ``ours_batch`` is set, it also limits the rows of a pass. An optimizer step has the
+    same number of completions in every arm, so the work is the same. ``ours_cards`` is the number
+    of cards over which the toolkit's arm splits the model, with one process per card.
     """
 
     model: str

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
-    """Return ``settings`` with a value for every ``ours_`` field that is None.
+    """Return ``settings`` with a value for every ``ours_`` field whose value is None.
 
     Candidates are settings whose peak memory is at most that of the other arms. The candidate with
     the shortest step, as the sizer estimates it, is chosen. Without a GPU, or if there is no

@@ -46,7 +46,7 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
 
 
 def job() -> arms.Job:
-    """Return the job of the arm: chats with a question, scored by a reward that compares numbers."""
+    """Return the job of the arm: chats with a question, and a reward that compares numbers."""
     return arms.Job(rows=rows, reward=number_is_right)
 
 

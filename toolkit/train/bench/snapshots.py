@@ -83,7 +83,7 @@ def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
-    """Write the adapter in float32. Return the path of the file, relative to the folder of results."""
+    """Write the adapter in float32. Return the file's path, relative to the folder of results."""
     path = folder / f"step-{step:05d}.safetensors"
     tensors = adapter_tensors(model)
     save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, path)

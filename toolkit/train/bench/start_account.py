@@ -33,7 +33,7 @@ class StartAccount(logging.Handler):
         self._last = time.perf_counter()
 
     def begin(self) -> None:
-        """Import the packages of a run and measure each import. Then begin to read vLLM's messages."""
+        """Import the packages of a run, measure each import, and begin to read vLLM's messages."""
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
         import torch  # noqa: F401, PLC0415
 
@@ -61,7 +61,7 @@ class StartAccount(logging.Handler):
         self._last = now
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by ``logging`` for each message of vLLM. End a phase if the message marks its end."""
+        """End a phase if ``record``, a message of vLLM, marks its end. Called by ``logging``."""
         text = str(record.msg)
         phase = next((name for begins, name in VLLM_MARKS if text.startswith(begins)), None)
         if phase is not None:
