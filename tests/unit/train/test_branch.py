@@ -242,8 +242,8 @@ def test_a_folder_whose_checkpoints_are_gone_begins_again_and_says_so(tmp_path):
     start = train(tmp_path, None, 2, "b")
     aside = tmp_path / "abandoned-1"
     assert start.notes == (
-        f"no checkpoint in {tmp_path}, which holds 4 rows of metrics of an earlier start: training"
-        f" begins again at step 0; what was there is moved to {aside}",
+        f"no checkpoint in {tmp_path}, which has 4 rows of metrics of an earlier start: training"
+        f" begins again at step 0, and the earlier files are moved to {aside}",
     )
     assert (tags(tmp_path), tags(aside)) == ("bb", "aaaa")
     assert (aside / "bad_rewards.jsonl").read_text() == "of a\n"
